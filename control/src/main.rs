@@ -1,0 +1,2 @@
+//! Control.
+fn main() {}

@@ -1,0 +1,386 @@
+//! What `pd-control` pushes to a filter: endpoints, as a whole list or as what changed since a version.
+//!
+//! ```text
+//! GET /v1/watch?epoch=E&since=N&wait_ms=W     authorization: Bearer …
+//!   200  Snapshot: whole (`base` null) when E is not the server's epoch or N is too old, else what changed since N
+//!   304  nothing changed within W milliseconds
+//! ```
+//! Unknown fields are ignored here, so that a filter and a `pd-control` of neighbouring versions understand each other.
+//! Files and plugin configuration are stricter: see [`unknown_endpoint_key`].
+
+use core::fmt;
+use std::net::SocketAddr;
+
+use hashbrown::HashSet;
+use serde::{Deserialize, Serialize};
+
+/// Version of this format, in every snapshot. A filter refuses a snapshot of another one and keeps its last good list.
+pub const WIRE_VERSION: u32 = 1;
+/// Path of the long poll on `pd-control`.
+pub const WATCH_PATH: &str = "/v1/watch";
+/// Endpoints that one snapshot may hold; more is refused. Ten times the largest fleet that the benches drive.
+pub const MAX_ENDPOINTS: usize = 100_000;
+/// Bytes that a model, pool or group name may have; more is refused.
+pub const MAX_NAME_BYTES: usize = 256;
+/// Models that one endpoint may serve (base model and adapters); more is refused.
+pub const MAX_MODELS: usize = 1_024;
+
+/// Work that an endpoint takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Computes KV caches of prompts for others.
+    Prefill,
+    /// Generates tokens from a KV cache that a prefill endpoint computed.
+    Decode,
+    /// Serves whole requests (an aggregated server).
+    Both,
+}
+
+/// How a pair of engines hands the KV cache over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Engine {
+    /// vLLM with its NIXL connector, pull or push.
+    VllmNixl,
+    /// vLLM with a connector over shared storage (LMCache, a shared directory).
+    VllmShared,
+    /// SGLang: both legs at once, paired by bootstrap room.
+    Sglang,
+    /// TensorRT-LLM.
+    Trtllm,
+    /// vLLM with the Mooncake connector.
+    Mooncake,
+    /// AWS Neuron (AIBrix calls it `nixl`).
+    Neuron,
+}
+
+/// Whether an endpoint may get work.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Takes work.
+    #[default]
+    Ready,
+    /// Finishes what it has, gets nothing new.
+    Draining,
+    /// Gets nothing.
+    Down,
+}
+
+/// One engine server that Envoy can reach, or one data-parallel rank of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// Address as Envoy's cluster knows it.
+    pub address: SocketAddr,
+    /// Data-parallel rank behind that address, sent as `X-data-parallel-rank`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rank: Option<u32>,
+    /// Work it takes.
+    pub role: Role,
+    /// Pool whose policy applies.
+    #[serde(default = "default_pool", skip_serializing_if = "is_default_pool")]
+    pub pool: String,
+    /// Models and adapters it serves; empty: any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub models: Vec<String>,
+    /// Hand-over protocol, where it differs from its pool's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<Engine>,
+    /// Pairing group: a prefill endpoint of a group serves decode endpoints of the same group only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+    /// Speed relative to the pool's other endpoints, 0.01 to 100.
+    #[serde(default = "default_weight", skip_serializing_if = "is_default_weight")]
+    pub weight: f64,
+    /// Tokens that its prefix cache holds, CPU tier included; absent: the pool's figure.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_tokens: Option<u64>,
+    /// Whether it may get work.
+    #[serde(default, skip_serializing_if = "is_default_state")]
+    pub state: State,
+}
+
+/// Keys of [`Endpoint`], for readers that refuse unknown ones.
+pub const ENDPOINT_KEYS: &[&str] =
+    &["address", "rank", "role", "pool", "models", "engine", "group", "weight", "cache_tokens", "state"];
+
+fn default_pool() -> String {
+    "default".to_owned()
+}
+fn is_default_pool(pool: &str) -> bool {
+    pool == "default"
+}
+fn default_weight() -> f64 {
+    1.0
+}
+fn is_default_weight(weight: &f64) -> bool {
+    *weight == 1.0
+}
+fn is_default_state(state: &State) -> bool {
+    *state == State::Ready
+}
+
+/// The first key of a configured endpoint that [`Endpoint`] does not have.
+#[must_use]
+pub fn unknown_endpoint_key(endpoint: &serde_json::Map<String, serde_json::Value>) -> Option<&str> {
+    endpoint.keys().map(String::as_str).find(|key| !ENDPOINT_KEYS.contains(key))
+}
+
+/// Names one endpoint for as long as it is in the list: address, and rank where there is one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct EndpointId {
+    /// Address as Envoy's cluster knows it.
+    pub address: SocketAddr,
+    /// Data-parallel rank.
+    pub rank: Option<u32>,
+}
+
+impl fmt::Display for EndpointId {
+    /// `ip:port`, or `ip:port#rank`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.rank {
+            None => write!(f, "{}", self.address),
+            Some(rank) => write!(f, "{}#{rank}", self.address),
+        }
+    }
+}
+
+impl core::str::FromStr for EndpointId {
+    type Err = WireError;
+
+    fn from_str(text: &str) -> Result<Self, WireError> {
+        let bad = || WireError::BadId(text.to_owned());
+        let (address, rank) = match text.split_once('#') {
+            None => (text, None),
+            Some((address, rank)) => (address, Some(rank.parse().map_err(|_| bad())?)),
+        };
+        Ok(Self { address: address.parse().map_err(|_| bad())?, rank })
+    }
+}
+
+impl Endpoint {
+    /// A ready endpoint of the default pool with everything else left at its default.
+    #[must_use]
+    pub fn new(address: SocketAddr, role: Role) -> Self {
+        Self {
+            address,
+            rank: None,
+            role,
+            pool: default_pool(),
+            models: Vec::new(),
+            engine: None,
+            group: None,
+            weight: default_weight(),
+            cache_tokens: None,
+            state: State::Ready,
+        }
+    }
+
+    /// The name that [`Snapshot::removed`] uses.
+    #[must_use]
+    pub fn id(&self) -> EndpointId {
+        EndpointId { address: self.address, rank: self.rank }
+    }
+
+    /// Checks what the types alone do not say.
+    ///
+    /// # Errors
+    /// [`WireError::BadEndpoint`] names the endpoint and the key.
+    pub fn validate(&self) -> Result<(), WireError> {
+        let bad = |key: &'static str, why: &'static str| WireError::BadEndpoint { id: self.id(), key, why };
+        if self.address.port() == 0 {
+            return Err(bad("address", "port must not be 0"));
+        }
+        if self.address.ip().is_unspecified() {
+            return Err(bad("address", "must not be the unspecified address"));
+        }
+        if !(0.01..=100.0).contains(&self.weight) {
+            return Err(bad("weight", "must be between 0.01 and 100"));
+        }
+        if self.models.len() > MAX_MODELS {
+            return Err(bad("models", "too many"));
+        }
+        let names = [("pool", Some(&self.pool)), ("group", self.group.as_ref())];
+        for (key, name) in names.into_iter().chain(self.models.iter().map(|model| ("models", Some(model)))) {
+            if let Some(name) = name
+                && (name.is_empty() || name.len() > MAX_NAME_BYTES)
+            {
+                return Err(bad(key, "names must have 1 to 256 bytes"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A list of endpoints, or what changed since an earlier one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// [`WIRE_VERSION`].
+    pub wire: u32,
+    /// Names one run of one `pd-control`; versions of different epochs do not compare.
+    pub epoch: String,
+    /// Counts changes within the epoch, from 1.
+    pub version: u64,
+    /// Version this one builds on; absent or null: `endpoints` is the whole list.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<u64>,
+    /// Endpoints that are new or changed (all of them in a whole list).
+    #[serde(default)]
+    pub endpoints: Vec<Endpoint>,
+    /// Endpoints that left since `base`, as `ip:port` or `ip:port#rank`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub removed: Vec<String>,
+}
+
+impl Snapshot {
+    /// Reads and checks a snapshot; it is taken whole or not at all.
+    ///
+    /// # Errors
+    /// [`WireError`] for anything but a well-formed snapshot of [`WIRE_VERSION`].
+    pub fn parse(bytes: &[u8]) -> Result<Self, WireError> {
+        let snapshot: Self = serde_json::from_slice(bytes).map_err(|error| WireError::Malformed(error.to_string()))?;
+        snapshot.validate()?;
+        Ok(snapshot)
+    }
+
+    /// # Errors
+    /// As [`Snapshot::parse`].
+    pub fn validate(&self) -> Result<(), WireError> {
+        if self.wire != WIRE_VERSION {
+            return Err(WireError::Version(self.wire));
+        }
+        if self.base.is_some_and(|base| base >= self.version) {
+            return Err(WireError::Malformed("base must be below version".to_owned()));
+        }
+        if self.endpoints.len() > MAX_ENDPOINTS || self.removed.len() > MAX_ENDPOINTS {
+            return Err(WireError::TooMany);
+        }
+        let mut seen = HashSet::with_capacity(self.endpoints.len());
+        for endpoint in &self.endpoints {
+            endpoint.validate()?;
+            if !seen.insert(endpoint.id()) {
+                return Err(WireError::Duplicate(endpoint.id()));
+            }
+        }
+        for id in &self.removed {
+            id.parse::<EndpointId>()?;
+        }
+        Ok(())
+    }
+
+    /// The bytes that go over the wire.
+    #[must_use]
+    pub fn to_json(&self) -> Vec<u8> {
+        // Strings, integers and finite floats only: serde_json has nothing to refuse here.
+        serde_json::to_vec(self).unwrap_or_default()
+    }
+}
+
+/// Why a snapshot or an endpoint is refused. The reader keeps its last good list and counts the refusal.
+#[derive(Clone, Debug, PartialEq)]
+pub enum WireError {
+    /// Not JSON, or not of the right shape.
+    Malformed(String),
+    /// Another [`WIRE_VERSION`].
+    Version(u32),
+    /// More than [`MAX_ENDPOINTS`].
+    TooMany,
+    /// An endpoint has a value out of range.
+    BadEndpoint {
+        /// The endpoint.
+        id: EndpointId,
+        /// Key of [`Endpoint`].
+        key: &'static str,
+        /// What it must be.
+        why: &'static str,
+    },
+    /// The same address and rank twice.
+    Duplicate(EndpointId),
+    /// `removed` holds something that is no endpoint name.
+    BadId(String),
+}
+
+impl fmt::Display for WireError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Malformed(why) => write!(f, "malformed snapshot: {why}"),
+            Self::Version(version) => write!(f, "wire version {version}, this filter speaks {WIRE_VERSION}"),
+            Self::TooMany => write!(f, "more than {MAX_ENDPOINTS} endpoints"),
+            Self::BadEndpoint { id, key, why } => write!(f, "endpoint {id}: {key}: {why}"),
+            Self::Duplicate(id) => write!(f, "endpoint {id} is listed twice"),
+            Self::BadId(id) => write!(f, "{id:?} names no endpoint (ip:port or ip:port#rank)"),
+        }
+    }
+}
+
+impl std::error::Error for WireError {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn endpoint() -> Endpoint {
+        Endpoint::new("10.0.0.1:8000".parse().unwrap(), Role::Prefill)
+    }
+
+    #[test]
+    fn endpoint_keys_are_the_fields_of_endpoint() {
+        let full = Endpoint {
+            rank: Some(1),
+            pool: "p".into(),
+            models: vec!["m".into()],
+            engine: Some(Engine::VllmNixl),
+            group: Some("g".into()),
+            weight: 2.0,
+            cache_tokens: Some(1),
+            state: State::Draining,
+            ..endpoint()
+        };
+        let value = serde_json::to_value(full).unwrap();
+        let mut keys: Vec<_> = value.as_object().unwrap().keys().map(String::as_str).collect();
+        let mut known = ENDPOINT_KEYS.to_vec();
+        keys.sort_unstable();
+        known.sort_unstable();
+        assert_eq!(keys, known);
+    }
+
+    #[test]
+    fn a_snapshot_survives_the_wire() {
+        let snapshot = Snapshot {
+            wire: WIRE_VERSION,
+            epoch: "e".into(),
+            version: 2,
+            base: Some(1),
+            endpoints: vec![endpoint()],
+            removed: vec!["[::1]:80#3".into()],
+        };
+        assert_eq!(Snapshot::parse(&snapshot.to_json()), Ok(snapshot));
+    }
+
+    #[test]
+    fn a_newer_peers_fields_are_ignored() {
+        let text = br#"{"wire":1,"epoch":"e","version":1,"new":[],"endpoints":[{"address":"10.0.0.1:8000","role":"prefill","new":1}]}"#;
+        assert_eq!(Snapshot::parse(text).unwrap().endpoints, vec![endpoint()]);
+    }
+
+    #[test]
+    fn bad_snapshots_are_refused_whole() {
+        for (endpoints, why) in [
+            (r#"{"address":"10.0.0.1:0","role":"prefill"}"#, "port"),
+            (r#"{"address":"0.0.0.0:80","role":"prefill"}"#, "unspecified"),
+            (r#"{"address":"host:80","role":"prefill"}"#, "socket address"),
+            (r#"{"address":"10.0.0.1:80","role":"both","weight":0}"#, "weight"),
+            (r#"{"address":"10.0.0.1:80","role":"both","models":[""]}"#, "models"),
+            (r#"{"address":"10.0.0.1:80","role":"boss"}"#, "boss"),
+            (r#"{"address":"10.0.0.1:80","role":"both"},{"address":"10.0.0.1:80","role":"both"}"#, "twice"),
+        ] {
+            let text = format!(r#"{{"wire":1,"epoch":"e","version":1,"endpoints":[{endpoints}]}}"#);
+            let error = Snapshot::parse(text.as_bytes()).unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+        }
+        assert_eq!(Snapshot::parse(br#"{"wire":2,"epoch":"e","version":1}"#), Err(WireError::Version(2)));
+        assert!(Snapshot::parse(br#"{"wire":1,"epoch":"e","version":1,"removed":["x"]}"#).is_err());
+        assert!(Snapshot::parse(br#"{"wire":1,"epoch":"e","version":1,"base":1}"#).is_err());
+    }
+}
