@@ -2,5 +2,32 @@
 //!
 //! The filter (`filter/`) translates Envoy's callbacks into these calls, the tests and the fuzzers call them directly.
 #![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::arithmetic_side_effects,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::unreachable,
+        clippy::unwrap_used
+    )
+)]
 
+pub mod body;
+pub mod config;
+pub mod engine;
+pub mod hash;
+pub mod headers;
+pub mod index;
+pub mod json;
+pub mod load;
+pub mod metrics;
+pub mod push;
+pub mod reply;
+pub mod request;
+pub mod schedule;
+pub mod splice;
+pub mod table;
 pub mod wire;
+pub mod worker;

@@ -1,0 +1,541 @@
+//! Plugin configuration: raw JSON → checked values. Unknown keys are refused, whatever is refused names its key.
+//!
+//! ```json
+//! {
+//!   "revision": "2026-11-20",
+//!   "cluster": "engines",
+//!   "control": {"cluster": "pd-control"},
+//!   "pools": {"default": {"engine": "vllm-nixl", "split": {"mode": "threshold", "uncached_tokens": 512}}}
+//! }
+//! ```
+//! Every key has a default; `{}` is a valid configuration (it has no endpoints, so requests get 503 until it has).
+
+use core::fmt;
+use core::time::Duration;
+use std::collections::BTreeMap;
+
+use hashbrown::HashMap;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::wire::{Endpoint, Engine, Snapshot, WIRE_VERSION, WireError, unknown_endpoint_key};
+
+/// Header that marks a request as prefill or decode work.
+pub const PHASE_HEADER: &str = "x-pd-phase";
+/// Header by which llm-d names the prefill pod (`ip:port`).
+pub const PREFILLER_HEADER: &str = "x-prefiller-host-port";
+
+/// A checked configuration.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Free text that an operator changes to tell roll-outs apart; shown in logs and the answer of `/v1/endpoints`.
+    pub revision: String,
+    /// Envoy cluster of the prefill leg. One cluster over all engine pods usually carries both legs.
+    pub cluster: String,
+    /// Request header that the route fills from filter state and the cluster's `override_host` policy reads.
+    pub destination_header: String,
+    /// Where the endpoint list comes from; absent: from `endpoints` alone.
+    pub control: Option<Control>,
+    /// Endpoints that serve until `pd-control` has answered, or where there is none.
+    pub endpoints: Vec<Endpoint>,
+    /// Of [`PHASE_HEADER`] and [`PREFILLER_HEADER`], those a client may set. The others are stripped.
+    pub trusted_headers: Vec<String>,
+    /// Largest request body, bytes; above it clients get 413.
+    pub max_body_bytes: usize,
+    /// Prefix hashing and index.
+    pub prefix: Prefix,
+    /// Policy of each pool named in the configuration.
+    pools: HashMap<String, Pool>,
+    /// Policy of every other pool.
+    default_pool: Pool,
+}
+
+/// How the filter reaches `pd-control`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Control {
+    /// Envoy cluster of `pd-control`.
+    pub cluster: String,
+    /// `:authority` of the poll.
+    pub authority: String,
+    /// How long `pd-control` may hold a poll.
+    pub wait: Duration,
+    /// Environment variable of the Envoy process that holds the bearer token, if there is one.
+    pub token_env: String,
+}
+
+/// Prefix hashing and index.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Prefix {
+    /// Bytes of a hashed block, 64 to 65,536. Smaller blocks match more finely and cost more per kB.
+    pub block_bytes: usize,
+    /// Bound of the index in bytes, per worker.
+    pub index_bytes: usize,
+    /// Share of recent requests, 0 to 1, above which a block says nothing about who should hold it.
+    pub hot_share: f64,
+}
+
+/// Policy of one pool.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pool {
+    /// Hand-over protocol of endpoints that do not name their own.
+    pub engine: Engine,
+    /// When to run a prefill leg.
+    pub split: Split,
+    /// What to do when no prefill endpoint could be had.
+    pub on_prefill_failure: OnPrefillFailure,
+    /// Prefill endpoints to try, 1 to 8.
+    pub prefill_attempts: u32,
+    /// Longest prefill leg.
+    pub prefill_timeout: Duration,
+    /// Alternates named beside the decode endpoint for Envoy's connect-failure retry, 0 to 4.
+    pub alternates: usize,
+    /// Prefill seconds of a prompt.
+    pub cost: Cost,
+    /// `w`: what a second of this prompt's own prefill weighs against a second of work ahead of it.
+    pub affinity_weight: f64,
+    /// β: share of a prompt that its rendezvous endpoint is costed as holding, 0 to 1, when this worker has not seen
+    /// the prefix: other workers and replicas may have.
+    pub rendezvous_share: f64,
+    /// Tokens of an endpoint's prefix cache where the endpoint does not say.
+    pub cache_tokens: u64,
+    /// Bytes of JSON per token, for estimates.
+    pub bytes_per_token: f64,
+}
+
+/// Prefill seconds `a + b·(n − p) + c·(n² − p²)` of `n` prompt tokens of which `p` are cached.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Cost {
+    /// Seconds per request.
+    pub a: f64,
+    /// Seconds per uncached token.
+    pub b: f64,
+    /// Seconds per squared token (attention).
+    pub c: f64,
+}
+
+impl Cost {
+    /// Seconds of prefill for `n` tokens of which `p` are cached.
+    #[must_use]
+    pub fn seconds(&self, n: f64, p: f64) -> f64 {
+        let p = p.min(n).max(0.0);
+        self.a + self.b * (n - p) + self.c * (n * n - p * p)
+    }
+}
+
+/// When to run a prefill leg.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Split {
+    /// When this many prompt tokens or more are not cached on the best decode endpoint.
+    Threshold {
+        /// Tokens.
+        uncached_tokens: u64,
+    },
+    /// Always.
+    Always,
+    /// Never.
+    Never,
+}
+
+/// What to do when no prefill endpoint could be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnPrefillFailure {
+    /// The decode endpoint computes the prompt itself.
+    DecodeOnly,
+    /// The client gets 503.
+    Fail,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Raw {
+    revision: String,
+    cluster: String,
+    destination_header: String,
+    control: Option<RawControl>,
+    endpoints: Vec<Map<String, Value>>,
+    trusted_headers: Vec<String>,
+    max_body_bytes: usize,
+    prefix: RawPrefix,
+    pools: BTreeMap<String, RawPool>,
+}
+
+impl Default for Raw {
+    fn default() -> Self {
+        Self {
+            revision: String::new(),
+            cluster: "engines".to_owned(),
+            destination_header: "x-pd-destination".to_owned(),
+            control: None,
+            endpoints: Vec::new(),
+            trusted_headers: vec![PHASE_HEADER.to_owned()],
+            max_body_bytes: 16 << 20,
+            prefix: RawPrefix::default(),
+            pools: BTreeMap::new(),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawControl {
+    cluster: String,
+    #[serde(default = "default_authority")]
+    authority: String,
+    #[serde(default = "default_wait_ms")]
+    wait_ms: u64,
+    #[serde(default = "default_token_env")]
+    token_env: String,
+}
+
+fn default_authority() -> String {
+    "pd-control".to_owned()
+}
+fn default_wait_ms() -> u64 {
+    30_000
+}
+fn default_token_env() -> String {
+    "PD_CONTROL_TOKEN".to_owned()
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawPrefix {
+    block_bytes: usize,
+    index_bytes: usize,
+    hot_share: f64,
+}
+
+impl Default for RawPrefix {
+    fn default() -> Self {
+        Self { block_bytes: 512, index_bytes: 64 << 20, hot_share: 0.02 }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawPool {
+    engine: Engine,
+    split: RawSplit,
+    on_prefill_failure: OnPrefillFailure,
+    prefill_attempts: u32,
+    prefill_timeout_ms: u64,
+    alternates: usize,
+    cost: RawCost,
+    affinity_weight: f64,
+    rendezvous_share: f64,
+    cache_tokens: u64,
+    bytes_per_token: f64,
+}
+
+impl Default for RawPool {
+    fn default() -> Self {
+        Self {
+            engine: Engine::VllmNixl,
+            split: RawSplit::default(),
+            on_prefill_failure: OnPrefillFailure::DecodeOnly,
+            prefill_attempts: 2,
+            prefill_timeout_ms: 60_000,
+            alternates: 2,
+            cost: RawCost::default(),
+            affinity_weight: 3.0,
+            rendezvous_share: 0.6,
+            cache_tokens: 500_000,
+            bytes_per_token: 4.0,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawSplit {
+    mode: SplitMode,
+    uncached_tokens: u64,
+}
+
+impl Default for RawSplit {
+    fn default() -> Self {
+        Self { mode: SplitMode::Threshold, uncached_tokens: 256 }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum SplitMode {
+    Threshold,
+    Always,
+    Never,
+}
+
+/// An 8-billion-parameter model on one H100, the design's figures.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawCost {
+    a_ms: f64,
+    b_us: f64,
+    c_ns: f64,
+}
+
+impl Default for RawCost {
+    fn default() -> Self {
+        Self { a_ms: 15.0, b_us: 25.0, c_ns: 0.524 }
+    }
+}
+
+/// Why a configuration is refused. The last good one stays in force.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError {
+    /// Key path and reason.
+    message: String,
+}
+
+impl ConfigError {
+    fn new(key: &str, why: impl fmt::Display) -> Self {
+        Self { message: format!("{key}: {why}") }
+    }
+
+    /// No configuration has come yet.
+    pub(crate) fn none_yet() -> Self {
+        Self { message: "none has been read yet".to_owned() }
+    }
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+impl Config {
+    /// Reads and checks a plugin configuration. No bytes at all stand for `{}`.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names the first key that is unknown, of the wrong type or out of range.
+    pub fn parse(bytes: &[u8]) -> Result<Self, ConfigError> {
+        let raw: Raw = match bytes.trim_ascii() {
+            b"" => Raw::default(),
+            // serde would also take an array of all values in order.
+            text if text.starts_with(b"{") => {
+                serde_json::from_slice(bytes).map_err(|error| ConfigError::new("plugin configuration", error))?
+            }
+            _ => return Err(ConfigError::new("plugin configuration", "must be a JSON object")),
+        };
+        check_name("cluster", &raw.cluster)?;
+        check_header_name("destination_header", &raw.destination_header)?;
+        for header in &raw.trusted_headers {
+            if header != PHASE_HEADER && header != PREFILLER_HEADER {
+                let why = format!("{header:?} is none of {PHASE_HEADER}, {PREFILLER_HEADER}");
+                return Err(ConfigError::new("trusted_headers", why));
+            }
+        }
+        check_range("max_body_bytes", raw.max_body_bytes as f64, 1_024.0, (1_u64 << 30) as f64)?;
+        check_range("prefix.block_bytes", raw.prefix.block_bytes as f64, 64.0, 65_536.0)?;
+        check_range("prefix.index_bytes", raw.prefix.index_bytes as f64, 65_536.0, (512_u64 << 20) as f64)?;
+        check_range("prefix.hot_share", raw.prefix.hot_share, 0.0, 1.0)?;
+        let control = raw.control.map(Control::check).transpose()?;
+        let endpoints = check_endpoints(raw.endpoints)?;
+        let mut pools = HashMap::with_capacity(raw.pools.len());
+        for (name, pool) in &raw.pools {
+            pools.insert(name.clone(), Pool::check(&format!("pools.{name}"), pool)?);
+        }
+        let default_pool = match pools.get("default") {
+            Some(pool) => pool.clone(),
+            None => Pool::check("pools.default", &RawPool::default())?,
+        };
+        Ok(Self {
+            revision: raw.revision,
+            cluster: raw.cluster,
+            destination_header: raw.destination_header,
+            control,
+            endpoints,
+            trusted_headers: raw.trusted_headers,
+            max_body_bytes: raw.max_body_bytes,
+            prefix: Prefix {
+                block_bytes: raw.prefix.block_bytes,
+                index_bytes: raw.prefix.index_bytes,
+                hot_share: raw.prefix.hot_share,
+            },
+            pools,
+            default_pool,
+        })
+    }
+
+    /// Policy of a pool; a pool that the configuration does not name has the one of `default`.
+    #[must_use]
+    pub fn pool(&self, name: &str) -> &Pool {
+        self.pools.get(name).unwrap_or(&self.default_pool)
+    }
+
+    /// Whether a client may set this header of ours.
+    #[must_use]
+    pub fn trusts(&self, header: &str) -> bool {
+        self.trusted_headers.iter().any(|trusted| trusted == header)
+    }
+
+    /// The configured endpoints as a snapshot that any list of `pd-control` replaces.
+    #[must_use]
+    pub fn static_snapshot(&self) -> Snapshot {
+        Snapshot {
+            wire: WIRE_VERSION,
+            epoch: "static".to_owned(),
+            version: 1,
+            base: None,
+            endpoints: self.endpoints.clone(),
+            removed: Vec::new(),
+        }
+    }
+}
+
+impl Control {
+    fn check(raw: RawControl) -> Result<Self, ConfigError> {
+        check_name("control.cluster", &raw.cluster)?;
+        check_name("control.authority", &raw.authority)?;
+        check_range("control.wait_ms", raw.wait_ms as f64, 100.0, 600_000.0)?;
+        Ok(Self {
+            cluster: raw.cluster,
+            authority: raw.authority,
+            wait: Duration::from_millis(raw.wait_ms),
+            token_env: raw.token_env,
+        })
+    }
+}
+
+impl Pool {
+    fn check(key: &str, raw: &RawPool) -> Result<Self, ConfigError> {
+        let at = |name: &str| format!("{key}.{name}");
+        if !matches!(raw.engine, Engine::VllmNixl | Engine::VllmShared) {
+            return Err(ConfigError::new(&at("engine"), "this version speaks vllm-nixl and vllm-shared"));
+        }
+        check_range(&at("prefill_attempts"), f64::from(raw.prefill_attempts), 1.0, 8.0)?;
+        check_range(&at("prefill_timeout_ms"), raw.prefill_timeout_ms as f64, 1.0, 3_600_000.0)?;
+        check_range(&at("alternates"), raw.alternates as f64, 0.0, 4.0)?;
+        check_range(&at("cost.a_ms"), raw.cost.a_ms, 0.0, 60_000.0)?;
+        check_range(&at("cost.b_us"), raw.cost.b_us, 0.0, 1e6)?;
+        check_range(&at("cost.c_ns"), raw.cost.c_ns, 0.0, 1e6)?;
+        check_range(&at("affinity_weight"), raw.affinity_weight, 0.0, 100.0)?;
+        check_range(&at("rendezvous_share"), raw.rendezvous_share, 0.0, 1.0)?;
+        check_range(&at("cache_tokens"), raw.cache_tokens as f64, 0.0, 1e9)?;
+        check_range(&at("bytes_per_token"), raw.bytes_per_token, 0.5, 64.0)?;
+        Ok(Self::unchecked(raw))
+    }
+
+    fn unchecked(raw: &RawPool) -> Self {
+        let uncached_tokens = raw.split.uncached_tokens;
+        Self {
+            engine: raw.engine,
+            split: match raw.split.mode {
+                SplitMode::Threshold => Split::Threshold { uncached_tokens },
+                SplitMode::Always => Split::Always,
+                SplitMode::Never => Split::Never,
+            },
+            on_prefill_failure: raw.on_prefill_failure,
+            prefill_attempts: raw.prefill_attempts,
+            prefill_timeout: Duration::from_millis(raw.prefill_timeout_ms),
+            alternates: raw.alternates,
+            cost: Cost { a: raw.cost.a_ms * 1e-3, b: raw.cost.b_us * 1e-6, c: raw.cost.c_ns * 1e-9 },
+            affinity_weight: raw.affinity_weight,
+            rendezvous_share: raw.rendezvous_share,
+            cache_tokens: raw.cache_tokens,
+            bytes_per_token: raw.bytes_per_token,
+        }
+    }
+}
+
+fn check_endpoints(raw: Vec<Map<String, Value>>) -> Result<Vec<Endpoint>, ConfigError> {
+    let mut endpoints = Vec::with_capacity(raw.len());
+    for (i, object) in raw.into_iter().enumerate() {
+        if let Some(key) = unknown_endpoint_key(&object) {
+            return Err(ConfigError::new(&format!("endpoints[{i}].{key}"), "unknown key"));
+        }
+        let endpoint: Endpoint = serde_json::from_value(Value::Object(object))
+            .map_err(|error| ConfigError::new(&format!("endpoints[{i}]"), error))?;
+        endpoints.push(endpoint);
+    }
+    let snapshot =
+        Snapshot { wire: WIRE_VERSION, epoch: String::new(), version: 1, base: None, endpoints, removed: Vec::new() };
+    snapshot.validate().map_err(|error: WireError| ConfigError::new("endpoints", error))?;
+    Ok(snapshot.endpoints)
+}
+
+fn check_name(key: &str, value: &str) -> Result<(), ConfigError> {
+    if value.is_empty() || value.len() > 512 || !value.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(ConfigError::new(key, "must be 1 to 512 visible ASCII characters"));
+    }
+    Ok(())
+}
+
+fn check_header_name(key: &str, value: &str) -> Result<(), ConfigError> {
+    let token = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    if value.is_empty() || value.len() > 128 || !value.bytes().all(token) {
+        return Err(ConfigError::new(key, "must be a header name in lower case"));
+    }
+    Ok(())
+}
+
+fn check_range(key: &str, value: f64, low: f64, high: f64) -> Result<(), ConfigError> {
+    if (low..=high).contains(&value) {
+        return Ok(());
+    }
+    Err(ConfigError::new(key, format_args!("must be between {low} and {high}, is {value}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(text: &str) -> String {
+        Config::parse(text.as_bytes()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn nothing_at_all_is_a_valid_configuration() {
+        let config = Config::parse(b"").unwrap();
+        assert_eq!(config, Config::parse(b"{}").unwrap());
+        assert_eq!(config.cluster, "engines");
+        assert!(config.trusts(PHASE_HEADER) && !config.trusts(PREFILLER_HEADER));
+        assert_eq!(config.pool("any").split, Split::Threshold { uncached_tokens: 256 });
+    }
+
+    #[test]
+    fn an_unnamed_pool_has_the_default_pools_policy() {
+        let config =
+            Config::parse(br#"{"pools":{"default":{"split":{"mode":"always"}},"x":{"alternates":0}}}"#).unwrap();
+        assert_eq!(config.pool("other").split, Split::Always);
+        assert_eq!(config.pool("x").alternates, 0);
+        assert_eq!(config.pool("x").split, Split::Threshold { uncached_tokens: 256 });
+    }
+
+    #[test]
+    fn what_is_refused_names_its_key() {
+        for (text, key) in [
+            (r#"{"clutser":"x"}"#, "clutser"),
+            (r#"{"cluster":""}"#, "cluster"),
+            (r#"{"cluster":1}"#, "line 1 column"),
+            (r#"{"pools":{"default":{"splt":{}}}}"#, "splt"),
+            (r#"{"pools":{"a":{"prefill_attempts":0}}}"#, "pools.a.prefill_attempts"),
+            (r#"{"pools":{"a":{"engine":"sglang"}}}"#, "pools.a.engine"),
+            (r#"{"control":{}}"#, "cluster"),
+            (r#"{"control":{"cluster":"c","wait_ms":1}}"#, "control.wait_ms"),
+            (r#"{"endpoints":[{"address":"10.0.0.1:1","role":"both","wieght":1}]}"#, "endpoints[0].wieght"),
+            (r#"{"endpoints":[{"address":"10.0.0.1:1","role":"both","weight":-1}]}"#, "weight"),
+            (r#"{"trusted_headers":["host"]}"#, "trusted_headers"),
+            (r#"{"destination_header":"X Y"}"#, "destination_header"),
+            (r#"{"prefix":{"block_bytes":1}}"#, "prefix.block_bytes"),
+            ("[]", "plugin configuration"),
+            ("{", "plugin configuration"),
+        ] {
+            let message = refused(text);
+            assert!(message.contains(key), "{text}: {message}");
+        }
+    }
+
+    #[test]
+    fn prefill_seconds_follow_the_formula() {
+        let cost = Config::parse(b"{}").unwrap().pool("default").cost;
+        let seconds = cost.seconds(8_000.0, 2_000.0);
+        assert!((seconds - (0.015 + 25e-6 * 6_000.0 + 5.24e-10 * 60e6)).abs() < 1e-9);
+        assert_eq!(cost.seconds(100.0, 500.0), cost.a);
+    }
+}

@@ -1,0 +1,113 @@
+//! Header maps as the proxy-wasm ABI serialises them, read in place.
+//!
+//! Layout (ABI 0.2.1, "serialized map", little endian): `u32` count, then per pair `u32` name length and `u32` value
+//! length, then per pair the name, NUL, the value, NUL. Names and values are any bytes but are never copied to be read.
+
+/// A header map in its serialised form: one allocation, whatever the number of headers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Headers {
+    wire: Vec<u8>,
+}
+
+impl Headers {
+    /// Takes the bytes that the host returned. Bytes that are not a whole map yield the pairs up to the break.
+    #[must_use]
+    pub fn from_wire(wire: Vec<u8>) -> Self {
+        Self { wire }
+    }
+
+    /// Serialises pairs.
+    pub fn from_pairs<'a, N, V>(pairs: impl IntoIterator<Item = (&'a N, &'a V)> + Clone) -> Self
+    where
+        N: AsRef<[u8]> + ?Sized + 'a,
+        V: AsRef<[u8]> + ?Sized + 'a,
+    {
+        let mut wire = vec![0; 4];
+        let mut count: u32 = 0;
+        for (name, value) in pairs.clone() {
+            wire.extend_from_slice(&length(name.as_ref()).to_le_bytes());
+            wire.extend_from_slice(&length(value.as_ref()).to_le_bytes());
+            count = count.saturating_add(1);
+        }
+        for (name, value) in pairs {
+            wire.extend_from_slice(name.as_ref());
+            wire.push(0);
+            wire.extend_from_slice(value.as_ref());
+            wire.push(0);
+        }
+        if let Some(head) = wire.get_mut(..4) {
+            head.copy_from_slice(&count.to_le_bytes());
+        }
+        Self { wire }
+    }
+
+    /// Pairs in the order in which they arrived.
+    pub fn iter(&self) -> Pairs<'_> {
+        let count = read_u32(&self.wire, 0).unwrap_or(0);
+        let lengths = (count as usize).saturating_mul(8).saturating_add(4);
+        Pairs { wire: &self.wire, left: count, lengths: 4, data: lengths }
+    }
+
+    /// First value of `name`, which must be in lower case (Envoy lower-cases names).
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&[u8]> {
+        self.iter().find(|(key, _)| *key == name.as_bytes()).map(|(_, value)| value)
+    }
+}
+
+/// Iterator over the pairs of [`Headers`].
+#[derive(Clone)]
+pub struct Pairs<'a> {
+    wire: &'a [u8],
+    left: u32,
+    lengths: usize,
+    data: usize,
+}
+
+impl<'a> Iterator for Pairs<'a> {
+    type Item = (&'a [u8], &'a [u8]);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.left = self.left.checked_sub(1)?;
+        let name_bytes = read_u32(self.wire, self.lengths)? as usize;
+        let value_bytes = read_u32(self.wire, self.lengths.checked_add(4)?)? as usize;
+        self.lengths = self.lengths.checked_add(8)?;
+        let name_end = self.data.checked_add(name_bytes)?;
+        let value_start = name_end.checked_add(1)?;
+        let value_end = value_start.checked_add(value_bytes)?;
+        let pair = (self.wire.get(self.data..name_end)?, self.wire.get(value_start..value_end)?);
+        self.data = value_end.checked_add(1)?;
+        Some(pair)
+    }
+}
+
+fn length(bytes: &[u8]) -> u32 {
+    u32::try_from(bytes.len()).unwrap_or(u32::MAX)
+}
+
+fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
+    let four = bytes.get(at..at.checked_add(4)?)?;
+    Some(u32::from_le_bytes(four.try_into().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn pairs_survive_in_order() {
+        let pairs: [(&[u8], &[u8]); 3] = [(b":path", b"/v1"), (b"x", b"\xff\0"), (b"empty", b"")];
+        let headers = Headers::from_pairs(pairs);
+        assert_eq!(headers.iter().collect::<Vec<_>>(), pairs);
+        assert_eq!(headers.get("x"), Some(&b"\xff\0"[..]));
+        assert_eq!(headers.get("y"), None);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_without_panic(bytes: Vec<u8>) {
+            prop_assert!(Headers::from_wire(bytes).iter().count() < 1_000_000);
+        }
+    }
+}

@@ -1,0 +1,418 @@
+//! Prefix index: which endpoint holds the KV cache of which prompt blocks, as far as our own routing tells.
+//!
+//! Per endpoint an LRU list of blocks, as long as the endpoint's real cache. A prompt's blocks are touched last block
+//! first, as vLLM frees them, so an endpoint that holds a block always holds every block before it: the length of a
+//! match is found by bisection.
+
+use hashbrown::HashTable;
+
+use crate::hash::BlockHash;
+
+/// Endpoint as the [table](crate::table) numbers it.
+pub type EndpointIndex = u32;
+
+/// Holders that a block remembers by name, newest first. Endpoints beyond them still match, when they are asked for.
+const RECENT_HOLDERS: usize = 4;
+/// Bytes that one (endpoint, block) pair takes: node, its slot in the table, and the block's entry at one holder.
+pub const BYTES_PER_ENTRY: usize = 24 + 8 + 48;
+/// Requests over which a block's share of requests is averaged.
+const SHARE_WINDOW: f32 = 1_000.0;
+/// No node.
+const NIL: u32 = u32::MAX;
+
+/// The index of one worker.
+#[derive(Debug)]
+pub struct PrefixIndex {
+    nodes: Vec<Node>,
+    free: Vec<u32>,
+    held: HashTable<u32>,
+    blocks: HashTable<Block>,
+    lists: Vec<List>,
+    max_nodes: usize,
+    requests: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Node {
+    hash: BlockHash,
+    endpoint: EndpointIndex,
+    newer: u32,
+    older: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Block {
+    hash: BlockHash,
+    recent: [EndpointIndex; RECENT_HOLDERS],
+    holders: u32,
+    seen: f32,
+    seen_at: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct List {
+    newest: u32,
+    oldest: u32,
+    len: usize,
+    capacity: usize,
+}
+
+const EMPTY: List = List { newest: NIL, oldest: NIL, len: 0, capacity: 0 };
+
+impl PrefixIndex {
+    /// An index of at most `bytes` bytes.
+    #[must_use]
+    pub fn new(bytes: usize) -> Self {
+        Self {
+            nodes: Vec::new(),
+            free: Vec::new(),
+            held: HashTable::new(),
+            blocks: HashTable::new(),
+            lists: Vec::new(),
+            max_nodes: (bytes / BYTES_PER_ENTRY).min(NIL as usize),
+            requests: 0,
+        }
+    }
+
+    /// (endpoint, block) pairs held.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.held.len()
+    }
+
+    /// Whether nothing is held.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.held.is_empty()
+    }
+
+    /// Bytes of memory in use, at most what [`new`](Self::new) was given (capacities are counted, not lengths).
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.len().saturating_mul(BYTES_PER_ENTRY)
+    }
+
+    /// Sets how many blocks an endpoint's cache holds; what is over is dropped, oldest first.
+    pub fn set_capacity(&mut self, endpoint: EndpointIndex, blocks: usize) {
+        let at = endpoint as usize;
+        if self.lists.len() <= at {
+            self.lists.resize(at.saturating_add(1), EMPTY);
+        }
+        if let Some(list) = self.lists.get_mut(at) {
+            list.capacity = blocks;
+        }
+        while self.list(endpoint).is_some_and(|list| list.len > blocks) {
+            self.drop_oldest(endpoint);
+        }
+    }
+
+    /// Forgets an endpoint.
+    pub fn remove_endpoint(&mut self, endpoint: EndpointIndex) {
+        self.set_capacity(endpoint, 0);
+    }
+
+    /// Leading blocks that `endpoint` holds.
+    #[must_use]
+    pub fn matched(&self, endpoint: EndpointIndex, blocks: &[BlockHash]) -> usize {
+        blocks.partition_point(|block| self.node_of(*block, endpoint).is_some())
+    }
+
+    /// Endpoints that hold the most leading blocks, longest match first, at most `limit`, as far as blocks remember.
+    #[must_use]
+    pub fn holders(&self, blocks: &[BlockHash], limit: usize) -> Vec<EndpointIndex> {
+        let known = blocks.partition_point(|block| self.block_of(*block).is_some());
+        let mut holders = Vec::with_capacity(limit);
+        for hash in blocks.iter().take(known).rev() {
+            let Some(block) = self.block_of(*hash) else { continue };
+            for endpoint in block.recent.iter().copied().filter(|endpoint| *endpoint != NIL) {
+                if holders.len() < limit && !holders.contains(&endpoint) {
+                    holders.push(endpoint);
+                }
+            }
+            // Once every holder of this block is listed, the blocks before it add nothing but shorter matches.
+            if holders.len() >= limit {
+                break;
+            }
+        }
+        holders
+    }
+
+    /// Whether anybody holds this block.
+    #[must_use]
+    pub fn knows(&self, block: BlockHash) -> bool {
+        self.block_of(block).is_some()
+    }
+
+    /// Records that `endpoint` now holds these blocks.
+    pub fn insert(&mut self, endpoint: EndpointIndex, blocks: &[BlockHash]) {
+        let room = self.max_nodes.checked_div(self.lists.len()).unwrap_or(0);
+        let Some(capacity) = self.list(endpoint).map(|list| list.capacity.min(room)) else { return };
+        for hash in blocks.iter().take(capacity).rev() {
+            match self.node_of(*hash, endpoint) {
+                Some(node) => self.unlink(node),
+                None => {
+                    while self.list(endpoint).is_some_and(|list| list.len >= capacity) {
+                        self.drop_oldest(endpoint);
+                    }
+                    self.add_node(*hash, endpoint);
+                }
+            }
+            if let Some(node) = self.node_of(*hash, endpoint) {
+                self.link_newest(node);
+            }
+        }
+    }
+
+    /// Counts one request and returns its first block that is not hot: the block that says who should hold the prompt.
+    /// `None` when every block is hot, or there is none.
+    ///
+    /// Hot blocks (a shared system prompt) stand in more than `hot_share` of recent requests. A block is in at least as
+    /// many requests as any block behind it, so counting up to the first that is not hot is enough.
+    pub fn distinctive(&mut self, blocks: &[BlockHash], hot_share: f64) -> Option<BlockHash> {
+        self.requests = self.requests.wrapping_add(1);
+        let now = self.requests;
+        for hash in blocks {
+            let Ok(mut entry) = self.blocks.find_entry(hash.0, |block| block.hash == *hash) else { return Some(*hash) };
+            let block = entry.get_mut();
+            let age = now.wrapping_sub(block.seen_at) as f32;
+            block.seen = block.seen * (-age / SHARE_WINDOW).exp() + 1.0;
+            block.seen_at = now;
+            if f64::from(block.seen / SHARE_WINDOW) <= hot_share {
+                return Some(*hash);
+            }
+        }
+        None
+    }
+
+    fn list(&self, endpoint: EndpointIndex) -> Option<&List> {
+        self.lists.get(endpoint as usize)
+    }
+
+    fn node_of(&self, hash: BlockHash, endpoint: EndpointIndex) -> Option<u32> {
+        let nodes = &self.nodes;
+        let held = |at: &u32| nodes.get(*at as usize).is_some_and(|n| n.hash == hash && n.endpoint == endpoint);
+        self.held.find(pair_hash(hash, endpoint), held).copied()
+    }
+
+    fn block_of(&self, hash: BlockHash) -> Option<&Block> {
+        self.blocks.find(hash.0, |block| block.hash == hash)
+    }
+
+    fn add_node(&mut self, hash: BlockHash, endpoint: EndpointIndex) {
+        let node = Node { hash, endpoint, newer: NIL, older: NIL };
+        let at = match self.free.pop() {
+            Some(at) => at,
+            None => {
+                let Ok(at) = u32::try_from(self.nodes.len()) else { return };
+                self.nodes.push(node);
+                at
+            }
+        };
+        if let Some(slot) = self.nodes.get_mut(at as usize) {
+            *slot = node;
+        }
+        let nodes = &self.nodes;
+        self.held.insert_unique(pair_hash(hash, endpoint), at, |at| {
+            nodes.get(*at as usize).map_or(0, |node| pair_hash(node.hash, node.endpoint))
+        });
+        let fresh = Block { hash, recent: [NIL; RECENT_HOLDERS], holders: 0, seen: 1.0, seen_at: self.requests };
+        let mut entry = self.blocks.entry(hash.0, |block| block.hash == hash, |block| block.hash.0).or_insert(fresh);
+        let block = entry.get_mut();
+        block.holders = block.holders.saturating_add(1);
+        block.recent.rotate_right(1);
+        if let Some(newest) = block.recent.first_mut() {
+            *newest = endpoint;
+        }
+    }
+
+    fn drop_oldest(&mut self, endpoint: EndpointIndex) {
+        let Some(at) = self.list(endpoint).map(|list| list.oldest) else { return };
+        let Some(node) = self.nodes.get(at as usize).copied() else { return };
+        self.unlink(at);
+        if let Ok(entry) = self.held.find_entry(pair_hash(node.hash, endpoint), |held| *held == at) {
+            entry.remove();
+        }
+        self.free.push(at);
+        if let Ok(mut entry) = self.blocks.find_entry(node.hash.0, |block| block.hash == node.hash) {
+            let block = entry.get_mut();
+            block.holders = block.holders.saturating_sub(1);
+            for recent in &mut block.recent {
+                if *recent == endpoint {
+                    *recent = NIL;
+                }
+            }
+            if block.holders == 0 {
+                entry.remove();
+            }
+        }
+    }
+
+    fn unlink(&mut self, at: u32) {
+        let Some(node) = self.nodes.get(at as usize).copied() else { return };
+        if let Some(newer) = self.nodes.get_mut(node.newer as usize) {
+            newer.older = node.older;
+        }
+        if let Some(older) = self.nodes.get_mut(node.older as usize) {
+            older.newer = node.newer;
+        }
+        if let Some(list) = self.lists.get_mut(node.endpoint as usize) {
+            if list.newest == at {
+                list.newest = node.older;
+            }
+            if list.oldest == at {
+                list.oldest = node.newer;
+            }
+            list.len = list.len.saturating_sub(1);
+        }
+    }
+
+    fn link_newest(&mut self, at: u32) {
+        let Some(endpoint) = self.nodes.get(at as usize).map(|node| node.endpoint) else { return };
+        let Some(list) = self.lists.get_mut(endpoint as usize) else { return };
+        let second = list.newest;
+        list.newest = at;
+        if list.oldest == NIL {
+            list.oldest = at;
+        }
+        list.len = list.len.saturating_add(1);
+        if let Some(node) = self.nodes.get_mut(at as usize) {
+            node.newer = NIL;
+            node.older = second;
+        }
+        if let Some(node) = self.nodes.get_mut(second as usize) {
+            node.newer = at;
+        }
+    }
+}
+
+/// Hash of an (endpoint, block) pair. Block hashes are well mixed, so one multiplication spreads the endpoint.
+fn pair_hash(hash: BlockHash, endpoint: EndpointIndex) -> u64 {
+    hash.0 ^ u64::from(endpoint).wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::{HashMap, VecDeque};
+
+    fn chain(id: u64, len: u64) -> Vec<BlockHash> {
+        (0..len).map(|i| BlockHash((id * 1_000 + i).wrapping_mul(0x9e37_79b9_7f4a_7c15))).collect()
+    }
+
+    fn index(endpoints: u32, capacity: usize) -> PrefixIndex {
+        let mut index = PrefixIndex::new(1 << 20);
+        for endpoint in 0..endpoints {
+            index.set_capacity(endpoint, capacity);
+        }
+        index
+    }
+
+    #[test]
+    fn a_longer_prompt_matches_what_its_prefix_left() {
+        let mut index = index(2, 100);
+        index.insert(1, &chain(1, 4));
+        assert_eq!(index.matched(1, &chain(1, 9)), 4);
+        assert_eq!(index.matched(0, &chain(1, 9)), 0);
+        assert_eq!(index.holders(&chain(1, 9), 8), [1]);
+        assert_eq!(index.matched(7, &chain(1, 9)), 0, "an endpoint that was never added holds nothing");
+    }
+
+    #[test]
+    fn a_full_cache_forgets_its_oldest_prompts_tail_first() {
+        let mut index = index(1, 6);
+        index.insert(0, &chain(1, 4));
+        index.insert(0, &chain(2, 4));
+        assert_eq!(index.matched(0, &chain(2, 4)), 4);
+        assert_eq!(index.matched(0, &chain(1, 4)), 2);
+        index.insert(0, &chain(3, 10));
+        assert_eq!(index.matched(0, &chain(3, 10)), 6, "a prompt longer than the cache keeps its front");
+        assert_eq!(index.len(), 6);
+    }
+
+    #[test]
+    fn the_longest_match_comes_first_among_holders() {
+        let mut index = index(3, 100);
+        index.insert(0, &chain(1, 2));
+        index.insert(1, &chain(1, 8));
+        index.insert(2, &chain(1, 5));
+        assert_eq!(index.holders(&chain(1, 8), 8), [1, 2, 0]);
+        assert_eq!(index.holders(&chain(1, 8), 2), [1, 2]);
+    }
+
+    #[test]
+    fn a_removed_endpoint_leaves_nothing_behind() {
+        let mut index = index(2, 100);
+        index.insert(0, &chain(1, 8));
+        index.insert(1, &chain(1, 3));
+        index.remove_endpoint(0);
+        assert_eq!(index.len(), 3);
+        assert_eq!(index.holders(&chain(1, 8), 8), [1]);
+        index.insert(0, &chain(2, 8));
+        assert_eq!(index.len(), 3, "it takes nothing until it has a capacity again");
+    }
+
+    #[test]
+    fn memory_stays_within_its_bound() {
+        let mut index = PrefixIndex::new(100 * BYTES_PER_ENTRY);
+        for endpoint in 0..4 {
+            index.set_capacity(endpoint, 1_000_000);
+        }
+        for id in 0..50 {
+            index.insert((id % 4) as u32, &chain(id, 40));
+        }
+        assert!(index.len() <= 100, "{}", index.len());
+        assert!(index.nodes.len() <= 100);
+    }
+
+    #[test]
+    fn a_shared_system_prompt_becomes_hot_and_says_nothing() {
+        let mut index = index(1, 10_000);
+        let prompt = |id: u64| [chain(999, 2), chain(id, 2)].concat();
+        assert_eq!(index.distinctive(&prompt(0), 0.02), Some(chain(999, 2)[0]));
+        for id in 0..100 {
+            index.insert(0, &prompt(id));
+            index.distinctive(&prompt(id), 0.02);
+        }
+        assert_eq!(index.distinctive(&prompt(7), 0.02), Some(chain(7, 2)[0]));
+        assert_eq!(index.distinctive(&chain(999, 2), 0.02), None);
+    }
+
+    /// What the index must equal: per endpoint a queue of blocks, oldest first.
+    #[derive(Default)]
+    struct Oracle(HashMap<u32, VecDeque<BlockHash>>);
+
+    impl Oracle {
+        fn insert(&mut self, endpoint: u32, blocks: &[BlockHash], capacity: usize) {
+            let queue = self.0.entry(endpoint).or_default();
+            for block in blocks.iter().take(capacity).rev() {
+                if let Some(at) = queue.iter().position(|held| held == block) {
+                    queue.remove(at);
+                } else if queue.len() >= capacity {
+                    queue.pop_front();
+                }
+                queue.push_back(*block);
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn equals_a_plain_lru_per_endpoint(inserts in prop::collection::vec((0_u32..3, 0_u64..6, 1_u64..12, 0_u64..4), 1..60)) {
+            let mut index = index(3, 20);
+            let mut oracle = Oracle::default();
+            for (endpoint, id, len, fork) in inserts {
+                let blocks = [chain(id, len.min(4)), chain(100 + id * 10 + fork, len.saturating_sub(4))].concat();
+                index.insert(endpoint, &blocks);
+                oracle.insert(endpoint, &blocks, 20);
+                for endpoint in 0..3 {
+                    let held = oracle.0.get(&endpoint);
+                    let matched = blocks.iter().take_while(|block| held.is_some_and(|held| held.contains(block))).count();
+                    prop_assert_eq!(index.matched(endpoint, &blocks), matched);
+                    prop_assert_eq!(index.list(endpoint).unwrap().len, held.map_or(0, VecDeque::len));
+                }
+                prop_assert_eq!(index.len(), oracle.0.values().map(VecDeque::len).sum::<usize>());
+            }
+        }
+    }
+}

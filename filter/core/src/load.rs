@@ -1,0 +1,254 @@
+//! What we know to be in flight at one endpoint: the ledger's entry for it.
+
+use core::time::Duration;
+use std::collections::VecDeque;
+
+/// Prefill work in flight, oldest first, in seconds of the endpoint's time.
+#[derive(Clone, Debug, Default)]
+pub struct PrefillQueue {
+    jobs: VecDeque<Job>,
+    head_since: Duration,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Job {
+    id: u64,
+    seconds: f64,
+    expires: Duration,
+}
+
+impl PrefillQueue {
+    /// Adds a leg of `seconds`; it counts until [`remove`](Self::remove), or at the latest until `expires`.
+    pub fn add(&mut self, id: u64, seconds: f64, now: Duration, expires: Duration) {
+        if self.jobs.is_empty() {
+            self.head_since = now;
+        }
+        self.jobs.push_back(Job { id, seconds, expires });
+    }
+
+    /// Removes a leg that ended; `false` when it is not there (any more).
+    pub fn remove(&mut self, id: u64, now: Duration) -> bool {
+        let Some(at) = self.jobs.iter().position(|job| job.id == id) else { return false };
+        if at == 0 {
+            self.head_since = now;
+        }
+        self.jobs.remove(at).is_some()
+    }
+
+    /// The client of this leg is gone and its answer will not be seen, but the endpoint goes on computing: it counts
+    /// until the queue as we know it would have reached its end.
+    pub fn abandon(&mut self, id: u64, now: Duration) {
+        let mut left = -self.progress(now);
+        for job in &mut self.jobs {
+            left += job.seconds;
+            if job.id == id {
+                job.expires = job.expires.min(now.saturating_add(seconds(left)));
+                return;
+            }
+        }
+    }
+
+    /// Drops what has expired.
+    pub fn prune(&mut self, now: Duration) {
+        let head = self.jobs.front().map(|job| job.id);
+        self.jobs.retain(|job| job.expires > now);
+        if self.jobs.front().map(|job| job.id) != head {
+            self.head_since = now;
+        }
+    }
+
+    /// `W`: seconds of work in flight minus the progress of the head.
+    #[must_use]
+    pub fn work(&self, now: Duration) -> f64 {
+        if self.jobs.is_empty() {
+            return 0.0;
+        }
+        self.jobs.iter().map(|job| job.seconds).sum::<f64>() - self.progress(now)
+    }
+
+    /// Legs in flight.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.jobs.len()
+    }
+
+    /// Whether nothing is in flight.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.jobs.is_empty()
+    }
+
+    fn progress(&self, now: Duration) -> f64 {
+        let Some(head) = self.jobs.front() else { return 0.0 };
+        now.saturating_sub(self.head_since).as_secs_f64().min(head.seconds)
+    }
+}
+
+/// Decode work in flight.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DecodeLoad {
+    /// KV tokens assigned: prompts and expected output of the requests in flight.
+    pub tokens: u64,
+    /// Requests in flight.
+    pub requests: u32,
+}
+
+impl DecodeLoad {
+    /// A request was sent here.
+    pub fn add(&mut self, tokens: u64) {
+        self.tokens = self.tokens.saturating_add(tokens);
+        self.requests = self.requests.saturating_add(1);
+    }
+
+    /// A request that was [added](Self::add) with the same `tokens` ended.
+    pub fn remove(&mut self, tokens: u64) {
+        self.tokens = self.tokens.saturating_sub(tokens);
+        self.requests = self.requests.saturating_sub(1);
+    }
+}
+
+/// Whether an endpoint answered lately.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Health {
+    failures: u32,
+    out_until: Duration,
+    probing: bool,
+}
+
+/// First pause after a failure; each further one doubles it up to [`MAX_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+/// Longest pause: a healed endpoint is back within this time and one probe.
+const MAX_PAUSE: Duration = Duration::from_secs(5);
+
+impl Health {
+    /// Whether the endpoint may get a request: it is healthy, or its pause is over and no probe is under way.
+    #[must_use]
+    pub fn is_usable(&self, now: Duration) -> bool {
+        self.failures == 0 || (now >= self.out_until && !self.probing)
+    }
+
+    /// A request goes to the endpoint: after a failure it is the probe, and others wait for its end.
+    pub fn sent(&mut self, now: Duration) {
+        if self.failures > 0 {
+            self.probing = true;
+            // A probe whose end is never told (its client left) counts as over after the longest pause.
+            self.out_until = now;
+        }
+    }
+
+    /// The endpoint could not be reached, reset the connection or answered that it is broken.
+    pub fn failed(&mut self, now: Duration) {
+        let pause = FIRST_PAUSE.saturating_mul(1_u32.checked_shl(self.failures.min(8)).unwrap_or(1)).min(MAX_PAUSE);
+        self.failures = self.failures.saturating_add(1);
+        self.out_until = now.saturating_add(pause);
+        self.probing = false;
+    }
+
+    /// The endpoint answered.
+    pub fn answered(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Ends a probe that nobody reported on.
+    pub fn prune(&mut self, now: Duration) {
+        if self.probing && now.saturating_sub(self.out_until) > MAX_PAUSE {
+            self.probing = false;
+        }
+    }
+
+    /// Whether the last thing known is a failure.
+    #[must_use]
+    pub fn is_failing(&self) -> bool {
+        self.failures > 0
+    }
+}
+
+fn seconds(value: f64) -> Duration {
+    Duration::try_from_secs_f64(value.max(0.0)).unwrap_or(Duration::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FAR: Duration = Duration::from_secs(60);
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    #[test]
+    fn work_is_what_is_in_flight_minus_the_heads_progress() {
+        let mut queue = PrefillQueue::default();
+        queue.add(1, 2.0, ms(0), FAR);
+        queue.add(2, 3.0, ms(500), FAR);
+        assert_eq!(queue.work(ms(1_000)), 4.0);
+        assert_eq!(queue.work(ms(9_000)), 3.0, "an overdue head makes no more progress than its length");
+        assert!(queue.remove(1, ms(9_000)));
+        assert_eq!(queue.work(ms(10_000)), 2.0);
+        assert!(!queue.remove(1, ms(10_000)));
+        assert!(queue.remove(2, ms(10_000)));
+        assert_eq!(queue.work(ms(10_000)), 0.0);
+    }
+
+    #[test]
+    fn an_abandoned_leg_counts_until_the_endpoint_must_be_through_with_it() {
+        let mut queue = PrefillQueue::default();
+        queue.add(1, 1.0, ms(0), FAR);
+        queue.add(2, 1.0, ms(0), FAR);
+        queue.abandon(2, ms(500));
+        queue.prune(ms(1_900));
+        assert_eq!(queue.len(), 2);
+        queue.prune(ms(2_000));
+        assert_eq!(queue.len(), 1);
+        queue.prune(FAR);
+        assert!(queue.is_empty());
+    }
+
+    #[test]
+    fn decode_load_returns_to_zero() {
+        let mut load = DecodeLoad::default();
+        load.add(10);
+        load.add(u64::MAX);
+        load.remove(u64::MAX);
+        load.remove(10);
+        assert_eq!(load, DecodeLoad::default());
+    }
+
+    #[test]
+    fn a_failing_endpoint_pauses_is_probed_once_and_returns() {
+        let mut health = Health::default();
+        assert!(health.is_usable(ms(0)));
+        health.failed(ms(0));
+        assert!(!health.is_usable(ms(499)));
+        assert!(health.is_usable(ms(500)));
+        health.sent(ms(500));
+        assert!(!health.is_usable(ms(501)), "one probe at a time");
+        health.failed(ms(510));
+        assert!(!health.is_usable(ms(1_509)));
+        assert!(health.is_usable(ms(1_510)));
+        health.sent(ms(1_510));
+        health.answered();
+        assert_eq!(health, Health::default());
+    }
+
+    #[test]
+    fn a_probe_without_an_end_does_not_lock_an_endpoint_out() {
+        let mut health = Health::default();
+        health.failed(ms(0));
+        health.sent(ms(600));
+        health.prune(ms(700));
+        assert!(!health.is_usable(ms(700)));
+        health.prune(ms(6_000));
+        assert!(health.is_usable(ms(6_000)));
+    }
+
+    #[test]
+    fn pauses_grow_to_a_bound() {
+        let mut health = Health::default();
+        for _ in 0..100 {
+            health.failed(ms(0));
+        }
+        assert!(health.is_usable(MAX_PAUSE));
+    }
+}

@@ -1,0 +1,203 @@
+//! Names and help texts of everything the filter counts, and the counts that wait to be told to Envoy.
+//!
+//! The ABI knows no labels, so a tag stands in the name: `name;tag=value`. `stats_tags` in Envoy's bootstrap make it a
+//! label again (see `envoy/local.yaml`). Counts are kept in the worker and flushed at its tick: a request pays for an
+//! addition, not for a host call each.
+
+/// What Envoy calls the kind of a metric.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Only grows.
+    Counter,
+    /// Goes up and down; workers add their changes, so the value is the sum over workers.
+    Gauge,
+    /// Distribution of values.
+    Histogram,
+}
+
+macro_rules! metrics {
+    ($($variant:ident $kind:ident $name:literal $help:literal,)*) => {
+        /// Everything the filter counts.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Metric {
+            $(#[doc = $help] $variant,)*
+        }
+
+        impl Metric {
+            /// All of them, in the order of their numbers.
+            pub const ALL: &[Self] = &[$(Self::$variant,)*];
+
+            /// Name, with tags.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name,)* }
+            }
+
+            /// One line for an operator.
+            #[must_use]
+            pub const fn help(self) -> &'static str {
+                match self { $(Self::$variant => $help,)* }
+            }
+
+            /// Kind.
+            #[must_use]
+            pub const fn kind(self) -> Kind {
+                match self { $(Self::$variant => Kind::$kind,)* }
+            }
+        }
+    };
+}
+
+metrics! {
+    RequestsSplit Counter "pd_requests_total;decision=split" "Requests that ran a prefill leg and a decode leg",
+    RequestsDecodeOnly Counter "pd_requests_total;decision=decode_only" "Requests that a decode endpoint served whole",
+    RequestsPrefillOnly Counter "pd_requests_total;decision=prefill_only" "Requests that were marked as prefill work",
+    RequestsPassed Counter "pd_requests_total;decision=passed" "Requests without a prompt, sent to any endpoint",
+    RequestsRejected Counter "pd_requests_total;decision=rejected" "Requests answered by the filter with an error",
+    PromptTokens Counter "pd_prompt_tokens_total" "Prompt tokens, estimated from bytes",
+    MatchedTokens Counter "pd_matched_tokens_total" "Prompt tokens that the index held at the endpoint that computed the prompt",
+    PrefillOk Counter "pd_prefill_legs_total;result=ok" "Prefill legs answered with 200",
+    PrefillRefused Counter "pd_prefill_legs_total;result=unreachable" "Prefill legs that reached no endpoint, were reset or timed out",
+    PrefillServerError Counter "pd_prefill_legs_total;result=server_error" "Prefill legs answered with 5xx or 429",
+    PrefillClientError Counter "pd_prefill_legs_total;result=client_error" "Prefill legs answered with another status, passed on to the client",
+    PrefillRetries Counter "pd_prefill_retries_total" "Prefill legs run again on another endpoint",
+    PrefillGivenUp Counter "pd_prefill_given_up_total" "Requests whose prefill failed on every endpoint tried",
+    PrefillMs Histogram "pd_prefill_ms" "Milliseconds from the first prefill leg to the decode leg",
+    KvMissing Counter "pd_kv_missing_total" "Prefill answers without usable KV parameters: the prompt was computed twice",
+    KvStranded Counter "pd_kv_stranded_total" "Clients that left between the legs: KV blocks stay pinned until the engine's lease ends",
+    DecodeMoved Counter "pd_decode_moved_total" "Requests that Envoy's retry moved to an alternate decode endpoint",
+    DecodeUnanswered Counter "pd_decode_unanswered_total" "Requests that no decode endpoint answered",
+    PrefillInFlight Gauge "pd_prefill_in_flight" "Prefill legs in flight",
+    DecodeInFlight Gauge "pd_decode_in_flight" "Requests in flight at decode endpoints",
+    DecodeTokensInFlight Gauge "pd_decode_tokens_in_flight" "KV tokens assigned to decode endpoints",
+    HeadersStripped Counter "pd_headers_stripped_total" "Client headers of ours that were removed",
+    HintsIgnored Counter "pd_hints_ignored_total" "Trusted headers that named an endpoint which is not in the list",
+    Polls200 Counter "pd_polls_total;result=changed" "Polls that pd-control answered with a snapshot",
+    Polls304 Counter "pd_polls_total;result=unchanged" "Polls that pd-control answered with 304",
+    PollsFailed Counter "pd_polls_total;result=failed" "Polls without a usable answer",
+    SnapshotsApplied Counter "pd_snapshots_total;result=applied" "Snapshots applied, per worker",
+    SnapshotsRefused Counter "pd_snapshots_total;result=refused" "Snapshots refused as malformed or empty; the last good list stays",
+    ConfigAccepted Counter "pd_configs_total;result=accepted" "Plugin configurations accepted, per worker",
+    ConfigRefused Counter "pd_configs_total;result=refused" "Plugin configurations refused, per worker; the last good one stays in force",
+    HostErrors Counter "pd_host_errors_total" "Host calls that failed where none should",
+}
+
+/// Values that a worker sets as they are, not as changes: every worker knows the same ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Level {
+    /// Endpoints in the list.
+    Endpoints,
+    /// Version of the list, within its epoch.
+    ListVersion,
+    /// Milliseconds since `pd-control` last answered; grows while it is away and the last good list serves.
+    ListAgeMs,
+}
+
+impl Level {
+    /// All of them, in the order of their numbers.
+    pub const ALL: &[Self] = &[Self::Endpoints, Self::ListVersion, Self::ListAgeMs];
+
+    /// Name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Endpoints => "pd_endpoints",
+            Self::ListVersion => "pd_list_version",
+            Self::ListAgeMs => "pd_list_age_ms",
+        }
+    }
+
+    /// One line for an operator.
+    #[must_use]
+    pub const fn help(self) -> &'static str {
+        match self {
+            Self::Endpoints => "Endpoints in the list in force",
+            Self::ListVersion => "Version of the list in force",
+            Self::ListAgeMs => "Milliseconds since pd-control last answered; the last good list serves meanwhile",
+        }
+    }
+}
+
+/// Counts that wait for the next flush.
+#[derive(Debug)]
+pub struct Counts {
+    deltas: Vec<i64>,
+    samples: Vec<(Metric, u64)>,
+}
+
+/// Histogram samples kept between two flushes; more are dropped, the distribution hardly changes.
+const MAX_SAMPLES: usize = 1_024;
+
+impl Default for Counts {
+    fn default() -> Self {
+        Self { deltas: vec![0; Metric::ALL.len()], samples: Vec::new() }
+    }
+}
+
+impl Counts {
+    /// Adds to a counter or gauge.
+    pub fn add(&mut self, metric: Metric, delta: i64) {
+        if let Some(sum) = self.deltas.get_mut(metric as usize) {
+            *sum = sum.saturating_add(delta);
+        }
+    }
+
+    /// Counts one.
+    pub fn count(&mut self, metric: Metric) {
+        self.add(metric, 1);
+    }
+
+    /// Records a value of a histogram.
+    pub fn record(&mut self, metric: Metric, value: u64) {
+        if self.samples.len() < MAX_SAMPLES {
+            self.samples.push((metric, value));
+        }
+    }
+
+    /// What waits for one counter or gauge.
+    #[must_use]
+    pub fn pending(&self, metric: Metric) -> i64 {
+        self.deltas.get(metric as usize).copied().unwrap_or(0)
+    }
+
+    /// Hands out and forgets everything that waits; for histograms the number is the value.
+    pub fn flush(&mut self, mut emit: impl FnMut(Metric, i64)) {
+        for (metric, delta) in Metric::ALL.iter().zip(&mut self.deltas) {
+            if *delta != 0 {
+                emit(*metric, core::mem::take(delta));
+            }
+        }
+        for (metric, value) in self.samples.drain(..) {
+            emit(metric, i64::try_from(value).unwrap_or(i64::MAX));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_kinds_agree_with_them() {
+        let mut names: Vec<_> = Metric::ALL.iter().map(|metric| metric.name()).collect();
+        for metric in Metric::ALL {
+            let counts = metric.name().split(';').next().is_some_and(|name| name.ends_with("_total"));
+            assert_eq!(counts, metric.kind() == Kind::Counter, "{}", metric.name());
+        }
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), Metric::ALL.len());
+    }
+
+    #[test]
+    fn a_flush_empties_the_counts() {
+        let mut counts = Counts::default();
+        counts.count(Metric::PrefillOk);
+        counts.add(Metric::DecodeInFlight, -2);
+        counts.record(Metric::PrefillMs, 7);
+        let mut seen = Vec::new();
+        counts.flush(|metric, delta| seen.push((metric, delta)));
+        assert_eq!(seen, [(Metric::PrefillOk, 1), (Metric::DecodeInFlight, -2), (Metric::PrefillMs, 7)]);
+        counts.flush(|_, _| panic!("nothing is left"));
+    }
+}

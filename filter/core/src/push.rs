@@ -1,0 +1,451 @@
+//! How the endpoint list reaches every worker of an Envoy.
+//!
+//! One worker holds a lease in shared data and keeps one long poll at `pd-control` open. What it learns it applies, puts
+//! into shared data and announces by a counter that is process-wide; every worker reads that counter before it decides
+//! (90 ns) and fetches the list when it has moved. So a change is in force for the next request on any worker.
+
+use core::time::Duration;
+
+use crate::config::Control;
+use crate::metrics::{Level, Metric};
+use crate::table::Applied;
+use crate::wire::{Snapshot, WATCH_PATH, WireError};
+use crate::worker::Worker;
+
+/// How often the shell must call [`Push::tick`].
+pub const TICK: Duration = Duration::from_millis(200);
+/// How long a lease lasts without renewal: a few ticks, so that a worker that died is replaced within a second or two.
+const LEASE: Duration = Duration::from_millis(1_000);
+/// Pause after a failed poll; each further failure doubles it up to [`MAX_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// Longest pause between polls: a restarted `pd-control` is found within it.
+const MAX_PAUSE: Duration = Duration::from_secs(1);
+/// Time beyond `wait` that a poll may take.
+const GRACE: Duration = Duration::from_secs(5);
+
+const LEASE_KEY: &str = "pd/lease";
+const LIST_KEY: &str = "pd/list";
+const WORKERS_KEY: &str = "pd/workers";
+
+/// Data that the workers of one Envoy share.
+pub trait Shared {
+    /// Value and version of a key.
+    fn get(&self, key: &str) -> Option<(Vec<u8>, u32)>;
+    /// Writes a key, when its version is still `version` (`None`: whatever is there); whether it did.
+    fn set(&self, key: &str, value: &[u8], version: Option<u32>) -> bool;
+    /// How many lists have been announced.
+    fn announced(&self) -> u64;
+    /// Announces a list.
+    fn announce(&self);
+}
+
+/// A long poll to start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Poll {
+    /// Envoy cluster.
+    pub cluster: String,
+    /// `:authority`.
+    pub authority: String,
+    /// `:path`.
+    pub path: String,
+    /// Time limit.
+    pub timeout: Duration,
+}
+
+/// What came of an event, for the log.
+#[derive(Clone, Debug, PartialEq)]
+pub enum News {
+    /// A list is in force.
+    Applied,
+    /// A list was refused; the last good one stays in force.
+    Refused(WireError),
+    /// `pd-control` sent an empty list; the last good one stays in force.
+    Empty,
+    /// `pd-control` does not answer (any more).
+    Lost,
+    /// `pd-control` answers again.
+    Found,
+}
+
+/// One worker's part in the push.
+#[derive(Debug, Default)]
+pub struct Push {
+    id: u64,
+    control: Option<Control>,
+    /// Announcements seen; `None` before the first look.
+    seen: Option<u64>,
+    /// List that the last answer brought: what the next poll asks to be told changes of.
+    at: (String, u64),
+    polling: bool,
+    holds_lease: bool,
+    failures: u32,
+    next_poll: Duration,
+    last_answer: Duration,
+}
+
+impl Push {
+    /// Starts over with a configuration's `control`.
+    pub fn configure(&mut self, control: Option<Control>, shared: &impl Shared, now: Duration) {
+        let id = if self.id == 0 { next_worker_id(shared) } else { self.id };
+        let polling = self.polling;
+        *self = Self { id, control, polling, last_answer: now, ..Self::default() };
+    }
+
+    /// A number that no other worker of this Envoy has had.
+    #[must_use]
+    pub fn worker_id(&self) -> u64 {
+        self.id
+    }
+
+    /// Takes over a list that another worker announced. Call it before every decision.
+    pub fn catch_up(&mut self, worker: &mut Worker, shared: &impl Shared) -> Option<News> {
+        let announced = shared.announced();
+        if self.control.is_none() || self.seen == Some(announced) {
+            return None;
+        }
+        self.seen = Some(announced);
+        let (list, _) = shared.get(LIST_KEY)?;
+        match worker.apply(&list) {
+            Ok(Applied::Changed) => Some(News::Applied),
+            Ok(_) => None,
+            Err(error) => Some(News::Refused(error)),
+        }
+    }
+
+    /// Call it every [`TICK`].
+    pub fn tick(&mut self, shared: &impl Shared, now: Duration) -> Option<Poll> {
+        self.holds_lease = self.control.is_some() && self.take_lease(shared, now);
+        self.next_poll(now)
+    }
+
+    /// Levels to set at a tick.
+    #[must_use]
+    pub fn levels(&self, worker: &Worker, now: Duration) -> Vec<(Level, u64)> {
+        let mut levels =
+            vec![(Level::Endpoints, worker.table.len() as u64), (Level::ListVersion, worker.table.version().1)];
+        if self.holds_lease {
+            let age = now.saturating_sub(self.last_answer).as_millis();
+            levels.push((Level::ListAgeMs, u64::try_from(age).unwrap_or(u64::MAX)));
+        }
+        levels
+    }
+
+    /// The poll could not be started.
+    pub fn not_started(&mut self, worker: &mut Worker, now: Duration) -> Option<News> {
+        self.polling = false;
+        self.failed(worker, now)
+    }
+
+    /// The poll was answered; `status` is `None` when there is no answer. Returns the next poll to start at once.
+    pub fn answered(
+        &mut self,
+        worker: &mut Worker,
+        shared: &impl Shared,
+        status: Option<u16>,
+        body: &[u8],
+        now: Duration,
+    ) -> (Option<Poll>, Option<News>) {
+        self.polling = false;
+        let news = match status {
+            Some(200) => self.take_list(worker, shared, body, now),
+            Some(304) => {
+                worker.counts.count(Metric::Polls304);
+                self.succeeded(now)
+            }
+            _ => self.failed(worker, now),
+        };
+        (self.next_poll(now), news)
+    }
+
+    fn take_list(&mut self, worker: &mut Worker, shared: &impl Shared, body: &[u8], now: Duration) -> Option<News> {
+        let applied = worker.apply(body);
+        let found = match &applied {
+            Ok(_) => {
+                worker.counts.count(Metric::Polls200);
+                self.succeeded(now)
+            }
+            Err(_) => {
+                self.failed(worker, now);
+                None
+            }
+        };
+        match applied {
+            Ok(Applied::Changed) => {
+                let (epoch, version) = worker.table.version();
+                self.at = (epoch.to_owned(), version);
+                shared.set(LIST_KEY, &worker.table.snapshot().to_json(), None);
+                shared.announce();
+                self.seen = Some(shared.announced());
+                Some(News::Applied)
+            }
+            Ok(Applied::Empty) => {
+                // Asking again from the same place would be answered at once, and again.
+                self.at = Snapshot::parse(body).map(|empty| (empty.epoch, empty.version)).unwrap_or_default();
+                Some(News::Empty)
+            }
+            Ok(Applied::OutOfStep) => {
+                self.at = Default::default();
+                self.next_poll = now.saturating_add(FIRST_PAUSE);
+                found
+            }
+            Ok(Applied::Unchanged) => {
+                let (epoch, version) = worker.table.version();
+                self.at = (epoch.to_owned(), version);
+                self.next_poll = now.saturating_add(FIRST_PAUSE);
+                found
+            }
+            Err(error) => Some(News::Refused(error)),
+        }
+    }
+
+    fn succeeded(&mut self, now: Duration) -> Option<News> {
+        let found = (self.failures > 0).then_some(News::Found);
+        self.failures = 0;
+        self.last_answer = now;
+        found
+    }
+
+    fn failed(&mut self, worker: &mut Worker, now: Duration) -> Option<News> {
+        worker.counts.count(Metric::PollsFailed);
+        let pause = FIRST_PAUSE.saturating_mul(1_u32.checked_shl(self.failures.min(8)).unwrap_or(1)).min(MAX_PAUSE);
+        self.next_poll = now.saturating_add(pause);
+        self.failures = self.failures.saturating_add(1);
+        (self.failures == 1).then_some(News::Lost)
+    }
+
+    fn next_poll(&mut self, now: Duration) -> Option<Poll> {
+        let control = self.control.as_ref().filter(|_| self.holds_lease && !self.polling && now >= self.next_poll)?;
+        self.polling = true;
+        let (epoch, version) = &self.at;
+        let epoch: String = epoch.chars().filter(char::is_ascii_alphanumeric).collect();
+        Some(Poll {
+            cluster: control.cluster.clone(),
+            authority: control.authority.clone(),
+            path: format!("{WATCH_PATH}?epoch={epoch}&since={version}&wait_ms={}", control.wait.as_millis()),
+            timeout: control.wait.saturating_add(GRACE),
+        })
+    }
+
+    /// Takes or renews the lease. A younger worker with another configuration takes it from an older one, which drains.
+    fn take_lease(&self, shared: &impl Shared, now: Duration) -> bool {
+        let until = now.saturating_add(LEASE);
+        let current = shared.get(LEASE_KEY);
+        let lease = current.as_ref().and_then(|(bytes, _)| Lease::from_bytes(bytes));
+        let terms = self.terms();
+        let free = match lease {
+            None => true,
+            Some(lease) => {
+                lease.owner == self.id || lease.until <= now || (lease.terms != terms && lease.owner < self.id)
+            }
+        };
+        let mine = Lease { owner: self.id, until, terms };
+        free && shared.set(LEASE_KEY, &mine.to_bytes(), current.map(|(_, version)| version))
+    }
+
+    /// What a lease is held for: two workers of one configuration have the same.
+    fn terms(&self) -> u64 {
+        let control = self.control.as_ref().map(|control| format!("{}\n{}", control.cluster, control.authority));
+        xxhash_rust::xxh3::xxh3_64(control.unwrap_or_default().as_bytes())
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Lease {
+    owner: u64,
+    until: Duration,
+    terms: u64,
+}
+
+impl Lease {
+    fn to_bytes(self) -> Vec<u8> {
+        let until = u64::try_from(self.until.as_millis()).unwrap_or(u64::MAX);
+        [self.owner, until, self.terms].iter().flat_map(|word| word.to_le_bytes()).collect()
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let word = |at: usize| Some(u64::from_le_bytes(bytes.get(at..at.checked_add(8)?)?.try_into().ok()?));
+        Some(Self { owner: word(0)?, until: Duration::from_millis(word(8)?), terms: word(16)? })
+    }
+}
+
+/// Tries to count up in shared data; with endless bad luck a worker is number 1 once more, which costs a shared lease
+/// and thus a second poll, nothing else.
+fn next_worker_id(shared: &impl Shared) -> u64 {
+    for _ in 0..64 {
+        let current = shared.get(WORKERS_KEY);
+        let count = current.as_ref().and_then(|(bytes, _)| Some(u64::from_le_bytes(bytes.as_slice().try_into().ok()?)));
+        let id = count.unwrap_or(0).wrapping_add(1).max(1);
+        if shared.set(WORKERS_KEY, &id.to_le_bytes(), current.map(|(_, version)| version)) {
+            return id;
+        }
+    }
+    1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::{Endpoint, Role, Snapshot};
+    use std::cell::{Cell, RefCell};
+    use std::collections::HashMap;
+
+    /// Envoy's shared data: versions start at 1, a write without a version always succeeds.
+    #[derive(Default)]
+    struct Store {
+        data: RefCell<HashMap<String, (Vec<u8>, u32)>>,
+        announced: Cell<u64>,
+    }
+
+    impl Shared for Store {
+        fn get(&self, key: &str) -> Option<(Vec<u8>, u32)> {
+            self.data.borrow().get(key).cloned()
+        }
+        fn set(&self, key: &str, value: &[u8], version: Option<u32>) -> bool {
+            let mut data = self.data.borrow_mut();
+            let current = data.get(key).map_or(0, |(_, version)| *version);
+            if version.is_some_and(|version| version != current) {
+                return false;
+            }
+            data.insert(key.to_owned(), (value.to_vec(), current + 1));
+            true
+        }
+        fn announced(&self) -> u64 {
+            self.announced.get()
+        }
+        fn announce(&self) {
+            self.announced.set(self.announced.get() + 1);
+        }
+    }
+
+    const CONFIG: &[u8] = br#"{"control":{"cluster":"pd-control"}}"#;
+
+    struct Node {
+        worker: Worker,
+        push: Push,
+    }
+
+    fn node(store: &Store, config: &[u8], now: Duration) -> Node {
+        let (mut worker, mut push) = (Worker::default(), Push::default());
+        let config = worker.configure(config).unwrap();
+        push.configure(config.control.clone(), store, now);
+        Node { worker, push }
+    }
+
+    fn list(epoch: &str, version: u64, ports: &[u16]) -> Vec<u8> {
+        let endpoints = ports.iter().map(|port| Endpoint::new(([10, 0, 0, 1], *port).into(), Role::Both)).collect();
+        Snapshot { wire: 1, epoch: epoch.into(), version, base: None, endpoints, removed: vec![] }.to_json()
+    }
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    #[test]
+    fn one_worker_polls_and_every_worker_learns() {
+        let store = Store::default();
+        let (mut a, mut b) = (node(&store, CONFIG, ms(0)), node(&store, CONFIG, ms(0)));
+        assert_ne!(a.push.worker_id(), b.push.worker_id());
+        let poll = a.push.tick(&store, ms(0)).unwrap();
+        assert_eq!(poll.path, "/v1/watch?epoch=&since=0&wait_ms=30000");
+        assert_eq!(b.push.tick(&store, ms(0)), None);
+        assert_eq!(a.push.tick(&store, ms(200)), None, "one poll at a time");
+        let (next, news) = a.push.answered(&mut a.worker, &store, Some(200), &list("e", 3, &[1, 2]), ms(300));
+        assert_eq!(news, Some(News::Applied));
+        assert_eq!(next.unwrap().path, "/v1/watch?epoch=e&since=3&wait_ms=30000");
+        assert_eq!(b.push.catch_up(&mut b.worker, &store), Some(News::Applied));
+        assert_eq!(b.worker.table.len(), 2);
+        assert_eq!(b.push.catch_up(&mut b.worker, &store), None);
+        assert_eq!(a.push.catch_up(&mut a.worker, &store), None);
+    }
+
+    #[test]
+    fn a_new_worker_starts_with_the_list_that_is_there() {
+        let store = Store::default();
+        let mut a = node(&store, CONFIG, ms(0));
+        a.push.tick(&store, ms(0));
+        a.push.answered(&mut a.worker, &store, Some(200), &list("e", 1, &[1]), ms(1));
+        let mut late = node(&store, CONFIG, ms(2));
+        assert_eq!(late.push.catch_up(&mut late.worker, &store), Some(News::Applied));
+    }
+
+    #[test]
+    fn a_dead_workers_lease_runs_out() {
+        let store = Store::default();
+        let (mut a, mut b) = (node(&store, CONFIG, ms(0)), node(&store, CONFIG, ms(0)));
+        assert!(a.push.tick(&store, ms(0)).is_some());
+        assert_eq!(b.push.tick(&store, ms(900)), None);
+        assert!(b.push.tick(&store, ms(1_000)).is_some());
+        assert_eq!(a.push.tick(&store, ms(1_100)), None);
+    }
+
+    #[test]
+    fn a_new_configuration_takes_the_lease_from_the_one_that_drains() {
+        let store = Store::default();
+        let mut old = node(&store, CONFIG, ms(0));
+        assert!(old.push.tick(&store, ms(0)).is_some());
+        let mut new = node(&store, br#"{"control":{"cluster":"other"}}"#, ms(100));
+        assert!(new.push.tick(&store, ms(100)).is_some());
+        old.push.tick(&store, ms(200));
+        assert!(!old.push.holds_lease && new.push.holds_lease);
+    }
+
+    #[test]
+    fn failures_pause_longer_and_longer_and_are_told_once() {
+        let store = Store::default();
+        let mut a = node(&store, CONFIG, ms(0));
+        let mut now = ms(0);
+        let mut pauses = Vec::new();
+        let mut news = Vec::new();
+        for _ in 0..6 {
+            let asked = now;
+            while a.push.tick(&store, now).is_none() {
+                now += ms(10);
+            }
+            pauses.push((now - asked).as_millis());
+            news.extend(a.push.answered(&mut a.worker, &store, Some(503), b"", now).1);
+        }
+        assert_eq!(pauses, [0, 100, 200, 400, 800, 1_000]);
+        assert_eq!(news, [News::Lost]);
+        while a.push.tick(&store, now).is_none() {
+            now += ms(10);
+        }
+        assert_eq!(a.push.answered(&mut a.worker, &store, Some(304), b"", now).1, Some(News::Found));
+    }
+
+    #[test]
+    fn bad_and_empty_lists_leave_the_last_good_one_in_force_without_a_busy_loop() {
+        let store = Store::default();
+        let mut a = node(&store, CONFIG, ms(0));
+        a.push.tick(&store, ms(0));
+        a.push.answered(&mut a.worker, &store, Some(200), &list("e", 1, &[1]), ms(0));
+        let (next, news) = a.push.answered(&mut a.worker, &store, Some(200), b"{", ms(1));
+        assert!(next.is_none() && matches!(news, Some(News::Refused(_))));
+        let (next, news) = a.push.answered(&mut a.worker, &store, Some(200), &list("f", 1, &[]), ms(200));
+        assert_eq!(
+            (next.unwrap().path, news),
+            ("/v1/watch?epoch=f&since=1&wait_ms=30000".to_owned(), Some(News::Empty))
+        );
+        let (next, _) = a.push.answered(&mut a.worker, &store, Some(200), &list("e", 1, &[1]), ms(300));
+        assert!(next.is_none(), "the same list again is answered with a pause");
+        assert_eq!(a.worker.table.len(), 1);
+    }
+
+    #[test]
+    fn a_change_that_does_not_fit_is_answered_by_asking_for_the_whole() {
+        let store = Store::default();
+        let mut a = node(&store, CONFIG, ms(0));
+        a.push.tick(&store, ms(0));
+        a.push.answered(&mut a.worker, &store, Some(200), &list("e", 1, &[1]), ms(0));
+        let change = br#"{"wire":1,"epoch":"e","version":9,"base":8}"#;
+        assert_eq!(a.push.answered(&mut a.worker, &store, Some(200), change, ms(10)), (None, None));
+        assert_eq!(a.push.tick(&store, ms(110)).unwrap().path, "/v1/watch?epoch=&since=0&wait_ms=30000");
+    }
+
+    #[test]
+    fn without_control_nobody_polls() {
+        let store = Store::default();
+        let mut a = node(&store, b"", ms(0));
+        assert_eq!(a.push.tick(&store, ms(0)), None);
+        assert_eq!(store.get(LEASE_KEY), None);
+    }
+}

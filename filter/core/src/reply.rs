@@ -1,0 +1,92 @@
+//! Answers that the filter gives itself: OpenAI-style JSON errors with a reason header.
+
+/// Answer header that says why the filter answered.
+pub const REASON_HEADER: &str = "x-pd-reason";
+
+/// Why the filter answers in place of an engine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Rejection {
+    /// The body is no JSON object.
+    InvalidJson(String),
+    /// The body is compressed.
+    ContentEncoding,
+    /// No `model`, or not a string.
+    MissingModel,
+    /// A model that no endpoint serves.
+    UnknownModel {
+        /// As asked.
+        model: String,
+        /// What is served.
+        known: Vec<String>,
+    },
+    /// A phase header with another value than `prefill` or `decode`.
+    InvalidPhase,
+    /// The body is larger than this many bytes.
+    TooLarge(usize),
+    /// No endpoint of the needed role is ready.
+    NoEndpoint,
+    /// Prefill failed on every endpoint tried, and the pool's policy is `fail`.
+    PrefillFailed,
+    /// The plugin configuration was refused and there is no earlier one.
+    NotConfigured(String),
+}
+
+/// A whole answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reply {
+    /// HTTP status.
+    pub status: u16,
+    /// Headers besides `content-type`, which is JSON.
+    pub headers: Vec<(&'static str, String)>,
+    /// Body.
+    pub body: Vec<u8>,
+    /// Reason code, as in the reason header and the access log.
+    pub reason: &'static str,
+}
+
+impl Rejection {
+    /// Status, OpenAI error type, `param` and reason code.
+    fn parts(&self) -> (u16, &'static str, Option<&'static str>, &'static str) {
+        match self {
+            Self::InvalidJson(_) => (400, "invalid_request_error", None, "invalid_json"),
+            Self::ContentEncoding => (415, "invalid_request_error", None, "content_encoding"),
+            Self::MissingModel => (400, "invalid_request_error", Some("model"), "missing_model"),
+            Self::UnknownModel { .. } => (404, "not_found_error", Some("model"), "unknown_model"),
+            Self::InvalidPhase => (400, "invalid_request_error", None, "invalid_phase"),
+            Self::TooLarge(_) => (413, "invalid_request_error", None, "too_large"),
+            Self::NoEndpoint => (503, "service_unavailable_error", None, "no_endpoint"),
+            Self::PrefillFailed => (503, "service_unavailable_error", None, "prefill_failed"),
+            Self::NotConfigured(_) => (503, "service_unavailable_error", None, "not_configured"),
+        }
+    }
+
+    fn message(&self) -> String {
+        match self {
+            Self::InvalidJson(why) => why.clone(),
+            Self::ContentEncoding => "the request body must not be compressed".to_owned(),
+            Self::MissingModel => "the request body must have a string `model`".to_owned(),
+            Self::UnknownModel { model, known } => {
+                format!("the model `{model}` does not exist; known models: {}", known.join(", "))
+            }
+            Self::InvalidPhase => "x-pd-phase must be `prefill` or `decode`".to_owned(),
+            Self::TooLarge(limit) => format!("the request body is larger than {limit} bytes"),
+            Self::NoEndpoint => "no endpoint is ready for this model".to_owned(),
+            Self::PrefillFailed => "no prefill endpoint could compute the prompt".to_owned(),
+            Self::NotConfigured(why) => format!("the prefill/decode filter has no valid configuration: {why}"),
+        }
+    }
+
+    /// The answer.
+    #[must_use]
+    pub fn reply(&self) -> Reply {
+        let (status, kind, param, reason) = self.parts();
+        let body = serde_json::json!({
+            "error": {"message": self.message(), "type": kind, "param": param, "code": reason}
+        });
+        let mut headers = vec![("content-type", "application/json".to_owned()), (REASON_HEADER, reason.to_owned())];
+        if status == 503 {
+            headers.push(("retry-after", "1".to_owned()));
+        }
+        Reply { status, headers, body: body.to_string().into_bytes(), reason }
+    }
+}

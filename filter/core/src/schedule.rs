@@ -1,0 +1,430 @@
+//! Who computes the prompt, who generates, and whether those are two.
+//!
+//! - **Prefill**: the endpoint with the lowest `W + w·S`: seconds of work ahead of the prompt, plus `w` times the seconds
+//!   of the prompt itself given what the endpoint has cached.
+//! - **Decode**: the endpoint with the fewest assigned KV tokens.
+//! - **Decider**: a prefill leg is worth it when the best decode endpoint lacks more tokens than a threshold (llm-d's
+//!   `prefix-based-pd-decider`).
+//! - Ties and unknown prefixes go by rendezvous hash, which every worker and replica computes alike.
+
+use core::time::Duration;
+
+use crate::config::{Pool, Split};
+use crate::hash::{PromptHash, rendezvous_weight};
+use crate::index::{EndpointIndex, PrefixIndex};
+use crate::table::{Candidates, Slot, Table};
+
+/// A prompt as the scheduler sees it.
+#[derive(Clone, Debug, Default)]
+pub struct Prompt {
+    /// Estimated tokens.
+    pub tokens: f64,
+    /// Estimated tokens of one hashed block.
+    pub block_tokens: f64,
+    /// Prefix hashes.
+    pub hash: PromptHash,
+    /// Key that names who should hold the prompt: its first block that is not hot.
+    pub key: u64,
+    /// Whether this worker has routed no prompt with that block, and so cannot know who else has.
+    pub is_unseen: bool,
+}
+
+/// A chosen endpoint.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pick {
+    /// The endpoint.
+    pub endpoint: EndpointIndex,
+    /// Prompt tokens that it is thought to hold.
+    pub matched_tokens: f64,
+    /// Seconds that it needs for the prompt.
+    pub seconds: f64,
+}
+
+/// How a request is served.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Decision {
+    /// A prefill leg first; the decode endpoint is chosen when it is through.
+    Split(Pick),
+    /// One endpoint serves the whole request.
+    Whole(Pick, WholeReason),
+    /// There is nobody.
+    Nobody,
+}
+
+/// Why a request is served whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WholeReason {
+    /// The decode endpoint lacks fewer tokens than the threshold.
+    Cached,
+    /// The pool never splits.
+    Never,
+    /// No prefill endpoint is ready.
+    NoPrefill,
+}
+
+impl WholeReason {
+    /// Reason code for the access log.
+    #[must_use]
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::Cached => "cached",
+            Self::Never => "never",
+            Self::NoPrefill => "no_prefill_endpoint",
+        }
+    }
+}
+
+/// Least-loaded endpoints that are costed exactly, beside the holders of the prefix.
+const LEAST_LOADED: usize = 4;
+/// Holders of the prefix that are costed.
+const HOLDERS: usize = 8;
+/// How many tokens more than the least loaded decode endpoint one may have assigned and still get a request because it
+/// holds the prefix: about the KV cache of one long prompt.
+const AFFINITY_SLACK_TOKENS: u64 = 32_768;
+
+/// View over what the scheduler reads.
+#[derive(Clone, Copy)]
+pub struct Scheduler<'a> {
+    /// Endpoints.
+    pub table: &'a Table,
+    /// Who holds which prefix.
+    pub index: &'a PrefixIndex,
+    /// Policy.
+    pub pool: &'a Pool,
+    /// Now.
+    pub now: Duration,
+}
+
+impl Scheduler<'_> {
+    /// Decides how to serve a prompt.
+    #[must_use]
+    pub fn decide(&self, candidates: &Candidates, prompt: &Prompt) -> Decision {
+        let whole = |pick: Option<Pick>, reason| pick.map_or(Decision::Nobody, |pick| Decision::Whole(pick, reason));
+        if self.pool.split == Split::Never {
+            return whole(self.pick_by_cost(&candidates.decode, prompt, &[]), WholeReason::Never);
+        }
+        if let Split::Threshold { uncached_tokens } = self.pool.split
+            && let Some(pick) = self.pick_cached_decode(&candidates.decode, prompt, uncached_tokens as f64)
+        {
+            return Decision::Whole(pick, WholeReason::Cached);
+        }
+        match self.pick_by_cost(&candidates.prefill, prompt, &[]) {
+            Some(pick) => Decision::Split(pick),
+            None => whole(self.pick_by_cost(&candidates.decode, prompt, &[]), WholeReason::NoPrefill),
+        }
+    }
+
+    /// The endpoint with the lowest `W + w·S`, leaving out `tried`. When no endpoint is healthy, any will do: a pool is
+    /// never ejected whole.
+    #[must_use]
+    pub fn pick_by_cost(&self, among: &[EndpointIndex], prompt: &Prompt, tried: &[EndpointIndex]) -> Option<Pick> {
+        let mut least: [(f64, EndpointIndex); LEAST_LOADED] = [(f64::INFINITY, EndpointIndex::MAX); LEAST_LOADED];
+        let mut owner: Option<(u64, EndpointIndex)> = None;
+        for (at, slot) in self.usable(among, tried) {
+            let work = slot.prefill.work(self.now);
+            let place = least.partition_point(|(other, _)| *other <= work);
+            if let Some(rest @ [_, ..]) = least.get_mut(place..) {
+                rest.rotate_right(1);
+                if let [first, ..] = rest {
+                    *first = (work, at);
+                }
+            }
+            owner = owner.max(Some((rendezvous_weight(prompt.key, slot.key), at)));
+        }
+        let owner = owner.map(|(_, at)| at);
+        let holders = self.index.holders(&prompt.hash.blocks, HOLDERS);
+        let holders = holders.iter().copied().filter(|at| among.binary_search(at).is_ok());
+        let shortlist = least.iter().map(|(_, at)| *at).chain(owner).chain(holders);
+        let any_usable =
+            among.iter().any(|at| !tried.contains(at) && self.table.get(*at).is_some_and(|s| self.is_usable(s)));
+        let mut best: Option<(f64, u64, Pick)> = None;
+        for at in shortlist {
+            let Some(slot) = self.table.get(at) else { continue };
+            if tried.contains(&at) || (any_usable && !self.is_usable(slot)) {
+                continue;
+            }
+            let (pick, cost) = self.cost(at, slot, prompt, owner == Some(at));
+            let rendezvous = rendezvous_weight(prompt.key, slot.key);
+            let better = |(lowest, weight, _): &(f64, u64, Pick)| (cost, *weight) < (*lowest, rendezvous);
+            if best.as_ref().is_none_or(better) {
+                best = Some((cost, rendezvous, pick));
+            }
+        }
+        best.map(|(_, _, pick)| pick)
+    }
+
+    /// The endpoint with the fewest assigned KV tokens, and alternates in the same order.
+    #[must_use]
+    pub fn pick_decode(
+        &self,
+        among: &[EndpointIndex],
+        prompt: &Prompt,
+        tried: &[EndpointIndex],
+        group: Option<&str>,
+    ) -> Option<(Pick, Vec<EndpointIndex>)> {
+        let in_group = |slot: &Slot| group.is_none() || slot.endpoint.group.as_deref() == group;
+        let mut ranked: Vec<(f64, u64, EndpointIndex)> = self
+            .usable(among, tried)
+            .filter(|(_, slot)| in_group(slot))
+            .map(|(at, slot)| {
+                let tokens = slot.decode.tokens as f64 / slot.endpoint.weight;
+                (tokens, !rendezvous_weight(prompt.key, slot.key), at)
+            })
+            .collect();
+        let wanted = self.pool.alternates.saturating_add(1);
+        let order = |a: &(f64, u64, u32), b: &(f64, u64, u32)| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1));
+        if ranked.len() > wanted {
+            ranked.select_nth_unstable_by(wanted, order);
+            ranked.truncate(wanted);
+        }
+        ranked.sort_unstable_by(order);
+        let mut picks = ranked.into_iter().map(|(_, _, at)| at);
+        let endpoint = picks.next()?;
+        Some((self.pick(endpoint, prompt), picks.collect()))
+    }
+
+    /// Alternates for an endpoint that was chosen for what it holds.
+    #[must_use]
+    pub fn alternates(&self, among: &[EndpointIndex], prompt: &Prompt, chosen: EndpointIndex) -> Vec<EndpointIndex> {
+        self.pick_decode(among, prompt, &[chosen], None).map_or_else(Vec::new, |(pick, mut rest)| {
+            rest.insert(0, pick.endpoint);
+            rest.truncate(self.pool.alternates);
+            rest
+        })
+    }
+
+    /// A decode endpoint that lacks fewer than `threshold` tokens of the prompt, unless all those are overloaded.
+    fn pick_cached_decode(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Pick> {
+        if prompt.tokens < threshold {
+            return self.pick_decode(among, prompt, &[], None).map(|(pick, _)| pick);
+        }
+        let least = self.usable(among, &[]).map(|(_, slot)| slot.decode.tokens).min()?;
+        let bound = least.saturating_mul(2).saturating_add(AFFINITY_SLACK_TOKENS);
+        let holders = self.index.holders(&prompt.hash.blocks, HOLDERS);
+        let cached = holders.into_iter().filter(|at| among.binary_search(at).is_ok()).filter_map(|at| {
+            let slot = self.table.get(at)?;
+            let pick = self.pick(at, prompt);
+            let fits =
+                self.is_usable(slot) && slot.decode.tokens <= bound && prompt.tokens - pick.matched_tokens < threshold;
+            fits.then_some((slot.decode.tokens, pick))
+        });
+        cached.min_by_key(|(tokens, _)| *tokens).map(|(_, pick)| pick)
+    }
+
+    fn pick(&self, endpoint: EndpointIndex, prompt: &Prompt) -> Pick {
+        let matched_tokens = self.matched_tokens(endpoint, prompt);
+        let weight = self.table.get(endpoint).map_or(1.0, |slot| slot.endpoint.weight);
+        Pick { endpoint, matched_tokens, seconds: self.pool.cost.seconds(prompt.tokens, matched_tokens) / weight }
+    }
+
+    /// `W + w·S`. When this worker has not seen the prefix, another one may have: the rendezvous endpoint, where they
+    /// would all have sent it, is costed as holding a share of what misses.
+    fn cost(&self, at: EndpointIndex, slot: &Slot, prompt: &Prompt, owner: bool) -> (Pick, f64) {
+        let pick = self.pick(at, prompt);
+        let mut held = pick.matched_tokens;
+        if owner && prompt.is_unseen {
+            held += self.pool.rendezvous_share * (prompt.tokens - held).max(0.0);
+        }
+        let own = self.pool.cost.seconds(prompt.tokens, held) / slot.endpoint.weight;
+        (pick, slot.prefill.work(self.now) + self.pool.affinity_weight * own)
+    }
+
+    fn matched_tokens(&self, endpoint: EndpointIndex, prompt: &Prompt) -> f64 {
+        let blocks = self.index.matched(endpoint, &prompt.hash.blocks);
+        (blocks as f64 * prompt.block_tokens).min(prompt.tokens)
+    }
+
+    fn is_usable(&self, slot: &Slot) -> bool {
+        slot.health.is_usable(self.now)
+    }
+
+    /// Endpoints that may be chosen: the healthy ones that were not tried, or all that were not tried if none is.
+    fn usable<'a>(
+        &'a self,
+        among: &'a [EndpointIndex],
+        tried: &'a [EndpointIndex],
+    ) -> impl Iterator<Item = (EndpointIndex, &'a Slot)> {
+        let untried = move || {
+            let slots = among.iter().filter(move |at| !tried.contains(at));
+            slots.filter_map(|at| Some((*at, self.table.get(*at)?)))
+        };
+        let any = untried().any(|(_, slot)| self.is_usable(slot));
+        untried().filter(move |(_, slot)| !any || self.is_usable(slot))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::hash::BlockHash;
+    use crate::wire::{Endpoint, Role, Snapshot};
+    use proptest::prelude::*;
+
+    struct Fixture {
+        table: Table,
+        index: PrefixIndex,
+        config: Config,
+        candidates: std::sync::Arc<Candidates>,
+    }
+
+    const NOW: Duration = Duration::from_secs(100);
+    const FAR: Duration = Duration::from_secs(1_000);
+
+    fn fixture(prefill: u16, decode: u16, config: &str) -> Fixture {
+        let config = Config::parse(config.as_bytes()).unwrap();
+        let (mut table, mut index) = (Table::default(), PrefixIndex::new(1 << 20));
+        let roles =
+            (0..prefill).map(|port| (port, Role::Prefill)).chain((0..decode).map(|port| (100 + port, Role::Decode)));
+        let endpoints = roles.map(|(port, role)| Endpoint::new(([10, 0, 0, 1], 1 + port).into(), role)).collect();
+        let snapshot = Snapshot { wire: 1, epoch: "e".into(), version: 1, base: None, endpoints, removed: vec![] };
+        table.apply(&snapshot, &config, &mut index);
+        let candidates = table.candidates("m").unwrap();
+        Fixture { table, index, config, candidates }
+    }
+
+    impl Fixture {
+        fn scheduler(&self) -> Scheduler<'_> {
+            Scheduler { table: &self.table, index: &self.index, pool: self.config.pool("default"), now: NOW }
+        }
+
+        fn prefill(&self, prompt: &Prompt) -> Pick {
+            self.scheduler().pick_by_cost(&self.candidates.prefill, prompt, &[]).unwrap()
+        }
+
+        fn decide(&self, prompt: &Prompt) -> Decision {
+            self.scheduler().decide(&self.candidates, prompt)
+        }
+
+        fn busy(&mut self, at: EndpointIndex, seconds: f64) {
+            self.table.get_mut(at).unwrap().prefill.add(0, seconds, NOW, FAR);
+        }
+    }
+
+    /// A prompt of `blocks` blocks of 128 tokens.
+    fn prompt(id: u64, blocks: u64) -> Prompt {
+        let hash = |i: u64| BlockHash((id * 1_000 + i).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let blocks: Vec<_> = (0..blocks).map(hash).collect();
+        let tokens = 128.0 * blocks.len() as f64;
+        Prompt { tokens, block_tokens: 128.0, hash: PromptHash { blocks, head: id }, key: hash(0).0, is_unseen: false }
+    }
+
+    #[test]
+    fn a_prompt_goes_where_its_prefix_is() {
+        let mut fixture = fixture(4, 1, "");
+        for at in fixture.candidates.prefill.clone() {
+            fixture.index.insert(at, &prompt(1, 20).hash.blocks);
+            assert_eq!(fixture.prefill(&prompt(1, 40)).endpoint, at);
+            assert_eq!(fixture.prefill(&prompt(1, 40)).matched_tokens, 20.0 * 128.0);
+            fixture.index.remove_endpoint(at);
+        }
+    }
+
+    #[test]
+    fn work_ahead_outweighs_a_prefix() {
+        let mut fixture = fixture(2, 1, r#"{"pools":{"default":{"rendezvous_share":0}}}"#);
+        fixture.index.insert(0, &prompt(1, 40).hash.blocks);
+        let saved = 3.0 * (fixture.config.pool("default").cost.seconds(5_120.0, 0.0) - 0.015);
+        fixture.busy(0, saved * 0.9);
+        assert_eq!(fixture.prefill(&prompt(1, 40)).endpoint, 0);
+        fixture.busy(0, saved * 0.2);
+        assert_eq!(fixture.prefill(&prompt(1, 40)).endpoint, 1);
+    }
+
+    #[test]
+    fn unknown_prefixes_spread_and_stick() {
+        let fixture = fixture(4, 1, "");
+        let picks: Vec<_> = (0..400).map(|id| fixture.prefill(&prompt(id, 8)).endpoint).collect();
+        for at in 0..4 {
+            let share = picks.iter().filter(|pick| **pick == at).count();
+            assert!((60..140).contains(&share), "{share}");
+        }
+        assert_eq!(fixture.prefill(&prompt(7, 8)), fixture.prefill(&prompt(7, 8)));
+    }
+
+    #[test]
+    fn an_unseen_prefix_is_worth_a_wait_at_its_rendezvous_endpoint() {
+        let mut fixture = fixture(2, 1, "");
+        let unseen = Prompt { is_unseen: true, ..prompt(1, 40) };
+        let owner = fixture.prefill(&unseen).endpoint;
+        fixture.busy(owner, 0.1);
+        assert_eq!(fixture.prefill(&unseen).endpoint, owner);
+        assert_ne!(fixture.prefill(&prompt(1, 40)).endpoint, owner, "a seen one is held by nobody");
+    }
+
+    #[test]
+    fn a_failing_endpoint_is_left_out_unless_all_fail() {
+        let mut fixture = fixture(2, 1, "");
+        let first = fixture.prefill(&prompt(1, 8)).endpoint;
+        fixture.table.get_mut(first).unwrap().health.failed(NOW);
+        let second = fixture.prefill(&prompt(1, 8)).endpoint;
+        assert_ne!(first, second);
+        fixture.table.get_mut(second).unwrap().health.failed(NOW);
+        assert_eq!(fixture.prefill(&prompt(1, 8)).endpoint, first);
+        let scheduler = fixture.scheduler();
+        assert_eq!(scheduler.pick_by_cost(&fixture.candidates.prefill, &prompt(1, 8), &[first, second]), None);
+    }
+
+    #[test]
+    fn decode_goes_to_the_fewest_assigned_tokens() {
+        let mut fixture = fixture(1, 4, "");
+        let decode = fixture.candidates.decode.clone();
+        for (at, tokens) in decode.iter().zip([50, 10, 30, 40]) {
+            fixture.table.get_mut(*at).unwrap().decode.add(tokens);
+        }
+        let (pick, alternates) = fixture.scheduler().pick_decode(&decode, &prompt(1, 8), &[], None).unwrap();
+        assert_eq!((pick.endpoint, alternates), (decode[1], vec![decode[2], decode[3]]));
+    }
+
+    #[test]
+    fn a_small_uncached_rest_skips_prefill() {
+        let mut fixture = fixture(2, 2, r#"{"pools":{"default":{"split":{"uncached_tokens":300}}}}"#);
+        assert!(matches!(fixture.decide(&prompt(1, 2)), Decision::Whole(_, WholeReason::Cached)), "a short prompt");
+        assert!(matches!(fixture.decide(&prompt(1, 3)), Decision::Split(_)));
+        let decode = fixture.candidates.decode[1];
+        fixture.index.insert(decode, &prompt(1, 20).hash.blocks);
+        let Decision::Whole(pick, WholeReason::Cached) = fixture.decide(&prompt(1, 22)) else { panic!() };
+        assert_eq!((pick.endpoint, pick.matched_tokens), (decode, 20.0 * 128.0));
+        assert!(matches!(fixture.decide(&prompt(1, 23)), Decision::Split(_)));
+        fixture.table.get_mut(decode).unwrap().decode.add(100_000);
+        assert!(matches!(fixture.decide(&prompt(1, 22)), Decision::Split(_)), "the holder is overloaded");
+    }
+
+    #[test]
+    fn without_prefill_endpoints_decode_serves_whole() {
+        let fixture = fixture(0, 2, "");
+        assert!(matches!(fixture.decide(&prompt(1, 50)), Decision::Whole(_, WholeReason::NoPrefill)));
+        assert_eq!(fixture.scheduler().decide(&Candidates::default(), &prompt(1, 50)), Decision::Nobody);
+    }
+
+    #[test]
+    fn the_split_mode_of_the_pool_rules() {
+        let always = fixture(1, 1, r#"{"pools":{"default":{"split":{"mode":"always"}}}}"#);
+        assert!(matches!(always.decide(&prompt(1, 0)), Decision::Split(_)));
+        let never = fixture(1, 1, r#"{"pools":{"default":{"split":{"mode":"never"}}}}"#);
+        assert!(matches!(never.decide(&prompt(1, 50)), Decision::Whole(_, WholeReason::Never)));
+    }
+
+    proptest! {
+        #[test]
+        fn the_shortlist_holds_the_cheapest_endpoint(
+            work in prop::collection::vec(0.0_f64..2.0, 2..12),
+            held in prop::collection::vec((0_usize..12, 1_u64..30), 0..6),
+        ) {
+            let mut fixture = fixture(work.len() as u16, 1, "");
+            for (at, seconds) in work.iter().enumerate() {
+                fixture.busy(at as u32, *seconds);
+            }
+            for (at, blocks) in held {
+                fixture.index.insert((at % work.len()) as u32, &prompt(1, blocks).hash.blocks);
+            }
+            let prompt = prompt(1, 30);
+            let scheduler = fixture.scheduler();
+            let among = &fixture.candidates.prefill;
+            let owner = among.iter().copied().max_by_key(|at| rendezvous_weight(prompt.key, fixture.table.get(*at).unwrap().key));
+            let cost = |at: u32| scheduler.cost(at, fixture.table.get(at).unwrap(), &prompt, owner == Some(at)).1;
+            let lowest = among.iter().map(|at| cost(*at)).fold(f64::INFINITY, f64::min);
+            prop_assert_eq!(cost(fixture.prefill(&prompt).endpoint), lowest);
+        }
+    }
+}

@@ -1,0 +1,461 @@
+//! Endpoint table: the pushed list, with what we know of each endpoint, and the sets that a model's requests choose from.
+
+use core::time::Duration;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use hashbrown::{HashMap, HashSet};
+
+use crate::config::Config;
+use crate::index::{EndpointIndex, PrefixIndex};
+use crate::load::{DecodeLoad, Health, PrefillQueue};
+use crate::wire::{Endpoint, EndpointId, Engine, Role, Snapshot, State};
+
+/// Names an endpoint beyond its life: an index whose endpoint left the list does not resolve any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EndpointRef {
+    /// Place in the table.
+    pub index: EndpointIndex,
+    generation: u32,
+}
+
+/// One endpoint and what we know of it.
+#[derive(Debug)]
+pub struct Slot {
+    /// As pushed.
+    pub endpoint: Endpoint,
+    /// `ip:port`, as the destination header names it.
+    pub address: Arc<str>,
+    /// Key for rendezvous hashing: equal on every worker and replica.
+    pub key: u64,
+    /// Engine in force: the endpoint's, else its pool's.
+    pub engine: Engine,
+    /// Prefill legs in flight.
+    pub prefill: PrefillQueue,
+    /// Decode work in flight.
+    pub decode: DecodeLoad,
+    /// Whether it answered lately.
+    pub health: Health,
+    generation: u32,
+}
+
+/// Endpoints of one pool that serve one model.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Candidates {
+    /// Pool whose policy applies.
+    pub pool: Arc<str>,
+    /// Ready endpoints that take prefill legs and nothing else, sorted.
+    pub prefill: Vec<EndpointIndex>,
+    /// Ready endpoints that generate: role `decode` or `both`, sorted.
+    pub decode: Vec<EndpointIndex>,
+}
+
+/// Why there is nothing to choose from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoCandidates {
+    /// The list is empty, or nothing in it is ready.
+    NoEndpoint,
+    /// There are endpoints, but none serves this model.
+    UnknownModel,
+}
+
+/// The pushed list and its state.
+#[derive(Debug, Default)]
+pub struct Table {
+    slots: Vec<Option<Slot>>,
+    free: Vec<EndpointIndex>,
+    by_id: HashMap<EndpointId, EndpointIndex>,
+    models: HashMap<String, Arc<Candidates>>,
+    any_model: Option<Arc<Candidates>>,
+    all_ready: Vec<EndpointIndex>,
+    generation: u32,
+    epoch: String,
+    version: u64,
+}
+
+/// What a snapshot did to the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Applied {
+    /// The table is now at the snapshot's version.
+    Changed,
+    /// It was there already (or, for a change, beyond it).
+    Unchanged,
+    /// The snapshot builds on a version that the table does not have: ask for the whole list.
+    OutOfStep,
+    /// A whole but empty list: the last good one stays in force.
+    Empty,
+}
+
+impl Table {
+    /// Applies a [validated](Snapshot::validate) snapshot. Endpoints that did not change keep their state.
+    pub fn apply(&mut self, snapshot: &Snapshot, config: &Config, index: &mut PrefixIndex) -> Applied {
+        let same_epoch = snapshot.epoch == self.epoch;
+        match snapshot.base {
+            None if same_epoch && snapshot.version == self.version => return Applied::Unchanged,
+            None if snapshot.endpoints.is_empty() && !self.by_id.is_empty() => return Applied::Empty,
+            None => {
+                let listed: HashSet<EndpointId> = snapshot.endpoints.iter().map(Endpoint::id).collect();
+                let gone: Vec<EndpointId> = self.by_id.keys().filter(|id| !listed.contains(*id)).copied().collect();
+                for id in gone {
+                    self.remove(id, index);
+                }
+            }
+            Some(_) if same_epoch && snapshot.version <= self.version => return Applied::Unchanged,
+            Some(base) if !same_epoch || base != self.version => return Applied::OutOfStep,
+            Some(_) => {
+                for id in snapshot.removed.iter().filter_map(|id| id.parse().ok()) {
+                    self.remove(id, index);
+                }
+            }
+        }
+        for endpoint in &snapshot.endpoints {
+            self.upsert(endpoint, config, index);
+        }
+        self.epoch.clone_from(&snapshot.epoch);
+        self.version = snapshot.version;
+        self.rebuild();
+        Applied::Changed
+    }
+
+    /// Epoch and version in force; `("", 0)` before the first list.
+    #[must_use]
+    pub fn version(&self) -> (&str, u64) {
+        (&self.epoch, self.version)
+    }
+
+    /// The whole list in force, as a snapshot.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        Snapshot {
+            wire: crate::wire::WIRE_VERSION,
+            epoch: self.epoch.clone(),
+            version: self.version,
+            base: None,
+            endpoints: self.iter().map(|(_, slot)| slot.endpoint.clone()).collect(),
+            removed: Vec::new(),
+        }
+    }
+
+    /// Endpoints to choose from for a model.
+    ///
+    /// # Errors
+    /// [`NoCandidates`] says whether the model is unknown or everything is down.
+    pub fn candidates(&self, model: &str) -> Result<Arc<Candidates>, NoCandidates> {
+        match self.models.get(model).or(self.any_model.as_ref()) {
+            Some(candidates) if !candidates.prefill.is_empty() || !candidates.decode.is_empty() => {
+                Ok(Arc::clone(candidates))
+            }
+            None if !self.by_id.is_empty() => Err(NoCandidates::UnknownModel),
+            _ => Err(NoCandidates::NoEndpoint),
+        }
+    }
+
+    /// Models that endpoints name, sorted.
+    #[must_use]
+    pub fn model_names(&self) -> Vec<&str> {
+        let mut names: Vec<&str> = self.models.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        names
+    }
+
+    /// Every ready endpoint, whatever its pool, role and models.
+    #[must_use]
+    pub fn all_ready(&self) -> &[EndpointIndex] {
+        &self.all_ready
+    }
+
+    /// Endpoints in the table.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.by_id.len()
+    }
+
+    /// Whether the table has no endpoint.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.by_id.is_empty()
+    }
+
+    /// The endpoint at a place that a set of candidates names.
+    #[must_use]
+    pub fn get(&self, index: EndpointIndex) -> Option<&Slot> {
+        self.slots.get(index as usize)?.as_ref()
+    }
+
+    /// As [`get`](Self::get), to change its state.
+    pub fn get_mut(&mut self, index: EndpointIndex) -> Option<&mut Slot> {
+        self.slots.get_mut(index as usize)?.as_mut()
+    }
+
+    /// A name for the endpoint that stays right when the list changes.
+    #[must_use]
+    pub fn refer(&self, index: EndpointIndex) -> Option<EndpointRef> {
+        Some(EndpointRef { index, generation: self.get(index)?.generation })
+    }
+
+    /// The endpoint, if it is still the one that was [referred](Self::refer) to.
+    pub fn resolve(&mut self, reference: EndpointRef) -> Option<&mut Slot> {
+        self.get_mut(reference.index).filter(|slot| slot.generation == reference.generation)
+    }
+
+    /// The endpoint with this name.
+    #[must_use]
+    pub fn find(&self, id: EndpointId) -> Option<EndpointIndex> {
+        self.by_id.get(&id).copied()
+    }
+
+    /// All endpoints.
+    pub fn iter(&self) -> impl Iterator<Item = (EndpointIndex, &Slot)> {
+        (0..).zip(&self.slots).filter_map(|(index, slot)| Some((index, slot.as_ref()?)))
+    }
+
+    /// Drops ledger entries whose end was never told.
+    pub fn prune(&mut self, now: Duration) {
+        for slot in self.slots.iter_mut().flatten() {
+            slot.prefill.prune(now);
+            slot.health.prune(now);
+        }
+    }
+
+    fn upsert(&mut self, endpoint: &Endpoint, config: &Config, index: &mut PrefixIndex) {
+        let pool = config.pool(&endpoint.pool);
+        let cache_bytes = endpoint.cache_tokens.unwrap_or(pool.cache_tokens) as f64 * pool.bytes_per_token;
+        let capacity = (cache_bytes / config.prefix.block_bytes as f64) as usize;
+        let engine = endpoint.engine.unwrap_or(pool.engine);
+        let at = match self.by_id.get(&endpoint.id()).copied() {
+            Some(at) => {
+                if let Some(slot) = self.get_mut(at) {
+                    slot.endpoint.clone_from(endpoint);
+                    slot.engine = engine;
+                }
+                at
+            }
+            None => {
+                let next = EndpointIndex::try_from(self.slots.len());
+                let Some(at) = self.free.pop().or(next.ok()) else { return };
+                if at as usize == self.slots.len() {
+                    self.slots.push(None);
+                }
+                self.generation = self.generation.wrapping_add(1);
+                let slot = Slot {
+                    endpoint: endpoint.clone(),
+                    address: endpoint.address.to_string().into(),
+                    key: xxhash_rust::xxh3::xxh3_64(endpoint.id().to_string().as_bytes()),
+                    engine,
+                    prefill: PrefillQueue::default(),
+                    decode: DecodeLoad::default(),
+                    health: Health::default(),
+                    generation: self.generation,
+                };
+                if let Some(place) = self.slots.get_mut(at as usize) {
+                    *place = Some(slot);
+                }
+                self.by_id.insert(endpoint.id(), at);
+                at
+            }
+        };
+        index.set_capacity(at, capacity);
+    }
+
+    fn remove(&mut self, id: EndpointId, index: &mut PrefixIndex) {
+        let Some(at) = self.by_id.remove(&id) else { return };
+        if let Some(slot) = self.slots.get_mut(at as usize) {
+            *slot = None;
+            self.free.push(at);
+        }
+        index.remove_endpoint(at);
+    }
+
+    /// Makes the sets of candidates from the slots.
+    ///
+    /// A model belongs to one pool: when endpoints of several pools serve it, the first pool by name that can generate.
+    /// Endpoints without models serve every model of their pool, and those that no endpoint names.
+    fn rebuild(&mut self) {
+        let mut named: BTreeMap<&str, BTreeMap<&str, Candidates>> = BTreeMap::new();
+        let mut unnamed: BTreeMap<&str, Candidates> = BTreeMap::new();
+        let mut all_ready = Vec::new();
+        for (at, slot) in (0..).zip(&self.slots).filter_map(|(at, slot)| Some((at, slot.as_ref()?))) {
+            let Endpoint { pool, models, role, state, .. } = &slot.endpoint;
+            let ready = *state == State::Ready;
+            if ready {
+                all_ready.push(at);
+            }
+            for model in models {
+                named.entry(model).or_default().entry(pool).or_default().push(at, *role, ready);
+            }
+            if models.is_empty() {
+                unnamed.entry(pool).or_default().push(at, *role, ready);
+            }
+        }
+        let models = named
+            .into_iter()
+            .filter_map(|(model, mut pools)| {
+                for (pool, candidates) in &mut pools {
+                    if let Some(others) = unnamed.get(pool) {
+                        candidates.prefill.extend(&others.prefill);
+                        candidates.decode.extend(&others.decode);
+                    }
+                }
+                Some((model.to_owned(), first_that_generates(pools)?))
+            })
+            .collect();
+        let any_model = first_that_generates(unnamed);
+        self.models = models;
+        self.any_model = any_model;
+        self.all_ready = all_ready;
+    }
+}
+
+impl Candidates {
+    fn push(&mut self, at: EndpointIndex, role: Role, ready: bool) {
+        match role {
+            _ if !ready => {}
+            Role::Prefill => self.prefill.push(at),
+            Role::Decode | Role::Both => self.decode.push(at),
+        }
+    }
+}
+
+fn first_that_generates(pools: BTreeMap<&str, Candidates>) -> Option<Arc<Candidates>> {
+    let generating = pools.iter().find(|(_, candidates)| !candidates.decode.is_empty());
+    let (pool, candidates) = generating.or_else(|| pools.iter().next())?;
+    let mut candidates = Candidates { pool: (*pool).into(), ..candidates.clone() };
+    candidates.prefill.sort_unstable();
+    candidates.decode.sort_unstable();
+    Some(Arc::new(candidates))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hash::BlockHash;
+    use proptest::prelude::*;
+
+    fn endpoint(port: u16, role: Role, models: &[&str]) -> Endpoint {
+        let models = models.iter().map(|model| (*model).to_owned()).collect();
+        Endpoint { models, ..Endpoint::new(([10, 0, 0, 1], port).into(), role) }
+    }
+
+    fn whole(version: u64, endpoints: Vec<Endpoint>) -> Snapshot {
+        Snapshot { wire: 1, epoch: "e".into(), version, base: None, endpoints, removed: vec![] }
+    }
+
+    struct Fixture {
+        table: Table,
+        index: PrefixIndex,
+        config: Config,
+    }
+
+    impl Fixture {
+        fn new(endpoints: Vec<Endpoint>) -> Self {
+            let mut new =
+                Self { table: Table::default(), index: PrefixIndex::new(1 << 20), config: Config::parse(b"").unwrap() };
+            assert_eq!(new.apply(&whole(1, endpoints)), Applied::Changed);
+            new
+        }
+
+        fn apply(&mut self, snapshot: &Snapshot) -> Applied {
+            self.table.apply(snapshot, &self.config, &mut self.index)
+        }
+
+        fn ports(&self, indexes: &[EndpointIndex]) -> Vec<u16> {
+            indexes.iter().map(|at| self.table.get(*at).unwrap().endpoint.address.port()).collect()
+        }
+    }
+
+    #[test]
+    fn roles_and_models_decide_who_is_a_candidate() {
+        let mut down = endpoint(5, Role::Decode, &["m"]);
+        down.state = State::Draining;
+        let fixture = Fixture::new(vec![
+            endpoint(1, Role::Prefill, &["m"]),
+            endpoint(2, Role::Decode, &["m", "n"]),
+            endpoint(3, Role::Both, &[]),
+            endpoint(4, Role::Decode, &["n"]),
+            down,
+        ]);
+        let m = fixture.table.candidates("m").unwrap();
+        assert_eq!((fixture.ports(&m.prefill), fixture.ports(&m.decode)), (vec![1], vec![2, 3]));
+        let n = fixture.table.candidates("n").unwrap();
+        assert_eq!(fixture.ports(&n.decode), [2, 3, 4]);
+        assert_eq!(fixture.ports(&fixture.table.candidates("other").unwrap().decode), [3]);
+        assert_eq!(fixture.table.model_names(), ["m", "n"]);
+        assert_eq!(fixture.table.all_ready().len(), 4);
+    }
+
+    #[test]
+    fn an_unknown_model_and_a_model_that_is_down_differ() {
+        let mut down = endpoint(1, Role::Decode, &["m"]);
+        down.state = State::Down;
+        let fixture = Fixture::new(vec![down, endpoint(2, Role::Decode, &["n"])]);
+        assert_eq!(fixture.table.candidates("m"), Err(NoCandidates::NoEndpoint));
+        assert_eq!(fixture.table.candidates("x"), Err(NoCandidates::UnknownModel));
+        assert_eq!(Table::default().candidates("m"), Err(NoCandidates::NoEndpoint));
+    }
+
+    #[test]
+    fn endpoints_that_stay_keep_their_state() {
+        let (a, b) = (endpoint(1, Role::Both, &[]), endpoint(2, Role::Both, &[]));
+        let mut fixture = Fixture::new(vec![a.clone(), b.clone()]);
+        let at = fixture.table.find(a.id()).unwrap();
+        fixture.table.get_mut(at).unwrap().decode.add(7);
+        fixture.index.insert(at, &[BlockHash(1)]);
+        let kept = fixture.table.refer(at).unwrap();
+        let left = fixture.table.refer(fixture.table.find(b.id()).unwrap()).unwrap();
+        let c = endpoint(3, Role::Both, &[]);
+        assert_eq!(fixture.apply(&whole(2, vec![c.clone(), Endpoint { weight: 2.0, ..a.clone() }])), Applied::Changed);
+        assert_eq!(fixture.table.resolve(kept).unwrap().decode.tokens, 7);
+        assert_eq!(fixture.table.resolve(kept).unwrap().endpoint.weight, 2.0);
+        assert_eq!(fixture.index.matched(at, &[BlockHash(1)]), 1);
+        assert!(fixture.table.resolve(left).is_none(), "its place was taken by another endpoint");
+        assert_eq!(fixture.table.len(), 2);
+    }
+
+    #[test]
+    fn versions_decide_what_is_applied() {
+        let (a, b) = (endpoint(1, Role::Both, &[]), endpoint(2, Role::Both, &[]));
+        let mut fixture = Fixture::new(vec![a.clone()]);
+        assert_eq!(fixture.apply(&whole(1, vec![b.clone()])), Applied::Unchanged);
+        let change = |base, version| Snapshot { base: Some(base), ..whole(version, vec![b.clone()]) };
+        assert_eq!(fixture.apply(&change(5, 6)), Applied::OutOfStep);
+        assert_eq!(fixture.apply(&change(1, 2)), Applied::Changed);
+        assert_eq!(fixture.apply(&change(1, 2)), Applied::Unchanged);
+        assert_eq!(fixture.apply(&Snapshot { epoch: "f".into(), ..change(2, 3) }), Applied::OutOfStep);
+        assert_eq!(fixture.table.len(), 2);
+        assert_eq!(fixture.apply(&Snapshot { epoch: "f".into(), ..whole(1, vec![]) }), Applied::Empty);
+        assert_eq!(fixture.table.len(), 2, "an empty list leaves the last good one in force");
+        assert_eq!(fixture.apply(&Snapshot { epoch: "f".into(), ..whole(1, vec![b]) }), Applied::Changed);
+        assert_eq!(fixture.table.len(), 1);
+        assert_eq!(fixture.table.version(), ("f", 1));
+    }
+
+    proptest! {
+        #[test]
+        fn changes_lead_to_the_same_table_as_the_whole_list(lists in prop::collection::vec(prop::collection::btree_map(1_u16..12, 0_u8..3, 1..8), 1..8)) {
+            let make = |list: &BTreeMap<u16, u8>| -> Vec<Endpoint> {
+                let role = |n: &u8| [Role::Prefill, Role::Decode, Role::Both][*n as usize];
+                list.iter().map(|(port, n)| endpoint(*port, role(n), if port % 2 == 0 { &["m"] } else { &[] })).collect()
+            };
+            let mut fixture = Fixture::new(make(&lists[0]));
+            for (version, pair) in (2..).zip(lists.windows(2)) {
+                let (before, after) = (make(&pair[0]), make(&pair[1]));
+                let change = Snapshot {
+                    base: Some(version - 1),
+                    removed: before.iter().filter(|old| !after.iter().any(|new| new.id() == old.id())).map(|old| old.id().to_string()).collect(),
+                    ..whole(version, after.iter().filter(|new| !before.contains(new)).cloned().collect())
+                };
+                fixture.apply(&change);
+                let rebuilt = Fixture::new(after);
+                for model in ["m", "other"] {
+                    let sorted = |fixture: &Fixture| fixture.table.candidates(model).map(|set| {
+                        let (mut p, mut d) = (fixture.ports(&set.prefill), fixture.ports(&set.decode));
+                        p.sort_unstable();
+                        d.sort_unstable();
+                        (p, d)
+                    });
+                    prop_assert_eq!(sorted(&fixture), sorted(&rebuilt));
+                }
+            }
+        }
+    }
+}
