@@ -1,1 +1,14 @@
-//! Filter.
+//! The filter as Envoy loads it: callbacks become events of pd-core, effects become host calls. Nothing is decided here.
+#![allow(missing_docs, reason = "the entry point that the SDK's macro makes has none")]
+
+mod host;
+mod shell;
+mod stream;
+
+use proxy_wasm::traits::RootContext;
+use proxy_wasm::types::LogLevel;
+
+proxy_wasm::main! {{
+    proxy_wasm::set_log_level(LogLevel::Info);
+    proxy_wasm::set_root_context(|_| -> Box<dyn RootContext> { Box::new(shell::Root::default()) });
+}}

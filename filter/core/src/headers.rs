@@ -41,6 +41,12 @@ impl Headers {
         Self { wire }
     }
 
+    /// The serialised form.
+    #[must_use]
+    pub fn into_wire(self) -> Vec<u8> {
+        self.wire
+    }
+
     /// Pairs in the order in which they arrived.
     pub fn iter(&self) -> Pairs<'_> {
         let count = read_u32(&self.wire, 0).unwrap_or(0);

@@ -217,7 +217,9 @@ impl Push {
         let control = self.control.as_ref().filter(|_| self.holds_lease && !self.polling && now >= self.next_poll)?;
         self.polling = true;
         let (epoch, version) = &self.at;
-        let epoch: String = epoch.chars().filter(char::is_ascii_alphanumeric).collect();
+        // What else an epoch may hold would need escapes; without it the answer is the whole list.
+        let plain = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        let epoch: String = epoch.chars().filter(plain).collect();
         Some(Poll {
             cluster: control.cluster.clone(),
             authority: control.authority.clone(),
@@ -349,9 +351,9 @@ mod tests {
         assert_eq!(poll.path, "/v1/watch?epoch=&since=0&wait_ms=30000");
         assert_eq!(b.push.tick(&store, ms(0)), None);
         assert_eq!(a.push.tick(&store, ms(200)), None, "one poll at a time");
-        let (next, news) = a.push.answered(&mut a.worker, &store, Some(200), &list("e", 3, &[1, 2]), ms(300));
+        let (next, news) = a.push.answered(&mut a.worker, &store, Some(200), &list("e-1", 3, &[1, 2]), ms(300));
         assert_eq!(news, Some(News::Applied));
-        assert_eq!(next.unwrap().path, "/v1/watch?epoch=e&since=3&wait_ms=30000");
+        assert_eq!(next.unwrap().path, "/v1/watch?epoch=e-1&since=3&wait_ms=30000");
         assert_eq!(b.push.catch_up(&mut b.worker, &store), Some(News::Applied));
         assert_eq!(b.worker.table.len(), 2);
         assert_eq!(b.push.catch_up(&mut b.worker, &store), None);

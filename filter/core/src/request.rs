@@ -362,6 +362,12 @@ impl Request {
         }
     }
 
+    /// Whether an engine endpoint has the request.
+    #[must_use]
+    pub fn is_sent(&self) -> bool {
+        matches!(self.state, State::Sent(_))
+    }
+
     /// Response headers are there; `upstream` is the address of the endpoint that answered, if one did.
     pub fn response_headers(&mut self, worker: &mut Worker, upstream: Option<&[u8]>, now: Duration) {
         let State::Sent(sent) = &mut self.state else { return };

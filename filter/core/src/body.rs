@@ -1,0 +1,327 @@
+//! What the filter needs to know of a request's body: its API, and where its top-level members stand.
+//!
+//! [`scan`] is one pass that checks the whole body and keeps offsets only; a [`Scan`] outlives the bytes it describes.
+
+use std::borrow::Cow;
+
+use crate::json::{self, ErrorKind, ScanError, Scanner, Span, Text};
+
+/// Known members that one body may hold, duplicates included; more is refused. Bounds a [`Scan`] to 36 kB: there are
+/// some fifty keys, and no client repeats one for a reason.
+pub const MAX_MEMBERS: usize = 1_024;
+
+/// API that a request speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Api {
+    /// `/v1/chat/completions`
+    Chat,
+    /// `/v1/completions`
+    Completions,
+    /// `/v1/responses`
+    Responses,
+    /// `/v1/messages`
+    Messages,
+    /// `/inference/v1/generate`: token ids in, token ids out.
+    Generate,
+}
+
+impl Api {
+    /// The API that a `:path` names: exactly, but for a query string.
+    #[must_use]
+    pub fn of_path(path: &[u8]) -> Option<Self> {
+        match path.split(|&byte| byte == b'?').next()? {
+            b"/v1/chat/completions" => Some(Self::Chat),
+            b"/v1/completions" => Some(Self::Completions),
+            b"/v1/responses" => Some(Self::Responses),
+            b"/v1/messages" => Some(Self::Messages),
+            b"/inference/v1/generate" => Some(Self::Generate),
+            _ => None,
+        }
+    }
+}
+
+macro_rules! keys {
+    ($($name:literal $key:ident,)*) => {
+        /// Top-level members that mean something to the filter; all others pass through unseen.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Key {
+            $(#[doc = concat!("`", $name, "`")] $key,)*
+        }
+
+        impl Key {
+            /// All of them.
+            pub const ALL: &[Self] = &[$(Self::$key,)*];
+
+            /// The key as JSON has it, without quotes. None of them needs an escape.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$key => $name,)*
+                }
+            }
+
+            /// The key of that (decoded) name.
+            #[must_use]
+            pub fn of_name(name: &str) -> Option<Self> {
+                match name {
+                    $($name => Some(Self::$key),)*
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+
+keys! {
+    "model" Model,
+    // The prompt.
+    "messages" Messages,
+    "prompt" Prompt,
+    "input" Input,
+    "token_ids" TokenIds,
+    "prompt_token_ids" PromptTokenIds,
+    "system" System,
+    "instructions" Instructions,
+    "tools" Tools,
+    "previous_response_id" PreviousResponseId,
+    // The answer.
+    "stream" Stream,
+    "stream_options" StreamOptions,
+    "max_tokens" MaxTokens,
+    "max_completion_tokens" MaxCompletionTokens,
+    "max_output_tokens" MaxOutputTokens,
+    "min_tokens" MinTokens,
+    "ignore_eos" IgnoreEos,
+    "stop" Stop,
+    "stop_token_ids" StopTokenIds,
+    "stop_sequences" StopSequences,
+    "n" N,
+    "best_of" BestOf,
+    "use_beam_search" UseBeamSearch,
+    "echo" Echo,
+    "logprobs" Logprobs,
+    "prompt_logprobs" PromptLogprobs,
+    "seed" Seed,
+    // `/inference/v1/generate` keeps its limits in here: scan and rewrite the value, then replace it.
+    "sampling_params" SamplingParams,
+    // Who asks, and what may be shared.
+    "user" User,
+    "priority" Priority,
+    "cache_salt" CacheSalt,
+    "prompt_cache_key" PromptCacheKey,
+    "lora_path" LoraPath,
+    // Hand-over protocols.
+    "kv_transfer_params" KvTransferParams,
+    "bootstrap_host" BootstrapHost,
+    "bootstrap_port" BootstrapPort,
+    "bootstrap_room" BootstrapRoom,
+    "data_parallel_rank" DataParallelRank,
+    "routed_dp_rank" RoutedDpRank,
+    "disagg_prefill_dp_rank" DisaggPrefillDpRank,
+    "disaggregated_params" DisaggregatedParams,
+    "disagg_prefill_resp" DisaggPrefillResp,
+}
+
+/// Bytes that the longest [`Key::name`] may have in a body: each character as `\u00xx`.
+const MAX_KEY_BYTES: usize = 6 * 24;
+
+impl Key {
+    /// The key that stands at `text` of `body`, escapes seen through.
+    fn read(body: &[u8], text: Text) -> Option<Self> {
+        let raw = text.span.get(body);
+        if raw.len() > MAX_KEY_BYTES {
+            return None;
+        }
+        if text.escaped {
+            return Self::of_name(&json::unescape(raw)?);
+        }
+        Self::of_name(core::str::from_utf8(raw).ok()?)
+    }
+
+    const fn bit(self) -> u64 {
+        1_u64.wrapping_shl(self as u32)
+    }
+}
+
+/// A set of [`Key`]s.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KeySet(u64);
+
+impl KeySet {
+    /// No key.
+    pub const EMPTY: Self = Self(0);
+
+    /// The set of some keys.
+    #[must_use]
+    pub const fn of(mut keys: &[Key]) -> Self {
+        let mut set = 0;
+        while let [key, rest @ ..] = keys {
+            set |= key.bit();
+            keys = rest;
+        }
+        Self(set)
+    }
+
+    /// The set with one more key.
+    #[must_use]
+    pub const fn with(self, key: Key) -> Self {
+        Self(self.0 | key.bit())
+    }
+
+    /// Keys of either set.
+    #[must_use]
+    pub const fn union(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Keys of both sets.
+    #[must_use]
+    pub const fn intersection(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// Whether the key is in it.
+    #[must_use]
+    pub const fn contains(self, key: Key) -> bool {
+        self.0 & key.bit() != 0
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub const fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+}
+
+/// A known member of the body's object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Its key.
+    pub key: Key,
+    /// Whether it is the first member of the object, known or not.
+    pub first: bool,
+    /// Whether it is the last member of the object, known or not.
+    pub last: bool,
+    /// From the opening quote of the key to the end of the value.
+    pub span: Span,
+    /// The value.
+    pub value: Span,
+    /// Offset of the comma before it; for the first member, just past the object's opening brace.
+    pub before: u32,
+    /// Offset of the comma behind it; for the last member, of the object's closing brace.
+    pub after: u32,
+}
+
+/// Where the known members of a body stand.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scan {
+    /// Bytes of the body.
+    pub len: u32,
+    /// Offset just past the object's opening brace.
+    pub open: u32,
+    /// Members of the object, unknown ones and duplicates included.
+    pub count: u32,
+    known: KeySet,
+    members: Vec<Member>,
+}
+
+/// Checks a body and finds its known top-level members.
+///
+/// Accepts exactly the objects that `serde_json` parses as a `Value`, except that [`MAX_MEMBERS`] bounds repetition.
+///
+/// # Errors
+/// [`ScanError`] says what is wrong and where, in words for the client.
+pub fn scan(body: &[u8]) -> Result<Scan, ScanError> {
+    let mut scanner = Scanner::new(body)?;
+    scanner.white_space();
+    if !scanner.eat(b'{') {
+        return Err(scanner.error(ErrorKind::NotAnObject));
+    }
+    let open = Span::new(scanner.at(), scanner.at()).start;
+    let mut scan = Scan {
+        len: Span::new(0, body.len()).end,
+        open,
+        count: 0,
+        known: KeySet::EMPTY,
+        members: Vec::with_capacity(12),
+    };
+    let mut before = open;
+    let mut first = true;
+    while let Some(member) = scanner.member(1, first)? {
+        if let Some(key) = Key::read(body, member.key) {
+            if scan.members.len() >= MAX_MEMBERS {
+                return Err(scanner.error(ErrorKind::TooManyMembers));
+            }
+            scan.known = scan.known.with(key);
+            let span = Span { start: member.key.span.start.saturating_sub(1), end: member.value.end };
+            let last = !member.more;
+            scan.members.push(Member { key, first, last, span, value: member.value, before, after: member.next });
+        }
+        scan.count = scan.count.saturating_add(1);
+        before = member.next;
+        first = false;
+        if !member.more {
+            break;
+        }
+    }
+    scanner.finish()?;
+    Ok(scan)
+}
+
+impl Scan {
+    /// The member of that key; the last one of several, as every engine's parser has it.
+    #[must_use]
+    pub fn get(&self, key: Key) -> Option<&Member> {
+        if !self.has(key) {
+            return None;
+        }
+        self.members.iter().rev().find(|member| member.key == key)
+    }
+
+    /// Whether there is a member of that key.
+    #[must_use]
+    pub fn has(&self, key: Key) -> bool {
+        self.known.contains(key)
+    }
+
+    /// The keys that are there.
+    #[must_use]
+    pub fn keys(&self) -> KeySet {
+        self.known
+    }
+
+    /// All known members in their order, duplicates included.
+    #[must_use]
+    pub fn members(&self) -> &[Member] {
+        &self.members
+    }
+
+    /// The bytes of a member's value.
+    #[must_use]
+    pub fn raw<'a>(&self, body: &'a [u8], key: Key) -> Option<&'a [u8]> {
+        self.get(key).map(|member| member.value.get(body))
+    }
+
+    /// A string, borrowed unless it holds escapes; `None` when there is none or it is something else.
+    #[must_use]
+    pub fn str<'a>(&self, body: &'a [u8], key: Key) -> Option<Cow<'a, str>> {
+        json::string(self.raw(body, key)?)
+    }
+
+    /// `true` or `false`; `None` when there is none or it is something else.
+    #[must_use]
+    pub fn bool(&self, body: &[u8], key: Key) -> Option<bool> {
+        match self.raw(body, key)? {
+            b"true" => Some(true),
+            b"false" => Some(false),
+            _ => None,
+        }
+    }
+
+    /// An integer; `None` when there is none, or it is something else (negative, `1.0`, `1e3`, beyond 64 bits).
+    #[must_use]
+    pub fn u64(&self, body: &[u8], key: Key) -> Option<u64> {
+        let raw = self.raw(body, key)?;
+        core::str::from_utf8(raw).ok()?.parse().ok()
+    }
+}

@@ -1,0 +1,237 @@
+//! The two tight loops of the scanner: through the text of a string, and through an array of token ids.
+//!
+//! This is where a long body's time goes, so the filter has its own search in the 128-bit vectors that V8 maps to the
+//! processor's. (The compiler vectorises a test of a whole block by itself, but not the search for the byte in it, and
+//! text has a line break or an escaped quote in most blocks.)
+
+/// Whether a byte of a string is something else than itself: the closing quote, an escape, or an error.
+fn ends(byte: u8) -> bool {
+    (byte == b'"') | (byte == b'\\') | (byte < 0x20)
+}
+
+/// What is behind an escape of two bytes, if one is here.
+fn short_escape(bytes: &[u8]) -> Option<&[u8]> {
+    match bytes {
+        [b'\\', b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't', behind @ ..] => Some(behind),
+        _ => None,
+    }
+}
+
+/// What a string held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Seen {
+    /// An escape of two bytes.
+    pub(super) escape: bool,
+    /// A byte that is not ASCII; perhaps one of the 15 bytes behind the text, which does no harm: they belong to the
+    /// same document.
+    pub(super) non_ascii: bool,
+}
+
+/// Passes over characters that stand for themselves and escapes of two bytes; returns what is behind them.
+#[inline]
+pub(super) fn text<'a>(mut rest: &'a [u8], seen: &mut Seen) -> &'a [u8] {
+    let mut high = vector::High::default();
+    while let Some((chunk, behind)) = rest.split_first_chunk::<16>() {
+        let plain = high.next_end(chunk);
+        if plain >= 16 {
+            rest = behind;
+            continue;
+        }
+        rest = rest.get(plain..).unwrap_or_default();
+        let Some(behind) = short_escape(rest) else {
+            seen.non_ascii |= high.any();
+            return rest;
+        };
+        seen.escape = true;
+        rest = behind;
+    }
+    seen.non_ascii |= high.any();
+    while let Some((&byte, behind)) = rest.split_first() {
+        if !ends(byte) {
+            seen.non_ascii |= !byte.is_ascii();
+            rest = behind;
+        } else if let Some(behind) = short_escape(rest) {
+            seen.escape = true;
+            rest = behind;
+        } else {
+            break;
+        }
+    }
+    rest
+}
+
+/// Passes over integers of up to eight digits as long as a comma follows each; returns what is behind the last comma.
+pub(super) fn integers(mut rest: &[u8]) -> &[u8] {
+    loop {
+        let number = rest.strip_prefix(b" ").unwrap_or(rest);
+        let Some(word) = number.first_chunk().map(|word| u64::from_le_bytes(*word)) else { return rest };
+        let digits = digits(word);
+        let leading_zero = digits > 1 && number.first() == Some(&b'0');
+        match number.get(digits..) {
+            Some([b',', behind @ ..]) if digits > 0 && !leading_zero => rest = behind,
+            _ => return rest,
+        }
+    }
+}
+
+/// A word of eight times the same byte.
+const fn every(byte: u8) -> u64 {
+    u64::from_le_bytes([byte; 8])
+}
+
+/// Number of digits before the first other byte, lowest first; 8 when all are digits.
+fn digits(word: u64) -> usize {
+    // The high half of a byte is 3 both before and after adding 6. A carry comes from a byte that is no digit.
+    let no_digit = |word: u64| word & every(0xf0) ^ every(0x30);
+    ((no_digit(word) | no_digit(word.wrapping_add(every(6)))).trailing_zeros() / 8) as usize
+}
+
+#[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+mod vector {
+    use core::arch::wasm32::{u8x16, u8x16_bitmask, u8x16_eq, u8x16_lt, u8x16_splat, u64x2_splat, v128, v128_or};
+
+    /// All bytes so far, ORed, for bit 7.
+    pub(super) struct High(v128);
+
+    impl Default for High {
+        fn default() -> Self {
+            Self(u64x2_splat(0))
+        }
+    }
+
+    impl High {
+        pub(super) fn any(&self) -> bool {
+            u8x16_bitmask(self.0) != 0
+        }
+
+        /// Number of bytes before the first one that [`super::ends`]; 16 when there is none.
+        #[inline]
+        pub(super) fn next_end(&mut self, chunk: &[u8; 16]) -> usize {
+            // One load: the compiler sees through it.
+            let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = *chunk;
+            let bytes = u8x16(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p);
+            self.0 = v128_or(self.0, bytes);
+            let quote = u8x16_eq(bytes, u8x16_splat(b'"'));
+            let escape = u8x16_eq(bytes, u8x16_splat(b'\\'));
+            let control = u8x16_lt(bytes, u8x16_splat(0x20));
+            let ends = u8x16_bitmask(v128_or(v128_or(quote, escape), control));
+            (u32::from(ends) | 0x1_0000).trailing_zeros() as usize
+        }
+    }
+}
+
+#[cfg(not(all(target_arch = "wasm32", target_feature = "simd128")))]
+mod vector {
+    use super::every;
+
+    /// All bytes so far, ORed, for bit 7.
+    #[derive(Default)]
+    pub(super) struct High(u64);
+
+    impl High {
+        pub(super) fn any(&self) -> bool {
+            self.0 & every(0x80) != 0
+        }
+
+        /// Number of bytes before the first one that [`super::ends`]; 16 when there is none.
+        #[inline]
+        pub(super) fn next_end(&mut self, chunk: &[u8; 16]) -> usize {
+            let bytes = u128::from_le_bytes(*chunk);
+            let (low, high) = (bytes as u64, bytes.wrapping_shr(64) as u64);
+            self.0 |= low | high;
+            let ends = u128::from(ends(low)) | u128::from(ends(high)).wrapping_shl(64);
+            // With none, all 128 bits are zeros.
+            (ends.trailing_zeros() / 8) as usize
+        }
+    }
+
+    /// Bit 7 of each byte that [`super::ends`], right up to the lowest such byte; a borrow may set it in bytes above.
+    fn ends(bytes: u64) -> u64 {
+        let zero = |word: u64| word.wrapping_sub(every(1)) & !word;
+        let control = bytes.wrapping_sub(every(0x20)) & !bytes;
+        (zero(bytes ^ every(b'"')) | zero(bytes ^ every(b'\\')) | control) & every(0x80)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Length of the text, and what was seen.
+    fn run(bytes: &[u8]) -> (usize, Seen) {
+        let mut seen = Seen::default();
+        let rest = text(bytes, &mut seen).len();
+        (bytes.len() - rest, seen)
+    }
+
+    #[test]
+    fn text_ends_at_the_first_byte_that_is_something_else() {
+        for len in 0..50 {
+            for at in 0..len {
+                for byte in 0..=u8::MAX {
+                    let mut bytes = vec![b'x'; len];
+                    bytes[at] = byte;
+                    let seen = Seen { escape: false, non_ascii: !byte.is_ascii() };
+                    let end = |otherwise: usize| if ends(byte) { at } else { otherwise };
+                    assert_eq!(run(&bytes), (end(len), seen), "{byte} at {at} of {len}");
+                    // A borrow must not hide the next byte, nor invent one.
+                    for (next, otherwise) in [(b'"', at + 1), (b'!', len), (b'#', len), (b'[', len), (b' ', len)] {
+                        if at + 1 < len && byte != b'\\' {
+                            bytes[at + 1] = next;
+                            assert_eq!(run(&bytes), (end(otherwise), seen), "{byte} at {at} of {len}, then {next}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn text_passes_over_short_escapes() {
+        for len in 2..50 {
+            for at in 0..len - 1 {
+                for byte in 0..=u8::MAX {
+                    let mut bytes = vec![b'x'; len];
+                    bytes[at] = b'\\';
+                    bytes[at + 1] = byte;
+                    let escape = b"\"\\/bfnrt".contains(&byte);
+                    let (end, seen) = run(&bytes);
+                    assert_eq!((end, seen.escape), (if escape { len } else { at }, escape), "{byte} at {at} of {len}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn integers_end_behind_the_last_comma() {
+        for (bytes, end) in [
+            ("1,2, 3,4444444,0,12,        ", 20),
+            ("1,12345678,123456789,        ", 11),
+            ("1,01,        ", 2),
+            ("1,  2,        ", 2),
+            ("1,-2,        ", 2),
+            ("1,2.5,        ", 2),
+            ("1,,        ", 2),
+            ("1,2]        ", 2),
+            ("1,2,3", 0),
+            (",        ", 0),
+            ("", 0),
+        ] {
+            assert_eq!(bytes.len() - integers(bytes.as_bytes()).len(), end, "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn digits_are_counted() {
+        for at in 0..8 {
+            for byte in 0..=u8::MAX {
+                for others in [b'0', b'9', b'5'] {
+                    let mut bytes = [others; 8];
+                    bytes[at] = byte;
+                    let expected = if byte.is_ascii_digit() { 8 } else { at };
+                    assert_eq!(digits(u64::from_le_bytes(bytes)), expected, "{byte} at {at}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Edits the bytes of a scanned body: members dropped, values replaced, members put in front.
+//!
+//! Everything else stays as the client wrote it: key order, white space, number spelling, unknown members.
+//!
+//! - Inserted members come first in the object. Parsers take the last of several members with the same key, so a caller
+//!   that inserts a key also drops it.
+//! - Dropping and replacing concern every occurrence of a key. A key in both is dropped.
+//! - A dropped member goes with the comma before it; the first ones of an object go with the comma behind them.
+//!
+//! [`rewrite`] makes a whole new body. [`head_edit`] makes the shortest edit of the front, for a buffer that can only be
+//! drained and prepended to. [`HeadPlan`] is the same when what to insert is known only after the body is gone.
+
+use crate::body::{Key, KeySet, Scan};
+use crate::json::slice;
+
+/// What to change in the top-level object of a body.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Edits<'a> {
+    /// Members to drop.
+    pub drop: KeySet,
+    /// Values to replace by other JSON values. Keys that the body does not have are passed over.
+    pub replace: &'a [(Key, &'a [u8])],
+    /// Members to put in front, without the braces: `"a":1,"b":2`. May be empty.
+    pub insert: &'a [u8],
+}
+
+/// An edit of the front of a body.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HeadEdit {
+    /// First bytes of the body to remove.
+    pub drain: u32,
+    /// Bytes to put in their place.
+    pub head: Vec<u8>,
+}
+
+impl HeadEdit {
+    /// Whether the edit leaves the body as it is.
+    #[must_use]
+    pub fn is_none(&self) -> bool {
+        self.drain == 0 && self.head.is_empty()
+    }
+}
+
+/// A [`HeadEdit`] that waits for the members to insert. It owns the front of the body up to the last change: the opening
+/// brace, if nothing is dropped or replaced.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeadPlan {
+    /// First bytes of the body to remove.
+    drain: u32,
+    /// What stands before the inserted members: the opening brace.
+    front: Vec<u8>,
+    /// What stands behind them, edited, up to `drain`.
+    rest: Vec<u8>,
+    /// Whether members follow the inserted ones.
+    follow: bool,
+    /// Whether something is dropped or replaced.
+    changed: bool,
+}
+
+impl HeadPlan {
+    /// Plans the edit; [`Edits::insert`] is left for later.
+    #[must_use]
+    pub fn new(body: &[u8], scan: &Scan, edits: &Edits<'_>) -> Self {
+        let front = slice(body, 0, scan.open).to_vec();
+        let mut rest = Vec::new();
+        let walk = walk(body, scan, edits, &mut |piece| rest.extend_from_slice(piece));
+        Self { drain: walk.drain, front, rest, follow: walk.follow, changed: walk.changed }
+    }
+
+    /// The edit with these members in front; see [`Edits::insert`].
+    #[must_use]
+    pub fn with_insert(&self, insert: &[u8]) -> HeadEdit {
+        if insert.is_empty() && !self.changed {
+            return HeadEdit::default();
+        }
+        let comma = comma(insert, self.follow);
+        HeadEdit { drain: self.drain, head: [self.front.as_slice(), insert, comma, &self.rest].concat() }
+    }
+}
+
+/// The edited body, in a buffer of exactly its size.
+///
+/// `body` must be the one that was scanned: another one gives a wrong, but not a dangerous result.
+#[must_use]
+pub fn rewrite(body: &[u8], scan: &Scan, edits: &Edits<'_>) -> Vec<u8> {
+    let mut edited_bytes = 0_usize;
+    let walked = walk(body, scan, edits, &mut |piece| edited_bytes = edited_bytes.saturating_add(piece.len()));
+    let comma = comma(edits.insert, walked.follow);
+    let front = slice(body, 0, scan.open);
+    let behind = slice(body, walked.drain, scan.len);
+    let bytes = [front.len(), edits.insert.len(), comma.len(), edited_bytes, behind.len()];
+    let mut out = Vec::with_capacity(bytes.into_iter().fold(0, usize::saturating_add));
+    out.extend_from_slice(front);
+    out.extend_from_slice(edits.insert);
+    out.extend_from_slice(comma);
+    walk(body, scan, edits, &mut |piece| out.extend_from_slice(piece));
+    out.extend_from_slice(behind);
+    out
+}
+
+/// The shortest edit of the front of `body` that makes the edited body; nothing if there is nothing to change.
+#[must_use]
+pub fn head_edit(body: &[u8], scan: &Scan, edits: &Edits<'_>) -> HeadEdit {
+    HeadPlan::new(body, scan, edits).with_insert(edits.insert)
+}
+
+/// The comma between what is inserted and what follows.
+fn comma(insert: &[u8], follow: bool) -> &'static [u8] {
+    if follow && !insert.is_empty() { b"," } else { b"" }
+}
+
+/// How [`walk`] ended.
+struct Walk {
+    /// Where the last change ends: all behind it stays.
+    drain: u32,
+    /// Whether any of the body's members is left.
+    follow: bool,
+    /// Whether anything changed.
+    changed: bool,
+}
+
+/// Emits the body from behind its opening brace up to the last dropped or replaced member, without and with those.
+fn walk<'a>(body: &'a [u8], scan: &Scan, edits: &Edits<'a>, emit: &mut impl FnMut(&'a [u8])) -> Walk {
+    let mut drain = scan.open;
+    let mut changed = false;
+    let mut dropped = 0_u32;
+    // Whether all members so far were dropped: the next to go takes the comma behind it along.
+    let mut leading = true;
+    for member in scan.members() {
+        leading &= member.first || member.before < drain;
+        if edits.drop.contains(member.key) {
+            dropped = dropped.saturating_add(1);
+            changed = true;
+            if leading {
+                drain = if member.last { member.after } else { member.after.saturating_add(1) };
+            } else {
+                emit(slice(body, drain, member.before));
+                drain = member.span.end;
+            }
+        } else if let Some((_, value)) = edits.replace.iter().find(|(key, _)| *key == member.key) {
+            changed = true;
+            leading = false;
+            emit(slice(body, drain, member.value.start));
+            emit(value);
+            drain = member.value.end;
+        } else {
+            leading = false;
+        }
+    }
+    Walk { drain, follow: dropped < scan.count, changed }
+}

@@ -1,0 +1,261 @@
+//! Host calls, total: whatever status the host answers is a value.
+//!
+//! The SDK's own calls panic on a status that they do not expect, and a panic takes the worker's VM down until the next
+//! configuration change. So this module declares the imports itself, with plain integers for the status. Only the
+//! call-out goes through the SDK, which must know its token to find the context again.
+
+use core::time::Duration;
+use std::ptr::{null_mut, slice_from_raw_parts_mut};
+
+use pd_core::headers::Headers;
+
+/// Status of a host call that did not succeed, as the ABI numbers it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostError(pub u32);
+
+/// Result of a host call.
+pub type HostResult<T> = Result<T, HostError>;
+
+/// Header maps, as the ABI numbers them.
+#[derive(Clone, Copy)]
+#[repr(u32)]
+pub enum Map {
+    /// Request headers; gone once the headers phase is over.
+    RequestHeaders = 0,
+    /// Headers of a call-out's answer, while it is told.
+    CallHeaders = 6,
+}
+
+/// Buffers, as the ABI numbers them.
+#[derive(Clone, Copy)]
+#[repr(u32)]
+pub enum Buffer {
+    /// Request body as far as it is buffered.
+    RequestBody = 0,
+    /// Body of a call-out's answer, while it is told.
+    CallBody = 4,
+    /// Plugin configuration, while it is told.
+    PluginConfiguration = 7,
+}
+
+/// Kinds of metrics, as the ABI numbers them.
+#[derive(Clone, Copy)]
+#[repr(u32)]
+pub enum MetricKind {
+    /// Only grows.
+    Counter = 0,
+    /// Goes up and down.
+    Gauge = 1,
+    /// Distribution.
+    Histogram = 2,
+}
+
+mod abi {
+    #[link(wasm_import_module = "env")]
+    unsafe extern "C" {
+        pub fn proxy_get_header_map_pairs(map: u32, data: *mut *mut u8, size: *mut usize) -> u32;
+        pub fn proxy_remove_header_map_value(map: u32, key: *const u8, key_size: usize) -> u32;
+        pub fn proxy_get_buffer_bytes(
+            buffer: u32,
+            start: usize,
+            max: usize,
+            data: *mut *mut u8,
+            size: *mut usize,
+        ) -> u32;
+        pub fn proxy_set_buffer_bytes(buffer: u32, start: usize, size: usize, data: *const u8, data_size: usize)
+        -> u32;
+        pub fn proxy_get_property(path: *const u8, path_size: usize, data: *mut *mut u8, size: *mut usize) -> u32;
+        pub fn proxy_set_property(path: *const u8, path_size: usize, value: *const u8, value_size: usize) -> u32;
+        pub fn proxy_send_local_response(
+            status: u32,
+            details: *const u8,
+            details_size: usize,
+            body: *const u8,
+            body_size: usize,
+            headers: *const u8,
+            headers_size: usize,
+            grpc_status: i32,
+        ) -> u32;
+        pub fn proxy_continue_stream(stream: u32) -> u32;
+        pub fn proxy_define_metric(kind: u32, name: *const u8, name_size: usize, id: *mut u32) -> u32;
+        pub fn proxy_increment_metric(id: u32, offset: i64) -> u32;
+        pub fn proxy_record_metric(id: u32, value: u64) -> u32;
+        pub fn proxy_get_metric(id: u32, value: *mut u64) -> u32;
+        pub fn proxy_get_shared_data(
+            key: *const u8,
+            key_size: usize,
+            data: *mut *mut u8,
+            size: *mut usize,
+            cas: *mut u32,
+        ) -> u32;
+        pub fn proxy_set_shared_data(
+            key: *const u8,
+            key_size: usize,
+            value: *const u8,
+            value_size: usize,
+            cas: u32,
+        ) -> u32;
+        pub fn proxy_set_tick_period_milliseconds(period: u32) -> u32;
+    }
+
+    #[link(wasm_import_module = "wasi_snapshot_preview1")]
+    unsafe extern "C" {
+        pub fn clock_time_get(clock: u32, precision: u64, time: *mut u64) -> u16;
+    }
+}
+
+fn check(status: u32) -> HostResult<()> {
+    if status == 0 { Ok(()) } else { Err(HostError(status)) }
+}
+
+/// Takes over a buffer that the host had allocated in this VM.
+fn returned(status: u32, data: *mut u8, size: usize) -> HostResult<Vec<u8>> {
+    check(status)?;
+    if data.is_null() || size == 0 {
+        return Ok(Vec::new());
+    }
+    // SAFETY: the host allocated `size` bytes by `proxy_on_memory_allocate`, which leaks a boxed slice of that size, and
+    // hands it to nobody else.
+    Ok(unsafe { Box::from_raw(slice_from_raw_parts_mut(data, size)) }.into_vec())
+}
+
+/// Time since an arbitrary point that all workers of the process share; never goes back. WASI's monotonic clock: the
+/// ABI's own clock is wall-clock time.
+pub fn now() -> Duration {
+    const MONOTONIC: u32 = 1;
+    let mut nanos = 0;
+    // SAFETY: `nanos` outlives the call.
+    unsafe { abi::clock_time_get(MONOTONIC, 0, &mut nanos) };
+    Duration::from_nanos(nanos)
+}
+
+/// All headers of a map.
+pub fn headers(map: Map) -> HostResult<Headers> {
+    let (mut data, mut size) = (null_mut(), 0);
+    // SAFETY: both out-pointers outlive the call.
+    let status = unsafe { abi::proxy_get_header_map_pairs(map as u32, &mut data, &mut size) };
+    returned(status, data, size).map(Headers::from_wire)
+}
+
+/// Removes every value of a header.
+pub fn remove_header(map: Map, name: &[u8]) -> HostResult<()> {
+    // SAFETY: pointer and length are of one slice.
+    check(unsafe { abi::proxy_remove_header_map_value(map as u32, name.as_ptr(), name.len()) })
+}
+
+/// The whole of a buffer.
+pub fn buffer(buffer: Buffer) -> HostResult<Vec<u8>> {
+    const ALL: usize = i32::MAX as usize;
+    let (mut data, mut size) = (null_mut(), 0);
+    // SAFETY: both out-pointers outlive the call.
+    let status = unsafe { abi::proxy_get_buffer_bytes(buffer as u32, 0, ALL, &mut data, &mut size) };
+    returned(status, data, size)
+}
+
+/// Replaces the first `drain` bytes of a buffer.
+pub fn replace_front(buffer: Buffer, drain: usize, front: &[u8]) -> HostResult<()> {
+    // SAFETY: pointer and length are of one slice.
+    check(unsafe { abi::proxy_set_buffer_bytes(buffer as u32, 0, drain, front.as_ptr(), front.len()) })
+}
+
+/// A property; path elements are separated by NUL.
+pub fn property(path: &str) -> HostResult<Vec<u8>> {
+    let (mut data, mut size) = (null_mut(), 0);
+    // SAFETY: pointer and length are of one string, both out-pointers outlive the call.
+    let status = unsafe { abi::proxy_get_property(path.as_ptr(), path.len(), &mut data, &mut size) };
+    returned(status, data, size)
+}
+
+/// Sets a property, which Envoy keeps as filter state under `wasm.<path>`.
+pub fn set_property(path: &str, value: &[u8]) -> HostResult<()> {
+    // SAFETY: pointers and lengths are of one slice each.
+    check(unsafe { abi::proxy_set_property(path.as_ptr(), path.len(), value.as_ptr(), value.len()) })
+}
+
+/// Answers the client. Do it as the last act of a callback.
+pub fn reply(status: u16, details: &str, headers: &[(&'static str, String)], body: &[u8]) -> HostResult<()> {
+    let headers = Headers::from_pairs(headers.iter().map(|(name, value)| (*name, value.as_str()))).into_wire();
+    // SAFETY: pointers and lengths are of one slice each.
+    check(unsafe {
+        abi::proxy_send_local_response(
+            u32::from(status),
+            details.as_ptr(),
+            details.len(),
+            body.as_ptr(),
+            body.len(),
+            headers.as_ptr(),
+            headers.len(),
+            -1,
+        )
+    })
+}
+
+/// Lets a paused request go on. Do it as the last act of a callback.
+pub fn resume_request() -> HostResult<()> {
+    const HTTP_REQUEST: u32 = 0;
+    // SAFETY: no pointers.
+    check(unsafe { abi::proxy_continue_stream(HTTP_REQUEST) })
+}
+
+/// Defines a metric, or finds the one of that name.
+pub fn define_metric(kind: MetricKind, name: &str) -> HostResult<u32> {
+    let mut id = 0;
+    // SAFETY: pointer and length are of one string, the out-pointer outlives the call.
+    check(unsafe { abi::proxy_define_metric(kind as u32, name.as_ptr(), name.len(), &mut id) }).map(|()| id)
+}
+
+/// Adds to a counter or gauge.
+pub fn increment_metric(id: u32, offset: i64) -> HostResult<()> {
+    // SAFETY: no pointers.
+    check(unsafe { abi::proxy_increment_metric(id, offset) })
+}
+
+/// Sets a gauge, or records a value of a histogram.
+pub fn record_metric(id: u32, value: u64) -> HostResult<()> {
+    // SAFETY: no pointers.
+    check(unsafe { abi::proxy_record_metric(id, value) })
+}
+
+/// Reads a counter or gauge.
+pub fn metric(id: u32) -> HostResult<u64> {
+    let mut value = 0;
+    // SAFETY: the out-pointer outlives the call.
+    check(unsafe { abi::proxy_get_metric(id, &mut value) }).map(|()| value)
+}
+
+/// Value and version of a shared key.
+pub fn shared_data(key: &str) -> HostResult<(Vec<u8>, u32)> {
+    let (mut data, mut size, mut version) = (null_mut(), 0, 0);
+    // SAFETY: pointer and length are of one string, the out-pointers outlive the call.
+    let status = unsafe { abi::proxy_get_shared_data(key.as_ptr(), key.len(), &mut data, &mut size, &mut version) };
+    returned(status, data, size).map(|value| (value, version))
+}
+
+/// Writes a shared key; with a version, only if it is still that one.
+pub fn set_shared_data(key: &str, value: &[u8], version: Option<u32>) -> HostResult<()> {
+    let cas = version.unwrap_or(0);
+    // SAFETY: pointers and lengths are of one slice each.
+    check(unsafe { abi::proxy_set_shared_data(key.as_ptr(), key.len(), value.as_ptr(), value.len(), cas) })
+}
+
+/// How often the root context's tick is called.
+pub fn set_tick_period(period: Duration) -> HostResult<()> {
+    let period = u32::try_from(period.as_millis()).unwrap_or(u32::MAX);
+    // SAFETY: no pointers.
+    check(unsafe { abi::proxy_set_tick_period_milliseconds(period) })
+}
+
+/// Starts a call-out for the current context and returns its token.
+pub fn call(cluster: &str, headers: &Headers, body: Option<&[u8]>, timeout: Duration) -> HostResult<u32> {
+    let pairs = headers.iter().map(|(name, value)| (as_str(name), as_str(value))).collect();
+    proxy_wasm::hostcalls::dispatch_http_call(cluster, pairs, body, Vec::new(), timeout)
+        .map_err(|status| HostError(status as u32))
+}
+
+/// Header bytes as the SDK wants them. It takes `&str` and reads nothing but their bytes and lengths, while header
+/// values may be any bytes.
+fn as_str(bytes: &[u8]) -> &str {
+    // SAFETY: the string goes to `dispatch_http_call` alone, which (in 0.2.5, the version that is pinned) copies its
+    // bytes into the serialised map and calls no method that relies on UTF-8.
+    unsafe { core::str::from_utf8_unchecked(bytes) }
+}

@@ -1,0 +1,271 @@
+//! Root context: configuration, ticks, the poll of `pd-control`, metrics. One per worker.
+
+use core::cell::RefCell;
+use std::rc::Rc;
+
+use log::{error, info, warn};
+use pd_core::config::Control;
+use pd_core::headers::Headers;
+use pd_core::metrics::{Kind, Level, Metric};
+use pd_core::push::{News, Poll, Push, Shared, TICK};
+use pd_core::wire::WIRE_VERSION;
+use pd_core::worker::Worker;
+use proxy_wasm::traits::{Context, HttpContext, RootContext};
+use proxy_wasm::types::ContextType;
+
+use crate::host::{self, Buffer, HostError, HostResult, Map, MetricKind};
+use crate::stream::Stream;
+
+/// Release.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// Source revision, set by the Makefile.
+const BUILD: &str = match option_env!("PD_BUILD") {
+    Some(build) => build,
+    None => "unknown",
+};
+/// What this build was made with and speaks.
+const FEATURES: &str =
+    if cfg!(target_feature = "simd128") { "simd128,vllm-nixl,vllm-shared" } else { "vllm-nixl,vllm-shared" };
+
+const LAST_GOOD_CONFIG_KEY: &str = "pd/config";
+const NOT_FOUND: HostError = HostError(1);
+
+/// What the root context and the streams of a worker share.
+#[derive(Default)]
+pub struct Shell {
+    /// Decisions.
+    pub worker: Worker,
+    push: Push,
+    metrics: MetricIds,
+}
+
+impl Shell {
+    /// Takes over what other workers have learnt.
+    pub fn catch_up(&mut self) {
+        let news = self.push.catch_up(&mut self.worker, &self.metrics);
+        self.tell(news);
+    }
+
+    /// Counts a host call that failed where none should.
+    pub fn expect_ok<T>(&mut self, what: &str, result: HostResult<T>) -> Option<T> {
+        result
+            .inspect_err(|HostError(status)| {
+                self.worker.counts.count(Metric::HostErrors);
+                warn!("{what}: host status {status}");
+            })
+            .ok()
+    }
+
+    fn tell(&self, news: Option<News>) {
+        let (epoch, version) = self.worker.table.version();
+        let endpoints = self.worker.table.len();
+        match news {
+            None => {}
+            Some(News::Applied) => info!("list {epoch}/{version} in force: {endpoints} endpoints"),
+            Some(News::Refused(why)) => error!("list refused, {epoch}/{version} stays in force: {why}"),
+            Some(News::Empty) => warn!("empty list refused, {epoch}/{version} stays in force"),
+            Some(News::Lost) => warn!("pd-control does not answer, {epoch}/{version} stays in force"),
+            Some(News::Found) => info!("pd-control answers again"),
+        }
+    }
+}
+
+/// Numbers under which Envoy knows the metrics.
+#[derive(Default)]
+struct MetricIds {
+    metrics: Vec<u32>,
+    levels: Vec<u32>,
+    seen: Option<u32>,
+    announced: Option<u32>,
+}
+
+impl MetricIds {
+    fn define() -> HostResult<Self> {
+        let kind = |metric: &Metric| match metric.kind() {
+            Kind::Counter => MetricKind::Counter,
+            Kind::Gauge => MetricKind::Gauge,
+            Kind::Histogram => MetricKind::Histogram,
+        };
+        let metrics = Metric::ALL.iter().map(|metric| host::define_metric(kind(metric), metric.name()));
+        let levels = Level::ALL.iter().map(|level| host::define_metric(MetricKind::Gauge, level.name()));
+        // The gauge of a version that no worker runs any more stops moving.
+        let seen = format!("pd_build_seen_seconds;version={VERSION};build={BUILD};wire={WIRE_VERSION}");
+        Ok(Self {
+            metrics: metrics.collect::<HostResult<_>>()?,
+            levels: levels.collect::<HostResult<_>>()?,
+            seen: Some(host::define_metric(MetricKind::Gauge, &seen)?),
+            announced: Some(host::define_metric(MetricKind::Counter, "pd_lists_announced_total")?),
+        })
+    }
+}
+
+impl Shared for MetricIds {
+    fn get(&self, key: &str) -> Option<(Vec<u8>, u32)> {
+        host::shared_data(key).ok()
+    }
+
+    fn set(&self, key: &str, value: &[u8], version: Option<u32>) -> bool {
+        host::set_shared_data(key, value, version).is_ok()
+    }
+
+    fn announced(&self) -> u64 {
+        self.announced.and_then(|id| host::metric(id).ok()).unwrap_or(0)
+    }
+
+    fn announce(&self) {
+        if let Some(id) = self.announced {
+            let _ = host::increment_metric(id, 1);
+        }
+    }
+}
+
+/// Root context.
+#[derive(Default)]
+pub struct Root {
+    shell: Rc<RefCell<Shell>>,
+    poll: Option<u32>,
+}
+
+impl Root {
+    fn start(&mut self, poll: Option<Poll>) {
+        let Some(poll) = poll else { return };
+        let Ok(mut shell) = self.shell.try_borrow_mut() else { return };
+        let mut pairs = vec![
+            (":method", "GET".to_owned()),
+            (":path", poll.path),
+            (":authority", poll.authority),
+            (":scheme", "http".to_owned()),
+            ("x-pd-filter", format!("version={VERSION};build={BUILD};worker={}", shell.push.worker_id())),
+        ];
+        let token_env = shell.worker.config.as_ref().ok().and_then(|config| config.control.as_ref());
+        if let Some(token) = token_env.and_then(|Control { token_env, .. }| std::env::var(token_env).ok()) {
+            pairs.push(("authorization", format!("Bearer {token}")));
+        }
+        let headers = Headers::from_pairs(pairs.iter().map(|(name, value)| (*name, value.as_str())));
+        match host::call(&poll.cluster, &headers, None, poll.timeout) {
+            Ok(token) => self.poll = Some(token),
+            Err(HostError(status)) => {
+                let shell = &mut *shell;
+                let news = shell.push.not_started(&mut shell.worker, host::now());
+                if news.is_some() {
+                    warn!("cluster {}: host status {status}", poll.cluster);
+                }
+                shell.tell(news);
+            }
+        }
+    }
+
+    /// Puts a configuration in force, or the last good one that any worker of this policy had.
+    fn configure(shell: &mut Shell, text: &[u8]) {
+        let configured = shell.worker.configure(text).or_else(|refusal| {
+            error!("plugin configuration refused: {refusal}");
+            let (last_good, _) = host::shared_data(LAST_GOOD_CONFIG_KEY).map_err(|_| refusal)?;
+            warn!("the last good plugin configuration stays in force");
+            shell.worker.configure(&last_good)
+        });
+        let Ok(config) = configured else { return };
+        if host::set_shared_data(LAST_GOOD_CONFIG_KEY, text, None).is_err() {
+            shell.worker.counts.count(Metric::HostErrors);
+        }
+        shell.push.configure(config.control.clone(), &shell.metrics, host::now());
+        info!(
+            "worker {}: revision {:?}, {} static endpoints, pd-control: {}",
+            shell.push.worker_id(),
+            config.revision,
+            config.endpoints.len(),
+            config.control.as_ref().map_or("none", |control| &control.cluster),
+        );
+    }
+}
+
+impl Context for Root {
+    fn on_http_call_response(&mut self, token: u32, num_headers: usize, _: usize, _: usize) {
+        if self.poll != Some(token) {
+            return;
+        }
+        self.poll = None;
+        let poll = {
+            let Ok(mut shell) = self.shell.try_borrow_mut() else { return };
+            let shell = &mut *shell;
+            let (status, body) = if num_headers == 0 { (None, Vec::new()) } else { call_answer(true) };
+            let (poll, news) = shell.push.answered(&mut shell.worker, &shell.metrics, status, &body, host::now());
+            shell.tell(news);
+            poll
+        };
+        self.start(poll);
+    }
+}
+
+impl RootContext for Root {
+    fn on_vm_start(&mut self, _: usize) -> bool {
+        info!("pd-filter {VERSION} build {BUILD} features {FEATURES} wire {WIRE_VERSION}");
+        true
+    }
+
+    /// Always true: a plugin that refuses its configuration through the host may fail closed until the next change.
+    fn on_configure(&mut self, _: usize) -> bool {
+        let Ok(mut shell) = self.shell.try_borrow_mut() else { return true };
+        match MetricIds::define() {
+            Ok(metrics) => shell.metrics = metrics,
+            Err(HostError(status)) => warn!("metrics cannot be defined: host status {status}"),
+        }
+        match host::buffer(Buffer::PluginConfiguration) {
+            Ok(text) => Self::configure(&mut shell, &text),
+            // No configuration at all.
+            Err(NOT_FOUND) => Self::configure(&mut shell, b""),
+            Err(HostError(status)) => error!("plugin configuration cannot be read: host status {status}"),
+        }
+        if let Err(HostError(status)) = host::set_tick_period(TICK) {
+            error!("no ticks, so no poll of pd-control: host status {status}");
+        }
+        true
+    }
+
+    fn on_tick(&mut self) {
+        let poll = {
+            let Ok(mut shell) = self.shell.try_borrow_mut() else { return };
+            shell.catch_up();
+            let Shell { worker, push, metrics } = &mut *shell;
+            let now = host::now();
+            worker.prune(now);
+            let poll = push.tick(metrics, now);
+            worker.counts.flush(|metric, value| {
+                let Some(id) = metrics.metrics.get(metric as usize) else { return };
+                let _ = match metric.kind() {
+                    Kind::Histogram => host::record_metric(*id, value.unsigned_abs()),
+                    Kind::Counter | Kind::Gauge => host::increment_metric(*id, value),
+                };
+            });
+            for (level, value) in push.levels(worker, now) {
+                if let Some(id) = metrics.levels.get(level as usize) {
+                    let _ = host::record_metric(*id, value);
+                }
+            }
+            if let Some(id) = metrics.seen {
+                let _ = host::record_metric(id, unix_seconds());
+            }
+            poll
+        };
+        self.start(poll);
+    }
+
+    fn create_http_context(&self, _: u32) -> Option<Box<dyn HttpContext>> {
+        Some(Box::new(Stream::new(Rc::clone(&self.shell))))
+    }
+
+    fn get_type(&self) -> Option<ContextType> {
+        Some(ContextType::HttpContext)
+    }
+}
+
+/// Status and, if wanted, body of the call-out's answer that is being told.
+pub fn call_answer(with_body: bool) -> (Option<u16>, Vec<u8>) {
+    let headers = host::headers(Map::CallHeaders).unwrap_or_default();
+    let status = headers.get(":status").and_then(|value| core::str::from_utf8(value).ok()?.parse().ok());
+    let body = if with_body { host::buffer(Buffer::CallBody).unwrap_or_default() } else { Vec::new() };
+    (status, body)
+}
+
+fn unix_seconds() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_secs())
+}

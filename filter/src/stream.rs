@@ -1,0 +1,175 @@
+//! HTTP context: one request.
+
+use core::cell::RefCell;
+use std::rc::Rc;
+
+use pd_core::headers::Headers;
+use pd_core::request::{Effect, Flow, Outcome, PrefillAnswer, Request};
+use proxy_wasm::traits::{Context, HttpContext};
+use proxy_wasm::types::Action;
+
+use crate::host::{self, Buffer, Map};
+use crate::shell::Shell;
+
+/// One request and the worker it belongs to.
+pub struct Stream {
+    shell: Rc<RefCell<Shell>>,
+    request: Request,
+    call: Option<u32>,
+}
+
+impl Stream {
+    /// A request that has not begun.
+    pub fn new(shell: Rc<RefCell<Shell>>) -> Self {
+        Self { shell, request: Request::default(), call: None }
+    }
+
+    /// Tells the request an event and does what comes of it.
+    fn step(&mut self, event: impl FnOnce(&mut Request, &mut Shell) -> Outcome) -> Flow {
+        let shell = Rc::clone(&self.shell);
+        let Ok(mut shell) = shell.try_borrow_mut() else { return Flow::Continue };
+        let mut outcome = event(&mut self.request, &mut shell);
+        // A call-out that the host refuses is a prefill leg that failed; each turn tries another endpoint or ends.
+        loop {
+            match self.carry_out(&mut shell, outcome) {
+                Ok(flow) => return flow,
+                Err(CallRefused) => {
+                    let now = host::now();
+                    let body = || host::buffer(Buffer::RequestBody).ok();
+                    outcome = self.request.prefill_answer(&mut shell.worker, PrefillAnswer::None, body, now);
+                }
+            }
+        }
+    }
+
+    fn carry_out(&mut self, shell: &mut Shell, outcome: Outcome) -> Result<Flow, CallRefused> {
+        for effect in outcome.effects {
+            match effect {
+                Effect::RemoveHeader(name) => {
+                    let removed = host::remove_header(Map::RequestHeaders, &name);
+                    shell.expect_ok("remove header", removed);
+                }
+                Effect::SetState(path, value) => {
+                    shell.expect_ok(path, host::set_property(path, &value));
+                }
+                Effect::EditBody(edit) => {
+                    let edited = host::replace_front(Buffer::RequestBody, edit.drain as usize, &edit.head);
+                    shell.expect_ok("edit body", edited);
+                }
+                Effect::Call(call) => {
+                    let token = host::call(&call.cluster, &call.headers, Some(&call.body), call.timeout);
+                    self.call = shell.expect_ok(&call.cluster, token);
+                    if self.call.is_none() {
+                        return Err(CallRefused);
+                    }
+                }
+                Effect::Reply(reply) => {
+                    let sent = host::reply(reply.status, reply.reason, &reply.headers, &reply.body);
+                    shell.expect_ok("reply", sent);
+                }
+            }
+        }
+        Ok(outcome.flow)
+    }
+
+    fn whole_body(&mut self) -> Action {
+        if !self.request.wants_body() {
+            return action(if self.request.is_prefilling() { Flow::Pause } else { Flow::Continue });
+        }
+        let body = host::buffer(Buffer::RequestBody);
+        let now = host::now();
+        action(self.step(|request, shell| {
+            shell.catch_up();
+            let body = shell.expect_ok("request body", body).unwrap_or_default();
+            request.body(&mut shell.worker, &body, now)
+        }))
+    }
+}
+
+struct CallRefused;
+
+fn action(flow: Flow) -> Action {
+    match flow {
+        Flow::Continue => Action::Continue,
+        Flow::Pause => Action::Pause,
+    }
+}
+
+impl Context for Stream {
+    fn on_http_call_response(&mut self, token: u32, num_headers: usize, _: usize, _: usize) {
+        if self.call != Some(token) {
+            return;
+        }
+        self.call = None;
+        let now = host::now();
+        let headers = host::headers(Map::CallHeaders).unwrap_or_default();
+        let answer_body = host::buffer(Buffer::CallBody).unwrap_or_default();
+        let status = headers.get(":status").and_then(|value| core::str::from_utf8(value).ok()?.parse().ok());
+        let answer = match status.filter(|_| num_headers > 0) {
+            Some(status) => {
+                PrefillAnswer::Answered { status, content_type: headers.get("content-type"), body: &answer_body }
+            }
+            None => PrefillAnswer::None,
+        };
+        let body = || host::buffer(Buffer::RequestBody).ok();
+        let flow = self.step(|request, shell| {
+            shell.catch_up();
+            request.prefill_answer(&mut shell.worker, answer, body, now)
+        });
+        if flow == Flow::Continue {
+            let resumed = host::resume_request();
+            if let Ok(mut shell) = self.shell.try_borrow_mut() {
+                shell.expect_ok("resume", resumed);
+            }
+        }
+    }
+}
+
+impl HttpContext for Stream {
+    fn on_http_request_headers(&mut self, _: usize, end_of_stream: bool) -> Action {
+        let headers = host::headers(Map::RequestHeaders);
+        let now = host::now();
+        action(self.step(|request, shell| {
+            shell.catch_up();
+            let headers: Headers = shell.expect_ok("request headers", headers).unwrap_or_default();
+            request.headers(&mut shell.worker, headers, end_of_stream, now)
+        }))
+    }
+
+    fn on_http_request_body(&mut self, bytes: usize, end_of_stream: bool) -> Action {
+        if end_of_stream {
+            return self.whole_body();
+        }
+        action(self.step(|request, shell| request.body_part(&mut shell.worker, bytes)))
+    }
+
+    fn on_http_request_trailers(&mut self, _: usize) -> Action {
+        self.whole_body()
+    }
+
+    fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
+        if self.request.is_sent() {
+            let upstream = host::property("upstream\0address").ok();
+            if let Ok(mut shell) = self.shell.try_borrow_mut() {
+                self.request.response_headers(&mut shell.worker, upstream.as_deref(), host::now());
+            }
+        }
+        Action::Continue
+    }
+
+    fn on_http_response_body(&mut self, bytes: usize, _: bool) -> Action {
+        if bytes > 0
+            && self.request.awaits_first_byte()
+            && let Ok(mut shell) = self.shell.try_borrow_mut()
+        {
+            self.request.first_byte(&mut shell.worker, host::now());
+        }
+        Action::Continue
+    }
+
+    fn on_log(&mut self) {
+        if let Ok(mut shell) = self.shell.try_borrow_mut() {
+            self.request.done(&mut shell.worker, host::now());
+        }
+    }
+}
