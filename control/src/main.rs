@@ -1,2 +1,16 @@
-//! Control.
-fn main() {}
+//! The `pd-control` command.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use pd_control::cli::Cli;
+
+fn main() -> ExitCode {
+    match pd_control::cli::run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("pd-control: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
