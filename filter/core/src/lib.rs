@@ -20,6 +20,7 @@ pub mod engine;
 pub mod hash;
 pub mod headers;
 pub mod index;
+mod intake;
 pub mod json;
 pub mod load;
 pub mod metrics;

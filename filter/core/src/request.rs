@@ -10,20 +10,19 @@
 //! answers, callbacks after a reply) change nothing.
 
 use core::time::Duration;
-use std::borrow::Cow;
 use std::sync::Arc;
 
-use crate::body::{Api, Key, Scan, scan};
-use crate::config::{Config, OnPrefillFailure, PHASE_HEADER, PREFILLER_HEADER, Pool};
+use crate::body::{Api, Scan, scan};
+use crate::config::{Config, OnPrefillFailure, PHASE_HEADER, PREFILLER_HEADER};
 use crate::engine::{self, Handover};
-use crate::hash::prompt_hash;
 use crate::headers::Headers;
 use crate::index::EndpointIndex;
+use crate::intake::{Intake, Phase, Work, decoded_path, endpoint_ids, is_ours, leg_headers, read_body};
 use crate::metrics::Metric;
 use crate::reply::{Rejection, Reply};
 use crate::schedule::{Decision, Pick, Prompt, Scheduler};
-use crate::splice::{HeadEdit, HeadPlan};
-use crate::table::{Candidates, EndpointRef, NoCandidates};
+use crate::splice::HeadEdit;
+use crate::table::{Candidates, EndpointRef};
 use crate::wire::EndpointId;
 use crate::worker::Worker;
 
@@ -43,9 +42,6 @@ pub const MATCHED_TOKENS: &str = "pd.matched_tokens";
 pub const PREFILL_MS: &str = "pd.prefill_ms";
 /// Every filter state that a request may get.
 pub const STATES: &[&str] = &[DESTINATION, DECISION, REASON, PREFILL, DECODE, MATCHED_TOKENS, PREFILL_MS];
-
-/// Output tokens that a request is expected to add to its KV cache, unless it allows fewer. The traces' mean is 149 to 343.
-const EXPECTED_OUTPUT_TOKENS: u64 = 256;
 
 /// What becomes of the callback that an event came with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,37 +119,6 @@ enum State {
     Prefilling(Box<Prefilling>),
     Sent(Box<Sent>),
     Over,
-}
-
-/// What the headers said.
-#[derive(Debug)]
-struct Intake {
-    config: Arc<Config>,
-    headers: Headers,
-    /// `None`: a path whose body is only freed of what no client may send.
-    api: Option<Api>,
-    phase: Option<Phase>,
-    /// Prefill endpoint that a trusted peer names.
-    prefiller: Option<Vec<EndpointId>>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    Prefill,
-    Decode,
-}
-
-/// What the body said, and who may serve it.
-#[derive(Debug)]
-struct Work {
-    config: Arc<Config>,
-    headers: Headers,
-    api: Api,
-    candidates: Arc<Candidates>,
-    prompt: Prompt,
-    output_tokens: u64,
-    /// How the body becomes an engine's, when it is known what to put in front.
-    plan: HeadPlan,
 }
 
 /// A request whose prefill leg is in flight.
@@ -655,12 +620,6 @@ impl Sent {
     }
 }
 
-impl Work {
-    fn pool(&self) -> &Pool {
-        self.config.pool(&self.candidates.pool)
-    }
-}
-
 /// Why a prefill leg is worth another try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
@@ -687,51 +646,6 @@ fn is_envoys(body: &[u8]) -> bool {
     body.is_empty() || OWN.iter().any(|text| body.starts_with(text))
 }
 
-/// Headers that name an endpoint or steer this filter. None of them reaches an engine, whoever set it.
-const OURS: &[&[u8]] = &[
-    PREFILLER_HEADER.as_bytes(),
-    b"x-gateway-destination-endpoint",
-    b"x-gateway-destination-endpoint-served",
-    b"x-gateway-destination-endpoint-subset",
-    b"test-epp-endpoint-selection",
-    b"x-data-parallel-rank",
-    b"x-data-parallel-host-port",
-    b"target-pod",
-    b"prefill-target-pod",
-];
-
-fn is_ours(name: &[u8], config: &Config) -> bool {
-    name.starts_with(b"x-pd-") || OURS.contains(&name) || name == config.destination_header.as_bytes()
-}
-
-/// Headers of the client's request that do not belong on another one, beside pseudo-headers.
-const NOT_FORWARDED: &[&[u8]] = &[
-    b"accept-encoding", // the answer must be readable
-    b"connection",
-    b"content-length",
-    b"expect",
-    b"keep-alive",
-    b"proxy-connection",
-    b"te",
-    b"trailer",
-    b"transfer-encoding",
-    b"upgrade",
-];
-
-/// Headers of the prefill leg: the client's, and the destination.
-fn leg_headers(headers: &Headers, config: &Config, destination: &[u8]) -> Headers {
-    const PSEUDO: &[&[u8]] = &[b":method", b":path", b":authority", b":scheme"];
-    let forwarded = |name: &[u8]| {
-        PSEUDO.contains(&name)
-            || !(name.starts_with(b":")
-                || name.starts_with(b"x-envoy-")
-                || NOT_FORWARDED.contains(&name)
-                || is_ours(name, config))
-    };
-    let own = (config.destination_header.as_bytes(), destination);
-    Headers::from_pairs(headers.iter().filter(|(name, _)| forwarded(name)).chain([own]))
-}
-
 /// `ip:port[,ip:port…]`.
 fn destination(worker: &Worker, first: EndpointIndex, others: impl Iterator<Item = EndpointIndex>) -> String {
     let mut text = String::with_capacity(64);
@@ -744,83 +658,9 @@ fn destination(worker: &Worker, first: EndpointIndex, others: impl Iterator<Item
     text
 }
 
-/// The path as a server understands it: percent-encoding undone, so that no spelling of a path gets past the scan.
-fn decoded_path(path: &[u8]) -> Cow<'_, [u8]> {
-    let path = path.split(|byte| *byte == b'?').next().unwrap_or_default();
-    if !path.contains(&b'%') {
-        return Cow::Borrowed(path);
-    }
-    let mut decoded = Vec::with_capacity(path.len());
-    let mut rest = path;
-    while let Some((first, tail)) = rest.split_first() {
-        let hex = tail.get(..2).and_then(|two| u8::from_str_radix(core::str::from_utf8(two).ok()?, 16).ok());
-        let (byte, next) = match (first, hex, tail.get(2..)) {
-            (b'%', Some(byte), Some(next)) => (byte, next),
-            _ => (*first, tail),
-        };
-        decoded.push(byte);
-        rest = next;
-    }
-    Cow::Owned(decoded)
-}
-
-fn endpoint_ids(value: &[u8]) -> Vec<EndpointId> {
-    let text = core::str::from_utf8(value).unwrap_or_default();
-    text.split(',').filter_map(|id| id.trim().parse().ok()).collect()
-}
-
 /// The prefill endpoint that a trusted peer names, if it is one of the candidates.
 fn hinted(worker: &Worker, ids: &[EndpointId], candidates: &Candidates) -> Option<EndpointIndex> {
     ids.iter().filter_map(|id| worker.table.find(*id)).find(|at| candidates.prefill.contains(at))
-}
-
-fn read_body(
-    worker: &mut Worker,
-    config: Arc<Config>,
-    headers: Headers,
-    api: Api,
-    body: &[u8],
-    scan: &Scan,
-) -> Result<Work, Rejection> {
-    let model = scan.str(body, Key::Model).ok_or(Rejection::MissingModel)?;
-    let candidates = worker.table.candidates(&model).map_err(|none| match none {
-        NoCandidates::NoEndpoint => Rejection::NoEndpoint,
-        NoCandidates::UnknownModel => Rejection::UnknownModel {
-            model: model.clone().into_owned(),
-            known: worker.table.model_names().into_iter().map(str::to_owned).collect(),
-        },
-    })?;
-    let pool = config.pool(&candidates.pool);
-    let parts = prompt_parts(api, body, scan);
-    let bytes = parts.iter().fold(0_usize, |sum, part| sum.saturating_add(part.len()));
-    let salt = scan.raw(body, Key::CacheSalt).unwrap_or_default();
-    let hash = prompt_hash(model.as_bytes(), salt, &parts, config.prefix.block_bytes);
-    let distinctive = worker.index.distinctive(&hash.blocks, config.prefix.hot_share);
-    let prompt = Prompt {
-        tokens: bytes as f64 / pool.bytes_per_token,
-        block_tokens: config.prefix.block_bytes as f64 / pool.bytes_per_token,
-        key: distinctive.map_or(hash.head, |block| block.0),
-        is_unseen: distinctive.is_some_and(|block| !worker.index.knows(block)),
-        hash,
-    };
-    worker.counts.add(Metric::PromptTokens, prompt.tokens as i64);
-    let limits = [Key::MaxCompletionTokens, Key::MaxTokens, Key::MaxOutputTokens];
-    let limit = limits.into_iter().find_map(|key| scan.u64(body, key));
-    let output_tokens = limit.unwrap_or(EXPECTED_OUTPUT_TOKENS).min(EXPECTED_OUTPUT_TOKENS);
-    let plan = engine::decode_plan(body, scan);
-    Ok(Work { config, headers, api, candidates, prompt, output_tokens, plan })
-}
-
-/// What the engine puts in front of the model, in the order in which chat templates do.
-fn prompt_parts<'a>(api: Api, body: &'a [u8], scan: &Scan) -> Vec<&'a [u8]> {
-    let keys: &[Key] = match api {
-        Api::Chat => &[Key::Tools, Key::Messages],
-        Api::Completions => &[Key::Prompt],
-        Api::Responses => &[Key::Tools, Key::Instructions, Key::Input],
-        Api::Messages => &[Key::Tools, Key::System, Key::Messages],
-        Api::Generate => &[Key::TokenIds, Key::PromptTokenIds],
-    };
-    keys.iter().filter_map(|key| scan.raw(body, *key)).collect()
 }
 
 fn decision_name(decision: Metric) -> &'static str {
@@ -829,4 +669,425 @@ fn decision_name(decision: Metric) -> &'static str {
 
 fn to_i64(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CONFIG: &str = r#"{
+        "trusted_headers": ["x-pd-phase", "x-prefiller-host-port"],
+        "endpoints": [
+            {"address": "10.0.0.1:1", "role": "prefill", "models": ["m"]},
+            {"address": "10.0.0.1:2", "role": "prefill", "models": ["m"]},
+            {"address": "10.0.0.2:1", "role": "decode", "models": ["m"]},
+            {"address": "10.0.0.2:2", "role": "decode", "models": ["m"]}
+        ]
+    }"#;
+    const PARAMS: &str =
+        r#"{"do_remote_prefill":true,"remote_block_ids":[[1]],"remote_request_id":"r","n":18446744073709551617}"#;
+
+    struct Fixture {
+        worker: Worker,
+        request: Request,
+        now: Duration,
+    }
+
+    fn fixture() -> Fixture {
+        configured(CONFIG)
+    }
+
+    fn configured(config: &str) -> Fixture {
+        let mut worker = Worker::default();
+        worker.configure(config.as_bytes()).unwrap();
+        Fixture { worker, request: Request::default(), now: Duration::from_secs(5) }
+    }
+
+    fn long_body() -> String {
+        format!(r#"{{"model":"m","messages":[{{"role":"user","content":"{}"}}],"stream":true}}"#, "word ".repeat(600))
+    }
+
+    impl Fixture {
+        fn headers(&mut self, extra: &[(&str, &str)]) -> Outcome {
+            let pseudo =
+                [(":method", "POST"), (":path", "/v1/chat/completions"), (":authority", "a"), ("content-length", "9")];
+            let headers = Headers::from_pairs(pseudo.iter().chain(extra).map(|(name, value)| (*name, *value)));
+            self.request.headers(&mut self.worker, headers, false, self.now)
+        }
+
+        fn body(&mut self, body: &str) -> Outcome {
+            self.request.body(&mut self.worker, body.as_bytes(), self.now)
+        }
+
+        fn answer(&mut self, status: u16, body: &str) -> Outcome {
+            let answer =
+                PrefillAnswer::Answered { status, content_type: Some(b"application/json"), body: body.as_bytes() };
+            self.request.prefill_answer(&mut self.worker, answer, || Some(long_body()), self.now)
+        }
+
+        fn done(&mut self) {
+            self.request.done(&mut self.worker, self.now);
+        }
+
+        /// Whether nothing is in flight, anywhere.
+        fn is_idle(&self) -> bool {
+            let gauges = [Metric::PrefillInFlight, Metric::DecodeInFlight, Metric::DecodeTokensInFlight];
+            gauges.iter().all(|gauge| self.worker.counts.pending(*gauge) == 0)
+                && self.worker.table.iter().all(|(_, slot)| slot.prefill.is_empty() && slot.decode.requests == 0)
+        }
+    }
+
+    fn state<'a>(outcome: &'a Outcome, path: &str) -> &'a str {
+        let value = outcome.effects.iter().find_map(|effect| match effect {
+            Effect::SetState(key, value) if *key == path => Some(value),
+            _ => None,
+        });
+        value.map_or("", |value| core::str::from_utf8(value).unwrap())
+    }
+
+    fn call(outcome: &Outcome) -> &Call {
+        let call =
+            outcome.effects.iter().find_map(|effect| if let Effect::Call(call) = effect { Some(call) } else { None });
+        call.unwrap_or_else(|| panic!("no call in {outcome:?}"))
+    }
+
+    fn leg_destination(outcome: &Outcome) -> String {
+        String::from_utf8(call(outcome).headers.get("x-pd-destination").unwrap().to_vec()).unwrap()
+    }
+
+    fn reply(outcome: &Outcome) -> (u16, &'static str) {
+        let reply = outcome
+            .effects
+            .iter()
+            .find_map(|effect| if let Effect::Reply(reply) = effect { Some(reply) } else { None });
+        let reply = reply.unwrap_or_else(|| panic!("no reply in {outcome:?}"));
+        (reply.status, reply.reason)
+    }
+
+    fn edited(outcome: &Outcome, body: &str) -> String {
+        let mut body = body.as_bytes().to_vec();
+        for effect in &outcome.effects {
+            if let Effect::EditBody(edit) = effect {
+                body.splice(..edit.drain as usize, edit.head.iter().copied());
+            }
+        }
+        String::from_utf8(body).unwrap()
+    }
+
+    #[test]
+    fn a_long_prompt_runs_both_legs() {
+        let mut t = fixture();
+        let outcome = t.headers(&[("x-keep", "1"), ("x-pd-destination", "evil:1")]);
+        assert_eq!(outcome.flow, Flow::Continue);
+        let removed = |name: &str| outcome.effects.contains(&Effect::RemoveHeader(name.into()));
+        assert!(removed("content-length") && removed("x-pd-destination"));
+        assert_eq!(t.request.body_part(&mut t.worker, 100).flow, Flow::Pause);
+
+        let outcome = t.body(&long_body());
+        assert_eq!(outcome.flow, Flow::Pause);
+        let leg = call(&outcome);
+        assert_eq!(leg.cluster, "engines");
+        assert_eq!(leg.headers.get("x-keep"), Some(&b"1"[..]));
+        let body = String::from_utf8(leg.body.clone()).unwrap();
+        assert!(body.contains(r#""do_remote_decode":true"#) && body.contains(r#""max_tokens":1,"stream":false"#));
+        assert!(!body.contains(r#""stream":true"#));
+        let chosen = leg_destination(&outcome).split(',').next().unwrap().to_owned();
+        assert!(chosen.starts_with("10.0.0.1:"));
+
+        t.now += Duration::from_millis(40);
+        let outcome = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+        assert_eq!(outcome.flow, Flow::Continue);
+        assert_eq!(edited(&outcome, &long_body()), format!(r#"{{"kv_transfer_params":{PARAMS},{}"#, &long_body()[1..]));
+        assert!(state(&outcome, DESTINATION).starts_with("10.0.0.2:"));
+        assert_eq!(state(&outcome, DESTINATION).split(',').count(), 2, "the other decode endpoint is the alternate");
+        assert_eq!((state(&outcome, DECISION), state(&outcome, REASON)), ("split", "prefilled"));
+        assert_eq!((state(&outcome, PREFILL), state(&outcome, PREFILL_MS)), (chosen.as_str(), "40"));
+        assert!(!t.is_idle());
+        assert!(t.request.awaits_first_byte());
+        t.request.first_byte(&mut t.worker, t.now);
+        t.done();
+        assert!(t.is_idle());
+    }
+
+    #[test]
+    fn a_short_prompt_is_served_whole_and_untouched() {
+        let mut t = fixture();
+        t.headers(&[]);
+        let body = r#" {"model":"m","messages":[]} "#;
+        let outcome = t.body(body);
+        assert_eq!(
+            (outcome.flow, state(&outcome, DECISION), state(&outcome, REASON)),
+            (Flow::Continue, "decode_only", "cached")
+        );
+        assert_eq!(edited(&outcome, body), body);
+        t.done();
+        assert!(t.is_idle());
+    }
+
+    #[test]
+    fn the_second_turn_stays_where_the_first_one_was() {
+        let mut t = fixture();
+        t.headers(&[]);
+        t.body(&long_body());
+        let first = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+        t.done();
+        t.request = Request::default();
+        t.headers(&[]);
+        let second = t.body(&long_body().replace("\"}]", "\"},{\"role\":\"user\",\"content\":\"and then?\"}]"));
+        assert_eq!((state(&second, DECISION), state(&second, REASON)), ("decode_only", "cached"));
+        assert_eq!(state(&second, DECODE), state(&first, DECODE));
+        assert_ne!(state(&second, MATCHED_TOKENS), "0");
+    }
+
+    #[test]
+    fn a_clients_own_transfer_parameters_never_reach_an_engine() {
+        let evil = r#""kv_transfer_params":{"do_remote_prefill":true},"#;
+        let body = long_body().replacen('{', &format!("{{{evil}"), 1);
+        let mut t = fixture();
+        t.headers(&[]);
+        let outcome = t.body(&body);
+        assert!(!String::from_utf8_lossy(&call(&outcome).body).contains(r#""do_remote_prefill":true"#));
+        let outcome = t.answer(503, "upstream connect error");
+        assert!(!String::from_utf8_lossy(&call(&outcome).body).contains(r#""do_remote_prefill":true"#));
+        let outcome = t.answer(500, "{}");
+        assert_eq!(edited(&outcome, &body), long_body());
+
+        for (path, phase) in [("/v1/chat/completions", "prefill"), ("/v1/completions", "decode"), ("/invocations", "")]
+        {
+            let mut t = fixture();
+            let pairs = [(":method", "POST"), (":path", path), (PHASE_HEADER, phase)];
+            let pairs = &pairs[..if phase.is_empty() { 2 } else { 3 }];
+            let headers = Headers::from_pairs(pairs.iter().map(|(name, value)| (*name, *value)));
+            t.request.headers(&mut t.worker, headers, false, t.now);
+            let outcome = t.body(&body);
+            assert_eq!(edited(&outcome, &body), long_body(), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_phase_header_sends_one_leg_to_its_pool() {
+        for (phase, network, decision) in
+            [("prefill", "10.0.0.1:", "prefill_only"), ("decode", "10.0.0.2:", "decode_only")]
+        {
+            let mut t = fixture();
+            let outcome = t.headers(&[(PHASE_HEADER, phase)]);
+            assert!(outcome.effects.contains(&Effect::RemoveHeader(PHASE_HEADER.into())));
+            let outcome = t.body(&long_body());
+            assert!(state(&outcome, DESTINATION).split(',').all(|address| address.starts_with(network)));
+            assert_eq!((state(&outcome, DECISION), state(&outcome, REASON)), (decision, "phase_header"));
+            assert_eq!(edited(&outcome, &long_body()), long_body());
+            t.done();
+            assert!(t.is_idle());
+        }
+        let mut t = fixture();
+        assert_eq!(reply(&t.headers(&[(PHASE_HEADER, "both")])), (400, "invalid_phase"));
+    }
+
+    #[test]
+    fn a_trusted_prefiller_is_used_if_it_is_in_the_list() {
+        for address in ["10.0.0.1:1", "10.0.0.1:2"] {
+            let mut t = fixture();
+            t.headers(&[(PREFILLER_HEADER, address)]);
+            assert!(leg_destination(&t.body(&long_body())).starts_with(address));
+        }
+        for address in ["10.9.9.9:1", "10.0.0.2:1", "nonsense"] {
+            let mut t = fixture();
+            t.headers(&[(PREFILLER_HEADER, address)]);
+            assert!(leg_destination(&t.body(&long_body())).starts_with("10.0.0.1:"), "{address}");
+            assert_eq!(t.worker.counts.pending(Metric::HintsIgnored), 1);
+        }
+        let untrusting = CONFIG.replace(r#", "x-prefiller-host-port""#, "");
+        let mut t = configured(&untrusting);
+        t.headers(&[]);
+        let by_itself = leg_destination(&t.body(&long_body())).split(',').next().unwrap().to_owned();
+        for address in ["10.0.0.1:1", "10.0.0.1:2"] {
+            let mut t = configured(&untrusting);
+            let outcome = t.headers(&[(PREFILLER_HEADER, address)]);
+            assert!(outcome.effects.contains(&Effect::RemoveHeader(PREFILLER_HEADER.into())));
+            assert!(leg_destination(&t.body(&long_body())).starts_with(&by_itself));
+        }
+    }
+
+    #[test]
+    fn a_failed_prefill_goes_to_another_endpoint_then_to_the_pools_policy() {
+        for (policy, last) in [("decode_only", None), ("fail", Some((503, "prefill_failed")))] {
+            let mut t = configured(&CONFIG.replacen(
+                '{',
+                &format!(r#"{{"pools":{{"default":{{"on_prefill_failure":"{policy}"}}}},"#),
+                1,
+            ));
+            t.headers(&[]);
+            let first = leg_destination(&t.body(&long_body()));
+            let second = t.answer(503, "upstream connect error or disconnect/reset before headers");
+            assert_eq!(second.flow, Flow::Pause);
+            assert_ne!(first.split(',').next(), leg_destination(&second).split(',').next());
+            let third = t.answer(500, "{}");
+            match last {
+                Some(expected) => assert_eq!(reply(&third), expected),
+                None => {
+                    assert_eq!((state(&third, DECISION), state(&third, REASON)), ("decode_only", "prefill_failed"));
+                    assert_eq!(edited(&third, &long_body()), long_body());
+                }
+            }
+            t.done();
+            assert!(t.is_idle());
+            assert_eq!(t.worker.counts.pending(Metric::PrefillRetries), 1);
+        }
+    }
+
+    #[test]
+    fn an_unreachable_endpoint_is_left_out_by_the_next_request() {
+        let mut t = fixture();
+        t.headers(&[]);
+        let dead = leg_destination(&t.body(&long_body())).split(',').next().unwrap().to_owned();
+        t.answer(503, "upstream connect error");
+        t.done();
+        t.request = Request::default();
+        t.headers(&[]);
+        let next = leg_destination(&t.body(&long_body()));
+        assert!(!next.split(',').any(|address| address == dead), "{next}");
+    }
+
+    #[test]
+    fn an_engines_own_refusal_is_passed_on_at_once() {
+        let mut t = fixture();
+        t.headers(&[]);
+        t.body(&long_body());
+        let outcome = t.answer(400, r#"{"error":"too long"}"#);
+        let Some(Effect::Reply(reply)) = outcome.effects.last() else { panic!("{outcome:?}") };
+        assert_eq!((reply.status, reply.body.as_slice()), (400, &br#"{"error":"too long"}"#[..]));
+        assert!(t.is_idle());
+    }
+
+    #[test]
+    fn a_prefill_answer_without_usable_parameters_is_served_without_them_and_counted() {
+        for answer in
+            ["{}", "", r#"{"kv_transfer_params":null}"#, r#"{"kv_transfer_params":{"do_remote_prefill":true}}"#]
+        {
+            let mut t = fixture();
+            t.headers(&[]);
+            t.body(&long_body());
+            let outcome = t.answer(200, answer);
+            assert_eq!((outcome.flow, state(&outcome, REASON)), (Flow::Continue, "kv_missing"));
+            assert_eq!(edited(&outcome, &long_body()), long_body());
+            assert_eq!(t.worker.counts.pending(Metric::KvMissing), 1);
+        }
+    }
+
+    #[test]
+    fn bad_requests_get_an_error_that_says_why() {
+        for (body, expected) in [
+            ("", (400, "invalid_json")),
+            ("{", (400, "invalid_json")),
+            ("[]", (400, "invalid_json")),
+            ("\u{0}", (400, "invalid_json")),
+            (r#"{"messages":[]}"#, (400, "missing_model")),
+            (r#"{"model":1}"#, (400, "missing_model")),
+            (r#"{"model":"x"}"#, (404, "unknown_model")),
+        ] {
+            let mut t = fixture();
+            t.headers(&[]);
+            let outcome = t.body(body);
+            assert_eq!(reply(&outcome), expected, "{body}");
+            assert_eq!((outcome.flow, state(&outcome, DECISION)), (Flow::Pause, "rejected"));
+            assert!(t.is_idle());
+        }
+        let mut t = fixture();
+        let outcome = t.headers(&[("content-encoding", "gzip")]);
+        assert_eq!(reply(&outcome), (415, "content_encoding"));
+    }
+
+    #[test]
+    fn a_body_over_the_limit_is_refused_as_soon_as_it_is_known() {
+        let config = CONFIG.replacen('{', r#"{"max_body_bytes":2000,"#, 1);
+        let mut t = configured(&config);
+        let pseudo = [(":method", "POST"), (":path", "/v1/completions"), ("content-length", "2001")];
+        let outcome = t.request.headers(&mut t.worker, Headers::from_pairs(pseudo), false, t.now);
+        assert_eq!(reply(&outcome), (413, "too_large"));
+        let mut t = configured(&config);
+        t.headers(&[]);
+        assert_eq!(t.request.body_part(&mut t.worker, 2_000).flow, Flow::Pause);
+        assert_eq!(reply(&t.request.body_part(&mut t.worker, 2_001)), (413, "too_large"));
+        let mut t = configured(&config);
+        t.headers(&[]);
+        assert_eq!(reply(&t.body(&long_body())), (413, "too_large"));
+    }
+
+    #[test]
+    fn requests_without_a_prompt_reach_a_ready_endpoint_unchanged() {
+        for (method, path, end) in
+            [("GET", "/v1/models", true), ("POST", "/v1/unknown", true), ("GET", "/v1/chat/completions", true)]
+        {
+            let mut t = fixture();
+            let headers = Headers::from_pairs([(":method", method), (":path", path)]);
+            let outcome = t.request.headers(&mut t.worker, headers, end, t.now);
+            assert_eq!((outcome.flow, state(&outcome, DECISION)), (Flow::Continue, "passed"), "{path}");
+            assert!(state(&outcome, DESTINATION).starts_with("10.0.0."));
+        }
+        let mut t = fixture();
+        let headers = Headers::from_pairs([(":method", "POST"), (":path", "/v1/embeddings")]);
+        t.request.headers(&mut t.worker, headers, false, t.now);
+        for body in [r#"{"input":"a"}"#, "not json", ""] {
+            let outcome = t.body(body);
+            assert_eq!(edited(&outcome, body), body);
+        }
+    }
+
+    #[test]
+    fn without_endpoints_or_configuration_the_answer_is_503() {
+        let mut t = configured("");
+        t.headers(&[]);
+        assert_eq!(reply(&t.body(r#"{"model":"m"}"#)), (503, "no_endpoint"));
+        let mut t = configured("");
+        t.worker = Worker::default();
+        t.worker.configure(br#"{"clutser":1}"#).unwrap_err();
+        let outcome = t.headers(&[]);
+        assert_eq!(reply(&outcome), (503, "not_configured"));
+        let Some(Effect::Reply(reply)) = outcome.effects.last() else { panic!() };
+        assert!(String::from_utf8_lossy(&reply.body).contains("clutser"));
+    }
+
+    #[test]
+    fn envoys_retry_to_an_alternate_moves_the_load() {
+        let mut t = fixture();
+        t.headers(&[]);
+        let outcome = t.body(r#"{"model":"m","messages":[]}"#);
+        let addresses: Vec<_> = state(&outcome, DESTINATION).split(',').map(str::to_owned).collect();
+        t.request.response_headers(&mut t.worker, Some(addresses[1].as_bytes()), t.now);
+        let load = |t: &Fixture, address: &str| {
+            let (_, slot) = t.worker.table.iter().find(|(_, slot)| &*slot.address == address).unwrap();
+            (slot.decode.requests, slot.health.is_failing())
+        };
+        assert_eq!(load(&t, &addresses[0]), (0, true));
+        assert_eq!(load(&t, &addresses[1]), (1, false));
+        assert_eq!(t.worker.counts.pending(Metric::DecodeMoved), 1);
+        t.done();
+        assert!(t.is_idle());
+    }
+
+    #[test]
+    fn a_client_that_leaves_between_the_legs_is_counted_and_its_leg_runs_out() {
+        let mut t = fixture();
+        t.headers(&[]);
+        t.body(&long_body());
+        t.done();
+        assert_eq!(t.worker.counts.pending(Metric::KvStranded), 1);
+        assert_eq!(t.answer(200, "{}").effects, [], "a late answer changes nothing");
+        t.worker.prune(t.now + Duration::from_secs(1));
+        assert!(t.is_idle());
+    }
+
+    #[test]
+    fn an_endpoint_that_leaves_the_list_in_mid_request_disturbs_nothing() {
+        let mut t = fixture();
+        t.headers(&[]);
+        t.body(&long_body());
+        let list = br#"{"wire":1,"epoch":"e","version":1,"endpoints":[{"address":"10.0.0.9:9","role":"decode"}]}"#;
+        t.worker.apply(list).unwrap();
+        let outcome = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+        // The candidates of the request are gone; what took their places in the table was never chosen.
+        assert!(matches!(outcome.effects.last(), Some(Effect::Reply(_) | Effect::EditBody(_))), "{outcome:?}");
+        t.done();
+        assert!(t.is_idle());
+    }
 }

@@ -183,14 +183,14 @@ impl Scheduler<'_> {
         Some((self.pick(endpoint, prompt), picks.collect()))
     }
 
-    /// Alternates for an endpoint that was chosen for what it holds.
+    /// Healthy alternates for an endpoint that was chosen for what it holds.
     #[must_use]
     pub fn alternates(&self, among: &[EndpointIndex], prompt: &Prompt, chosen: EndpointIndex) -> Vec<EndpointIndex> {
-        self.pick_decode(among, prompt, &[chosen], None).map_or_else(Vec::new, |(pick, mut rest)| {
-            rest.insert(0, pick.endpoint);
-            rest.truncate(self.pool.alternates);
-            rest
-        })
+        let Some((pick, mut others)) = self.pick_decode(among, prompt, &[chosen], None) else { return Vec::new() };
+        others.insert(0, pick.endpoint);
+        others.retain(|at| self.table.get(*at).is_some_and(|slot| self.is_usable(slot)));
+        others.truncate(self.pool.alternates);
+        others
     }
 
     /// A decode endpoint that lacks fewer than `threshold` tokens of the prompt, unless all those are overloaded.

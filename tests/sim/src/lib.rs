@@ -20,6 +20,7 @@ mod cache;
 mod config;
 mod engine;
 mod fault;
+mod fields;
 mod metrics;
 mod nixl;
 mod record;
@@ -166,7 +167,6 @@ impl Handle {
     }
 
     /// Refuses connections, and closes those it has once their requests are answered, until called with `false`.
-    /// Must be called from a tokio runtime.
     pub fn set_refuse(&self, refuse: bool) {
         self.pod.set_refuse(refuse);
     }

@@ -9,25 +9,52 @@ fn ends(byte: u8) -> bool {
     (byte == b'"') | (byte == b'\\') | (byte < 0x20)
 }
 
-/// What is behind an escape of two bytes, if one is here.
-fn short_escape(bytes: &[u8]) -> Option<&[u8]> {
+/// What is behind an escape, if one is here that is complete without another: not half a surrogate pair.
+#[inline]
+fn escape(bytes: &[u8]) -> Option<&[u8]> {
     match bytes {
         [b'\\', b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't', behind @ ..] => Some(behind),
+        [b'\\', b'u', a, b, c, d, behind @ ..] => {
+            let code = hex(*a).wrapping_shl(12) | hex(*b).wrapping_shl(8) | hex(*c).wrapping_shl(4) | hex(*d);
+            (!(0xd800..=0xdfff).contains(&code) && code <= 0xffff).then_some(behind)
+        }
         _ => None,
     }
+}
+
+/// Value of a hexadecimal digit; of any other byte a bit above those of four digits. A table, which makes text of `\u`
+/// escapes nearly twice as fast as `to_digit`.
+#[inline]
+fn hex(byte: u8) -> u32 {
+    const NONE: u32 = 0x1_0000;
+    const VALUES: [u32; 256] = {
+        let mut values = [NONE; 256];
+        let mut rest = values.as_mut_slice();
+        let mut byte = 0_u8;
+        while let [value, behind @ ..] = rest {
+            if let Some(digit) = (byte as char).to_digit(16) {
+                *value = digit;
+            }
+            byte = byte.wrapping_add(1);
+            rest = behind;
+        }
+        values
+    };
+    VALUES.get(usize::from(byte)).copied().unwrap_or(NONE)
 }
 
 /// What a string held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Seen {
-    /// An escape of two bytes.
+    /// An escape.
     pub(super) escape: bool,
     /// A byte that is not ASCII; perhaps one of the 15 bytes behind the text, which does no harm: they belong to the
     /// same document.
     pub(super) non_ascii: bool,
 }
 
-/// Passes over characters that stand for themselves and escapes of two bytes; returns what is behind them.
+/// Passes over characters that stand for themselves and escapes that do; returns what is behind them: the end of the
+/// string, a surrogate pair or an error.
 #[inline]
 pub(super) fn text<'a>(mut rest: &'a [u8], seen: &mut Seen) -> &'a [u8] {
     let mut high = vector::High::default();
@@ -38,19 +65,23 @@ pub(super) fn text<'a>(mut rest: &'a [u8], seen: &mut Seen) -> &'a [u8] {
             continue;
         }
         rest = rest.get(plain..).unwrap_or_default();
-        let Some(behind) = short_escape(rest) else {
+        let Some(behind) = escape(rest) else {
             seen.non_ascii |= high.any();
             return rest;
         };
         seen.escape = true;
         rest = behind;
+        // Text of another script may consist of escapes.
+        while let Some(behind) = escape(rest) {
+            rest = behind;
+        }
     }
     seen.non_ascii |= high.any();
     while let Some((&byte, behind)) = rest.split_first() {
         if !ends(byte) {
             seen.non_ascii |= !byte.is_ascii();
             rest = behind;
-        } else if let Some(behind) = short_escape(rest) {
+        } else if let Some(behind) = escape(rest) {
             seen.escape = true;
             rest = behind;
         } else {
@@ -187,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn text_passes_over_short_escapes() {
+    fn text_passes_over_escapes_of_two_bytes() {
         for len in 2..50 {
             for at in 0..len - 1 {
                 for byte in 0..=u8::MAX {
@@ -199,6 +230,23 @@ mod tests {
                     assert_eq!((end, seen.escape), (if escape { len } else { at }, escape), "{byte} at {at} of {len}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn text_passes_over_characters_by_number() {
+        for (bytes, end) in [
+            ("a\\u0000\\uFFFFb\\ud7ff\\ue000", 26),
+            ("a\\ud800\\udc00", 1),
+            ("\\u00e9\\uDFFF", 6),
+            ("\\u00e9\\u00g9", 6),
+            ("\\u00e9\\ug000", 6),
+            ("\\u00e9\\u00e", 6),
+            ("\\u00e9\\U00e9", 6),
+        ] {
+            assert_eq!(run(bytes.as_bytes()), (end, Seen { escape: end > 1, non_ascii: false }), "{bytes}");
+            let padded = format!("{bytes}{}", "\"".repeat(16));
+            assert_eq!(run(padded.as_bytes()).0, end, "{padded}");
         }
     }
 

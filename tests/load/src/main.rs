@@ -1,0 +1,2 @@
+//! Replay and benches.
+fn main() {}

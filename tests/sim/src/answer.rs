@@ -1,0 +1,213 @@
+//! Bodies of answers, field by field as vLLM writes them.
+
+use std::fmt::Write as _;
+use std::io;
+
+use bytes::Bytes;
+use http::header::{CONTENT_TYPE, RETRY_AFTER};
+use http::{HeaderValue, Response, StatusCode};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt as _, Full};
+
+use crate::request::{Api, ApiError};
+use crate::tokens::Output;
+
+/// Body of every answer; an error closes the connection in mid-body.
+pub(crate) type Body = UnsyncBoxBody<Bytes, io::Error>;
+
+/// The last event of a stream.
+pub(crate) const DONE_EVENT: &[u8] = b"data: [DONE]\n\n";
+
+pub(crate) fn full(bytes: impl Into<Bytes>) -> Body {
+    Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
+}
+
+pub(crate) fn json(status: StatusCode, body: impl Into<Bytes>) -> Response<Body> {
+    typed(status, "application/json", body)
+}
+
+pub(crate) fn typed(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Response<Body> {
+    let mut response = Response::new(full(body));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}
+
+/// An error as FastAPI writes it where no endpoint of vLLM is concerned.
+pub(crate) fn detail(status: StatusCode) -> Response<Body> {
+    json(status, format!(r#"{{"detail":{}}}"#, quote(status.canonical_reason().unwrap_or_default())))
+}
+
+pub(crate) fn error(error: &ApiError) -> Response<Body> {
+    let status = StatusCode::from_u16(error.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let mut response = json(status, error_body(error));
+    if matches!(error.status, 429 | 503) {
+        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    response
+}
+
+fn error_body(error: &ApiError) -> String {
+    let param = error.param.map_or_else(|| "null".to_owned(), quote);
+    format!(
+        r#"{{"error":{{"message":{},"type":"{}","param":{param},"code":{}}}}}"#,
+        quote(&error.message),
+        error.kind,
+        error.status
+    )
+}
+
+/// An error in a stream that has begun.
+pub(crate) fn error_event(error: &ApiError) -> Bytes {
+    format!("data: {}\n\n", error_body(error)).into()
+}
+
+/// Tokens of one answer.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Usage {
+    pub(crate) prompt: u64,
+    pub(crate) completion: u64,
+    pub(crate) cached: u64,
+}
+
+impl Usage {
+    fn to_json(self) -> String {
+        format!(
+            r#"{{"prompt_tokens":{},"total_tokens":{},"completion_tokens":{},"prompt_tokens_details":{{"cached_tokens":{}}}}}"#,
+            self.prompt,
+            self.prompt + self.completion,
+            self.completion,
+            self.cached
+        )
+    }
+}
+
+/// What every chunk of an answer begins with.
+pub(crate) struct Head {
+    api: Api,
+    /// `chatcmpl-…` or `cmpl-…`.
+    pub(crate) id: String,
+    /// `"id":…,"object":` and, after the object's name, `,"created":…,"model":…`.
+    before: String,
+    after: String,
+}
+
+/// A choice of a whole answer.
+pub(crate) struct Choice<'a> {
+    pub(crate) output: &'a Output,
+    /// The prompt, where it is to be repeated.
+    pub(crate) echo: Option<&'a str>,
+}
+
+impl Head {
+    pub(crate) fn new(api: Api, request_id: &str, created: u64, model: &str) -> Self {
+        let id = match api {
+            Api::Chat => format!("chatcmpl-{request_id}"),
+            Api::Completions => format!("cmpl-{request_id}"),
+        };
+        let before = format!(r#"{{"id":{},"object":"#, quote(&id));
+        let after = format!(r#","created":{created},"model":{}"#, quote(model));
+        Self { api, id, before, after }
+    }
+
+    /// A whole answer; `kv` is the value of `kv_transfer_params`, absent: no such key.
+    pub(crate) fn whole(&self, choices: &[Choice<'_>], usage: Usage, kv: Option<&str>) -> String {
+        let mut out = String::with_capacity(512 + choices.iter().map(|choice| choice.output.text.len()).sum::<usize>());
+        let object = match self.api {
+            Api::Chat => "chat.completion",
+            Api::Completions => "text_completion",
+        };
+        let _ = write!(out, r#"{}"{object}"{},"choices":["#, self.before, self.after);
+        for (index, choice) in choices.iter().enumerate() {
+            if index > 0 {
+                out.push(',');
+            }
+            let finish = &choice.output.finish;
+            let stop = stop_reason(choice.output);
+            let _ = match self.api {
+                Api::Chat => write!(
+                    out,
+                    r#"{{"index":{index},"message":{{"role":"assistant","content":{},"refusal":null,"annotations":null,"audio":null,"function_call":null,"tool_calls":[],"reasoning":null}},"logprobs":null,"finish_reason":"{}","stop_reason":{stop},"token_ids":null}}"#,
+                    quote(&choice.output.text),
+                    finish.reason()
+                ),
+                Api::Completions => {
+                    let text = match choice.echo {
+                        Some(prompt) => quote(&format!("{prompt}{}", choice.output.text)),
+                        None => quote(&choice.output.text),
+                    };
+                    write!(
+                        out,
+                        r#"{{"index":{index},"text":{text},"logprobs":null,"finish_reason":"{}","stop_reason":{stop},"token_ids":null,"prompt_logprobs":null,"prompt_token_ids":null}}"#,
+                        finish.reason()
+                    )
+                }
+            };
+        }
+        let _ = write!(
+            out,
+            r#"],"service_tier":null,"system_fingerprint":null,"usage":{},"prompt_logprobs":null,"prompt_token_ids":null"#,
+            usage.to_json()
+        );
+        if let Some(kv) = kv {
+            let _ = write!(out, r#","kv_transfer_params":{kv}"#);
+        }
+        out.push('}');
+        out
+    }
+
+    /// The first event of a chat's choice.
+    pub(crate) fn role_event(&self, index: usize) -> Bytes {
+        format!(
+            "data: {}\"chat.completion.chunk\"{},\"choices\":[{{\"index\":{index},\"delta\":{{\"role\":\"assistant\",\"content\":\"\"}},\"logprobs\":null,\"finish_reason\":null}}],\"prompt_token_ids\":null}}\n\n",
+            self.before, self.after
+        )
+        .into()
+    }
+
+    /// One token; `last` also says why the text ended.
+    pub(crate) fn token_event(&self, index: usize, text: &str, last: Option<&Output>, usage: Option<Usage>) -> Bytes {
+        let text = quote(text);
+        let (finish, stop) = match last {
+            None => ("null".to_owned(), String::new()),
+            Some(output) => {
+                (format!("\"{}\"", output.finish.reason()), format!(",\"stop_reason\":{}", stop_reason(output)))
+            }
+        };
+        let usage = usage.map(|usage| format!(",\"usage\":{}", usage.to_json())).unwrap_or_default();
+        match self.api {
+            Api::Chat => format!(
+                "data: {}\"chat.completion.chunk\"{},\"choices\":[{{\"index\":{index},\"delta\":{{\"content\":{text}}},\"logprobs\":null,\"finish_reason\":{finish}{stop},\"token_ids\":null}}]{usage}}}\n\n",
+                self.before, self.after
+            ),
+            Api::Completions => format!(
+                "data: {}\"text_completion\"{},\"choices\":[{{\"index\":{index},\"text\":{text},\"logprobs\":null,\"finish_reason\":{finish}{stop},\"token_ids\":null}}]{usage}}}\n\n",
+                self.before, self.after
+            ),
+        }
+        .into()
+    }
+
+    /// The event that `stream_options.include_usage` asks for.
+    pub(crate) fn usage_event(&self, usage: Usage) -> Bytes {
+        let object = match self.api {
+            Api::Chat => "chat.completion.chunk",
+            Api::Completions => "text_completion",
+        };
+        format!("data: {}\"{object}\"{},\"choices\":[],\"usage\":{}}}\n\n", self.before, self.after, usage.to_json())
+            .into()
+    }
+}
+
+fn stop_reason(output: &Output) -> String {
+    match &output.finish {
+        crate::tokens::Finish::Stop(stop) => quote(stop),
+        _ => "null".to_owned(),
+    }
+}
+
+/// A JSON string.
+pub(crate) fn quote(text: &str) -> String {
+    // Writing a string to memory cannot fail.
+    serde_json::to_string(text).unwrap_or_default()
+}

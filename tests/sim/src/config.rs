@@ -1,0 +1,202 @@
+//! What one simulated engine server is: addresses, role, engine, sizes, speed, faults.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use crate::fault::Fault;
+
+/// Work that the server is meant for. It serves every request whatever its role, as vLLM does; the role addresses
+/// faults and stands in the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Computes KV caches of prompts for others.
+    Prefill,
+    /// Generates tokens from a KV cache that a prefill server computed.
+    Decode,
+    /// Serves whole requests (an aggregated server).
+    Both,
+}
+
+impl Role {
+    /// The name used on the command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+            Self::Both => "both",
+        }
+    }
+}
+
+/// Engine and connector, named as in the routers' configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Engine {
+    /// vLLM with its NIXL connector in pull mode.
+    VllmNixl,
+    /// vLLM with a connector over a shared directory.
+    VllmShared,
+    /// SGLang. Not simulated.
+    Sglang,
+    /// TensorRT-LLM. Not simulated.
+    Trtllm,
+    /// vLLM with the Mooncake connector. Not simulated.
+    Mooncake,
+    /// AWS Neuron. Not simulated.
+    Neuron,
+}
+
+impl Engine {
+    /// The name used on the command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::VllmNixl => "vllm-nixl",
+            Self::VllmShared => "vllm-shared",
+            Self::Sglang => "sglang",
+            Self::Trtllm => "trtllm",
+            Self::Mooncake => "mooncake",
+            Self::Neuron => "neuron",
+        }
+    }
+}
+
+/// Everything that [`crate::start`] needs. [`Config::default`] is made for tests: an ephemeral port, no sleeps,
+/// the last 256 requests recorded.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Address of the API; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Address of the listener from which other simulators pull KV; absent: a free port at the IP of `listen`.
+    pub side_channel: Option<SocketAddr>,
+    /// Work that the server is meant for.
+    pub role: Role,
+    /// Engine and connector.
+    pub engine: Engine,
+    /// Names of base models, at least one. Each gives other text.
+    pub models: Vec<String>,
+    /// Names of LoRA adapters of the first model.
+    pub loras: Vec<String>,
+    /// Factor on every simulated time: 1 real, 0.1 ten times faster, 0 no timers at all.
+    pub speed: f64,
+    /// Milliseconds of every prefill.
+    pub a_ms: f64,
+    /// Microseconds per uncached prompt token.
+    pub b_us: f64,
+    /// Nanoseconds per token², on `n² − p²` for `n` prompt tokens with `p` cached.
+    pub c_ns: f64,
+    /// Milliseconds per output token of a request that decodes alone.
+    pub tpot_ms: f64,
+    /// Microseconds that every other decoding request adds to each token.
+    pub tpot_batch_us: f64,
+    /// Milliseconds of every KV transfer.
+    pub transfer_ms: f64,
+    /// Microseconds of KV transfer per token.
+    pub transfer_us: f64,
+    /// Tokens that the KV cache holds.
+    pub cache_tokens: u64,
+    /// Tokens of a KV block.
+    pub block_tokens: u32,
+    /// How long blocks of a prefill leg wait for their decode leg.
+    pub lease: Duration,
+    /// Longest prompt plus output, in tokens.
+    pub max_model_len: u64,
+    /// Requests that run at once; more wait.
+    pub max_num_seqs: usize,
+    /// Directory that `vllm-shared` servers share.
+    pub shared_dir: Option<PathBuf>,
+    /// Faults from the start.
+    pub faults: Vec<Fault>,
+    /// Seed of the faults' probabilities.
+    pub seed: u64,
+    /// Requests kept for `GET /requests`; 0 keeps none.
+    pub record: usize,
+    /// Bytes that a request body may have; more is answered 413.
+    pub max_body_bytes: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            side_channel: None,
+            role: Role::Both,
+            engine: Engine::VllmNixl,
+            models: vec!["sim".to_owned()],
+            loras: Vec::new(),
+            speed: 0.0,
+            a_ms: 15.0,
+            b_us: 25.0,
+            c_ns: 0.524,
+            tpot_ms: 8.0,
+            tpot_batch_us: 100.0,
+            transfer_ms: 2.0,
+            transfer_us: 2.5,
+            cache_tokens: 2_000_000,
+            block_tokens: 16,
+            lease: Duration::from_secs(30),
+            max_model_len: 131_072,
+            max_num_seqs: 256,
+            shared_dir: None,
+            faults: Vec::new(),
+            seed: 0,
+            record: 256,
+            max_body_bytes: 64 << 20,
+        }
+    }
+}
+
+impl Config {
+    /// The default with another role.
+    #[must_use]
+    pub fn of(role: Role) -> Self {
+        Self { role, ..Self::default() }
+    }
+
+    /// Says what is wrong, naming the option.
+    ///
+    /// # Errors
+    /// One line for people.
+    pub fn validate(&self) -> Result<(), String> {
+        match self.engine {
+            Engine::VllmNixl => {}
+            Engine::VllmShared if self.shared_dir.is_some() => {}
+            Engine::VllmShared => return Err("--engine vllm-shared needs --shared-dir".to_owned()),
+            other => return Err(format!("--engine {}: not simulated", other.name())),
+        }
+        if self.models.is_empty() || self.models.iter().chain(&self.loras).any(String::is_empty) {
+            return Err("--model and --lora must not be empty".to_owned());
+        }
+        for (option, value) in [
+            ("--speed", self.speed),
+            ("--a-ms", self.a_ms),
+            ("--b-us", self.b_us),
+            ("--c-ns", self.c_ns),
+            ("--tpot-ms", self.tpot_ms),
+            ("--tpot-batch-us", self.tpot_batch_us),
+            ("--transfer-ms", self.transfer_ms),
+            ("--transfer-us", self.transfer_us),
+        ] {
+            // An hour per token is far beyond every use and far below what a Duration holds.
+            if !(0.0..=3.6e6).contains(&value) {
+                return Err(format!("{option} must be between 0 and 3600000"));
+            }
+        }
+        if self.block_tokens == 0 || self.cache_tokens < u64::from(self.block_tokens) {
+            return Err("--block-tokens must be at least 1 and --cache-tokens at least one block".to_owned());
+        }
+        if self.cache_tokens / u64::from(self.block_tokens) > u64::from(u32::MAX / 2) {
+            return Err("--cache-tokens is too large".to_owned());
+        }
+        if self.max_model_len < 2 || self.max_num_seqs == 0 {
+            return Err("--max-model-len must be at least 2 and --max-num-seqs at least 1".to_owned());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,503 @@
+//! The engine: admits requests, computes or fetches their KV, generates, and keeps KV for decode legs.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, Semaphore, SemaphorePermit, watch};
+use tokio::time::Instant;
+
+use crate::answer::Usage;
+use crate::cache::{Allocation, Cache};
+use crate::config::{Config, Engine};
+use crate::fault::{Faults, Leg};
+use crate::metrics::Histogram;
+use crate::nixl::{Issue, Leases, Pulled, Puller, write_params};
+use crate::record::Recorder;
+use crate::request::{ApiError, Generation, KvParams, Remote};
+use crate::stats::{Counters, Stats};
+use crate::timing::{Timing, pause};
+use crate::tokens::{Finish, Output, Prompt, splitmix};
+
+/// What the listeners do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    Serve,
+    /// The API refuses connections.
+    Refuse,
+    Stop,
+    /// The process would be gone.
+    Crashed,
+}
+
+/// Totals that `POST /stats/reset` does not touch: a Prometheus counter never falls.
+#[derive(Default)]
+pub(crate) struct Lifetime {
+    pub(crate) prompt_tokens: AtomicU64,
+    pub(crate) cached_tokens: AtomicU64,
+    pub(crate) computed_tokens: AtomicU64,
+    pub(crate) external_tokens: AtomicU64,
+    pub(crate) generated_tokens: AtomicU64,
+    pub(crate) finished_stop: AtomicU64,
+    pub(crate) finished_length: AtomicU64,
+}
+
+/// One simulated server.
+pub(crate) struct Pod {
+    pub(crate) config: Config,
+    pub(crate) engine_id: String,
+    pub(crate) stats: Counters,
+    pub(crate) lifetime: Lifetime,
+    pub(crate) ttft: Histogram,
+    pub(crate) cache: Arc<Cache>,
+    pub(crate) faults: Faults,
+    pub(crate) recorder: Recorder,
+    pub(crate) mode: watch::Sender<Mode>,
+    pub(crate) running: AtomicU64,
+    pub(crate) waiting: AtomicU64,
+    pub(crate) leases: Leases,
+    /// Wakes the task that ends leases.
+    pub(crate) lease_opened: Notify,
+    /// Host and port that parameters name.
+    pub(crate) side_channel: OnceLock<(String, u16)>,
+    timing: Timing,
+    puller: Puller,
+    seats: Semaphore,
+    prefill: Semaphore,
+    decoding: AtomicUsize,
+    adapters: Mutex<BTreeMap<String, (u64, u64)>>,
+    tickets: AtomicU64,
+}
+
+/// Why a request gets no text.
+pub(crate) enum Failure {
+    /// An error answer.
+    Error(ApiError),
+    /// No answer, ever.
+    Hang,
+}
+
+impl Pod {
+    pub(crate) fn new(config: Config, random: u64) -> Self {
+        let blocks = (config.cache_tokens / u64::from(config.block_tokens)) as usize;
+        let (high, low) = (splitmix(random), splitmix(!random));
+        Self {
+            engine_id: format!(
+                "{:08x}-{:04x}-4{:03x}-a{:03x}-{:012x}",
+                high >> 32,
+                high >> 16 & 0xffff,
+                high & 0xfff,
+                low >> 52,
+                low & 0xffff_ffff_ffff
+            ),
+            stats: Counters::default(),
+            lifetime: Lifetime::default(),
+            ttft: Histogram::default(),
+            cache: Cache::new(blocks),
+            faults: Faults::new(config.faults.clone(), config.seed),
+            recorder: Recorder::new(config.record),
+            mode: watch::Sender::new(Mode::Serve),
+            running: AtomicU64::new(0),
+            waiting: AtomicU64::new(0),
+            leases: Leases::default(),
+            lease_opened: Notify::new(),
+            side_channel: OnceLock::new(),
+            timing: Timing::new(&config),
+            puller: Puller::new(),
+            seats: Semaphore::new(config.max_num_seqs),
+            prefill: Semaphore::new(1),
+            decoding: AtomicUsize::new(0),
+            adapters: Mutex::default(),
+            tickets: AtomicU64::new(random),
+            config,
+        }
+    }
+
+    pub(crate) fn snapshot(&self) -> Stats {
+        self.end_leases(false);
+        let mut stats = self.stats.snapshot();
+        stats.role = self.config.role.name().to_owned();
+        stats.crashed = *self.mode.borrow() == Mode::Crashed;
+        (stats.leases_open, stats.pinned_tokens) = self.leases.gauges();
+        stats
+    }
+
+    /// The process would exit here.
+    pub(crate) fn crash(&self) {
+        self.mode.send_replace(Mode::Crashed);
+        self.stats.touch();
+    }
+
+    /// Moves between serving and refusing; a stopped or crashed server stays so.
+    pub(crate) fn set_refuse(&self, refuse: bool) {
+        self.mode.send_if_modified(|mode| {
+            let next = match *mode {
+                Mode::Serve if refuse => Mode::Refuse,
+                Mode::Refuse if !refuse => Mode::Serve,
+                _ => return false,
+            };
+            *mode = next;
+            true
+        });
+    }
+
+    pub(crate) fn refuse_for(self: &Arc<Self>, time: Duration) {
+        self.set_refuse(true);
+        let pod = Arc::clone(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(time).await;
+            pod.set_refuse(false);
+        });
+    }
+
+    pub(crate) fn end_leases(&self, all: bool) {
+        let ended = self.leases.expire(all);
+        if ended > 0 {
+            self.stats.add(&self.stats.leases_expired, ended);
+        }
+    }
+
+    /// Ends leases on time, so that their blocks become free without anybody asking.
+    pub(crate) async fn sweep(self: Arc<Self>) {
+        loop {
+            self.end_leases(false);
+            match self.leases.next_expiry() {
+                Some(expiry) => tokio::time::sleep_until(expiry).await,
+                None => self.lease_opened.notified().await,
+            }
+        }
+    }
+
+    /// Names of running and of waiting adapters, as the metric lists them.
+    pub(crate) fn adapters(&self) -> (String, String) {
+        let adapters = self.adapters.lock().unwrap_or_else(PoisonError::into_inner);
+        let names = |pick: fn(&(u64, u64)) -> u64| {
+            let names: Vec<&str> =
+                adapters.iter().filter(|(_, counts)| pick(counts) > 0).map(|(name, _)| name.as_str()).collect();
+            names.join(",")
+        };
+        (names(|counts| counts.0), names(|counts| counts.1))
+    }
+
+    pub(crate) fn ticket(&self) -> u64 {
+        splitmix(self.tickets.fetch_add(1, Relaxed))
+    }
+
+    /// Everything up to the first token.
+    ///
+    /// # Errors
+    /// [`Failure`]
+    pub(crate) async fn admit(self: &Arc<Self>, generation: &Generation, since: Instant) -> Result<Run, Failure> {
+        match generation.leg() {
+            Leg::Prefill if self.config.engine == Engine::VllmNixl => self.stats.add(&self.stats.prefill_legs, 1),
+            _ => {}
+        }
+        let remote = match &generation.kv {
+            KvParams::RemotePrefill(remote) if self.config.engine == Engine::VllmNixl => Some(remote),
+            _ => None,
+        };
+        if remote.is_some_and(|remote| !remote.has_block_ids) {
+            // The scheduler's assertion ends the engine core, and the API server with it.
+            self.crash();
+            return Err(Failure::Hang);
+        }
+        if remote.is_some_and(|remote| remote.source.is_none()) {
+            // The scheduler waits for a transfer that it never started.
+            self.stats.add(&self.stats.hung, 1);
+            return Err(Failure::Hang);
+        }
+        let presence = Presence::waiting(self, generation);
+        let seat = self.seats.acquire().await.map_err(|_| Failure::Hang)?;
+        seat.forget();
+        let mut run = Run {
+            pod: Arc::clone(self),
+            sequences: Vec::with_capacity(generation.prompts.len()),
+            usage: Usage::default(),
+            step: 0,
+            longest: 0,
+            due: since,
+            decoding: false,
+            presence,
+        };
+        for (index, prompt) in generation.prompts.iter().enumerate() {
+            let sequence = self.compute(generation, index, prompt, remote, &mut run.presence).await?;
+            run.usage.prompt += prompt.tokens();
+            run.usage.cached += sequence.reused_tokens;
+            run.longest = sequence.outputs.iter().map(|output| output.tokens).fold(run.longest, u64::max);
+            run.sequences.push(sequence);
+        }
+        run.due = Instant::now();
+        self.ttft.observe(run.due - since);
+        Ok(run)
+    }
+
+    async fn compute(
+        &self,
+        generation: &Generation,
+        index: usize,
+        prompt: &Prompt,
+        remote: Option<&Remote>,
+        presence: &mut Presence,
+    ) -> Result<Sequence, Failure> {
+        let stats = &self.stats;
+        let block_tokens = u64::from(self.config.block_tokens);
+        let tokens = prompt.tokens();
+        let hashes = prompt.blocks(self.config.block_tokens);
+        let mut outputs: Vec<Output> =
+            (0..generation.n).map(|choice| generation.output(index, choice, false)).collect();
+        let generated: u64 = outputs.iter().map(|output| output.tokens).sum();
+        let total = (tokens + generated).div_ceil(block_tokens) as usize;
+        // The last token is always computed: its logits are what the first output token comes from.
+        let max_hits = ((tokens - 1) / block_tokens) as usize;
+
+        let turn: SemaphorePermit<'_> = self.prefill.acquire().await.map_err(|_| Failure::Hang)?;
+        let mut blocks =
+            self.cache.reserve(&hashes, max_hits, total).await.ok_or_else(|| {
+                Failure::Error(ApiError::internal("The request needs more KV blocks than the cache has"))
+            })?;
+        presence.run();
+        let cached = blocks.hits() as u64 * block_tokens;
+        let mut wrong = None;
+        let mut external = 0;
+        if let Some((remote, source)) = remote.and_then(|remote| Some((remote, remote.source.as_ref()?))) {
+            drop(turn);
+            external = tokens - cached;
+            match self.puller.pull(remote, source).await {
+                Pulled::Kv(digest) if digest == prompt.digest => {}
+                Pulled::Kv(_) => wrong = Some("other_prompt".to_owned()),
+                Pulled::Gone(reason) => wrong = Some(reason),
+                Pulled::Unreachable(why) => {
+                    stats.add(&stats.failed_pulls, 1);
+                    return Err(Failure::Error(ApiError::internal(format!("KV transfer failed: {why}"))));
+                }
+            }
+            pause(self.timing.transfer(external)).await;
+        } else if let Some(found) = self.shared_tokens(&hashes, cached) {
+            drop(turn);
+            external = found;
+            pause(self.timing.transfer(external)).await;
+        } else {
+            pause(self.timing.prefill(tokens, cached)).await;
+            drop(turn);
+        }
+
+        let computed = tokens - cached - external;
+        stats.prompt_tokens.fetch_add(tokens, Relaxed);
+        stats.cached_tokens.fetch_add(cached, Relaxed);
+        stats.external_tokens.fetch_add(external, Relaxed);
+        stats.computed_tokens.fetch_add(computed, Relaxed);
+        self.lifetime.prompt_tokens.fetch_add(tokens, Relaxed);
+        self.lifetime.cached_tokens.fetch_add(cached, Relaxed);
+        self.lifetime.external_tokens.fetch_add(external, Relaxed);
+        self.lifetime.computed_tokens.fetch_add(computed, Relaxed);
+        match &wrong {
+            Some(reason) => {
+                stats.wrong(reason);
+                outputs = (0..generation.n).map(|choice| generation.output(index, choice, true)).collect();
+            }
+            None => {
+                blocks.commit(hashes.get(blocks.hits()..).unwrap_or_default());
+                if external > 0 {
+                    stats.add(&stats.decode_legs, 1);
+                } else if generation.leg() != Leg::Prefill || self.config.engine != Engine::VllmNixl {
+                    stats.add(&stats.local_prefills, 1);
+                }
+                self.share(&hashes);
+            }
+        }
+        stats.touch();
+        let reused_tokens = cached + external;
+        Ok(Sequence { outputs, blocks: Some(blocks), hashes, wrong: wrong.is_some(), reused_tokens })
+    }
+
+    /// File that says the KV of these blocks lies in the shared directory. The connector saves and finds whole
+    /// prompts, rounded down to blocks.
+    fn shared_file(&self, hashes: &[u64]) -> Option<PathBuf> {
+        let directory = self.config.shared_dir.as_ref().filter(|_| self.config.engine == Engine::VllmShared)?;
+        Some(directory.join(format!("{:016x}", hashes.last()?)))
+    }
+
+    fn share(&self, hashes: &[u64]) {
+        if let Some(file) = self.shared_file(hashes) {
+            // A full disk or a missing directory means that others do not find it, as with the real connector.
+            let _ = std::fs::write(file, b"");
+        }
+    }
+
+    fn shared_tokens(&self, hashes: &[u64], cached: u64) -> Option<u64> {
+        let file = self.shared_file(hashes)?;
+        let tokens = (hashes.len() as u64 * u64::from(self.config.block_tokens)).checked_sub(cached)?;
+        (tokens > 0 && file.exists()).then_some(tokens)
+    }
+}
+
+/// One prompt of a request, with its KV.
+pub(crate) struct Sequence {
+    pub(crate) outputs: Vec<Output>,
+    /// Taken when the request ends.
+    blocks: Option<Allocation>,
+    hashes: Vec<u64>,
+    wrong: bool,
+    /// Prompt tokens that were not computed here.
+    reused_tokens: u64,
+}
+
+/// A request from its first token on. Dropping it gives its blocks and its seat back.
+pub(crate) struct Run {
+    pod: Arc<Pod>,
+    pub(crate) sequences: Vec<Sequence>,
+    pub(crate) usage: Usage,
+    /// Tokens that every choice has got, as far as it is that long.
+    pub(crate) step: u64,
+    longest: u64,
+    /// When the last token came.
+    due: Instant,
+    decoding: bool,
+    presence: Presence,
+}
+
+impl Run {
+    /// The choices of the answer in the order of their index.
+    pub(crate) fn outputs(&self) -> impl Iterator<Item = &Output> {
+        self.sequences.iter().flat_map(|sequence| &sequence.outputs)
+    }
+
+    /// Waits for the next token of every choice; false once all are complete.
+    pub(crate) async fn advance(&mut self) -> bool {
+        if self.step >= self.longest {
+            return false;
+        }
+        // The first token comes with the prompt.
+        if self.step > 0 {
+            if !self.decoding {
+                self.decoding = true;
+                self.pod.decoding.fetch_add(1, Relaxed);
+            }
+            let time = self.pod.timing.token(self.pod.decoding.load(Relaxed));
+            if !time.is_zero() {
+                self.due += time;
+                tokio::time::sleep_until(self.due).await;
+            }
+        }
+        self.step += 1;
+        let step = self.step;
+        let tokens = self.outputs().filter(|output| output.tokens >= step).count() as u64;
+        self.usage.completion += tokens;
+        self.pod.stats.generated_tokens.fetch_add(tokens, Relaxed);
+        self.pod.lifetime.generated_tokens.fetch_add(tokens, Relaxed);
+        true
+    }
+
+    /// Ends the request: the answer's blocks become the next turn's prefix, and what a decode leg is to fetch stays.
+    /// Returns the `kv_transfer_params` of the first prompt.
+    pub(crate) fn finish(&mut self, generation: &Generation, id: &str) -> Option<String> {
+        let pod = Arc::clone(&self.pod);
+        let mut params = None;
+        for (index, (sequence, prompt)) in self.sequences.iter_mut().zip(&generation.prompts).enumerate() {
+            let (Some(output), Some(mut blocks)) = (sequence.outputs.first(), sequence.blocks.take()) else { continue };
+            for output in &sequence.outputs {
+                let finished = match output.finish {
+                    Finish::Length => &pod.lifetime.finished_length,
+                    Finish::End | Finish::Stop(_) => &pod.lifetime.finished_stop,
+                };
+                finished.fetch_add(1, Relaxed);
+            }
+            if !sequence.wrong {
+                let block_tokens = pod.config.block_tokens;
+                let full = ((prompt.tokens() + output.tokens) / u64::from(block_tokens)) as usize;
+                let mut more = prompt.blocks_after(&sequence.hashes, block_tokens, &output.text);
+                more.truncate(full.saturating_sub(blocks.named()));
+                blocks.commit(&more);
+            }
+            let keeps = generation.leg() == Leg::Prefill && pod.config.engine == Engine::VllmNixl;
+            if keeps && output.finish == Finish::Length {
+                let raw = pod.keep(blocks, prompt, id);
+                if index == 0 {
+                    params = Some(raw);
+                }
+            }
+        }
+        params
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        if self.decoding {
+            self.pod.decoding.fetch_sub(1, Relaxed);
+        }
+        self.pod.seats.add_permits(1);
+    }
+}
+
+impl Pod {
+    fn keep(&self, blocks: Allocation, prompt: &Prompt, id: &str) -> String {
+        let ticket = self.ticket();
+        let (host, port) = self.side_channel.get().map_or(("127.0.0.1", 0), |(host, port)| (host.as_str(), *port));
+        let issue = Issue {
+            engine_id: &self.engine_id,
+            request_id: &format!("{id}-{:08x}", ticket as u32),
+            host,
+            port,
+            tokens: prompt.tokens(),
+            // Between 2^62 and 2^63: a legal int64 that no double holds.
+            ticket: (1 << 62) | (ticket >> 2) | 1,
+        };
+        let raw = write_params(&issue, blocks.ids());
+        self.leases.open(&raw, prompt.digest, prompt.tokens(), blocks, self.config.lease);
+        self.stats.add(&self.stats.leases_issued, 1);
+        self.lease_opened.notify_one();
+        raw
+    }
+}
+
+/// Counts a request as waiting, then as running.
+struct Presence {
+    pod: Arc<Pod>,
+    adapter: Option<String>,
+    running: bool,
+}
+
+impl Presence {
+    fn waiting(pod: &Arc<Pod>, generation: &Generation) -> Self {
+        pod.waiting.fetch_add(1, Relaxed);
+        let adapter = pod.config.loras.contains(&generation.model).then(|| generation.model.clone());
+        let presence = Self { pod: Arc::clone(pod), adapter, running: false };
+        presence.adapter(|counts| counts.1 += 1);
+        presence
+    }
+
+    /// The engine has begun; later calls change nothing.
+    fn run(&mut self) {
+        if self.running {
+            return;
+        }
+        self.running = true;
+        self.pod.waiting.fetch_sub(1, Relaxed);
+        self.pod.running.fetch_add(1, Relaxed);
+        self.adapter(|counts| {
+            counts.1 -= 1;
+            counts.0 += 1;
+        });
+    }
+
+    fn adapter(&self, change: impl Fn(&mut (u64, u64))) {
+        if let Some(name) = &self.adapter {
+            change(self.pod.adapters.lock().unwrap_or_else(PoisonError::into_inner).entry(name.clone()).or_default());
+        }
+    }
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        if self.running {
+            self.pod.running.fetch_sub(1, Relaxed);
+            self.adapter(|counts| counts.0 -= 1);
+        } else {
+            self.pod.waiting.fetch_sub(1, Relaxed);
+            self.adapter(|counts| counts.1 -= 1);
+        }
+    }
+}

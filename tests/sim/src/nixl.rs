@@ -1,0 +1,287 @@
+//! NIXL's hand-over, strict: parameters issued by a prefill server are good once, unaltered, within the lease.
+//!
+//! The side channel stands for the RDMA reads and notifications between two servers:
+//! ```text
+//! POST /pull   x-engine-id: remote_engine_id     body: the kv_transfer_params object, byte for byte
+//!   200 digest of the prompt   the KV moves, the lease ends
+//!   409 reason                 the blocks are no longer what they were: the caller reads other KV
+//!   404                        no such engine here
+//! ```
+
+use std::collections::{HashMap, VecDeque};
+use std::fmt::Write as _;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use tokio::time::Instant;
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::cache::Allocation;
+use crate::request::{Remote, Source};
+
+/// Path of the side channel.
+pub(crate) const PULL_PATH: &str = "/pull";
+/// Request header that names the engine the caller believes to reach.
+pub(crate) const ENGINE_HEADER: &str = "x-engine-id";
+/// Ended leases of which the server still knows why they ended; older ones count as unknown.
+const REMEMBERED: usize = 65_536;
+/// How long a connection to another server may take.
+const CONNECT_LIMIT: Duration = Duration::from_secs(2);
+
+/// KV that waits for its decode leg.
+struct Lease {
+    raw: Box<str>,
+    digest: u64,
+    tokens: u64,
+    expires: Instant,
+    /// Gives the blocks back when the lease ends.
+    _blocks: Allocation,
+}
+
+/// Why a pull does not get the KV.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    Reused,
+    Expired,
+    Unknown,
+}
+
+impl Refusal {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Reused => "reused",
+            Self::Expired => "expired",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+#[derive(Default)]
+struct Table {
+    open: HashMap<u64, Lease>,
+    /// Open leases in the order in which they expire, and some that have been pulled.
+    order: VecDeque<(Instant, u64)>,
+    ended: HashMap<u64, Refusal>,
+    ended_order: VecDeque<u64>,
+    pinned_tokens: u64,
+}
+
+/// The leases of one prefill server.
+#[derive(Default)]
+pub(crate) struct Leases {
+    table: Mutex<Table>,
+}
+
+impl Leases {
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn open(&self, raw: &str, digest: u64, tokens: u64, blocks: Allocation, lifetime: Duration) {
+        let key = xxh3_64(raw.as_bytes());
+        let expires = Instant::now() + lifetime;
+        let mut table = self.lock();
+        table.pinned_tokens += tokens;
+        table.order.push_back((expires, key));
+        table.open.insert(key, Lease { raw: raw.into(), digest, tokens, expires, _blocks: blocks });
+    }
+
+    /// Ends the lease of these bytes and says which prompt's KV it was.
+    pub(crate) fn pull(&self, raw: &[u8]) -> Result<u64, Refusal> {
+        let key = xxh3_64(raw);
+        let mut table = self.lock();
+        let Some(lease) = table.open.get(&key).filter(|lease| lease.raw.as_bytes() == raw) else {
+            return Err(table.ended.get(&key).copied().unwrap_or(Refusal::Unknown));
+        };
+        let (digest, expired) = (lease.digest, lease.expires <= Instant::now());
+        if expired {
+            return Err(Refusal::Expired);
+        }
+        let lease = table.end(key, Refusal::Reused);
+        drop(table);
+        drop(lease);
+        Ok(digest)
+    }
+
+    /// Ends the leases whose time is over (with `all`, every one) and says how many.
+    pub(crate) fn expire(&self, all: bool) -> u64 {
+        let now = Instant::now();
+        let mut ended = Vec::new();
+        let mut table = self.lock();
+        while let Some((expires, key)) = table.order.front().copied() {
+            if !all && expires > now && table.open.contains_key(&key) {
+                break;
+            }
+            table.order.pop_front();
+            ended.extend(table.end(key, Refusal::Expired));
+        }
+        drop(table);
+        ended.len() as u64
+    }
+
+    /// When the next lease ends.
+    pub(crate) fn next_expiry(&self) -> Option<Instant> {
+        self.lock().order.front().map(|(expires, _)| *expires)
+    }
+
+    /// Open leases and their tokens.
+    pub(crate) fn gauges(&self) -> (u64, u64) {
+        let table = self.lock();
+        (table.open.len() as u64, table.pinned_tokens)
+    }
+}
+
+impl Table {
+    fn end(&mut self, key: u64, reason: Refusal) -> Option<Lease> {
+        let lease = self.open.remove(&key)?;
+        self.pinned_tokens -= lease.tokens;
+        self.ended.insert(key, reason);
+        self.ended_order.push_back(key);
+        if self.ended_order.len() > REMEMBERED
+            && let Some(oldest) = self.ended_order.pop_front()
+        {
+            self.ended.remove(&oldest);
+        }
+        Some(lease)
+    }
+}
+
+/// What goes into a parameters object.
+pub(crate) struct Issue<'a> {
+    pub(crate) engine_id: &'a str,
+    /// Id of the request inside the engine.
+    pub(crate) request_id: &'a str,
+    pub(crate) host: &'a str,
+    pub(crate) port: u16,
+    pub(crate) tokens: u64,
+    /// Tells this object from every other; above 2^53.
+    pub(crate) ticket: u64,
+}
+
+/// The `kv_transfer_params` of a prefill answer: legal JSON that changes when anybody parses and rebuilds it.
+/// (Unordered keys, white space, a number that loses digits as a double, escapes, an empty array with a space in it.)
+pub(crate) fn write_params(issue: &Issue<'_>, blocks: impl Iterator<Item = u32>) -> String {
+    let mut out = String::with_capacity(512);
+    let _ = write!(
+        out,
+        "{{\"remote_engine_id\":\"{}\", \"do_remote_prefill\" : true,\"do_remote_decode\":false,\"remote_block_ids\":[ [",
+        issue.engine_id
+    );
+    for (i, block) in blocks.enumerate() {
+        let _ = write!(out, "{}{block}", if i == 0 { "" } else { "," });
+    }
+    let request_id = serde_json::to_string(issue.request_id).unwrap_or_default();
+    let host = serde_json::to_string(issue.host).unwrap_or_default();
+    let _ = write!(
+        out,
+        "] ],\n  \"remote_request_id\":{request_id},\"remote_host\":{host},\"remote_port\":{},\"tp_size\":1,\
+         \"remote_num_tokens\":{},\"sim_ticket\":{},\t\"sim_scale\":1.0e-7,\"sim_note\":\"a\\u00e9\\/\\\"}}]\",\
+         \"sim_nested\":{{ \"b\":[ ],\"a\":null }} }}",
+        issue.port, issue.tokens, issue.ticket
+    );
+    out
+}
+
+/// What became of a pull.
+pub(crate) enum Pulled {
+    /// The KV of the prompt with this digest.
+    Kv(u64),
+    /// Somebody else's by now.
+    Gone(String),
+    /// No such server.
+    Unreachable(String),
+}
+
+/// Fetches KV from other servers.
+pub(crate) struct Puller {
+    client: Client<HttpConnector, Full<Bytes>>,
+}
+
+impl Puller {
+    pub(crate) fn new() -> Self {
+        let mut connector = HttpConnector::new();
+        connector.set_connect_timeout(Some(CONNECT_LIMIT));
+        connector.set_nodelay(true);
+        let client = Client::builder(TokioExecutor::new()).pool_timer(TokioTimer::new()).build(connector);
+        Self { client }
+    }
+
+    pub(crate) async fn pull(&self, remote: &Remote, source: &Source) -> Pulled {
+        let host = if source.host.contains(':') { format!("[{}]", source.host) } else { source.host.clone() };
+        let request = http::Request::post(format!("http://{host}:{}{PULL_PATH}", source.port))
+            .header(ENGINE_HEADER, &source.engine_id)
+            .body(Full::new(Bytes::copy_from_slice(remote.raw.as_bytes())));
+        let request = match request {
+            Ok(request) => request,
+            Err(error) => return Pulled::Unreachable(error.to_string()),
+        };
+        let response = match self.client.request(request).await {
+            Ok(response) => response,
+            Err(error) => return Pulled::Unreachable(error.to_string()),
+        };
+        let status = response.status().as_u16();
+        let text = match response.into_body().collect().await {
+            Ok(body) => String::from_utf8_lossy(&body.to_bytes()).into_owned(),
+            Err(error) => return Pulled::Unreachable(error.to_string()),
+        };
+        match (status, text.parse()) {
+            (200, Ok(digest)) => Pulled::Kv(digest),
+            (409, _) => Pulled::Gone(text),
+            _ => Pulled::Unreachable(format!("{status} {text}")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::Cache;
+
+    const LONG: Duration = Duration::from_secs(1_000);
+
+    fn params(ticket: u64) -> String {
+        let issue = Issue {
+            engine_id: "e",
+            request_id: "cmpl-\"odd\"",
+            host: "127.0.0.1",
+            port: 1,
+            tokens: 32,
+            ticket: (1 << 62) + ticket,
+        };
+        write_params(&issue, 1..3)
+    }
+
+    #[test]
+    fn params_are_legal_and_do_not_survive_a_rebuild() {
+        let raw = params(1);
+        let value: serde_json::Value = serde_json::from_str(&raw).unwrap();
+        assert_eq!(value["remote_block_ids"], serde_json::json!([[1, 2]]));
+        assert_eq!(value["remote_request_id"], "cmpl-\"odd\"");
+        assert_eq!(value["sim_ticket"], (1_u64 << 62) + 1);
+        assert_ne!(serde_json::to_string(&value).unwrap(), raw);
+    }
+
+    #[test]
+    fn a_lease_is_good_once_unaltered_and_in_time() {
+        let cache = Cache::new(8);
+        let leases = Leases::default();
+        let open = |raw: &str, lifetime| leases.open(raw, 7, 32, cache.try_reserve(&[], 0, 2).unwrap(), lifetime);
+        open(&params(1), LONG);
+        open(&params(2), LONG);
+        assert_eq!((leases.gauges(), cache.usage()), ((2, 64), 0.5));
+        assert_eq!(leases.pull(params(1).replace(" ]", "]").as_bytes()), Err(Refusal::Unknown));
+        assert_eq!(leases.pull(params(1).as_bytes()), Ok(7));
+        assert_eq!(leases.pull(params(1).as_bytes()), Err(Refusal::Reused));
+        assert_eq!((leases.gauges(), cache.usage()), ((1, 32), 0.25));
+        assert_eq!((leases.expire(false), leases.expire(true)), (0, 1));
+        assert_eq!(leases.pull(params(2).as_bytes()), Err(Refusal::Expired));
+        open(&params(3), Duration::ZERO);
+        assert_eq!(leases.pull(params(3).as_bytes()), Err(Refusal::Expired));
+        assert_eq!((leases.expire(false), leases.gauges(), cache.usage()), (1, (0, 0), 0.0));
+    }
+}

@@ -1,0 +1,9 @@
+//! The simulator over real sockets.
+
+mod api;
+mod binary;
+mod cache;
+mod client;
+mod faults;
+mod nixl;
+mod shared;
