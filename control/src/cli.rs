@@ -1,0 +1,166 @@
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::{Context, anyhow, bail};
+use clap::{Args, Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+use crate::check::check;
+use crate::eds::EdsFile;
+use crate::http::Token;
+use crate::server::{Config, Control, DEFAULT_POLL};
+
+/// Environment variable that holds the token unless another one is named.
+const TOKEN_VARIABLE: &str = "PD_CONTROL_TOKEN";
+
+/// Tells every Envoy's prefill/decode filter which endpoints there are.
+///
+/// Reads a list of endpoints from a file, follows the file, and pushes every change to the filters that poll.
+#[derive(Debug, Parser)]
+#[command(version, args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    serve: ServeArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Say whether files would be taken, and what is wrong with them, without running anything
+    Check {
+        /// Endpoints files
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+    },
+}
+
+#[derive(Debug, Args)]
+struct ServeArgs {
+    /// Endpoints file to serve and follow, YAML or JSON
+    #[arg(long, env = "PD_CONTROL_ENDPOINTS", value_name = "FILE")]
+    endpoints: Option<PathBuf>,
+    /// Address to listen on
+    #[arg(long, env = "PD_CONTROL_LISTEN", value_name = "IP:PORT", default_value = "127.0.0.1:9000")]
+    listen: SocketAddr,
+    /// Keep this file for a plain Envoy: the hosts of its cluster, as EDS over the file system
+    #[arg(long, env = "PD_CONTROL_EDS_FILE", value_name = "FILE")]
+    eds_file: Option<PathBuf>,
+    /// Cluster that the EDS file is for
+    #[arg(long, env = "PD_CONTROL_EDS_CLUSTER", value_name = "NAME", default_value = "engines")]
+    eds_cluster: String,
+    /// Environment variable with the bearer token that /v1/ paths ask for [default: PD_CONTROL_TOKEN where that is set]
+    #[arg(long, value_name = "NAME")]
+    token_env: Option<String>,
+    /// What to log: error, warn, info, debug, trace, or a filter such as info,pd_control=debug
+    #[arg(long, env = "PD_CONTROL_LOG_LEVEL", value_name = "LEVEL", default_value = "info")]
+    log_level: String,
+}
+
+/// Does what the command line says; returns when that is done or a signal ends it.
+///
+/// # Errors
+/// The one line to print.
+pub fn run(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Some(Command::Check { files }) => check_all(&files),
+        None => serve(cli.serve),
+    }
+}
+
+fn check_all(files: &[PathBuf]) -> anyhow::Result<()> {
+    let mut refused = Vec::new();
+    for file in files {
+        match check(file) {
+            Ok(line) => println!("{line}"),
+            Err(error) => refused.push(error.to_string()),
+        }
+    }
+    if refused.is_empty() { Ok(()) } else { bail!("{}", refused.join("\npd-control: ")) }
+}
+
+fn serve(args: ServeArgs) -> anyhow::Result<()> {
+    start_log(&args.log_level)?;
+    let config = args.config(|name| std::env::var(name).ok())?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(async {
+        // Before anything else, so that no signal is missed.
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let control = Control::start(config).await?;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping");
+        control.stop().await;
+        Ok(())
+    })
+}
+
+fn start_log(level: &str) -> anyhow::Result<()> {
+    let filter: EnvFilter = level.parse().map_err(|error| anyhow!("--log-level {level}: {error}"))?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_writer(std::io::stderr)
+        .init();
+    Ok(())
+}
+
+impl ServeArgs {
+    fn config(self, variable: impl Fn(&str) -> Option<String>) -> anyhow::Result<Config> {
+        let Some(endpoints) = self.endpoints else { bail!("--endpoints FILE is needed (see --help)") };
+        let text = match &self.token_env {
+            Some(name) => Some(variable(name).with_context(|| format!("--token-env {name}: it is not set"))?),
+            None => variable(TOKEN_VARIABLE).filter(|text| !text.is_empty()),
+        };
+        let name = self.token_env.as_deref().unwrap_or(TOKEN_VARIABLE);
+        let token = text
+            .map(|text| Token::new(&text).with_context(|| format!("{name}: a token is printable ASCII without spaces")))
+            .transpose()?;
+        if token.is_none() && !self.listen.ip().is_loopback() {
+            tracing::warn!("{} is open to others and no token is set: anyone may read the endpoints", self.listen);
+        }
+        let eds = self.eds_file.map(|path| EdsFile::new(path, self.eds_cluster));
+        Ok(Config { endpoints, listen: self.listen, eds, token, poll: DEFAULT_POLL })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn config(line: &str, variable: impl Fn(&str) -> Option<String>) -> Result<Config, String> {
+        let cli = Cli::try_parse_from(line.split(' ')).unwrap();
+        cli.serve.config(variable).map_err(|error| format!("{error:#}"))
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_token_comes_from_the_variable_that_is_named() {
+        let line = "pd-control --endpoints e.yaml";
+        assert!(config(line, |_| None).unwrap().token.is_none());
+        assert!(config(line, |_| Some(String::new())).unwrap().token.is_none());
+        assert!(config(line, |name| (name == "PD_CONTROL_TOKEN").then(|| "t".into())).unwrap().token.is_some());
+        let named = format!("{line} --token-env T");
+        assert!(config(&named, |name| (name == "T").then(|| "t".into())).unwrap().token.is_some());
+        assert_eq!(config(&named, |_| None).unwrap_err(), "--token-env T: it is not set");
+        assert_eq!(config(&named, |_| Some("a b".into())).unwrap_err(), "T: a token is printable ASCII without spaces");
+    }
+
+    #[test]
+    fn without_a_source_there_is_nothing_to_serve() {
+        assert_eq!(config("pd-control", |_| None).unwrap_err(), "--endpoints FILE is needed (see --help)");
+    }
+}

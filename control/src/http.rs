@@ -1,0 +1,242 @@
+//! The HTTP API.
+//!
+//! | path | answer |
+//! |---|---|
+//! | `GET /v1/watch` | 200 snapshot, 304 nothing changed in time, 400 bad query, 401 bad token |
+//! | `GET /v1/endpoints` | 200 the list in force for people, 401 bad token |
+//! | `GET /healthz` | 200 while the process answers |
+//! | `GET /readyz` | 200 once a list is in force (`degraded: …` while the newest one is refused), else 503 |
+//! | `GET /metrics` | 200 OpenMetrics text |
+//!
+//! A refused list leaves `/readyz` at 200: filters are served the last good list, and a restart would lose it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, Request, State};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use bytes::Bytes;
+use pd_core::wire::{Endpoint, WATCH_PATH};
+use prometheus_client::metrics::gauge::Gauge;
+use serde::{Deserialize, Serialize};
+use subtle::ConstantTimeEq;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::metrics::{self, Metrics};
+use crate::publisher::Status;
+use crate::registry::Registry;
+
+/// How long a poll waits that does not say.
+const DEFAULT_WAIT: Duration = Duration::from_secs(30);
+/// How long a poll waits at most. Proxies on the way cut longer ones.
+pub const MAX_WAIT: Duration = Duration::from_secs(60);
+
+/// What the handlers read.
+#[derive(Clone, Debug)]
+pub struct App {
+    /// The list in force.
+    pub registry: Arc<Registry>,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// Whether the newest list is in force.
+    pub status: Arc<Status>,
+    /// Bearer token that `/v1/…` asks for, if any.
+    pub token: Option<Token>,
+    /// Becomes true when open polls have to be answered.
+    pub stopping: watch::Receiver<bool>,
+}
+
+/// A bearer token; neither shown nor compared in a time that depends on it.
+#[derive(Clone)]
+pub struct Token(Arc<str>);
+
+/// Query of the long poll; see [`pd_core::wire`].
+#[derive(Debug, Deserialize)]
+struct Watch {
+    #[serde(default)]
+    epoch: String,
+    #[serde(default)]
+    since: u64,
+    wait_ms: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct EndpointsView<'a> {
+    epoch: &'a str,
+    version: u64,
+    age_ms: u64,
+    source: &'a str,
+    degraded: Option<String>,
+    endpoints: &'a [Endpoint],
+}
+
+#[derive(Serialize)]
+struct Failure<'a> {
+    error: &'a str,
+}
+
+/// Counts a waiting poll for as long as it waits, also when its client leaves.
+struct Waiting<'a>(&'a Gauge);
+
+impl Token {
+    /// A token; `None` when it is empty or cannot stand in a header.
+    #[must_use]
+    pub fn new(text: &str) -> Option<Self> {
+        let is_usable = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic());
+        is_usable.then(|| Self(text.into()))
+    }
+
+    /// Whether an `authorization` header carries it. Only its length may show in the time this takes.
+    fn is_in(&self, authorization: Option<&HeaderValue>) -> bool {
+        let Some((scheme, given)) = authorization.and_then(|value| value.as_bytes().split_at_checked(7)) else {
+            return false;
+        };
+        scheme.eq_ignore_ascii_case(b"bearer ") && bool::from(given.ct_eq(self.0.as_bytes()))
+    }
+}
+
+impl std::fmt::Debug for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Token(…)")
+    }
+}
+
+impl<'a> Waiting<'a> {
+    fn new(gauge: &'a Gauge) -> Self {
+        gauge.inc();
+        Self(gauge)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+/// The routes.
+pub fn router(app: App) -> Router {
+    let v1 = Router::new()
+        .route(WATCH_PATH, get(watch))
+        .route("/v1/endpoints", get(endpoints))
+        .layer(middleware::from_fn_with_state(app.clone(), authorize));
+    Router::new()
+        .merge(v1)
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics_text))
+        .fallback(|| async { failure(StatusCode::NOT_FOUND, "no such path") })
+        .method_not_allowed_fallback(|| async { failure(StatusCode::METHOD_NOT_ALLOWED, "only GET is allowed") })
+        .with_state(app)
+}
+
+async fn authorize(State(app): State<App>, request: Request, next: Next) -> Response {
+    match &app.token {
+        Some(token) if !token.is_in(request.headers().get(header::AUTHORIZATION)) => {
+            if request.uri().path() == WATCH_PATH {
+                app.metrics.watch_answered(StatusCode::UNAUTHORIZED.as_u16());
+            }
+            let answer = failure(StatusCode::UNAUTHORIZED, "a bearer token is needed");
+            ([(header::WWW_AUTHENTICATE, "Bearer")], answer).into_response()
+        }
+        _ => next.run(request).await,
+    }
+}
+
+async fn watch(State(app): State<App>, query: Result<Query<Watch>, QueryRejection>) -> Response {
+    let answer = match query {
+        Err(rejection) => failure(StatusCode::BAD_REQUEST, &rejection.body_text()),
+        Ok(Query(query)) => match next_answer(&app, &query).await {
+            Some(snapshot) => {
+                let headers = [(header::CONTENT_TYPE, "application/json"), (header::CACHE_CONTROL, "no-store")];
+                (headers, snapshot).into_response()
+            }
+            None => StatusCode::NOT_MODIFIED.into_response(),
+        },
+    };
+    app.metrics.watch_answered(answer.status().as_u16());
+    answer
+}
+
+/// What the filter has to learn, as soon as there is something; `None` when its time is over or ours is.
+async fn next_answer(app: &App, query: &Watch) -> Option<Bytes> {
+    let wait = query.wait_ms.map_or(DEFAULT_WAIT, Duration::from_millis).min(MAX_WAIT);
+    let deadline = Instant::now() + wait;
+    let mut published = app.registry.subscribe();
+    let mut stopping = app.stopping.clone();
+    let _waiting = Waiting::new(&app.metrics.pollers);
+    loop {
+        let current = Arc::clone(&published.borrow_and_update());
+        if let Some(answer) = current.answer(&query.epoch, query.since) {
+            return Some(answer);
+        }
+        tokio::select! {
+            changed = published.changed() => changed.ok()?,
+            _ = stopping.wait_for(|is_stopping| *is_stopping) => return None,
+            () = tokio::time::sleep_until(deadline) => return None,
+        }
+    }
+}
+
+async fn endpoints(State(app): State<App>) -> Response {
+    let published = app.registry.current();
+    let age = published.changed_at().elapsed().unwrap_or_default();
+    let view = EndpointsView {
+        epoch: published.epoch(),
+        version: published.version(),
+        age_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
+        source: app.status.source(),
+        degraded: app.status.degraded(),
+        endpoints: published.endpoints(),
+    };
+    // Strings, integers and finite floats only: serde_json has nothing to refuse here.
+    let text = serde_json::to_string_pretty(&view).unwrap_or_default() + "\n";
+    ([(header::CONTENT_TYPE, "application/json")], text).into_response()
+}
+
+async fn readyz(State(app): State<App>) -> Response {
+    if app.registry.current().version() == 0 {
+        return (StatusCode::SERVICE_UNAVAILABLE, "no endpoint list yet\n").into_response();
+    }
+    match app.status.degraded() {
+        None => "ok\n".into_response(),
+        Some(reason) => format!("degraded: {reason}\n").into_response(),
+    }
+}
+
+async fn metrics_text(State(app): State<App>) -> Response {
+    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], app.metrics.encode()).into_response()
+}
+
+fn failure(status: StatusCode, error: &str) -> Response {
+    (status, Json(Failure { error })).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_whole_token_opens() {
+        let token = Token::new("secret").unwrap();
+        let is_in = |text: &str| token.is_in(Some(&HeaderValue::from_str(text).unwrap()));
+        assert!(is_in("Bearer secret") && is_in("bearer secret"));
+        for wrong in ["secret", "Bearer", "Bearer ", "Bearer secre", "Bearer secrets", "Basic secret", "Bearer  secret"]
+        {
+            assert!(!is_in(wrong), "{wrong}");
+        }
+        assert!(!token.is_in(None));
+    }
+
+    #[test]
+    fn a_token_that_cannot_stand_in_a_header_is_refused_and_none_is_shown() {
+        assert!(Token::new("").is_none() && Token::new("a b").is_none() && Token::new("ä").is_none());
+        assert!(!format!("{:?}", Token::new("secret")).contains("secret"));
+    }
+}

@@ -1,0 +1,192 @@
+//! What `/metrics` says. Names and help texts stand here and nowhere else.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::UNIX_EPOCH;
+
+use pd_core::wire::{Role, State};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::Registry as Families;
+
+use crate::registry::Registry;
+
+/// Media type of [`Metrics::encode`].
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+type Labels<const N: usize> = [(&'static str, String); N];
+
+/// Counters and gauges that the parts count into, and what is read off the registry when someone asks.
+#[derive(Debug)]
+pub struct Metrics {
+    families: Families,
+    /// Lists refused, by source.
+    pub refusals: Counter,
+    /// 1 while the newest list was refused and an older one is in force.
+    pub degraded: Gauge,
+    /// Long polls that wait now.
+    pub pollers: Gauge,
+    /// Times the EDS file was written.
+    pub eds_writes: Counter,
+    /// Times it could not be written.
+    pub eds_errors: Counter,
+    /// Connections open now.
+    pub connections: Gauge,
+    /// Connections closed because too many were open.
+    pub connections_refused: Counter,
+    watch_requests: Family<Labels<1>, Counter>,
+}
+
+/// The metrics of the list in force.
+#[derive(Debug)]
+struct ListCollector(Arc<Registry>);
+
+impl Metrics {
+    /// All metrics at zero; those of the list follow `registry`.
+    #[must_use]
+    pub fn new(registry: Arc<Registry>) -> Self {
+        let mut families = Families::with_prefix("pd_control");
+        let build = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
+        families.register("build", "The build that runs", build);
+        families.register_collector(Box::new(ListCollector(registry)));
+        let mut metrics = Self {
+            refusals: Counter::default(),
+            degraded: Gauge::default(),
+            pollers: Gauge::default(),
+            eds_writes: Counter::default(),
+            eds_errors: Counter::default(),
+            connections: Gauge::default(),
+            connections_refused: Counter::default(),
+            watch_requests: Family::default(),
+            families: Families::default(),
+        };
+        let Self { refusals, degraded, pollers, eds_writes, eds_errors, connections, connections_refused, .. } =
+            &metrics;
+        families.register("refusals", "Endpoint lists refused; the last good one stayed in force", refusals.clone());
+        let help = "1 while the newest endpoint list is refused and an older one is in force";
+        families.register("degraded", help, degraded.clone());
+        families.register("watch_requests", "Long polls answered, by status", metrics.watch_requests.clone());
+        families.register("pollers", "Long polls that wait for a change", pollers.clone());
+        families.register("eds_writes", "Times the EDS file was written", eds_writes.clone());
+        families.register("eds_errors", "Times the EDS file could not be written", eds_errors.clone());
+        families.register("connections", "Connections open", connections.clone());
+        let help = "Connections closed at once because too many were open";
+        families.register("connections_refused", help, connections_refused.clone());
+        metrics.families = families;
+        metrics
+    }
+
+    /// Counts an answered long poll.
+    pub fn watch_answered(&self, status: u16) {
+        self.watch_requests.get_or_create(&[("code", status.to_string())]).inc();
+    }
+
+    /// The OpenMetrics text.
+    #[must_use]
+    pub fn encode(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string cannot fail.
+        let _ = text::encode(&mut text, &self.families);
+        text
+    }
+}
+
+impl Collector for ListCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
+        let published = self.0.current();
+        let mut counts: BTreeMap<Labels<3>, i64> = BTreeMap::new();
+        for endpoint in published.endpoints() {
+            let labels = [
+                ("pool", endpoint.pool.clone()),
+                ("role", role(endpoint.role).to_owned()),
+                ("state", state(endpoint.state).to_owned()),
+            ];
+            *counts.entry(labels).or_default() += 1;
+        }
+        let help = "Endpoints of the list in force";
+        let mut family = encoder.encode_descriptor("endpoints", help, None, MetricType::Gauge)?;
+        for (labels, count) in &counts {
+            ConstGauge::new(*count).encode(family.encode_family(labels)?)?;
+        }
+        let help = "Version of the list in force; counts changes since the start";
+        let version = i64::try_from(published.version()).unwrap_or(i64::MAX);
+        let metric = encoder.encode_descriptor("snapshot_version", help, None, MetricType::Gauge)?;
+        ConstGauge::new(version).encode(metric)?;
+        let help = "When the list in force was published, in seconds of Unix time";
+        let changed_at = published.changed_at().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let metric = encoder.encode_descriptor("last_change_timestamp_seconds", help, None, MetricType::Gauge)?;
+        ConstGauge::new(changed_at.as_secs_f64()).encode(metric)
+    }
+}
+
+fn role(role: Role) -> &'static str {
+    match role {
+        Role::Prefill => "prefill",
+        Role::Decode => "decode",
+        Role::Both => "both",
+    }
+}
+
+fn state(state: State) -> &'static str {
+    match state {
+        State::Ready => "ready",
+        State::Draining => "draining",
+        State::Down => "down",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, SystemTime};
+
+    use pd_core::wire::Endpoint;
+
+    use super::*;
+    use crate::registry::EndpointList;
+
+    fn line<'a>(text: &'a str, start: &str) -> Option<&'a str> {
+        text.lines().find(|line| line.starts_with(start))
+    }
+
+    #[test]
+    fn the_list_in_force_is_counted_by_pool_role_and_state() {
+        let registry = Arc::new(Registry::new("e", SystemTime::UNIX_EPOCH));
+        let metrics = Metrics::new(Arc::clone(&registry));
+        let endpoint =
+            |n: u8, role, pool: &str| Endpoint { pool: pool.into(), ..Endpoint::new(([10, 0, 0, n], 80).into(), role) };
+        let down = Endpoint { state: State::Down, ..endpoint(4, Role::Decode, "default") };
+        let odd = endpoint(3, Role::Both, "a\"b\\c\nd");
+        let list = [endpoint(1, Role::Prefill, "default"), endpoint(2, Role::Prefill, "default"), odd, down];
+        registry
+            .publish(EndpointList::new(list.into()).unwrap(), SystemTime::UNIX_EPOCH + Duration::from_millis(1_500));
+        let text = metrics.encode();
+        for expected in [
+            r#"pd_control_endpoints{pool="default",role="prefill",state="ready"} 2"#,
+            r#"pd_control_endpoints{pool="default",role="decode",state="down"} 1"#,
+            r#"pd_control_endpoints{pool="a\"b\\c\nd",role="both",state="ready"} 1"#,
+            "pd_control_snapshot_version 1",
+            "pd_control_last_change_timestamp_seconds 1.5",
+        ] {
+            assert_eq!(line(&text, expected), Some(expected), "{text}");
+        }
+        assert!(line(&text, "pd_control_build_info{version=\"").is_some(), "{text}");
+    }
+
+    #[test]
+    fn answers_are_counted_by_status() {
+        let metrics = Metrics::new(Arc::new(Registry::new("e", SystemTime::UNIX_EPOCH)));
+        metrics.watch_answered(200);
+        metrics.watch_answered(200);
+        let text = metrics.encode();
+        assert_eq!(
+            line(&text, "pd_control_watch_requests_total"),
+            Some("pd_control_watch_requests_total{code=\"200\"} 2")
+        );
+    }
+}

@@ -1,0 +1,162 @@
+//! Starts the parts, accepts connections within bounds, and stops in order.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context;
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+
+use crate::eds::EdsFile;
+use crate::http::{self, App, Token};
+use crate::metrics::Metrics;
+use crate::publisher::{Publisher, Status};
+use crate::registry::Registry;
+use crate::watch::FileSource;
+
+/// Connections open at a time; each filter holds one, probes and people a few.
+const MAX_CONNECTIONS: usize = 4_096;
+/// How long a connection may take over the head of its next request, idle time included. Longer than any pause between
+/// a filter's polls, so that only forgotten connections are closed.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Bytes of a request head; a poll needs a few hundred.
+const MAX_HEAD_BYTES: usize = 16 << 10;
+/// How long answers may take after the signal to stop.
+const STOP_TIMEOUT: Duration = Duration::from_millis(800);
+/// Pause after a failed accept, such as for want of file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// How often the endpoints file is looked at where the kernel reports no changes.
+pub const DEFAULT_POLL: Duration = Duration::from_secs(2);
+
+/// Everything that one `pd-control` is told at its start.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The endpoints file.
+    pub endpoints: PathBuf,
+    /// Address to listen on; port 0 picks one.
+    pub listen: SocketAddr,
+    /// The EDS file to keep, if any.
+    pub eds: Option<EdsFile>,
+    /// Token that filters have to show, if any.
+    pub token: Option<Token>,
+    /// How often to look at the file where the kernel reports no changes.
+    pub poll: Duration,
+}
+
+/// A running `pd-control`.
+#[derive(Debug)]
+pub struct Control {
+    address: SocketAddr,
+    stop: watch::Sender<bool>,
+    server: JoinHandle<()>,
+    tasks: [JoinHandle<()>; 2],
+}
+
+impl Control {
+    /// Starts listening, loads the list, writes the EDS file, then serves. Nothing is written when the address is taken.
+    ///
+    /// # Errors
+    /// One line when the address is taken, the endpoints file is bad or the EDS file cannot be written.
+    pub async fn start(config: Config) -> anyhow::Result<Self> {
+        let Config { endpoints, listen, eds, token, poll } = config;
+        let listener = TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
+        let address = listener.local_addr()?;
+        let status = Arc::new(Status::new(endpoints.display().to_string()));
+        let (source, list) = FileSource::open(endpoints, poll)?;
+
+        let registry = Arc::new(Registry::new(&new_epoch(), SystemTime::now()));
+        let metrics = Arc::new(Metrics::new(Arc::clone(&registry)));
+        let mut publisher = Publisher::new(Arc::clone(&registry), Arc::clone(&metrics), Arc::clone(&status), eds);
+        publisher.start(list)?;
+
+        let (sender, updates) = mpsc::channel(1);
+        let tasks = [tokio::spawn(source.run(sender)), tokio::spawn(publisher.run(updates))];
+        let (stop, stopping) = watch::channel(false);
+        let app = App { registry, metrics: Arc::clone(&metrics), status, token, stopping: stopping.clone() };
+        let server = tokio::spawn(serve(listener, http::router(app), metrics, stopping));
+        tracing::info!("pd-control {} listens on http://{address}", env!("CARGO_PKG_VERSION"));
+        Ok(Self { address, stop, server, tasks })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Answers the open polls, closes every connection and ends, within a second.
+    pub async fn stop(self) {
+        self.stop.send_replace(true);
+        // Fails only when the server panicked, and then there is nothing left to stop.
+        let _ = self.server.await;
+        for task in self.tasks {
+            task.abort();
+        }
+    }
+}
+
+/// Names one run, for people in the order of time: the millisecond of its start and something random.
+fn new_epoch() -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let random = RandomState::new().build_hasher().finish();
+    format!("{:011x}-{:08x}", now.as_millis(), random & 0xffff_ffff)
+}
+
+async fn serve(listener: TcpListener, router: Router, metrics: Arc<Metrics>, mut stopping: watch::Receiver<bool>) {
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let graceful = GracefulShutdown::new();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = stopping.wait_for(|is_stopping| *is_stopping) => break,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!("cannot accept a connection: {error}");
+                sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {
+            metrics.connections_refused.inc();
+            continue;
+        };
+        let connection = graceful.watch(connection(stream, router.clone()));
+        let open = metrics.connections.clone();
+        open.inc();
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!("connection: {error}");
+            }
+            open.dec();
+            drop(slot);
+        });
+    }
+    drop(listener);
+    if timeout(STOP_TIMEOUT, graceful.shutdown()).await.is_err() {
+        tracing::warn!("some connections did not end in {STOP_TIMEOUT:?}");
+    }
+}
+
+type Connection = http1::Connection<TokioIo<TcpStream>, TowerToHyperService<Router>>;
+
+fn connection(stream: TcpStream, router: Router) -> Connection {
+    // Answers are single writes; waiting to fill a segment would only delay them.
+    let _ = stream.set_nodelay(true);
+    http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .max_buf_size(MAX_HEAD_BYTES)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
+}

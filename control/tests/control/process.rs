@@ -1,0 +1,105 @@
+//! The command itself: arguments, exit codes, signals.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use axum::http::StatusCode;
+
+use crate::support::*;
+
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pd-control"));
+    command.args(arguments).env_clear();
+    command
+}
+
+fn run(arguments: &[&str]) -> Output {
+    command(arguments).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+fn write(directory: &Path, name: &str, content: &str) -> String {
+    let path = directory.join(name);
+    std::fs::write(&path, content).unwrap();
+    path.display().to_string()
+}
+
+/// Starts it on a free port and reads from its log which one that is.
+fn spawn(arguments: &[&str]) -> (Child, HttpClient) {
+    let mut child = command(arguments).args(["--listen", "127.0.0.1:0"]).stderr(Stdio::piped()).spawn().unwrap();
+    let mut log = BufReader::new(child.stderr.take().unwrap());
+    let mut seen = String::new();
+    let address = loop {
+        let mut line = String::new();
+        assert_ne!(log.read_line(&mut line).unwrap(), 0, "it ended: {seen}");
+        if let Some((_, address)) = line.trim().rsplit_once("listens on http://") {
+            break address.parse().unwrap();
+        }
+        seen += &line;
+    };
+    // Read on, or the pipe fills up.
+    std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
+    (child, HttpClient::new(address))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signal_answers_open_polls_and_ends_it_within_a_second() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = write(directory.path(), "endpoints.yaml", &four(1.0));
+    for signal in ["-TERM", "-INT"] {
+        let (mut child, client) = spawn(&["--endpoints", &file]);
+        let mut filter = Filter::default();
+        filter.poll(&client, PATIENCE).await.unwrap();
+        let poller = client.clone();
+        let poll = tokio::spawn(async move { filter.request(&poller, PATIENCE).await.status });
+        until("the poll waits", || async { client.metric("pd_control_pollers").await == 1.0 }).await;
+        let start = Instant::now();
+        assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+        assert_eq!(poll.await.unwrap(), StatusCode::NOT_MODIFIED);
+        assert!(child.wait().unwrap().success());
+        assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    }
+}
+
+#[test]
+fn what_hinders_the_start_is_one_line_and_exit_code_1() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = write(directory.path(), "endpoints.yaml", &four(1.0));
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    for (arguments, error) in [
+        (
+            vec!["--endpoints", &file, "--listen", &address],
+            format!("cannot listen on {address}: Address already in use"),
+        ),
+        (vec!["--endpoints", "none.yaml", "--listen", "127.0.0.1:0"], "none.yaml: cannot be read: No such file".into()),
+        (vec!["--endpoints", &file, "--token-env", "T"], "--token-env T: it is not set".into()),
+        (vec!["--endpoints", &file, "--log-level", "x=y"], "--log-level x=y: error parsing level filter".into()),
+        (vec![], "--endpoints FILE is needed".into()),
+    ] {
+        let output = run(&arguments);
+        let lines = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {lines}");
+        assert!(lines.starts_with(&format!("pd-control: {error}")), "{lines}");
+        assert_eq!(lines.lines().count(), 1, "{lines}");
+    }
+}
+
+#[test]
+fn check_says_whether_a_file_would_be_taken() {
+    let directory = tempfile::tempdir().unwrap();
+    let good = write(directory.path(), "good.yaml", &four(1.0));
+    let bad = write(directory.path(), "bad.yaml", &four(0.0));
+    let output = run(&["check", &good]);
+    assert!(output.status.success());
+    assert_eq!(text(&output.stdout), format!("{good}: ok, 4 endpoints (4 both)\n"));
+    let output = run(&["check", &good, &bad]);
+    assert_eq!(output.status.code(), Some(1));
+    let error = format!("pd-control: {bad}:2:46: endpoints[0].weight: must be between 0.01 and 100\n");
+    assert_eq!(text(&output.stderr), error);
+}
