@@ -40,7 +40,8 @@ pub struct Config {
     pub endpoints: Vec<Endpoint>,
     /// Of [`PHASE_HEADER`] and [`PREFILLER_HEADER`], those a client may set. The others are stripped.
     pub trusted_headers: Vec<String>,
-    /// Largest request body, bytes; above it clients get 413.
+    /// Largest request body, bytes, the spliced parameters included; above it clients get 413. Must not be above the
+    /// limit of Envoy's buffer filter: an edit that takes a paused body past that limit ends the Envoy process.
     pub max_body_bytes: usize,
     /// Prefix hashing and index.
     pub prefix: Prefix,

@@ -485,10 +485,15 @@ impl Request {
 
     /// The prompt is computed: on to a decode endpoint.
     fn prefilled(&mut self, worker: &mut Worker, state: &Prefilling, handover: &Handover, now: Duration) -> Outcome {
+        let fits = |members: &[u8]| {
+            let Work { plan, body_bytes, config, .. } = &state.work;
+            plan.with_insert(members).edited_bytes(*body_bytes) <= config.max_body_bytes
+        };
         let (reason, insert): (_, &[u8]) = match handover {
-            Handover::Insert(members) => ("prefilled", members),
+            // Envoy does not survive a paused body that an edit makes larger than the buffer filter's limit.
+            Handover::Insert(members) if fits(members) => ("prefilled", members),
             Handover::Nothing => ("prefilled", b""),
-            Handover::Missing => {
+            Handover::Insert(_) | Handover::Missing => {
                 worker.counts.count(Metric::KvMissing);
                 ("kv_missing", b"")
             }
@@ -971,6 +976,20 @@ mod tests {
             assert_eq!((outcome.flow, state(&outcome, REASON)), (Flow::Continue, "kv_missing"));
             assert_eq!(edited(&outcome, &long_body()), long_body());
             assert_eq!(t.worker.counts.pending(Metric::KvMissing), 1);
+        }
+    }
+
+    #[test]
+    fn a_splice_that_would_pass_the_body_limit_is_left_out() {
+        for (room, reason) in [(0, "kv_missing"), (199, "kv_missing"), (200, "prefilled")] {
+            let insert = format!(r#""kv_transfer_params":{PARAMS},"#).len();
+            let limit = long_body().len() + insert * room / 200;
+            let mut t = configured(&CONFIG.replacen('{', &format!(r#"{{"max_body_bytes":{limit},"#), 1));
+            t.headers(&[]);
+            t.body(&long_body());
+            let outcome = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+            assert_eq!(state(&outcome, REASON), reason);
+            assert!(edited(&outcome, &long_body()).len() <= limit);
         }
     }
 

@@ -34,6 +34,12 @@ pub struct HeadEdit {
 }
 
 impl HeadEdit {
+    /// Bytes of a body of `bytes` bytes once it is edited.
+    #[must_use]
+    pub fn edited_bytes(&self, bytes: usize) -> usize {
+        bytes.saturating_sub(self.drain as usize).saturating_add(self.head.len())
+    }
+
     /// Whether the edit leaves the body as it is.
     #[must_use]
     pub fn is_none(&self) -> bool {
