@@ -18,6 +18,8 @@ enum Text {
     English,
     /// Three bytes per character.
     Chinese,
+    /// The same as a client writes it that escapes what is not ASCII, as Python's `json` does by default.
+    Escaped,
     /// No text but token ids.
     Ids,
 }
@@ -29,6 +31,7 @@ const CASES: &[(Text, usize)] = &[
     (Text::English, 220_000),
     (Text::Chinese, 16_000),
     (Text::Chinese, 220_000),
+    (Text::Escaped, 16_000),
     (Text::Ids, 16_000),
 ];
 
@@ -38,6 +41,7 @@ fn body(text: Text, bytes: usize) -> Vec<u8> {
             "The quick brown fox jumps over the lazy dog, and then it says\\n \\\"nothing to see here,\\\" and goes. "
         }
         Text::Chinese => "敏捷的棕色狐狸跳过了懒狗，然后说没什么好看的，转身就走。\\n",
+        Text::Escaped => "\\u654f\\u6377\\u7684\\u68d5\\u8272\\u72d0\\u72f8",
         Text::Ids => "12345, 678, 90123, 4, ",
     };
     let fill = |bytes: usize| words.repeat(bytes / words.len());

@@ -1,0 +1,226 @@
+//! Arbitrary sequences of events on a worker and its requests, and what must hold after each of them.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use pd_core::body::{KeySet, scan};
+use pd_core::engine::FORBIDDEN;
+use pd_core::headers::Headers;
+use pd_core::metrics::Metric;
+use pd_core::request::{DESTINATION, Effect, Flow, Outcome, PrefillAnswer, Request};
+use pd_core::worker::Worker;
+
+/// Bytes that drive everything: each choice takes from the front, and zeros follow the end.
+pub struct Choices<'a>(pub &'a [u8]);
+
+impl<'a> Choices<'a> {
+    fn byte(&mut self) -> u8 {
+        let Some((first, rest)) = self.0.split_first() else { return 0 };
+        self.0 = rest;
+        *first
+    }
+
+    fn below(&mut self, bound: u8) -> u8 {
+        self.byte() % bound
+    }
+
+    fn bytes(&mut self) -> &'a [u8] {
+        let len = usize::from(self.byte()).min(self.0.len());
+        let (bytes, rest) = self.0.split_at(len);
+        self.0 = rest;
+        bytes
+    }
+}
+
+const CONFIGS: [&str; 4] = [
+    r#"{"trusted_headers":["x-pd-phase","x-prefiller-host-port"],"max_body_bytes":4096,"prefix":{"block_bytes":64},
+        "pools":{"default":{"split":{"uncached_tokens":1}}},"endpoints":[
+        {"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.1:2","role":"prefill"},
+        {"address":"10.0.0.2:1","role":"decode"},{"address":"10.0.0.2:2","role":"both"}]}"#,
+    r#"{"prefix":{"block_bytes":64,"index_bytes":65536},"pools":{"default":{"on_prefill_failure":"fail","split":{"mode":"always"},
+        "cache_tokens":100}},"endpoints":[{"address":"10.0.0.1:1","role":"prefill","models":["m"],"group":"g"},
+        {"address":"10.0.0.2:1","role":"decode","models":["m"],"group":"g"},{"address":"10.0.0.2:2","role":"decode","models":["m"]}]}"#,
+    r#"{"pools":{"default":{"engine":"vllm-shared","split":{"mode":"always"},"prefill_attempts":8,"alternates":0}},
+        "endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#,
+    "",
+];
+const BODIES: [&str; 5] = [
+    r#"{"model":"m","messages":[{"role":"user","content":"a rather long prompt that fills more than one block of the index, twice and more"}],"stream":true}"#,
+    r#"{"kv_transfer_params":{"do_remote_prefill":true},"model":"m","prompt":"p","kv_transfer\u005fparams":1}"#,
+    r#"{"model":"x","input":[],"max_tokens":18446744073709551615}"#,
+    "{}",
+    "",
+];
+const ANSWERS: [&str; 4] = [
+    r#"{"kv_transfer_params":{"do_remote_prefill":true,"remote_block_ids":[[1]],"remote_request_id":"r"}}"#,
+    r#"{"kv_transfer_params":null}"#,
+    "upstream connect error",
+    "",
+];
+const PATHS: [&str; 5] = ["/v1/chat/completions", "/v1/completions", "/v1/responses?x", "/v1/models", "/other"];
+const HEADERS: [(&str, &str); 6] = [
+    ("x-pd-phase", "prefill"),
+    ("x-pd-phase", "decode"),
+    ("x-prefiller-host-port", "10.0.0.1:2,10.0.0.1:1"),
+    ("x-pd-destination", "6.6.6.6:6"),
+    ("content-length", "17"),
+    ("content-type", "multipart/form-data"),
+];
+const LISTS: [&str; 4] = [
+    r#"{"wire":1,"epoch":"e","version":1,"endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.3:3","role":"both"}]}"#,
+    r#"{"wire":1,"epoch":"e","version":2,"base":1,"endpoints":[{"address":"10.0.0.2:1","role":"decode","state":"draining"}],"removed":["10.0.0.1:1"]}"#,
+    r#"{"wire":1,"epoch":"f","version":1,"endpoints":[{"address":"10.0.0.2:1","role":"prefill","weight":0.01},{"address":"10.0.0.1:1","role":"decode"}]}"#,
+    r#"{"wire":1,"epoch":"g","version":1}"#,
+];
+
+struct Live {
+    request: Request,
+    body: Vec<u8>,
+}
+
+/// Runs the events that `input` spells and checks what must hold.
+///
+/// # Panics
+/// When something does not.
+pub fn run(input: &[u8]) {
+    let mut choices = Choices(input);
+    let mut worker = Worker::default();
+    let _ = worker.configure(CONFIGS[usize::from(choices.below(4))].as_bytes());
+    let mut known = addresses(&worker);
+    let mut live: Vec<Live> = Vec::new();
+    let mut now = Duration::from_secs(1);
+    for _ in 0..256 {
+        if choices.0.is_empty() {
+            break;
+        }
+        let event = choices.below(12);
+        if event == 0 || live.is_empty() {
+            let mut headers = vec![(":method", "POST"), (":path", PATHS[usize::from(choices.below(5))])];
+            let extra = choices.byte();
+            headers.extend((0..6).filter(|bit| extra & (1 << bit) != 0).map(|bit| HEADERS[bit]));
+            let headers = match choices.below(8) {
+                0 => Headers::from_wire(choices.bytes().to_vec()),
+                _ => Headers::from_pairs(headers),
+            };
+            let mut request = Request::default();
+            let outcome = request.headers(&mut worker, headers, choices.below(8) == 0, now);
+            check(&outcome, b"", &known);
+            live.push(Live { request, body: Vec::new() });
+            continue;
+        }
+        let at = usize::from(choices.byte()) % live.len();
+        let Live { request, body } = &mut live[at];
+        match event {
+            1 | 2 => {
+                let text = match choices.below(8) {
+                    0 => choices.bytes(),
+                    n => BODIES[usize::from(n) % 5].as_bytes(),
+                };
+                let wanted = request.wants_body();
+                let outcome = request.body(&mut worker, text, now);
+                if wanted {
+                    *body = text.to_vec();
+                    check(&outcome, body, &known);
+                } else {
+                    assert_eq!(outcome.effects, []);
+                }
+            }
+            3 | 4 => {
+                let text = match choices.below(6) {
+                    0 => choices.bytes(),
+                    n => ANSWERS[usize::from(n) % 4].as_bytes(),
+                };
+                let status = [200, 200, 200, 400, 429, 500, 503, 504][usize::from(choices.below(8))];
+                let answer = match choices.below(8) {
+                    0 => PrefillAnswer::None,
+                    _ => PrefillAnswer::Answered { status, content_type: None, body: text },
+                };
+                let waiting = request.is_prefilling();
+                let again = (choices.below(8) > 0).then(|| body.clone());
+                let outcome = request.prefill_answer(&mut worker, answer, || again, now);
+                if waiting {
+                    check(&outcome, body, &known);
+                } else {
+                    assert_eq!(outcome, Outcome { flow: Flow::Pause, effects: vec![] });
+                }
+            }
+            5 => {
+                let bytes = usize::from(choices.byte()) << 5;
+                check(&request.body_part(&mut worker, bytes), b"", &known);
+            }
+            6 => {
+                let upstream = [None, Some("10.0.0.2:1"), Some("10.0.0.2:2"), Some("10.0.0.1:1")];
+                let upstream = upstream[usize::from(choices.below(4))].map(str::as_bytes);
+                request.response_headers(&mut worker, upstream, now);
+            }
+            7 => request.first_byte(&mut worker, now),
+            8 => {
+                request.done(&mut worker, now);
+                live.remove(at);
+            }
+            9 => {
+                let _ = match choices.below(6) {
+                    0 => worker.apply(choices.bytes()),
+                    n => worker.apply(LISTS[usize::from(n) % 4].as_bytes()),
+                };
+                known.extend(addresses(&worker));
+            }
+            10 => now += Duration::from_millis(u64::from(choices.byte()) * 8),
+            _ => worker.prune(now),
+        }
+    }
+    for Live { mut request, .. } in live {
+        request.done(&mut worker, now);
+    }
+    worker.prune(now + Duration::from_secs(7_200));
+    for (_, slot) in worker.table.iter() {
+        assert!(slot.prefill.is_empty(), "prefill work is left at {}", slot.address);
+        assert_eq!((slot.decode.requests, slot.decode.tokens), (0, 0), "decode work is left at {}", slot.address);
+    }
+    for gauge in [Metric::PrefillInFlight, Metric::DecodeInFlight, Metric::DecodeTokensInFlight] {
+        assert_eq!(worker.counts.pending(gauge), 0, "{gauge:?}");
+    }
+}
+
+fn addresses(worker: &Worker) -> HashSet<String> {
+    worker.table.iter().map(|(_, slot)| slot.address.to_string()).collect()
+}
+
+/// Endpoints come from a list, nothing forbidden leaves, and a paused request has somebody to wait for.
+fn check(outcome: &Outcome, body: &[u8], known: &HashSet<String>) {
+    let named = |value: &[u8]| {
+        for address in core::str::from_utf8(value).unwrap().split(',') {
+            assert!(known.contains(address), "{address:?} was never in the list");
+        }
+    };
+    let forbidden = |body: &[u8]| scan(body).map_or(KeySet::EMPTY, |scan| scan.keys().intersection(FORBIDDEN));
+    let mut sent = body.to_vec();
+    let (mut calls, mut replies, mut splices) = (0, 0, false);
+    for effect in &outcome.effects {
+        match effect {
+            Effect::SetState(path, value) if *path == DESTINATION => named(value),
+            Effect::SetState(..) | Effect::RemoveHeader(_) => {}
+            Effect::EditBody(edit) => {
+                splices = edit.head.windows(20).any(|bytes| bytes == b"\"kv_transfer_params\"");
+                sent.splice(..edit.drain as usize, edit.head.iter().copied());
+                assert!(scan(&sent).is_ok(), "{}", String::from_utf8_lossy(&sent));
+            }
+            Effect::Call(call) => {
+                calls += 1;
+                named(call.headers.get("x-pd-destination").unwrap());
+                assert!(scan(&call.body).is_ok());
+                assert!(!String::from_utf8_lossy(&call.body).contains("\"do_remote_prefill\":true"));
+            }
+            Effect::Reply(reply) => {
+                replies += 1;
+                assert!((400..600).contains(&reply.status));
+            }
+        }
+    }
+    assert!(calls + replies <= 1);
+    if calls + replies > 0 {
+        assert_eq!(outcome.flow, Flow::Pause);
+    } else if outcome.flow == Flow::Continue && !splices {
+        assert!(forbidden(&sent).is_empty(), "{}", String::from_utf8_lossy(&sent));
+    }
+}
