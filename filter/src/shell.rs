@@ -4,7 +4,6 @@ use core::cell::RefCell;
 use std::rc::Rc;
 
 use log::{error, info, warn};
-use pd_core::config::Control;
 use pd_core::headers::Headers;
 use pd_core::metrics::{Kind, Level, Metric};
 use pd_core::push::{News, Poll, Push, Shared, TICK};
@@ -137,8 +136,8 @@ impl Root {
             (":scheme", "http".to_owned()),
             ("x-pd-filter", format!("version={VERSION};build={BUILD};worker={}", shell.push.worker_id())),
         ];
-        let token_env = shell.worker.config.as_ref().ok().and_then(|config| config.control.as_ref());
-        if let Some(token) = token_env.and_then(|Control { token_env, .. }| std::env::var(token_env).ok()) {
+        let control = shell.worker.config.as_ref().ok().and_then(|config| config.control.as_ref());
+        if let Some(token) = control.and_then(|control| std::env::var(&control.token_env).ok()) {
             pairs.push(("authorization", format!("Bearer {token}")));
         }
         let headers = Headers::from_pairs(pairs.iter().map(|(name, value)| (*name, value.as_str())));
@@ -187,7 +186,9 @@ impl Context for Root {
         let poll = {
             let Ok(mut shell) = self.shell.try_borrow_mut() else { return };
             let shell = &mut *shell;
-            let (status, body) = if num_headers == 0 { (None, Vec::new()) } else { call_answer(true) };
+            let headers = host::headers(Map::CallHeaders).unwrap_or_default();
+            let status = call_status(&headers).filter(|_| num_headers > 0);
+            let body = host::buffer(Buffer::CallBody).unwrap_or_default();
             let (poll, news) = shell.push.answered(&mut shell.worker, &shell.metrics, status, &body, host::now());
             shell.tell(news);
             poll
@@ -258,12 +259,9 @@ impl RootContext for Root {
     }
 }
 
-/// Status and, if wanted, body of the call-out's answer that is being told.
-pub fn call_answer(with_body: bool) -> (Option<u16>, Vec<u8>) {
-    let headers = host::headers(Map::CallHeaders).unwrap_or_default();
-    let status = headers.get(":status").and_then(|value| core::str::from_utf8(value).ok()?.parse().ok());
-    let body = if with_body { host::buffer(Buffer::CallBody).unwrap_or_default() } else { Vec::new() };
-    (status, body)
+/// Status of the call-out's answer that is being told.
+pub fn call_status(headers: &Headers) -> Option<u16> {
+    headers.get(":status").and_then(|value| core::str::from_utf8(value).ok()?.parse().ok())
 }
 
 fn unix_seconds() -> u64 {

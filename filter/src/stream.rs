@@ -9,7 +9,7 @@ use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
 
 use crate::host::{self, Buffer, Map};
-use crate::shell::Shell;
+use crate::shell::{Shell, call_status};
 
 /// One request and the worker it belongs to.
 pub struct Stream {
@@ -104,8 +104,7 @@ impl Context for Stream {
         let now = host::now();
         let headers = host::headers(Map::CallHeaders).unwrap_or_default();
         let answer_body = host::buffer(Buffer::CallBody).unwrap_or_default();
-        let status = headers.get(":status").and_then(|value| core::str::from_utf8(value).ok()?.parse().ok());
-        let answer = match status.filter(|_| num_headers > 0) {
+        let answer = match call_status(&headers).filter(|_| num_headers > 0) {
             Some(status) => {
                 PrefillAnswer::Answered { status, content_type: headers.get("content-type"), body: &answer_body }
             }

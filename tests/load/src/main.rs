@@ -1,2 +1,0 @@
-//! Replay and benches.
-fn main() {}
