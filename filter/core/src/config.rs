@@ -67,7 +67,8 @@ pub struct Control {
 /// Prefix hashing and index.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Prefix {
-    /// Bytes of a hashed block, 64 to 65,536. Smaller blocks match more finely and cost more per kB.
+    /// Bytes of a prompt's first hashed blocks, 64 to 65,536; blocks further back are multiples of it. Smaller blocks
+    /// match more finely and cost more per kB.
     pub block_bytes: usize,
     /// Bound of the index in bytes, per worker.
     pub index_bytes: usize,

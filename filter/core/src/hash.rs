@@ -13,9 +13,32 @@ pub struct BlockHash(pub u64);
 
 /// Seed of every chain. Changing it, or the order of what is hashed, makes every prefix unknown on upgrade.
 const CHAIN_SEED: u64 = 0x7064_2d70_7265_6669;
-/// Blocks that one prompt may have; what lies behind is not hashed and counts as not cached. At 512 bytes a block
-/// this is 8 MiB, about two million tokens.
-pub const MAX_BLOCKS: usize = 16_384;
+/// Blocks of one size before the next size, which is twice as large. Changing it remaps affinity on upgrade.
+const BLOCKS_PER_SIZE: usize = 32;
+/// Doublings after which blocks grow no more: 64 times the smallest.
+const MAX_DOUBLINGS: usize = 6;
+/// Blocks that one prompt may have; what lies behind is not hashed and counts as not cached. With blocks of 512 bytes
+/// at the front this is 27 MiB of prompt.
+pub const MAX_BLOCKS: usize = 1_024;
+
+/// Size of the block at a position, in units of the smallest block.
+///
+/// Blocks grow with the distance from the front, so that hashing and indexing a long prompt costs little and the last
+/// block that does not match is still a small part of what does: 1/32 of it or less.
+#[must_use]
+pub fn block_units(position: usize) -> usize {
+    1_usize.wrapping_shl(position.checked_div(BLOCKS_PER_SIZE).unwrap_or(0).min(MAX_DOUBLINGS) as u32)
+}
+
+/// Size of the first `blocks` blocks together, in units of the smallest block.
+#[must_use]
+pub fn prefix_units(blocks: usize) -> usize {
+    let doublings = blocks.checked_div(BLOCKS_PER_SIZE).unwrap_or(0).min(MAX_DOUBLINGS);
+    let before = doublings.saturating_mul(BLOCKS_PER_SIZE);
+    let units = 1_usize.wrapping_shl(doublings as u32);
+    let smaller = units.saturating_sub(1).saturating_mul(BLOCKS_PER_SIZE);
+    smaller.saturating_add(blocks.saturating_sub(before).saturating_mul(units))
+}
 
 /// Hashes of one prompt.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,7 +49,8 @@ pub struct PromptHash {
     pub head: u64,
 }
 
-/// Hashes what the engine puts in front (`parts`: tools and system text, then the prompt) in blocks of `block_bytes`.
+/// Hashes what the engine puts in front (`parts`: tools and system text, then the prompt) in blocks of `block_bytes`
+/// and, further back, [multiples](block_units) of it.
 ///
 /// Every part but the last ends its last block early, so that the parts behind start on a block of their own; the last
 /// part's trailing piece, which the next turn of the conversation would extend, is left out.
@@ -37,17 +61,18 @@ pub fn prompt_hash(model: &[u8], cache_salt: &[u8], parts: &[&[u8]], block_bytes
     if !cache_salt.is_empty() {
         seed = xxh3_64_with_seed(cache_salt, seed);
     }
-    let total = parts.iter().fold(0_usize, |sum, part| sum.saturating_add(part.len()));
-    let mut blocks =
-        Vec::with_capacity(total.checked_div(block_bytes).unwrap_or(0).saturating_add(parts.len()).min(MAX_BLOCKS));
+    let mut blocks = Vec::with_capacity(BLOCKS_PER_SIZE);
     let mut head = None;
     for (i, part) in parts.iter().enumerate() {
         let last = i.saturating_add(1) == parts.len();
-        for block in part.chunks(block_bytes) {
-            if blocks.len() == MAX_BLOCKS {
-                break;
-            }
-            let whole = block.len() == block_bytes;
+        let mut rest = *part;
+        while !rest.is_empty() && blocks.len() < MAX_BLOCKS {
+            let size = block_bytes.saturating_mul(block_units(blocks.len()));
+            let (block, behind, whole) = match rest.split_at_checked(size) {
+                Some((block, behind)) => (block, behind, true),
+                None => (rest, Default::default(), false),
+            };
+            rest = behind;
             if head.is_none() || whole || !last {
                 seed = xxh3_64_with_seed(block, seed);
                 head.get_or_insert(seed);
@@ -115,6 +140,19 @@ mod tests {
         let short = hash(&[b"ab"]);
         assert!(short.blocks.is_empty());
         assert_ne!(short.head, hash(&[b"ba"]).head);
+    }
+
+    #[test]
+    fn blocks_grow_and_their_sizes_add_up() {
+        let mut sum = 0;
+        for position in 0..MAX_BLOCKS {
+            assert_eq!(prefix_units(position), sum);
+            assert!(position < BLOCKS_PER_SIZE || block_units(position) * 32 <= sum + 32);
+            sum += block_units(position);
+        }
+        let prompt = vec![b'x'; 220_000];
+        let hashed = prompt_hash(b"m", b"", &[&prompt], 512).blocks.len();
+        assert!(hashed < 130 && prefix_units(hashed) * 512 <= 220_000 && prefix_units(hashed + 1) * 512 > 220_000);
     }
 
     #[test]

@@ -6,7 +6,7 @@
 
 use hashbrown::HashTable;
 
-use crate::hash::BlockHash;
+use crate::hash::{BlockHash, block_units, prefix_units};
 
 /// Endpoint as the [table](crate::table) numbers it.
 pub type EndpointIndex = u32;
@@ -36,6 +36,7 @@ pub struct PrefixIndex {
 struct Node {
     hash: BlockHash,
     endpoint: EndpointIndex,
+    units: u32,
     newer: u32,
     older: u32,
 }
@@ -53,11 +54,12 @@ struct Block {
 struct List {
     newest: u32,
     oldest: u32,
-    len: usize,
+    nodes: usize,
+    units: usize,
     capacity: usize,
 }
 
-const EMPTY: List = List { newest: NIL, oldest: NIL, len: 0, capacity: 0 };
+const EMPTY: List = List { newest: NIL, oldest: NIL, nodes: 0, units: 0, capacity: 0 };
 
 impl PrefixIndex {
     /// An index of at most `bytes` bytes.
@@ -92,16 +94,16 @@ impl PrefixIndex {
         self.len().saturating_mul(BYTES_PER_ENTRY)
     }
 
-    /// Sets how many blocks an endpoint's cache holds; what is over is dropped, oldest first.
-    pub fn set_capacity(&mut self, endpoint: EndpointIndex, blocks: usize) {
+    /// Sets how much an endpoint's cache holds, in units of the smallest block; what is over is dropped, oldest first.
+    pub fn set_capacity(&mut self, endpoint: EndpointIndex, units: usize) {
         let at = endpoint as usize;
         if self.lists.len() <= at {
             self.lists.resize(at.saturating_add(1), EMPTY);
         }
         if let Some(list) = self.lists.get_mut(at) {
-            list.capacity = blocks;
+            list.capacity = units;
         }
-        while self.list(endpoint).is_some_and(|list| list.len > blocks) {
+        while self.list(endpoint).is_some_and(|list| list.units > units) {
             self.drop_oldest(endpoint);
         }
     }
@@ -146,20 +148,28 @@ impl PrefixIndex {
     /// Records that `endpoint` now holds these blocks.
     pub fn insert(&mut self, endpoint: EndpointIndex, blocks: &[BlockHash]) {
         let room = self.max_nodes.checked_div(self.lists.len()).unwrap_or(0);
-        let Some(capacity) = self.list(endpoint).map(|list| list.capacity.min(room)) else { return };
-        for hash in blocks.iter().take(capacity).rev() {
-            match self.node_of(*hash, endpoint) {
-                Some(node) => self.unlink(node),
+        let Some(capacity) = self.list(endpoint).map(|list| list.capacity) else { return };
+        let blocks = blocks.get(..room).unwrap_or(blocks);
+        for (position, hash) in blocks.iter().enumerate().rev() {
+            if prefix_units(position.saturating_add(1)) > capacity {
+                continue;
+            }
+            let node = match self.node_of(*hash, endpoint) {
+                Some(node) => {
+                    self.unlink(node);
+                    node
+                }
                 None => {
-                    while self.list(endpoint).is_some_and(|list| list.len >= capacity) {
+                    let units = block_units(position);
+                    let full = |list: &List| list.nodes >= room || list.units.saturating_add(units) > capacity;
+                    while self.list(endpoint).is_some_and(full) {
                         self.drop_oldest(endpoint);
                     }
-                    self.add_node(*hash, endpoint);
+                    let Some(node) = self.add_node(*hash, endpoint, units) else { return };
+                    node
                 }
-            }
-            if let Some(node) = self.node_of(*hash, endpoint) {
-                self.link_newest(node);
-            }
+            };
+            self.link_newest(node);
         }
     }
 
@@ -198,12 +208,13 @@ impl PrefixIndex {
         self.blocks.find(hash.0, |block| block.hash == hash)
     }
 
-    fn add_node(&mut self, hash: BlockHash, endpoint: EndpointIndex) {
-        let node = Node { hash, endpoint, newer: NIL, older: NIL };
+    fn add_node(&mut self, hash: BlockHash, endpoint: EndpointIndex, units: usize) -> Option<u32> {
+        let units = u32::try_from(units).unwrap_or(u32::MAX);
+        let node = Node { hash, endpoint, units, newer: NIL, older: NIL };
         let at = match self.free.pop() {
             Some(at) => at,
             None => {
-                let Ok(at) = u32::try_from(self.nodes.len()) else { return };
+                let at = u32::try_from(self.nodes.len()).ok()?;
                 self.nodes.push(node);
                 at
             }
@@ -223,6 +234,7 @@ impl PrefixIndex {
         if let Some(newest) = block.recent.first_mut() {
             *newest = endpoint;
         }
+        Some(at)
     }
 
     fn drop_oldest(&mut self, endpoint: EndpointIndex) {
@@ -262,19 +274,21 @@ impl PrefixIndex {
             if list.oldest == at {
                 list.oldest = node.newer;
             }
-            list.len = list.len.saturating_sub(1);
+            list.nodes = list.nodes.saturating_sub(1);
+            list.units = list.units.saturating_sub(node.units as usize);
         }
     }
 
     fn link_newest(&mut self, at: u32) {
-        let Some(endpoint) = self.nodes.get(at as usize).map(|node| node.endpoint) else { return };
+        let Some(Node { endpoint, units, .. }) = self.nodes.get(at as usize).copied() else { return };
         let Some(list) = self.lists.get_mut(endpoint as usize) else { return };
         let second = list.newest;
         list.newest = at;
         if list.oldest == NIL {
             list.oldest = at;
         }
-        list.len = list.len.saturating_add(1);
+        list.nodes = list.nodes.saturating_add(1);
+        list.units = list.units.saturating_add(units as usize);
         if let Some(node) = self.nodes.get_mut(at as usize) {
             node.newer = NIL;
             node.older = second;
@@ -353,6 +367,17 @@ mod tests {
     }
 
     #[test]
+    fn large_blocks_fill_a_cache_as_large_blocks_do() {
+        let mut index = index(1, 100);
+        index.insert(0, &chain(1, 64));
+        assert_eq!(index.matched(0, &chain(1, 64)), 64, "32 of one unit, 32 of two");
+        index.insert(0, &chain(2, 10));
+        assert_eq!(index.matched(0, &chain(1, 64)), 61, "six units are free, two more blocks of two must go");
+        index.insert(0, &chain(3, 70));
+        assert_eq!(index.matched(0, &chain(3, 70)), 65);
+    }
+
+    #[test]
     fn memory_stays_within_its_bound() {
         let mut index = PrefixIndex::new(100 * BYTES_PER_ENTRY);
         for endpoint in 0..4 {
@@ -409,7 +434,7 @@ mod tests {
                     let held = oracle.0.get(&endpoint);
                     let matched = blocks.iter().take_while(|block| held.is_some_and(|held| held.contains(block))).count();
                     prop_assert_eq!(index.matched(endpoint, &blocks), matched);
-                    prop_assert_eq!(index.list(endpoint).unwrap().len, held.map_or(0, VecDeque::len));
+                    prop_assert_eq!(index.list(endpoint).unwrap().nodes, held.map_or(0, VecDeque::len));
                 }
                 prop_assert_eq!(index.len(), oracle.0.values().map(VecDeque::len).sum::<usize>());
             }

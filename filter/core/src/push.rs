@@ -288,8 +288,8 @@ fn next_worker_id(shared: &impl Shared) -> u64 {
 mod tests {
     use super::*;
     use crate::wire::{Endpoint, Role, Snapshot};
+    use hashbrown::HashMap;
     use std::cell::{Cell, RefCell};
-    use std::collections::HashMap;
 
     /// Envoy's shared data: versions start at 1, a write without a version always succeeds.
     #[derive(Default)]

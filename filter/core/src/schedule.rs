@@ -10,7 +10,7 @@
 use core::time::Duration;
 
 use crate::config::{Pool, Split};
-use crate::hash::{PromptHash, rendezvous_weight};
+use crate::hash::{PromptHash, prefix_units, rendezvous_weight};
 use crate::index::{EndpointIndex, PrefixIndex};
 use crate::table::{Candidates, Slot, Table};
 
@@ -19,7 +19,7 @@ use crate::table::{Candidates, Slot, Table};
 pub struct Prompt {
     /// Estimated tokens.
     pub tokens: f64,
-    /// Estimated tokens of one hashed block.
+    /// Estimated tokens of the smallest hashed block.
     pub block_tokens: f64,
     /// Prefix hashes.
     pub hash: PromptHash,
@@ -230,8 +230,8 @@ impl Scheduler<'_> {
     }
 
     fn matched_tokens(&self, endpoint: EndpointIndex, prompt: &Prompt) -> f64 {
-        let blocks = self.index.matched(endpoint, &prompt.hash.blocks);
-        (blocks as f64 * prompt.block_tokens).min(prompt.tokens)
+        let units = prefix_units(self.index.matched(endpoint, &prompt.hash.blocks));
+        (units as f64 * prompt.block_tokens).min(prompt.tokens)
     }
 
     fn is_usable(&self, slot: &Slot) -> bool {
@@ -301,11 +301,11 @@ mod tests {
         }
     }
 
-    /// A prompt of `blocks` blocks of 128 tokens.
+    /// A prompt of `blocks` units of 128 tokens, as long as they are at most 32.
     fn prompt(id: u64, blocks: u64) -> Prompt {
         let hash = |i: u64| BlockHash((id * 1_000 + i).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let blocks: Vec<_> = (0..blocks).map(hash).collect();
-        let tokens = 128.0 * blocks.len() as f64;
+        let tokens = 128.0 * prefix_units(blocks.len()) as f64;
         Prompt { tokens, block_tokens: 128.0, hash: PromptHash { blocks, head: id }, key: hash(0).0, is_unseen: false }
     }
 
@@ -323,12 +323,12 @@ mod tests {
     #[test]
     fn work_ahead_outweighs_a_prefix() {
         let mut fixture = fixture(2, 1, r#"{"pools":{"default":{"rendezvous_share":0}}}"#);
-        fixture.index.insert(0, &prompt(1, 40).hash.blocks);
-        let saved = 3.0 * (fixture.config.pool("default").cost.seconds(5_120.0, 0.0) - 0.015);
+        fixture.index.insert(0, &prompt(1, 32).hash.blocks);
+        let saved = 3.0 * (fixture.config.pool("default").cost.seconds(4_096.0, 0.0) - 0.015);
         fixture.busy(0, saved * 0.9);
-        assert_eq!(fixture.prefill(&prompt(1, 40)).endpoint, 0);
+        assert_eq!(fixture.prefill(&prompt(1, 32)).endpoint, 0);
         fixture.busy(0, saved * 0.2);
-        assert_eq!(fixture.prefill(&prompt(1, 40)).endpoint, 1);
+        assert_eq!(fixture.prefill(&prompt(1, 32)).endpoint, 1);
     }
 
     #[test]
