@@ -204,8 +204,10 @@ impl Scheduler<'_> {
         let cached = holders.into_iter().filter(|at| among.binary_search(at).is_ok()).filter_map(|at| {
             let slot = self.table.get(at)?;
             let pick = self.pick(at, prompt);
-            let fits =
-                self.is_usable(slot) && slot.decode.tokens <= bound && prompt.tokens - pick.matched_tokens < threshold;
+            // The block in which the match ends has the benefit of the doubt: it is 1/32 of the prompt at most.
+            let blocks = self.index.matched(at, &prompt.hash.blocks);
+            let at_most = prefix_units(blocks.saturating_add(1)) as f64 * prompt.block_tokens;
+            let fits = self.is_usable(slot) && slot.decode.tokens <= bound && prompt.tokens - at_most < threshold;
             fits.then_some((slot.decode.tokens, pick))
         });
         cached.min_by_key(|(tokens, _)| *tokens).map(|(_, pick)| pick)
@@ -385,7 +387,8 @@ mod tests {
         fixture.index.insert(decode, &prompt(1, 20).hash.blocks);
         let Decision::Whole(pick, WholeReason::Cached) = fixture.decide(&prompt(1, 22)) else { panic!() };
         assert_eq!((pick.endpoint, pick.matched_tokens), (decode, 20.0 * 128.0));
-        assert!(matches!(fixture.decide(&prompt(1, 23)), Decision::Split(_)));
+        assert!(matches!(fixture.decide(&prompt(1, 23)), Decision::Whole(..)), "a match may end behind its last block");
+        assert!(matches!(fixture.decide(&prompt(1, 24)), Decision::Split(_)));
         fixture.table.get_mut(decode).unwrap().decode.add(100_000);
         assert!(matches!(fixture.decide(&prompt(1, 22)), Decision::Split(_)), "the holder is overloaded");
     }
