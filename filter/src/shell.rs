@@ -125,6 +125,20 @@ pub struct Root {
     poll: Option<u32>,
 }
 
+impl Shell {
+    /// Tells Envoy what was counted.
+    fn flush(&mut self) {
+        let Self { worker, metrics, .. } = self;
+        worker.counts.flush(|metric, value| {
+            let Some(id) = metrics.metrics.get(metric as usize) else { return };
+            let _ = match metric.kind() {
+                Kind::Histogram => host::record_metric(*id, value.unsigned_abs()),
+                Kind::Counter | Kind::Gauge => host::increment_metric(*id, value),
+            };
+        });
+    }
+}
+
 impl Root {
     fn start(&mut self, poll: Option<Poll>) {
         let Some(poll) = poll else { return };
@@ -156,16 +170,22 @@ impl Root {
 
     /// Puts a configuration in force, or the last good one that any worker of this policy had.
     fn configure(shell: &mut Shell, text: &[u8]) {
-        let configured = shell.worker.configure(text).or_else(|refusal| {
-            error!("plugin configuration refused: {refusal}");
-            let (last_good, _) = host::shared_data(LAST_GOOD_CONFIG_KEY).map_err(|_| refusal)?;
-            warn!("the last good plugin configuration stays in force");
-            shell.worker.configure(&last_good)
-        });
+        let configured = match shell.worker.configure(text) {
+            Ok(config) => {
+                if host::set_shared_data(LAST_GOOD_CONFIG_KEY, text, None).is_err() {
+                    shell.worker.counts.count(Metric::HostErrors);
+                }
+                Ok(config)
+            }
+            Err(refusal) => {
+                error!("plugin configuration refused: {refusal}");
+                host::shared_data(LAST_GOOD_CONFIG_KEY).map_err(|_| refusal).and_then(|(last_good, _)| {
+                    warn!("the last good plugin configuration stays in force");
+                    shell.worker.configure(&last_good)
+                })
+            }
+        };
         let Ok(config) = configured else { return };
-        if host::set_shared_data(LAST_GOOD_CONFIG_KEY, text, None).is_err() {
-            shell.worker.counts.count(Metric::HostErrors);
-        }
         shell.push.configure(config.control.clone(), &shell.metrics, host::now());
         info!(
             "worker {}: revision {:?}, {} static endpoints, pd-control: {}",
@@ -194,6 +214,14 @@ impl Context for Root {
             poll
         };
         self.start(poll);
+    }
+
+    /// The root retires and ticks no more: gauges that its last requests lowered would stay up for good.
+    fn on_done(&mut self) -> bool {
+        if let Ok(mut shell) = self.shell.try_borrow_mut() {
+            shell.flush();
+        }
+        true
     }
 }
 
@@ -226,17 +254,11 @@ impl RootContext for Root {
         let poll = {
             let Ok(mut shell) = self.shell.try_borrow_mut() else { return };
             shell.catch_up();
+            shell.flush();
             let Shell { worker, push, metrics } = &mut *shell;
             let now = host::now();
             worker.prune(now);
             let poll = push.tick(metrics, now);
-            worker.counts.flush(|metric, value| {
-                let Some(id) = metrics.metrics.get(metric as usize) else { return };
-                let _ = match metric.kind() {
-                    Kind::Histogram => host::record_metric(*id, value.unsigned_abs()),
-                    Kind::Counter | Kind::Gauge => host::increment_metric(*id, value),
-                };
-            });
             for (level, value) in push.levels(worker, now) {
                 if let Some(id) = metrics.levels.get(level as usize) {
                     let _ = host::record_metric(*id, value);

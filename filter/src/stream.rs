@@ -36,7 +36,7 @@ impl Stream {
                 Err(CallRefused) => {
                     let now = host::now();
                     let body = || host::buffer(Buffer::RequestBody).ok();
-                    outcome = self.request.prefill_answer(&mut shell.worker, PrefillAnswer::None, body, now);
+                    outcome = self.request.prefill_answer(&mut shell.worker, PrefillAnswer::NotStarted, body, now);
                 }
             }
         }

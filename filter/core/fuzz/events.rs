@@ -1,6 +1,6 @@
 //! Arbitrary sequences of events on a worker and its requests, and what must hold after each of them.
 
-use std::collections::HashSet;
+use hashbrown::HashSet;
 use std::time::Duration;
 
 use pd_core::body::{KeySet, scan};
@@ -133,6 +133,7 @@ pub fn run(input: &[u8]) {
                 let status = [200, 200, 200, 400, 429, 500, 503, 504][usize::from(choices.below(8))];
                 let answer = match choices.below(8) {
                     0 => PrefillAnswer::None,
+                    1 => PrefillAnswer::NotStarted,
                     _ => PrefillAnswer::Answered { status, content_type: None, body: text },
                 };
                 let waiting = request.is_prefilling();

@@ -43,6 +43,7 @@ pub(crate) struct Work {
     pub(crate) config: Arc<Config>,
     pub(crate) headers: Headers,
     pub(crate) api: Api,
+    pub(crate) model: String,
     pub(crate) candidates: Arc<Candidates>,
     pub(crate) prompt: Prompt,
     pub(crate) output_tokens: u64,
@@ -161,7 +162,17 @@ pub(crate) fn read_body(
     let limit = limits.into_iter().find_map(|key| scan.u64(body, key));
     let output_tokens = limit.unwrap_or(EXPECTED_OUTPUT_TOKENS).min(EXPECTED_OUTPUT_TOKENS);
     let plan = engine::decode_plan(body, scan);
-    Ok(Work { config, headers, api, candidates, prompt, output_tokens, body_bytes: body.len(), plan })
+    Ok(Work {
+        config,
+        headers,
+        api,
+        model: model.into_owned(),
+        candidates,
+        prompt,
+        output_tokens,
+        body_bytes: body.len(),
+        plan,
+    })
 }
 
 /// What the engine puts in front of the model, in the order in which chat templates do.

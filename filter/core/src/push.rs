@@ -23,6 +23,10 @@ const MAX_PAUSE: Duration = Duration::from_secs(1);
 /// Time beyond `wait` that a poll may take.
 const GRACE: Duration = Duration::from_secs(5);
 
+/// Version to write a key with that is not there yet. Envoy looks at the version of a key that is there only, so of two
+/// workers that write such a key at the same time the second fails. No key has this version before 2³² − 1 writes.
+const ABSENT: u32 = u32::MAX;
+
 const LEASE_KEY: &str = "pd/lease";
 const LIST_KEY: &str = "pd/list";
 const WORKERS_KEY: &str = "pd/workers";
@@ -31,7 +35,7 @@ const WORKERS_KEY: &str = "pd/workers";
 pub trait Shared {
     /// Value and version of a key.
     fn get(&self, key: &str) -> Option<(Vec<u8>, u32)>;
-    /// Writes a key, when its version is still `version` (`None`: whatever is there); whether it did.
+    /// Writes a key, when its version is still `version` (`None`: whatever is there) or it is not there; whether it did.
     fn set(&self, key: &str, value: &[u8], version: Option<u32>) -> bool;
     /// How many lists have been announced.
     fn announced(&self) -> u64;
@@ -241,7 +245,7 @@ impl Push {
             }
         };
         let mine = Lease { owner: self.id, until, terms };
-        free && shared.set(LEASE_KEY, &mine.to_bytes(), current.map(|(_, version)| version))
+        free && shared.set(LEASE_KEY, &mine.to_bytes(), Some(current.map_or(ABSENT, |(_, version)| version)))
     }
 
     /// What a lease is held for: two workers of one configuration have the same.
@@ -277,7 +281,7 @@ fn next_worker_id(shared: &impl Shared) -> u64 {
         let current = shared.get(WORKERS_KEY);
         let count = current.as_ref().and_then(|(bytes, _)| Some(u64::from_le_bytes(bytes.as_slice().try_into().ok()?)));
         let id = count.unwrap_or(0).wrapping_add(1).max(1);
-        if shared.set(WORKERS_KEY, &id.to_le_bytes(), current.map(|(_, version)| version)) {
+        if shared.set(WORKERS_KEY, &id.to_le_bytes(), Some(current.map_or(ABSENT, |(_, version)| version))) {
             return id;
         }
     }
@@ -291,7 +295,7 @@ mod tests {
     use hashbrown::HashMap;
     use std::cell::{Cell, RefCell};
 
-    /// Envoy's shared data: versions start at 1, a write without a version always succeeds.
+    /// Envoy's shared data: versions start at 1, a write without a version or of a new key always succeeds.
     #[derive(Default)]
     struct Store {
         data: RefCell<HashMap<String, (Vec<u8>, u32)>>,
@@ -304,11 +308,11 @@ mod tests {
         }
         fn set(&self, key: &str, value: &[u8], version: Option<u32>) -> bool {
             let mut data = self.data.borrow_mut();
-            let current = data.get(key).map_or(0, |(_, version)| *version);
-            if version.is_some_and(|version| version != current) {
+            let current = data.get(key).map(|(_, version)| *version);
+            if current.is_some_and(|current| version.is_some_and(|version| version != current)) {
                 return false;
             }
-            data.insert(key.to_owned(), (value.to_vec(), current + 1));
+            data.insert(key.to_owned(), (value.to_vec(), current.unwrap_or(0) + 1));
             true
         }
         fn announced(&self) -> u64 {

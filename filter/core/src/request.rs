@@ -92,7 +92,9 @@ pub struct Outcome {
 /// How a prefill leg ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PrefillAnswer<'a> {
-    /// The host refused to start it, or it ended without an answer.
+    /// The host refused to start it, which says nothing about the endpoint.
+    NotStarted,
+    /// It ended without an answer.
     None,
     /// An answer came, from the engine or from Envoy.
     Answered {
@@ -125,7 +127,7 @@ enum State {
 #[derive(Debug)]
 struct Prefilling {
     work: Work,
-    tried: Vec<EndpointIndex>,
+    tried: Vec<EndpointRef>,
     pick: Pick,
     endpoint: EndpointRef,
     leg: u64,
@@ -279,9 +281,14 @@ impl Request {
             slot.prefill.remove(state.leg, now);
             match answer.fault() {
                 Some(Fault::Unreachable) => slot.health.failed(now),
+                Some(Fault::NotStarted) => {}
                 Some(Fault::ServerError) | None => slot.health.answered(),
             }
             slot.engine
+        });
+        // The list may have changed since the leg began: its places may be other endpoints' now.
+        state.work.candidates = worker.table.candidates(&state.work.model).unwrap_or_else(|_| {
+            Arc::new(Candidates { pool: Arc::clone(&state.work.candidates.pool), ..Candidates::default() })
         });
         let Some(fault) = answer.fault() else {
             return match answer {
@@ -295,19 +302,21 @@ impl Request {
                     worker.counts.count(Metric::PrefillClientError);
                     self.pass_on(worker, status, content_type, body)
                 }
-                PrefillAnswer::None => Outcome { flow: Flow::Pause, effects: Vec::new() },
+                PrefillAnswer::NotStarted | PrefillAnswer::None => Outcome { flow: Flow::Pause, effects: Vec::new() },
             };
         };
         worker.counts.count(match fault {
-            Fault::Unreachable => Metric::PrefillRefused,
+            Fault::NotStarted | Fault::Unreachable => Metric::PrefillRefused,
             Fault::ServerError => Metric::PrefillServerError,
         });
-        state.tried.push(state.endpoint.index);
+        state.tried.push(state.endpoint);
         let pool = state.work.pool();
         let next = (state.tried.len() < pool.prefill_attempts as usize)
             .then(|| {
                 let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool, now };
-                scheduler.pick_by_cost(&state.work.candidates.prefill, &state.work.prompt, &state.tried)
+                let is_there = |tried: &&EndpointRef| worker.table.refer(tried.index) == Some(**tried);
+                let tried: Vec<_> = state.tried.iter().filter(is_there).map(|tried| tried.index).collect();
+                scheduler.pick_by_cost(&state.work.candidates.prefill, &state.work.prompt, &tried)
             })
             .flatten();
         if let Some(pick) = next
@@ -452,7 +461,7 @@ impl Request {
         &mut self,
         worker: &mut Worker,
         work: Work,
-        tried: Vec<EndpointIndex>,
+        tried: Vec<EndpointRef>,
         pick: Pick,
         (body, scan): (&[u8], &Scan),
         started: Duration,
@@ -463,7 +472,8 @@ impl Request {
         let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool, now };
         // A host that Envoy does not know yet is skipped: the next one must be a prefill endpoint too.
         let alternates = scheduler.alternates(&work.candidates.prefill, &work.prompt, pick.endpoint);
-        let destination = destination(worker, pick.endpoint, alternates.into_iter().filter(|at| !tried.contains(at)));
+        let untried = |at: &EndpointIndex| worker.table.refer(*at).is_some_and(|at| !tried.contains(&at));
+        let destination = destination(worker, pick.endpoint, alternates.into_iter().filter(untried));
         let (Some(endpoint), Some(slot)) = (worker.table.refer(pick.endpoint), worker.table.get_mut(pick.endpoint))
         else {
             return self.reject(worker, Vec::new(), &Rejection::NoEndpoint);
@@ -628,6 +638,8 @@ impl Sent {
 /// Why a prefill leg is worth another try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
+    /// The host would not send it: too many headers, an open circuit breaker, no cluster.
+    NotStarted,
     /// The endpoint did not answer: it is out for its next requests.
     Unreachable,
     /// It answered that it cannot now. Overload is no reason to stay away from it.
@@ -637,6 +649,7 @@ enum Fault {
 impl PrefillAnswer<'_> {
     fn fault(&self) -> Option<Fault> {
         match self {
+            PrefillAnswer::NotStarted => Some(Fault::NotStarted),
             PrefillAnswer::None => Some(Fault::Unreachable),
             PrefillAnswer::Answered { status: 502..=504, body, .. } if is_envoys(body) => Some(Fault::Unreachable),
             PrefillAnswer::Answered { status: 500.. | 408 | 429, .. } => Some(Fault::ServerError),

@@ -1,0 +1,122 @@
+//! What a request costs: host calls, and memory that does not grow.
+
+use std::collections::BTreeMap;
+
+use pd_host::{Request, Worker};
+
+use crate::gateway::*;
+
+/// Host calls of one request by name, and their sum.
+fn calls(gateway: &Gateway, mut request: impl FnMut(&Worker, u64)) -> (BTreeMap<&'static str, f64>, f64) {
+    const REQUESTS: u64 = 50;
+    gateway.tick();
+    gateway.reset_counts();
+    for id in 0..REQUESTS {
+        request(gateway, id);
+    }
+    let each = |(name, calls): (&'static str, u64)| (name, calls as f64 / REQUESTS as f64);
+    let by_name: BTreeMap<_, _> = gateway.host_calls().into_iter().map(each).collect();
+    let sum = by_name.values().sum();
+    (by_name, sum)
+}
+
+#[test]
+fn a_request_makes_no_more_host_calls_than_it_did() {
+    let split = Gateway::new(&two_and_two());
+    let whole = Gateway::new(&two_and_two());
+    let passed = Gateway::new(&two_and_two());
+    let flows: [(&str, f64, _); 3] = [
+        ("split", 26.0, calls(&split, |worker, id| drop(run_split(worker, &long_chat(id))))),
+        ("decode only", 16.0, calls(&whole, |worker, id| respond(&short_chat(id).send(worker)))),
+        ("passed", 6.0, calls(&passed, |worker, _| respond(&Request::get("/v1/models").send(worker)))),
+    ];
+    for (flow, bound, (by_name, sum)) in flows {
+        println!("{flow}: {sum} host calls\n{by_name:#?}");
+        assert!(sum <= bound, "{flow}: {sum} host calls, {bound} before\n{by_name:#?}");
+    }
+}
+
+#[test]
+fn a_tick_with_nothing_to_tell_is_cheap() {
+    let gateway = Gateway::new(&two_and_two());
+    gateway.tick();
+    gateway.reset_counts();
+    gateway.tick();
+    let calls = gateway.host_calls();
+    println!("{calls:#?}");
+    assert!(gateway.host_call_count() <= 6, "{calls:#?}");
+}
+
+#[test]
+fn the_calls_of_a_stream_do_not_depend_on_its_length() {
+    let gateway = Gateway::new(&two_and_two());
+    let stream = short_chat(1).send(&gateway);
+    stream.set_property("upstream.address", destinations(&forwarded(&stream))[0].as_str());
+    stream.response_headers([(":status", "200")], false);
+    stream.response_body("data: 1\n\n", false);
+    gateway.reset_counts();
+    for _ in 0..1_000 {
+        stream.response_body("data: 1\n\n", false);
+    }
+    assert_eq!(gateway.host_calls(), BTreeMap::new());
+    stream.response_body("", true);
+    gateway.assert_idle();
+}
+
+/// A gateway whose prefix index is full soon.
+fn small_index() -> Gateway {
+    Gateway::new(&config(&[r#""prefix":{"index_bytes":262144}"#], TWO_AND_TWO, ""))
+}
+
+/// A request that is split, the same again (for decode alone, while the index holds it), one that fails and one that is refused, of that size each.
+fn mix(gateway: &Gateway, id: u64, bytes: usize) {
+    let request = Request::post(CHAT, chat(id, bytes));
+    for _ in 0..2 {
+        let stream = request.send(gateway);
+        for _ in legs(gateway) {
+            answer_leg(gateway);
+        }
+        respond(&stream);
+    }
+    if id.is_multiple_of(16) {
+        let stream = Request::post(CHAT, chat(!id, bytes)).send(gateway);
+        for _ in 0..2 {
+            gateway.refuse(leg(gateway).token).unwrap();
+        }
+        respond(&stream);
+        Request::post(CHAT, &chat(id, bytes)[..bytes]).send(gateway);
+        // The endpoints that refused are back.
+        gateway.clock().advance(std::time::Duration::from_secs(6));
+    }
+    if id.is_multiple_of(64) {
+        gateway.tick();
+        gateway.take_logs();
+    }
+}
+
+#[test]
+fn memory_is_constant_over_twenty_thousand_requests() {
+    let gateway = small_index();
+    (0..2_000).for_each(|id| mix(&gateway, id, 4_000));
+    let before = gateway.memory_bytes();
+    (2_000..12_000).for_each(|id| mix(&gateway, id, 4_000));
+    assert_eq!(gateway.memory_bytes(), before);
+    let splits = gateway.counter("pd_requests_total;decision=split");
+    let whole = gateway.shared.counter("pd_requests_total;decision=decode_only");
+    assert!(splits + whole > 24_000, "{splits} {whole}");
+    gateway.assert_idle();
+}
+
+#[test]
+fn memory_is_constant_after_large_bodies() {
+    let gateway = small_index();
+    (0..100).for_each(|id| mix(&gateway, id, 200_000));
+    let before = gateway.memory_bytes();
+    for round in 1..5 {
+        (0..100).for_each(|id| mix(&gateway, round * 1_000 + id, 200_000));
+        (0..200).for_each(|id| mix(&gateway, round * 10_000 + id, 4_000));
+    }
+    assert_eq!(gateway.memory_bytes(), before);
+    println!("{} kB of linear memory with 200 kB bodies", before / 1_024);
+    gateway.assert_idle();
+}

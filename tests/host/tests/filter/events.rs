@@ -1,0 +1,666 @@
+//! Any order of events over any bodies: what must hold whatever happens.
+//!
+//! `PD_SEED=<n>` runs one seed alone; a failure prints the seed and the events that led to it.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt;
+use std::time::Duration;
+
+use pd_host::{Callout, ClusterState, Fleet, SharedStore, Stream, Violation, Worker, random_chunks};
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+use crate::gateway::*;
+
+const SEEDS: u64 = 200;
+const EVENTS: u32 = 220;
+/// Limit of filter and Envoy alike: a body may reach it, and a splice take it past.
+const LIMIT_BYTES: usize = 6_000;
+/// Stands in every parameter and header that a client may not send.
+const EVIL: &str = "203.0.113.9:1";
+
+/// Xorshift: the same numbers for the same seed.
+struct Random(u64);
+
+impl Random {
+    fn new(seed: u64) -> Self {
+        Self((seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))
+    }
+
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from((self.0 >> 16) % bound.max(1) as u64).unwrap()
+    }
+
+    fn one_in(&mut self, bound: usize) -> bool {
+        self.below(bound) == 0
+    }
+
+    fn pick<'a, T>(&mut self, from: &'a [T]) -> &'a T {
+        &from[self.below(from.len())]
+    }
+}
+
+/// The rest of a request.
+enum Part {
+    Chunk(Vec<u8>, bool),
+    Trailers,
+}
+
+/// Addresses with their roles; with several, where it is not known which of some lists is in force.
+type Listed = BTreeMap<String, BTreeSet<String>>;
+
+/// One request and its client.
+struct Client {
+    worker: Worker,
+    /// Generation of VMs, worker in it, root context in that.
+    place: (usize, usize, u32),
+    stream: Stream,
+    rest: VecDeque<Part>,
+    /// Choices of destination that were checked.
+    checked: usize,
+    /// Prefill legs that were checked.
+    legs: BTreeSet<u32>,
+    is_forwarded: bool,
+    is_multipart: bool,
+    response_began: bool,
+}
+
+/// An Envoy, its clients, and what was ever true of its lists.
+struct Run {
+    random: Random,
+    fleet: Fleet,
+    clients: Vec<Client>,
+    generation: usize,
+    /// Root contexts of each worker, newest last.
+    roots: Vec<Vec<u32>>,
+    /// Endpoints of every configuration so far.
+    configured: Listed,
+    version: u64,
+    prompts: u64,
+    may_refuse_calls: bool,
+    events: RefCell<Vec<String>>,
+    counts: BTreeMap<String, u32>,
+}
+
+impl Run {
+    fn new(seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        let mut configured = Listed::new();
+        let text = configuration(&mut random, &mut configured);
+        let mut envoy = envoy(&text);
+        envoy.request_limit_bytes = Some(LIMIT_BYTES);
+        let workers = 1 + random.below(3);
+        let fleet = Fleet::new(module(), workers, SharedStore::new(), envoy).unwrap();
+        let roots = fleet.workers().iter().map(|worker| vec![worker.root()]).collect();
+        Self {
+            random,
+            fleet,
+            clients: Vec::new(),
+            generation: 0,
+            roots,
+            configured,
+            version: 0,
+            prompts: 0,
+            may_refuse_calls: seed.is_multiple_of(4),
+            events: RefCell::default(),
+            counts: BTreeMap::new(),
+        }
+    }
+
+    fn log(&self, event: impl fmt::Display) {
+        self.events.borrow_mut().push(event.to_string());
+    }
+
+    fn step(&mut self) {
+        match self.random.below(100) {
+            0..18 => self.new_request(),
+            18..48 => self.more_of_a_request(),
+            48..62 => self.answer_a_leg(),
+            62..67 => self.answer_a_poll(),
+            67..82 => self.more_of_a_response(),
+            82..86 => self.reset(),
+            86..90 => {
+                self.log("tick");
+                self.fleet.tick();
+            }
+            90..94 => {
+                let ms = *self.random.pick(&[1, 50, 200, 700, 3_000, 31_000]);
+                self.log(format_args!("advance {ms} ms"));
+                self.fleet.advance(Duration::from_millis(ms));
+            }
+            94..96 => self.new_configuration(),
+            96 => self.retire(),
+            97 => self.set_cluster(),
+            _ => self.throw_away(),
+        }
+        self.check();
+    }
+
+    fn all_workers(&self) -> Vec<Worker> {
+        self.fleet.draining().iter().chain(self.fleet.workers()).cloned().collect()
+    }
+
+    fn new_request(&mut self) {
+        if self.clients.len() >= 10 {
+            return self.reset();
+        }
+        let at = self.random.below(self.fleet.workers().len());
+        let worker = self.fleet.workers()[at].clone();
+        let method = *self.random.pick(&["POST", "POST", "POST", "POST", "POST", "POST", "POST", "POST", "GET", "PUT"]);
+        let path = *self.random.pick(&[
+            CHAT,
+            CHAT,
+            CHAT,
+            CHAT,
+            CHAT,
+            CHAT,
+            "/v1/completions?x=1",
+            "/v1/chat%2Fcompletions",
+            "/v1/embeddings",
+            "/v1/models",
+        ]);
+        let body = body(&mut self.random, &mut self.prompts);
+        let mut headers = vec![
+            (":method", method.as_bytes().to_vec()),
+            (":path", path.as_bytes().to_vec()),
+            (":authority", b"a".to_vec()),
+            ("x-any", vec![0xff, 0xc3, b'a']),
+        ];
+        let mut is_multipart = false;
+        match self.random.below(12) {
+            0 => headers.push(("x-pd-phase", b"prefill".to_vec())),
+            1 => headers.push(("x-pd-phase", b"decode".to_vec())),
+            2 => headers.push(("x-pd-phase", EVIL.into())),
+            3 => headers.push(("x-pd-destination", EVIL.into())),
+            4 => headers.push(("x-prefiller-host-port", EVIL.into())),
+            5 => headers.push(("x-prefiller-host-port", self.random.pick(ADDRESSES).as_bytes().to_vec())),
+            6 => headers.push(("content-encoding", b"gzip".to_vec())),
+            7 => {
+                headers.push(("content-type", b"multipart/form-data".to_vec()));
+                is_multipart = true;
+            }
+            _ => {}
+        }
+        let ends_at_once = method == "GET" || self.random.one_in(30);
+        if !ends_at_once && !self.random.one_in(3) {
+            headers.push(("content-length", body.len().to_string().into_bytes()));
+        }
+        let chunk_bytes = 1 + self.random.below(3_000);
+        let chunks = random_chunks(&body, chunk_bytes, self.random.0);
+        let ending = self.random.below(4);
+        let mut rest: VecDeque<Part> = chunks.into_iter().map(|chunk| Part::Chunk(chunk, false)).collect();
+        match (ending, rest.back_mut()) {
+            (0, _) => rest.push_back(Part::Trailers),
+            (1, _) | (_, None) => rest.push_back(Part::Chunk(Vec::new(), true)),
+            (_, Some(Part::Chunk(_, end))) => *end = true,
+            (_, Some(Part::Trailers)) => {}
+        }
+        if ends_at_once {
+            rest.clear();
+        }
+        self.log(format_args!("{method} {path} of {} bytes", body.len()));
+        let stream = worker.stream();
+        let place = (self.generation, at, worker.root());
+        stream.request_headers(headers, ends_at_once);
+        self.clients.push(Client {
+            worker,
+            place,
+            stream,
+            rest,
+            checked: 0,
+            legs: BTreeSet::new(),
+            is_forwarded: false,
+            is_multipart,
+            response_began: false,
+        });
+    }
+
+    fn any_client(&mut self) -> Option<&mut Client> {
+        let at = self.random.below(self.clients.len());
+        self.clients.get_mut(at)
+    }
+
+    fn more_of_a_request(&mut self) {
+        let all = !self.random.one_in(3);
+        let Some(client) = self.any_client() else { return };
+        let context = client.stream.context();
+        while let Some(part) = client.rest.pop_front() {
+            if client.stream.is_ended() {
+                break;
+            }
+            match part {
+                Part::Chunk(chunk, end) => client.stream.request_body(chunk, end),
+                Part::Trailers => client.stream.request_trailers([("x-t", "1")]),
+            };
+            if !all {
+                break;
+            }
+        }
+        self.log(format_args!("more of request {context}"));
+    }
+
+    fn answer_a_leg(&mut self) {
+        let waiting: Vec<(Worker, Callout)> =
+            self.all_workers().into_iter().flat_map(|w| legs(&w).into_iter().map(move |c| (w.clone(), c))).collect();
+        if waiting.is_empty() {
+            return self.more_of_a_request();
+        }
+        let (worker, call) = self.random.pick(&waiting).clone();
+        let kind = self.random.below(16);
+        self.log(format_args!("answer {kind} to call {}", call.token));
+        let answer = |status: &str, body: &str| worker.answer(call.token, [(":status", status)], body).unwrap();
+        match kind {
+            0 => worker.fail(call.token).unwrap(),
+            1 => worker.refuse(call.token).unwrap(),
+            2 => worker.time_out(call.token).unwrap(),
+            3 => answer("500", "{}"),
+            4 => answer("400", r#"{"error":"no"}"#),
+            5 => answer("200", "{}"),
+            6 => answer("200", "{\"kv_transfer_params\":"),
+            7 => answer("200", r#"{"kv_transfer_params":{"do_remote_prefill":true,"remote_block_ids":null}}"#),
+            8 => worker.answer(call.token, [("x", "1")], "").unwrap(),
+            9 => answer("200", &prefilled().replace("\"r-1\"", &format!("\"{}\"", "r".repeat(LIMIT_BYTES)))),
+            _ => answer("200", &prefilled()),
+        }
+    }
+
+    fn answer_a_poll(&mut self) {
+        let waiting: Vec<(Worker, Callout)> =
+            self.all_workers().into_iter().flat_map(|w| polls(&w).into_iter().map(move |c| (w.clone(), c))).collect();
+        if waiting.is_empty() {
+            return;
+        }
+        let (worker, poll) = self.random.pick(&waiting).clone();
+        self.version += 1;
+        let epoch = *self.random.pick(&["a", "a", "a", "b"]);
+        let endpoints = endpoints(&mut self.random);
+        let version = self.version;
+        let kind = self.random.below(12);
+        self.log(format_args!("poll {}: kind {kind} {epoch}/{version} {endpoints:?}", poll.token));
+        let answer = |status: &str, body: &str| worker.answer(poll.token, [(":status", status)], body).unwrap();
+        let change = |base: u64| {
+            list(epoch, version, &endpoints)
+                .replace(r#""endpoints""#, &format!(r#""base":{base},"removed":["{}"],"endpoints""#, endpoints[0].0))
+        };
+        match kind {
+            0 => answer("304", ""),
+            1 => answer("401", ""),
+            2 => worker.fail(poll.token).unwrap(),
+            3 => answer("200", &list(epoch, version, &[])),
+            4 => answer("200", &list(epoch, version, &endpoints)[1..]),
+            5 => answer("200", &change(version - 1)),
+            6 => answer("200", &change(version.saturating_sub(3))),
+            7 => answer("200", &list(epoch, version / 2, &endpoints)),
+            _ => answer("200", &list(epoch, version, &endpoints)),
+        }
+    }
+
+    fn more_of_a_response(&mut self) {
+        let (kind, upstream) = (self.random.below(6), self.random.below(4));
+        let Some(client) = self.any_client().filter(|client| client.is_forwarded && !client.stream.is_ended()) else {
+            return self.more_of_a_request();
+        };
+        let stream = &client.stream;
+        let context = stream.context();
+        if !std::mem::replace(&mut client.response_began, true) {
+            let destinations = destinations(&forwarded(stream));
+            match (upstream, destinations.get(upstream)) {
+                (_, Some(address)) => stream.set_property("upstream.address", address.as_str()),
+                (3, None) => stream.set_property("upstream.address", "10.9.9.9:1"),
+                _ => {}
+            }
+            let status = if kind == 0 { "503" } else { "200" };
+            stream.response_headers([(":status", status)], kind == 1);
+        } else {
+            match kind {
+                0 => stream.response_trailers([("x", "1")]),
+                1 => stream.response_body("", true),
+                2 => stream.response_body("", false),
+                _ => stream.response_body("data: 1\n\n", kind == 3),
+            };
+        }
+        self.log(format_args!("more of response {context}, {kind}"));
+    }
+
+    fn reset(&mut self) {
+        if self.clients.is_empty() {
+            return;
+        }
+        let at = self.random.below(self.clients.len());
+        let client = self.clients.swap_remove(at);
+        self.log(format_args!("client {} leaves", client.stream.context()));
+        client.stream.reset();
+    }
+
+    fn new_configuration(&mut self) {
+        let text = match self.random.below(4) {
+            0 => r#"{"clutser":1}"#.to_owned(),
+            _ => configuration(&mut self.random, &mut self.configured),
+        };
+        let new_vms = self.random.one_in(2);
+        self.log(format_args!("configuration, new VMs: {new_vms}: {text}"));
+        if new_vms && self.fleet.draining().len() < 6 {
+            self.fleet.reconfigure(text.as_bytes(), None).unwrap();
+            self.generation += 1;
+            self.roots.iter_mut().for_each(Vec::clear);
+        } else {
+            self.fleet.add_roots(text.as_bytes());
+        }
+        for (worker, roots) in self.fleet.workers().iter().zip(&mut self.roots) {
+            roots.push(worker.root());
+        }
+    }
+
+    /// Ends what drains: first its streams, then its roots or VMs.
+    fn retire(&mut self) {
+        self.log("retire");
+        let (generation, roots) = (self.generation, &self.roots);
+        self.clients.retain(|client| {
+            let (its_generation, worker, root) = client.place;
+            let stays = its_generation == generation && roots[worker].last() == Some(&root);
+            if !stays {
+                client.stream.reset();
+            }
+            stays
+        });
+        for (worker, roots) in self.fleet.workers().iter().zip(&mut self.roots) {
+            let newest = roots.len() - 1;
+            roots.drain(..newest).for_each(|root| worker.retire_root(root));
+        }
+        assert!(self.fleet.violations().iter().all(|violation| self.is_excused(violation)));
+        self.fleet.retire();
+    }
+
+    fn set_cluster(&mut self) {
+        if !self.may_refuse_calls {
+            return;
+        }
+        let cluster = *self.random.pick(&[ENGINES, ENGINES, CONTROL]);
+        let states = [None, Some(ClusterState::FailsAtOnce), Some(ClusterState::Ready), Some(ClusterState::Ready)];
+        let state = *self.random.pick(&states);
+        self.log(format_args!("cluster {cluster}: {state:?}"));
+        for worker in self.all_workers() {
+            worker.set_cluster(cluster, state);
+        }
+    }
+
+    fn throw_away(&mut self) {
+        let text = configuration(&mut self.random, &mut self.configured);
+        self.log("a configuration is tried");
+        let tried = self.fleet.workers()[0].start_throwaway(text.as_bytes()).unwrap();
+        assert!(tried.accepted && tried.violations.is_empty(), "{tried:?}");
+    }
+
+    /// A call-out that did not start, and a reply in the same callback, is allowed.
+    fn is_excused(&self, violation: &Violation) -> bool {
+        self.may_refuse_calls && matches!(violation, Violation::DispatchAndReply { .. })
+    }
+
+    /// Where a request may be sent now.
+    fn listed(&self) -> Listed {
+        let Some((list, _)) = self.fleet.shared().get("pd", b"pd/list") else { return self.configured.clone() };
+        let list: Value = serde_json::from_slice(&list).unwrap();
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        let endpoints = list["endpoints"].as_array().unwrap().iter();
+        endpoints.map(|endpoint| (text(&endpoint["address"]), BTreeSet::from([text(&endpoint["role"])]))).collect()
+    }
+
+    fn check(&mut self) {
+        let violations: Vec<_> =
+            self.fleet.violations().into_iter().filter(|violation| !self.is_excused(violation)).collect();
+        assert!(violations.is_empty(), "{violations:#?}");
+        let listed = self.listed();
+        assert!(self.all_workers().iter().all(|worker| !worker.is_failed()));
+        let mut decided = Vec::new();
+        for client in &mut self.clients {
+            decided.extend(client.check(&listed));
+        }
+        for decision in decided {
+            *self.counts.entry(decision).or_default() += 1;
+        }
+        self.clients.retain(|client| !client.stream.is_ended());
+    }
+
+    /// Lets everything end and checks that nothing is left.
+    fn finish(mut self) -> BTreeMap<String, u32> {
+        for client in self.clients.drain(..) {
+            client.stream.reset();
+        }
+        self.fleet.advance(LONGEST_LEG + LONGEST_LEG);
+        self.check();
+        for worker in self.all_workers() {
+            assert_eq!(legs(&worker), []);
+            assert_eq!(worker.open_streams(), 0);
+        }
+        self.fleet.retire();
+        self.fleet.tick();
+        assert_gauges_are_zero(self.fleet.shared());
+        std::mem::take(&mut self.counts)
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for event in self.events.borrow().iter() {
+                println!("{event}");
+            }
+        }
+    }
+}
+
+impl Client {
+    /// Checks what has become of the request since the last look; returns its decision, when it is new.
+    fn check(&mut self, listed: &Listed) -> Option<String> {
+        let stream = &self.stream;
+        assert!(!stream.is_stalled());
+        let in_flight: Vec<_> =
+            legs(&self.worker).into_iter().filter(|call| call.context == stream.context()).collect();
+        for call in &in_flight {
+            if self.legs.insert(call.token) {
+                check_leg(call, listed);
+            }
+        }
+        let is_stuck = self.rest.is_empty() && stream.is_paused() && in_flight.is_empty();
+        assert!(!is_stuck, "stream {} is stuck", stream.context());
+        let chosen: Vec<Vec<u8>> = stream
+            .property_writes()
+            .into_iter()
+            .filter(|(name, _)| name == "wasm.pd.destination")
+            .map(|(_, value)| value)
+            .collect();
+        for destination in chosen.iter().skip(self.checked) {
+            check_listed(&addresses(Some(destination)), roles(&state(stream, "decision")), listed);
+        }
+        self.checked = chosen.len();
+        let client = stream.client();
+        if let Some(reply) = &client.local_reply {
+            assert!((400..=599).contains(&reply.code), "{reply:?}");
+        }
+        let forwarded = stream.forwarded()?;
+        if std::mem::replace(&mut self.is_forwarded, true) {
+            return None;
+        }
+        assert!(forwarded.complete, "{forwarded:?}");
+        assert_eq!(forwarded.header("x-pd-destination"), chosen.last().map(Vec::as_slice));
+        assert_eq!(forwarded.header("x-any"), Some(&[0xff, 0xc3, b'a'][..]));
+        assert!(forwarded.headers.iter().all(|(_, value)| value != EVIL.as_bytes()));
+        assert!(forwarded.body.len() <= LIMIT_BYTES);
+        if !self.is_multipart {
+            check_parameters(&forwarded.body);
+        }
+        Some(state(stream, "decision") + "/" + &state(stream, "reason"))
+    }
+}
+
+/// Roles that a decision may send a request to.
+fn roles(decision: &str) -> &'static [&'static str] {
+    match decision {
+        "split" | "decode_only" => &["decode", "both"],
+        "prefill_only" => &["prefill"],
+        _ => &["prefill", "decode", "both"],
+    }
+}
+
+#[track_caller]
+fn check_listed(addresses: &[String], roles: &[&str], listed: &Listed) {
+    let has_role = |role: &&str, address: &String| listed.get(address).is_some_and(|its| its.contains(*role));
+    assert!(!addresses.is_empty());
+    for address in addresses {
+        assert!(roles.iter().any(|role| has_role(role, address)), "{address} as {roles:?} of {listed:?}");
+    }
+}
+
+fn check_leg(call: &Callout, listed: &Listed) {
+    check_listed(&addresses(call.header("x-pd-destination")), &["prefill"], listed);
+    assert_eq!(call.header("x-any"), Some(&[0xff, 0xc3, b'a'][..]));
+    assert!(call.headers.iter().all(|(_, value)| value != EVIL.as_bytes()));
+    let body: Value = serde_json::from_slice(&call.body).unwrap();
+    assert_eq!((&body["stream"], &body["max_tokens"]), (&Value::Bool(false), &Value::from(1)));
+    assert!(body.get("n").is_none() && body.get("stop").is_none());
+    check_parameters(&call.body);
+}
+
+/// Checks that no member of a body, duplicates included, holds a client's parameters.
+fn check_parameters(body: &[u8]) {
+    let Ok(Members(members)) = serde_json::from_slice(body) else { return };
+    for (key, value) in members.iter().filter(|(key, _)| key == "kv_transfer_params" || key == "bootstrap_room") {
+        assert!(!value.get().contains(EVIL), "{key}: {value}");
+    }
+}
+
+/// The members of an object, duplicates included.
+struct Members(Vec<(String, Box<RawValue>)>);
+
+impl<'de> Deserialize<'de> for Members {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Object;
+        impl<'de> Visitor<'de> for Object {
+            type Value = Members;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members, A::Error> {
+                let mut members = Vec::new();
+                while let Some(member) = map.next_entry()? {
+                    members.push(member);
+                }
+                Ok(Members(members))
+            }
+        }
+        deserializer.deserialize_map(Object)
+    }
+}
+
+const ADDRESSES: &[&str] = &[P1, P2, D1, D2, "10.0.2.1:8000", "10.0.2.2:8000", "[2001:db8::1]:8000", "10.0.2.4:8000"];
+
+/// One to all of the addresses, with any roles.
+fn endpoints(random: &mut Random) -> Vec<(&'static str, &'static str)> {
+    let mut chosen: Vec<_> = ADDRESSES.iter().filter(|_| !random.one_in(3)).copied().collect();
+    if chosen.is_empty() {
+        chosen.push(P1);
+    }
+    chosen
+        .into_iter()
+        .map(|address| (address, *random.pick(&["prefill", "decode", "both", "prefill", "decode"])))
+        .collect()
+}
+
+/// A good configuration. Its endpoints are added to the set.
+fn configuration(random: &mut Random, configured: &mut Listed) -> String {
+    let endpoints = endpoints(random);
+    for (address, role) in &endpoints {
+        configured.entry((*address).to_owned()).or_default().insert((*role).to_owned());
+    }
+    let authority = *random.pick(&["a", "a", "a", "b"]);
+    let control = format!(r#""control":{{"cluster":"pd-control","authority":"{authority}"}}"#);
+    let limit = format!(r#""max_body_bytes":{LIMIT_BYTES}"#);
+    let trusted = *random.pick(&[r#""revision":"x""#, r#""trusted_headers":["x-pd-phase","x-prefiller-host-port"]"#]);
+    let pool = *random.pick(&[
+        "",
+        r#""split":{"mode":"always"}"#,
+        r#""split":{"mode":"never"}"#,
+        r#""split":{"mode":"always"},"on_prefill_failure":"fail","prefill_attempts":1"#,
+        r#""split":{"uncached_tokens":10},"prefill_attempts":8,"alternates":0"#,
+        r#""engine":"vllm-shared","prefill_timeout_ms":1000"#,
+    ]);
+    config(&[control.as_str(), &limit, trusted], &endpoints, pool)
+}
+
+/// A body: a request with members in any order, some of them a client's parameters; now and then damaged.
+fn body(random: &mut Random, prompts: &mut u64) -> Vec<u8> {
+    *prompts += 1;
+    let id = if random.one_in(3) { 1 + *prompts / 2 } else { *prompts };
+    let prompt = format!("prompt {id} \\\"é ").repeat(1 + random.below(260));
+    let mut members = vec![
+        format!(r#""model":"{}""#, random.pick(&["m", "m", "m", "\\u006d"])),
+        format!(r#""messages":[{{"role":"user","content":"{prompt}"}}]"#),
+    ];
+    for _ in 0..random.below(7) {
+        members.push(
+            random
+                .pick(&[
+                    r#""kv_transfer_params":{"evil":"203.0.113.9:1"}"#,
+                    r#""kv_tr\u0061nsfer_params" : {"do_remote_prefill":true,"a":["203.0.113.9:1"]}"#,
+                    r#""bootstrap_room":"203.0.113.9:1""#,
+                    r#" "nested":{"kv_transfer_params":{"b":"203.0.113.9:1"}}"#,
+                    r#""stream":true"#,
+                    r#""n":4"#,
+                    r#""max_tokens":7"#,
+                    r#""stop":["}"]"#,
+                    r#""seed":18446744073709551617"#,
+                    r#""prompt":[1,2,[3]]"#,
+                    "\"\":\t[ ]",
+                ])
+                .to_string(),
+        );
+    }
+    for at in (1..members.len()).rev() {
+        members.swap(at, random.below(at + 1));
+    }
+    let mut body = format!("{{{}}}", members.join(",")).into_bytes();
+    match random.below(20) {
+        0 => body.truncate(random.below(body.len())),
+        1 => {
+            for _ in 0..=random.below(3) {
+                let at = random.below(body.len());
+                body[at] = *random.pick(b"\"\\{}[],:0\xff\x00 ");
+            }
+        }
+        2 => body = body.repeat(2),
+        3 => body.extend_from_slice(b" \n\t"),
+        4 => body.resize(LIMIT_BYTES + random.below(3) - 1, b' '),
+        5 => body.clear(),
+        _ => {}
+    }
+    body
+}
+
+#[test]
+fn whatever_happens_nothing_breaks_and_nothing_is_left_behind() {
+    let only = std::env::var("PD_SEED").ok().map(|seed| seed.parse::<u64>().expect("PD_SEED is a number"));
+    let seeds = only.map_or(0..SEEDS, |seed| seed..seed + 1);
+    let mut decisions: BTreeMap<String, u32> = BTreeMap::new();
+    for seed in seeds {
+        println!("seed {seed}");
+        let mut run = Run::new(seed);
+        for _ in 0..EVENTS {
+            run.step();
+        }
+        for (decision, count) in run.finish() {
+            *decisions.entry(decision).or_default() += count;
+        }
+    }
+    println!("{decisions:#?}");
+    for reached in ["split/prefilled", "split/kv_missing", "decode_only/prefill_failed", "prefill_only/phase_header"] {
+        let count = decisions.get(reached).copied().unwrap_or(0);
+        assert!(only.is_some() || count > 100, "{reached} was hardly reached: {decisions:?}");
+    }
+}

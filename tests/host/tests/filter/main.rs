@@ -1,0 +1,12 @@
+//! The built filter on a host that behaves as Envoy's.
+
+mod changes;
+mod configuration;
+mod cost;
+mod events;
+mod faults;
+mod flow;
+mod gateway;
+mod hostile;
+mod push;
+mod rejected;
