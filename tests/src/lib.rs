@@ -13,4 +13,5 @@ pub mod places;
 pub mod port;
 pub mod process;
 pub mod rig;
+pub mod shared;
 pub mod wait;

@@ -1,0 +1,16 @@
+//! The whole gateway: real Envoy with the shipped configuration, real pd-control, simulated engines.
+
+mod cache;
+mod decode_failure;
+mod errors;
+mod kv_params;
+mod leaving;
+mod list;
+mod observe;
+mod pass;
+mod phase;
+mod plugin;
+mod prefill_failure;
+mod split;
+mod stripping;
+mod support;
