@@ -1,0 +1,120 @@
+# `make help` lists what there is.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# envoy/local.yaml names the filter's module under target/, and the launcher finds its programs there.
+export CARGO_TARGET_DIR := $(CURDIR)/target
+# The source revision, which the filter shows in its log and as a metric.
+export PD_BUILD ?= $(shell git describe --always --dirty --abbrev=12 --exclude '*' 2>/dev/null || echo unknown)
+# Where rustup puts cargo, also before the next login shell has it in its PATH.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+
+ENVOY_VERSION := $(shell cat envoy/version)
+# Envoy Gateway's default Envoy.
+GATEWAY_ENVOY_VERSION := 1.39.0
+LOCKED := $(if $(CI),--locked)
+FUZZ_TARGETS := $(patsubst filter/core/fuzz/targets/%.rs,%,$(wildcard filter/core/fuzz/targets/*.rs))
+say = @printf '\n== %s\n' "$(1)"
+
+##@ Use
+
+help: ## List the targets
+	@echo 'usage: make TARGET [VARIABLE=value …]'
+	@sed -n -e '/^##@ /{s///;s/^/\n/p}' -e '/^#> /{s//             /p}' \
+	    -e '/^[a-z-]*:.* ## /{s/^\([a-z-]*\):.* ## /  \1          \t/;s/^\(.\{13\}\)[^\t]*\t/\1/p}' Makefile
+
+run: build $(if $(ENVOY),,envoy) ## Run engines, pd-control and Envoy with the filter on this machine
+#> PREFILL=host:port,… DECODE=host:port,…   your own engines in place of simulators
+#> ENGINE=vllm-shared MODEL=name            their protocol (vllm-nixl), model for the curl line
+#> ENVOY=path                               your own Envoy
+#> SPEED=0.1                                simulators ten times faster
+#> PORT_OFFSET=1000                         other ports, where the usual ones are taken
+	@exec target/debug/pd-run --envoy '$(or $(ENVOY),.cache/envoy-$(ENVOY_VERSION)/bin/envoy)' \
+	    $(if $(PREFILL),--prefill '$(PREFILL)') $(if $(DECODE),--decode '$(DECODE)') $(if $(MODEL),--model '$(MODEL)') \
+	    $(if $(ENGINE),--engine '$(ENGINE)') $(if $(SPEED),--speed '$(SPEED)') $(if $(PORT_OFFSET),--port-offset '$(PORT_OFFSET)')
+
+replay: build envoy ## Drive a trace through Envoy and the simulators
+#> TRACE=file RATE=requests/s ARGS=…         more of its options
+	@[ -n '$(TRACE)' ] || { echo 'make: name the trace: make replay TRACE=file.jsonl [RATE=requests/s]' >&2; exit 1; }
+	cargo run $(LOCKED) --quiet -p pd-load --bin pd-replay -- --trace '$(TRACE)' $(if $(RATE),--rate '$(RATE)') $(ARGS)
+
+##@ Build
+
+build: wasm ## Build the filter's module and the native programs
+	$(call say,building the native programs)
+	cargo build $(LOCKED) -p pd-sim -p pd-control -p pd-run
+
+wasm: toolchain ## Build the filter's module: target/wasm32-wasip1/filter/pd_filter.wasm
+	$(call say,building the filter ($(PD_BUILD)))
+	cargo build $(LOCKED) -p pd-filter --target wasm32-wasip1 --profile filter
+
+toolchain: ## Install the pinned Rust toolchain, where it is missing
+	@.ci/toolchain
+
+envoy: ## Install Envoy into .cache, where it is missing
+	@envoy/fetch.sh $(ENVOY_VERSION) >/dev/null
+
+##@ Check
+
+test: lint build envoy ## Everything: lints, unit, property and end-to-end tests on both Envoys, fuzzing
+#> FUZZ_SECONDS=20                          for each target
+	@envoy/fetch.sh $(GATEWAY_ENVOY_VERSION) >/dev/null
+	$(call say,tests of all crates with Envoy $(ENVOY_VERSION))
+	PD_ENVOY_VERSION=$(ENVOY_VERSION) cargo test $(LOCKED) --workspace --exclude pd-filter
+	$(call say,end-to-end tests with Envoy $(GATEWAY_ENVOY_VERSION))
+	PD_ENVOY_VERSION=$(GATEWAY_ENVOY_VERSION) cargo test $(LOCKED) -p pd-tests --test envoy
+	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),20) $(MAKE) fuzz-all
+	$(call say,everything passed)
+
+lint: toolchain deps-check ## Formatting, clippy for native and wasm, pd-core's dependencies
+	$(call say,formatting)
+	cargo fmt --all --check
+	$(call say,clippy)
+	@# What ships: with the disallowed lists of filter/clippy.toml and filter/core/clippy.toml.
+	cargo clippy $(LOCKED) -p pd-core -p pd-filter --target wasm32-wasip1 -- -D warnings
+	@# Everything else, and core's tests, which may use what core may not.
+	CLIPPY_CONF_DIR=$(CURDIR) cargo clippy $(LOCKED) --workspace --exclude pd-filter --all-targets -- -D warnings
+
+fmt: toolchain ## Format the sources
+	cargo fmt --all
+
+fuzz: toolchain ## Fuzz at length
+#> FUZZ_SECONDS=1800 TARGETS=…              for each target; some of them only
+	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),1800) $(MAKE) fuzz-all
+
+bench: build envoy ## Measure: stages of pd-core, module size, Envoy with and without the filter
+#> ARGS=…                                   more options of its end-to-end part
+	$(call say,size of the module)
+	@stat -c '%s bytes' target/wasm32-wasip1/filter/pd_filter.wasm
+	$(call say,stages of pd-core)
+	cargo bench $(LOCKED) -p pd-core
+	$(call say,Envoy with and without the filter)
+	cargo run $(LOCKED) --quiet -p pd-load --bin pd-bench -- $(ARGS)
+
+deps: toolchain ## Accept pd-core's present dependencies
+	@$(core_dependencies) > filter/core/dependencies.txt
+
+clean: ## Remove everything that was built or fetched
+	rm -rf target .cache
+
+# --- parts of the above
+
+core_dependencies = cargo tree --quiet $(LOCKED) -p pd-core -e normal --prefix none | sed 's/ .*//' | LC_ALL=C sort -u
+
+deps-check: toolchain
+	@diff -u filter/core/dependencies.txt <($(core_dependencies)) || \
+	    { echo 'make: the dependencies of pd-core have changed; if that is meant: make deps' >&2; exit 1; }
+
+fuzz-all:
+	@if ! command -v "$${CXX:-c++}" >/dev/null; then \
+	    echo 'make: NOT FUZZED, there is no C++ compiler (Debian, Ubuntu: apt-get install g++)' >&2; \
+	else \
+	    for target in $(or $(TARGETS),$(FUZZ_TARGETS)); do \
+	        printf '\n== fuzzing %s for %s s\n' "$$target" "$$FUZZ_SECONDS"; \
+	        filter/core/fuzz/run.sh "$$target" "$$FUZZ_SECONDS"; \
+	    done; \
+	fi
+
+.PHONY: help run replay build wasm toolchain envoy test lint fmt fuzz bench deps clean deps-check fuzz-all

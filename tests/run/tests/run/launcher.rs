@@ -1,0 +1,201 @@
+//! One run of the launcher, on ports and in a directory of its own.
+
+use std::io::{BufRead, BufReader, Read};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+/// How long anything may take here; a broken run ends in this time, a good one in a fraction of it.
+const LIMIT: Duration = Duration::from_secs(90);
+/// Ports of a run, before its offset.
+const PORTS: [u16; 7] = [8080, 8100, 8101, 8200, 8201, 9000, 9901];
+/// Ports that tests of this process have taken.
+static TAKEN: Mutex<Vec<u16>> = Mutex::new(Vec::new());
+
+pub struct Launcher {
+    child: Child,
+    lines: Receiver<String>,
+    seen: String,
+    offset: u16,
+    directory: TempDir,
+}
+
+#[derive(Debug)]
+pub struct Ended {
+    pub success: bool,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Launcher {
+    pub fn start(arguments: &[&str]) -> Self {
+        Self::start_at(port_offset(), arguments)
+    }
+
+    pub fn start_at(offset: u16, arguments: &[&str]) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pd-run"));
+        command.current_dir(root()).arg("--directory").arg(directory.path());
+        command.args(["--speed", "0", "--port-offset", &offset.to_string()]);
+        if !arguments.contains(&"--envoy") {
+            command.arg("--envoy").arg(envoy());
+        }
+        command.args(arguments).env_remove("PD_CONTROL_TOKEN");
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let (sender, lines) = channel();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+        Self { child, lines, seen: String::new(), offset, directory }
+    }
+
+    /// Waits until everything runs; returns the command that is printed for a first try.
+    pub fn wait_ready(&mut self) -> String {
+        let first = self.wait_line("curl -s http");
+        let mut command = first;
+        while command.ends_with('\\') {
+            command = format!("{}{}", command.trim_end_matches('\\'), self.next_line("rest of the command"));
+        }
+        self.wait_line("Ctrl-C");
+        command
+    }
+
+    /// The next line of the output that contains `part`.
+    pub fn wait_line(&mut self, part: &str) -> String {
+        loop {
+            let line = self.next_line(part);
+            if line.contains(part) {
+                return line;
+            }
+        }
+    }
+
+    fn next_line(&mut self, wanted: &str) -> String {
+        let Ok(line) = self.lines.recv_timeout(LIMIT) else {
+            let mut stderr = String::new();
+            let _ = self.child.kill();
+            let _ = self.child.stderr.take().unwrap().read_to_string(&mut stderr);
+            panic!("no {wanted:?} in the output (port offset {}):\n{}\n{stderr}", self.offset, self.seen);
+        };
+        self.seen += &format!("{line}\n");
+        line
+    }
+
+    pub fn children(&self) -> Vec<u32> {
+        let id = self.child.id();
+        let text = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
+        text.split_whitespace().map(|child| child.parse().unwrap()).collect()
+    }
+
+    pub fn signal(&self, name: &str) {
+        signal(name, self.child.id());
+    }
+
+    pub fn wait_end(&mut self) -> Ended {
+        wait_until("the launcher ends", || self.child.try_wait().unwrap().is_some());
+        let mut stderr = String::new();
+        self.child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
+        let rest: Vec<String> = self.lines.try_iter().collect();
+        let stdout = format!("{}{}", self.seen, rest.join("\n"));
+        Ended { success: self.child.wait().unwrap().success(), stdout, stderr }
+    }
+
+    pub fn assert_ports_free(&self) {
+        for port in PORTS {
+            TcpListener::bind(("127.0.0.1", port + self.offset)).unwrap();
+        }
+    }
+
+    /// Logs and rendered files stay, what is written aside and renamed does not.
+    pub fn assert_no_temporary_files(&self) {
+        for directory in [self.directory.path().to_owned(), self.directory.path().join("envoy")] {
+            for entry in std::fs::read_dir(directory).unwrap() {
+                let name = entry.unwrap().file_name().into_string().unwrap();
+                let is_known = ["log", "json", "yaml"].iter().any(|end| name.ends_with(end)) || name == "envoy";
+                assert!(is_known && !name.starts_with('.'), "{name}");
+            }
+        }
+    }
+}
+
+impl Drop for Launcher {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// An offset at which every port of a run is free.
+pub fn port_offset() -> u16 {
+    let mut taken = TAKEN.lock().unwrap();
+    let start = u16::try_from(std::process::id() % 1_000).unwrap() * 10;
+    let is_free = |port: u16| !taken.contains(&port) && TcpListener::bind(("127.0.0.1", port)).is_ok();
+    let offset = (0..1_000).map(|i| 2_000 + (start + i * 7) % 18_000);
+    let offset = offset.into_iter().find(|offset| PORTS.iter().all(|port| is_free(port + offset))).unwrap();
+    taken.extend(PORTS.map(|port| port + offset));
+    offset
+}
+
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+pub fn wait_listening(port: u16) {
+    wait_until("a port is listened on", || TcpStream::connect(SocketAddr::from(([127, 0, 0, 1], port))).is_ok());
+}
+
+pub fn kill(id: u32) {
+    signal("KILL", id);
+}
+
+fn signal(name: &str, id: u32) {
+    assert!(Command::new("kill").args(["-s", name, &id.to_string()]).status().unwrap().success());
+}
+
+pub fn assert_gone(children: &[u32]) {
+    for id in children {
+        assert!(!is_running(*id), "process {id} is still there");
+    }
+}
+
+pub fn wait_gone(children: &[u32]) {
+    wait_until("the launcher's children are gone", || !children.iter().any(|id| is_running(*id)));
+}
+
+/// Whether a process runs; one that only waits to be reaped does not.
+fn is_running(id: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
+}
+
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !is_so() {
+        assert!(began.elapsed() < LIMIT, "waited in vain until {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A program that `make build` puts beside the launcher.
+pub fn sibling(name: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_BIN_EXE_pd-run")).with_file_name(name);
+    assert!(path.exists(), "{} is missing: run `make build`", path.display());
+    path
+}
+
+fn envoy() -> PathBuf {
+    let pinned = || std::fs::read_to_string(root().join("envoy/version")).unwrap();
+    let version = std::env::var("PD_ENVOY_VERSION").unwrap_or_else(|_| pinned());
+    let named = std::env::var_os("PD_ENVOY").filter(|path| !path.is_empty());
+    let path = named.map_or_else(|| root().join(format!(".cache/envoy-{}/bin/envoy", version.trim())), PathBuf::from);
+    assert!(path.exists(), "{} is missing: run `make envoy`", path.display());
+    path
+}
+
+fn root() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+}
