@@ -36,7 +36,7 @@ impl Sample {
     #[must_use]
     pub fn median(&self) -> f64 {
         let n = self.0.len();
-        match (self.0.get(n / 2), self.0.get((n + 1) / 2 - usize::from(n > 0))) {
+        match (self.0.get(n / 2), self.0.get(n.saturating_sub(1) / 2)) {
             (Some(upper), Some(lower)) => f64::midpoint(*upper, *lower),
             _ => f64::NAN,
         }
