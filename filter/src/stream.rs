@@ -148,7 +148,9 @@ impl HttpContext for Stream {
 
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
         if self.request.is_sent() {
-            let upstream = host::property("upstream\0address").ok();
+            // Envoy names the host that it tried last, also where none answered and the answer is its own.
+            let is_envoys = host::property("response\0code_details").is_ok_and(|details| details != b"via_upstream");
+            let upstream = if is_envoys { None } else { host::property("upstream\0address").ok() };
             if let Ok(mut shell) = self.shell.try_borrow_mut() {
                 self.request.response_headers(&mut shell.worker, upstream.as_deref(), host::now());
             }

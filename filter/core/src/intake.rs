@@ -31,6 +31,18 @@ pub(crate) struct Intake {
     pub(crate) prefiller: Option<Vec<EndpointId>>,
 }
 
+impl Intake {
+    /// Whether an engine could read an object, and hand-over parameters in it, where our scan finds none. Python's parser
+    /// takes UTF-16 and UTF-32, byte order marks, `NaN`, halves of surrogate pairs and any depth.
+    pub(crate) fn may_be_object(&self, body: &[u8]) -> bool {
+        let content_type = self.headers.get("content-type").unwrap_or_default();
+        let essence = content_type.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii();
+        let is_json = essence.is_empty() || essence.to_ascii_lowercase().ends_with(b"json");
+        let first = body.trim_ascii_start().first();
+        is_json && !matches!(first, None | Some(b'[' | b'"' | b'-' | b'0'..=b'9' | b't' | b'f' | b'n'))
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
     Prefill,
@@ -200,6 +212,24 @@ mod tests {
         assert_eq!(decoded_path(b"/a%4").as_ref(), b"/a%4");
         assert_eq!(decoded_path(b"/a%zz%41").as_ref(), b"/a%zzA");
         assert_eq!(decoded_path(b"?").as_ref(), b"");
+    }
+
+    #[test]
+    fn on_unknown_paths_only_what_a_lenient_parser_may_take_for_an_object_is_suspect() {
+        let may_be = |content_type: &str, body: &[u8]| {
+            let headers = Headers::from_pairs([("content-type", content_type)]);
+            let config = Arc::new(Config::parse(b"").unwrap());
+            Intake { config, headers, api: None, phase: None, prefiller: None }.may_be_object(body)
+        };
+        let suspects: [&[u8]; 5] = [b"{", b" {\"x\":NaN}", b"\xef\xbb\xbf{}", b"{\0}\0", b"\0{\0}"];
+        for body in suspects {
+            assert!(may_be("application/json; charset=utf-16", body), "{body:?}");
+            assert!(may_be("", body) && may_be("application/x+JSON", body), "{body:?}");
+            assert!(!may_be("application/octet-stream", body), "{body:?}");
+        }
+        for body in [&b"[NaN]"[..], b"", b" ", b"null", b"\"x"] {
+            assert!(!may_be("application/json", body), "{body:?}");
+        }
     }
 
     #[test]

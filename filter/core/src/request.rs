@@ -43,6 +43,10 @@ pub const PREFILL_MS: &str = "pd.prefill_ms";
 /// Every filter state that a request may get.
 pub const STATES: &[&str] = &[DESTINATION, DECISION, REASON, PREFILL, DECODE, MATCHED_TOKENS, PREFILL_MS];
 
+/// How often Envoy tries to connect: once, and the route's `num_retries`. With fewer names in [`DESTINATION`] the last
+/// tries would go to hosts of other pools.
+const TRIES: usize = 3;
+
 /// What becomes of the callback that an event came with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flow {
@@ -245,7 +249,13 @@ impl Request {
         }
         let scanned = scan(body);
         let Some(api) = intake.api else {
-            let edit = scanned.map(|scan| engine::decode_plan(body, &scan).with_insert(b"")).unwrap_or_default();
+            let edit = match scanned {
+                Ok(scan) => engine::decode_plan(body, &scan).with_insert(b""),
+                Err(error) if intake.may_be_object(body) => {
+                    return self.reject(worker, Vec::new(), &Rejection::InvalidJson(error.to_string()));
+                }
+                Err(_) => Default::default(),
+            };
             let effects = if edit.is_none() { Vec::new() } else { vec![Effect::EditBody(edit)] };
             return self.pass(worker, &intake.config, effects, now);
         };
@@ -537,7 +547,10 @@ impl Request {
     /// Sends the request to an engine endpoint.
     fn send(&mut self, worker: &mut Worker, work: &Work, route: Route<'_>, now: Duration) -> Outcome {
         let Route { decision, reason, pick, alternates, prefilled, insert } = route;
-        let destination = destination(worker, pick.endpoint, alternates.iter().copied());
+        // Named often enough for every try of Envoy's: beyond the last name it would take any host of the cluster.
+        let others = core::iter::repeat_n(core::iter::once(pick.endpoint).chain(alternates.iter().copied()), TRIES);
+        let others = others.flatten().skip(1).take(alternates.len().max(TRIES.saturating_sub(1)));
+        let destination = destination(worker, pick.endpoint, others);
         let alternates = alternates.iter().filter_map(|at| worker.table.refer(*at)).collect();
         let tokens = (work.prompt.tokens as u64).saturating_add(work.output_tokens);
         let leg = worker.next_leg();
@@ -817,7 +830,7 @@ mod tests {
         assert_eq!(outcome.flow, Flow::Continue);
         assert_eq!(edited(&outcome, &long_body()), format!(r#"{{"kv_transfer_params":{PARAMS},{}"#, &long_body()[1..]));
         assert!(state(&outcome, DESTINATION).starts_with("10.0.0.2:"));
-        assert_eq!(state(&outcome, DESTINATION).split(',').count(), 2, "the other decode endpoint is the alternate");
+        assert_eq!(state(&outcome, DESTINATION).split(',').count(), TRIES, "both, and the first once more");
         assert_eq!((state(&outcome, DECISION), state(&outcome, REASON)), ("split", "prefilled"));
         assert_eq!((state(&outcome, PREFILL), state(&outcome, PREFILL_MS)), (chosen.as_str(), "40"));
         assert!(!t.is_idle());

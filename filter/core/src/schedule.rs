@@ -100,6 +100,10 @@ impl Scheduler<'_> {
     #[must_use]
     pub fn decide(&self, candidates: &Candidates, prompt: &Prompt) -> Decision {
         let whole = |pick: Option<Pick>, reason| pick.map_or(Decision::Nobody, |pick| Decision::Whole(pick, reason));
+        if candidates.decode.is_empty() {
+            // No prompt is computed that nobody could generate from.
+            return Decision::Nobody;
+        }
         if self.pool.split == Split::Never {
             return whole(self.pick_by_cost(&candidates.decode, prompt, &[]), WholeReason::Never);
         }
@@ -309,6 +313,15 @@ mod tests {
         let blocks: Vec<_> = (0..blocks).map(hash).collect();
         let tokens = 128.0 * prefix_units(blocks.len()) as f64;
         Prompt { tokens, block_tokens: 128.0, hash: PromptHash { blocks, head: id }, key: hash(0).0, is_unseen: false }
+    }
+
+    #[test]
+    fn no_prompt_is_computed_without_a_decode_endpoint() {
+        for split in ["always", "never", "threshold"] {
+            let fixture = fixture(2, 0, &format!(r#"{{"pools":{{"default":{{"split":{{"mode":"{split}"}}}}}}}}"#));
+            assert_eq!(fixture.decide(&prompt(1, 20)), Decision::Nobody, "{split}");
+            assert_eq!(fixture.decide(&prompt(1, 0)), Decision::Nobody, "{split}");
+        }
     }
 
     #[test]

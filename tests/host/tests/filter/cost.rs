@@ -26,8 +26,8 @@ fn a_request_makes_no_more_host_calls_than_it_did() {
     let whole = Gateway::new(&two_and_two());
     let passed = Gateway::new(&two_and_two());
     let flows: [(&str, f64, _); 3] = [
-        ("split", 26.0, calls(&split, |worker, id| drop(run_split(worker, &long_chat(id))))),
-        ("decode only", 16.0, calls(&whole, |worker, id| respond(&short_chat(id).send(worker)))),
+        ("split", 27.0, calls(&split, |worker, id| drop(run_split(worker, &long_chat(id))))),
+        ("decode only", 17.0, calls(&whole, |worker, id| respond(&short_chat(id).send(worker)))),
         ("passed", 6.0, calls(&passed, |worker, _| respond(&Request::get("/v1/models").send(worker)))),
     ];
     for (flow, bound, (by_name, sum)) in flows {

@@ -295,7 +295,8 @@ impl Run {
             4 => answer("200", &list(epoch, version, &endpoints)[1..]),
             5 => answer("200", &change(version - 1)),
             6 => answer("200", &change(version.saturating_sub(3))),
-            7 => answer("200", &list(epoch, version / 2, &endpoints)),
+            // A restart that begins at a lower version.
+            7 => answer("200", &list(&format!("{epoch}-{version}"), version / 2, &endpoints)),
             _ => answer("200", &list(epoch, version, &endpoints)),
         }
     }

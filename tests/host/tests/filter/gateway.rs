@@ -218,10 +218,16 @@ pub fn forwarded(stream: &Stream) -> Forwarded {
     forwarded
 }
 
-/// Addresses in a destination header.
+/// Addresses in a destination header, each once: they are repeated to cover every try of Envoy's.
 pub fn addresses(header: Option<&[u8]>) -> Vec<String> {
     let text = String::from_utf8(header.expect("a destination").to_vec()).unwrap();
-    text.split(',').map(str::to_owned).collect()
+    let mut addresses: Vec<String> = Vec::new();
+    for address in text.split(',') {
+        if !addresses.iter().any(|seen| seen == address) {
+            addresses.push(address.to_owned());
+        }
+    }
+    addresses
 }
 
 /// Where Envoy sends a forwarded request.
