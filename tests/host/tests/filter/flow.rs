@@ -84,7 +84,8 @@ content-length: {length}
 x-pd-destination: {decode_all}
 {{"kv_transfer_params":{PARAMS}, "stream" : true,"model":"m", "messages":[{{"role":"user","content":"a*1100","x":1}}], "stream_options":{{"include_usage":true}},"max_tokens":50,"stop":["b"],"n":2,"min_tokens":3,"seed":9007199254740993, "vendor":{{"y":[1.0e5]}} }}"#,
             decode_first = destinations(&decode)[0],
-            decode_all = destinations(&decode).join(","),
+            // The first once more, for the third try of Envoy's.
+            decode_all = [destinations(&decode), vec![destinations(&decode)[0].clone()]].concat().join(","),
             prefill = addresses(call.header("x-pd-destination"))[0],
             length = decode.body.len(),
         )
