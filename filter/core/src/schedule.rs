@@ -337,7 +337,7 @@ mod tests {
 
     #[test]
     fn work_ahead_outweighs_a_prefix() {
-        let mut fixture = fixture(2, 1, r#"{"pools":{"default":{"rendezvous_share":0}}}"#);
+        let mut fixture = fixture(2, 1, "");
         fixture.index.insert(0, &prompt(1, 32).hash.blocks);
         let saved = 3.0 * (fixture.config.pool("default").cost.seconds(4_096.0, 0.0) - 0.015);
         fixture.busy(0, saved * 0.9);
@@ -359,7 +359,7 @@ mod tests {
 
     #[test]
     fn an_unseen_prefix_is_worth_a_wait_at_its_rendezvous_endpoint() {
-        let mut fixture = fixture(2, 1, "");
+        let mut fixture = fixture(2, 1, r#"{"pools":{"default":{"rendezvous_share":0.6}}}"#);
         let unseen = Prompt { is_unseen: true, ..prompt(1, 40) };
         let owner = fixture.prefill(&unseen).endpoint;
         fixture.busy(owner, 0.1);
