@@ -7,6 +7,8 @@ use std::collections::VecDeque;
 #[derive(Clone, Debug, Default)]
 pub struct PrefillQueue {
     jobs: VecDeque<Job>,
+    /// Sum over the jobs: asked for far more often than they change.
+    seconds: f64,
     head_since: Duration,
 }
 
@@ -24,6 +26,7 @@ impl PrefillQueue {
             self.head_since = now;
         }
         self.jobs.push_back(Job { id, seconds, expires });
+        self.add_up();
     }
 
     /// Removes a leg that ended; `false` when it is not there (any more).
@@ -32,7 +35,9 @@ impl PrefillQueue {
         if at == 0 {
             self.head_since = now;
         }
-        self.jobs.remove(at).is_some()
+        let is_removed = self.jobs.remove(at).is_some();
+        self.add_up();
+        is_removed
     }
 
     /// The client of this leg is gone and its answer will not be seen, but the endpoint goes on computing: it counts
@@ -55,15 +60,13 @@ impl PrefillQueue {
         if self.jobs.front().map(|job| job.id) != head {
             self.head_since = now;
         }
+        self.add_up();
     }
 
     /// `W`: seconds of work in flight minus the progress of the head.
     #[must_use]
     pub fn work(&self, now: Duration) -> f64 {
-        if self.jobs.is_empty() {
-            return 0.0;
-        }
-        self.jobs.iter().map(|job| job.seconds).sum::<f64>() - self.progress(now)
+        self.seconds - self.progress(now)
     }
 
     /// Legs in flight.
@@ -76,6 +79,10 @@ impl PrefillQueue {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.jobs.is_empty()
+    }
+
+    fn add_up(&mut self) {
+        self.seconds = self.jobs.iter().map(|job| job.seconds).sum();
     }
 
     fn progress(&self, now: Duration) -> f64 {

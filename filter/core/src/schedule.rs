@@ -6,6 +6,10 @@
 //! - **Decider**: a prefill leg is worth it when the best decode endpoint lacks more tokens than a threshold (llm-d's
 //!   `prefix-based-pd-decider`).
 //! - Ties and unknown prefixes go by rendezvous hash, which every worker and replica computes alike.
+//!
+//! Of many endpoints not all are looked at: the holders of the prefix always, then those that the prompt's key names and
+//! a sample of the others. The lowest of some tens of random queues is hardly longer than the lowest of all
+//! (Mitzenmacher 2001), so the cost of a choice stays flat.
 
 use core::time::Duration;
 
@@ -78,9 +82,15 @@ impl WholeReason {
 const LEAST_LOADED: usize = 4;
 /// Holders of the prefix that are costed.
 const HOLDERS: usize = 8;
+/// Endpoints up to which all are looked at.
+const ALL: usize = 64;
+/// Of more endpoints, those that the prompt's key names: neighbours in the order of their keys, one of which owns it.
+const NEIGHBOURS: usize = 8;
+/// Of more endpoints, those taken at random: at a load of 70 % all of 24 are busy once in 5,000 requests.
+const SAMPLE: usize = 24;
 /// How many tokens more than the least loaded decode endpoint one may have assigned and still get a request because it
 /// holds the prefix: about the KV cache of one long prompt.
-const AFFINITY_SLACK_TOKENS: u64 = 32_768;
+const AFFINITY_SLACK_TOKENS: f64 = 32_768.0;
 
 /// View over what the scheduler reads.
 #[derive(Clone, Copy)]
@@ -122,31 +132,9 @@ impl Scheduler<'_> {
     /// never ejected whole.
     #[must_use]
     pub fn pick_by_cost(&self, among: &[EndpointIndex], prompt: &Prompt, tried: &[EndpointIndex]) -> Option<Pick> {
-        let mut least: [(f64, EndpointIndex); LEAST_LOADED] = [(f64::INFINITY, EndpointIndex::MAX); LEAST_LOADED];
-        let mut owner: Option<(u64, EndpointIndex)> = None;
-        for (at, slot) in self.usable(among, tried) {
-            let work = slot.prefill.work(self.now);
-            let place = least.partition_point(|(other, _)| *other <= work);
-            if let Some(rest @ [_, ..]) = least.get_mut(place..) {
-                rest.rotate_right(1);
-                if let [first, ..] = rest {
-                    *first = (work, at);
-                }
-            }
-            owner = owner.max(Some((rendezvous_weight(prompt.key, slot.key), at)));
-        }
-        let owner = owner.map(|(_, at)| at);
-        let holders = self.index.holders(&prompt.hash.blocks, HOLDERS);
-        let holders = holders.iter().copied().filter(|at| among.binary_search(at).is_ok());
-        let shortlist = least.iter().map(|(_, at)| *at).chain(owner).chain(holders);
-        let any_usable =
-            among.iter().any(|at| !tried.contains(at) && self.table.get(*at).is_some_and(|s| self.is_usable(s)));
+        let (shortlist, owner) = self.shortlist(among, prompt, tried);
         let mut best: Option<(f64, u64, Pick)> = None;
-        for at in shortlist {
-            let Some(slot) = self.table.get(at) else { continue };
-            if tried.contains(&at) || (any_usable && !self.is_usable(slot)) {
-                continue;
-            }
+        for (at, slot) in shortlist {
             let (pick, cost) = self.cost(at, slot, prompt, owner == Some(at));
             let rendezvous = rendezvous_weight(prompt.key, slot.key);
             let better = |(lowest, weight, _): &(f64, u64, Pick)| (cost, *weight) < (*lowest, rendezvous);
@@ -155,6 +143,39 @@ impl Scheduler<'_> {
             }
         }
         best.map(|(_, _, pick)| pick)
+    }
+
+    /// Endpoints that are worth costing, and the one that owns the prompt's key: the least loaded, the owner, and those
+    /// that hold most of the prompt.
+    fn shortlist(
+        &self,
+        among: &[EndpointIndex],
+        prompt: &Prompt,
+        tried: &[EndpointIndex],
+    ) -> (Vec<(EndpointIndex, &Slot)>, Option<EndpointIndex>) {
+        let usable = self.usable(among, prompt, tried);
+        let any_healthy = usable.first().is_some_and(|(_, slot)| self.is_usable(slot));
+        let weight = |slot: &Slot| rendezvous_weight(prompt.key, slot.key);
+        let owner = match among.len() > ALL {
+            true => {
+                self.healthy(&self.neighbours(among, prompt), tried).into_iter().max_by_key(|(_, slot)| weight(slot))
+            }
+            false => usable.iter().copied().max_by_key(|(_, slot)| weight(slot)),
+        };
+        let mut least: Vec<_> =
+            usable.into_iter().map(|(at, slot)| (slot.prefill.work(self.now), !weight(slot), (at, slot))).collect();
+        let order = |a: &(f64, u64, _), b: &(f64, u64, _)| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1));
+        if least.len() > LEAST_LOADED {
+            least.select_nth_unstable_by(LEAST_LOADED, order);
+            least.truncate(LEAST_LOADED);
+        }
+        let holders = self.index.holders(&prompt.hash.blocks, HOLDERS).into_iter().filter_map(|at| {
+            let slot = self.table.get(at)?;
+            let fits = self.is_among(among, slot) && !tried.contains(&at) && (!any_healthy || self.is_usable(slot));
+            fits.then_some((at, slot))
+        });
+        let shortlist = least.into_iter().map(|(.., of)| of).chain(owner).chain(holders).collect();
+        (shortlist, owner.map(|(at, _)| at))
     }
 
     /// The endpoint with the fewest assigned KV tokens, and alternates in the same order.
@@ -167,13 +188,18 @@ impl Scheduler<'_> {
         group: Option<&str>,
     ) -> Option<(Pick, Vec<EndpointIndex>)> {
         let in_group = |slot: &Slot| group.is_none() || slot.endpoint.group.as_deref() == group;
+        let members: Vec<EndpointIndex>;
+        let among = match group {
+            None => among,
+            Some(_) => {
+                members = among.iter().copied().filter(|at| self.table.get(*at).is_some_and(in_group)).collect();
+                &members
+            }
+        };
         let mut ranked: Vec<(f64, u64, EndpointIndex)> = self
-            .usable(among, tried)
-            .filter(|(_, slot)| in_group(slot))
-            .map(|(at, slot)| {
-                let tokens = slot.decode.tokens as f64 / slot.endpoint.weight;
-                (tokens, !rendezvous_weight(prompt.key, slot.key), at)
-            })
+            .usable(among, prompt, tried)
+            .into_iter()
+            .map(|(at, slot)| (decode_load(slot), !rendezvous_weight(prompt.key, slot.key), at))
             .collect();
         let wanted = self.pool.alternates.saturating_add(1);
         let order = |a: &(f64, u64, u32), b: &(f64, u64, u32)| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1));
@@ -202,19 +228,21 @@ impl Scheduler<'_> {
         if prompt.tokens < threshold {
             return self.pick_decode(among, prompt, &[], None).map(|(pick, _)| pick);
         }
-        let least = self.usable(among, &[]).map(|(_, slot)| slot.decode.tokens).min()?;
-        let bound = least.saturating_mul(2).saturating_add(AFFINITY_SLACK_TOKENS);
+        let usable = self.usable(among, prompt, &[]);
+        let least = usable.into_iter().map(|(_, slot)| decode_load(slot)).reduce(f64::min)?;
+        let bound = 2.0 * least + AFFINITY_SLACK_TOKENS;
         let holders = self.index.holders(&prompt.hash.blocks, HOLDERS);
-        let cached = holders.into_iter().filter(|at| among.binary_search(at).is_ok()).filter_map(|at| {
-            let slot = self.table.get(at)?;
+        let cached = holders.into_iter().filter_map(|at| {
+            let slot = self.table.get(at).filter(|slot| self.is_among(among, slot))?;
             let pick = self.pick(at, prompt);
             // The block in which the match ends has the benefit of the doubt: it is 1/32 of the prompt at most.
             let blocks = self.index.matched(at, &prompt.hash.blocks);
             let at_most = prefix_units(blocks.saturating_add(1)) as f64 * prompt.block_tokens;
-            let fits = self.is_usable(slot) && slot.decode.tokens <= bound && prompt.tokens - at_most < threshold;
-            fits.then_some((slot.decode.tokens, pick))
+            let load = decode_load(slot);
+            let fits = self.is_usable(slot) && load <= bound && prompt.tokens - at_most < threshold;
+            fits.then_some((load, pick))
         });
-        cached.min_by_key(|(tokens, _)| *tokens).map(|(_, pick)| pick)
+        cached.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, pick)| pick)
     }
 
     fn pick(&self, endpoint: EndpointIndex, prompt: &Prompt) -> Pick {
@@ -244,19 +272,58 @@ impl Scheduler<'_> {
         slot.health.is_usable(self.now)
     }
 
-    /// Endpoints that may be chosen: the healthy ones that were not tried, or all that were not tried if none is.
-    fn usable<'a>(
-        &'a self,
-        among: &'a [EndpointIndex],
-        tried: &'a [EndpointIndex],
-    ) -> impl Iterator<Item = (EndpointIndex, &'a Slot)> {
-        let untried = move || {
-            let slots = among.iter().filter(move |at| !tried.contains(at));
-            slots.filter_map(|at| Some((*at, self.table.get(*at)?)))
-        };
-        let any = untried().any(|(_, slot)| self.is_usable(slot));
-        untried().filter(move |(_, slot)| !any || self.is_usable(slot))
+    /// Whether candidates, which are in the order of their keys, have this endpoint.
+    fn is_among(&self, among: &[EndpointIndex], slot: &Slot) -> bool {
+        among.binary_search_by_key(&Some(slot.key), |at| self.table.get(*at).map(|slot| slot.key)).is_ok()
     }
+
+    /// Endpoints that may be chosen: the healthy ones that were not tried, or all that were not tried if none is. Of many
+    /// a part, unless nobody in it is healthy.
+    fn usable(&self, among: &[EndpointIndex], prompt: &Prompt, tried: &[EndpointIndex]) -> Vec<(EndpointIndex, &Slot)> {
+        if among.len() > ALL {
+            let part = self.healthy(&self.sample(among, prompt), tried);
+            if !part.is_empty() {
+                return part;
+            }
+        }
+        let all = self.healthy(among, tried);
+        if !all.is_empty() {
+            return all;
+        }
+        let untried = among.iter().filter(|at| !tried.contains(at));
+        untried.filter_map(|at| Some((*at, self.table.get(*at)?))).collect()
+    }
+
+    fn healthy(&self, among: &[EndpointIndex], tried: &[EndpointIndex]) -> Vec<(EndpointIndex, &Slot)> {
+        let untried = among.iter().filter(|at| !tried.contains(at));
+        let slots = untried.filter_map(|at| Some((*at, self.table.get(*at)?)));
+        slots.filter(|(_, slot)| self.is_usable(slot)).collect()
+    }
+
+    /// Some of many endpoints: the neighbours of the prompt's key, and every n-th of all from a place that differs from
+    /// request to request. Keys are hashes, so that is a random sample.
+    fn sample(&self, among: &[EndpointIndex], prompt: &Prompt) -> Vec<EndpointIndex> {
+        let mut sample = self.neighbours(among, prompt);
+        let step = among.len().div_ceil(SAMPLE);
+        let salt = rendezvous_weight(prompt.hash.head, self.now.as_nanos() as u64) as usize >> 8;
+        let places = (0..SAMPLE).map(|i| salt.saturating_add(i.saturating_mul(step)));
+        sample.extend(places.filter_map(|place| among.get(place.checked_rem(among.len())?)));
+        sample.sort_unstable();
+        sample.dedup();
+        sample
+    }
+
+    /// Endpoints whose keys follow the prompt's, which every worker and replica finds alike.
+    fn neighbours(&self, among: &[EndpointIndex], prompt: &Prompt) -> Vec<EndpointIndex> {
+        let key_of = |at: &EndpointIndex| self.table.get(*at).map(|slot| slot.key);
+        let first = among.partition_point(|at| key_of(at) < Some(prompt.key));
+        among.iter().cycle().skip(first).take(NEIGHBOURS.min(among.len())).copied().collect()
+    }
+}
+
+/// Assigned KV tokens in proportion to the endpoint's weight.
+fn decode_load(slot: &Slot) -> f64 {
+    slot.decode.tokens as f64 / slot.endpoint.weight
 }
 
 #[cfg(test)]
@@ -281,7 +348,7 @@ mod tests {
         let config = Config::parse(config.as_bytes()).unwrap();
         let (mut table, mut index) = (Table::default(), PrefixIndex::new(1 << 20));
         let roles =
-            (0..prefill).map(|port| (port, Role::Prefill)).chain((0..decode).map(|port| (100 + port, Role::Decode)));
+            (0..prefill).map(|port| (port, Role::Prefill)).chain((0..decode).map(|port| (10_000 + port, Role::Decode)));
         let endpoints = roles.map(|(port, role)| Endpoint::new(([10, 0, 0, 1], 1 + port).into(), role)).collect();
         let snapshot = Snapshot { wire: 1, epoch: "e".into(), version: 1, base: None, endpoints, removed: vec![] };
         table.apply(&snapshot, &config, &mut index);
@@ -337,7 +404,7 @@ mod tests {
 
     #[test]
     fn work_ahead_outweighs_a_prefix() {
-        let mut fixture = fixture(2, 1, r#"{"pools":{"default":{"rendezvous_share":0}}}"#);
+        let mut fixture = fixture(2, 1, "");
         fixture.index.insert(0, &prompt(1, 32).hash.blocks);
         let saved = 3.0 * (fixture.config.pool("default").cost.seconds(4_096.0, 0.0) - 0.015);
         fixture.busy(0, saved * 0.9);
@@ -359,7 +426,7 @@ mod tests {
 
     #[test]
     fn an_unseen_prefix_is_worth_a_wait_at_its_rendezvous_endpoint() {
-        let mut fixture = fixture(2, 1, "");
+        let mut fixture = fixture(2, 1, r#"{"pools":{"default":{"rendezvous_share":0.6}}}"#);
         let unseen = Prompt { is_unseen: true, ..prompt(1, 40) };
         let owner = fixture.prefill(&unseen).endpoint;
         fixture.busy(owner, 0.1);
@@ -419,6 +486,48 @@ mod tests {
         assert!(matches!(always.decide(&prompt(1, 0)), Decision::Split(_)));
         let never = fixture(1, 1, r#"{"pools":{"default":{"split":{"mode":"never"}}}}"#);
         assert!(matches!(never.decide(&prompt(1, 50)), Decision::Whole(_, WholeReason::Never)));
+    }
+
+    #[test]
+    fn idle_endpoints_get_cold_prompts_evenly_however_many_there_are() {
+        for count in [32_u16, 500] {
+            let fixture = fixture(count, 1, "");
+            let mut picks = vec![0_u32; usize::from(count)];
+            let requests = 40 * u32::from(count);
+            for id in 0..requests {
+                picks[fixture.prefill(&prompt(u64::from(id), 8)).endpoint as usize] += 1;
+            }
+            assert!(picks.iter().all(|n| (5..120).contains(n)), "{count}: {picks:?}");
+        }
+    }
+
+    #[test]
+    fn among_many_the_holder_is_found_and_the_busy_are_avoided() {
+        let mut fixture = fixture(500, 300, "");
+        fixture.index.insert(77, &prompt(1, 20).hash.blocks);
+        assert_eq!(fixture.prefill(&prompt(1, 22)).endpoint, 77);
+        for at in 0..500 {
+            if at % 4 != 0 {
+                fixture.busy(at, 5.0);
+            }
+        }
+        for id in 2..200 {
+            assert_eq!(fixture.prefill(&prompt(id, 8)).endpoint % 4, 0);
+        }
+        for at in fixture.candidates.decode.clone().into_iter().filter(|at| at % 4 != 0) {
+            fixture.table.get_mut(at).unwrap().decode.add(9);
+        }
+        let pick = fixture.scheduler().pick_decode(&fixture.candidates.decode, &prompt(1, 8), &[], None);
+        assert_eq!(pick.unwrap().0.endpoint % 4, 0);
+    }
+
+    #[test]
+    fn the_last_healthy_endpoint_of_many_is_found() {
+        let mut fixture = fixture(500, 1, "");
+        for at in (0..500).filter(|at| *at != 123) {
+            fixture.table.get_mut(at).unwrap().health.failed(NOW);
+        }
+        assert_eq!(fixture.prefill(&prompt(1, 8)).endpoint, 123);
     }
 
     proptest! {

@@ -44,9 +44,10 @@ pub struct Slot {
 pub struct Candidates {
     /// Pool whose policy applies.
     pub pool: Arc<str>,
-    /// Ready endpoints that take prefill legs and nothing else, sorted.
+    /// Ready endpoints that take prefill legs and nothing else, sorted by [`Slot::key`]. Those of a group without a
+    /// decode endpoint are left out: nobody could take their work over.
     pub prefill: Vec<EndpointIndex>,
-    /// Ready endpoints that generate: role `decode` or `both`, sorted.
+    /// Ready endpoints that generate: role `decode` or `both`, sorted by [`Slot::key`].
     pub decode: Vec<EndpointIndex>,
 }
 
@@ -65,6 +66,8 @@ pub struct Table {
     slots: Vec<Option<Slot>>,
     free: Vec<EndpointIndex>,
     by_id: HashMap<EndpointId, EndpointIndex>,
+    /// Every endpoint by [`Slot::key`], as of the last rebuild, and behind them those that came since.
+    by_key: Vec<(u64, EndpointIndex)>,
     models: HashMap<String, Arc<Candidates>>,
     any_model: Option<Arc<Candidates>>,
     all_ready: Vec<EndpointIndex>,
@@ -158,7 +161,7 @@ impl Table {
         names
     }
 
-    /// Every ready endpoint, whatever its pool, role and models.
+    /// Every ready endpoint, whatever its pool, role and models, sorted by [`Slot::key`].
     #[must_use]
     pub fn all_ready(&self) -> &[EndpointIndex] {
         &self.all_ready
@@ -237,10 +240,12 @@ impl Table {
                     self.slots.push(None);
                 }
                 self.generation = self.generation.wrapping_add(1);
+                let key = xxhash_rust::xxh3::xxh3_64(endpoint.id().to_string().as_bytes());
+                self.by_key.push((key, at));
                 let slot = Slot {
                     endpoint: endpoint.clone(),
                     address: endpoint.address.to_string().into(),
-                    key: xxhash_rust::xxh3::xxh3_64(endpoint.id().to_string().as_bytes()),
+                    key,
                     engine,
                     prefill: PrefillQueue::default(),
                     decode: DecodeLoad::default(),
@@ -274,7 +279,13 @@ impl Table {
         let mut named: BTreeMap<&str, BTreeMap<&str, Candidates>> = BTreeMap::new();
         let mut unnamed: BTreeMap<&str, Candidates> = BTreeMap::new();
         let mut all_ready = Vec::new();
-        for (at, slot) in (0..).zip(&self.slots).filter_map(|(at, slot)| Some((at, slot.as_ref()?))) {
+        let slots = &self.slots;
+        let slot_of = |at: EndpointIndex| slots.get(at as usize)?.as_ref();
+        self.by_key.retain(|(key, at)| slot_of(*at).is_some_and(|slot| slot.key == *key));
+        // Stable, so a list with a few new ones at its end is sorted in one pass.
+        self.by_key.sort();
+        self.by_key.dedup();
+        for (at, slot) in self.by_key.iter().filter_map(|(_, at)| Some((*at, slot_of(*at)?))) {
             let Endpoint { pool, models, role, state, .. } = &slot.endpoint;
             let ready = *state == State::Ready;
             if ready {
@@ -294,12 +305,15 @@ impl Table {
                     if let Some(others) = unnamed.get(pool) {
                         candidates.prefill.extend(&others.prefill);
                         candidates.decode.extend(&others.decode);
+                        let key = |at: &EndpointIndex| slot_of(*at).map(|slot| slot.key);
+                        candidates.prefill.sort_by_key(key);
+                        candidates.decode.sort_by_key(key);
                     }
                 }
-                Some((model.to_owned(), first_that_generates(pools)?))
+                Some((model.to_owned(), first_that_generates(pools, &slot_of)?))
             })
             .collect();
-        let any_model = first_that_generates(unnamed);
+        let any_model = first_that_generates(unnamed, &slot_of);
         self.models = models;
         self.any_model = any_model;
         self.all_ready = all_ready;
@@ -316,12 +330,18 @@ impl Candidates {
     }
 }
 
-fn first_that_generates(pools: BTreeMap<&str, Candidates>) -> Option<Arc<Candidates>> {
+fn first_that_generates<'a>(
+    pools: BTreeMap<&str, Candidates>,
+    slot_of: &impl Fn(EndpointIndex) -> Option<&'a Slot>,
+) -> Option<Arc<Candidates>> {
     let generating = pools.iter().find(|(_, candidates)| !candidates.decode.is_empty());
     let (pool, candidates) = generating.or_else(|| pools.iter().next())?;
     let mut candidates = Candidates { pool: (*pool).into(), ..candidates.clone() };
-    candidates.prefill.sort_unstable();
-    candidates.decode.sort_unstable();
+    let group_of = |at: &EndpointIndex| slot_of(*at)?.endpoint.group.as_deref();
+    let groups: HashSet<&str> = candidates.decode.iter().filter_map(group_of).collect();
+    if !candidates.decode.is_empty() {
+        candidates.prefill.retain(|at| group_of(at).is_none_or(|group| groups.contains(group)));
+    }
     Some(Arc::new(candidates))
 }
 
@@ -359,7 +379,10 @@ mod tests {
         }
 
         fn ports(&self, indexes: &[EndpointIndex]) -> Vec<u16> {
-            indexes.iter().map(|at| self.table.get(*at).unwrap().endpoint.address.port()).collect()
+            let mut ports: Vec<u16> =
+                indexes.iter().map(|at| self.table.get(*at).unwrap().endpoint.address.port()).collect();
+            ports.sort_unstable();
+            ports
         }
     }
 
@@ -381,6 +404,43 @@ mod tests {
         assert_eq!(fixture.ports(&fixture.table.candidates("other").unwrap().decode), [3]);
         assert_eq!(fixture.table.model_names(), ["m", "n"]);
         assert_eq!(fixture.table.all_ready().len(), 4);
+    }
+
+    #[test]
+    fn candidates_are_in_the_order_of_their_keys_whoever_came_first() {
+        let ports = 1..40;
+        let named = |port: u16| endpoint(port, Role::Both, if port.is_multiple_of(3) { &["m"] } else { &[] });
+        let mut fixture = Fixture::new(ports.clone().map(named).collect());
+        let change = |version, removed: &[u16], added: Vec<u16>| Snapshot {
+            base: Some(version - 1),
+            removed: removed.iter().map(|port| named(*port).id().to_string()).collect(),
+            ..whole(version, added.into_iter().map(named).collect())
+        };
+        fixture.apply(&change(2, &[3, 7, 9], vec![]));
+        fixture.apply(&change(3, &[], vec![9, 60, 61]));
+        for model in ["m", "other"] {
+            let candidates = fixture.table.candidates(model).unwrap();
+            let key = |at: &EndpointIndex| fixture.table.get(*at).unwrap().key;
+            assert!(candidates.decode.is_sorted_by_key(key));
+            let mut all = candidates.decode.clone();
+            all.dedup();
+            assert_eq!(all.len(), if model == "m" { 39 - 3 + 3 } else { 39 - 13 - 1 + 1 });
+        }
+    }
+
+    #[test]
+    fn a_prefill_endpoint_whose_group_cannot_generate_is_no_candidate() {
+        let grouped = |port, role, group: &str| Endpoint { group: Some(group.into()), ..endpoint(port, role, &[]) };
+        let mut down = grouped(4, Role::Decode, "b");
+        down.state = State::Draining;
+        let fixture = Fixture::new(vec![
+            grouped(1, Role::Prefill, "a"),
+            grouped(2, Role::Prefill, "b"),
+            grouped(3, Role::Decode, "a"),
+            down,
+            endpoint(5, Role::Prefill, &[]),
+        ]);
+        assert_eq!(fixture.ports(&fixture.table.candidates("m").unwrap().prefill), [1, 5]);
     }
 
     #[test]
@@ -447,12 +507,9 @@ mod tests {
                 fixture.apply(&change);
                 let rebuilt = Fixture::new(after);
                 for model in ["m", "other"] {
-                    let sorted = |fixture: &Fixture| fixture.table.candidates(model).map(|set| {
-                        let (mut p, mut d) = (fixture.ports(&set.prefill), fixture.ports(&set.decode));
-                        p.sort_unstable();
-                        d.sort_unstable();
-                        (p, d)
-                    });
+                    let sorted = |fixture: &Fixture| {
+                        fixture.table.candidates(model).map(|set| (fixture.ports(&set.prefill), fixture.ports(&set.decode)))
+                    };
                     prop_assert_eq!(sorted(&fixture), sorted(&rebuilt));
                 }
             }

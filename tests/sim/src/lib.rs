@@ -45,6 +45,7 @@ pub use fault::{BadFault, FAULT_HEADER, Fault, Kind as FaultKind, Malformed, par
 pub use record::Recorded;
 pub use request::{expected_text, expected_texts};
 pub use stats::Stats;
+pub use timing::Timing;
 pub use tokens::{BYTES_PER_TOKEN, NATURAL_TOKENS_MAX, NATURAL_TOKENS_MIN, WRONG_PREFIX};
 
 use engine::{Mode, Pod};

@@ -1,0 +1,371 @@
+//! Our policy: pd-core's request machine, as the filter drives it, one state per worker.
+
+use std::collections::VecDeque;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use hashbrown::HashMap;
+use pd_core::hash::{BlockHash, prompt_hash};
+use pd_core::headers::Headers;
+use pd_core::request::{DECODE, Effect, Outcome, PrefillAnswer, Request};
+use pd_core::wire::{Endpoint, Role, Snapshot, WIRE_VERSION};
+use pd_core::worker::Worker;
+use pd_load::trace::BLOCK_TOKENS;
+
+use crate::load::{Job, Pods};
+
+/// Bytes of prompt text per token, and of the smallest hashed block: an eighth of the defaults, so that a block stands
+/// for as many tokens as there and a long trace is quick to write and read.
+const BYTES_PER_TOKEN: f64 = 0.5;
+const HASH_BLOCK_BYTES: usize = 64;
+const TEXT_BYTES: usize = (BLOCK_TOKENS as f64 * BYTES_PER_TOKEN) as usize;
+/// How often ledger entries are dropped whose end was never told.
+const PRUNE_EVERY: Duration = Duration::from_millis(250);
+/// Answer of a prefill leg, as vLLM gives it.
+const ANSWER: &[u8] = br#"{"id":"c","choices":[{"index":0,"text":"a","finish_reason":"length"}],"kv_transfer_params":{"do_remote_prefill":true,"do_remote_decode":false,"remote_block_ids":[[1]],"remote_engine_id":"e","remote_request_id":"r","remote_host":"10.0.0.1","remote_port":5600}}"#;
+
+/// How many brains there are, and how they talk.
+#[derive(Clone, Debug, Default)]
+pub struct Brains {
+    /// States that decide, each for the requests that come to it: workers that share nothing, or replicas.
+    pub count: usize,
+    /// How long after a decision the other states know of it; `None`: never.
+    pub exchange: Option<Duration>,
+    /// Members to put over those of the plugin configuration, objects by member.
+    pub config: serde_json::Value,
+}
+
+/// Gateway with pd-core in it.
+pub struct Filter {
+    states: Vec<Worker>,
+    streams: HashMap<usize, Stream>,
+    ports: Ports,
+    exchange: Option<Duration>,
+    changes: VecDeque<(Duration, usize, Change)>,
+    rng: fastrand::Rng,
+    pruned: Duration,
+}
+
+struct Stream {
+    state: usize,
+    request: Request,
+    /// What the other states are to be told, where they are.
+    tell: Option<Tell>,
+    prefill: usize,
+    decode: usize,
+}
+
+/// A request as the other states see it.
+#[derive(Clone)]
+struct Tell {
+    leg: u64,
+    tokens: f64,
+    blocks: Vec<BlockHash>,
+}
+
+/// What one state did.
+enum Change {
+    PrefillBegun { endpoint: SocketAddr, tell: Tell },
+    PrefillOver { endpoint: SocketAddr, leg: u64 },
+    DecodeBegun { endpoint: SocketAddr, tell: Tell },
+    DecodeOver { endpoint: SocketAddr, tokens: u64 },
+}
+
+#[derive(Clone, Copy)]
+struct Ports {
+    prefill: usize,
+}
+
+impl Ports {
+    fn prefill(self, at: usize) -> SocketAddr {
+        self.address(at)
+    }
+
+    fn decode(self, at: usize) -> SocketAddr {
+        self.address(self.prefill + at)
+    }
+
+    fn address(self, at: usize) -> SocketAddr {
+        SocketAddr::from((Ipv4Addr::from_bits(0x0a00_0001 + at as u32), 8_000))
+    }
+
+    fn place(text: &[u8]) -> Option<usize> {
+        let first = core::str::from_utf8(text).ok()?.split(',').next()?;
+        match first.parse().ok()? {
+            SocketAddr::V4(address) => (address.ip().to_bits() as usize).checked_sub(0x0a00_0001),
+            SocketAddr::V6(_) => None,
+        }
+    }
+}
+
+impl Filter {
+    /// A gateway in front of these servers.
+    ///
+    /// # Errors
+    /// When pd-core refuses its configuration.
+    pub fn new(pods: &Pods, brains: &Brains, seed: u64) -> Result<Self> {
+        let mut config = serde_json::json!({
+            "prefix": {"block_bytes": HASH_BLOCK_BYTES},
+            "pools": {"default": {
+                "split": {"mode": "always"},
+                "bytes_per_token": BYTES_PER_TOKEN,
+                "cache_tokens": pods.cache_tokens,
+            }},
+        });
+        merge(&mut config, &brains.config);
+        let ports = Ports { prefill: pods.prefill };
+        let prefill = (0..pods.prefill).map(|at| Endpoint::new(ports.prefill(at), Role::Prefill));
+        let decode = (0..pods.decode).map(|at| Endpoint::new(ports.decode(at), Role::Decode));
+        let snapshot = Snapshot {
+            wire: WIRE_VERSION,
+            epoch: "sim".to_owned(),
+            version: 1,
+            base: None,
+            endpoints: prefill.chain(decode).collect(),
+            removed: Vec::new(),
+        };
+        let mut states = Vec::new();
+        for _ in 0..brains.count.max(1) {
+            let mut worker = Worker::default();
+            worker.configure(config.to_string().as_bytes()).context("pd-core's configuration")?;
+            worker.apply(&snapshot.to_json()).context("the list of endpoints")?;
+            states.push(worker);
+        }
+        Ok(Self {
+            states,
+            streams: HashMap::new(),
+            ports,
+            exchange: brains.exchange,
+            changes: VecDeque::new(),
+            rng: fastrand::Rng::with_seed(seed),
+            pruned: Duration::ZERO,
+        })
+    }
+
+    /// A request comes: the prefill server that it goes to.
+    ///
+    /// # Errors
+    /// When pd-core does anything but start a prefill leg.
+    pub fn arrive(&mut self, number: usize, job: &Job, now: Duration) -> Result<usize> {
+        self.catch_up(now);
+        let at = if self.states.len() > 1 { self.rng.usize(..self.states.len()) } else { 0 };
+        let Some(state) = self.states.get_mut(at) else { bail!("no state") };
+        let mut request = Request::default();
+        request.headers(state, headers(), false, now);
+        let text = prompt(job);
+        let body = [br#"{"model":"m","prompt":"#, text.as_slice(), b"}"].concat();
+        let outcome = request.body(state, &body, now);
+        let call = outcome.effects.iter().find_map(|effect| match effect {
+            Effect::Call(call) => call.headers.get("x-pd-destination"),
+            _ => None,
+        });
+        let prefill = call.and_then(Ports::place).with_context(|| format!("no prefill leg: {outcome:?}"))?;
+        let tell = self.exchange.map(|_| Tell {
+            leg: number as u64 | 1 << 63,
+            tokens: text.len() as f64 / BYTES_PER_TOKEN,
+            blocks: prompt_hash(b"m", b"", &[&text], HASH_BLOCK_BYTES).blocks,
+        });
+        if let Some(tell) = &tell {
+            let endpoint = self.ports.prefill(prefill);
+            self.changed(now, at, Change::PrefillBegun { endpoint, tell: tell.clone() });
+        }
+        self.streams.insert(number, Stream { state: at, request, tell, prefill, decode: 0 });
+        Ok(prefill)
+    }
+
+    /// The prompt is computed: the decode server that the request goes to.
+    ///
+    /// # Errors
+    /// When pd-core chooses none.
+    pub fn prefilled(&mut self, number: usize, now: Duration) -> Result<usize> {
+        self.catch_up(now);
+        let stream = self.streams.get_mut(&number).context("no such request")?;
+        let state = self.states.get_mut(stream.state).context("no state")?;
+        let answer = PrefillAnswer::Answered { status: 200, content_type: Some(b"application/json"), body: ANSWER };
+        let Outcome { effects, .. } = stream.request.prefill_answer(state, answer, || None::<Vec<u8>>, now);
+        let decode = effects.iter().find_map(|effect| match effect {
+            Effect::SetState(DECODE, address) => Ports::place(address),
+            _ => None,
+        });
+        let decode = decode.and_then(|at| at.checked_sub(self.ports.prefill)).context("no decode server")?;
+        stream.decode = decode;
+        let (from, prefill, tell) = (stream.state, stream.prefill, stream.tell.clone());
+        if let Some(tell) = tell {
+            let leg = tell.leg;
+            self.changed(now, from, Change::PrefillOver { endpoint: self.ports.prefill(prefill), leg });
+            self.changed(now, from, Change::DecodeBegun { endpoint: self.ports.decode(decode), tell });
+        }
+        Ok(decode)
+    }
+
+    /// The first token is on its way to the client.
+    pub fn first_token(&mut self, number: usize, now: Duration) {
+        if let Some(stream) = self.streams.get_mut(&number)
+            && let Some(state) = self.states.get_mut(stream.state)
+        {
+            let upstream = self.ports.decode(stream.decode).to_string();
+            stream.request.response_headers(state, Some(upstream.as_bytes()), now);
+            stream.request.first_byte(state, now);
+        }
+    }
+
+    /// The request is over.
+    pub fn done(&mut self, number: usize, now: Duration) {
+        let Some(mut stream) = self.streams.remove(&number) else { return };
+        if let Some(state) = self.states.get_mut(stream.state) {
+            stream.request.done(state, now);
+        }
+        if let Some(tell) = stream.tell {
+            let endpoint = self.ports.decode(stream.decode);
+            self.changed(now, stream.state, Change::DecodeOver { endpoint, tokens: tell.tokens as u64 });
+        }
+    }
+
+    fn changed(&mut self, now: Duration, from: usize, change: Change) {
+        if let Some(delay) = self.exchange {
+            self.changes.push_back((now + delay, from, change));
+        }
+    }
+
+    /// Tells the states what others did, when its time has come.
+    fn catch_up(&mut self, now: Duration) {
+        if now >= self.pruned + PRUNE_EVERY {
+            self.pruned = now;
+            self.states.iter_mut().for_each(|state| state.prune(now));
+        }
+        while self.changes.front().is_some_and(|(due, ..)| *due <= now) {
+            let Some((due, from, change)) = self.changes.pop_front() else { return };
+            for (_, state) in self.states.iter_mut().enumerate().filter(|(at, _)| *at != from) {
+                change.apply(state, due);
+            }
+        }
+    }
+}
+
+impl Change {
+    fn apply(&self, state: &mut Worker, now: Duration) {
+        let (Self::PrefillBegun { endpoint, .. }
+        | Self::PrefillOver { endpoint, .. }
+        | Self::DecodeBegun { endpoint, .. }
+        | Self::DecodeOver { endpoint, .. }) = self;
+        let id = pd_core::wire::EndpointId { address: *endpoint, rank: None };
+        let Some(at) = state.table.find(id) else { return };
+        let Ok(config) = state.config.clone() else { return };
+        let pool = config.pool("default");
+        match self {
+            Self::PrefillBegun { tell, .. } => {
+                let matched = pd_core::hash::prefix_units(state.index.matched(at, &tell.blocks));
+                let held = (matched * HASH_BLOCK_BYTES) as f64 / BYTES_PER_TOKEN;
+                let seconds = pool.cost.seconds(tell.tokens, held);
+                if let Some(slot) = state.table.get_mut(at) {
+                    slot.prefill.add(tell.leg, seconds, now, now + pool.prefill_timeout);
+                }
+                state.index.insert(at, &tell.blocks);
+            }
+            Self::PrefillOver { leg, .. } => {
+                if let Some(slot) = state.table.get_mut(at) {
+                    slot.prefill.remove(*leg, now);
+                }
+            }
+            Self::DecodeBegun { tell, .. } => {
+                if let Some(slot) = state.table.get_mut(at) {
+                    slot.decode.add(tell.tokens as u64);
+                }
+                state.index.insert(at, &tell.blocks);
+            }
+            Self::DecodeOver { tokens, .. } => {
+                if let Some(slot) = state.table.get_mut(at) {
+                    slot.decode.remove(*tokens);
+                }
+            }
+        }
+    }
+}
+
+fn merge(config: &mut serde_json::Value, over: &serde_json::Value) {
+    match (config, over) {
+        (serde_json::Value::Object(config), serde_json::Value::Object(over)) => {
+            for (key, value) in over {
+                merge(config.entry(key).or_insert(serde_json::Value::Null), value);
+            }
+        }
+        (_, serde_json::Value::Null) => {}
+        (config, over) => config.clone_from(over),
+    }
+}
+
+fn headers() -> Headers {
+    Headers::from_pairs([(":method", "POST"), (":path", "/v1/completions"), (":authority", "gateway")])
+}
+
+/// The prompt as a JSON string: equal blocks are equal text, a cut block is the begin of the whole one.
+fn prompt(job: &Job) -> Vec<u8> {
+    let bytes = (job.tokens as f64 * BYTES_PER_TOKEN) as usize;
+    let mut text = Vec::with_capacity(bytes + TEXT_BYTES);
+    text.push(b'"');
+    for block in &job.blocks {
+        let word = format!("{:016x}", block.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        text.extend(core::iter::repeat_n(word.as_bytes(), TEXT_BYTES / word.len()).flatten());
+    }
+    text.truncate(bytes + 1);
+    text.push(b'"');
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PODS: Pods = Pods { prefill: 4, decode: 2, cache_tokens: 100_000, fast_tokens: 100_000 };
+
+    fn job(blocks: &[u64], at_ms: u64) -> Job {
+        let tokens = blocks.len() as u64 * BLOCK_TOKENS;
+        Job { at: Duration::from_millis(at_ms), tokens, output: 3, blocks: blocks.to_vec() }
+    }
+
+    fn serve(filter: &mut Filter, number: usize, job: &Job) -> usize {
+        let prefill = filter.arrive(number, job, job.at).unwrap();
+        assert!(filter.prefilled(number, job.at).unwrap() < PODS.decode);
+        filter.first_token(number, job.at);
+        filter.done(number, job.at);
+        prefill
+    }
+
+    #[test]
+    fn text_is_as_long_as_the_prompt_and_cut_blocks_begin_alike() {
+        let whole = job(&[1, 2, 3], 0);
+        let cut = Job { tokens: 1_100, ..whole.clone() };
+        let (whole, cut) = (prompt(&whole), prompt(&cut));
+        assert_eq!((whole.len(), cut.len()), (3 * TEXT_BYTES + 2, 552));
+        assert_eq!(whole[..551], cut[..551]);
+        assert_ne!(prompt(&job(&[1], 0)), prompt(&job(&[2], 0)));
+    }
+
+    #[test]
+    fn the_next_turn_goes_where_the_one_before_went() {
+        let mut filter = Filter::new(&PODS, &Brains::default(), 1).unwrap();
+        for number in 0..20 {
+            let id = 100 * (number as u64 + 1);
+            let first = serve(&mut filter, 2 * number, &job(&[id, id + 1], 0));
+            assert_eq!(serve(&mut filter, 2 * number + 1, &job(&[id, id + 1, id + 2], 1)), first);
+        }
+    }
+
+    #[test]
+    fn states_know_of_each_other_after_the_delay() {
+        let brains = Brains { count: 2, exchange: Some(Duration::from_millis(50)), ..Brains::default() };
+        let mut filter = Filter::new(&PODS, &brains, 1).unwrap();
+        let text = prompt(&job(&[1, 2], 0));
+        let blocks = prompt_hash(b"m", b"", &[&text], HASH_BLOCK_BYTES).blocks;
+        serve(&mut filter, 0, &job(&[1, 2], 0));
+        let knowing = |filter: &Filter| filter.states.iter().filter(|state| state.index.knows(blocks[0])).count();
+        filter.catch_up(Duration::from_millis(49));
+        assert_eq!(knowing(&filter), 1);
+        filter.catch_up(Duration::from_millis(50));
+        assert_eq!(knowing(&filter), 2);
+        for state in &filter.states {
+            assert!(state.table.iter().all(|(_, slot)| slot.prefill.is_empty()), "what began is over");
+        }
+    }
+}

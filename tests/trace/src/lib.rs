@@ -1,0 +1,12 @@
+//! A simulation of prefill and decode servers in which pd-core itself decides, beside the field's rules and an oracle.
+//!
+//! Discrete events, no clock and no network: the same trace, seed and code give the same figures. It leaves out what
+//! does not depend on who is chosen: failures, networks, the decider (every request is split).
+
+pub mod cache;
+pub mod filter;
+pub mod generate;
+pub mod load;
+pub mod pods;
+pub mod rules;
+pub mod sim;
