@@ -126,7 +126,11 @@ fn a_failed_prefill_leg_beside_its_decode_leg_is_an_error_at_once() {
                     let body = request(CHAT, &new_prompt(), &format!(r#","max_tokens":8,"stream":{stream}"#));
                     let sent = Instant::now();
                     let answer = client.post(CHAT, body).await;
-                    assert_eq!((answer.status, answer.reason().unwrap_or("prefill_answer")), (status, reason), "{engine:?} {fault}");
+                    assert_eq!(
+                        (answer.status, answer.reason().unwrap_or("prefill_answer")),
+                        (status, reason),
+                        "{engine:?} {fault}"
+                    );
                     assert!(sent.elapsed() < Duration::from_secs(5), "{engine:?} {fault}: {:?}", sent.elapsed());
                 }
                 rig.until_idle().await;
@@ -155,7 +159,8 @@ fn a_data_parallel_rank_is_told_to_each_leg() {
         assert_right(&answer, &body);
         let ranks = [&rig.prefill, &rig.decode].map(|engines| {
             let leg = only(engines);
-            leg.headers.get_all("x-data-parallel-rank").iter().map(|rank| rank.to_str().unwrap().to_owned()).collect()
+            let ranks = leg.headers.get_all("x-data-parallel-rank").iter();
+            ranks.map(|rank| rank.to_str().unwrap().to_owned()).collect::<Vec<_>>()
         });
         assert_eq!(ranks, [vec!["3".to_owned()], vec!["5".to_owned()]]);
         // Without a rank there is no such header.

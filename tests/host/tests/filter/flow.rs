@@ -128,7 +128,7 @@ fn every_api_is_split_and_limited_in_its_own_words() {
         ("/v1/completions", format!(r#"{{"model":"m","prompt":"{prompt}"}}"#), &["max_tokens"]),
         ("/v1/responses", format!(r#"{{"model":"m","input":"{prompt}"}}"#), &["max_output_tokens"]),
         ("/v1/messages", format!(r#"{{"model":"m","messages":[{{"content":"{prompt}"}}]}}"#), &["max_tokens"]),
-        ("/inference/v1/generate", format!(r#"{{"model":"m","token_ids":[{ids}]}}"#), &["max_tokens"]),
+        ("/inference/v1/generate", format!(r#"{{"model":"m","token_ids":[{ids}]}}"#), &["sampling_params/max_tokens"]),
     ] {
         let gateway = Gateway::new(&two_and_two());
         let stream = Request::post(path, &body).send(&gateway);
@@ -136,7 +136,7 @@ fn every_api_is_split_and_limited_in_its_own_words() {
         assert_eq!(call.header(":path"), Some(path.as_bytes()));
         let sent: Value = serde_json::from_slice(&call.body).unwrap();
         for limit in limits {
-            assert_eq!(sent[limit], 1, "{path}");
+            assert_eq!(sent.pointer(&format!("/{limit}")), Some(&Value::from(1)), "{path}");
         }
         assert_eq!(sent["stream"], false, "{path}");
         assert_eq!(sent["kv_transfer_params"]["do_remote_decode"], true, "{path}");
