@@ -22,6 +22,8 @@ pub type HostResult<T> = Result<T, HostError>;
 pub enum Map {
     /// Request headers; gone once the headers phase is over.
     RequestHeaders = 0,
+    /// Response headers, while they are told.
+    ResponseHeaders = 2,
     /// Headers of a call-out's answer, while it is told.
     CallHeaders = 6,
 }
@@ -195,6 +197,13 @@ pub fn resume_request() -> HostResult<()> {
     const HTTP_REQUEST: u32 = 0;
     // SAFETY: no pointers.
     check(unsafe { abi::proxy_continue_stream(HTTP_REQUEST) })
+}
+
+/// Lets a response go on whose headers were held back. Do it as the last act of a callback.
+pub fn resume_response() -> HostResult<()> {
+    const HTTP_RESPONSE: u32 = 1;
+    // SAFETY: no pointers.
+    check(unsafe { abi::proxy_continue_stream(HTTP_RESPONSE) })
 }
 
 /// Defines a metric, or finds the one of that name.

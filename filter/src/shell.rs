@@ -22,9 +22,8 @@ const BUILD: &str = match option_env!("PD_BUILD") {
     Some(build) => build,
     None => "unknown",
 };
-/// What this build was made with and speaks.
-const FEATURES: &str =
-    if cfg!(target_feature = "simd128") { "simd128,vllm-nixl,vllm-shared" } else { "vllm-nixl,vllm-shared" };
+/// What this build was made with.
+const FEATURES: &str = if cfg!(target_feature = "simd128") { "simd128" } else { "none" };
 
 const LAST_GOOD_CONFIG_KEY: &str = "pd/config";
 const NOT_FOUND: HostError = HostError(1);

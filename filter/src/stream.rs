@@ -57,11 +57,15 @@ impl Stream {
                     shell.expect_ok("edit body", edited);
                 }
                 Effect::Call(call) => {
-                    let token = host::call(&call.cluster, &call.headers, Some(&call.body), call.timeout);
+                    let body = Some(call.body.as_slice()).filter(|body| !body.is_empty());
+                    let token = host::call(&call.cluster, &call.headers, body, call.timeout);
                     self.call = shell.expect_ok(&call.cluster, token);
                     if self.call.is_none() {
                         return Err(CallRefused);
                     }
+                }
+                Effect::ResumeResponse => {
+                    shell.expect_ok("resume response", host::resume_response());
                 }
                 Effect::Reply(reply) => {
                     let sent = host::reply(reply.status, reply.reason, &reply.headers, &reply.body);
@@ -151,8 +155,11 @@ impl HttpContext for Stream {
             // Envoy names the host that it tried last, also where none answered and the answer is its own.
             let is_envoys = host::property("response\0code_details").is_ok_and(|details| details != b"via_upstream");
             let upstream = if is_envoys { None } else { host::property("upstream\0address").ok() };
+            let wants_status = self.request.wants_status();
+            let status = wants_status.then(|| host::headers(Map::ResponseHeaders).ok().as_ref().and_then(call_status));
             if let Ok(mut shell) = self.shell.try_borrow_mut() {
-                self.request.response_headers(&mut shell.worker, upstream.as_deref(), host::now());
+                let (worker, upstream) = (&mut shell.worker, upstream.as_deref());
+                return action(self.request.response_headers(worker, upstream, status.flatten(), host::now()));
             }
         }
         Action::Continue

@@ -97,6 +97,23 @@ impl Config {
         at(named(at(self.http(), "/http_filters"), "pd"), "/typed_config/config")
     }
 
+    /// Adds a cluster of fixed hosts that are chosen as the engines' are.
+    ///
+    /// # Panics
+    /// When the list of clusters is no list.
+    pub fn add_cluster(&mut self, name: &str, hosts: &[SocketAddr]) {
+        let policy = self.cluster("engines")["load_balancing_policy"].clone();
+        let hosts = hosts.iter().map(|host| json!({"endpoint": {"address": socket_address(*host)}}));
+        let cluster = json!({
+            "name": name,
+            "type": "STATIC",
+            "connect_timeout": "1s",
+            "load_balancing_policy": policy,
+            "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": hosts.collect::<Vec<_>>()}]},
+        });
+        at(&mut self.root, "/static_resources/clusters").as_array_mut().expect("a list").push(cluster);
+    }
+
     /// A cluster.
     pub fn cluster(&mut self, name: &str) -> &mut Value {
         named(at(&mut self.root, "/static_resources/clusters"), name)

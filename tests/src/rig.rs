@@ -97,6 +97,13 @@ impl Builder {
         self
     }
 
+    /// Changes the configuration of the prefill engines; the second argument counts them.
+    #[must_use]
+    pub fn prefill_engines(mut self, change: impl Fn(&mut pd_sim::Config, usize)) -> Self {
+        self.prefill.iter_mut().enumerate().for_each(|(i, config)| change(config, i));
+        self
+    }
+
     /// Changes the configuration of the decode engines; the second argument counts them.
     #[must_use]
     pub fn decode_engines(mut self, change: impl Fn(&mut pd_sim::Config, usize)) -> Self {
@@ -449,7 +456,13 @@ impl Places {
 
 /// The list's entries for some engines.
 pub fn entries<'a>(engines: impl IntoIterator<Item = &'a Handle>, role: &str) -> impl Iterator<Item = Value> {
-    engines.into_iter().map(move |engine| json!({"address": engine.addr().to_string(), "role": role}))
+    engines.into_iter().map(move |engine| {
+        let mut entry = json!({"address": engine.addr().to_string(), "role": role});
+        if role == "prefill" {
+            entry["bootstrap_port"] = engine.bootstrap_addr().port().into();
+        }
+        entry
+    })
 }
 
 /// Text of pd-control's file.

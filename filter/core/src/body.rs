@@ -84,6 +84,8 @@ keys! {
     "instructions" Instructions,
     "tools" Tools,
     "previous_response_id" PreviousResponseId,
+    "background" Background,
+    "store" Store,
     // The answer.
     "stream" Stream,
     "stream_options" StreamOptions,

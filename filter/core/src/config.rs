@@ -32,6 +32,8 @@ pub struct Config {
     pub revision: String,
     /// Envoy cluster of the prefill leg. One cluster over all engine pods usually carries both legs.
     pub cluster: String,
+    /// Envoy cluster of the prefill endpoints' bootstrap servers, which Mooncake's engine ids are asked from.
+    pub bootstrap_cluster: String,
     /// Request header that the route fills from filter state and the cluster's `override_host` policy reads.
     pub destination_header: String,
     /// Where the endpoint list comes from; absent: from `endpoints` alone.
@@ -89,6 +91,8 @@ pub struct Pool {
     pub prefill_attempts: u32,
     /// Longest prefill leg.
     pub prefill_timeout: Duration,
+    /// Port of a prefill endpoint's bootstrap server (SGLang, Mooncake) where the endpoint does not say.
+    pub bootstrap_port: u16,
     /// Alternates named beside the decode endpoint for Envoy's connect-failure retry, 0 to 4.
     pub alternates: usize,
     /// Prefill seconds of a prompt.
@@ -154,6 +158,7 @@ pub enum OnPrefillFailure {
 struct Raw {
     revision: String,
     cluster: String,
+    bootstrap_cluster: Option<String>,
     destination_header: String,
     control: Option<RawControl>,
     endpoints: Vec<Map<String, Value>>,
@@ -168,6 +173,7 @@ impl Default for Raw {
         Self {
             revision: String::new(),
             cluster: "engines".to_owned(),
+            bootstrap_cluster: None,
             destination_header: "x-pd-destination".to_owned(),
             control: None,
             endpoints: Vec::new(),
@@ -223,6 +229,7 @@ struct RawPool {
     on_prefill_failure: OnPrefillFailure,
     prefill_attempts: u32,
     prefill_timeout_ms: u64,
+    bootstrap_port: u16,
     alternates: usize,
     cost: RawCost,
     affinity_weight: f64,
@@ -239,6 +246,7 @@ impl Default for RawPool {
             on_prefill_failure: OnPrefillFailure::DecodeOnly,
             prefill_attempts: 2,
             prefill_timeout_ms: 60_000,
+            bootstrap_port: 8_998,
             alternates: 2,
             cost: RawCost::default(),
             affinity_weight: 3.0,
@@ -326,6 +334,8 @@ impl Config {
             _ => return Err(ConfigError::new("plugin configuration", "must be a JSON object")),
         };
         check_name("cluster", &raw.cluster)?;
+        let bootstrap_cluster = raw.bootstrap_cluster.unwrap_or_else(|| raw.cluster.clone());
+        check_name("bootstrap_cluster", &bootstrap_cluster)?;
         check_header_name("destination_header", &raw.destination_header)?;
         for header in &raw.trusted_headers {
             if header != PHASE_HEADER && header != PREFILLER_HEADER {
@@ -350,6 +360,7 @@ impl Config {
         Ok(Self {
             revision: raw.revision,
             cluster: raw.cluster,
+            bootstrap_cluster,
             destination_header: raw.destination_header,
             control,
             endpoints,
@@ -408,11 +419,9 @@ impl Control {
 impl Pool {
     fn check(key: &str, raw: &RawPool) -> Result<Self, ConfigError> {
         let at = |name: &str| format!("{key}.{name}");
-        if !matches!(raw.engine, Engine::VllmNixl | Engine::VllmShared) {
-            return Err(ConfigError::new(&at("engine"), "this version speaks vllm-nixl and vllm-shared"));
-        }
         check_range(&at("prefill_attempts"), f64::from(raw.prefill_attempts), 1.0, 8.0)?;
         check_range(&at("prefill_timeout_ms"), raw.prefill_timeout_ms as f64, 1.0, 3_600_000.0)?;
+        check_range(&at("bootstrap_port"), f64::from(raw.bootstrap_port), 1.0, 65_535.0)?;
         check_range(&at("alternates"), raw.alternates as f64, 0.0, 4.0)?;
         check_range(&at("cost.a_ms"), raw.cost.a_ms, 0.0, 60_000.0)?;
         check_range(&at("cost.b_us"), raw.cost.b_us, 0.0, 1e6)?;
@@ -436,6 +445,7 @@ impl Pool {
             on_prefill_failure: raw.on_prefill_failure,
             prefill_attempts: raw.prefill_attempts,
             prefill_timeout: Duration::from_millis(raw.prefill_timeout_ms),
+            bootstrap_port: raw.bootstrap_port,
             alternates: raw.alternates,
             cost: Cost { a: raw.cost.a_ms * 1e-3, b: raw.cost.b_us * 1e-6, c: raw.cost.c_ns * 1e-9 },
             affinity_weight: raw.affinity_weight,
@@ -518,7 +528,9 @@ mod tests {
             (r#"{"cluster":1}"#, "line 1 column"),
             (r#"{"pools":{"default":{"splt":{}}}}"#, "splt"),
             (r#"{"pools":{"a":{"prefill_attempts":0}}}"#, "pools.a.prefill_attempts"),
-            (r#"{"pools":{"a":{"engine":"sglang"}}}"#, "pools.a.engine"),
+            (r#"{"pools":{"a":{"engine":"sglong"}}}"#, "sglong"),
+            (r#"{"pools":{"a":{"bootstrap_port":0}}}"#, "pools.a.bootstrap_port"),
+            (r#"{"bootstrap_cluster":""}"#, "bootstrap_cluster"),
             (r#"{"control":{}}"#, "cluster"),
             (r#"{"control":{"cluster":"c","wait_ms":1}}"#, "control.wait_ms"),
             (r#"{"endpoints":[{"address":"10.0.0.1:1","role":"both","wieght":1}]}"#, "endpoints[0].wieght"),

@@ -3,11 +3,12 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use crate::body::{Api, Key, Scan};
+use crate::body::{Api, Key, KeySet, Scan};
 use crate::config::{Config, PREFILLER_HEADER, Pool};
 use crate::engine;
 use crate::hash::prompt_hash;
 use crate::headers::Headers;
+use crate::json;
 use crate::metrics::Metric;
 use crate::reply::Rejection;
 use crate::schedule::Prompt;
@@ -59,6 +60,8 @@ pub(crate) struct Work {
     pub(crate) candidates: Arc<Candidates>,
     pub(crate) prompt: Prompt,
     pub(crate) output_tokens: u64,
+    /// Sequences, where the body asks for a batch of them.
+    pub(crate) batch: Option<u32>,
     pub(crate) body_bytes: usize,
     /// How the body becomes an engine's, when it is known what to put in front.
     pub(crate) plan: HeadPlan,
@@ -101,8 +104,11 @@ const NOT_FORWARDED: &[&[u8]] = &[
     b"upgrade",
 ];
 
-/// Headers of the prefill leg: the client's, and the destination.
-pub(crate) fn leg_headers(headers: &Headers, config: &Config, destination: &[u8]) -> Headers {
+/// Header that tells the ranks behind one address apart.
+const RANK_HEADER: &[u8] = b"x-data-parallel-rank";
+
+/// Headers of the prefill leg: the client's, the destination, and the rank there if it has one.
+pub(crate) fn leg_headers(headers: &Headers, config: &Config, destination: &[u8], rank: Option<u32>) -> Headers {
     const PSEUDO: &[&[u8]] = &[b":method", b":path", b":authority", b":scheme"];
     let forwarded = |name: &[u8]| {
         PSEUDO.contains(&name)
@@ -112,7 +118,15 @@ pub(crate) fn leg_headers(headers: &Headers, config: &Config, destination: &[u8]
                 || is_ours(name, config))
     };
     let own = (config.destination_header.as_bytes(), destination);
-    Headers::from_pairs(headers.iter().filter(|(name, _)| forwarded(name)).chain([own]))
+    let rank = rank.map(|rank| rank.to_string());
+    let rank = rank.as_ref().map(|rank| (RANK_HEADER, rank.as_bytes()));
+    Headers::from_pairs(headers.iter().filter(|(name, _)| forwarded(name)).chain([own]).chain(rank))
+}
+
+/// Headers of a question to a bootstrap server.
+pub(crate) fn question_headers(config: &Config, path: &str, server: &str) -> Headers {
+    let own = [(":method", "GET"), (":path", path), (":authority", server), (":scheme", "http")];
+    Headers::from_pairs(own.into_iter().chain([(config.destination_header.as_str(), server)]))
 }
 
 /// The path as a server understands it: percent-encoding undone, so that no spelling of a path gets past the scan.
@@ -167,13 +181,16 @@ pub(crate) fn read_body(
         block_tokens: config.prefix.block_bytes as f64 / pool.bytes_per_token,
         key: distinctive.map_or(hash.head, |block| block.0),
         is_unseen: distinctive.is_some_and(|block| !worker.index.knows(block)),
+        is_several: asks_for_several(body, scan),
         hash,
     };
+    let batch = batch(api, body, scan);
+    let prompt = Prompt { is_several: prompt.is_several || batch.is_some_and(|batch| batch > 1), ..prompt };
     worker.counts.add(Metric::PromptTokens, prompt.tokens as i64);
     let limits = [Key::MaxCompletionTokens, Key::MaxTokens, Key::MaxOutputTokens];
     let limit = limits.into_iter().find_map(|key| scan.u64(body, key));
     let output_tokens = limit.unwrap_or(EXPECTED_OUTPUT_TOKENS).min(EXPECTED_OUTPUT_TOKENS);
-    let plan = engine::decode_plan(body, scan);
+    let plan = engine::decode_plan(body, scan, KeySet::EMPTY);
     Ok(Work {
         config,
         headers,
@@ -182,6 +199,7 @@ pub(crate) fn read_body(
         candidates,
         prompt,
         output_tokens,
+        batch,
         body_bytes: body.len(),
         plan,
     })
@@ -199,9 +217,63 @@ fn prompt_parts<'a>(api: Api, body: &'a [u8], scan: &Scan) -> Vec<&'a [u8]> {
     keys.iter().filter_map(|key| scan.raw(body, *key)).collect()
 }
 
+/// Whether more answers than one are asked for, or several are computed to give one.
+fn asks_for_several(body: &[u8], scan: &Scan) -> bool {
+    let one: [&[u8]; 4] = [b"1", b"1.0", b"null", b"false"];
+    let keys = [Key::N, Key::BestOf, Key::UseBeamSearch];
+    let is_several = |key: &str, value: &[u8]| keys.iter().any(|asks| asks.name() == key) && !one.contains(&value);
+    let nested = scan.raw(body, Key::SamplingParams).unwrap_or_default();
+    keys.iter().any(|key| scan.raw(body, *key).is_some_and(|value| is_several(key.name(), value)))
+        || json::members(nested).any(|(key, value)| is_several(&key, value))
+}
+
+/// Sequences that SGLang keeps apart, as its own router counts them: prompts of a batch, answers of a chat. `None`
+/// where there is one and no list of them.
+fn batch(api: Api, body: &[u8], scan: &Scan) -> Option<u32> {
+    match api {
+        Api::Completions => {
+            let prompts = scan.raw(body, Key::Prompt)?;
+            let first = prompts.strip_prefix(b"[")?.trim_ascii_start().first()?;
+            let count = matches!(first, b'"' | b'[').then(|| json::elements(prompts).count())?;
+            Some(u32::try_from(count).unwrap_or(u32::MAX))
+        }
+        Api::Chat => {
+            let answers = scan.u64(body, Key::N).filter(|n| *n > 1)?;
+            Some(u32::try_from(answers).unwrap_or(u32::MAX))
+        }
+        Api::Responses | Api::Messages | Api::Generate => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::body::scan;
+
+    #[test]
+    fn sequences_are_counted_as_the_engines_do() {
+        for (api, body, expected) in [
+            (Api::Completions, r#"{"prompt":"a"}"#, (None, false)),
+            (Api::Completions, r#"{"prompt":[1,2,3]}"#, (None, false)),
+            (Api::Completions, r#"{"prompt":["a"]}"#, (Some(1), false)),
+            (Api::Completions, r#"{"prompt": [ "a" , "b"]}"#, (Some(2), false)),
+            (Api::Completions, r#"{"prompt":[[1],[2,3],[4]]}"#, (Some(3), false)),
+            (Api::Completions, r#"{"prompt":[],"best_of":2}"#, (None, true)),
+            (Api::Completions, r#"{"prompt":"a","use_beam_search":true}"#, (None, true)),
+            (Api::Chat, r#"{"n":1}"#, (None, false)),
+            (Api::Chat, r#"{"n":3}"#, (Some(3), true)),
+            (Api::Chat, r#"{"n":2.0}"#, (None, true)),
+            (Api::Chat, r#"{"n":null,"use_beam_search":false}"#, (None, false)),
+            (Api::Chat, r#"{"n":18446744073709551615}"#, (Some(u32::MAX), true)),
+            (Api::Generate, r#"{"sampling_params":{"n":2}}"#, (None, true)),
+            (Api::Generate, r#"{"sampling_params":{"n":1,"seed":2}}"#, (None, false)),
+            (Api::Messages, r#"{"n":3}"#, (None, true)),
+        ] {
+            let scan = scan(body.as_bytes()).unwrap();
+            let counted = (batch(api, body.as_bytes(), &scan), asks_for_several(body.as_bytes(), &scan));
+            assert_eq!(counted, expected, "{body}");
+        }
+    }
 
     #[test]
     fn percent_encoding_hides_no_path() {
@@ -251,12 +323,23 @@ mod tests {
             ("x-custom", "evil"),
             ("x-prefiller-host-port", "evil"),
         ];
-        let leg = leg_headers(&Headers::from_pairs(headers), &config, b"10.0.0.1:1");
+        let leg = leg_headers(&Headers::from_pairs(headers), &config, b"10.0.0.1:1", Some(3));
         let names: Vec<_> = leg.iter().map(|(name, _)| core::str::from_utf8(name).unwrap()).collect();
         assert_eq!(
             names,
-            [":method", ":path", ":authority", ":scheme", "authorization", "x-request-id", "x-request-id", "x-custom"]
+            [
+                ":method",
+                ":path",
+                ":authority",
+                ":scheme",
+                "authorization",
+                "x-request-id",
+                "x-request-id",
+                "x-custom",
+                "x-data-parallel-rank"
+            ]
         );
+        assert_eq!(leg.get("x-data-parallel-rank"), Some(&b"3"[..]));
         assert_eq!(leg.get("x-custom"), Some(&b"10.0.0.1:1"[..]));
     }
 

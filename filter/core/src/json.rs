@@ -240,6 +240,34 @@ pub fn members(object: &[u8]) -> impl Iterator<Item = (Cow<'_, str>, &[u8])> {
     })
 }
 
+/// A JSON object with another value for every member of one (decoded) key, or with that member in front if it has none;
+/// all else stays as it stands. `None` if `object` is no valid object.
+#[must_use]
+pub fn with_member(object: &[u8], key: &str, value: &[u8]) -> Option<Vec<u8>> {
+    let mut scanner = Scanner::new(object).ok().filter(|_| object.first() == Some(&b'{'))?;
+    scanner.advance(1);
+    let mut out = Vec::with_capacity(object.len().saturating_add(value.len()));
+    let (mut copied, mut first, mut found) = (0, true, false);
+    while let Some(member) = scanner.member(1, core::mem::take(&mut first)).ok()? {
+        if unescape(member.key.span.get(object))? == key {
+            out.extend_from_slice(slice(object, copied, member.value.start));
+            out.extend_from_slice(value);
+            copied = member.value.end;
+            found = true;
+        }
+        if !member.more {
+            break;
+        }
+    }
+    scanner.finish().ok()?;
+    if !found {
+        let comma: &[u8] = if members(object).next().is_some() { b"," } else { b"" };
+        return Some([format!("{{\"{key}\":").as_bytes(), value, comma, object.get(1..)?].concat());
+    }
+    out.extend_from_slice(object.get(copied as usize..)?);
+    Some(out)
+}
+
 /// The elements of a JSON array as [`members`] gives those of an object.
 pub fn elements(array: &[u8]) -> impl Iterator<Item = &[u8]> {
     let mut scanner = Scanner::new(array).ok().filter(|_| array.first() == Some(&b'['));
@@ -254,4 +282,25 @@ pub fn elements(array: &[u8]) -> impl Iterator<Item = &[u8]> {
         }
         element.map(|(value, _)| value.get(array))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_members_value_is_replaced_and_all_else_stays() {
+        for (object, expected) in [
+            (r#"{"a":1, "k" : [2],"b":1e5 }"#, r#"{"a":1, "k" : "v","b":1e5 }"#),
+            (r#"{"\u006b":1,"k":2}"#, r#"{"\u006b":"v","k":"v"}"#),
+            (r#"{"a":1}"#, r#"{"k":"v","a":1}"#),
+            ("{ }", r#"{"k":"v" }"#),
+        ] {
+            let changed = with_member(object.as_bytes(), "k", br#""v""#).unwrap();
+            assert_eq!(String::from_utf8(changed).unwrap(), expected);
+        }
+        for object in ["", "[]", "null", "{", r#"{"k":}"#, r#"{"k":1}x"#] {
+            assert_eq!(with_member(object.as_bytes(), "k", b"1"), None, "{object}");
+        }
+    }
 }

@@ -23,6 +23,8 @@ pub enum Rejection {
     InvalidPhase,
     /// The body is larger than this many bytes.
     TooLarge(usize),
+    /// One request asks for more than this many sequences of an engine that is told of each.
+    TooManySequences(u32),
     /// No endpoint of the needed role is ready.
     NoEndpoint,
     /// Prefill failed on every endpoint tried, and the pool's policy is `fail`.
@@ -54,6 +56,7 @@ impl Rejection {
             Self::UnknownModel { .. } => (404, "not_found_error", Some("model"), "unknown_model"),
             Self::InvalidPhase => (400, "invalid_request_error", None, "invalid_phase"),
             Self::TooLarge(_) => (413, "invalid_request_error", None, "too_large"),
+            Self::TooManySequences(_) => (400, "invalid_request_error", None, "too_many_sequences"),
             Self::NoEndpoint => (503, "service_unavailable_error", None, "no_endpoint"),
             Self::PrefillFailed => (503, "service_unavailable_error", None, "prefill_failed"),
             Self::NotConfigured(_) => (503, "service_unavailable_error", None, "not_configured"),
@@ -70,6 +73,7 @@ impl Rejection {
             }
             Self::InvalidPhase => "x-pd-phase must be `prefill` or `decode`".to_owned(),
             Self::TooLarge(limit) => format!("the request body is larger than {limit} bytes"),
+            Self::TooManySequences(limit) => format!("a request may have {limit} prompts or answers at most"),
             Self::NoEndpoint => "no endpoint is ready for this model".to_owned(),
             Self::PrefillFailed => "no prefill endpoint could compute the prompt".to_owned(),
             Self::NotConfigured(why) => format!("the prefill/decode filter has no valid configuration: {why}"),

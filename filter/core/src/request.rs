@@ -6,28 +6,37 @@
 //!  │                └─ served whole ─┴──────────────▶ Sent
 //!  └─ nothing to read ──────────────────────────────▶ Sent            anywhere: Reply ─▶ Over
 //! ```
+//! Where an engine wants both legs at once, the request is Sent while its prefill leg is in flight, and the answer's
+//! headers are held back until that leg has ended well: until then a failure can still become an error answer.
+//!
 //! The shell calls one method per Envoy callback and carries out the [`Outcome`]. Events that do not fit the state (late
 //! answers, callbacks after a reply) change nothing.
 
 use core::time::Duration;
 use std::sync::Arc;
 
-use crate::body::{Api, Scan, scan};
+use crate::body::{Api, KeySet, Scan, scan};
 use crate::config::{Config, OnPrefillFailure, PHASE_HEADER, PREFILLER_HEADER};
-use crate::engine::{self, Handover};
+use crate::engine::{self, Handover, Pair, Shape};
 use crate::headers::Headers;
 use crate::index::EndpointIndex;
-use crate::intake::{Intake, Phase, Work, decoded_path, endpoint_ids, is_ours, leg_headers, read_body};
+use crate::intake::{
+    Intake, Phase, Work, decoded_path, endpoint_ids, is_ours, leg_headers, question_headers, read_body,
+};
 use crate::metrics::Metric;
 use crate::reply::{Rejection, Reply};
-use crate::schedule::{Decision, Pick, Prompt, Scheduler};
-use crate::splice::HeadEdit;
+use crate::schedule::{Decision, Partner, Pick, Prompt, Scheduler};
+use crate::splice::{HeadEdit, HeadPlan};
 use crate::table::{Candidates, EndpointRef};
 use crate::wire::EndpointId;
 use crate::worker::Worker;
 
 /// Filter state that the route copies into the destination header: `ip:port[,ip:port…]`.
 pub const DESTINATION: &str = "pd.destination";
+/// Filter state that the route copies into `x-data-parallel-rank`: the rank behind the destination, if it has one.
+pub const RANK: &str = "pd.rank";
+/// Filter state that the route copies into `x-prefiller-host-port`, for a routing sidecar that runs the prefill leg.
+pub const PREFILLER: &str = "pd.prefiller";
 /// Filter state for the access log: `split`, `decode_only`, `prefill_only`, `passed` or `rejected`.
 pub const DECISION: &str = "pd.decision";
 /// Filter state for the access log: why, as a reason code.
@@ -41,7 +50,8 @@ pub const MATCHED_TOKENS: &str = "pd.matched_tokens";
 /// Filter state for the access log: milliseconds from the first prefill leg to the decode leg.
 pub const PREFILL_MS: &str = "pd.prefill_ms";
 /// Every filter state that a request may get.
-pub const STATES: &[&str] = &[DESTINATION, DECISION, REASON, PREFILL, DECODE, MATCHED_TOKENS, PREFILL_MS];
+pub const STATES: &[&str] =
+    &[DESTINATION, RANK, PREFILLER, DECISION, REASON, PREFILL, DECODE, MATCHED_TOKENS, PREFILL_MS];
 
 /// How often Envoy tries to connect: once, and the route's `num_retries`. With fewer names in [`DESTINATION`] the last
 /// tries would go to hosts of other pools.
@@ -65,20 +75,22 @@ pub enum Effect {
     SetState(&'static str, Vec<u8>),
     /// Edit the front of the buffered request body.
     EditBody(HeadEdit),
-    /// Run a prefill leg; its end comes back as [`Request::prefill_answer`].
+    /// Run a prefill leg, or ask what one needs to know; its end comes back as [`Request::prefill_answer`].
     Call(Call),
+    /// Let the response go on that [`Request::response_headers`] held back.
+    ResumeResponse,
     /// Answer the client.
     Reply(Reply),
 }
 
-/// A prefill leg.
+/// A prefill leg, or the question before it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Call {
     /// Envoy cluster.
     pub cluster: String,
     /// Headers, pseudo-headers included.
     pub headers: Headers,
-    /// Body.
+    /// Body; empty: none.
     pub body: Vec<u8>,
     /// Time limit.
     pub timeout: Duration,
@@ -127,14 +139,16 @@ enum State {
     Over,
 }
 
-/// A request whose prefill leg is in flight.
+/// A request that waits for its prefill leg.
 #[derive(Debug)]
 struct Prefilling {
     work: Work,
     tried: Vec<EndpointRef>,
     pick: Pick,
     endpoint: EndpointRef,
-    leg: u64,
+    partner: Partner,
+    /// The leg; none yet while the endpoint's bootstrap server is asked for the engine's id.
+    leg: Option<u64>,
     started: Duration,
 }
 
@@ -144,9 +158,30 @@ struct Sent {
     endpoint: EndpointRef,
     alternates: Vec<EndpointRef>,
     tokens: u64,
-    /// The prompt's own work, counted until the first byte, where this endpoint computes the prompt.
-    leg: Option<u64>,
+    /// The prompt's own work and where it is done, counted until the first byte; none where a leg of ours does it.
+    own: Option<(EndpointRef, u64)>,
+    /// The prefill leg, where it goes out with this one.
+    companion: Option<Companion>,
+    response: Response,
     answered: bool,
+}
+
+/// A prefill leg in flight beside its decode leg.
+#[derive(Clone, Copy, Debug)]
+struct Companion {
+    endpoint: EndpointRef,
+    leg: u64,
+    started: Duration,
+}
+
+/// How far the response's headers are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Response {
+    Awaited,
+    /// They wait for the prefill leg.
+    Held,
+    /// The client has them.
+    Passed,
 }
 
 /// Where a request goes, and why.
@@ -155,10 +190,33 @@ struct Route<'a> {
     reason: &'static str,
     pick: Pick,
     alternates: Vec<EndpointIndex>,
-    /// The leg that computed the prompt, if there was one.
-    prefilled: Option<&'a Prefilling>,
-    /// Members to put in front of the body.
+    /// Who computes the prompt.
+    prefill: Prefill,
+    /// How the body becomes this leg's, and the members to put in front.
+    plan: &'a HeadPlan,
     insert: &'a [u8],
+}
+
+/// Who computes a prompt.
+enum Prefill {
+    /// Whoever generates.
+    Own,
+    /// A leg that is through.
+    Done(Pick, EndpointRef, Duration),
+    /// A leg that goes out now.
+    Beside(Pick, Companion),
+    /// A sidecar sees to it.
+    Sidecar(Pick, EndpointRef),
+}
+
+impl Prefill {
+    fn endpoint(&self) -> Option<(Pick, EndpointRef)> {
+        match self {
+            Self::Own => None,
+            Self::Done(pick, endpoint, _) | Self::Sidecar(pick, endpoint) => Some((*pick, *endpoint)),
+            Self::Beside(pick, companion) => Some((*pick, companion.endpoint)),
+        }
+    }
 }
 
 impl Request {
@@ -229,10 +287,20 @@ impl Request {
         matches!(self.state, State::Reading(_))
     }
 
-    /// Whether a prefill leg is in flight.
+    /// Whether the request waits for its prefill leg.
     #[must_use]
     pub fn is_prefilling(&self) -> bool {
         matches!(self.state, State::Prefilling(_))
+    }
+
+    /// Whether the end of a call is awaited, with the request held back or under way.
+    #[must_use]
+    pub fn awaits_call(&self) -> bool {
+        match &self.state {
+            State::Prefilling(_) => true,
+            State::Sent(sent) => sent.companion.is_some(),
+            State::New | State::Reading(_) | State::Over => false,
+        }
     }
 
     /// The body is complete.
@@ -250,7 +318,7 @@ impl Request {
         let scanned = scan(body);
         let Some(api) = intake.api else {
             let edit = match scanned {
-                Ok(scan) => engine::decode_plan(body, &scan).with_insert(b""),
+                Ok(scan) => engine::decode_plan(body, &scan, KeySet::EMPTY).with_insert(b""),
                 Err(error) if intake.may_be_object(body) => {
                     return self.reject(worker, Vec::new(), &Rejection::InvalidJson(error.to_string()));
                 }
@@ -271,7 +339,8 @@ impl Request {
         }
     }
 
-    /// A prefill leg ended. `body` is the client's body, read again if another leg needs it.
+    /// A call ended: a prefill leg, or the question before one. `body` is the client's body, read again where another
+    /// leg needs it.
     pub fn prefill_answer<B: AsRef<[u8]>>(
         &mut self,
         worker: &mut Worker,
@@ -279,46 +348,70 @@ impl Request {
         body: impl FnOnce() -> Option<B>,
         now: Duration,
     ) -> Outcome {
-        let mut state = match core::mem::take(&mut self.state) {
-            State::Prefilling(state) => *state,
+        match core::mem::take(&mut self.state) {
+            State::Prefilling(state) => self.prefill_ended(worker, *state, answer, body, now),
+            State::Sent(mut sent) if sent.companion.is_some() => {
+                let outcome = self.companion_ended(worker, &mut sent, answer, now);
+                if !matches!(self.state, State::Over) {
+                    self.state = State::Sent(sent);
+                }
+                outcome
+            }
             other => {
                 self.state = other;
-                return Outcome { flow: Flow::Pause, effects: Vec::new() };
+                WAIT
             }
-        };
-        worker.counts.add(Metric::PrefillInFlight, -1);
-        let engine = worker.table.resolve(state.endpoint).map(|slot| {
-            slot.prefill.remove(state.leg, now);
-            match answer.fault() {
-                Some(Fault::Unreachable) => slot.health.failed(now),
-                Some(Fault::NotStarted) => {}
-                Some(Fault::ServerError) | None => slot.health.answered(),
-            }
-            slot.engine
-        });
+        }
+    }
+
+    fn prefill_ended<B: AsRef<[u8]>>(
+        &mut self,
+        worker: &mut Worker,
+        mut state: Prefilling,
+        answer: PrefillAnswer<'_>,
+        body: impl FnOnce() -> Option<B>,
+        now: Duration,
+    ) -> Outcome {
+        if let Some(leg) = state.leg {
+            leg_ended(worker, state.endpoint, leg, &answer, now);
+        }
         // The list may have changed since the leg began: its places may be other endpoints' now.
         state.work.candidates = worker.table.candidates(&state.work.model).unwrap_or_else(|_| {
             Arc::new(Candidates { pool: Arc::clone(&state.work.candidates.pool), ..Candidates::default() })
         });
-        let Some(fault) = answer.fault() else {
-            return match answer {
-                PrefillAnswer::Answered { status: 200, body, .. } => {
-                    worker.counts.count(Metric::PrefillOk);
-                    // An endpoint that has left the list meanwhile answered all the same: its pool's engine reads it.
-                    let engine = engine.unwrap_or(state.work.pool().engine);
-                    self.prefilled(worker, &state, &engine::handover(engine, body), now)
+        let mut body = Some(body);
+        let mut read_again = || body.take().and_then(|body| body());
+        match (&answer, answer.fault()) {
+            (PrefillAnswer::Answered { status: 200, body: answer, .. }, None) if state.leg.is_some() => {
+                let handover = engine::handover(state.partner.engine, state.work.api, answer);
+                return self.prefilled(worker, &state, &handover, read_again, now);
+            }
+            (PrefillAnswer::Answered { status: 200, body: answer, .. }, None) => {
+                let slot = worker.table.resolve(state.endpoint);
+                if let Some(slot) = slot
+                    && let Some(id) = engine::engine_id(answer, slot.endpoint.rank)
+                {
+                    slot.engine_id = Some(id.into());
+                    if let Some(body) = read_again()
+                        && let Ok(scan) = scan(body.as_ref())
+                    {
+                        let Prefilling { work, tried, pick, started, .. } = state;
+                        return self.split(worker, work, tried, pick, (body.as_ref(), &scan), started, now);
+                    }
                 }
-                PrefillAnswer::Answered { status, content_type, body } => {
-                    worker.counts.count(Metric::PrefillClientError);
-                    self.pass_on(worker, status, content_type, body)
+            }
+            (PrefillAnswer::Answered { status, content_type, body }, None) if state.leg.is_some() => {
+                return self.pass_on(worker, *status, *content_type, body);
+            }
+            _ => {
+                if state.leg.is_none()
+                    && answer.fault() == Some(Fault::Unreachable)
+                    && let Some(slot) = worker.table.resolve(state.endpoint)
+                {
+                    slot.health.failed(now);
                 }
-                PrefillAnswer::NotStarted | PrefillAnswer::None => Outcome { flow: Flow::Pause, effects: Vec::new() },
-            };
-        };
-        worker.counts.count(match fault {
-            Fault::NotStarted | Fault::Unreachable => Metric::PrefillRefused,
-            Fault::ServerError => Metric::PrefillServerError,
-        });
+            }
+        }
         state.tried.push(state.endpoint);
         let pool = state.work.pool();
         let next = (state.tried.len() < pool.prefill_attempts as usize)
@@ -330,19 +423,65 @@ impl Request {
             })
             .flatten();
         if let Some(pick) = next
-            && let Some(body) = body()
+            && let Some(body) = read_again()
             && let Ok(scan) = scan(body.as_ref())
         {
             worker.counts.count(Metric::PrefillRetries);
             let Prefilling { work, tried, started, .. } = state;
-            return self.prefill(worker, work, tried, pick, (body.as_ref(), &scan), started, now);
+            return self.split(worker, work, tried, pick, (body.as_ref(), &scan), started, now);
         }
         worker.counts.count(Metric::PrefillGivenUp);
         match pool.on_prefill_failure {
             OnPrefillFailure::Fail => self.reject(worker, Vec::new(), &Rejection::PrefillFailed),
             OnPrefillFailure::DecodeOnly => {
-                self.send_to_decode(worker, &state.work, Metric::RequestsDecodeOnly, "prefill_failed", None, b"", now)
+                let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool, now };
+                let Work { candidates, prompt, plan, .. } = &state.work;
+                let Some((pick, alternates)) = scheduler.pick_decode(&candidates.whole, prompt, &[], None) else {
+                    return self.reject(worker, Vec::new(), &Rejection::PrefillFailed);
+                };
+                let (decision, reason) = (Metric::RequestsDecodeOnly, "prefill_failed");
+                let route = Route { decision, reason, pick, alternates, prefill: Prefill::Own, plan, insert: b"" };
+                self.send(worker, &state.work, route, now)
             }
+        }
+    }
+
+    /// The prefill leg beside the decode leg ended. The decode leg waits for a KV cache that a failed one never sends:
+    /// the client gets an error at once.
+    fn companion_ended(
+        &mut self,
+        worker: &mut Worker,
+        sent: &mut Sent,
+        answer: PrefillAnswer<'_>,
+        now: Duration,
+    ) -> Outcome {
+        let Some(companion) = sent.companion.take() else { return WAIT };
+        leg_ended(worker, companion.endpoint, companion.leg, &answer, now);
+        if let PrefillAnswer::Answered { status: 200, .. } = answer {
+            let mut effects = vec![prefill_ms(worker, companion.started, now)];
+            if sent.response == Response::Held {
+                sent.response = Response::Passed;
+                effects.push(Effect::ResumeResponse);
+            }
+            return Outcome { flow: Flow::Pause, effects };
+        }
+        worker.counts.count(Metric::PrefillGivenUp);
+        if sent.response == Response::Passed {
+            // The decode endpoint did not wait: the client has its answer.
+            return WAIT;
+        }
+        sent.release(worker, now);
+        sent.uncount(worker);
+        self.state = State::Over;
+        let reply = match answer {
+            PrefillAnswer::Answered { status, content_type, body } if answer.fault().is_none() => {
+                engines_reply(status, content_type, body)
+            }
+            _ => Rejection::PrefillFailed.reply(),
+        };
+        Outcome {
+            flow: Flow::Pause,
+            effects: vec![Effect::SetState(REASON, reply.reason.into()), Effect::Reply(reply)],
         }
     }
 
@@ -352,34 +491,27 @@ impl Request {
         matches!(self.state, State::Sent(_))
     }
 
-    /// Response headers are there; `upstream` is the address of the endpoint that answered, if one did.
-    pub fn response_headers(&mut self, worker: &mut Worker, upstream: Option<&[u8]>, now: Duration) {
-        let State::Sent(sent) = &mut self.state else { return };
-        let mut answers = |reference: &EndpointRef| {
-            let slot = worker.table.resolve(*reference).filter(|slot| Some(slot.address.as_bytes()) == upstream);
-            slot.map(|slot| slot.health.answered()).is_some()
-        };
-        if answers(&sent.endpoint) {
-            return;
-        }
-        // Envoy went on to an alternate, or gave up: either way the first choice could not be reached.
-        let moved = sent.alternates.iter().copied().find(answers);
-        if moved.is_none() && upstream.is_some() {
-            return;
-        }
-        if let Some(slot) = worker.table.resolve(sent.endpoint) {
-            slot.health.failed(now);
-        }
-        let Some(alternate) = moved else {
-            worker.counts.count(Metric::DecodeUnanswered);
-            return;
-        };
-        worker.counts.count(Metric::DecodeMoved);
-        sent.release(worker, now);
-        if let Some(slot) = worker.table.resolve(alternate) {
-            slot.decode.add(sent.tokens);
-        }
-        sent.endpoint = alternate;
+    /// Whether [`response_headers`](Self::response_headers) wants to know the status.
+    #[must_use]
+    pub fn wants_status(&self) -> bool {
+        matches!(&self.state, State::Sent(sent) if sent.companion.is_some())
+    }
+
+    /// Response headers are there; `upstream` is the address of the endpoint that answered, if one did, `status` what
+    /// it said, where that is [wanted](Self::wants_status).
+    pub fn response_headers(
+        &mut self,
+        worker: &mut Worker,
+        upstream: Option<&[u8]>,
+        status: Option<u16>,
+        now: Duration,
+    ) -> Flow {
+        let State::Sent(sent) = &mut self.state else { return Flow::Continue };
+        sent.answered_by(worker, upstream, now);
+        // A refusal does not wait for the KV cache.
+        let is_held = sent.companion.is_some() && upstream.is_some() && status == Some(200);
+        sent.response = if is_held { Response::Held } else { Response::Passed };
+        if is_held { Flow::Pause } else { Flow::Continue }
     }
 
     /// Whether [`first_byte`](Self::first_byte) is still to be told.
@@ -392,26 +524,22 @@ impl Request {
     pub fn first_byte(&mut self, worker: &mut Worker, now: Duration) {
         let State::Sent(sent) = &mut self.state else { return };
         sent.answered = true;
-        if let Some(leg) = sent.leg.take()
-            && let Some(slot) = worker.table.resolve(sent.endpoint)
-        {
-            slot.prefill.remove(leg, now);
-        }
+        sent.end_own(worker, now);
     }
 
     /// The stream is over, whatever way it ended. Everything that was counted for it is taken back.
     pub fn done(&mut self, worker: &mut Worker, now: Duration) {
         match core::mem::replace(&mut self.state, State::Over) {
             State::Sent(mut sent) => {
-                worker.counts.add(Metric::DecodeInFlight, -1);
-                worker.counts.add(Metric::DecodeTokensInFlight, to_i64(sent.tokens).saturating_neg());
+                sent.uncount(worker);
                 sent.release(worker, now);
+                if let Some(Companion { endpoint, leg, .. }) = sent.companion {
+                    abandon(worker, endpoint, leg, now);
+                }
             }
             State::Prefilling(state) => {
-                worker.counts.add(Metric::PrefillInFlight, -1);
-                worker.counts.count(Metric::KvStranded);
-                if let Some(slot) = worker.table.resolve(state.endpoint) {
-                    slot.prefill.abandon(state.leg, now);
+                if let Some(leg) = state.leg {
+                    abandon(worker, state.endpoint, leg, now);
                 }
             }
             State::New | State::Reading(_) | State::Over => {}
@@ -427,47 +555,56 @@ impl Request {
         body: (&[u8], &Scan),
         now: Duration,
     ) -> Outcome {
-        let Work { candidates, prompt, .. } = &work;
+        let Work { candidates, prompt, plan, .. } = &work;
         let hint = prefiller.and_then(|ids| hinted(worker, ids, candidates));
+        if prefiller.is_some() && hint.is_none() && phase.is_none() {
+            worker.counts.count(Metric::HintsIgnored);
+        }
         let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: work.pool(), now };
-        let decision = match phase {
+        let prefill = Prefill::Own;
+        let route = match phase {
             Some(Phase::Prefill) => {
-                let Some(pick) = scheduler.pick_by_cost(&candidates.prefill, prompt, &[]) else {
-                    return self.reject(worker, Vec::new(), &Rejection::NoEndpoint);
-                };
-                let alternates = scheduler.alternates(&candidates.prefill, prompt, pick.endpoint);
                 let (decision, reason) = (Metric::RequestsPrefillOnly, "phase_header");
-                let route = Route { decision, reason, pick, alternates, prefilled: None, insert: b"" };
-                return self.send(worker, &work, route, now);
+                scheduler.pick_by_cost(&candidates.prefill, prompt, &[]).map(|pick| {
+                    let alternates = scheduler.alternates(&candidates.prefill, prompt, pick.endpoint);
+                    Route { decision, reason, pick, alternates, prefill, plan, insert: b"" }
+                })
             }
             Some(Phase::Decode) => {
                 let (decision, reason) = (Metric::RequestsDecodeOnly, "phase_header");
-                return self.send_to_decode(worker, &work, decision, reason, None, b"", now);
+                let among = if candidates.decode.is_empty() { &candidates.whole } else { &candidates.decode };
+                scheduler.pick_decode(among, prompt, &[], None).map(|(pick, alternates)| Route {
+                    decision,
+                    reason,
+                    pick,
+                    alternates,
+                    prefill,
+                    plan,
+                    insert: b"",
+                })
             }
-            None => match hint.and_then(|endpoint| scheduler.pick_by_cost(&[endpoint], prompt, &[])) {
-                Some(pick) => Decision::Split(pick),
-                None => scheduler.decide(candidates, prompt),
-            },
+            None => {
+                let hinted = hint.and_then(|endpoint| scheduler.pick_by_cost(&[endpoint], prompt, &[]));
+                match hinted.map_or_else(|| scheduler.decide(candidates, prompt), Decision::Split) {
+                    Decision::Nobody => None,
+                    Decision::Whole(pick, reason) => {
+                        let alternates = scheduler.alternates(&candidates.whole, prompt, pick.endpoint);
+                        let (decision, reason) = (Metric::RequestsDecodeOnly, reason.code());
+                        Some(Route { decision, reason, pick, alternates, prefill, plan, insert: b"" })
+                    }
+                    Decision::Split(pick) => return self.split(worker, work, Vec::new(), pick, body, now, now),
+                }
+            }
         };
-        if prefiller.is_some() && hint.is_none() {
-            worker.counts.count(Metric::HintsIgnored);
-        }
-        match decision {
-            Decision::Nobody => self.reject(worker, Vec::new(), &Rejection::NoEndpoint),
-            Decision::Whole(pick, reason) => {
-                let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: work.pool(), now };
-                let alternates = scheduler.alternates(&candidates.decode, prompt, pick.endpoint);
-                let (decision, reason) = (Metric::RequestsDecodeOnly, reason.code());
-                let route = Route { decision, reason, pick, alternates, prefilled: None, insert: b"" };
-                self.send(worker, &work, route, now)
-            }
-            Decision::Split(pick) => self.prefill(worker, work, Vec::new(), pick, body, now, now),
+        match route {
+            Some(route) => self.send(worker, &work, route, now),
+            None => self.reject(worker, Vec::new(), &Rejection::NoEndpoint),
         }
     }
 
-    /// Starts a prefill leg.
+    /// Starts the prefill leg at a chosen endpoint, in the order of legs that its engine has.
     #[expect(clippy::too_many_arguments, reason = "the parts of one leg; a struct for them would be used once")]
-    fn prefill(
+    fn split(
         &mut self,
         worker: &mut Worker,
         work: Work,
@@ -477,76 +614,98 @@ impl Request {
         started: Duration,
         now: Duration,
     ) -> Outcome {
-        let leg = worker.next_leg();
-        let pool = work.pool();
-        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool, now };
-        // A host that Envoy does not know yet is skipped: the next one must be a prefill endpoint too.
-        let alternates = scheduler.alternates(&work.candidates.prefill, &work.prompt, pick.endpoint);
-        let untried = |at: &EndpointIndex| worker.table.refer(*at).is_some_and(|at| !tried.contains(&at));
-        let destination = destination(worker, pick.endpoint, alternates.into_iter().filter(untried));
-        let (Some(endpoint), Some(slot)) = (worker.table.refer(pick.endpoint), worker.table.get_mut(pick.endpoint))
-        else {
+        let (Some(endpoint), Some(slot)) = (worker.table.refer(pick.endpoint), worker.table.get(pick.endpoint)) else {
             return self.reject(worker, Vec::new(), &Rejection::NoEndpoint);
         };
-        let timeout = pool.prefill_timeout;
-        slot.prefill.add(leg, pick.seconds, now, now.saturating_add(timeout));
-        slot.health.sent(now);
-        let call = Call {
-            cluster: work.config.cluster.clone(),
-            headers: leg_headers(&work.headers, &work.config, destination.as_bytes()),
-            body: engine::prefill_body(slot.engine, work.api, body, scan),
-            timeout,
+        let partner = Partner::of(slot);
+        let (engine, shape) = (slot.engine, slot.engine.shape());
+        if engine.lists_sequences() && work.batch.is_some_and(|batch| batch > engine::MAX_SEQUENCES) {
+            return self.reject(worker, Vec::new(), &Rejection::TooManySequences(engine::MAX_SEQUENCES));
+        }
+        if engine.needs_engine_id() && slot.engine_id.is_none() {
+            let server = slot.bootstrap.to_string();
+            let call = Call {
+                cluster: work.config.bootstrap_cluster.clone(),
+                headers: question_headers(&work.config, engine::ENGINE_ID_PATH, &server),
+                body: Vec::new(),
+                timeout: QUESTION_TIMEOUT,
+            };
+            let state = Prefilling { work, tried, pick, endpoint, partner, leg: None, started };
+            self.state = State::Prefilling(Box::new(state));
+            return Outcome { flow: Flow::Pause, effects: vec![Effect::Call(call)] };
+        }
+        if shape == Shape::Sequential {
+            let (call, leg) = start_leg(worker, &work, &tried, pick, None, (body, scan), now);
+            let state = Prefilling { work, tried, pick, endpoint, partner, leg: Some(leg), started };
+            self.state = State::Prefilling(Box::new(state));
+            return Outcome { flow: Flow::Pause, effects: vec![Effect::Call(call)] };
+        }
+        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: work.pool(), now };
+        let Work { candidates, prompt, plan, .. } = &work;
+        let Some((decode, alternates)) = scheduler.pick_decode(&candidates.decode, prompt, &[], Some(&partner)) else {
+            return self.reject(worker, Vec::new(), &Rejection::NoEndpoint);
         };
-        worker.index.insert(pick.endpoint, &work.prompt.hash.blocks);
-        worker.counts.add(Metric::PrefillInFlight, 1);
-        self.state = State::Prefilling(Box::new(Prefilling { work, tried, pick, endpoint, leg, started }));
-        Outcome { flow: Flow::Pause, effects: vec![Effect::Call(call)] }
+        let (decision, reason) = (Metric::RequestsSplit, if shape == Shape::OneLeg { "sidecar" } else { "concurrent" });
+        let mut route = Route { decision, reason, pick: decode, alternates, prefill: Prefill::Own, plan, insert: b"" };
+        if shape == Shape::OneLeg {
+            route.prefill = Prefill::Sidecar(pick, endpoint);
+            worker.index.insert(pick.endpoint, &prompt.hash.blocks);
+            return self.send(worker, &work, route, now);
+        }
+        let id = worker.pair_id(work.headers.get("x-request-id").unwrap_or_default(), now);
+        let members = with_pair(worker, &work, pick, id, |pair| engine::decode_members(engine, pair));
+        if plan.with_insert(&members).edited_bytes(work.body_bytes) > work.config.max_body_bytes {
+            return self.reject(worker, Vec::new(), &Rejection::TooLarge(work.config.max_body_bytes));
+        }
+        let (call, leg) = start_leg(worker, &work, &tried, pick, Some(id), (body, scan), now);
+        route.prefill = Prefill::Beside(pick, Companion { endpoint, leg, started });
+        route.insert = &members;
+        let mut outcome = self.send(worker, &work, route, now);
+        outcome.effects.insert(0, Effect::Call(call));
+        outcome
     }
 
     /// The prompt is computed: on to a decode endpoint.
-    fn prefilled(&mut self, worker: &mut Worker, state: &Prefilling, handover: &Handover, now: Duration) -> Outcome {
-        let fits = |members: &[u8]| {
-            let Work { plan, body_bytes, config, .. } = &state.work;
-            plan.with_insert(members).edited_bytes(*body_bytes) <= config.max_body_bytes
-        };
-        let (reason, insert): (_, &[u8]) = match handover {
-            // Envoy does not survive a paused body that an edit makes larger than the buffer filter's limit.
-            Handover::Insert(members) if fits(members) => ("prefilled", members),
-            Handover::Nothing => ("prefilled", b""),
-            Handover::Insert(_) | Handover::Missing => {
-                worker.counts.count(Metric::KvMissing);
-                ("kv_missing", b"")
-            }
-        };
-        self.send_to_decode(worker, &state.work, Metric::RequestsSplit, reason, Some(state), insert, now)
-    }
-
-    /// Sends the request to the decode endpoint with the least to do.
-    #[expect(clippy::too_many_arguments, reason = "the parts of one route")]
-    fn send_to_decode(
+    fn prefilled<B: AsRef<[u8]>>(
         &mut self,
         worker: &mut Worker,
-        work: &Work,
-        decision: Metric,
-        reason: &'static str,
-        prefilled: Option<&Prefilling>,
-        insert: &[u8],
+        state: &Prefilling,
+        handover: &Handover,
+        read_again: impl FnOnce() -> Option<B>,
         now: Duration,
     ) -> Outcome {
-        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: work.pool(), now };
-        let group = prefilled.and_then(|state| worker.table.get(state.pick.endpoint)?.endpoint.group.as_deref());
-        let picked = scheduler.pick_decode(&work.candidates.decode, &work.prompt, &[], group);
-        match picked {
-            Some((pick, alternates)) => {
-                self.send(worker, work, Route { decision, reason, pick, alternates, prefilled, insert }, now)
+        let Work { plan, body_bytes, config, candidates, prompt, .. } = &state.work;
+        let replaced = match handover {
+            Handover::Insert { drop, .. } if !drop.is_empty() => read_again().and_then(|body| {
+                let scan = scan(body.as_ref()).ok()?;
+                Some(engine::decode_plan(body.as_ref(), &scan, *drop))
+            }),
+            _ => None,
+        };
+        let spliced = replaced.as_ref().unwrap_or(plan);
+        let fits = |members: &[u8]| spliced.with_insert(members).edited_bytes(*body_bytes) <= config.max_body_bytes;
+        let (reason, plan, insert): (_, _, &[u8]) = match handover {
+            // Envoy does not survive a paused body that an edit makes larger than the buffer filter's limit.
+            Handover::Insert { members, .. } if fits(members) => ("prefilled", spliced, members),
+            Handover::Nothing => ("prefilled", plan, b""),
+            Handover::Insert { .. } | Handover::Missing => {
+                worker.counts.count(Metric::KvMissing);
+                ("kv_missing", plan, b"")
             }
-            None => self.reject(worker, Vec::new(), &Rejection::NoEndpoint),
-        }
+        };
+        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: state.work.pool(), now };
+        let Some((pick, alternates)) = scheduler.pick_decode(&candidates.decode, prompt, &[], Some(&state.partner))
+        else {
+            return self.reject(worker, Vec::new(), &Rejection::NoEndpoint);
+        };
+        let prefill = Prefill::Done(state.pick, state.endpoint, state.started);
+        let route = Route { decision: Metric::RequestsSplit, reason, pick, alternates, prefill, plan, insert };
+        self.send(worker, &state.work, route, now)
     }
 
     /// Sends the request to an engine endpoint.
     fn send(&mut self, worker: &mut Worker, work: &Work, route: Route<'_>, now: Duration) -> Outcome {
-        let Route { decision, reason, pick, alternates, prefilled, insert } = route;
+        let Route { decision, reason, pick, alternates, prefill, plan, insert } = route;
         // Named often enough for every try of Envoy's: beyond the last name it would take any host of the cluster.
         let others = core::iter::repeat_n(core::iter::once(pick.endpoint).chain(alternates.iter().copied()), TRIES);
         let others = others.flatten().skip(1).take(alternates.len().max(TRIES.saturating_sub(1)));
@@ -560,17 +719,23 @@ impl Request {
         };
         slot.decode.add(tokens);
         slot.health.sent(now);
-        let decode = Arc::clone(&slot.address);
-        let leg = prefilled.is_none().then(|| {
-            slot.prefill.add(leg, pick.seconds, now, now.saturating_add(work.pool().prefill_timeout));
-            leg
+        let (decode, rank) = (Arc::clone(&slot.address), slot.endpoint.rank);
+        let own = match &prefill {
+            Prefill::Own => Some((pick, endpoint)),
+            Prefill::Sidecar(pick, endpoint) => Some((*pick, *endpoint)),
+            Prefill::Done(..) | Prefill::Beside(..) => None,
+        };
+        let own = own.and_then(|(pick, endpoint)| {
+            let expires = now.saturating_add(work.pool().prefill_timeout);
+            worker.table.resolve(endpoint)?.prefill.add(leg, pick.seconds, now, expires);
+            Some((endpoint, leg))
         });
         worker.index.insert(pick.endpoint, &work.prompt.hash.blocks);
         worker.counts.count(decision);
         worker.counts.add(Metric::DecodeInFlight, 1);
         worker.counts.add(Metric::DecodeTokensInFlight, to_i64(tokens));
 
-        let matched_tokens = prefilled.map_or(pick, |state| state.pick).matched_tokens;
+        let matched_tokens = prefill.endpoint().map_or(pick, |(pick, _)| pick).matched_tokens;
         worker.counts.add(Metric::MatchedTokens, matched_tokens as i64);
         let mut effects = vec![
             Effect::SetState(DESTINATION, destination.into_bytes()),
@@ -579,19 +744,28 @@ impl Request {
             Effect::SetState(DECODE, decode.as_bytes().to_vec()),
             Effect::SetState(MATCHED_TOKENS, (matched_tokens as u64).to_string().into_bytes()),
         ];
-        if let Some(state) = prefilled {
-            let ms = u64::try_from(now.saturating_sub(state.started).as_millis()).unwrap_or(u64::MAX);
-            worker.counts.record(Metric::PrefillMs, ms);
-            effects.push(Effect::SetState(PREFILL_MS, ms.to_string().into_bytes()));
-            if let Some(slot) = worker.table.resolve(state.endpoint) {
-                effects.push(Effect::SetState(PREFILL, slot.address.as_bytes().to_vec()));
+        if let Some(rank) = rank {
+            effects.push(Effect::SetState(RANK, rank.to_string().into_bytes()));
+        }
+        if let Prefill::Done(_, _, started) = prefill {
+            effects.push(prefill_ms(worker, started, now));
+        }
+        if let Some((_, endpoint)) = prefill.endpoint()
+            && let Some(slot) = worker.table.resolve(endpoint)
+        {
+            effects.push(Effect::SetState(PREFILL, slot.address.as_bytes().to_vec()));
+            if matches!(prefill, Prefill::Sidecar(..)) {
+                effects.push(Effect::SetState(PREFILLER, slot.address.as_bytes().to_vec()));
             }
         }
-        let edit = work.plan.with_insert(insert);
+        let edit = plan.with_insert(insert);
         if !edit.is_none() {
             effects.push(Effect::EditBody(edit));
         }
-        self.state = State::Sent(Box::new(Sent { endpoint, alternates, tokens, leg, answered: false }));
+        let companion = if let Prefill::Beside(_, companion) = prefill { Some(companion) } else { None };
+        let response = Response::Awaited;
+        let sent = Sent { endpoint, alternates, tokens, own, companion, response, answered: false };
+        self.state = State::Sent(Box::new(sent));
         Outcome { flow: Flow::Continue, effects }
     }
 
@@ -614,10 +788,7 @@ impl Request {
     /// Passes an engine's own refusal on.
     fn pass_on(&mut self, worker: &mut Worker, status: u16, content_type: Option<&[u8]>, body: &[u8]) -> Outcome {
         worker.counts.count(Metric::RequestsRejected);
-        let content_type = content_type.and_then(|value| core::str::from_utf8(value).ok());
-        let headers = vec![("content-type", content_type.unwrap_or("application/json").to_owned())];
-        let reply = Reply { status, headers, body: body.to_vec(), reason: "prefill_answer" };
-        self.answer(reply, Vec::new())
+        self.answer(engines_reply(status, content_type, body), Vec::new())
     }
 
     fn reject(&mut self, worker: &mut Worker, effects: Vec<Effect>, rejection: &Rejection) -> Outcome {
@@ -635,17 +806,152 @@ impl Request {
 }
 
 const GO_ON: Outcome = Outcome { flow: Flow::Continue, effects: Vec::new() };
+const WAIT: Outcome = Outcome { flow: Flow::Pause, effects: Vec::new() };
+
+/// How long a bootstrap server may take to tell an engine's id, which it has in memory.
+const QUESTION_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Sent {
+    /// Notes who answered: the endpoint that was chosen, the alternate that Envoy went on to, or nobody.
+    fn answered_by(&mut self, worker: &mut Worker, upstream: Option<&[u8]>, now: Duration) {
+        let mut answers = |reference: &EndpointRef| {
+            let slot = worker.table.resolve(*reference).filter(|slot| Some(slot.address.as_bytes()) == upstream);
+            slot.map(|slot| slot.health.answered()).is_some()
+        };
+        if answers(&self.endpoint) {
+            return;
+        }
+        // Envoy went on to an alternate, or gave up: either way the first choice could not be reached.
+        let moved = self.alternates.iter().copied().find(answers);
+        if moved.is_none() && upstream.is_some() {
+            return;
+        }
+        if let Some(slot) = worker.table.resolve(self.endpoint) {
+            slot.health.failed(now);
+        }
+        let Some(alternate) = moved else {
+            worker.counts.count(Metric::DecodeUnanswered);
+            return;
+        };
+        worker.counts.count(Metric::DecodeMoved);
+        self.release(worker, now);
+        if let Some(slot) = worker.table.resolve(alternate) {
+            slot.decode.add(self.tokens);
+        }
+        self.endpoint = alternate;
+    }
+
     /// Takes back what was counted at the endpoint.
     fn release(&mut self, worker: &mut Worker, now: Duration) {
-        let leg = self.leg.take();
-        let Some(slot) = worker.table.resolve(self.endpoint) else { return };
-        slot.decode.remove(self.tokens);
-        if let Some(leg) = leg {
+        self.end_own(worker, now);
+        if let Some(slot) = worker.table.resolve(self.endpoint) {
+            slot.decode.remove(self.tokens);
+        }
+    }
+
+    /// The prompt has been computed, or never will be.
+    fn end_own(&mut self, worker: &mut Worker, now: Duration) {
+        if let Some((endpoint, leg)) = self.own.take()
+            && let Some(slot) = worker.table.resolve(endpoint)
+        {
             slot.prefill.remove(leg, now);
         }
     }
+
+    /// Takes the request out of the gauges.
+    fn uncount(&self, worker: &mut Worker) {
+        worker.counts.add(Metric::DecodeInFlight, -1);
+        worker.counts.add(Metric::DecodeTokensInFlight, to_i64(self.tokens).saturating_neg());
+    }
+}
+
+/// A prefill leg as a call, and its number in the ledger.
+fn start_leg(
+    worker: &mut Worker,
+    work: &Work,
+    tried: &[EndpointRef],
+    pick: Pick,
+    pair_id: Option<u64>,
+    (body, scan): (&[u8], &Scan),
+    now: Duration,
+) -> (Call, u64) {
+    let leg = worker.next_leg();
+    let pool = work.pool();
+    let mut alternates = Vec::new();
+    if pair_id.is_none() {
+        // A host that Envoy does not know yet is skipped: the next one must be a prefill endpoint too. Where the decode
+        // leg has been told which one it is, no other will do.
+        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool, now };
+        alternates = scheduler.alternates(&work.candidates.prefill, &work.prompt, pick.endpoint);
+        alternates.retain(|at| worker.table.refer(*at).is_some_and(|at| !tried.contains(&at)));
+    }
+    let destination = destination(worker, pick.endpoint, alternates.into_iter());
+    let id = pair_id.unwrap_or_else(|| worker.pair_id(work.headers.get("x-request-id").unwrap_or_default(), now));
+    let engine = worker.table.get(pick.endpoint).map_or(pool.engine, |slot| slot.engine);
+    let body = with_pair(worker, work, pick, id, |pair| engine::prefill_body(engine, work.api, body, scan, pair));
+    let mut rank = None;
+    if let Some(slot) = worker.table.get_mut(pick.endpoint) {
+        slot.prefill.add(leg, pick.seconds, now, now.saturating_add(pool.prefill_timeout));
+        slot.health.sent(now);
+        rank = slot.endpoint.rank;
+    }
+    worker.index.insert(pick.endpoint, &work.prompt.hash.blocks);
+    worker.counts.add(Metric::PrefillInFlight, 1);
+    let headers = leg_headers(&work.headers, &work.config, destination.as_bytes(), rank);
+    let timeout = pool.prefill_timeout;
+    (Call { cluster: work.config.cluster.clone(), headers, body, timeout }, leg)
+}
+
+/// What is made of that which both legs are told of the prefill endpoint.
+fn with_pair<T: Default>(worker: &Worker, work: &Work, pick: Pick, id: u64, make: impl FnOnce(&Pair<'_>) -> T) -> T {
+    let Some(slot) = worker.table.get(pick.endpoint) else { return T::default() };
+    let engine_id = slot.engine_id.as_deref().unwrap_or_default();
+    make(&Pair { bootstrap: slot.bootstrap, rank: slot.endpoint.rank, engine_id, id, batch: work.batch })
+}
+
+/// Takes a prefill leg out of the ledger and notes how it went.
+fn leg_ended(worker: &mut Worker, endpoint: EndpointRef, leg: u64, answer: &PrefillAnswer<'_>, now: Duration) {
+    worker.counts.add(Metric::PrefillInFlight, -1);
+    let fault = answer.fault();
+    worker.counts.count(match (fault, answer) {
+        (Some(Fault::NotStarted | Fault::Unreachable), _) => Metric::PrefillRefused,
+        (Some(Fault::ServerError), _) => Metric::PrefillServerError,
+        (None, PrefillAnswer::Answered { status: 200, .. }) => Metric::PrefillOk,
+        (None, _) => Metric::PrefillClientError,
+    });
+    let Some(slot) = worker.table.resolve(endpoint) else { return };
+    slot.prefill.remove(leg, now);
+    match fault {
+        Some(Fault::Unreachable) => {
+            slot.health.failed(now);
+            slot.engine_id = None;
+        }
+        Some(Fault::NotStarted) => {}
+        Some(Fault::ServerError) | None => slot.health.answered(),
+    }
+}
+
+/// Nobody waits for a prefill leg any more.
+fn abandon(worker: &mut Worker, endpoint: EndpointRef, leg: u64, now: Duration) {
+    worker.counts.add(Metric::PrefillInFlight, -1);
+    worker.counts.count(Metric::KvStranded);
+    if let Some(slot) = worker.table.resolve(endpoint) {
+        slot.prefill.abandon(leg, now);
+    }
+}
+
+/// The time that a prefill leg took, as filter state.
+fn prefill_ms(worker: &mut Worker, started: Duration, now: Duration) -> Effect {
+    let ms = u64::try_from(now.saturating_sub(started).as_millis()).unwrap_or(u64::MAX);
+    worker.counts.record(Metric::PrefillMs, ms);
+    Effect::SetState(PREFILL_MS, ms.to_string().into_bytes())
+}
+
+/// An engine's own answer to the prefill leg, for the client.
+fn engines_reply(status: u16, content_type: Option<&[u8]>, body: &[u8]) -> Reply {
+    let content_type = content_type.and_then(|value| core::str::from_utf8(value).ok());
+    let headers = vec![("content-type", content_type.unwrap_or("application/json").to_owned())];
+    Reply { status, headers, body: body.to_vec(), reason: "prefill_answer" }
 }
 
 /// Why a prefill leg is worth another try.
@@ -689,9 +995,13 @@ fn destination(worker: &Worker, first: EndpointIndex, others: impl Iterator<Item
     text
 }
 
-/// The prefill endpoint that a trusted peer names, if it is one of the candidates.
+/// The prefill endpoint that a trusted peer names, if it is one of the candidates. A name without a rank is any rank's.
 fn hinted(worker: &Worker, ids: &[EndpointId], candidates: &Candidates) -> Option<EndpointIndex> {
-    ids.iter().filter_map(|id| worker.table.find(*id)).find(|at| candidates.prefill.contains(at))
+    let is_meant = |id: &EndpointId, at: EndpointIndex| {
+        let found = worker.table.get(at).map(|slot| slot.endpoint.id());
+        found.is_some_and(|found| found.address == id.address && (id.rank.is_none() || id.rank == found.rank))
+    };
+    ids.iter().find_map(|id| candidates.prefill.iter().copied().find(|at| is_meant(id, *at)))
 }
 
 fn decision_name(decision: Metric) -> &'static str {
@@ -1098,7 +1408,7 @@ mod tests {
         t.headers(&[]);
         let outcome = t.body(r#"{"model":"m","messages":[]}"#);
         let addresses: Vec<_> = state(&outcome, DESTINATION).split(',').map(str::to_owned).collect();
-        t.request.response_headers(&mut t.worker, Some(addresses[1].as_bytes()), t.now);
+        t.request.response_headers(&mut t.worker, Some(addresses[1].as_bytes()), None, t.now);
         let load = |t: &Fixture, address: &str| {
             let (_, slot) = t.worker.table.iter().find(|(_, slot)| &*slot.address == address).unwrap();
             (slot.decode.requests, slot.health.is_failing())
@@ -1134,5 +1444,266 @@ mod tests {
         assert!(matches!(outcome.effects.last(), Some(Effect::Reply(_) | Effect::EditBody(_))), "{outcome:?}");
         t.done();
         assert!(t.is_idle());
+    }
+
+    /// A gateway of that engine, whose long prompts are split.
+    fn of_engine(engine: &str) -> Fixture {
+        configured(&CONFIG.replacen('{', &format!(r#"{{"pools":{{"default":{{"engine":"{engine}"}}}},"#), 1))
+    }
+
+    fn text(body: &[u8]) -> &str {
+        core::str::from_utf8(body).unwrap()
+    }
+
+    /// The value of a member of a JSON object.
+    fn member<'a>(body: &'a str, key: &str) -> &'a str {
+        let value = crate::json::raw_member(body.as_bytes(), &[key]).unwrap();
+        text(value.unwrap_or_else(|| panic!("no {key} in {body}")))
+    }
+
+    #[test]
+    fn sglangs_legs_go_out_at_once_and_name_the_same_room() {
+        let mut t = of_engine("sglang");
+        t.headers(&[("x-request-id", "r")]);
+        let outcome = t.body(&long_body());
+        assert_eq!((outcome.flow, state(&outcome, REASON)), (Flow::Continue, "concurrent"));
+        let prefill = text(&call(&outcome).body).to_owned();
+        let decode = edited(&outcome, &long_body());
+        assert_eq!(member(&prefill, "bootstrap_room"), member(&decode, "bootstrap_room"));
+        assert_eq!(member(&decode, "bootstrap_host"), r#""10.0.0.1""#);
+        assert_eq!((member(&prefill, "stream"), member(&decode, "stream")), ("false", "true"));
+        assert!(!leg_destination(&outcome).contains(','), "the room is at one endpoint");
+        assert_eq!(state(&outcome, PREFILL), leg_destination(&outcome));
+
+        let decode = state(&outcome, DECODE).to_owned();
+        let flow = t.request.response_headers(&mut t.worker, Some(decode.as_bytes()), Some(200), t.now);
+        assert_eq!(flow, Flow::Pause, "the prefill leg may still fail");
+        t.now += Duration::from_millis(40);
+        let outcome = t.answer(200, "{}");
+        assert_eq!((outcome.flow, state(&outcome, PREFILL_MS)), (Flow::Pause, "40"));
+        assert_eq!(outcome.effects.last(), Some(&Effect::ResumeResponse));
+        t.request.first_byte(&mut t.worker, t.now);
+        t.done();
+        assert!(t.is_idle());
+    }
+
+    #[test]
+    fn rooms_differ_and_a_short_prompt_is_split_where_decode_cannot_serve_alone() {
+        let mut rooms = std::collections::BTreeSet::new();
+        for _ in 0..100 {
+            let mut t = of_engine("sglang");
+            for _ in 0..2 {
+                t.request = Request::default();
+                t.now += Duration::from_nanos(1);
+                t.headers(&[("x-request-id", "the same")]);
+                let body = r#"{"model":"m","messages":[],"n":2}"#;
+                let outcome = t.body(body);
+                assert_eq!(state(&outcome, DECISION), "split");
+                let decode = edited(&outcome, body);
+                assert_eq!(crate::json::elements(member(&decode, "bootstrap_room").as_bytes()).count(), 2);
+                rooms.insert(member(&decode, "bootstrap_room").to_owned());
+            }
+        }
+        assert_eq!(rooms.len(), 2, "the same request at the same time has the same room, another one has another");
+    }
+
+    #[test]
+    fn a_prefill_leg_that_fails_beside_its_decode_leg_ends_the_request() {
+        for (status, body, expected) in [
+            (503, "upstream connect error", (503, "prefill_failed")),
+            (500, "{}", (503, "prefill_failed")),
+            (400, r#"{"error":"too long"}"#, (400, "prefill_answer")),
+        ] {
+            for held in [false, true] {
+                let mut t = of_engine("sglang");
+                t.headers(&[]);
+                let sent = t.body(&long_body());
+                let decode = state(&sent, DECODE).to_owned();
+                if held {
+                    t.request.response_headers(&mut t.worker, Some(decode.as_bytes()), Some(200), t.now);
+                }
+                let outcome = t.answer(status, body);
+                assert_eq!(reply(&outcome), expected);
+                t.done();
+                assert!(t.is_idle());
+            }
+        }
+    }
+
+    #[test]
+    fn a_decode_endpoint_that_refuses_does_not_wait_for_the_prefill_leg() {
+        let mut t = of_engine("sglang");
+        t.headers(&[]);
+        let sent = t.body(&long_body());
+        let decode = state(&sent, DECODE).to_owned();
+        let flow = t.request.response_headers(&mut t.worker, Some(decode.as_bytes()), Some(503), t.now);
+        assert_eq!(flow, Flow::Continue);
+        assert_eq!(t.answer(503, "upstream connect error").effects, [], "the client has its answer");
+        t.done();
+        assert!(t.is_idle());
+    }
+
+    #[test]
+    fn a_client_that_leaves_while_both_legs_run_leaves_nothing_behind() {
+        let mut t = of_engine("sglang");
+        t.headers(&[]);
+        t.body(&long_body());
+        t.done();
+        assert_eq!(t.worker.counts.pending(Metric::KvStranded), 1);
+        assert_eq!(t.answer(200, "{}").effects, []);
+        t.worker.prune(t.now + Duration::from_secs(1));
+        assert!(t.is_idle());
+    }
+
+    #[test]
+    fn mooncakes_engine_id_is_asked_once_and_again_after_a_failure() {
+        let mut t = of_engine("mooncake");
+        let request = |t: &mut Fixture, fails: bool| {
+            t.request = Request::default();
+            t.headers(&[(PREFILLER_HEADER, "10.0.0.1:1")]);
+            let mut outcome = t.body(&long_body());
+            let asked = call(&outcome).headers.get(":path") == Some(b"/query");
+            if asked {
+                assert_eq!((outcome.flow, leg_destination(&outcome).as_str()), (Flow::Pause, "10.0.0.1:8998"));
+                outcome = t.answer(200, r#"{"0":{"engine_id":"e-1"}}"#);
+            }
+            assert_eq!((outcome.flow, state(&outcome, REASON)), (Flow::Continue, "concurrent"));
+            let (prefill, decode) = (text(&call(&outcome).body).to_owned(), edited(&outcome, &long_body()));
+            let (prefill, decode) = (member(&prefill, "kv_transfer_params"), member(&decode, "kv_transfer_params"));
+            assert_eq!(member(prefill, "transfer_id"), member(decode, "transfer_id"));
+            assert_eq!(member(decode, "remote_engine_id"), r#""e-1""#);
+            t.answer(if fails { 503 } else { 200 }, "");
+            t.done();
+            asked
+        };
+        let asked = [false, true, false, false].map(|fails| request(&mut t, fails));
+        assert_eq!(asked, [true, false, true, false]);
+        assert!(t.is_idle());
+    }
+
+    #[test]
+    fn without_an_engine_id_the_next_endpoint_is_asked_then_the_policy_rules() {
+        for answer in ["{}", "", r#"{"0":{"engine_id":null}}"#] {
+            let mut t = of_engine("mooncake");
+            t.headers(&[]);
+            let first = leg_destination(&t.body(&long_body()));
+            assert_eq!(first, "10.0.0.1:8998");
+            assert_eq!(leg_destination(&t.answer(200, answer)), "10.0.0.1:8998");
+            let outcome = t.answer(404, answer);
+            assert_eq!((state(&outcome, DECISION), state(&outcome, REASON)), ("decode_only", "prefill_failed"));
+            assert_eq!(edited(&outcome, &long_body()), long_body());
+            t.done();
+            assert!(t.is_idle());
+        }
+    }
+
+    #[test]
+    fn a_sidecar_is_told_the_prefill_endpoint() {
+        let mut t = of_engine("sidecar");
+        t.headers(&[]);
+        let outcome = t.body(&long_body());
+        assert_eq!((outcome.flow, state(&outcome, REASON)), (Flow::Continue, "sidecar"));
+        assert!(
+            state(&outcome, PREFILLER).starts_with("10.0.0.1:") && state(&outcome, DECODE).starts_with("10.0.0.2:")
+        );
+        assert_eq!(edited(&outcome, &long_body()), long_body());
+        assert!(!t.request.awaits_call());
+        let work = |t: &Fixture| t.worker.table.iter().map(|(_, slot)| slot.prefill.len()).sum::<usize>();
+        assert_eq!(work(&t), 1);
+        t.request.first_byte(&mut t.worker, t.now);
+        assert_eq!(work(&t), 0);
+        t.done();
+        assert!(t.is_idle());
+    }
+
+    #[test]
+    fn trtllms_prompt_is_replaced_by_its_token_ids() {
+        let mut t = of_engine("trtllm");
+        let prompt = "word ".repeat(600);
+        let body = format!(r#"{{"model":"m","prompt":"{prompt}","max_tokens":7}}"#);
+        let pseudo = [(":method", "POST"), (":path", "/v1/completions")];
+        t.request.headers(&mut t.worker, Headers::from_pairs(pseudo), false, t.now);
+        let outcome = t.body(&body);
+        let params = member(text(&call(&outcome).body), "disaggregated_params").to_owned();
+        assert_eq!(member(&params, "request_type"), r#""context_only""#);
+        assert!(member(&params, "disagg_request_id").parse::<u64>().unwrap() >= 1 << 42);
+        let answer = r#"{"choices":[{"disaggregated_params":{"request_type":"context_only","x":1e5}}],"prompt_token_ids":[5,6]}"#;
+        let answer = PrefillAnswer::Answered { status: 200, content_type: None, body: answer.as_bytes() };
+        let outcome = t.request.prefill_answer(&mut t.worker, answer, || Some(body.clone()), t.now);
+        assert_eq!(
+            edited(&outcome, &body),
+            r#"{"disaggregated_params":{"request_type":"generation_only","x":1e5},"prompt":[5,6],"model":"m","max_tokens":7}"#
+        );
+        t.done();
+        assert!(t.is_idle());
+    }
+
+    #[test]
+    fn each_leg_says_the_rank_behind_its_address() {
+        let mut t = configured(
+            r#"{"endpoints":[
+            {"address":"10.0.0.1:1","role":"prefill","rank":4},
+            {"address":"10.0.0.2:1","role":"decode","rank":0},{"address":"10.0.0.2:1","role":"decode","rank":1},
+            {"address":"10.0.0.2:2","role":"decode","rank":0},{"address":"10.0.0.2:2","role":"decode","rank":1}]}"#,
+        );
+        t.headers(&[("x-data-parallel-rank", "9")]);
+        let outcome = t.body(&long_body());
+        assert_eq!(call(&outcome).headers.get("x-data-parallel-rank"), Some(&b"4"[..]));
+        let outcome = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+        assert!(["0", "1"].contains(&state(&outcome, RANK)));
+        let addresses: std::collections::BTreeSet<_> = state(&outcome, DESTINATION).split(',').collect();
+        assert_eq!(addresses.len(), 2, "the alternate is another address with that rank");
+        t.done();
+        assert!(t.is_idle());
+    }
+
+    #[test]
+    fn several_sequences_are_not_split_where_one_is_handed_over() {
+        for (engine, decision) in [
+            ("vllm-nixl", ("decode_only", "several_sequences")),
+            ("trtllm", ("decode_only", "several_sequences")),
+            ("vllm-shared", ("split", "prefilled")),
+        ] {
+            let mut t = of_engine(engine);
+            t.headers(&[]);
+            let mut outcome = t.body(&long_body().replacen('{', r#"{"n":2,"#, 1));
+            if decision.0 == "split" {
+                outcome = t.answer(200, "{}");
+            }
+            assert_eq!((state(&outcome, DECISION), state(&outcome, REASON)), decision, "{engine}");
+        }
+    }
+
+    #[test]
+    fn a_decode_endpoint_of_another_engine_is_no_partner() {
+        let config = CONFIG.replace(r#""10.0.0.2:2", "role""#, r#""10.0.0.2:2", "engine": "sglang", "role""#);
+        for id in 0..20 {
+            let mut t = configured(&config);
+            t.headers(&[]);
+            t.body(&long_body().replace("word", &format!("word{id}")));
+            let outcome = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+            assert_eq!(state(&outcome, DECODE), "10.0.0.2:1");
+        }
+    }
+
+    #[test]
+    fn aggregated_endpoints_serve_whole_requests_beside_the_others() {
+        let aggregated = r#"{"address": "10.0.0.3:1", "role": "both", "models": ["m"]}"#;
+        let mut t = configured(&CONFIG.replacen("\"endpoints\": [", &format!("\"endpoints\": [{aggregated},"), 1));
+        let mut decisions = std::collections::BTreeSet::new();
+        for id in 0..30 {
+            t.request = Request::default();
+            t.headers(&[]);
+            let body = long_body().replace("word", &format!("w{id}"));
+            let mut outcome = t.body(&body);
+            if t.request.is_prefilling() {
+                outcome = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+                assert!(!state(&outcome, DESTINATION).contains("10.0.0.3"), "it takes no decode legs");
+            } else {
+                assert_eq!((state(&outcome, DECODE), edited(&outcome, &body)), ("10.0.0.3:1", body));
+            }
+            decisions.insert(state(&outcome, REASON).to_owned());
+        }
+        assert_eq!(decisions.into_iter().collect::<Vec<_>>(), ["aggregated", "prefilled"]);
     }
 }

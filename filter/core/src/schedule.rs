@@ -17,6 +17,7 @@ use crate::config::{Pool, Split};
 use crate::hash::{PromptHash, prefix_units, rendezvous_weight};
 use crate::index::{EndpointIndex, PrefixIndex};
 use crate::table::{Candidates, Slot, Table};
+use crate::wire::{Engine, Role};
 
 /// A prompt as the scheduler sees it.
 #[derive(Clone, Debug, Default)]
@@ -31,6 +32,29 @@ pub struct Prompt {
     pub key: u64,
     /// Whether this worker has routed no prompt with that block, and so cannot know who else has.
     pub is_unseen: bool,
+    /// Whether more than one sequence is asked for: a batch of prompts, or more answers than one.
+    pub is_several: bool,
+}
+
+/// What a decode endpoint must have to take over from a prefill endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Partner {
+    /// Hand-over protocol.
+    pub engine: Engine,
+    /// Pairing group; none: any.
+    pub group: Option<String>,
+}
+
+impl Partner {
+    /// The partner of a prefill endpoint.
+    #[must_use]
+    pub fn of(prefill: &Slot) -> Self {
+        Self { engine: prefill.engine, group: prefill.endpoint.group.clone() }
+    }
+
+    fn suits(&self, decode: &Slot) -> bool {
+        decode.engine == self.engine && (self.group.is_none() || decode.endpoint.group == self.group)
+    }
 }
 
 /// A chosen endpoint.
@@ -62,8 +86,12 @@ pub enum WholeReason {
     Cached,
     /// The pool never splits.
     Never,
-    /// No prefill endpoint is ready.
+    /// No prefill endpoint is ready, or nobody to hand over to.
     NoPrefill,
+    /// An aggregated endpoint is done soonest.
+    Aggregated,
+    /// More than one sequence is asked for, and the engine hands over one.
+    Several,
 }
 
 impl WholeReason {
@@ -74,6 +102,8 @@ impl WholeReason {
             Self::Cached => "cached",
             Self::Never => "never",
             Self::NoPrefill => "no_prefill_endpoint",
+            Self::Aggregated => "aggregated",
+            Self::Several => "several_sequences",
         }
     }
 }
@@ -109,23 +139,32 @@ impl Scheduler<'_> {
     /// Decides how to serve a prompt.
     #[must_use]
     pub fn decide(&self, candidates: &Candidates, prompt: &Prompt) -> Decision {
-        let whole = |pick: Option<Pick>, reason| pick.map_or(Decision::Nobody, |pick| Decision::Whole(pick, reason));
-        if candidates.decode.is_empty() {
-            // No prompt is computed that nobody could generate from.
-            return Decision::Nobody;
-        }
-        if self.pool.split == Split::Never {
-            return whole(self.pick_by_cost(&candidates.decode, prompt, &[]), WholeReason::Never);
+        let alone = |reason| {
+            let pick = self.pick_by_cost(&candidates.whole, prompt, &[]);
+            pick.map_or(Decision::Nobody, |pick| Decision::Whole(pick, reason))
+        };
+        // Where nobody serves alone, everything is split.
+        if self.pool.split == Split::Never && !candidates.whole.is_empty() {
+            return alone(WholeReason::Never);
         }
         if let Split::Threshold { uncached_tokens } = self.pool.split
-            && let Some(pick) = self.pick_cached_decode(&candidates.decode, prompt, uncached_tokens as f64)
+            && let Some(pick) = self.pick_cached_decode(&candidates.whole, prompt, uncached_tokens as f64)
         {
             return Decision::Whole(pick, WholeReason::Cached);
         }
-        match self.pick_by_cost(&candidates.prefill, prompt, &[]) {
-            Some(pick) => Decision::Split(pick),
-            None => whole(self.pick_by_cost(&candidates.decode, prompt, &[]), WholeReason::NoPrefill),
+        let among = if self.pool.split == Split::Always { &candidates.prefill } else { &candidates.compute };
+        // No prompt is computed that nobody could generate from.
+        let pick = if candidates.decode.is_empty() { None } else { self.pick_by_cost(among, prompt, &[]) };
+        let Some((pick, slot)) = pick.and_then(|pick| Some((pick, self.table.get(pick.endpoint)?))) else {
+            return alone(WholeReason::NoPrefill);
+        };
+        if slot.endpoint.role == Role::Both {
+            return Decision::Whole(pick, WholeReason::Aggregated);
         }
+        if prompt.is_several && !slot.engine.hands_over_several() {
+            return alone(WholeReason::Several);
+        }
+        Decision::Split(pick)
     }
 
     /// The endpoint with the lowest `W + w·S`, leaving out `tried`. When no endpoint is healthy, any will do: a pool is
@@ -178,49 +217,53 @@ impl Scheduler<'_> {
         (shortlist, owner.map(|(at, _)| at))
     }
 
-    /// The endpoint with the fewest assigned KV tokens, and alternates in the same order.
+    /// The endpoint with the fewest assigned KV tokens, and alternates in the same order. `partner`: what it must have
+    /// to take a decode leg.
     #[must_use]
     pub fn pick_decode(
         &self,
         among: &[EndpointIndex],
         prompt: &Prompt,
         tried: &[EndpointIndex],
-        group: Option<&str>,
+        partner: Option<&Partner>,
     ) -> Option<(Pick, Vec<EndpointIndex>)> {
-        let in_group = |slot: &Slot| group.is_none() || slot.endpoint.group.as_deref() == group;
         let members: Vec<EndpointIndex>;
-        let among = match group {
+        let among = match partner {
             None => among,
-            Some(_) => {
-                members = among.iter().copied().filter(|at| self.table.get(*at).is_some_and(in_group)).collect();
+            Some(partner) => {
+                let suits = |at: &EndpointIndex| self.table.get(*at).is_some_and(|slot| partner.suits(slot));
+                members = among.iter().copied().filter(suits).collect();
                 &members
             }
         };
-        let mut ranked: Vec<(f64, u64, EndpointIndex)> = self
-            .usable(among, prompt, tried)
-            .into_iter()
-            .map(|(at, slot)| (decode_load(slot), !rendezvous_weight(prompt.key, slot.key), at))
-            .collect();
-        let wanted = self.pool.alternates.saturating_add(1);
-        let order = |a: &(f64, u64, u32), b: &(f64, u64, u32)| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1));
-        if ranked.len() > wanted {
-            ranked.select_nth_unstable_by(wanted, order);
-            ranked.truncate(wanted);
-        }
-        ranked.sort_unstable_by(order);
-        let mut picks = ranked.into_iter().map(|(_, _, at)| at);
-        let endpoint = picks.next()?;
-        Some((self.pick(endpoint, prompt), picks.collect()))
+        let suited = self.usable(among, prompt, tried).into_iter();
+        let mut ranked: Vec<Ranked> = suited.map(|(at, slot)| Ranked::new(at, slot, prompt)).collect();
+        let first = ranked.iter().copied().min_by(Ranked::order)?;
+        // One header names the rank, whichever of them Envoy reaches.
+        ranked.retain(|other| other.rank == first.rank && other.at != first.at);
+        Some((self.pick(first.at, prompt), self.least(ranked)))
     }
 
-    /// Healthy alternates for an endpoint that was chosen for what it holds.
+    /// Healthy alternates for an endpoint that was chosen for what it holds. They understand the same request.
     #[must_use]
     pub fn alternates(&self, among: &[EndpointIndex], prompt: &Prompt, chosen: EndpointIndex) -> Vec<EndpointIndex> {
-        let Some((pick, mut others)) = self.pick_decode(among, prompt, &[chosen], None) else { return Vec::new() };
-        others.insert(0, pick.endpoint);
-        others.retain(|at| self.table.get(*at).is_some_and(|slot| self.is_usable(slot)));
-        others.truncate(self.pool.alternates);
-        others
+        let Some(first) = self.table.get(chosen) else { return Vec::new() };
+        let stands_in = |slot: &Slot| {
+            self.is_usable(slot) && slot.engine == first.engine && slot.endpoint.rank == first.endpoint.rank
+        };
+        let others = self.usable(among, prompt, &[chosen]).into_iter().filter(|(_, slot)| stands_in(slot));
+        self.least(others.map(|(at, slot)| Ranked::new(at, slot, prompt)).collect())
+    }
+
+    /// As many alternates as the pool has, those with the fewest tokens first.
+    fn least(&self, mut ranked: Vec<Ranked>) -> Vec<EndpointIndex> {
+        let wanted = self.pool.alternates;
+        if ranked.len() > wanted {
+            ranked.select_nth_unstable_by(wanted, Ranked::order);
+            ranked.truncate(wanted);
+        }
+        ranked.sort_unstable_by(Ranked::order);
+        ranked.into_iter().map(|ranked| ranked.at).collect()
     }
 
     /// A decode endpoint that lacks fewer than `threshold` tokens of the prompt, unless all those are overloaded.
@@ -326,12 +369,34 @@ fn decode_load(slot: &Slot) -> f64 {
     slot.decode.tokens as f64 / slot.endpoint.weight
 }
 
+/// An endpoint among others that could take a decode leg.
+#[derive(Clone, Copy)]
+struct Ranked {
+    /// Assigned KV tokens, by the endpoint's speed.
+    tokens: f64,
+    /// Breaks ties by rendezvous.
+    tie: u64,
+    /// Data-parallel rank.
+    rank: Option<u32>,
+    at: EndpointIndex,
+}
+
+impl Ranked {
+    fn new(at: EndpointIndex, slot: &Slot, prompt: &Prompt) -> Self {
+        Self { tokens: decode_load(slot), tie: !rendezvous_weight(prompt.key, slot.key), rank: slot.endpoint.rank, at }
+    }
+
+    fn order(a: &Self, b: &Self) -> core::cmp::Ordering {
+        a.tokens.total_cmp(&b.tokens).then(a.tie.cmp(&b.tie))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::config::Config;
     use crate::hash::BlockHash;
-    use crate::wire::{Endpoint, Role, Snapshot};
+    use crate::wire::{Endpoint, Snapshot};
     use proptest::prelude::*;
 
     struct Fixture {
@@ -379,7 +444,9 @@ mod tests {
         let hash = |i: u64| BlockHash((id * 1_000 + i).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let blocks: Vec<_> = (0..blocks).map(hash).collect();
         let tokens = 128.0 * prefix_units(blocks.len()) as f64;
-        Prompt { tokens, block_tokens: 128.0, hash: PromptHash { blocks, head: id }, key: hash(0).0, is_unseen: false }
+        let key = hash(0).0;
+        let hash = PromptHash { blocks, head: id };
+        Prompt { tokens, block_tokens: 128.0, hash, key, ..Prompt::default() }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Endpoint table: the pushed list, with what we know of each endpoint, and the sets that a model's requests choose from.
 
+use core::net::SocketAddr;
 use core::time::Duration;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -30,6 +31,11 @@ pub struct Slot {
     pub key: u64,
     /// Engine in force: the endpoint's, else its pool's.
     pub engine: Engine,
+    /// Where its bootstrap server listens, if it has one.
+    pub bootstrap: SocketAddr,
+    /// Mooncake's id of the engine as its bootstrap server told it: a JSON string. Forgotten when the endpoint fails,
+    /// for a new process has a new one.
+    pub engine_id: Option<Arc<[u8]>>,
     /// Prefill legs in flight.
     pub prefill: PrefillQueue,
     /// Decode work in flight.
@@ -47,8 +53,14 @@ pub struct Candidates {
     /// Ready endpoints that take prefill legs and nothing else, sorted by [`Slot::key`]. Those of a group without a
     /// decode endpoint are left out: nobody could take their work over.
     pub prefill: Vec<EndpointIndex>,
-    /// Ready endpoints that generate: role `decode` or `both`, sorted by [`Slot::key`].
+    /// Ready endpoints that take decode legs, sorted by [`Slot::key`].
     pub decode: Vec<EndpointIndex>,
+    /// Ready endpoints that can serve a request whole: those of role `both`, and decode endpoints whose engine computes
+    /// a prompt by itself. Sorted alike.
+    pub whole: Vec<EndpointIndex>,
+    /// Ready endpoints that a long prompt is computed at: prefill endpoints, and those of role `both`. Sorted
+    /// alike, and with the same ones left out.
+    pub compute: Vec<EndpointIndex>,
 }
 
 /// Why there is nothing to choose from.
@@ -145,9 +157,7 @@ impl Table {
     /// [`NoCandidates`] says whether the model is unknown or everything is down.
     pub fn candidates(&self, model: &str) -> Result<Arc<Candidates>, NoCandidates> {
         match self.models.get(model).or(self.any_model.as_ref()) {
-            Some(candidates) if !candidates.prefill.is_empty() || !candidates.decode.is_empty() => {
-                Ok(Arc::clone(candidates))
-            }
+            Some(candidates) if !candidates.is_empty() => Ok(Arc::clone(candidates)),
             None if !self.by_id.is_empty() => Err(NoCandidates::UnknownModel),
             _ => Err(NoCandidates::NoEndpoint),
         }
@@ -225,11 +235,17 @@ impl Table {
         let cache_bytes = endpoint.cache_tokens.unwrap_or(pool.cache_tokens) as f64 * pool.bytes_per_token;
         let capacity = (cache_bytes / config.prefix.block_bytes as f64) as usize;
         let engine = endpoint.engine.unwrap_or(pool.engine);
+        let bootstrap_port = endpoint.bootstrap_port.unwrap_or(pool.bootstrap_port);
+        let bootstrap = SocketAddr::new(endpoint.address.ip(), bootstrap_port);
         let at = match self.by_id.get(&endpoint.id()).copied() {
             Some(at) => {
                 if let Some(slot) = self.get_mut(at) {
                     slot.endpoint.clone_from(endpoint);
+                    if (slot.engine, slot.bootstrap) != (engine, bootstrap) {
+                        slot.engine_id = None;
+                    }
                     slot.engine = engine;
+                    slot.bootstrap = bootstrap;
                 }
                 at
             }
@@ -247,6 +263,8 @@ impl Table {
                     address: endpoint.address.to_string().into(),
                     key,
                     engine,
+                    bootstrap,
+                    engine_id: None,
                     prefill: PrefillQueue::default(),
                     decode: DecodeLoad::default(),
                     health: Health::default(),
@@ -292,10 +310,10 @@ impl Table {
                 all_ready.push(at);
             }
             for model in models {
-                named.entry(model).or_default().entry(pool).or_default().push(at, *role, ready);
+                named.entry(model).or_default().entry(pool).or_default().push(at, *role, slot.engine, ready);
             }
             if models.is_empty() {
-                unnamed.entry(pool).or_default().push(at, *role, ready);
+                unnamed.entry(pool).or_default().push(at, *role, slot.engine, ready);
             }
         }
         let models = named
@@ -303,11 +321,9 @@ impl Table {
             .filter_map(|(model, mut pools)| {
                 for (pool, candidates) in &mut pools {
                     if let Some(others) = unnamed.get(pool) {
-                        candidates.prefill.extend(&others.prefill);
-                        candidates.decode.extend(&others.decode);
+                        candidates.extend(others);
                         let key = |at: &EndpointIndex| slot_of(*at).map(|slot| slot.key);
-                        candidates.prefill.sort_by_key(key);
-                        candidates.decode.sort_by_key(key);
+                        candidates.sets().into_iter().for_each(|set| set.sort_by_key(key));
                     }
                 }
                 Some((model.to_owned(), first_that_generates(pools, &slot_of)?))
@@ -321,12 +337,43 @@ impl Table {
 }
 
 impl Candidates {
-    fn push(&mut self, at: EndpointIndex, role: Role, ready: bool) {
-        match role {
-            _ if !ready => {}
-            Role::Prefill => self.prefill.push(at),
-            Role::Decode | Role::Both => self.decode.push(at),
+    /// Whether nobody can do anything.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.prefill.is_empty() && !self.can_generate()
+    }
+
+    fn can_generate(&self) -> bool {
+        !self.decode.is_empty() || !self.whole.is_empty()
+    }
+
+    fn push(&mut self, at: EndpointIndex, role: Role, engine: Engine, ready: bool) {
+        if !ready {
+            return;
         }
+        match role {
+            Role::Prefill => self.prefill.push(at),
+            Role::Decode => self.decode.push(at),
+            Role::Both => {}
+        }
+        if role == Role::Both || (role == Role::Decode && engine.decodes_alone()) {
+            self.whole.push(at);
+        }
+        if role != Role::Decode {
+            self.compute.push(at);
+        }
+    }
+
+    fn extend(&mut self, others: &Self) {
+        for (set, more) in
+            self.sets().into_iter().zip([&others.prefill, &others.decode, &others.whole, &others.compute])
+        {
+            set.extend(more);
+        }
+    }
+
+    fn sets(&mut self) -> [&mut Vec<EndpointIndex>; 4] {
+        [&mut self.prefill, &mut self.decode, &mut self.whole, &mut self.compute]
     }
 }
 
@@ -334,13 +381,16 @@ fn first_that_generates<'a>(
     pools: BTreeMap<&str, Candidates>,
     slot_of: &impl Fn(EndpointIndex) -> Option<&'a Slot>,
 ) -> Option<Arc<Candidates>> {
-    let generating = pools.iter().find(|(_, candidates)| !candidates.decode.is_empty());
+    let generating = pools.iter().find(|(_, candidates)| candidates.can_generate());
     let (pool, candidates) = generating.or_else(|| pools.iter().next())?;
     let mut candidates = Candidates { pool: (*pool).into(), ..candidates.clone() };
     let group_of = |at: &EndpointIndex| slot_of(*at)?.endpoint.group.as_deref();
     let groups: HashSet<&str> = candidates.decode.iter().filter_map(group_of).collect();
+    let is_whole = |at: &EndpointIndex| slot_of(*at).is_some_and(|slot| slot.endpoint.role == Role::Both);
+    let has_partner = |at: &EndpointIndex| is_whole(at) || group_of(at).is_none_or(|group| groups.contains(group));
     if !candidates.decode.is_empty() {
-        candidates.prefill.retain(|at| group_of(at).is_none_or(|group| groups.contains(group)));
+        candidates.prefill.retain(has_partner);
+        candidates.compute.retain(has_partner);
     }
     Some(Arc::new(candidates))
 }
@@ -398,10 +448,11 @@ mod tests {
             down,
         ]);
         let m = fixture.table.candidates("m").unwrap();
-        assert_eq!((fixture.ports(&m.prefill), fixture.ports(&m.decode)), (vec![1], vec![2, 3]));
+        assert_eq!((fixture.ports(&m.prefill), fixture.ports(&m.decode)), (vec![1], vec![2]));
+        assert_eq!((fixture.ports(&m.whole), fixture.ports(&m.compute)), (vec![2, 3], vec![1, 3]));
         let n = fixture.table.candidates("n").unwrap();
-        assert_eq!(fixture.ports(&n.decode), [2, 3, 4]);
-        assert_eq!(fixture.ports(&fixture.table.candidates("other").unwrap().decode), [3]);
+        assert_eq!((fixture.ports(&n.decode), fixture.ports(&n.whole)), (vec![2, 4], vec![2, 3, 4]));
+        assert_eq!(fixture.ports(&fixture.table.candidates("other").unwrap().whole), [3]);
         assert_eq!(fixture.table.model_names(), ["m", "n"]);
         assert_eq!(fixture.table.all_ready().len(), 4);
     }
@@ -421,8 +472,8 @@ mod tests {
         for model in ["m", "other"] {
             let candidates = fixture.table.candidates(model).unwrap();
             let key = |at: &EndpointIndex| fixture.table.get(*at).unwrap().key;
-            assert!(candidates.decode.is_sorted_by_key(key));
-            let mut all = candidates.decode.clone();
+            assert!(candidates.whole.is_sorted_by_key(key));
+            let mut all = candidates.whole.clone();
             all.dedup();
             assert_eq!(all.len(), if model == "m" { 39 - 3 + 3 } else { 39 - 13 - 1 + 1 });
         }

@@ -41,7 +41,7 @@ pub enum Role {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Engine {
-    /// vLLM with its NIXL connector, pull or push.
+    /// vLLM with its NIXL connector, pull or push (which pairs the legs by `x-request-id`).
     VllmNixl,
     /// vLLM with a connector over shared storage (LMCache, a shared directory).
     VllmShared,
@@ -53,6 +53,14 @@ pub enum Engine {
     Mooncake,
     /// AWS Neuron (AIBrix calls it `nixl`).
     Neuron,
+    /// llm-d's routing sidecar beside the decode endpoint: it runs the prefill leg at the endpoint that a header names.
+    Sidecar,
+}
+
+impl Engine {
+    /// All of them.
+    pub const ALL: &[Self] =
+        &[Self::VllmNixl, Self::VllmShared, Self::Sglang, Self::Trtllm, Self::Mooncake, Self::Neuron, Self::Sidecar];
 }
 
 /// Whether an endpoint may get work.
@@ -96,14 +104,28 @@ pub struct Endpoint {
     /// Tokens that its prefix cache holds, CPU tier included; absent: the pool's figure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_tokens: Option<u64>,
+    /// Port of a prefill endpoint's bootstrap server (SGLang, Mooncake); absent: the pool's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bootstrap_port: Option<u16>,
     /// Whether it may get work.
     #[serde(default, skip_serializing_if = "is_default_state")]
     pub state: State,
 }
 
 /// Keys of [`Endpoint`], for readers that refuse unknown ones.
-pub const ENDPOINT_KEYS: &[&str] =
-    &["address", "rank", "role", "pool", "models", "engine", "group", "weight", "cache_tokens", "state"];
+pub const ENDPOINT_KEYS: &[&str] = &[
+    "address",
+    "rank",
+    "role",
+    "pool",
+    "models",
+    "engine",
+    "group",
+    "weight",
+    "cache_tokens",
+    "bootstrap_port",
+    "state",
+];
 
 fn default_pool() -> String {
     "default".to_owned()
@@ -173,6 +195,7 @@ impl Endpoint {
             group: None,
             weight: default_weight(),
             cache_tokens: None,
+            bootstrap_port: None,
             state: State::Ready,
         }
     }
@@ -191,6 +214,9 @@ impl Endpoint {
         let bad = |key: &'static str, why: &'static str| WireError::BadEndpoint { id: self.id(), key, why };
         if self.address.port() == 0 {
             return Err(bad("address", "port must not be 0"));
+        }
+        if self.bootstrap_port == Some(0) {
+            return Err(bad("bootstrap_port", "must not be 0"));
         }
         if self.address.ip().is_unspecified() {
             return Err(bad("address", "must not be the unspecified address"));
@@ -334,6 +360,7 @@ mod tests {
             group: Some("g".into()),
             weight: 2.0,
             cache_tokens: Some(1),
+            bootstrap_port: Some(1),
             state: State::Draining,
             ..endpoint()
         };

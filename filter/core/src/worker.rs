@@ -4,6 +4,7 @@ use core::time::Duration;
 use std::sync::Arc;
 
 use crate::config::{Config, ConfigError};
+use crate::engine::pair_id;
 use crate::index::PrefixIndex;
 use crate::metrics::{Counts, Metric};
 use crate::table::{Applied, Table};
@@ -86,5 +87,13 @@ impl Worker {
     pub(crate) fn next_leg(&mut self) -> u64 {
         self.legs = self.legs.wrapping_add(1);
         self.legs
+    }
+
+    /// A name for a pair of legs that no other pair in flight has, at any gateway: Envoy's random request id, this
+    /// worker's clock and count.
+    pub(crate) fn pair_id(&mut self, request_id: &[u8], now: Duration) -> u64 {
+        let ours = [self.next_leg().to_le_bytes(), now.as_secs().to_le_bytes()].concat();
+        let bits = [request_id, &ours, &now.subsec_nanos().to_le_bytes()].concat();
+        pair_id(xxhash_rust::xxh3::xxh3_64(&bits))
     }
 }

@@ -17,13 +17,10 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 /// Reads an engine's name.
 ///
 /// # Errors
-/// When this version does not speak its protocol.
+/// When there is no such engine; lists those there are.
 pub fn parse_engine(name: &str) -> Result<Engine, String> {
-    match name {
-        "vllm-nixl" => Ok(Engine::VllmNixl),
-        "vllm-shared" => Ok(Engine::VllmShared),
-        _ => Err("this version speaks vllm-nixl and vllm-shared".to_owned()),
-    }
+    let engine = serde_json::from_value(name.into());
+    engine.map_err(|error: serde_json::Error| error.to_string())
 }
 
 /// What the simulators will be.

@@ -13,11 +13,14 @@ use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use crate::answer::{self, Body, Choice, Head, detail, json, quote, typed};
+use crate::config::Engine;
 use crate::engine::{Failure, Pod};
 use crate::fault::{FAULT_HEADER, Fault, Kind, Leg, Malformed, parse_list};
+use crate::handoff::tokenise;
 use crate::metrics;
-use crate::nixl::{ENGINE_HEADER, PULL_PATH};
+use crate::nixl::{ENGINE_HEADER, PAIR_HEADER, PULL_PATH};
 use crate::request::{Api, ApiError, Generation, Rules};
+use crate::rooms::{QUERY_PATH, ROOM_PATH};
 use crate::server::Connection;
 use crate::stream::{Streaming, cut_after};
 
@@ -113,6 +116,23 @@ pub(crate) async fn serve(pod: Arc<Pod>, connection: Arc<Connection>, request: R
 pub(crate) async fn serve_side(pod: Arc<Pod>, request: Request<Incoming>) -> Response<Body> {
     let (parts, body) = request.into_parts();
     let engine_id = parts.headers.get(ENGINE_HEADER).map(HeaderValue::as_bytes);
+    if parts.uri.path() == QUERY_PATH && pod.config.engine == Engine::Mooncake {
+        pod.stats.request(QUERY_PATH);
+        let engine_id = quote(&pod.engine_id);
+        return json(StatusCode::OK, format!(r#"{{"0":{{"engine_id":{engine_id},"worker_addr":{{"0":{{}}}}}}}}"#));
+    }
+    if let Some(key) = parts.uri.path().strip_prefix(ROOM_PATH)
+        && engine_id.is_none_or(|id| id == pod.engine_id.as_bytes())
+    {
+        return match pod.rooms.take(key, pod.config.lease).await {
+            Some(Ok(digest)) => {
+                pod.stats.add(&pod.stats.leases_pulled, 1);
+                typed(StatusCode::OK, "text/plain", digest.to_string())
+            }
+            Some(Err(())) => typed(StatusCode::CONFLICT, "text/plain", "reused"),
+            None => typed(StatusCode::NOT_FOUND, "text/plain", "nobody came"),
+        };
+    }
     if parts.uri.path() != PULL_PATH || engine_id != Some(pod.engine_id.as_bytes()) {
         return typed(StatusCode::NOT_FOUND, "text/plain", "no such engine here");
     }
@@ -121,6 +141,10 @@ pub(crate) async fn serve_side(pod: Arc<Pod>, request: Request<Incoming>) -> Res
         Err(error) => return answer::error(&error),
     };
     pod.end_leases(false);
+    let pair = parts.headers.get(PAIR_HEADER).and_then(|value| value.to_str().ok());
+    if !pod.leases.pairs(&raw, pair) {
+        return typed(StatusCode::PRECONDITION_FAILED, "text/plain", "another request's");
+    }
     match pod.leases.pull(&raw) {
         Ok(digest) => {
             pod.stats.add(&pod.stats.leases_pulled, 1);
@@ -158,7 +182,8 @@ fn parse(pod: &Pod, api: Api, headers: &HeaderMap, body: &Bytes) -> Result<Gener
     if !media_type.eq_ignore_ascii_case("application/json") {
         return Err(ApiError::bad_request("Unsupported Media Type: Only 'application/json' is allowed"));
     }
-    let generation = Generation::parse(api, body, Rules { max_model_len: pod.config.max_model_len })?;
+    let mut generation = Generation::parse(api, body, Rules::of(&pod.config))?;
+    generation.request_id = headers.get(REQUEST_ID).map(|id| String::from_utf8_lossy(id.as_bytes()).into_owned());
     let models = &mut pod.config.models.iter().chain(&pod.config.loras);
     if !models.any(|model| *model == generation.model) {
         return Err(ApiError::unknown_model(&generation.model));
@@ -270,7 +295,12 @@ async fn generate(
         _ => None,
     });
     let params = params.unwrap_or_else(|| "null".to_owned());
-    let body = malform(malformed, &params, |kv| head.whole(&choices, run.usage, kv));
+    let is_context = pod.config.engine == Engine::Trtllm && generation.leg() == Leg::Prefill;
+    let ids = generation.prompts.first().filter(|_| is_context).map(|prompt| tokenise(&prompt.rendered));
+    let body = malform(malformed, &params, |kv| match &ids {
+        Some(ids) => context_answer(&head.whole(&choices, run.usage, None), kv, ids),
+        None => head.whole(&choices, run.usage, kv),
+    });
     let mut response = match ending {
         Some(Kind::Die(_)) => {
             let body = Bytes::from(body);
@@ -286,6 +316,16 @@ async fn generate(
     }
     guard.finish();
     response
+}
+
+/// The answer to a `context_only` request: parameters in the first choice, the prompt's ids at the end.
+fn context_answer(whole: &str, params: Option<&str>, ids: &str) -> String {
+    const IDS: &str = r#""prompt_token_ids":"#;
+    let (front, end) = whole.rsplit_once(IDS).unwrap_or((whole, "null}"));
+    let choice = r#"{"index":0,"#;
+    let params = params.map(|params| format!("\"disaggregated_params\":{params},")).unwrap_or_default();
+    let front = front.replacen(choice, &format!("{choice}{params}"), 1);
+    format!("{front}{IDS}{}", end.replacen("null", ids, 1))
 }
 
 /// The body around good or spoilt parameters.

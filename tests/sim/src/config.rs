@@ -40,15 +40,17 @@ impl Role {
 pub enum Engine {
     /// vLLM with its NIXL connector in pull mode.
     VllmNixl,
+    /// The same in push mode: legs are paired by `x-request-id`.
+    VllmNixlPush,
     /// vLLM with a connector over a shared directory.
     VllmShared,
-    /// SGLang. Not simulated.
+    /// SGLang: legs meet in a bootstrap room.
     Sglang,
-    /// TensorRT-LLM. Not simulated.
+    /// TensorRT-LLM.
     Trtllm,
-    /// vLLM with the Mooncake connector. Not simulated.
+    /// vLLM with the Mooncake connector: legs meet by transfer id.
     Mooncake,
-    /// AWS Neuron. Not simulated.
+    /// AWS Neuron: the decode leg quotes the prefill answer.
     Neuron,
 }
 
@@ -58,6 +60,7 @@ impl Engine {
     pub fn name(self) -> &'static str {
         match self {
             Self::VllmNixl => "vllm-nixl",
+            Self::VllmNixlPush => "vllm-nixl-push",
             Self::VllmShared => "vllm-shared",
             Self::Sglang => "sglang",
             Self::Trtllm => "trtllm",
@@ -164,11 +167,8 @@ impl Config {
     /// # Errors
     /// One line for people.
     pub fn validate(&self) -> Result<(), String> {
-        match self.engine {
-            Engine::VllmNixl => {}
-            Engine::VllmShared if self.shared_dir.is_some() => {}
-            Engine::VllmShared => return Err("--engine vllm-shared needs --shared-dir".to_owned()),
-            other => return Err(format!("--engine {}: not simulated", other.name())),
+        if self.engine == Engine::VllmShared && self.shared_dir.is_none() {
+            return Err("--engine vllm-shared needs --shared-dir".to_owned());
         }
         if self.models.is_empty() || self.models.iter().chain(&self.loras).any(String::is_empty) {
             return Err("--model and --lora must not be empty".to_owned());

@@ -13,10 +13,12 @@ use crate::answer::Usage;
 use crate::cache::{Allocation, Cache};
 use crate::config::{Config, Engine};
 use crate::fault::{Faults, Leg};
+use crate::handoff::KvParams;
 use crate::metrics::Histogram;
-use crate::nixl::{Issue, Leases, Pulled, Puller, write_params};
+use crate::nixl::{Issue, Leases, Pulled, Puller, trtllm_params, write_params};
 use crate::record::Recorder;
-use crate::request::{ApiError, Generation, KvParams, Remote};
+use crate::request::{ApiError, Generation};
+use crate::rooms::Rooms;
 use crate::stats::{Counters, Stats};
 use crate::timing::{Timing, pause};
 use crate::tokens::{Finish, Output, Prompt, splitmix};
@@ -58,6 +60,7 @@ pub(crate) struct Pod {
     pub(crate) running: AtomicU64,
     pub(crate) waiting: AtomicU64,
     pub(crate) leases: Leases,
+    pub(crate) rooms: Rooms,
     /// Wakes the task that ends leases.
     pub(crate) lease_opened: Notify,
     /// Host and port that parameters name.
@@ -102,6 +105,7 @@ impl Pod {
             running: AtomicU64::new(0),
             waiting: AtomicU64::new(0),
             leases: Leases::default(),
+            rooms: Rooms::default(),
             lease_opened: Notify::new(),
             side_channel: OnceLock::new(),
             timing: Timing::new(&config),
@@ -190,14 +194,10 @@ impl Pod {
     /// # Errors
     /// [`Failure`]
     pub(crate) async fn admit(self: &Arc<Self>, generation: &Generation, since: Instant) -> Result<Run, Failure> {
-        match generation.leg() {
-            Leg::Prefill if self.config.engine == Engine::VllmNixl => self.stats.add(&self.stats.prefill_legs, 1),
-            _ => {}
+        if generation.leg() == Leg::Prefill {
+            self.stats.add(&self.stats.prefill_legs, 1);
         }
-        let remote = match &generation.kv {
-            KvParams::RemotePrefill(remote) if self.config.engine == Engine::VllmNixl => Some(remote),
-            _ => None,
-        };
+        let remote = if let KvParams::Pull(remote) = &generation.kv { Some(remote) } else { None };
         if remote.is_some_and(|remote| !remote.has_block_ids) {
             // The scheduler's assertion ends the engine core, and the API server with it.
             self.crash();
@@ -222,7 +222,7 @@ impl Pod {
             presence,
         };
         for (index, prompt) in generation.prompts.iter().enumerate() {
-            let sequence = self.compute(generation, index, prompt, remote, &mut run.presence).await?;
+            let sequence = self.compute(generation, index, prompt, &mut run.presence).await?;
             run.usage.prompt += prompt.tokens();
             run.usage.cached += sequence.reused_tokens;
             run.longest = sequence.outputs.iter().map(|output| output.tokens).fold(run.longest, u64::max);
@@ -238,7 +238,6 @@ impl Pod {
         generation: &Generation,
         index: usize,
         prompt: &Prompt,
-        remote: Option<&Remote>,
         presence: &mut Presence,
     ) -> Result<Sequence, Failure> {
         let stats = &self.stats;
@@ -261,18 +260,10 @@ impl Pod {
         let cached = blocks.hits() as u64 * block_tokens;
         let mut wrong = None;
         let mut external = 0;
-        if let Some((remote, source)) = remote.and_then(|remote| Some((remote, remote.source.as_ref()?))) {
+        if generation.leg() == Leg::Decode {
             drop(turn);
             external = tokens - cached;
-            match self.puller.pull(remote, source).await {
-                Pulled::Kv(digest) if digest == prompt.digest => {}
-                Pulled::Kv(_) => wrong = Some("other_prompt".to_owned()),
-                Pulled::Gone(reason) => wrong = Some(reason),
-                Pulled::Unreachable(why) => {
-                    stats.add(&stats.failed_pulls, 1);
-                    return Err(Failure::Error(ApiError::internal(format!("KV transfer failed: {why}"))));
-                }
-            }
+            wrong = self.fetch(generation, index, prompt).await?;
             pause(self.timing.transfer(external)).await;
         } else if let Some(found) = self.shared_tokens(&hashes, cached) {
             drop(turn);
@@ -301,15 +292,72 @@ impl Pod {
                 blocks.commit(hashes.get(blocks.hits()..).unwrap_or_default());
                 if external > 0 {
                     stats.add(&stats.decode_legs, 1);
-                } else if generation.leg() != Leg::Prefill || self.config.engine != Engine::VllmNixl {
+                } else if generation.leg() != Leg::Prefill {
                     stats.add(&stats.local_prefills, 1);
                 }
                 self.share(&hashes);
             }
         }
         stats.touch();
+        if let KvParams::Offer(rooms) = &generation.kv
+            && let Some(room) = rooms.get(index)
+        {
+            self.offer(room, prompt).await?;
+        }
         let reused_tokens = cached + external;
         Ok(Sequence { outputs, blocks: Some(blocks), hashes, wrong: wrong.is_some(), reused_tokens })
+    }
+
+    /// Fetches the KV of one prompt, once for every sequence that asks for it; says what is wrong with it.
+    async fn fetch(&self, generation: &Generation, index: usize, prompt: &Prompt) -> Result<Option<String>, Failure> {
+        let mut wrong = None;
+        // The sequences of one prompt are requests of their own inside the engine, with the same parameters each.
+        let times = if matches!(generation.kv, KvParams::Pull(_)) { generation.n } else { 1 };
+        for _ in 0..times {
+            let pulled = match &generation.kv {
+                KvParams::Pull(remote) => match &remote.source {
+                    Some(source) => self.puller.pull(remote, source, generation.request_id.as_deref()).await,
+                    None => Pulled::Unpaired,
+                },
+                // A second prompt without a room of its own reads the first one's.
+                KvParams::Meet(rooms) => match rooms.get(index).or(rooms.first()) {
+                    Some(room) => self.puller.meet(room).await,
+                    None => Pulled::Unpaired,
+                },
+                KvParams::None | KvParams::Keep | KvParams::Offer(_) => return Ok(None),
+            };
+            match pulled {
+                Pulled::Kv(digest) if digest == prompt.digest => {}
+                Pulled::Kv(_) => wrong = Some("other_prompt".to_owned()),
+                Pulled::Gone(reason) => wrong = Some(reason),
+                Pulled::Unpaired => {
+                    self.stats.add(&self.stats.hung, 1);
+                    return Err(Failure::Hang);
+                }
+                Pulled::Unreachable(why) => {
+                    self.stats.add(&self.stats.failed_pulls, 1);
+                    if matches!(generation.kv, KvParams::Meet(_)) {
+                        // It goes on trying to reach the room until its own limit.
+                        tokio::time::sleep(self.config.lease).await;
+                    }
+                    return Err(Failure::Error(ApiError::internal(format!("KV transfer failed: {why}"))));
+                }
+            }
+        }
+        Ok(wrong)
+    }
+
+    /// Offers the KV of a prompt in a room. SGLang's answer waits until it has been taken.
+    async fn offer(&self, room: &str, prompt: &Prompt) -> Result<(), Failure> {
+        if !self.rooms.offer(room, prompt.digest) {
+            return Err(Failure::Error(ApiError::internal(format!("room {room} is in use"))));
+        }
+        self.stats.add(&self.stats.leases_issued, 1);
+        if self.config.engine == Engine::Sglang && !self.rooms.until_taken(room, self.config.lease).await {
+            self.stats.add(&self.stats.leases_expired, 1);
+            return Err(Failure::Error(ApiError::internal("Prefill bootstrap failed: nobody came")));
+        }
+        Ok(())
     }
 
     /// File that says the KV of these blocks lies in the shared directory. The connector saves and finds whole
@@ -411,9 +459,8 @@ impl Run {
                 more.truncate(full.saturating_sub(blocks.named()));
                 blocks.commit(&more);
             }
-            let keeps = generation.leg() == Leg::Prefill && pod.config.engine == Engine::VllmNixl;
-            if keeps && output.finish == Finish::Length {
-                let raw = pod.keep(blocks, prompt, id);
+            if matches!(generation.kv, KvParams::Keep) && output.finish == Finish::Length {
+                let raw = pod.keep(blocks, prompt, id, generation.request_id.as_deref());
                 if index == 0 {
                     params = Some(raw);
                 }
@@ -433,7 +480,7 @@ impl Drop for Run {
 }
 
 impl Pod {
-    fn keep(&self, blocks: Allocation, prompt: &Prompt, id: &str) -> String {
+    fn keep(&self, blocks: Allocation, prompt: &Prompt, id: &str, request_id: Option<&str>) -> String {
         let ticket = self.ticket();
         let (host, port) = self.side_channel.get().map_or(("127.0.0.1", 0), |(host, port)| (host.as_str(), *port));
         let issue = Issue {
@@ -445,8 +492,13 @@ impl Pod {
             // Between 2^62 and 2^63: a legal int64 that no double holds.
             ticket: (1 << 62) | (ticket >> 2) | 1,
         };
-        let raw = write_params(&issue, blocks.ids());
-        self.leases.open(&raw, prompt.digest, prompt.tokens(), blocks, self.config.lease);
+        let mut raw = write_params(&issue, blocks.ids());
+        if self.config.engine == Engine::Trtllm {
+            raw = trtllm_params(&raw);
+        }
+        // Where the client sent no id the engine makes one up, which no other leg has.
+        let pair = (self.config.engine == Engine::VllmNixlPush).then(|| request_id.unwrap_or(id));
+        self.leases.open(&raw, pair, prompt.digest, prompt.tokens(), blocks, self.config.lease);
         self.stats.add(&self.stats.leases_issued, 1);
         self.lease_opened.notify_one();
         raw

@@ -21,10 +21,12 @@ mod config;
 mod engine;
 mod fault;
 mod fields;
+mod handoff;
 mod metrics;
 mod nixl;
 mod record;
 mod request;
+mod rooms;
 mod server;
 mod stats;
 mod stream;
@@ -134,6 +136,16 @@ impl Handle {
     #[must_use]
     pub fn engine_id(&self) -> &str {
         &self.pod.engine_id
+    }
+
+    /// Address of its bootstrap server and side channel.
+    ///
+    /// # Panics
+    /// Never: it was set at the start.
+    #[must_use]
+    pub fn bootstrap_addr(&self) -> SocketAddr {
+        let (host, port) = self.pod.side_channel.get().expect("set at the start");
+        SocketAddr::new(host.parse().expect("an address"), *port)
     }
 
     /// What it has done.

@@ -22,12 +22,15 @@ use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::cache::Allocation;
-use crate::request::{Remote, Source};
+use crate::handoff::{Remote, Room, Source};
+use crate::rooms::ROOM_PATH;
 
 /// Path of the side channel.
 pub(crate) const PULL_PATH: &str = "/pull";
 /// Request header that names the engine the caller believes to reach.
 pub(crate) const ENGINE_HEADER: &str = "x-engine-id";
+/// Request header with the decode leg's `x-request-id`, by which push mode pairs the legs.
+pub(crate) const PAIR_HEADER: &str = "x-pair-id";
 /// Ended leases of which the server still knows why they ended; older ones count as unknown.
 const REMEMBERED: usize = 65_536;
 /// How long a connection to another server may take.
@@ -36,6 +39,8 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 /// KV that waits for its decode leg.
 struct Lease {
     raw: Box<str>,
+    /// Only a leg of this request id may have it; `None`: any.
+    pair: Option<Box<str>>,
     digest: u64,
     tokens: u64,
     expires: Instant,
@@ -82,13 +87,29 @@ impl Leases {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn open(&self, raw: &str, digest: u64, tokens: u64, blocks: Allocation, lifetime: Duration) {
+    pub(crate) fn open(
+        &self,
+        raw: &str,
+        pair: Option<&str>,
+        digest: u64,
+        tokens: u64,
+        blocks: Allocation,
+        lifetime: Duration,
+    ) {
         let key = xxh3_64(raw.as_bytes());
         let expires = Instant::now() + lifetime;
         let mut table = self.lock();
         table.pinned_tokens += tokens;
         table.order.push_back((expires, key));
-        table.open.insert(key, Lease { raw: raw.into(), digest, tokens, expires, _blocks: blocks });
+        let pair = pair.map(Into::into);
+        table.open.insert(key, Lease { raw: raw.into(), pair, digest, tokens, expires, _blocks: blocks });
+    }
+
+    /// Whether the legs are paired: push mode knows no other way to find the lease.
+    pub(crate) fn pairs(&self, raw: &[u8], pair: Option<&str>) -> bool {
+        let table = self.lock();
+        let lease = table.open.get(&xxh3_64(raw));
+        lease.is_none_or(|lease| lease.pair.is_none() || lease.pair.as_deref() == pair)
     }
 
     /// Ends the lease of these bytes and says which prompt's KV it was.
@@ -151,6 +172,11 @@ impl Table {
     }
 }
 
+/// The `disaggregated_params` of a TensorRT-LLM's answer, made from a lease's parameters.
+pub(crate) fn trtllm_params(params: &str) -> String {
+    params.replacen('{', "{\"request_type\" : \"context_only\",\"first_gen_tokens\":[7], ", 1)
+}
+
 /// What goes into a parameters object.
 pub(crate) struct Issue<'a> {
     pub(crate) engine_id: &'a str,
@@ -193,6 +219,8 @@ pub(crate) enum Pulled {
     Kv(u64),
     /// Somebody else's by now.
     Gone(String),
+    /// The other side does not know of this leg.
+    Unpaired,
     /// No such server.
     Unreachable(String),
 }
@@ -211,11 +239,25 @@ impl Puller {
         Self { client }
     }
 
-    pub(crate) async fn pull(&self, remote: &Remote, source: &Source) -> Pulled {
+    pub(crate) async fn pull(&self, remote: &Remote, source: &Source, pair: Option<&str>) -> Pulled {
         let host = if source.host.contains(':') { format!("[{}]", source.host) } else { source.host.clone() };
-        let request = http::Request::post(format!("http://{host}:{}{PULL_PATH}", source.port))
-            .header(ENGINE_HEADER, &source.engine_id)
-            .body(Full::new(Bytes::copy_from_slice(remote.raw.as_bytes())));
+        let mut request = http::Request::post(format!("http://{host}:{}{PULL_PATH}", source.port))
+            .header(ENGINE_HEADER, &source.engine_id);
+        if let Some(pair) = pair {
+            request = request.header(PAIR_HEADER, pair);
+        }
+        self.fetch(request.body(Full::new(Bytes::copy_from_slice(remote.raw.as_bytes())))).await
+    }
+
+    pub(crate) async fn meet(&self, room: &Room) -> Pulled {
+        let mut request = http::Request::post(format!("http://{}{ROOM_PATH}{}", room.server, room.key));
+        if let Some(engine_id) = &room.engine_id {
+            request = request.header(ENGINE_HEADER, engine_id);
+        }
+        self.fetch(request.body(Full::default())).await
+    }
+
+    async fn fetch(&self, request: http::Result<http::Request<Full<Bytes>>>) -> Pulled {
         let request = match request {
             Ok(request) => request,
             Err(error) => return Pulled::Unreachable(error.to_string()),
@@ -232,6 +274,7 @@ impl Puller {
         match (status, text.parse()) {
             (200, Ok(digest)) => Pulled::Kv(digest),
             (409, _) => Pulled::Gone(text),
+            (412, _) => Pulled::Unpaired,
             _ => Pulled::Unreachable(format!("{status} {text}")),
         }
     }
@@ -270,7 +313,7 @@ mod tests {
     fn a_lease_is_good_once_unaltered_and_in_time() {
         let cache = Cache::new(8);
         let leases = Leases::default();
-        let open = |raw: &str, lifetime| leases.open(raw, 7, 32, cache.try_reserve(&[], 0, 2).unwrap(), lifetime);
+        let open = |raw: &str, lifetime| leases.open(raw, None, 7, 32, cache.try_reserve(&[], 0, 2).unwrap(), lifetime);
         open(&params(1), LONG);
         open(&params(2), LONG);
         assert_eq!((leases.gauges(), cache.usage()), ((2, 64), 0.5));

@@ -3,8 +3,10 @@
 use serde::Deserialize;
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::config::{Config, Engine, Role};
 use crate::fault::Leg;
 use crate::fields::{Content, Fields, Text, missing, push_compact, wrong_type};
+use crate::handoff::{KvParams, kv_params, trtllm_prompts};
 use crate::tokens::{Limits, Output, Prompt, generate};
 
 /// Which of the two generation endpoints.
@@ -70,39 +72,18 @@ impl ApiError {
 pub struct Rules {
     /// Longest prompt plus output, in tokens.
     pub max_model_len: u64,
+    /// Whose hand-over protocol is spoken.
+    pub engine: Engine,
+    /// Work that the server is meant for: some engines refuse other.
+    pub role: Role,
 }
 
-/// What the body says about KV transfer.
-#[derive(Clone, Debug)]
-pub enum KvParams {
-    /// Nothing, or nothing that asks for work.
-    None,
-    /// `do_remote_decode`: keep the KV for another server.
-    RemoteDecode,
-    /// `do_remote_prefill`: fetch the KV from another server.
-    RemotePrefill(Remote),
-}
-
-/// Where the KV of a decode leg is.
-#[derive(Clone, Debug)]
-pub struct Remote {
-    /// The object exactly as it stood in the body.
-    pub raw: Box<str>,
-    /// `remote_block_ids` is there, not null and not empty.
-    pub has_block_ids: bool,
-    /// `remote_engine_id`, `remote_host` and `remote_port`, if these and `remote_request_id` are there.
-    pub source: Option<Source>,
-}
-
-/// The server that holds the KV.
-#[derive(Clone, Debug)]
-pub struct Source {
-    /// `remote_engine_id`.
-    pub engine_id: String,
-    /// `remote_host`.
-    pub host: String,
-    /// `remote_port`.
-    pub port: u16,
+impl Rules {
+    /// The rules of a server.
+    #[must_use]
+    pub fn of(config: &Config) -> Self {
+        Self { max_model_len: config.max_model_len, engine: config.engine, role: config.role }
+    }
 }
 
 /// A valid generation request.
@@ -128,6 +109,8 @@ pub struct Generation {
     pub seed: Option<i64>,
     /// KV transfer.
     pub kv: KvParams,
+    /// `x-request-id`, if the client sent one.
+    pub request_id: Option<String>,
     limits: Vec<Limits>,
 }
 
@@ -158,7 +141,6 @@ impl Generation {
         if !(1..=MAX_CHOICES).contains(&n) {
             return Err(ApiError::bad_field("n", format!("n must be between 1 and {MAX_CHOICES}, got {n}.")));
         }
-        let kv = kv_params(fields)?;
         let salt: Option<String> = fields.get("cache_salt")?;
         if salt.as_deref() == Some("") {
             return Err(ApiError::bad_field(
@@ -167,10 +149,12 @@ impl Generation {
             ));
         }
         let echo = fields.get("echo")?.unwrap_or(false);
-        let rendered = match api {
-            Api::Chat => vec![render_chat(fields)?],
-            Api::Completions => render_prompts(fields)?,
+        let rendered = match (trtllm_prompts(api, fields, rules)?, api) {
+            (Some(prompts), _) => prompts,
+            (None, Api::Chat) => vec![render_chat(fields)?],
+            (None, Api::Completions) => render_prompts(fields)?,
         };
+        let kv = kv_params(fields, rules, rendered.len(), n as usize, stream)?;
         let prompts: Vec<Prompt> =
             rendered.into_iter().map(|bytes| Prompt::new(&model, salt.as_deref(), bytes)).collect();
         let limits = prompts.iter().map(|prompt| limits(api, fields, prompt, rules)).collect::<Result<_, _>>()?;
@@ -185,6 +169,7 @@ impl Generation {
             echo: echo && api == Api::Completions,
             seed: fields.get("seed")?,
             kv,
+            request_id: None,
             limits,
         })
     }
@@ -194,8 +179,8 @@ impl Generation {
     pub fn leg(&self) -> Leg {
         match self.kv {
             KvParams::None => Leg::Plain,
-            KvParams::RemoteDecode => Leg::Prefill,
-            KvParams::RemotePrefill(_) => Leg::Decode,
+            KvParams::Keep | KvParams::Offer(_) => Leg::Prefill,
+            KvParams::Pull(_) | KvParams::Meet(_) => Leg::Decode,
         }
     }
 
@@ -222,7 +207,7 @@ pub fn expected_text(model: &str, body: impl AsRef<[u8]>) -> String {
 /// As [`expected_text`], for every choice of every prompt in the order of their `index`.
 #[must_use]
 pub fn expected_texts(model: &str, body: impl AsRef<[u8]>) -> Vec<String> {
-    let rules = Rules { max_model_len: crate::Config::default().max_model_len };
+    let rules = Rules::of(&Config::default());
     let Ok(fields) = Fields::parse(body.as_ref()) else { return Vec::new() };
     let api = if fields.raw("messages").is_some() { Api::Chat } else { Api::Completions };
     let Ok(generation) = Generation::from_fields(api, &fields, model.to_owned(), rules) else { return Vec::new() };
@@ -303,27 +288,6 @@ fn limits(api: Api, fields: &Fields<'_>, prompt: &Prompt, rules: Rules) -> Resul
 enum OneOrMany<T> {
     One(T),
     Many(Vec<T>),
-}
-
-fn kv_params(fields: &Fields<'_>) -> Result<KvParams, ApiError> {
-    let Some(raw) = fields.raw("kv_transfer_params") else { return Ok(KvParams::None) };
-    let params: Fields<'_> = serde_json::from_str(raw.get()).map_err(|_| wrong_type("kv_transfer_params"))?;
-    if params.truthy("do_remote_prefill") {
-        let source = (|| {
-            params.raw("remote_request_id")?;
-            Some(Source {
-                engine_id: params.get("remote_engine_id").ok()??,
-                host: params.get("remote_host").ok()??,
-                port: params.get("remote_port").ok()??,
-            })
-        })();
-        return Ok(KvParams::RemotePrefill(Remote {
-            raw: raw.get().into(),
-            has_block_ids: params.truthy("remote_block_ids"),
-            source,
-        }));
-    }
-    Ok(if params.truthy("do_remote_decode") { KvParams::RemoteDecode } else { KvParams::None })
 }
 
 /// What a chat template would make of tools and messages.
@@ -413,7 +377,7 @@ fn render_prompts(fields: &Fields<'_>) -> Result<Vec<Vec<u8>>, ApiError> {
 mod tests {
     use super::*;
 
-    const RULES: Rules = Rules { max_model_len: 1_000 };
+    const RULES: Rules = Rules { max_model_len: 1_000, engine: Engine::VllmNixl, role: Role::Both };
 
     fn chat(fields: &str) -> Result<Generation, ApiError> {
         let body = format!(r#"{{"model":"m","messages":[{{"role":"user","content":"hi"}}]{fields}}}"#);
@@ -507,15 +471,15 @@ mod tests {
         let kv = |params: &str| chat(&format!(r#","kv_transfer_params":{params}"#)).unwrap().kv;
         assert!(matches!(kv("null"), KvParams::None));
         assert!(matches!(kv("{}"), KvParams::None));
-        assert!(matches!(kv(r#"{"do_remote_decode":true,"remote_block_ids":null}"#), KvParams::RemoteDecode));
-        let KvParams::RemotePrefill(remote) = kv(r#"{"do_remote_prefill":true, "x":1.0e-7}"#) else { panic!() };
+        assert!(matches!(kv(r#"{"do_remote_decode":true,"remote_block_ids":null}"#), KvParams::Keep));
+        let KvParams::Pull(remote) = kv(r#"{"do_remote_prefill":true, "x":1.0e-7}"#) else { panic!() };
         assert_eq!(&*remote.raw, r#"{"do_remote_prefill":true, "x":1.0e-7}"#);
         assert!(!remote.has_block_ids && remote.source.is_none());
         let full = r#"{"do_remote_prefill":true,"remote_block_ids":[[1]],"remote_engine_id":"e",
             "remote_host":"h","remote_port":1,"remote_request_id":"r"}"#;
-        let KvParams::RemotePrefill(remote) = kv(full) else { panic!() };
+        let KvParams::Pull(remote) = kv(full) else { panic!() };
         assert!(remote.has_block_ids && remote.source.is_some());
-        let KvParams::RemotePrefill(remote) = kv(&full.replace("remote_request_id", "x")) else { panic!() };
+        let KvParams::Pull(remote) = kv(&full.replace("remote_request_id", "x")) else { panic!() };
         assert!(remote.source.is_none());
     }
 

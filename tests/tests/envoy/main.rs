@@ -2,6 +2,7 @@
 
 mod cache;
 mod decode_failure;
+mod engines;
 mod errors;
 mod kv_params;
 mod leaving;

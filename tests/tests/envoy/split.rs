@@ -41,7 +41,7 @@ fn the_prefill_leg_ends_by_length_at_one_token() {
         let rig = shared().await;
         let limits = [
             r#","max_tokens":20,"stream":true,"stream_options":{"include_usage":true}"#,
-            r#","max_completion_tokens":20,"max_tokens":30,"n":2,"stop":["zz","yy"],"min_tokens":3"#,
+            r#","max_completion_tokens":20,"max_tokens":30,"n":1,"stop":["zz","yy"],"min_tokens":3"#,
             r#","stop":"zz","max_tokens":5,"min_tokens":5,"stop_token_ids":[7]"#,
         ];
         for (http, rest) in BOTH.into_iter().flat_map(|http| limits.map(|rest| (http, rest))) {

@@ -613,7 +613,7 @@ fn body(random: &mut Random, prompts: &mut u64) -> Vec<u8> {
                     r#""bootstrap_room":"203.0.113.9:1""#,
                     r#" "nested":{"kv_transfer_params":{"b":"203.0.113.9:1"}}"#,
                     r#""stream":true"#,
-                    r#""n":4"#,
+                    r#""n":1"#,
                     r#""max_tokens":7"#,
                     r#""stop":["}"]"#,
                     r#""seed":18446744073709551617"#,

@@ -57,7 +57,11 @@ pub fn envoy(plugin_configuration: &str) -> WorkerConfig {
         plugin_configuration: plugin_configuration.into(),
         clusters: vec![ENGINES.into(), CONTROL.into()],
         request_limit_bytes: Some(REQUEST_LIMIT_BYTES),
-        route_headers: vec![("x-pd-destination".into(), "wasm.pd.destination".into())],
+        route_headers: vec![
+            ("x-pd-destination".into(), "wasm.pd.destination".into()),
+            ("x-data-parallel-rank".into(), "wasm.pd.rank".into()),
+            ("x-prefiller-host-port".into(), "wasm.pd.prefiller".into()),
+        ],
         ..WorkerConfig::default()
     }
 }

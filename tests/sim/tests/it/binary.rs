@@ -48,7 +48,6 @@ fn says_when_it_is_ready_and_exits_1_on_a_busy_port_or_a_crash() {
 #[test]
 fn refuses_bad_options_in_one_line() {
     for (args, why) in [
-        (["--engine", "sglang"], "--engine sglang: not simulated"),
         (["--engine", "vllm-shared"], "--engine vllm-shared needs --shared-dir"),
         (["--speed", "1e9"], "--speed must be"),
         (["--block-tokens", "0"], "--block-tokens"),

@@ -6,4 +6,5 @@ mod cache;
 mod client;
 mod faults;
 mod nixl;
+mod protocols;
 mod shared;
