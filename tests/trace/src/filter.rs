@@ -205,7 +205,7 @@ impl Filter {
             && let Some(state) = self.states.get_mut(stream.state)
         {
             let upstream = self.ports.decode(stream.decode).to_string();
-            stream.request.response_headers(state, Some(upstream.as_bytes()), now);
+            stream.request.response_headers(state, Some(upstream.as_bytes()), Some(200), now);
             stream.request.first_byte(state, now);
         }
     }
