@@ -14,9 +14,16 @@ pub type EndpointIndex = u32;
 /// Holders that a block remembers by name, newest first. Endpoints beyond them still match, when they are asked for.
 /// With five a block fills one cache line: what the index costs is lines that are in no cache.
 const RECENT_HOLDERS: usize = 5;
-/// Bytes that one (endpoint, block) pair takes at most: its node, and its block where it is the only holder, with the
-/// table's empty places.
-pub const BYTES_PER_ENTRY: usize = 24 + 2 * (64 + 1);
+/// Bytes of one place of the table of blocks, its control byte included.
+const PLACE_BYTES: usize = 64 + 1;
+/// Bytes of a node.
+const NODE_BYTES: usize = 24;
+/// Places of the table per (endpoint, block) pair: no fuller, it never grows to make room for what was removed.
+const PLACES: usize = 16;
+const PAIRS: usize = 7;
+/// Bytes per place with the nodes, the list of free ones and, where everybody holds the same blocks, the other holders.
+/// Vectors double, so they may have twice what they need.
+const BYTES_PER_PLACE: usize = PLACE_BYTES + (2 * PAIRS * (NODE_BYTES + 3 * size_of::<u32>())).div_ceil(PLACES);
 /// Requests over which a block's share of requests is averaged.
 const SHARE_WINDOW: f32 = 1_000.0;
 /// No node.
@@ -87,7 +94,7 @@ impl PrefixIndex {
             others: HashTable::new(),
             lists: Vec::new(),
             len: 0,
-            max_nodes: (bytes / BYTES_PER_ENTRY).min(NIL as usize),
+            max_nodes: max_pairs(bytes),
             requests: 0,
         }
     }
@@ -104,10 +111,14 @@ impl PrefixIndex {
         self.len == 0
     }
 
-    /// Bytes of memory in use, at most what [`new`](Self::new) was given (capacities are counted, not lengths).
+    /// Bytes of memory in use, at most what [`new`](Self::new) was given.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.len().saturating_mul(BYTES_PER_ENTRY)
+        // A table is at most 7/8 full, and as large as a power of two.
+        let places = self.blocks.capacity().saturating_mul(8).wrapping_div(7).next_power_of_two();
+        let nodes = self.nodes.capacity().saturating_mul(NODE_BYTES);
+        let others = self.others.capacity().saturating_add(self.free.capacity()).saturating_mul(size_of::<u32>());
+        places.saturating_mul(PLACE_BYTES).saturating_add(nodes).saturating_add(others)
     }
 
     /// Sets how much an endpoint's cache holds, in units of the smallest block; what is over is dropped, oldest first.
@@ -324,6 +335,13 @@ impl PrefixIndex {
     }
 }
 
+/// Pairs for which `bytes` are enough whatever they are: those of the largest table of a power of two that fits.
+fn max_pairs(bytes: usize) -> usize {
+    let places =
+        bytes.checked_div(BYTES_PER_PLACE).and_then(usize::checked_ilog2).map_or(0, |log| 1_usize.wrapping_shl(log));
+    places.saturating_mul(PAIRS).wrapping_div(PLACES).min(NIL as usize)
+}
+
 fn is_pair(nodes: &[Node], at: u32, hash: BlockHash, endpoint: EndpointIndex) -> bool {
     nodes.get(at as usize).is_some_and(|node| node.hash == hash && node.endpoint == endpoint)
 }
@@ -408,16 +426,24 @@ mod tests {
 
     #[test]
     fn memory_stays_within_its_bound() {
-        let mut index = PrefixIndex::new(100 * BYTES_PER_ENTRY);
-        for endpoint in 0..4 {
-            index.set_capacity(endpoint, 1_000_000);
+        assert_eq!((size_of::<Block>(), size_of::<Node>()), (64, NODE_BYTES));
+        for bytes in [65_536, 300_000, 1 << 20] {
+            // Prompts of one endpoint each, and prompts that all of them hold.
+            for holders in [1, 16] {
+                let mut index = PrefixIndex::new(bytes);
+                for endpoint in 0..16 {
+                    index.set_capacity(endpoint, 1_000_000);
+                }
+                for id in 0..20_000 {
+                    for endpoint in 0..holders {
+                        index.insert((id % 16) as u32 ^ endpoint, &chain(id / u64::from(holders), 40));
+                    }
+                }
+                assert!(index.bytes() <= bytes, "{} of {bytes}, {holders} holders", index.bytes());
+                assert!(holders > 1 || index.bytes() >= bytes / 3, "{} of {bytes}", index.bytes());
+                assert_eq!(index.len(), max_pairs(bytes) / 16 * 16);
+            }
         }
-        for id in 0..50 {
-            index.insert((id % 4) as u32, &chain(id, 40));
-        }
-        assert!(index.len() <= 100, "{}", index.len());
-        assert!(index.nodes.len() <= 100);
-        assert_eq!(size_of::<Block>(), 64);
     }
 
     #[test]
