@@ -200,6 +200,34 @@ impl PrefixIndex {
         }
     }
 
+    /// Blocks of an endpoint with their sizes in units, the one touched last first, at most `limit`.
+    pub(crate) fn newest(&self, endpoint: EndpointIndex, limit: usize) -> impl Iterator<Item = (BlockHash, usize)> {
+        let mut at = self.list(endpoint).map_or(NIL, |list| list.newest);
+        let next = move || {
+            let node = self.nodes.get(at as usize)?;
+            at = node.older;
+            Some((node.hash, node.units as usize))
+        };
+        core::iter::from_fn(next).take(limit)
+    }
+
+    /// Gives an endpoint the blocks that it had in an index before this one, as [`newest`](Self::newest) told them,
+    /// behind those that it has here.
+    pub(crate) fn restore(&mut self, endpoint: EndpointIndex, blocks: impl Iterator<Item = (BlockHash, usize)>) {
+        let room = self.max_nodes.checked_div(self.lists.len()).unwrap_or(0);
+        for (hash, units) in blocks {
+            let fits = |list: &List| list.nodes < room && list.units.saturating_add(units) <= list.capacity;
+            if !self.list(endpoint).is_some_and(fits) {
+                return;
+            }
+            if self.node_of(hash, endpoint).is_none()
+                && let Some(node) = self.add_node(hash, endpoint, units)
+            {
+                self.link_oldest(node);
+            }
+        }
+    }
+
     /// Counts one request and returns its first block that is not hot: the block that says who should hold the prompt.
     /// `None` when every block is hot, or there is none.
     ///
@@ -312,6 +340,25 @@ impl PrefixIndex {
             }
             list.nodes = list.nodes.saturating_sub(1);
             list.units = list.units.saturating_sub(node.units as usize);
+        }
+    }
+
+    fn link_oldest(&mut self, at: u32) {
+        let Some(Node { endpoint, units, .. }) = self.nodes.get(at as usize).copied() else { return };
+        let Some(list) = self.lists.get_mut(endpoint as usize) else { return };
+        let second = list.oldest;
+        list.oldest = at;
+        if list.newest == NIL {
+            list.newest = at;
+        }
+        list.nodes = list.nodes.saturating_add(1);
+        list.units = list.units.saturating_add(units as usize);
+        if let Some(node) = self.nodes.get_mut(at as usize) {
+            node.newer = second;
+            node.older = NIL;
+        }
+        if let Some(node) = self.nodes.get_mut(second as usize) {
+            node.older = at;
         }
     }
 

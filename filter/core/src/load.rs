@@ -109,8 +109,19 @@ impl DecodeLoad {
 
     /// A request that was [added](Self::add) with the same `tokens` ended.
     pub fn remove(&mut self, tokens: u64) {
-        self.tokens = self.tokens.saturating_sub(tokens);
-        self.requests = self.requests.saturating_sub(1);
+        self.subtract(&Self { tokens, requests: 1 });
+    }
+
+    /// Adds what another worker has in flight.
+    pub(crate) fn merge(&mut self, other: &Self) {
+        self.tokens = self.tokens.saturating_add(other.tokens);
+        self.requests = self.requests.saturating_add(other.requests);
+    }
+
+    /// Takes it out again.
+    pub(crate) fn subtract(&mut self, other: &Self) {
+        self.tokens = self.tokens.saturating_sub(other.tokens);
+        self.requests = self.requests.saturating_sub(other.requests);
     }
 }
 

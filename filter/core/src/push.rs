@@ -8,6 +8,7 @@ use core::time::Duration;
 
 use crate::config::Control;
 use crate::metrics::{Level, Metric};
+use crate::share::{ABSENT, Shared};
 use crate::table::Applied;
 use crate::wire::{Snapshot, WATCH_PATH, WireError};
 use crate::worker::Worker;
@@ -23,25 +24,9 @@ const MAX_PAUSE: Duration = Duration::from_secs(1);
 /// Time beyond `wait` that a poll may take.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Version to write a key with that is not there yet. Envoy looks at the version of a key that is there only, so of two
-/// workers that write such a key at the same time the second fails. No key has this version before 2³² − 1 writes.
-const ABSENT: u32 = u32::MAX;
-
 const LEASE_KEY: &str = "pd/lease";
 const LIST_KEY: &str = "pd/list";
 const WORKERS_KEY: &str = "pd/workers";
-
-/// Data that the workers of one Envoy share.
-pub trait Shared {
-    /// Value and version of a key.
-    fn get(&self, key: &str) -> Option<(Vec<u8>, u32)>;
-    /// Writes a key, when its version is still `version` (`None`: whatever is there) or it is not there; whether it did.
-    fn set(&self, key: &str, value: &[u8], version: Option<u32>) -> bool;
-    /// How many lists have been announced.
-    fn announced(&self) -> u64;
-    /// Announces a list.
-    fn announce(&self);
-}
 
 /// A long poll to start.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -291,37 +276,8 @@ fn next_worker_id(shared: &impl Shared) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::share::testing::Store;
     use crate::wire::{Endpoint, Role, Snapshot};
-    use hashbrown::HashMap;
-    use std::cell::{Cell, RefCell};
-
-    /// Envoy's shared data: versions start at 1, a write without a version or of a new key always succeeds.
-    #[derive(Default)]
-    struct Store {
-        data: RefCell<HashMap<String, (Vec<u8>, u32)>>,
-        announced: Cell<u64>,
-    }
-
-    impl Shared for Store {
-        fn get(&self, key: &str) -> Option<(Vec<u8>, u32)> {
-            self.data.borrow().get(key).cloned()
-        }
-        fn set(&self, key: &str, value: &[u8], version: Option<u32>) -> bool {
-            let mut data = self.data.borrow_mut();
-            let current = data.get(key).map(|(_, version)| *version);
-            if current.is_some_and(|current| version.is_some_and(|version| version != current)) {
-                return false;
-            }
-            data.insert(key.to_owned(), (value.to_vec(), current.unwrap_or(0) + 1));
-            true
-        }
-        fn announced(&self) -> u64 {
-            self.announced.get()
-        }
-        fn announce(&self) {
-            self.announced.set(self.announced.get() + 1);
-        }
-    }
 
     const CONFIG: &[u8] = br#"{"control":{"cluster":"pd-control"}}"#;
 

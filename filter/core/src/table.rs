@@ -18,6 +18,8 @@ pub struct EndpointRef {
     /// Place in the table.
     pub index: EndpointIndex,
     generation: u32,
+    /// The endpoint's [`Slot::key`].
+    pub(crate) key: u64,
 }
 
 /// One endpoint and what we know of it.
@@ -203,12 +205,30 @@ impl Table {
     /// A name for the endpoint that stays right when the list changes.
     #[must_use]
     pub fn refer(&self, index: EndpointIndex) -> Option<EndpointRef> {
-        Some(EndpointRef { index, generation: self.get(index)?.generation })
+        self.get(index).map(|slot| EndpointRef { index, generation: slot.generation, key: slot.key })
     }
 
     /// The endpoint, if it is still the one that was [referred](Self::refer) to.
     pub fn resolve(&mut self, reference: EndpointRef) -> Option<&mut Slot> {
         self.get_mut(reference.index).filter(|slot| slot.generation == reference.generation)
+    }
+
+    /// Places, empty ones included: every [`EndpointIndex`] is below that.
+    #[must_use]
+    pub(crate) fn places(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// The endpoint with this [`Slot::key`].
+    #[must_use]
+    pub(crate) fn index_of_key(&self, key: u64) -> Option<EndpointIndex> {
+        let at = self.by_key.partition_point(|(other, _)| *other < key);
+        self.by_key.get(at).filter(|(found, _)| *found == key).map(|(_, index)| *index)
+    }
+
+    /// The endpoint with this [`Slot::key`].
+    pub(crate) fn by_key(&mut self, key: u64) -> Option<&mut Slot> {
+        self.get_mut(self.index_of_key(key)?)
     }
 
     /// The endpoint with this name.

@@ -5,9 +5,11 @@ use std::sync::Arc;
 
 use crate::config::{Config, ConfigError};
 use crate::engine::pair_id;
+use crate::hash::BlockHash;
 use crate::index::PrefixIndex;
+use crate::ledger::{Event, Log};
 use crate::metrics::{Counts, Metric};
-use crate::table::{Applied, Table};
+use crate::table::{Applied, EndpointRef, Table};
 use crate::wire::{Snapshot, WireError};
 
 /// State of one worker. All of it may be lost and built again.
@@ -21,6 +23,8 @@ pub struct Worker {
     pub index: PrefixIndex,
     /// Counts that wait for the tick.
     pub counts: Counts,
+    /// What to tell the other workers.
+    pub(crate) log: Log,
     legs: u64,
 }
 
@@ -31,6 +35,7 @@ impl Default for Worker {
             table: Table::default(),
             index: PrefixIndex::new(0),
             counts: Counts::default(),
+            log: Log::default(),
             legs: 0,
         }
     }
@@ -81,9 +86,73 @@ impl Worker {
     /// Drops ledger entries whose end was never told. Call it a few times a second.
     pub fn prune(&mut self, now: Duration) {
         self.table.prune(now);
+        self.log.own.prune(now);
     }
 
-    /// A number for a prefill leg, unique within the worker.
+    /// Tells the other workers from now on what happens; legs are numbered apart from theirs.
+    pub(crate) fn tell_others(&mut self, worker_id: u64) {
+        self.log.untold.get_or_insert_default();
+        self.legs = self.legs.max(worker_id.wrapping_shl(40));
+    }
+
+    /// Something happens at an endpoint, by this worker's doing.
+    pub(crate) fn happens(&mut self, endpoint: EndpointRef, event: &Event) {
+        if self.table.resolve(endpoint).is_some() {
+            event.enter(endpoint.key, self);
+        }
+        self.log.push(endpoint.key, event);
+    }
+
+    /// A prefill leg of an endpoint starts: `seconds` of its time, told to have ended until `expires`.
+    pub(crate) fn prefill_started(
+        &mut self,
+        endpoint: EndpointRef,
+        leg: u64,
+        seconds: f64,
+        at: Duration,
+        expires: Duration,
+    ) {
+        self.happens(endpoint, &Event::PrefillStarted { leg, seconds, at, expires });
+    }
+
+    /// It ended.
+    pub(crate) fn prefill_ended(&mut self, endpoint: EndpointRef, leg: u64, at: Duration) {
+        self.happens(endpoint, &Event::PrefillEnded { leg, at });
+    }
+
+    /// An endpoint gets a request of so many KV tokens.
+    pub(crate) fn decode_started(&mut self, endpoint: EndpointRef, tokens: u64) {
+        self.happens(endpoint, &Event::DecodeStarted { tokens });
+    }
+
+    /// That request ended.
+    pub(crate) fn decode_ended(&mut self, endpoint: EndpointRef, tokens: u64) {
+        self.happens(endpoint, &Event::DecodeEnded { tokens });
+    }
+
+    /// An endpoint will hold a prompt's KV cache.
+    pub(crate) fn holds(&mut self, endpoint: EndpointRef, blocks: &[BlockHash]) {
+        if self.table.resolve(endpoint).is_some() {
+            self.index.insert(endpoint.index, blocks);
+        }
+        if self.log.untold.is_some() {
+            self.log.push(endpoint.key, &Event::Holds { blocks: blocks.to_vec() });
+        }
+    }
+
+    /// An endpoint could not be reached.
+    pub(crate) fn failed(&mut self, endpoint: EndpointRef, at: Duration) {
+        self.happens(endpoint, &Event::Failed { at });
+    }
+
+    /// An endpoint answered. The others hear of it when they hold it for broken.
+    pub(crate) fn answered(&mut self, endpoint: EndpointRef) {
+        if self.table.resolve(endpoint).is_some_and(|slot| slot.health.is_failing()) {
+            self.happens(endpoint, &Event::Healed);
+        }
+    }
+
+    /// A number for a prefill leg, unique among the workers of this Envoy.
     pub(crate) fn next_leg(&mut self) -> u64 {
         self.legs = self.legs.wrapping_add(1);
         self.legs

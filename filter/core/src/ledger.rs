@@ -1,0 +1,344 @@
+//! What happens at the endpoints, as events: a worker applies its own at once, and the others' when it reads them.
+//!
+//! An event names its endpoint by [`Slot::key`](crate::table::Slot::key), which every worker computes alike, so workers
+//! whose lists differ for a moment understand each other.
+
+use core::time::Duration;
+
+use hashbrown::HashMap;
+
+use crate::hash::BlockHash;
+use crate::load::DecodeLoad;
+use crate::worker::Worker;
+
+/// Blocks of a prompt that the other workers hear of; the rest counts as not cached there. 4 MiB and more of prompt.
+const MAX_TOLD_BLOCKS: usize = 2_048;
+
+/// Something that one worker did or saw.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Event {
+    /// A prefill leg was sent.
+    PrefillStarted { leg: u64, seconds: f64, at: Duration, expires: Duration },
+    /// It ended.
+    PrefillEnded { leg: u64, at: Duration },
+    /// Nobody waits for its end any more.
+    PrefillAbandoned { leg: u64, at: Duration },
+    /// KV tokens were assigned.
+    DecodeStarted { tokens: u64 },
+    /// They are free again.
+    DecodeEnded { tokens: u64 },
+    /// The endpoint holds these blocks now.
+    Holds { blocks: Vec<BlockHash> },
+    /// It could not be reached.
+    Failed { at: Duration },
+    /// It answered after a failure.
+    Healed,
+}
+
+/// A prefill leg in flight.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Leg {
+    endpoint: u64,
+    seconds: f64,
+    at: Duration,
+    expires: Duration,
+}
+
+/// The part of the ledger that one worker has put there.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Part {
+    legs: HashMap<u64, Leg>,
+    decode: HashMap<u64, DecodeLoad>,
+}
+
+impl Part {
+    /// Keeps the books; the table is somebody else's.
+    pub(crate) fn note(&mut self, endpoint: u64, event: &Event) {
+        match *event {
+            Event::PrefillStarted { leg, seconds, at, expires } => {
+                self.legs.insert(leg, Leg { endpoint, seconds, at, expires });
+            }
+            Event::PrefillEnded { leg, .. } | Event::PrefillAbandoned { leg, .. } => {
+                self.legs.remove(&leg);
+            }
+            Event::DecodeStarted { tokens } => self.decode.entry(endpoint).or_default().add(tokens),
+            Event::DecodeEnded { tokens } => {
+                if let Some(load) = self.decode.get_mut(&endpoint) {
+                    load.remove(tokens);
+                    if load.requests == 0 {
+                        self.decode.remove(&endpoint);
+                    }
+                }
+            }
+            Event::Holds { .. } | Event::Failed { .. } | Event::Healed => {}
+        }
+    }
+
+    /// Drops legs whose end was never told.
+    pub(crate) fn prune(&mut self, now: Duration) {
+        self.legs.retain(|_, leg| leg.expires > now);
+    }
+
+    /// Whether nothing is in flight.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.legs.is_empty() && self.decode.is_empty()
+    }
+
+    /// Adds the part to a worker's table.
+    pub(crate) fn enter(&self, worker: &mut Worker) {
+        let mut legs: Vec<_> = self.legs.iter().collect();
+        legs.sort_unstable_by_key(|(leg, of)| (of.at, **leg));
+        for (leg, Leg { endpoint, seconds, at, expires }) in legs {
+            if let Some(slot) = worker.table.by_key(*endpoint) {
+                slot.prefill.add(*leg, *seconds, *at, *expires);
+            }
+        }
+        for (endpoint, load) in &self.decode {
+            if let Some(slot) = worker.table.by_key(*endpoint) {
+                slot.decode.merge(load);
+            }
+        }
+    }
+
+    /// Takes the part out of a worker's table again.
+    pub(crate) fn leave(&self, worker: &mut Worker, now: Duration) {
+        for (leg, Leg { endpoint, .. }) in &self.legs {
+            if let Some(slot) = worker.table.by_key(*endpoint) {
+                slot.prefill.remove(*leg, now);
+            }
+        }
+        for (endpoint, load) in &self.decode {
+            if let Some(slot) = worker.table.by_key(*endpoint) {
+                slot.decode.subtract(load);
+            }
+        }
+    }
+
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        let mut out = Writer::default();
+        out.word(self.legs.len() as u64);
+        for (leg, of) in &self.legs {
+            out.word(*leg);
+            out.word(of.endpoint);
+            out.word(of.seconds.to_bits());
+            out.time(of.at);
+            out.time(of.expires);
+        }
+        for (endpoint, load) in &self.decode {
+            out.word(*endpoint);
+            out.word(load.tokens);
+            out.word(u64::from(load.requests));
+        }
+        out.0
+    }
+
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let mut rest = Reader(bytes);
+        let mut part = Self::default();
+        for _ in 0..rest.word()? {
+            let leg = rest.word()?;
+            let endpoint = rest.word()?;
+            let seconds = f64::from_bits(rest.word()?);
+            part.legs.insert(leg, Leg { endpoint, seconds, at: rest.time()?, expires: rest.time()? });
+        }
+        while !rest.0.is_empty() {
+            let endpoint = rest.word()?;
+            let tokens = rest.word()?;
+            part.decode.insert(endpoint, DecodeLoad { tokens, requests: u32::try_from(rest.word()?).ok()? });
+        }
+        Some(part)
+    }
+}
+
+/// What this worker did since it last told the others, and what it has in flight.
+#[derive(Debug, Default)]
+pub(crate) struct Log {
+    /// Events to tell, encoded; `None` where nobody listens.
+    pub(crate) untold: Option<Vec<Vec<u8>>>,
+    /// This worker's own part.
+    pub(crate) own: Part,
+}
+
+impl Log {
+    pub(crate) fn push(&mut self, endpoint: u64, event: &Event) {
+        let Some(untold) = &mut self.untold else { return };
+        untold.push(event.to_bytes(endpoint));
+        self.own.note(endpoint, event);
+    }
+}
+
+impl Event {
+    /// Does to a worker's table and index what the event says.
+    pub(crate) fn enter(&self, endpoint: u64, worker: &mut Worker) {
+        let Some(at) = worker.table.index_of_key(endpoint) else { return };
+        if let Self::Holds { blocks } = self {
+            worker.index.insert(at, blocks);
+            return;
+        }
+        let Some(slot) = worker.table.get_mut(at) else { return };
+        match *self {
+            Self::PrefillStarted { leg, seconds, at, expires } => slot.prefill.add(leg, seconds, at, expires),
+            Self::PrefillEnded { leg, at } => {
+                slot.prefill.remove(leg, at);
+            }
+            Self::PrefillAbandoned { leg, at } => slot.prefill.abandon(leg, at),
+            Self::DecodeStarted { tokens } => slot.decode.add(tokens),
+            Self::DecodeEnded { tokens } => slot.decode.remove(tokens),
+            Self::Failed { at } => slot.health.failed(at),
+            Self::Healed => slot.health.answered(),
+            Self::Holds { .. } => {}
+        }
+    }
+
+    /// One event: its length, its kind, the endpoint, what belongs to the kind; little endian.
+    fn to_bytes(&self, endpoint: u64) -> Vec<u8> {
+        let mut out = Writer(vec![0; 4]);
+        let mut head = |kind: u8| {
+            out.0.push(kind);
+            out.word(endpoint);
+        };
+        match self {
+            Self::PrefillStarted { leg, seconds, at, expires } => {
+                head(1);
+                out.word(*leg);
+                out.word(seconds.to_bits());
+                out.time(*at);
+                out.time(*expires);
+            }
+            Self::PrefillEnded { leg, at } => {
+                head(2);
+                out.word(*leg);
+                out.time(*at);
+            }
+            Self::PrefillAbandoned { leg, at } => {
+                head(3);
+                out.word(*leg);
+                out.time(*at);
+            }
+            Self::DecodeStarted { tokens } => {
+                head(4);
+                out.word(*tokens);
+            }
+            Self::DecodeEnded { tokens } => {
+                head(5);
+                out.word(*tokens);
+            }
+            Self::Holds { blocks } => {
+                head(6);
+                blocks.iter().take(MAX_TOLD_BLOCKS).for_each(|block| out.word(block.0));
+            }
+            Self::Failed { at } => {
+                head(7);
+                out.time(*at);
+            }
+            Self::Healed => head(8),
+        }
+        let bytes = u32::try_from(out.0.len()).unwrap_or(u32::MAX).to_le_bytes();
+        if let Some(length) = out.0.first_chunk_mut() {
+            *length = bytes;
+        }
+        out.0
+    }
+
+    /// The events that `bytes` hold, each with its endpoint, up to the first that is none.
+    pub(crate) fn read(bytes: &[u8]) -> impl Iterator<Item = (u64, Self)> {
+        let mut rest = bytes;
+        core::iter::from_fn(move || {
+            let length = u32::from_le_bytes(*rest.first_chunk()?) as usize;
+            let (event, behind) = rest.split_at_checked(length)?;
+            rest = behind;
+            Self::from_bytes(event.get(4..)?)
+        })
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<(u64, Self)> {
+        let (kind, rest) = bytes.split_first()?;
+        let mut rest = Reader(rest);
+        let endpoint = rest.word()?;
+        let event = match kind {
+            1 => {
+                let (leg, seconds) = (rest.word()?, f64::from_bits(rest.word()?));
+                Self::PrefillStarted { leg, seconds, at: rest.time()?, expires: rest.time()? }
+            }
+            2 => Self::PrefillEnded { leg: rest.word()?, at: rest.time()? },
+            3 => Self::PrefillAbandoned { leg: rest.word()?, at: rest.time()? },
+            4 => Self::DecodeStarted { tokens: rest.word()? },
+            5 => Self::DecodeEnded { tokens: rest.word()? },
+            6 => Self::Holds { blocks: core::iter::from_fn(|| rest.word().map(BlockHash)).collect() },
+            7 => Self::Failed { at: rest.time()? },
+            8 => Self::Healed,
+            _ => return None,
+        };
+        Some((endpoint, event))
+    }
+}
+
+/// Little-endian words.
+#[derive(Default)]
+pub(crate) struct Writer(pub(crate) Vec<u8>);
+
+impl Writer {
+    pub(crate) fn word(&mut self, word: u64) {
+        self.0.extend_from_slice(&word.to_le_bytes());
+    }
+
+    fn time(&mut self, time: Duration) {
+        self.word(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+    }
+}
+
+/// What a [`Writer`] wrote.
+pub(crate) struct Reader<'a>(pub(crate) &'a [u8]);
+
+impl Reader<'_> {
+    pub(crate) fn word(&mut self) -> Option<u64> {
+        let (word, rest) = self.0.split_first_chunk()?;
+        self.0 = rest;
+        Some(u64::from_le_bytes(*word))
+    }
+
+    fn time(&mut self) -> Option<Duration> {
+        self.word().map(Duration::from_nanos)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn event() -> impl Strategy<Value = Event> {
+        let time = || any::<u64>().prop_map(Duration::from_nanos);
+        prop_oneof![
+            (any::<u64>(), 0.0..1e3, time(), time()).prop_map(|(leg, seconds, at, expires)| Event::PrefillStarted {
+                leg,
+                seconds,
+                at,
+                expires
+            }),
+            (any::<u64>(), time()).prop_map(|(leg, at)| Event::PrefillEnded { leg, at }),
+            (any::<u64>(), time()).prop_map(|(leg, at)| Event::PrefillAbandoned { leg, at }),
+            any::<u64>().prop_map(|tokens| Event::DecodeStarted { tokens }),
+            any::<u64>().prop_map(|tokens| Event::DecodeEnded { tokens }),
+            prop::collection::vec(any::<u64>().prop_map(BlockHash), 0..9).prop_map(|blocks| Event::Holds { blocks }),
+            time().prop_map(|at| Event::Failed { at }),
+            Just(Event::Healed),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read(events in prop::collection::vec((any::<u64>(), event()), 0..9)) {
+            let bytes: Vec<u8> = events.iter().flat_map(|(endpoint, event)| event.to_bytes(*endpoint)).collect();
+            prop_assert_eq!(Event::read(&bytes).collect::<Vec<_>>(), events.clone());
+            let mut part = Part::default();
+            events.iter().for_each(|(endpoint, event)| part.note(*endpoint, event));
+            prop_assert_eq!(Part::from_bytes(&part.to_bytes()), Some(part));
+        }
+
+        #[test]
+        fn any_bytes_are_read_without_harm(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = (Event::read(&bytes).count(), Part::from_bytes(&bytes));
+        }
+    }
+}
