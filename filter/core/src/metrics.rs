@@ -61,6 +61,7 @@ metrics! {
     PrefillServerError Counter "pd_prefill_legs_total;result=server_error" "Prefill legs answered with 5xx or 429",
     PrefillClientError Counter "pd_prefill_legs_total;result=client_error" "Prefill legs answered with another status, passed on to the client",
     PrefillRetries Counter "pd_prefill_retries_total" "Prefill legs run again on another endpoint",
+    RetriesDenied Counter "pd_prefill_retries_denied_total" "Prefill legs that were not run again because the retry budget is spent",
     PrefillGivenUp Counter "pd_prefill_given_up_total" "Requests whose prefill failed on every endpoint tried",
     PrefillMs Histogram "pd_prefill_ms" "Milliseconds from the first prefill leg to the decode leg",
     KvMissing Counter "pd_kv_missing_total" "Prefill answers whose KV parameters are missing, unusable or too large to splice: the prompt was computed twice",

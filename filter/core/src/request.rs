@@ -53,6 +53,10 @@ pub const PREFILL_MS: &str = "pd.prefill_ms";
 pub const STATES: &[&str] =
     &[DESTINATION, RANK, PREFILLER, DECISION, REASON, PREFILL, DECODE, MATCHED_TOKENS, PREFILL_MS];
 
+/// Answer header of a request whose prompt was computed twice, because the prefill leg's KV cache could not be handed
+/// over: `missing`.
+pub const KV_HEADER: &str = "x-pd-kv";
+
 /// How often Envoy tries to connect: once, and the route's `num_retries`. With fewer names in [`DESTINATION`] the last
 /// tries would go to hosts of other pools.
 const TRIES: usize = 3;
@@ -77,6 +81,10 @@ pub enum Effect {
     EditBody(HeadEdit),
     /// Run a prefill leg, or ask what one needs to know; its end comes back as [`Request::prefill_answer`].
     Call(Call),
+    /// Add a header to the response whose headers are told.
+    AddResponseHeader(&'static str, &'static str),
+    /// Tell the operator that something is degraded: once per change.
+    Warn(String),
     /// Let the response go on that [`Request::response_headers`] held back.
     ResumeResponse,
     /// Answer the client.
@@ -162,6 +170,8 @@ struct Sent {
     own: Option<(EndpointRef, u64)>,
     /// The prefill leg, where it goes out with this one.
     companion: Option<Companion>,
+    /// Whether the prompt is computed a second time.
+    is_kv_missing: bool,
     response: Response,
     answered: bool,
 }
@@ -426,24 +436,33 @@ impl Request {
             && let Some(body) = read_again()
             && let Ok(scan) = scan(body.as_ref())
         {
+            if !worker.retries.spend() {
+                worker.counts.count(Metric::RetriesDenied);
+                return self.give_up(worker, &state.work, now);
+            }
             worker.counts.count(Metric::PrefillRetries);
             let Prefilling { work, tried, started, .. } = state;
             return self.split(worker, work, tried, pick, (body.as_ref(), &scan), started, now);
         }
+        self.give_up(worker, &state.work, now)
+    }
+
+    /// No prefill endpoint could be had: what the pool's policy says.
+    fn give_up(&mut self, worker: &mut Worker, work: &Work, now: Duration) -> Outcome {
         worker.counts.count(Metric::PrefillGivenUp);
-        match pool.on_prefill_failure {
-            OnPrefillFailure::Fail => self.reject(worker, Vec::new(), &Rejection::PrefillFailed),
-            OnPrefillFailure::DecodeOnly => {
-                let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool, now };
-                let Work { candidates, prompt, plan, .. } = &state.work;
-                let Some((pick, alternates)) = scheduler.pick_decode(&candidates.whole, prompt, &[], None) else {
-                    return self.reject(worker, Vec::new(), &Rejection::PrefillFailed);
-                };
-                let (decision, reason) = (Metric::RequestsDecodeOnly, "prefill_failed");
-                let route = Route { decision, reason, pick, alternates, prefill: Prefill::Own, plan, insert: b"" };
-                self.send(worker, &state.work, route, now)
-            }
-        }
+        let Work { candidates, prompt, plan, .. } = work;
+        let pool = work.pool();
+        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool, now };
+        let picked = match pool.on_prefill_failure {
+            OnPrefillFailure::Fail => None,
+            OnPrefillFailure::DecodeOnly => scheduler.pick_decode(&candidates.whole, prompt, &[], None),
+        };
+        let Some((pick, alternates)) = picked else {
+            return self.reject(worker, Vec::new(), &Rejection::PrefillFailed);
+        };
+        let (decision, reason) = (Metric::RequestsDecodeOnly, "prefill_failed");
+        let route = Route { decision, reason, pick, alternates, prefill: Prefill::Own, plan, insert: b"" };
+        self.send(worker, work, route, now)
     }
 
     /// The prefill leg beside the decode leg ended. The decode leg waits for a KV cache that a failed one never sends:
@@ -472,17 +491,14 @@ impl Request {
         }
         sent.release(worker, now);
         sent.uncount(worker);
-        self.state = State::Over;
+        // It was counted when it was sent.
         let reply = match answer {
             PrefillAnswer::Answered { status, content_type, body } if answer.fault().is_none() => {
                 engines_reply(status, content_type, body)
             }
             _ => Rejection::PrefillFailed.reply(),
         };
-        Outcome {
-            flow: Flow::Pause,
-            effects: vec![Effect::SetState(REASON, reply.reason.into()), Effect::Reply(reply)],
-        }
+        self.answer(reply, Vec::new())
     }
 
     /// Whether an engine endpoint has the request.
@@ -505,13 +521,17 @@ impl Request {
         upstream: Option<&[u8]>,
         status: Option<u16>,
         now: Duration,
-    ) -> Flow {
-        let State::Sent(sent) = &mut self.state else { return Flow::Continue };
+    ) -> Outcome {
+        let State::Sent(sent) = &mut self.state else { return GO_ON };
         sent.answered_by(worker, upstream, now);
+        if sent.is_kv_missing {
+            let effects = vec![Effect::AddResponseHeader(KV_HEADER, "missing")];
+            return Outcome { flow: Flow::Continue, effects };
+        }
         // A refusal does not wait for the KV cache.
         let is_held = sent.companion.is_some() && upstream.is_some() && status == Some(200);
         sent.response = if is_held { Response::Held } else { Response::Passed };
-        if is_held { Flow::Pause } else { Flow::Continue }
+        if is_held { WAIT } else { GO_ON }
     }
 
     /// Whether [`first_byte`](Self::first_byte) is still to be told.
@@ -634,6 +654,9 @@ impl Request {
             self.state = State::Prefilling(Box::new(state));
             return Outcome { flow: Flow::Pause, effects: vec![Effect::Call(call)] };
         }
+        if tried.is_empty() {
+            worker.retries.earn();
+        }
         if shape == Shape::Sequential {
             let (call, leg) = start_leg(worker, &work, &tried, pick, None, (body, scan), now);
             let state = Prefilling { work, tried, pick, endpoint, partner, leg: Some(leg), started };
@@ -684,13 +707,22 @@ impl Request {
         };
         let spliced = replaced.as_ref().unwrap_or(plan);
         let fits = |members: &[u8]| spliced.with_insert(members).edited_bytes(*body_bytes) <= config.max_body_bytes;
+        let mut warning = None;
+        if let Some(slot) = worker.table.resolve(state.endpoint) {
+            let is_missing = *handover == Handover::Missing;
+            if is_missing && !slot.is_kv_missing {
+                warning =
+                    Some(format!("{} gives no usable KV parameters: its prompts are computed twice", slot.address));
+            }
+            slot.is_kv_missing = is_missing;
+        }
         let (reason, plan, insert): (_, _, &[u8]) = match handover {
             // Envoy does not survive a paused body that an edit makes larger than the buffer filter's limit.
             Handover::Insert { members, .. } if fits(members) => ("prefilled", spliced, members),
             Handover::Nothing => ("prefilled", plan, b""),
             Handover::Insert { .. } | Handover::Missing => {
                 worker.counts.count(Metric::KvMissing);
-                ("kv_missing", plan, b"")
+                (KV_MISSING, plan, b"")
             }
         };
         let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: state.work.pool(), now };
@@ -700,7 +732,9 @@ impl Request {
         };
         let prefill = Prefill::Done(state.pick, state.endpoint, state.started);
         let route = Route { decision: Metric::RequestsSplit, reason, pick, alternates, prefill, plan, insert };
-        self.send(worker, &state.work, route, now)
+        let mut outcome = self.send(worker, &state.work, route, now);
+        outcome.effects.extend(warning.map(Effect::Warn));
+        outcome
     }
 
     /// Sends the request to an engine endpoint.
@@ -763,8 +797,8 @@ impl Request {
             effects.push(Effect::EditBody(edit));
         }
         let companion = if let Prefill::Beside(_, companion) = prefill { Some(companion) } else { None };
-        let response = Response::Awaited;
-        let sent = Sent { endpoint, alternates, tokens, own, companion, response, answered: false };
+        let (response, is_kv_missing) = (Response::Awaited, reason == KV_MISSING);
+        let sent = Sent { endpoint, alternates, tokens, own, companion, is_kv_missing, response, answered: false };
         self.state = State::Sent(Box::new(sent));
         Outcome { flow: Flow::Continue, effects }
     }
@@ -807,6 +841,9 @@ impl Request {
 
 const GO_ON: Outcome = Outcome { flow: Flow::Continue, effects: Vec::new() };
 const WAIT: Outcome = Outcome { flow: Flow::Pause, effects: Vec::new() };
+
+/// Reason code of a split whose KV cache could not be handed over.
+const KV_MISSING: &str = "kv_missing";
 
 /// How long a bootstrap server may take to tell an engine's id, which it has in memory.
 const QUESTION_TIMEOUT: Duration = Duration::from_secs(2);
@@ -1476,7 +1513,7 @@ mod tests {
         assert_eq!(state(&outcome, PREFILL), leg_destination(&outcome));
 
         let decode = state(&outcome, DECODE).to_owned();
-        let flow = t.request.response_headers(&mut t.worker, Some(decode.as_bytes()), Some(200), t.now);
+        let flow = t.request.response_headers(&mut t.worker, Some(decode.as_bytes()), Some(200), t.now).flow;
         assert_eq!(flow, Flow::Pause, "the prefill leg may still fail");
         t.now += Duration::from_millis(40);
         let outcome = t.answer(200, "{}");
@@ -1531,12 +1568,50 @@ mod tests {
     }
 
     #[test]
+    fn a_warning_comes_once_per_change_and_the_answer_says_that_kv_did_not_move() {
+        let mut t = fixture();
+        let mut warnings = Vec::new();
+        let good = format!(r#"{{"kv_transfer_params":{PARAMS}}}"#);
+        for (i, answer) in ["{}", "{}", &good, "{}", &good, &good].into_iter().enumerate() {
+            t.request = Request::default();
+            t.headers(&[(PREFILLER_HEADER, "10.0.0.1:1")]);
+            t.body(&long_body().replace("word", &format!("w{i}")));
+            let outcome = t.answer(200, answer);
+            warnings.push(outcome.effects.iter().any(|effect| matches!(effect, Effect::Warn(_))));
+            let upstream = state(&outcome, DECODE).to_owned();
+            let outcome = t.request.response_headers(&mut t.worker, Some(upstream.as_bytes()), None, t.now);
+            let says = outcome.effects.contains(&Effect::AddResponseHeader(KV_HEADER, "missing"));
+            assert_eq!((outcome.flow, says), (Flow::Continue, answer == "{}"));
+            t.done();
+        }
+        assert_eq!(warnings, [true, false, false, true, false, false]);
+    }
+
+    #[test]
+    fn retries_end_when_their_budget_is_spent() {
+        let mut t = fixture();
+        for i in 0..40 {
+            t.request = Request::default();
+            t.headers(&[]);
+            t.body(&long_body().replace("word", &format!("w{i}")));
+            while t.request.is_prefilling() {
+                t.answer(500, "{}");
+            }
+            t.done();
+        }
+        let retries = t.worker.counts.pending(Metric::PrefillRetries);
+        assert_eq!(retries + t.worker.counts.pending(Metric::RetriesDenied), 40);
+        assert!((10..=18).contains(&retries), "{retries}");
+        assert!(t.is_idle());
+    }
+
+    #[test]
     fn a_decode_endpoint_that_refuses_does_not_wait_for_the_prefill_leg() {
         let mut t = of_engine("sglang");
         t.headers(&[]);
         let sent = t.body(&long_body());
         let decode = state(&sent, DECODE).to_owned();
-        let flow = t.request.response_headers(&mut t.worker, Some(decode.as_bytes()), Some(503), t.now);
+        let flow = t.request.response_headers(&mut t.worker, Some(decode.as_bytes()), Some(503), t.now).flow;
         assert_eq!(flow, Flow::Continue);
         assert_eq!(t.answer(503, "upstream connect error").effects, [], "the client has its answer");
         t.done();

@@ -36,6 +36,8 @@ pub struct Slot {
     /// Mooncake's id of the engine as its bootstrap server told it: a JSON string. Forgotten when the endpoint fails,
     /// for a new process has a new one.
     pub engine_id: Option<Arc<[u8]>>,
+    /// Whether its last prefill answer had no usable KV parameters.
+    pub is_kv_missing: bool,
     /// Prefill legs in flight.
     pub prefill: PrefillQueue,
     /// Decode work in flight.
@@ -265,6 +267,7 @@ impl Table {
                     engine,
                     bootstrap,
                     engine_id: None,
+                    is_kv_missing: false,
                     prefill: PrefillQueue::default(),
                     decode: DecodeLoad::default(),
                     health: Health::default(),

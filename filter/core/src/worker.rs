@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::config::{Config, ConfigError};
 use crate::engine::pair_id;
 use crate::index::PrefixIndex;
+use crate::load::RetryBudget;
 use crate::metrics::{Counts, Metric};
 use crate::table::{Applied, Table};
 use crate::wire::{Snapshot, WireError};
@@ -21,6 +22,8 @@ pub struct Worker {
     pub index: PrefixIndex,
     /// Counts that wait for the tick.
     pub counts: Counts,
+    /// Prefill legs that may be run again.
+    pub retries: RetryBudget,
     legs: u64,
 }
 
@@ -31,6 +34,7 @@ impl Default for Worker {
             table: Table::default(),
             index: PrefixIndex::new(0),
             counts: Counts::default(),
+            retries: RetryBudget::default(),
             legs: 0,
         }
     }

@@ -12,6 +12,7 @@ mod pass;
 mod phase;
 mod plugin;
 mod prefill_failure;
+mod soak;
 mod split;
 mod stripping;
 mod support;
