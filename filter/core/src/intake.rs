@@ -1,5 +1,6 @@
 //! What a request's headers and body say, and which of its headers go on.
 
+use core::time::Duration;
 use std::borrow::Cow;
 use std::sync::Arc;
 
@@ -30,7 +31,37 @@ pub(crate) struct Intake {
     pub(crate) phase: Option<Phase>,
     /// Prefill endpoint that a trusted peer names.
     pub(crate) prefiller: Option<Vec<EndpointId>>,
+    pub(crate) claims: Claims,
 }
+
+/// What a client says of its request's standing.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Claims {
+    /// Below 0: sheddable.
+    pub(crate) priority: i64,
+    /// Whose request it is: a hash, equal for all who say nothing.
+    pub(crate) fairness: u64,
+    /// Time within which the prompt must be computed.
+    pub(crate) deadline: Option<Duration>,
+}
+
+impl Claims {
+    pub(crate) fn read(headers: &Headers, config: &Config) -> Self {
+        let either = |name: &str, old: &str| headers.get(name).or_else(|| headers.get(old));
+        let text = |value| core::str::from_utf8(value).ok();
+        let objective = either("x-llm-d-inference-objective", "x-gateway-inference-objective").and_then(text);
+        let fairness = either("x-llm-d-inference-fairness-id", "x-gateway-inference-fairness-id");
+        let deadline = headers.get(DEADLINE_HEADER).and_then(text).and_then(|ms| ms.parse().ok());
+        Self {
+            priority: objective.map_or(0, |objective| config.priority(objective)),
+            fairness: fairness.map_or(0, xxhash_rust::xxh3::xxh3_64),
+            deadline: deadline.map(Duration::from_millis),
+        }
+    }
+}
+
+/// Header by which a client says within how many milliseconds its prompt must be computed.
+pub(crate) const DEADLINE_HEADER: &str = "x-pd-deadline-ms";
 
 impl Intake {
     /// Whether an engine could read an object, and hand-over parameters in it, where our scan finds none. Python's parser
@@ -291,7 +322,8 @@ mod tests {
         let may_be = |content_type: &str, body: &[u8]| {
             let headers = Headers::from_pairs([("content-type", content_type)]);
             let config = Arc::new(Config::parse(b"").unwrap());
-            Intake { config, headers, api: None, phase: None, prefiller: None }.may_be_object(body)
+            let claims = Claims::default();
+            Intake { config, headers, api: None, phase: None, prefiller: None, claims }.may_be_object(body)
         };
         let suspects: [&[u8]; 5] = [b"{", b" {\"x\":NaN}", b"\xef\xbb\xbf{}", b"{\0}\0", b"\0{\0}"];
         for body in suspects {

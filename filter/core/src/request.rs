@@ -15,13 +15,14 @@
 use core::time::Duration;
 use std::sync::Arc;
 
+use crate::admission::{Ask, Limits, Shed, Ticket};
 use crate::body::{Api, KeySet, Scan, scan};
 use crate::config::{Config, OnPrefillFailure, PHASE_HEADER, PREFILLER_HEADER};
 use crate::engine::{self, Handover, Pair, Shape};
 use crate::headers::Headers;
 use crate::index::EndpointIndex;
 use crate::intake::{
-    Intake, Phase, Work, decoded_path, endpoint_ids, is_ours, leg_headers, question_headers, read_body,
+    Claims, Intake, Phase, Work, decoded_path, endpoint_ids, is_ours, leg_headers, question_headers, read_body,
 };
 use crate::metrics::Metric;
 use crate::reply::{Rejection, Reply};
@@ -135,6 +136,8 @@ pub enum PrefillAnswer<'a> {
 #[derive(Debug, Default)]
 pub struct Request {
     state: State,
+    /// Given back at the end, whatever way the stream ended.
+    ticket: Option<Ticket>,
 }
 
 #[derive(Debug, Default)]
@@ -275,7 +278,8 @@ impl Request {
             effects.push(Effect::RemoveHeader(b"content-length".to_vec()));
         }
         let prefiller = headers.get(PREFILLER_HEADER).filter(|_| config.trusts(PREFILLER_HEADER)).map(endpoint_ids);
-        self.state = State::Reading(Box::new(Intake { config, headers, api, phase, prefiller }));
+        let claims = Claims::read(&headers, &config);
+        self.state = State::Reading(Box::new(Intake { config, headers, api, phase, prefiller, claims }));
         Outcome { flow: Flow::Continue, effects }
     }
 
@@ -339,9 +343,12 @@ impl Request {
         };
         match scanned.map_err(|error| Rejection::InvalidJson(error.to_string())) {
             Ok(scan) => {
-                let Intake { config, headers, phase, prefiller, .. } = intake;
+                let Intake { config, headers, phase, prefiller, claims, .. } = intake;
                 match read_body(worker, config, headers, api, body, &scan) {
-                    Ok(work) => self.decide(worker, work, phase, prefiller.as_deref(), (body, &scan), now),
+                    Ok(work) => match self.admit(worker, &work, claims) {
+                        Ok(()) => self.decide(worker, work, phase, prefiller.as_deref(), claims, (body, &scan), now),
+                        Err(shed) => self.shed(worker, shed),
+                    },
                     Err(rejection) => self.reject(worker, Vec::new(), &rejection),
                 }
             }
@@ -549,6 +556,9 @@ impl Request {
 
     /// The stream is over, whatever way it ended. Everything that was counted for it is taken back.
     pub fn done(&mut self, worker: &mut Worker, now: Duration) {
+        if let Some(ticket) = self.ticket.take() {
+            worker.admission.release(ticket);
+        }
         match core::mem::replace(&mut self.state, State::Over) {
             State::Sent(mut sent) => {
                 sent.uncount(worker);
@@ -566,12 +576,30 @@ impl Request {
         }
     }
 
+    /// Lets the request in, where its pool has limits.
+    fn admit(&mut self, worker: &mut Worker, work: &Work, claims: Claims) -> Result<(), Shed> {
+        let limits = work.pool().limits;
+        if limits != Limits::default() {
+            let tokens = (work.prompt.tokens as u64).saturating_add(work.output_tokens);
+            let ask = Ask { tokens, priority: claims.priority, fairness: claims.fairness };
+            self.ticket = Some(worker.admission.admit(&work.candidates.pool, limits, ask)?);
+        }
+        Ok(())
+    }
+
+    fn shed(&mut self, worker: &mut Worker, shed: Shed) -> Outcome {
+        worker.counts.count(shed.metric());
+        self.reject(worker, Vec::new(), &Rejection::Shed(shed))
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "what headers and body said")]
     fn decide(
         &mut self,
         worker: &mut Worker,
         work: Work,
         phase: Option<Phase>,
         prefiller: Option<&[EndpointId]>,
+        claims: Claims,
         body: (&[u8], &Scan),
         now: Duration,
     ) -> Outcome {
@@ -605,7 +633,14 @@ impl Request {
             }
             None => {
                 let hinted = hint.and_then(|endpoint| scheduler.pick_by_cost(&[endpoint], prompt, &[]));
-                match hinted.map_or_else(|| scheduler.decide(candidates, prompt), Decision::Split) {
+                let decision = hinted.map_or_else(|| scheduler.decide(candidates, prompt), Decision::Split);
+                if let (Some(deadline), Decision::Split(pick) | Decision::Whole(pick, _)) = (claims.deadline, decision)
+                    && let Some(slot) = worker.table.get(pick.endpoint)
+                    && slot.prefill.work(now) + pick.seconds > deadline.as_secs_f64()
+                {
+                    return self.shed(worker, Shed::Deadline);
+                }
+                match decision {
                     Decision::Nobody => None,
                     Decision::Whole(pick, reason) => {
                         let alternates = scheduler.alternates(&candidates.whole, prompt, pick.endpoint);
@@ -1780,5 +1815,66 @@ mod tests {
             decisions.insert(state(&outcome, REASON).to_owned());
         }
         assert_eq!(decisions.into_iter().collect::<Vec<_>>(), ["aggregated", "prefilled"]);
+    }
+
+    #[test]
+    fn a_pool_with_limits_answers_429_until_something_ends() {
+        let mut t = configured(&CONFIG.replacen('{', r#"{"pools":{"default":{"max_requests":1}},"#, 1));
+        t.headers(&[]);
+        t.body(&long_body());
+        let mut first = core::mem::take(&mut t.request);
+        t.headers(&[]);
+        let outcome = t.body(&long_body());
+        assert_eq!(reply(&outcome), (429, "saturated"));
+        let Some(Effect::Reply(answer)) = outcome.effects.last() else { panic!() };
+        for header in ["retry-after", crate::reply::DROPPED_HEADER] {
+            assert!(answer.headers.iter().any(|(name, _)| *name == header), "{header}");
+        }
+        t.done();
+        first.done(&mut t.worker, t.now);
+        assert!(t.worker.admission.is_empty());
+        t.request = Request::default();
+        t.headers(&[]);
+        assert_eq!(t.body(&long_body()).flow, Flow::Pause);
+        t.done();
+        t.worker.prune(t.now + Duration::from_secs(100));
+        assert!(t.is_idle() && t.worker.admission.is_empty());
+    }
+
+    #[test]
+    fn objectives_have_priorities_and_deadlines_count_the_queue() {
+        let top = r#"{"objectives":[{"name":"batch","priority":-5}],"pools":{"default":{"max_requests":10}},"#;
+        let mut t = configured(&CONFIG.replacen('{', top, 1));
+        let mut others = Vec::new();
+        for i in 0..8 {
+            t.headers(&[("x-llm-d-inference-fairness-id", &format!("user-{i}"))]);
+            t.body(r#"{"model":"m","messages":[]}"#);
+            others.push(core::mem::take(&mut t.request));
+        }
+        for (objective, expected) in
+            [("batch", Some((429, "sheddable"))), ("-1", Some((429, "sheddable"))), ("other", None)]
+        {
+            t.request = Request::default();
+            t.headers(&[("x-llm-d-inference-objective", objective)]);
+            let outcome = t.body(r#"{"model":"m","messages":[]}"#);
+            match expected {
+                Some(expected) => assert_eq!(reply(&outcome), expected, "{objective}"),
+                None => assert_eq!(outcome.flow, Flow::Continue),
+            }
+            t.done();
+        }
+        for (ms, expected) in [("1", Some((429, "deadline"))), ("60000", None), ("soon", None)] {
+            t.request = Request::default();
+            let outcome = t.headers(&[("x-pd-deadline-ms", ms)]);
+            assert!(outcome.effects.contains(&Effect::RemoveHeader(b"x-pd-deadline-ms".to_vec())));
+            let outcome = t.body(&long_body());
+            match expected {
+                Some(expected) => assert_eq!(reply(&outcome), expected),
+                None => assert_eq!(outcome.flow, Flow::Pause),
+            }
+            t.done();
+        }
+        others.iter_mut().for_each(|request| request.done(&mut t.worker, t.now));
+        assert!(t.worker.admission.is_empty());
     }
 }

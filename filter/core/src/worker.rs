@@ -3,6 +3,7 @@
 use core::time::Duration;
 use std::sync::Arc;
 
+use crate::admission::Admission;
 use crate::config::{Config, ConfigError};
 use crate::engine::pair_id;
 use crate::index::PrefixIndex;
@@ -22,6 +23,8 @@ pub struct Worker {
     pub index: PrefixIndex,
     /// Counts that wait for the tick.
     pub counts: Counts,
+    /// What pools with limits have in flight.
+    pub admission: Admission,
     /// Prefill legs that may be run again.
     pub retries: RetryBudget,
     legs: u64,
@@ -34,6 +37,7 @@ impl Default for Worker {
             table: Table::default(),
             index: PrefixIndex::new(0),
             counts: Counts::default(),
+            admission: Admission::default(),
             retries: RetryBudget::default(),
             legs: 0,
         }
