@@ -66,7 +66,7 @@ impl Stream {
                     }
                 }
                 Effect::AddResponseHeader(name, value) => {
-                    shell.expect_ok(name, host::add_header(Map::Response, name, value));
+                    shell.expect_ok(name, host::add_header(Map::Response, name, &value));
                 }
                 Effect::Warn(text) => warn!("{text}"),
                 Effect::ResumeResponse => {

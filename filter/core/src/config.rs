@@ -26,6 +26,13 @@ pub const PHASE_HEADER: &str = "x-pd-phase";
 /// Header by which llm-d names the prefill pod (`ip:port`).
 pub const PREFILLER_HEADER: &str = "x-prefiller-host-port";
 
+/// Header by which a peer restricts the endpoints of a request: `ip[:port],…` (Gateway API Inference Extension).
+pub const SUBSET_HEADER: &str = "x-gateway-destination-endpoint-subset";
+/// The same, as the extension's conformance tests send it.
+pub const TEST_SELECTION_HEADER: &str = "test-epp-endpoint-selection";
+/// Headers that [`Config::trusted_headers`] may name.
+pub const TRUSTABLE_HEADERS: &[&str] = &[PHASE_HEADER, PREFILLER_HEADER, SUBSET_HEADER, TEST_SELECTION_HEADER];
+
 /// A checked configuration.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
@@ -41,7 +48,7 @@ pub struct Config {
     pub control: Option<Control>,
     /// Endpoints that serve until `pd-control` has answered, or where there is none.
     pub endpoints: Vec<Endpoint>,
-    /// Of [`PHASE_HEADER`] and [`PREFILLER_HEADER`], those a client may set. The others are stripped.
+    /// Of [`TRUSTABLE_HEADERS`], those a client may set. The others are stripped.
     pub trusted_headers: Vec<String>,
     /// Largest request body, bytes, the spliced parameters included; above it clients get 413. Must not be above the
     /// limit of Envoy's buffer filter: an edit that takes a paused body past that limit ends the Envoy process.
@@ -356,8 +363,8 @@ impl Config {
         check_name("bootstrap_cluster", &bootstrap_cluster)?;
         check_header_name("destination_header", &raw.destination_header)?;
         for header in &raw.trusted_headers {
-            if header != PHASE_HEADER && header != PREFILLER_HEADER {
-                let why = format!("{header:?} is none of {PHASE_HEADER}, {PREFILLER_HEADER}");
+            if !TRUSTABLE_HEADERS.contains(&header.as_str()) {
+                let why = format!("{header:?} is none of {}", TRUSTABLE_HEADERS.join(", "));
                 return Err(ConfigError::new("trusted_headers", why));
             }
         }

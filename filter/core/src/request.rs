@@ -22,7 +22,8 @@ use crate::engine::{self, Handover, Pair, Shape};
 use crate::headers::Headers;
 use crate::index::EndpointIndex;
 use crate::intake::{
-    Claims, Intake, Phase, Work, decoded_path, endpoint_ids, is_ours, leg_headers, question_headers, read_body,
+    Claims, Intake, Phase, Subset, Work, candidates, decoded_path, endpoint_ids, is_ours, leg_headers,
+    question_headers, read_body,
 };
 use crate::metrics::Metric;
 use crate::reply::{Rejection, Reply};
@@ -57,6 +58,8 @@ pub const STATES: &[&str] =
 /// Answer header of a request whose prompt was computed twice, because the prefill leg's KV cache could not be handed
 /// over: `missing`.
 pub const KV_HEADER: &str = "x-pd-kv";
+/// Answer header of a request whose endpoints a peer restricted: who served it.
+pub const SERVED_HEADER: &str = "x-gateway-destination-endpoint-served";
 
 /// How often Envoy tries to connect: once, and the route's `num_retries`. With fewer names in [`DESTINATION`] the last
 /// tries would go to hosts of other pools.
@@ -83,7 +86,7 @@ pub enum Effect {
     /// Run a prefill leg, or ask what one needs to know; its end comes back as [`Request::prefill_answer`].
     Call(Call),
     /// Add a header to the response whose headers are told.
-    AddResponseHeader(&'static str, &'static str),
+    AddResponseHeader(&'static str, String),
     /// Tell the operator that something is degraded: once per change.
     Warn(String),
     /// Let the response go on that [`Request::response_headers`] held back.
@@ -147,6 +150,8 @@ enum State {
     Reading(Box<Intake>),
     Prefilling(Box<Prefilling>),
     Sent(Box<Sent>),
+    /// Nothing is counted, but the answer is to say who served it.
+    Watched,
     Over,
 }
 
@@ -175,6 +180,8 @@ struct Sent {
     companion: Option<Companion>,
     /// Whether the prompt is computed a second time.
     is_kv_missing: bool,
+    /// Whether a peer restricted the endpoints, and wants to know who served.
+    is_restricted: bool,
     response: Response,
     answered: bool,
 }
@@ -250,8 +257,17 @@ impl Request {
         let is_post = headers.get(":method") == Some(b"POST");
         let api = headers.get(":path").and_then(|path| Api::of_path(&decoded_path(path))).filter(|_| is_post);
         let multipart = headers.get("content-type").is_some_and(|value| value.starts_with(b"multipart/"));
+        let subset = Subset::read(&headers, &config);
+        let is_get = headers.get(":method") == Some(b"GET");
+        if is_get
+            && worker.table.names_all_models()
+            && headers.get(":path").is_some_and(|path| decoded_path(path) == MODELS_PATH)
+        {
+            worker.counts.count(Metric::RequestsPassed);
+            return self.answer_models(worker, effects);
+        }
         if api.is_none() && (end_of_stream || multipart) {
-            return self.pass(worker, &config, effects, now);
+            return self.pass(worker, &config, subset.as_ref(), effects, now);
         }
         let phase = match headers.get(PHASE_HEADER).filter(|_| config.trusts(PHASE_HEADER)) {
             None => None,
@@ -279,7 +295,7 @@ impl Request {
         }
         let prefiller = headers.get(PREFILLER_HEADER).filter(|_| config.trusts(PREFILLER_HEADER)).map(endpoint_ids);
         let claims = Claims::read(&headers, &config);
-        self.state = State::Reading(Box::new(Intake { config, headers, api, phase, prefiller, claims }));
+        self.state = State::Reading(Box::new(Intake { config, headers, api, phase, prefiller, claims, subset }));
         Outcome { flow: Flow::Continue, effects }
     }
 
@@ -291,7 +307,7 @@ impl Request {
                 self.reject(worker, Vec::new(), &rejection)
             }
             State::Reading(_) | State::Prefilling(_) => Outcome { flow: Flow::Pause, effects: Vec::new() },
-            State::New | State::Sent(_) | State::Over => GO_ON,
+            State::New | State::Sent(_) | State::Watched | State::Over => GO_ON,
         }
     }
 
@@ -313,7 +329,7 @@ impl Request {
         match &self.state {
             State::Prefilling(_) => true,
             State::Sent(sent) => sent.companion.is_some(),
-            State::New | State::Reading(_) | State::Over => false,
+            State::New | State::Reading(_) | State::Watched | State::Over => false,
         }
     }
 
@@ -339,12 +355,12 @@ impl Request {
                 Err(_) => Default::default(),
             };
             let effects = if edit.is_none() { Vec::new() } else { vec![Effect::EditBody(edit)] };
-            return self.pass(worker, &intake.config, effects, now);
+            return self.pass(worker, &intake.config, intake.subset.as_ref(), effects, now);
         };
         match scanned.map_err(|error| Rejection::InvalidJson(error.to_string())) {
             Ok(scan) => {
-                let Intake { config, headers, phase, prefiller, claims, .. } = intake;
-                match read_body(worker, config, headers, api, body, &scan) {
+                let Intake { config, headers, phase, prefiller, claims, subset, .. } = intake;
+                match read_body(worker, config, headers, api, subset, body, &scan) {
                     Ok(work) => match self.admit(worker, &work, claims) {
                         Ok(()) => self.decide(worker, work, phase, prefiller.as_deref(), claims, (body, &scan), now),
                         Err(shed) => self.shed(worker, shed),
@@ -393,7 +409,8 @@ impl Request {
             leg_ended(worker, state.endpoint, leg, &answer, now);
         }
         // The list may have changed since the leg began: its places may be other endpoints' now.
-        state.work.candidates = worker.table.candidates(&state.work.model).unwrap_or_else(|_| {
+        let current = candidates(&worker.table, &state.work.model, state.work.subset.as_ref());
+        state.work.candidates = current.unwrap_or_else(|_| {
             Arc::new(Candidates { pool: Arc::clone(&state.work.candidates.pool), ..Candidates::default() })
         });
         let mut body = Some(body);
@@ -511,7 +528,7 @@ impl Request {
     /// Whether an engine endpoint has the request.
     #[must_use]
     pub fn is_sent(&self) -> bool {
-        matches!(self.state, State::Sent(_))
+        matches!(self.state, State::Sent(_) | State::Watched)
     }
 
     /// Whether [`response_headers`](Self::response_headers) wants to know the status.
@@ -529,16 +546,25 @@ impl Request {
         status: Option<u16>,
         now: Duration,
     ) -> Outcome {
-        let State::Sent(sent) = &mut self.state else { return GO_ON };
+        let served = upstream.and_then(|upstream| core::str::from_utf8(upstream).ok());
+        let served = served.map(|upstream| Effect::AddResponseHeader(SERVED_HEADER, upstream.to_owned()));
+        let sent = match &mut self.state {
+            State::Sent(sent) => sent,
+            State::Watched => {
+                self.state = State::Over;
+                return Outcome { flow: Flow::Continue, effects: served.into_iter().collect() };
+            }
+            _ => return GO_ON,
+        };
         sent.answered_by(worker, upstream, now);
+        let mut effects: Vec<Effect> = served.filter(|_| sent.is_restricted).into_iter().collect();
         if sent.is_kv_missing {
-            let effects = vec![Effect::AddResponseHeader(KV_HEADER, "missing")];
-            return Outcome { flow: Flow::Continue, effects };
+            effects.push(Effect::AddResponseHeader(KV_HEADER, "missing".to_owned()));
         }
         // A refusal does not wait for the KV cache.
         let is_held = sent.companion.is_some() && upstream.is_some() && status == Some(200);
         sent.response = if is_held { Response::Held } else { Response::Passed };
-        if is_held { WAIT } else { GO_ON }
+        Outcome { flow: if is_held { Flow::Pause } else { Flow::Continue }, effects }
     }
 
     /// Whether [`first_byte`](Self::first_byte) is still to be told.
@@ -572,7 +598,7 @@ impl Request {
                     abandon(worker, state.endpoint, leg, now);
                 }
             }
-            State::New | State::Reading(_) | State::Over => {}
+            State::New | State::Reading(_) | State::Watched | State::Over => {}
         }
     }
 
@@ -833,25 +859,66 @@ impl Request {
         }
         let companion = if let Prefill::Beside(_, companion) = prefill { Some(companion) } else { None };
         let (response, is_kv_missing) = (Response::Awaited, reason == KV_MISSING);
-        let sent = Sent { endpoint, alternates, tokens, own, companion, is_kv_missing, response, answered: false };
+        let is_restricted = work.subset.is_some();
+        let sent = Sent {
+            endpoint,
+            alternates,
+            tokens,
+            own,
+            companion,
+            is_kv_missing,
+            is_restricted,
+            response,
+            answered: false,
+        };
         self.state = State::Sent(Box::new(sent));
         Outcome { flow: Flow::Continue, effects }
     }
 
     /// Sends a request without a prompt to whoever has the least to do.
-    fn pass(&mut self, worker: &mut Worker, config: &Config, mut effects: Vec<Effect>, now: Duration) -> Outcome {
+    fn pass(
+        &mut self,
+        worker: &mut Worker,
+        config: &Config,
+        subset: Option<&Subset>,
+        mut effects: Vec<Effect>,
+        now: Duration,
+    ) -> Outcome {
         let key = worker.next_leg();
         let prompt = Prompt { key: key.wrapping_mul(0x9e37_79b9_7f4a_7c15), ..Prompt::default() };
         let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: config.pool("default"), now };
-        let Some((pick, alternates)) = scheduler.pick_decode(worker.table.all_ready(), &prompt, &[], None) else {
+        let is_allowed = |at: &EndpointIndex| {
+            worker.table.get(*at).is_some_and(|slot| subset.is_none_or(|subset| subset.allows(slot)))
+        };
+        let restricted: Vec<EndpointIndex>;
+        let mut among = worker.table.all_ready();
+        if subset.is_some() {
+            restricted = among.iter().copied().filter(is_allowed).collect();
+            among = &restricted;
+        }
+        let Some((pick, alternates)) = scheduler.pick_decode(among, &prompt, &[], None) else {
             return self.reject(worker, effects, &Rejection::NoEndpoint);
         };
         let destination = destination(worker, pick.endpoint, alternates.iter().copied());
         effects.push(Effect::SetState(DESTINATION, destination.into_bytes()));
         effects.push(Effect::SetState(DECISION, decision_name(Metric::RequestsPassed).into()));
         worker.counts.count(Metric::RequestsPassed);
-        self.state = State::Over;
+        self.state = if subset.is_some() { State::Watched } else { State::Over };
         Outcome { flow: Flow::Continue, effects }
+    }
+
+    /// Lists the models of all endpoints, where each says which it serves: no single engine knows them all.
+    fn answer_models(&mut self, worker: &Worker, mut effects: Vec<Effect>) -> Outcome {
+        let card =
+            |name: &str| serde_json::json!({"id": name, "object": "model", "created": 0, "owned_by": "envoy-pd"});
+        let data: Vec<_> = worker.table.model_names().into_iter().map(card).collect();
+        let body = serde_json::json!({"object": "list", "data": data}).to_string().into_bytes();
+        let headers = vec![("content-type", "application/json".to_owned())];
+        self.state = State::Over;
+        effects.push(Effect::SetState(DECISION, decision_name(Metric::RequestsPassed).into()));
+        effects.push(Effect::SetState(REASON, MODELS.into()));
+        effects.push(Effect::Reply(Reply { status: 200, headers, body, reason: MODELS }));
+        Outcome { flow: Flow::Pause, effects }
     }
 
     /// Passes an engine's own refusal on.
@@ -877,6 +944,9 @@ impl Request {
 const GO_ON: Outcome = Outcome { flow: Flow::Continue, effects: Vec::new() };
 const WAIT: Outcome = Outcome { flow: Flow::Pause, effects: Vec::new() };
 
+/// Path that lists models, and the reason code of the filter's own list.
+const MODELS_PATH: &[u8] = b"/v1/models";
+const MODELS: &str = "models";
 /// Reason code of a split whose KV cache could not be handed over.
 const KV_MISSING: &str = "kv_missing";
 
@@ -1443,7 +1513,7 @@ mod tests {
     #[test]
     fn requests_without_a_prompt_reach_a_ready_endpoint_unchanged() {
         for (method, path, end) in
-            [("GET", "/v1/models", true), ("POST", "/v1/unknown", true), ("GET", "/v1/chat/completions", true)]
+            [("GET", "/version", true), ("POST", "/v1/unknown", true), ("GET", "/v1/chat/completions", true)]
         {
             let mut t = fixture();
             let headers = Headers::from_pairs([(":method", method), (":path", path)]);
@@ -1615,7 +1685,7 @@ mod tests {
             warnings.push(outcome.effects.iter().any(|effect| matches!(effect, Effect::Warn(_))));
             let upstream = state(&outcome, DECODE).to_owned();
             let outcome = t.request.response_headers(&mut t.worker, Some(upstream.as_bytes()), None, t.now);
-            let says = outcome.effects.contains(&Effect::AddResponseHeader(KV_HEADER, "missing"));
+            let says = outcome.effects.contains(&Effect::AddResponseHeader(KV_HEADER, "missing".into()));
             assert_eq!((outcome.flow, says), (Flow::Continue, answer == "{}"));
             t.done();
         }
@@ -1876,5 +1946,70 @@ mod tests {
         }
         others.iter_mut().for_each(|request| request.done(&mut t.worker, t.now));
         assert!(t.worker.admission.is_empty());
+    }
+
+    #[test]
+    fn a_trusted_subset_restricts_both_legs_and_the_answer_says_who_served() {
+        for header in ["x-gateway-destination-endpoint-subset", "test-epp-endpoint-selection"] {
+            let config = CONFIG.replace(r#""x-pd-phase","#, &format!(r#""x-pd-phase", "{header}","#));
+            let mut t = configured(&config);
+            for i in 0..10 {
+                t.request = Request::default();
+                t.headers(&[(header, "10.0.0.1:2, 10.0.0.2:1,nonsense")]);
+                let outcome = t.body(&long_body().replace("word", &format!("w{i}")));
+                assert_eq!(leg_destination(&outcome), "10.0.0.1:2");
+                let outcome = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+                assert!(state(&outcome, DESTINATION).split(',').all(|address| address == "10.0.0.2:1"));
+                let outcome = t.request.response_headers(&mut t.worker, Some(b"10.0.0.2:1"), None, t.now);
+                assert_eq!(outcome.effects, [Effect::AddResponseHeader(SERVED_HEADER, "10.0.0.2:1".into())]);
+                t.done();
+            }
+            t.request = Request::default();
+            t.headers(&[(header, "10.9.9.9")]);
+            assert_eq!(reply(&t.body(&long_body())), (503, "no_endpoint"));
+            // Any path, by address alone.
+            t.request = Request::default();
+            let headers = Headers::from_pairs([(":method", "GET"), (":path", "/any"), (header, "10.0.0.2")]);
+            let outcome = t.request.headers(&mut t.worker, headers, true, t.now);
+            assert!(state(&outcome, DESTINATION).split(',').all(|address| address.starts_with("10.0.0.2:")));
+            assert!(t.request.is_sent());
+            let outcome = t.request.response_headers(&mut t.worker, Some(b"10.0.0.2:1"), None, t.now);
+            assert_eq!(outcome.effects, [Effect::AddResponseHeader(SERVED_HEADER, "10.0.0.2:1".into())]);
+            t.done();
+            assert!(t.is_idle());
+            // Untrusted, it is stripped and means nothing.
+            let mut t = fixture();
+            t.headers(&[(header, "10.9.9.9")]);
+            assert_eq!(t.body(&long_body()).flow, Flow::Pause);
+        }
+    }
+
+    #[test]
+    fn the_models_of_all_endpoints_are_listed_and_a_header_may_name_one() {
+        let mut t = configured(&CONFIG.replacen(r#"["m"]"#, r#"["m", "m-lora"]"#, 1));
+        let headers = Headers::from_pairs([(":method", "GET"), (":path", "/v1/models?x")]);
+        let outcome = t.request.headers(&mut t.worker, headers, true, t.now);
+        assert_eq!(reply(&outcome), (200, "models"));
+        let Some(Effect::Reply(answer)) = outcome.effects.last() else { panic!() };
+        let list: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
+        let names: Vec<_> = list["data"].as_array().unwrap().iter().map(|card| card["id"].clone()).collect();
+        assert_eq!(names, ["m", "m-lora"]);
+        for (name, body, expected) in [
+            ("m", r#"{"messages":[]}"#, None),
+            ("x", r#"{"messages":[]}"#, Some((404, "unknown_model"))),
+            ("x", r#"{"model":"m","messages":[]}"#, None),
+            ("m", r#"{"model":7,"messages":[]}"#, Some((400, "missing_model"))),
+        ] {
+            for header in ["x-ai-eg-model", "x-gateway-model-name"] {
+                t.request = Request::default();
+                t.headers(&[(header, name)]);
+                let outcome = t.body(body);
+                match expected {
+                    Some(expected) => assert_eq!(reply(&outcome), expected),
+                    None => assert_eq!(outcome.flow, Flow::Continue),
+                }
+                t.done();
+            }
+        }
     }
 }

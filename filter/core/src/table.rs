@@ -173,6 +173,12 @@ impl Table {
         names
     }
 
+    /// Whether every endpoint says which models it serves.
+    #[must_use]
+    pub fn names_all_models(&self) -> bool {
+        self.any_model.is_none() && !self.models.is_empty()
+    }
+
     /// Every ready endpoint, whatever its pool, role and models, sorted by [`Slot::key`].
     #[must_use]
     pub fn all_ready(&self) -> &[EndpointIndex] {
@@ -373,6 +379,11 @@ impl Candidates {
         {
             set.extend(more);
         }
+    }
+
+    /// Leaves out everybody else.
+    pub fn retain(&mut self, stays: impl Fn(EndpointIndex) -> bool) {
+        self.sets().into_iter().for_each(|set| set.retain(|at| stays(*at)));
     }
 
     fn sets(&mut self) -> [&mut Vec<EndpointIndex>; 4] {
