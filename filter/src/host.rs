@@ -21,11 +21,11 @@ pub type HostResult<T> = Result<T, HostError>;
 #[repr(u32)]
 pub enum Map {
     /// Request headers; gone once the headers phase is over.
-    RequestHeaders = 0,
+    Request = 0,
     /// Response headers, while they are told.
-    ResponseHeaders = 2,
+    Response = 2,
     /// Headers of a call-out's answer, while it is told.
-    CallHeaders = 6,
+    Call = 6,
 }
 
 /// Buffers, as the ABI numbers them.
@@ -57,6 +57,13 @@ mod abi {
     unsafe extern "C" {
         pub fn proxy_get_header_map_pairs(map: u32, data: *mut *mut u8, size: *mut usize) -> u32;
         pub fn proxy_remove_header_map_value(map: u32, key: *const u8, key_size: usize) -> u32;
+        pub fn proxy_add_header_map_value(
+            map: u32,
+            key: *const u8,
+            key_size: usize,
+            value: *const u8,
+            value_size: usize,
+        ) -> u32;
         pub fn proxy_get_buffer_bytes(
             buffer: u32,
             start: usize,
@@ -143,6 +150,14 @@ pub fn headers(map: Map) -> HostResult<Headers> {
 pub fn remove_header(map: Map, name: &[u8]) -> HostResult<()> {
     // SAFETY: pointer and length are of one slice.
     check(unsafe { abi::proxy_remove_header_map_value(map as u32, name.as_ptr(), name.len()) })
+}
+
+/// Adds a header.
+pub fn add_header(map: Map, name: &str, value: &str) -> HostResult<()> {
+    // SAFETY: pointers and lengths are of one string each.
+    check(unsafe {
+        abi::proxy_add_header_map_value(map as u32, name.as_ptr(), name.len(), value.as_ptr(), value.len())
+    })
 }
 
 /// The whole of a buffer.

@@ -205,7 +205,7 @@ impl Context for Root {
         let poll = {
             let Ok(mut shell) = self.shell.try_borrow_mut() else { return };
             let shell = &mut *shell;
-            let headers = host::headers(Map::CallHeaders).unwrap_or_default();
+            let headers = host::headers(Map::Call).unwrap_or_default();
             let status = call_status(&headers).filter(|_| num_headers > 0);
             let body = host::buffer(Buffer::CallBody).unwrap_or_default();
             let (poll, news) = shell.push.answered(&mut shell.worker, &shell.metrics, status, &body, host::now());

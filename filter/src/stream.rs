@@ -3,6 +3,7 @@
 use core::cell::RefCell;
 use std::rc::Rc;
 
+use log::warn;
 use pd_core::headers::Headers;
 use pd_core::request::{Effect, Flow, Outcome, PrefillAnswer, Request};
 use proxy_wasm::traits::{Context, HttpContext};
@@ -46,7 +47,7 @@ impl Stream {
         for effect in outcome.effects {
             match effect {
                 Effect::RemoveHeader(name) => {
-                    let removed = host::remove_header(Map::RequestHeaders, &name);
+                    let removed = host::remove_header(Map::Request, &name);
                     shell.expect_ok("remove header", removed);
                 }
                 Effect::SetState(path, value) => {
@@ -64,6 +65,10 @@ impl Stream {
                         return Err(CallRefused);
                     }
                 }
+                Effect::AddResponseHeader(name, value) => {
+                    shell.expect_ok(name, host::add_header(Map::Response, name, &value));
+                }
+                Effect::Warn(text) => warn!("{text}"),
                 Effect::ResumeResponse => {
                     shell.expect_ok("resume response", host::resume_response());
                 }
@@ -106,7 +111,7 @@ impl Context for Stream {
         }
         self.call = None;
         let now = host::now();
-        let headers = host::headers(Map::CallHeaders).unwrap_or_default();
+        let headers = host::headers(Map::Call).unwrap_or_default();
         let answer_body = host::buffer(Buffer::CallBody).unwrap_or_default();
         let answer = match call_status(&headers).filter(|_| num_headers > 0) {
             Some(status) => {
@@ -130,7 +135,7 @@ impl Context for Stream {
 
 impl HttpContext for Stream {
     fn on_http_request_headers(&mut self, _: usize, end_of_stream: bool) -> Action {
-        let headers = host::headers(Map::RequestHeaders);
+        let headers = host::headers(Map::Request);
         let now = host::now();
         action(self.step(|request, shell| {
             shell.catch_up();
@@ -156,11 +161,11 @@ impl HttpContext for Stream {
             let is_envoys = host::property("response\0code_details").is_ok_and(|details| details != b"via_upstream");
             let upstream = if is_envoys { None } else { host::property("upstream\0address").ok() };
             let wants_status = self.request.wants_status();
-            let status = wants_status.then(|| host::headers(Map::ResponseHeaders).ok().as_ref().and_then(call_status));
-            if let Ok(mut shell) = self.shell.try_borrow_mut() {
-                let (worker, upstream) = (&mut shell.worker, upstream.as_deref());
-                return action(self.request.response_headers(worker, upstream, status.flatten(), host::now()));
-            }
+            let status = wants_status.then(|| host::headers(Map::Response).ok().as_ref().and_then(call_status));
+            let now = host::now();
+            return action(self.step(|request, shell| {
+                request.response_headers(&mut shell.worker, upstream.as_deref(), status.flatten(), now)
+            }));
         }
         Action::Continue
     }

@@ -153,7 +153,7 @@ fn serve(worker: &mut Worker, body: &[u8]) -> usize {
         assert_eq!(outcome.flow, Flow::Continue);
         effects += outcome.effects.len();
     }
-    request.response_headers(worker, Some(b"10.0.0.2:8000"), now);
+    request.response_headers(worker, Some(b"10.0.0.2:8000"), None, now);
     request.first_byte(worker, now);
     request.done(worker, now);
     effects

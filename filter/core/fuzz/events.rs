@@ -167,7 +167,7 @@ pub fn run(input: &[u8]) {
                 let upstream = [None, Some("10.0.0.2:1"), Some("10.0.0.2:2"), Some("10.0.0.1:1")];
                 let upstream = upstream[usize::from(choices.below(4))].map(str::as_bytes);
                 let status = [Some(200), Some(503), None][usize::from(choices.below(3))];
-                let flow = request.response_headers(&mut worker, upstream, status, now);
+                let flow = request.response_headers(&mut worker, upstream, status, now).flow;
                 assert!(flow == Flow::Continue || request.awaits_call(), "nothing will let the response go");
             }
             7 => request.first_byte(&mut worker, now),
@@ -220,7 +220,11 @@ fn check(outcome: &Outcome, body: &[u8], known: &HashSet<String>) {
                 is_sent = true;
                 named(value);
             }
-            Effect::SetState(..) | Effect::RemoveHeader(_) | Effect::ResumeResponse => {}
+            Effect::SetState(..)
+            | Effect::RemoveHeader(_)
+            | Effect::AddResponseHeader(..)
+            | Effect::Warn(_)
+            | Effect::ResumeResponse => {}
             Effect::EditBody(edit) => {
                 let head = String::from_utf8_lossy(&edit.head);
                 let ours = ["kv_transfer_params", "bootstrap_room", "disaggregated_params", "disagg_prefill_resp"];

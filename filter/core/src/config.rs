@@ -18,12 +18,20 @@ use hashbrown::HashMap;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use crate::admission::Limits;
 use crate::wire::{Endpoint, Engine, Snapshot, WIRE_VERSION, WireError, unknown_endpoint_key};
 
 /// Header that marks a request as prefill or decode work.
 pub const PHASE_HEADER: &str = "x-pd-phase";
 /// Header by which llm-d names the prefill pod (`ip:port`).
 pub const PREFILLER_HEADER: &str = "x-prefiller-host-port";
+
+/// Header by which a peer restricts the endpoints of a request: `ip[:port],…` (Gateway API Inference Extension).
+pub const SUBSET_HEADER: &str = "x-gateway-destination-endpoint-subset";
+/// The same, as the extension's conformance tests send it.
+pub const TEST_SELECTION_HEADER: &str = "test-epp-endpoint-selection";
+/// Headers that [`Config::trusted_headers`] may name.
+pub const TRUSTABLE_HEADERS: &[&str] = &[PHASE_HEADER, PREFILLER_HEADER, SUBSET_HEADER, TEST_SELECTION_HEADER];
 
 /// A checked configuration.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,13 +48,15 @@ pub struct Config {
     pub control: Option<Control>,
     /// Endpoints that serve until `pd-control` has answered, or where there is none.
     pub endpoints: Vec<Endpoint>,
-    /// Of [`PHASE_HEADER`] and [`PREFILLER_HEADER`], those a client may set. The others are stripped.
+    /// Of [`TRUSTABLE_HEADERS`], those a client may set. The others are stripped.
     pub trusted_headers: Vec<String>,
     /// Largest request body, bytes, the spliced parameters included; above it clients get 413. Must not be above the
     /// limit of Envoy's buffer filter: an edit that takes a paused body past that limit ends the Envoy process.
     pub max_body_bytes: usize,
     /// Prefix hashing and index.
     pub prefix: Prefix,
+    /// Priority of each inference objective that a request may name.
+    objectives: HashMap<String, i64>,
     /// Policy of each pool named in the configuration.
     pools: HashMap<String, Pool>,
     /// Policy of every other pool.
@@ -107,6 +117,8 @@ pub struct Pool {
     pub cache_tokens: u64,
     /// Bytes of JSON per token, for estimates.
     pub bytes_per_token: f64,
+    /// What one worker lets be in flight.
+    pub limits: Limits,
 }
 
 /// Prefill seconds `a + b·(n − p) + c·(n² − p²)` of `n` prompt tokens of which `p` are cached.
@@ -165,6 +177,7 @@ struct Raw {
     trusted_headers: Vec<String>,
     max_body_bytes: usize,
     prefix: RawPrefix,
+    objectives: Vec<RawObjective>,
     pools: BTreeMap<String, RawPool>,
 }
 
@@ -180,9 +193,17 @@ impl Default for Raw {
             trusted_headers: vec![PHASE_HEADER.to_owned()],
             max_body_bytes: 16 << 20,
             prefix: RawPrefix::default(),
+            objectives: Vec::new(),
             pools: BTreeMap::new(),
         }
     }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawObjective {
+    name: String,
+    priority: i64,
 }
 
 #[derive(Deserialize)]
@@ -236,6 +257,8 @@ struct RawPool {
     rendezvous_share: f64,
     cache_tokens: u64,
     bytes_per_token: f64,
+    max_requests: u64,
+    max_tokens: u64,
 }
 
 impl Default for RawPool {
@@ -253,6 +276,8 @@ impl Default for RawPool {
             rendezvous_share: 0.0,
             cache_tokens: 500_000,
             bytes_per_token: 4.0,
+            max_requests: 0,
+            max_tokens: 0,
         }
     }
 }
@@ -338,8 +363,8 @@ impl Config {
         check_name("bootstrap_cluster", &bootstrap_cluster)?;
         check_header_name("destination_header", &raw.destination_header)?;
         for header in &raw.trusted_headers {
-            if header != PHASE_HEADER && header != PREFILLER_HEADER {
-                let why = format!("{header:?} is none of {PHASE_HEADER}, {PREFILLER_HEADER}");
+            if !TRUSTABLE_HEADERS.contains(&header.as_str()) {
+                let why = format!("{header:?} is none of {}", TRUSTABLE_HEADERS.join(", "));
                 return Err(ConfigError::new("trusted_headers", why));
             }
         }
@@ -371,6 +396,7 @@ impl Config {
                 index_bytes: raw.prefix.index_bytes,
                 hot_share: raw.prefix.hot_share,
             },
+            objectives: raw.objectives.into_iter().map(|objective| (objective.name, objective.priority)).collect(),
             pools,
             default_pool,
         })
@@ -380,6 +406,12 @@ impl Config {
     #[must_use]
     pub fn pool(&self, name: &str) -> &Pool {
         self.pools.get(name).unwrap_or(&self.default_pool)
+    }
+
+    /// Priority of an inference objective: as configured, else the number that the name is, else 0.
+    #[must_use]
+    pub fn priority(&self, objective: &str) -> i64 {
+        self.objectives.get(objective).copied().or_else(|| objective.parse().ok()).unwrap_or(0)
     }
 
     /// Whether a client may set this header of ours.
@@ -452,6 +484,7 @@ impl Pool {
             rendezvous_share: raw.rendezvous_share,
             cache_tokens: raw.cache_tokens,
             bytes_per_token: raw.bytes_per_token,
+            limits: Limits { requests: raw.max_requests, tokens: raw.max_tokens },
         }
     }
 }

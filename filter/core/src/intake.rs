@@ -1,10 +1,12 @@
 //! What a request's headers and body say, and which of its headers go on.
 
+use core::net::{IpAddr, SocketAddr};
+use core::time::Duration;
 use std::borrow::Cow;
 use std::sync::Arc;
 
 use crate::body::{Api, Key, KeySet, Scan};
-use crate::config::{Config, PREFILLER_HEADER, Pool};
+use crate::config::{Config, PREFILLER_HEADER, Pool, SUBSET_HEADER, TEST_SELECTION_HEADER};
 use crate::engine;
 use crate::hash::prompt_hash;
 use crate::headers::Headers;
@@ -13,7 +15,7 @@ use crate::metrics::Metric;
 use crate::reply::Rejection;
 use crate::schedule::Prompt;
 use crate::splice::HeadPlan;
-use crate::table::{Candidates, NoCandidates};
+use crate::table::{Candidates, NoCandidates, Slot, Table};
 use crate::wire::EndpointId;
 use crate::worker::Worker;
 
@@ -30,7 +32,69 @@ pub(crate) struct Intake {
     pub(crate) phase: Option<Phase>,
     /// Prefill endpoint that a trusted peer names.
     pub(crate) prefiller: Option<Vec<EndpointId>>,
+    pub(crate) claims: Claims,
+    pub(crate) subset: Option<Subset>,
 }
+
+/// Endpoints to which a trusted peer restricts a request: addresses, or all ports of one.
+#[derive(Clone, Debug)]
+pub(crate) struct Subset(Vec<(IpAddr, Option<u16>)>);
+
+impl Subset {
+    pub(crate) fn read(headers: &Headers, config: &Config) -> Option<Self> {
+        let trusted = [TEST_SELECTION_HEADER, SUBSET_HEADER].into_iter().filter(|header| config.trusts(header));
+        let value = trusted.into_iter().find_map(|header| headers.get(header))?;
+        let read = |name: &str| match name.parse::<SocketAddr>() {
+            Ok(address) => Some((address.ip(), Some(address.port()))),
+            Err(_) => Some((name.parse().ok()?, None)),
+        };
+        let text = core::str::from_utf8(value).unwrap_or_default();
+        Some(Self(text.split(',').filter_map(|name| read(name.trim())).collect()))
+    }
+
+    pub(crate) fn allows(&self, slot: &Slot) -> bool {
+        let address = slot.endpoint.address;
+        self.0.iter().any(|(ip, port)| *ip == address.ip() && port.is_none_or(|port| port == address.port()))
+    }
+}
+
+/// Endpoints to choose from for a model, within a subset if there is one.
+pub(crate) fn candidates(table: &Table, model: &str, subset: Option<&Subset>) -> Result<Arc<Candidates>, NoCandidates> {
+    let all = table.candidates(model)?;
+    let Some(subset) = subset else { return Ok(all) };
+    let mut some = Candidates::clone(&all);
+    some.retain(|at| table.get(at).is_some_and(|slot| subset.allows(slot)));
+    if some.is_empty() { Err(NoCandidates::NoEndpoint) } else { Ok(Arc::new(some)) }
+}
+
+/// What a client says of its request's standing.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Claims {
+    /// Below 0: sheddable.
+    pub(crate) priority: i64,
+    /// Whose request it is: a hash, equal for all who say nothing.
+    pub(crate) fairness: u64,
+    /// Time within which the prompt must be computed.
+    pub(crate) deadline: Option<Duration>,
+}
+
+impl Claims {
+    pub(crate) fn read(headers: &Headers, config: &Config) -> Self {
+        let either = |name: &str, old: &str| headers.get(name).or_else(|| headers.get(old));
+        let text = |value| core::str::from_utf8(value).ok();
+        let objective = either("x-llm-d-inference-objective", "x-gateway-inference-objective").and_then(text);
+        let fairness = either("x-llm-d-inference-fairness-id", "x-gateway-inference-fairness-id");
+        let deadline = headers.get(DEADLINE_HEADER).and_then(text).and_then(|ms| ms.parse().ok());
+        Self {
+            priority: objective.map_or(0, |objective| config.priority(objective)),
+            fairness: fairness.map_or(0, xxhash_rust::xxh3::xxh3_64),
+            deadline: deadline.map(Duration::from_millis),
+        }
+    }
+}
+
+/// Header by which a client says within how many milliseconds its prompt must be computed.
+pub(crate) const DEADLINE_HEADER: &str = "x-pd-deadline-ms";
 
 impl Intake {
     /// Whether an engine could read an object, and hand-over parameters in it, where our scan finds none. Python's parser
@@ -63,6 +127,7 @@ pub(crate) struct Work {
     /// Sequences, where the body asks for a batch of them.
     pub(crate) batch: Option<u32>,
     pub(crate) body_bytes: usize,
+    pub(crate) subset: Option<Subset>,
     /// How the body becomes an engine's, when it is known what to put in front.
     pub(crate) plan: HeadPlan,
 }
@@ -159,11 +224,17 @@ pub(crate) fn read_body(
     config: Arc<Config>,
     headers: Headers,
     api: Api,
+    subset: Option<Subset>,
     body: &[u8],
     scan: &Scan,
 ) -> Result<Work, Rejection> {
-    let model = scan.str(body, Key::Model).ok_or(Rejection::MissingModel)?;
-    let candidates = worker.table.candidates(&model).map_err(|none| match none {
+    let named = || {
+        let header = headers.get("x-ai-eg-model").or_else(|| headers.get("x-gateway-model-name"));
+        let header = header.filter(|_| !scan.has(Key::Model))?;
+        Some(Cow::Owned(core::str::from_utf8(header).ok()?.to_owned()))
+    };
+    let model = scan.str(body, Key::Model).or_else(named).ok_or(Rejection::MissingModel)?;
+    let candidates = candidates(&worker.table, &model, subset.as_ref()).map_err(|none| match none {
         NoCandidates::NoEndpoint => Rejection::NoEndpoint,
         NoCandidates::UnknownModel => Rejection::UnknownModel {
             model: model.clone().into_owned(),
@@ -201,6 +272,7 @@ pub(crate) fn read_body(
         output_tokens,
         batch,
         body_bytes: body.len(),
+        subset,
         plan,
     })
 }
@@ -291,7 +363,9 @@ mod tests {
         let may_be = |content_type: &str, body: &[u8]| {
             let headers = Headers::from_pairs([("content-type", content_type)]);
             let config = Arc::new(Config::parse(b"").unwrap());
-            Intake { config, headers, api: None, phase: None, prefiller: None }.may_be_object(body)
+            let claims = Claims::default();
+            Intake { config, headers, api: None, phase: None, prefiller: None, claims, subset: None }
+                .may_be_object(body)
         };
         let suspects: [&[u8]; 5] = [b"{", b" {\"x\":NaN}", b"\xef\xbb\xbf{}", b"{\0}\0", b"\0{\0}"];
         for body in suspects {

@@ -14,6 +14,7 @@
     )
 )]
 
+pub mod admission;
 pub mod body;
 pub mod config;
 pub mod engine;

@@ -1,5 +1,9 @@
 //! Answers that the filter gives itself: OpenAI-style JSON errors with a reason header.
 
+use crate::admission::Shed;
+
+/// llm-d's answer header that says why a request was not let in.
+pub const DROPPED_HEADER: &str = "x-llm-d-request-dropped-reason";
 /// Answer header that says why the filter answered.
 pub const REASON_HEADER: &str = "x-pd-reason";
 
@@ -25,6 +29,8 @@ pub enum Rejection {
     TooLarge(usize),
     /// One request asks for more than this many sequences of an engine that is told of each.
     TooManySequences(u32),
+    /// The request is not let in now.
+    Shed(Shed),
     /// No endpoint of the needed role is ready.
     NoEndpoint,
     /// Prefill failed on every endpoint tried, and the pool's policy is `fail`.
@@ -57,6 +63,7 @@ impl Rejection {
             Self::InvalidPhase => (400, "invalid_request_error", None, "invalid_phase"),
             Self::TooLarge(_) => (413, "invalid_request_error", None, "too_large"),
             Self::TooManySequences(_) => (400, "invalid_request_error", None, "too_many_sequences"),
+            Self::Shed(shed) => (429, "rate_limit_error", None, shed.code()),
             Self::NoEndpoint => (503, "service_unavailable_error", None, "no_endpoint"),
             Self::PrefillFailed => (503, "service_unavailable_error", None, "prefill_failed"),
             Self::NotConfigured(_) => (503, "service_unavailable_error", None, "not_configured"),
@@ -74,6 +81,8 @@ impl Rejection {
             Self::InvalidPhase => "x-pd-phase must be `prefill` or `decode`".to_owned(),
             Self::TooLarge(limit) => format!("the request body is larger than {limit} bytes"),
             Self::TooManySequences(limit) => format!("a request may have {limit} prompts or answers at most"),
+            Self::Shed(Shed::Deadline) => "the prompt cannot be computed by the deadline".to_owned(),
+            Self::Shed(_) => "the model is overloaded; try again later".to_owned(),
             Self::NoEndpoint => "no endpoint is ready for this model".to_owned(),
             Self::PrefillFailed => "no prefill endpoint could compute the prompt".to_owned(),
             Self::NotConfigured(why) => format!("the prefill/decode filter has no valid configuration: {why}"),
@@ -88,8 +97,11 @@ impl Rejection {
             "error": {"message": self.message(), "type": kind, "param": param, "code": reason}
         });
         let mut headers = vec![("content-type", "application/json".to_owned()), (REASON_HEADER, reason.to_owned())];
-        if status == 503 {
+        if matches!(status, 429 | 503) {
             headers.push(("retry-after", "1".to_owned()));
+        }
+        if matches!(self, Self::Shed(_)) {
+            headers.push((DROPPED_HEADER, reason.to_owned()));
         }
         Reply { status, headers, body: body.to_string().into_bytes(), reason }
     }

@@ -15,13 +15,15 @@
 use core::time::Duration;
 use std::sync::Arc;
 
+use crate::admission::{Ask, Limits, Shed, Ticket};
 use crate::body::{Api, KeySet, Scan, scan};
 use crate::config::{Config, OnPrefillFailure, PHASE_HEADER, PREFILLER_HEADER};
 use crate::engine::{self, Handover, Pair, Shape};
 use crate::headers::Headers;
 use crate::index::EndpointIndex;
 use crate::intake::{
-    Intake, Phase, Work, decoded_path, endpoint_ids, is_ours, leg_headers, question_headers, read_body,
+    Claims, Intake, Phase, Subset, Work, candidates, decoded_path, endpoint_ids, is_ours, leg_headers,
+    question_headers, read_body,
 };
 use crate::metrics::Metric;
 use crate::reply::{Rejection, Reply};
@@ -53,6 +55,12 @@ pub const PREFILL_MS: &str = "pd.prefill_ms";
 pub const STATES: &[&str] =
     &[DESTINATION, RANK, PREFILLER, DECISION, REASON, PREFILL, DECODE, MATCHED_TOKENS, PREFILL_MS];
 
+/// Answer header of a request whose prompt was computed twice, because the prefill leg's KV cache could not be handed
+/// over: `missing`.
+pub const KV_HEADER: &str = "x-pd-kv";
+/// Answer header of a request whose endpoints a peer restricted: who served it.
+pub const SERVED_HEADER: &str = "x-gateway-destination-endpoint-served";
+
 /// How often Envoy tries to connect: once, and the route's `num_retries`. With fewer names in [`DESTINATION`] the last
 /// tries would go to hosts of other pools.
 const TRIES: usize = 3;
@@ -77,6 +85,10 @@ pub enum Effect {
     EditBody(HeadEdit),
     /// Run a prefill leg, or ask what one needs to know; its end comes back as [`Request::prefill_answer`].
     Call(Call),
+    /// Add a header to the response whose headers are told.
+    AddResponseHeader(&'static str, String),
+    /// Tell the operator that something is degraded: once per change.
+    Warn(String),
     /// Let the response go on that [`Request::response_headers`] held back.
     ResumeResponse,
     /// Answer the client.
@@ -127,6 +139,8 @@ pub enum PrefillAnswer<'a> {
 #[derive(Debug, Default)]
 pub struct Request {
     state: State,
+    /// Given back at the end, whatever way the stream ended.
+    ticket: Option<Ticket>,
 }
 
 #[derive(Debug, Default)]
@@ -136,6 +150,8 @@ enum State {
     Reading(Box<Intake>),
     Prefilling(Box<Prefilling>),
     Sent(Box<Sent>),
+    /// Nothing is counted, but the answer is to say who served it.
+    Watched,
     Over,
 }
 
@@ -162,6 +178,10 @@ struct Sent {
     own: Option<(EndpointRef, u64)>,
     /// The prefill leg, where it goes out with this one.
     companion: Option<Companion>,
+    /// Whether the prompt is computed a second time.
+    is_kv_missing: bool,
+    /// Whether a peer restricted the endpoints, and wants to know who served.
+    is_restricted: bool,
     response: Response,
     answered: bool,
 }
@@ -237,8 +257,17 @@ impl Request {
         let is_post = headers.get(":method") == Some(b"POST");
         let api = headers.get(":path").and_then(|path| Api::of_path(&decoded_path(path))).filter(|_| is_post);
         let multipart = headers.get("content-type").is_some_and(|value| value.starts_with(b"multipart/"));
+        let subset = Subset::read(&headers, &config);
+        let is_get = headers.get(":method") == Some(b"GET");
+        if is_get
+            && worker.table.names_all_models()
+            && headers.get(":path").is_some_and(|path| decoded_path(path) == MODELS_PATH)
+        {
+            worker.counts.count(Metric::RequestsPassed);
+            return self.answer_models(worker, effects);
+        }
         if api.is_none() && (end_of_stream || multipart) {
-            return self.pass(worker, &config, effects, now);
+            return self.pass(worker, &config, subset.as_ref(), effects, now);
         }
         let phase = match headers.get(PHASE_HEADER).filter(|_| config.trusts(PHASE_HEADER)) {
             None => None,
@@ -265,7 +294,8 @@ impl Request {
             effects.push(Effect::RemoveHeader(b"content-length".to_vec()));
         }
         let prefiller = headers.get(PREFILLER_HEADER).filter(|_| config.trusts(PREFILLER_HEADER)).map(endpoint_ids);
-        self.state = State::Reading(Box::new(Intake { config, headers, api, phase, prefiller }));
+        let claims = Claims::read(&headers, &config);
+        self.state = State::Reading(Box::new(Intake { config, headers, api, phase, prefiller, claims, subset }));
         Outcome { flow: Flow::Continue, effects }
     }
 
@@ -277,7 +307,7 @@ impl Request {
                 self.reject(worker, Vec::new(), &rejection)
             }
             State::Reading(_) | State::Prefilling(_) => Outcome { flow: Flow::Pause, effects: Vec::new() },
-            State::New | State::Sent(_) | State::Over => GO_ON,
+            State::New | State::Sent(_) | State::Watched | State::Over => GO_ON,
         }
     }
 
@@ -299,7 +329,7 @@ impl Request {
         match &self.state {
             State::Prefilling(_) => true,
             State::Sent(sent) => sent.companion.is_some(),
-            State::New | State::Reading(_) | State::Over => false,
+            State::New | State::Reading(_) | State::Watched | State::Over => false,
         }
     }
 
@@ -325,13 +355,16 @@ impl Request {
                 Err(_) => Default::default(),
             };
             let effects = if edit.is_none() { Vec::new() } else { vec![Effect::EditBody(edit)] };
-            return self.pass(worker, &intake.config, effects, now);
+            return self.pass(worker, &intake.config, intake.subset.as_ref(), effects, now);
         };
         match scanned.map_err(|error| Rejection::InvalidJson(error.to_string())) {
             Ok(scan) => {
-                let Intake { config, headers, phase, prefiller, .. } = intake;
-                match read_body(worker, config, headers, api, body, &scan) {
-                    Ok(work) => self.decide(worker, work, phase, prefiller.as_deref(), (body, &scan), now),
+                let Intake { config, headers, phase, prefiller, claims, subset, .. } = intake;
+                match read_body(worker, config, headers, api, subset, body, &scan) {
+                    Ok(work) => match self.admit(worker, &work, claims) {
+                        Ok(()) => self.decide(worker, work, phase, prefiller.as_deref(), claims, (body, &scan), now),
+                        Err(shed) => self.shed(worker, shed),
+                    },
                     Err(rejection) => self.reject(worker, Vec::new(), &rejection),
                 }
             }
@@ -376,7 +409,8 @@ impl Request {
             leg_ended(worker, state.endpoint, leg, &answer, now);
         }
         // The list may have changed since the leg began: its places may be other endpoints' now.
-        state.work.candidates = worker.table.candidates(&state.work.model).unwrap_or_else(|_| {
+        let current = candidates(&worker.table, &state.work.model, state.work.subset.as_ref());
+        state.work.candidates = current.unwrap_or_else(|_| {
             Arc::new(Candidates { pool: Arc::clone(&state.work.candidates.pool), ..Candidates::default() })
         });
         let mut body = Some(body);
@@ -426,24 +460,33 @@ impl Request {
             && let Some(body) = read_again()
             && let Ok(scan) = scan(body.as_ref())
         {
+            if !worker.retries.spend() {
+                worker.counts.count(Metric::RetriesDenied);
+                return self.give_up(worker, &state.work, now);
+            }
             worker.counts.count(Metric::PrefillRetries);
             let Prefilling { work, tried, started, .. } = state;
             return self.split(worker, work, tried, pick, (body.as_ref(), &scan), started, now);
         }
+        self.give_up(worker, &state.work, now)
+    }
+
+    /// No prefill endpoint could be had: what the pool's policy says.
+    fn give_up(&mut self, worker: &mut Worker, work: &Work, now: Duration) -> Outcome {
         worker.counts.count(Metric::PrefillGivenUp);
-        match pool.on_prefill_failure {
-            OnPrefillFailure::Fail => self.reject(worker, Vec::new(), &Rejection::PrefillFailed),
-            OnPrefillFailure::DecodeOnly => {
-                let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool, now };
-                let Work { candidates, prompt, plan, .. } = &state.work;
-                let Some((pick, alternates)) = scheduler.pick_decode(&candidates.whole, prompt, &[], None) else {
-                    return self.reject(worker, Vec::new(), &Rejection::PrefillFailed);
-                };
-                let (decision, reason) = (Metric::RequestsDecodeOnly, "prefill_failed");
-                let route = Route { decision, reason, pick, alternates, prefill: Prefill::Own, plan, insert: b"" };
-                self.send(worker, &state.work, route, now)
-            }
-        }
+        let Work { candidates, prompt, plan, .. } = work;
+        let pool = work.pool();
+        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool, now };
+        let picked = match pool.on_prefill_failure {
+            OnPrefillFailure::Fail => None,
+            OnPrefillFailure::DecodeOnly => scheduler.pick_decode(&candidates.whole, prompt, &[], None),
+        };
+        let Some((pick, alternates)) = picked else {
+            return self.reject(worker, Vec::new(), &Rejection::PrefillFailed);
+        };
+        let (decision, reason) = (Metric::RequestsDecodeOnly, "prefill_failed");
+        let route = Route { decision, reason, pick, alternates, prefill: Prefill::Own, plan, insert: b"" };
+        self.send(worker, work, route, now)
     }
 
     /// The prefill leg beside the decode leg ended. The decode leg waits for a KV cache that a failed one never sends:
@@ -472,23 +515,20 @@ impl Request {
         }
         sent.release(worker, now);
         sent.uncount(worker);
-        self.state = State::Over;
+        // It was counted when it was sent.
         let reply = match answer {
             PrefillAnswer::Answered { status, content_type, body } if answer.fault().is_none() => {
                 engines_reply(status, content_type, body)
             }
             _ => Rejection::PrefillFailed.reply(),
         };
-        Outcome {
-            flow: Flow::Pause,
-            effects: vec![Effect::SetState(REASON, reply.reason.into()), Effect::Reply(reply)],
-        }
+        self.answer(reply, Vec::new())
     }
 
     /// Whether an engine endpoint has the request.
     #[must_use]
     pub fn is_sent(&self) -> bool {
-        matches!(self.state, State::Sent(_))
+        matches!(self.state, State::Sent(_) | State::Watched)
     }
 
     /// Whether [`response_headers`](Self::response_headers) wants to know the status.
@@ -505,13 +545,26 @@ impl Request {
         upstream: Option<&[u8]>,
         status: Option<u16>,
         now: Duration,
-    ) -> Flow {
-        let State::Sent(sent) = &mut self.state else { return Flow::Continue };
+    ) -> Outcome {
+        let served = upstream.and_then(|upstream| core::str::from_utf8(upstream).ok());
+        let served = served.map(|upstream| Effect::AddResponseHeader(SERVED_HEADER, upstream.to_owned()));
+        let sent = match &mut self.state {
+            State::Sent(sent) => sent,
+            State::Watched => {
+                self.state = State::Over;
+                return Outcome { flow: Flow::Continue, effects: served.into_iter().collect() };
+            }
+            _ => return GO_ON,
+        };
         sent.answered_by(worker, upstream, now);
+        let mut effects: Vec<Effect> = served.filter(|_| sent.is_restricted).into_iter().collect();
+        if sent.is_kv_missing {
+            effects.push(Effect::AddResponseHeader(KV_HEADER, "missing".to_owned()));
+        }
         // A refusal does not wait for the KV cache.
         let is_held = sent.companion.is_some() && upstream.is_some() && status == Some(200);
         sent.response = if is_held { Response::Held } else { Response::Passed };
-        if is_held { Flow::Pause } else { Flow::Continue }
+        Outcome { flow: if is_held { Flow::Pause } else { Flow::Continue }, effects }
     }
 
     /// Whether [`first_byte`](Self::first_byte) is still to be told.
@@ -529,6 +582,9 @@ impl Request {
 
     /// The stream is over, whatever way it ended. Everything that was counted for it is taken back.
     pub fn done(&mut self, worker: &mut Worker, now: Duration) {
+        if let Some(ticket) = self.ticket.take() {
+            worker.admission.release(ticket);
+        }
         match core::mem::replace(&mut self.state, State::Over) {
             State::Sent(mut sent) => {
                 sent.uncount(worker);
@@ -542,16 +598,34 @@ impl Request {
                     abandon(worker, state.endpoint, leg, now);
                 }
             }
-            State::New | State::Reading(_) | State::Over => {}
+            State::New | State::Reading(_) | State::Watched | State::Over => {}
         }
     }
 
+    /// Lets the request in, where its pool has limits.
+    fn admit(&mut self, worker: &mut Worker, work: &Work, claims: Claims) -> Result<(), Shed> {
+        let limits = work.pool().limits;
+        if limits != Limits::default() {
+            let tokens = (work.prompt.tokens as u64).saturating_add(work.output_tokens);
+            let ask = Ask { tokens, priority: claims.priority, fairness: claims.fairness };
+            self.ticket = Some(worker.admission.admit(&work.candidates.pool, limits, ask)?);
+        }
+        Ok(())
+    }
+
+    fn shed(&mut self, worker: &mut Worker, shed: Shed) -> Outcome {
+        worker.counts.count(shed.metric());
+        self.reject(worker, Vec::new(), &Rejection::Shed(shed))
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "what headers and body said")]
     fn decide(
         &mut self,
         worker: &mut Worker,
         work: Work,
         phase: Option<Phase>,
         prefiller: Option<&[EndpointId]>,
+        claims: Claims,
         body: (&[u8], &Scan),
         now: Duration,
     ) -> Outcome {
@@ -585,7 +659,14 @@ impl Request {
             }
             None => {
                 let hinted = hint.and_then(|endpoint| scheduler.pick_by_cost(&[endpoint], prompt, &[]));
-                match hinted.map_or_else(|| scheduler.decide(candidates, prompt), Decision::Split) {
+                let decision = hinted.map_or_else(|| scheduler.decide(candidates, prompt), Decision::Split);
+                if let (Some(deadline), Decision::Split(pick) | Decision::Whole(pick, _)) = (claims.deadline, decision)
+                    && let Some(slot) = worker.table.get(pick.endpoint)
+                    && slot.prefill.work(now) + pick.seconds > deadline.as_secs_f64()
+                {
+                    return self.shed(worker, Shed::Deadline);
+                }
+                match decision {
                     Decision::Nobody => None,
                     Decision::Whole(pick, reason) => {
                         let alternates = scheduler.alternates(&candidates.whole, prompt, pick.endpoint);
@@ -633,6 +714,9 @@ impl Request {
             let state = Prefilling { work, tried, pick, endpoint, partner, leg: None, started };
             self.state = State::Prefilling(Box::new(state));
             return Outcome { flow: Flow::Pause, effects: vec![Effect::Call(call)] };
+        }
+        if tried.is_empty() {
+            worker.retries.earn();
         }
         if shape == Shape::Sequential {
             let (call, leg) = start_leg(worker, &work, &tried, pick, None, (body, scan), now);
@@ -684,13 +768,22 @@ impl Request {
         };
         let spliced = replaced.as_ref().unwrap_or(plan);
         let fits = |members: &[u8]| spliced.with_insert(members).edited_bytes(*body_bytes) <= config.max_body_bytes;
+        let mut warning = None;
+        if let Some(slot) = worker.table.resolve(state.endpoint) {
+            let is_missing = *handover == Handover::Missing;
+            if is_missing && !slot.is_kv_missing {
+                warning =
+                    Some(format!("{} gives no usable KV parameters: its prompts are computed twice", slot.address));
+            }
+            slot.is_kv_missing = is_missing;
+        }
         let (reason, plan, insert): (_, _, &[u8]) = match handover {
             // Envoy does not survive a paused body that an edit makes larger than the buffer filter's limit.
             Handover::Insert { members, .. } if fits(members) => ("prefilled", spliced, members),
             Handover::Nothing => ("prefilled", plan, b""),
             Handover::Insert { .. } | Handover::Missing => {
                 worker.counts.count(Metric::KvMissing);
-                ("kv_missing", plan, b"")
+                (KV_MISSING, plan, b"")
             }
         };
         let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: state.work.pool(), now };
@@ -700,7 +793,9 @@ impl Request {
         };
         let prefill = Prefill::Done(state.pick, state.endpoint, state.started);
         let route = Route { decision: Metric::RequestsSplit, reason, pick, alternates, prefill, plan, insert };
-        self.send(worker, &state.work, route, now)
+        let mut outcome = self.send(worker, &state.work, route, now);
+        outcome.effects.extend(warning.map(Effect::Warn));
+        outcome
     }
 
     /// Sends the request to an engine endpoint.
@@ -763,26 +858,67 @@ impl Request {
             effects.push(Effect::EditBody(edit));
         }
         let companion = if let Prefill::Beside(_, companion) = prefill { Some(companion) } else { None };
-        let response = Response::Awaited;
-        let sent = Sent { endpoint, alternates, tokens, own, companion, response, answered: false };
+        let (response, is_kv_missing) = (Response::Awaited, reason == KV_MISSING);
+        let is_restricted = work.subset.is_some();
+        let sent = Sent {
+            endpoint,
+            alternates,
+            tokens,
+            own,
+            companion,
+            is_kv_missing,
+            is_restricted,
+            response,
+            answered: false,
+        };
         self.state = State::Sent(Box::new(sent));
         Outcome { flow: Flow::Continue, effects }
     }
 
     /// Sends a request without a prompt to whoever has the least to do.
-    fn pass(&mut self, worker: &mut Worker, config: &Config, mut effects: Vec<Effect>, now: Duration) -> Outcome {
+    fn pass(
+        &mut self,
+        worker: &mut Worker,
+        config: &Config,
+        subset: Option<&Subset>,
+        mut effects: Vec<Effect>,
+        now: Duration,
+    ) -> Outcome {
         let key = worker.next_leg();
         let prompt = Prompt { key: key.wrapping_mul(0x9e37_79b9_7f4a_7c15), ..Prompt::default() };
         let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: config.pool("default"), now };
-        let Some((pick, alternates)) = scheduler.pick_decode(worker.table.all_ready(), &prompt, &[], None) else {
+        let is_allowed = |at: &EndpointIndex| {
+            worker.table.get(*at).is_some_and(|slot| subset.is_none_or(|subset| subset.allows(slot)))
+        };
+        let restricted: Vec<EndpointIndex>;
+        let mut among = worker.table.all_ready();
+        if subset.is_some() {
+            restricted = among.iter().copied().filter(is_allowed).collect();
+            among = &restricted;
+        }
+        let Some((pick, alternates)) = scheduler.pick_decode(among, &prompt, &[], None) else {
             return self.reject(worker, effects, &Rejection::NoEndpoint);
         };
         let destination = destination(worker, pick.endpoint, alternates.iter().copied());
         effects.push(Effect::SetState(DESTINATION, destination.into_bytes()));
         effects.push(Effect::SetState(DECISION, decision_name(Metric::RequestsPassed).into()));
         worker.counts.count(Metric::RequestsPassed);
-        self.state = State::Over;
+        self.state = if subset.is_some() { State::Watched } else { State::Over };
         Outcome { flow: Flow::Continue, effects }
+    }
+
+    /// Lists the models of all endpoints, where each says which it serves: no single engine knows them all.
+    fn answer_models(&mut self, worker: &Worker, mut effects: Vec<Effect>) -> Outcome {
+        let card =
+            |name: &str| serde_json::json!({"id": name, "object": "model", "created": 0, "owned_by": "envoy-pd"});
+        let data: Vec<_> = worker.table.model_names().into_iter().map(card).collect();
+        let body = serde_json::json!({"object": "list", "data": data}).to_string().into_bytes();
+        let headers = vec![("content-type", "application/json".to_owned())];
+        self.state = State::Over;
+        effects.push(Effect::SetState(DECISION, decision_name(Metric::RequestsPassed).into()));
+        effects.push(Effect::SetState(REASON, MODELS.into()));
+        effects.push(Effect::Reply(Reply { status: 200, headers, body, reason: MODELS }));
+        Outcome { flow: Flow::Pause, effects }
     }
 
     /// Passes an engine's own refusal on.
@@ -807,6 +943,12 @@ impl Request {
 
 const GO_ON: Outcome = Outcome { flow: Flow::Continue, effects: Vec::new() };
 const WAIT: Outcome = Outcome { flow: Flow::Pause, effects: Vec::new() };
+
+/// Path that lists models, and the reason code of the filter's own list.
+const MODELS_PATH: &[u8] = b"/v1/models";
+const MODELS: &str = "models";
+/// Reason code of a split whose KV cache could not be handed over.
+const KV_MISSING: &str = "kv_missing";
 
 /// How long a bootstrap server may take to tell an engine's id, which it has in memory.
 const QUESTION_TIMEOUT: Duration = Duration::from_secs(2);
@@ -1371,7 +1513,7 @@ mod tests {
     #[test]
     fn requests_without_a_prompt_reach_a_ready_endpoint_unchanged() {
         for (method, path, end) in
-            [("GET", "/v1/models", true), ("POST", "/v1/unknown", true), ("GET", "/v1/chat/completions", true)]
+            [("GET", "/version", true), ("POST", "/v1/unknown", true), ("GET", "/v1/chat/completions", true)]
         {
             let mut t = fixture();
             let headers = Headers::from_pairs([(":method", method), (":path", path)]);
@@ -1476,7 +1618,7 @@ mod tests {
         assert_eq!(state(&outcome, PREFILL), leg_destination(&outcome));
 
         let decode = state(&outcome, DECODE).to_owned();
-        let flow = t.request.response_headers(&mut t.worker, Some(decode.as_bytes()), Some(200), t.now);
+        let flow = t.request.response_headers(&mut t.worker, Some(decode.as_bytes()), Some(200), t.now).flow;
         assert_eq!(flow, Flow::Pause, "the prefill leg may still fail");
         t.now += Duration::from_millis(40);
         let outcome = t.answer(200, "{}");
@@ -1531,12 +1673,50 @@ mod tests {
     }
 
     #[test]
+    fn a_warning_comes_once_per_change_and_the_answer_says_that_kv_did_not_move() {
+        let mut t = fixture();
+        let mut warnings = Vec::new();
+        let good = format!(r#"{{"kv_transfer_params":{PARAMS}}}"#);
+        for (i, answer) in ["{}", "{}", &good, "{}", &good, &good].into_iter().enumerate() {
+            t.request = Request::default();
+            t.headers(&[(PREFILLER_HEADER, "10.0.0.1:1")]);
+            t.body(&long_body().replace("word", &format!("w{i}")));
+            let outcome = t.answer(200, answer);
+            warnings.push(outcome.effects.iter().any(|effect| matches!(effect, Effect::Warn(_))));
+            let upstream = state(&outcome, DECODE).to_owned();
+            let outcome = t.request.response_headers(&mut t.worker, Some(upstream.as_bytes()), None, t.now);
+            let says = outcome.effects.contains(&Effect::AddResponseHeader(KV_HEADER, "missing".into()));
+            assert_eq!((outcome.flow, says), (Flow::Continue, answer == "{}"));
+            t.done();
+        }
+        assert_eq!(warnings, [true, false, false, true, false, false]);
+    }
+
+    #[test]
+    fn retries_end_when_their_budget_is_spent() {
+        let mut t = fixture();
+        for i in 0..40 {
+            t.request = Request::default();
+            t.headers(&[]);
+            t.body(&long_body().replace("word", &format!("w{i}")));
+            while t.request.is_prefilling() {
+                t.answer(500, "{}");
+            }
+            t.done();
+        }
+        let retries = t.worker.counts.pending(Metric::PrefillRetries);
+        assert_eq!(retries + t.worker.counts.pending(Metric::RetriesDenied), 40);
+        assert!((10..=18).contains(&retries), "{retries}");
+        assert!(t.is_idle());
+    }
+
+    #[test]
     fn a_decode_endpoint_that_refuses_does_not_wait_for_the_prefill_leg() {
         let mut t = of_engine("sglang");
         t.headers(&[]);
         let sent = t.body(&long_body());
         let decode = state(&sent, DECODE).to_owned();
-        let flow = t.request.response_headers(&mut t.worker, Some(decode.as_bytes()), Some(503), t.now);
+        let flow = t.request.response_headers(&mut t.worker, Some(decode.as_bytes()), Some(503), t.now).flow;
         assert_eq!(flow, Flow::Continue);
         assert_eq!(t.answer(503, "upstream connect error").effects, [], "the client has its answer");
         t.done();
@@ -1705,5 +1885,131 @@ mod tests {
             decisions.insert(state(&outcome, REASON).to_owned());
         }
         assert_eq!(decisions.into_iter().collect::<Vec<_>>(), ["aggregated", "prefilled"]);
+    }
+
+    #[test]
+    fn a_pool_with_limits_answers_429_until_something_ends() {
+        let mut t = configured(&CONFIG.replacen('{', r#"{"pools":{"default":{"max_requests":1}},"#, 1));
+        t.headers(&[]);
+        t.body(&long_body());
+        let mut first = core::mem::take(&mut t.request);
+        t.headers(&[]);
+        let outcome = t.body(&long_body());
+        assert_eq!(reply(&outcome), (429, "saturated"));
+        let Some(Effect::Reply(answer)) = outcome.effects.last() else { panic!() };
+        for header in ["retry-after", crate::reply::DROPPED_HEADER] {
+            assert!(answer.headers.iter().any(|(name, _)| *name == header), "{header}");
+        }
+        t.done();
+        first.done(&mut t.worker, t.now);
+        assert!(t.worker.admission.is_empty());
+        t.request = Request::default();
+        t.headers(&[]);
+        assert_eq!(t.body(&long_body()).flow, Flow::Pause);
+        t.done();
+        t.worker.prune(t.now + Duration::from_secs(100));
+        assert!(t.is_idle() && t.worker.admission.is_empty());
+    }
+
+    #[test]
+    fn objectives_have_priorities_and_deadlines_count_the_queue() {
+        let top = r#"{"objectives":[{"name":"batch","priority":-5}],"pools":{"default":{"max_requests":10}},"#;
+        let mut t = configured(&CONFIG.replacen('{', top, 1));
+        let mut others = Vec::new();
+        for i in 0..8 {
+            t.headers(&[("x-llm-d-inference-fairness-id", &format!("user-{i}"))]);
+            t.body(r#"{"model":"m","messages":[]}"#);
+            others.push(core::mem::take(&mut t.request));
+        }
+        for (objective, expected) in
+            [("batch", Some((429, "sheddable"))), ("-1", Some((429, "sheddable"))), ("other", None)]
+        {
+            t.request = Request::default();
+            t.headers(&[("x-llm-d-inference-objective", objective)]);
+            let outcome = t.body(r#"{"model":"m","messages":[]}"#);
+            match expected {
+                Some(expected) => assert_eq!(reply(&outcome), expected, "{objective}"),
+                None => assert_eq!(outcome.flow, Flow::Continue),
+            }
+            t.done();
+        }
+        for (ms, expected) in [("1", Some((429, "deadline"))), ("60000", None), ("soon", None)] {
+            t.request = Request::default();
+            let outcome = t.headers(&[("x-pd-deadline-ms", ms)]);
+            assert!(outcome.effects.contains(&Effect::RemoveHeader(b"x-pd-deadline-ms".to_vec())));
+            let outcome = t.body(&long_body());
+            match expected {
+                Some(expected) => assert_eq!(reply(&outcome), expected),
+                None => assert_eq!(outcome.flow, Flow::Pause),
+            }
+            t.done();
+        }
+        others.iter_mut().for_each(|request| request.done(&mut t.worker, t.now));
+        assert!(t.worker.admission.is_empty());
+    }
+
+    #[test]
+    fn a_trusted_subset_restricts_both_legs_and_the_answer_says_who_served() {
+        for header in ["x-gateway-destination-endpoint-subset", "test-epp-endpoint-selection"] {
+            let config = CONFIG.replace(r#""x-pd-phase","#, &format!(r#""x-pd-phase", "{header}","#));
+            let mut t = configured(&config);
+            for i in 0..10 {
+                t.request = Request::default();
+                t.headers(&[(header, "10.0.0.1:2, 10.0.0.2:1,nonsense")]);
+                let outcome = t.body(&long_body().replace("word", &format!("w{i}")));
+                assert_eq!(leg_destination(&outcome), "10.0.0.1:2");
+                let outcome = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+                assert!(state(&outcome, DESTINATION).split(',').all(|address| address == "10.0.0.2:1"));
+                let outcome = t.request.response_headers(&mut t.worker, Some(b"10.0.0.2:1"), None, t.now);
+                assert_eq!(outcome.effects, [Effect::AddResponseHeader(SERVED_HEADER, "10.0.0.2:1".into())]);
+                t.done();
+            }
+            t.request = Request::default();
+            t.headers(&[(header, "10.9.9.9")]);
+            assert_eq!(reply(&t.body(&long_body())), (503, "no_endpoint"));
+            // Any path, by address alone.
+            t.request = Request::default();
+            let headers = Headers::from_pairs([(":method", "GET"), (":path", "/any"), (header, "10.0.0.2")]);
+            let outcome = t.request.headers(&mut t.worker, headers, true, t.now);
+            assert!(state(&outcome, DESTINATION).split(',').all(|address| address.starts_with("10.0.0.2:")));
+            assert!(t.request.is_sent());
+            let outcome = t.request.response_headers(&mut t.worker, Some(b"10.0.0.2:1"), None, t.now);
+            assert_eq!(outcome.effects, [Effect::AddResponseHeader(SERVED_HEADER, "10.0.0.2:1".into())]);
+            t.done();
+            assert!(t.is_idle());
+            // Untrusted, it is stripped and means nothing.
+            let mut t = fixture();
+            t.headers(&[(header, "10.9.9.9")]);
+            assert_eq!(t.body(&long_body()).flow, Flow::Pause);
+        }
+    }
+
+    #[test]
+    fn the_models_of_all_endpoints_are_listed_and_a_header_may_name_one() {
+        let mut t = configured(&CONFIG.replacen(r#"["m"]"#, r#"["m", "m-lora"]"#, 1));
+        let headers = Headers::from_pairs([(":method", "GET"), (":path", "/v1/models?x")]);
+        let outcome = t.request.headers(&mut t.worker, headers, true, t.now);
+        assert_eq!(reply(&outcome), (200, "models"));
+        let Some(Effect::Reply(answer)) = outcome.effects.last() else { panic!() };
+        let list: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
+        let names: Vec<_> = list["data"].as_array().unwrap().iter().map(|card| card["id"].clone()).collect();
+        assert_eq!(names, ["m", "m-lora"]);
+        for (name, body, expected) in [
+            ("m", r#"{"messages":[]}"#, None),
+            ("x", r#"{"messages":[]}"#, Some((404, "unknown_model"))),
+            ("x", r#"{"model":"m","messages":[]}"#, None),
+            ("m", r#"{"model":7,"messages":[]}"#, Some((400, "missing_model"))),
+        ] {
+            for header in ["x-ai-eg-model", "x-gateway-model-name"] {
+                t.request = Request::default();
+                t.headers(&[(header, name)]);
+                let outcome = t.body(body);
+                match expected {
+                    Some(expected) => assert_eq!(reply(&outcome), expected),
+                    None => assert_eq!(outcome.flow, Flow::Continue),
+                }
+                t.done();
+            }
+        }
     }
 }

@@ -38,6 +38,8 @@ pub struct Slot {
     /// Mooncake's id of the engine as its bootstrap server told it: a JSON string. Forgotten when the endpoint fails,
     /// for a new process has a new one.
     pub engine_id: Option<Arc<[u8]>>,
+    /// Whether its last prefill answer had no usable KV parameters.
+    pub is_kv_missing: bool,
     /// Prefill legs in flight.
     pub prefill: PrefillQueue,
     /// Decode work in flight.
@@ -173,6 +175,12 @@ impl Table {
         names
     }
 
+    /// Whether every endpoint says which models it serves.
+    #[must_use]
+    pub fn names_all_models(&self) -> bool {
+        self.any_model.is_none() && !self.models.is_empty()
+    }
+
     /// Every ready endpoint, whatever its pool, role and models, sorted by [`Slot::key`].
     #[must_use]
     pub fn all_ready(&self) -> &[EndpointIndex] {
@@ -285,6 +293,7 @@ impl Table {
                     engine,
                     bootstrap,
                     engine_id: None,
+                    is_kv_missing: false,
                     prefill: PrefillQueue::default(),
                     decode: DecodeLoad::default(),
                     health: Health::default(),
@@ -390,6 +399,11 @@ impl Candidates {
         {
             set.extend(more);
         }
+    }
+
+    /// Leaves out everybody else.
+    pub fn retain(&mut self, stays: impl Fn(EndpointIndex) -> bool) {
+        self.sets().into_iter().for_each(|set| set.retain(|at| stays(*at)));
     }
 
     fn sets(&mut self) -> [&mut Vec<EndpointIndex>; 4] {

@@ -3,11 +3,13 @@
 use core::time::Duration;
 use std::sync::Arc;
 
+use crate::admission::Admission;
 use crate::config::{Config, ConfigError};
 use crate::engine::pair_id;
 use crate::hash::BlockHash;
 use crate::index::PrefixIndex;
 use crate::ledger::{Event, Log};
+use crate::load::RetryBudget;
 use crate::metrics::{Counts, Metric};
 use crate::table::{Applied, EndpointRef, Table};
 use crate::wire::{Snapshot, WireError};
@@ -25,6 +27,10 @@ pub struct Worker {
     pub counts: Counts,
     /// What to tell the other workers.
     pub(crate) log: Log,
+    /// What pools with limits have in flight.
+    pub admission: Admission,
+    /// Prefill legs that may be run again.
+    pub retries: RetryBudget,
     legs: u64,
 }
 
@@ -36,6 +42,8 @@ impl Default for Worker {
             index: PrefixIndex::new(0),
             counts: Counts::default(),
             log: Log::default(),
+            admission: Admission::default(),
+            retries: RetryBudget::default(),
             legs: 0,
         }
     }

@@ -143,3 +143,36 @@ fn a_decode_pod_that_dies_in_mid_stream_breaks_the_stream_off() {
         rig.until_idle().await;
     });
 }
+
+/// Envoy's limit for a stream that stalls is also the one for its first byte.
+#[test]
+fn a_decode_pod_without_a_first_byte_ends_at_envoys_limit() {
+    run(async {
+        let rig = Rig::builder().envoy(|config| config.http()["stream_idle_timeout"] = "1s".into()).start().await;
+        rig.decode.iter().for_each(|engine| engine.set_faults("hang").unwrap());
+        for http in BOTH {
+            let mut client = rig.client(http).await;
+            for body in [long_chat(), long_chat().replace("\"max_tokens\":8", "\"max_tokens\":8,\"stream\":true")] {
+                let sent = std::time::Instant::now();
+                let answer = client.post(CHAT, body).await;
+                assert_eq!(answer.status, 504, "{}", answer.text());
+                assert!(sent.elapsed().as_secs() < 5, "{:?}", sent.elapsed());
+            }
+        }
+        rig.decode.iter().for_each(|engine| engine.set_faults("").unwrap());
+        rig.until_idle().await;
+    });
+}
+
+#[test]
+fn an_error_event_in_a_stream_reaches_the_client() {
+    run(async {
+        let rig = Rig::start().await;
+        rig.decode.iter().for_each(|engine| engine.set_faults("error_event=2").unwrap());
+        let mut client = rig.client(Http::One).await;
+        let body = long_chat().replace("\"max_tokens\":8", "\"max_tokens\":30,\"stream\":true");
+        let answer = client.post(CHAT, body).await;
+        assert!(answer.status == 200 && answer.text().contains("\"error\":"), "{}", answer.text());
+        rig.until_idle().await;
+    });
+}

@@ -16,7 +16,7 @@ async fn rig(engine: Engine) -> Rig {
     adapted(engine, |builder| builder).await
 }
 
-async fn adapted(engine: Engine, adapt: impl FnOnce(Builder) -> Builder) -> Rig {
+pub async fn adapted(engine: Engine, adapt: impl FnOnce(Builder) -> Builder) -> Rig {
     let name = match engine {
         Engine::VllmNixlPush => "vllm-nixl",
         other => other.name(),

@@ -1,6 +1,7 @@
 //! The whole gateway: real Envoy with the shipped configuration, real pd-control, simulated engines.
 
 mod cache;
+mod compat;
 mod decode_failure;
 mod engines;
 mod errors;
@@ -12,6 +13,7 @@ mod pass;
 mod phase;
 mod plugin;
 mod prefill_failure;
+mod soak;
 mod split;
 mod stripping;
 mod support;

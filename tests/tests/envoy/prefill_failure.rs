@@ -162,13 +162,18 @@ fn unusable_parameters_cost_a_second_prefill_and_never_the_right_text() {
                 let mut client = rig.client(http).await;
                 let body = long_chat();
                 let (request, path) = logged_chat(&client, &body, &[]);
-                assert_right(&client.send(request).await, &body);
+                let answer = client.send(request).await;
+                assert_right(&answer, &body);
+                assert_eq!(answer.header("x-pd-kv"), Some("missing"), "{how}");
                 assert_eq!(rig.access_log_of(&path).await["reason"], "kv_missing", "{how}");
                 missing += 1.0;
             }
         }
         assert_eq!(rig.until_metric(MISSING, |value| value >= missing).await, missing);
         assert_eq!(sum(&rig.decode, |stats| stats.local_prefills), missing as u64);
+        // Each worker says so once for each of the two endpoints.
+        let warnings = rig.envoy.log().matches("gives no usable KV parameters").count();
+        assert!((1..=4).contains(&warnings), "{warnings}");
         assert!(rig.decode.iter().all(|engine| !engine.is_crashed() && engine.stats().hung == 0));
         rig.until_idle().await;
     });

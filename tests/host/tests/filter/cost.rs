@@ -97,9 +97,10 @@ fn mix(gateway: &Gateway, id: u64, bytes: usize) {
 #[test]
 fn memory_is_constant_over_twenty_thousand_requests() {
     let gateway = small_index();
-    (0..2_000).for_each(|id| mix(&gateway, id, 4_000));
+    // The heap takes its last page some thousands of requests in; after that it is a leak.
+    (0..7_000).for_each(|id| mix(&gateway, id, 4_000));
     let before = gateway.memory_bytes();
-    (2_000..12_000).for_each(|id| mix(&gateway, id, 4_000));
+    (7_000..17_000).for_each(|id| mix(&gateway, id, 4_000));
     assert_eq!(gateway.memory_bytes(), before);
     let splits = gateway.counter("pd_requests_total;decision=split");
     let whole = gateway.shared.counter("pd_requests_total;decision=decode_only");

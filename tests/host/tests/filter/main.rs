@@ -8,5 +8,6 @@ mod faults;
 mod flow;
 mod gateway;
 mod hostile;
+mod matrix;
 mod push;
 mod rejected;
