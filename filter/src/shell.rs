@@ -1,6 +1,7 @@
 //! Root context: configuration, ticks, the poll of `pd-control`, metrics. One per worker.
 
 use core::cell::RefCell;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use log::{error, info, warn};
@@ -75,6 +76,8 @@ struct MetricIds {
     metrics: Vec<u32>,
     levels: Vec<u32>,
     seen: Option<u32>,
+    /// Gauges of what was learnt of pools, by name, with the value that Envoy has.
+    fits: BTreeMap<String, (u32, u64)>,
     announced: Option<u32>,
 }
 
@@ -93,6 +96,7 @@ impl MetricIds {
             metrics: metrics.collect::<HostResult<_>>()?,
             levels: levels.collect::<HostResult<_>>()?,
             seen: Some(host::define_metric(MetricKind::Gauge, &seen)?),
+            fits: BTreeMap::new(),
             announced: Some(host::define_metric(MetricKind::Counter, "pd_lists_announced_total")?),
         })
     }
@@ -136,6 +140,19 @@ impl Shell {
                 Kind::Counter | Kind::Gauge => host::increment_metric(*id, value),
             };
         });
+        for (name, value) in worker.table.fitted_gauges() {
+            let (id, told) = match metrics.fits.get(&name) {
+                Some(known) => *known,
+                None => match host::define_metric(MetricKind::Gauge, &name) {
+                    Ok(id) => (id, !value),
+                    Err(_) => continue,
+                },
+            };
+            if told != value {
+                let _ = host::record_metric(id, value);
+                metrics.fits.insert(name, (id, value));
+            }
+        }
     }
 }
 

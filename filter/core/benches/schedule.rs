@@ -102,7 +102,7 @@ fn choose_both_endpoints(bencher: Bencher<'_, '_>, endpoints: u32) {
     }
     let config = worker.config.clone().expect("there is a configuration");
     let candidates = worker.table.candidates("m").expect("there are endpoints");
-    let prompt = Prompt { tokens: 4_000.0, block_tokens: 128.0, key: hash.head, is_unseen: false, hash };
+    let prompt = Prompt { tokens: 4_000.0, block_tokens: 128.0, key: hash.head, hash, ..Prompt::default() };
     let now = Duration::from_secs(1_000);
     bencher.bench_local(|| {
         let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: config.pool("default"), now };

@@ -22,6 +22,8 @@ use crate::wire::{Endpoint, Engine, Snapshot, WIRE_VERSION, WireError, unknown_e
 
 /// Header that marks a request as prefill or decode work.
 pub const PHASE_HEADER: &str = "x-pd-phase";
+/// Header by which a caller asks why an endpoint was chosen. Untrusted by default: the answer names every candidate.
+pub const EXPLAIN_HEADER: &str = "x-pd-explain";
 /// Header by which llm-d names the prefill pod (`ip:port`).
 pub const PREFILLER_HEADER: &str = "x-prefiller-host-port";
 
@@ -38,7 +40,7 @@ pub struct Config {
     pub control: Option<Control>,
     /// Endpoints that serve until `pd-control` has answered, or where there is none.
     pub endpoints: Vec<Endpoint>,
-    /// Of [`PHASE_HEADER`] and [`PREFILLER_HEADER`], those a client may set. The others are stripped.
+    /// Of [`PHASE_HEADER`], [`PREFILLER_HEADER`] and [`EXPLAIN_HEADER`], those a client may set. The others are stripped.
     pub trusted_headers: Vec<String>,
     /// Largest request body, bytes, the spliced parameters included; above it clients get 413. Must not be above the
     /// limit of Envoy's buffer filter: an edit that takes a paused body past that limit ends the Envoy process.
@@ -91,8 +93,10 @@ pub struct Pool {
     pub prefill_timeout: Duration,
     /// Alternates named beside the decode endpoint for Envoy's connect-failure retry, 0 to 4.
     pub alternates: usize,
-    /// Prefill seconds of a prompt.
+    /// Prefill seconds of a prompt, to begin with.
     pub cost: Cost,
+    /// Whether [`cost`](Self::cost) and [`bytes_per_token`](Self::bytes_per_token) follow what is seen.
+    pub fit: bool,
     /// `w`: what a second of this prompt's own prefill weighs against a second of work ahead of it.
     pub affinity_weight: f64,
     /// β: share of a prompt that its rendezvous endpoint is costed as holding, 0 to 1, when this worker has not seen
@@ -225,6 +229,7 @@ struct RawPool {
     prefill_timeout_ms: u64,
     alternates: usize,
     cost: RawCost,
+    fit: bool,
     affinity_weight: f64,
     rendezvous_share: f64,
     cache_tokens: u64,
@@ -241,6 +246,7 @@ impl Default for RawPool {
             prefill_timeout_ms: 60_000,
             alternates: 2,
             cost: RawCost::default(),
+            fit: true,
             affinity_weight: 3.0,
             rendezvous_share: 0.0,
             cache_tokens: 500_000,
@@ -328,8 +334,8 @@ impl Config {
         check_name("cluster", &raw.cluster)?;
         check_header_name("destination_header", &raw.destination_header)?;
         for header in &raw.trusted_headers {
-            if header != PHASE_HEADER && header != PREFILLER_HEADER {
-                let why = format!("{header:?} is none of {PHASE_HEADER}, {PREFILLER_HEADER}");
+            if ![PHASE_HEADER, PREFILLER_HEADER, EXPLAIN_HEADER].contains(&header.as_str()) {
+                let why = format!("{header:?} is none of {PHASE_HEADER}, {PREFILLER_HEADER}, {EXPLAIN_HEADER}");
                 return Err(ConfigError::new("trusted_headers", why));
             }
         }
@@ -438,6 +444,7 @@ impl Pool {
             prefill_timeout: Duration::from_millis(raw.prefill_timeout_ms),
             alternates: raw.alternates,
             cost: Cost { a: raw.cost.a_ms * 1e-3, b: raw.cost.b_us * 1e-6, c: raw.cost.c_ns * 1e-9 },
+            fit: raw.fit,
             affinity_weight: raw.affinity_weight,
             rendezvous_share: raw.rendezvous_share,
             cache_tokens: raw.cache_tokens,

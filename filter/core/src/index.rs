@@ -29,6 +29,8 @@ pub struct PrefixIndex {
     blocks: HashTable<Block>,
     lists: Vec<List>,
     max_nodes: usize,
+    /// Where the search for a list that is above its share goes on.
+    cursor: usize,
     requests: u32,
 }
 
@@ -72,6 +74,7 @@ impl PrefixIndex {
             blocks: HashTable::new(),
             lists: Vec::new(),
             max_nodes: (bytes / BYTES_PER_ENTRY).min(NIL as usize),
+            cursor: 0,
             requests: 0,
         }
     }
@@ -92,6 +95,12 @@ impl PrefixIndex {
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.len().saturating_mul(BYTES_PER_ENTRY)
+    }
+
+    /// How much an endpoint's cache holds, in units of the smallest block.
+    #[must_use]
+    pub fn capacity(&self, endpoint: EndpointIndex) -> usize {
+        self.list(endpoint).map_or(0, |list| list.capacity)
     }
 
     /// Sets how much an endpoint's cache holds, in units of the smallest block; what is over is dropped, oldest first.
@@ -145,7 +154,8 @@ impl PrefixIndex {
         self.block_of(block).is_some()
     }
 
-    /// Records that `endpoint` now holds these blocks.
+    /// Records that `endpoint` now holds these blocks. In a full index every endpoint has the same share for certain, and
+    /// what others leave of theirs.
     pub fn insert(&mut self, endpoint: EndpointIndex, blocks: &[BlockHash]) {
         let room = self.max_nodes.checked_div(self.lists.len()).unwrap_or(0);
         let Some(capacity) = self.list(endpoint).map(|list| list.capacity) else { return };
@@ -161,9 +171,14 @@ impl PrefixIndex {
                 }
                 None => {
                     let units = block_units(position);
-                    let full = |list: &List| list.nodes >= room || list.units.saturating_add(units) > capacity;
+                    let full = |list: &List| list.units.saturating_add(units) > capacity;
                     while self.list(endpoint).is_some_and(full) {
                         self.drop_oldest(endpoint);
+                    }
+                    if self.len() >= self.max_nodes {
+                        let is_below = self.list(endpoint).is_some_and(|list| list.nodes < room);
+                        let over = is_below.then(|| self.next_over(room)).flatten().unwrap_or(endpoint);
+                        self.drop_oldest(over);
                     }
                     let Some(node) = self.add_node(*hash, endpoint, units) else { return };
                     node
@@ -192,6 +207,15 @@ impl PrefixIndex {
             }
         }
         None
+    }
+
+    /// The next endpoint that has more than its share.
+    fn next_over(&mut self, room: usize) -> Option<EndpointIndex> {
+        let lists = self.lists.len();
+        let places = (1..=lists).filter_map(|step| self.cursor.saturating_add(step).checked_rem(lists));
+        let over = places.into_iter().find(|at| self.lists.get(*at).is_some_and(|list| list.nodes > room))?;
+        self.cursor = over;
+        EndpointIndex::try_from(over).ok()
     }
 
     fn list(&self, endpoint: EndpointIndex) -> Option<&List> {
@@ -388,6 +412,25 @@ mod tests {
         }
         assert!(index.len() <= 100, "{}", index.len());
         assert!(index.nodes.len() <= 100);
+    }
+
+    #[test]
+    fn what_others_do_not_need_is_anybodys_until_they_do() {
+        let mut index = PrefixIndex::new(100 * BYTES_PER_ENTRY);
+        for endpoint in 0..4 {
+            index.set_capacity(endpoint, 1_000_000);
+        }
+        let held = |index: &PrefixIndex| [0, 1, 2, 3].map(|at| index.list(at).unwrap().nodes);
+        for id in 0..9 {
+            index.insert(0, &chain(id, 10));
+        }
+        assert_eq!(held(&index), [90, 0, 0, 0]);
+        for id in 10..30 {
+            index.insert(1 + (id % 3) as u32, &chain(id, 10));
+            assert!(index.len() <= 100 && index.nodes.len() <= 100);
+        }
+        assert_eq!(held(&index), [25; 4]);
+        assert_eq!(index.matched(0, &chain(8, 10)), 10, "its newest are still there");
     }
 
     #[test]

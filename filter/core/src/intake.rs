@@ -162,9 +162,12 @@ pub(crate) fn read_body(
     let salt = scan.raw(body, Key::CacheSalt).unwrap_or_default();
     let hash = prompt_hash(model.as_bytes(), salt, &parts, config.prefix.block_bytes);
     let distinctive = worker.index.distinctive(&hash.blocks, config.prefix.hot_share);
+    let learnt = worker.table.bytes_per_token(&candidates.pool).filter(|_| pool.fit);
+    let bytes_per_token = learnt.unwrap_or(pool.bytes_per_token);
     let prompt = Prompt {
-        tokens: bytes as f64 / pool.bytes_per_token,
-        block_tokens: config.prefix.block_bytes as f64 / pool.bytes_per_token,
+        bytes,
+        tokens: bytes as f64 / bytes_per_token,
+        block_tokens: config.prefix.block_bytes as f64 / bytes_per_token,
         key: distinctive.map_or(hash.head, |block| block.0),
         is_unseen: distinctive.is_some_and(|block| !worker.index.knows(block)),
         hash,

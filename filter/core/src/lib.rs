@@ -17,6 +17,7 @@
 pub mod body;
 pub mod config;
 pub mod engine;
+pub mod fit;
 pub mod hash;
 pub mod headers;
 pub mod index;

@@ -13,8 +13,9 @@ use core::time::Duration;
 use std::sync::Arc;
 
 use crate::body::{Api, Scan, scan};
-use crate::config::{Config, OnPrefillFailure, PHASE_HEADER, PREFILLER_HEADER};
+use crate::config::{Config, EXPLAIN_HEADER, OnPrefillFailure, PHASE_HEADER, PREFILLER_HEADER, Split};
 use crate::engine::{self, Handover};
+use crate::fit::Usage;
 use crate::headers::Headers;
 use crate::index::EndpointIndex;
 use crate::intake::{Intake, Phase, Work, decoded_path, endpoint_ids, is_ours, leg_headers, read_body};
@@ -40,8 +41,11 @@ pub const DECODE: &str = "pd.decode";
 pub const MATCHED_TOKENS: &str = "pd.matched_tokens";
 /// Filter state for the access log: milliseconds from the first prefill leg to the decode leg.
 pub const PREFILL_MS: &str = "pd.prefill_ms";
+/// Filter state for an answer header: the candidates and why one of them was chosen, where a caller who is trusted to
+/// asked by [`EXPLAIN_HEADER`].
+pub const EXPLAIN: &str = "pd.explain";
 /// Every filter state that a request may get.
-pub const STATES: &[&str] = &[DESTINATION, DECISION, REASON, PREFILL, DECODE, MATCHED_TOKENS, PREFILL_MS];
+pub const STATES: &[&str] = &[DESTINATION, DECISION, REASON, PREFILL, DECODE, MATCHED_TOKENS, PREFILL_MS, EXPLAIN];
 
 /// How often Envoy tries to connect: once, and the route's `num_retries`. With fewer names in [`DESTINATION`] the last
 /// tries would go to hosts of other pools.
@@ -287,7 +291,9 @@ impl Request {
             }
         };
         worker.counts.add(Metric::PrefillInFlight, -1);
+        let mut seconds = None;
         let engine = worker.table.resolve(state.endpoint).map(|slot| {
+            seconds = slot.prefill.service_seconds(state.leg, now);
             slot.prefill.remove(state.leg, now);
             match answer.fault() {
                 Some(Fault::Unreachable) => slot.health.failed(now),
@@ -304,6 +310,9 @@ impl Request {
             return match answer {
                 PrefillAnswer::Answered { status: 200, body, .. } => {
                     worker.counts.count(Metric::PrefillOk);
+                    let Prompt { bytes, tokens, .. } = state.work.prompt;
+                    let thought = (bytes as f64, tokens, state.pick.matched_tokens);
+                    worker.table.saw_prefill(state.endpoint, thought, seconds, Usage::of_answer(body));
                     // An endpoint that has left the list meanwhile answered all the same: its pool's engine reads it.
                     let engine = engine.unwrap_or(state.work.pool().engine);
                     self.prefilled(worker, &state, &engine::handover(engine, body), now)
@@ -429,6 +438,26 @@ impl Request {
     ) -> Outcome {
         let Work { candidates, prompt, .. } = &work;
         let hint = prefiller.and_then(|ids| hinted(worker, ids, candidates));
+        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: work.pool(), now };
+        let is_asked = work.config.trusts(EXPLAIN_HEADER) && work.headers.get(EXPLAIN_HEADER).is_some();
+        let explained = is_asked.then(|| scheduler.explain(candidates, prompt));
+        let mut outcome = self.decided(worker, work, phase, (prefiller, hint), body, now);
+        if let Some(explained) = explained {
+            outcome.effects.insert(0, Effect::SetState(EXPLAIN, explained.into_bytes()));
+        }
+        outcome
+    }
+
+    fn decided(
+        &mut self,
+        worker: &mut Worker,
+        work: Work,
+        phase: Option<Phase>,
+        (prefiller, hint): (Option<&[EndpointId]>, Option<EndpointIndex>),
+        body: (&[u8], &Scan),
+        now: Duration,
+    ) -> Outcome {
+        let Work { candidates, prompt, .. } = &work;
         let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: work.pool(), now };
         let decision = match phase {
             Some(Phase::Prefill) => {
@@ -565,7 +594,10 @@ impl Request {
             slot.prefill.add(leg, pick.seconds, now, now.saturating_add(work.pool().prefill_timeout));
             leg
         });
-        worker.index.insert(pick.endpoint, &work.prompt.hash.blocks);
+        if prefilled.is_none() || work.pool().split != Split::Always {
+            // Where everything is split, nobody asks what decode endpoints hold.
+            worker.index.insert(pick.endpoint, &work.prompt.hash.blocks);
+        }
         worker.counts.count(decision);
         worker.counts.add(Metric::DecodeInFlight, 1);
         worker.counts.add(Metric::DecodeTokensInFlight, to_i64(tokens));
@@ -732,6 +764,20 @@ mod tests {
         let mut worker = Worker::default();
         worker.configure(config.as_bytes()).unwrap();
         Fixture { worker, request: Request::default(), now: Duration::from_secs(5) }
+    }
+
+    #[test]
+    fn only_a_caller_who_is_trusted_to_learns_why() {
+        let explained = |config: &str| {
+            let mut fixture = configured(config);
+            let stripped = fixture.headers(&[("x-pd-explain", "1")]);
+            assert!(stripped.effects.contains(&Effect::RemoveHeader(b"x-pd-explain".to_vec())));
+            let outcome = fixture.body(&long_body());
+            assert!(outcome.effects.iter().any(|effect| matches!(effect, Effect::Call(_))));
+            outcome.effects.iter().any(|effect| matches!(effect, Effect::SetState(EXPLAIN, _)))
+        };
+        assert!(!explained(CONFIG));
+        assert!(explained(&CONFIG.replace("\"x-pd-phase\"", "\"x-pd-phase\", \"x-pd-explain\"")));
     }
 
     fn long_body() -> String {

@@ -21,6 +21,8 @@ use crate::table::{Candidates, Slot, Table};
 /// A prompt as the scheduler sees it.
 #[derive(Clone, Debug, Default)]
 pub struct Prompt {
+    /// Bytes of JSON.
+    pub bytes: usize,
     /// Estimated tokens.
     pub tokens: f64,
     /// Estimated tokens of the smallest hashed block.
@@ -145,6 +147,54 @@ impl Scheduler<'_> {
         best.map(|(_, _, pick)| pick)
     }
 
+    /// Says in one line what [`decide`](Self::decide) chooses, and from what: for people, its form may change.
+    ///
+    /// Seconds of work ahead `W`, seconds for the prompt `S`, what counts `W+wS`, tokens thought to be cached.
+    #[must_use]
+    pub fn explain(&self, candidates: &Candidates, prompt: &Prompt) -> String {
+        let name = |at: EndpointIndex| self.table.get(at).map_or("?", |slot| slot.address.as_ref());
+        let (pick, choice, among) = match self.decide(candidates, prompt) {
+            Decision::Nobody => return "nobody: no endpoint is ready".to_owned(),
+            Decision::Split(pick) => (pick, "split: lowest W+wS", &candidates.prefill),
+            Decision::Whole(pick, WholeReason::Cached) => {
+                (pick, "whole: lacks less than the threshold", &candidates.decode)
+            }
+            Decision::Whole(pick, WholeReason::Never) => (pick, "whole: never split, lowest W+wS", &candidates.decode),
+            Decision::Whole(pick, WholeReason::NoPrefill) => {
+                (pick, "whole: no prefill endpoint, lowest W+wS", &candidates.decode)
+            }
+        };
+        let (mut shortlist, owner) = self.shortlist(among, prompt, &[]);
+        shortlist.extend(self.table.get(pick.endpoint).map(|slot| (pick.endpoint, slot)));
+        shortlist.sort_unstable_by_key(|(at, _)| *at);
+        shortlist.dedup_by_key(|(at, _)| *at);
+        let mut costs: Vec<_> = shortlist
+            .into_iter()
+            .map(|(at, slot)| (self.cost(at, slot, prompt, owner == Some(at)), at, slot))
+            .collect();
+        costs.sort_by(|a, b| a.0.1.total_cmp(&b.0.1));
+        let mut text = format!(
+            "{choice}: {}; {:.0} tokens, w={}, {} of {} candidates",
+            name(pick.endpoint),
+            prompt.tokens,
+            self.pool.affinity_weight,
+            costs.len(),
+            among.len(),
+        );
+        for ((of, cost), at, slot) in costs {
+            let (work, decode) = (slot.prefill.work(self.now), slot.decode.tokens);
+            text.push_str(&format!(
+                "; {} W={work:.3} S={:.3} W+wS={cost:.3} match={:.0} decode={decode}{}{}",
+                slot.address,
+                of.seconds,
+                of.matched_tokens,
+                if owner == Some(at) { " owner" } else { "" },
+                if self.is_usable(slot) { "" } else { " failing" },
+            ));
+        }
+        text
+    }
+
     /// Endpoints that are worth costing, and the one that owns the prompt's key: the least loaded, the owner, and those
     /// that hold most of the prompt.
     fn shortlist(
@@ -247,8 +297,14 @@ impl Scheduler<'_> {
 
     fn pick(&self, endpoint: EndpointIndex, prompt: &Prompt) -> Pick {
         let matched_tokens = self.matched_tokens(endpoint, prompt);
-        let weight = self.table.get(endpoint).map_or(1.0, |slot| slot.endpoint.weight);
-        Pick { endpoint, matched_tokens, seconds: self.pool.cost.seconds(prompt.tokens, matched_tokens) / weight }
+        let seconds = self.table.get(endpoint).map_or(0.0, |slot| self.seconds(slot, prompt, matched_tokens));
+        Pick { endpoint, matched_tokens, seconds }
+    }
+
+    /// `S`: seconds of this endpoint for the prompt, `held` tokens of which it has.
+    fn seconds(&self, slot: &Slot, prompt: &Prompt, held: f64) -> f64 {
+        let cost = self.table.cost(slot).filter(|_| self.pool.fit).unwrap_or(self.pool.cost);
+        cost.seconds(prompt.tokens, held) / slot.endpoint.weight
     }
 
     /// `W + w·S`. When this worker has not seen the prefix, another one may have: the rendezvous endpoint, where they
@@ -259,7 +315,7 @@ impl Scheduler<'_> {
         if owner && prompt.is_unseen {
             held += self.pool.rendezvous_share * (prompt.tokens - held).max(0.0);
         }
-        let own = self.pool.cost.seconds(prompt.tokens, held) / slot.endpoint.weight;
+        let own = self.seconds(slot, prompt, held);
         (pick, slot.prefill.work(self.now) + self.pool.affinity_weight * own)
     }
 
@@ -379,7 +435,13 @@ mod tests {
         let hash = |i: u64| BlockHash((id * 1_000 + i).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let blocks: Vec<_> = (0..blocks).map(hash).collect();
         let tokens = 128.0 * prefix_units(blocks.len()) as f64;
-        Prompt { tokens, block_tokens: 128.0, hash: PromptHash { blocks, head: id }, key: hash(0).0, is_unseen: false }
+        Prompt {
+            tokens,
+            block_tokens: 128.0,
+            hash: PromptHash { blocks, head: id },
+            key: hash(0).0,
+            ..Prompt::default()
+        }
     }
 
     #[test]
@@ -432,6 +494,23 @@ mod tests {
         fixture.busy(owner, 0.1);
         assert_eq!(fixture.prefill(&unseen).endpoint, owner);
         assert_ne!(fixture.prefill(&prompt(1, 40)).endpoint, owner, "a seen one is held by nobody");
+    }
+
+    #[test]
+    fn an_explanation_names_the_choice_first_and_its_reasons() {
+        let mut fixture = fixture(3, 2, "");
+        fixture.index.insert(2, &prompt(1, 20).hash.blocks);
+        fixture.busy(1, 2.0);
+        let explain = |fixture: &Fixture| fixture.scheduler().explain(&fixture.candidates, &prompt(1, 40));
+        let text = explain(&fixture);
+        assert!(
+            text.starts_with("split: lowest W+wS: 10.0.0.1:3; 6144 tokens, w=3, 3 of 3 candidates; 10.0.0.1:3 W=0.000"),
+            "{text}"
+        );
+        assert!(text.contains("match=2560") && text.contains("10.0.0.1:2 W=2.000"), "{text}");
+        let short = fixture.scheduler().explain(&fixture.candidates, &prompt(1, 1));
+        assert!(short.starts_with("whole: lacks less than the threshold: 10.0.0.1:100"), "{short}");
+        assert!(fixture.scheduler().explain(&Candidates::default(), &prompt(1, 1)).starts_with("nobody"));
     }
 
     #[test]

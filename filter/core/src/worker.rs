@@ -80,6 +80,9 @@ impl Worker {
     /// Drops ledger entries whose end was never told. Call it a few times a second.
     pub fn prune(&mut self, now: Duration) {
         self.table.prune(now);
+        if let Ok(config) = &self.config {
+            self.table.resize_caches(config, &mut self.index);
+        }
     }
 
     /// A number for a prefill leg, unique within the worker.
