@@ -42,6 +42,8 @@ pub struct Config {
     pub endpoints: Vec<Endpoint>,
     /// Of [`PHASE_HEADER`], [`PREFILLER_HEADER`] and [`EXPLAIN_HEADER`], those a client may set. The others are stripped.
     pub trusted_headers: Vec<String>,
+    /// Request headers that name a client's session, the first one present counts: its requests stay together.
+    pub session_headers: Vec<String>,
     /// Largest request body, bytes, the spliced parameters included; above it clients get 413. Must not be above the
     /// limit of Envoy's buffer filter: an edit that takes a paused body past that limit ends the Envoy process.
     pub max_body_bytes: usize,
@@ -162,6 +164,7 @@ struct Raw {
     control: Option<RawControl>,
     endpoints: Vec<Map<String, Value>>,
     trusted_headers: Vec<String>,
+    session_headers: Vec<String>,
     max_body_bytes: usize,
     prefix: RawPrefix,
     pools: BTreeMap<String, RawPool>,
@@ -176,6 +179,7 @@ impl Default for Raw {
             control: None,
             endpoints: Vec::new(),
             trusted_headers: vec![PHASE_HEADER.to_owned()],
+            session_headers: vec!["x-session-id".to_owned()],
             max_body_bytes: 16 << 20,
             prefix: RawPrefix::default(),
             pools: BTreeMap::new(),
@@ -215,7 +219,7 @@ struct RawPrefix {
 
 impl Default for RawPrefix {
     fn default() -> Self {
-        Self { block_bytes: 512, index_bytes: 64 << 20, hot_share: 0.02 }
+        Self { block_bytes: 512, index_bytes: 128 << 20, hot_share: 0.02 }
     }
 }
 
@@ -339,6 +343,9 @@ impl Config {
                 return Err(ConfigError::new("trusted_headers", why));
             }
         }
+        for (i, header) in raw.session_headers.iter().enumerate() {
+            check_header_name(&format!("session_headers[{i}]"), header)?;
+        }
         check_range("max_body_bytes", raw.max_body_bytes as f64, 1_024.0, (1_u64 << 30) as f64)?;
         check_range("prefix.block_bytes", raw.prefix.block_bytes as f64, 64.0, 65_536.0)?;
         check_range("prefix.index_bytes", raw.prefix.index_bytes as f64, 65_536.0, (512_u64 << 20) as f64)?;
@@ -360,6 +367,7 @@ impl Config {
             control,
             endpoints,
             trusted_headers: raw.trusted_headers,
+            session_headers: raw.session_headers,
             max_body_bytes: raw.max_body_bytes,
             prefix: Prefix {
                 block_bytes: raw.prefix.block_bytes,

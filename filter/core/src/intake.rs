@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::body::{Api, Key, Scan};
 use crate::config::{Config, PREFILLER_HEADER, Pool};
 use crate::engine;
-use crate::hash::prompt_hash;
+use crate::hash::{prompt_hash, session_hash};
 use crate::headers::Headers;
 use crate::metrics::Metric;
 use crate::reply::Rejection;
@@ -164,8 +164,10 @@ pub(crate) fn read_body(
     let distinctive = worker.index.distinctive(&hash.blocks, config.prefix.hot_share);
     let learnt = worker.table.bytes_per_token(&candidates.pool).filter(|_| pool.fit);
     let bytes_per_token = learnt.unwrap_or(pool.bytes_per_token);
+    let session = config.session_headers.iter().find_map(|name| headers.get(name)).map(|id| session_hash(&model, id));
     let prompt = Prompt {
         bytes,
+        session,
         tokens: bytes as f64 / bytes_per_token,
         block_tokens: config.prefix.block_bytes as f64 / bytes_per_token,
         key: distinctive.map_or(hash.head, |block| block.0),

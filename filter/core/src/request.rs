@@ -526,7 +526,7 @@ impl Request {
             body: engine::prefill_body(slot.engine, work.api, body, scan),
             timeout,
         };
-        worker.index.insert(pick.endpoint, &work.prompt.hash.blocks);
+        enter(worker, pick.endpoint, &work.prompt);
         worker.counts.add(Metric::PrefillInFlight, 1);
         self.state = State::Prefilling(Box::new(Prefilling { work, tried, pick, endpoint, leg, started }));
         Outcome { flow: Flow::Pause, effects: vec![Effect::Call(call)] }
@@ -596,7 +596,7 @@ impl Request {
         });
         if prefilled.is_none() || work.pool().split != Split::Always {
             // Where everything is split, nobody asks what decode endpoints hold.
-            worker.index.insert(pick.endpoint, &work.prompt.hash.blocks);
+            enter(worker, pick.endpoint, &work.prompt);
         }
         worker.counts.count(decision);
         worker.counts.add(Metric::DecodeInFlight, 1);
@@ -707,6 +707,12 @@ impl PrefillAnswer<'_> {
 fn is_envoys(body: &[u8]) -> bool {
     const OWN: [&[u8]; 3] = [b"upstream connect error", b"upstream request timeout", b"no healthy upstream"];
     body.is_empty() || OWN.iter().any(|text| body.starts_with(text))
+}
+
+/// Records that an endpoint has the prompt, and its session.
+fn enter(worker: &mut Worker, endpoint: EndpointIndex, prompt: &Prompt) {
+    worker.index.insert(endpoint, &prompt.hash.blocks);
+    worker.index.insert(endpoint, prompt.session.as_slice());
 }
 
 /// `ip:port[,ip:port…]`.
