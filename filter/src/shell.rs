@@ -76,8 +76,8 @@ struct MetricIds {
     metrics: Vec<u32>,
     levels: Vec<u32>,
     seen: Option<u32>,
-    /// Gauges of what was learnt of pools, by name, with the value that Envoy has.
-    fits: BTreeMap<String, (u32, u64)>,
+    /// Gauges that are told when they change: number, and the value that Envoy has.
+    gauges: BTreeMap<String, (u32, u64)>,
     announced: Option<u32>,
 }
 
@@ -96,7 +96,7 @@ impl MetricIds {
             metrics: metrics.collect::<HostResult<_>>()?,
             levels: levels.collect::<HostResult<_>>()?,
             seen: Some(host::define_metric(MetricKind::Gauge, &seen)?),
-            fits: BTreeMap::new(),
+            gauges: BTreeMap::new(),
             announced: Some(host::define_metric(MetricKind::Counter, "pd_lists_announced_total")?),
         })
     }
@@ -140,8 +140,8 @@ impl Shell {
                 Kind::Counter | Kind::Gauge => host::increment_metric(*id, value),
             };
         });
-        for (name, value) in worker.table.fitted_gauges() {
-            let (id, told) = match metrics.fits.get(&name) {
+        for (name, value) in worker.gauges() {
+            let (id, told) = match metrics.gauges.get(&name) {
                 Some(known) => *known,
                 None => match host::define_metric(MetricKind::Gauge, &name) {
                     Ok(id) => (id, !value),
@@ -150,7 +150,7 @@ impl Shell {
             };
             if told != value {
                 let _ = host::record_metric(id, value);
-                metrics.fits.insert(name, (id, value));
+                metrics.gauges.insert(name, (id, value));
             }
         }
     }

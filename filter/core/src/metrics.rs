@@ -91,13 +91,11 @@ pub enum Level {
     ListVersion,
     /// Milliseconds since `pd-control` last answered; grows while it is away and the last good list serves.
     ListAgeMs,
-    /// Bytes of the prefix index.
-    IndexBytes,
 }
 
 impl Level {
     /// All of them, in the order of their numbers.
-    pub const ALL: &[Self] = &[Self::Endpoints, Self::ListVersion, Self::ListAgeMs, Self::IndexBytes];
+    pub const ALL: &[Self] = &[Self::Endpoints, Self::ListVersion, Self::ListAgeMs];
 
     /// Name.
     #[must_use]
@@ -106,7 +104,6 @@ impl Level {
             Self::Endpoints => "pd_endpoints",
             Self::ListVersion => "pd_list_version",
             Self::ListAgeMs => "pd_list_age_ms",
-            Self::IndexBytes => "pd_index_bytes",
         }
     }
 
@@ -117,9 +114,6 @@ impl Level {
             Self::Endpoints => "Endpoints in the list in force",
             Self::ListVersion => "Version of the list in force",
             Self::ListAgeMs => "Milliseconds since pd-control last answered; the last good list serves meanwhile",
-            Self::IndexBytes => {
-                "Bytes of a worker's prefix index; near prefix.index_bytes it forgets what endpoints still hold"
-            }
         }
     }
 }

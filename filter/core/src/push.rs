@@ -125,11 +125,8 @@ impl Push {
     /// Levels to set at a tick.
     #[must_use]
     pub fn levels(&self, worker: &Worker, now: Duration) -> Vec<(Level, u64)> {
-        let mut levels = vec![
-            (Level::Endpoints, worker.table.len() as u64),
-            (Level::ListVersion, worker.table.version().1),
-            (Level::IndexBytes, worker.index.bytes() as u64),
-        ];
+        let mut levels =
+            vec![(Level::Endpoints, worker.table.len() as u64), (Level::ListVersion, worker.table.version().1)];
         if self.holds_lease {
             let age = now.saturating_sub(self.last_answer).as_millis();
             levels.push((Level::ListAgeMs, u64::try_from(age).unwrap_or(u64::MAX)));

@@ -9,6 +9,9 @@ use crate::metrics::{Counts, Metric};
 use crate::table::{Applied, Table};
 use crate::wire::{Snapshot, WireError};
 
+/// Name of the gauge of the prefix index's bytes, in the worker that told last.
+pub const INDEX_BYTES: &str = "pd_index_bytes";
+
 /// State of one worker. All of it may be lost and built again.
 #[derive(Debug)]
 pub struct Worker {
@@ -83,6 +86,11 @@ impl Worker {
         if let Ok(config) = &self.config {
             self.table.resize_caches(config, &mut self.index);
         }
+    }
+
+    /// Gauges that change now and then, by name and tags: [`INDEX_BYTES`] and what was [fitted](crate::fit::GAUGES).
+    pub fn gauges(&self) -> impl Iterator<Item = (String, u64)> {
+        core::iter::once((INDEX_BYTES.to_owned(), self.index.bytes() as u64)).chain(self.table.fitted_gauges())
     }
 
     /// A number for a prefill leg, unique within the worker.
