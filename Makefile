@@ -46,6 +46,12 @@ sim: toolchain ## Simulate servers on traces: pd-core's choices beside the field
 	cargo run $(LOCKED) --quiet -p pd-trace -- --out '$(CURDIR)/target/sim' \
 	    $(if $(TRACE),--trace '$(TRACE)') $(if $(POLICIES),--policies '$(POLICIES)') $(ARGS)
 
+explain: toolchain ## Say why a request would go where it would: the code of the filter, without an Envoy
+#> BODY=file…                               one after another: later ones find what earlier ones left
+#> CONFIG=file                              plugin configuration with endpoints, as JSON
+	@[ -n '$(BODY)' ] || { echo 'make: name a request body: make explain BODY=file.json' >&2; exit 1; }
+	@cargo run $(LOCKED) --quiet -p pd-trace --bin pd-explain -- $(if $(CONFIG),--config '$(CONFIG)') $(BODY)
+
 ##@ Build
 
 build: wasm ## Build the filter's module and the native programs
@@ -123,4 +129,4 @@ fuzz-all:
 	    done; \
 	fi
 
-.PHONY: help run replay sim build wasm toolchain envoy test lint fmt fuzz bench deps clean deps-check fuzz-all
+.PHONY: help run replay sim explain build wasm toolchain envoy test lint fmt fuzz bench deps clean deps-check fuzz-all

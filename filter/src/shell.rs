@@ -1,6 +1,7 @@
 //! Root context: configuration, ticks, the poll of `pd-control`, metrics. One per worker.
 
 use core::cell::RefCell;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use log::{error, info, warn};
@@ -74,6 +75,8 @@ struct MetricIds {
     metrics: Vec<u32>,
     levels: Vec<u32>,
     seen: Option<u32>,
+    /// Gauges that are told when they change: number, and the value that Envoy has.
+    gauges: BTreeMap<String, (u32, u64)>,
     announced: Option<u32>,
 }
 
@@ -92,6 +95,7 @@ impl MetricIds {
             metrics: metrics.collect::<HostResult<_>>()?,
             levels: levels.collect::<HostResult<_>>()?,
             seen: Some(host::define_metric(MetricKind::Gauge, &seen)?),
+            gauges: BTreeMap::new(),
             announced: Some(host::define_metric(MetricKind::Counter, "pd_lists_announced_total")?),
         })
     }
@@ -135,6 +139,19 @@ impl Shell {
                 Kind::Counter | Kind::Gauge => host::increment_metric(*id, value),
             };
         });
+        for (name, value) in worker.gauges() {
+            let (id, told) = match metrics.gauges.get(&name) {
+                Some(known) => *known,
+                None => match host::define_metric(MetricKind::Gauge, &name) {
+                    Ok(id) => (id, !value),
+                    Err(_) => continue,
+                },
+            };
+            if told != value {
+                let _ = host::record_metric(id, value);
+                metrics.gauges.insert(name, (id, value));
+            }
+        }
     }
 }
 

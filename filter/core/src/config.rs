@@ -23,6 +23,8 @@ use crate::wire::{Endpoint, Engine, Snapshot, WIRE_VERSION, WireError, unknown_e
 
 /// Header that marks a request as prefill or decode work.
 pub const PHASE_HEADER: &str = "x-pd-phase";
+/// Header by which a caller asks why an endpoint was chosen. Untrusted by default: the answer names every candidate.
+pub const EXPLAIN_HEADER: &str = "x-pd-explain";
 /// Header by which llm-d names the prefill pod (`ip:port`).
 pub const PREFILLER_HEADER: &str = "x-prefiller-host-port";
 
@@ -31,7 +33,8 @@ pub const SUBSET_HEADER: &str = "x-gateway-destination-endpoint-subset";
 /// The same, as the extension's conformance tests send it.
 pub const TEST_SELECTION_HEADER: &str = "test-epp-endpoint-selection";
 /// Headers that [`Config::trusted_headers`] may name.
-pub const TRUSTABLE_HEADERS: &[&str] = &[PHASE_HEADER, PREFILLER_HEADER, SUBSET_HEADER, TEST_SELECTION_HEADER];
+pub const TRUSTABLE_HEADERS: &[&str] =
+    &[PHASE_HEADER, PREFILLER_HEADER, EXPLAIN_HEADER, SUBSET_HEADER, TEST_SELECTION_HEADER];
 
 /// A checked configuration.
 #[derive(Clone, Debug, PartialEq)]
@@ -50,6 +53,8 @@ pub struct Config {
     pub endpoints: Vec<Endpoint>,
     /// Of [`TRUSTABLE_HEADERS`], those a client may set. The others are stripped.
     pub trusted_headers: Vec<String>,
+    /// Request headers that name a client's session, the first one present counts: its requests stay together.
+    pub session_headers: Vec<String>,
     /// Largest request body, bytes, the spliced parameters included; above it clients get 413. Must not be above the
     /// limit of Envoy's buffer filter: an edit that takes a paused body past that limit ends the Envoy process.
     pub max_body_bytes: usize,
@@ -105,8 +110,10 @@ pub struct Pool {
     pub bootstrap_port: u16,
     /// Alternates named beside the decode endpoint for Envoy's connect-failure retry, 0 to 4.
     pub alternates: usize,
-    /// Prefill seconds of a prompt.
+    /// Prefill seconds of a prompt, to begin with.
     pub cost: Cost,
+    /// Whether [`cost`](Self::cost) and [`bytes_per_token`](Self::bytes_per_token) follow what is seen.
+    pub fit: bool,
     /// `w`: what a second of this prompt's own prefill weighs against a second of work ahead of it.
     pub affinity_weight: f64,
     /// β: share of a prompt that its rendezvous endpoint is costed as holding, 0 to 1, when this worker has not seen
@@ -175,6 +182,7 @@ struct Raw {
     control: Option<RawControl>,
     endpoints: Vec<Map<String, Value>>,
     trusted_headers: Vec<String>,
+    session_headers: Vec<String>,
     max_body_bytes: usize,
     prefix: RawPrefix,
     objectives: Vec<RawObjective>,
@@ -191,6 +199,7 @@ impl Default for Raw {
             control: None,
             endpoints: Vec::new(),
             trusted_headers: vec![PHASE_HEADER.to_owned()],
+            session_headers: vec!["x-session-id".to_owned()],
             max_body_bytes: 16 << 20,
             prefix: RawPrefix::default(),
             objectives: Vec::new(),
@@ -253,6 +262,7 @@ struct RawPool {
     bootstrap_port: u16,
     alternates: usize,
     cost: RawCost,
+    fit: bool,
     affinity_weight: f64,
     rendezvous_share: f64,
     cache_tokens: u64,
@@ -272,6 +282,7 @@ impl Default for RawPool {
             bootstrap_port: 8_998,
             alternates: 2,
             cost: RawCost::default(),
+            fit: true,
             affinity_weight: 3.0,
             rendezvous_share: 0.0,
             cache_tokens: 500_000,
@@ -368,6 +379,9 @@ impl Config {
                 return Err(ConfigError::new("trusted_headers", why));
             }
         }
+        for (i, header) in raw.session_headers.iter().enumerate() {
+            check_header_name(&format!("session_headers[{i}]"), header)?;
+        }
         check_range("max_body_bytes", raw.max_body_bytes as f64, 1_024.0, (1_u64 << 30) as f64)?;
         check_range("prefix.block_bytes", raw.prefix.block_bytes as f64, 64.0, 65_536.0)?;
         check_range("prefix.index_bytes", raw.prefix.index_bytes as f64, 65_536.0, (512_u64 << 20) as f64)?;
@@ -390,6 +404,7 @@ impl Config {
             control,
             endpoints,
             trusted_headers: raw.trusted_headers,
+            session_headers: raw.session_headers,
             max_body_bytes: raw.max_body_bytes,
             prefix: Prefix {
                 block_bytes: raw.prefix.block_bytes,
@@ -480,6 +495,7 @@ impl Pool {
             bootstrap_port: raw.bootstrap_port,
             alternates: raw.alternates,
             cost: Cost { a: raw.cost.a_ms * 1e-3, b: raw.cost.b_us * 1e-6, c: raw.cost.c_ns * 1e-9 },
+            fit: raw.fit,
             affinity_weight: raw.affinity_weight,
             rendezvous_share: raw.rendezvous_share,
             cache_tokens: raw.cache_tokens,

@@ -13,6 +13,8 @@ pub struct BlockHash(pub u64);
 
 /// Seed of every chain. Changing it, or the order of what is hashed, makes every prefix unknown on upgrade.
 const CHAIN_SEED: u64 = 0x7064_2d70_7265_6669;
+/// Seed of session hashes: a session is no prompt.
+const SESSION_SEED: u64 = 0x7064_2d73_6573_7369;
 /// Blocks of one size before the next size, which is twice as large. Changing it remaps affinity on upgrade.
 const BLOCKS_PER_SIZE: usize = 32;
 /// Doublings after which blocks grow no more: 4 times the smallest. Agents add a few hundred tokens to a hundred
@@ -86,6 +88,12 @@ pub fn prompt_hash(model: &[u8], cache_salt: &[u8], parts: &[&[u8]], block_bytes
         }
     }
     PromptHash { blocks, head: head.unwrap_or(seed) }
+}
+
+/// A session as a block of its own: what the client sent as its id, under the model.
+#[must_use]
+pub fn session_hash(model: &str, id: &[u8]) -> BlockHash {
+    BlockHash(xxh3_64_with_seed(id, xxh3_64_with_seed(model.as_bytes(), SESSION_SEED)))
 }
 
 /// Weight of an endpoint for a key under rendezvous hashing (highest random weight, Thaler and Ravishankar 1998): the

@@ -40,6 +40,8 @@ pub struct PrefixIndex {
     lists: Vec<List>,
     len: usize,
     max_nodes: usize,
+    /// Where the search for a list that is above its share goes on.
+    cursor: usize,
     requests: u32,
 }
 
@@ -95,6 +97,7 @@ impl PrefixIndex {
             lists: Vec::new(),
             len: 0,
             max_nodes: max_pairs(bytes),
+            cursor: 0,
             requests: 0,
         }
     }
@@ -119,6 +122,12 @@ impl PrefixIndex {
         let nodes = self.nodes.capacity().saturating_mul(NODE_BYTES);
         let others = self.others.capacity().saturating_add(self.free.capacity()).saturating_mul(size_of::<u32>());
         places.saturating_mul(PLACE_BYTES).saturating_add(nodes).saturating_add(others)
+    }
+
+    /// How much an endpoint's cache holds, in units of the smallest block.
+    #[must_use]
+    pub fn capacity(&self, endpoint: EndpointIndex) -> usize {
+        self.list(endpoint).map_or(0, |list| list.capacity)
     }
 
     /// Sets how much an endpoint's cache holds, in units of the smallest block; what is over is dropped, oldest first.
@@ -172,7 +181,8 @@ impl PrefixIndex {
         self.block_of(block).is_some()
     }
 
-    /// Records that `endpoint` now holds these blocks.
+    /// Records that `endpoint` now holds these blocks. In a full index every endpoint has the same share for certain, and
+    /// what others leave of theirs.
     pub fn insert(&mut self, endpoint: EndpointIndex, blocks: &[BlockHash]) {
         let room = self.max_nodes.checked_div(self.lists.len()).unwrap_or(0);
         let Some(capacity) = self.list(endpoint).map(|list| list.capacity) else { return };
@@ -188,9 +198,14 @@ impl PrefixIndex {
                 }
                 None => {
                     let units = block_units(position);
-                    let full = |list: &List| list.nodes >= room || list.units.saturating_add(units) > capacity;
+                    let full = |list: &List| list.units.saturating_add(units) > capacity;
                     while self.list(endpoint).is_some_and(full) {
                         self.drop_oldest(endpoint);
+                    }
+                    if self.len() >= self.max_nodes {
+                        let is_below = self.list(endpoint).is_some_and(|list| list.nodes < room);
+                        let over = is_below.then(|| self.next_over(room)).flatten().unwrap_or(endpoint);
+                        self.drop_oldest(over);
                     }
                     let Some(node) = self.add_node(*hash, endpoint, units) else { return };
                     node
@@ -247,6 +262,15 @@ impl PrefixIndex {
             }
         }
         None
+    }
+
+    /// The next endpoint that has more than its share.
+    fn next_over(&mut self, room: usize) -> Option<EndpointIndex> {
+        let lists = self.lists.len();
+        let places = (1..=lists).filter_map(|step| self.cursor.saturating_add(step).checked_rem(lists));
+        let over = places.into_iter().find(|at| self.lists.get(*at).is_some_and(|list| list.nodes > room))?;
+        self.cursor = over;
+        EndpointIndex::try_from(over).ok()
     }
 
     fn list(&self, endpoint: EndpointIndex) -> Option<&List> {
@@ -491,6 +515,25 @@ mod tests {
                 assert_eq!(index.len(), max_pairs(bytes) / 16 * 16);
             }
         }
+    }
+
+    #[test]
+    fn what_others_do_not_need_is_anybodys_until_they_do() {
+        let mut index = PrefixIndex { max_nodes: 100, ..PrefixIndex::new(0) };
+        for endpoint in 0..4 {
+            index.set_capacity(endpoint, 1_000_000);
+        }
+        let held = |index: &PrefixIndex| [0, 1, 2, 3].map(|at| index.list(at).unwrap().nodes);
+        for id in 0..9 {
+            index.insert(0, &chain(id, 10));
+        }
+        assert_eq!(held(&index), [90, 0, 0, 0]);
+        for id in 10..30 {
+            index.insert(1 + (id % 3) as u32, &chain(id, 10));
+            assert!(index.len() <= 100 && index.nodes.len() <= 100);
+        }
+        assert_eq!(held(&index), [25; 4]);
+        assert_eq!(index.matched(0, &chain(8, 10)), 10, "its newest are still there");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::body::{Api, Key, KeySet, Scan};
 use crate::config::{Config, PREFILLER_HEADER, Pool, SUBSET_HEADER, TEST_SELECTION_HEADER};
 use crate::engine;
-use crate::hash::prompt_hash;
+use crate::hash::{prompt_hash, session_hash};
 use crate::headers::Headers;
 use crate::json;
 use crate::metrics::Metric;
@@ -247,9 +247,14 @@ pub(crate) fn read_body(
     let salt = scan.raw(body, Key::CacheSalt).unwrap_or_default();
     let hash = prompt_hash(model.as_bytes(), salt, &parts, config.prefix.block_bytes);
     let distinctive = worker.index.distinctive(&hash.blocks, config.prefix.hot_share);
+    let learnt = worker.table.bytes_per_token(&candidates.pool).filter(|_| pool.fit);
+    let bytes_per_token = learnt.unwrap_or(pool.bytes_per_token);
+    let session = config.session_headers.iter().find_map(|name| headers.get(name)).map(|id| session_hash(&model, id));
     let prompt = Prompt {
-        tokens: bytes as f64 / pool.bytes_per_token,
-        block_tokens: config.prefix.block_bytes as f64 / pool.bytes_per_token,
+        bytes,
+        session,
+        tokens: bytes as f64 / bytes_per_token,
+        block_tokens: config.prefix.block_bytes as f64 / bytes_per_token,
         key: distinctive.map_or(hash.head, |block| block.0),
         is_unseen: distinctive.is_some_and(|block| !worker.index.knows(block)),
         is_several: asks_for_several(body, scan),

@@ -79,11 +79,6 @@ impl Part {
         self.legs.retain(|_, leg| leg.expires > now);
     }
 
-    /// Whether nothing is in flight.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.legs.is_empty() && self.decode.is_empty()
-    }
-
     /// Adds the part to a worker's table.
     pub(crate) fn enter(&self, worker: &mut Worker) {
         let mut legs: Vec<_> = self.legs.iter().collect();

@@ -18,6 +18,7 @@ pub mod admission;
 pub mod body;
 pub mod config;
 pub mod engine;
+pub mod fit;
 pub mod hash;
 pub mod headers;
 pub mod index;

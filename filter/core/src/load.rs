@@ -29,6 +29,13 @@ impl PrefillQueue {
         self.add_up();
     }
 
+    /// Seconds that the endpoint has spent on this leg, if it is the one under way as far as we know.
+    #[must_use]
+    pub fn service_seconds(&self, id: u64, now: Duration) -> Option<f64> {
+        let head = self.jobs.front().filter(|job| job.id == id)?;
+        Some(now.saturating_sub(self.head_since).as_secs_f64()).filter(|seconds| head.seconds > 0.0 && *seconds > 0.0)
+    }
+
     /// Removes a leg that ended; `false` when it is not there (any more).
     pub fn remove(&mut self, id: u64, now: Duration) -> bool {
         let Some(at) = self.jobs.iter().position(|job| job.id == id) else { return false };

@@ -17,8 +17,9 @@ use std::sync::Arc;
 
 use crate::admission::{Ask, Limits, Shed, Ticket};
 use crate::body::{Api, KeySet, Scan, scan};
-use crate::config::{Config, OnPrefillFailure, PHASE_HEADER, PREFILLER_HEADER};
+use crate::config::{Config, EXPLAIN_HEADER, OnPrefillFailure, PHASE_HEADER, PREFILLER_HEADER, Split};
 use crate::engine::{self, Handover, Pair, Shape};
+use crate::fit::Usage;
 use crate::headers::Headers;
 use crate::index::EndpointIndex;
 use crate::intake::{
@@ -51,9 +52,12 @@ pub const DECODE: &str = "pd.decode";
 pub const MATCHED_TOKENS: &str = "pd.matched_tokens";
 /// Filter state for the access log: milliseconds from the first prefill leg to the decode leg.
 pub const PREFILL_MS: &str = "pd.prefill_ms";
+/// Filter state for an answer header: the candidates and why one of them was chosen, where a caller who is trusted to
+/// asked by [`EXPLAIN_HEADER`].
+pub const EXPLAIN: &str = "pd.explain";
 /// Every filter state that a request may get.
 pub const STATES: &[&str] =
-    &[DESTINATION, RANK, PREFILLER, DECISION, REASON, PREFILL, DECODE, MATCHED_TOKENS, PREFILL_MS];
+    &[DESTINATION, RANK, PREFILLER, DECISION, REASON, PREFILL, DECODE, MATCHED_TOKENS, PREFILL_MS, EXPLAIN];
 
 /// Answer header of a request whose prompt was computed twice, because the prefill leg's KV cache could not be handed
 /// over: `missing`.
@@ -405,8 +409,9 @@ impl Request {
         body: impl FnOnce() -> Option<B>,
         now: Duration,
     ) -> Outcome {
+        let mut seconds = None;
         if let Some(leg) = state.leg {
-            leg_ended(worker, state.endpoint, leg, &answer, now);
+            seconds = leg_ended(worker, state.endpoint, leg, &answer, now);
         }
         // The list may have changed since the leg began: its places may be other endpoints' now.
         let current = candidates(&worker.table, &state.work.model, state.work.subset.as_ref());
@@ -417,6 +422,9 @@ impl Request {
         let mut read_again = || body.take().and_then(|body| body());
         match (&answer, answer.fault()) {
             (PrefillAnswer::Answered { status: 200, body: answer, .. }, None) if state.leg.is_some() => {
+                let Prompt { bytes, tokens, .. } = state.work.prompt;
+                let thought = (bytes as f64, tokens, state.pick.matched_tokens);
+                worker.table.saw_prefill(state.endpoint, thought, seconds, Usage::of_answer(answer));
                 let handover = engine::handover(state.partner.engine, state.work.api, answer);
                 return self.prefilled(worker, &state, &handover, read_again, now);
             }
@@ -629,11 +637,33 @@ impl Request {
         body: (&[u8], &Scan),
         now: Duration,
     ) -> Outcome {
-        let Work { candidates, prompt, plan, .. } = &work;
+        let Work { candidates, prompt, .. } = &work;
         let hint = prefiller.and_then(|ids| hinted(worker, ids, candidates));
         if prefiller.is_some() && hint.is_none() && phase.is_none() {
             worker.counts.count(Metric::HintsIgnored);
         }
+        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: work.pool(), now };
+        let is_asked = work.config.trusts(EXPLAIN_HEADER) && work.headers.get(EXPLAIN_HEADER).is_some();
+        let explained = is_asked.then(|| scheduler.explain(candidates, prompt));
+        let mut outcome = self.decided(worker, work, phase, hint, claims, body, now);
+        if let Some(explained) = explained {
+            outcome.effects.insert(0, Effect::SetState(EXPLAIN, explained.into_bytes()));
+        }
+        outcome
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "what headers and body said")]
+    fn decided(
+        &mut self,
+        worker: &mut Worker,
+        work: Work,
+        phase: Option<Phase>,
+        hint: Option<EndpointIndex>,
+        claims: Claims,
+        body: (&[u8], &Scan),
+        now: Duration,
+    ) -> Outcome {
+        let Work { candidates, prompt, plan, .. } = &work;
         let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: work.pool(), now };
         let prefill = Prefill::Own;
         let route = match phase {
@@ -733,7 +763,7 @@ impl Request {
         let mut route = Route { decision, reason, pick: decode, alternates, prefill: Prefill::Own, plan, insert: b"" };
         if shape == Shape::OneLeg {
             route.prefill = Prefill::Sidecar(pick, endpoint);
-            worker.index.insert(pick.endpoint, &prompt.hash.blocks);
+            enter(worker, pick.endpoint, prompt);
             return self.send(worker, &work, route, now);
         }
         let id = worker.pair_id(work.headers.get("x-request-id").unwrap_or_default(), now);
@@ -812,7 +842,6 @@ impl Request {
         else {
             return self.reject(worker, Vec::new(), &Rejection::NoEndpoint);
         };
-        slot.decode.add(tokens);
         slot.health.sent(now);
         let (decode, rank) = (Arc::clone(&slot.address), slot.endpoint.rank);
         let own = match &prefill {
@@ -820,12 +849,16 @@ impl Request {
             Prefill::Sidecar(pick, endpoint) => Some((*pick, *endpoint)),
             Prefill::Done(..) | Prefill::Beside(..) => None,
         };
-        let own = own.and_then(|(pick, endpoint)| {
+        worker.decode_started(endpoint, tokens);
+        let own = own.map(|(pick, endpoint)| {
             let expires = now.saturating_add(work.pool().prefill_timeout);
-            worker.table.resolve(endpoint)?.prefill.add(leg, pick.seconds, now, expires);
-            Some((endpoint, leg))
+            worker.prefill_started(endpoint, leg, pick.seconds, now, expires);
+            (endpoint, leg)
         });
-        worker.index.insert(pick.endpoint, &work.prompt.hash.blocks);
+        if own.is_some() || work.pool().split != Split::Always {
+            // Where everything is split, nobody asks what decode endpoints hold.
+            enter(worker, pick.endpoint, &work.prompt);
+        }
         worker.counts.count(decision);
         worker.counts.add(Metric::DecodeInFlight, 1);
         worker.counts.add(Metric::DecodeTokensInFlight, to_i64(tokens));
@@ -958,7 +991,11 @@ impl Sent {
     fn answered_by(&mut self, worker: &mut Worker, upstream: Option<&[u8]>, now: Duration) {
         let mut answers = |reference: &EndpointRef| {
             let slot = worker.table.resolve(*reference).filter(|slot| Some(slot.address.as_bytes()) == upstream);
-            slot.map(|slot| slot.health.answered()).is_some()
+            let is_it = slot.is_some();
+            if is_it {
+                worker.answered(*reference);
+            }
+            is_it
         };
         if answers(&self.endpoint) {
             return;
@@ -968,35 +1005,27 @@ impl Sent {
         if moved.is_none() && upstream.is_some() {
             return;
         }
-        if let Some(slot) = worker.table.resolve(self.endpoint) {
-            slot.health.failed(now);
-        }
+        worker.failed(self.endpoint, now);
         let Some(alternate) = moved else {
             worker.counts.count(Metric::DecodeUnanswered);
             return;
         };
         worker.counts.count(Metric::DecodeMoved);
         self.release(worker, now);
-        if let Some(slot) = worker.table.resolve(alternate) {
-            slot.decode.add(self.tokens);
-        }
+        worker.decode_started(alternate, self.tokens);
         self.endpoint = alternate;
     }
 
     /// Takes back what was counted at the endpoint.
     fn release(&mut self, worker: &mut Worker, now: Duration) {
         self.end_own(worker, now);
-        if let Some(slot) = worker.table.resolve(self.endpoint) {
-            slot.decode.remove(self.tokens);
-        }
+        worker.decode_ended(self.endpoint, self.tokens);
     }
 
     /// The prompt has been computed, or never will be.
     fn end_own(&mut self, worker: &mut Worker, now: Duration) {
-        if let Some((endpoint, leg)) = self.own.take()
-            && let Some(slot) = worker.table.resolve(endpoint)
-        {
-            slot.prefill.remove(leg, now);
+        if let Some((endpoint, leg)) = self.own.take() {
+            worker.prefill_ended(endpoint, leg, now);
         }
     }
 
@@ -1033,11 +1062,13 @@ fn start_leg(
     let body = with_pair(worker, work, pick, id, |pair| engine::prefill_body(engine, work.api, body, scan, pair));
     let mut rank = None;
     if let Some(slot) = worker.table.get_mut(pick.endpoint) {
-        slot.prefill.add(leg, pick.seconds, now, now.saturating_add(pool.prefill_timeout));
         slot.health.sent(now);
         rank = slot.endpoint.rank;
     }
-    worker.index.insert(pick.endpoint, &work.prompt.hash.blocks);
+    if let Some(endpoint) = worker.table.refer(pick.endpoint) {
+        worker.prefill_started(endpoint, leg, pick.seconds, now, now.saturating_add(pool.prefill_timeout));
+    }
+    enter(worker, pick.endpoint, &work.prompt);
     worker.counts.add(Metric::PrefillInFlight, 1);
     let headers = leg_headers(&work.headers, &work.config, destination.as_bytes(), rank);
     let timeout = pool.prefill_timeout;
@@ -1051,8 +1082,14 @@ fn with_pair<T: Default>(worker: &Worker, work: &Work, pick: Pick, id: u64, make
     make(&Pair { bootstrap: slot.bootstrap, rank: slot.endpoint.rank, engine_id, id, batch: work.batch })
 }
 
-/// Takes a prefill leg out of the ledger and notes how it went.
-fn leg_ended(worker: &mut Worker, endpoint: EndpointRef, leg: u64, answer: &PrefillAnswer<'_>, now: Duration) {
+/// Takes a prefill leg out of the ledger and notes how it went; the seconds that the endpoint spent on it, where known.
+fn leg_ended(
+    worker: &mut Worker,
+    endpoint: EndpointRef,
+    leg: u64,
+    answer: &PrefillAnswer<'_>,
+    now: Duration,
+) -> Option<f64> {
     worker.counts.add(Metric::PrefillInFlight, -1);
     let fault = answer.fault();
     worker.counts.count(match (fault, answer) {
@@ -1061,25 +1098,26 @@ fn leg_ended(worker: &mut Worker, endpoint: EndpointRef, leg: u64, answer: &Pref
         (None, PrefillAnswer::Answered { status: 200, .. }) => Metric::PrefillOk,
         (None, _) => Metric::PrefillClientError,
     });
-    let Some(slot) = worker.table.resolve(endpoint) else { return };
-    slot.prefill.remove(leg, now);
+    let seconds = worker.table.resolve(endpoint).and_then(|slot| slot.prefill.service_seconds(leg, now));
+    worker.prefill_ended(endpoint, leg, now);
     match fault {
         Some(Fault::Unreachable) => {
-            slot.health.failed(now);
-            slot.engine_id = None;
+            worker.failed(endpoint, now);
+            if let Some(slot) = worker.table.resolve(endpoint) {
+                slot.engine_id = None;
+            }
         }
         Some(Fault::NotStarted) => {}
-        Some(Fault::ServerError) | None => slot.health.answered(),
+        Some(Fault::ServerError) | None => worker.answered(endpoint),
     }
+    seconds
 }
 
 /// Nobody waits for a prefill leg any more.
 fn abandon(worker: &mut Worker, endpoint: EndpointRef, leg: u64, now: Duration) {
     worker.counts.add(Metric::PrefillInFlight, -1);
     worker.counts.count(Metric::KvStranded);
-    if let Some(slot) = worker.table.resolve(endpoint) {
-        slot.prefill.abandon(leg, now);
-    }
+    worker.prefill_abandoned(endpoint, leg, now);
 }
 
 /// The time that a prefill leg took, as filter state.
@@ -1123,6 +1161,16 @@ impl PrefillAnswer<'_> {
 fn is_envoys(body: &[u8]) -> bool {
     const OWN: [&[u8]; 3] = [b"upstream connect error", b"upstream request timeout", b"no healthy upstream"];
     body.is_empty() || OWN.iter().any(|text| body.starts_with(text))
+}
+
+/// Records that an endpoint has the prompt, and its session.
+fn enter(worker: &mut Worker, endpoint: EndpointIndex, prompt: &Prompt) {
+    if let Some(endpoint) = worker.table.refer(endpoint) {
+        worker.holds(endpoint, &prompt.hash.blocks);
+        if prompt.session.is_some() {
+            worker.holds(endpoint, prompt.session.as_slice());
+        }
+    }
 }
 
 /// `ip:port[,ip:port…]`.
@@ -1184,6 +1232,20 @@ mod tests {
         let mut worker = Worker::default();
         worker.configure(config.as_bytes()).unwrap();
         Fixture { worker, request: Request::default(), now: Duration::from_secs(5) }
+    }
+
+    #[test]
+    fn only_a_caller_who_is_trusted_to_learns_why() {
+        let explained = |config: &str| {
+            let mut fixture = configured(config);
+            let stripped = fixture.headers(&[("x-pd-explain", "1")]);
+            assert!(stripped.effects.contains(&Effect::RemoveHeader(b"x-pd-explain".to_vec())));
+            let outcome = fixture.body(&long_body());
+            assert!(outcome.effects.iter().any(|effect| matches!(effect, Effect::Call(_))));
+            outcome.effects.iter().any(|effect| matches!(effect, Effect::SetState(EXPLAIN, _)))
+        };
+        assert!(!explained(CONFIG));
+        assert!(explained(&CONFIG.replace("\"x-pd-phase\"", "\"x-pd-phase\", \"x-pd-explain\"")));
     }
 
     fn long_body() -> String {

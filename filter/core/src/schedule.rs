@@ -14,7 +14,7 @@
 use core::time::Duration;
 
 use crate::config::{Pool, Split};
-use crate::hash::{PromptHash, prefix_units, rendezvous_weight};
+use crate::hash::{BlockHash, PromptHash, prefix_units, rendezvous_weight};
 use crate::index::{EndpointIndex, PrefixIndex};
 use crate::table::{Candidates, Slot, Table};
 use crate::wire::{Engine, Role};
@@ -22,12 +22,16 @@ use crate::wire::{Engine, Role};
 /// A prompt as the scheduler sees it.
 #[derive(Clone, Debug, Default)]
 pub struct Prompt {
+    /// Bytes of JSON.
+    pub bytes: usize,
     /// Estimated tokens.
     pub tokens: f64,
     /// Estimated tokens of the smallest hashed block.
     pub block_tokens: f64,
     /// Prefix hashes.
     pub hash: PromptHash,
+    /// The client's session, where a header names it, as a block of its own: who holds it served the session last.
+    pub session: Option<BlockHash>,
     /// Key that names who should hold the prompt: its first block that is not hot.
     pub key: u64,
     /// Whether this worker has routed no prompt with that block, and so cannot know who else has.
@@ -172,9 +176,10 @@ impl Scheduler<'_> {
     #[must_use]
     pub fn pick_by_cost(&self, among: &[EndpointIndex], prompt: &Prompt, tried: &[EndpointIndex]) -> Option<Pick> {
         let (shortlist, owner) = self.shortlist(among, prompt, tried);
+        let session = self.session_holder(among, prompt);
         let mut best: Option<(f64, u64, Pick)> = None;
         for (at, slot) in shortlist {
-            let (pick, cost) = self.cost(at, slot, prompt, owner == Some(at));
+            let (pick, cost) = self.cost(at, slot, prompt, (owner == Some(at), session == Some(at)));
             let rendezvous = rendezvous_weight(prompt.key, slot.key);
             let better = |(lowest, weight, _): &(f64, u64, Pick)| (cost, *weight) < (*lowest, rendezvous);
             if best.as_ref().is_none_or(better) {
@@ -182,6 +187,65 @@ impl Scheduler<'_> {
             }
         }
         best.map(|(_, _, pick)| pick)
+    }
+
+    /// The endpoint that served the prompt's session last.
+    fn session_holder(&self, among: &[EndpointIndex], prompt: &Prompt) -> Option<EndpointIndex> {
+        let holders = self.index.holders(prompt.session.as_slice(), HOLDERS);
+        holders.into_iter().find(|at| self.table.get(*at).is_some_and(|slot| self.is_among(among, slot)))
+    }
+
+    /// Says in one line what [`decide`](Self::decide) chooses, and from what: for people, its form may change.
+    ///
+    /// Seconds of work ahead `W`, seconds for the prompt `S`, what counts `W+wS`, tokens thought to be cached.
+    #[must_use]
+    pub fn explain(&self, candidates: &Candidates, prompt: &Prompt) -> String {
+        let name = |at: EndpointIndex| self.table.get(at).map_or("?", |slot| slot.address.as_ref());
+        let (pick, choice, among) = match self.decide(candidates, prompt) {
+            Decision::Nobody => return "nobody: no endpoint is ready".to_owned(),
+            Decision::Split(pick) => (pick, "split: lowest W+wS", &candidates.compute),
+            Decision::Whole(pick, why) => {
+                let why = match why {
+                    WholeReason::Cached => "whole: lacks less than the threshold",
+                    WholeReason::Never => "whole: never split, lowest W+wS",
+                    WholeReason::NoPrefill => "whole: nobody to split with, lowest W+wS",
+                    WholeReason::Aggregated => "whole: aggregated, lowest W+wS",
+                    WholeReason::Several => "whole: several sequences, lowest W+wS",
+                };
+                (pick, why, &candidates.whole)
+            }
+        };
+        let (mut shortlist, owner) = self.shortlist(among, prompt, &[]);
+        let session = self.session_holder(among, prompt);
+        shortlist.extend(self.table.get(pick.endpoint).map(|slot| (pick.endpoint, slot)));
+        shortlist.sort_unstable_by_key(|(at, _)| *at);
+        shortlist.dedup_by_key(|(at, _)| *at);
+        let mut costs: Vec<_> = shortlist
+            .into_iter()
+            .map(|(at, slot)| (self.cost(at, slot, prompt, (owner == Some(at), session == Some(at))), at, slot))
+            .collect();
+        costs.sort_by(|a, b| a.0.1.total_cmp(&b.0.1));
+        let mut text = format!(
+            "{choice}: {}; {:.0} tokens, w={}, {} of {} candidates",
+            name(pick.endpoint),
+            prompt.tokens,
+            self.pool.affinity_weight,
+            costs.len(),
+            among.len(),
+        );
+        for ((of, cost), at, slot) in costs {
+            let (work, decode) = (slot.prefill.work(self.now), slot.decode.tokens);
+            text.push_str(&format!(
+                "; {} W={work:.3} S={:.3} W+wS={cost:.3} match={:.0} decode={decode}{}{}{}",
+                slot.address,
+                of.seconds,
+                of.matched_tokens,
+                if owner == Some(at) { " owner" } else { "" },
+                if session == Some(at) { " session" } else { "" },
+                if self.is_usable(slot) { "" } else { " failing" },
+            ));
+        }
+        text
     }
 
     /// Endpoints that are worth costing, and the one that owns the prompt's key: the least loaded, the owner, and those
@@ -208,7 +272,8 @@ impl Scheduler<'_> {
             least.select_nth_unstable_by(LEAST_LOADED, order);
             least.truncate(LEAST_LOADED);
         }
-        let holders = self.index.holders(&prompt.hash.blocks, HOLDERS).into_iter().filter_map(|at| {
+        let holders = self.index.holders(&prompt.hash.blocks, HOLDERS).into_iter();
+        let holders = holders.chain(self.session_holder(among, prompt)).filter_map(|at| {
             let slot = self.table.get(at)?;
             let fits = self.is_among(among, slot) && !tried.contains(&at) && (!any_healthy || self.is_usable(slot));
             fits.then_some((at, slot))
@@ -290,19 +355,28 @@ impl Scheduler<'_> {
 
     fn pick(&self, endpoint: EndpointIndex, prompt: &Prompt) -> Pick {
         let matched_tokens = self.matched_tokens(endpoint, prompt);
-        let weight = self.table.get(endpoint).map_or(1.0, |slot| slot.endpoint.weight);
-        Pick { endpoint, matched_tokens, seconds: self.pool.cost.seconds(prompt.tokens, matched_tokens) / weight }
+        let seconds = self.table.get(endpoint).map_or(0.0, |slot| self.seconds(slot, prompt, matched_tokens));
+        Pick { endpoint, matched_tokens, seconds }
+    }
+
+    /// `S`: seconds of this endpoint for the prompt, `held` tokens of which it has.
+    fn seconds(&self, slot: &Slot, prompt: &Prompt, held: f64) -> f64 {
+        let cost = self.table.cost(slot).filter(|_| self.pool.fit).unwrap_or(self.pool.cost);
+        cost.seconds(prompt.tokens, held) / slot.endpoint.weight
     }
 
     /// `W + w·S`. When this worker has not seen the prefix, another one may have: the rendezvous endpoint, where they
-    /// would all have sent it, is costed as holding a share of what misses.
-    fn cost(&self, at: EndpointIndex, slot: &Slot, prompt: &Prompt, owner: bool) -> (Pick, f64) {
+    /// would all have sent it, is costed as holding a share of what misses. The endpoint of the prompt's session is
+    /// costed as holding it all: the session goes before the prefix, until `w` times the prompt's seconds wait there.
+    fn cost(&self, at: EndpointIndex, slot: &Slot, prompt: &Prompt, (owner, session): (bool, bool)) -> (Pick, f64) {
         let pick = self.pick(at, prompt);
         let mut held = pick.matched_tokens;
-        if owner && prompt.is_unseen {
+        if session {
+            held = prompt.tokens;
+        } else if owner && prompt.is_unseen {
             held += self.pool.rendezvous_share * (prompt.tokens - held).max(0.0);
         }
-        let own = self.pool.cost.seconds(prompt.tokens, held) / slot.endpoint.weight;
+        let own = self.seconds(slot, prompt, held);
         (pick, slot.prefill.work(self.now) + self.pool.affinity_weight * own)
     }
 
@@ -481,6 +555,21 @@ mod tests {
     }
 
     #[test]
+    fn a_session_stays_where_it_was_until_too_much_waits_there() {
+        let mut fixture = fixture(3, 1, "");
+        let session = BlockHash(77);
+        let asked = Prompt { session: Some(session), ..prompt(1, 32) };
+        fixture.index.insert(1, &asked.hash.blocks);
+        fixture.index.insert(2, &[session]);
+        assert_eq!(fixture.prefill(&prompt(1, 32)).endpoint, 1);
+        fixture.busy(2, 0.04);
+        assert_eq!(fixture.prefill(&Prompt { tokens: 6_000.0, ..asked.clone() }).endpoint, 2, "over the longer prefix");
+        assert_eq!(fixture.prefill(&asked).matched_tokens, 4_096.0, "all of it is at 1, nothing is won by waiting");
+        fixture.busy(2, 10.0);
+        assert_eq!(fixture.prefill(&asked).endpoint, 1);
+    }
+
+    #[test]
     fn unknown_prefixes_spread_and_stick() {
         let fixture = fixture(4, 1, "");
         let picks: Vec<_> = (0..400).map(|id| fixture.prefill(&prompt(id, 8)).endpoint).collect();
@@ -499,6 +588,23 @@ mod tests {
         fixture.busy(owner, 0.1);
         assert_eq!(fixture.prefill(&unseen).endpoint, owner);
         assert_ne!(fixture.prefill(&prompt(1, 40)).endpoint, owner, "a seen one is held by nobody");
+    }
+
+    #[test]
+    fn an_explanation_names_the_choice_first_and_its_reasons() {
+        let mut fixture = fixture(3, 2, "");
+        fixture.index.insert(2, &prompt(1, 20).hash.blocks);
+        fixture.busy(1, 2.0);
+        let explain = |fixture: &Fixture| fixture.scheduler().explain(&fixture.candidates, &prompt(1, 40));
+        let text = explain(&fixture);
+        assert!(
+            text.starts_with("split: lowest W+wS: 10.0.0.1:3; 6144 tokens, w=3, 3 of 3 candidates; 10.0.0.1:3 W=0.000"),
+            "{text}"
+        );
+        assert!(text.contains("match=2560") && text.contains("10.0.0.1:2 W=2.000"), "{text}");
+        let short = fixture.scheduler().explain(&fixture.candidates, &prompt(1, 1));
+        assert!(short.starts_with("whole: lacks less than the threshold: 10.0.0.1:100"), "{short}");
+        assert!(fixture.scheduler().explain(&Candidates::default(), &prompt(1, 1)).starts_with("nobody"));
     }
 
     #[test]
@@ -614,7 +720,7 @@ mod tests {
             let scheduler = fixture.scheduler();
             let among = &fixture.candidates.prefill;
             let owner = among.iter().copied().max_by_key(|at| rendezvous_weight(prompt.key, fixture.table.get(*at).unwrap().key));
-            let cost = |at: u32| scheduler.cost(at, fixture.table.get(at).unwrap(), &prompt, owner == Some(at)).1;
+            let cost = |at: u32| scheduler.cost(at, fixture.table.get(at).unwrap(), &prompt, (owner == Some(at), false)).1;
             let lowest = among.iter().map(|at| cost(*at)).fold(f64::INFINITY, f64::min);
             prop_assert_eq!(cost(fixture.prefill(&prompt).endpoint), lowest);
         }

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use hashbrown::{HashMap, HashSet};
 
-use crate::config::Config;
+use crate::config::{Config, Cost, Pool};
+use crate::fit::{Fit, Usage};
 use crate::index::{EndpointIndex, PrefixIndex};
 use crate::load::{DecodeLoad, Health, PrefillQueue};
 use crate::wire::{Endpoint, EndpointId, Engine, Role, Snapshot, State};
@@ -47,6 +48,8 @@ pub struct Slot {
     /// Whether it answered lately.
     pub health: Health,
     generation: u32,
+    /// Place of its pool's fit.
+    fit: usize,
 }
 
 /// Endpoints of one pool that serve one model.
@@ -84,6 +87,7 @@ pub struct Table {
     by_id: HashMap<EndpointId, EndpointIndex>,
     /// Every endpoint by [`Slot::key`], as of the last rebuild, and behind them those that came since.
     by_key: Vec<(u64, EndpointIndex)>,
+    fits: Vec<(String, Fit)>,
     models: HashMap<String, Arc<Candidates>>,
     any_model: Option<Arc<Candidates>>,
     all_ready: Vec<EndpointIndex>,
@@ -250,6 +254,90 @@ impl Table {
         (0..).zip(&self.slots).filter_map(|(index, slot)| Some((index, slot.as_ref()?)))
     }
 
+    /// Prefill seconds of an endpoint's pool, as fitted so far.
+    #[must_use]
+    pub fn cost(&self, slot: &Slot) -> Option<Cost> {
+        self.fits.get(slot.fit).map(|(_, fit)| fit.cost())
+    }
+
+    /// Bytes per token of a pool's prompts, as learnt so far.
+    #[must_use]
+    pub fn bytes_per_token(&self, pool: &str) -> Option<f64> {
+        self.fits().find(|(name, _)| *name == pool).map(|(_, fit)| fit.bytes_per_token())
+    }
+
+    /// What was learnt of each pool.
+    pub fn fits(&self) -> impl Iterator<Item = (&str, &Fit)> {
+        self.fits.iter().map(|(name, fit)| (name.as_str(), fit))
+    }
+
+    /// Gauges of the pools of which anything was learnt: name with the pool as a tag, value.
+    pub fn fitted_gauges(&self) -> impl Iterator<Item = (String, u64)> {
+        let fits = self.fits().filter(|(_, fit)| fit.observations() > 0);
+        fits.flat_map(|(pool, fit)| {
+            // Envoy and the tags' syntax take less than a pool's name may have.
+            let plain = |c: char| if c.is_ascii_alphanumeric() || c == '-' || c == '_' { c } else { '_' };
+            let pool: String = pool.chars().map(plain).collect();
+            fit.gauges().map(|(name, value)| (format!("{name};pool={pool}"), value))
+        })
+    }
+
+    /// A prefill leg of an endpoint ended well: what it tells of its pool. `tokens` and `cached` are what was thought of
+    /// the prompt, `bytes` what it has, `seconds` what the endpoint took, where that is known.
+    pub fn saw_prefill(
+        &mut self,
+        reference: EndpointRef,
+        (bytes, tokens, cached): (f64, f64, f64),
+        seconds: Option<f64>,
+        usage: Option<Usage>,
+    ) {
+        let Some(slot) = self.get(reference.index).filter(|slot| slot.generation == reference.generation) else {
+            return;
+        };
+        let (at, weight) = (slot.fit, slot.endpoint.weight);
+        let Some((_, fit)) = self.fits.get_mut(at) else { return };
+        let n = usage.map_or(tokens, |usage| usage.prompt_tokens as f64);
+        if usage.is_some() {
+            fit.saw_text(bytes, n);
+        }
+        // A match is a guess, and where most of a prompt matches, a small error of it is a large one of the rest.
+        let guess = Some(cached).filter(|cached| cached * 8.0 <= tokens);
+        let p = usage.and_then(|usage| usage.cached_tokens).map(|cached| cached as f64).or(guess);
+        if let (Some(p), Some(seconds)) = (p, seconds) {
+            fit.saw_prefill(n, p, seconds * weight);
+        }
+    }
+
+    /// Fits caches to the bytes per token that were learnt since they were [last](Self::apply) measured.
+    pub fn resize_caches(&self, config: &Config, index: &mut PrefixIndex) {
+        for (at, slot) in self.iter() {
+            let units = self.cache_units(slot, config);
+            // Small changes would only drop what is still there.
+            if index.capacity(at).abs_diff(units) > units / 16 {
+                index.set_capacity(at, units);
+            }
+        }
+    }
+
+    /// Size of an endpoint's cache in blocks of the smallest size.
+    fn cache_units(&self, slot: &Slot, config: &Config) -> usize {
+        let pool = config.pool(&slot.endpoint.pool);
+        let bytes_per_token = self.fits.get(slot.fit).map_or(pool.bytes_per_token, |(_, fit)| fit.bytes_per_token());
+        let tokens = slot.endpoint.cache_tokens.unwrap_or(pool.cache_tokens);
+        (tokens as f64 * bytes_per_token / config.prefix.block_bytes as f64) as usize
+    }
+
+    /// Place of a pool's fit.
+    fn fit_of(&mut self, name: &str, pool: &Pool) -> usize {
+        match self.fits.iter().position(|(known, _)| known == name) {
+            Some(at) => at,
+            None => {
+                self.fits.push((name.to_owned(), Fit::new(pool)));
+                self.fits.len().saturating_sub(1)
+            }
+        }
+    }
+
     /// Drops ledger entries whose end was never told.
     pub fn prune(&mut self, now: Duration) {
         for slot in self.slots.iter_mut().flatten() {
@@ -260,8 +348,7 @@ impl Table {
 
     fn upsert(&mut self, endpoint: &Endpoint, config: &Config, index: &mut PrefixIndex) {
         let pool = config.pool(&endpoint.pool);
-        let cache_bytes = endpoint.cache_tokens.unwrap_or(pool.cache_tokens) as f64 * pool.bytes_per_token;
-        let capacity = (cache_bytes / config.prefix.block_bytes as f64) as usize;
+        let fit = self.fit_of(&endpoint.pool, pool);
         let engine = endpoint.engine.unwrap_or(pool.engine);
         let bootstrap_port = endpoint.bootstrap_port.unwrap_or(pool.bootstrap_port);
         let bootstrap = SocketAddr::new(endpoint.address.ip(), bootstrap_port);
@@ -274,6 +361,7 @@ impl Table {
                     }
                     slot.engine = engine;
                     slot.bootstrap = bootstrap;
+                    slot.fit = fit;
                 }
                 at
             }
@@ -298,6 +386,7 @@ impl Table {
                     decode: DecodeLoad::default(),
                     health: Health::default(),
                     generation: self.generation,
+                    fit,
                 };
                 if let Some(place) = self.slots.get_mut(at as usize) {
                     *place = Some(slot);
@@ -306,7 +395,9 @@ impl Table {
                 at
             }
         };
-        index.set_capacity(at, capacity);
+        if let Some(slot) = self.get(at) {
+            index.set_capacity(at, self.cache_units(slot, config));
+        }
     }
 
     fn remove(&mut self, id: EndpointId, index: &mut PrefixIndex) {

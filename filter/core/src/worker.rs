@@ -14,6 +14,9 @@ use crate::metrics::{Counts, Metric};
 use crate::table::{Applied, EndpointRef, Table};
 use crate::wire::{Snapshot, WireError};
 
+/// Name of the gauge of the prefix index's bytes, in the worker that told last.
+pub const INDEX_BYTES: &str = "pd_index_bytes";
+
 /// State of one worker. All of it may be lost and built again.
 #[derive(Debug)]
 pub struct Worker {
@@ -95,6 +98,14 @@ impl Worker {
     pub fn prune(&mut self, now: Duration) {
         self.table.prune(now);
         self.log.own.prune(now);
+        if let Ok(config) = &self.config {
+            self.table.resize_caches(config, &mut self.index);
+        }
+    }
+
+    /// Gauges that change now and then, by name and tags: [`INDEX_BYTES`] and what was [fitted](crate::fit::GAUGES).
+    pub fn gauges(&self) -> impl Iterator<Item = (String, u64)> {
+        core::iter::once((INDEX_BYTES.to_owned(), self.index.bytes() as u64)).chain(self.table.fitted_gauges())
     }
 
     /// Tells the other workers from now on what happens; legs are numbered apart from theirs.
@@ -126,6 +137,11 @@ impl Worker {
     /// It ended.
     pub(crate) fn prefill_ended(&mut self, endpoint: EndpointRef, leg: u64, at: Duration) {
         self.happens(endpoint, &Event::PrefillEnded { leg, at });
+    }
+
+    /// Nobody waits for its end any more.
+    pub(crate) fn prefill_abandoned(&mut self, endpoint: EndpointRef, leg: u64, at: Duration) {
+        self.happens(endpoint, &Event::PrefillAbandoned { leg, at });
     }
 
     /// An endpoint gets a request of so many KV tokens.

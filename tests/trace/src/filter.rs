@@ -22,8 +22,10 @@ const HASH_BLOCK_BYTES: usize = 64;
 const TEXT_BYTES: usize = (BLOCK_TOKENS as f64 * BYTES_PER_TOKEN) as usize;
 /// How often ledger entries are dropped whose end was never told.
 const PRUNE_EVERY: Duration = Duration::from_millis(250);
-/// Answer of a prefill leg, as vLLM gives it.
-const ANSWER: &[u8] = br#"{"id":"c","choices":[{"index":0,"text":"a","finish_reason":"length"}],"kv_transfer_params":{"do_remote_prefill":true,"do_remote_decode":false,"remote_block_ids":[[1]],"remote_engine_id":"e","remote_request_id":"r","remote_host":"10.0.0.1","remote_port":5600}}"#;
+/// Answer of a prefill leg, as vLLM gives it, up to the number of prompt tokens and behind it.
+const ANSWER_HEAD: &str =
+    r#"{"id":"c","choices":[{"index":0,"text":"a","finish_reason":"length"}],"usage":{"prompt_tokens":"#;
+const ANSWER_TAIL: &str = r#"},"kv_transfer_params":{"do_remote_prefill":true,"do_remote_decode":false,"remote_block_ids":[[1]],"remote_engine_id":"e","remote_request_id":"r","remote_host":"10.0.0.1","remote_port":5600}}"#;
 
 /// How many brains there are, and how they talk.
 #[derive(Clone, Debug, Default)]
@@ -52,6 +54,7 @@ struct Stream {
     request: Request,
     /// What the other states are to be told, where they are.
     tell: Option<Tell>,
+    tokens: u64,
     prefill: usize,
     decode: usize,
 }
@@ -170,7 +173,7 @@ impl Filter {
             let endpoint = self.ports.prefill(prefill);
             self.changed(now, at, Change::PrefillBegun { endpoint, tell: tell.clone() });
         }
-        self.streams.insert(number, Stream { state: at, request, tell, prefill, decode: 0 });
+        self.streams.insert(number, Stream { state: at, request, tell, tokens: job.tokens, prefill, decode: 0 });
         Ok(prefill)
     }
 
@@ -182,7 +185,9 @@ impl Filter {
         self.catch_up(now);
         let stream = self.streams.get_mut(&number).context("no such request")?;
         let state = self.states.get_mut(stream.state).context("no state")?;
-        let answer = PrefillAnswer::Answered { status: 200, content_type: Some(b"application/json"), body: ANSWER };
+        let body = format!("{ANSWER_HEAD}{}{ANSWER_TAIL}", stream.tokens);
+        let content_type = Some(&b"application/json"[..]);
+        let answer = PrefillAnswer::Answered { status: 200, content_type, body: body.as_bytes() };
         let Outcome { effects, .. } = stream.request.prefill_answer(state, answer, || None::<Vec<u8>>, now);
         let decode = effects.iter().find_map(|effect| match effect {
             Effect::SetState(DECODE, address) => Ports::place(address),
