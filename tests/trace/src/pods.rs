@@ -22,6 +22,8 @@ pub struct Prefill {
     /// Seconds of work that were measured.
     pub busy: Duration,
     jobs: VecDeque<(u64, u64)>,
+    /// Sums over the jobs: under a bad rule there are tens of thousands.
+    sums: (u64, u64),
 }
 
 impl Prefill {
@@ -29,7 +31,13 @@ impl Prefill {
     #[must_use]
     pub fn new(pods: &Pods) -> Self {
         let (blocks, fast) = pods.blocks();
-        Self { cache: Tiers::new(blocks, fast), free_at: Duration::ZERO, busy: Duration::ZERO, jobs: VecDeque::new() }
+        Self {
+            cache: Tiers::new(blocks, fast),
+            free_at: Duration::ZERO,
+            busy: Duration::ZERO,
+            jobs: VecDeque::new(),
+            sums: (0, 0),
+        }
     }
 
     /// Seconds until it is through with what it has.
@@ -53,13 +61,13 @@ impl Prefill {
     /// Tokens of all prompts that it has.
     #[must_use]
     pub fn tokens(&self) -> u64 {
-        self.jobs.iter().map(|(tokens, _)| tokens).sum()
+        self.sums.0
     }
 
     /// Of these, those that it has to compute.
     #[must_use]
     pub fn uncached_tokens(&self) -> u64 {
-        self.jobs.iter().map(|(_, uncached)| uncached).sum()
+        self.sums.1
     }
 
     /// Takes a prompt in; what it held of it, and when it is through.
@@ -73,12 +81,15 @@ impl Prefill {
         }
         let cached = held.blocks as u64 * pd_load::trace::BLOCK_TOKENS;
         self.jobs.push_back((job.tokens, job.tokens - cached));
+        self.sums = (self.sums.0 + job.tokens, self.sums.1 + job.tokens - cached);
         (held, self.free_at)
     }
 
     /// The oldest prompt is computed.
     pub fn finish(&mut self) {
-        self.jobs.pop_front();
+        if let Some((tokens, uncached)) = self.jobs.pop_front() {
+            self.sums = (self.sums.0 - tokens, self.sums.1 - uncached);
+        }
     }
 }
 
