@@ -1,13 +1,15 @@
 //! Root context: configuration, ticks, the poll of `pd-control`, metrics. One per worker.
 
-use core::cell::RefCell;
+use core::cell::{OnceCell, RefCell};
+use core::time::Duration;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use log::{error, info, warn};
 use pd_core::headers::Headers;
 use pd_core::metrics::{Kind, Level, Metric};
-use pd_core::push::{News, Poll, Push, Shared, TICK};
+use pd_core::push::{News, Poll, Push, TICK};
+use pd_core::share::{SEATS, Share, Shared};
 use pd_core::wire::WIRE_VERSION;
 use pd_core::worker::Worker;
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
@@ -35,14 +37,22 @@ pub struct Shell {
     /// Decisions.
     pub worker: Worker,
     push: Push,
+    share: Share,
     metrics: MetricIds,
 }
 
 impl Shell {
-    /// Takes over what other workers have learnt.
-    pub fn catch_up(&mut self) {
-        let news = self.push.catch_up(&mut self.worker, &self.metrics);
+    /// Takes over what other workers have learnt and decided. Before every decision.
+    pub fn catch_up(&mut self, now: Duration) {
+        let announced = self.metrics.announced();
+        let news = self.push.catch_up(&mut self.worker, &self.metrics, announced);
+        self.share.catch_up(&mut self.worker, &self.metrics, announced, now);
         self.tell(news);
+    }
+
+    /// Tells the other workers what happened.
+    pub fn publish(&mut self, now: Duration) {
+        self.share.publish(&mut self.worker, &self.metrics, now);
     }
 
     /// Counts a host call that failed where none should.
@@ -78,6 +88,8 @@ struct MetricIds {
     /// Gauges that are told when they change: number, and the value that Envoy has.
     gauges: BTreeMap<String, (u32, u64)>,
     announced: Option<u32>,
+    /// Gauges of the seats that were looked at.
+    positions: Vec<OnceCell<Option<u32>>>,
 }
 
 impl MetricIds {
@@ -96,8 +108,14 @@ impl MetricIds {
             levels: levels.collect::<HostResult<_>>()?,
             seen: Some(host::define_metric(MetricKind::Gauge, &seen)?),
             gauges: BTreeMap::new(),
-            announced: Some(host::define_metric(MetricKind::Counter, "pd_lists_announced_total")?),
+            announced: Some(host::define_metric(MetricKind::Counter, "pd_announced_total")?),
+            positions: vec![OnceCell::new(); SEATS],
         })
+    }
+
+    fn position(&self, seat: usize) -> Option<u32> {
+        let define = || host::define_metric(MetricKind::Gauge, &format!("pd_log_position;seat={seat}")).ok();
+        *self.positions.get(seat)?.get_or_init(define)
     }
 }
 
@@ -117,6 +135,16 @@ impl Shared for MetricIds {
     fn announce(&self) {
         if let Some(id) = self.announced {
             let _ = host::increment_metric(id, 1);
+        }
+    }
+
+    fn position(&self, seat: usize) -> u64 {
+        self.position(seat).and_then(|id| host::metric(id).ok()).unwrap_or(0)
+    }
+
+    fn set_position(&self, seat: usize, position: u64) {
+        if let Some(id) = self.position(seat) {
+            let _ = host::record_metric(id, position);
         }
     }
 }
@@ -202,7 +230,10 @@ impl Root {
             }
         };
         let Ok(config) = configured else { return };
-        shell.push.configure(config.control.clone(), &shell.metrics, host::now());
+        let now = host::now();
+        shell.push.configure(config.control.clone(), &shell.metrics, now);
+        let worker_id = shell.push.worker_id();
+        shell.share.configure(&mut shell.worker, &shell.metrics, worker_id, now);
         info!(
             "worker {}: revision {:?}, {} static endpoints, pd-control: {}",
             shell.push.worker_id(),
@@ -269,11 +300,12 @@ impl RootContext for Root {
     fn on_tick(&mut self) {
         let poll = {
             let Ok(mut shell) = self.shell.try_borrow_mut() else { return };
-            shell.catch_up();
-            shell.flush();
-            let Shell { worker, push, metrics } = &mut *shell;
             let now = host::now();
+            shell.catch_up(now);
+            shell.flush();
+            let Shell { worker, push, share, metrics } = &mut *shell;
             worker.prune(now);
+            share.tick(worker, metrics, now);
             let poll = push.tick(metrics, now);
             for (level, value) in push.levels(worker, now) {
                 if let Some(id) = metrics.levels.get(level as usize) {

@@ -1,6 +1,7 @@
 //! HTTP context: one request.
 
 use core::cell::RefCell;
+use core::time::Duration;
 use std::rc::Rc;
 
 use log::warn;
@@ -25,17 +26,22 @@ impl Stream {
         Self { shell, request: Request::default(), call: None }
     }
 
-    /// Tells the request an event and does what comes of it.
-    fn step(&mut self, event: impl FnOnce(&mut Request, &mut Shell) -> Outcome) -> Flow {
+    /// Tells the request an event, does what comes of it and tells the other workers.
+    fn step(&mut self, now: Duration, event: impl FnOnce(&mut Request, &mut Shell) -> Outcome) -> Flow {
         let shell = Rc::clone(&self.shell);
         let Ok(mut shell) = shell.try_borrow_mut() else { return Flow::Continue };
-        let mut outcome = event(&mut self.request, &mut shell);
+        let outcome = event(&mut self.request, &mut shell);
+        let flow = self.carry_out_all(&mut shell, outcome, now);
+        shell.publish(now);
+        flow
+    }
+
+    fn carry_out_all(&mut self, shell: &mut Shell, mut outcome: Outcome, now: Duration) -> Flow {
         // A call-out that the host refuses is a prefill leg that failed; each turn tries another endpoint or ends.
         loop {
-            match self.carry_out(&mut shell, outcome) {
+            match self.carry_out(shell, outcome) {
                 Ok(flow) => return flow,
                 Err(CallRefused) => {
-                    let now = host::now();
                     let body = || host::buffer(Buffer::RequestBody).ok();
                     outcome = self.request.prefill_answer(&mut shell.worker, PrefillAnswer::NotStarted, body, now);
                 }
@@ -87,8 +93,8 @@ impl Stream {
         }
         let body = host::buffer(Buffer::RequestBody);
         let now = host::now();
-        action(self.step(|request, shell| {
-            shell.catch_up();
+        action(self.step(now, |request, shell| {
+            shell.catch_up(now);
             let body = shell.expect_ok("request body", body).unwrap_or_default();
             request.body(&mut shell.worker, &body, now)
         }))
@@ -120,8 +126,8 @@ impl Context for Stream {
             None => PrefillAnswer::None,
         };
         let body = || host::buffer(Buffer::RequestBody).ok();
-        let flow = self.step(|request, shell| {
-            shell.catch_up();
+        let flow = self.step(now, |request, shell| {
+            shell.catch_up(now);
             request.prefill_answer(&mut shell.worker, answer, body, now)
         });
         if flow == Flow::Continue {
@@ -137,8 +143,8 @@ impl HttpContext for Stream {
     fn on_http_request_headers(&mut self, _: usize, end_of_stream: bool) -> Action {
         let headers = host::headers(Map::Request);
         let now = host::now();
-        action(self.step(|request, shell| {
-            shell.catch_up();
+        action(self.step(now, |request, shell| {
+            shell.catch_up(now);
             let headers: Headers = shell.expect_ok("request headers", headers).unwrap_or_default();
             request.headers(&mut shell.worker, headers, end_of_stream, now)
         }))
@@ -148,7 +154,8 @@ impl HttpContext for Stream {
         if end_of_stream {
             return self.whole_body();
         }
-        action(self.step(|request, shell| request.body_part(&mut shell.worker, bytes)))
+        let now = host::now();
+        action(self.step(now, |request, shell| request.body_part(&mut shell.worker, bytes)))
     }
 
     fn on_http_request_trailers(&mut self, _: usize) -> Action {
@@ -163,7 +170,7 @@ impl HttpContext for Stream {
             let wants_status = self.request.wants_status();
             let status = wants_status.then(|| host::headers(Map::Response).ok().as_ref().and_then(call_status));
             let now = host::now();
-            return action(self.step(|request, shell| {
+            return action(self.step(now, |request, shell| {
                 request.response_headers(&mut shell.worker, upstream.as_deref(), status.flatten(), now)
             }));
         }
@@ -182,7 +189,9 @@ impl HttpContext for Stream {
 
     fn on_log(&mut self) {
         if let Ok(mut shell) = self.shell.try_borrow_mut() {
-            self.request.done(&mut shell.worker, host::now());
+            let now = host::now();
+            self.request.done(&mut shell.worker, now);
+            shell.publish(now);
         }
     }
 }

@@ -81,9 +81,11 @@ struct List {
     nodes: usize,
     units: usize,
     capacity: usize,
+    /// Counts blocks that were touched.
+    touches: u64,
 }
 
-const EMPTY: List = List { newest: NIL, oldest: NIL, nodes: 0, units: 0, capacity: 0 };
+const EMPTY: List = List { newest: NIL, oldest: NIL, nodes: 0, units: 0, capacity: 0, touches: 0 };
 
 impl PrefixIndex {
     /// An index of at most `bytes` bytes.
@@ -226,13 +228,17 @@ impl PrefixIndex {
         core::iter::from_fn(next).take(limit)
     }
 
+    /// Changes whenever a block of the endpoint is touched.
+    pub(crate) fn touches(&self, endpoint: EndpointIndex) -> u64 {
+        self.list(endpoint).map_or(0, |list| list.touches)
+    }
+
     /// Gives an endpoint the blocks that it had in an index before this one, as [`newest`](Self::newest) told them,
     /// behind those that it has here.
     pub(crate) fn restore(&mut self, endpoint: EndpointIndex, blocks: impl Iterator<Item = (BlockHash, usize)>) {
-        let room = self.max_nodes.checked_div(self.lists.len()).unwrap_or(0);
         for (hash, units) in blocks {
-            let fits = |list: &List| list.nodes < room && list.units.saturating_add(units) <= list.capacity;
-            if !self.list(endpoint).is_some_and(fits) {
+            let fits = |list: &List| list.units.saturating_add(units) <= list.capacity;
+            if self.len >= self.max_nodes || !self.list(endpoint).is_some_and(fits) {
                 return;
             }
             if self.node_of(hash, endpoint).is_none()
@@ -389,6 +395,7 @@ impl PrefixIndex {
     fn link_newest(&mut self, at: u32) {
         let Some(Node { endpoint, units, .. }) = self.nodes.get(at as usize).copied() else { return };
         let Some(list) = self.lists.get_mut(endpoint as usize) else { return };
+        list.touches = list.touches.wrapping_add(1);
         let second = list.newest;
         list.newest = at;
         if list.oldest == NIL {

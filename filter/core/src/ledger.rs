@@ -150,14 +150,25 @@ impl Part {
 pub(crate) struct Log {
     /// Events to tell, encoded; `None` where nobody listens.
     pub(crate) untold: Option<Vec<Vec<u8>>>,
+    /// Whether one of them matters to the next decision; the end of something may wait for company.
+    pub(crate) is_pressing: bool,
     /// This worker's own part.
     pub(crate) own: Part,
 }
 
 impl Log {
+    /// Nobody can be told.
+    pub(crate) fn forget(&mut self) {
+        self.is_pressing = false;
+        if let Some(untold) = &mut self.untold {
+            untold.clear();
+        }
+    }
+
     pub(crate) fn push(&mut self, endpoint: u64, event: &Event) {
         let Some(untold) = &mut self.untold else { return };
         untold.push(event.to_bytes(endpoint));
+        self.is_pressing |= !matches!(event, Event::PrefillEnded { .. } | Event::DecodeEnded { .. });
         self.own.note(endpoint, event);
     }
 }

@@ -86,9 +86,8 @@ impl Push {
         self.id
     }
 
-    /// Takes over a list that another worker announced. Call it before every decision.
-    pub fn catch_up(&mut self, worker: &mut Worker, shared: &impl Shared) -> Option<News> {
-        let announced = shared.announced();
+    /// Takes over a list that another worker announced; `announced` is [`Shared::announced`]. Call it before every decision.
+    pub fn catch_up(&mut self, worker: &mut Worker, shared: &impl Shared, announced: u64) -> Option<News> {
         if self.control.is_none() || self.seen == Some(announced) {
             return None;
         }
@@ -314,10 +313,10 @@ mod tests {
         let (next, news) = a.push.answered(&mut a.worker, &store, Some(200), &list("e-1", 3, &[1, 2]), ms(300));
         assert_eq!(news, Some(News::Applied));
         assert_eq!(next.unwrap().path, "/v1/watch?epoch=e-1&since=3&wait_ms=30000");
-        assert_eq!(b.push.catch_up(&mut b.worker, &store), Some(News::Applied));
+        assert_eq!(b.push.catch_up(&mut b.worker, &store, store.announced()), Some(News::Applied));
         assert_eq!(b.worker.table.len(), 2);
-        assert_eq!(b.push.catch_up(&mut b.worker, &store), None);
-        assert_eq!(a.push.catch_up(&mut a.worker, &store), None);
+        assert_eq!(b.push.catch_up(&mut b.worker, &store, store.announced()), None);
+        assert_eq!(a.push.catch_up(&mut a.worker, &store, store.announced()), None);
     }
 
     #[test]
@@ -327,7 +326,7 @@ mod tests {
         a.push.tick(&store, ms(0));
         a.push.answered(&mut a.worker, &store, Some(200), &list("e", 1, &[1]), ms(1));
         let mut late = node(&store, CONFIG, ms(2));
-        assert_eq!(late.push.catch_up(&mut late.worker, &store), Some(News::Applied));
+        assert_eq!(late.push.catch_up(&mut late.worker, &store, store.announced()), Some(News::Applied));
     }
 
     #[test]

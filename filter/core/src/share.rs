@@ -17,7 +17,7 @@
 
 use core::time::Duration;
 
-use hashbrown::HashSet;
+use hashbrown::{HashMap, HashSet};
 
 use crate::hash::BlockHash;
 use crate::ledger::{Event, Part, Reader, Writer};
@@ -79,8 +79,9 @@ pub struct Share {
     written: Option<Part>,
     announced: Option<u64>,
     peers: Vec<Peer>,
-    /// Endpoint whose blocks are written next.
+    /// Endpoint whose blocks are written next, and what each looked like when it was.
     next_saved: usize,
+    saved: HashMap<u32, (u64, u64)>,
     inherited: HashSet<u64>,
 }
 
@@ -115,7 +116,7 @@ impl Share {
         *self = Self { worker_id, epoch: block_bytes as u64, began: now, seat, ..Self::default() };
         worker.tell_others(worker_id);
         self.renew(worker, shared, now);
-        self.catch_up(worker, shared, now);
+        self.catch_up(worker, shared, shared.announced(), now);
     }
 
     /// Other workers that are known.
@@ -124,9 +125,8 @@ impl Share {
         self.peers.len()
     }
 
-    /// Takes over what the other workers did. Call it before every decision.
-    pub fn catch_up(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
-        let announced = shared.announced();
+    /// Takes over what the other workers did; `announced` is [`Shared::announced`]. Call it before every decision.
+    pub fn catch_up(&mut self, worker: &mut Worker, shared: &impl Shared, announced: u64, now: Duration) {
         if self.announced != Some(announced) {
             self.announced = Some(announced);
             let (seats, _) = seats(shared);
@@ -141,29 +141,28 @@ impl Share {
         }
     }
 
-    /// Tells the others what this worker did. `may_wait`: nothing of it is a decision.
-    pub fn publish(&mut self, worker: &mut Worker, shared: &impl Shared, may_wait: bool, now: Duration) {
+    /// Tells the others what this worker did. Call it after every event.
+    pub fn publish(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
+        if worker.log.untold.as_ref().is_none_or(Vec::is_empty) {
+            return;
+        }
+        if !worker.log.is_pressing && now.saturating_sub(self.told) < PATIENCE {
+            return;
+        }
         // A worker that stood still may have lost its seat, and the log there is somebody else's.
         if now.saturating_sub(self.renewed) > SEAT_LIFE / 2 {
             self.renew(worker, shared, now);
         }
-        let Some(seat) = self.seat else {
-            if let Some(untold) = &mut worker.log.untold {
-                untold.clear();
-            }
-            return;
-        };
-        if may_wait && now.saturating_sub(self.told) < PATIENCE {
-            return;
+        match self.seat {
+            Some(seat) => self.write_untold(worker, shared, seat),
+            None => worker.log.forget(),
         }
-        if worker.log.untold.as_ref().is_some_and(|untold| !untold.is_empty()) {
-            self.told = now;
-            self.write_untold(worker, shared, seat);
-        }
+        self.told = now;
     }
 
     fn write_untold(&mut self, worker: &mut Worker, shared: &impl Shared, seat: usize) {
         let Some(untold) = &mut worker.log.untold else { return };
+        worker.log.is_pressing = false;
         for event in untold.drain(..) {
             if self.open.len() > HEAD_BYTES && self.open.len().saturating_add(event.len()) > SEGMENT_BYTES {
                 shared.set(&log_key(seat, self.segment), &self.open, None);
@@ -177,7 +176,8 @@ impl Share {
 
     /// Call it a few times a second, more often than [`SEAT_LIFE`].
     pub fn tick(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
-        self.publish(worker, shared, false, now);
+        self.told = Duration::ZERO;
+        self.publish(worker, shared, now);
         self.renew(worker, shared, now);
         self.save_part(worker, shared);
         for peer in &mut self.peers {
@@ -187,7 +187,7 @@ impl Share {
                 peer.join(worker, shared);
             }
         }
-        self.catch_up(worker, shared, now);
+        self.catch_up(worker, shared, shared.announced(), now);
         self.inherit(worker, shared, now);
         self.save_index(worker, shared);
     }
@@ -275,9 +275,13 @@ impl Share {
         let at = self.next_saved.checked_rem(places).unwrap_or(0);
         self.next_saved = at.wrapping_add(1);
         let Ok(index) = u32::try_from(at) else { return };
-        let mut out = Writer::default();
         // An empty place is written too: what stood there before is nobody's any more.
         let key = worker.table.get(index).map_or(0, |slot| slot.key);
+        let looks = (key, worker.index.touches(index));
+        if self.saved.insert(index, looks) == Some(looks) {
+            return;
+        }
+        let mut out = Writer::default();
         [self.epoch, key, places as u64].into_iter().for_each(|word| out.word(word));
         for (hash, units) in worker.index.newest(index, MAX_INHERITED) {
             out.word(hash.0);
@@ -472,11 +476,11 @@ mod tests {
         }
 
         fn publish(&mut self, store: &Store, now: Duration) {
-            self.share.publish(&mut self.worker, store, false, now);
+            self.share.publish(&mut self.worker, store, now);
         }
 
         fn catch_up(&mut self, store: &Store, now: Duration) {
-            self.share.catch_up(&mut self.worker, store, now);
+            self.share.catch_up(&mut self.worker, store, store.announced(), now);
         }
 
         /// Per endpoint: legs, seconds of prefill work, decode tokens and requests.
@@ -629,11 +633,11 @@ mod tests {
         nodes[0].publish(&store, now);
         nodes[0].worker.decode_ended(decode, 10);
         let node = &mut nodes[0];
-        node.share.publish(&mut node.worker, &store, true, now + Duration::from_millis(3));
+        node.share.publish(&mut node.worker, &store, now + Duration::from_millis(3));
         nodes[1].catch_up(&store, now);
         assert!(!nodes[1].is_idle());
         let node = &mut nodes[0];
-        node.share.publish(&mut node.worker, &store, true, now + PATIENCE);
+        node.share.publish(&mut node.worker, &store, now + PATIENCE);
         nodes[1].catch_up(&store, now);
         assert!(nodes[1].is_idle());
     }

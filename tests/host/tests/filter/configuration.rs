@@ -2,6 +2,7 @@
 
 use pd_host::{Request, Worker};
 use serde_json::Value;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::gateway::*;
 
@@ -38,7 +39,9 @@ fn refusal(worker: &Worker) -> String {
 
 #[track_caller]
 fn assert_serves(worker: &Worker) {
-    let stream = run_split(worker, &long_chat(1));
+    static PROMPTS: AtomicU64 = AtomicU64::new(0);
+    // A prompt that no worker has seen: one that is known is not split.
+    let stream = run_split(worker, &long_chat(PROMPTS.fetch_add(1, Relaxed)));
     assert_eq!(state(&stream, "decision"), "split");
 }
 

@@ -243,8 +243,8 @@ fn a_phase_header_sends_one_leg_to_that_pool() {
 #[test]
 fn an_untrusted_phase_header_means_nothing() {
     let gateway = Gateway::new(&config(&[r#""trusted_headers":[]"#], TWO_AND_TWO, ""));
-    for phase in ["prefill", "decode", "nonsense"] {
-        let stream = long_chat(1).header("x-pd-phase", phase).send(&gateway);
+    for (id, phase) in (1..).zip(["prefill", "decode", "nonsense"]) {
+        let stream = long_chat(id).header("x-pd-phase", phase).send(&gateway);
         assert_eq!(leg(&gateway).header("x-pd-phase"), None);
         answer_leg(&gateway);
         assert_eq!(forwarded(&stream).header("x-pd-phase"), None);

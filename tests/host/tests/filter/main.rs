@@ -11,3 +11,4 @@ mod hostile;
 mod matrix;
 mod push;
 mod rejected;
+mod sharing;
