@@ -47,6 +47,8 @@ pub(crate) const ABSENT: u32 = u32::MAX;
 pub const SEATS: usize = 64;
 /// Time without renewal after which a seat is free and its part of the ledger gone.
 const SEAT_LIFE: Duration = Duration::from_millis(700);
+/// Time without renewal after which a worker makes sure of its seat before it writes.
+const RENEWAL: Duration = Duration::from_millis(350);
 /// Bytes of a segment beyond which the next one begins.
 const SEGMENT_BYTES: usize = 4_096;
 /// Segments of a log that are kept: 100 kB and more, which is what a busy worker tells in a tenth of a second.
@@ -150,7 +152,7 @@ impl Share {
             return;
         }
         // A worker that stood still may have lost its seat, and the log there is somebody else's.
-        if now.saturating_sub(self.renewed) > SEAT_LIFE / 2 {
+        if now.saturating_sub(self.renewed) > RENEWAL {
             self.renew(worker, shared, now);
         }
         match self.seat {
