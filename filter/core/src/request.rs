@@ -17,12 +17,13 @@ use std::sync::Arc;
 
 use crate::admission::{Ask, Limits, Shed, Ticket};
 use crate::body::{Api, KeySet, Scan, scan};
-use crate::config::{EXPLAIN_HEADER, PHASE_HEADER, PREFILLER_HEADER};
+use crate::config::{Config, EXPLAIN_HEADER, PHASE_HEADER, PREFILLER_HEADER};
 use crate::engine;
 use crate::headers::Headers;
 use crate::index::EndpointIndex;
 use crate::intake::{Claims, Intake, Phase, Subset, Work, decoded_path, endpoint_ids, is_ours, read_body};
 use crate::metrics::Metric;
+use crate::models::{Served, known};
 use crate::reply::{Rejection, Reply};
 use crate::schedule::{Decision, Scheduler};
 use crate::splice::HeadEdit;
@@ -94,6 +95,10 @@ pub enum Effect {
     EditBody(HeadEdit),
     /// Run a prefill leg, or ask what one needs to know; its end comes back as [`Request::prefill_answer`].
     Call(Call),
+    /// Remove a header of the response whose headers are told.
+    RemoveResponseHeader(&'static str),
+    /// Edit the part of the response's body that is told.
+    EditResponse(HeadEdit),
     /// Add a header to the response whose headers are told.
     AddResponseHeader(&'static str, String),
     /// Tell the operator that something is degraded: once per change.
@@ -189,7 +194,7 @@ impl Request {
             && headers.get(":path").is_some_and(|path| decoded_path(path) == MODELS_PATH)
         {
             worker.counts.count(Metric::RequestsPassed);
-            return self.answer_models(worker, effects);
+            return self.answer_models(worker, &config, effects);
         }
         if api.is_none() && (end_of_stream || multipart) {
             return self.pass(worker, &config, subset.as_ref(), effects, now);
@@ -273,7 +278,7 @@ impl Request {
         let scanned = scan(body);
         let Some(api) = intake.api else {
             let edit = match scanned {
-                Ok(scan) => engine::decode_plan(body, &scan, KeySet::EMPTY).with_insert(b""),
+                Ok(scan) => engine::decode_plan(body, &scan, KeySet::EMPTY, None).with_insert(b""),
                 Err(error) if intake.may_be_object(body) => {
                     return self.reject(worker, Vec::new(), &Rejection::InvalidJson(error.to_string()));
                 }
@@ -285,7 +290,7 @@ impl Request {
         match scanned.map_err(|error| Rejection::InvalidJson(error.to_string())) {
             Ok(scan) => {
                 let Intake { config, headers, phase, prefiller, claims, subset, .. } = intake;
-                match read_body(worker, config, headers, api, subset, body, &scan) {
+                match read_body(worker, config, headers, api, subset, body, &scan, now) {
                     Ok(work) => match self.admit(worker, &work, claims) {
                         Ok(()) => self.decide(worker, work, phase, prefiller.as_deref(), claims, (body, &scan), now),
                         Err(shed) => self.shed(worker, shed),
@@ -350,7 +355,7 @@ impl Request {
         if limits != Limits::default() {
             let tokens = (work.prompt.tokens as u64).saturating_add(work.output_tokens);
             let ask = Ask { tokens, priority: claims.priority, fairness: claims.fairness };
-            self.ticket = Some(worker.admission.admit(&work.candidates.pool, limits, ask)?);
+            self.ticket = Some(worker.admission.admit(&work.served.candidates.pool, limits, ask)?);
         }
         Ok(())
     }
@@ -371,7 +376,7 @@ impl Request {
         body: (&[u8], &Scan),
         now: Duration,
     ) -> Outcome {
-        let Work { candidates, prompt, .. } = &work;
+        let Work { served: Served { candidates, .. }, prompt, .. } = &work;
         let hint = prefiller.and_then(|ids| hinted(worker, ids, candidates));
         if prefiller.is_some() && hint.is_none() && phase.is_none() {
             worker.counts.count(Metric::HintsIgnored);
@@ -397,7 +402,7 @@ impl Request {
         body: (&[u8], &Scan),
         now: Duration,
     ) -> Outcome {
-        let Work { candidates, prompt, plan, .. } = &work;
+        let Work { served: Served { candidates, .. }, prompt, plan, .. } = &work;
         let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: work.pool(), now };
         let prefill = Prefill::Own;
         let route = match phase {
@@ -447,11 +452,11 @@ impl Request {
         }
     }
 
-    /// Lists the models of all endpoints, where each says which it serves: no single engine knows them all.
-    fn answer_models(&mut self, worker: &Worker, mut effects: Vec<Effect>) -> Outcome {
+    /// Lists the models of all endpoints and their aliases, where each says which it serves: no single engine knows them all.
+    fn answer_models(&mut self, worker: &Worker, config: &Config, mut effects: Vec<Effect>) -> Outcome {
         let card =
-            |name: &str| serde_json::json!({"id": name, "object": "model", "created": 0, "owned_by": "envoy-pd"});
-        let data: Vec<_> = worker.table.model_names().into_iter().map(card).collect();
+            |name: String| serde_json::json!({"id": name, "object": "model", "created": 0, "owned_by": "envoy-pd"});
+        let data: Vec<_> = known(config, &worker.table).into_iter().map(card).collect();
         let body = serde_json::json!({"object": "list", "data": data}).to_string().into_bytes();
         let headers = vec![("content-type", "application/json".to_owned())];
         self.state = State::Over;

@@ -30,13 +30,15 @@ pub(super) fn start_leg(
         // A host that Envoy does not know yet is skipped: the next one must be a prefill endpoint too. Where the decode
         // leg has been told which one it is, no other will do.
         let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool, now };
-        alternates = scheduler.alternates(&work.candidates.prefill, &work.prompt, pick.endpoint);
+        alternates = scheduler.alternates(&work.served.candidates.prefill, &work.prompt, pick.endpoint);
         alternates.retain(|at| worker.table.refer(*at).is_some_and(|at| !tried.contains(&at)));
     }
     let destination = destination(worker, pick.endpoint, alternates.into_iter());
     let id = pair_id.unwrap_or_else(|| worker.pair_id(work.headers.get("x-request-id").unwrap_or_default(), now));
     let engine = worker.table.get(pick.endpoint).map_or(pool.engine, |slot| slot.engine);
-    let body = with_pair(worker, work, pick, id, |pair| engine::prefill_body(engine, work.api, body, scan, pair));
+    let model = work.served.rewrite.as_deref();
+    let body =
+        with_pair(worker, work, pick, id, |pair| engine::prefill_body(engine, work.api, body, scan, pair, model));
     let mut rank = None;
     if let Some(slot) = worker.table.get_mut(pick.endpoint) {
         slot.health.sent(now);

@@ -14,6 +14,7 @@ use crate::fit::Usage;
 use crate::index::EndpointIndex;
 use crate::intake::{Work, candidates, question_headers};
 use crate::metrics::Metric;
+use crate::models::Served;
 use crate::reply::Rejection;
 use crate::schedule::{Partner, Pick, Prompt, Scheduler};
 use crate::table::{Candidates, EndpointRef};
@@ -47,9 +48,9 @@ impl Request {
             seconds = leg_ended(worker, state.endpoint, leg, &answer, now);
         }
         // The list may have changed since the leg began: its places may be other endpoints' now.
-        let current = candidates(&worker.table, &state.work.model, state.work.subset.as_ref());
-        state.work.candidates = current.unwrap_or_else(|_| {
-            Arc::new(Candidates { pool: Arc::clone(&state.work.candidates.pool), ..Candidates::default() })
+        let current = candidates(&worker.table, &state.work.served.model, state.work.subset.as_ref());
+        state.work.served.candidates = current.unwrap_or_else(|_| {
+            Arc::new(Candidates { pool: Arc::clone(&state.work.served.candidates.pool), ..Candidates::default() })
         });
         let mut body = Some(body);
         let mut read_again = || body.take().and_then(|body| body());
@@ -57,9 +58,10 @@ impl Request {
             (PrefillAnswer::Answered { status: 200, body: answer, .. }, None) if state.leg.is_some() => {
                 let Prompt { bytes, tokens, .. } = state.work.prompt;
                 let thought = (bytes as f64, tokens, state.pick.matched_tokens);
-                worker.table.saw_prefill(state.endpoint, thought, seconds, Usage::of_answer(answer));
+                let usage = Usage::of_answer(answer);
+                worker.table.saw_prefill(state.endpoint, thought, seconds, usage);
                 let handover = engine::handover(state.partner.engine, state.work.api, answer);
-                return self.prefilled(worker, &state, &handover, read_again, now);
+                return self.prefilled(worker, &state, &handover, usage, read_again, now);
             }
             (PrefillAnswer::Answered { status: 200, body: answer, .. }, None) => {
                 let slot = worker.table.resolve(state.endpoint);
@@ -94,7 +96,7 @@ impl Request {
                 let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool, now };
                 let is_there = |tried: &&EndpointRef| worker.table.refer(tried.index) == Some(**tried);
                 let tried: Vec<_> = state.tried.iter().filter(is_there).map(|tried| tried.index).collect();
-                scheduler.pick_by_cost(&state.work.candidates.prefill, &state.work.prompt, &tried)
+                scheduler.pick_by_cost(&state.work.served.candidates.prefill, &state.work.prompt, &tried)
             })
             .flatten();
         if let Some(pick) = next
@@ -115,7 +117,7 @@ impl Request {
     /// No prefill endpoint could be had: what the pool's policy says.
     pub(super) fn give_up(&mut self, worker: &mut Worker, work: &Work, now: Duration) -> Outcome {
         worker.counts.count(Metric::PrefillGivenUp);
-        let Work { candidates, prompt, plan, .. } = work;
+        let Work { served: Served { candidates, .. }, prompt, plan, .. } = work;
         let pool = work.pool();
         let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool, now };
         let picked = match pool.on_prefill_failure {
@@ -172,7 +174,7 @@ impl Request {
             return Outcome { flow: Flow::Pause, effects: vec![Effect::Call(call)] };
         }
         let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: work.pool(), now };
-        let Work { candidates, prompt, plan, .. } = &work;
+        let Work { served: Served { candidates, .. }, prompt, plan, .. } = &work;
         let Some((decode, alternates)) = scheduler.pick_decode(&candidates.decode, prompt, &[], Some(&partner)) else {
             return self.reject(worker, Vec::new(), &Rejection::NoEndpoint);
         };
@@ -202,14 +204,15 @@ impl Request {
         worker: &mut Worker,
         state: &Prefilling,
         handover: &Handover,
+        usage: Option<Usage>,
         read_again: impl FnOnce() -> Option<B>,
         now: Duration,
     ) -> Outcome {
-        let Work { plan, body_bytes, config, candidates, prompt, .. } = &state.work;
+        let Work { plan, body_bytes, config, served, prompt, .. } = &state.work;
         let replaced = match handover {
             Handover::Insert { drop, .. } if !drop.is_empty() => read_again().and_then(|body| {
                 let scan = scan(body.as_ref()).ok()?;
-                Some(engine::decode_plan(body.as_ref(), &scan, *drop))
+                Some(engine::decode_plan(body.as_ref(), &scan, *drop, served.rewrite.as_deref()))
             }),
             _ => None,
         };
@@ -234,11 +237,12 @@ impl Request {
             }
         };
         let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: state.work.pool(), now };
-        let Some((pick, alternates)) = scheduler.pick_decode(&candidates.decode, prompt, &[], Some(&state.partner))
+        let Some((pick, alternates)) =
+            scheduler.pick_decode(&served.candidates.decode, prompt, &[], Some(&state.partner))
         else {
             return self.reject(worker, Vec::new(), &Rejection::NoEndpoint);
         };
-        let prefill = Prefill::Done(state.pick, state.endpoint, state.started);
+        let prefill = Prefill::Done(state.pick, state.endpoint, state.started, usage);
         let route = Route { decision: Metric::RequestsSplit, reason, pick, alternates, prefill, plan, insert };
         let mut outcome = self.send(worker, &state.work, route, now);
         outcome.effects.extend(warning.map(Effect::Warn));

@@ -9,7 +9,9 @@ use super::{
     DECISION, DECODE, DESTINATION, Effect, Flow, KV_MISSING, MATCHED_TOKENS, Outcome, PREFILL, PREFILLER, RANK, REASON,
     Request, State, TRIES, decision_name, to_i64,
 };
+use crate::answer::Passage;
 use crate::config::{Config, Split};
+use crate::fit::Usage;
 use crate::index::EndpointIndex;
 use crate::intake::{Subset, Work};
 use crate::metrics::Metric;
@@ -37,7 +39,7 @@ pub(super) enum Prefill {
     /// Whoever generates.
     Own,
     /// A leg that is through.
-    Done(Pick, EndpointRef, Duration),
+    Done(Pick, EndpointRef, Duration, Option<Usage>),
     /// A leg that goes out now.
     Beside(Pick, Companion),
     /// A sidecar sees to it.
@@ -48,7 +50,7 @@ impl Prefill {
     pub(super) fn endpoint(&self) -> Option<(Pick, EndpointRef)> {
         match self {
             Self::Own => None,
-            Self::Done(pick, endpoint, _) | Self::Sidecar(pick, endpoint) => Some((*pick, *endpoint)),
+            Self::Done(pick, endpoint, ..) | Self::Sidecar(pick, endpoint) => Some((*pick, *endpoint)),
             Self::Beside(pick, companion) => Some((*pick, companion.endpoint)),
         }
     }
@@ -102,7 +104,7 @@ impl Request {
         if let Some(rank) = rank {
             effects.push(Effect::SetState(RANK, rank.to_string().into_bytes()));
         }
-        if let Prefill::Done(_, _, started) = prefill {
+        if let Prefill::Done(_, _, started, _) = prefill {
             effects.push(prefill_ms(worker, started, now));
         }
         if let Some((_, endpoint)) = prefill.endpoint()
@@ -117,9 +119,13 @@ impl Request {
         if !edit.is_none() {
             effects.push(Effect::EditBody(edit));
         }
+        let is_kv_missing = reason == KV_MISSING;
+        let is_split = !matches!(prefill, Prefill::Own) && !is_kv_missing;
+        let is_judged =
+            is_split && worker.table.get(pick.endpoint).is_some_and(|slot| slot.engine.counts_fetched_tokens());
+        let passage = passage(work, &prefill, is_split).map(Box::new);
         let companion = if let Prefill::Beside(_, companion) = prefill { Some(companion) } else { None };
-        let (response, is_kv_missing) = (Response::Awaited, reason == KV_MISSING);
-        let is_restricted = work.subset.is_some();
+        let (response, is_restricted) = (Response::Awaited, work.subset.is_some());
         let sent = Sent {
             endpoint,
             alternates,
@@ -127,6 +133,8 @@ impl Request {
             own,
             companion,
             is_kv_missing,
+            passage,
+            is_judged,
             is_restricted,
             response,
             answered: false,
@@ -192,4 +200,27 @@ pub(super) fn destination(
         text.push_str(&slot.address);
     }
     text
+}
+
+/// What to look for in the answer of a request: the model's name where it is to be put back, and what was used where
+/// that will be told. A stream is read for its cached tokens only where they are to be put right, for it has many parts.
+fn passage(work: &Work, prefill: &Prefill, is_split: bool) -> Option<Passage> {
+    let (tells_cached_tokens, cached_tokens) = match prefill {
+        Prefill::Done(.., usage) => {
+            let cached = usage.and_then(|usage| usage.cached_tokens);
+            (cached.is_some(), cached)
+        }
+        Prefill::Beside(..) => (true, None),
+        Prefill::Own | Prefill::Sidecar(..) => (false, None),
+    };
+    let tells_cached_tokens = tells_cached_tokens && is_split && work.pool().tells_prefills_cached_tokens;
+    let reads_usage = work.shows_usage && is_split && (tells_cached_tokens || !work.is_stream);
+    if !reads_usage && work.put_back.is_none() {
+        return None;
+    }
+    let mut passage = Passage::new(tells_cached_tokens, cached_tokens);
+    if let Some(asked) = &work.put_back {
+        passage.rename(&work.served.model, asked);
+    }
+    Some(passage)
 }

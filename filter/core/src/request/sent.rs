@@ -4,8 +4,11 @@ use core::time::Duration;
 
 use super::leg::{engines_reply, leg_ended, prefill_ms};
 use super::{Effect, Flow, GO_ON, KV_HEADER, Outcome, PrefillAnswer, Request, SERVED_HEADER, State, WAIT, to_i64};
+use crate::answer::Passage;
+use crate::fit::Usage;
 use crate::metrics::Metric;
 use crate::reply::Rejection;
+use crate::splice::HeadEdit;
 use crate::table::EndpointRef;
 use crate::worker::Worker;
 
@@ -21,6 +24,10 @@ pub(super) struct Sent {
     pub(super) companion: Option<Companion>,
     /// Whether the prompt is computed a second time.
     pub(super) is_kv_missing: bool,
+    /// What to look for in the answer.
+    pub(super) passage: Option<Box<Passage>>,
+    /// Whether the answer's usage tells that the KV cache came.
+    pub(super) is_judged: bool,
     /// Whether a peer restricted the endpoints, and wants to know who served.
     pub(super) is_restricted: bool,
     pub(super) response: Response,
@@ -59,6 +66,9 @@ impl Request {
         leg_ended(worker, companion.endpoint, companion.leg, &answer, now);
         if let PrefillAnswer::Answered { status: 200, .. } = answer {
             let mut effects = vec![prefill_ms(worker, companion.started, now)];
+            if let (Some(passage), PrefillAnswer::Answered { body, .. }) = (&mut sent.passage, answer) {
+                passage.cached_tokens = Usage::of_answer(body).and_then(|usage| usage.cached_tokens);
+            }
             if sent.response == Response::Held {
                 sent.response = Response::Passed;
                 effects.push(Effect::ResumeResponse);
@@ -118,10 +128,37 @@ impl Request {
         if sent.is_kv_missing {
             effects.push(Effect::AddResponseHeader(KV_HEADER, "missing".to_owned()));
         }
+        if sent.passage.as_ref().is_some_and(|passage| passage.changes_length()) {
+            effects.push(Effect::RemoveResponseHeader("content-length"));
+        }
         // A refusal does not wait for the KV cache.
         let is_held = sent.companion.is_some() && upstream.is_some() && status == Some(200);
         sent.response = if is_held { Response::Held } else { Response::Passed };
         Outcome { flow: if is_held { Flow::Pause } else { Flow::Continue }, effects }
+    }
+
+    /// Whether [`answer_part`](Self::answer_part) wants the response's body.
+    #[must_use]
+    pub fn reads_answer(&self) -> bool {
+        matches!(&self.state, State::Sent(sent) if sent.passage.is_some())
+    }
+
+    /// A part of the response's body is there.
+    pub fn answer_part(&mut self, worker: &mut Worker, part: &[u8], is_last: bool) -> Outcome {
+        let State::Sent(sent) = &mut self.state else { return GO_ON };
+        let Some(passage) = &mut sent.passage else { return GO_ON };
+        let edited = passage.part(part, is_last);
+        let drain = u32::try_from(part.len()).unwrap_or(u32::MAX);
+        let mut effects: Vec<_> =
+            edited.map(|head| Effect::EditResponse(HeadEdit { drain, head })).into_iter().collect();
+        if is_last {
+            let usage = passage.usage();
+            sent.passage = None;
+            if let Some(usage) = usage.filter(|_| sent.is_judged) {
+                effects.extend(judge(worker, sent.endpoint, usage));
+            }
+        }
+        Outcome { flow: Flow::Continue, effects }
     }
 
     /// Whether [`first_byte`](Self::first_byte) is still to be told.
@@ -186,4 +223,29 @@ impl Sent {
         worker.counts.add(Metric::DecodeInFlight, -1);
         worker.counts.add(Metric::DecodeTokensInFlight, to_i64(self.tokens).saturating_neg());
     }
+}
+
+/// Shortest prompt whose usage is judged, tokens: engines hand over whole blocks and keep the last token for themselves.
+const JUDGED_TOKENS: u64 = 256;
+/// Answers in a row that show a KV cache that came before the next one that does not is news.
+const KV_DOUBTS: u8 = 32;
+
+/// Compares what the decode endpoint had of a split prompt with all of it; a warning where that is news.
+fn judge(worker: &mut Worker, endpoint: EndpointRef, usage: Usage) -> Option<Effect> {
+    let cached = usage.cached_tokens.filter(|_| usage.prompt_tokens >= JUDGED_TOKENS)?;
+    let is_moved = cached >= usage.prompt_tokens / 2;
+    if !is_moved {
+        worker.counts.count(Metric::KvNotMoved);
+    }
+    let slot = worker.table.resolve(endpoint)?;
+    let is_news = !is_moved && slot.kv_doubts == 0;
+    slot.kv_doubts = if is_moved { slot.kv_doubts.saturating_sub(1) } else { KV_DOUBTS };
+    is_news.then(|| {
+        let Usage { prompt_tokens, .. } = usage;
+        Effect::Warn(format!(
+            "{} had {cached} of the {prompt_tokens} tokens of a split prompt: KV caches do not reach it, prompts are \
+             computed twice",
+            slot.address
+        ))
+    })
 }

@@ -860,3 +860,181 @@ fn the_models_of_all_endpoints_are_listed_and_a_header_may_name_one() {
         }
     }
 }
+
+const ALIASES: &str = r#"{"models":{
+    "gpt":{"targets":[{"model":"m"}],"answer":"asked"},
+    "canary":{"targets":[{"model":"m","weight":3},{"model":"m-lora","weight":1}]},
+    "nobody":{"targets":[{"model":"x"}]}
+},"#;
+
+fn aliased() -> Fixture {
+    configured(&CONFIG.replacen('{', ALIASES, 1).replace(r#"["m"]"#, r#"["m", "m-lora"]"#))
+}
+
+#[test]
+fn an_alias_is_rewritten_in_both_legs_and_put_back_in_the_answer() {
+    let mut t = aliased();
+    t.headers(&[]);
+    let body = long_body().replace(r#""model":"m""#, r#""model" : "gp\u0074""#);
+    let outcome = t.body(&body);
+    assert!(text(&call(&outcome).body).contains(r#""model" : "m","messages""#));
+    let outcome = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+    let served = long_body().replace(r#""model":"m""#, r#""model" : "m""#);
+    assert_eq!(edited(&outcome, &body), served.replacen('{', &format!(r#"{{"kv_transfer_params":{PARAMS},"#), 1));
+    let upstream = state(&outcome, DECODE).to_owned();
+    let outcome = t.request.response_headers(&mut t.worker, Some(upstream.as_bytes()), None, t.now);
+    assert_eq!(outcome.effects, [Effect::RemoveResponseHeader("content-length")]);
+    assert!(t.request.reads_answer());
+    let outcome = t.request.answer_part(&mut t.worker, br#"data: {"model":"m"}"#, false);
+    assert_eq!(
+        outcome.effects,
+        [Effect::EditResponse(HeadEdit { drain: 19, head: br#"data: {"model":"gpt"}"#.to_vec() })]
+    );
+    assert_eq!(t.request.answer_part(&mut t.worker, b"", true).effects, []);
+    assert!(!t.request.reads_answer());
+    t.done();
+    assert!(t.is_idle());
+}
+
+#[test]
+fn an_alias_named_by_a_header_is_put_into_a_body_without_a_model() {
+    let mut t = aliased();
+    t.headers(&[("x-gateway-model-name", "gpt")]);
+    let body = long_body().replace(r#""model":"m","#, "");
+    let prefill = t.body(&body);
+    assert!(text(&call(&prefill).body).contains(r#""model":"m","#));
+    let outcome = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+    assert_eq!(edited(&outcome, &body), format!(r#"{{"kv_transfer_params":{PARAMS},{}"#, &long_body()[1..]));
+    t.request = Request::default();
+    t.headers(&[("x-gateway-model-name", "gpt")]);
+    assert_eq!(edited(&t.body(r#"{"messages":[]}"#), r#"{"messages":[]}"#), r#"{"model":"m","messages":[]}"#);
+}
+
+#[test]
+fn weights_spread_requests_and_keep_a_session_together() {
+    let mut t = aliased();
+    let mut served = |session: &str, id: u32| {
+        t.request = Request::default();
+        let id = id.to_string();
+        let named = [("x-request-id", id.as_str()), ("x-session-id", session)];
+        t.headers(if session.is_empty() { &named[..1] } else { &named });
+        let body = r#"{"model":"canary","messages":[]}"#;
+        let outcome = t.body(body);
+        assert!(!t.request.reads_answer(), "the answer stays as it is");
+        t.done();
+        edited(&outcome, body)
+    };
+    let adapters = (0..400).filter(|id| served("", *id).contains("m-lora")).count();
+    assert!((60..140).contains(&adapters), "{adapters} of 400, 100 expected");
+    for session in ["a", "b", "c"] {
+        let first = served(session, 0);
+        assert!((1..20).all(|id| served(session, id) == first));
+    }
+}
+
+#[test]
+fn aliases_are_listed_where_somebody_serves_them() {
+    let mut t = aliased();
+    t.headers(&[]);
+    let outcome = t.body(r#"{"model":"nobody","messages":[]}"#);
+    assert_eq!(reply(&outcome), (404, "unknown_model"));
+    let Some(Effect::Reply(answer)) = outcome.effects.last() else { panic!() };
+    let message = text(&answer.body);
+    assert!(message.contains("`nobody`") && message.contains("canary, gpt, m, m-lora"), "{message}");
+}
+
+#[test]
+fn a_rewrite_never_makes_a_body_larger_than_the_limit() {
+    let long = "x".repeat(200);
+    let top = format!(r#"{{"max_body_bytes":1024,"models":{{"a":{{"targets":[{{"model":"{long}"}}]}}}},"#);
+    let mut t = configured(&CONFIG.replacen('{', &top, 1).replace(r#"["m"]"#, &format!(r#"["{long}"]"#)));
+    for (bytes, is_refused) in [(600, false), (900, true)] {
+        t.request = Request::default();
+        t.headers(&[]);
+        let outcome = t.body(&format!(r#"{{"model":"a","messages":[],"user":"{}"}}"#, "u".repeat(bytes)));
+        assert_eq!(outcome.flow == Flow::Pause, is_refused);
+        t.done();
+    }
+}
+
+/// A split request whose legs say that they had so many tokens of 1,000 cached; what comes of its answer.
+fn judged(t: &mut Fixture, body: &str, prefill: u64, decode: u64) -> Vec<Effect> {
+    t.request = Request::default();
+    t.headers(&[(PREFILLER_HEADER, "10.0.0.1:1")]);
+    let mut outcome = t.body(body);
+    let usage =
+        |cached| format!(r#""usage":{{"prompt_tokens":1000,"prompt_tokens_details":{{"cached_tokens":{cached}}}}}"#);
+    let is_concurrent = outcome.flow == Flow::Continue;
+    let answered = t.answer(200, &format!(r#"{{{},"kv_transfer_params":{PARAMS}}}"#, usage(prefill)));
+    if !is_concurrent {
+        outcome = answered;
+    }
+    assert_eq!(state(&outcome, DECISION), "split");
+    let decode_endpoint = state(&outcome, DECODE).to_owned();
+    t.request.response_headers(&mut t.worker, Some(decode_endpoint.as_bytes()), Some(200), t.now);
+    let reads = t.request.reads_answer();
+    let effects = t.request.answer_part(&mut t.worker, format!("{{{}}}", usage(decode)).as_bytes(), true).effects;
+    assert!(reads || effects.is_empty());
+    t.done();
+    effects
+}
+
+fn whole_body() -> String {
+    long_body().replace(r#","stream":true"#, "")
+}
+
+#[test]
+fn cached_tokens_are_those_of_the_prefill_leg() {
+    for engine in ["vllm-nixl", "vllm-shared", "sglang"] {
+        for (policy, is_edited) in
+            [("", true), (r#","cached_tokens":"prefill""#, true), (r#","cached_tokens":"decode""#, false)]
+        {
+            let pool =
+                format!(r#"{{"pools":{{"default":{{"engine":"{engine}","split":{{"mode":"always"}}{policy}}}}},"#);
+            let mut t = configured(&CONFIG.replacen('{', &pool, 1));
+            for (body, is_seen) in [
+                (whole_body(), true),
+                (long_body(), false),
+                (long_body().replacen('{', r#"{"stream_options":{"include_usage":true},"#, 1), true),
+            ] {
+                let effects = judged(&mut t, &body, 16, 999);
+                let edited = effects.iter().any(|effect| match effect {
+                    Effect::EditResponse(edit) => text(&edit.head).contains(r#""cached_tokens": 16}"#),
+                    _ => panic!("{effect:?}"),
+                });
+                assert_eq!(edited, is_edited && is_seen, "{engine}{policy} {body:.60}");
+            }
+            assert_eq!(t.worker.counts.pending(Metric::KvNotMoved), 0);
+        }
+    }
+}
+
+#[test]
+fn a_prompt_that_was_computed_twice_is_counted_each_time_and_said_once() {
+    for engine in ["vllm-nixl", "vllm-shared", "mooncake"] {
+        let pool = format!(r#"{{"pools":{{"default":{{"engine":"{engine}","split":{{"mode":"always"}}}}}},"#);
+        // One decode endpoint: what is said is said of each.
+        let mut t = configured(
+            &CONFIG
+                .replacen('{', &pool, 1)
+                .replace(r#""10.0.0.2:2", "role": "decode""#, r#""10.0.0.2:2", "role": "prefill""#),
+        );
+        let prefill = t.worker.table.iter().map(|(at, _)| at).collect::<Vec<_>>();
+        for at in prefill {
+            t.worker.table.get_mut(at).unwrap().engine_id = Some(br#""e""#[..].into());
+        }
+        let mut warnings = |decode, times: usize| {
+            let each =
+                |_| judged(&mut t, &whole_body(), 0, decode).iter().filter(|e| matches!(e, Effect::Warn(_))).count();
+            (0..times).map(each).sum::<usize>()
+        };
+        assert_eq!(warnings(999, 3), 0, "{engine}");
+        assert_eq!(warnings(0, 3), 1, "{engine}");
+        assert_eq!((warnings(999, 5), warnings(16, 1)), (0, 0), "{engine}: it comes and goes");
+        assert_eq!((warnings(999, 40), warnings(16, 2)), (0, 1), "{engine}");
+        assert_eq!(t.worker.counts.pending(Metric::KvNotMoved), 6, "{engine}");
+    }
+    let mut t = of_engine("sglang");
+    judged(&mut t, &whole_body(), 0, 0);
+    assert_eq!(t.worker.counts.pending(Metric::KvNotMoved), 0, "its decode endpoint cannot compute a prompt");
+}
