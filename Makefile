@@ -92,6 +92,12 @@ lint: toolchain deps-check ## Formatting, clippy for native and wasm, pd-core's 
 fmt: toolchain ## Format the sources
 	cargo fmt --all
 
+soak: build envoy ## Many requests at 64 concurrent with random faults at every engine: answers, ledger, memory
+#> SOAK_REQUESTS=100000 SOAK_ENGINE=sglang   how many over all engines; one engine only
+	$(call say,$(or $(SOAK_REQUESTS),100000) requests with random faults)
+	PD_SOAK_REQUESTS=$(or $(SOAK_REQUESTS),100000) $(if $(SOAK_ENGINE),PD_SOAK_ENGINE='$(SOAK_ENGINE)') \
+	    cargo test $(LOCKED) -p pd-tests --test envoy soak:: -- --nocapture
+
 fuzz: toolchain ## Fuzz at length
 #> FUZZ_SECONDS=1800 TARGETS=…              for each target; some of them only
 	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),1800) $(MAKE) fuzz-all
@@ -129,4 +135,4 @@ fuzz-all:
 	    done; \
 	fi
 
-.PHONY: help run replay sim explain build wasm toolchain envoy test lint fmt fuzz bench deps clean deps-check fuzz-all
+.PHONY: help run replay sim explain build wasm toolchain envoy test lint fmt soak fuzz bench deps clean deps-check fuzz-all

@@ -34,6 +34,8 @@ pub enum Map {
 pub enum Buffer {
     /// Request body as far as it is buffered.
     RequestBody = 0,
+    /// The part of the response body that is told.
+    ResponseBody = 1,
     /// Body of a call-out's answer, while it is told.
     CallBody = 4,
     /// Plugin configuration, while it is told.

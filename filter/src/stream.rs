@@ -71,6 +71,14 @@ impl Stream {
                         return Err(CallRefused);
                     }
                 }
+                Effect::RemoveResponseHeader(name) => {
+                    let removed = host::remove_header(Map::Response, name.as_bytes());
+                    shell.expect_ok(name, removed);
+                }
+                Effect::EditResponse(edit) => {
+                    let edited = host::replace_front(Buffer::ResponseBody, edit.drain as usize, &edit.head);
+                    shell.expect_ok("edit response", edited);
+                }
                 Effect::AddResponseHeader(name, value) => {
                     shell.expect_ok(name, host::add_header(Map::Response, name, &value));
                 }
@@ -177,12 +185,19 @@ impl HttpContext for Stream {
         Action::Continue
     }
 
-    fn on_http_response_body(&mut self, bytes: usize, _: bool) -> Action {
+    fn on_http_response_body(&mut self, bytes: usize, end_of_stream: bool) -> Action {
         if bytes > 0
             && self.request.awaits_first_byte()
             && let Ok(mut shell) = self.shell.try_borrow_mut()
         {
             self.request.first_byte(&mut shell.worker, host::now());
+        }
+        if self.request.reads_answer() {
+            let part = if bytes > 0 { host::buffer(Buffer::ResponseBody) } else { Ok(Vec::new()) };
+            return action(self.step(|request, shell| {
+                let part = shell.expect_ok("response body", part).unwrap_or_default();
+                request.answer_part(&mut shell.worker, &part, end_of_stream)
+            }));
         }
         Action::Continue
     }

@@ -354,6 +354,12 @@ impl Rig {
         Admin { address: self.places.control.address() }.get(path).await
     }
 
+    /// Where Envoy looks for pd-control.
+    #[must_use]
+    pub fn control_address(&self) -> SocketAddr {
+        self.places.control.address()
+    }
+
     /// Kills pd-control.
     pub fn kill_control(&mut self) {
         self.control = None;

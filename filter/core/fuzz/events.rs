@@ -170,7 +170,16 @@ pub fn run(input: &[u8]) {
                 let flow = request.response_headers(&mut worker, upstream, status, now).flow;
                 assert!(flow == Flow::Continue || request.awaits_call(), "nothing will let the response go");
             }
-            7 => request.first_byte(&mut worker, now),
+            7 => {
+                request.first_byte(&mut worker, now);
+                let text = match choices.below(4) {
+                    0 => choices.bytes(),
+                    n => ANSWERS[usize::from(n) % 6].as_bytes(),
+                };
+                let reads = request.reads_answer();
+                let outcome = request.answer_part(&mut worker, text, choices.below(2) == 0);
+                assert!(reads || outcome.effects.is_empty());
+            }
             8 => {
                 request.done(&mut worker, now);
                 live.remove(at);
@@ -223,6 +232,8 @@ fn check(outcome: &Outcome, body: &[u8], known: &HashSet<String>) {
             Effect::SetState(..)
             | Effect::RemoveHeader(_)
             | Effect::AddResponseHeader(..)
+            | Effect::RemoveResponseHeader(_)
+            | Effect::EditResponse(_)
             | Effect::Warn(_)
             | Effect::ResumeResponse => {}
             Effect::EditBody(edit) => {

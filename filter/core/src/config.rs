@@ -60,12 +60,38 @@ pub struct Config {
     pub max_body_bytes: usize,
     /// Prefix hashing and index.
     pub prefix: Prefix,
+    /// Names that clients may ask for and that stand for other models.
+    pub models: BTreeMap<String, Alias>,
     /// Priority of each inference objective that a request may name.
     objectives: HashMap<String, i64>,
     /// Policy of each pool named in the configuration.
     pools: HashMap<String, Pool>,
     /// Policy of every other pool.
     default_pool: Pool,
+}
+
+/// A name that stands for other models.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Alias {
+    /// At least one, and at least one with a weight.
+    pub targets: Vec<Target>,
+    /// Whether answers name the alias in place of the model that served.
+    pub is_put_back: bool,
+}
+
+/// A model that an alias may stand for.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Target {
+    /// Name as endpoints list it.
+    pub model: String,
+    /// Share of the requests, against the sum of the alias's weights.
+    #[serde(default = "default_weight")]
+    pub weight: u32,
+}
+
+fn default_weight() -> u32 {
+    1
 }
 
 /// How the filter reaches `pd-control`.
@@ -124,6 +150,8 @@ pub struct Pool {
     pub cache_tokens: u64,
     /// Bytes of JSON per token, for estimates.
     pub bytes_per_token: f64,
+    /// Whether `cached_tokens` in the answer of a split request are those of its prefill leg.
+    pub tells_prefills_cached_tokens: bool,
     /// What one worker lets be in flight.
     pub limits: Limits,
 }
@@ -186,6 +214,7 @@ struct Raw {
     max_body_bytes: usize,
     prefix: RawPrefix,
     objectives: Vec<RawObjective>,
+    models: BTreeMap<String, RawAlias>,
     pools: BTreeMap<String, RawPool>,
 }
 
@@ -203,6 +232,7 @@ impl Default for Raw {
             max_body_bytes: 16 << 20,
             prefix: RawPrefix::default(),
             objectives: Vec::new(),
+            models: BTreeMap::new(),
             pools: BTreeMap::new(),
         }
     }
@@ -213,6 +243,29 @@ impl Default for Raw {
 struct RawObjective {
     name: String,
     priority: i64,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawAlias {
+    targets: Vec<Target>,
+    #[serde(default)]
+    answer: AnswerModel,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum AnswerModel {
+    #[default]
+    Served,
+    Asked,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum CachedTokens {
+    Prefill,
+    Decode,
 }
 
 #[derive(Deserialize)]
@@ -267,6 +320,7 @@ struct RawPool {
     rendezvous_share: f64,
     cache_tokens: u64,
     bytes_per_token: f64,
+    cached_tokens: CachedTokens,
     max_requests: u64,
     max_tokens: u64,
 }
@@ -287,6 +341,7 @@ impl Default for RawPool {
             rendezvous_share: 0.0,
             cache_tokens: 500_000,
             bytes_per_token: 4.0,
+            cached_tokens: CachedTokens::Prefill,
             max_requests: 0,
             max_tokens: 0,
         }
@@ -392,6 +447,11 @@ impl Config {
         for (name, pool) in &raw.pools {
             pools.insert(name.clone(), Pool::check(&format!("pools.{name}"), pool)?);
         }
+        let mut models = BTreeMap::new();
+        for (name, alias) in raw.models {
+            let alias = Alias::check(&format!("models.{name}"), alias)?;
+            models.insert(name, alias);
+        }
         let default_pool = match pools.get("default") {
             Some(pool) => pool.clone(),
             None => Pool::check("pools.default", &RawPool::default())?,
@@ -411,6 +471,7 @@ impl Config {
                 index_bytes: raw.prefix.index_bytes,
                 hot_share: raw.prefix.hot_share,
             },
+            models,
             objectives: raw.objectives.into_iter().map(|objective| (objective.name, objective.priority)).collect(),
             pools,
             default_pool,
@@ -446,6 +507,18 @@ impl Config {
             endpoints: self.endpoints.clone(),
             removed: Vec::new(),
         }
+    }
+}
+
+impl Alias {
+    fn check(key: &str, raw: RawAlias) -> Result<Self, ConfigError> {
+        if raw.targets.iter().any(|target| target.model.is_empty()) {
+            return Err(ConfigError::new(key, "targets: a model must have a name"));
+        }
+        if raw.targets.iter().all(|target| target.weight == 0) {
+            return Err(ConfigError::new(key, "targets: there must be one with a weight"));
+        }
+        Ok(Self { targets: raw.targets, is_put_back: matches!(raw.answer, AnswerModel::Asked) })
     }
 }
 
@@ -500,6 +573,7 @@ impl Pool {
             rendezvous_share: raw.rendezvous_share,
             cache_tokens: raw.cache_tokens,
             bytes_per_token: raw.bytes_per_token,
+            tells_prefills_cached_tokens: matches!(raw.cached_tokens, CachedTokens::Prefill),
             limits: Limits { requests: raw.max_requests, tokens: raw.max_tokens },
         }
     }
@@ -579,6 +653,11 @@ mod tests {
             (r#"{"pools":{"a":{"prefill_attempts":0}}}"#, "pools.a.prefill_attempts"),
             (r#"{"pools":{"a":{"engine":"sglong"}}}"#, "sglong"),
             (r#"{"pools":{"a":{"bootstrap_port":0}}}"#, "pools.a.bootstrap_port"),
+            (r#"{"models":{"a":{"targets":[]}}}"#, "models.a"),
+            (r#"{"models":{"a":{"targets":[{"model":"x","weight":0}]}}}"#, "models.a"),
+            (r#"{"models":{"a":{"targets":[{"model":""}]}}}"#, "models.a"),
+            (r#"{"models":{"a":{"targets":[{"modle":"x"}]}}}"#, "modle"),
+            (r#"{"pools":{"a":{"cached_tokens":"both"}}}"#, "`both`"),
             (r#"{"bootstrap_cluster":""}"#, "bootstrap_cluster"),
             (r#"{"control":{}}"#, "cluster"),
             (r#"{"control":{"cluster":"c","wait_ms":1}}"#, "control.wait_ms"),

@@ -98,6 +98,13 @@ impl Engine {
         self == Self::Sglang
     }
 
+    /// Whether a decode endpoint that computes a prompt itself says so, by the cached tokens of its answer: vLLM counts
+    /// those it fetched. SGLang's decode endpoint tells what the prefill endpoint had cached, and cannot compute alone.
+    #[must_use]
+    pub fn counts_fetched_tokens(self) -> bool {
+        !matches!(self, Self::Sglang | Self::Trtllm)
+    }
+
     /// Whether the decode leg names an id that the prefill endpoint's bootstrap server tells.
     #[must_use]
     pub fn needs_engine_id(self) -> bool {
@@ -129,9 +136,19 @@ pub fn pair_id(bits: u64) -> u64 {
     bits & BITS | LEAST
 }
 
-/// Body of the prefill leg: the client's, ended by length at one token and answered in one piece.
+/// Body of the prefill leg: the client's, ended by length at one token and answered in one piece, for another `model`
+/// (a JSON string) if there is one.
 #[must_use]
-pub fn prefill_body(engine: Engine, api: Api, body: &[u8], scan: &Scan, pair: &Pair<'_>) -> Vec<u8> {
+pub fn prefill_body(
+    engine: Engine,
+    api: Api,
+    body: &[u8],
+    scan: &Scan,
+    pair: &Pair<'_>,
+    model: Option<&[u8]>,
+) -> Vec<u8> {
+    let mut replace = Vec::new();
+    replace.extend(model.map(|model| (Key::Model, model)));
     let mut insert = match engine {
         Engine::VllmNixl => REMOTE_DECODE.to_owned(),
         Engine::VllmShared | Engine::Neuron | Engine::Sidecar => String::new(),
@@ -144,10 +161,18 @@ pub fn prefill_body(engine: Engine, api: Api, body: &[u8], scan: &Scan, pair: &P
             transfer_id(pair)
         ),
     };
+    if let Some(member) = model_member(scan, model) {
+        insert.push_str(&String::from_utf8_lossy(&member));
+        insert.push(',');
+    }
     if engine == Engine::Sglang {
         // Its prefill server ends by itself, and both legs must ask for the same sequences.
         insert.push_str(r#""stream":false"#);
-        return rewrite(body, scan, &Edits { drop: FORBIDDEN.union(STREAM), replace: &[], insert: insert.as_bytes() });
+        return rewrite(
+            body,
+            scan,
+            &Edits { drop: FORBIDDEN.union(STREAM), replace: &replace, insert: insert.as_bytes() },
+        );
     }
     insert.push_str(match api {
         Api::Responses => r#""max_output_tokens":1,"store":false,"stream":false"#,
@@ -157,8 +182,8 @@ pub fn prefill_body(engine: Engine, api: Api, body: &[u8], scan: &Scan, pair: &P
         Api::Generate => r#""sampling_params":{"max_tokens":1},"stream":false"#,
     });
     let sampling = scan.raw(body, Key::SamplingParams).filter(|_| api == Api::Generate).map(one_token);
-    let replace = sampling.as_ref().map(|sampling| (Key::SamplingParams, sampling.as_slice()));
-    let edits = Edits { drop: FORBIDDEN.union(GENERATION), replace: replace.as_slice(), insert: insert.as_bytes() };
+    replace.extend(sampling.as_ref().map(|sampling| (Key::SamplingParams, sampling.as_slice())));
+    let edits = Edits { drop: FORBIDDEN.union(GENERATION), replace: &replace, insert: insert.as_bytes() };
     rewrite(body, scan, &edits)
 }
 
@@ -172,10 +197,18 @@ fn one_token(params: &[u8]) -> Vec<u8> {
 }
 
 /// How the client's body becomes the decode leg's, once it is known what to put in front. `drop` is what the engine
-/// gets another value for.
+/// gets another value for, `model` as for [`prefill_body`].
 #[must_use]
-pub fn decode_plan(body: &[u8], scan: &Scan, drop: KeySet) -> HeadPlan {
-    HeadPlan::new(body, scan, &Edits { drop: FORBIDDEN.union(drop), replace: &[], insert: b"" })
+pub fn decode_plan(body: &[u8], scan: &Scan, drop: KeySet, model: Option<&[u8]>) -> HeadPlan {
+    let replace = model.map(|model| (Key::Model, model));
+    let insert = model_member(scan, model).unwrap_or_default();
+    HeadPlan::new(body, scan, &Edits { drop: FORBIDDEN.union(drop), replace: replace.as_slice(), insert: &insert })
+}
+
+/// The model as a member, where the body has none to replace.
+fn model_member(scan: &Scan, model: Option<&[u8]>) -> Option<Vec<u8>> {
+    let model = model.filter(|_| !scan.has(Key::Model))?;
+    Some([br#""model":"#, model].concat())
 }
 
 /// Members to put in front of a decode leg that goes out with its prefill leg.
@@ -324,7 +357,7 @@ mod tests {
 
     fn prefill(engine: Engine, api: Api, body: &str) -> String {
         let scan = scan(body.as_bytes()).unwrap();
-        String::from_utf8(prefill_body(engine, api, body.as_bytes(), &scan, &pair())).unwrap()
+        String::from_utf8(prefill_body(engine, api, body.as_bytes(), &scan, &pair(), None)).unwrap()
     }
 
     fn insert(members: &str) -> Handover {
@@ -378,7 +411,7 @@ mod tests {
         for engine in Engine::ALL {
             assert!(!prefill(*engine, Api::Completions, &body).contains("evil"), "{engine:?}");
         }
-        let plan = decode_plan(body.as_bytes(), &scan(body.as_bytes()).unwrap(), KeySet::EMPTY);
+        let plan = decode_plan(body.as_bytes(), &scan(body.as_bytes()).unwrap(), KeySet::EMPTY, None);
         let edit = plan.with_insert(br#""kv_transfer_params":{}"#);
         let decode = [&edit.head, &body.as_bytes()[edit.drain as usize..]].concat();
         assert_eq!(String::from_utf8(decode).unwrap(), r#"{"kv_transfer_params":{},"prompt":"a"}"#);

@@ -46,7 +46,8 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// Reads `usage.prompt_tokens` and `usage.prompt_tokens_details.cached_tokens`; `None` without the first.
+    /// Reads `usage.prompt_tokens` and `usage.prompt_tokens_details.cached_tokens`, or `input_…` as `/v1/responses` has
+    /// it; `None` without the first.
     #[must_use]
     pub fn of_answer(answer: &[u8]) -> Option<Self> {
         let usage = json::raw_member(answer, &["usage"]).ok()??;
@@ -54,8 +55,8 @@ impl Usage {
         let mut this = Self::default();
         for (key, value) in json::members(usage) {
             match key.as_ref() {
-                "prompt_tokens" => this.prompt_tokens = number(value)?,
-                "prompt_tokens_details" => {
+                "prompt_tokens" | "input_tokens" => this.prompt_tokens = number(value)?,
+                "prompt_tokens_details" | "input_tokens_details" => {
                     let cached = json::members(value).find(|(key, _)| key == "cached_tokens");
                     this.cached_tokens = cached.and_then(|(_, value)| number(value));
                 }
@@ -249,6 +250,7 @@ mod tests {
         assert_eq!(usage(whole), Some(Usage { prompt_tokens: 9, cached_tokens: Some(4) }));
         let null = r#"{"usage":{"prompt_tokens":9,"prompt_tokens_details":null}}"#;
         assert_eq!(usage(null), Some(Usage { prompt_tokens: 9, cached_tokens: None }));
+        assert_eq!(usage(&whole.replace("prompt_", "input_")), usage(whole));
         for none in [r#"{"usage":null}"#, "{}", "", r#"{"usage":{"prompt_tokens":-3}}"#] {
             assert_eq!(usage(none), None, "{none}");
         }

@@ -12,6 +12,7 @@ use crate::hash::{prompt_hash, session_hash};
 use crate::headers::Headers;
 use crate::json;
 use crate::metrics::Metric;
+use crate::models::{Served, serve};
 use crate::reply::Rejection;
 use crate::schedule::Prompt;
 use crate::splice::HeadPlan;
@@ -120,8 +121,14 @@ pub(crate) struct Work {
     pub(crate) config: Arc<Config>,
     pub(crate) headers: Headers,
     pub(crate) api: Api,
-    pub(crate) model: String,
-    pub(crate) candidates: Arc<Candidates>,
+    /// The model that serves it.
+    pub(crate) served: Served,
+    /// What the client asked for, where the answer is to say so.
+    pub(crate) put_back: Option<String>,
+    /// Whether the answer is a stream.
+    pub(crate) is_stream: bool,
+    /// Whether the answer will tell what it used.
+    pub(crate) shows_usage: bool,
     pub(crate) prompt: Prompt,
     pub(crate) output_tokens: u64,
     /// Sequences, where the body asks for a batch of them.
@@ -134,7 +141,7 @@ pub(crate) struct Work {
 
 impl Work {
     pub(crate) fn pool(&self) -> &Pool {
-        self.config.pool(&self.candidates.pool)
+        self.config.pool(&self.served.candidates.pool)
     }
 }
 
@@ -219,6 +226,7 @@ pub(crate) fn endpoint_ids(value: &[u8]) -> Vec<EndpointId> {
     text.split(',').filter_map(|id| id.trim().parse().ok()).collect()
 }
 
+#[expect(clippy::too_many_arguments, reason = "what headers and body said")]
 pub(crate) fn read_body(
     worker: &mut Worker,
     config: Arc<Config>,
@@ -227,6 +235,7 @@ pub(crate) fn read_body(
     subset: Option<Subset>,
     body: &[u8],
     scan: &Scan,
+    now: Duration,
 ) -> Result<Work, Rejection> {
     let named = || {
         let header = headers.get("x-ai-eg-model").or_else(|| headers.get("x-gateway-model-name"));
@@ -234,22 +243,28 @@ pub(crate) fn read_body(
         Some(Cow::Owned(core::str::from_utf8(header).ok()?.to_owned()))
     };
     let model = scan.str(body, Key::Model).or_else(named).ok_or(Rejection::MissingModel)?;
-    let candidates = candidates(&worker.table, &model, subset.as_ref()).map_err(|none| match none {
-        NoCandidates::NoEndpoint => Rejection::NoEndpoint,
-        NoCandidates::UnknownModel => Rejection::UnknownModel {
-            model: model.clone().into_owned(),
-            known: worker.table.model_names().into_iter().map(str::to_owned).collect(),
-        },
-    })?;
+    let session = config.session_headers.iter().find_map(|name| headers.get(name));
+    let bits = match session {
+        _ if !config.models.contains_key(&*model) => 0,
+        // A conversation stays with its model.
+        Some(id) => xxhash_rust::xxh3::xxh3_64(id),
+        None => worker.pair_id(headers.get("x-request-id").unwrap_or_default(), now),
+    };
+    let served = serve(&config, &worker.table, subset.as_ref(), &model, bits)?;
+    let put_back = served.is_put_back.then(|| model.into_owned());
+    let (model, candidates) = (&served.model, &served.candidates);
     let pool = config.pool(&candidates.pool);
     let parts = prompt_parts(api, body, scan);
     let bytes = parts.iter().fold(0_usize, |sum, part| sum.saturating_add(part.len()));
     let salt = scan.raw(body, Key::CacheSalt).unwrap_or_default();
+    // SGLang's name of an adapter, beside the model's.
+    let adapter = scan.raw(body, Key::LoraPath).map(|path| [salt, path].concat());
+    let salt = adapter.as_deref().unwrap_or(salt);
     let hash = prompt_hash(model.as_bytes(), salt, &parts, config.prefix.block_bytes);
     let distinctive = worker.index.distinctive(&hash.blocks, config.prefix.hot_share);
     let learnt = worker.table.bytes_per_token(&candidates.pool).filter(|_| pool.fit);
     let bytes_per_token = learnt.unwrap_or(pool.bytes_per_token);
-    let session = config.session_headers.iter().find_map(|name| headers.get(name)).map(|id| session_hash(&model, id));
+    let session = session.map(|id| session_hash(model, id));
     let prompt = Prompt {
         bytes,
         session,
@@ -266,13 +281,22 @@ pub(crate) fn read_body(
     let limits = [Key::MaxCompletionTokens, Key::MaxTokens, Key::MaxOutputTokens];
     let limit = limits.into_iter().find_map(|key| scan.u64(body, key));
     let output_tokens = limit.unwrap_or(EXPECTED_OUTPUT_TOKENS).min(EXPECTED_OUTPUT_TOKENS);
-    let plan = engine::decode_plan(body, scan, KeySet::EMPTY);
+    let plan = engine::decode_plan(body, scan, KeySet::EMPTY, served.rewrite.as_deref());
+    // Envoy does not survive a body that an edit makes larger than the buffer filter's limit.
+    if plan.with_insert(b"").edited_bytes(body.len()) > config.max_body_bytes {
+        return Err(Rejection::TooLarge(config.max_body_bytes));
+    }
+    let is_stream = scan.bool(body, Key::Stream) == Some(true);
+    let mut options = json::members(scan.raw(body, Key::StreamOptions).unwrap_or_default());
+    let shows_usage = !is_stream || options.any(|(key, value)| key == "include_usage" && value == b"true");
     Ok(Work {
         config,
         headers,
         api,
-        model: model.into_owned(),
-        candidates,
+        served,
+        put_back,
+        is_stream,
+        shows_usage,
         prompt,
         output_tokens,
         batch,

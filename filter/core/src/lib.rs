@@ -15,6 +15,7 @@
 )]
 
 pub mod admission;
+mod answer;
 pub mod body;
 pub mod config;
 pub mod engine;
@@ -27,6 +28,7 @@ pub mod json;
 mod ledger;
 pub mod load;
 pub mod metrics;
+mod models;
 pub mod push;
 pub mod reply;
 pub mod request;

@@ -69,6 +69,7 @@ metrics! {
     PrefillGivenUp Counter "pd_prefill_given_up_total" "Requests whose prefill failed on every endpoint tried",
     PrefillMs Histogram "pd_prefill_ms" "Milliseconds from the first prefill leg to the decode leg",
     KvMissing Counter "pd_kv_missing_total" "Prefill answers whose KV parameters are missing, unusable or too large to splice: the prompt was computed twice",
+    KvNotMoved Counter "pd_kv_not_moved_total" "Answers of split requests that show a prompt computed twice: the decode endpoint had less than half of it cached",
     KvStranded Counter "pd_kv_stranded_total" "Clients that left between the legs: KV blocks stay pinned until the engine's lease ends",
     DecodeMoved Counter "pd_decode_moved_total" "Requests that Envoy's retry moved to an alternate decode endpoint",
     DecodeUnanswered Counter "pd_decode_unanswered_total" "Requests that no decode endpoint answered",

@@ -55,22 +55,26 @@ pub struct HeadPlan {
     drain: u32,
     /// What stands before the inserted members: the opening brace.
     front: Vec<u8>,
-    /// What stands behind them, edited, up to `drain`.
+    /// What stands behind them, up to `drain`: members known from the beginning, and what is left of the body's.
     rest: Vec<u8>,
     /// Whether members follow the inserted ones.
     follow: bool,
-    /// Whether something is dropped or replaced.
+    /// Whether anything is, whatever is inserted later.
     changed: bool,
 }
 
 impl HeadPlan {
-    /// Plans the edit; [`Edits::insert`] is left for later.
+    /// Plans the edit; what is known already stands in [`Edits::insert`].
     #[must_use]
     pub fn new(body: &[u8], scan: &Scan, edits: &Edits<'_>) -> Self {
         let front = slice(body, 0, scan.open).to_vec();
         let mut rest = Vec::new();
         let walk = walk(body, scan, edits, &mut |piece| rest.extend_from_slice(piece));
-        Self { drain: walk.drain, front, rest, follow: walk.follow, changed: walk.changed }
+        let inserts = !edits.insert.is_empty();
+        if inserts {
+            rest = [edits.insert, comma(edits.insert, walk.follow), &rest].concat();
+        }
+        Self { drain: walk.drain, front, rest, follow: walk.follow || inserts, changed: walk.changed || inserts }
     }
 
     /// The edit with these members in front; see [`Edits::insert`].
@@ -107,7 +111,7 @@ pub fn rewrite(body: &[u8], scan: &Scan, edits: &Edits<'_>) -> Vec<u8> {
 /// The shortest edit of the front of `body` that makes the edited body; nothing if there is nothing to change.
 #[must_use]
 pub fn head_edit(body: &[u8], scan: &Scan, edits: &Edits<'_>) -> HeadEdit {
-    HeadPlan::new(body, scan, edits).with_insert(edits.insert)
+    HeadPlan::new(body, scan, edits).with_insert(b"")
 }
 
 /// The comma between what is inserted and what follows.

@@ -41,6 +41,9 @@ pub struct Slot {
     pub engine_id: Option<Arc<[u8]>>,
     /// Whether its last prefill answer had no usable KV parameters.
     pub is_kv_missing: bool,
+    /// Answers of split requests that must show a KV cache that came, until it is believed again; above 0 once one
+    /// showed a prompt that was computed twice.
+    pub kv_doubts: u8,
     /// Prefill legs in flight.
     pub prefill: PrefillQueue,
     /// Decode work in flight.
@@ -382,6 +385,7 @@ impl Table {
                     bootstrap,
                     engine_id: None,
                     is_kv_missing: false,
+                    kv_doubts: 0,
                     prefill: PrefillQueue::default(),
                     decode: DecodeLoad::default(),
                     health: Health::default(),

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 const README: &str = include_str!("../../../README.md");
 const MAKEFILE: &str = include_str!("../../../Makefile");
 const SHELL: &str = include_str!("../../../filter/src/shell.rs");
-/// Stands for a pool's name in README's keys.
+/// Stands for the name of a pool or an alias in README's keys.
 const POOL: &str = "NAME";
 
 /// Rows of the tables below a heading, by what stands between backticks in their first cell.
@@ -56,7 +56,7 @@ fn every_configuration_key_has_a_row() {
     let is_object = |key: &String| keys.iter().any(|other| other.starts_with(&format!("{key}.")));
     let wanted: BTreeSet<_> = keys
         .iter()
-        .filter(|key| !is_object(key) || ["control", "pools"].contains(&key.as_str()))
+        .filter(|key| !is_object(key) || ["control", "models", "pools"].contains(&key.as_str()))
         .map(String::as_str)
         .collect();
     let documented: BTreeSet<_> = rows("### Plugin configuration").into_keys().collect();
@@ -65,10 +65,13 @@ fn every_configuration_key_has_a_row() {
 
 #[test]
 fn every_default_is_the_one_in_force() {
-    let mut documented = json!({"control": {"cluster": "c"}, "pools": {POOL: {}}});
+    let required = json!({
+        "control": {"cluster": "c"}, "models": {POOL: {"targets": [{"model": "m"}]}}, "pools": {POOL: {}}
+    });
+    let mut documented = required.clone();
     for (key, cells) in rows("### Plugin configuration") {
         let literal = cells[0].trim_matches('`');
-        if literal == "required" || ["control", "pools"].contains(&key) {
+        if literal == "required" || ["control", "models", "pools"].contains(&key) {
             continue;
         }
         let value: Value = serde_json::from_str(literal).unwrap_or_else(|error| panic!("{key} {literal}: {error}"));
@@ -79,8 +82,7 @@ fn every_default_is_the_one_in_force() {
         *place = value;
     }
     let configured = Config::parse(documented.to_string().as_bytes()).unwrap();
-    let expected = json!({"control": {"cluster": "c"}, "pools": {POOL: {}}});
-    assert_eq!(configured, Config::parse(expected.to_string().as_bytes()).unwrap());
+    assert_eq!(configured, Config::parse(required.to_string().as_bytes()).unwrap());
     assert_eq!(Config::parse(b"{}").unwrap().control, None);
 }
 

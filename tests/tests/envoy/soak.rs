@@ -15,6 +15,8 @@ use crate::support::*;
 const CONCURRENT: u64 = 64;
 /// A request's longest time: prefill legs by the pool's limit twice, then the decode engine's faults.
 const LIMIT: Duration = Duration::from_secs(20);
+/// Requests below which Envoy's own buffers and pools are still being made.
+const GROWS_UNTIL: u64 = 20_000;
 const FAULTS: &str = "prefill:500:0.02,prefill:reset:0.02,prefill:hang:0.002,prefill:429:0.02,prefill:400:0.01,\
     prefill:delay=30:0.05,prefill:malformed_params=null:0.02,decode:503:0.02,decode:reset:0.02,decode:die=2:0.02,\
     decode:error_event=2:0.02,decode:refuse=50:0.001";
@@ -43,12 +45,15 @@ fn random_faults_at_64_concurrent_leave_no_wrong_answer_and_nothing_in_flight() 
                         config.record = 0;
                         config.lease = Duration::from_secs(2);
                     })
+                    .plugin(serde_json::json!({"prefix": {"index_bytes": 65_536}}))
                     .pool(serde_json::json!({"engine": engine.name(), "prefill_timeout_ms": 3_000}))
                     .envoy(|config| config.http()["stream_idle_timeout"] = "4s".into())
             })
             .await;
             let tally = Tally::default();
             let each = total / engines.len() as u64 / CONCURRENT;
+            // Resident memory once a third of the requests are through, and what caches there are full.
+            let (third, through) = (AtomicU64::new(0), AtomicU64::new(0));
             let one = async |worker: u64| {
                 let http = if worker.is_multiple_of(2) { Http::One } else { Http::Two };
                 let mut client = rig.client(http).await;
@@ -80,6 +85,9 @@ fn random_faults_at_64_concurrent_leave_no_wrong_answer_and_nothing_in_flight() 
                         }
                     };
                     count.fetch_add(1, Relaxed);
+                    if through.fetch_add(1, Relaxed) + 1 == each * CONCURRENT / 3 {
+                        third.store(rig.envoy.resident_bytes(), Relaxed);
+                    }
                 }
             };
             futures::future::join_all((0..CONCURRENT).map(one)).await;
@@ -87,6 +95,10 @@ fn random_faults_at_64_concurrent_leave_no_wrong_answer_and_nothing_in_flight() 
             let [right, refused, broken, wrong] =
                 [&tally.right, &tally.refused, &tally.broken, &tally.wrong].map(|count| count.load(Relaxed));
             println!("{engine:?}: {right} right, {refused} refused, {broken} broken off, {wrong} wrong");
+            let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+            let (before, after) = (mib(third.load(Relaxed)), mib(rig.envoy.resident_bytes()));
+            println!("{engine:?}: {before:.1} MiB resident after a third, {after:.1} MiB at the end");
+            assert!(total < GROWS_UNTIL || after < before * 1.05 + 4.0, "{engine:?}: {before:.1} MiB, then {after:.1}");
             assert_eq!(wrong, 0, "{engine:?}");
             assert_eq!(sum(rig.engines(), |stats| stats.wrong_text), 0, "{engine:?}");
             assert!(right * 2 > each * CONCURRENT, "{engine:?}: {right} right");

@@ -1,0 +1,92 @@
+//! Which model serves a request: names of the configuration that stand for others, by weight.
+
+use std::sync::Arc;
+
+use crate::config::{Alias, Config};
+use crate::intake::{Subset, candidates};
+use crate::reply::Rejection;
+use crate::table::{Candidates, NoCandidates, Table};
+
+/// The model that serves a request.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Served {
+    /// Its name, as endpoints list it.
+    pub(crate) model: String,
+    pub(crate) candidates: Arc<Candidates>,
+    /// The name as a JSON string, where both legs must say another one than the client.
+    pub(crate) rewrite: Option<Vec<u8>>,
+    /// Whether the answer is to name what the client asked for.
+    pub(crate) is_put_back: bool,
+}
+
+/// Finds the model for what a client asks, and its endpoints. An alias goes to one of its targets by their weights among
+/// those that are served; equal `bits`, to be spread evenly, go to the same one.
+pub(crate) fn serve(
+    config: &Config,
+    table: &Table,
+    subset: Option<&Subset>,
+    asked: &str,
+    bits: u64,
+) -> Result<Served, Rejection> {
+    let refused = |none| match none {
+        NoCandidates::NoEndpoint => Rejection::NoEndpoint,
+        NoCandidates::UnknownModel => Rejection::UnknownModel { model: asked.to_owned(), known: known(config, table) },
+    };
+    let (model, is_put_back) = match config.models.get(asked) {
+        None => (asked, false),
+        Some(alias) => {
+            let is_served = |model: &str| candidates(table, model, subset).is_ok();
+            (target(alias, is_served, bits).unwrap_or(asked), alias.is_put_back)
+        }
+    };
+    let candidates = candidates(table, model, subset).map_err(refused)?;
+    let is_other = model != asked;
+    let rewrite = is_other.then(|| serde_json::Value::from(model).to_string().into_bytes());
+    Ok(Served { model: model.to_owned(), candidates, rewrite, is_put_back: is_put_back && is_other })
+}
+
+/// The target at `bits` of those that are served; the first of all where none is, for its error.
+fn target<'a>(alias: &'a Alias, is_served: impl Fn(&str) -> bool, bits: u64) -> Option<&'a str> {
+    let served: Vec<_> = alias.targets.iter().filter(|target| target.weight > 0 && is_served(&target.model)).collect();
+    let sum = served.iter().fold(0_u64, |sum, target| sum.saturating_add(u64::from(target.weight)));
+    let mut at = bits.checked_rem(sum).unwrap_or(0);
+    for target in &served {
+        match at.checked_sub(u64::from(target.weight)) {
+            Some(rest) => at = rest,
+            None => return Some(&target.model),
+        }
+    }
+    alias.targets.first().map(|target| target.model.as_str())
+}
+
+/// Every model that a client may ask for by name, sorted: those that endpoints list, and aliases of them.
+pub(crate) fn known(config: &Config, table: &Table) -> Vec<String> {
+    let is_served = |alias: &Alias| alias.targets.iter().any(|target| table.candidates(&target.model).is_ok());
+    let aliases = config.models.iter().filter(|(_, alias)| is_served(alias)).map(|(name, _)| name.as_str());
+    let mut names: Vec<String> = table.model_names().into_iter().chain(aliases).map(str::to_owned).collect();
+    names.sort_unstable();
+    names.dedup();
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn alias(targets: &str) -> Alias {
+        let config = Config::parse(format!(r#"{{"models":{{"a":{{"targets":{targets}}}}}}}"#).as_bytes()).unwrap();
+        config.models["a"].clone()
+    }
+
+    #[test]
+    fn targets_are_taken_by_weight_among_those_that_are_served() {
+        let alias = alias(r#"[{"model":"x","weight":3},{"model":"y"},{"model":"z","weight":0}]"#);
+        let picks = |is_served: fn(&str) -> bool| (0..8).map(|bits| target(&alias, is_served, bits).unwrap()).collect();
+        let all: Vec<&str> = picks(|_| true);
+        assert_eq!(all, ["x", "x", "x", "y", "x", "x", "x", "y"]);
+        let some: Vec<&str> = picks(|model| model == "y");
+        assert_eq!(some, ["y"; 8]);
+        let none: Vec<&str> = picks(|_| false);
+        assert_eq!(none, ["x"; 8]);
+    }
+}
