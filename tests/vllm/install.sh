@@ -82,8 +82,8 @@ printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$version" >"$stub
 : >"$stub/RECORD"
 # NIXL's progress thread polls without a pause, which takes a core from every idle server.
 api=$packages/nixl_cu13/_api.py
-sed -i 's/agent_config\.pthrDelay = 0$/agent_config.pthrDelay = 5000/' "$api"
-grep -q 'agent_config\.pthrDelay = 5000$' "$api" || die "NIXL $nixl is not as expected: $api sets no pthrDelay"
+sed -i 's/agent_config\.pthrDelay = 0$/agent_config.pthrDelay = 1000/' "$api"
+grep -q 'agent_config\.pthrDelay = 1000$' "$api" || die "NIXL $nixl is not as expected: $api sets no pthrDelay"
 
 # A server is several processes, and the others do not notice when the first one is killed.
 cat >"$packages/die_with_parent.pth" <<'PTH'
