@@ -18,14 +18,17 @@ case $role in
     decode) nixl_role=kv_consumer ;;
     *) echo "serve.sh: no such role: $role" >&2; exit 2 ;;
 esac
+# On a busy machine NIXL's first meeting of two servers takes longer than the lease of 30 s that prefill gives its blocks.
 nixl() {
-    echo '{"kv_connector":"'"$1"'","kv_role":"'$nixl_role'","engine_id":"'"$role-$port"'","kv_buffer_device":"cpu",'"$policy"'}'
+    echo '{"kv_connector_extra_config":{"kv_lease_duration":300},"kv_connector":"'"$1"'","kv_role":"'$nixl_role'","engine_id":"'"$role-$port"'","kv_buffer_device":"cpu",'"$policy"'}'
 }
 case $connector in
     '') ;;
     pull) arguments+=(--kv-transfer-config "$(nixl NixlConnector)") ;;
     push) arguments+=(--kv-transfer-config "$(nixl NixlPushConnector)") ;;
     shared)
+        # It keeps the first part only of a prompt that is computed in parts, and ends a server that then wants all of it.
+        arguments+=(--no-enable-chunked-prefill --max-num-batched-tokens 4096)
         arguments+=(--kv-transfer-config '{"kv_connector":"ExampleConnector","kv_role":"kv_both",
             "kv_connector_extra_config":{"shared_storage_path":"'"$shared"'"},'"$policy"'}') ;;
     *) echo "serve.sh: no such connector: $connector" >&2; exit 2 ;;

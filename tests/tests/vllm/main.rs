@@ -5,6 +5,7 @@
 
 mod checks;
 mod gate;
+mod launcher;
 mod servers;
 
 use std::path::PathBuf;
@@ -16,7 +17,7 @@ use serde_json::json;
 use tokio::sync::{Mutex, MutexGuard};
 
 use gate::Gate;
-use servers::{Connector, Server, until_ready};
+use servers::{Connector, Server, gone, tree, until_ready};
 
 /// The aggregated server, and what keeps the tests from running at once. It ends with this process.
 static AGGREGATED: Mutex<Option<Arc<Server>>> = Mutex::const_new(None);
@@ -50,8 +51,18 @@ impl Pair {
         let rig = Rig::builder().engines(0, 0).other(prefill.address, "prefill").other(gate.address, "decode");
         // A token of this model is a byte or two.
         let rig = rig.pool(json!({"engine": engine, "bytes_per_token": 1.5, "split": {"uncached_tokens": 64}}));
-        let rig = rig.envoy(|config| config.http()["stream_idle_timeout"] = "60s".into()).start();
+        let rig = rig.envoy(|config| config.http()["stream_idle_timeout"] = "90s".into()).start();
         Self { connector, aggregated, prefill, decode, gate, rig: rig.await, _turn: turn }
+    }
+}
+
+impl Pair {
+    /// Ends it, and makes sure that nothing of it is left.
+    async fn stop(self) {
+        let processes: Vec<u32> =
+            [&self.prefill, &self.decode].into_iter().flat_map(|server| tree(server.process.pid())).collect();
+        drop(self);
+        gone(&processes).await;
     }
 }
 
@@ -94,6 +105,7 @@ fn nixl_pull() {
         checks::a_second_turn_is_right(&pair).await;
         checks::many_at_once_are_right(&pair).await;
         checks::a_prefill_server_killed_between_the_legs_is_an_error(&pair, 500).await;
+        pair.stop().await;
     });
 }
 
@@ -106,6 +118,7 @@ fn nixl_push() {
         checks::many_at_once_are_right(&pair).await;
         // vLLM waits for what nobody will push, whatever its policy: Envoy's limit ends it.
         checks::a_prefill_server_killed_between_the_legs_is_an_error(&pair, 504).await;
+        pair.stop().await;
     });
 }
 
@@ -117,5 +130,16 @@ fn shared_directory() {
         checks::a_second_turn_is_right(&pair).await;
         checks::many_at_once_are_right(&pair).await;
         checks::a_prefill_server_killed_between_the_legs_goes_unnoticed(&pair).await;
+        pair.stop().await;
+    });
+}
+
+#[test]
+fn the_launcher_starts_a_pair() {
+    run(async {
+        // Takes turns with the others, and needs no aggregated server.
+        let mut turn = AGGREGATED.lock().await;
+        turn.take();
+        launcher::runs_a_pair("INT").await;
     });
 }

@@ -4,18 +4,18 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use pd_tests::admin::{Admin, Metrics, metrics};
+use pd_tests::admin::{Admin, metrics};
 use pd_tests::client::{Client, Http};
 use pd_tests::places::root;
 use pd_tests::port::Port;
 use pd_tests::process::Process;
 
 /// How long servers may take to start: three of them take 100 s on two cores.
-const START_LIMIT: Duration = Duration::from_secs(420);
+pub const START_LIMIT: Duration = Duration::from_secs(420);
 /// Between two signs of life while they start.
 const NEWS: Duration = Duration::from_secs(15);
 /// How long an answer may take: NIXL's first meeting of two servers takes seconds.
-const ANSWER_LIMIT: Duration = Duration::from_secs(120);
+const ANSWER_LIMIT: Duration = Duration::from_secs(150);
 
 /// How the KV cache gets from prefill to decode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,18 +71,9 @@ impl Server {
         client(self.address).await
     }
 
-    /// Its metrics.
-    pub async fn metrics(&self) -> Metrics {
-        metrics(&Admin { address: self.address }.get("/metrics").await.unwrap_or_default())
-    }
-
     /// Prompt tokens that it has got so far from there: `local_compute`, `local_cache_hit`, `external_kv_transfer`.
     pub async fn prompt_tokens(&self, source: &str) -> u64 {
-        let source = format!("source=\"{source}\"");
-        let metrics = self.metrics().await;
-        let of_source = |name: &str| name.starts_with("vllm:prompt_tokens_by_source_total{") && name.contains(&source);
-        let found = metrics.iter().find(|(name, _)| of_source(name));
-        *found.unwrap_or_else(|| panic!("{} counts no {source}", self.name)).1 as u64
+        prompt_tokens(&Admin { address: self.address }, source).await
     }
 
     async fn is_ready(&self) -> bool {
@@ -95,6 +86,54 @@ impl Server {
 /// A client that waits for slow servers.
 pub async fn client(address: SocketAddr) -> Client {
     Client::connect(address, Http::One).await.with_patience(ANSWER_LIMIT)
+}
+
+/// Prompt tokens that a server has got so far from a source.
+pub async fn prompt_tokens(server: &Admin, source: &str) -> u64 {
+    let source = format!("source=\"{source}\"");
+    let metrics = metrics(&server.get("/metrics").await.unwrap_or_default());
+    let of_source = |name: &str| name.starts_with("vllm:prompt_tokens_by_source_total{") && name.contains(&source);
+    let found = metrics.iter().find(|(name, _)| of_source(name));
+    *found.unwrap_or_else(|| panic!("{} counts no {source}", server.address)).1 as u64
+}
+
+/// Waits until `look` finds something, which may take long.
+pub async fn within<T>(limit: Duration, what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(found) = look().await {
+            return found;
+        }
+        assert!(start.elapsed() < limit, "not within {limit:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// A process and all that it and they have started.
+pub fn tree(pid: u32) -> Vec<u32> {
+    let mut all = vec![pid];
+    let mut at = 0;
+    while let Some(pid) = all.get(at).copied() {
+        at += 1;
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        for task in tasks {
+            let children = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
+            all.extend(children.split_whitespace().filter_map(|child| child.parse::<u32>().ok()));
+        }
+    }
+    all
+}
+
+/// Waits until none of these processes runs.
+pub async fn gone(processes: &[u32]) {
+    let runs = |pid: &u32| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
+    };
+    within(Duration::from_secs(20), &format!("processes {processes:?} are gone"), async || {
+        (!processes.iter().any(runs)).then_some(())
+    })
+    .await;
 }
 
 /// Waits until all of them are ready.
