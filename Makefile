@@ -25,15 +25,16 @@ help: ## List the targets
 	@sed -n -e '/^##@ /{s///;s/^/\n/p}' -e '/^#> /{s//             /p}' \
 	    -e '/^[a-z-]*:.* ## /{s/^\([a-z-]*\):.* ## /  \1          \t/;s/^\(.\{13\}\)[^\t]*\t/\1/p}' Makefile
 
-run: build $(if $(ENVOY),,envoy) ## Run engines, pd-control and Envoy with the filter on this machine
+run: build $(if $(ENVOY),,envoy) $(filter vllm,$(ENGINE)) ## Run engines, pd-control and Envoy with the filter on this machine
 #> PREFILL=host:port,… DECODE=host:port,…   your own engines in place of simulators
 #> ENGINE=vllm-shared MODEL=name            their protocol (vllm-nixl), model for the curl line
+#> ENGINE=vllm                              a real vLLM pair for CPUs with a tiny random model (6 GB)
 #> ENVOY=path                               your own Envoy
 #> SPEED=0.1                                simulators ten times faster
 #> PORT_OFFSET=1000                         other ports, where the usual ones are taken
 	@exec target/debug/pd-run --envoy '$(or $(ENVOY),.cache/envoy-$(ENVOY_VERSION)/bin/envoy)' \
 	    $(if $(PREFILL),--prefill '$(PREFILL)') $(if $(DECODE),--decode '$(DECODE)') $(if $(MODEL),--model '$(MODEL)') \
-	    $(if $(ENGINE),--engine '$(ENGINE)') $(if $(SPEED),--speed '$(SPEED)') $(if $(PORT_OFFSET),--port-offset '$(PORT_OFFSET)')
+	    $(if $(filter vllm,$(ENGINE)),--vllm,$(if $(ENGINE),--engine '$(ENGINE)')) $(if $(SPEED),--speed '$(SPEED)') $(if $(PORT_OFFSET),--port-offset '$(PORT_OFFSET)')
 
 replay: build envoy ## Drive a trace through Envoy and the simulators
 #> TRACE=file RATE=requests/s ARGS=…         more of its options
@@ -68,6 +69,9 @@ toolchain: ## Install the pinned Rust toolchain, where it is missing
 envoy: ## Install Envoy into .cache, where it is missing
 	@envoy/fetch.sh $(ENVOY_VERSION) >/dev/null
 
+vllm: ## Install a vLLM for CPUs and a tiny model into .cache, where they are missing
+	@tests/vllm/install.sh >/dev/null
+
 ##@ Check
 
 test: lint build envoy ## Everything: lints, unit, property and end-to-end tests on both Envoys, fuzzing
@@ -79,6 +83,11 @@ test: lint build envoy ## Everything: lints, unit, property and end-to-end tests
 	PD_ENVOY_VERSION=$(GATEWAY_ENVOY_VERSION) cargo test $(LOCKED) -p pd-tests --test envoy
 	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),20) $(MAKE) fuzz-all
 	$(call say,everything passed)
+
+test-vllm: vllm build envoy ## End-to-end tests with a real vLLM prefill/decode pair on this machine's CPU
+#> PD_VLLM_MINUTES=20                       after which they are given up
+	$(call say,end-to-end tests with vLLM $(shell cat tests/vllm/version) and Envoy $(ENVOY_VERSION))
+	PD_ENVOY_VERSION=$(ENVOY_VERSION) cargo test $(LOCKED) -p pd-tests --test vllm -- --nocapture --test-threads=1
 
 lint: toolchain deps-check ## Formatting, clippy for native and wasm, pd-core's dependencies
 	$(call say,formatting)
@@ -135,4 +144,4 @@ fuzz-all:
 	    done; \
 	fi
 
-.PHONY: help run replay sim explain build wasm toolchain envoy test lint fmt soak fuzz bench deps clean deps-check fuzz-all
+.PHONY: help run replay sim explain build wasm toolchain envoy vllm test test-vllm lint fmt soak fuzz bench deps clean deps-check fuzz-all

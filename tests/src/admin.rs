@@ -25,9 +25,7 @@ impl Admin {
 
     /// All metrics; none while Envoy is not there.
     pub async fn metrics(&self) -> Metrics {
-        let text = self.get("/stats/prometheus").await.unwrap_or_default();
-        let lines = text.lines().filter(|line| !line.starts_with('#'));
-        lines.filter_map(|line| Some((line.rsplit_once(' ')?.0.replace("{}", ""), value(line)?))).collect()
+        metrics(&self.get("/stats/prometheus").await.unwrap_or_default())
     }
 
     /// Addresses of a cluster's hosts.
@@ -52,6 +50,13 @@ impl Admin {
         by_worker.sort_unstable();
         by_worker.into_iter().map(|(_, connections)| connections).collect()
     }
+}
+
+/// Reads metrics as Prometheus does.
+#[must_use]
+pub fn metrics(text: &str) -> Metrics {
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    lines.filter_map(|line| Some((line.rsplit_once(' ')?.0.replace("{}", ""), value(line)?))).collect()
 }
 
 fn value(line: &str) -> Option<f64> {

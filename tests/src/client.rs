@@ -4,6 +4,7 @@
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt as _;
@@ -60,6 +61,7 @@ pub struct Client {
     driver: JoinHandle<()>,
     connections: u32,
     is_closing: bool,
+    patience: Duration,
 }
 
 enum Sender {
@@ -118,7 +120,14 @@ impl Client {
                 (Sender::Two(sender), tokio::spawn(async { drop(connection.await) }))
             }
         };
-        Ok(Self { address, http, sender, driver, connections: 1, is_closing: false })
+        Ok(Self { address, http, sender, driver, connections: 1, is_closing: false, patience: PATIENCE })
+    }
+
+    /// Waits that long for whole answers.
+    #[must_use]
+    pub fn with_patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
     }
 
     /// Protocol.
@@ -152,13 +161,14 @@ impl Client {
     /// # Errors
     /// [`Broken`]
     pub async fn try_send(&mut self, request: Request<Body>) -> Result<Answer, Broken> {
+        let patience = self.patience;
         let whole = async {
             let response = self.start(request).await?;
             let (parts, body) = response.into_parts();
             let body = body.collect().await.map_err(broken)?.to_bytes();
             Ok(Answer { status: parts.status.as_u16(), headers: parts.headers, body })
         };
-        tokio::time::timeout(PATIENCE, whole).await.map_err(broken)?
+        tokio::time::timeout(patience, whole).await.map_err(broken)?
     }
 
     /// Sends a request and reads the whole answer.
@@ -210,7 +220,7 @@ impl Client {
     async fn start(&mut self, request: Request<Body>) -> Result<Response<Incoming>, Broken> {
         if self.is_closing || !self.is_ready().await {
             let connections = self.connections + 1;
-            *self = Self::try_connect(self.address, self.http).await?;
+            *self = Self::try_connect(self.address, self.http).await?.with_patience(self.patience);
             self.connections = connections;
         }
         let sent = match &mut self.sender {

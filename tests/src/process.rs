@@ -5,15 +5,17 @@ use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-/// A shell stands between: it kills its child by id once the pipe from here closes, also when this process is killed.
+/// A shell stands between: it kills its child, and what that one has started, by the child's process group once the pipe
+/// from here closes, also when this process is killed, or at a signal.
 const KEEPER: &str = r#"
+trap : HUP INT TERM
 out=$1; log=$2; shift 2
-"$@" >"$out" 2>"$log" </dev/null &
+setsid "$@" >"$out" 2>"$log" </dev/null &
 child=$!
 echo "$child"
 exec 2>/dev/null
 read -r _
-kill -9 "$child"
+kill -s KILL -- "-$child" || kill -s KILL "$child"
 wait "$child"
 "#;
 

@@ -31,6 +31,7 @@ pub fn run<T>(test: impl Future<Output = T>) -> T {
 pub struct Builder {
     prefill: Vec<pd_sim::Config>,
     decode: Vec<pd_sim::Config>,
+    others: Vec<(SocketAddr, Value)>,
     plugin: Value,
     plugin_text: Option<String>,
     is_pushed: bool,
@@ -71,6 +72,7 @@ impl Default for Builder {
         Self {
             prefill: of(Role::Prefill),
             decode: of(Role::Decode),
+            others: Vec::new(),
             plugin: json!({}),
             plugin_text: None,
             is_pushed: true,
@@ -87,6 +89,13 @@ impl Builder {
     pub fn engines(mut self, prefill: usize, decode: usize) -> Self {
         self.prefill = vec![pd_sim::Config::of(Role::Prefill); prefill];
         self.decode = vec![pd_sim::Config::of(Role::Decode); decode];
+        self
+    }
+
+    /// Adds an engine that somebody else runs.
+    #[must_use]
+    pub fn other(mut self, address: SocketAddr, role: &str) -> Self {
+        self.others.push((address, json!({"address": address.to_string(), "role": role})));
         self
     }
 
@@ -169,12 +178,15 @@ impl Builder {
             futures::future::try_join_all(started).await.unwrap_or_else(|error| panic!("{error}"))
         };
         let (prefill, decode) = (start(self.prefill).await, start(self.decode).await);
-        let mut list: Vec<Value> = entries(&prefill, "prefill").chain(entries(&decode, "decode")).collect();
+        let others = self.others.iter().map(|(_, entry)| entry.clone());
+        let mut list: Vec<Value> =
+            entries(&prefill, "prefill").chain(entries(&decode, "decode")).chain(others).collect();
         for change in self.adapt_list {
             change(&mut list);
         }
         let places = Places::new();
-        let hosts = prefill.iter().chain(&decode).map(Handle::addr);
+        let others = self.others.iter().map(|(address, _)| *address);
+        let hosts = prefill.iter().chain(&decode).map(Handle::addr).chain(others);
         replace_file(&places.endpoints(), &endpoints_file(&list));
         replace_file(&places.eds(), &eds_file(hosts));
         let control = if self.is_pushed { Some(places.start_control().await) } else { None };

@@ -1,4 +1,4 @@
-//! The engines to route to: simulators of ours, or a person's own.
+//! The engines to route to: simulators of ours, a small vLLM pair, or a person's own.
 
 use std::fmt::Write as _;
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -11,6 +11,8 @@ use tokio::net::TcpStream;
 /// Simulators that are started, before any port offset: the same as in `envoy/endpoints.yaml`.
 const SIMULATORS: [(u16, Role); 4] =
     [(8100, Role::Prefill), (8101, Role::Prefill), (8200, Role::Decode), (8201, Role::Decode)];
+/// vLLM servers that are started, before any port offset, and the port at which NIXL's peers meet each.
+const VLLM: [(u16, u16, Role); 2] = [(8100, 5600, Role::Prefill), (8200, 5700, Role::Decode)];
 /// How long an engine of somebody's may take to accept a connection.
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 
@@ -23,16 +25,39 @@ pub fn parse_engine(name: &str) -> Result<Engine, String> {
     engine.map_err(|error: serde_json::Error| error.to_string())
 }
 
+/// Whose engines they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// Simulators, which have to be started.
+    Simulated,
+    /// vLLM servers, which have to be started.
+    Vllm,
+    /// Somebody's own.
+    Own,
+}
+
 /// What the simulators will be.
 ///
 /// # Errors
 /// When the offset leads beyond the last port.
 pub fn simulators(port_offset: u16) -> anyhow::Result<Vec<Endpoint>> {
-    let endpoint = |(port, role): (u16, Role)| {
-        let port = port.checked_add(port_offset).context("--port-offset leads beyond port 65535")?;
-        Ok(Endpoint::new(([127, 0, 0, 1], port).into(), role))
+    SIMULATORS.into_iter().map(|(port, role)| Ok(Endpoint::new(local(port, port_offset)?, role))).collect()
+}
+
+/// What the vLLM servers will be, and where NIXL's peers meet each.
+///
+/// # Errors
+/// When the offset leads beyond the last port.
+pub fn vllm(port_offset: u16) -> anyhow::Result<Vec<(Endpoint, SocketAddr)>> {
+    let server = |(port, side, role): (u16, u16, Role)| {
+        Ok((Endpoint::new(local(port, port_offset)?, role), local(side, port_offset)?))
     };
-    SIMULATORS.into_iter().map(endpoint).collect()
+    VLLM.into_iter().map(server).collect()
+}
+
+fn local(port: u16, port_offset: u16) -> anyhow::Result<SocketAddr> {
+    let port = port.checked_add(port_offset).context("--port-offset leads beyond port 65535")?;
+    Ok(([127, 0, 0, 1], port).into())
 }
 
 /// Somebody's own engines, names resolved; one that is listed in both roles has the role `both`.

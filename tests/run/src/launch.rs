@@ -14,7 +14,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::Args;
 use crate::banner::Banner;
-use crate::engines::{self, role_name};
+use crate::engines::{self, Origin, role_name};
 use crate::envoy::EnvoyConfig;
 use crate::ports;
 use crate::probe;
@@ -22,6 +22,10 @@ use crate::process::{Output, Processes};
 
 /// How long a part may take until it is ready. Envoy compiles the module at its start, which a slow machine feels.
 const READY_LIMIT: Duration = Duration::from_secs(60);
+/// The same for a vLLM server, which takes its time.
+const VLLM_READY_LIMIT: Duration = Duration::from_secs(420);
+/// Becomes a vLLM server.
+const VLLM_SERVE: &str = "tests/vllm/serve.sh";
 /// Milliseconds until Envoy writes access log lines out; its default of 10,000 hides what was just asked.
 const LOG_FLUSH_MS: &str = "100";
 /// Model of the simulators.
@@ -32,8 +36,9 @@ struct Plan {
     /// Everything that a run leaves is in here.
     directory: PathBuf,
     engines: Vec<Endpoint>,
-    /// Whether the engines are simulators that have to be started.
-    simulated: bool,
+    origin: Origin,
+    /// Where NIXL's peers meet each of the engines, where these are vLLM servers.
+    meetings: Vec<SocketAddr>,
     speed: f64,
     endpoints_file: PathBuf,
     eds_file: PathBuf,
@@ -72,7 +77,7 @@ async fn serve(args: Args, processes: &mut Processes) -> anyhow::Result<()> {
     let plan = Plan::new(&args)?;
     let version = envoy_version(&plan.envoy).await?;
     ports::check(&plan.listening())?;
-    if !plan.simulated {
+    if plan.origin == Origin::Own {
         engines::reach(&plan.engines).await?;
     }
     plan.start_engines(processes).await?;
@@ -96,14 +101,17 @@ impl Plan {
         let module = template.module().context("envoy/local.yaml names no module")?;
         ensure!(Path::new(module).exists(), "{module} is not built: run `make build`");
 
-        let simulated = args.prefill.is_empty();
-        let engines = if simulated {
-            engines::simulators(args.port_offset)?
+        let (origin, engines, meetings) = if args.vllm {
+            ensure!(Path::new(VLLM_SERVE).exists(), "{VLLM_SERVE} is not here: run it from the repository's root");
+            let (engines, meetings) = engines::vllm(args.port_offset)?.into_iter().unzip();
+            (Origin::Vllm, engines, meetings)
+        } else if args.prefill.is_empty() {
+            (Origin::Simulated, engines::simulators(args.port_offset)?, Vec::new())
         } else {
-            engines::own(&args.prefill, &args.decode, args.engine)?
+            (Origin::Own, engines::own(&args.prefill, &args.decode, args.engine)?, Vec::new())
         };
         std::fs::create_dir_all(&args.directory).with_context(|| args.directory.display().to_string())?;
-        let (config, envoy_config, endpoints_file, eds_file) = if simulated && args.port_offset == 0 {
+        let (config, envoy_config, endpoints_file, eds_file) = if origin == Origin::Simulated && args.port_offset == 0 {
             (template, local.to_owned(), "envoy/endpoints.yaml".into(), "envoy/eds.json".into())
         } else {
             // A directory of its own: Envoy watches it for a new EDS file.
@@ -119,7 +127,8 @@ impl Plan {
         Ok(Self {
             directory: args.directory.clone(),
             engines,
-            simulated,
+            origin,
+            meetings,
             speed: args.speed,
             endpoints_file,
             eds_file,
@@ -138,33 +147,54 @@ impl Plan {
             (self.admin, "Envoy's admin pages".to_owned()),
             (self.control, "pd-control".to_owned()),
         ];
-        if self.simulated {
-            let name = |engine: &Endpoint| (engine.address, format!("a {} simulator", role_name(engine.role)));
-            wanted.extend(self.engines.iter().map(name));
+        if self.origin != Origin::Own {
+            wanted.extend(self.engines.iter().map(|engine| (engine.address, format!("a {}", self.kind(engine)))));
         }
+        wanted.extend(self.meetings.iter().map(|address| (*address, "NIXL".to_owned())));
         wanted
     }
 
     async fn start_engines(&self, processes: &mut Processes) -> anyhow::Result<()> {
-        for engine in &self.engines {
-            let (role, address) = (role_name(engine.role), engine.address);
-            if !self.simulated {
-                println!("engine      {role} at {address}");
-                continue;
+        let limit = match self.origin {
+            Origin::Own => {
+                for engine in &self.engines {
+                    println!("engine      {} at {}", role_name(engine.role), engine.address);
+                }
+                return Ok(());
             }
-            println!("starting    {role} simulator on {address}");
-            let mut command = Command::new(sibling("pd-sim")?);
-            command.args(["--role", role, "--listen", &address.to_string(), "--model", SIMULATED_MODEL]);
-            command.args(["--speed", &self.speed.to_string()]);
-            let log = self.log(&format!("{role}-{}", address.port()));
-            processes.start(&format!("the {role} simulator on {address}"), command, &log, Output::Log)?;
+            Origin::Simulated => READY_LIMIT,
+            Origin::Vllm => VLLM_READY_LIMIT,
+        };
+        for (i, engine) in self.engines.iter().enumerate() {
+            let (kind, address) = (self.kind(engine), engine.address);
+            println!("starting    {kind} on {address}");
+            let command = match self.meetings.get(i) {
+                Some(meeting) => vllm_server(engine, *meeting),
+                None => self.simulator(engine)?,
+            };
+            let log = self.log(&format!("{}-{}", role_name(engine.role), address.port()));
+            processes.start(&format!("the {kind} on {address}"), command, &log, Output::Log)?;
         }
-        if self.simulated {
-            for engine in &self.engines {
-                ready(processes, probe::wait(engine.address, "/health", READY_LIMIT, |_| true)).await?;
-            }
+        if self.origin == Origin::Vllm {
+            println!("waiting     vLLM takes a minute or two; its model is tiny and random, and so is what it says");
+        }
+        for engine in &self.engines {
+            ready(processes, probe::wait(engine.address, "/health", limit, |_| true)).await?;
         }
         Ok(())
+    }
+
+    /// What an engine that is started is called.
+    fn kind(&self, engine: &Endpoint) -> String {
+        let what = if self.origin == Origin::Vllm { "vLLM server" } else { "simulator" };
+        format!("{} {what}", role_name(engine.role))
+    }
+
+    fn simulator(&self, engine: &Endpoint) -> anyhow::Result<Command> {
+        let mut command = Command::new(sibling("pd-sim")?);
+        command.args(["--role", role_name(engine.role), "--listen", &engine.address.to_string()]);
+        command.args(["--model", SIMULATED_MODEL, "--speed", &self.speed.to_string()]);
+        Ok(command)
     }
 
     async fn start_control(&self, processes: &mut Processes) -> anyhow::Result<()> {
@@ -199,7 +229,7 @@ impl Plan {
         if let Some(model) = named {
             return model;
         }
-        if self.simulated {
+        if self.origin == Origin::Simulated {
             return SIMULATED_MODEL.to_owned();
         }
         let asked = match self.engines.last() {
@@ -210,6 +240,14 @@ impl Plan {
         let first = models.as_ref().and_then(|models| models.pointer("/data/0/id")?.as_str());
         first.unwrap_or("MODEL").to_owned()
     }
+}
+
+fn vllm_server(engine: &Endpoint, meeting: SocketAddr) -> Command {
+    let mut command = Command::new(VLLM_SERVE);
+    command.args([role_name(engine.role), &engine.address.port().to_string(), "pull", &meeting.port().to_string()]);
+    // Without the prefill server's cache it computes the prompt itself, as the simulators do.
+    command.env("KV_LOAD_FAILURE", "recompute");
+    command
 }
 
 /// Waits for a part, unless one ends meanwhile.

@@ -29,6 +29,9 @@ struct Args {
     /// Your own decode engines in place of simulators
     #[arg(long, value_name = "HOST:PORT,…", value_delimiter = ',', requires = "prefill")]
     decode: Vec<String>,
+    /// A real vLLM pair with a tiny random model, which tests/vllm/install.sh installs, in place of simulators
+    #[arg(long, conflicts_with = "prefill")]
+    vllm: bool,
     /// Hand-over protocol of your own engines: vllm-nixl or vllm-shared
     #[arg(long, value_parser = engines::parse_engine, default_value = "vllm-nixl")]
     engine: Engine,
@@ -74,5 +77,6 @@ mod tests {
         assert!(Args::try_parse_from(["pd-run", "--decode", "a:1"]).is_err());
         let args = Args::try_parse_from(["pd-run", "--prefill", "a:1,b:2", "--decode", "c:3"]).unwrap();
         assert_eq!((args.prefill.len(), args.decode.len()), (2, 1));
+        assert!(Args::try_parse_from(["pd-run", "--vllm", "--prefill", "a:1", "--decode", "c:3"]).is_err());
     }
 }

@@ -81,11 +81,8 @@ impl Request {
                 return self.pass_on(worker, *status, *content_type, body);
             }
             _ => {
-                if state.leg.is_none()
-                    && answer.fault() == Some(Fault::Unreachable)
-                    && let Some(slot) = worker.table.resolve(state.endpoint)
-                {
-                    slot.health.failed(now);
+                if state.leg.is_none() && answer.fault() == Some(Fault::Unreachable) {
+                    worker.failed(state.endpoint, now);
                 }
             }
         }
