@@ -194,7 +194,7 @@ impl HttpContext for Stream {
         }
         if self.request.reads_answer() {
             let part = if bytes > 0 { host::buffer(Buffer::ResponseBody) } else { Ok(Vec::new()) };
-            return action(self.step(|request, shell| {
+            return action(self.step(host::now(), |request, shell| {
                 let part = shell.expect_ok("response body", part).unwrap_or_default();
                 request.answer_part(&mut shell.worker, &part, end_of_stream)
             }));

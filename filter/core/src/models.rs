@@ -46,7 +46,7 @@ pub(crate) fn serve(
 }
 
 /// The target at `bits` of those that are served; the first of all where none is, for its error.
-fn target<'a>(alias: &'a Alias, is_served: impl Fn(&str) -> bool, bits: u64) -> Option<&'a str> {
+fn target(alias: &Alias, is_served: impl Fn(&str) -> bool, bits: u64) -> Option<&str> {
     let served: Vec<_> = alias.targets.iter().filter(|target| target.weight > 0 && is_served(&target.model)).collect();
     let sum = served.iter().fold(0_u64, |sum, target| sum.saturating_add(u64::from(target.weight)));
     let mut at = bits.checked_rem(sum).unwrap_or(0);
