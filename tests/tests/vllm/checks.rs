@@ -16,6 +16,9 @@ const BLOCK: u64 = 32;
 /// Requests at once.
 const CONCURRENT: usize = 24;
 
+/// Requests until NIXL's two sides have met.
+const MEETINGS: usize = 5;
+
 /// A request and the answer of one server.
 struct Question {
     path: &'static str,
@@ -107,6 +110,21 @@ async fn ask_all(pair: &Pair, what: &str, questions: &[Question], at_once: bool)
         start.elapsed().as_secs_f64()
     );
     assert!(moved >= least && moved + computed >= all, "{moved} of {all} moved, {computed} computed by decode");
+}
+
+/// Asks until NIXL's two sides have met: vLLM gives that five seconds, once, which a busy machine may not have.
+pub async fn until_met(pair: &Pair) {
+    for attempt in 1..=MEETINGS {
+        let question = question(pair, CHAT, 700, false).await;
+        let answer = question.ask(pair).await;
+        if answer.status == 200 {
+            question.assert_right(pair, &answer);
+            println!("vllm: {:?}: met at request {attempt}", pair.connector);
+            return;
+        }
+        println!("vllm: {:?}: not met at request {attempt}: {}", pair.connector, answer.text());
+    }
+    panic!("{:?}: not met", pair.connector);
 }
 
 /// Chat and completions, whole and streamed, of several lengths.

@@ -101,6 +101,7 @@ fn directory(name: &str) -> PathBuf {
 fn nixl_pull() {
     run(async {
         let pair = Pair::start(Connector::Pull, "fail").await;
+        checks::until_met(&pair).await;
         checks::answers_are_those_of_one_server(&pair).await;
         checks::a_second_turn_is_right(&pair).await;
         checks::many_at_once_are_right(&pair).await;
@@ -113,6 +114,7 @@ fn nixl_pull() {
 fn nixl_push() {
     run(async {
         let pair = Pair::start(Connector::Push, "fail").await;
+        checks::until_met(&pair).await;
         checks::answers_are_those_of_one_server(&pair).await;
         checks::a_second_turn_is_right(&pair).await;
         checks::many_at_once_are_right(&pair).await;
