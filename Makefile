@@ -47,6 +47,11 @@ sim: toolchain ## Simulate servers on traces: pd-core's choices beside the field
 	cargo run $(LOCKED) --quiet -p pd-trace -- --out '$(CURDIR)/target/sim' \
 	    $(if $(TRACE),--trace '$(TRACE)') $(if $(POLICIES),--policies '$(POLICIES)') $(ARGS)
 
+sim-agree: build envoy ## Compare Envoy's choices with the simulation's, request by request
+#> TRACE=file                               a made-up load without
+#> ARGS=…                                   more of its options
+	cargo run $(LOCKED) --quiet -p pd-trace --bin pd-agree -- $(if $(TRACE),--trace '$(TRACE)') $(ARGS)
+
 explain: toolchain ## Say why a request would go where it would: the code of the filter, without an Envoy
 #> BODY=file…                               one after another: later ones find what earlier ones left
 #> CONFIG=file                              plugin configuration with endpoints, as JSON
@@ -144,4 +149,8 @@ fuzz-all:
 	    done; \
 	fi
 
+<<<<<<< HEAD
 .PHONY: help run replay sim explain build wasm toolchain envoy vllm test test-vllm lint fmt soak fuzz bench deps clean deps-check fuzz-all
+=======
+.PHONY: help run replay sim sim-agree explain build wasm toolchain envoy test lint fmt fuzz bench deps clean deps-check fuzz-all
+>>>>>>> sim

@@ -42,7 +42,7 @@ pub struct Brains {
 pub struct Filter {
     states: Vec<Worker>,
     streams: HashMap<usize, Stream>,
-    ports: Ports,
+    places: Places,
     exchange: Option<Duration>,
     changes: VecDeque<(Duration, usize, Change)>,
     rng: fastrand::Rng,
@@ -75,31 +75,41 @@ enum Change {
     DecodeOver { endpoint: SocketAddr, tokens: u64 },
 }
 
-#[derive(Clone, Copy)]
-struct Ports {
-    prefill: usize,
+/// Addresses of the servers.
+#[derive(Clone, Debug)]
+pub struct Places {
+    /// Of those that compute prompts.
+    pub prefill: Vec<SocketAddr>,
+    /// Of those that generate.
+    pub decode: Vec<SocketAddr>,
 }
 
-impl Ports {
-    fn prefill(self, at: usize) -> SocketAddr {
-        self.address(at)
+impl Places {
+    fn made_up(pods: &Pods) -> Self {
+        let address = |at| SocketAddr::from((Ipv4Addr::from_bits(0x0a00_0001 + at as u32), 8_000));
+        let prefill = (0..pods.prefill).map(address).collect();
+        Self { prefill, decode: (pods.prefill..pods.prefill + pods.decode).map(address).collect() }
     }
 
-    fn decode(self, at: usize) -> SocketAddr {
-        self.address(self.prefill + at)
+    fn find(among: &[SocketAddr], text: &[u8]) -> Option<usize> {
+        let first = core::str::from_utf8(text).ok()?.split(',').next()?.parse().ok()?;
+        among.iter().position(|address| *address == first)
     }
+}
 
-    fn address(self, at: usize) -> SocketAddr {
-        SocketAddr::from((Ipv4Addr::from_bits(0x0a00_0001 + at as u32), 8_000))
-    }
-
-    fn place(text: &[u8]) -> Option<usize> {
-        let first = core::str::from_utf8(text).ok()?.split(',').next()?;
-        match first.parse().ok()? {
-            SocketAddr::V4(address) => (address.ip().to_bits() as usize).checked_sub(0x0a00_0001),
-            SocketAddr::V6(_) => None,
-        }
-    }
+/// pd-core's configuration for such servers: of its own accord, `brains` has more.
+#[must_use]
+pub fn configuration(pods: &Pods, brains: &Brains) -> serde_json::Value {
+    let mut config = serde_json::json!({
+        "prefix": {"block_bytes": HASH_BLOCK_BYTES},
+        "pools": {"default": {
+            "split": {"mode": "always"},
+            "bytes_per_token": BYTES_PER_TOKEN,
+            "cache_tokens": pods.cache_tokens,
+        }},
+    });
+    merge(&mut config, &brains.config);
+    config
 }
 
 impl Filter {
@@ -108,18 +118,17 @@ impl Filter {
     /// # Errors
     /// When pd-core refuses its configuration.
     pub fn new(pods: &Pods, brains: &Brains, seed: u64) -> Result<Self> {
-        let mut config = serde_json::json!({
-            "prefix": {"block_bytes": HASH_BLOCK_BYTES},
-            "pools": {"default": {
-                "split": {"mode": "always"},
-                "bytes_per_token": BYTES_PER_TOKEN,
-                "cache_tokens": pods.cache_tokens,
-            }},
-        });
-        merge(&mut config, &brains.config);
-        let ports = Ports { prefill: pods.prefill };
-        let prefill = (0..pods.prefill).map(|at| Endpoint::new(ports.prefill(at), Role::Prefill));
-        let decode = (0..pods.decode).map(|at| Endpoint::new(ports.decode(at), Role::Decode));
+        Self::at(Places::made_up(pods), &configuration(pods, brains), brains, seed)
+    }
+
+    /// A gateway in front of servers at these addresses, with this configuration of pd-core.
+    ///
+    /// # Errors
+    /// When pd-core refuses it.
+    pub fn at(places: Places, config: &serde_json::Value, brains: &Brains, seed: u64) -> Result<Self> {
+        let of = |role| move |address: &SocketAddr| Endpoint::new(*address, role);
+        let prefill = places.prefill.iter().map(of(Role::Prefill));
+        let decode = places.decode.iter().map(of(Role::Decode));
         let snapshot = Snapshot {
             wire: WIRE_VERSION,
             epoch: "sim".to_owned(),
@@ -138,7 +147,7 @@ impl Filter {
         Ok(Self {
             states,
             streams: HashMap::new(),
-            ports,
+            places,
             exchange: brains.exchange,
             changes: VecDeque::new(),
             rng: fastrand::Rng::with_seed(seed),
@@ -151,29 +160,43 @@ impl Filter {
     /// # Errors
     /// When pd-core does anything but start a prefill leg.
     pub fn arrive(&mut self, number: usize, job: &Job, now: Duration) -> Result<usize> {
+        let text = prompt(job);
+        let body = [br#"{"model":"m","prompt":"#, text.as_slice(), b"}"].concat();
+        let prefill = self.ask(number, "/v1/completions", &body, job.tokens, now)?;
+        if self.exchange.is_some()
+            && let Some(stream) = self.streams.get_mut(&number)
+        {
+            let tell = Tell {
+                leg: number as u64 | 1 << 63,
+                tokens: text.len() as f64 / BYTES_PER_TOKEN,
+                blocks: prompt_hash(b"m", b"", &[&text], HASH_BLOCK_BYTES).blocks,
+            };
+            stream.tell = Some(tell.clone());
+            let (from, endpoint) = (stream.state, self.places.prefill[prefill]);
+            self.changed(now, from, Change::PrefillBegun { endpoint, tell });
+        }
+        Ok(prefill)
+    }
+
+    /// A request with this body comes: the prefill server that it goes to. The other states are not told.
+    ///
+    /// # Errors
+    /// When pd-core does anything but start a prefill leg.
+    pub fn ask(&mut self, number: usize, path: &str, body: &[u8], tokens: u64, now: Duration) -> Result<usize> {
         self.catch_up(now);
         let at = if self.states.len() > 1 { self.rng.usize(..self.states.len()) } else { 0 };
         let Some(state) = self.states.get_mut(at) else { bail!("no state") };
         let mut request = Request::default();
-        request.headers(state, headers(), false, now);
-        let text = prompt(job);
-        let body = [br#"{"model":"m","prompt":"#, text.as_slice(), b"}"].concat();
-        let outcome = request.body(state, &body, now);
+        let headers = Headers::from_pairs([(":method", "POST"), (":path", path), (":authority", "gateway")]);
+        request.headers(state, headers, false, now);
+        let outcome = request.body(state, body, now);
         let call = outcome.effects.iter().find_map(|effect| match effect {
             Effect::Call(call) => call.headers.get("x-pd-destination"),
             _ => None,
         });
-        let prefill = call.and_then(Ports::place).with_context(|| format!("no prefill leg: {outcome:?}"))?;
-        let tell = self.exchange.map(|_| Tell {
-            leg: number as u64 | 1 << 63,
-            tokens: text.len() as f64 / BYTES_PER_TOKEN,
-            blocks: prompt_hash(b"m", b"", &[&text], HASH_BLOCK_BYTES).blocks,
-        });
-        if let Some(tell) = &tell {
-            let endpoint = self.ports.prefill(prefill);
-            self.changed(now, at, Change::PrefillBegun { endpoint, tell: tell.clone() });
-        }
-        self.streams.insert(number, Stream { state: at, request, tell, tokens: job.tokens, prefill, decode: 0 });
+        let prefill = call.and_then(|text| Places::find(&self.places.prefill, text));
+        let prefill = prefill.with_context(|| format!("no prefill leg: {outcome:?}"))?;
+        self.streams.insert(number, Stream { state: at, request, tell: None, tokens, prefill, decode: 0 });
         Ok(prefill)
     }
 
@@ -190,16 +213,16 @@ impl Filter {
         let answer = PrefillAnswer::Answered { status: 200, content_type, body: body.as_bytes() };
         let Outcome { effects, .. } = stream.request.prefill_answer(state, answer, || None::<Vec<u8>>, now);
         let decode = effects.iter().find_map(|effect| match effect {
-            Effect::SetState(DECODE, address) => Ports::place(address),
+            Effect::SetState(DECODE, address) => Places::find(&self.places.decode, address),
             _ => None,
         });
-        let decode = decode.and_then(|at| at.checked_sub(self.ports.prefill)).context("no decode server")?;
+        let decode = decode.context("no decode server")?;
         stream.decode = decode;
         let (from, prefill, tell) = (stream.state, stream.prefill, stream.tell.clone());
         if let Some(tell) = tell {
             let leg = tell.leg;
-            self.changed(now, from, Change::PrefillOver { endpoint: self.ports.prefill(prefill), leg });
-            self.changed(now, from, Change::DecodeBegun { endpoint: self.ports.decode(decode), tell });
+            self.changed(now, from, Change::PrefillOver { endpoint: self.places.prefill[prefill], leg });
+            self.changed(now, from, Change::DecodeBegun { endpoint: self.places.decode[decode], tell });
         }
         Ok(decode)
     }
@@ -209,7 +232,7 @@ impl Filter {
         if let Some(stream) = self.streams.get_mut(&number)
             && let Some(state) = self.states.get_mut(stream.state)
         {
-            let upstream = self.ports.decode(stream.decode).to_string();
+            let upstream = self.places.decode[stream.decode].to_string();
             stream.request.response_headers(state, Some(upstream.as_bytes()), Some(200), now);
             stream.request.first_byte(state, now);
         }
@@ -222,7 +245,7 @@ impl Filter {
             stream.request.done(state, now);
         }
         if let Some(tell) = stream.tell {
-            let endpoint = self.ports.decode(stream.decode);
+            let endpoint = self.places.decode[stream.decode];
             self.changed(now, stream.state, Change::DecodeOver { endpoint, tokens: tell.tokens as u64 });
         }
     }
@@ -298,10 +321,6 @@ fn merge(config: &mut serde_json::Value, over: &serde_json::Value) {
         (_, serde_json::Value::Null) => {}
         (config, over) => config.clone_from(over),
     }
-}
-
-fn headers() -> Headers {
-    Headers::from_pairs([(":method", "POST"), (":path", "/v1/completions"), (":authority", "gateway")])
 }
 
 /// The prompt as a JSON string: equal blocks are equal text, a cut block is the begin of the whole one.

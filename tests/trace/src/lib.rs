@@ -3,6 +3,7 @@
 //! Discrete events, no clock and no network: the same trace, seed and code give the same figures. It leaves out what
 //! does not depend on who is chosen: failures, networks, the decider (every request is split).
 
+pub mod agree;
 pub mod cache;
 pub mod filter;
 pub mod generate;
