@@ -149,8 +149,4 @@ fuzz-all:
 	    done; \
 	fi
 
-<<<<<<< HEAD
-.PHONY: help run replay sim explain build wasm toolchain envoy vllm test test-vllm lint fmt soak fuzz bench deps clean deps-check fuzz-all
-=======
-.PHONY: help run replay sim sim-agree explain build wasm toolchain envoy test lint fmt fuzz bench deps clean deps-check fuzz-all
->>>>>>> sim
+.PHONY: help run replay sim sim-agree explain build wasm toolchain envoy vllm test test-vllm lint fmt soak fuzz bench deps clean deps-check fuzz-all
