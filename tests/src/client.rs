@@ -217,19 +217,27 @@ impl Client {
         request
     }
 
-    async fn start(&mut self, request: Request<Body>) -> Result<Response<Incoming>, Broken> {
-        if self.is_closing || !self.is_ready().await {
-            let connections = self.connections + 1;
-            *self = Self::try_connect(self.address, self.http).await?.with_patience(self.patience);
-            self.connections = connections;
+    async fn start(&mut self, mut request: Request<Body>) -> Result<Response<Incoming>, Broken> {
+        loop {
+            if self.is_closing || !self.is_ready().await {
+                let connections = self.connections + 1;
+                *self = Self::try_connect(self.address, self.http).await?.with_patience(self.patience);
+                self.connections = connections;
+            }
+            let sent = match &mut self.sender {
+                Sender::One(sender) => sender.try_send_request(request).await,
+                Sender::Two(sender) => sender.try_send_request(request).await,
+            };
+            match sent.map_err(|mut error| (error.take_message(), error.into_error())) {
+                Ok(response) => {
+                    self.is_closing = response.headers().get("connection").is_some_and(|value| value == "close");
+                    return Ok(response);
+                }
+                // The peer announced the connection's end before the first byte left.
+                Err((Some(unsent), _)) => (self.is_closing, request) = (true, unsent),
+                Err((None, error)) => return Err(broken(error)),
+            }
         }
-        let sent = match &mut self.sender {
-            Sender::One(sender) => sender.send_request(request).await,
-            Sender::Two(sender) => sender.send_request(request).await,
-        };
-        let response = sent.map_err(broken)?;
-        self.is_closing = response.headers().get("connection").is_some_and(|value| value == "close");
-        Ok(response)
     }
 
     async fn is_ready(&mut self) -> bool {

@@ -233,18 +233,24 @@ impl PrefixIndex {
         self.list(endpoint).map_or(0, |list| list.touches)
     }
 
-    /// Gives an endpoint the blocks that it had in an index before this one, as [`newest`](Self::newest) told them,
-    /// behind those that it has here.
+    /// Gives an endpoint the blocks that it had in an index before this one, as [`newest`](Self::newest) told them, as
+    /// far as there is room.
     pub(crate) fn restore(&mut self, endpoint: EndpointIndex, blocks: impl Iterator<Item = (BlockHash, usize)>) {
-        for (hash, units) in blocks {
-            let fits = |list: &List| list.units.saturating_add(units) <= list.capacity;
-            if self.len >= self.max_nodes || !self.list(endpoint).is_some_and(fits) {
-                return;
-            }
+        let Some(list) = self.list(endpoint).copied() else { return };
+        let mut room = self.max_nodes.saturating_sub(self.len);
+        let mut units = list.capacity.saturating_sub(list.units);
+        let fits = |(_, size): &(BlockHash, usize)| {
+            let fits = room > 0 && *size <= units;
+            room = room.saturating_sub(1);
+            units = units.saturating_sub(*size);
+            fits
+        };
+        let blocks: Vec<_> = blocks.take_while(fits).collect();
+        for (hash, size) in blocks.into_iter().rev() {
             if self.node_of(hash, endpoint).is_none()
-                && let Some(node) = self.add_node(hash, endpoint, units)
+                && let Some(node) = self.add_node(hash, endpoint, size)
             {
-                self.link_oldest(node);
+                self.link_newest(node);
             }
         }
     }
@@ -370,25 +376,6 @@ impl PrefixIndex {
             }
             list.nodes = list.nodes.saturating_sub(1);
             list.units = list.units.saturating_sub(node.units as usize);
-        }
-    }
-
-    fn link_oldest(&mut self, at: u32) {
-        let Some(Node { endpoint, units, .. }) = self.nodes.get(at as usize).copied() else { return };
-        let Some(list) = self.lists.get_mut(endpoint as usize) else { return };
-        let second = list.oldest;
-        list.oldest = at;
-        if list.newest == NIL {
-            list.newest = at;
-        }
-        list.nodes = list.nodes.saturating_add(1);
-        list.units = list.units.saturating_add(units as usize);
-        if let Some(node) = self.nodes.get_mut(at as usize) {
-            node.newer = second;
-            node.older = NIL;
-        }
-        if let Some(node) = self.nodes.get_mut(second as usize) {
-            node.older = at;
         }
     }
 

@@ -204,8 +204,31 @@ pub fn validate(json: &[u8]) -> Result<(), ScanError> {
 /// [`ScanError`] when the document is not valid JSON, wherever the fault is.
 pub fn raw_member<'a>(json: &'a [u8], path: &[&str]) -> Result<Option<&'a [u8]>, ScanError> {
     let mut scanner = Scanner::new(json)?;
-    let mut found = scanner.value(0)?.get(json);
-    scanner.finish()?;
+    scanner.white_space();
+    let (mut found, path): (&[u8], _) = match path {
+        // Checked and searched in one pass.
+        [key, path @ ..] if scanner.eat(b'{') => {
+            let (mut value, mut first) = (None, true);
+            while let Some(member) = scanner.member(1, core::mem::take(&mut first))? {
+                if unescape(member.key.span.get(json)).is_some_and(|name| name == *key) {
+                    value = Some(member.value.get(json));
+                }
+                if !member.more {
+                    break;
+                }
+            }
+            scanner.finish()?;
+            match value {
+                Some(value) => (value, path),
+                None => return Ok(None),
+            }
+        }
+        _ => {
+            let found = scanner.value(0)?.get(json);
+            scanner.finish()?;
+            (found, path)
+        }
+    };
     for step in path {
         let next = match found.first() {
             Some(b'{') => members(found).filter(|(key, _)| key == step).last().map(|(_, value)| value),

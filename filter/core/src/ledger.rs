@@ -4,10 +4,12 @@
 //! whose lists differ for a moment understand each other.
 
 use core::time::Duration;
+use std::borrow::Cow;
 
 use hashbrown::HashMap;
 
 use crate::hash::BlockHash;
+use crate::index::EndpointIndex;
 use crate::load::DecodeLoad;
 use crate::worker::Worker;
 
@@ -16,7 +18,7 @@ const MAX_TOLD_BLOCKS: usize = 2_048;
 
 /// Something that one worker did or saw.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Event {
+pub(crate) enum Event<'a> {
     /// A prefill leg was sent.
     PrefillStarted { leg: u64, seconds: f64, at: Duration, expires: Duration },
     /// It ended.
@@ -28,7 +30,7 @@ pub(crate) enum Event {
     /// They are free again.
     DecodeEnded { tokens: u64 },
     /// The endpoint holds these blocks now.
-    Holds { blocks: Vec<BlockHash> },
+    Holds { blocks: Cow<'a, [BlockHash]> },
     /// It could not be reached.
     Failed { at: Duration },
     /// It answered after a failure.
@@ -53,7 +55,7 @@ pub(crate) struct Part {
 
 impl Part {
     /// Keeps the books; the table is somebody else's.
-    pub(crate) fn note(&mut self, endpoint: u64, event: &Event) {
+    pub(crate) fn note(&mut self, endpoint: u64, event: &Event<'_>) {
         match *event {
             Event::PrefillStarted { leg, seconds, at, expires } => {
                 self.legs.insert(leg, Leg { endpoint, seconds, at, expires });
@@ -149,34 +151,45 @@ impl Part {
 #[derive(Debug, Default)]
 pub(crate) struct Log {
     /// Events to tell, encoded; `None` where nobody listens.
-    pub(crate) untold: Option<Vec<Vec<u8>>>,
+    pub(crate) untold: Option<Vec<u8>>,
     /// Whether one of them matters to the next decision; the end of something may wait for company.
     pub(crate) is_pressing: bool,
     /// This worker's own part.
     pub(crate) own: Part,
+    /// Whether it has changed since it was last written down.
+    pub(crate) is_own_new: bool,
 }
 
 impl Log {
-    /// Nobody can be told.
-    pub(crate) fn forget(&mut self) {
-        self.is_pressing = false;
-        if let Some(untold) = &mut self.untold {
-            untold.clear();
-        }
-    }
-
-    pub(crate) fn push(&mut self, endpoint: u64, event: &Event) {
+    pub(crate) fn push(&mut self, endpoint: u64, event: &Event<'_>) {
         let Some(untold) = &mut self.untold else { return };
-        untold.push(event.to_bytes(endpoint));
+        event.write(endpoint, untold);
         self.is_pressing |= !matches!(event, Event::PrefillEnded { .. } | Event::DecodeEnded { .. });
         self.own.note(endpoint, event);
+        self.is_own_new = true;
+    }
+
+    /// Whether there is nothing to tell.
+    pub(crate) fn is_told(&self) -> bool {
+        self.untold.as_ref().is_none_or(Vec::is_empty)
+    }
+
+    /// Takes the events that are to be told.
+    pub(crate) fn take(&mut self) -> Vec<u8> {
+        self.is_pressing = false;
+        self.untold.as_mut().map(core::mem::take).unwrap_or_default()
+    }
+
+    /// Gives the memory of events that were [taken](Self::take) back.
+    pub(crate) fn reuse(&mut self, mut told: Vec<u8>) {
+        told.clear();
+        self.untold = Some(told);
     }
 }
 
-impl Event {
-    /// Does to a worker's table and index what the event says.
-    pub(crate) fn enter(&self, endpoint: u64, worker: &mut Worker) {
-        let Some(at) = worker.table.index_of_key(endpoint) else { return };
+impl<'a> Event<'a> {
+    /// Does to a worker's table and index what the event says of the endpoint at a place.
+    pub(crate) fn enter(&self, at: EndpointIndex, worker: &mut Worker) {
         if let Self::Holds { blocks } = self {
             worker.index.insert(at, blocks);
             return;
@@ -197,8 +210,10 @@ impl Event {
     }
 
     /// One event: its length, its kind, the endpoint, what belongs to the kind; little endian.
-    fn to_bytes(&self, endpoint: u64) -> Vec<u8> {
-        let mut out = Writer(vec![0; 4]);
+    fn write(&self, endpoint: u64, into: &mut Vec<u8>) {
+        let start = into.len();
+        let mut out = Writer(core::mem::take(into));
+        out.0.extend_from_slice(&[0; 4]);
         let mut head = |kind: u8| {
             out.0.push(kind);
             out.word(endpoint);
@@ -239,19 +254,24 @@ impl Event {
             }
             Self::Healed => head(8),
         }
-        let bytes = u32::try_from(out.0.len()).unwrap_or(u32::MAX).to_le_bytes();
-        if let Some(length) = out.0.first_chunk_mut() {
-            *length = bytes;
+        *into = out.0;
+        let length = u32::try_from(into.len().saturating_sub(start)).unwrap_or(u32::MAX);
+        if let Some(place) = into.get_mut(start..).and_then(|event| event.first_chunk_mut()) {
+            *place = length.to_le_bytes();
         }
-        out.0
+    }
+
+    /// Takes the first event off encoded ones.
+    pub(crate) fn split_first(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
+        let length = u32::from_le_bytes(*bytes.first_chunk()?) as usize;
+        bytes.split_at_checked(length).filter(|(event, _)| !event.is_empty())
     }
 
     /// The events that `bytes` hold, each with its endpoint, up to the first that is none.
     pub(crate) fn read(bytes: &[u8]) -> impl Iterator<Item = (u64, Self)> {
         let mut rest = bytes;
         core::iter::from_fn(move || {
-            let length = u32::from_le_bytes(*rest.first_chunk()?) as usize;
-            let (event, behind) = rest.split_at_checked(length)?;
+            let (event, behind) = Self::split_first(rest)?;
             rest = behind;
             Self::from_bytes(event.get(4..)?)
         })
@@ -313,7 +333,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn event() -> impl Strategy<Value = Event> {
+    fn event() -> impl Strategy<Value = Event<'static>> {
         let time = || any::<u64>().prop_map(Duration::from_nanos);
         prop_oneof![
             (any::<u64>(), 0.0..1e3, time(), time()).prop_map(|(leg, seconds, at, expires)| Event::PrefillStarted {
@@ -326,7 +346,8 @@ mod tests {
             (any::<u64>(), time()).prop_map(|(leg, at)| Event::PrefillAbandoned { leg, at }),
             any::<u64>().prop_map(|tokens| Event::DecodeStarted { tokens }),
             any::<u64>().prop_map(|tokens| Event::DecodeEnded { tokens }),
-            prop::collection::vec(any::<u64>().prop_map(BlockHash), 0..9).prop_map(|blocks| Event::Holds { blocks }),
+            prop::collection::vec(any::<u64>().prop_map(BlockHash), 0..9)
+                .prop_map(|blocks| Event::Holds { blocks: blocks.into() }),
             time().prop_map(|at| Event::Failed { at }),
             Just(Event::Healed),
         ]
@@ -335,7 +356,10 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_written_is_read(events in prop::collection::vec((any::<u64>(), event()), 0..9)) {
-            let bytes: Vec<u8> = events.iter().flat_map(|(endpoint, event)| event.to_bytes(*endpoint)).collect();
+            let bytes = events.iter().fold(Vec::new(), |mut bytes, (endpoint, event)| {
+                event.write(*endpoint, &mut bytes);
+                bytes
+            });
             prop_assert_eq!(Event::read(&bytes).collect::<Vec<_>>(), events.clone());
             let mut part = Part::default();
             events.iter().for_each(|(endpoint, event)| part.note(*endpoint, event));

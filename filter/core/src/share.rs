@@ -72,13 +72,12 @@ pub struct Share {
     epoch: u64,
     seat: Option<usize>,
     segment: u64,
-    /// The segment's bytes so far, its head included.
+    /// The segment's bytes so far, its head included, and its key.
     open: Vec<u8>,
+    key: String,
     told: Duration,
     renewed: Duration,
     began: Duration,
-    /// The part of the ledger as it was last written.
-    written: Option<Part>,
     announced: Option<u64>,
     peers: Vec<Peer>,
     /// Endpoint whose blocks are written next, and what each looked like when it was.
@@ -121,12 +120,6 @@ impl Share {
         self.catch_up(worker, shared, shared.announced(), now);
     }
 
-    /// Other workers that are known.
-    #[must_use]
-    pub fn peers(&self) -> usize {
-        self.peers.len()
-    }
-
     /// Takes over what the other workers did; `announced` is [`Shared::announced`]. Call it before every decision.
     pub fn catch_up(&mut self, worker: &mut Worker, shared: &impl Shared, announced: u64, now: Duration) {
         if self.announced != Some(announced) {
@@ -145,41 +138,46 @@ impl Share {
 
     /// Tells the others what this worker did. Call it after every event.
     pub fn publish(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
-        if worker.log.untold.as_ref().is_none_or(Vec::is_empty) {
-            return;
+        let may_wait = !worker.log.is_pressing && now.saturating_sub(self.told) < PATIENCE;
+        if !worker.log.is_told() && !may_wait {
+            self.tell(worker, shared, now);
         }
-        if !worker.log.is_pressing && now.saturating_sub(self.told) < PATIENCE {
-            return;
-        }
+    }
+
+    fn tell(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
         // A worker that stood still may have lost its seat, and the log there is somebody else's.
         if now.saturating_sub(self.renewed) > RENEWAL {
             self.renew(worker, shared, now);
         }
+        self.told = now;
         match self.seat {
             Some(seat) => self.write_untold(worker, shared, seat),
-            None => worker.log.forget(),
+            None => drop(worker.log.take()),
         }
-        self.told = now;
     }
 
     fn write_untold(&mut self, worker: &mut Worker, shared: &impl Shared, seat: usize) {
-        let Some(untold) = &mut worker.log.untold else { return };
-        worker.log.is_pressing = false;
-        for event in untold.drain(..) {
-            if self.open.len() > HEAD_BYTES && self.open.len().saturating_add(event.len()) > SEGMENT_BYTES {
-                shared.set(&log_key(seat, self.segment), &self.open, None);
-                self.begin_segment(self.segment.wrapping_add(1));
-            }
-            self.open.extend_from_slice(&event);
+        if worker.log.is_told() {
+            return;
         }
-        shared.set(&log_key(seat, self.segment), &self.open, None);
+        let untold = worker.log.take();
+        let mut rest = untold.as_slice();
+        while let Some((event, behind)) = Event::split_first(rest) {
+            rest = behind;
+            if self.open.len() > HEAD_BYTES && self.open.len().saturating_add(event.len()) > SEGMENT_BYTES {
+                shared.set(&self.key, &self.open, None);
+                self.begin_segment(seat, self.segment.wrapping_add(1));
+            }
+            self.open.extend_from_slice(event);
+        }
+        shared.set(&self.key, &self.open, None);
         shared.set_position(seat, self.position());
+        worker.log.reuse(untold);
     }
 
     /// Call it a few times a second, more often than [`SEAT_LIFE`].
     pub fn tick(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
-        self.told = Duration::ZERO;
-        self.publish(worker, shared, now);
+        self.tell(worker, shared, now);
         self.renew(worker, shared, now);
         self.save_part(worker, shared);
         for peer in &mut self.peers {
@@ -198,11 +196,12 @@ impl Share {
         self.segment.wrapping_shl(16) | self.open.len() as u64
     }
 
-    fn begin_segment(&mut self, segment: u64) {
+    fn begin_segment(&mut self, seat: usize, segment: u64) {
         let mut head = Writer::default();
         [self.worker_id, segment, self.epoch].into_iter().for_each(|word| head.word(word));
         self.segment = segment;
         self.open = head.0;
+        self.key = log_key(seat, segment);
     }
 
     /// Keeps the seat, or takes one that is free.
@@ -226,10 +225,10 @@ impl Share {
                 self.seat = Some(at);
                 self.renewed = now;
                 // Beyond what the seat's last worker wrote.
-                self.begin_segment(shared.position(at).wrapping_shr(16).wrapping_add(1));
+                self.begin_segment(at, shared.position(at).wrapping_shr(16).wrapping_add(1));
                 // What is not told yet is in the part as well: the part must be of a position behind it.
                 self.write_untold(worker, shared, at);
-                self.written = None;
+                worker.log.is_own_new = true;
                 self.save_part(worker, shared);
                 shared.announce();
             }
@@ -259,13 +258,12 @@ impl Share {
     }
 
     /// Writes this worker's part of the ledger, where it has changed.
-    fn save_part(&mut self, worker: &Worker, shared: &impl Shared) {
-        let Some(seat) = self.seat.filter(|_| self.written.as_ref() != Some(&worker.log.own)) else { return };
+    fn save_part(&self, worker: &mut Worker, shared: &impl Shared) {
+        let Some(seat) = self.seat.filter(|_| core::mem::take(&mut worker.log.is_own_new)) else { return };
         let mut out = Writer::default();
         [self.worker_id, self.position()].into_iter().for_each(|word| out.word(word));
         out.0.extend(worker.log.own.to_bytes());
         shared.set(&ledger_key(seat), &out.0, None);
-        self.written = Some(worker.log.own.clone());
     }
 
     /// The first worker writes down what one endpoint after the other holds.
@@ -354,8 +352,9 @@ impl Peer {
                 return;
             };
             for (endpoint, event) in Event::read(events) {
-                if !matches!(event, Event::Holds { .. }) || of == Some(epoch) {
-                    event.enter(endpoint, worker);
+                let is_of_use = !matches!(event, Event::Holds { .. }) || of == Some(epoch);
+                if let Some(at) = worker.table.index_of_key(endpoint).filter(|_| is_of_use) {
+                    event.enter(at, worker);
                 }
                 self.part.note(endpoint, &event);
             }
@@ -547,7 +546,7 @@ mod tests {
             now += TICK;
             nodes.iter_mut().for_each(|node| node.tick(&store, now));
         }
-        assert!(nodes.iter().all(|node| node.is_idle() && node.share.peers() == 1));
+        assert!(nodes.iter().all(|node| node.is_idle() && node.share.peers.len() == 1));
         // Its seat is given to the next one.
         let mut next = Node::new(&store, 9, now);
         assert_eq!(next.share.seat, Some(2));
@@ -621,6 +620,7 @@ mod tests {
             let decode = old[1].at(2);
             old[1].worker.decode_ended(decode, 10);
         }
+        now += PATIENCE;
         old[1].publish(&store, now);
         new.catch_up(&store, now);
         assert!(new.is_idle());
@@ -757,7 +757,7 @@ mod tests {
             settle(&mut nodes, &mut now);
             for node in &nodes {
                 prop_assert!(node.is_idle());
-                prop_assert_eq!(node.share.peers(), nodes.len() - 1);
+                prop_assert_eq!(node.share.peers.len(), nodes.len() - 1);
             }
         }
     }

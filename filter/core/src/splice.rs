@@ -77,6 +77,16 @@ impl HeadPlan {
         Self { drain: walk.drain, front, rest, follow: walk.follow || inserts, changed: walk.changed || inserts }
     }
 
+    /// Bytes that a body of `bytes` bytes has with these members in front.
+    #[must_use]
+    pub fn edited_bytes(&self, insert: &[u8], bytes: usize) -> usize {
+        if insert.is_empty() && !self.changed {
+            return bytes;
+        }
+        let parts = [self.front.len(), insert.len(), comma(insert, self.follow).len(), self.rest.len()];
+        parts.into_iter().fold(bytes.saturating_sub(self.drain as usize), usize::saturating_add)
+    }
+
     /// The edit with these members in front; see [`Edits::insert`].
     #[must_use]
     pub fn with_insert(&self, insert: &[u8]) -> HeadEdit {

@@ -115,9 +115,9 @@ impl Worker {
     }
 
     /// Something happens at an endpoint, by this worker's doing.
-    pub(crate) fn happens(&mut self, endpoint: EndpointRef, event: &Event) {
+    fn happens(&mut self, endpoint: EndpointRef, event: &Event<'_>) {
         if self.table.resolve(endpoint).is_some() {
-            event.enter(endpoint.key, self);
+            event.enter(endpoint.index, self);
         }
         self.log.push(endpoint.key, event);
     }
@@ -156,12 +156,7 @@ impl Worker {
 
     /// An endpoint will hold a prompt's KV cache.
     pub(crate) fn holds(&mut self, endpoint: EndpointRef, blocks: &[BlockHash]) {
-        if self.table.resolve(endpoint).is_some() {
-            self.index.insert(endpoint.index, blocks);
-        }
-        if self.log.untold.is_some() {
-            self.log.push(endpoint.key, &Event::Holds { blocks: blocks.to_vec() });
-        }
+        self.happens(endpoint, &Event::Holds { blocks: blocks.into() });
     }
 
     /// An endpoint could not be reached.

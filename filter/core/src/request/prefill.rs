@@ -184,7 +184,7 @@ impl Request {
         }
         let id = worker.pair_id(work.headers.get("x-request-id").unwrap_or_default(), now);
         let members = with_pair(worker, &work, pick, id, |pair| engine::decode_members(engine, pair));
-        if plan.with_insert(&members).edited_bytes(work.body_bytes) > work.config.max_body_bytes {
+        if plan.edited_bytes(&members, work.body_bytes) > work.config.max_body_bytes {
             return self.reject(worker, Vec::new(), &Rejection::TooLarge(work.config.max_body_bytes));
         }
         let (call, leg) = start_leg(worker, &work, &tried, pick, Some(id), (body, scan), now);
@@ -214,7 +214,7 @@ impl Request {
             _ => None,
         };
         let spliced = replaced.as_ref().unwrap_or(plan);
-        let fits = |members: &[u8]| spliced.with_insert(members).edited_bytes(*body_bytes) <= config.max_body_bytes;
+        let fits = |members: &[u8]| spliced.edited_bytes(members, *body_bytes) <= config.max_body_bytes;
         let mut warning = None;
         if let Some(slot) = worker.table.resolve(state.endpoint) {
             let is_missing = *handover == Handover::Missing;
