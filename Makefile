@@ -122,6 +122,8 @@ bench: build envoy ## Measure: stages of pd-core, module size, Envoy with and wi
 	@stat -c '%s bytes' target/wasm32-wasip1/filter/pd_filter.wasm
 	$(call say,stages of pd-core)
 	cargo bench $(LOCKED) -p pd-core
+	$(call say,a request in the module)
+	cargo run $(LOCKED) --quiet -p pd-host --example cost
 	$(call say,Envoy with and without the filter)
 	cargo run $(LOCKED) --quiet -p pd-load --bin pd-bench -- $(ARGS)
 

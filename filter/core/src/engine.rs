@@ -7,7 +7,7 @@ use core::fmt::Write as _;
 use core::net::SocketAddr;
 
 use crate::body::{Api, Key, KeySet, Scan, scan};
-use crate::json;
+use crate::json::{self, Object};
 use crate::splice::{Edits, HeadPlan, rewrite};
 use crate::wire::Engine;
 
@@ -286,16 +286,16 @@ pub enum Handover {
 
 /// Reads the answer of a prefill leg that the decode leg waited for.
 #[must_use]
-pub fn handover(engine: Engine, api: Api, answer: &[u8]) -> Handover {
+pub fn handover(engine: Engine, api: Api, answer: &Object<'_>) -> Handover {
     let members = match engine {
         Engine::VllmShared | Engine::Sglang | Engine::Mooncake | Engine::Sidecar => return Handover::Nothing,
         Engine::Trtllm => return trtllm_handover(api, answer).unwrap_or(Handover::Missing),
-        Engine::VllmNixl => match json::raw_member(answer, &["kv_transfer_params"]) {
-            Ok(Some(params)) if usable(params) => [br#""kv_transfer_params":"#, params].concat(),
+        Engine::VllmNixl => match answer.get("kv_transfer_params") {
+            Some(params) if usable(params) => [br#""kv_transfer_params":"#, params].concat(),
             _ => return Handover::Missing,
         },
-        Engine::Neuron => match json::raw_member(answer, &[]) {
-            Ok(Some(answer)) if answer.first() == Some(&b'{') => [br#""disagg_prefill_resp":"#, answer].concat(),
+        Engine::Neuron => match answer.text() {
+            text @ [b'{', ..] => [br#""disagg_prefill_resp":"#, text].concat(),
             _ => return Handover::Missing,
         },
     };
@@ -303,15 +303,14 @@ pub fn handover(engine: Engine, api: Api, answer: &[u8]) -> Handover {
 }
 
 /// TensorRT-LLM's parameters, now for generation, and the prompt as the prefill endpoint tokenised it.
-fn trtllm_handover(api: Api, answer: &[u8]) -> Option<Handover> {
-    let find = |path: &[&str]| json::raw_member(answer, path).ok().flatten();
+fn trtllm_handover(api: Api, answer: &Object<'_>) -> Option<Handover> {
+    let choice = answer.get("choices").and_then(|choices| json::elements(choices).next());
+    let of_choice = |key: &str| Some(json::members(choice?).filter(|(name, _)| name == key).last()?.1);
     // An answer that ended otherwise is complete, and its KV cache is gone.
-    if find(&["choices", "0", "finish_reason"])
-        .is_some_and(|reason| !matches!(reason, br#""length""# | br#""not_finished""#))
-    {
+    if of_choice("finish_reason").is_some_and(|reason| !matches!(reason, br#""length""# | br#""not_finished""#)) {
         return None;
     }
-    let params = find(&["disaggregated_params"]).or_else(|| find(&["choices", "0", "disaggregated_params"]))?;
+    let params = answer.get("disaggregated_params").or_else(|| of_choice("disaggregated_params"))?;
     let params = json::with_member(params, "request_type", br#""generation_only""#)?;
     let mut members = [br#""disaggregated_params":"#, params.as_slice()].concat();
     let mut drop = KeySet::EMPTY;
@@ -320,7 +319,7 @@ fn trtllm_handover(api: Api, answer: &[u8]) -> Option<Handover> {
         Api::Chat => Some(Key::PromptTokenIds),
         Api::Responses | Api::Messages | Api::Generate => None,
     };
-    if let (Some(key), Some(ids @ [b'[', ..])) = (key, find(&["prompt_token_ids"])) {
+    if let (Some(key), Some(ids @ [b'[', ..])) = (key, answer.get("prompt_token_ids")) {
         members.extend([format!(r#","{}":"#, key.name()).as_bytes(), ids].concat());
         drop = drop.with(key);
     }
@@ -329,21 +328,18 @@ fn trtllm_handover(api: Api, answer: &[u8]) -> Option<Handover> {
 
 /// Whether a decode server can use the parameters. One that lacks `remote_request_id` hangs, null block ids end it.
 fn usable(params: &[u8]) -> bool {
-    let (mut prefilled, mut blocks, mut request) = (false, false, false);
-    for (key, value) in json::members(params) {
-        match key.as_ref() {
-            "do_remote_prefill" => prefilled = value == b"true",
-            "remote_block_ids" => blocks = value.starts_with(b"["),
-            "remote_request_id" => request = value.starts_with(b"\""),
-            _ => {}
-        }
-    }
-    prefilled && blocks && request
+    let Ok(params) = Object::read(params) else { return false };
+    let starts = |key: &str, with: &[u8]| params.get(key).is_some_and(|value| value.starts_with(with));
+    starts("do_remote_prefill", b"true") && starts("remote_block_ids", b"[") && starts("remote_request_id", b"\"")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn handover(engine: Engine, api: Api, answer: &[u8]) -> Handover {
+        super::handover(engine, api, &Object::read(answer).unwrap_or_default())
+    }
 
     fn pair() -> Pair<'static> {
         Pair {

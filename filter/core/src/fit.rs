@@ -5,7 +5,7 @@
 //! ridge, with Huber's weights against outliers (a prompt that waited behind work of which we do not know), and bounded.
 
 use crate::config::{Cost, Pool};
-use crate::json;
+use crate::json::{self, Object};
 
 /// What an observation still counts after each further one: a window of about 200.
 const FORGETTING: f64 = 0.995;
@@ -49,8 +49,8 @@ impl Usage {
     /// Reads `usage.prompt_tokens` and `usage.prompt_tokens_details.cached_tokens`, or `input_…` as `/v1/responses` has
     /// it; `None` without the first.
     #[must_use]
-    pub fn of_answer(answer: &[u8]) -> Option<Self> {
-        let usage = json::raw_member(answer, &["usage"]).ok()??;
+    pub fn of_answer(answer: &Object<'_>) -> Option<Self> {
+        let usage = answer.get("usage")?;
         let number = |value: &[u8]| core::str::from_utf8(value).ok()?.parse::<u64>().ok();
         let mut this = Self::default();
         for (key, value) in json::members(usage) {
@@ -245,7 +245,7 @@ mod tests {
 
     #[test]
     fn usage_is_read_where_it_is() {
-        let usage = |text: &str| Usage::of_answer(text.as_bytes());
+        let usage = |text: &str| Usage::of_answer(&Object::read(text.as_bytes()).unwrap_or_default());
         let whole = r#"{"usage":{"prompt_tokens":9,"prompt_tokens_details":{"cached_tokens":4}}}"#;
         assert_eq!(usage(whole), Some(Usage { prompt_tokens: 9, cached_tokens: Some(4) }));
         let null = r#"{"usage":{"prompt_tokens":9,"prompt_tokens_details":null}}"#;

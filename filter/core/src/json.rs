@@ -204,31 +204,8 @@ pub fn validate(json: &[u8]) -> Result<(), ScanError> {
 /// [`ScanError`] when the document is not valid JSON, wherever the fault is.
 pub fn raw_member<'a>(json: &'a [u8], path: &[&str]) -> Result<Option<&'a [u8]>, ScanError> {
     let mut scanner = Scanner::new(json)?;
-    scanner.white_space();
-    let (mut found, path): (&[u8], _) = match path {
-        // Checked and searched in one pass.
-        [key, path @ ..] if scanner.eat(b'{') => {
-            let (mut value, mut first) = (None, true);
-            while let Some(member) = scanner.member(1, core::mem::take(&mut first))? {
-                if unescape(member.key.span.get(json)).is_some_and(|name| name == *key) {
-                    value = Some(member.value.get(json));
-                }
-                if !member.more {
-                    break;
-                }
-            }
-            scanner.finish()?;
-            match value {
-                Some(value) => (value, path),
-                None => return Ok(None),
-            }
-        }
-        _ => {
-            let found = scanner.value(0)?.get(json);
-            scanner.finish()?;
-            (found, path)
-        }
-    };
+    let mut found = scanner.value(0)?.get(json);
+    scanner.finish()?;
     for step in path {
         let next = match found.first() {
             Some(b'{') => members(found).filter(|(key, _)| key == step).last().map(|(_, value)| value),
@@ -241,6 +218,57 @@ pub fn raw_member<'a>(json: &'a [u8], path: &[&str]) -> Result<Option<&'a [u8]>,
         }
     }
     Ok(Some(found))
+}
+
+/// The members of a checked JSON object, by key.
+#[derive(Debug, Default)]
+pub struct Object<'a> {
+    json: &'a [u8],
+    members: Vec<(Text, Span)>,
+}
+
+impl<'a> Object<'a> {
+    /// Members beyond which an object is refused.
+    pub const MAX_MEMBERS: usize = 1_024;
+
+    /// Checks a whole document and notes its members; those of a document that is no object are none.
+    ///
+    /// # Errors
+    /// [`ScanError`] when the document is not valid JSON, or an object of too many members.
+    pub fn read(json: &'a [u8]) -> Result<Self, ScanError> {
+        let mut scanner = Scanner::new(json)?;
+        let mut members = Vec::new();
+        scanner.white_space();
+        if scanner.eat(b'{') {
+            members.reserve(12);
+            while let Some(member) = scanner.member(1, members.is_empty())? {
+                if members.len() >= Self::MAX_MEMBERS {
+                    return Err(scanner.error(ErrorKind::TooManyMembers));
+                }
+                members.push((member.key, member.value));
+                if !member.more {
+                    break;
+                }
+            }
+        } else {
+            scanner.value(0)?;
+        }
+        scanner.finish()?;
+        Ok(Self { json, members })
+    }
+
+    /// The document without the white space around it.
+    #[must_use]
+    pub fn text(&self) -> &'a [u8] {
+        self.json.trim_ascii()
+    }
+
+    /// The value of that key as it stands; the last one of several.
+    #[must_use]
+    pub fn get(&self, key: &str) -> Option<&'a [u8]> {
+        let is_meant = |(text, _): &&(Text, Span)| text.is(self.json, key);
+        self.members.iter().rev().find(is_meant).map(|(_, value)| value.get(self.json))
+    }
 }
 
 /// The members of a JSON object in their order, duplicates included: decoded key and the bytes of the value.
@@ -272,7 +300,7 @@ pub fn with_member(object: &[u8], key: &str, value: &[u8]) -> Option<Vec<u8>> {
     let mut out = Vec::with_capacity(object.len().saturating_add(value.len()));
     let (mut copied, mut first, mut found) = (0, true, false);
     while let Some(member) = scanner.member(1, core::mem::take(&mut first)).ok()? {
-        if unescape(member.key.span.get(object))? == key {
+        if member.key.is(object, key) {
             out.extend_from_slice(slice(object, copied, member.value.start));
             out.extend_from_slice(value);
             copied = member.value.end;

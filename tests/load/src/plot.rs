@@ -20,6 +20,8 @@ pub const COLOURS: [RGBColor; 6] = [
 ];
 
 const FONT: &str = "sans-serif";
+/// Bars in a panel beyond which their labels stand upright.
+const MANY_BARS: usize = 6;
 
 /// One bar.
 #[derive(Clone, Debug)]
@@ -80,7 +82,10 @@ fn heading(area: &Area<'_>, title: &str, legend: &[(&str, usize)]) -> Result<()>
 }
 
 fn draw_bars(area: &Area<'_>, panel: &Panel) -> Result<()> {
-    let top = panel.bars.iter().map(|bar| bar.value.max(bar.range.1)).fold(0.0, f64::max).max(1e-9) * 1.12;
+    let is_crowded = panel.bars.len() > MANY_BARS;
+    let room = if is_crowded { 1.6 } else { 1.12 };
+    let top = panel.bars.iter().map(|bar| bar.value.max(bar.range.1)).fold(0.0, f64::max).max(1e-9) * room;
+    let digits = usize::from(top < 5.0);
     let mut chart = ChartBuilder::on(area)
         .caption(&panel.title, text(15))
         .margin(8)
@@ -93,7 +98,7 @@ fn draw_bars(area: &Area<'_>, panel: &Panel) -> Result<()> {
         .disable_x_mesh()
         .x_labels(0)
         .y_labels(6)
-        .y_label_formatter(&|value| format!("{value:.0}"))
+        .y_label_formatter(&|value| format!("{value:.digits$}"))
         .light_line_style(TRANSPARENT)
         .bold_line_style(RGBColor(225, 225, 225))
         .axis_style(RGBColor(160, 160, 160))
@@ -107,7 +112,11 @@ fn draw_bars(area: &Area<'_>, panel: &Panel) -> Result<()> {
         chart.draw_series([body]).map_err(failed)?;
         let whisker = PathElement::new([(middle, bar.range.0), (middle, bar.range.1)], BLACK.stroke_width(1));
         chart.draw_series([whisker]).map_err(failed)?;
-        let style = text(12).pos(Pos::new(HPos::Center, VPos::Bottom));
+        let style = if is_crowded {
+            text(11).transform(FontTransform::Rotate270).pos(Pos::new(HPos::Left, VPos::Center))
+        } else {
+            text(12).pos(Pos::new(HPos::Center, VPos::Bottom))
+        };
         let at = (middle, bar.value.max(bar.range.1) + top * 0.01);
         chart.draw_series([Text::new(bar.label.clone(), at, style)]).map_err(failed)?;
     }

@@ -146,7 +146,8 @@ fn picture(path: &Path, case: &Case, at: usize, rows: &[(usize, Row)], slo: f64)
             };
             Some(Bar { label: format!("{} {value:.digits$}", policy.name()), value, range, series })
         });
-        Panel { title: name.to_owned(), bars: bars.collect() }
+        let title = if [P90, P99].contains(&figure) { format!("TTFT {name}") } else { name.to_owned() };
+        Panel { title, bars: bars.collect() }
     };
     plot::bars(path, &case.title(), &LEGEND, &[panel(HITS), panel(P90), panel(P99)])
 }

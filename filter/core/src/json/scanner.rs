@@ -1,13 +1,21 @@
 //! A position in a document that moves forward over what is there.
 
 use super::tight::{self, Seen};
-use super::{ErrorKind, MAX_DEPTH, ScanError, Span, offset};
+use super::{ErrorKind, MAX_DEPTH, ScanError, Span, offset, unescape};
 
 /// A string as it stands in the document: what lies between the quotes, and whether that holds a backslash.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Text {
     pub(crate) span: Span,
     pub(crate) escaped: bool,
+}
+
+impl Text {
+    /// Whether it means `name`.
+    pub(crate) fn is(&self, json: &[u8], name: &str) -> bool {
+        let raw = self.span.get(json);
+        if self.escaped { unescape(raw).is_some_and(|text| text == name) } else { raw == name.as_bytes() }
+    }
 }
 
 /// One member of an object.

@@ -13,6 +13,7 @@ use crate::engine::{self, Handover, Shape};
 use crate::fit::Usage;
 use crate::index::EndpointIndex;
 use crate::intake::{Work, candidates, question_headers};
+use crate::json::Object;
 use crate::metrics::Metric;
 use crate::models::Served;
 use crate::reply::Rejection;
@@ -58,9 +59,10 @@ impl Request {
             (PrefillAnswer::Answered { status: 200, body: answer, .. }, None) if state.leg.is_some() => {
                 let Prompt { bytes, tokens, .. } = state.work.prompt;
                 let thought = (bytes as f64, tokens, state.pick.matched_tokens);
-                let usage = Usage::of_answer(answer);
+                let answer = Object::read(answer).unwrap_or_default();
+                let usage = Usage::of_answer(&answer);
                 worker.table.saw_prefill(state.endpoint, thought, seconds, usage);
-                let handover = engine::handover(state.partner.engine, state.work.api, answer);
+                let handover = engine::handover(state.partner.engine, state.work.api, &answer);
                 return self.prefilled(worker, &state, &handover, usage, read_again, now);
             }
             (PrefillAnswer::Answered { status: 200, body: answer, .. }, None) => {

@@ -6,6 +6,7 @@ use super::leg::{engines_reply, leg_ended, prefill_ms};
 use super::{Effect, Flow, GO_ON, KV_HEADER, Outcome, PrefillAnswer, Request, SERVED_HEADER, State, WAIT, to_i64};
 use crate::answer::Passage;
 use crate::fit::Usage;
+use crate::json::Object;
 use crate::metrics::Metric;
 use crate::reply::Rejection;
 use crate::splice::HeadEdit;
@@ -67,7 +68,10 @@ impl Request {
         if let PrefillAnswer::Answered { status: 200, .. } = answer {
             let mut effects = vec![prefill_ms(worker, companion.started, now)];
             if let (Some(passage), PrefillAnswer::Answered { body, .. }) = (&mut sent.passage, answer) {
-                passage.cached_tokens = Usage::of_answer(body).and_then(|usage| usage.cached_tokens);
+                passage.cached_tokens = Object::read(body)
+                    .ok()
+                    .and_then(|body| Usage::of_answer(&body))
+                    .and_then(|usage| usage.cached_tokens);
             }
             if sent.response == Response::Held {
                 sent.response = Response::Passed;

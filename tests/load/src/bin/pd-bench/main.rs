@@ -60,6 +60,12 @@ struct Args {
     /// Requests of the memory test; 0 leaves it out
     #[arg(long, default_value_t = 20_000)]
     memory_requests: u64,
+    /// Seconds for which Envoys with many workers do nothing; 0 leaves them out
+    #[arg(long, default_value_t = 10)]
+    idle_seconds: u64,
+    /// Their workers
+    #[arg(long, default_value_t = 16)]
+    idle_workers: u32,
     /// Leave out the streams
     #[arg(long)]
     no_stream: bool,
@@ -109,6 +115,7 @@ async fn supervise() -> ExitCode {
         args.rounds = args.rounds.min(2);
         args.seconds = args.seconds.min(0.3);
         args.memory_requests = args.memory_requests.min(1_000);
+        args.idle_seconds = args.idle_seconds.min(2);
     }
     let tasks = tokio::task::LocalSet::new();
     let run = tasks.run_until(async move {
@@ -155,6 +162,9 @@ async fn run(args: &Args) -> Result<()> {
     drop(rig);
     if args.memory_requests > 0 && variants.contains(&Variant::TwoLegs) {
         memory(args).await?;
+    }
+    if args.idle_seconds > 0 && variants.contains(&Variant::TwoLegs) {
+        idle(args).await?;
     }
     let path = args.out.join("bench.csv");
     std::fs::write(&path, rounds::csv(&measured)).with_context(|| path.display().to_string())?;
@@ -255,6 +265,29 @@ async fn memory(args: &Args) -> Result<()> {
         marks.join(", "),
         args.memory_requests,
         begun.elapsed()
+    );
+    Ok(())
+}
+
+/// Many workers that have nothing to do but to renew their seats, beside plain Envoy's at the same time.
+async fn idle(args: &Args) -> Result<()> {
+    let (_engines, filter, plain) = rig::idle(args).await?;
+    // They meet each other first.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let pids = [filter.pid(), plain.pid()];
+    let before = pids.map(process::usage);
+    tokio::time::sleep(Duration::from_secs(args.idle_seconds)).await;
+    let mut percent = Vec::new();
+    for (pid, before) in pids.into_iter().zip(before) {
+        let cpu = process::usage(pid)?.since(before?).cpu;
+        percent.push(100.0 * cpu.as_secs_f64() / args.idle_seconds as f64);
+    }
+    let [filter, plain] = percent[..] else { return Ok(()) };
+    println!(
+        "idle for {} s with {} workers: {filter:.2} % of a core, plain {plain:.2} %, the filter's share {:.2} % (target < 2 %)\n",
+        args.idle_seconds,
+        args.idle_workers,
+        filter - plain
     );
     Ok(())
 }

@@ -84,6 +84,26 @@ impl Rig {
 }
 
 async fn with_filter(args: &Args, variant: Variant, endpoints: &[SocketAddr]) -> Result<Envoy> {
+    let config = filter_config(args, variant, endpoints)?;
+    Envoy::start(&args.envoy, &config, &args.out.join(format!("{variant:?}")), 1).await
+}
+
+/// Envoys with many workers, with the filter and without, and the engines that they know.
+pub async fn idle(args: &Args) -> Result<(Vec<Engine>, Envoy, Envoy)> {
+    let mut engines = Vec::new();
+    for kind in [Kind::Prefill, Kind::Prefill, Kind::Decode, Kind::Decode] {
+        engines.push(Engine::start(kind).await?);
+    }
+    let addresses: Vec<_> = engines.iter().map(|engine| engine.address).collect();
+    let config = filter_config(args, Variant::TwoLegs, &addresses)?;
+    let filter = Envoy::start(&args.envoy, &config, &args.out.join("idle"), args.idle_workers).await?;
+    let mut config = Config::local(&args.wasm, &addresses)?;
+    config.make_plain(!args.floor_without_retries)?;
+    let plain = Envoy::start(&args.envoy, &config, &args.out.join("idle-plain"), args.idle_workers).await?;
+    Ok((engines, filter, plain))
+}
+
+fn filter_config(args: &Args, variant: Variant, endpoints: &[SocketAddr]) -> Result<Config> {
     let (wasm, mode) = match variant {
         Variant::OneLeg => (&args.wasm, "never"),
         Variant::OneLegBeside => (args.beside.as_ref().unwrap_or(&args.wasm), "never"),
@@ -103,5 +123,5 @@ async fn with_filter(args: &Args, variant: Variant, endpoints: &[SocketAddr]) ->
             merge(filter, more);
         }
     })?;
-    Envoy::start(&args.envoy, &config, &args.out.join(format!("{variant:?}")), 1).await
+    Ok(config)
 }
