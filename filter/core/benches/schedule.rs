@@ -107,7 +107,7 @@ fn choose_both_endpoints(bencher: Bencher<'_, '_>, endpoints: u32) {
     bencher.bench_local(|| {
         let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: config.pool("default"), now };
         let decision = scheduler.decide(black_box(&candidates), black_box(&prompt));
-        (decision, scheduler.pick_decode(&candidates.decode, &prompt, &[], None))
+        (decision, scheduler.pick_decode(&candidates.decode, &prompt, &[]))
     });
 }
 

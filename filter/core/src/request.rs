@@ -416,7 +416,7 @@ impl Request {
             Some(Phase::Decode) => {
                 let (decision, reason) = (Metric::RequestsDecodeOnly, "phase_header");
                 let among = if candidates.decode.is_empty() { &candidates.whole } else { &candidates.decode };
-                scheduler.pick_decode(among, prompt, &[], None).map(|(pick, alternates)| Route {
+                scheduler.pick_decode(among, prompt, &[]).map(|(pick, alternates)| Route {
                     decision,
                     reason,
                     pick,

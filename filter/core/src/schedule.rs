@@ -17,7 +17,7 @@ use crate::config::{Pool, Split};
 use crate::hash::{BlockHash, PromptHash, prefix_units, rendezvous_weight};
 use crate::index::{EndpointIndex, PrefixIndex};
 use crate::table::{Candidates, Slot, Table};
-use crate::wire::{Engine, Role};
+use crate::wire::Role;
 
 /// A prompt as the scheduler sees it.
 #[derive(Clone, Debug, Default)]
@@ -38,27 +38,6 @@ pub struct Prompt {
     pub is_unseen: bool,
     /// Whether more than one sequence is asked for: a batch of prompts, or more answers than one.
     pub is_several: bool,
-}
-
-/// What a decode endpoint must have to take over from a prefill endpoint.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Partner {
-    /// Hand-over protocol.
-    pub engine: Engine,
-    /// Pairing group; none: any.
-    pub group: Option<String>,
-}
-
-impl Partner {
-    /// The partner of a prefill endpoint.
-    #[must_use]
-    pub fn of(prefill: &Slot) -> Self {
-        Self { engine: prefill.engine, group: prefill.endpoint.group.clone() }
-    }
-
-    fn suits(&self, decode: &Slot) -> bool {
-        decode.engine == self.engine && (self.group.is_none() || decode.endpoint.group == self.group)
-    }
 }
 
 /// A chosen endpoint.
@@ -282,25 +261,14 @@ impl Scheduler<'_> {
         (shortlist, owner.map(|(at, _)| at))
     }
 
-    /// The endpoint with the fewest assigned KV tokens, and alternates in the same order. `partner`: what it must have
-    /// to take a decode leg.
+    /// The endpoint with the fewest assigned KV tokens, and alternates in the same order.
     #[must_use]
     pub fn pick_decode(
         &self,
         among: &[EndpointIndex],
         prompt: &Prompt,
         tried: &[EndpointIndex],
-        partner: Option<&Partner>,
     ) -> Option<(Pick, Vec<EndpointIndex>)> {
-        let members: Vec<EndpointIndex>;
-        let among = match partner {
-            None => among,
-            Some(partner) => {
-                let suits = |at: &EndpointIndex| self.table.get(*at).is_some_and(|slot| partner.suits(slot));
-                members = among.iter().copied().filter(suits).collect();
-                &members
-            }
-        };
         let suited = self.usable(among, prompt, tried).into_iter();
         let mut ranked: Vec<Ranked> = suited.map(|(at, slot)| Ranked::new(at, slot, prompt)).collect();
         let first = ranked.iter().copied().min_by(Ranked::order)?;
@@ -334,7 +302,7 @@ impl Scheduler<'_> {
     /// A decode endpoint that lacks fewer than `threshold` tokens of the prompt, unless all those are overloaded.
     fn pick_cached_decode(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Pick> {
         if prompt.tokens < threshold {
-            return self.pick_decode(among, prompt, &[], None).map(|(pick, _)| pick);
+            return self.pick_decode(among, prompt, &[]).map(|(pick, _)| pick);
         }
         let usable = self.usable(among, prompt, &[]);
         let least = usable.into_iter().map(|(_, slot)| decode_load(slot)).reduce(f64::min)?;
@@ -627,7 +595,7 @@ mod tests {
         for (at, tokens) in decode.iter().zip([50, 10, 30, 40]) {
             fixture.table.get_mut(*at).unwrap().decode.add(tokens);
         }
-        let (pick, alternates) = fixture.scheduler().pick_decode(&decode, &prompt(1, 8), &[], None).unwrap();
+        let (pick, alternates) = fixture.scheduler().pick_decode(&decode, &prompt(1, 8), &[]).unwrap();
         assert_eq!((pick.endpoint, alternates), (decode[1], vec![decode[2], decode[3]]));
     }
 
@@ -690,7 +658,7 @@ mod tests {
         for at in fixture.candidates.decode.clone().into_iter().filter(|at| at % 4 != 0) {
             fixture.table.get_mut(at).unwrap().decode.add(9);
         }
-        let pick = fixture.scheduler().pick_decode(&fixture.candidates.decode, &prompt(1, 8), &[], None);
+        let pick = fixture.scheduler().pick_decode(&fixture.candidates.decode, &prompt(1, 8), &[]);
         assert_eq!(pick.unwrap().0.endpoint % 4, 0);
     }
 

@@ -55,6 +55,23 @@ pub struct Slot {
     fit: usize,
 }
 
+/// What a decode endpoint must have to take over from a prefill endpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Partner {
+    /// Hand-over protocol.
+    pub engine: Engine,
+    /// Pairing group; none: any.
+    pub group: Option<String>,
+}
+
+impl Partner {
+    /// The partner of a prefill endpoint.
+    #[must_use]
+    pub fn of(prefill: &Slot) -> Self {
+        Self { engine: prefill.engine, group: prefill.endpoint.group.clone() }
+    }
+}
+
 /// Endpoints of one pool that serve one model.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Candidates {
@@ -71,6 +88,8 @@ pub struct Candidates {
     /// Ready endpoints that a long prompt is computed at: prefill endpoints, and those of role `both`. Sorted
     /// alike, and with the same ones left out.
     pub compute: Vec<EndpointIndex>,
+    /// The decode endpoints by what prefill endpoints they take over from, sorted alike.
+    pub(crate) partners: HashMap<Partner, Vec<EndpointIndex>>,
 }
 
 /// Why there is nothing to choose from.
@@ -499,6 +518,13 @@ impl Candidates {
     /// Leaves out everybody else.
     pub fn retain(&mut self, stays: impl Fn(EndpointIndex) -> bool) {
         self.sets().into_iter().for_each(|set| set.retain(|at| stays(*at)));
+        self.partners.values_mut().for_each(|set| set.retain(|at| stays(*at)));
+    }
+
+    /// The decode endpoints that can take over from a prefill endpoint.
+    #[must_use]
+    pub fn partners(&self, of: &Partner) -> &[EndpointIndex] {
+        self.partners.get(of).map_or(&[], Vec::as_slice)
     }
 
     fn sets(&mut self) -> [&mut Vec<EndpointIndex>; 4] {
@@ -520,6 +546,14 @@ fn first_that_generates<'a>(
     if !candidates.decode.is_empty() {
         candidates.prefill.retain(has_partner);
         candidates.compute.retain(has_partner);
+    }
+    for at in &candidates.decode {
+        let Some(partner) = slot_of(*at).map(Partner::of) else { continue };
+        if partner.group.is_some() {
+            let any = Partner { group: None, ..partner };
+            candidates.partners.entry(any).or_default().push(*at);
+        }
+        candidates.partners.entry(partner).or_default().push(*at);
     }
     Some(Arc::new(candidates))
 }

@@ -17,8 +17,8 @@ use crate::json::Object;
 use crate::metrics::Metric;
 use crate::models::Served;
 use crate::reply::Rejection;
-use crate::schedule::{Partner, Pick, Prompt, Scheduler};
-use crate::table::{Candidates, EndpointRef};
+use crate::schedule::{Pick, Prompt, Scheduler};
+use crate::table::{Candidates, EndpointRef, Partner};
 use crate::wire::EndpointId;
 use crate::worker::Worker;
 
@@ -121,7 +121,7 @@ impl Request {
         let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool, now };
         let picked = match pool.on_prefill_failure {
             OnPrefillFailure::Fail => None,
-            OnPrefillFailure::DecodeOnly => scheduler.pick_decode(&candidates.whole, prompt, &[], None),
+            OnPrefillFailure::DecodeOnly => scheduler.pick_decode(&candidates.whole, prompt, &[]),
         };
         let Some((pick, alternates)) = picked else {
             return self.reject(worker, Vec::new(), &Rejection::PrefillFailed);
@@ -174,7 +174,7 @@ impl Request {
         }
         let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: work.pool(), now };
         let Work { served: Served { candidates, .. }, prompt, plan, .. } = &work;
-        let Some((decode, alternates)) = scheduler.pick_decode(&candidates.decode, prompt, &[], Some(&partner)) else {
+        let Some((decode, alternates)) = scheduler.pick_decode(candidates.partners(&partner), prompt, &[]) else {
             return self.reject(worker, Vec::new(), &Rejection::NoEndpoint);
         };
         let (decision, reason) = (Metric::RequestsSplit, if shape == Shape::OneLeg { "sidecar" } else { "concurrent" });
@@ -236,8 +236,7 @@ impl Request {
             }
         };
         let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: state.work.pool(), now };
-        let Some((pick, alternates)) =
-            scheduler.pick_decode(&served.candidates.decode, prompt, &[], Some(&state.partner))
+        let Some((pick, alternates)) = scheduler.pick_decode(served.candidates.partners(&state.partner), prompt, &[])
         else {
             return self.reject(worker, Vec::new(), &Rejection::NoEndpoint);
         };

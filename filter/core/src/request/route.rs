@@ -164,7 +164,7 @@ impl Request {
             restricted = among.iter().copied().filter(is_allowed).collect();
             among = &restricted;
         }
-        let Some((pick, alternates)) = scheduler.pick_decode(among, &prompt, &[], None) else {
+        let Some((pick, alternates)) = scheduler.pick_decode(among, &prompt, &[]) else {
             return self.reject(worker, effects, &Rejection::NoEndpoint);
         };
         let destination = destination(worker, pick.endpoint, alternates.iter().copied());
