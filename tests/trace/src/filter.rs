@@ -1,5 +1,6 @@
-//! Our policy: pd-core's request machine, as the filter drives it, one state per worker.
+//! Our policy: pd-core's request machine, as the filter drives it, whole, with what workers share.
 
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -8,7 +9,9 @@ use anyhow::{Context as _, Result, bail};
 use hashbrown::HashMap;
 use pd_core::hash::{BlockHash, prompt_hash};
 use pd_core::headers::Headers;
+use pd_core::push::TICK;
 use pd_core::request::{DECODE, Effect, Outcome, PrefillAnswer, Request};
+use pd_core::share::{Share, Shared};
 use pd_core::wire::{Endpoint, Role, Snapshot, WIRE_VERSION};
 use pd_core::worker::Worker;
 use pd_load::trace::BLOCK_TOKENS;
@@ -30,9 +33,11 @@ const ANSWER_TAIL: &str = r#"},"kv_transfer_params":{"do_remote_prefill":true,"d
 /// How many brains there are, and how they talk.
 #[derive(Clone, Debug, Default)]
 pub struct Brains {
-    /// States that decide, each for the requests that come to it: workers that share nothing, or replicas.
+    /// Gateways, each deciding for the requests that come to it.
     pub count: usize,
-    /// How long after a decision the other states know of it; `None`: never.
+    /// Workers of each gateway, which share what they know as they do in Envoy.
+    pub workers: usize,
+    /// How long after a decision the other gateways know of it; `None`: never.
     pub exchange: Option<Duration>,
     /// Members to put over those of the plugin configuration, objects by member.
     pub config: serde_json::Value,
@@ -40,13 +45,61 @@ pub struct Brains {
 
 /// Gateway with pd-core in it.
 pub struct Filter {
+    /// Every worker of every gateway.
     states: Vec<Worker>,
+    /// How each talks to the others of its gateway, where there are any.
+    shares: Vec<Share>,
+    /// What those of one gateway share.
+    stores: Vec<Store>,
+    ticked: Duration,
+    workers: usize,
     streams: HashMap<usize, Stream>,
     places: Places,
     exchange: Option<Duration>,
     changes: VecDeque<(Duration, usize, Change)>,
     rng: fastrand::Rng,
     pruned: Duration,
+}
+
+/// Shared data of one gateway.
+#[derive(Default)]
+struct Store {
+    data: RefCell<HashMap<String, (Vec<u8>, u32)>>,
+    positions: RefCell<HashMap<usize, u64>>,
+    announced: Cell<u64>,
+}
+
+impl Shared for Store {
+    fn get(&self, key: &str) -> Option<(Vec<u8>, u32)> {
+        self.data.borrow().get(key).cloned()
+    }
+
+    fn set(&self, key: &str, value: &[u8], version: Option<u32>) -> bool {
+        let mut data = self.data.borrow_mut();
+        let (held, current) = data.entry(key.to_owned()).or_default();
+        let is_current = version.is_none_or(|version| version == *current);
+        if is_current {
+            value.clone_into(held);
+            *current += 1;
+        }
+        is_current
+    }
+
+    fn announced(&self) -> u64 {
+        self.announced.get()
+    }
+
+    fn announce(&self) {
+        self.announced.set(self.announced.get() + 1);
+    }
+
+    fn position(&self, seat: usize) -> u64 {
+        self.positions.borrow().get(&seat).copied().unwrap_or(0)
+    }
+
+    fn set_position(&self, seat: usize, position: u64) {
+        self.positions.borrow_mut().insert(seat, position);
+    }
 }
 
 struct Stream {
@@ -137,15 +190,26 @@ impl Filter {
             endpoints: prefill.chain(decode).collect(),
             removed: Vec::new(),
         };
-        let mut states = Vec::new();
-        for _ in 0..brains.count.max(1) {
+        let (mut states, mut shares) = (Vec::new(), Vec::new());
+        let (gateways, workers) = (brains.count.max(1), brains.workers.max(1));
+        let stores: Vec<_> = (0..gateways).map(|_| Store::default()).collect();
+        for at in 0..gateways * workers {
             let mut worker = Worker::default();
             worker.configure(config.to_string().as_bytes()).context("pd-core's configuration")?;
             worker.apply(&snapshot.to_json()).context("the list of endpoints")?;
+            if workers > 1 {
+                let mut share = Share::default();
+                share.configure(&mut worker, &stores[at / workers], at as u64 + 1, Duration::ZERO);
+                shares.push(share);
+            }
             states.push(worker);
         }
         Ok(Self {
             states,
+            shares,
+            stores,
+            ticked: Duration::ZERO,
+            workers,
             streams: HashMap::new(),
             places,
             exchange: brains.exchange,
@@ -185,6 +249,7 @@ impl Filter {
     pub fn ask(&mut self, number: usize, path: &str, body: &[u8], tokens: u64, now: Duration) -> Result<usize> {
         self.catch_up(now);
         let at = if self.states.len() > 1 { self.rng.usize(..self.states.len()) } else { 0 };
+        self.listen(at, now);
         let Some(state) = self.states.get_mut(at) else { bail!("no state") };
         let mut request = Request::default();
         let headers = Headers::from_pairs([(":method", "POST"), (":path", path), (":authority", "gateway")]);
@@ -197,6 +262,7 @@ impl Filter {
         let prefill = call.and_then(|text| Places::find(&self.places.prefill, text));
         let prefill = prefill.with_context(|| format!("no prefill leg: {outcome:?}"))?;
         self.streams.insert(number, Stream { state: at, request, tell: None, tokens, prefill, decode: 0 });
+        self.publish(at, now);
         Ok(prefill)
     }
 
@@ -206,6 +272,8 @@ impl Filter {
     /// When pd-core chooses none.
     pub fn prefilled(&mut self, number: usize, now: Duration) -> Result<usize> {
         self.catch_up(now);
+        let at = self.streams.get(&number).context("no such request")?.state;
+        self.listen(at, now);
         let stream = self.streams.get_mut(&number).context("no such request")?;
         let state = self.states.get_mut(stream.state).context("no state")?;
         let body = format!("{ANSWER_HEAD}{}{ANSWER_TAIL}", stream.tokens);
@@ -224,6 +292,7 @@ impl Filter {
             self.changed(now, from, Change::PrefillOver { endpoint: self.places.prefill[prefill], leg });
             self.changed(now, from, Change::DecodeBegun { endpoint: self.places.decode[decode], tell });
         }
+        self.publish(at, now);
         Ok(decode)
     }
 
@@ -235,6 +304,8 @@ impl Filter {
             let upstream = self.places.decode[stream.decode].to_string();
             stream.request.response_headers(state, Some(upstream.as_bytes()), Some(200), now);
             stream.request.first_byte(state, now);
+            let at = stream.state;
+            self.publish(at, now);
         }
     }
 
@@ -244,9 +315,25 @@ impl Filter {
         if let Some(state) = self.states.get_mut(stream.state) {
             stream.request.done(state, now);
         }
+        self.publish(stream.state, now);
         if let Some(tell) = stream.tell {
             let endpoint = self.places.decode[stream.decode];
             self.changed(now, stream.state, Change::DecodeOver { endpoint, tokens: tell.tokens as u64 });
+        }
+    }
+
+    /// A worker hears what the others of its gateway did.
+    fn listen(&mut self, at: usize, now: Duration) {
+        if let (Some(share), Some(state)) = (self.shares.get_mut(at), self.states.get_mut(at)) {
+            let store = &self.stores[at / self.workers];
+            share.catch_up(state, store, store.announced(), now);
+        }
+    }
+
+    /// It tells them what it did.
+    fn publish(&mut self, at: usize, now: Duration) {
+        if let (Some(share), Some(state)) = (self.shares.get_mut(at), self.states.get_mut(at)) {
+            share.publish(state, &self.stores[at / self.workers], now);
         }
     }
 
@@ -256,15 +343,24 @@ impl Filter {
         }
     }
 
-    /// Tells the states what others did, when its time has come.
+    /// Tells the gateways what others did, when its time has come.
     fn catch_up(&mut self, now: Duration) {
         if now >= self.pruned + PRUNE_EVERY {
             self.pruned = now;
             self.states.iter_mut().for_each(|state| state.prune(now));
         }
+        while !self.shares.is_empty() && now >= self.ticked + TICK {
+            self.ticked += TICK;
+            for (at, (share, state)) in self.shares.iter_mut().zip(&mut self.states).enumerate() {
+                let store = &self.stores[at / self.workers];
+                share.catch_up(state, store, store.announced(), self.ticked);
+                share.tick(state, store, self.ticked);
+            }
+        }
         while self.changes.front().is_some_and(|(due, ..)| *due <= now) {
             let Some((due, from, change)) = self.changes.pop_front() else { return };
-            for (_, state) in self.states.iter_mut().enumerate().filter(|(at, _)| *at != from) {
+            let elsewhere = |(at, _): &(usize, &mut Worker)| at / self.workers != from / self.workers;
+            for (_, state) in self.states.iter_mut().enumerate().filter(elsewhere) {
                 change.apply(state, due);
             }
         }
@@ -374,6 +470,29 @@ mod tests {
             let first = serve(&mut filter, 2 * number, &job(&[id, id + 1], 0));
             assert_eq!(serve(&mut filter, 2 * number + 1, &job(&[id, id + 1, id + 2], 1)), first);
         }
+    }
+
+    #[test]
+    fn workers_of_a_gateway_know_of_each_other_at_once() {
+        let brains = Brains { workers: 4, ..Brains::default() };
+        let mut filter = Filter::new(&PODS, &brains, 1).unwrap();
+        for number in 0..200 {
+            // Half of them end; of the others each prefill server has as many, whoever sent them.
+            let now = Duration::from_millis(10 * number as u64);
+            let new = Job { at: now, ..job(&[2 * number as u64 + 1_000], 0) };
+            if number % 2 == 0 {
+                drop(serve(&mut filter, number, &new))
+            } else {
+                drop(filter.arrive(number, &new, now))
+            }
+        }
+        let now = Duration::from_secs(2);
+        filter.catch_up(now);
+        let queues = |state: &Worker| state.table.iter().map(|(_, slot)| slot.prefill.work(now)).collect::<Vec<_>>();
+        let all: Vec<_> = filter.states.iter().map(queues).collect();
+        let is_like = |queues: &Vec<f64>| queues.iter().zip(&all[0]).all(|(a, b)| (a - b).abs() < 1e-3);
+        assert!(all.iter().all(is_like), "{all:?}");
+        assert!(all[0].iter().sum::<f64>() > 1.0, "{all:?}");
     }
 
     #[test]

@@ -54,10 +54,13 @@ struct Args {
     /// Seconds to the first token that are good enough
     #[arg(long, value_name = "SECONDS", default_value_t = 3.0)]
     slo: f64,
-    /// States of pd-core, each deciding for a share of the requests: workers or replicas that do not share one
+    /// Gateways, each deciding for a share of the requests
     #[arg(long, value_name = "N", default_value_t = 1)]
-    states: usize,
-    /// Milliseconds after which the other states know of a decision; without it never
+    gateways: usize,
+    /// Workers of each gateway, which share what they know as they do in Envoy
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    workers: usize,
+    /// Milliseconds after which the other gateways know of a decision; without it never
     #[arg(long, value_name = "MS")]
     exchange_ms: Option<f64>,
     /// Members to put over those of pd-core's configuration, as {"pools":{"default":{"affinity_weight":2}}}. There a
@@ -129,7 +132,8 @@ fn run(args: &Args) -> Result<()> {
     let timing = Timing::new(&pd_sim::Config { speed: 1.0, ..pd_sim::Config::default() });
     let policies = if args.policies.is_empty() { Policy::value_variants().to_vec() } else { args.policies.clone() };
     let brains = Brains {
-        count: args.states,
+        count: args.gateways,
+        workers: args.workers,
         exchange: args.exchange_ms.map(|ms| Duration::from_secs_f64(ms * 1e-3)),
         config: args.config.clone(),
     };

@@ -71,11 +71,20 @@ fn wrong_coefficients_are_corrected_while_it_serves() {
     assert!(off(&fitted) < 1.03 && off(&fixed) > 1.1, "{} {}", off(&fitted), off(&fixed));
 }
 
-#[test]
-fn states_that_hear_of_each_other_soon_choose_nearly_as_one() {
-    let states = Brains { count: 16, exchange: Some(std::time::Duration::from_millis(10)), ..Brains::default() };
+/// Whether several brains choose nearly as well as one.
+fn nearly_as_one(brains: &Brains) {
     let one = outcome(Shape::SharedPrefix, Policy::PdCore, &Brains::default());
-    let soon = outcome(Shape::SharedPrefix, Policy::PdCore, &states);
-    assert!(soon.hit_percent() > 0.97 * one.hit_percent(), "{} {}", soon.hit_percent(), one.hit_percent());
-    assert!(soon.ttft(0.9) < 1.05 * one.ttft(0.9), "{} {}", soon.ttft(0.9), one.ttft(0.9));
+    let several = outcome(Shape::SharedPrefix, Policy::PdCore, brains);
+    assert!(several.hit_percent() > 0.97 * one.hit_percent(), "{} {}", several.hit_percent(), one.hit_percent());
+    assert!(several.ttft(0.9) < 1.05 * one.ttft(0.9), "{} {}", several.ttft(0.9), one.ttft(0.9));
+}
+
+#[test]
+fn workers_of_one_gateway_choose_as_one() {
+    nearly_as_one(&Brains { workers: 16, ..Brains::default() });
+}
+
+#[test]
+fn gateways_that_hear_of_each_other_soon_choose_nearly_as_one() {
+    nearly_as_one(&Brains { count: 16, exchange: Some(std::time::Duration::from_millis(10)), ..Brains::default() });
 }
