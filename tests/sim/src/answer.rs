@@ -9,6 +9,7 @@ use http::{HeaderValue, Response, StatusCode};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt as _, Full};
 
+use crate::dialects;
 use crate::request::{Api, ApiError};
 use crate::tokens::Output;
 
@@ -71,7 +72,7 @@ pub(crate) struct Usage {
 }
 
 impl Usage {
-    fn to_json(self) -> String {
+    pub(crate) fn to_json(self) -> String {
         format!(
             r#"{{"prompt_tokens":{},"total_tokens":{},"completion_tokens":{},"prompt_tokens_details":{{"cached_tokens":{}}}}}"#,
             self.prompt,
@@ -84,12 +85,14 @@ impl Usage {
 
 /// What every chunk of an answer begins with.
 pub(crate) struct Head {
-    api: Api,
+    pub(crate) api: Api,
     /// `chatcmpl-…` or `cmpl-…`.
     pub(crate) id: String,
     /// `"id":…,"object":` and, after the object's name, `,"created":…,"model":…`.
     before: String,
     after: String,
+    pub(crate) created: u64,
+    pub(crate) model: String,
 }
 
 /// A choice of a whole answer.
@@ -104,19 +107,22 @@ impl Head {
         let id = match api {
             Api::Chat => format!("chatcmpl-{request_id}"),
             Api::Completions => format!("cmpl-{request_id}"),
+            Api::Responses => format!("resp_{request_id}"),
+            Api::Messages => format!("msg_{request_id}"),
+            Api::Generate => request_id.to_owned(),
         };
         let before = format!(r#"{{"id":{},"object":"#, quote(&id));
         let after = format!(r#","created":{created},"model":{}"#, quote(model));
-        Self { api, id, before, after }
+        Self { api, id, before, after, created, model: model.to_owned() }
     }
 
     /// A whole answer; `kv` is the value of `kv_transfer_params`, absent: no such key.
     pub(crate) fn whole(&self, choices: &[Choice<'_>], usage: Usage, kv: Option<&str>) -> String {
+        if matches!(self.api, Api::Responses | Api::Messages | Api::Generate) {
+            return dialects::whole(self, choices.iter().map(|choice| choice.output), usage, kv);
+        }
         let mut out = String::with_capacity(512 + choices.iter().map(|choice| choice.output.text.len()).sum::<usize>());
-        let object = match self.api {
-            Api::Chat => "chat.completion",
-            Api::Completions => "text_completion",
-        };
+        let object = if self.api == Api::Chat { "chat.completion" } else { "text_completion" };
         let _ = write!(out, r#"{}"{object}"{},"choices":["#, self.before, self.after);
         for (index, choice) in choices.iter().enumerate() {
             if index > 0 {
@@ -131,7 +137,7 @@ impl Head {
                     quote(&choice.output.text),
                     finish.reason()
                 ),
-                Api::Completions => {
+                _ => {
                     let text = match choice.echo {
                         Some(prompt) => quote(&format!("{prompt}{}", choice.output.text)),
                         None => quote(&choice.output.text),
@@ -180,7 +186,7 @@ impl Head {
                 "data: {}\"chat.completion.chunk\"{},\"choices\":[{{\"index\":{index},\"delta\":{{\"content\":{text}}},\"logprobs\":null,\"finish_reason\":{finish}{stop},\"token_ids\":null}}]{usage}}}\n\n",
                 self.before, self.after
             ),
-            Api::Completions => format!(
+            _ => format!(
                 "data: {}\"text_completion\"{},\"choices\":[{{\"index\":{index},\"text\":{text},\"logprobs\":null,\"finish_reason\":{finish}{stop},\"token_ids\":null}}]{usage}}}\n\n",
                 self.before, self.after
             ),
@@ -190,10 +196,7 @@ impl Head {
 
     /// The event that `stream_options.include_usage` asks for.
     pub(crate) fn usage_event(&self, usage: Usage) -> Bytes {
-        let object = match self.api {
-            Api::Chat => "chat.completion.chunk",
-            Api::Completions => "text_completion",
-        };
+        let object = if self.api == Api::Chat { "chat.completion.chunk" } else { "text_completion" };
         format!("data: {}\"{object}\"{},\"choices\":[],\"usage\":{}}}\n\n", self.before, self.after, usage.to_json())
             .into()
     }

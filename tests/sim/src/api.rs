@@ -71,18 +71,15 @@ pub(crate) async fn serve(pod: Arc<Pod>, connection: Arc<Connection>, request: R
         return serve_own(&pod, &parts, &body);
     }
     pod.stats.request(match path {
-        "/v1/chat/completions" | "/v1/completions" | "/v1/models" | "/health" | "/metrics" | "/version" => path,
+        "/v1/models" | "/health" | "/metrics" | "/version" => path,
+        _ if Api::of_path(path).is_some() => path,
         _ => "other",
     });
     // Probes and scrapes would push the requests out that a test looks for.
     if !matches!(path, "/health" | "/metrics") {
         pod.recorder.record(&parts, &body);
     }
-    let api = match (&parts.method, path) {
-        (&Method::POST, "/v1/chat/completions") => Some(Api::Chat),
-        (&Method::POST, "/v1/completions") => Some(Api::Completions),
-        _ => None,
-    };
+    let api = Api::of_path(path).filter(|_| parts.method == Method::POST);
     let mut guard = api.is_some().then(|| Guard::new(&pod));
     let parsed = api.map(|api| parse(&pod, api, &parts.headers, &body));
     drop(body);
@@ -385,9 +382,8 @@ fn serve_plain(pod: &Pod, parts: &Parts) -> Response<Body> {
         "/health" if get => Response::new(answer::full(Bytes::new())),
         "/version" if get => json(StatusCode::OK, format!(r#"{{"version":"{VLLM_VERSION}"}}"#)),
         "/metrics" if get => typed(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", metrics::render(pod)),
-        "/v1/models" | "/health" | "/version" | "/metrics" | "/v1/chat/completions" | "/v1/completions" => {
-            detail(StatusCode::METHOD_NOT_ALLOWED)
-        }
+        "/v1/models" | "/health" | "/version" | "/metrics" => detail(StatusCode::METHOD_NOT_ALLOWED),
+        path if Api::of_path(path).is_some() => detail(StatusCode::METHOD_NOT_ALLOWED),
         _ => detail(StatusCode::NOT_FOUND),
     }
 }

@@ -9,13 +9,39 @@ use crate::fields::{Content, Fields, Text, missing, push_compact, wrong_type};
 use crate::handoff::{KvParams, kv_params, trtllm_prompts};
 use crate::tokens::{Limits, Output, Prompt, generate};
 
-/// Which of the two generation endpoints.
+/// Which of the generation endpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Api {
     /// `/v1/chat/completions`.
     Chat,
     /// `/v1/completions`.
     Completions,
+    /// `/v1/responses`, OpenAI's later API.
+    Responses,
+    /// `/v1/messages`, Anthropic's API.
+    Messages,
+    /// `/inference/v1/generate`, vLLM's own: token ids in, token ids out.
+    Generate,
+}
+
+impl Api {
+    /// The API of a path.
+    #[must_use]
+    pub fn of_path(path: &str) -> Option<Self> {
+        Some(match path {
+            "/v1/chat/completions" => Self::Chat,
+            "/v1/completions" => Self::Completions,
+            "/v1/responses" => Self::Responses,
+            "/v1/messages" => Self::Messages,
+            "/inference/v1/generate" => Self::Generate,
+            _ => return None,
+        })
+    }
+
+    /// Whether its streams end with `[DONE]`.
+    pub(crate) fn says_done(self) -> bool {
+        !matches!(self, Self::Responses | Self::Messages)
+    }
 }
 
 /// Tokens that `/v1/completions` generates when no limit is given (OpenAI's and vLLM's default).
@@ -137,7 +163,12 @@ impl Generation {
             }
             Some(_) => fields.get("stream_options")?.unwrap_or_default(),
         };
-        let n: u64 = fields.get("n")?.unwrap_or(1);
+        let nested: Option<Fields<'_>> = match api {
+            Api::Generate => Some(fields.borrowed("sampling_params")?.ok_or_else(|| missing("sampling_params"))?),
+            _ => None,
+        };
+        let sampling = nested.as_ref().unwrap_or(fields);
+        let n: u64 = sampling.get("n")?.unwrap_or(1);
         if !(1..=MAX_CHOICES).contains(&n) {
             return Err(ApiError::bad_field("n", format!("n must be between 1 and {MAX_CHOICES}, got {n}.")));
         }
@@ -151,13 +182,16 @@ impl Generation {
         let echo = fields.get("echo")?.unwrap_or(false);
         let rendered = match (trtllm_prompts(api, fields, rules)?, api) {
             (Some(prompts), _) => prompts,
-            (None, Api::Chat) => vec![render_chat(fields)?],
-            (None, Api::Completions) => render_prompts(fields)?,
+            (None, Api::Chat) => vec![render_chat(fields, None, "messages")?],
+            (None, Api::Messages) => vec![render_chat(fields, Some("system"), "messages")?],
+            (None, Api::Responses) => vec![render_chat(fields, Some("instructions"), "input")?],
+            (None, Api::Completions) => render_prompts(fields, "prompt")?,
+            (None, Api::Generate) => render_prompts(fields, "token_ids")?,
         };
         let kv = kv_params(fields, rules, rendered.len(), n as usize, stream)?;
         let prompts: Vec<Prompt> =
             rendered.into_iter().map(|bytes| Prompt::new(&model, salt.as_deref(), bytes)).collect();
-        let limits = prompts.iter().map(|prompt| limits(api, fields, prompt, rules)).collect::<Result<_, _>>()?;
+        let limits = prompts.iter().map(|prompt| limits(api, sampling, prompt, rules)).collect::<Result<_, _>>()?;
         Ok(Self {
             api,
             model,
@@ -167,7 +201,7 @@ impl Generation {
             include_usage: options.include_usage,
             continuous_usage: options.continuous_usage_stats,
             echo: echo && api == Api::Completions,
-            seed: fields.get("seed")?,
+            seed: sampling.get("seed")?,
             kv,
             request_id: None,
             limits,
@@ -207,9 +241,15 @@ pub fn expected_text(model: &str, body: impl AsRef<[u8]>) -> String {
 /// As [`expected_text`], for every choice of every prompt in the order of their `index`.
 #[must_use]
 pub fn expected_texts(model: &str, body: impl AsRef<[u8]>) -> Vec<String> {
+    let is_chat = Fields::parse(body.as_ref()).is_ok_and(|fields| fields.raw("messages").is_some());
+    expected_texts_of(if is_chat { Api::Chat } else { Api::Completions }, model, body)
+}
+
+/// As [`expected_texts`], of any API.
+#[must_use]
+pub fn expected_texts_of(api: Api, model: &str, body: impl AsRef<[u8]>) -> Vec<String> {
     let rules = Rules::of(&Config::default());
     let Ok(fields) = Fields::parse(body.as_ref()) else { return Vec::new() };
-    let api = if fields.raw("messages").is_some() { Api::Chat } else { Api::Completions };
     let Ok(generation) = Generation::from_fields(api, &fields, model.to_owned(), rules) else { return Vec::new() };
     let mut texts = Vec::with_capacity(generation.choices());
     for (index, prompt) in generation.prompts.iter().enumerate() {
@@ -243,12 +283,14 @@ fn limits(api: Api, fields: &Fields<'_>, prompt: &Prompt, rules: Rules) -> Resul
         });
     }
     let left = most - tokens;
-    let asked = match fields.get::<i64>("max_completion_tokens")? {
-        Some(limit) if api == Api::Chat => Some(limit),
-        _ => fields.get::<i64>("max_tokens")?,
+    let asked = match api {
+        Api::Chat => fields.get::<i64>("max_completion_tokens")?.or(fields.get("max_tokens")?),
+        Api::Responses => fields.get("max_output_tokens")?,
+        Api::Completions | Api::Messages | Api::Generate => fields.get("max_tokens")?,
     };
     let max_tokens = match asked {
-        None if api == Api::Chat => left,
+        None if matches!(api, Api::Chat | Api::Responses) => left,
+        None if api == Api::Messages => return Err(missing("max_tokens")),
         None => left.min(COMPLETIONS_DEFAULT_MAX_TOKENS),
         Some(limit) => match u64::try_from(limit) {
             Ok(limit) if (1..=left).contains(&limit) => limit,
@@ -272,7 +314,7 @@ fn limits(api: Api, fields: &Fields<'_>, prompt: &Prompt, rules: Rules) -> Resul
             "min_tokens must be less than or equal to max_tokens={max_tokens}, got {min_tokens}."
         )));
     }
-    let stop = match fields.get("stop")? {
+    let stop = match fields.get(if api == Api::Messages { "stop_sequences" } else { "stop" })? {
         None => Vec::new(),
         Some(OneOrMany::One(stop)) => vec![stop],
         Some(OneOrMany::Many(stops)) => stops,
@@ -290,12 +332,16 @@ enum OneOrMany<T> {
     Many(Vec<T>),
 }
 
-/// What a chat template would make of tools and messages.
-fn render_chat(fields: &Fields<'_>) -> Result<Vec<u8>, ApiError> {
-    let raw = fields.raw("messages").ok_or_else(|| missing("messages"))?;
-    let messages: Vec<Fields<'_>> = serde_json::from_str(raw.get()).map_err(|_| wrong_type("messages"))?;
-    if messages.is_empty() {
-        return Err(ApiError::bad_field("messages", "messages: List should have at least 1 item"));
+/// What a chat template would make of tools, system text and messages; `/v1/responses` takes a plain text as well.
+fn render_chat(fields: &Fields<'_>, system: Option<&'static str>, messages: &'static str) -> Result<Vec<u8>, ApiError> {
+    let raw = fields.raw(messages).ok_or_else(|| missing(messages))?;
+    let text: Option<Text<'_>> = (messages == "input").then(|| serde_json::from_str(raw.get()).ok()).flatten();
+    let list: Vec<Fields<'_>> = match text {
+        Some(_) => Vec::new(),
+        None => serde_json::from_str(raw.get()).map_err(|_| wrong_type(messages))?,
+    };
+    if list.is_empty() && text.is_none() {
+        return Err(ApiError::bad_field(messages, format!("{messages}: List should have at least 1 item")));
     }
     let mut out = Vec::with_capacity(raw.get().len());
     if let Some(tools) = fields.raw("tools") {
@@ -306,20 +352,22 @@ fn render_chat(fields: &Fields<'_>) -> Result<Vec<u8>, ApiError> {
         push_compact(&mut out, tools.get());
         out.push(b'\n');
     }
-    for message in &messages {
+    if let Some(content) = system.map(|name| fields.borrowed::<Content<'_>>(name)).transpose()?.flatten() {
+        out.extend_from_slice(b"<|system|>");
+        push_content(&mut out, Some(content))?;
+        out.push(b'\n');
+    }
+    if let Some(text) = text {
+        out.extend_from_slice(b"<|user|>");
+        out.extend_from_slice(text.0.as_bytes());
+        out.push(b'\n');
+    }
+    for message in &list {
         let role: Text<'_> = message.borrowed("role")?.ok_or_else(|| missing("messages.role"))?;
         out.extend_from_slice(b"<|");
         out.extend_from_slice(role.0.as_bytes());
         out.extend_from_slice(b"|>");
-        match message.borrowed::<Content<'_>>("content")? {
-            None => {}
-            Some(Content::Text(text)) => out.extend_from_slice(text.as_bytes()),
-            Some(Content::Parts(parts)) => {
-                for part in &parts {
-                    push_part(&mut out, part)?;
-                }
-            }
-        }
+        push_content(&mut out, message.borrowed("content")?)?;
         if let Some(calls) = message.raw("tool_calls") {
             push_compact(&mut out, calls.get());
         }
@@ -329,9 +377,20 @@ fn render_chat(fields: &Fields<'_>) -> Result<Vec<u8>, ApiError> {
     Ok(out)
 }
 
+fn push_content(out: &mut Vec<u8>, content: Option<Content<'_>>) -> Result<(), ApiError> {
+    match content {
+        None => Ok(()),
+        Some(Content::Text(text)) => {
+            out.extend_from_slice(text.as_bytes());
+            Ok(())
+        }
+        Some(Content::Parts(parts)) => parts.iter().try_for_each(|part| push_part(out, part)),
+    }
+}
+
 fn push_part(out: &mut Vec<u8>, part: &Fields<'_>) -> Result<(), ApiError> {
     let kind: Text<'_> = part.borrowed("type")?.ok_or_else(|| missing("messages.content.type"))?;
-    if kind.0 == "text" {
+    if matches!(&*kind.0, "text" | "input_text" | "output_text") {
         let text: Text<'_> = part.borrowed("text")?.ok_or_else(|| missing("messages.content.text"))?;
         out.extend_from_slice(text.0.as_bytes());
         return Ok(());
@@ -346,8 +405,8 @@ fn push_part(out: &mut Vec<u8>, part: &Fields<'_>) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// Prompts of a completions request: text, token ids, or a list of either.
-fn render_prompts(fields: &Fields<'_>) -> Result<Vec<Vec<u8>>, ApiError> {
+/// Prompts of a completions request: text, token ids, or a list of either. vLLM's own API takes ids alone.
+fn render_prompts(fields: &Fields<'_>, name: &'static str) -> Result<Vec<Vec<u8>>, ApiError> {
     #[derive(Deserialize)]
     #[serde(untagged)]
     enum Many {
@@ -355,20 +414,21 @@ fn render_prompts(fields: &Fields<'_>) -> Result<Vec<Vec<u8>>, ApiError> {
         Texts(Vec<String>),
         IdLists(Vec<Vec<u32>>),
     }
-    let raw = fields.raw("prompt").ok_or_else(|| missing("prompt"))?.get();
+    let raw = fields.raw(name).ok_or_else(|| missing(name))?.get();
     let ids = |ids: &[u32]| ids.iter().flat_map(|id| id.to_le_bytes()).collect::<Vec<u8>>();
-    if raw.starts_with('"') {
-        let text: Text<'_> = serde_json::from_str(raw).map_err(|_| wrong_type("prompt"))?;
+    if raw.starts_with('"') && name == "prompt" {
+        let text: Text<'_> = serde_json::from_str(raw).map_err(|_| wrong_type(name))?;
         return Ok(vec![text.0.into_owned().into_bytes()]);
     }
-    let prompts = match serde_json::from_str(raw).map_err(|_| wrong_type("prompt"))? {
+    let prompts = match serde_json::from_str(raw).map_err(|_| wrong_type(name))? {
+        Many::Texts(_) | Many::IdLists(_) if name != "prompt" => return Err(wrong_type(name)),
         Many::Ids(list) if list.is_empty() => Vec::new(),
         Many::Ids(list) => vec![ids(&list)],
         Many::Texts(texts) => texts.into_iter().map(String::into_bytes).collect(),
         Many::IdLists(lists) => lists.iter().map(|list| ids(list)).collect(),
     };
     if prompts.is_empty() || prompts.iter().any(Vec::is_empty) {
-        return Err(ApiError::bad_field("prompt", "The prompt must not be empty."));
+        return Err(ApiError::bad_field(name, "The prompt must not be empty."));
     }
     Ok(prompts)
 }
@@ -447,6 +507,42 @@ mod tests {
             assert_eq!(Generation::parse(Api::Chat, body.as_bytes(), RULES).unwrap_err().status, 400, "{body}");
         }
         assert!(chat(r#","seed":9223372036854775807,"max_tokens":900,"unknown":{"a":1e400}"#).is_ok());
+    }
+
+    #[test]
+    fn other_apis_have_their_own_names_for_the_same() {
+        let parse = |path: &str, fields: &str| {
+            let body = format!(r#"{{"model":"m",{fields}}}"#);
+            Generation::parse(Api::of_path(path).unwrap(), body.as_bytes(), RULES).map_err(|error| error.status)
+        };
+        let rendered = |path: &str, fields: &str| {
+            String::from_utf8(parse(path, fields).unwrap().prompts[0].rendered.clone()).unwrap()
+        };
+        assert_eq!(
+            rendered("/v1/responses", r#""instructions":"Be brief.","input":"hi""#),
+            "<|system|>Be brief.\n<|user|>hi\n<|assistant|>"
+        );
+        assert_eq!(
+            rendered("/v1/responses", r#""input":[{"role":"user","content":[{"type":"input_text","text":"hi"}]}]"#),
+            "<|user|>hi\n<|assistant|>"
+        );
+        let messages = r#""messages":[{"role":"user","content":"hi"}]"#;
+        assert_eq!(
+            rendered("/v1/messages", &format!(r#""max_tokens":3,"system":"s",{messages}"#)),
+            "<|system|>s\n<|user|>hi\n<|assistant|>"
+        );
+        let ids = parse("/inference/v1/generate", r#""token_ids":[1,2,3],"sampling_params":{"max_tokens":2}"#).unwrap();
+        assert_eq!((ids.prompts[0].tokens(), ids.output(0, 0, false).tokens), (3, 2));
+        for (path, fields) in [
+            ("/v1/responses", r#""messages":[]"#),
+            ("/v1/responses", r#""input":5"#),
+            ("/v1/messages", messages),
+            ("/inference/v1/generate", r#""token_ids":[1]"#),
+            ("/inference/v1/generate", r#""token_ids":"a","sampling_params":{}"#),
+            ("/inference/v1/generate", r#""token_ids":[[1]],"sampling_params":{}"#),
+        ] {
+            assert_eq!(parse(path, fields).map(drop), Err(400), "{path} {fields}");
+        }
     }
 
     #[test]

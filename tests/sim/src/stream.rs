@@ -10,8 +10,9 @@ use http_body_util::{BodyExt as _, StreamBody};
 use hyper::body::Frame;
 use tokio::time::Instant;
 
-use crate::answer::{Body, DONE_EVENT, Head, error_event};
+use crate::answer::{Body, DONE_EVENT, Head, Usage, error_event};
 use crate::api::Guard;
+use crate::dialects;
 use crate::engine::{Failure, Pod, Run};
 use crate::fault::Kind;
 use crate::request::{Api, ApiError, Generation};
@@ -52,11 +53,11 @@ impl Streaming {
             match phase {
                 Phase::Admit => match self.pod.admit(&self.generation, self.since).await {
                     Ok(run) => {
-                        self.push_roles(queue);
+                        self.push_heads(run.usage, queue);
                         *phase = Phase::Tokens(run);
                     }
                     Err(Failure::Error(error)) => {
-                        self.push_roles(queue);
+                        self.push_heads(Usage::default(), queue);
                         push_error(&error, queue);
                         *phase = Phase::Done;
                     }
@@ -77,11 +78,16 @@ impl Streaming {
                         // A stream has no field for the parameters: their KV stays until the lease ends.
                         let _ = run.finish(&self.generation, &self.head.id);
                         let usage = run.usage;
+                        let outputs: Vec<_> = run.outputs().take(1).cloned().collect();
                         *phase = Phase::Done;
-                        if self.generation.include_usage {
+                        let said = outputs.first();
+                        queue.extend(dialects::last_events(&self.head, said, usage));
+                        if self.generation.include_usage && self.generation.api.says_done() {
                             queue.push_back(self.head.usage_event(usage));
                         }
-                        queue.push_back(Bytes::from_static(DONE_EVENT));
+                        if self.generation.api.says_done() {
+                            queue.push_back(Bytes::from_static(DONE_EVENT));
+                        }
                     }
                 },
                 Phase::Done => {
@@ -92,10 +98,11 @@ impl Streaming {
         }
     }
 
-    fn push_roles(&self, queue: &mut VecDeque<Bytes>) {
+    fn push_heads(&self, usage: Usage, queue: &mut VecDeque<Bytes>) {
         if self.generation.api == Api::Chat {
             queue.extend((0..self.generation.choices()).map(|index| self.head.role_event(index)));
         }
+        queue.extend(dialects::first_events(&self.head, usage));
     }
 
     fn push_tokens(&self, run: &Run, queue: &mut VecDeque<Bytes>) {
@@ -106,7 +113,9 @@ impl Streaming {
             }
             let token = output.token(run.step - 1);
             let last = (output.tokens == run.step).then_some(output);
-            if self.generation.echo && run.step == 1 {
+            if !matches!(self.generation.api, Api::Chat | Api::Completions) {
+                queue.push_back(dialects::token_event(&self.head, index, token, last));
+            } else if self.generation.echo && run.step == 1 {
                 let prompt = &self.generation.prompts[index / self.generation.n as usize].rendered;
                 let text = format!("{}{token}", String::from_utf8_lossy(prompt));
                 queue.push_back(self.head.token_event(index, &text, last, usage));

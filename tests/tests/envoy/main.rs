@@ -1,5 +1,6 @@
 //! The whole gateway: real Envoy with the shipped configuration, real pd-control, simulated engines.
 
+mod apis;
 mod cache;
 mod compat;
 mod decode_failure;
