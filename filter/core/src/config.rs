@@ -300,7 +300,7 @@ struct RawPrefix {
 
 impl Default for RawPrefix {
     fn default() -> Self {
-        Self { block_bytes: 512, index_bytes: 128 << 20, hot_share: 0.02 }
+        Self { block_bytes: 512, index_bytes: 256 << 20, hot_share: 0.02 }
     }
 }
 
