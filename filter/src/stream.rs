@@ -36,6 +36,14 @@ impl Stream {
         flow
     }
 
+    /// As [`step`](Self::step), of a part of a body: no call comes of it, and nothing that others must know at once.
+    fn part(&mut self, event: impl FnOnce(&mut Request, &mut Shell) -> Outcome) -> Flow {
+        let shell = Rc::clone(&self.shell);
+        let Ok(mut shell) = shell.try_borrow_mut() else { return Flow::Continue };
+        let outcome = event(&mut self.request, &mut shell);
+        self.carry_out(&mut shell, outcome).unwrap_or(Flow::Continue)
+    }
+
     fn carry_out_all(&mut self, shell: &mut Shell, mut outcome: Outcome, now: Duration) -> Flow {
         // A call-out that the host refuses is a prefill leg that failed; each turn tries another endpoint or ends.
         loop {
@@ -162,8 +170,7 @@ impl HttpContext for Stream {
         if end_of_stream {
             return self.whole_body();
         }
-        let now = host::now();
-        action(self.step(now, |request, shell| request.body_part(&mut shell.worker, bytes)))
+        action(self.part(|request, shell| request.body_part(&mut shell.worker, bytes)))
     }
 
     fn on_http_request_trailers(&mut self, _: usize) -> Action {
@@ -194,7 +201,7 @@ impl HttpContext for Stream {
         }
         if self.request.reads_answer() {
             let part = if bytes > 0 { host::buffer(Buffer::ResponseBody) } else { Ok(Vec::new()) };
-            return action(self.step(host::now(), |request, shell| {
+            return action(self.part(|request, shell| {
                 let part = shell.expect_ok("response body", part).unwrap_or_default();
                 request.answer_part(&mut shell.worker, &part, end_of_stream)
             }));
