@@ -1,16 +1,15 @@
 //! Who is let in when a pool has as much as it may have: limits on what is in flight, less for those who can wait, and a
 //! fair share for each.
 
-use std::sync::Arc;
-
 use hashbrown::HashMap;
 
+use crate::load::Load;
 use crate::metrics::Metric;
 
 /// Share of a limit from which on there is pressure: sheddable requests wait, and everybody keeps to a fair share.
 pub const PRESSURE: f64 = 0.8;
 
-/// Limits of one pool at one worker. 0: none.
+/// Limits of one pool, all workers of an Envoy together. 0: none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
     /// Requests in flight.
@@ -62,72 +61,70 @@ impl Shed {
     }
 }
 
-/// A request that was let in, to be [released](Admission::release).
-#[derive(Debug)]
-pub struct Ticket {
-    pool: Arc<str>,
-    tokens: u64,
-    fairness: u64,
+/// Key of a pool, alike for all workers.
+#[must_use]
+pub fn pool_key(name: &str) -> u64 {
+    xxhash_rust::xxh3::xxh3_64(name.as_bytes())
 }
 
-/// What each pool with limits has in flight at this worker.
+/// What each pool with limits has in flight, by this worker and the others.
 #[derive(Debug, Default)]
 pub struct Admission {
-    pools: HashMap<Arc<str>, InFlight>,
+    pools: HashMap<u64, InFlight>,
 }
 
 #[derive(Debug, Default)]
 struct InFlight {
-    requests: u64,
-    tokens: u64,
-    by_id: HashMap<u64, u64>,
+    all: Load,
+    /// By who asks.
+    by_id: HashMap<u64, Load>,
 }
 
 impl Admission {
-    /// Lets a request in, or says why not. A pool that has nothing takes any request, however large.
+    /// Whether a pool lets a request in: nothing, or why not. A pool that has nothing takes any request, however large.
+    /// What is let in has to be [added](Self::add).
     ///
     /// # Errors
     /// [`Shed`]
-    pub fn admit(&mut self, pool: &Arc<str>, limits: Limits, ask: Ask) -> Result<Ticket, Shed> {
-        let has = self.pools.entry(Arc::clone(pool)).or_default();
+    pub fn check(&self, pool: u64, limits: Limits, ask: Ask) -> Result<(), Shed> {
+        let Some(has) = self.pools.get(&pool) else { return Ok(()) };
         let share = |used: u64, limit: u64| if limit == 0 { 0.0 } else { used as f64 / limit as f64 };
-        let requests = share(has.requests.saturating_add(1), limits.requests);
-        let tokens = if has.requests == 0 { 0.0 } else { share(has.tokens.saturating_add(ask.tokens), limits.tokens) };
-        let used = requests.max(tokens);
-        let own = has.by_id.get(&ask.fairness).copied().unwrap_or(0);
+        let requests = u64::from(has.all.requests);
+        let by_requests = share(requests.saturating_add(1), limits.requests);
+        let by_tokens = share(has.all.tokens.saturating_add(ask.tokens), limits.tokens);
+        let used = by_requests.max(by_tokens);
+        let own = has.by_id.get(&ask.fairness).map_or(0, |own| u64::from(own.requests));
         let asking = (has.by_id.len() as u64).saturating_add(u64::from(own == 0));
-        let shed = if used > 1.0 {
-            Some(Shed::Saturated)
+        if used > 1.0 {
+            Err(Shed::Saturated)
         } else if used > PRESSURE && ask.priority < 0 {
-            Some(Shed::Sheddable)
-        } else if used > PRESSURE && asking > 1 && own.saturating_mul(asking) > has.requests {
-            Some(Shed::FairShare)
+            Err(Shed::Sheddable)
+        } else if used > PRESSURE && asking > 1 && own.saturating_mul(asking) > requests {
+            Err(Shed::FairShare)
         } else {
-            None
-        };
-        if let Some(shed) = shed {
-            return Err(shed);
+            Ok(())
         }
-        has.requests = has.requests.saturating_add(1);
-        has.tokens = has.tokens.saturating_add(ask.tokens);
-        let own = has.by_id.entry(ask.fairness).or_default();
-        *own = own.saturating_add(1);
-        Ok(Ticket { pool: Arc::clone(pool), tokens: ask.tokens, fairness: ask.fairness })
     }
 
-    /// A request that was let in is over.
-    pub fn release(&mut self, ticket: Ticket) {
-        let Some(has) = self.pools.get_mut(&ticket.pool) else { return };
-        has.requests = has.requests.saturating_sub(1);
-        has.tokens = has.tokens.saturating_sub(ticket.tokens);
-        if let Some(own) = has.by_id.get_mut(&ticket.fairness) {
-            *own = own.saturating_sub(1);
-            if *own == 0 {
-                has.by_id.remove(&ticket.fairness);
+    /// A pool has more in flight for whoever asks by that id.
+    pub fn add(&mut self, pool: u64, id: u64, load: &Load) {
+        let has = self.pools.entry(pool).or_default();
+        has.all.merge(load);
+        has.by_id.entry(id).or_default().merge(load);
+    }
+
+    /// A pool has less in flight: what was [added](Self::add) is over.
+    pub fn subtract(&mut self, pool: u64, id: u64, load: &Load) {
+        let Some(has) = self.pools.get_mut(&pool) else { return };
+        has.all.subtract(load);
+        if let Some(own) = has.by_id.get_mut(&id) {
+            own.subtract(load);
+            if own.requests == 0 {
+                has.by_id.remove(&id);
             }
         }
-        if has.requests == 0 {
-            self.pools.remove(&ticket.pool);
+        if has.by_id.is_empty() {
+            self.pools.remove(&pool);
         }
     }
 
@@ -144,31 +141,31 @@ mod tests {
     use proptest::prelude::*;
 
     const LIMITS: Limits = Limits { requests: 10, tokens: 1_000 };
+    const POOL: u64 = 1;
 
-    fn ask(tokens: u64, priority: i64, fairness: u64) -> Ask {
-        Ask { tokens, priority, fairness }
+    fn admit(admission: &mut Admission, tokens: u64, priority: i64, fairness: u64) -> Result<(), Shed> {
+        admission.check(POOL, LIMITS, Ask { tokens, priority, fairness })?;
+        admission.add(POOL, fairness, &Load { tokens, requests: 1 });
+        Ok(())
     }
 
     #[test]
     fn a_pool_takes_what_it_may_have_and_again_what_it_gives_back() {
-        let (mut admission, pool) = (Admission::default(), Arc::from("p"));
-        let mut admit = |tokens| admission.admit(&pool, LIMITS, ask(tokens, 0, 0));
-        let tickets: Vec<_> = (0..10).map(|_| admit(1).unwrap()).collect();
-        assert_eq!(admit(1).unwrap_err(), Shed::Saturated);
-        for ticket in tickets {
-            admission.release(ticket);
-        }
+        let mut admission = Admission::default();
+        (0..10).for_each(|_| admit(&mut admission, 1, 0, 0).unwrap());
+        assert_eq!(admit(&mut admission, 1, 0, 0), Err(Shed::Saturated));
+        admission.subtract(POOL, 0, &Load { tokens: 10, requests: 10 });
         assert!(admission.is_empty());
-        let huge = admission.admit(&pool, LIMITS, ask(5_000, 0, 0)).unwrap();
-        assert_eq!(admission.admit(&pool, LIMITS, ask(1, 0, 0)).unwrap_err(), Shed::Saturated, "by tokens");
-        admission.release(huge);
-        assert!(admission.admit(&pool, LIMITS, ask(1, 0, 0)).is_ok());
+        assert_eq!(admit(&mut admission, 5_000, 0, 0), Ok(()));
+        assert_eq!(admit(&mut admission, 1, 0, 0), Err(Shed::Saturated), "by tokens");
+        admission.subtract(POOL, 0, &Load { tokens: 5_000, requests: 1 });
+        assert_eq!(admit(&mut admission, 1, 0, 0), Ok(()));
     }
 
     #[test]
     fn sheddable_requests_and_large_shares_go_first() {
-        let (mut admission, pool) = (Admission::default(), Arc::from("p"));
-        let mut admit = |priority, id| admission.admit(&pool, LIMITS, ask(1, priority, id)).map(drop);
+        let mut admission = Admission::default();
+        let mut admit = |priority, id| admit(&mut admission, 1, priority, id);
         for _ in 0..7 {
             assert_eq!(admit(0, 1), Ok(()));
         }
@@ -182,16 +179,19 @@ mod tests {
     proptest! {
         #[test]
         fn whatever_happens_all_is_given_back(asks in prop::collection::vec((0_u64..400, -1_i64..2, 0_u64..4, any::<bool>()), 0..200)) {
-            let (mut admission, pool): (_, Arc<str>) = (Admission::default(), Arc::from("p"));
-            let mut tickets = Vec::new();
+            let mut admission = Admission::default();
+            let mut taken = Vec::new();
             for (tokens, priority, id, leaves) in asks {
-                tickets.extend(admission.admit(&pool, LIMITS, ask(tokens, priority, id)).ok());
-                prop_assert!(tickets.len() <= 10);
-                if leaves && !tickets.is_empty() {
-                    admission.release(tickets.swap_remove(0));
+                if admit(&mut admission, tokens, priority, id).is_ok() {
+                    taken.push((tokens, id));
+                }
+                prop_assert!(taken.len() <= 10);
+                if leaves && !taken.is_empty() {
+                    let (tokens, id) = taken.swap_remove(0);
+                    admission.subtract(POOL, id, &Load { tokens, requests: 1 });
                 }
             }
-            tickets.into_iter().for_each(|ticket| admission.release(ticket));
+            taken.into_iter().for_each(|(tokens, id)| admission.subtract(POOL, id, &Load { tokens, requests: 1 }));
             prop_assert!(admission.is_empty());
         }
     }

@@ -152,7 +152,7 @@ pub struct Pool {
     pub bytes_per_token: f64,
     /// Whether `cached_tokens` in the answer of a split request are those of its prefill leg.
     pub tells_prefills_cached_tokens: bool,
-    /// What one worker lets be in flight.
+    /// What may be in flight.
     pub limits: Limits,
 }
 

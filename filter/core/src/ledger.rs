@@ -10,7 +10,7 @@ use hashbrown::HashMap;
 
 use crate::hash::BlockHash;
 use crate::index::EndpointIndex;
-use crate::load::DecodeLoad;
+use crate::load::Load;
 use crate::worker::Worker;
 
 /// Blocks of a prompt that the other workers hear of; the rest counts as not cached there. 4 MiB and more of prompt.
@@ -35,6 +35,10 @@ pub(crate) enum Event<'a> {
     Failed { at: Duration },
     /// It answered after a failure.
     Healed,
+    /// A pool (in place of an endpoint) let a request in, from whom the hash says.
+    Admitted { fairness: u64, tokens: u64 },
+    /// That request is over.
+    Released { fairness: u64, tokens: u64 },
 }
 
 /// A prefill leg in flight.
@@ -50,7 +54,9 @@ struct Leg {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Part {
     legs: HashMap<u64, Leg>,
-    decode: HashMap<u64, DecodeLoad>,
+    decode: HashMap<u64, Load>,
+    /// What was let in, by pool and by whom.
+    admitted: HashMap<(u64, u64), Load>,
 }
 
 impl Part {
@@ -69,6 +75,17 @@ impl Part {
                     load.remove(tokens);
                     if load.requests == 0 {
                         self.decode.remove(&endpoint);
+                    }
+                }
+            }
+            Event::Admitted { fairness, tokens } => {
+                self.admitted.entry((endpoint, fairness)).or_default().add(tokens);
+            }
+            Event::Released { fairness, tokens } => {
+                if let Some(load) = self.admitted.get_mut(&(endpoint, fairness)) {
+                    load.remove(tokens);
+                    if load.requests == 0 {
+                        self.admitted.remove(&(endpoint, fairness));
                     }
                 }
             }
@@ -95,6 +112,9 @@ impl Part {
                 slot.decode.merge(load);
             }
         }
+        for ((pool, fairness), load) in &self.admitted {
+            worker.admission.add(*pool, *fairness, load);
+        }
     }
 
     /// Takes the part out of a worker's table again.
@@ -109,6 +129,9 @@ impl Part {
                 slot.decode.subtract(load);
             }
         }
+        for ((pool, fairness), load) in &self.admitted {
+            worker.admission.subtract(*pool, *fairness, load);
+        }
     }
 
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
@@ -121,10 +144,15 @@ impl Part {
             out.time(of.at);
             out.time(of.expires);
         }
+        out.word(self.decode.len() as u64);
         for (endpoint, load) in &self.decode {
             out.word(*endpoint);
-            out.word(load.tokens);
-            out.word(u64::from(load.requests));
+            out.load(load);
+        }
+        for ((pool, fairness), load) in &self.admitted {
+            out.word(*pool);
+            out.word(*fairness);
+            out.load(load);
         }
         out.0
     }
@@ -138,10 +166,11 @@ impl Part {
             let seconds = f64::from_bits(rest.word()?);
             part.legs.insert(leg, Leg { endpoint, seconds, at: rest.time()?, expires: rest.time()? });
         }
+        for _ in 0..rest.word()? {
+            part.decode.insert(rest.word()?, rest.load()?);
+        }
         while !rest.0.is_empty() {
-            let endpoint = rest.word()?;
-            let tokens = rest.word()?;
-            part.decode.insert(endpoint, DecodeLoad { tokens, requests: u32::try_from(rest.word()?).ok()? });
+            part.admitted.insert((rest.word()?, rest.word()?), rest.load()?);
         }
         Some(part)
     }
@@ -164,7 +193,8 @@ impl Log {
     pub(crate) fn push(&mut self, endpoint: u64, event: &Event<'_>) {
         let Some(untold) = &mut self.untold else { return };
         event.write(endpoint, untold);
-        self.is_pressing |= !matches!(event, Event::PrefillEnded { .. } | Event::DecodeEnded { .. });
+        let is_end = matches!(event, Event::PrefillEnded { .. } | Event::DecodeEnded { .. } | Event::Released { .. });
+        self.is_pressing |= !is_end;
         self.own.note(endpoint, event);
         self.is_own_new = true;
     }
@@ -188,6 +218,21 @@ impl Log {
 }
 
 impl<'a> Event<'a> {
+    /// Does to a worker's state what the event says of the endpoint, or pool, of that key.
+    pub(crate) fn enter_by_key(&self, key: u64, worker: &mut Worker) {
+        match *self {
+            Self::Admitted { fairness, tokens } => worker.admission.add(key, fairness, &Load { tokens, requests: 1 }),
+            Self::Released { fairness, tokens } => {
+                worker.admission.subtract(key, fairness, &Load { tokens, requests: 1 });
+            }
+            _ => {
+                if let Some(at) = worker.table.index_of_key(key) {
+                    self.enter(at, worker);
+                }
+            }
+        }
+    }
+
     /// Does to a worker's table and index what the event says of the endpoint at a place.
     pub(crate) fn enter(&self, at: EndpointIndex, worker: &mut Worker) {
         if let Self::Holds { blocks } = self {
@@ -205,11 +250,11 @@ impl<'a> Event<'a> {
             Self::DecodeEnded { tokens } => slot.decode.remove(tokens),
             Self::Failed { at } => slot.health.failed(at),
             Self::Healed => slot.health.answered(),
-            Self::Holds { .. } => {}
+            Self::Holds { .. } | Self::Admitted { .. } | Self::Released { .. } => {}
         }
     }
 
-    /// One event: its length, its kind, the endpoint, what belongs to the kind; little endian.
+    /// One event: its length, its kind, the endpoint (or pool), what belongs to the kind; little endian.
     fn write(&self, endpoint: u64, into: &mut Vec<u8>) {
         let start = into.len();
         let mut out = Writer(core::mem::take(into));
@@ -253,6 +298,16 @@ impl<'a> Event<'a> {
                 out.time(*at);
             }
             Self::Healed => head(8),
+            Self::Admitted { fairness, tokens } => {
+                head(9);
+                out.word(*fairness);
+                out.word(*tokens);
+            }
+            Self::Released { fairness, tokens } => {
+                head(10);
+                out.word(*fairness);
+                out.word(*tokens);
+            }
         }
         *into = out.0;
         let length = u32::try_from(into.len().saturating_sub(start)).unwrap_or(u32::MAX);
@@ -293,6 +348,8 @@ impl<'a> Event<'a> {
             6 => Self::Holds { blocks: core::iter::from_fn(|| rest.word().map(BlockHash)).collect() },
             7 => Self::Failed { at: rest.time()? },
             8 => Self::Healed,
+            9 => Self::Admitted { fairness: rest.word()?, tokens: rest.word()? },
+            10 => Self::Released { fairness: rest.word()?, tokens: rest.word()? },
             _ => return None,
         };
         Some((endpoint, event))
@@ -308,6 +365,11 @@ impl Writer {
         self.0.extend_from_slice(&word.to_le_bytes());
     }
 
+    fn load(&mut self, load: &Load) {
+        self.word(load.tokens);
+        self.word(u64::from(load.requests));
+    }
+
     fn time(&mut self, time: Duration) {
         self.word(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
     }
@@ -321,6 +383,10 @@ impl Reader<'_> {
         let (word, rest) = self.0.split_first_chunk()?;
         self.0 = rest;
         Some(u64::from_le_bytes(*word))
+    }
+
+    fn load(&mut self) -> Option<Load> {
+        Some(Load { tokens: self.word()?, requests: u32::try_from(self.word()?).ok()? })
     }
 
     fn time(&mut self) -> Option<Duration> {
@@ -350,6 +416,8 @@ mod tests {
                 .prop_map(|blocks| Event::Holds { blocks: blocks.into() }),
             time().prop_map(|at| Event::Failed { at }),
             Just(Event::Healed),
+            (0_u64..3, any::<u64>()).prop_map(|(fairness, tokens)| Event::Admitted { fairness, tokens }),
+            (0_u64..3, any::<u64>()).prop_map(|(fairness, tokens)| Event::Released { fairness, tokens }),
         ]
     }
 

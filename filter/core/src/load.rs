@@ -98,16 +98,16 @@ impl PrefillQueue {
     }
 }
 
-/// Decode work in flight.
+/// Requests in flight somewhere, and their KV tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct DecodeLoad {
-    /// KV tokens assigned: prompts and expected output of the requests in flight.
+pub struct Load {
+    /// KV tokens: prompts and expected output of the requests in flight.
     pub tokens: u64,
     /// Requests in flight.
     pub requests: u32,
 }
 
-impl DecodeLoad {
+impl Load {
     /// A request was sent here.
     pub fn add(&mut self, tokens: u64) {
         self.tokens = self.tokens.saturating_add(tokens);
@@ -268,12 +268,12 @@ mod tests {
 
     #[test]
     fn decode_load_returns_to_zero() {
-        let mut load = DecodeLoad::default();
+        let mut load = Load::default();
         load.add(10);
         load.add(u64::MAX);
         load.remove(u64::MAX);
         load.remove(10);
-        assert_eq!(load, DecodeLoad::default());
+        assert_eq!(load, Load::default());
     }
 
     #[test]

@@ -15,7 +15,7 @@
 use core::time::Duration;
 use std::sync::Arc;
 
-use crate::admission::{Ask, Limits, Shed, Ticket};
+use crate::admission::{Ask, Limits, Shed};
 use crate::body::{Api, KeySet, Scan, scan};
 use crate::config::{Config, EXPLAIN_HEADER, PHASE_HEADER, PREFILLER_HEADER};
 use crate::engine;
@@ -28,7 +28,7 @@ use crate::reply::{Rejection, Reply};
 use crate::schedule::{Decision, Scheduler};
 use crate::splice::HeadEdit;
 use crate::wire::EndpointId;
-use crate::worker::Worker;
+use crate::worker::{Ticket, Worker};
 
 use leg::{abandon, engines_reply};
 use prefill::{Prefilling, hinted};
@@ -330,7 +330,7 @@ impl Request {
     /// The stream is over, whatever way it ended. Everything that was counted for it is taken back.
     pub fn done(&mut self, worker: &mut Worker, now: Duration) {
         if let Some(ticket) = self.ticket.take() {
-            worker.admission.release(ticket);
+            worker.release(ticket);
         }
         match core::mem::replace(&mut self.state, State::Over) {
             State::Sent(mut sent) => {
@@ -355,7 +355,7 @@ impl Request {
         if limits != Limits::default() {
             let tokens = (work.prompt.tokens as u64).saturating_add(work.output_tokens);
             let ask = Ask { tokens, priority: claims.priority, fairness: claims.fairness };
-            self.ticket = Some(worker.admission.admit(&work.served.candidates.pool, limits, ask)?);
+            self.ticket = Some(worker.admit(&work.served.candidates.pool, limits, ask)?);
         }
         Ok(())
     }

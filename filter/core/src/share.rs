@@ -352,9 +352,8 @@ impl Peer {
                 return;
             };
             for (endpoint, event) in Event::read(events) {
-                let is_of_use = !matches!(event, Event::Holds { .. }) || of == Some(epoch);
-                if let Some(at) = worker.table.index_of_key(endpoint).filter(|_| is_of_use) {
-                    event.enter(at, worker);
+                if !matches!(event, Event::Holds { .. }) || of == Some(epoch) {
+                    event.enter_by_key(endpoint, worker);
                 }
                 self.part.note(endpoint, &event);
             }

@@ -10,7 +10,7 @@ use hashbrown::{HashMap, HashSet};
 use crate::config::{Config, Cost, Pool};
 use crate::fit::{Fit, Usage};
 use crate::index::{EndpointIndex, PrefixIndex};
-use crate::load::{DecodeLoad, Health, PrefillQueue};
+use crate::load::{Health, Load, PrefillQueue};
 use crate::wire::{Endpoint, EndpointId, Engine, Role, Snapshot, State};
 
 /// Names an endpoint beyond its life: an index whose endpoint left the list does not resolve any more.
@@ -47,7 +47,7 @@ pub struct Slot {
     /// Prefill legs in flight.
     pub prefill: PrefillQueue,
     /// Decode work in flight.
-    pub decode: DecodeLoad,
+    pub decode: Load,
     /// Whether it answered lately.
     pub health: Health,
     generation: u32,
@@ -406,7 +406,7 @@ impl Table {
                     is_kv_missing: false,
                     kv_doubts: 0,
                     prefill: PrefillQueue::default(),
-                    decode: DecodeLoad::default(),
+                    decode: Load::default(),
                     health: Health::default(),
                     generation: self.generation,
                     fit,

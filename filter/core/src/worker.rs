@@ -3,7 +3,7 @@
 use core::time::Duration;
 use std::sync::Arc;
 
-use crate::admission::Admission;
+use crate::admission::{Admission, Ask, Limits, Shed, pool_key};
 use crate::config::{Config, ConfigError};
 use crate::engine::pair_id;
 use crate::hash::BlockHash;
@@ -52,6 +52,14 @@ impl Default for Worker {
     }
 }
 
+/// A request that was let in.
+#[derive(Debug)]
+pub(crate) struct Ticket {
+    pool: u64,
+    fairness: u64,
+    tokens: u64,
+}
+
 impl Worker {
     /// Puts a configuration in force. A refused one changes nothing but the counts and, when no configuration was in
     /// force before, the answer that requests get.
@@ -65,6 +73,7 @@ impl Worker {
                 self.counts.count(Metric::ConfigAccepted);
                 self.index = PrefixIndex::new(config.prefix.index_bytes);
                 self.table = Table::default();
+                self.admission = Admission::default();
                 self.table.apply(&config.static_snapshot(), &config, &mut self.index);
                 self.config = Ok(Arc::clone(&config));
                 Ok(config)
@@ -112,6 +121,27 @@ impl Worker {
     pub(crate) fn tell_others(&mut self, worker_id: u64) {
         self.log.untold.get_or_insert_default();
         self.legs = self.legs.max(worker_id.wrapping_shl(40));
+    }
+
+    /// Lets a request into a pool with limits, or says why not; [`release`](Self::release) the ticket.
+    ///
+    /// # Errors
+    /// [`Shed`]
+    pub(crate) fn admit(&mut self, pool: &str, limits: Limits, ask: Ask) -> Result<Ticket, Shed> {
+        let ticket = Ticket { pool: pool_key(pool), fairness: ask.fairness, tokens: ask.tokens };
+        self.admission.check(ticket.pool, limits, ask)?;
+        self.pass_gate(ticket.pool, &Event::Admitted { fairness: ticket.fairness, tokens: ticket.tokens });
+        Ok(ticket)
+    }
+
+    /// A request that was let in is over.
+    pub(crate) fn release(&mut self, Ticket { pool, fairness, tokens }: Ticket) {
+        self.pass_gate(pool, &Event::Released { fairness, tokens });
+    }
+
+    fn pass_gate(&mut self, pool: u64, event: &Event<'_>) {
+        event.enter_by_key(pool, self);
+        self.log.push(pool, event);
     }
 
     /// Something happens at an endpoint, by this worker's doing.

@@ -146,3 +146,26 @@ fn a_new_generation_takes_over_while_the_old_one_drains() {
         assert_eq!(fleet.violations(), []);
     }
 }
+
+#[test]
+fn a_pools_limit_is_that_of_all_workers_together() {
+    for count in COUNTS {
+        let fleet = fleet(count, &config(&[], TWO_AND_TWO, r#""max_requests":6"#));
+        let worker = |at: usize| &fleet.workers()[at % count];
+        for round in 0..3 {
+            let streams: Vec<_> = (0..6).map(|id| short_chat(6 * round + id).send(worker(id as usize))).collect();
+            assert!(streams.iter().all(|stream| stream.forwarded().is_some()), "{count} workers");
+            for at in 0..count {
+                let refused = short_chat(1_000).send(worker(at)).client().local_reply.map(|reply| reply.code);
+                assert_eq!(refused, Some(429), "worker {at} of {count}");
+            }
+            // Half of them are answered, half of the clients leave.
+            for (id, stream) in streams.iter().enumerate() {
+                if id % 2 == 0 { respond(stream) } else { stream.reset() }
+            }
+            settle(&fleet);
+        }
+        assert_gauges_are_zero(fleet.shared());
+        assert_eq!(fleet.violations(), []);
+    }
+}
