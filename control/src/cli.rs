@@ -10,15 +10,17 @@ use tracing_subscriber::EnvFilter;
 
 use crate::check::check;
 use crate::eds::EdsFile;
+use crate::file;
 use crate::http::Token;
-use crate::server::{Config, Control, DEFAULT_POLL};
+use crate::kubernetes::KubernetesConfig;
+use crate::server::{Config, Control, DEFAULT_POLL, Kubernetes};
 
 /// Environment variable that holds the token unless another one is named.
 const TOKEN_VARIABLE: &str = "PD_CONTROL_TOKEN";
 
 /// Tells every Envoy's prefill/decode filter which endpoints there are.
 ///
-/// Reads a list of endpoints from a file, follows the file, and pushes every change to the filters that poll.
+/// Follows a cluster's pods, a file of endpoints or both, and pushes every change to the filters that poll.
 #[derive(Debug, Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
 pub struct Cli {
@@ -43,6 +45,15 @@ struct ServeArgs {
     /// Endpoints file to serve and follow, YAML or JSON
     #[arg(long, env = "PD_CONTROL_ENDPOINTS", value_name = "FILE")]
     endpoints: Option<PathBuf>,
+    /// Follow the pods of a cluster: its own by its service account, else the one that KUBECONFIG names
+    #[arg(long, env = "PD_CONTROL_KUBERNETES")]
+    kubernetes: bool,
+    /// Namespace to follow, one or several [default: its own]
+    #[arg(long, value_name = "NS", value_delimiter = ',', env = "PD_CONTROL_NAMESPACE")]
+    namespace: Vec<String>,
+    /// What to follow in the cluster and how to read it: selectors, InferencePools, networks. Implies --kubernetes
+    #[arg(long, env = "PD_CONTROL_KUBERNETES_CONFIG", value_name = "FILE")]
+    kubernetes_config: Option<PathBuf>,
     /// Address to listen on
     #[arg(long, env = "PD_CONTROL_LISTEN", value_name = "IP:PORT", default_value = "127.0.0.1:9000")]
     listen: SocketAddr,
@@ -114,7 +125,10 @@ fn start_log(level: &str) -> anyhow::Result<()> {
 
 impl ServeArgs {
     fn config(self, variable: impl Fn(&str) -> Option<String>) -> anyhow::Result<Config> {
-        let Some(endpoints) = self.endpoints else { bail!("--endpoints FILE is needed (see --help)") };
+        let kubernetes = self.kubernetes()?;
+        if self.endpoints.is_none() && kubernetes.is_none() {
+            bail!("--endpoints FILE or --kubernetes is needed (see --help)");
+        }
         let text = match &self.token_env {
             Some(name) => Some(variable(name).with_context(|| format!("--token-env {name}: it is not set"))?),
             None => variable(TOKEN_VARIABLE).filter(|text| !text.is_empty()),
@@ -127,7 +141,27 @@ impl ServeArgs {
             tracing::warn!("{} is open to others and no token is set: anyone may read the endpoints", self.listen);
         }
         let eds = self.eds_file.map(|path| EdsFile::new(path, self.eds_cluster));
-        Ok(Config { endpoints, listen: self.listen, eds, token, poll: DEFAULT_POLL })
+        let (endpoints, listen) = (self.endpoints, self.listen);
+        Ok(Config { endpoints, kubernetes, listen, eds, token, poll: DEFAULT_POLL })
+    }
+
+    fn kubernetes(&self) -> anyhow::Result<Option<Kubernetes>> {
+        if !self.kubernetes && self.kubernetes_config.is_none() {
+            if !self.namespace.is_empty() {
+                bail!("--namespace needs --kubernetes");
+            }
+            return Ok(None);
+        }
+        let mut config = match &self.kubernetes_config {
+            Some(path) => KubernetesConfig::parse(path, &file::read(path)?)?,
+            None => KubernetesConfig::default(),
+        };
+        if !self.namespace.is_empty() {
+            config.namespaces.clone_from(&self.namespace);
+            config.namespaces.sort();
+            config.namespaces.dedup();
+        }
+        Ok(Some(Kubernetes { config, cluster: None }))
     }
 }
 
@@ -161,6 +195,16 @@ mod tests {
 
     #[test]
     fn without_a_source_there_is_nothing_to_serve() {
-        assert_eq!(config("pd-control", |_| None).unwrap_err(), "--endpoints FILE is needed (see --help)");
+        let error = "--endpoints FILE or --kubernetes is needed (see --help)";
+        assert_eq!(config("pd-control", |_| None).unwrap_err(), error);
+    }
+
+    #[test]
+    fn namespaces_of_the_command_line_win() {
+        let namespaces = |line: &str| config(line, |_| None).unwrap().kubernetes.unwrap().config.namespaces;
+        assert!(namespaces("pd-control --kubernetes").is_empty());
+        assert_eq!(namespaces("pd-control --kubernetes --namespace b --namespace a,b"), ["a", "b"]);
+        let error = config("pd-control --endpoints e.yaml --namespace a", |_| None).unwrap_err();
+        assert_eq!(error, "--namespace needs --kubernetes");
     }
 }

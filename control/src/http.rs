@@ -202,7 +202,8 @@ async fn endpoints(State(app): State<App>) -> Response {
 
 async fn readyz(State(app): State<App>) -> Response {
     if app.registry.current().version() == 0 {
-        return (StatusCode::SERVICE_UNAVAILABLE, "no endpoint list yet\n").into_response();
+        let why = app.status.degraded().map_or(String::new(), |reason| format!(": {reason}"));
+        return (StatusCode::SERVICE_UNAVAILABLE, format!("no endpoint list yet{why}\n")).into_response();
     }
     match app.status.degraded() {
         None => "ok\n".into_response(),

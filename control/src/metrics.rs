@@ -15,6 +15,7 @@ use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry as Families;
 
+use crate::pods::Pods;
 use crate::registry::Registry;
 
 /// Media type of [`Metrics::encode`].
@@ -47,14 +48,25 @@ pub struct Metrics {
 #[derive(Debug)]
 struct ListCollector(Arc<Registry>);
 
+/// The metrics of the pods that the list comes from; none where it does not.
+#[derive(Debug)]
+struct PodsCollector(Arc<Pods>);
+
 impl Metrics {
     /// All metrics at zero; those of the list follow `registry`.
     #[must_use]
     pub fn new(registry: Arc<Registry>) -> Self {
+        Self::with_pods(registry, Arc::default())
+    }
+
+    /// The same; those of the pods follow `pods`.
+    #[must_use]
+    pub fn with_pods(registry: Arc<Registry>, pods: Arc<Pods>) -> Self {
         let mut families = Families::with_prefix("pd_control");
         let build = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
         families.register("build", "The build that runs", build);
         families.register_collector(Box::new(ListCollector(registry)));
+        families.register_collector(Box::new(PodsCollector(pods)));
         let mut metrics = Self {
             refusals: Counter::default(),
             degraded: Gauge::default(),
@@ -122,6 +134,30 @@ impl Collector for ListCollector {
         let changed_at = published.changed_at().duration_since(UNIX_EPOCH).unwrap_or_default();
         let metric = encoder.encode_descriptor("last_change_timestamp_seconds", help, None, MetricType::Gauge)?;
         ConstGauge::new(changed_at.as_secs_f64()).encode(metric)
+    }
+}
+
+impl Collector for PodsCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
+        let view = self.0.view();
+        if view.watches.is_empty() {
+            return Ok(());
+        }
+        let help = "1 while what is known of these objects is up to date";
+        let mut family = encoder.encode_descriptor("watch_up", help, None, MetricType::Gauge)?;
+        for watch in &view.watches {
+            let is_up = watch.is_listed && watch.problem.is_none();
+            ConstGauge::new(i64::from(is_up)).encode(family.encode_family(&[("watch", watch.name.as_str())])?)?;
+        }
+        let help = "Pods left out because they say something wrong; the log says what";
+        let mut family = encoder.encode_descriptor("pod_refused", help, None, MetricType::Gauge)?;
+        for pod in view.refused.keys() {
+            let labels = [("namespace", pod.namespace.as_str()), ("pod", pod.name.as_str())];
+            ConstGauge::new(1_i64).encode(family.encode_family(&labels)?)?;
+        }
+        let help = "Engines' pods without an address yet";
+        let metric = encoder.encode_descriptor("pods_pending", help, None, MetricType::Gauge)?;
+        ConstGauge::new(i64::try_from(view.pending).unwrap_or(i64::MAX)).encode(metric)
     }
 }
 

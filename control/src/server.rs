@@ -14,14 +14,17 @@ use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 
 use crate::eds::EdsFile;
 use crate::http::{self, App, Token};
+use crate::kubernetes::{KubernetesConfig, KubernetesSource};
 use crate::metrics::Metrics;
+use crate::pods::Pods;
 use crate::publisher::{Publisher, Status};
 use crate::registry::Registry;
+use crate::source::Updates;
 use crate::watch::FileSource;
 
 /// Connections open at a time; each filter holds one, probes and people a few.
@@ -41,8 +44,10 @@ pub const DEFAULT_POLL: Duration = Duration::from_secs(2);
 /// Everything that one `pd-control` is told at its start.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The endpoints file.
-    pub endpoints: PathBuf,
+    /// The endpoints file, if any.
+    pub endpoints: Option<PathBuf>,
+    /// The cluster, if any.
+    pub kubernetes: Option<Kubernetes>,
     /// Address to listen on; port 0 picks one.
     pub listen: SocketAddr,
     /// The EDS file to keep, if any.
@@ -53,13 +58,22 @@ pub struct Config {
     pub poll: Duration,
 }
 
+/// The cluster to follow.
+#[derive(Clone, Debug)]
+pub struct Kubernetes {
+    /// What to follow there.
+    pub config: KubernetesConfig,
+    /// How to reach it; none: as `KUBECONFIG` or the pod's own service account says.
+    pub cluster: Option<kube::Config>,
+}
+
 /// A running `pd-control`.
 #[derive(Debug)]
 pub struct Control {
     address: SocketAddr,
     stop: watch::Sender<bool>,
     server: JoinHandle<()>,
-    tasks: [JoinHandle<()>; 2],
+    tasks: JoinSet<()>,
 }
 
 impl Control {
@@ -68,19 +82,33 @@ impl Control {
     /// # Errors
     /// One line when the address is taken, the endpoints file is bad or the EDS file cannot be written.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
-        let Config { endpoints, listen, eds, token, poll } = config;
+        let Config { endpoints, kubernetes, listen, eds, token, poll } = config;
         let listener = TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
         let address = listener.local_addr()?;
-        let status = Arc::new(Status::new(endpoints.display().to_string()));
-        let (source, list) = FileSource::open(endpoints, poll)?;
+        let file = endpoints.map(|path| FileSource::open(path, poll)).transpose()?;
+        let pods = Arc::new(Pods::default());
+        let cluster = match kubernetes {
+            None => None,
+            Some(kubernetes) => Some(kubernetes.source(&pods).await.context("kubernetes")?),
+        };
+        let names = file.iter().map(|(source, _)| source.name()).chain(cluster.iter().map(KubernetesSource::name));
+        let status = Arc::new(Status::new(names.collect::<Vec<_>>().join(", ")));
 
         let registry = Arc::new(Registry::new(&new_epoch(), SystemTime::now()));
-        let metrics = Arc::new(Metrics::new(Arc::clone(&registry)));
+        let metrics = Arc::new(Metrics::with_pods(Arc::clone(&registry), pods));
         let mut publisher = Publisher::new(Arc::clone(&registry), Arc::clone(&metrics), Arc::clone(&status), eds);
-        publisher.start(list)?;
-
         let (sender, updates) = mpsc::channel(1);
-        let tasks = [tokio::spawn(source.run(sender)), tokio::spawn(publisher.run(updates))];
+        let mut tasks = JoinSet::new();
+        if let Some((source, list)) = file {
+            let place = publisher.add(Some(list));
+            tasks.spawn(source.run(Updates::new(place, sender.clone())));
+        }
+        if let Some(source) = cluster {
+            let place = publisher.add(None);
+            tasks.spawn(source.run(Updates::new(place, sender.clone())));
+        }
+        publisher.start()?;
+        tasks.spawn(publisher.run(updates));
         let (stop, stopping) = watch::channel(false);
         let app = App { registry, metrics: Arc::clone(&metrics), status, token, stopping: stopping.clone() };
         let server = tokio::spawn(serve(listener, http::router(app), metrics, stopping));
@@ -95,13 +123,21 @@ impl Control {
     }
 
     /// Answers the open polls, closes every connection and ends, within a second.
-    pub async fn stop(self) {
+    pub async fn stop(mut self) {
         self.stop.send_replace(true);
         // Fails only when the server panicked, and then there is nothing left to stop.
         let _ = self.server.await;
-        for task in self.tasks {
-            task.abort();
-        }
+        self.tasks.abort_all();
+    }
+}
+
+impl Kubernetes {
+    async fn source(self, pods: &Arc<Pods>) -> anyhow::Result<KubernetesSource> {
+        let cluster = match self.cluster {
+            Some(cluster) => cluster,
+            None => kube::Config::infer().await?,
+        };
+        KubernetesSource::new(cluster, self.config, Arc::clone(pods))
     }
 }
 

@@ -100,11 +100,12 @@ async fn what_hinders_the_start_is_one_line_and_touches_nothing() {
     };
     let busy = start(|config, rig| config.listen = rig.client.address).await;
     assert!(busy.starts_with(&format!("cannot listen on {}: Address already in use", rig.client.address)), "{busy}");
-    let missing = start(|config, _| config.endpoints = "no/such.yaml".into()).await;
+    let missing = start(|config, _| config.endpoints = Some("no/such.yaml".into())).await;
     assert!(missing.starts_with("no/such.yaml: cannot be read: No such file"), "{missing}");
     let broken = start(|config, rig| {
-        config.endpoints = rig.directory.path().join("broken.yaml");
-        std::fs::write(&config.endpoints, "endpoints:\n- address: 127.0.0.1:1\n").unwrap();
+        let broken = rig.directory.path().join("broken.yaml");
+        config.endpoints = Some(broken.clone());
+        std::fs::write(broken, "endpoints:\n- address: 127.0.0.1:1\n").unwrap();
     })
     .await;
     assert!(broken.ends_with("broken.yaml:2:3: endpoints[0]: missing field `role`"), "{broken}");

@@ -87,7 +87,8 @@ impl Rig {
         let endpoints = directory.path().join("endpoints.yaml");
         std::fs::write(&endpoints, text).unwrap();
         let mut config = Config {
-            endpoints,
+            endpoints: Some(endpoints),
+            kubernetes: None,
             listen: ([127, 0, 0, 1], 0).into(),
             eds: None,
             token: None,
