@@ -13,6 +13,7 @@ use crate::eds::EdsFile;
 use crate::file;
 use crate::http::Token;
 use crate::kubernetes::KubernetesConfig;
+use crate::kubernetes::follow::Limits;
 use crate::server::{Config, Control, DEFAULT_POLL, Kubernetes};
 
 /// Environment variable that holds the token unless another one is named.
@@ -161,7 +162,7 @@ impl ServeArgs {
             config.namespaces.sort();
             config.namespaces.dedup();
         }
-        Ok(Some(Kubernetes { config, cluster: None }))
+        Ok(Some(Kubernetes { config, cluster: None, limits: Limits::default() }))
     }
 }
 

@@ -19,6 +19,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::eds::EdsFile;
 use crate::http::{self, App, Token};
+use crate::kubernetes::follow::Limits;
 use crate::kubernetes::{KubernetesConfig, KubernetesSource};
 use crate::metrics::Metrics;
 use crate::pods::Pods;
@@ -65,6 +66,8 @@ pub struct Kubernetes {
     pub config: KubernetesConfig,
     /// How to reach it; none: as `KUBECONFIG` or the pod's own service account says.
     pub cluster: Option<kube::Config>,
+    /// How long requests to it may take.
+    pub limits: Limits,
 }
 
 /// A running `pd-control`.
@@ -137,7 +140,7 @@ impl Kubernetes {
             Some(cluster) => cluster,
             None => kube::Config::infer().await?,
         };
-        KubernetesSource::new(cluster, self.config, Arc::clone(pods))
+        KubernetesSource::new(cluster, self.config, self.limits, Arc::clone(pods))
     }
 }
 

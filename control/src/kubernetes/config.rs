@@ -14,6 +14,7 @@
 //! The first selector that matches a pod says what it is, then the first InferencePool, then its labels.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::path::Path;
 
 use ipnet::IpNet;
@@ -21,6 +22,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelecto
 use kube::core::Selector;
 use pd_core::wire::{Engine, Role};
 use serde::Deserialize;
+use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
+use serde::de::{self, Deserializer, MapAccess, SeqAccess, Unexpected, Visitor};
 
 use crate::file::{self, FileError};
 use crate::kubernetes::pod::{Pod, engine_named, role_named};
@@ -105,35 +108,27 @@ struct MatchExpression {
     values: Vec<String>,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
-#[serde(untagged, expecting = "must be a text, {label: …} or {annotation: …}, each with values: {…} or without")]
+#[derive(Clone, Debug, PartialEq)]
 enum SourceConfig {
     Fixed(String),
+    Found(Found),
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum PortConfig {
+    Numbers(Vec<u16>),
     Found(Found),
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Found {
+    /// Of a container port.
+    name: Option<String>,
     label: Option<String>,
     annotation: Option<String>,
     #[serde(default)]
     values: BTreeMap<String, String>,
-}
-
-#[derive(Clone, Debug, PartialEq, Deserialize)]
-#[serde(untagged, expecting = "must be a number, a list of numbers, {name: …}, {label: …} or {annotation: …}")]
-enum PortConfig {
-    Number(u16),
-    Numbers(Vec<u16>),
-    Named(PortName),
-    Found(Found),
-}
-
-#[derive(Clone, Debug, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct PortName {
-    name: String,
 }
 
 /// Where a value of an endpoint comes from.
@@ -279,9 +274,10 @@ impl SelectorConfig {
         }
         let ports = match &self.port {
             None => PortSource::Unsaid,
-            Some(PortConfig::Number(port)) => PortSource::Numbers(vec![*port]),
             Some(PortConfig::Numbers(ports)) => PortSource::Numbers(ports.clone()),
-            Some(PortConfig::Named(port)) => PortSource::Named(port.name.clone()),
+            Some(PortConfig::Found(Found { name: Some(name), label: None, annotation: None, .. })) => {
+                PortSource::Named(name.clone())
+            }
             Some(PortConfig::Found(found)) => PortSource::Text(found.source("port")?),
         };
         if let PortSource::Numbers(ports) = &ports
@@ -306,6 +302,53 @@ impl SelectorConfig {
             bootstrap_port: self.bootstrap_port,
             ranks: self.ranks,
         })
+    }
+}
+
+// Not derived: an untagged enum would read the keys of `values` as YAML likes, `no` as false and `1` as a number.
+impl<'de> Deserialize<'de> for SourceConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct SourceVisitor;
+        impl<'de> Visitor<'de> for SourceVisitor {
+            type Value = SourceConfig;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a text, {label: …} or {annotation: …}, with values: {…} or without")
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<SourceConfig, E> {
+                Ok(SourceConfig::Fixed(text.to_owned()))
+            }
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<SourceConfig, A::Error> {
+                Found::deserialize(MapAccessDeserializer::new(map)).map(SourceConfig::Found)
+            }
+        }
+        deserializer.deserialize_any(SourceVisitor)
+    }
+}
+
+impl<'de> Deserialize<'de> for PortConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct PortVisitor;
+        impl<'de> Visitor<'de> for PortVisitor {
+            type Value = PortConfig;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a port, a list of them, {name: …}, {label: …} or {annotation: …}")
+            }
+            fn visit_u64<E: de::Error>(self, port: u64) -> Result<PortConfig, E> {
+                let port = u16::try_from(port).map_err(|_| E::invalid_value(Unexpected::Unsigned(port), &self))?;
+                Ok(PortConfig::Numbers(vec![port]))
+            }
+            fn visit_i64<E: de::Error>(self, port: i64) -> Result<PortConfig, E> {
+                let port = u16::try_from(port).map_err(|_| E::invalid_value(Unexpected::Signed(port), &self))?;
+                Ok(PortConfig::Numbers(vec![port]))
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, items: A) -> Result<PortConfig, A::Error> {
+                Vec::deserialize(SeqAccessDeserializer::new(items)).map(PortConfig::Numbers)
+            }
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<PortConfig, A::Error> {
+                Found::deserialize(MapAccessDeserializer::new(map)).map(PortConfig::Found)
+            }
+        }
+        deserializer.deserialize_any(PortVisitor)
     }
 }
 
@@ -344,6 +387,7 @@ impl SourceConfig {
 impl Found {
     fn source<T>(&self, key: &str) -> Result<Source<T>, String> {
         match (&self.label, &self.annotation) {
+            _ if self.name.is_some() => Err(format!("{key}: name stands alone, and for ports only")),
             (Some(label), None) => Ok(Source::Label(label.clone(), self.values.clone())),
             (None, Some(annotation)) => Ok(Source::Annotation(annotation.clone(), self.values.clone())),
             _ => Err(format!("{key}: either label or annotation")),

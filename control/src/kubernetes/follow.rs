@@ -16,12 +16,6 @@ use tokio::time::{sleep, timeout};
 const PAGE: u32 = 500;
 /// Objects that one namespace may have; with more, nothing of it is taken.
 const MAX_OBJECTS: usize = 100_000;
-/// How long a page or the head of a watch may take.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long one watch lasts by the server's clock.
-const WATCH_SECONDS: u32 = 30;
-/// What the server's end of a watch may take to arrive. A network that swallows packets is so noticed in 35 s.
-const WATCH_MARGIN: Duration = Duration::from_secs(5);
 /// Pauses between attempts: doubled from the first to the last, and drawn at random from the upper half, so that many
 /// of us do not come back in step.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -33,6 +27,17 @@ const QUIET_FAILURES: u32 = 1;
 /// Attempts in a row that may fail before everything is listed again: what the server sends from that version on may be
 /// what cannot be read.
 const FAILURES_BEFORE_LIST: u32 = 4;
+
+/// How long requests may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// A page of a list, or the head of a watch.
+    pub request: Duration,
+    /// One watch, by the server's clock.
+    pub watch_seconds: u32,
+    /// What its end may take to arrive. A network that swallows packets is noticed when both are over.
+    pub margin: Duration,
+}
 
 /// What happened to the objects.
 #[derive(Debug)]
@@ -54,6 +59,7 @@ pub enum Event {
 pub struct Follower {
     api: Api<DynamicObject>,
     field_selector: Option<String>,
+    limits: Limits,
 }
 
 /// Why a watch has to be started anew.
@@ -76,11 +82,17 @@ struct Failures {
     in_a_row: u32,
 }
 
+impl Default for Limits {
+    fn default() -> Self {
+        Self { request: Duration::from_secs(20), watch_seconds: 30, margin: Duration::from_secs(5) }
+    }
+}
+
 impl Follower {
     /// Nothing is asked yet.
     #[must_use]
-    pub fn new(api: Api<DynamicObject>, field_selector: Option<&str>) -> Self {
-        Self { api, field_selector: field_selector.map(str::to_owned) }
+    pub fn new(api: Api<DynamicObject>, field_selector: Option<&str>, limits: Limits) -> Self {
+        Self { api, field_selector: field_selector.map(str::to_owned), limits }
     }
 
     /// Tells `tell` what happens until nobody listens.
@@ -143,9 +155,9 @@ impl Follower {
                 continue_token,
                 ..ListParams::default()
             };
-            let page = timeout(REQUEST_TIMEOUT, self.api.list(&parameters))
+            let page = timeout(self.limits.request, self.api.list(&parameters))
                 .await
-                .map_err(|_| format!("no list in {REQUEST_TIMEOUT:?}"))?
+                .map_err(|_| format!("no list in {:?}", self.limits.request))?
                 .map_err(|error| reason(&error))?;
             objects.extend(page.items);
             if objects.len() > MAX_OBJECTS {
@@ -162,24 +174,24 @@ impl Follower {
     async fn watch<T>(&self, version: &mut String, events: &mpsc::Sender<T>, tell: &impl Fn(Event) -> T) -> End {
         let parameters = WatchParams {
             field_selector: self.field_selector.clone(),
-            timeout: Some(WATCH_SECONDS),
+            timeout: Some(self.limits.watch_seconds),
             bookmarks: true,
             ..WatchParams::default()
         };
         let stream = tokio::select! {
             () = events.closed() => return End::Closed,
-            stream = timeout(REQUEST_TIMEOUT, self.api.watch(&parameters, version)) => stream,
+            stream = timeout(self.limits.request, self.api.watch(&parameters, version)) => stream,
         };
         let mut stream = match stream {
             Ok(Ok(stream)) => stream.boxed(),
             Ok(Err(kube::Error::Api(status))) if is_expired(status.code) => return End::Expired,
             Ok(Err(error)) => return End::Failed(reason(&error)),
-            Err(_) => return End::Silent(format!("no watch in {REQUEST_TIMEOUT:?}")),
+            Err(_) => return End::Silent(format!("no watch in {:?}", self.limits.request)),
         };
         if events.send(tell(Event::Found)).await.is_err() {
             return End::Closed;
         }
-        let limit = Duration::from_secs(WATCH_SECONDS.into()) + WATCH_MARGIN;
+        let limit = Duration::from_secs(self.limits.watch_seconds.into()) + self.limits.margin;
         loop {
             let next = tokio::select! {
                 () = events.closed() => return End::Closed,

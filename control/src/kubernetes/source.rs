@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 
 use crate::allow::AllowedNetworks;
 use crate::kubernetes::config::{KubernetesConfig, PoolGroup, PoolReference, Rule};
-use crate::kubernetes::follow::{Event, Follower};
+use crate::kubernetes::follow::{Event, Follower, Limits};
 use crate::kubernetes::pod::{Meaning, Pod, PodName};
 use crate::kubernetes::pools;
 use crate::pods::{Pods, PodsView, WatchView};
@@ -38,6 +38,7 @@ pub struct KubernetesSource {
     client: Client,
     config: KubernetesConfig,
     rules: Vec<Rule>,
+    limits: Limits,
     pods: Arc<Pods>,
 }
 
@@ -78,7 +79,12 @@ impl KubernetesSource {
     ///
     /// # Errors
     /// When no client can be made of what is said of the cluster, or a selector is wrong.
-    pub fn new(mut cluster: kube::Config, mut config: KubernetesConfig, pods: Arc<Pods>) -> anyhow::Result<Self> {
+    pub fn new(
+        mut cluster: kube::Config,
+        mut config: KubernetesConfig,
+        limits: Limits,
+        pods: Arc<Pods>,
+    ) -> anyhow::Result<Self> {
         // Attempts are paced and told here.
         cluster.default_retry = false;
         cluster.connect_timeout = Some(CONNECT_TIMEOUT);
@@ -86,7 +92,7 @@ impl KubernetesSource {
             config.namespaces.push(cluster.default_namespace.clone());
         }
         let rules = config.rules().map_err(anyhow::Error::msg)?;
-        Ok(Self { client: Client::try_from(cluster)?, config, rules, pods })
+        Ok(Self { client: Client::try_from(cluster)?, config, rules, limits, pods })
     }
 
     /// The namespaces, for people.
@@ -109,7 +115,7 @@ impl KubernetesSource {
         let (sender, mut events) = mpsc::channel(EVENTS);
         let mut followers = JoinSet::new();
         for watched in cluster.watches.keys() {
-            let follower = watched.follower(&self.client);
+            let follower = watched.follower(&self.client, self.limits);
             let watched = watched.clone();
             followers.spawn(follower.run(sender.clone(), move |event| (watched.clone(), event)));
         }
@@ -161,16 +167,16 @@ fn watches(config: &KubernetesConfig) -> Vec<Watched> {
 }
 
 impl Watched {
-    fn follower(&self, client: &Client) -> Follower {
+    fn follower(&self, client: &Client, limits: Limits) -> Follower {
         match self {
             Self::Pods(namespace) => {
                 let resource = resource("", "v1", "Pod", "pods");
-                Follower::new(Api::namespaced_with(client.clone(), namespace, &resource), Some(UNFINISHED))
+                Follower::new(Api::namespaced_with(client.clone(), namespace, &resource), Some(UNFINISHED), limits)
             }
             Self::Pools(group, namespace) => {
                 let (group, version) = group.group_version();
                 let resource = resource(group, version, "InferencePool", "inferencepools");
-                Follower::new(Api::namespaced_with(client.clone(), namespace, &resource), None)
+                Follower::new(Api::namespaced_with(client.clone(), namespace, &resource), None, limits)
             }
         }
     }

@@ -1,8 +1,11 @@
 //! pd-control from the outside: files are edited, polls are answered.
 
 mod api;
+mod api_server;
+mod cluster;
 mod edits;
 mod hosts;
+mod kubernetes;
 mod process;
 mod push;
 mod support;

@@ -31,7 +31,18 @@ fn write(directory: &Path, name: &str, content: &str) -> String {
 
 /// Starts it on a free port and reads from its log which one that is.
 fn spawn(arguments: &[&str]) -> (Child, HttpClient) {
-    let mut child = command(arguments).args(["--listen", "127.0.0.1:0"]).stderr(Stdio::piped()).spawn().unwrap();
+    spawn_with(arguments, &[])
+}
+
+/// The same with environment variables.
+pub fn spawn_with(arguments: &[&str], variables: &[(&str, &str)]) -> (Child, HttpClient) {
+    let mut command = command(arguments);
+    let mut child = command
+        .envs(variables.iter().copied())
+        .args(["--listen", "127.0.0.1:0"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut log = BufReader::new(child.stderr.take().unwrap());
     let mut seen = String::new();
     let address = loop {

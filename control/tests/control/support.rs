@@ -101,6 +101,15 @@ impl Rig {
         Self { directory, config, control, client }
     }
 
+    /// Starts without a file; the test has to name another source.
+    pub async fn start_without_file(adapt: impl FnOnce(&mut Config)) -> Self {
+        Self::start_with("endpoints: []", |config, _| {
+            config.endpoints = None;
+            adapt(config);
+        })
+        .await
+    }
+
     pub fn file(&self) -> PathBuf {
         self.directory.path().join("endpoints.yaml")
     }
