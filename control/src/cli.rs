@@ -2,19 +2,25 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use clap::{Args, Parser, Subcommand};
+use ipnet::IpNet;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
+use crate::allow::AllowedNetworks;
 use crate::check::check;
 use crate::eds::EdsFile;
 use crate::file;
 use crate::http::Token;
 use crate::kubernetes::KubernetesConfig;
 use crate::kubernetes::follow::Limits;
+use crate::names::NamedEndpoint;
+use crate::scrape;
 use crate::server::{Config, Control, DEFAULT_POLL, Kubernetes};
+use crate::tls::TlsFiles;
 
 /// Environment variable that holds the token unless another one is named.
 const TOKEN_VARIABLE: &str = "PD_CONTROL_TOKEN";
@@ -55,6 +61,21 @@ struct ServeArgs {
     /// What to follow in the cluster and how to read it: selectors, InferencePools, networks. Implies --kubernetes
     #[arg(long, env = "PD_CONTROL_KUBERNETES_CONFIG", value_name = "FILE")]
     kubernetes_config: Option<PathBuf>,
+    /// An endpoint by address or DNS name: host:port,role=ROLE and other keys of an endpoint. May be repeated
+    #[arg(long, value_name = "HOST:PORT,KEY=VALUE,…")]
+    endpoint: Vec<NamedEndpoint>,
+    /// Networks that addresses of pods and DNS names may be in [default: all but loopback, link-local and metadata]
+    #[arg(long, value_name = "CIDR", value_delimiter = ',', env = "PD_CONTROL_ALLOWED_CIDR")]
+    allowed_cidr: Vec<IpNet>,
+    /// Seconds between two looks at an engine's metrics; 0: none [default: 5 with --kubernetes, else 0]
+    #[arg(long, value_name = "SECONDS", env = "PD_CONTROL_SCRAPE_INTERVAL")]
+    scrape_interval: Option<f64>,
+    /// Certificate for TLS, PEM; read again when it changes
+    #[arg(long, value_name = "FILE", env = "PD_CONTROL_TLS_CERT", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// Its key, PEM
+    #[arg(long, value_name = "FILE", env = "PD_CONTROL_TLS_KEY", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
     /// Address to listen on
     #[arg(long, env = "PD_CONTROL_LISTEN", value_name = "IP:PORT", default_value = "127.0.0.1:9000")]
     listen: SocketAddr,
@@ -127,8 +148,8 @@ fn start_log(level: &str) -> anyhow::Result<()> {
 impl ServeArgs {
     fn config(self, variable: impl Fn(&str) -> Option<String>) -> anyhow::Result<Config> {
         let kubernetes = self.kubernetes()?;
-        if self.endpoints.is_none() && kubernetes.is_none() {
-            bail!("--endpoints FILE or --kubernetes is needed (see --help)");
+        if self.endpoints.is_none() && kubernetes.is_none() && self.endpoint.is_empty() {
+            bail!("--endpoints FILE, --endpoint or --kubernetes is needed (see --help)");
         }
         let text = match &self.token_env {
             Some(name) => Some(variable(name).with_context(|| format!("--token-env {name}: it is not set"))?),
@@ -142,8 +163,25 @@ impl ServeArgs {
             tracing::warn!("{} is open to others and no token is set: anyone may read the endpoints", self.listen);
         }
         let eds = self.eds_file.map(|path| EdsFile::new(path, self.eds_cluster));
-        let (endpoints, listen) = (self.endpoints, self.listen);
-        Ok(Config { endpoints, kubernetes, listen, eds, token, poll: DEFAULT_POLL })
+        let scrape = match self.scrape_interval {
+            None => kubernetes.as_ref().map(|_| scrape::DEFAULT_INTERVAL),
+            Some(0.0) => None,
+            Some(seconds) if (0.1..=3_600.0).contains(&seconds) => Some(Duration::from_secs_f64(seconds)),
+            Some(_) => bail!("--scrape-interval: must be 0, or between 0.1 and 3600"),
+        };
+        let tls = self.tls_cert.zip(self.tls_key).map(|(certificate, key)| TlsFiles { certificate, key });
+        Ok(Config {
+            endpoints: self.endpoints,
+            kubernetes,
+            named: self.endpoint,
+            networks: AllowedNetworks::new(self.allowed_cidr),
+            scrape,
+            tls,
+            listen: self.listen,
+            eds,
+            token,
+            poll: DEFAULT_POLL,
+        })
     }
 
     fn kubernetes(&self) -> anyhow::Result<Option<Kubernetes>> {
@@ -162,6 +200,7 @@ impl ServeArgs {
             config.namespaces.sort();
             config.namespaces.dedup();
         }
+        config.allowed_cidrs.extend(&self.allowed_cidr);
         Ok(Some(Kubernetes { config, cluster: None, limits: Limits::default() }))
     }
 }
@@ -196,7 +235,7 @@ mod tests {
 
     #[test]
     fn without_a_source_there_is_nothing_to_serve() {
-        let error = "--endpoints FILE or --kubernetes is needed (see --help)";
+        let error = "--endpoints FILE, --endpoint or --kubernetes is needed (see --help)";
         assert_eq!(config("pd-control", |_| None).unwrap_err(), error);
     }
 

@@ -29,8 +29,10 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::metrics::{self, Metrics};
+use crate::pods::Pods;
 use crate::publisher::Status;
 use crate::registry::Registry;
+use crate::scrape::Scrapes;
 
 /// How long a poll waits that does not say.
 const DEFAULT_WAIT: Duration = Duration::from_secs(30);
@@ -46,6 +48,10 @@ pub struct App {
     pub metrics: Arc<Metrics>,
     /// Whether the newest list is in force.
     pub status: Arc<Status>,
+    /// What became of each pod.
+    pub pods: Arc<Pods>,
+    /// What every engine said last.
+    pub scrapes: Arc<Scrapes>,
     /// Bearer token that `/v1/…` asks for, if any.
     pub token: Option<Token>,
     /// Becomes true when open polls have to be answered.

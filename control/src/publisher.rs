@@ -15,7 +15,7 @@ use crate::eds::{self, EdsFile, Hosts};
 use crate::merge::Merge;
 use crate::metrics::Metrics;
 use crate::registry::{EndpointList, Registry};
-use crate::source::Update;
+use crate::source::{Message, Update};
 
 /// How long a host that left the list stays in the EDS file: filters act within 50 ms, and one that just reconnects
 /// needs a moment more.
@@ -114,12 +114,18 @@ impl Publisher {
     }
 
     /// Publishes every list that arrives, until the sources are gone.
-    pub async fn run(mut self, mut updates: mpsc::Receiver<(usize, Update)>) {
+    pub async fn run(mut self, mut updates: mpsc::Receiver<Message>) {
         loop {
             let due = self.eds.as_ref().and_then(|eds| eds.due);
             tokio::select! {
                 update = updates.recv() => match update {
-                    Some((source, update)) => self.take(source, update),
+                    Some(Message::Update(source, update)) => self.take(source, update),
+                    Some(Message::Facts(facts)) => match self.merge.take_facts(facts) {
+                        Some(Ok(list)) => self.publish(list),
+                        // Facts are checked where they are made.
+                        Some(Err(error)) => tracing::error!("{error}"),
+                        None => {}
+                    },
                     None => return,
                 },
                 () = async { tokio::time::sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
@@ -132,20 +138,24 @@ impl Publisher {
         }
     }
 
+    fn publish(&mut self, list: EndpointList) {
+        if let Some(eds) = &mut self.eds {
+            eds.wanted = eds::hosts(list.as_slice());
+            let lingering = eds.written.union(&eds.wanted).copied().collect();
+            eds.try_write(lingering, &self.metrics);
+            if eds.due.is_none() && eds.written != eds.wanted {
+                eds.due = Some(Instant::now() + EDS_LINGER);
+            }
+        }
+        self.has_started = true;
+        self.put_into_force(list);
+    }
+
     fn take(&mut self, source: usize, update: Update) {
         let is_refused = update.list.is_none();
         let Update { list, problem } = self.merge.take(source, update);
         if let Some(list) = list {
-            if let Some(eds) = &mut self.eds {
-                eds.wanted = eds::hosts(list.as_slice());
-                let lingering = eds.written.union(&eds.wanted).copied().collect();
-                eds.try_write(lingering, &self.metrics);
-                if eds.due.is_none() && eds.written != eds.wanted {
-                    eds.due = Some(Instant::now() + EDS_LINGER);
-                }
-            }
-            self.has_started = true;
-            self.put_into_force(list);
+            self.publish(list);
         }
         self.metrics.degraded.set(i64::from(problem.is_some()));
         let is_new = self.status.set(problem.as_deref());

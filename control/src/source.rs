@@ -6,6 +6,7 @@
 use tokio::sync::mpsc;
 
 use crate::registry::EndpointList;
+use crate::scrape::Facts;
 
 /// What a source has to say.
 #[derive(Clone, Debug, PartialEq)]
@@ -16,11 +17,20 @@ pub struct Update {
     pub problem: Option<String>,
 }
 
+/// What arrives at the publisher.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Message {
+    /// A source, by its place among all, says something.
+    Update(usize, Update),
+    /// What the engines themselves say.
+    Facts(Facts),
+}
+
 /// Where a source sends its lists. It waits while the publisher is busy.
 #[derive(Clone, Debug)]
 pub struct Updates {
     source: usize,
-    sender: mpsc::Sender<(usize, Update)>,
+    sender: mpsc::Sender<Message>,
 }
 
 /// The publisher is gone.
@@ -39,7 +49,7 @@ impl From<Result<EndpointList, String>> for Update {
 impl Updates {
     /// The sending half of a source, known to the publisher by its place among all sources.
     #[must_use]
-    pub fn new(source: usize, sender: mpsc::Sender<(usize, Update)>) -> Self {
+    pub fn new(source: usize, sender: mpsc::Sender<Message>) -> Self {
         Self { source, sender }
     }
 
@@ -48,7 +58,15 @@ impl Updates {
     /// # Errors
     /// When the publisher is gone.
     pub async fn send(&self, update: Update) -> Result<(), Closed> {
-        self.sender.send((self.source, update)).await.map_err(|_| Closed)
+        self.sender.send(Message::Update(self.source, update)).await.map_err(|_| Closed)
+    }
+
+    /// Hands facts over.
+    ///
+    /// # Errors
+    /// When the publisher is gone.
+    pub async fn send_facts(&self, facts: Facts) -> Result<(), Closed> {
+        self.sender.send(Message::Facts(facts)).await.map_err(|_| Closed)
     }
 
     /// Ends when the publisher is gone.

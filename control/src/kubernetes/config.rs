@@ -270,7 +270,7 @@ impl SelectorConfig {
             role(known)?;
         }
         for known in self.engine.iter().flat_map(SourceConfig::values) {
-            engine_named(known).map_err(|()| format!("engine: {known:?} is no engine known here"))?;
+            engine_named(known).map_err(|_| format!("engine: {known:?} is no engine known here"))?;
         }
         let ports = match &self.port {
             None => PortSource::Unsaid,

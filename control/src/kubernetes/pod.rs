@@ -295,7 +295,7 @@ impl Pod {
                 return Ok(Some(*engine));
             }
             if let Some((key, text)) = source.find(self) {
-                return engine_named(text).map_err(|()| format!("{key}: {text:?} is no engine known here"));
+                return engine_named(text).map_err(|_| format!("{key}: {text:?} is no engine known here"));
             }
         }
         match self.labels.get(AIBRIX_CONNECTOR).map(String::as_str) {
@@ -307,7 +307,7 @@ impl Pod {
         }
         for key in [LLMD_ENGINE, AIBRIX_ENGINE] {
             if let Some(text) = self.labels.get(key) {
-                return engine_named(text).map_err(|()| format!("{key}: {text:?} is no engine known here"));
+                return engine_named(text).map_err(|_| format!("{key}: {text:?} is no engine known here"));
             }
         }
         Ok(None)
@@ -383,15 +383,19 @@ pub fn role_named(text: &str) -> Option<Role> {
     }
 }
 
+/// No engine here has that name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UnknownEngine;
+
 /// The protocol that an engine's name stands for; none for plain vLLM, whose connector the pool's policy says.
 ///
 /// # Errors
-/// When no engine here has that name.
-pub fn engine_named(text: &str) -> Result<Option<Engine>, ()> {
+/// [`UnknownEngine`].
+pub fn engine_named(text: &str) -> Result<Option<Engine>, UnknownEngine> {
     match text {
         "vllm" => Ok(None),
         "trtllm-serve" | "tensorrt-llm" | "trt-llm" => Ok(Some(Engine::Trtllm)),
-        _ => serde_json::from_value(Value::String(text.to_owned())).map(Some).map_err(|_| ()),
+        _ => serde_json::from_value(Value::String(text.to_owned())).map(Some).map_err(|_| UnknownEngine),
     }
 }
 

@@ -91,7 +91,7 @@ fn what_hinders_the_start_is_one_line_and_exit_code_1() {
         (vec!["--endpoints", "none.yaml", "--listen", "127.0.0.1:0"], "none.yaml: cannot be read: No such file".into()),
         (vec!["--endpoints", &file, "--token-env", "T"], "--token-env T: it is not set".into()),
         (vec!["--endpoints", &file, "--log-level", "x=y"], "--log-level x=y: error parsing level filter".into()),
-        (vec![], "--endpoints FILE or --kubernetes is needed".into()),
+        (vec![], "--endpoints FILE, --endpoint or --kubernetes is needed".into()),
     ] {
         let output = run(&arguments);
         let lines = text(&output.stderr);

@@ -89,6 +89,10 @@ impl Rig {
         let mut config = Config {
             endpoints: Some(endpoints),
             kubernetes: None,
+            named: Vec::new(),
+            networks: pd_control::allow::AllowedNetworks::default(),
+            scrape: None,
+            tls: None,
             listen: ([127, 0, 0, 1], 0).into(),
             eds: None,
             token: None,
