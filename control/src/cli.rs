@@ -14,12 +14,13 @@ use crate::allow::AllowedNetworks;
 use crate::check::check;
 use crate::eds::EdsFile;
 use crate::file;
-use crate::http::Token;
+use crate::http::{LogLevel, Token};
 use crate::kubernetes::KubernetesConfig;
 use crate::kubernetes::follow::Limits;
 use crate::names::NamedEndpoint;
 use crate::scrape;
 use crate::server::{Config, Control, DEFAULT_POLL, Kubernetes};
+use crate::terminal::{self, Server};
 use crate::tls::TlsFiles;
 
 /// Environment variable that holds the token unless another one is named.
@@ -41,9 +42,29 @@ pub struct Cli {
 enum Command {
     /// Say whether files would be taken, and what is wrong with them, without running anything
     Check {
-        /// Endpoints files
+        /// Endpoints files, files for --kubernetes-config, plugin configurations (JSON)
         #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
+    },
+    /// List the endpoints of a running pd-control
+    Endpoints {
+        #[command(flatten)]
+        server: Server,
+    },
+    /// Say why a pod or an endpoint is in its list as it is, or is not in it
+    Explain {
+        #[command(flatten)]
+        server: Server,
+        /// Address, or name of a pod with or without its namespace
+        name: String,
+    },
+    /// Show the busiest endpoints
+    Top {
+        #[command(flatten)]
+        server: Server,
+        /// Once, instead of every two seconds
+        #[arg(long)]
+        once: bool,
     },
 }
 
@@ -100,8 +121,22 @@ struct ServeArgs {
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Some(Command::Check { files }) => check_all(&files),
+        Some(Command::Endpoints { server }) => {
+            print!("{}", terminal::endpoints(&wait_for(server.status())?));
+            Ok(())
+        }
+        Some(Command::Explain { server, name }) => {
+            let text = terminal::explain(&wait_for(server.status())?, &name);
+            print!("{}", text.with_context(|| format!("{name}: no endpoint, and no pod that is followed"))?);
+            Ok(())
+        }
+        Some(Command::Top { server, once }) => wait_for(server.top(once)),
         None => serve(cli.serve),
     }
+}
+
+fn wait_for<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
 }
 
 fn check_all(files: &[PathBuf]) -> anyhow::Result<()> {
@@ -116,8 +151,8 @@ fn check_all(files: &[PathBuf]) -> anyhow::Result<()> {
 }
 
 fn serve(args: ServeArgs) -> anyhow::Result<()> {
-    start_log(&args.log_level)?;
-    let config = args.config(|name| std::env::var(name).ok())?;
+    let log = start_log(&args.log_level)?;
+    let config = Config { log: Some(log), ..args.config(|name| std::env::var(name).ok())? };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         // Before anything else, so that no signal is missed.
@@ -134,15 +169,20 @@ fn serve(args: ServeArgs) -> anyhow::Result<()> {
     })
 }
 
-fn start_log(level: &str) -> anyhow::Result<()> {
+fn start_log(level: &str) -> anyhow::Result<LogLevel> {
     let filter: EnvFilter = level.parse().map_err(|error| anyhow!("--log-level {level}: {error}"))?;
-    tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_target(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_writer(std::io::stderr)
-        .init();
-    Ok(())
+        .with_filter_reloading();
+    let handle = log.reload_handle();
+    log.init();
+    Ok(LogLevel::new(move |level| {
+        let filter: EnvFilter = level.parse().map_err(|error| format!("{level}: {error}"))?;
+        handle.reload(filter).map_err(|error| error.to_string())
+    }))
 }
 
 impl ServeArgs {
@@ -177,6 +217,7 @@ impl ServeArgs {
             networks: AllowedNetworks::new(self.allowed_cidr),
             scrape,
             tls,
+            log: None,
             listen: self.listen,
             eds,
             token,

@@ -24,6 +24,8 @@ pub mod registry;
 pub mod scrape;
 pub mod server;
 pub mod source;
+pub mod status;
+pub mod terminal;
 pub mod tls;
 pub mod watch;
 

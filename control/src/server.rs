@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
-use axum::Router;
+use axum::{Extension, Router};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
@@ -20,7 +20,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::allow::AllowedNetworks;
 use crate::eds::EdsFile;
-use crate::http::{self, App, Token};
+use crate::http::{self, App, LogLevel, Peer, Token};
 use crate::kubernetes::follow::Limits;
 use crate::kubernetes::{KubernetesConfig, KubernetesSource};
 use crate::metrics::Metrics;
@@ -64,6 +64,8 @@ pub struct Config {
     pub scrape: Option<Duration>,
     /// Certificate and key; none: no TLS.
     pub tls: Option<TlsFiles>,
+    /// What changes the level of the log, if anything.
+    pub log: Option<LogLevel>,
     /// Address to listen on; port 0 picks one.
     pub listen: SocketAddr,
     /// The EDS file to keep, if any.
@@ -100,7 +102,7 @@ impl Control {
     /// # Errors
     /// One line when the address is taken, the endpoints file is bad or the EDS file cannot be written.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
-        let Config { endpoints, kubernetes, named, networks, scrape, tls, listen, eds, token, poll } = config;
+        let Config { endpoints, kubernetes, named, networks, scrape, tls, log, listen, eds, token, poll } = config;
         let tls = tls.map(Tls::open).transpose()?;
         let listener = TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
         let address = listener.local_addr()?;
@@ -150,8 +152,17 @@ impl Control {
         publisher.start()?;
         tasks.spawn(publisher.run(updates));
         let (stop, stopping) = watch::channel(false);
-        let app =
-            App { registry, metrics: Arc::clone(&metrics), status, pods, scrapes, token, stopping: stopping.clone() };
+        let app = App {
+            registry,
+            metrics: Arc::clone(&metrics),
+            status,
+            pods,
+            scrapes,
+            filters: Arc::default(),
+            log,
+            token,
+            stopping: stopping.clone(),
+        };
         let has_tls = tls.is_some();
         let server = tokio::spawn(serve(listener, tls.map(Arc::new), http::router(app), metrics, stopping));
         let scheme = if has_tls { "https" } else { "http" };
@@ -205,8 +216,8 @@ async fn serve(
             accepted = listener.accept() => accepted,
             _ = stopping.wait_for(|is_stopping| *is_stopping) => break,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!("cannot accept a connection: {error}");
                 sleep(ACCEPT_PAUSE).await;
@@ -217,7 +228,8 @@ async fn serve(
             metrics.connections_refused.inc();
             continue;
         };
-        let (watcher, router, tls) = (graceful.watcher(), router.clone(), tls.clone());
+        let (watcher, router, tls) =
+            (graceful.watcher(), router.clone().layer(Extension(Peer(peer.ip()))), tls.clone());
         let open = metrics.connections.clone();
         open.inc();
         tokio::spawn(async move {

@@ -93,6 +93,7 @@ impl Rig {
             networks: pd_control::allow::AllowedNetworks::default(),
             scrape: None,
             tls: None,
+            log: None,
             listen: ([127, 0, 0, 1], 0).into(),
             eds: None,
             token: None,
