@@ -2,23 +2,33 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use clap::{Args, Parser, Subcommand};
+use ipnet::IpNet;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
+use crate::allow::AllowedNetworks;
 use crate::check::check;
 use crate::eds::EdsFile;
-use crate::http::Token;
-use crate::server::{Config, Control, DEFAULT_POLL};
+use crate::file;
+use crate::http::{LogLevel, Token};
+use crate::kubernetes::KubernetesConfig;
+use crate::kubernetes::follow::Limits;
+use crate::names::NamedEndpoint;
+use crate::scrape;
+use crate::server::{Config, Control, DEFAULT_POLL, Kubernetes};
+use crate::terminal::{self, Server};
+use crate::tls::TlsFiles;
 
 /// Environment variable that holds the token unless another one is named.
 const TOKEN_VARIABLE: &str = "PD_CONTROL_TOKEN";
 
 /// Tells every Envoy's prefill/decode filter which endpoints there are.
 ///
-/// Reads a list of endpoints from a file, follows the file, and pushes every change to the filters that poll.
+/// Follows a cluster's pods, a file of endpoints or both, and pushes every change to the filters that poll.
 #[derive(Debug, Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
 pub struct Cli {
@@ -32,9 +42,29 @@ pub struct Cli {
 enum Command {
     /// Say whether files would be taken, and what is wrong with them, without running anything
     Check {
-        /// Endpoints files
+        /// Endpoints files, files for --kubernetes-config, plugin configurations (JSON)
         #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
+    },
+    /// List the endpoints of a running pd-control
+    Endpoints {
+        #[command(flatten)]
+        server: Server,
+    },
+    /// Say why a pod or an endpoint is in its list as it is, or is not in it
+    Explain {
+        #[command(flatten)]
+        server: Server,
+        /// Address, or name of a pod with or without its namespace
+        name: String,
+    },
+    /// Show the busiest endpoints
+    Top {
+        #[command(flatten)]
+        server: Server,
+        /// Once, instead of every two seconds
+        #[arg(long)]
+        once: bool,
     },
 }
 
@@ -43,6 +73,30 @@ struct ServeArgs {
     /// Endpoints file to serve and follow, YAML or JSON
     #[arg(long, env = "PD_CONTROL_ENDPOINTS", value_name = "FILE")]
     endpoints: Option<PathBuf>,
+    /// Follow the pods of a cluster: its own by its service account, else the one that KUBECONFIG names
+    #[arg(long, env = "PD_CONTROL_KUBERNETES")]
+    kubernetes: bool,
+    /// Namespace to follow, one or several [default: its own]
+    #[arg(long, value_name = "NS", value_delimiter = ',', env = "PD_CONTROL_NAMESPACE")]
+    namespace: Vec<String>,
+    /// What to follow in the cluster and how to read it: selectors, InferencePools, networks. Implies --kubernetes
+    #[arg(long, env = "PD_CONTROL_KUBERNETES_CONFIG", value_name = "FILE")]
+    kubernetes_config: Option<PathBuf>,
+    /// An endpoint by address or DNS name: host:port,role=ROLE and other keys of an endpoint. May be repeated
+    #[arg(long, value_name = "HOST:PORT,KEY=VALUE,…")]
+    endpoint: Vec<NamedEndpoint>,
+    /// Networks that addresses of pods and DNS names may be in [default: all but loopback, link-local and metadata]
+    #[arg(long, value_name = "CIDR", value_delimiter = ',', env = "PD_CONTROL_ALLOWED_CIDR")]
+    allowed_cidr: Vec<IpNet>,
+    /// Seconds between two looks at an engine's metrics; 0: none [default: 5 with --kubernetes, else 0]
+    #[arg(long, value_name = "SECONDS", env = "PD_CONTROL_SCRAPE_INTERVAL")]
+    scrape_interval: Option<f64>,
+    /// Certificate for TLS, PEM; read again when it changes
+    #[arg(long, value_name = "FILE", env = "PD_CONTROL_TLS_CERT", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// Its key, PEM
+    #[arg(long, value_name = "FILE", env = "PD_CONTROL_TLS_KEY", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
     /// Address to listen on
     #[arg(long, env = "PD_CONTROL_LISTEN", value_name = "IP:PORT", default_value = "127.0.0.1:9000")]
     listen: SocketAddr,
@@ -67,8 +121,22 @@ struct ServeArgs {
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Some(Command::Check { files }) => check_all(&files),
+        Some(Command::Endpoints { server }) => {
+            print!("{}", terminal::endpoints(&wait_for(server.status())?));
+            Ok(())
+        }
+        Some(Command::Explain { server, name }) => {
+            let text = terminal::explain(&wait_for(server.status())?, &name);
+            print!("{}", text.with_context(|| format!("{name}: no endpoint, and no pod that is followed"))?);
+            Ok(())
+        }
+        Some(Command::Top { server, once }) => wait_for(server.top(once)),
         None => serve(cli.serve),
     }
+}
+
+fn wait_for<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
 }
 
 fn check_all(files: &[PathBuf]) -> anyhow::Result<()> {
@@ -83,8 +151,8 @@ fn check_all(files: &[PathBuf]) -> anyhow::Result<()> {
 }
 
 fn serve(args: ServeArgs) -> anyhow::Result<()> {
-    start_log(&args.log_level)?;
-    let config = args.config(|name| std::env::var(name).ok())?;
+    let log = start_log(&args.log_level)?;
+    let config = Config { log: Some(log), ..args.config(|name| std::env::var(name).ok())? };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         // Before anything else, so that no signal is missed.
@@ -101,20 +169,28 @@ fn serve(args: ServeArgs) -> anyhow::Result<()> {
     })
 }
 
-fn start_log(level: &str) -> anyhow::Result<()> {
+fn start_log(level: &str) -> anyhow::Result<LogLevel> {
     let filter: EnvFilter = level.parse().map_err(|error| anyhow!("--log-level {level}: {error}"))?;
-    tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_target(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_writer(std::io::stderr)
-        .init();
-    Ok(())
+        .with_filter_reloading();
+    let handle = log.reload_handle();
+    log.init();
+    Ok(LogLevel::new(move |level| {
+        let filter: EnvFilter = level.parse().map_err(|error| format!("{level}: {error}"))?;
+        handle.reload(filter).map_err(|error| error.to_string())
+    }))
 }
 
 impl ServeArgs {
     fn config(self, variable: impl Fn(&str) -> Option<String>) -> anyhow::Result<Config> {
-        let Some(endpoints) = self.endpoints else { bail!("--endpoints FILE is needed (see --help)") };
+        let kubernetes = self.kubernetes()?;
+        if self.endpoints.is_none() && kubernetes.is_none() && self.endpoint.is_empty() {
+            bail!("--endpoints FILE, --endpoint or --kubernetes is needed (see --help)");
+        }
         let text = match &self.token_env {
             Some(name) => Some(variable(name).with_context(|| format!("--token-env {name}: it is not set"))?),
             None => variable(TOKEN_VARIABLE).filter(|text| !text.is_empty()),
@@ -127,7 +203,46 @@ impl ServeArgs {
             tracing::warn!("{} is open to others and no token is set: anyone may read the endpoints", self.listen);
         }
         let eds = self.eds_file.map(|path| EdsFile::new(path, self.eds_cluster));
-        Ok(Config { endpoints, listen: self.listen, eds, token, poll: DEFAULT_POLL })
+        let scrape = match self.scrape_interval {
+            None => kubernetes.as_ref().map(|_| scrape::DEFAULT_INTERVAL),
+            Some(0.0) => None,
+            Some(seconds) if (0.1..=3_600.0).contains(&seconds) => Some(Duration::from_secs_f64(seconds)),
+            Some(_) => bail!("--scrape-interval: must be 0, or between 0.1 and 3600"),
+        };
+        let tls = self.tls_cert.zip(self.tls_key).map(|(certificate, key)| TlsFiles { certificate, key });
+        Ok(Config {
+            endpoints: self.endpoints,
+            kubernetes,
+            named: self.endpoint,
+            networks: AllowedNetworks::new(self.allowed_cidr),
+            scrape,
+            tls,
+            log: None,
+            listen: self.listen,
+            eds,
+            token,
+            poll: DEFAULT_POLL,
+        })
+    }
+
+    fn kubernetes(&self) -> anyhow::Result<Option<Kubernetes>> {
+        if !self.kubernetes && self.kubernetes_config.is_none() {
+            if !self.namespace.is_empty() {
+                bail!("--namespace needs --kubernetes");
+            }
+            return Ok(None);
+        }
+        let mut config = match &self.kubernetes_config {
+            Some(path) => KubernetesConfig::parse(path, &file::read(path)?)?,
+            None => KubernetesConfig::default(),
+        };
+        if !self.namespace.is_empty() {
+            config.namespaces.clone_from(&self.namespace);
+            config.namespaces.sort();
+            config.namespaces.dedup();
+        }
+        config.allowed_cidrs.extend(&self.allowed_cidr);
+        Ok(Some(Kubernetes { config, cluster: None, limits: Limits::default() }))
     }
 }
 
@@ -161,6 +276,16 @@ mod tests {
 
     #[test]
     fn without_a_source_there_is_nothing_to_serve() {
-        assert_eq!(config("pd-control", |_| None).unwrap_err(), "--endpoints FILE is needed (see --help)");
+        let error = "--endpoints FILE, --endpoint or --kubernetes is needed (see --help)";
+        assert_eq!(config("pd-control", |_| None).unwrap_err(), error);
+    }
+
+    #[test]
+    fn namespaces_of_the_command_line_win() {
+        let namespaces = |line: &str| config(line, |_| None).unwrap().kubernetes.unwrap().config.namespaces;
+        assert!(namespaces("pd-control --kubernetes").is_empty());
+        assert_eq!(namespaces("pd-control --kubernetes --namespace b --namespace a,b"), ["a", "b"]);
+        let error = config("pd-control --endpoints e.yaml --namespace a", |_| None).unwrap_err();
+        assert_eq!(error, "--namespace needs --kubernetes");
     }
 }

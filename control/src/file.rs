@@ -176,14 +176,34 @@ pub fn parse(path: &Path, bytes: &[u8]) -> Result<EndpointList, FileError> {
     })
 }
 
-fn parse_bytes(bytes: &[u8]) -> Result<EndpointList, Problem> {
-    let text = std::str::from_utf8(bytes).map_err(|error| {
+/// Reads a file of another shape, as strictly; `path` is for the error only.
+///
+/// # Errors
+/// [`FileError`] with line and column of the first thing that is wrong.
+pub fn parse_yaml<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, FileError> {
+    let budget = serde_saphyr::budget! { max_events: MAX_EVENTS, max_nodes: MAX_EVENTS, max_depth: MAX_DEPTH };
+    let options = serde_saphyr::options! { budget: budget };
+    let parsed = text_of(bytes)
+        .and_then(|text| serde_saphyr::from_str_with_options(text, options).map_err(|error| syntax_problem(&error)));
+    parsed.map_err(|problem| FileError {
+        path: path.to_owned(),
+        position: Some(problem.position),
+        message: problem.message,
+    })
+}
+
+fn text_of(bytes: &[u8]) -> Result<&str, Problem> {
+    std::str::from_utf8(bytes).map_err(|error| {
         let before = bytes.get(..error.valid_up_to()).unwrap_or_default();
         let line = before.rsplit(|byte| *byte == b'\n').next().unwrap_or_default();
         let column = String::from_utf8_lossy(line).chars().count() as u64 + 1;
         let line = before.iter().filter(|byte| **byte == b'\n').count() as u64 + 1;
         Problem { position: (line, column), message: "not UTF-8 text".into() }
-    })?;
+    })
+}
+
+fn parse_bytes(bytes: &[u8]) -> Result<EndpointList, Problem> {
+    let text = text_of(bytes)?;
     // What is wrong with JSON is told by the YAML reader: it knows the lines.
     if let Some(list) = text.trim_start().starts_with('{').then(|| parse_json(text)).flatten() {
         return Ok(list);

@@ -4,22 +4,26 @@
 //! |---|---|
 //! | `GET /v1/watch` | 200 snapshot, 304 nothing changed in time, 400 bad query, 401 bad token |
 //! | `GET /v1/endpoints` | 200 the list in force for people, 401 bad token |
+//! | `GET /v1/status` | 200 all that is known, for the status page and the terminal, 401 bad token |
+//! | `PUT /v1/log-level` | 204 what the body says is logged from now on, 400 no such level, 401 bad token |
+//! | `GET /` | 200 the status page, which asks for the token itself |
 //! | `GET /healthz` | 200 while the process answers |
 //! | `GET /readyz` | 200 once a list is in force (`degraded: …` while the newest one is refused), else 503 |
 //! | `GET /metrics` | 200 OpenMetrics text |
 //!
 //! A refused list leaves `/readyz` at 200: filters are served the last good list, and a restart would lose it.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{Query, Request, State};
+use axum::extract::{DefaultBodyLimit, Query, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
-use axum::{Json, Router};
+use axum::routing::{get, put};
+use axum::{Extension, Json, Router};
 use bytes::Bytes;
 use pd_core::wire::{Endpoint, WATCH_PATH};
 use prometheus_client::metrics::gauge::Gauge;
@@ -29,13 +33,23 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::metrics::{self, Metrics};
+use crate::pods::Pods;
 use crate::publisher::Status;
 use crate::registry::Registry;
+use crate::scrape::Scrapes;
+use crate::status::{self, Filters};
 
 /// How long a poll waits that does not say.
 const DEFAULT_WAIT: Duration = Duration::from_secs(30);
 /// How long a poll waits at most. Proxies on the way cut longer ones.
 pub const MAX_WAIT: Duration = Duration::from_secs(60);
+/// Bytes that a log level may have.
+const MAX_LEVEL_BYTES: usize = 1 << 10;
+/// The status page; nothing in it comes from elsewhere.
+const PAGE: &str = include_str!("page.html");
+/// What the page may do: ask where it came from.
+const PAGE_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; \
+                           connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'";
 
 /// What the handlers read.
 #[derive(Clone, Debug)]
@@ -46,11 +60,29 @@ pub struct App {
     pub metrics: Arc<Metrics>,
     /// Whether the newest list is in force.
     pub status: Arc<Status>,
+    /// What became of each pod.
+    pub pods: Arc<Pods>,
+    /// What every engine said last.
+    pub scrapes: Arc<Scrapes>,
+    /// Who polls.
+    pub filters: Arc<Filters>,
+    /// What is logged.
+    pub log: Option<LogLevel>,
     /// Bearer token that `/v1/…` asks for, if any.
     pub token: Option<Token>,
     /// Becomes true when open polls have to be answered.
     pub stopping: watch::Receiver<bool>,
 }
+
+/// Changes what is logged.
+#[derive(Clone)]
+pub struct LogLevel(Arc<SetLevel>);
+
+type SetLevel = dyn Fn(&str) -> Result<(), String> + Send + Sync;
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer(pub IpAddr);
 
 /// A bearer token; neither shown nor compared in a time that depends on it.
 #[derive(Clone)]
@@ -107,6 +139,20 @@ impl std::fmt::Debug for Token {
     }
 }
 
+impl LogLevel {
+    /// What is called with a new level or filter.
+    #[must_use]
+    pub fn new(set: impl Fn(&str) -> Result<(), String> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(set))
+    }
+}
+
+impl std::fmt::Debug for LogLevel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("LogLevel(…)")
+    }
+}
+
 impl<'a> Waiting<'a> {
     fn new(gauge: &'a Gauge) -> Self {
         gauge.inc();
@@ -125,14 +171,17 @@ pub fn router(app: App) -> Router {
     let v1 = Router::new()
         .route(WATCH_PATH, get(watch))
         .route("/v1/endpoints", get(endpoints))
+        .route("/v1/status", get(status))
+        .route("/v1/log-level", put(log_level).layer(DefaultBodyLimit::max(MAX_LEVEL_BYTES)))
         .layer(middleware::from_fn_with_state(app.clone(), authorize));
     Router::new()
         .merge(v1)
+        .route("/", get(page))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics_text))
         .fallback(|| async { failure(StatusCode::NOT_FOUND, "no such path") })
-        .method_not_allowed_fallback(|| async { failure(StatusCode::METHOD_NOT_ALLOWED, "only GET is allowed") })
+        .method_not_allowed_fallback(|| async { failure(StatusCode::METHOD_NOT_ALLOWED, "this method is not allowed") })
         .with_state(app)
 }
 
@@ -149,16 +198,26 @@ async fn authorize(State(app): State<App>, request: Request, next: Next) -> Resp
     }
 }
 
-async fn watch(State(app): State<App>, query: Result<Query<Watch>, QueryRejection>) -> Response {
+async fn watch(
+    State(app): State<App>,
+    peer: Option<Extension<Peer>>,
+    query: Result<Query<Watch>, QueryRejection>,
+) -> Response {
     let answer = match query {
         Err(rejection) => failure(StatusCode::BAD_REQUEST, &rejection.body_text()),
-        Ok(Query(query)) => match next_answer(&app, &query).await {
-            Some(snapshot) => {
-                let headers = [(header::CONTENT_TYPE, "application/json"), (header::CACHE_CONTROL, "no-store")];
-                (headers, snapshot).into_response()
+        Ok(Query(query)) => {
+            if let Some(Extension(Peer(address))) = peer {
+                let is_ours = query.epoch == app.registry.current().epoch();
+                app.filters.seen(address, if is_ours { query.since } else { 0 });
             }
-            None => StatusCode::NOT_MODIFIED.into_response(),
-        },
+            match next_answer(&app, &query).await {
+                Some(snapshot) => {
+                    let headers = [(header::CONTENT_TYPE, "application/json"), (header::CACHE_CONTROL, "no-store")];
+                    (headers, snapshot).into_response()
+                }
+                None => StatusCode::NOT_MODIFIED.into_response(),
+            }
+        }
     };
     app.metrics.watch_answered(answer.status().as_u16());
     answer
@@ -200,9 +259,36 @@ async fn endpoints(State(app): State<App>) -> Response {
     ([(header::CONTENT_TYPE, "application/json")], text).into_response()
 }
 
+async fn status(State(app): State<App>) -> Response {
+    ([(header::CACHE_CONTROL, "no-store")], Json(status::view(&app))).into_response()
+}
+
+async fn log_level(State(app): State<App>, body: String) -> Response {
+    let level = body.trim();
+    match app.log.as_ref().map(|log| (log.0)(level)) {
+        Some(Ok(())) => {
+            tracing::warn!("logs {level} from now on");
+            StatusCode::NO_CONTENT.into_response()
+        }
+        Some(Err(error)) => failure(StatusCode::BAD_REQUEST, &error),
+        None => failure(StatusCode::NOT_FOUND, "the log is not pd-control's own"),
+    }
+}
+
+async fn page() -> Response {
+    let headers = [
+        (header::CONTENT_TYPE, "text/html; charset=utf-8"),
+        (header::CONTENT_SECURITY_POLICY, PAGE_POLICY),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+    ];
+    (headers, PAGE).into_response()
+}
+
 async fn readyz(State(app): State<App>) -> Response {
     if app.registry.current().version() == 0 {
-        return (StatusCode::SERVICE_UNAVAILABLE, "no endpoint list yet\n").into_response();
+        let why = app.status.degraded().map_or(String::new(), |reason| format!(": {reason}"));
+        return (StatusCode::SERVICE_UNAVAILABLE, format!("no endpoint list yet{why}\n")).into_response();
     }
     match app.status.degraded() {
         None => "ok\n".into_response(),

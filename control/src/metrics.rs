@@ -15,7 +15,9 @@ use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry as Families;
 
+use crate::pods::Pods;
 use crate::registry::Registry;
+use crate::scrape::{Scraped, Scrapes};
 
 /// Media type of [`Metrics::encode`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -41,20 +43,46 @@ pub struct Metrics {
     /// Connections closed because too many were open.
     pub connections_refused: Counter,
     watch_requests: Family<Labels<1>, Counter>,
+    scrapes: Family<Labels<1>, Counter>,
 }
 
 /// The metrics of the list in force.
 #[derive(Debug)]
 struct ListCollector(Arc<Registry>);
 
+/// The metrics of the pods that the list comes from; none where it does not.
+#[derive(Debug)]
+struct PodsCollector(Arc<Pods>);
+
+/// The metrics of the engines themselves.
+#[derive(Debug)]
+struct EnginesCollector(Arc<Scrapes>);
+
 impl Metrics {
     /// All metrics at zero; those of the list follow `registry`.
     #[must_use]
     pub fn new(registry: Arc<Registry>) -> Self {
+        Self::with_pods(registry, Arc::default())
+    }
+
+    /// The same; those of the pods follow `pods`.
+    #[must_use]
+    pub fn with_pods(registry: Arc<Registry>, pods: Arc<Pods>) -> Self {
+        Self::with_engines(registry, pods, None)
+    }
+
+    /// The same; those of the engines follow `scrapes`, where they are asked.
+    #[must_use]
+    pub fn with_engines(registry: Arc<Registry>, pods: Arc<Pods>, scrapes: Option<Arc<Scrapes>>) -> Self {
         let mut families = Families::with_prefix("pd_control");
         let build = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
         families.register("build", "The build that runs", build);
         families.register_collector(Box::new(ListCollector(registry)));
+        families.register_collector(Box::new(PodsCollector(pods)));
+        let asks_engines = scrapes.is_some();
+        if let Some(scrapes) = scrapes {
+            families.register_collector(Box::new(EnginesCollector(scrapes)));
+        }
         let mut metrics = Self {
             refusals: Counter::default(),
             degraded: Gauge::default(),
@@ -64,6 +92,7 @@ impl Metrics {
             connections: Gauge::default(),
             connections_refused: Counter::default(),
             watch_requests: Family::default(),
+            scrapes: Family::default(),
             families: Families::default(),
         };
         let Self { refusals, degraded, pollers, eds_writes, eds_errors, connections, connections_refused, .. } =
@@ -78,6 +107,9 @@ impl Metrics {
         families.register("connections", "Connections open", connections.clone());
         let help = "Connections closed at once because too many were open";
         families.register("connections_refused", help, connections_refused.clone());
+        if asks_engines {
+            families.register("scrapes", "Engines asked for their metrics, by result", metrics.scrapes.clone());
+        }
         metrics.families = families;
         metrics
     }
@@ -85,6 +117,12 @@ impl Metrics {
     /// Counts an answered long poll.
     pub fn watch_answered(&self, status: u16) {
         self.watch_requests.get_or_create(&[("code", status.to_string())]).inc();
+    }
+
+    /// Counts an engine that was asked.
+    pub fn scraped(&self, is_ok: bool) {
+        let result = if is_ok { "ok" } else { "failed" };
+        self.scrapes.get_or_create(&[("result", result.to_owned())]).inc();
     }
 
     /// The OpenMetrics text.
@@ -125,7 +163,63 @@ impl Collector for ListCollector {
     }
 }
 
-fn role(role: Role) -> &'static str {
+impl Collector for PodsCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
+        let view = self.0.view();
+        if view.watches.is_empty() {
+            return Ok(());
+        }
+        let help = "1 while what is known of these objects is up to date";
+        let mut family = encoder.encode_descriptor("watch_up", help, None, MetricType::Gauge)?;
+        for watch in &view.watches {
+            let is_up = watch.is_listed && watch.problem.is_none();
+            ConstGauge::new(i64::from(is_up)).encode(family.encode_family(&[("watch", watch.name.as_str())])?)?;
+        }
+        let help = "Pods left out because they say something wrong; the log says what";
+        let mut family = encoder.encode_descriptor("pod_refused", help, None, MetricType::Gauge)?;
+        for pod in view.refused.keys() {
+            let labels = [("namespace", pod.namespace.as_str()), ("pod", pod.name.as_str())];
+            ConstGauge::new(1_i64).encode(family.encode_family(&labels)?)?;
+        }
+        let help = "Engines' pods without an address yet";
+        let metric = encoder.encode_descriptor("pods_pending", help, None, MetricType::Gauge)?;
+        ConstGauge::new(i64::try_from(view.pending).unwrap_or(i64::MAX)).encode(metric)
+    }
+}
+
+impl Collector for EnginesCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
+        type Read = fn(&Scraped) -> Option<f64>;
+        let families: [(&str, &str, Read); 6] = [
+            ("engine_up", "1 while the engine answers", |it| {
+                Some(if it.has_answered && it.failures == 0 { 1.0 } else { 0.0 })
+            }),
+            ("engine_waiting", "Requests that wait in the engine", |it| it.load.waiting),
+            ("engine_running", "Requests that the engine computes", |it| it.load.running),
+            ("engine_kv_usage_ratio", "Share of the engine's KV cache in use", |it| it.load.kv_usage),
+            ("engine_cache_tokens", "Tokens that the engine's KV cache holds", |it| {
+                it.load.cache_tokens.map(|tokens| tokens as f64)
+            }),
+            ("engine_prefix_hit_ratio", "Share of prompt tokens found in the engine's prefix cache, ever", |it| {
+                it.load.hit_ratio()
+            }),
+        ];
+        let view = self.0.view();
+        for (name, help, read) in families {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for (address, scraped) in view.iter() {
+                if let Some(value) = read(scraped) {
+                    ConstGauge::new(value).encode(family.encode_family(&[("address", address.to_string())])?)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A role as in the list.
+#[must_use]
+pub fn role(role: Role) -> &'static str {
     match role {
         Role::Prefill => "prefill",
         Role::Decode => "decode",
@@ -133,7 +227,9 @@ fn role(role: Role) -> &'static str {
     }
 }
 
-fn state(state: State) -> &'static str {
+/// A state as in the list.
+#[must_use]
+pub fn state(state: State) -> &'static str {
     match state {
         State::Ready => "ready",
         State::Draining => "draining",

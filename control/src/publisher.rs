@@ -12,9 +12,10 @@ use tokio::time::Instant;
 
 use crate::check::summary;
 use crate::eds::{self, EdsFile, Hosts};
+use crate::merge::Merge;
 use crate::metrics::Metrics;
 use crate::registry::{EndpointList, Registry};
-use crate::source::Update;
+use crate::source::{Message, Update};
 
 /// How long a host that left the list stays in the EDS file: filters act within 50 ms, and one that just reconnects
 /// needs a moment more.
@@ -36,6 +37,8 @@ pub struct Publisher {
     metrics: Arc<Metrics>,
     status: Arc<Status>,
     eds: Option<Eds>,
+    merge: Merge,
+    has_started: bool,
 }
 
 /// The EDS file and what is to become of it.
@@ -80,14 +83,27 @@ impl Publisher {
     #[must_use]
     pub fn new(registry: Arc<Registry>, metrics: Arc<Metrics>, status: Arc<Status>, eds: Option<EdsFile>) -> Self {
         let eds = eds.map(|file| Eds { file, written: Hosts::new(), wanted: Hosts::new(), due: None });
-        Self { registry, metrics, status, eds }
+        Self { registry, metrics, status, eds, merge: Merge::default(), has_started: false }
     }
 
-    /// Publishes the list of the start. Hosts that an earlier run left in the EDS file are gone afterwards.
+    /// Adds a source, with its list where it has one at the start; returns its place. The first one that is added says
+    /// what an endpoint is that several list.
+    pub fn add(&mut self, list: Option<EndpointList>) -> usize {
+        let source = self.merge.add();
+        if let Some(list) = list {
+            self.merge.take(source, Ok(list).into());
+        }
+        source
+    }
+
+    /// Publishes the list of the start, if all sources have one. Hosts that an earlier run left in the EDS file are gone
+    /// afterwards.
     ///
     /// # Errors
     /// When the EDS file cannot be written: later that is only logged and tried again, at the start it is a mistake.
-    pub fn start(&mut self, list: EndpointList) -> anyhow::Result<()> {
+    pub fn start(&mut self) -> anyhow::Result<()> {
+        let Some(list) = self.merge.list().transpose().map_err(anyhow::Error::msg)? else { return Ok(()) };
+        self.has_started = true;
         if let Some(eds) = &mut self.eds {
             eds.wanted = eds::hosts(list.as_slice());
             eds.write(eds.wanted.clone(), &self.metrics)
@@ -97,13 +113,19 @@ impl Publisher {
         Ok(())
     }
 
-    /// Publishes every list that arrives, until the source is gone.
-    pub async fn run(mut self, mut updates: mpsc::Receiver<Update>) {
+    /// Publishes every list that arrives, until the sources are gone.
+    pub async fn run(mut self, mut updates: mpsc::Receiver<Message>) {
         loop {
             let due = self.eds.as_ref().and_then(|eds| eds.due);
             tokio::select! {
                 update = updates.recv() => match update {
-                    Some(update) => self.take(update),
+                    Some(Message::Update(source, update)) => self.take(source, update),
+                    Some(Message::Facts(facts)) => match self.merge.take_facts(facts) {
+                        Some(Ok(list)) => self.publish(list),
+                        // Facts are checked where they are made.
+                        Some(Err(error)) => tracing::error!("{error}"),
+                        None => {}
+                    },
                     None => return,
                 },
                 () = async { tokio::time::sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
@@ -116,30 +138,37 @@ impl Publisher {
         }
     }
 
-    fn take(&mut self, update: Update) {
-        match update {
-            Ok(list) => {
-                if self.status.set(None) {
-                    self.metrics.degraded.set(0);
-                    tracing::info!("{} is good again", self.status.source());
-                }
-                if let Some(eds) = &mut self.eds {
-                    eds.wanted = eds::hosts(list.as_slice());
-                    let lingering = eds.written.union(&eds.wanted).copied().collect();
-                    eds.try_write(lingering, &self.metrics);
-                    if eds.due.is_none() && eds.written != eds.wanted {
-                        eds.due = Some(Instant::now() + EDS_LINGER);
-                    }
-                }
-                self.put_into_force(list);
+    fn publish(&mut self, list: EndpointList) {
+        if let Some(eds) = &mut self.eds {
+            eds.wanted = eds::hosts(list.as_slice());
+            let lingering = eds.written.union(&eds.wanted).copied().collect();
+            eds.try_write(lingering, &self.metrics);
+            if eds.due.is_none() && eds.written != eds.wanted {
+                eds.due = Some(Instant::now() + EDS_LINGER);
             }
-            Err(reason) => {
+        }
+        self.has_started = true;
+        self.put_into_force(list);
+    }
+
+    fn take(&mut self, source: usize, update: Update) {
+        let is_refused = update.list.is_none();
+        let Update { list, problem } = self.merge.take(source, update);
+        if let Some(list) = list {
+            self.publish(list);
+        }
+        self.metrics.degraded.set(i64::from(problem.is_some()));
+        let is_new = self.status.set(problem.as_deref());
+        match problem {
+            None if is_new => tracing::info!("{} is good again", self.status.source()),
+            None => {}
+            Some(reason) if is_refused && self.has_started => {
                 self.metrics.refusals.inc();
-                self.metrics.degraded.set(1);
-                self.status.set(Some(&reason));
                 let version = self.registry.current().version();
                 tracing::warn!("refused, snapshot {version} stays in force: {reason}");
             }
+            Some(reason) if is_new => tracing::warn!("{reason}"),
+            Some(_) => {}
         }
     }
 

@@ -7,21 +7,30 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
-use axum::Router;
+use axum::{Extension, Router};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 
+use crate::allow::AllowedNetworks;
 use crate::eds::EdsFile;
-use crate::http::{self, App, Token};
+use crate::http::{self, App, LogLevel, Peer, Token};
+use crate::kubernetes::follow::Limits;
+use crate::kubernetes::{KubernetesConfig, KubernetesSource};
 use crate::metrics::Metrics;
+use crate::names::{self, NamedEndpoint, NamesSource};
+use crate::pods::Pods;
 use crate::publisher::{Publisher, Status};
-use crate::registry::Registry;
+use crate::registry::{EndpointList, Registry};
+use crate::scrape::{Scraper, Scrapes};
+use crate::source::Updates;
+use crate::tls::{Tls, TlsFiles};
 use crate::watch::FileSource;
 
 /// Connections open at a time; each filter holds one, probes and people a few.
@@ -29,6 +38,8 @@ const MAX_CONNECTIONS: usize = 4_096;
 /// How long a connection may take over the head of its next request, idle time included. Longer than any pause between
 /// a filter's polls, so that only forgotten connections are closed.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long TLS may take to stand.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of a request head; a poll needs a few hundred.
 const MAX_HEAD_BYTES: usize = 16 << 10;
 /// How long answers may take after the signal to stop.
@@ -41,8 +52,20 @@ pub const DEFAULT_POLL: Duration = Duration::from_secs(2);
 /// Everything that one `pd-control` is told at its start.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The endpoints file.
-    pub endpoints: PathBuf,
+    /// The endpoints file, if any.
+    pub endpoints: Option<PathBuf>,
+    /// The cluster, if any.
+    pub kubernetes: Option<Kubernetes>,
+    /// Endpoints named on the command line.
+    pub named: Vec<NamedEndpoint>,
+    /// Networks that addresses may be in which DNS tells.
+    pub networks: AllowedNetworks,
+    /// How often to ask each engine for its metrics; none: never.
+    pub scrape: Option<Duration>,
+    /// Certificate and key; none: no TLS.
+    pub tls: Option<TlsFiles>,
+    /// What changes the level of the log, if anything.
+    pub log: Option<LogLevel>,
     /// Address to listen on; port 0 picks one.
     pub listen: SocketAddr,
     /// The EDS file to keep, if any.
@@ -53,13 +76,24 @@ pub struct Config {
     pub poll: Duration,
 }
 
+/// The cluster to follow.
+#[derive(Clone, Debug)]
+pub struct Kubernetes {
+    /// What to follow there.
+    pub config: KubernetesConfig,
+    /// How to reach it; none: as `KUBECONFIG` or the pod's own service account says.
+    pub cluster: Option<kube::Config>,
+    /// How long requests to it may take.
+    pub limits: Limits,
+}
+
 /// A running `pd-control`.
 #[derive(Debug)]
 pub struct Control {
     address: SocketAddr,
     stop: watch::Sender<bool>,
     server: JoinHandle<()>,
-    tasks: [JoinHandle<()>; 2],
+    tasks: JoinSet<()>,
 }
 
 impl Control {
@@ -68,23 +102,71 @@ impl Control {
     /// # Errors
     /// One line when the address is taken, the endpoints file is bad or the EDS file cannot be written.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
-        let Config { endpoints, listen, eds, token, poll } = config;
+        let Config { endpoints, kubernetes, named, networks, scrape, tls, log, listen, eds, token, poll } = config;
+        let tls = tls.map(Tls::open).transpose()?;
         let listener = TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
         let address = listener.local_addr()?;
-        let status = Arc::new(Status::new(endpoints.display().to_string()));
-        let (source, list) = FileSource::open(endpoints, poll)?;
+        let file = endpoints.map(|path| FileSource::open(path, poll)).transpose()?;
+        let named = (!named.is_empty()).then_some(NamesSource {
+            endpoints: named,
+            networks,
+            interval: names::DEFAULT_INTERVAL,
+        });
+        let pods = Arc::new(Pods::default());
+        let cluster = match kubernetes {
+            None => None,
+            Some(kubernetes) => Some(kubernetes.source(&pods).await.context("kubernetes")?),
+        };
+        let names = file.iter().map(|(source, _)| source.name());
+        let names = names.chain(named.iter().map(NamesSource::name)).chain(cluster.iter().map(KubernetesSource::name));
+        let status = Arc::new(Status::new(names.collect::<Vec<_>>().join(", ")));
 
+        let scrapes = Arc::new(Scrapes::default());
         let registry = Arc::new(Registry::new(&new_epoch(), SystemTime::now()));
-        let metrics = Arc::new(Metrics::new(Arc::clone(&registry)));
+        let metrics = Arc::new(Metrics::with_engines(
+            Arc::clone(&registry),
+            Arc::clone(&pods),
+            scrape.map(|_| Arc::clone(&scrapes)),
+        ));
         let mut publisher = Publisher::new(Arc::clone(&registry), Arc::clone(&metrics), Arc::clone(&status), eds);
-        publisher.start(list)?;
-
         let (sender, updates) = mpsc::channel(1);
-        let tasks = [tokio::spawn(source.run(sender)), tokio::spawn(publisher.run(updates))];
+        let mut tasks = JoinSet::new();
+        if let Some((source, list)) = file {
+            let place = publisher.add(Some(list));
+            tasks.spawn(source.run(Updates::new(place, sender.clone())));
+        }
+        if let Some(source) = named {
+            let fixed = source.fixed().map(EndpointList::new).transpose().context("--endpoint")?;
+            let place = publisher.add(fixed);
+            tasks.spawn(source.run(Updates::new(place, sender.clone())));
+        }
+        if let Some(interval) = scrape {
+            let (registry, metrics) = (Arc::clone(&registry), Arc::clone(&metrics));
+            let scraper = Scraper::new(registry, metrics, Arc::clone(&scrapes), interval);
+            tasks.spawn(scraper.run(Updates::new(usize::MAX, sender.clone())));
+        }
+        if let Some(source) = cluster {
+            let place = publisher.add(None);
+            tasks.spawn(source.run(Updates::new(place, sender.clone())));
+        }
+        publisher.start()?;
+        tasks.spawn(publisher.run(updates));
         let (stop, stopping) = watch::channel(false);
-        let app = App { registry, metrics: Arc::clone(&metrics), status, token, stopping: stopping.clone() };
-        let server = tokio::spawn(serve(listener, http::router(app), metrics, stopping));
-        tracing::info!("pd-control {} listens on http://{address}", env!("CARGO_PKG_VERSION"));
+        let app = App {
+            registry,
+            metrics: Arc::clone(&metrics),
+            status,
+            pods,
+            scrapes,
+            filters: Arc::default(),
+            log,
+            token,
+            stopping: stopping.clone(),
+        };
+        let has_tls = tls.is_some();
+        let server = tokio::spawn(serve(listener, tls.map(Arc::new), http::router(app), metrics, stopping));
+        let scheme = if has_tls { "https" } else { "http" };
+        tracing::info!("pd-control {} listens on {scheme}://{address}", env!("CARGO_PKG_VERSION"));
         Ok(Self { address, stop, server, tasks })
     }
 
@@ -95,13 +177,21 @@ impl Control {
     }
 
     /// Answers the open polls, closes every connection and ends, within a second.
-    pub async fn stop(self) {
+    pub async fn stop(mut self) {
         self.stop.send_replace(true);
         // Fails only when the server panicked, and then there is nothing left to stop.
         let _ = self.server.await;
-        for task in self.tasks {
-            task.abort();
-        }
+        self.tasks.abort_all();
+    }
+}
+
+impl Kubernetes {
+    async fn source(self, pods: &Arc<Pods>) -> anyhow::Result<KubernetesSource> {
+        let cluster = match self.cluster {
+            Some(cluster) => cluster,
+            None => kube::Config::infer().await?,
+        };
+        KubernetesSource::new(cluster, self.config, self.limits, Arc::clone(pods))
     }
 }
 
@@ -112,7 +202,13 @@ fn new_epoch() -> String {
     format!("{:011x}-{:08x}", now.as_millis(), random & 0xffff_ffff)
 }
 
-async fn serve(listener: TcpListener, router: Router, metrics: Arc<Metrics>, mut stopping: watch::Receiver<bool>) {
+async fn serve(
+    listener: TcpListener,
+    tls: Option<Arc<Tls>>,
+    router: Router,
+    metrics: Arc<Metrics>,
+    mut stopping: watch::Receiver<bool>,
+) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let graceful = GracefulShutdown::new();
     loop {
@@ -120,8 +216,8 @@ async fn serve(listener: TcpListener, router: Router, metrics: Arc<Metrics>, mut
             accepted = listener.accept() => accepted,
             _ = stopping.wait_for(|is_stopping| *is_stopping) => break,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!("cannot accept a connection: {error}");
                 sleep(ACCEPT_PAUSE).await;
@@ -132,11 +228,25 @@ async fn serve(listener: TcpListener, router: Router, metrics: Arc<Metrics>, mut
             metrics.connections_refused.inc();
             continue;
         };
-        let connection = graceful.watch(connection(stream, router.clone()));
+        let (watcher, router, tls) =
+            (graceful.watcher(), router.clone().layer(Extension(Peer(peer.ip()))), tls.clone());
         let open = metrics.connections.clone();
         open.inc();
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
+            // Answers are single writes; waiting to fill a segment would only delay them.
+            let _ = stream.set_nodelay(true);
+            let outcome = match tls {
+                None => watcher.watch(connection(stream, router)).await,
+                Some(tls) => match timeout(HANDSHAKE_TIMEOUT, tls.acceptor().accept(stream)).await {
+                    Ok(Ok(stream)) => watcher.watch(connection(stream, router)).await,
+                    Ok(Err(error)) => {
+                        tracing::debug!("TLS: {error}");
+                        Ok(())
+                    }
+                    Err(_) => Ok(()),
+                },
+            };
+            if let Err(error) = outcome {
                 tracing::debug!("connection: {error}");
             }
             open.dec();
@@ -149,11 +259,9 @@ async fn serve(listener: TcpListener, router: Router, metrics: Arc<Metrics>, mut
     }
 }
 
-type Connection = http1::Connection<TokioIo<TcpStream>, TowerToHyperService<Router>>;
+type Connection<S> = http1::Connection<TokioIo<S>, TowerToHyperService<Router>>;
 
-fn connection(stream: TcpStream, router: Router) -> Connection {
-    // Answers are single writes; waiting to fill a segment would only delay them.
-    let _ = stream.set_nodelay(true);
+fn connection<S: AsyncRead + AsyncWrite + Unpin>(stream: S, router: Router) -> Connection<S> {
     http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT)

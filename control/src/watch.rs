@@ -126,6 +126,12 @@ impl FileSource {
         Ok((Self { path, poll, reported: Arc::new(Reading::Bytes(bytes)), stamp }, list))
     }
 
+    /// The file as the operator named it.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.path.display().to_string()
+    }
+
     /// Follows the file until the publisher is gone.
     pub async fn run(mut self, updates: Updates) {
         let reports = Arc::new(Reports::default());
@@ -211,7 +217,7 @@ impl FileSource {
         }
         self.reported = reading;
         // Fails only when the publisher is gone, which ends the loop.
-        let _ = updates.send(list.map_err(|error| error.to_string())).await;
+        let _ = updates.send(list.map_err(|error| error.to_string()).into()).await;
         Ok(())
     }
 }

@@ -1,5 +1,7 @@
 //! What people, probes and scrapers ask.
 
+use std::time::Duration;
+
 use axum::http::StatusCode;
 use pd_control::Control;
 use serde_json::Value;
@@ -25,10 +27,10 @@ async fn the_list_is_shown_with_its_version_and_source() {
 #[tokio::test(flavor = "multi_thread")]
 async fn probes_and_metrics_need_no_token_and_the_rest_does() {
     let rig = Rig::start_with(&four(1.0), with_token).await;
-    for path in ["/healthz", "/readyz", "/metrics"] {
+    for path in ["/", "/healthz", "/readyz", "/metrics"] {
         assert_eq!(rig.client.get(path).await.status, StatusCode::OK, "{path}");
     }
-    for path in ["/v1/endpoints", "/v1/watch"] {
+    for path in ["/v1/endpoints", "/v1/watch", "/v1/status"] {
         for token in [None, Some("wrong")] {
             let answer = HttpClient { token, ..rig.client.clone() }.get(path).await;
             assert_eq!(answer.status, StatusCode::UNAUTHORIZED, "{path} {token:?}");
@@ -45,7 +47,6 @@ async fn probes_and_metrics_need_no_token_and_the_rest_does() {
 async fn unknown_paths_and_methods_are_refused() {
     let rig = Rig::start(&four(1.0)).await;
     assert_eq!(rig.client.get("/v1/nothing").await.status, StatusCode::NOT_FOUND);
-    assert_eq!(rig.client.get("/").await.status, StatusCode::NOT_FOUND);
     let answer = rig.client.request("POST", "/v1/endpoints").await.unwrap();
     assert_eq!(answer.status, StatusCode::METHOD_NOT_ALLOWED);
 }
@@ -60,6 +61,53 @@ async fn a_head_that_is_too_long_is_refused() {
     stream.read_to_string(&mut answer).await.unwrap();
     assert!(answer.starts_with("HTTP/1.1 431 "), "{answer}");
     assert_eq!(rig.client.get("/healthz").await.status, StatusCode::OK);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_status_says_who_polls_and_what_they_have() {
+    let rig = Rig::start(&four(1.0)).await;
+    let status = async || serde_json::from_str::<Value>(&rig.client.get("/v1/status").await.body).unwrap();
+    let mut filter = rig.filter().await;
+    assert_eq!(status().await["filters"][0]["version"], 0, "it had none when it asked");
+    assert!(filter.poll(&rig.client, Duration::from_millis(1)).await.is_none());
+    let view = status().await;
+    assert_eq!((&view["filters"][0]["version"], &view["filters"][0]["address"]), (&1.into(), &"127.0.0.1".into()));
+    assert_eq!((view["version"].clone(), view["endpoints"][3]["address"].clone()), (1.into(), "127.0.0.1:4".into()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_status_page_needs_nothing_from_elsewhere() {
+    let rig = Rig::start_with(&four(1.0), with_token).await;
+    let page = rig.client.get("/").await;
+    assert_eq!(page.headers["content-type"], "text/html; charset=utf-8");
+    assert!(page.headers["content-security-policy"].to_str().unwrap().starts_with("default-src 'none'"));
+    for outside in ["http://", "https://", "src=", "@import", "innerHTML", "127.0.0.1"] {
+        assert!(!page.body.contains(outside), "{outside}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_browser_shows_the_status_page() {
+    let Some(browser) = ["chromium", "chromium-browser", "google-chrome"].into_iter().find(|name| {
+        std::process::Command::new(name).arg("--version").output().is_ok_and(|output| output.status.success())
+    }) else {
+        println!("skipped: there is no Chromium (Debian: apt-get install chromium)");
+        return;
+    };
+    let rig = Rig::start(&four(1.0)).await;
+    let url = format!("http://{}/", rig.client.address);
+    let profile = rig.directory.path().join("profile");
+    let shown = tokio::task::spawn_blocking(move || {
+        std::process::Command::new(browser)
+            .args(["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom"])
+            .arg(format!("--user-data-dir={}", profile.display()))
+            .arg(url)
+            .output()
+    });
+    let shown = String::from_utf8(shown.await.unwrap().unwrap().stdout).unwrap();
+    for part in ["Pool default", "127.0.0.1:4", "list 1 since"] {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -100,11 +148,12 @@ async fn what_hinders_the_start_is_one_line_and_touches_nothing() {
     };
     let busy = start(|config, rig| config.listen = rig.client.address).await;
     assert!(busy.starts_with(&format!("cannot listen on {}: Address already in use", rig.client.address)), "{busy}");
-    let missing = start(|config, _| config.endpoints = "no/such.yaml".into()).await;
+    let missing = start(|config, _| config.endpoints = Some("no/such.yaml".into())).await;
     assert!(missing.starts_with("no/such.yaml: cannot be read: No such file"), "{missing}");
     let broken = start(|config, rig| {
-        config.endpoints = rig.directory.path().join("broken.yaml");
-        std::fs::write(&config.endpoints, "endpoints:\n- address: 127.0.0.1:1\n").unwrap();
+        let broken = rig.directory.path().join("broken.yaml");
+        config.endpoints = Some(broken.clone());
+        std::fs::write(broken, "endpoints:\n- address: 127.0.0.1:1\n").unwrap();
     })
     .await;
     assert!(broken.ends_with("broken.yaml:2:3: endpoints[0]: missing field `role`"), "{broken}");

@@ -42,7 +42,7 @@ async fn the_link_swap_of_a_mounted_config_map_is_seen() {
         }
         symlink("..1", volume.join("..data")).unwrap();
         symlink("..data/endpoints.yaml", volume.join("endpoints.yaml")).unwrap();
-        config.endpoints = volume.join("endpoints.yaml");
+        config.endpoints = Some(volume.join("endpoints.yaml"));
     })
     .await;
     let volume = rig.directory.path().join("volume");
@@ -61,8 +61,8 @@ async fn a_link_is_followed_to_where_the_file_is_edited() {
     let rig = Rig::start_with(&four(9.0), |config, root| {
         fs::create_dir(root.join("real")).unwrap();
         fs::write(root.join("real/list.yaml"), four(1.0)).unwrap();
-        config.endpoints = root.join("link.yaml");
-        symlink("real/list.yaml", &config.endpoints).unwrap();
+        symlink("real/list.yaml", root.join("link.yaml")).unwrap();
+        config.endpoints = Some(root.join("link.yaml"));
     })
     .await;
     let mut filter = rig.filter().await;
@@ -185,9 +185,10 @@ async fn what_the_kernel_does_not_report_is_found_by_looking() {
 async fn a_directory_that_is_replaced_is_followed() {
     let rig = Rig::start_with(&four(9.0), |config, root| {
         fs::create_dir(root.join("etc")).unwrap();
-        config.endpoints = root.join("etc/endpoints.yaml");
+        let file = root.join("etc/endpoints.yaml");
         config.poll = Duration::from_millis(20);
-        fs::write(&config.endpoints, four(1.0)).unwrap();
+        fs::write(&file, four(1.0)).unwrap();
+        config.endpoints = Some(file);
     })
     .await;
     let mut filter = rig.filter().await;
@@ -197,6 +198,6 @@ async fn a_directory_that_is_replaced_is_followed() {
     fs::rename(root.join("etc"), root.join("old")).unwrap();
     fs::rename(root.join("new"), root.join("etc")).unwrap();
     filter.until_weight(&rig.client, 2.0).await;
-    replace(&rig.config.endpoints, &four(3.0));
+    replace(rig.config.endpoints.as_ref().unwrap(), &four(3.0));
     filter.until_weight(&rig.client, 3.0).await;
 }

@@ -5,7 +5,10 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use axum::http::StatusCode;
+use axum::http::{Request, StatusCode};
+use http_body_util::Full;
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::TokioExecutor;
 
 use crate::support::*;
 
@@ -31,7 +34,18 @@ fn write(directory: &Path, name: &str, content: &str) -> String {
 
 /// Starts it on a free port and reads from its log which one that is.
 fn spawn(arguments: &[&str]) -> (Child, HttpClient) {
-    let mut child = command(arguments).args(["--listen", "127.0.0.1:0"]).stderr(Stdio::piped()).spawn().unwrap();
+    spawn_with(arguments, &[])
+}
+
+/// The same with environment variables.
+pub fn spawn_with(arguments: &[&str], variables: &[(&str, &str)]) -> (Child, HttpClient) {
+    let mut command = command(arguments);
+    let mut child = command
+        .envs(variables.iter().copied())
+        .args(["--listen", "127.0.0.1:0"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut log = BufReader::new(child.stderr.take().unwrap());
     let mut seen = String::new();
     let address = loop {
@@ -80,7 +94,7 @@ fn what_hinders_the_start_is_one_line_and_exit_code_1() {
         (vec!["--endpoints", "none.yaml", "--listen", "127.0.0.1:0"], "none.yaml: cannot be read: No such file".into()),
         (vec!["--endpoints", &file, "--token-env", "T"], "--token-env T: it is not set".into()),
         (vec!["--endpoints", &file, "--log-level", "x=y"], "--log-level x=y: error parsing level filter".into()),
-        (vec![], "--endpoints FILE is needed".into()),
+        (vec![], "--endpoints FILE, --endpoint or --kubernetes is needed".into()),
     ] {
         let output = run(&arguments);
         let lines = text(&output.stderr);
@@ -88,6 +102,58 @@ fn what_hinders_the_start_is_one_line_and_exit_code_1() {
         assert!(lines.starts_with(&format!("pd-control: {error}")), "{lines}");
         assert_eq!(lines.lines().count(), 1, "{lines}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_terminal_shows_what_a_running_one_knows() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = write(directory.path(), "endpoints.yaml", &four(1.0));
+    let (mut child, client) = spawn(&["--endpoints", &file]);
+    let server = format!("http://{}", client.address);
+    let shown = |arguments: &[&str]| {
+        let output = run(&[arguments, &["--server", &server]].concat());
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    let list = shown(&["endpoints"]);
+    assert!(
+        list.starts_with(&format!("list 1 from {file}, 0 of 0 Envoys have it\nENDPOINT     ROLE  STATE ")),
+        "{list}"
+    );
+    assert_eq!(list.lines().count(), 6, "{list}");
+    assert!(shown(&["top", "--once"]).contains("127.0.0.1:3  both  ready  -"));
+    assert!(shown(&["explain", "127.0.0.1:2"]).starts_with("127.0.0.1:2 is in the list: both, ready\n"));
+    let unknown = run(&["explain", "nobody", "--server", &server]);
+    assert_eq!(text(&unknown.stderr), "pd-control: nobody: no endpoint, and no pod that is followed\n");
+
+    let sender = Client::builder(TokioExecutor::new()).build_http::<Full<bytes::Bytes>>();
+    let put = async |level: &str| {
+        let request = Request::put(format!("{server}/v1/log-level")).body(Full::from(level.to_owned())).unwrap();
+        sender.request(request).await.unwrap().status()
+    };
+    assert_eq!(put("debug").await, StatusCode::NO_CONTENT);
+    assert_eq!(put("x=y").await, StatusCode::BAD_REQUEST);
+    assert_eq!(put(&"x".repeat(2_000)).await, StatusCode::PAYLOAD_TOO_LARGE);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(text(&run(&["endpoints", "--server", &server]).stderr).starts_with("pd-control: cannot reach "));
+}
+
+#[test]
+fn check_knows_other_configurations_by_their_keys() {
+    let directory = tempfile::tempdir().unwrap();
+    let kubernetes = write(directory.path(), "k.yaml", "namespaces: [a]\nselectors: []\n");
+    let plugin = write(directory.path(), "p.json", r#"{"revision": "1", "endpoints": []}"#);
+    let output = run(&["check", &kubernetes, &plugin]);
+    let expected = format!(
+        "{kubernetes}: ok, Kubernetes configuration with 0 selectors and 0 InferencePools\n\
+         {plugin}: ok, plugin configuration with 0 endpoints\n"
+    );
+    assert_eq!(text(&output.stdout), expected, "{}", text(&output.stderr));
+    let wrong = write(directory.path(), "w.json", r#"{"revision": "1", "pool": {}}"#);
+    assert!(text(&run(&["check", &wrong]).stderr).contains("w.json: "), "it is named");
+    let wrong = write(directory.path(), "w.yaml", "namespaces: [a]\nselector: []\n");
+    assert!(text(&run(&["check", &wrong]).stderr).contains("w.yaml:2:1: unknown field `selector`"));
 }
 
 #[test]

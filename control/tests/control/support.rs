@@ -87,7 +87,13 @@ impl Rig {
         let endpoints = directory.path().join("endpoints.yaml");
         std::fs::write(&endpoints, text).unwrap();
         let mut config = Config {
-            endpoints,
+            endpoints: Some(endpoints),
+            kubernetes: None,
+            named: Vec::new(),
+            networks: pd_control::allow::AllowedNetworks::default(),
+            scrape: None,
+            tls: None,
+            log: None,
             listen: ([127, 0, 0, 1], 0).into(),
             eds: None,
             token: None,
@@ -98,6 +104,15 @@ impl Rig {
         let control = Control::start(config.clone()).await.unwrap();
         let client = HttpClient::new(control.address());
         Self { directory, config, control, client }
+    }
+
+    /// Starts without a file; the test has to name another source.
+    pub async fn start_without_file(adapt: impl FnOnce(&mut Config)) -> Self {
+        Self::start_with("endpoints: []", |config, _| {
+            config.endpoints = None;
+            adapt(config);
+        })
+        .await
     }
 
     pub fn file(&self) -> PathBuf {

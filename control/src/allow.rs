@@ -1,0 +1,120 @@
+//! Which addresses may be pushed that an API or a name server told, not an operator.
+//!
+//! Whoever may write a pod's status or a DNS record could otherwise point the filter, and with it clients' prompts, at
+//! the node itself or at a cloud's metadata server.
+
+use std::net::IpAddr;
+use std::sync::LazyLock;
+
+use ipnet::IpNet;
+
+/// Addresses that are no engine's: refused unless a network inside of them is allowed by name.
+const SPECIAL: &[&str] = &[
+    // This host.
+    "0.0.0.0/8",
+    "127.0.0.0/8",
+    "::/128",
+    "::1/128",
+    // Link-local, where clouds have their metadata servers.
+    "169.254.0.0/16",
+    "fe80::/10",
+    // Metadata servers elsewhere: AWS, Azure, Alibaba, Oracle.
+    "fd00:ec2::/32",
+    "168.63.129.16/32",
+    "100.100.100.200/32",
+    "192.0.0.192/32",
+    // Multicast, reserved, broadcast.
+    "224.0.0.0/4",
+    "240.0.0.0/4",
+    "ff00::/8",
+];
+
+static SPECIAL_NETWORKS: LazyLock<Vec<IpNet>> =
+    LazyLock::new(|| SPECIAL.iter().filter_map(|text| text.parse().ok()).collect());
+
+/// The networks that endpoints may be in.
+#[derive(Clone, Debug, Default)]
+pub struct AllowedNetworks(Vec<IpNet>);
+
+impl AllowedNetworks {
+    /// These networks; with none, every address that is not special.
+    #[must_use]
+    pub fn new(networks: Vec<IpNet>) -> Self {
+        Self(networks)
+    }
+
+    /// Whether an address may be pushed.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check(&self, address: IpAddr) -> Result<(), String> {
+        // An IPv4 address written as IPv6 reaches the same host.
+        let address = address.to_canonical();
+        let named: Vec<_> = self.0.iter().filter(|network| network.contains(&address)).collect();
+        if let Some(special) = SPECIAL_NETWORKS.iter().find(|network| network.contains(&address))
+            && !named.iter().any(|network| special.contains(*network))
+        {
+            return Err(format!("{address} is in {special}, which no engine is in"));
+        }
+        if !self.0.is_empty() && named.is_empty() {
+            return Err(format!("{address} is in none of the allowed networks"));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn networks(texts: &[&str]) -> AllowedNetworks {
+        AllowedNetworks::new(texts.iter().map(|text| text.parse().unwrap()).collect())
+    }
+
+    fn is_allowed(networks: &AllowedNetworks, address: &str) -> bool {
+        networks.check(address.parse().unwrap()).is_ok()
+    }
+
+    #[test]
+    fn every_special_network_is_one() {
+        assert_eq!(SPECIAL_NETWORKS.len(), SPECIAL.len());
+    }
+
+    #[test]
+    fn this_host_and_metadata_servers_are_refused_unless_named() {
+        let any = networks(&[]);
+        for special in [
+            "127.0.0.1",
+            "::1",
+            "0.0.0.0",
+            "::",
+            "169.254.169.254",
+            "fe80::1",
+            "fd00:ec2::254",
+            "168.63.129.16",
+            "100.100.100.200",
+            "192.0.0.192",
+            "224.0.0.1",
+            "255.255.255.255",
+            "::ffff:127.0.0.1",
+            "::ffff:169.254.169.254",
+        ] {
+            assert!(!is_allowed(&any, special), "{special}");
+            assert!(
+                !is_allowed(&networks(&["0.0.0.0/0", "::/0"]), special),
+                "{special}: a default route names nothing"
+            );
+        }
+        assert!(is_allowed(&any, "10.0.0.1") && is_allowed(&any, "2001:db8::1"));
+        let loopback = networks(&["127.0.0.0/24"]);
+        assert!(is_allowed(&loopback, "127.0.0.1") && !is_allowed(&loopback, "127.0.1.1"));
+    }
+
+    #[test]
+    fn with_a_list_the_rest_is_refused() {
+        let pods = networks(&["10.244.0.0/16", "fd01::/64"]);
+        assert!(is_allowed(&pods, "10.244.3.4") && is_allowed(&pods, "fd01::5"));
+        assert!(!is_allowed(&pods, "10.245.0.1") && !is_allowed(&pods, "fd02::1"));
+        assert_eq!(pods.check("10.1.1.1".parse().unwrap()).unwrap_err(), "10.1.1.1 is in none of the allowed networks");
+    }
+}

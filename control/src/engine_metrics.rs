@@ -1,0 +1,229 @@
+//! What engines say of themselves at `/metrics`, under the names of vLLM, SGLang and TensorRT-LLM.
+//!
+//! Read line by line as it arrives: a page of a hundred kilobytes is never held, and lines that do not matter cost a look
+//! at their first bytes.
+
+/// Longest line that is read; a longer one is skipped.
+const MAX_LINE_BYTES: usize = 16 << 10;
+
+/// One engine server, all of its data-parallel ranks together.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct EngineLoad {
+    /// Requests that wait.
+    pub waiting: Option<f64>,
+    /// Requests that are computed.
+    pub running: Option<f64>,
+    /// Share of the KV cache in use, 0 to 1; of ranks the fullest.
+    pub kv_usage: Option<f64>,
+    /// Tokens that the KV cache holds; of ranks the largest.
+    pub cache_tokens: Option<u64>,
+    /// Prompt tokens that were looked up in the prefix cache, ever.
+    pub prefix_queries: Option<f64>,
+    /// Those of them that were found.
+    pub prefix_hits: Option<f64>,
+}
+
+/// Reads a page in pieces.
+#[derive(Debug, Default)]
+pub struct Reader {
+    load: EngineLoad,
+    line: Vec<u8>,
+    is_too_long: bool,
+}
+
+impl EngineLoad {
+    /// Share of prompt tokens that were found in the prefix cache.
+    #[must_use]
+    pub fn hit_ratio(&self) -> Option<f64> {
+        let (queries, hits) = (self.prefix_queries?, self.prefix_hits?);
+        (queries > 0.0).then(|| hits / queries)
+    }
+
+    /// Whether the page was an engine's.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        *self != Self::default()
+    }
+}
+
+impl Reader {
+    /// The next bytes of the page.
+    pub fn push(&mut self, bytes: &[u8]) {
+        let mut rest = bytes;
+        while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+            let (head, tail) = rest.split_at(end);
+            self.extend(head);
+            self.end_line();
+            rest = tail.get(1..).unwrap_or_default();
+        }
+        self.extend(rest);
+    }
+
+    /// The page's end.
+    #[must_use]
+    pub fn finish(mut self) -> EngineLoad {
+        self.end_line();
+        self.load
+    }
+
+    fn extend(&mut self, bytes: &[u8]) {
+        self.is_too_long |= self.line.len() + bytes.len() > MAX_LINE_BYTES;
+        if !self.is_too_long {
+            self.line.extend_from_slice(bytes);
+        }
+    }
+
+    fn end_line(&mut self) {
+        if !self.is_too_long
+            && let Ok(line) = std::str::from_utf8(&self.line)
+        {
+            self.load.take(line.trim());
+        }
+        self.line.clear();
+        self.is_too_long = false;
+    }
+}
+
+impl EngineLoad {
+    fn take(&mut self, line: &str) {
+        if !["vllm:", "sglang:", "trtllm_"].iter().any(|prefix| line.starts_with(prefix)) {
+            return;
+        }
+        let Some((name, labels, value)) = sample(line) else { return };
+        let sum = |present: &mut Option<f64>| *present = Some(present.unwrap_or(0.0) + value.max(0.0));
+        match name {
+            "vllm:num_requests_waiting" | "sglang:num_queue_reqs" | "trtllm_num_requests_waiting" => {
+                sum(&mut self.waiting);
+            }
+            "vllm:num_requests_running" | "sglang:num_running_reqs" | "trtllm_num_requests_running" => {
+                sum(&mut self.running);
+            }
+            "vllm:kv_cache_usage_perc"
+            | "vllm:gpu_cache_usage_perc"
+            | "sglang:token_usage"
+            | "trtllm_kv_cache_utilization" => {
+                self.kv_usage = Some(self.kv_usage.unwrap_or(0.0).max(value.clamp(0.0, 1.0)));
+            }
+            "vllm:prefix_cache_queries_total" => sum(&mut self.prefix_queries),
+            "vllm:prefix_cache_hits_total" => sum(&mut self.prefix_hits),
+            "vllm:cache_config_info" => {
+                let number = |key: &str| label(labels, key)?.parse::<u64>().ok();
+                if let (Some(size), Some(blocks)) = (number("block_size"), number("num_gpu_blocks")) {
+                    self.take_cache(size.saturating_mul(blocks));
+                }
+            }
+            "sglang:max_total_num_tokens" if value >= 0.0 => self.take_cache(value as u64),
+            _ => {}
+        }
+    }
+
+    fn take_cache(&mut self, tokens: u64) {
+        if tokens > 0 {
+            self.cache_tokens = self.cache_tokens.max(Some(tokens));
+        }
+    }
+}
+
+/// Name, text between the braces, value of a line that is a finite sample.
+fn sample(line: &str) -> Option<(&str, &str, f64)> {
+    let end = line.find(['{', ' ', '\t'])?;
+    let (name, rest) = line.split_at_checked(end)?;
+    let (labels, rest) = match rest.strip_prefix('{') {
+        Some(inner) => inner.rsplit_once('}')?,
+        None => ("", rest),
+    };
+    let value: f64 = rest.split_whitespace().next()?.parse().ok()?;
+    value.is_finite().then_some((name, labels, value))
+}
+
+/// A label's value, for values without escapes.
+fn label<'a>(labels: &'a str, key: &str) -> Option<&'a str> {
+    labels.match_indices(key).find_map(|(at, _)| {
+        let is_start = at == 0 || labels.as_bytes().get(at - 1).is_some_and(|byte| matches!(byte, b',' | b' '));
+        let value = labels.get(at + key.len()..)?.strip_prefix("=\"").filter(|_| is_start)?;
+        value.split('"').next()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn read(text: &str) -> EngineLoad {
+        let mut reader = Reader::default();
+        reader.push(text.as_bytes());
+        reader.finish()
+    }
+
+    const VLLM: &str = "# HELP vllm:num_requests_waiting Number.\n\
+        vllm:num_requests_waiting{engine=\"0\",model_name=\"m\"} 3.0\n\
+        vllm:num_requests_waiting{engine=\"1\",model_name=\"m\"} 4\n\
+        vllm:num_requests_running{engine=\"0\",model_name=\"a}b\"} 2 1700000000\n\
+        vllm:kv_cache_usage_perc{engine=\"0\"} 0.25\nvllm:kv_cache_usage_perc{engine=\"1\"} 0.5\n\
+        vllm:prefix_cache_queries_total 10\nvllm:prefix_cache_hits_total 6\n\
+        vllm:cache_config_info{block_size=\"16\",num_cpu_blocks=\"9\",num_gpu_blocks=\"1000\"} 1.0";
+
+    #[test]
+    fn the_names_of_each_engine_are_known() {
+        let vllm = EngineLoad {
+            waiting: Some(7.0),
+            running: Some(2.0),
+            kv_usage: Some(0.5),
+            cache_tokens: Some(16_000),
+            prefix_queries: Some(10.0),
+            prefix_hits: Some(6.0),
+        };
+        assert_eq!(read(VLLM), vllm);
+        let sglang = read(
+            "sglang:num_queue_reqs 1\nsglang:num_running_reqs 2\nsglang:token_usage 0.1\nsglang:max_total_num_tokens 5e4\n",
+        );
+        let expected = EngineLoad {
+            waiting: Some(1.0),
+            running: Some(2.0),
+            kv_usage: Some(0.1),
+            cache_tokens: Some(50_000),
+            ..EngineLoad::default()
+        };
+        assert_eq!(sglang, expected);
+        assert_eq!(read("trtllm_kv_cache_utilization{model_name=\"m\"} 0.75\n").kv_usage, Some(0.75));
+    }
+
+    #[test]
+    fn what_is_no_sample_is_nothing() {
+        let long = format!("vllm:num_requests_waiting{{x=\"{}\"}} 1\n", "x".repeat(MAX_LINE_BYTES));
+        for text in
+            ["", "vllm:num_requests_waiting", "vllm:num_requests_waiting NaN", "vllm:num_requests_waiting{ 1", &long]
+        {
+            assert!(!read(text).is_known(), "{text:.60}");
+        }
+        assert_eq!(read(&format!("{long}vllm:num_requests_running 1\n")).running, Some(1.0));
+        let odd = "vllm:cache_config_info{xblock_size=\"16\",block_size=\"None\",num_gpu_blocks=\"7\"} 1";
+        assert_eq!(read(odd).cache_tokens, None);
+        let huge = "vllm:cache_config_info{block_size=\"9999999999999\",num_gpu_blocks=\"9999999999999\"} 1";
+        assert_eq!(read(huge).cache_tokens, Some(u64::MAX));
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_read_as_the_whole(cuts in prop::collection::vec(0..VLLM.len(), 0..8)) {
+            let mut cuts = cuts;
+            cuts.extend([0, VLLM.len()]);
+            cuts.sort_unstable();
+            let mut reader = Reader::default();
+            for pair in cuts.windows(2) {
+                reader.push(&VLLM.as_bytes()[pair[0]..pair[1]]);
+            }
+            prop_assert_eq!(reader.finish(), read(VLLM));
+        }
+
+        #[test]
+        fn any_bytes_are_read_without_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let mut reader = Reader::default();
+            reader.push(b"vllm:cache_config_info{");
+            reader.push(&bytes);
+            let _ = reader.finish();
+        }
+    }
+}

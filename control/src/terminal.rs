@@ -1,0 +1,195 @@
+//! `pd-control endpoints`, `explain` and `top`: what a running pd-control knows, in a terminal.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use axum::http::{Request, StatusCode, Uri};
+use bytes::Bytes;
+use clap::Args;
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::TokioExecutor;
+
+use crate::metrics::{role, state};
+use crate::status::{EndpointView, StatusView};
+
+/// Bytes of an answer; as many endpoints as the wire takes fit.
+const MAX_BYTES: usize = 256 << 20;
+/// How long an answer may take.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// How often `top` looks again.
+const REFRESH: Duration = Duration::from_secs(2);
+
+/// Which pd-control.
+#[derive(Debug, Args)]
+pub struct Server {
+    /// Where it listens
+    #[arg(long, env = "PD_CONTROL_SERVER", value_name = "URL", default_value = "http://127.0.0.1:9000")]
+    server: Uri,
+    /// Environment variable with its token
+    #[arg(long, value_name = "NAME", default_value = "PD_CONTROL_TOKEN")]
+    token_env: String,
+}
+
+impl Server {
+    /// Asks it for all it knows.
+    ///
+    /// # Errors
+    /// One line.
+    pub async fn status(&self) -> anyhow::Result<StatusView> {
+        if self.server.scheme_str() != Some("http") {
+            bail!("--server {}: only http:// is spoken here", self.server);
+        }
+        let authority = self.server.authority().with_context(|| format!("--server {}: no host", self.server))?;
+        let mut request = Request::get(format!("http://{authority}/v1/status"));
+        if let Ok(token) = std::env::var(&self.token_env) {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        let client = Client::builder(TokioExecutor::new()).build_http::<Empty<Bytes>>();
+        let answer = tokio::time::timeout(TIMEOUT, client.request(request.body(Empty::new())?));
+        let answer = answer.await.with_context(|| format!("no answer in {TIMEOUT:?}"))?;
+        let answer = answer.with_context(|| format!("cannot reach {}", self.server))?;
+        match answer.status() {
+            StatusCode::OK => {}
+            StatusCode::UNAUTHORIZED => bail!("it asks for a token: set {}", self.token_env),
+            other => bail!("it answers with {other}"),
+        }
+        let body = Limited::new(answer.into_body(), MAX_BYTES).collect().await.map_err(anyhow::Error::from_boxed)?;
+        Ok(serde_json::from_slice(&body.to_bytes())?)
+    }
+
+    /// Shows the busiest endpoints, again and again unless `once`.
+    ///
+    /// # Errors
+    /// One line.
+    pub async fn top(&self, once: bool) -> anyhow::Result<()> {
+        loop {
+            let text = top(&self.status().await?);
+            if once {
+                print!("{text}");
+                return Ok(());
+            }
+            // Clears the screen.
+            print!("\x1b[H\x1b[2J{text}");
+            std::io::Write::flush(&mut std::io::stdout())?;
+            tokio::select! {
+                () = tokio::time::sleep(REFRESH) => {}
+                _ = tokio::signal::ctrl_c() => return Ok(()),
+            }
+        }
+    }
+}
+
+/// One line for each endpoint.
+#[must_use]
+pub fn endpoints(status: &StatusView) -> String {
+    let mut rows = vec![["ENDPOINT", "ROLE", "STATE", "POOL", "ENGINE", "GROUP", "MODELS", "POD"].map(str::to_owned)];
+    rows.extend(status.endpoints.iter().map(|it| {
+        [
+            it.endpoint.id().to_string(),
+            role(it.endpoint.role).to_owned(),
+            state(it.endpoint.state).to_owned(),
+            it.endpoint.pool.clone(),
+            engine(it),
+            it.endpoint.group.clone().unwrap_or_default(),
+            it.endpoint.models.join(","),
+            it.pod.clone().unwrap_or_default(),
+        ]
+    }));
+    head(status) + &table(&rows)
+}
+
+/// The busiest first.
+#[must_use]
+pub fn top(status: &StatusView) -> String {
+    let number = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.0}"));
+    let percent = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{:.0}%", value * 100.0));
+    let mut busiest: Vec<_> = status.endpoints.iter().collect();
+    let load = |it: &EndpointView| it.waiting.unwrap_or(0.0) * 1e6 + it.running.unwrap_or(0.0);
+    busiest.sort_by(|a, b| load(b).total_cmp(&load(a)));
+    let mut rows = vec![["ENDPOINT", "ROLE", "STATE", "WAITING", "RUNNING", "KV", "HITS", "POD"].map(str::to_owned)];
+    rows.extend(busiest.into_iter().map(|it| {
+        [
+            it.endpoint.id().to_string(),
+            role(it.endpoint.role).to_owned(),
+            state(it.endpoint.state).to_owned(),
+            number(it.waiting),
+            number(it.running),
+            percent(it.kv_usage),
+            percent(it.hit_ratio),
+            it.pod.clone().unwrap_or_default(),
+        ]
+    }));
+    head(status) + &table(&rows)
+}
+
+/// Why a pod or an endpoint is in the list as it is, or is not in it; `None` when nothing here has that name.
+#[must_use]
+pub fn explain(status: &StatusView, name: &str) -> Option<String> {
+    let is_named = |pod: &str| pod == name || pod.split_once('/').is_some_and(|(_, short)| short == name);
+    let mut text = String::new();
+    // Writing to a string cannot fail.
+    for it in &status.endpoints {
+        let id = it.endpoint.id().to_string();
+        let is_it = id == name || it.endpoint.address.to_string() == name || it.pod.as_deref().is_some_and(is_named);
+        if !is_it {
+            continue;
+        }
+        let _ = writeln!(text, "{id} is in the list: {}, {}", role(it.endpoint.role), state(it.endpoint.state));
+        if let Some(pod) = &it.pod {
+            let _ = writeln!(text, "  pod     {pod}");
+        }
+        let _ = writeln!(text, "  pool    {}", it.endpoint.pool);
+        let _ = writeln!(text, "  engine  {}", engine(it));
+        if let Some(group) = &it.endpoint.group {
+            let _ = writeln!(text, "  group   {group}: paired with the same group only");
+        }
+        let models = if it.endpoint.models.is_empty() { "any".to_owned() } else { it.endpoint.models.join(", ") };
+        let _ = writeln!(text, "  models  {models}");
+        match (it.answers, &it.problem) {
+            (Some(true), _) => {
+                let _ = writeln!(text, "  it answers");
+            }
+            (Some(false), Some(problem)) => {
+                let _ = writeln!(text, "  it does not answer: {problem}");
+            }
+            _ => {}
+        }
+    }
+    for refused in status.refused.iter().filter(|refused| is_named(&refused.pod)) {
+        let _ = writeln!(text, "{} is left out: {}", refused.pod, refused.reason);
+    }
+    (!text.is_empty()).then_some(text)
+}
+
+fn engine(it: &EndpointView) -> String {
+    let name = it.endpoint.engine.and_then(|engine| serde_json::to_value(engine).ok());
+    name.as_ref().and_then(serde_json::Value::as_str).unwrap_or("the pool's").to_owned()
+}
+
+fn head(status: &StatusView) -> String {
+    let StatusView { version, source, degraded, filters, .. } = status;
+    let current = filters.iter().filter(|filter| filter.version == *version).count();
+    let mut text = format!("list {version} from {source}, {current} of {} Envoys have it\n", filters.len());
+    if let Some(reason) = degraded {
+        text += &format!("degraded: {reason}\n");
+    }
+    text
+}
+
+fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    let mut widths = [0; N];
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let mut text = String::new();
+    for row in rows {
+        let cells: Vec<_> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        text += cells.join("  ").trim_end();
+        text.push('\n');
+    }
+    text
+}

@@ -1,0 +1,75 @@
+//! TLS for whoever connects: a certificate and its key from files, read again when they change.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+
+/// How old what was read of the files may be. Certificates are replaced days before they expire.
+const MAX_AGE: Duration = Duration::from_secs(30);
+
+/// Where certificate and key are.
+#[derive(Clone, Debug)]
+pub struct TlsFiles {
+    /// PEM, the server's own certificate first.
+    pub certificate: PathBuf,
+    /// PEM.
+    pub key: PathBuf,
+}
+
+/// The certificate in force.
+#[derive(Debug)]
+pub struct Tls {
+    files: TlsFiles,
+    present: Mutex<(Arc<ServerConfig>, Instant)>,
+}
+
+impl Tls {
+    /// Reads the files.
+    ///
+    /// # Errors
+    /// When one is missing, is no PEM, or they do not belong together.
+    pub fn open(files: TlsFiles) -> anyhow::Result<Self> {
+        let config = files.read()?;
+        Ok(Self { files, present: Mutex::new((config, Instant::now())) })
+    }
+
+    /// What the next connection is accepted with. Files that have become bad leave the last good ones in force.
+    pub fn acceptor(&self) -> TlsAcceptor {
+        let mut present = self.present.lock().unwrap_or_else(PoisonError::into_inner);
+        if present.1.elapsed() >= MAX_AGE {
+            match self.files.read() {
+                Ok(config) => present.0 = config,
+                Err(error) => tracing::error!("the last good certificate stays in force: {error:#}"),
+            }
+            present.1 = Instant::now();
+        }
+        TlsAcceptor::from(Arc::clone(&present.0))
+    }
+}
+
+impl TlsFiles {
+    fn read(&self) -> anyhow::Result<Arc<ServerConfig>> {
+        let certificates = CertificateDer::pem_file_iter(&self.certificate)
+            .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+            .with_context(|| format!("--tls-cert {}", self.certificate.display()))?;
+        if certificates.is_empty() {
+            anyhow::bail!("--tls-cert {}: there is no certificate in it", self.certificate.display());
+        }
+        let key =
+            PrivateKeyDer::from_pem_file(&self.key).with_context(|| format!("--tls-key {}", self.key.display()))?;
+        let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()?
+            .with_no_client_auth()
+            .with_single_cert(certificates, key)
+            .with_context(|| format!("--tls-cert {}", self.certificate.display()))?;
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Ok(Arc::new(config))
+    }
+}
