@@ -68,6 +68,16 @@ wasm: toolchain ## Build the filter's module: target/wasm32-wasip1/filter/pd_fil
 	$(call say,building the filter ($(PD_BUILD)))
 	cargo build $(LOCKED) -p pd-filter --target wasm32-wasip1 --profile filter
 
+image: wasm ## Write the filter's OCI image for Envoy Gateway: target/image
+	$(call say,image)
+	cargo run $(LOCKED) --quiet -p pd-image -- make --module target/wasm32-wasip1/filter/pd_filter.wasm --layout target/image
+
+push: image ## Push the image, pull it back and compare; credentials are Docker's
+#> IMAGE=registry/name:tag                  where to
+#> PIN=gateway-manifests/base/filter-image.env   file to write its name by digest into
+	@[ -n '$(IMAGE)' ] || { echo 'make: say where to: make push IMAGE=registry.example/pd-filter:0.1.0' >&2; exit 1; }
+	cargo run $(LOCKED) --quiet -p pd-image -- push '$(IMAGE)' --layout target/image $(if $(PIN),--pin '$(PIN)')
+
 toolchain: ## Install the pinned Rust toolchain, where it is missing
 	@.ci/toolchain
 
@@ -149,4 +159,4 @@ fuzz-all:
 	    done; \
 	fi
 
-.PHONY: help run replay sim sim-agree explain build wasm toolchain envoy vllm test test-vllm lint fmt soak fuzz bench deps clean deps-check fuzz-all
+.PHONY: help run replay sim sim-agree explain build wasm image push toolchain envoy vllm test test-vllm lint fmt soak fuzz bench deps clean deps-check fuzz-all
