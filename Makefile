@@ -104,6 +104,14 @@ test-vllm: vllm build envoy ## End-to-end tests with a real vLLM prefill/decode 
 	$(call say,end-to-end tests with vLLM $(shell cat tests/vllm/version) and Envoy $(ENVOY_VERSION))
 	PD_ENVOY_VERSION=$(ENVOY_VERSION) cargo test $(LOCKED) -p pd-tests --test vllm -- --nocapture --test-threads=1
 
+test-cluster: build ## The manifests on a real control plane with Envoy Gateway, without containers (needs root and Go)
+#> KUBECONFIG=file                          on that cluster, which has Envoy Gateway and the programs' images
+#> PD_CLUSTER_BIN=folder                    with the control plane, in place of building it (10 minutes)
+#> TESTS=rollout                            some of them
+	@envoy/fetch.sh $(GATEWAY_ENVOY_VERSION) >/dev/null
+	$(call say,tests on a cluster with Envoy Gateway $(shell cat tests/cluster/programs/envoy-gateway.version))
+	@PD_ENVOY_VERSION=$(GATEWAY_ENVOY_VERSION) tests/cluster/run.sh $(TESTS)
+
 lint: toolchain deps-check ## Formatting, clippy for native and wasm, pd-core's dependencies
 	$(call say,formatting)
 	cargo fmt --all --check
@@ -135,6 +143,10 @@ bench: build envoy ## Measure: stages of pd-core, module size, Envoy with and wi
 	$(call say,Envoy with and without the filter)
 	cargo run $(LOCKED) --quiet -p pd-load --bin pd-bench -- $(ARGS)
 
+schemas: toolchain ## Store the schemas that the manifests are checked by, from a folder of definitions
+#> CRDS=folder                              such as .cache/cluster-…/eg-chart/charts/crds
+	cargo run $(LOCKED) --quiet -p pd-cluster --bin pd-schemas -- '$(CRDS)' tests/cluster/schemas
+
 deps: toolchain ## Accept pd-core's present dependencies
 	@$(core_dependencies) > filter/core/dependencies.txt
 
@@ -159,4 +171,4 @@ fuzz-all:
 	    done; \
 	fi
 
-.PHONY: help run replay sim sim-agree explain build wasm image push toolchain envoy vllm test test-vllm lint fmt soak fuzz bench deps clean deps-check fuzz-all
+.PHONY: help run replay sim sim-agree explain build wasm image push toolchain envoy vllm test test-vllm test-cluster lint fmt soak fuzz bench schemas deps clean deps-check fuzz-all
