@@ -46,7 +46,7 @@ fn read(file: &Path) -> Vec<Value> {
 }
 
 fn parse(text: &str, name: &str) -> Vec<Value> {
-    let documents = text.split("\n---\n").map(|document| serde_saphyr::from_str(document));
+    let documents = text.split("\n---\n").map(serde_saphyr::from_str);
     let documents: Result<Vec<Value>, _> = documents.collect();
     documents.unwrap_or_else(|error| panic!("{name}: {error}")).into_iter().filter(|value| !value.is_null()).collect()
 }
