@@ -68,6 +68,16 @@ wasm: toolchain ## Build the filter's module: target/wasm32-wasip1/filter/pd_fil
 	$(call say,building the filter ($(PD_BUILD)))
 	cargo build $(LOCKED) -p pd-filter --target wasm32-wasip1 --profile filter
 
+image: wasm ## Write the filter's OCI image for Envoy Gateway: target/image
+	$(call say,image)
+	cargo run $(LOCKED) --quiet -p pd-image -- make --module target/wasm32-wasip1/filter/pd_filter.wasm --layout target/image
+
+push: image ## Push the image, pull it back and compare; credentials are Docker's
+#> IMAGE=registry/name:tag                  where to
+#> PIN=gateway-manifests/base/filter-image.env   file to write its name by digest into
+	@[ -n '$(IMAGE)' ] || { echo 'make: say where to: make push IMAGE=registry.example/pd-filter:0.1.0' >&2; exit 1; }
+	cargo run $(LOCKED) --quiet -p pd-image -- push '$(IMAGE)' --layout target/image $(if $(PIN),--pin '$(PIN)')
+
 toolchain: ## Install the pinned Rust toolchain, where it is missing
 	@.ci/toolchain
 
@@ -80,19 +90,27 @@ vllm: ## Install a vLLM for CPUs and a tiny model into .cache, where they are mi
 ##@ Check
 
 test: lint build envoy ## Everything: lints, unit, property and end-to-end tests on both Envoys, fuzzing
-#> FUZZ_SECONDS=20                          for each target
+#> FUZZ_SECONDS=10                          for each target
 	@envoy/fetch.sh $(GATEWAY_ENVOY_VERSION) >/dev/null
 	$(call say,tests of all crates with Envoy $(ENVOY_VERSION))
 	PD_ENVOY_VERSION=$(ENVOY_VERSION) cargo test $(LOCKED) --workspace --exclude pd-filter
 	$(call say,end-to-end tests with Envoy $(GATEWAY_ENVOY_VERSION))
 	PD_ENVOY_VERSION=$(GATEWAY_ENVOY_VERSION) cargo test $(LOCKED) -p pd-tests --test envoy
-	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),20) $(MAKE) fuzz-all
+	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),10) $(MAKE) fuzz-all
 	$(call say,everything passed)
 
 test-vllm: vllm build envoy ## End-to-end tests with a real vLLM prefill/decode pair on this machine's CPU
 #> PD_VLLM_MINUTES=20                       after which they are given up
 	$(call say,end-to-end tests with vLLM $(shell cat tests/vllm/version) and Envoy $(ENVOY_VERSION))
 	PD_ENVOY_VERSION=$(ENVOY_VERSION) cargo test $(LOCKED) -p pd-tests --test vllm -- --nocapture --test-threads=1
+
+test-cluster: build ## The manifests on a real control plane with Envoy Gateway, without containers (needs root and Go)
+#> KUBECONFIG=file                          on that cluster, which has Envoy Gateway and the programs' images
+#> PD_CLUSTER_BIN=folder                    with the control plane, in place of building it (10 minutes)
+#> TESTS=rollout                            some of them
+	@envoy/fetch.sh $(GATEWAY_ENVOY_VERSION) >/dev/null
+	$(call say,tests on a cluster with Envoy Gateway $(shell cat tests/cluster/programs/envoy-gateway.version))
+	@PD_ENVOY_VERSION=$(GATEWAY_ENVOY_VERSION) tests/cluster/run.sh $(TESTS)
 
 lint: toolchain deps-check ## Formatting, clippy for native and wasm, pd-core's dependencies
 	$(call say,formatting)
@@ -127,6 +145,10 @@ bench: build envoy ## Measure: stages of pd-core, module size, Envoy with and wi
 	$(call say,Envoy with and without the filter)
 	cargo run $(LOCKED) --quiet -p pd-load --bin pd-bench -- $(ARGS)
 
+schemas: toolchain ## Store the schemas that the manifests are checked by, from a folder of definitions
+#> CRDS=folder                              such as .cache/cluster-…/eg-chart/charts/crds
+	cargo run $(LOCKED) --quiet -p pd-cluster --bin pd-schemas -- '$(CRDS)' tests/cluster/schemas
+
 deps: toolchain ## Accept pd-core's present dependencies
 	@$(core_dependencies) > filter/core/dependencies.txt
 
@@ -151,4 +173,4 @@ fuzz-all:
 	    done; \
 	fi
 
-.PHONY: help run replay sim sim-agree explain build wasm toolchain envoy vllm test test-vllm lint fmt soak fuzz bench deps clean deps-check fuzz-all
+.PHONY: help run replay sim sim-agree explain build wasm image push toolchain envoy vllm test test-vllm test-cluster lint fmt soak fuzz bench schemas deps clean deps-check fuzz-all

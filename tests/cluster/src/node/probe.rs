@@ -1,0 +1,52 @@
+//! Probes and hooks over HTTP and TCP.
+
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Empty};
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::TokioExecutor;
+use k8s_openapi::api::core::v1::{Container, HTTPGetAction, Probe};
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+/// Whether a probe succeeds. Those that would run a program in the container do.
+pub async fn succeeds(probe: &Probe, container: &Container, address: Ipv4Addr) -> bool {
+    let limit = Duration::from_secs(probe.timeout_seconds.and_then(|seconds| seconds.try_into().ok()).unwrap_or(1));
+    if let Some(get) = &probe.http_get {
+        self::get(get, container, address, limit).await
+    } else if let Some(tcp) = &probe.tcp_socket {
+        let Some(port) = port(&tcp.port, container) else { return false };
+        timeout(limit, TcpStream::connect((address, port))).await.is_ok_and(|connected| connected.is_ok())
+    } else {
+        true
+    }
+}
+
+/// Whether `GET` is answered with success in time.
+pub async fn get(get: &HTTPGetAction, container: &Container, address: Ipv4Addr, limit: Duration) -> bool {
+    let Some(port) = port(&get.port, container) else { return false };
+    let path = get.path.as_deref().unwrap_or("/");
+    let Ok(uri) = format!("http://{address}:{port}{path}").parse() else { return false };
+    let client: Client<_, Empty<Bytes>> = Client::builder(TokioExecutor::new()).build_http();
+    let answer = async {
+        let answer = client.get(uri).await.ok()?;
+        let is_good = answer.status().is_success() || answer.status().is_redirection();
+        answer.into_body().collect().await.ok()?;
+        Some(is_good)
+    };
+    timeout(limit, answer).await.ok().flatten().unwrap_or(false)
+}
+
+fn port(port: &IntOrString, container: &Container) -> Option<u16> {
+    match port {
+        IntOrString::Int(number) => (*number).try_into().ok(),
+        IntOrString::String(name) => {
+            let mut ports = container.ports.iter().flatten();
+            let named = ports.find(|port| port.name.as_ref() == Some(name)).map(|port| port.container_port);
+            named.or_else(|| name.parse().ok())?.try_into().ok()
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! Our manifests on a real cluster with Envoy Gateway: `make test-cluster`, or `KUBECONFIG` and `PD_CLUSTER_REGISTRY` of
+//! a cluster that has one. The tests share the cluster, so they run one after another.
+
+mod cluster;
+mod operation;
+mod requests;
+mod rollout;
+mod traffic;

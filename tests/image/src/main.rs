@@ -1,0 +1,116 @@
+//! Command line: makes, pushes and pulls the filter's image.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, bail};
+use clap::{Parser, Subcommand};
+use pd_image::manifest::Image;
+use pd_image::registry::Registry;
+
+/// The filter's module as an OCI image for Envoy Gateway.
+#[derive(Parser)]
+#[command(name = "pd-image", version, max_term_width = 120)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Write the image as an OCI image layout and print its digest
+    Make {
+        /// The module
+        #[arg(long, value_name = "FILE")]
+        module: PathBuf,
+        /// Where the layout goes
+        #[arg(long, value_name = "DIRECTORY")]
+        layout: PathBuf,
+    },
+    /// Push a layout and print the image's name by digest
+    Push {
+        /// Registry, repository and tag, such as registry.example/pd-filter:0.1.0
+        image: String,
+        /// The layout
+        #[arg(long, value_name = "DIRECTORY")]
+        layout: PathBuf,
+        /// File to write the name into, as `image=…`
+        #[arg(long, value_name = "FILE")]
+        pin: Option<PathBuf>,
+        /// Speak plain HTTP to the registry
+        #[arg(long)]
+        plain_http: bool,
+    },
+    /// Say whether Envoy Gateway could take the image that a file names: pull it by digest and look for the module
+    Check {
+        /// File with `image=…`
+        file: PathBuf,
+        /// Speak plain HTTP to the registry
+        #[arg(long)]
+        plain_http: bool,
+    },
+    /// Pull an image and write its module
+    Pull {
+        /// Registry, repository and tag or digest
+        image: String,
+        /// Where the module goes
+        #[arg(long, value_name = "FILE")]
+        module: PathBuf,
+        /// Speak plain HTTP to the registry
+        #[arg(long)]
+        plain_http: bool,
+    },
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    match run(Cli::parse().command).await {
+        Ok(line) => {
+            println!("{line}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("pd-image: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(command: Command) -> anyhow::Result<String> {
+    match command {
+        Command::Make { module, layout } => {
+            let bytes = fs::read(&module).with_context(|| module.display().to_string())?;
+            let image = Image::new(&bytes)?;
+            pd_image::layout::write(&image, &layout)?;
+            Ok(image.manifest.digest)
+        }
+        Command::Push { image, layout, pin, plain_http } => {
+            let content = pd_image::layout::read(&layout)?;
+            let name = Registry::new(&image, plain_http)?.push(&content).await.with_context(|| image.clone())?;
+            let pulled = Registry::new(&name, plain_http)?.pull().await.with_context(|| name.clone())?;
+            if pulled != content {
+                bail!("{name}: the registry has something else than was pushed");
+            }
+            if let Some(file) = pin {
+                fs::write(&file, format!("image={name}\n")).with_context(|| file.display().to_string())?;
+            }
+            Ok(name)
+        }
+        Command::Check { file, plain_http } => {
+            let text = fs::read_to_string(&file).with_context(|| file.display().to_string())?;
+            let name = text.lines().find_map(|line| line.strip_prefix("image="));
+            let name = name.with_context(|| format!("{}: there is no image=", file.display()))?;
+            if !name.contains("@sha256:") {
+                bail!("{name}: name it by digest, else Envoy Gateway may go on with what it has");
+            }
+            let module = Registry::new(name, plain_http)?.pull().await.and_then(|image| image.module());
+            Ok(format!("{name}: ok, {} bytes of module", module.with_context(|| name.to_owned())?.len()))
+        }
+        Command::Pull { image, module, plain_http } => {
+            let content = Registry::new(&image, plain_http)?.pull().await.with_context(|| image.clone())?;
+            fs::write(&module, content.module()?).with_context(|| module.display().to_string())?;
+            Ok(content.manifest.digest)
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! The image in a real registry: Debian's `docker-registry`, or `PD_REGISTRY_BIN`, with a password.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+/// User pd, bcrypt of "secret".
+const HTPASSWD: &str = "pd:$2b$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n";
+const EMPTY: &[u8] = b"\0asm\x01\0\0\0";
+
+struct Registry(Child, String);
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// `None` where no registry is installed.
+fn start(directory: &Path) -> Option<Registry> {
+    let program = std::env::var("PD_REGISTRY_BIN").unwrap_or_else(|_| "docker-registry".to_owned());
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let htpasswd = directory.join("htpasswd");
+    fs::write(&htpasswd, HTPASSWD).unwrap();
+    let config = directory.join("registry.yml");
+    let text = format!(
+        "version: 0.1\nlog: {{level: info}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: '127.0.0.1:{port}'}}\n\
+         auth: {{htpasswd: {{realm: test, path: {}}}}}\n",
+        directory.join("blobs").display(),
+        htpasswd.display(),
+    );
+    fs::write(&config, text).unwrap();
+    let mut child =
+        Command::new(program).arg("serve").arg(&config).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().ok()?;
+    let mut log = BufReader::new(child.stderr.take().unwrap());
+    let registry = Registry(child, format!("127.0.0.1:{port}"));
+    let mut line = String::new();
+    while !line.contains("listening on") {
+        line.clear();
+        assert!(log.read_line(&mut line).unwrap() > 0, "the registry ended");
+    }
+    // Its log must go on being read, or it would stand still.
+    std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
+    Some(registry)
+}
+
+fn image(docker: &Path, arguments: &[&str]) -> Result<String, String> {
+    let done = Command::new(env!("CARGO_BIN_EXE_pd-image"))
+        .args(arguments)
+        .env("DOCKER_CONFIG", docker)
+        .output()
+        .expect("pd-image runs");
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).trim().to_owned();
+    if done.status.success() { Ok(text(done.stdout)) } else { Err(text(done.stderr)) }
+}
+
+#[test]
+fn an_image_is_pushed_pinned_and_pulled_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name).display().to_string();
+    let Some(registry) = start(directory.path()) else {
+        eprintln!("skipped: no docker-registry here (Debian, Ubuntu: apt-get install docker-registry)");
+        return;
+    };
+    let (docker, stranger) = (directory.path().join("docker"), directory.path().join("nobody"));
+    fs::create_dir(&docker).unwrap();
+    // base64 of pd:secret, as `docker login` writes it.
+    let auths = format!(r#"{{"auths": {{"{}": {{"auth": "cGQ6c2VjcmV0"}}}}}}"#, registry.1);
+    fs::write(docker.join("config.json"), auths).unwrap();
+    fs::write(at("module.wasm"), EMPTY).unwrap();
+
+    let digest = image(&docker, &["make", "--module", &at("module.wasm"), "--layout", &at("layout")]).unwrap();
+    assert_eq!(digest, image(&docker, &["make", "--module", &at("module.wasm"), "--layout", &at("again")]).unwrap());
+
+    let tagged = format!("{}/pd/filter:1", registry.1);
+    let refused = image(&stranger, &["push", &tagged, "--layout", &at("layout")]).unwrap_err();
+    assert!(refused.starts_with(&format!("pd-image: {tagged}: ")), "{refused}");
+
+    let pinned = image(&docker, &["push", &tagged, "--layout", &at("layout"), "--pin", &at("pin")]).unwrap();
+    assert_eq!(pinned, format!("{}/pd/filter@{digest}", registry.1));
+    assert_eq!(fs::read_to_string(at("pin")).unwrap(), format!("image={pinned}\n"));
+    assert_eq!(image(&docker, &["push", &tagged, "--layout", &at("again")]).unwrap(), pinned);
+
+    let checked = image(&docker, &["check", &at("pin")]).unwrap();
+    assert_eq!(checked, format!("{pinned}: ok, 8 bytes of module"));
+    fs::write(at("pin"), format!("image={}/pd/filter@sha256:{}\n", registry.1, "1".repeat(64))).unwrap();
+    assert!(image(&docker, &["check", &at("pin")]).is_err(), "an image that does not exist");
+    fs::write(at("pin"), format!("image={tagged}\n")).unwrap();
+    assert!(image(&docker, &["check", &at("pin")]).unwrap_err().contains("name it by digest"));
+
+    for name in [&tagged, &pinned] {
+        assert_eq!(image(&docker, &["pull", name, "--module", &at("back.wasm")]).unwrap(), digest);
+        assert_eq!(fs::read(at("back.wasm")).unwrap(), EMPTY);
+        fs::remove_file(at("back.wasm")).unwrap();
+    }
+}
