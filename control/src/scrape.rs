@@ -177,7 +177,7 @@ impl Scraper {
                     if facts != told {
                         for (address, fact) in &facts {
                             if fact.is_dead && !told.get(address).is_some_and(|fact| fact.is_dead) {
-                                tracing::warn!("{address} does not answer any longer: it is down until it does");
+                                tracing::warn!(%address, "does not answer any longer: it is down until it does");
                             }
                         }
                         if updates.send_facts(facts.clone()).await.is_err() {

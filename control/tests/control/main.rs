@@ -2,6 +2,7 @@
 
 mod api;
 mod api_server;
+mod check;
 mod cluster;
 mod edits;
 mod engines;
@@ -12,3 +13,4 @@ mod process;
 mod push;
 mod support;
 mod tls;
+mod wire;
