@@ -46,7 +46,7 @@ pub(super) fn check<'a>(all: &'a Manifests, report: &mut Report) -> Vec<&'a Obje
 
 /// Which versions of pd-control the workloads run, where they say it.
 pub(super) fn versions(all: &Manifests) -> impl Iterator<Item = (&Object, &str)> {
-    containers(all).filter_map(|container| Some((container.workload, container.version()?)))
+    containers(all).filter_map(|container| Some((container.workload, container.version(all)?)))
 }
 
 /// Whether a pd-control is given a token.
@@ -78,12 +78,13 @@ fn image(container: &Value) -> &str {
 }
 
 impl<'m> Container<'m> {
-    /// What its labels say, else its image's tag.
-    fn version(&self) -> Option<&'m str> {
+    /// What its labels say, else the ConfigMap that names its image, else the image's tag.
+    fn version(&self, all: &'m Manifests) -> Option<&'m str> {
         let labels = ["/spec/template/metadata/labels", "/metadata/labels"];
         let labelled = labels.iter().find_map(|at| self.workload.value.pointer(at)?.get(VERSION_LABEL)?.as_str());
-        let tag = || text(self.value, "/image").split('@').next()?.rsplit_once(':').map(|(_, tag)| tag);
-        let version = labelled.or_else(tag)?;
+        let name = text(self.value, "/image");
+        let tag = || name.split('@').next()?.rsplit_once(':').map(|(_, tag)| tag);
+        let version = labelled.or_else(|| super::filter::version(all, name)).or_else(tag)?;
         let version = version.strip_prefix('v').unwrap_or(version);
         let is_number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
         (version.split('.').count() == 3 && version.split('.').take(2).all(is_number)).then_some(version)
@@ -96,7 +97,7 @@ impl<'m> Container<'m> {
     /// Checks its arguments and the files that they name; returns the ConfigMaps.
     fn check<'a>(&self, all: &'a Manifests, report: &mut Report) -> Vec<&'a Object> {
         let own = release::own().version;
-        if self.version().is_some_and(|version| version != own) {
+        if self.version(all).is_some_and(|version| version != own) {
             report.note(self.says("args", format!("it is not of version {own}, so its arguments were not checked")));
             return Vec::new();
         }

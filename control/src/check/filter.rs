@@ -216,7 +216,7 @@ fn check_pair(filter: &Filter<'_>, release: &Release, deployment: &Object, versi
 }
 
 /// The version of an image, as the ConfigMap says that names it.
-fn version<'a>(manifests: &'a Manifests, image: &str) -> Option<&'a str> {
+pub(super) fn version<'a>(manifests: &'a Manifests, image: &str) -> Option<&'a str> {
     let of_image = manifests.of_kind("ConfigMap").filter(|map| text(&map.value, "/data/image") == image);
     of_image.map(|map| text(&map.value, "/data/version")).find(|version| !version.is_empty())
 }

@@ -2,6 +2,8 @@
 
 mod api;
 mod api_server;
+mod browser;
+mod chaos;
 mod check;
 mod cluster;
 mod edits;
@@ -9,6 +11,7 @@ mod engines;
 mod hosts;
 mod kubernetes;
 mod names;
+mod page;
 mod process;
 mod push;
 mod support;
