@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use log::{error, info, warn};
+use pd_core::exchange::{self, Call, Exchange};
 use pd_core::headers::Headers;
 use pd_core::metrics::{Kind, Level, Metric};
 use pd_core::push::{News, Poll, Push, TICK};
@@ -29,6 +30,10 @@ const BUILD: &str = match option_env!("PD_BUILD") {
 const FEATURES: &str = if cfg!(target_feature = "simd128") { "simd128" } else { "none" };
 
 const LAST_GOOD_CONFIG_KEY: &str = "pd/config";
+/// Number of the worker's time as this Envoy's voice that was the last to begin.
+const VOICE_KEY: &str = "pd/voice";
+/// How much earlier than asked for a tick may come.
+const TICK_SLACK: Duration = Duration::from_millis(20);
 const NOT_FOUND: HostError = HostError(1);
 
 /// What the root context and the streams of a worker share.
@@ -38,7 +43,16 @@ pub struct Shell {
     pub worker: Worker,
     push: Push,
     share: Share,
+    exchange: Exchange,
     metrics: MetricIds,
+    ticks: Ticks,
+}
+
+/// When the host ticks, and when the last whole tick was.
+#[derive(Default)]
+struct Ticks {
+    period: Duration,
+    whole: Duration,
 }
 
 impl Shell {
@@ -154,6 +168,7 @@ impl Shared for MetricIds {
 pub struct Root {
     shell: Rc<RefCell<Shell>>,
     poll: Option<u32>,
+    calls: Vec<(u32, exchange::Kind)>,
 }
 
 impl Shell {
@@ -183,22 +198,71 @@ impl Shell {
     }
 }
 
+impl Shell {
+    fn whole_tick(&mut self, now: Duration) -> Option<Poll> {
+        self.ticks.whole = now;
+        self.flush();
+        let Self { worker, push, share, metrics, .. } = self;
+        worker.prune(now);
+        share.tick(worker, metrics, now);
+        let poll = push.tick(metrics, now);
+        for (level, value) in push.levels(worker, now) {
+            if let Some(id) = metrics.levels.get(level as usize) {
+                let _ = host::record_metric(*id, value);
+            }
+        }
+        if let Some(id) = metrics.seen {
+            let _ = host::record_metric(id, unix_seconds());
+        }
+        poll
+    }
+
+    /// Calls of the exchange that are due.
+    fn exchange(&mut self, now: Duration) -> Vec<Call> {
+        let Self { worker, push, share, exchange, metrics, .. } = self;
+        if exchange.wants_to_speak(push.holds_lease()) {
+            let before = metrics.get(VOICE_KEY).and_then(|(bytes, _)| Some(u64::from_le_bytes(*bytes.first_chunk()?)));
+            let voice = random_number();
+            metrics.set(VOICE_KEY, &voice.to_le_bytes(), None);
+            exchange.speak(worker, voice, before.unwrap_or(0), now);
+        }
+        exchange.tick(worker, push.holds_lease(), now, |worker| worker.report(share.generations(metrics)).to_json())
+    }
+
+    /// Ticks more often while Envoys exchange.
+    fn set_tick_period(&mut self) {
+        let period = if self.exchange.is_busy() { exchange::TICK } else { TICK };
+        if self.ticks.period == period {
+            return;
+        }
+        self.ticks.period = period;
+        if let Err(HostError(status)) = host::set_tick_period(period) {
+            error!("no ticks, so no poll of pd-control: host status {status}");
+        }
+    }
+
+    /// Headers of a request to `pd-control`.
+    fn control_headers(&self, method: &str, path: String, authority: String) -> Headers {
+        let mut pairs = vec![
+            (":method", method.to_owned()),
+            (":path", path),
+            (":authority", authority),
+            (":scheme", "http".to_owned()),
+            ("x-pd-filter", format!("version={VERSION};build={BUILD};worker={}", self.push.worker_id())),
+        ];
+        let control = self.worker.config.as_ref().ok().and_then(|config| config.control.as_ref());
+        if let Some(token) = control.and_then(|control| std::env::var(&control.token_env).ok()) {
+            pairs.push(("authorization", format!("Bearer {token}")));
+        }
+        Headers::from_pairs(pairs.iter().map(|(name, value)| (*name, value.as_str())))
+    }
+}
+
 impl Root {
     fn start(&mut self, poll: Option<Poll>) {
         let Some(poll) = poll else { return };
         let Ok(mut shell) = self.shell.try_borrow_mut() else { return };
-        let mut pairs = vec![
-            (":method", "GET".to_owned()),
-            (":path", poll.path),
-            (":authority", poll.authority),
-            (":scheme", "http".to_owned()),
-            ("x-pd-filter", format!("version={VERSION};build={BUILD};worker={}", shell.push.worker_id())),
-        ];
-        let control = shell.worker.config.as_ref().ok().and_then(|config| config.control.as_ref());
-        if let Some(token) = control.and_then(|control| std::env::var(&control.token_env).ok()) {
-            pairs.push(("authorization", format!("Bearer {token}")));
-        }
-        let headers = Headers::from_pairs(pairs.iter().map(|(name, value)| (*name, value.as_str())));
+        let headers = shell.control_headers("GET", poll.path, poll.authority);
         match host::call(&poll.cluster, &headers, None, poll.timeout) {
             Ok(token) => self.poll = Some(token),
             Err(HostError(status)) => {
@@ -210,6 +274,39 @@ impl Root {
                 shell.tell(news);
             }
         }
+    }
+
+    /// Starts calls of the exchange.
+    fn exchange(&mut self, calls: Vec<Call>) {
+        let Ok(mut shell) = self.shell.try_borrow_mut() else { return };
+        let shell = &mut *shell;
+        for Call { kind, path, body, timeout } in calls {
+            let control = shell.worker.config.as_ref().ok().and_then(|config| config.control.clone());
+            let started = control.ok_or(NOT_FOUND).and_then(|control| {
+                let headers = shell.control_headers("POST", path, control.authority);
+                host::call(&control.cluster, &headers, Some(&body), timeout)
+            });
+            match started {
+                Ok(token) => self.calls.push((token, kind)),
+                Err(_) => shell.exchange.failed(&mut shell.worker, kind, host::now()),
+            }
+        }
+    }
+
+    fn exchanged(&mut self, kind: exchange::Kind, has_answer: bool) {
+        let Ok(mut shell) = self.shell.try_borrow_mut() else { return };
+        let now = host::now();
+        // What the others of this Envoy told before is not news to them.
+        shell.catch_up(now);
+        let headers = host::headers(Map::Call).unwrap_or_default();
+        let status = call_status(&headers).filter(|_| has_answer);
+        let body = host::buffer(Buffer::CallBody).unwrap_or_default();
+        {
+            let Shell { worker, exchange, .. } = &mut *shell;
+            exchange.answered(worker, kind, status, &body, now);
+        }
+        shell.publish(now);
+        shell.set_tick_period();
     }
 
     /// Puts a configuration in force, or the last good one that any worker of this policy had.
@@ -233,6 +330,8 @@ impl Root {
         let now = host::now();
         shell.push.configure(config.control.clone(), &shell.metrics, now);
         let worker_id = shell.push.worker_id();
+        shell.exchange.configure(&mut shell.worker, config.control.as_ref());
+        shell.share.introduce(VERSION, BUILD, &config.revision);
         shell.share.configure(&mut shell.worker, &shell.metrics, worker_id, now);
         info!(
             "worker {}: revision {:?}, {} static endpoints, pd-control: {}",
@@ -246,6 +345,11 @@ impl Root {
 
 impl Context for Root {
     fn on_http_call_response(&mut self, token: u32, num_headers: usize, _: usize, _: usize) {
+        if let Some(at) = self.calls.iter().position(|(started, _)| *started == token) {
+            let (_, kind) = self.calls.swap_remove(at);
+            self.exchanged(kind, num_headers > 0);
+            return;
+        }
         if self.poll != Some(token) {
             return;
         }
@@ -291,33 +395,25 @@ impl RootContext for Root {
             Err(NOT_FOUND) => Self::configure(&mut shell, b""),
             Err(HostError(status)) => error!("plugin configuration cannot be read: host status {status}"),
         }
-        if let Err(HostError(status)) = host::set_tick_period(TICK) {
-            error!("no ticks, so no poll of pd-control: host status {status}");
-        }
+        shell.set_tick_period();
         true
     }
 
     fn on_tick(&mut self) {
-        let poll = {
+        let (poll, calls) = {
             let Ok(mut shell) = self.shell.try_borrow_mut() else { return };
             let now = host::now();
             shell.catch_up(now);
-            shell.flush();
-            let Shell { worker, push, share, metrics } = &mut *shell;
-            worker.prune(now);
-            share.tick(worker, metrics, now);
-            let poll = push.tick(metrics, now);
-            for (level, value) in push.levels(worker, now) {
-                if let Some(id) = metrics.levels.get(level as usize) {
-                    let _ = host::record_metric(*id, value);
-                }
-            }
-            if let Some(id) = metrics.seen {
-                let _ = host::record_metric(id, unix_seconds());
-            }
-            poll
+            let calls = shell.exchange(now);
+            shell.publish(now);
+            // The exchange may want to be asked more often than the rest.
+            let is_whole = now.saturating_sub(shell.ticks.whole).saturating_add(TICK_SLACK) >= TICK;
+            let poll = if is_whole { shell.whole_tick(now) } else { None };
+            shell.set_tick_period();
+            (poll, calls)
         };
         self.start(poll);
+        self.exchange(calls);
     }
 
     fn create_http_context(&self, _: u32) -> Option<Box<dyn HttpContext>> {
@@ -332,6 +428,12 @@ impl RootContext for Root {
 /// Status of the call-out's answer that is being told.
 pub fn call_status(headers: &Headers) -> Option<u16> {
     headers.get(":status").and_then(|value| core::str::from_utf8(value).ok()?.parse().ok())
+}
+
+/// Of the host's making, and never 0.
+fn random_number() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(host::now()).max(1)
 }
 
 fn unix_seconds() -> u64 {

@@ -105,6 +105,8 @@ pub struct Control {
     pub wait: Duration,
     /// Environment variable of the Envoy process that holds the bearer token, if there is one.
     pub token_env: String,
+    /// Whether what is in flight and which blocks went where is [exchanged](crate::exchange) with other Envoys.
+    pub exchange: bool,
 }
 
 /// Prefix hashing and index.
@@ -143,9 +145,10 @@ pub struct Pool {
     /// `w`: what a second of this prompt's own prefill weighs against a second of work ahead of it.
     pub affinity_weight: f64,
     /// β: share of a prompt that its rendezvous endpoint is costed as holding, 0 to 1, when this worker has not seen
-    /// the prefix but others may have. Right where states know of each other's decisions within 50 ms: 0, a prompt
+    /// the prefix but others may have. Right where Envoys know of each other's decisions within 50 ms: 0, a prompt
     /// that is new to all of them would wait for nothing (+16 % p99 at 0.6). Without any exchange 0.3 to 0.6 keeps hits.
-    pub rendezvous_share: f64,
+    /// `None`: 0.6 times the share of the other Envoys that are [not heard](crate::exchange::Fleet::unheard).
+    pub rendezvous_share: Option<f64>,
     /// Tokens of an endpoint's prefix cache where the endpoint does not say.
     pub cache_tokens: u64,
     /// Bytes of JSON per token, for estimates.
@@ -278,6 +281,8 @@ struct RawControl {
     wait_ms: u64,
     #[serde(default = "default_token_env")]
     token_env: String,
+    #[serde(default = "default_exchange")]
+    exchange: bool,
 }
 
 fn default_authority() -> String {
@@ -285,6 +290,9 @@ fn default_authority() -> String {
 }
 fn default_wait_ms() -> u64 {
     30_000
+}
+fn default_exchange() -> bool {
+    true
 }
 fn default_token_env() -> String {
     "PD_CONTROL_TOKEN".to_owned()
@@ -317,7 +325,7 @@ struct RawPool {
     cost: RawCost,
     fit: bool,
     affinity_weight: f64,
-    rendezvous_share: f64,
+    rendezvous_share: Option<f64>,
     cache_tokens: u64,
     bytes_per_token: f64,
     cached_tokens: CachedTokens,
@@ -338,7 +346,7 @@ impl Default for RawPool {
             cost: RawCost::default(),
             fit: true,
             affinity_weight: 3.0,
-            rendezvous_share: 0.0,
+            rendezvous_share: None,
             cache_tokens: 500_000,
             bytes_per_token: 4.0,
             cached_tokens: CachedTokens::Prefill,
@@ -532,6 +540,7 @@ impl Control {
             authority: raw.authority,
             wait: Duration::from_millis(raw.wait_ms),
             token_env: raw.token_env,
+            exchange: raw.exchange,
         })
     }
 }
@@ -547,7 +556,7 @@ impl Pool {
         check_range(&at("cost.b_us"), raw.cost.b_us, 0.0, 1e6)?;
         check_range(&at("cost.c_ns"), raw.cost.c_ns, 0.0, 1e6)?;
         check_range(&at("affinity_weight"), raw.affinity_weight, 0.0, 100.0)?;
-        check_range(&at("rendezvous_share"), raw.rendezvous_share, 0.0, 1.0)?;
+        check_range(&at("rendezvous_share"), raw.rendezvous_share.unwrap_or(0.0), 0.0, 1.0)?;
         check_range(&at("cache_tokens"), raw.cache_tokens as f64, 0.0, 1e9)?;
         check_range(&at("bytes_per_token"), raw.bytes_per_token, 0.5, 64.0)?;
         Ok(Self::unchecked(raw))

@@ -8,6 +8,8 @@ use std::borrow::Cow;
 
 use hashbrown::HashMap;
 
+use crate::exchange::Fleet;
+use crate::exchange::message::Totals;
 use crate::hash::BlockHash;
 use crate::index::EndpointIndex;
 use crate::load::Load;
@@ -39,6 +41,12 @@ pub(crate) enum Event<'a> {
     Admitted { fairness: u64, tokens: u64 },
     /// That request is over.
     Released { fairness: u64, tokens: u64 },
+    /// What other Envoys have in flight at the endpoint differs by so much from before.
+    BusyElsewhere { by: Totals },
+    /// Another Envoy sent these blocks to the endpoint.
+    HoldsByOthers { blocks: Cow<'a, [BlockHash]> },
+    /// Which Envoys there are; no endpoint is meant.
+    FleetIs { fleet: Fleet },
 }
 
 /// A prefill leg in flight.
@@ -57,6 +65,9 @@ pub(crate) struct Part {
     decode: HashMap<u64, Load>,
     /// What was let in, by pool and by whom.
     admitted: HashMap<(u64, u64), Load>,
+    /// What the worker heard of other Envoys.
+    elsewhere: HashMap<u64, Totals>,
+    fleet: Fleet,
 }
 
 impl Part {
@@ -89,7 +100,15 @@ impl Part {
                     }
                 }
             }
-            Event::Holds { .. } | Event::Failed { .. } | Event::Healed => {}
+            Event::BusyElsewhere { by } => {
+                let sum = self.elsewhere.entry(endpoint).or_default();
+                *sum = sum.plus(by);
+                if *sum == Totals::default() {
+                    self.elsewhere.remove(&endpoint);
+                }
+            }
+            Event::FleetIs { fleet } => self.fleet = fleet,
+            Event::Holds { .. } | Event::HoldsByOthers { .. } | Event::Failed { .. } | Event::Healed => {}
         }
     }
 
@@ -104,8 +123,14 @@ impl Part {
         legs.sort_unstable_by_key(|(leg, of)| (of.at, **leg));
         for (leg, Leg { endpoint, seconds, at, expires }) in legs {
             if let Some(slot) = worker.table.by_key(*endpoint) {
-                slot.prefill.add(*leg, *seconds, *at, *expires);
+                slot.prefill.add_behind(slot.elsewhere_seconds(), *leg, *seconds, *at, *expires);
             }
+        }
+        for (endpoint, totals) in &self.elsewhere {
+            worker.table.busy_elsewhere(*endpoint, *totals);
+        }
+        if self.fleet != Fleet::default() {
+            worker.table.fleet = self.fleet;
         }
         for (endpoint, load) in &self.decode {
             if let Some(slot) = worker.table.by_key(*endpoint) {
@@ -132,6 +157,9 @@ impl Part {
         for ((pool, fairness), load) in &self.admitted {
             worker.admission.subtract(*pool, *fairness, load);
         }
+        for (endpoint, totals) in &self.elsewhere {
+            worker.table.busy_elsewhere(*endpoint, Totals::default().minus(*totals));
+        }
     }
 
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
@@ -148,6 +176,13 @@ impl Part {
         for (endpoint, load) in &self.decode {
             out.word(*endpoint);
             out.load(load);
+        }
+        out.word(self.fleet.gateways);
+        out.word(self.fleet.exchanging);
+        out.word(self.elsewhere.len() as u64);
+        for (endpoint, totals) in &self.elsewhere {
+            out.word(*endpoint);
+            totals.write(&mut out);
         }
         for ((pool, fairness), load) in &self.admitted {
             out.word(*pool);
@@ -168,6 +203,10 @@ impl Part {
         }
         for _ in 0..rest.word()? {
             part.decode.insert(rest.word()?, rest.load()?);
+        }
+        part.fleet = Fleet { gateways: rest.word()?, exchanging: rest.word()? };
+        for _ in 0..rest.word()? {
+            part.elsewhere.insert(rest.word()?, Totals::read(&mut rest)?);
         }
         while !rest.0.is_empty() {
             part.admitted.insert((rest.word()?, rest.word()?), rest.load()?);
@@ -225,6 +264,8 @@ impl<'a> Event<'a> {
             Self::Released { fairness, tokens } => {
                 worker.admission.subtract(key, fairness, &Load { tokens, requests: 1 });
             }
+            Self::BusyElsewhere { by } => worker.table.busy_elsewhere(key, by),
+            Self::FleetIs { fleet } => worker.table.fleet = fleet,
             _ => {
                 if let Some(at) = worker.table.index_of_key(key) {
                     self.enter(at, worker);
@@ -235,13 +276,15 @@ impl<'a> Event<'a> {
 
     /// Does to a worker's table and index what the event says of the endpoint at a place.
     pub(crate) fn enter(&self, at: EndpointIndex, worker: &mut Worker) {
-        if let Self::Holds { blocks } = self {
+        if let Self::Holds { blocks } | Self::HoldsByOthers { blocks } = self {
             worker.index.insert(at, blocks);
             return;
         }
         let Some(slot) = worker.table.get_mut(at) else { return };
         match *self {
-            Self::PrefillStarted { leg, seconds, at, expires } => slot.prefill.add(leg, seconds, at, expires),
+            Self::PrefillStarted { leg, seconds, at, expires } => {
+                slot.prefill.add_behind(slot.elsewhere_seconds(), leg, seconds, at, expires);
+            }
             Self::PrefillEnded { leg, at } => {
                 slot.prefill.remove(leg, at);
             }
@@ -250,7 +293,12 @@ impl<'a> Event<'a> {
             Self::DecodeEnded { tokens } => slot.decode.remove(tokens),
             Self::Failed { at } => slot.health.failed(at),
             Self::Healed => slot.health.answered(),
-            Self::Holds { .. } | Self::Admitted { .. } | Self::Released { .. } => {}
+            Self::Holds { .. }
+            | Self::HoldsByOthers { .. }
+            | Self::Admitted { .. }
+            | Self::Released { .. }
+            | Self::BusyElsewhere { .. }
+            | Self::FleetIs { .. } => {}
         }
     }
 
@@ -308,6 +356,19 @@ impl<'a> Event<'a> {
                 out.word(*fairness);
                 out.word(*tokens);
             }
+            Self::BusyElsewhere { by } => {
+                head(11);
+                by.write(&mut out);
+            }
+            Self::HoldsByOthers { blocks } => {
+                head(12);
+                blocks.iter().take(MAX_TOLD_BLOCKS).for_each(|block| out.word(block.0));
+            }
+            Self::FleetIs { fleet } => {
+                head(13);
+                out.word(fleet.gateways);
+                out.word(fleet.exchanging);
+            }
         }
         *into = out.0;
         let length = u32::try_from(into.len().saturating_sub(start)).unwrap_or(u32::MAX);
@@ -322,13 +383,18 @@ impl<'a> Event<'a> {
         bytes.split_at_checked(length).filter(|(event, _)| !event.is_empty())
     }
 
-    /// The events that `bytes` hold, each with its endpoint, up to the first that is none.
+    /// The events that `bytes` hold, each with its endpoint; those that a newer filter writes and this one does not know
+    /// are left out.
     pub(crate) fn read(bytes: &[u8]) -> impl Iterator<Item = (u64, Self)> {
         let mut rest = bytes;
         core::iter::from_fn(move || {
-            let (event, behind) = Self::split_first(rest)?;
-            rest = behind;
-            Self::from_bytes(event.get(4..)?)
+            loop {
+                let (event, behind) = Self::split_first(rest)?;
+                rest = behind;
+                if let Some(event) = event.get(4..).and_then(Self::from_bytes) {
+                    return Some(event);
+                }
+            }
         })
     }
 
@@ -350,6 +416,9 @@ impl<'a> Event<'a> {
             8 => Self::Healed,
             9 => Self::Admitted { fairness: rest.word()?, tokens: rest.word()? },
             10 => Self::Released { fairness: rest.word()?, tokens: rest.word()? },
+            11 => Self::BusyElsewhere { by: Totals::read(&mut rest)? },
+            12 => Self::HoldsByOthers { blocks: core::iter::from_fn(|| rest.word().map(BlockHash)).collect() },
+            13 => Self::FleetIs { fleet: Fleet { gateways: rest.word()?, exchanging: rest.word()? } },
             _ => return None,
         };
         Some((endpoint, event))
@@ -418,6 +487,12 @@ mod tests {
             Just(Event::Healed),
             (0_u64..3, any::<u64>()).prop_map(|(fairness, tokens)| Event::Admitted { fairness, tokens }),
             (0_u64..3, any::<u64>()).prop_map(|(fairness, tokens)| Event::Released { fairness, tokens }),
+            any::<(u64, u64, u64)>()
+                .prop_map(|(work, tokens, requests)| Event::BusyElsewhere { by: Totals { work, tokens, requests } }),
+            prop::collection::vec(any::<u64>().prop_map(BlockHash), 0..9)
+                .prop_map(|blocks| Event::HoldsByOthers { blocks: blocks.into() }),
+            any::<(u64, u64)>()
+                .prop_map(|(gateways, exchanging)| Event::FleetIs { fleet: Fleet { gateways, exchanging } }),
         ]
     }
 

@@ -19,6 +19,7 @@ mod answer;
 pub mod body;
 pub mod config;
 pub mod engine;
+pub mod exchange;
 pub mod fit;
 pub mod hash;
 pub mod headers;

@@ -17,22 +17,29 @@ struct Job {
     id: u64,
     seconds: f64,
     expires: Duration,
+    /// Whether work that other Envoys sent was ahead of it: how long it takes then says nothing of the endpoint's speed.
+    is_behind: bool,
 }
 
 impl PrefillQueue {
     /// Adds a leg of `seconds`; it counts until [`remove`](Self::remove), or at the latest until `expires`.
     pub fn add(&mut self, id: u64, seconds: f64, now: Duration, expires: Duration) {
+        self.add_behind(0.0, id, seconds, now, expires);
+    }
+
+    /// The same, behind so many seconds of work that is not in this queue: it makes no progress until they are over.
+    pub fn add_behind(&mut self, ahead: f64, id: u64, seconds: f64, now: Duration, expires: Duration) {
         if self.jobs.is_empty() {
-            self.head_since = now;
+            self.head_since = now.saturating_add(self::seconds(ahead));
         }
-        self.jobs.push_back(Job { id, seconds, expires });
+        self.jobs.push_back(Job { id, seconds, expires, is_behind: ahead > 0.0 });
         self.add_up();
     }
 
     /// Seconds that the endpoint has spent on this leg, if it is the one under way as far as we know.
     #[must_use]
     pub fn service_seconds(&self, id: u64, now: Duration) -> Option<f64> {
-        let head = self.jobs.front().filter(|job| job.id == id)?;
+        let head = self.jobs.front().filter(|job| job.id == id && !job.is_behind)?;
         Some(now.saturating_sub(self.head_since).as_secs_f64()).filter(|seconds| head.seconds > 0.0 && *seconds > 0.0)
     }
 

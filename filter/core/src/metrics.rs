@@ -81,6 +81,8 @@ metrics! {
     Polls200 Counter "pd_polls_total;result=changed" "Polls that pd-control answered with a snapshot",
     Polls304 Counter "pd_polls_total;result=unchanged" "Polls that pd-control answered with 304",
     PollsFailed Counter "pd_polls_total;result=failed" "Polls without a usable answer",
+    ExchangesOk Counter "pd_exchanges_total;result=ok" "Calls of the exchange with other Envoys that pd-control answered",
+    ExchangesFailed Counter "pd_exchanges_total;result=failed" "Calls of the exchange without a usable answer",
     SnapshotsApplied Counter "pd_snapshots_total;result=applied" "Snapshots applied, per worker",
     SnapshotsRefused Counter "pd_snapshots_total;result=refused" "Snapshots refused as malformed or empty; the last good list stays",
     ConfigAccepted Counter "pd_configs_total;result=accepted" "Plugin configurations accepted, per worker",

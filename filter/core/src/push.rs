@@ -86,6 +86,12 @@ impl Push {
         self.id
     }
 
+    /// Whether this worker speaks for its Envoy with `pd-control`.
+    #[must_use]
+    pub fn holds_lease(&self) -> bool {
+        self.holds_lease
+    }
+
     /// Takes over a list that another worker announced; `announced` is [`Shared::announced`]. Call it before every decision.
     pub fn catch_up(&mut self, worker: &mut Worker, shared: &impl Shared, announced: u64) -> Option<News> {
         if self.control.is_none() || self.seen == Some(announced) {

@@ -431,7 +431,7 @@ impl Request {
                 let decision = hinted.map_or_else(|| scheduler.decide(candidates, prompt), Decision::Split);
                 if let (Some(deadline), Decision::Split(pick) | Decision::Whole(pick, _)) = (claims.deadline, decision)
                     && let Some(slot) = worker.table.get(pick.endpoint)
-                    && slot.prefill.work(now) + pick.seconds > deadline.as_secs_f64()
+                    && slot.work(now) + pick.seconds > deadline.as_secs_f64()
                 {
                     return self.shed(worker, Shed::Deadline);
                 }

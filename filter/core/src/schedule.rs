@@ -104,6 +104,8 @@ const SAMPLE: usize = 24;
 /// How many tokens more than the least loaded decode endpoint one may have assigned and still get a request because it
 /// holds the prefix: about the KV cache of one long prompt.
 const AFFINITY_SLACK_TOKENS: f64 = 32_768.0;
+/// β where no other Envoy is heard: four gateways that do not exchange keep their hits with it, in the trace simulator.
+const UNHEARD_SHARE: f64 = 0.6;
 
 /// View over what the scheduler reads.
 #[derive(Clone, Copy)]
@@ -213,7 +215,7 @@ impl Scheduler<'_> {
             among.len(),
         );
         for ((of, cost), at, slot) in costs {
-            let (work, decode) = (slot.prefill.work(self.now), slot.decode.tokens);
+            let (work, decode) = (slot.work(self.now), slot.decode_tokens());
             text.push_str(&format!(
                 "; {} W={work:.3} S={:.3} W+wS={cost:.3} match={:.0} decode={decode}{}{}{}",
                 slot.address,
@@ -245,7 +247,7 @@ impl Scheduler<'_> {
             false => usable.iter().copied().max_by_key(|(_, slot)| weight(slot)),
         };
         let mut least: Vec<_> =
-            usable.into_iter().map(|(at, slot)| (slot.prefill.work(self.now), !weight(slot), (at, slot))).collect();
+            usable.into_iter().map(|(at, slot)| (slot.work(self.now), !weight(slot), (at, slot))).collect();
         let order = |a: &(f64, u64, _), b: &(f64, u64, _)| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1));
         if least.len() > LEAST_LOADED {
             least.select_nth_unstable_by(LEAST_LOADED, order);
@@ -342,10 +344,15 @@ impl Scheduler<'_> {
         if session {
             held = prompt.tokens;
         } else if owner && prompt.is_unseen {
-            held += self.pool.rendezvous_share * (prompt.tokens - held).max(0.0);
+            held += self.rendezvous_share() * (prompt.tokens - held).max(0.0);
         }
         let own = self.seconds(slot, prompt, held);
-        (pick, slot.prefill.work(self.now) + self.pool.affinity_weight * own)
+        (pick, slot.work(self.now) + self.pool.affinity_weight * own)
+    }
+
+    /// β: as configured, or by how many of the other Envoys are not heard.
+    fn rendezvous_share(&self) -> f64 {
+        self.pool.rendezvous_share.unwrap_or_else(|| UNHEARD_SHARE * self.table.fleet.unheard())
     }
 
     fn matched_tokens(&self, endpoint: EndpointIndex, prompt: &Prompt) -> f64 {
@@ -408,7 +415,7 @@ impl Scheduler<'_> {
 
 /// Assigned KV tokens in proportion to the endpoint's weight.
 fn decode_load(slot: &Slot) -> f64 {
-    slot.decode.tokens as f64 / slot.endpoint.weight
+    slot.decode_tokens() as f64 / slot.endpoint.weight
 }
 
 /// An endpoint among others that could take a decode leg.

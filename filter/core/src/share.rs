@@ -10,6 +10,7 @@
 //! pd/1/log/S/N          segment n of seat S's log, N = n modulo RING           written by the seat's worker only
 //! pd/1/ledger/S         seat S's part of the ledger, and the position it is of  written by the seat's worker only
 //! pd/1/index/I          what one endpoint holds, for workers that begin         written by the worker in the first seat
+//! pd/1/who/S            build and configuration of seat S's worker              written by the seat's worker only
 //! gauge of seat S       position: segment · 2¹⁶ + bytes of it
 //! ```
 //! A reader that fell behind by more than the ring holds takes the part as a whole and goes on from there; it lost
@@ -19,6 +20,7 @@ use core::time::Duration;
 
 use hashbrown::{HashMap, HashSet};
 
+use crate::exchange::report::Generation;
 use crate::hash::BlockHash;
 use crate::ledger::{Event, Part, Reader, Writer};
 use crate::worker::Worker;
@@ -68,6 +70,7 @@ const SEATS_KEY: &str = "pd/1/seats";
 #[derive(Debug, Default)]
 pub struct Share {
     worker_id: u64,
+    who: Generation,
     /// What block hashes depend on besides the prompt; index entries of others are of no use.
     epoch: u64,
     seat: Option<usize>,
@@ -110,11 +113,39 @@ impl Seat {
 }
 
 impl Share {
+    /// Says what this worker runs; call it before [`configure`](Self::configure).
+    pub fn introduce(&mut self, version: &str, build: &str, revision: &str) {
+        let (version, build, revision) = (version.to_owned(), build.to_owned(), revision.to_owned());
+        self.who = Generation { version, build, revision, workers: 1 };
+    }
+
+    /// What the workers run that are alive, a line per build and configuration.
+    pub fn generations(&self, shared: &impl Shared) -> Vec<Generation> {
+        let of_peer = |peer: &Peer| {
+            let (bytes, _) = shared.get(&who_key(peer.seat))?;
+            let (worker_id, text) = bytes.split_first_chunk()?;
+            let is_its = u64::from_le_bytes(*worker_id) == peer.worker_id;
+            is_its.then(|| serde_json::from_slice::<Generation>(text).ok()).flatten()
+        };
+        let mut generations = vec![self.who.clone()];
+        for who in self.peers.iter().map(|peer| of_peer(peer).unwrap_or_default()) {
+            let same = |of: &&mut Generation| {
+                (&of.version, &of.build, &of.revision) == (&who.version, &who.build, &who.revision)
+            };
+            match generations.iter_mut().find(same) {
+                Some(same) => same.workers = same.workers.saturating_add(1),
+                None => generations.push(Generation { workers: 1, ..who }),
+            }
+        }
+        generations.sort_unstable();
+        generations
+    }
+
     /// Starts over with a configuration.
     pub fn configure(&mut self, worker: &mut Worker, shared: &impl Shared, worker_id: u64, now: Duration) {
         let block_bytes = worker.config.as_ref().map_or(0, |config| config.prefix.block_bytes);
-        let seat = self.seat;
-        *self = Self { worker_id, epoch: block_bytes as u64, began: now, seat, ..Self::default() };
+        let (seat, who) = (self.seat, core::mem::take(&mut self.who));
+        *self = Self { worker_id, who, epoch: block_bytes as u64, began: now, seat, ..Self::default() };
         worker.tell_others(worker_id);
         self.renew(worker, shared, now);
         self.catch_up(worker, shared, shared.announced(), now);
@@ -230,6 +261,8 @@ impl Share {
                 self.write_untold(worker, shared, at);
                 worker.log.is_own_new = true;
                 self.save_part(worker, shared);
+                let who = serde_json::to_vec(&self.who).unwrap_or_default();
+                shared.set(&who_key(at), &[&self.worker_id.to_le_bytes(), who.as_slice()].concat(), None);
                 shared.announce();
             }
             self.renewed = now;
@@ -352,8 +385,12 @@ impl Peer {
                 return;
             };
             for (endpoint, event) in Event::read(events) {
-                if !matches!(event, Event::Holds { .. }) || of == Some(epoch) {
+                let is_blocks = matches!(event, Event::Holds { .. } | Event::HoldsByOthers { .. });
+                if !is_blocks || of == Some(epoch) {
                     event.enter_by_key(endpoint, worker);
+                    if let Event::Holds { blocks } = &event {
+                        worker.tell_gateways(endpoint, blocks);
+                    }
                 }
                 self.part.note(endpoint, &event);
             }
@@ -370,6 +407,10 @@ fn log_key(seat: usize, segment: u64) -> String {
 
 fn ledger_key(seat: usize) -> String {
     format!("pd/1/ledger/{seat}")
+}
+
+fn who_key(seat: usize) -> String {
+    format!("pd/1/who/{seat}")
 }
 
 fn index_key(place: usize) -> String {

@@ -8,6 +8,8 @@ use std::sync::Arc;
 use hashbrown::{HashMap, HashSet};
 
 use crate::config::{Config, Cost, Pool};
+use crate::exchange::Fleet;
+use crate::exchange::message::Totals;
 use crate::fit::{Fit, Usage};
 use crate::index::{EndpointIndex, PrefixIndex};
 use crate::load::{Health, Load, PrefillQueue};
@@ -48,11 +50,38 @@ pub struct Slot {
     pub prefill: PrefillQueue,
     /// Decode work in flight.
     pub decode: Load,
+    /// What other Envoys have in flight here, as far as they are heard.
+    elsewhere: Totals,
     /// Whether it answered lately.
     pub health: Health,
     generation: u32,
     /// Place of its pool's fit.
     fit: usize,
+}
+
+impl Slot {
+    /// `W`: seconds of prefill work in flight here, from every Envoy that is heard.
+    #[must_use]
+    pub fn work(&self, now: Duration) -> f64 {
+        self.prefill.work(now) + self.elsewhere_seconds()
+    }
+
+    /// KV tokens assigned to this endpoint, by every Envoy that is heard.
+    #[must_use]
+    pub fn decode_tokens(&self) -> u64 {
+        self.decode.tokens.saturating_add(above_zero(self.elsewhere.tokens))
+    }
+
+    /// Seconds of prefill work that other Envoys have in flight here.
+    #[must_use]
+    pub(crate) fn elsewhere_seconds(&self) -> f64 {
+        above_zero(self.elsewhere.work) as f64 * 1e-6
+    }
+}
+
+/// A sum of differences; one that is missing still makes it small, not huge.
+fn above_zero(sum: u64) -> u64 {
+    u64::try_from(sum.cast_signed()).unwrap_or(0)
 }
 
 /// What a decode endpoint must have to take over from a prefill endpoint.
@@ -118,6 +147,10 @@ pub struct Table {
     generation: u32,
     epoch: String,
     version: u64,
+    /// What other Envoys have in flight, by [`Slot::key`], whether it is in the list or not.
+    elsewhere: HashMap<u64, Totals>,
+    /// The Envoys that there are.
+    pub fleet: Fleet,
 }
 
 /// What a snapshot did to the table.
@@ -161,7 +194,23 @@ impl Table {
         self.epoch.clone_from(&snapshot.epoch);
         self.version = snapshot.version;
         self.rebuild();
+        for (key, totals) in core::mem::take(&mut self.elsewhere) {
+            self.busy_elsewhere(key, totals);
+        }
         Applied::Changed
+    }
+
+    /// Other Envoys have so much more in flight at the endpoint with this [`Slot::key`].
+    pub(crate) fn busy_elsewhere(&mut self, key: u64, by: Totals) {
+        let sum = self.elsewhere.entry(key).or_default();
+        *sum = sum.plus(by);
+        let sum = *sum;
+        if sum == Totals::default() {
+            self.elsewhere.remove(&key);
+        }
+        if let Some(slot) = self.by_key(key) {
+            slot.elsewhere = sum;
+        }
     }
 
     /// Epoch and version in force; `("", 0)` before the first list.
@@ -409,6 +458,7 @@ impl Table {
                     kv_doubts: 0,
                     prefill: PrefillQueue::default(),
                     decode: Load::default(),
+                    elsewhere: Totals::default(),
                     health: Health::default(),
                     generation: self.generation,
                     fit,

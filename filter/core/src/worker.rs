@@ -6,6 +6,9 @@ use std::sync::Arc;
 use crate::admission::{Admission, Ask, Limits, Shed, pool_key};
 use crate::config::{Config, ConfigError};
 use crate::engine::pair_id;
+use crate::exchange::message::Totals;
+use crate::exchange::report::{Decision, Generation, Report};
+use crate::exchange::{Fleet, Voice};
 use crate::hash::BlockHash;
 use crate::index::PrefixIndex;
 use crate::ledger::{Event, Log};
@@ -16,6 +19,9 @@ use crate::wire::{Snapshot, WireError};
 
 /// Name of the gauge of the prefix index's bytes, in the worker that told last.
 pub const INDEX_BYTES: &str = "pd_index_bytes";
+
+/// Failing endpoints that a report names.
+const MAX_FAILING: usize = 64;
 
 /// State of one worker. All of it may be lost and built again.
 #[derive(Debug)]
@@ -30,6 +36,8 @@ pub struct Worker {
     pub counts: Counts,
     /// What to tell the other workers.
     pub(crate) log: Log,
+    /// What the Envoy's voice keeps for the other Envoys, where this worker is it.
+    pub(crate) voice: Option<Box<Voice>>,
     /// What pools with limits have in flight.
     pub admission: Admission,
     /// Prefill legs that may be run again.
@@ -45,6 +53,7 @@ impl Default for Worker {
             index: PrefixIndex::new(0),
             counts: Counts::default(),
             log: Log::default(),
+            voice: None,
             admission: Admission::default(),
             retries: RetryBudget::default(),
             legs: 0,
@@ -130,18 +139,13 @@ impl Worker {
     pub(crate) fn admit(&mut self, pool: &str, limits: Limits, ask: Ask) -> Result<Ticket, Shed> {
         let ticket = Ticket { pool: pool_key(pool), fairness: ask.fairness, tokens: ask.tokens };
         self.admission.check(ticket.pool, limits, ask)?;
-        self.pass_gate(ticket.pool, &Event::Admitted { fairness: ticket.fairness, tokens: ticket.tokens });
+        self.is_told(ticket.pool, &Event::Admitted { fairness: ticket.fairness, tokens: ticket.tokens });
         Ok(ticket)
     }
 
     /// A request that was let in is over.
     pub(crate) fn release(&mut self, Ticket { pool, fairness, tokens }: Ticket) {
-        self.pass_gate(pool, &Event::Released { fairness, tokens });
-    }
-
-    fn pass_gate(&mut self, pool: u64, event: &Event<'_>) {
-        event.enter_by_key(pool, self);
-        self.log.push(pool, event);
+        self.is_told(pool, &Event::Released { fairness, tokens });
     }
 
     /// Something happens at an endpoint, by this worker's doing.
@@ -187,6 +191,34 @@ impl Worker {
     /// An endpoint will hold a prompt's KV cache.
     pub(crate) fn holds(&mut self, endpoint: EndpointRef, blocks: &[BlockHash]) {
         self.happens(endpoint, &Event::Holds { blocks: blocks.into() });
+        self.tell_gateways(endpoint.key, blocks);
+    }
+
+    /// Other Envoys shall hear which blocks a worker of this one sent to the endpoint of that key.
+    pub(crate) fn tell_gateways(&mut self, endpoint: u64, blocks: &[BlockHash]) {
+        if let Some(voice) = self.voice.as_mut().filter(|_| !blocks.is_empty()) {
+            voice.outbox.push(endpoint, blocks);
+        }
+    }
+
+    /// Another Envoy sent these blocks to the endpoint of that key.
+    pub(crate) fn holds_by_others(&mut self, endpoint: u64, blocks: &[BlockHash]) {
+        self.is_told(endpoint, &Event::HoldsByOthers { blocks: blocks.into() });
+    }
+
+    /// Other Envoys have so much more in flight there.
+    pub(crate) fn busy_elsewhere(&mut self, endpoint: u64, by: Totals) {
+        self.is_told(endpoint, &Event::BusyElsewhere { by });
+    }
+
+    /// The Envoys that there are.
+    pub(crate) fn fleet_is(&mut self, fleet: Fleet) {
+        self.is_told(0, &Event::FleetIs { fleet });
+    }
+
+    fn is_told(&mut self, endpoint: u64, event: &Event<'_>) {
+        event.enter_by_key(endpoint, self);
+        self.log.push(endpoint, event);
     }
 
     /// An endpoint could not be reached.
@@ -198,6 +230,32 @@ impl Worker {
     pub(crate) fn answered(&mut self, endpoint: EndpointRef) {
         if self.table.resolve(endpoint).is_some_and(|slot| slot.health.is_failing()) {
             self.happens(endpoint, &Event::Healed);
+        }
+    }
+
+    /// Notes a decision for the next report, where this worker is its Envoy's voice and has not just noted another.
+    pub(crate) fn decided(&mut self, now: Duration, decision: impl FnOnce(&Self) -> Decision) {
+        if self.voice.as_ref().is_some_and(|voice| voice.recent.is_due(now)) {
+            let at_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+            let decision = Decision { at_ms, ..decision(self) };
+            if let Some(voice) = &mut self.voice {
+                voice.recent.push(now, decision);
+            }
+        }
+    }
+
+    /// What there is to report of this Envoy, whose workers run these.
+    #[must_use]
+    pub fn report(&self, generations: Vec<Generation>) -> Report {
+        let (epoch, version) = self.table.version();
+        let failing = self.table.iter().filter(|(_, slot)| slot.health.is_failing());
+        Report {
+            generations,
+            epoch: epoch.to_owned(),
+            version,
+            endpoints: self.table.len() as u64,
+            failing: failing.take(MAX_FAILING).map(|(_, slot)| slot.address.to_string()).collect(),
+            decisions: self.voice.iter().flat_map(|voice| voice.recent.iter()).cloned().collect(),
         }
     }
 

@@ -11,6 +11,7 @@ use super::{
 };
 use crate::answer::Passage;
 use crate::config::{Config, Split};
+use crate::exchange::report::Decision;
 use crate::fit::Usage;
 use crate::index::EndpointIndex;
 use crate::intake::{Subset, Work};
@@ -115,6 +116,19 @@ impl Request {
                 effects.push(Effect::SetState(PREFILLER, slot.address.as_bytes().to_vec()));
             }
         }
+        worker.decided(now, |worker| Decision {
+            decision: decision_name(decision).to_owned(),
+            reason: reason.to_owned(),
+            model: work.served.model.clone(),
+            prefill: prefill
+                .endpoint()
+                .and_then(|(pick, _)| worker.table.get(pick.endpoint))
+                .map_or_else(String::new, |slot| slot.address.to_string()),
+            decode: decode.to_string(),
+            prompt_tokens: work.prompt.tokens as u64,
+            matched_tokens: matched_tokens as u64,
+            ..Decision::default()
+        });
         let edit = plan.with_insert(insert);
         if !edit.is_none() {
             effects.push(Effect::EditBody(edit));

@@ -1,0 +1,691 @@
+//! Several Envoys, one view: each tells `pd-control` what it has in flight and which blocks it sent where, and hears
+//! the same of the others, about 50 ms later.
+//!
+//! The worker that holds the [lease](crate::push) is its Envoy's voice. What it hears it passes on to the other workers
+//! through its [log](crate::share), as its own part: when it dies, the next voice starts from nothing and hears all of
+//! it again. Without an answer for [`PATIENCE`] the view is that of this Envoy alone.
+//!
+//! Two calls: *tell*, when there is something new (or a second has passed), answered at once; and *hear*, which
+//! `pd-control` answers when there is something new. An Envoy that is alone tells once a second.
+
+pub mod hub;
+pub mod message;
+pub mod report;
+
+use core::time::Duration;
+use std::collections::VecDeque;
+
+use hashbrown::HashMap;
+
+use crate::config::Control;
+use crate::hash::BlockHash;
+use crate::metrics::Metric;
+use crate::worker::Worker;
+use message::{EXCHANGE_PATH, Heard, MAX_BLOCKS_BYTES, Record, Told, Totals, block_event, read_event, split_events};
+use report::{Decision, MAX_DECISIONS};
+
+/// How often the shell must call [`Exchange::tick`] while [`Exchange::is_busy`].
+pub const TICK: Duration = Duration::from_millis(50);
+/// Time between two calls, a little less than a tick: ticks jitter.
+const PAUSE: Duration = Duration::from_millis(40);
+/// Time without anything new after which a gateway tells that it is there.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Time without an answer after which the others are not heard any more.
+const PATIENCE: Duration = Duration::from_millis(2_500);
+/// How long `pd-control` may hold a question.
+const WAIT: Duration = Duration::from_secs(1);
+/// Time limit of a call beyond that.
+const GRACE: Duration = Duration::from_millis(1_000);
+/// Pause after a call that failed.
+const FAILURE_PAUSE: Duration = Duration::from_millis(500);
+/// Bytes of block events that are kept to be told again.
+const OUTBOX_BYTES: usize = 1 << 20;
+/// Gateways whose place in their logs is remembered.
+const MAX_KNOWN: usize = 1_024;
+/// Time between two decisions of a report.
+const DECISION_PAUSE: Duration = Duration::from_millis(200);
+
+/// Envoys that there are, and those of them that exchange.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fleet {
+    /// All.
+    pub gateways: u64,
+    /// Those that are heard, this one included.
+    pub exchanging: u64,
+}
+
+impl Fleet {
+    /// Share of the other Envoys whose decisions are not heard, 0 to 1.
+    #[must_use]
+    pub fn unheard(self) -> f64 {
+        let others = self.gateways.saturating_sub(1);
+        let unheard = self.gateways.saturating_sub(self.exchanging.max(1));
+        if others == 0 { 0.0 } else { unheard as f64 / others as f64 }
+    }
+}
+
+/// Block events that others have not heard, or may have to hear again.
+#[derive(Debug, Default)]
+pub(crate) struct Outbox {
+    events: VecDeque<Vec<u8>>,
+    bytes: usize,
+    next: u64,
+}
+
+impl Outbox {
+    pub(crate) fn push(&mut self, endpoint: u64, blocks: &[BlockHash]) {
+        let event = block_event(endpoint, blocks);
+        self.bytes = self.bytes.saturating_add(event.len());
+        self.next = self.next.saturating_add(1);
+        self.events.push_back(event);
+        while self.bytes > OUTBOX_BYTES {
+            let Some(event) = self.events.pop_front() else { return };
+            self.bytes = self.bytes.saturating_sub(event.len());
+        }
+    }
+
+    fn oldest(&self) -> u64 {
+        self.next.saturating_sub(self.events.len() as u64)
+    }
+
+    fn from(&self, first: u64) -> Vec<u8> {
+        let skip = usize::try_from(first.saturating_sub(self.oldest())).unwrap_or(usize::MAX);
+        let mut blocks = Vec::new();
+        for event in self.events.iter().skip(skip) {
+            if !blocks.is_empty() && blocks.len().saturating_add(event.len()) > MAX_BLOCKS_BYTES {
+                break;
+            }
+            blocks.extend_from_slice(event);
+        }
+        blocks
+    }
+}
+
+/// Some of the latest decisions.
+#[derive(Debug, Default)]
+pub(crate) struct Recent {
+    decisions: VecDeque<(Duration, Decision)>,
+}
+
+impl Recent {
+    /// Whether it is time for another one.
+    pub(crate) fn is_due(&self, now: Duration) -> bool {
+        self.decisions.front().is_none_or(|(at, _)| now.saturating_sub(*at) >= DECISION_PAUSE)
+    }
+
+    pub(crate) fn push(&mut self, at: Duration, decision: Decision) {
+        self.decisions.truncate(MAX_DECISIONS.saturating_sub(1));
+        self.decisions.push_front((at, decision));
+    }
+
+    /// Newest first.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Decision> {
+        self.decisions.iter().map(|(_, decision)| decision)
+    }
+}
+
+/// What a voice keeps of its worker's doings.
+#[derive(Debug, Default)]
+pub(crate) struct Voice {
+    pub(crate) outbox: Outbox,
+    pub(crate) recent: Recent,
+}
+
+/// Which of the two calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Answered at once.
+    Tell,
+    /// Answered when there is something new.
+    Hear,
+}
+
+/// A call to start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Call {
+    /// Which.
+    pub kind: Kind,
+    /// `:path`.
+    pub path: String,
+    /// Body, of a POST.
+    pub body: Vec<u8>,
+    /// Time limit.
+    pub timeout: Duration,
+}
+
+/// One worker's part in the exchange.
+#[derive(Debug, Default)]
+pub struct Exchange {
+    is_on: bool,
+    /// [`Record::gateway`]; 0: this worker is not the voice.
+    gateway: u64,
+    replaces: u64,
+    turn: u64,
+    /// Block events that the hub has.
+    acked: u64,
+    known: HashMap<u64, u64>,
+    at: (u64, u64),
+    told: Option<Vec<(u64, Totals)>>,
+    told_at: Duration,
+    reported_at: Option<Duration>,
+    asked_at: Duration,
+    answered_at: Duration,
+    is_telling: bool,
+    is_asking: bool,
+    /// Until when nothing is tried after a failure.
+    rest_until: Duration,
+    fleet: Fleet,
+    /// What the workers were told that others have in flight.
+    elsewhere: HashMap<u64, Totals>,
+}
+
+impl Exchange {
+    /// Starts over with a configuration's `control`.
+    pub fn configure(&mut self, worker: &mut Worker, control: Option<&Control>) {
+        self.fall_silent(worker);
+        self.is_on = control.is_some_and(|control| control.exchange);
+    }
+
+    /// The number of this gateway, while this worker is its voice.
+    #[must_use]
+    pub fn gateway(&self) -> Option<u64> {
+        (self.gateway != 0).then_some(self.gateway)
+    }
+
+    /// Whether [`tick`](Self::tick) wants to be called every [`TICK`].
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        self.gateway != 0 && self.fleet.exchanging > 1
+    }
+
+    /// Whether this worker shall become its Envoy's voice: [`speak`](Self::speak) then.
+    #[must_use]
+    pub fn wants_to_speak(&self, holds_lease: bool) -> bool {
+        self.is_on && holds_lease && self.gateway == 0
+    }
+
+    /// Becomes the voice under a random number, in place of the one before it (0: none).
+    pub fn speak(&mut self, worker: &mut Worker, gateway: u64, replaces: u64, now: Duration) {
+        *self = Self { is_on: self.is_on, gateway, replaces, answered_at: now, ..Self::default() };
+        worker.voice = Some(Box::default());
+    }
+
+    /// Is the voice no more.
+    pub fn fall_silent(&mut self, worker: &mut Worker) {
+        if self.gateway != 0 {
+            self.hear_loads(worker, &[]);
+            worker.fleet_is(Fleet::default());
+        }
+        worker.voice = None;
+        *self = Self { is_on: self.is_on, ..Self::default() };
+    }
+
+    /// Calls that are due; `report` makes a [`Report`](report::Report) in JSON.
+    pub fn tick(
+        &mut self,
+        worker: &mut Worker,
+        holds_lease: bool,
+        now: Duration,
+        report: impl FnOnce(&Worker) -> Vec<u8>,
+    ) -> Vec<Call> {
+        if self.gateway == 0 {
+            return Vec::new();
+        }
+        if !holds_lease {
+            self.fall_silent(worker);
+            return Vec::new();
+        }
+        if self.fleet.exchanging > 1 && now.saturating_sub(self.answered_at) > PATIENCE {
+            // Alone for all we know, among as many as there were.
+            self.hear_loads(worker, &[]);
+            self.hear_fleet(worker, Fleet { exchanging: 1, ..self.fleet });
+            self.at = (0, 0);
+        }
+        if now < self.rest_until {
+            return Vec::new();
+        }
+        let mut calls = Vec::new();
+        if !self.is_telling {
+            calls.extend(self.tell(worker, now, report));
+        }
+        if !self.is_asking && self.fleet.exchanging > 1 && now.saturating_sub(self.asked_at) >= PAUSE {
+            self.is_asking = true;
+            self.asked_at = now;
+            let told = Told { from: self.gateway, at: self.at, wants: true, known: self.known(), records: Vec::new() };
+            calls.push(Call {
+                kind: Kind::Hear,
+                path: format!("{EXCHANGE_PATH}?wait_ms={}", WAIT.as_millis()),
+                body: told.to_bytes(),
+                timeout: WAIT.saturating_add(GRACE),
+            });
+        }
+        calls
+    }
+
+    fn tell(&mut self, worker: &Worker, now: Duration, report: impl FnOnce(&Worker) -> Vec<u8>) -> Option<Call> {
+        let outbox = &worker.voice.as_ref()?.outbox;
+        let since = now.saturating_sub(self.told_at);
+        let is_first = self.told.is_none();
+        let pause = if self.fleet.exchanging > 1 { PAUSE } else { HEARTBEAT };
+        if !is_first && since < pause {
+            return None;
+        }
+        let loads = loads(worker, now);
+        if self.told.as_ref() == Some(&loads) && self.acked >= outbox.next && since < HEARTBEAT {
+            return None;
+        }
+        let is_report_due = self.reported_at.is_none_or(|at| now.saturating_sub(at) >= HEARTBEAT);
+        let report = if is_report_due { report(worker) } else { Vec::new() };
+        if is_report_due {
+            self.reported_at = Some(now);
+        }
+        self.is_telling = true;
+        self.turn = self.turn.saturating_add(1);
+        self.told_at = now;
+        self.told = Some(loads.clone());
+        let first = self.acked.clamp(outbox.oldest(), outbox.next);
+        let record = Record {
+            gateway: self.gateway,
+            replaces: self.replaces,
+            turn: self.turn,
+            epoch: epoch(worker),
+            loads,
+            oldest: outbox.oldest(),
+            first,
+            blocks: outbox.from(first),
+            report,
+        };
+        // While a question waits, its answer brings what is new; the answer to this call brings who is there.
+        let wants = self.fleet.exchanging <= 1;
+        let told = Told { from: self.gateway, at: self.at, wants, known: self.known(), records: vec![record] };
+        Some(Call { kind: Kind::Tell, path: EXCHANGE_PATH.to_owned(), body: told.to_bytes(), timeout: GRACE })
+    }
+
+    fn known(&self) -> Vec<(u64, u64)> {
+        self.known.iter().map(|(gateway, next)| (*gateway, *next)).collect()
+    }
+
+    /// A call could not be started, or was not answered as it should be.
+    pub fn failed(&mut self, worker: &mut Worker, kind: Kind, now: Duration) {
+        self.ended(kind);
+        worker.counts.count(Metric::ExchangesFailed);
+        self.rest_until = now.saturating_add(FAILURE_PAUSE);
+        // Whoever answers next may know nothing of what was told.
+        self.told = None;
+    }
+
+    /// A call was answered; `status` is `None` when there is no answer.
+    pub fn answered(&mut self, worker: &mut Worker, kind: Kind, status: Option<u16>, body: &[u8], now: Duration) {
+        let heard = Heard::from_bytes(body).filter(|_| status == Some(200));
+        let (Some(heard), true) = (heard, self.gateway != 0) else {
+            self.failed(worker, kind, now);
+            return;
+        };
+        self.ended(kind);
+        worker.counts.count(Metric::ExchangesOk);
+        self.answered_at = now;
+        if let Some((_, next)) = heard.have.iter().find(|(gateway, _)| *gateway == self.gateway) {
+            self.acked = *next;
+        }
+        self.hear_fleet(worker, Fleet { gateways: heard.gateways, exchanging: heard.exchanging });
+        if let Some(loads) = heard.loads {
+            self.at = (heard.hub, heard.state);
+            self.hear_loads(worker, &loads);
+        }
+        let epoch = epoch(worker);
+        for batch in heard.batches {
+            if self.known.len() >= MAX_KNOWN && !self.known.contains_key(&batch.gateway) {
+                self.known.clear();
+            }
+            let known = self.known.entry(batch.gateway).or_default();
+            let mut number = batch.first;
+            for event in split_events(&batch.blocks) {
+                if number >= *known && batch.epoch == epoch
+                    && let Some((endpoint, blocks)) = read_event(event)
+                {
+                    worker.holds_by_others(endpoint, &blocks);
+                }
+                number = number.saturating_add(1);
+            }
+            *known = number.max(*known);
+        }
+    }
+
+    fn ended(&mut self, kind: Kind) {
+        match kind {
+            Kind::Tell => self.is_telling = false,
+            Kind::Hear => self.is_asking = false,
+        }
+    }
+
+    fn hear_fleet(&mut self, worker: &mut Worker, fleet: Fleet) {
+        if self.fleet != fleet {
+            self.fleet = fleet;
+            worker.fleet_is(fleet);
+        }
+    }
+
+    /// Tells the workers how the loads elsewhere differ from what they know.
+    fn hear_loads(&mut self, worker: &mut Worker, loads: &[(u64, Totals)]) {
+        let new: HashMap<u64, Totals> = loads.iter().copied().collect();
+        let old = core::mem::replace(&mut self.elsewhere, new);
+        for (endpoint, totals) in &self.elsewhere {
+            let difference = totals.minus(old.get(endpoint).copied().unwrap_or_default());
+            if difference != Totals::default() {
+                worker.busy_elsewhere(*endpoint, difference);
+            }
+        }
+        for (endpoint, totals) in old.iter().filter(|(endpoint, _)| !self.elsewhere.contains_key(*endpoint)) {
+            worker.busy_elsewhere(*endpoint, Totals::default().minus(*totals));
+        }
+    }
+}
+
+/// What is in flight from this Envoy, per endpoint, in the order of their keys.
+fn loads(worker: &Worker, now: Duration) -> Vec<(u64, Totals)> {
+    let totals = |slot: &crate::table::Slot| Totals {
+        work: (slot.prefill.work(now) * 1e6) as u64,
+        tokens: slot.decode.tokens,
+        requests: u64::from(slot.decode.requests),
+    };
+    let slots = worker.table.iter().map(|(_, slot)| (slot.key, totals(slot)));
+    let mut loads: Vec<_> = slots.filter(|(_, totals)| *totals != Totals::default()).collect();
+    loads.sort_unstable_by_key(|(endpoint, _)| *endpoint);
+    loads
+}
+
+fn epoch(worker: &Worker) -> u64 {
+    worker.config.as_ref().map_or(0, |config| config.prefix.block_bytes) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::hub::{GATEWAY_LIFE, Hub};
+    use super::*;
+    use crate::table::EndpointRef;
+    use proptest::prelude::*;
+
+    const CONFIG: &[u8] = br#"{"control":{"cluster":"pd-control"},"endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.1:2","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#;
+    const FAR: Duration = Duration::from_secs(3_600);
+
+    struct Gateway {
+        worker: Worker,
+        exchange: Exchange,
+        /// A question that waits.
+        question: Option<Call>,
+    }
+
+    impl Gateway {
+        fn new(id: u64, now: Duration) -> Self {
+            let mut worker = Worker::default();
+            let config = worker.configure(CONFIG).unwrap();
+            worker.tell_others(id);
+            let mut exchange = Exchange::default();
+            exchange.configure(&mut worker, config.control.as_ref());
+            assert!(exchange.wants_to_speak(true));
+            exchange.speak(&mut worker, id, 0, now);
+            Self { worker, exchange, question: None }
+        }
+
+        fn at(&self, place: usize) -> EndpointRef {
+            let mut all: Vec<_> = self.worker.table.iter().map(|(at, slot)| (slot.address.clone(), at)).collect();
+            all.sort();
+            self.worker.table.refer(all[place % all.len()].1).unwrap()
+        }
+
+        /// What is in flight at a place, from everywhere.
+        fn view(&self, place: usize, now: Duration) -> (u64, u64) {
+            let slot = self.worker.table.get(self.at(place).index).unwrap();
+            ((slot.work(now) * 1e6).round() as u64, slot.decode_tokens())
+        }
+
+        /// A tick with this hub; without one every call fails.
+        fn tick(&mut self, hub: Option<&mut Hub>, now: Duration) {
+            let report = |worker: &Worker| worker.report(Vec::new()).to_json();
+            let calls = self.exchange.tick(&mut self.worker, true, now, report);
+            let Some(hub) = hub else {
+                for call in calls.into_iter().chain(self.question.take()) {
+                    self.exchange.failed(&mut self.worker, call.kind, now);
+                }
+                return;
+            };
+            for call in calls.into_iter().chain(self.question.take()) {
+                let told = Told::from_bytes(&call.body).unwrap();
+                hub.take(&told, now);
+                if call.kind == Kind::Hear && !hub.has_news(&told) {
+                    self.question = Some(call);
+                    continue;
+                }
+                let heard = hub.answer(&told, 0).to_bytes();
+                self.exchange.answered(&mut self.worker, call.kind, Some(200), &heard, now);
+            }
+            self.worker.log.take();
+        }
+    }
+
+    fn settle(gateways: &mut [Gateway], hub: &mut Hub, now: &mut Duration, ticks: u32) {
+        for _ in 0..ticks {
+            *now += TICK;
+            hub.prune(*now);
+            gateways.iter_mut().for_each(|gateway| gateway.tick(Some(hub), *now));
+        }
+    }
+
+    fn fleet(count: u64, hub: &mut Hub, now: &mut Duration) -> Vec<Gateway> {
+        let mut gateways: Vec<_> = (1..=count).map(|id| Gateway::new(id, *now)).collect();
+        // Whoever is alone looks around once a second.
+        settle(&mut gateways, hub, now, 45);
+        gateways
+    }
+
+    fn blocks(id: u64, len: u64) -> Vec<BlockHash> {
+        (0..len).map(|i| BlockHash((id * 1_000_003 + i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))).collect()
+    }
+
+    #[test]
+    fn a_decision_is_known_elsewhere_after_two_ticks() {
+        let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+        let mut gateways = fleet(3, &mut hub, &mut now);
+        assert!(gateways.iter().all(|of| of.worker.table.fleet == Fleet { gateways: 3, exchanging: 3 }));
+        let (prefill, decode) = (gateways[0].at(0), gateways[0].at(2));
+        gateways[0].worker.prefill_started(prefill, 7, 5.0, now, FAR);
+        gateways[0].worker.decode_started(decode, 1_000);
+        gateways[0].worker.holds(prefill, &blocks(1, 12));
+        settle(&mut gateways, &mut hub, &mut now, 2);
+        for other in &gateways[1..] {
+            let (work, tokens) = other.view(0, now);
+            assert!((4_800_000..=5_000_000).contains(&work) && tokens == 0, "{work} {tokens}");
+            assert_eq!(other.view(2, now).1, 1_000);
+            assert_eq!(other.worker.index.matched(other.at(0).index, &blocks(1, 12)), 12);
+        }
+        gateways[0].worker.prefill_ended(prefill, 7, now);
+        gateways[0].worker.decode_ended(decode, 1_000);
+        settle(&mut gateways, &mut hub, &mut now, 2);
+        assert!(gateways.iter().all(|of| of.view(0, now) == (0, 0) && of.view(2, now) == (0, 0)));
+        let report = hub.reports(now).find(|(id, ..)| *id == 1).and_then(|(.., text)| report::Report::from_json(text));
+        assert_eq!(report.unwrap().endpoints, 3);
+    }
+
+    #[test]
+    fn a_leg_behind_work_from_elsewhere_makes_no_progress_until_that_is_over() {
+        let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+        let mut gateways = fleet(2, &mut hub, &mut now);
+        let prefill = gateways[0].at(0);
+        gateways[0].worker.prefill_started(prefill, 1, 2.0, now, FAR);
+        settle(&mut gateways, &mut hub, &mut now, 2);
+        gateways[1].worker.prefill_started(prefill, 2, 1.0, now, FAR);
+        settle(&mut gateways, &mut hub, &mut now, 20);
+        // One second later one of three is done, not two.
+        let (work, _) = gateways[1].view(0, now);
+        assert!((1_850_000..=2_000_000).contains(&work), "{work}");
+        let slot = gateways[1].worker.table.get(prefill.index).unwrap();
+        assert_eq!(slot.prefill.service_seconds(2, now + Duration::from_secs(2)), None, "that was waiting as well");
+    }
+
+    #[test]
+    fn without_pd_control_an_envoy_has_its_own_view_and_hears_all_again_later() {
+        let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+        let mut gateways = fleet(2, &mut hub, &mut now);
+        let decode = gateways[0].at(2);
+        gateways[0].worker.decode_started(decode, 500);
+        settle(&mut gateways, &mut hub, &mut now, 3);
+        assert_eq!(gateways[1].view(2, now).1, 500);
+        for _ in 0..60 {
+            now += TICK;
+            gateways[1].tick(None, now);
+        }
+        assert_eq!(gateways[1].view(2, now).1, 0);
+        assert_eq!(gateways[1].worker.table.fleet, Fleet { gateways: 2, exchanging: 1 });
+        assert!((gateways[1].worker.table.fleet.unheard() - 1.0).abs() < 1e-9);
+        // Another one in its place, which knows nothing; what happened meanwhile is told to it in full.
+        let prefill = gateways[0].at(1);
+        gateways[0].worker.holds(prefill, &blocks(5, 9));
+        let mut hub = Hub::new(10);
+        settle(&mut gateways, &mut hub, &mut now, 45);
+        assert_eq!(gateways[1].view(2, now).1, 500);
+        assert_eq!(gateways[1].worker.index.matched(prefill.index, &blocks(5, 9)), 9);
+        assert_eq!(gateways[1].worker.table.fleet.unheard(), 0.0);
+    }
+
+    #[test]
+    fn an_envoy_that_is_gone_is_out_of_the_others_views() {
+        let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+        let mut gateways = fleet(3, &mut hub, &mut now);
+        let decode = gateways[2].at(2);
+        gateways[2].worker.decode_started(decode, 500);
+        settle(&mut gateways, &mut hub, &mut now, 3);
+        gateways.truncate(2);
+        let ticks = (GATEWAY_LIFE.as_millis() / TICK.as_millis()) as u32 + 30;
+        settle(&mut gateways, &mut hub, &mut now, ticks);
+        assert!(gateways.iter().all(|of| of.view(2, now).1 == 0 && of.worker.table.fleet.exchanging == 2));
+    }
+
+    #[test]
+    fn a_new_voice_of_an_envoy_takes_the_old_ones_place_at_once() {
+        let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+        let mut gateways = fleet(2, &mut hub, &mut now);
+        let decode = gateways[0].at(2);
+        gateways[0].worker.decode_started(decode, 500);
+        settle(&mut gateways, &mut hub, &mut now, 3);
+        let first = &mut gateways[0];
+        first.exchange.fall_silent(&mut first.worker);
+        first.exchange.speak(&mut first.worker, 77, 1, now);
+        first.question = None;
+        settle(&mut gateways, &mut hub, &mut now, 3);
+        assert_eq!(gateways[1].view(2, now).1, 500);
+        assert_eq!(gateways[1].worker.table.fleet, Fleet { gateways: 2, exchanging: 2 });
+    }
+
+    #[test]
+    fn hubs_pass_on_what_they_heard_and_one_that_restarts_catches_up() {
+        let mut now = Duration::from_secs(1);
+        let mut hubs = [Hub::new(8), Hub::new(9)];
+        let mut gateways = [Gateway::new(1, now), Gateway::new(2, now)];
+        let mut have = [HashMap::new(), HashMap::new()];
+        let mut run = |hubs: &mut [Hub; 2], gateways: &mut [Gateway; 2], ticks: u32| {
+            for _ in 0..ticks {
+                now += TICK;
+                for (at, gateway) in gateways.iter_mut().enumerate() {
+                    gateway.tick(Some(&mut hubs[at]), now);
+                }
+                for from in 0..2 {
+                    let told = hubs[from].relay(&have[from], now);
+                    hubs[1 - from].take(&told, now);
+                    have[from].extend(hubs[1 - from].answer(&told, 0).have);
+                }
+                hubs.iter_mut().for_each(|hub| _ = hub.prune(now));
+            }
+            now
+        };
+        run(&mut hubs, &mut gateways, 45);
+        let (prefill, decode) = (gateways[0].at(0), gateways[0].at(2));
+        gateways[0].worker.holds(prefill, &blocks(3, 20));
+        gateways[0].worker.decode_started(decode, 40);
+        let now = run(&mut hubs, &mut gateways, 4);
+        assert_eq!(gateways[1].view(2, now).1, 40);
+        assert_eq!(gateways[1].worker.index.matched(prefill.index, &blocks(3, 20)), 20);
+        // The second hub dies with all it has, and its gateway with it; who comes after them hears it all.
+        hubs[1] = Hub::new(10);
+        gateways[1] = Gateway::new(3, now);
+        let now = run(&mut hubs, &mut gateways, 90);
+        assert_eq!(gateways[1].view(2, now).1, 40);
+        assert_eq!(gateways[1].worker.index.matched(prefill.index, &blocks(3, 20)), 20);
+        assert!(gateways.iter().all(|of| of.worker.table.fleet == Fleet { gateways: 2, exchanging: 2 }));
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Start { gateway: usize, place: usize, tokens: u64 },
+        End { number: usize },
+        Holds { gateway: usize, place: usize, prompt: u64 },
+        Tick { gateway: usize, is_lost: bool },
+        Restart,
+        Rubbish { gateway: usize, bytes: Vec<u8> },
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => (0..3_usize, 0..3_usize, 1..1_000_u64).prop_map(|(gateway, place, tokens)| Step::Start { gateway, place, tokens }),
+            3 => any::<usize>().prop_map(|number| Step::End { number }),
+            3 => (0..3_usize, 0..3_usize, 0..20_u64).prop_map(|(gateway, place, prompt)| Step::Holds { gateway, place, prompt }),
+            8 => (0..3_usize, any::<bool>()).prop_map(|(gateway, is_lost)| Step::Tick { gateway, is_lost }),
+            1 => Just(Step::Restart),
+            1 => (0..3_usize, prop::collection::vec(any::<u8>(), 0..80)).prop_map(|(gateway, bytes)| Step::Rubbish { gateway, bytes }),
+        ]
+    }
+
+    proptest! {
+        /// Whatever is lost on the way, and however often pd-control starts over: once calls get through again, everyone
+        /// sees what everybody has in flight, and nothing else.
+        #[test]
+        fn views_agree_in_the_end(steps in prop::collection::vec(step(), 0..120)) {
+            let (mut hub, mut now, mut hubs) = (Hub::new(100), Duration::from_secs(1), 100);
+            let mut gateways = fleet(3, &mut hub, &mut now);
+            let mut running: Vec<(usize, usize, u64)> = Vec::new();
+            for step in steps {
+                match step {
+                    Step::Start { gateway, place, tokens } => {
+                        let at = gateways[gateway].at(place);
+                        gateways[gateway].worker.decode_started(at, tokens);
+                        running.push((gateway, place, tokens));
+                    }
+                    Step::End { number } if !running.is_empty() => {
+                        let (gateway, place, tokens) = running.swap_remove(number % running.len());
+                        let at = gateways[gateway].at(place);
+                        gateways[gateway].worker.decode_ended(at, tokens);
+                    }
+                    Step::End { .. } => {}
+                    Step::Holds { gateway, place, prompt } => {
+                        let at = gateways[gateway].at(place);
+                        gateways[gateway].worker.holds(at, &blocks(prompt, 9));
+                    }
+                    Step::Tick { gateway, is_lost } => {
+                        now += TICK;
+                        gateways[gateway].tick((!is_lost).then_some(&mut hub), now);
+                    }
+                    Step::Restart => {
+                        hubs += 1;
+                        hub = Hub::new(hubs);
+                    }
+                    Step::Rubbish { gateway, bytes } => {
+                        let of = &mut gateways[gateway];
+                        of.exchange.answered(&mut of.worker, Kind::Tell, Some(200), &bytes, now);
+                    }
+                }
+            }
+            settle(&mut gateways, &mut hub, &mut now, 100);
+            for gateway in &gateways {
+                for place in 0..3 {
+                    let tokens: u64 = running.iter().filter(|of| of.1 == place).map(|of| of.2).sum();
+                    prop_assert_eq!(gateway.view(place, now).1, tokens);
+                }
+            }
+            for prompt in 0..20 {
+                for place in 0..3 {
+                    let held: Vec<_> = gateways.iter().map(|of| of.worker.index.matched(of.at(place).index, &blocks(prompt, 9))).collect();
+                    prop_assert!(held.iter().all(|of| *of == held[0]), "{prompt} at {place}: {held:?}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,362 @@
+//! What Envoys and `pd-control` tell each other: words of 8 bytes, little endian, no padding.
+//!
+//! ```text
+//! Told    version from hub state wants known:[gateway next]* records:[Record]*
+//! Record  gateway replaces turn epoch loads:[endpoint Totals]* oldest first blocks:bytes report:bytes
+//! Heard   version hub state have:[gateway next]* gateways exchanging has_loads loads:[endpoint Totals]*
+//!         batches:[gateway epoch first blocks:bytes]*
+//! blocks  [endpoint count hash*]*
+//! Totals  work tokens requests
+//! ```
+//! A list stands behind its length, bytes stand behind theirs. An endpoint is its [key](crate::table::Slot::key). A
+//! reader takes a message whole or not at all; words behind what it knows are a newer writer's and are left alone.
+
+use crate::hash::BlockHash;
+use crate::ledger::{Reader, Writer};
+
+/// Path of `pd-control`'s answer to [`Told`].
+pub const EXCHANGE_PATH: &str = "/v1/exchange";
+/// Version of these messages.
+pub const EXCHANGE_VERSION: u64 = 1;
+/// Bytes of a message at most.
+pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
+/// Bytes of blocks in one message at most, so that reading it takes a worker no more than a few milliseconds.
+pub const MAX_BLOCKS_BYTES: usize = 256 << 10;
+
+/// What is in flight at one endpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Prefill work, microseconds of the endpoint's time.
+    pub work: u64,
+    /// KV tokens assigned for decoding.
+    pub tokens: u64,
+    /// Requests that decode.
+    pub requests: u64,
+}
+
+impl Totals {
+    /// Adds, around the end of the numbers: a difference may be below zero.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            work: self.work.wrapping_add(other.work),
+            tokens: self.tokens.wrapping_add(other.tokens),
+            requests: self.requests.wrapping_add(other.requests),
+        }
+    }
+
+    /// Subtracts, around zero.
+    #[must_use]
+    pub fn minus(self, other: Self) -> Self {
+        Self {
+            work: self.work.wrapping_sub(other.work),
+            tokens: self.tokens.wrapping_sub(other.tokens),
+            requests: self.requests.wrapping_sub(other.requests),
+        }
+    }
+
+    pub(crate) fn write(self, out: &mut Writer) {
+        [self.work, self.tokens, self.requests].into_iter().for_each(|word| out.word(word));
+    }
+
+    pub(crate) fn read(rest: &mut Reader<'_>) -> Option<Self> {
+        Some(Self { work: rest.word()?, tokens: rest.word()?, requests: rest.word()? })
+    }
+}
+
+/// A question to `pd-control`, with what the asker has to tell.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Told {
+    /// Who asks: a gateway, or another `pd-control`.
+    pub from: u64,
+    /// [`Heard::hub`] and [`Heard::state`] of the last answer.
+    pub at: (u64, u64),
+    /// Whether the answer shall have loads and blocks.
+    pub wants: bool,
+    /// Per gateway the number of the first block event that the asker does not have yet.
+    pub known: Vec<(u64, u64)>,
+    /// What there is to tell: a gateway's own, or those of the gateways that a `pd-control` hears from.
+    pub records: Vec<Record>,
+}
+
+/// What one gateway (all workers of an Envoy) does and knows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Record {
+    /// Random number of one worker's time as the gateway's voice.
+    pub gateway: u64,
+    /// The voice before it, whose loads are these; 0: none.
+    pub replaces: u64,
+    /// Counts up: a record with a smaller one is old.
+    pub turn: u64,
+    /// What block hashes depend on besides the prompt; those of another epoch are of no use.
+    pub epoch: u64,
+    /// What is in flight from here, per endpoint; all of it.
+    pub loads: Vec<(u64, Totals)>,
+    /// Number of the oldest block event that the gateway still has.
+    pub oldest: u64,
+    /// Number of the first block event in `blocks`.
+    pub first: u64,
+    /// Block events: endpoint, count, hashes.
+    pub blocks: Vec<u8>,
+    /// A [`Report`](super::report::Report) in JSON; empty: as before.
+    pub report: Vec<u8>,
+}
+
+/// `pd-control`'s answer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Heard {
+    /// Random number of one run of one `pd-control`.
+    pub hub: u64,
+    /// Counts changes of the loads of others.
+    pub state: u64,
+    /// Per gateway that told something the number of its next block event.
+    pub have: Vec<(u64, u64)>,
+    /// Envoys that there are.
+    pub gateways: u64,
+    /// Those of them that exchange, the asker included.
+    pub exchanging: u64,
+    /// Sums over the other gateways, per endpoint with something in flight; `None`: as before.
+    pub loads: Option<Vec<(u64, Totals)>>,
+    /// What the asker does not have yet.
+    pub batches: Vec<Batch>,
+}
+
+/// Block events of one gateway.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// Whose.
+    pub gateway: u64,
+    /// [`Record::epoch`].
+    pub epoch: u64,
+    /// Number of the first one.
+    pub first: u64,
+    /// As in [`Record::blocks`].
+    pub blocks: Vec<u8>,
+}
+
+/// Encodes a block event.
+#[must_use]
+pub fn block_event(endpoint: u64, blocks: &[BlockHash]) -> Vec<u8> {
+    let mut out = Writer(Vec::with_capacity(blocks.len().saturating_add(2).saturating_mul(8)));
+    out.word(endpoint);
+    out.word(blocks.len() as u64);
+    blocks.iter().for_each(|block| out.word(block.0));
+    out.0
+}
+
+/// The block events in `bytes`, each as its bytes, up to the first that is none.
+pub fn split_events(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let mut rest = bytes;
+    core::iter::from_fn(move || {
+        let count = Reader(rest.get(8..)?).word()?;
+        let length = usize::try_from(count).ok()?.checked_add(2)?.checked_mul(8)?;
+        let (event, behind) = rest.split_at_checked(length)?;
+        rest = behind;
+        Some(event)
+    })
+}
+
+/// Endpoint and blocks of one event.
+#[must_use]
+pub fn read_event(event: &[u8]) -> Option<(u64, Vec<BlockHash>)> {
+    let mut rest = Reader(event);
+    let (endpoint, count) = (rest.word()?, rest.word()?);
+    let blocks: Vec<_> = core::iter::from_fn(|| rest.word().map(BlockHash)).collect();
+    (blocks.len() as u64 == count).then_some((endpoint, blocks))
+}
+
+impl Told {
+    /// The bytes that go over the wire.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut out = Writer::default();
+        let head = [EXCHANGE_VERSION, self.from, self.at.0, self.at.1, u64::from(self.wants)];
+        head.into_iter().for_each(|word| out.word(word));
+        write_list(&mut out, &self.known, |out, (gateway, next)| {
+            out.word(*gateway);
+            out.word(*next);
+        });
+        write_list(&mut out, &self.records, |out, record| {
+            let head = [record.gateway, record.replaces, record.turn, record.epoch];
+            head.into_iter().for_each(|word| out.word(word));
+            write_loads(out, &record.loads);
+            out.word(record.oldest);
+            out.word(record.first);
+            write_bytes(out, &record.blocks);
+            write_bytes(out, &record.report);
+        });
+        out.0
+    }
+
+    /// Reads a message; `None` when it is none of [`EXCHANGE_VERSION`].
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let rest = &mut Reader(bytes);
+        if rest.word()? != EXCHANGE_VERSION {
+            return None;
+        }
+        Some(Self {
+            from: rest.word()?,
+            at: (rest.word()?, rest.word()?),
+            wants: rest.word()? != 0,
+            known: read_list(rest, |rest| Some((rest.word()?, rest.word()?)))?,
+            records: read_list(rest, |rest| {
+                Some(Record {
+                    gateway: rest.word()?,
+                    replaces: rest.word()?,
+                    turn: rest.word()?,
+                    epoch: rest.word()?,
+                    loads: read_loads(rest)?,
+                    oldest: rest.word()?,
+                    first: rest.word()?,
+                    blocks: read_bytes(rest)?,
+                    report: read_bytes(rest)?,
+                })
+            })?,
+        })
+    }
+}
+
+impl Heard {
+    /// The bytes that go over the wire.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut out = Writer::default();
+        [EXCHANGE_VERSION, self.hub, self.state].into_iter().for_each(|word| out.word(word));
+        write_list(&mut out, &self.have, |out, (gateway, next)| {
+            out.word(*gateway);
+            out.word(*next);
+        });
+        [self.gateways, self.exchanging, u64::from(self.loads.is_some())].into_iter().for_each(|word| out.word(word));
+        write_loads(&mut out, self.loads.as_deref().unwrap_or_default());
+        write_list(&mut out, &self.batches, |out, batch| {
+            [batch.gateway, batch.epoch, batch.first].into_iter().for_each(|word| out.word(word));
+            write_bytes(out, &batch.blocks);
+        });
+        out.0
+    }
+
+    /// Reads a message; `None` when it is none of [`EXCHANGE_VERSION`].
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let rest = &mut Reader(bytes);
+        if rest.word()? != EXCHANGE_VERSION {
+            return None;
+        }
+        let (hub, state) = (rest.word()?, rest.word()?);
+        let have = read_list(rest, |rest| Some((rest.word()?, rest.word()?)))?;
+        let (gateways, exchanging, has_loads) = (rest.word()?, rest.word()?, rest.word()? != 0);
+        let loads = read_loads(rest)?;
+        let batches = read_list(rest, |rest| {
+            Some(Batch {
+                gateway: rest.word()?,
+                epoch: rest.word()?,
+                first: rest.word()?,
+                blocks: read_bytes(rest)?,
+            })
+        })?;
+        Some(Self { hub, state, have, gateways, exchanging, loads: has_loads.then_some(loads), batches })
+    }
+}
+
+fn write_list<T>(out: &mut Writer, list: &[T], mut write: impl FnMut(&mut Writer, &T)) {
+    out.word(list.len() as u64);
+    list.iter().for_each(|item| write(out, item));
+}
+
+fn write_loads(out: &mut Writer, loads: &[(u64, Totals)]) {
+    write_list(out, loads, |out, (endpoint, totals)| {
+        out.word(*endpoint);
+        totals.write(out);
+    });
+}
+
+fn write_bytes(out: &mut Writer, bytes: &[u8]) {
+    out.word(bytes.len() as u64);
+    out.0.extend_from_slice(bytes);
+}
+
+/// A length is believed item by item: no memory is taken for what is not there.
+fn read_list<T>(rest: &mut Reader<'_>, mut read: impl FnMut(&mut Reader<'_>) -> Option<T>) -> Option<Vec<T>> {
+    (0..rest.word()?).map(|_| read(rest)).collect()
+}
+
+fn read_loads(rest: &mut Reader<'_>) -> Option<Vec<(u64, Totals)>> {
+    read_list(rest, |rest| Some((rest.word()?, Totals::read(rest)?)))
+}
+
+fn read_bytes(rest: &mut Reader<'_>) -> Option<Vec<u8>> {
+    let length = usize::try_from(rest.word()?).ok()?;
+    let (bytes, behind) = rest.0.split_at_checked(length)?;
+    rest.0 = behind;
+    Some(bytes.to_vec())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn totals() -> impl Strategy<Value = Totals> {
+        any::<(u64, u64, u64)>().prop_map(|(work, tokens, requests)| Totals { work, tokens, requests })
+    }
+
+    fn pairs() -> impl Strategy<Value = Vec<(u64, u64)>> {
+        prop::collection::vec(any::<(u64, u64)>(), 0..4)
+    }
+
+    fn bytes() -> impl Strategy<Value = Vec<u8>> {
+        prop::collection::vec(any::<u8>(), 0..20)
+    }
+
+    fn record() -> impl Strategy<Value = Record> {
+        let loads = prop::collection::vec((any::<u64>(), totals()), 0..4);
+        (any::<[u64; 6]>(), loads, bytes(), bytes()).prop_map(|(words, loads, blocks, report)| {
+            let [gateway, replaces, turn, epoch, oldest, first] = words;
+            Record { gateway, replaces, turn, epoch, loads, oldest, first, blocks, report }
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_told_is_heard(
+            from: u64, at: (u64, u64), wants: bool, known in pairs(), records in prop::collection::vec(record(), 0..3),
+        ) {
+            let told = Told { from, at, wants, known, records };
+            prop_assert_eq!(Told::from_bytes(&told.to_bytes()), Some(told));
+        }
+
+        #[test]
+        fn what_is_answered_is_heard(
+            words: [u64; 4], have in pairs(),
+            loads in prop::option::of(prop::collection::vec((any::<u64>(), totals()), 0..4)),
+            batches in prop::collection::vec((any::<[u64; 3]>(), bytes()), 0..3),
+        ) {
+            let [hub, state, gateways, exchanging] = words;
+            let batch = |([gateway, epoch, first], blocks): ([u64; 3], Vec<u8>)| Batch { gateway, epoch, first, blocks };
+            let batches = batches.into_iter().map(batch).collect();
+            let heard = Heard { hub, state, have, gateways, exchanging, loads, batches };
+            prop_assert_eq!(Heard::from_bytes(&heard.to_bytes()), Some(heard));
+        }
+
+        #[test]
+        fn any_bytes_are_read_without_harm(bytes in prop::collection::vec(any::<u8>(), 0..300), words: [u64; 20]) {
+            let _ = (Told::from_bytes(&bytes), Heard::from_bytes(&bytes), split_events(&bytes).count());
+            let mut near = vec![1_u64];
+            near.extend(words.map(|word| word % 7));
+            let near: Vec<u8> = near.iter().flat_map(|word| word.to_le_bytes()).collect();
+            let _ = (Told::from_bytes(&near), Heard::from_bytes(&near));
+            split_events(&near).for_each(|event| drop(read_event(event)));
+        }
+
+        #[test]
+        fn events_are_split_where_they_were_joined(
+            events in prop::collection::vec((any::<u64>(), prop::collection::vec(any::<u64>(), 0..5)), 0..5),
+        ) {
+            let events: Vec<_> = events.into_iter().map(|(at, blocks)| (at, blocks.into_iter().map(BlockHash).collect::<Vec<_>>())).collect();
+            let joined: Vec<u8> = events.iter().flat_map(|(at, blocks)| block_event(*at, blocks)).collect();
+            let read: Vec<_> = split_events(&joined).filter_map(read_event).collect();
+            prop_assert_eq!(read, events);
+        }
+    }
+}
