@@ -7,6 +7,7 @@
 //! A source reads a list whole or refuses it whole; a refused list leaves the last good one in force.
 #![forbid(unsafe_code)]
 
+pub mod advice;
 pub mod allow;
 pub mod check;
 pub mod cli;

@@ -164,7 +164,8 @@ impl Control {
             stopping: stopping.clone(),
         };
         let has_tls = tls.is_some();
-        let server = tokio::spawn(serve(listener, tls.map(Arc::new), http::router(app), metrics, stopping));
+        let server =
+            tokio::spawn(serve(listener, tls.map(Arc::new), http::router(app), metrics, stopping, MAX_CONNECTIONS));
         let scheme = if has_tls { "https" } else { "http" };
         tracing::info!(version = env!("CARGO_PKG_VERSION"), "listens on {scheme}://{address}");
         Ok(Self { address, stop, server, tasks })
@@ -208,8 +209,9 @@ async fn serve(
     router: Router,
     metrics: Arc<Metrics>,
     mut stopping: watch::Receiver<bool>,
+    max_connections: usize,
 ) {
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let slots = Arc::new(Semaphore::new(max_connections));
     let graceful = GracefulShutdown::new();
     loop {
         let accepted = tokio::select! {
@@ -249,8 +251,8 @@ async fn serve(
             if let Err(error) = outcome {
                 tracing::debug!("connection: {error}");
             }
-            open.dec();
             drop(slot);
+            open.dec();
         });
     }
     drop(listener);
@@ -267,4 +269,46 @@ fn connection<S: AsyncRead + AsyncWrite + Unpin>(stream: S, router: Router) -> C
         .header_read_timeout(HEADER_TIMEOUT)
         .max_buf_size(MAX_HEAD_BYTES)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+
+    use super::*;
+
+    /// Whether a connection is served; it stays open.
+    async fn ask(stream: &mut TcpStream) -> bool {
+        let mut answer = [0; 12];
+        stream.write_all(b"GET / HTTP/1.1\r\nhost: h\r\n\r\n").await.is_ok()
+            && stream.read_exact(&mut answer).await.is_ok()
+            && answer == *b"HTTP/1.1 404"
+    }
+
+    #[tokio::test]
+    async fn connections_beyond_the_bound_are_closed_and_counted_until_one_ends() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let registry = Arc::new(Registry::new("e", SystemTime::UNIX_EPOCH));
+        let metrics = Arc::new(Metrics::new(registry));
+        let (stop, stopping) = watch::channel(false);
+        let server = tokio::spawn(serve(listener, None, Router::new(), Arc::clone(&metrics), stopping, 2));
+        let (mut first, mut second) =
+            (TcpStream::connect(address).await.unwrap(), TcpStream::connect(address).await.unwrap());
+        assert!(ask(&mut first).await && ask(&mut second).await);
+        assert!(!ask(&mut TcpStream::connect(address).await.unwrap()).await);
+        assert_eq!((metrics.connections.get(), metrics.connections_refused.get()), (2, 1));
+        assert!(ask(&mut second).await, "the others are not disturbed");
+        drop(first);
+        let is_free = async {
+            while metrics.connections.get() > 1 {
+                sleep(Duration::from_millis(1)).await;
+            }
+        };
+        timeout(Duration::from_secs(10), is_free).await.unwrap();
+        assert!(ask(&mut TcpStream::connect(address).await.unwrap()).await);
+        stop.send_replace(true);
+        server.await.unwrap();
+    }
 }

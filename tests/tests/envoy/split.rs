@@ -3,11 +3,11 @@
 use pd_sim::{Recorded, expected_text};
 use pd_tests::body::{CHAT, COMPLETIONS, is_done, request, text};
 use pd_tests::client::{BOTH, Client, Http};
-use pd_tests::rig::run;
+use pd_tests::rig::{Rig, run};
 use pd_tests::shared::shared;
 use serde_json::{Value, json};
 
-use crate::support::{assert_right, long_chat, new_prompt, only, spliced, sum};
+use crate::support::{ask, assert_right, long_chat, new_prompt, only, spliced, sum};
 
 #[test]
 fn the_answer_is_that_of_one_server() {
@@ -175,4 +175,21 @@ fn many_requests_at_once_are_all_answered_right() {
 
 fn values<'a>(leg: &'a Recorded, name: &str) -> Vec<&'a [u8]> {
     leg.headers.get_all(name).iter().map(|value| value.as_bytes()).collect()
+}
+
+#[test]
+fn prompts_go_to_engines_whose_bounds_have_room() {
+    run(async {
+        let bounds = |list: &mut [serde_json::Value]| {
+            list[0]["max_prompt_tokens"] = 200.into();
+            list[1]["min_prompt_tokens"] = 201.into();
+        };
+        let rig = Rig::builder().list(bounds).start().await;
+        let mut client = rig.client(Http::One).await;
+        for _ in 0..8 {
+            ask(&mut client, &long_chat()).await;
+        }
+        let legs: Vec<_> = rig.prefill.iter().map(|engine| engine.stats().prefill_legs).collect();
+        assert_eq!(legs, [0, 8]);
+    });
 }
