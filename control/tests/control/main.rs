@@ -5,6 +5,7 @@ mod api_server;
 mod cluster;
 mod edits;
 mod engines;
+mod exchange;
 mod hosts;
 mod kubernetes;
 mod names;
