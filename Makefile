@@ -134,7 +134,7 @@ fuzz: toolchain ## Fuzz at length
 #> FUZZ_SECONDS=1800 TARGETS=…              for each target; some of them only
 	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),1800) $(MAKE) fuzz-all
 
-bench: build envoy ## Measure: stages of pd-core, module size, Envoy with and without the filter
+bench: build envoy ## Measure: stages of pd-core, module size, Envoy with and without the filter, the push
 #> ARGS=…                                   more options of its end-to-end part
 	$(call say,size of the module)
 	@stat -c '%s bytes' target/wasm32-wasip1/filter/pd_filter.wasm
@@ -144,6 +144,8 @@ bench: build envoy ## Measure: stages of pd-core, module size, Envoy with and wi
 	cargo run $(LOCKED) --quiet -p pd-host --example cost
 	$(call say,Envoy with and without the filter)
 	cargo run $(LOCKED) --quiet -p pd-load --bin pd-bench -- $(ARGS)
+	$(call say,a change of the list and pd-control)
+	cargo run $(LOCKED) --quiet -p pd-load --bin pd-bench-push
 
 schemas: toolchain ## Store the schemas that the manifests are checked by, from a folder of definitions
 #> CRDS=folder                              such as .cache/cluster-…/eg-chart/charts/crds

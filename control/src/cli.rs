@@ -1,14 +1,17 @@
 //! The command line.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, reload};
 
 use crate::allow::AllowedNetworks;
 use crate::check::check;
@@ -25,7 +28,7 @@ use crate::terminal::{self, Server};
 use crate::tls::TlsFiles;
 
 /// Environment variable that holds the token unless another one is named.
-const TOKEN_VARIABLE: &str = "PD_CONTROL_TOKEN";
+pub(crate) const TOKEN_VARIABLE: &str = "PD_CONTROL_TOKEN";
 
 /// Tells every Envoy's prefill/decode filter which endpoints there are.
 ///
@@ -43,9 +46,13 @@ pub struct Cli {
 enum Command {
     /// Say whether files would be taken, and what is wrong with them, without running anything
     Check {
-        /// Endpoints files, files for --kubernetes-config, plugin configurations (JSON)
+        /// Endpoints files, files for --kubernetes-config, plugin configurations (JSON), Kubernetes manifests such as
+        /// `kubectl kustomize` prints; - for standard input
         #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
+        /// Manifests that are in force now, which the new ones must follow on: `kubectl get -o yaml` of the same kinds
+        #[arg(long, value_name = "FILE")]
+        applied: Option<PathBuf>,
     },
     /// List the endpoints of a running pd-control
     Endpoints {
@@ -116,46 +123,91 @@ struct ServeArgs {
     /// What to log: error, warn, info, debug, trace, or a filter such as info,pd_control=debug
     #[arg(long, env = "PD_CONTROL_LOG_LEVEL", value_name = "LEVEL", default_value = "info")]
     log_level: String,
+    /// How to log: lines for people, or a JSON object a line
+    #[arg(long, env = "PD_CONTROL_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
+    log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
 }
 
 /// Does what the command line says; returns when that is done or a signal ends it.
 ///
 /// # Errors
 /// The one line to print.
-pub fn run(cli: Cli) -> anyhow::Result<()> {
+pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
-        Some(Command::Check { files }) => check_all(&files),
+        Some(Command::Check { files, applied }) => check_all(&files, applied.as_deref())?,
         Some(Command::Endpoints { server }) => {
             print!("{}", terminal::endpoints(&wait_for(server.status())?));
-            Ok(())
         }
         Some(Command::Explain { server, name }) => {
             let text = terminal::explain(&wait_for(server.status())?, &name);
             print!("{}", text.with_context(|| format!("{name}: no endpoint, and no pod that is followed"))?);
-            Ok(())
         }
-        Some(Command::Top { server, once }) => wait_for(server.top(once)),
-        None => serve(cli.serve),
+        Some(Command::Top { server, once }) => wait_for(server.top(once))?,
+        None => {
+            let log = start_log(&cli.serve.log_level, cli.serve.log_format)?;
+            let is_json = cli.serve.log_format == LogFormat::Json;
+            return match serve(cli.serve, log) {
+                // Whoever reads objects gets this as one, too.
+                Err(error) if is_json => {
+                    tracing::error!("{error:#}");
+                    Ok(ExitCode::FAILURE)
+                }
+                ended => ended.map(|()| ExitCode::SUCCESS),
+            };
+        }
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn wait_for<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
 }
 
-fn check_all(files: &[PathBuf]) -> anyhow::Result<()> {
-    let mut refused = Vec::new();
-    for file in files {
-        match check(file) {
-            Ok(line) => println!("{line}"),
-            Err(error) => refused.push(error.to_string()),
-        }
-    }
-    if refused.is_empty() { Ok(()) } else { bail!("{}", refused.join("\npd-control: ")) }
+fn check_all(files: &[PathBuf], applied: Option<&Path>) -> anyhow::Result<()> {
+    let report = check(files, applied);
+    report.said.iter().for_each(|line| println!("{line}"));
+    if report.faults.is_empty() { Ok(()) } else { bail!("{}", report.faults.join("\npd-control: ")) }
 }
 
-fn serve(args: ServeArgs) -> anyhow::Result<()> {
-    let log = start_log(&args.log_level)?;
+/// Files that a command line names.
+#[derive(Debug, Default, PartialEq)]
+pub(crate) struct Files {
+    pub(crate) endpoints: Option<PathBuf>,
+    pub(crate) kubernetes_config: Option<PathBuf>,
+}
+
+/// Reads arguments and environment variables as a container has them.
+///
+/// # Errors
+/// What is wrong with them, in one line.
+pub(crate) fn files_of(arguments: &[&str], variables: &[(&str, &str)]) -> Result<Files, String> {
+    let mut line = vec!["pd-control".to_owned()];
+    for argument in ServeArgs::augment_args(clap::Command::new("pd-control")).get_arguments() {
+        let value = argument.get_env().and_then(|name| variables.iter().find(|(known, _)| name == *known));
+        let long = argument.get_long().filter(|long| !arguments.iter().any(|it| it.starts_with(&format!("--{long}"))));
+        let (Some((_, value)), Some(long)) = (value, long) else { continue };
+        match argument.get_action().takes_values() {
+            true => line.push(format!("--{long}={value}")),
+            false if *value != "false" => line.push(format!("--{long}")),
+            false => {}
+        }
+    }
+    line.extend(arguments.iter().map(|argument| (*argument).to_owned()));
+    let first = |text: String| text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+    let cli = Cli::try_parse_from(line).map_err(|error| first(error.to_string()))?;
+    if cli.command.is_some() {
+        return Err("they run a command that ends".to_owned());
+    }
+    Ok(Files { endpoints: cli.serve.endpoints, kubernetes_config: cli.serve.kubernetes_config })
+}
+
+fn serve(args: ServeArgs, log: LogLevel) -> anyhow::Result<()> {
     let config = Config { log: Some(log), ..args.config(|name| std::env::var(name).ok())? };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
@@ -173,16 +225,18 @@ fn serve(args: ServeArgs) -> anyhow::Result<()> {
     })
 }
 
-fn start_log(level: &str) -> anyhow::Result<LogLevel> {
+fn start_log(level: &str, format: LogFormat) -> anyhow::Result<LogLevel> {
     let filter: EnvFilter = level.parse().map_err(|error| anyhow!("--log-level {level}: {error}"))?;
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let (filter, handle) = reload::Layer::new(filter);
+    let lines = tracing_subscriber::fmt::layer()
         .with_target(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_writer(std::io::stderr)
-        .with_filter_reloading();
-    let handle = log.reload_handle();
-    log.init();
+        .with_writer(std::io::stderr);
+    let lines = match format {
+        LogFormat::Text => lines.boxed(),
+        LogFormat::Json => lines.json().flatten_event(true).with_current_span(false).with_span_list(false).boxed(),
+    };
+    tracing_subscriber::registry().with(filter).with(lines).init();
     Ok(LogLevel::new(move |level| {
         let filter: EnvFilter = level.parse().map_err(|error| format!("{level}: {error}"))?;
         handle.reload(filter).map_err(|error| error.to_string())

@@ -1,10 +1,29 @@
 //! What engines say of themselves at `/metrics`, under the names of vLLM, SGLang and TensorRT-LLM.
 //!
 //! Read line by line as it arrives: a page of a hundred kilobytes is never held, and lines that do not matter cost a look
-//! at their first bytes.
+//! at their name.
+
+use memchr::{memchr_iter, memchr3};
 
 /// Longest line that is read; a longer one is skipped.
 const MAX_LINE_BYTES: usize = 16 << 10;
+/// What is read.
+const NAMES: &[&[u8]] = &[
+    b"vllm:num_requests_waiting",
+    b"sglang:num_queue_reqs",
+    b"trtllm_num_requests_waiting",
+    b"vllm:num_requests_running",
+    b"sglang:num_running_reqs",
+    b"trtllm_num_requests_running",
+    b"vllm:kv_cache_usage_perc",
+    b"vllm:gpu_cache_usage_perc",
+    b"sglang:token_usage",
+    b"trtllm_kv_cache_utilization",
+    b"vllm:prefix_cache_queries_total",
+    b"vllm:prefix_cache_hits_total",
+    b"vllm:cache_config_info",
+    b"sglang:max_total_num_tokens",
+];
 
 /// One engine server, all of its data-parallel ranks together.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -49,14 +68,19 @@ impl EngineLoad {
 impl Reader {
     /// The next bytes of the page.
     pub fn push(&mut self, bytes: &[u8]) {
-        let mut rest = bytes;
-        while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
-            let (head, tail) = rest.split_at(end);
+        let mut start = 0;
+        for end in memchr_iter(b'\n', bytes) {
+            let head = bytes.get(start..end).unwrap_or_default();
+            start = end + 1;
+            // Most lines are whole in one piece.
+            if self.line.is_empty() && !self.is_too_long && head.len() <= MAX_LINE_BYTES {
+                self.load.take(head);
+                continue;
+            }
             self.extend(head);
             self.end_line();
-            rest = tail.get(1..).unwrap_or_default();
         }
-        self.extend(rest);
+        self.extend(bytes.get(start..).unwrap_or_default());
     }
 
     /// The page's end.
@@ -74,10 +98,8 @@ impl Reader {
     }
 
     fn end_line(&mut self) {
-        if !self.is_too_long
-            && let Ok(line) = std::str::from_utf8(&self.line)
-        {
-            self.load.take(line.trim());
+        if !self.is_too_long {
+            self.load.take(&self.line);
         }
         self.line.clear();
         self.is_too_long = false;
@@ -85,11 +107,15 @@ impl Reader {
 }
 
 impl EngineLoad {
-    fn take(&mut self, line: &str) {
-        if !["vllm:", "sglang:", "trtllm_"].iter().any(|prefix| line.starts_with(prefix)) {
+    fn take(&mut self, line: &[u8]) {
+        // Of a thousand lines some ten matter: nothing else is read of the others.
+        let name = line.get(..memchr3(b'{', b' ', b'\t', line).unwrap_or(0)).unwrap_or_default();
+        if !NAMES.contains(&name) {
             return;
         }
-        let Some((name, labels, value)) = sample(line) else { return };
+        let Some((name, labels, value)) = std::str::from_utf8(line).ok().and_then(|line| sample(line.trim())) else {
+            return;
+        };
         let sum = |present: &mut Option<f64>| *present = Some(present.unwrap_or(0.0) + value.max(0.0));
         match name {
             "vllm:num_requests_waiting" | "sglang:num_queue_reqs" | "trtllm_num_requests_waiting" => {

@@ -30,6 +30,8 @@ pub const MAX_FILE_BYTES: u64 = 64 << 20;
 const MAX_EVENTS: usize = 4_000_000;
 /// Nesting that an endpoints file needs, with room to spare.
 const MAX_DEPTH: usize = 16;
+/// Nesting of Kubernetes objects: definitions of resources, which stand beside ours, go deepest.
+const MAX_MANIFEST_DEPTH: usize = 256;
 
 /// Why a file is refused: one line, `path:line:column: what`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,6 +72,10 @@ impl std::error::Error for FileError {}
 impl Problem {
     fn at(location: Location, message: impl Into<String>) -> Self {
         Self { position: (location.line(), location.column()), message: message.into() }
+    }
+
+    fn of(self, path: &Path) -> FileError {
+        FileError { path: path.to_owned(), position: Some(self.position), message: self.message }
     }
 }
 
@@ -148,14 +154,17 @@ impl<'de> Visitor<'de> for NodeVisitor {
     }
 }
 
-/// Reads a file whole.
+/// Reads a file whole; `-` is standard input.
 ///
 /// # Errors
 /// [`FileError`] without a position when it cannot be read or is longer than [`MAX_FILE_BYTES`].
 pub fn read(path: &Path) -> Result<Vec<u8>, FileError> {
     let refuse = |message| FileError { path: path.to_owned(), position: None, message };
     let mut bytes = Vec::new();
-    std::fs::File::open(path)
+    let open = || -> std::io::Result<Box<dyn Read>> {
+        if path == Path::new("-") { Ok(Box::new(std::io::stdin())) } else { Ok(Box::new(std::fs::File::open(path)?)) }
+    };
+    open()
         .and_then(|file| file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes))
         .map_err(|error| refuse(format!("cannot be read: {error}")))?;
     if bytes.len() as u64 > MAX_FILE_BYTES {
@@ -169,11 +178,7 @@ pub fn read(path: &Path) -> Result<Vec<u8>, FileError> {
 /// # Errors
 /// [`FileError`] with line and column of the first thing that is wrong.
 pub fn parse(path: &Path, bytes: &[u8]) -> Result<EndpointList, FileError> {
-    parse_bytes(bytes).map_err(|problem| FileError {
-        path: path.to_owned(),
-        position: Some(problem.position),
-        message: problem.message,
-    })
+    parse_bytes(bytes).map_err(|problem| problem.of(path))
 }
 
 /// Reads a file of another shape, as strictly; `path` is for the error only.
@@ -185,11 +190,20 @@ pub fn parse_yaml<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) -> 
     let options = serde_saphyr::options! { budget: budget };
     let parsed = text_of(bytes)
         .and_then(|text| serde_saphyr::from_str_with_options(text, options).map_err(|error| syntax_problem(&error)));
-    parsed.map_err(|problem| FileError {
-        path: path.to_owned(),
-        position: Some(problem.position),
-        message: problem.message,
-    })
+    parsed.map_err(|problem| problem.of(path))
+}
+
+/// Reads a file of several documents; empty ones are left out. `path` is for the error only.
+///
+/// # Errors
+/// [`FileError`] with line and column of the first thing that is wrong.
+pub fn parse_documents<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<Vec<T>, FileError> {
+    let budget = serde_saphyr::budget! { max_events: MAX_EVENTS, max_nodes: MAX_EVENTS, max_depth: MAX_MANIFEST_DEPTH };
+    let options = serde_saphyr::options! { budget: budget };
+    let parsed = text_of(bytes).and_then(|text| {
+        serde_saphyr::from_multiple_with_options(text, options).map_err(|error| syntax_problem(&error))
+    });
+    parsed.map_err(|problem| problem.of(path))
 }
 
 fn text_of(bytes: &[u8]) -> Result<&str, Problem> {
@@ -358,6 +372,8 @@ endpoints:
     group: rack-1
     weight: 2
     cache_tokens: 500000
+    min_prompt_tokens: 100
+    max_prompt_tokens: 2000
     state: draining
   - {address: \"[::1]:80\", role: both}
 ";
@@ -369,6 +385,8 @@ endpoints:
             group: Some("rack-1".into()),
             weight: 2.0,
             cache_tokens: Some(500_000),
+            min_prompt_tokens: Some(100),
+            max_prompt_tokens: Some(2_000),
             state: State::Draining,
             ..Endpoint::new("10.0.0.1:8000".parse().unwrap(), Role::Decode)
         };

@@ -7,7 +7,7 @@ use pd_control::cli::Cli;
 
 fn main() -> ExitCode {
     match pd_control::cli::run(Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("pd-control: {error:#}");
             ExitCode::FAILURE

@@ -62,7 +62,9 @@ impl std::str::FromStr for NamedEndpoint {
             let typed: Value = match key {
                 "address" => return Err("the address stands first".to_owned()),
                 "models" => text.split('+').collect(),
-                "rank" | "weight" | "cache_tokens" | "bootstrap_port" => text_value(),
+                "rank" | "weight" | "cache_tokens" | "bootstrap_port" | "min_prompt_tokens" | "max_prompt_tokens" => {
+                    text_value()
+                }
                 _ => text.into(),
             };
             if value.insert(key.to_owned(), typed).is_some() {

@@ -14,7 +14,7 @@ use crate::check::summary;
 use crate::eds::{self, EdsFile, Hosts};
 use crate::merge::Merge;
 use crate::metrics::Metrics;
-use crate::registry::{EndpointList, Registry};
+use crate::registry::{Change, EndpointList, Registry};
 use crate::source::{Message, Update};
 
 /// How long a host that left the list stays in the EDS file: filters act within 50 ms, and one that just reconnects
@@ -160,14 +160,14 @@ impl Publisher {
         self.metrics.degraded.set(i64::from(problem.is_some()));
         let is_new = self.status.set(problem.as_deref());
         match problem {
-            None if is_new => tracing::info!("{} is good again", self.status.source()),
+            None if is_new => tracing::info!(source = self.status.source(), "good again"),
             None => {}
             Some(reason) if is_refused && self.has_started => {
                 self.metrics.refusals.inc();
                 let version = self.registry.current().version();
-                tracing::warn!("refused, snapshot {version} stays in force: {reason}");
+                tracing::warn!(version, reason, "refused, an older snapshot stays in force");
             }
-            Some(reason) if is_new => tracing::warn!("{reason}"),
+            Some(reason) if is_new => tracing::warn!(reason, "degraded"),
             Some(_) => {}
         }
     }
@@ -176,10 +176,11 @@ impl Publisher {
         let Some(change) = self.registry.publish(list, SystemTime::now()) else { return };
         let published = self.registry.current();
         let (version, source) = (published.version(), self.status.source());
-        tracing::info!("snapshot {version}: {change} from {source}");
-        tracing::debug!("snapshot {version}: {}", summary(published.endpoints()));
+        let Change { total, added, changed, removed } = change;
+        tracing::info!(version, endpoints = total, added, removed, changed, source, "snapshot");
+        tracing::debug!(version, "{}", summary(published.endpoints()));
         if change.total == 0 {
-            tracing::warn!("{source} lists no endpoint: every request will be refused");
+            tracing::warn!(source, "no endpoint is listed: the filters keep the last list, new ones refuse requests");
         }
     }
 }

@@ -177,7 +177,7 @@ impl Scraper {
                     if facts != told {
                         for (address, fact) in &facts {
                             if fact.is_dead && !told.get(address).is_some_and(|fact| fact.is_dead) {
-                                tracing::warn!("{address} does not answer any longer: it is down until it does");
+                                tracing::warn!(%address, "does not answer any longer: it is down until it does");
                             }
                         }
                         if updates.send_facts(facts.clone()).await.is_err() {
@@ -267,8 +267,22 @@ async fn ask(
     (address, outcome.await.unwrap_or_else(|_| Err(format!("no answer in {TIMEOUT:?}"))))
 }
 
+/// TensorRT-LLM has its metrics at a path of their own, and something else where the others have them.
 async fn metrics_of(client: &Client<HttpConnector, Empty<Bytes>>, address: SocketAddr) -> Result<EngineLoad, String> {
-    let mut body = get(client, address, "/metrics").await?;
+    let usual = metrics_at(client, address, "/metrics").await;
+    if usual.as_ref().is_ok_and(EngineLoad::is_known) {
+        return usual;
+    }
+    let other = metrics_at(client, address, "/prometheus/metrics").await;
+    if other.as_ref().is_ok_and(EngineLoad::is_known) { other } else { usual }
+}
+
+async fn metrics_at(
+    client: &Client<HttpConnector, Empty<Bytes>>,
+    address: SocketAddr,
+    path: &str,
+) -> Result<EngineLoad, String> {
+    let mut body = get(client, address, path).await?;
     let (mut reader, mut len) = (Reader::default(), 0_usize);
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|error| error.to_string())?;

@@ -175,7 +175,7 @@ impl Control {
         let has_tls = tls.is_some();
         let server = tokio::spawn(serve(listener, tls.map(Arc::new), http::router(app), metrics, stopping));
         let scheme = if has_tls { "https" } else { "http" };
-        tracing::info!("pd-control {} listens on {scheme}://{address}", env!("CARGO_PKG_VERSION"));
+        tracing::info!(version = env!("CARGO_PKG_VERSION"), "listens on {scheme}://{address}");
         Ok(Self { address, stop, server, tasks })
     }
 

@@ -1,6 +1,8 @@
 //! `pd-control endpoints`, `explain` and `top`: what a running pd-control knows, in a terminal.
 
 use std::fmt::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -8,11 +10,17 @@ use axum::http::{Request, StatusCode, Uri};
 use bytes::Bytes;
 use clap::Args;
 use http_body_util::{BodyExt, Empty, Limited};
+use hyper_rustls::{ConfigBuilderExt, FixedServerNameResolver, HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use crate::metrics::{role, state};
 use crate::status::{EndpointView, StatusView};
+use crate::tls;
 
 /// Bytes of an answer; as many endpoints as the wire takes fit.
 const MAX_BYTES: usize = 256 << 20;
@@ -27,9 +35,18 @@ pub struct Server {
     /// Where it listens
     #[arg(long, env = "PD_CONTROL_SERVER", value_name = "URL", default_value = "http://127.0.0.1:9000")]
     server: Uri,
+    /// Certificates, PEM, that vouch for it over https [default: the system's]
+    #[arg(long, env = "PD_CONTROL_CA_FILE", value_name = "FILE")]
+    ca_file: Option<PathBuf>,
+    /// Name that its certificate has, where it is reached by another one, as through a forwarded port
+    #[arg(long, env = "PD_CONTROL_TLS_SERVER_NAME", value_name = "NAME")]
+    tls_server_name: Option<String>,
     /// Environment variable with its token
     #[arg(long, value_name = "NAME", default_value = "PD_CONTROL_TOKEN")]
     token_env: String,
+    /// File with its token, in place of the variable
+    #[arg(long, env = "PD_CONTROL_TOKEN_FILE", value_name = "FILE")]
+    token_file: Option<PathBuf>,
 }
 
 impl Server {
@@ -38,25 +55,57 @@ impl Server {
     /// # Errors
     /// One line.
     pub async fn status(&self) -> anyhow::Result<StatusView> {
-        if self.server.scheme_str() != Some("http") {
-            bail!("--server {}: only http:// is spoken here", self.server);
-        }
+        let Some(scheme @ ("http" | "https")) = self.server.scheme_str() else {
+            bail!("--server {}: must begin with http:// or https://", self.server);
+        };
         let authority = self.server.authority().with_context(|| format!("--server {}: no host", self.server))?;
-        let mut request = Request::get(format!("http://{authority}/v1/status"));
-        if let Ok(token) = std::env::var(&self.token_env) {
+        let mut request = Request::get(format!("{scheme}://{authority}/v1/status"));
+        if let Some(token) = self.token()? {
             request = request.header("authorization", format!("Bearer {token}"));
         }
-        let client = Client::builder(TokioExecutor::new()).build_http::<Empty<Bytes>>();
-        let answer = tokio::time::timeout(TIMEOUT, client.request(request.body(Empty::new())?));
+        let client = Client::builder(TokioExecutor::new()).build(self.connector(scheme == "https")?);
+        let answer = tokio::time::timeout(TIMEOUT, client.request(request.body(Empty::<Bytes>::new())?));
         let answer = answer.await.with_context(|| format!("no answer in {TIMEOUT:?}"))?;
         let answer = answer.with_context(|| format!("cannot reach {}", self.server))?;
         match answer.status() {
             StatusCode::OK => {}
-            StatusCode::UNAUTHORIZED => bail!("it asks for a token: set {}", self.token_env),
+            StatusCode::UNAUTHORIZED => bail!("it asks for a token: set {} or --token-file", self.token_env),
             other => bail!("it answers with {other}"),
         }
         let body = Limited::new(answer.into_body(), MAX_BYTES).collect().await.map_err(anyhow::Error::from_boxed)?;
         Ok(serde_json::from_slice(&body.to_bytes())?)
+    }
+
+    fn token(&self) -> anyhow::Result<Option<String>> {
+        let Some(file) = &self.token_file else { return Ok(std::env::var(&self.token_env).ok()) };
+        let text = std::fs::read_to_string(file).with_context(|| format!("--token-file {}", file.display()))?;
+        Ok(Some(text.trim().to_owned()))
+    }
+
+    fn connector(&self, is_tls: bool) -> anyhow::Result<HttpsConnector<HttpConnector>> {
+        let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()?;
+        let config = match &self.ca_file {
+            Some(file) => {
+                let mut roots = RootCertStore::empty();
+                for certificate in tls::certificates(file).with_context(|| format!("--ca-file {}", file.display()))? {
+                    roots.add(certificate).with_context(|| format!("--ca-file {}", file.display()))?;
+                }
+                builder.with_root_certificates(roots).with_no_client_auth()
+            }
+            // A machine without certificates of its own can still speak plain HTTP.
+            None if !is_tls => builder.with_root_certificates(RootCertStore::empty()).with_no_client_auth(),
+            None => builder.with_native_roots().context("the system's certificates")?.with_no_client_auth(),
+        };
+        let builder = HttpsConnectorBuilder::new().with_tls_config(config).https_or_http();
+        let builder = match &self.tls_server_name {
+            Some(name) => {
+                let known = ServerName::try_from(name.clone()).with_context(|| format!("--tls-server-name {name}"))?;
+                builder.with_server_name_resolver(FixedServerNameResolver::new(known))
+            }
+            None => builder,
+        };
+        Ok(builder.enable_http1().build())
     }
 
     /// Shows the busiest endpoints, again and again unless `once`.
@@ -144,6 +193,11 @@ pub fn explain(status: &StatusView, name: &str) -> Option<String> {
         let _ = writeln!(text, "  engine  {}", engine(it));
         if let Some(group) = &it.endpoint.group {
             let _ = writeln!(text, "  group   {group}: paired with the same group only");
+        }
+        match (it.endpoint.min_prompt_tokens, it.endpoint.max_prompt_tokens) {
+            (None, None) => {}
+            (min, None) => drop(writeln!(text, "  prompts of {} tokens or more", min.unwrap_or(0))),
+            (min, Some(max)) => drop(writeln!(text, "  prompts of {} to {max} tokens", min.unwrap_or(0))),
         }
         let models = if it.endpoint.models.is_empty() { "any".to_owned() } else { it.endpoint.models.join(", ") };
         let _ = writeln!(text, "  models  {models}");

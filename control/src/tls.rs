@@ -1,6 +1,6 @@
 //! TLS for whoever connects: a certificate and its key from files, read again when they change.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -54,14 +54,19 @@ impl Tls {
     }
 }
 
+/// The certificates of a PEM file, at least one.
+pub(crate) fn certificates(file: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
+    let certificates = CertificateDer::pem_file_iter(file).and_then(Iterator::collect::<Result<Vec<_>, _>>)?;
+    if certificates.is_empty() {
+        anyhow::bail!("there is no certificate in it");
+    }
+    Ok(certificates)
+}
+
 impl TlsFiles {
     fn read(&self) -> anyhow::Result<Arc<ServerConfig>> {
-        let certificates = CertificateDer::pem_file_iter(&self.certificate)
-            .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-            .with_context(|| format!("--tls-cert {}", self.certificate.display()))?;
-        if certificates.is_empty() {
-            anyhow::bail!("--tls-cert {}: there is no certificate in it", self.certificate.display());
-        }
+        let certificates =
+            certificates(&self.certificate).with_context(|| format!("--tls-cert {}", self.certificate.display()))?;
         let key =
             PrivateKeyDer::from_pem_file(&self.key).with_context(|| format!("--tls-key {}", self.key.display()))?;
         let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))

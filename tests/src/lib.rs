@@ -14,4 +14,5 @@ pub mod port;
 pub mod process;
 pub mod rig;
 pub mod shared;
+pub mod traffic;
 pub mod wait;

@@ -393,6 +393,16 @@ impl Rig {
         self.control = None;
     }
 
+    /// Sends pd-control a signal by its name.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn signal_control(&self, signal: &str) {
+        let pid = self.control.as_ref().expect("a pd-control").pid();
+        let sent = std::process::Command::new("kill").args([&format!("-{signal}"), &pid.to_string()]).status();
+        assert!(sent.is_ok_and(|status| status.success()), "kill -{signal} {pid}");
+    }
+
     /// Starts pd-control again, where it was.
     pub async fn start_control(&mut self) {
         self.control = Some(self.places.start_control().await);

@@ -87,6 +87,8 @@ pub struct SelectorConfig {
     weight: Option<f64>,
     cache_tokens: Option<u64>,
     bootstrap_port: Option<u16>,
+    min_prompt_tokens: Option<u64>,
+    max_prompt_tokens: Option<u64>,
     ranks: Option<u32>,
 }
 
@@ -180,6 +182,10 @@ pub struct Rule {
     pub cache_tokens: Option<u64>,
     /// Port of the bootstrap server.
     pub bootstrap_port: Option<u16>,
+    /// Prompts of fewer tokens go elsewhere, where they can.
+    pub min_prompt_tokens: Option<u64>,
+    /// Prompts of more tokens go elsewhere, where they can.
+    pub max_prompt_tokens: Option<u64>,
     /// Data-parallel ranks behind each port.
     pub ranks: Option<u32>,
 }
@@ -300,6 +306,8 @@ impl SelectorConfig {
             weight: self.weight,
             cache_tokens: self.cache_tokens,
             bootstrap_port: self.bootstrap_port,
+            min_prompt_tokens: self.min_prompt_tokens,
+            max_prompt_tokens: self.max_prompt_tokens,
             ranks: self.ranks,
         })
     }

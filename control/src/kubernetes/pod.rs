@@ -7,6 +7,7 @@
 //! | port | the `InferencePool`'s | `model.aibrix.ai/port`, label or annotation | `envoy-pd/port` |
 //! | engine | `llm-d.ai/engine-type` | `model.aibrix.ai/engine`, `model.aibrix.ai/kv-connector-type` | `envoy-pd/engine` |
 //! | group | – | `roleset-name` | `envoy-pd/group` |
+//! | prompt lengths | – | `promptLenBucketMinLength` and `Max` in annotation `model.aibrix.ai/config`, labels `prompt-len-bucket-min-length` and `max` | `envoy-pd/min-prompt-tokens`, `max-prompt-tokens` |
 //!
 //! and `envoy-pd/pool`, `weight`, `cache-tokens`, `bootstrap-port`, `ranks`, `state`. An annotation of ours wins over a
 //! rule of the configuration, and that over labels. A pod that says something wrong is refused by itself.
@@ -36,6 +37,8 @@ pub const ANNOTATIONS: &[&str] = &[
     "weight",
     "cache-tokens",
     "bootstrap-port",
+    "min-prompt-tokens",
+    "max-prompt-tokens",
     "ranks",
     "state",
     "ignore",
@@ -54,6 +57,11 @@ const AIBRIX_MODEL: &str = "model.aibrix.ai/name";
 const AIBRIX_PORT: &str = "model.aibrix.ai/port";
 const AIBRIX_ENGINE: &str = "model.aibrix.ai/engine";
 const AIBRIX_CONNECTOR: &str = "model.aibrix.ai/kv-connector-type";
+/// Profiles of a pod as JSON; the one named `defaultProfile`, else `default`, says of which length prompts should be.
+const AIBRIX_CONFIG: &str = "model.aibrix.ai/config";
+/// Where AIBrix had them before.
+const AIBRIX_MIN_LENGTH: &str = "prompt-len-bucket-min-length";
+const AIBRIX_MAX_LENGTH: &str = "prompt-len-bucket-max-length";
 /// Place of a pod in a group of several nodes; the first one takes the requests.
 const AIBRIX_GROUP_INDEX: &str = "stormservice.orchestration.aibrix.ai/pod-group-index";
 
@@ -222,6 +230,10 @@ impl Pod {
         endpoint.weight = self.number("weight")?.or(rule.and_then(|rule| rule.weight)).unwrap_or(endpoint.weight);
         endpoint.cache_tokens = self.number("cache-tokens")?.or(rule.and_then(|rule| rule.cache_tokens));
         endpoint.bootstrap_port = self.number("bootstrap-port")?.or(rule.and_then(|rule| rule.bootstrap_port));
+        let (min, max) = self.aibrix_prompt_bounds()?;
+        let of_rule = rule.map_or((None, None), |rule| (rule.min_prompt_tokens, rule.max_prompt_tokens));
+        endpoint.min_prompt_tokens = self.number("min-prompt-tokens")?.or(of_rule.0).or(min);
+        endpoint.max_prompt_tokens = self.number("max-prompt-tokens")?.or(of_rule.1).or(max);
         endpoint.state = match self.parsed::<State>("state")? {
             // A word of the operator may stop a pod, never wake one.
             Some(State::Draining) if self.state == State::Ready => State::Draining,
@@ -339,6 +351,22 @@ impl Pod {
         Ok(vec![named.or(self.ports.first()).map_or(DEFAULT_PORT, |(_, port)| *port)])
     }
 
+    /// Bounds that AIBrix knows, both included. Its 0 stands for none.
+    fn aibrix_prompt_bounds(&self) -> Result<(Option<u64>, Option<u64>), String> {
+        let bound = |value: Option<u64>| value.filter(|tokens| *tokens > 0);
+        if let Some(text) = self.annotations.get(AIBRIX_CONFIG) {
+            let profile = aibrix_profile(text).map_err(|error| format!("{AIBRIX_CONFIG}: {error}"))?;
+            let AibrixProfile { routing_config, bounds } = profile.unwrap_or_default();
+            let AibrixBounds { min, max } = routing_config.unwrap_or(bounds);
+            return Ok((bound(min), bound(max)));
+        }
+        let label = |key: &str| {
+            let Some(text) = self.labels.get(key) else { return Ok(None) };
+            text.parse().map(Some).map_err(|_| format!("{key}: {text:?} is no such number"))
+        };
+        Ok((bound(label(AIBRIX_MIN_LENGTH)?), bound(label(AIBRIX_MAX_LENGTH)?)))
+    }
+
     fn annotation(&self, name: &str) -> Option<&str> {
         self.annotations.get(&format!("{ANNOTATION_PREFIX}{name}")).map(String::as_str)
     }
@@ -370,6 +398,41 @@ impl Pod {
             None => None,
         })
     }
+}
+
+/// The part of AIBrix's configuration of a pod that is read here.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct AibrixConfig {
+    #[serde(default)]
+    default_profile: String,
+    #[serde(default)]
+    profiles: BTreeMap<String, AibrixProfile>,
+}
+
+#[derive(Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct AibrixProfile {
+    routing_config: Option<AibrixBounds>,
+    /// Older ones have them outside.
+    #[serde(flatten)]
+    bounds: AibrixBounds,
+}
+
+#[derive(Clone, Copy, Default, Deserialize)]
+struct AibrixBounds {
+    #[serde(rename = "promptLenBucketMinLength")]
+    min: Option<u64>,
+    #[serde(rename = "promptLenBucketMaxLength")]
+    max: Option<u64>,
+}
+
+fn aibrix_profile(text: &str) -> serde_json::Result<Option<AibrixProfile>> {
+    if text.trim().is_empty() {
+        return Ok(None);
+    }
+    let AibrixConfig { default_profile, profiles } = serde_json::from_str(text)?;
+    Ok(profiles.get(&default_profile).or_else(|| profiles.get("default")).cloned())
 }
 
 /// The role that llm-d, AIBrix and we call by a name.
@@ -494,6 +557,8 @@ mod tests {
             "envoy-pd/weight": "2.5",
             "envoy-pd/cache-tokens": "1000",
             "envoy-pd/bootstrap-port": "77",
+            "envoy-pd/min-prompt-tokens": "2000",
+            "envoy-pd/max-prompt-tokens": "8000",
             "envoy-pd/state": "draining",
         });
         let expected = Endpoint {
@@ -505,6 +570,8 @@ mod tests {
             weight: 2.5,
             cache_tokens: Some(1_000),
             bootstrap_port: Some(77),
+            min_prompt_tokens: Some(2_000),
+            max_prompt_tokens: Some(8_000),
             state: State::Draining,
             ..Endpoint::new("10.0.0.1:1234".parse().unwrap(), Role::Decode)
         };
@@ -524,12 +591,40 @@ mod tests {
             ("ranks", "0", "envoy-pd/ranks: must be between 1 and 256"),
             ("cache_tokens", "1", "envoy-pd/cache_tokens: no such annotation"),
             ("engine", "x", "envoy-pd/engine: unknown variant `x`"),
+            ("max-prompt-tokens", "-1", "envoy-pd/max-prompt-tokens: \"-1\" is no such number"),
         ] {
             let reason = refusal(&pod(json!({"llm-d.ai/role": "both"}), json!({ format!("envoy-pd/{name}"): text })));
             assert!(reason.starts_with(why), "{reason}");
         }
         let connector = json!({"role-name": "decode", "model.aibrix.ai/kv-connector-type": "carrier-pigeon"});
         assert!(refusal(&pod(connector, json!({}))).starts_with(AIBRIX_CONNECTOR));
+    }
+
+    #[test]
+    fn aibrix_says_of_which_length_prompts_should_be() {
+        let bounds = |labels: Value, annotations: Value| {
+            let mut all = json!({"model.aibrix.ai/name": "m"});
+            all.as_object_mut().unwrap().extend(labels.as_object().unwrap().clone());
+            let endpoint = one(&pod(all, annotations));
+            (endpoint.min_prompt_tokens, endpoint.max_prompt_tokens)
+        };
+        let config =
+            |profile: &str| json!({"model.aibrix.ai/config": format!(r#"{{"profiles":{{"default":{profile}}}}}"#)});
+        let none = json!({});
+        let nested = r#"{"routingStrategy":"pd","routingConfig":{"promptLenBucketMinLength":0,"promptLenBucketMaxLength":2048,"combined":true}}"#;
+        assert_eq!(bounds(none.clone(), config(nested)), (None, Some(2_048)));
+        assert_eq!(bounds(none.clone(), config(r#"{"promptLenBucketMinLength":2048}"#)), (Some(2_048), None));
+        assert_eq!(bounds(none.clone(), config("{}")), (None, None));
+        let named = json!({"model.aibrix.ai/config": r#"{"defaultProfile":"pd","profiles":{"pd":{"promptLenBucketMaxLength":9}}}"#});
+        assert_eq!(bounds(none.clone(), named.clone()), (None, Some(9)));
+        let labels = json!({"prompt-len-bucket-min-length": "5", "prompt-len-bucket-max-length": "0"});
+        assert_eq!(bounds(labels.clone(), none.clone()), (Some(5), None));
+        assert_eq!(bounds(labels, named), (None, Some(9)), "the annotation wins");
+        let wrong = pod(json!({"model.aibrix.ai/name": "m"}), json!({"model.aibrix.ai/config": "{"}));
+        assert!(refusal(&wrong).starts_with("model.aibrix.ai/config: "));
+        let crossed = json!({"envoy-pd/min-prompt-tokens": "9", "envoy-pd/max-prompt-tokens": "8"});
+        let reason = refusal(&pod(json!({"model.aibrix.ai/name": "m"}), crossed));
+        assert!(reason.contains("max_prompt_tokens: must not be below"), "{reason}");
     }
 
     #[test]

@@ -81,6 +81,8 @@ pub fn rule(group: PoolGroup, object: DynamicObject) -> Result<Rule, String> {
         weight: None,
         cache_tokens: None,
         bootstrap_port: None,
+        min_prompt_tokens: None,
+        max_prompt_tokens: None,
         ranks: None,
     })
 }

@@ -134,7 +134,7 @@ impl KubernetesSource {
             }
             let (endpoints, view) = cluster.endpoints();
             for (pod, reason) in self.pods.set(view) {
-                tracing::warn!("pod {pod} is left out: {reason}");
+                tracing::warn!(%pod, reason, "left out");
             }
             let now = (cluster.is_listed().then_some(endpoints), cluster.problem());
             if sent.as_ref() == Some(&now) {

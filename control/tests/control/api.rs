@@ -87,30 +87,6 @@ async fn the_status_page_needs_nothing_from_elsewhere() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_browser_shows_the_status_page() {
-    let Some(browser) = ["chromium", "chromium-browser", "google-chrome"].into_iter().find(|name| {
-        std::process::Command::new(name).arg("--version").output().is_ok_and(|output| output.status.success())
-    }) else {
-        println!("skipped: there is no Chromium (Debian: apt-get install chromium)");
-        return;
-    };
-    let rig = Rig::start(&four(1.0)).await;
-    let url = format!("http://{}/", rig.client.address);
-    let profile = rig.directory.path().join("profile");
-    let shown = tokio::task::spawn_blocking(move || {
-        std::process::Command::new(browser)
-            .args(["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom"])
-            .arg(format!("--user-data-dir={}", profile.display()))
-            .arg(url)
-            .output()
-    });
-    let shown = String::from_utf8(shown.await.unwrap().unwrap().stdout).unwrap();
-    for part in ["Pool default", "127.0.0.1:4", "list 1 since"] {
-        assert!(shown.contains(part), "{part}: {shown}");
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn metrics_name_every_fact_once() {
     let rig = Rig::start(&four(1.0)).await;
     rig.filter().await;

@@ -21,10 +21,10 @@ use tempfile::TempDir;
 use crate::kubernetes::pod;
 use crate::support::*;
 
-const ADMIN_TOKEN: &str = "admin-of-the-test";
+pub const ADMIN_TOKEN: &str = "admin-of-the-test";
 const RBAC: &str = include_str!("../../../gateway-manifests/base/pd-control-rbac.yaml");
 
-struct Cluster {
+pub struct Cluster {
     directory: TempDir,
     binaries: PathBuf,
     ports: [u16; 3],
@@ -44,7 +44,7 @@ impl Drop for Process {
 }
 
 /// `None`, and a line that says so, where there are no binaries.
-async fn cluster() -> Option<Cluster> {
+pub async fn cluster() -> Option<Cluster> {
     let Some(binaries) = std::env::var_os("PD_KUBE_BIN").map(PathBuf::from) else {
         println!("skipped: PD_KUBE_BIN names no folder with etcd and kube-apiserver");
         return None;
@@ -85,7 +85,11 @@ fn start(program: &Path, directory: &Path, options: &[(&str, &str)]) -> Process 
 }
 
 impl Cluster {
-    async fn start_api_server(&mut self) {
+    pub fn stop_api_server(&mut self) {
+        self.api_server = None;
+    }
+
+    pub async fn start_api_server(&mut self) {
         let directory = self.directory.path();
         let path = |name: &str| directory.join(name).display().to_string();
         std::fs::write(path("tokens.csv"), format!("{ADMIN_TOKEN},admin,1,\"system:masters\"\n")).unwrap();
@@ -126,7 +130,7 @@ impl Cluster {
         ready.is_ok_and(|text| text == "ok") && Api::<Namespace>::all(client).get("default").await.is_ok()
     }
 
-    fn kubeconfig(&self, token: &str) -> Value {
+    pub fn kubeconfig(&self, token: &str) -> Value {
         json!({
             "apiVersion": "v1",
             "kind": "Config",
@@ -145,12 +149,12 @@ impl Cluster {
         kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.unwrap()
     }
 
-    async fn client(&self, token: &str) -> Client {
+    pub async fn client(&self, token: &str) -> Client {
         Client::try_from(self.config(token).await).unwrap()
     }
 
     /// A token of pd-control's service account, which may do what the shipped manifest says.
-    async fn token(&self, admin: &Client) -> String {
+    pub async fn token(&self, admin: &Client) -> String {
         for name in ["inference", "elsewhere"] {
             let namespace = serde_json::from_value(json!({"metadata": {"name": name}})).unwrap();
             Api::<Namespace>::all(admin.clone()).create(&PostParams::default(), &namespace).await.unwrap();
@@ -184,7 +188,7 @@ fn without_subject_namespace(mut binding: Value) -> Value {
     binding
 }
 
-async fn create<K>(client: &Client, document: Value)
+pub async fn create<K>(client: &Client, document: Value)
 where
     K: kube::Resource<Scope = kube::core::NamespaceResourceScope, DynamicType = ()>
         + Clone
@@ -205,7 +209,7 @@ async fn create_pod(client: &Client, name: &str, role: &str, ip: &str) {
     set_status(client, name, &json!({"status": status})).await;
 }
 
-async fn set_status(client: &Client, name: &str, status: &Value) {
+pub async fn set_status(client: &Client, name: &str, status: &Value) {
     let pods = Api::<Pod>::namespaced(client.clone(), "inference");
     pods.patch_status(name, &PatchParams::default(), &Patch::Merge(status)).await.unwrap();
 }

@@ -71,6 +71,20 @@ async fn models_and_cache_of_engines_come_into_the_list_and_silent_ones_are_down
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn tensorrt_llms_metrics_are_found_where_it_has_them() {
+    let iterations = || async { "[]" };
+    let metrics = || async { "trtllm_num_requests_waiting{model_name=\"m\"} 7\ntrtllm_kv_cache_utilization 0.5\n" };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let router = axum::Router::new().route("/metrics", get(iterations)).route("/prometheus/metrics", get(metrics));
+    let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+    let rig = Rig::start_with(&list(&[address]), |config, _| often(config)).await;
+    let waiting = format!("pd_control_engine_waiting{{address=\"{address}\"}}");
+    until("its queue is known", || async { rig.client.metric(&waiting).await == 7.0 }).await;
+    server.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_engine_without_end_is_cut_off() {
     let endless = || async {
         let line = bytes::Bytes::from("vllm:num_requests_waiting 1\n".repeat(4_000));

@@ -2,6 +2,9 @@
 
 mod api;
 mod api_server;
+mod browser;
+mod chaos;
+mod check;
 mod cluster;
 mod edits;
 mod engines;
@@ -9,7 +12,9 @@ mod exchange;
 mod hosts;
 mod kubernetes;
 mod names;
+mod page;
 mod process;
 mod push;
 mod support;
 mod tls;
+mod wire;

@@ -1,8 +1,9 @@
 //! The command itself: arguments, exit codes, signals.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use axum::http::{Request, StatusCode};
@@ -39,6 +40,12 @@ fn spawn(arguments: &[&str]) -> (Child, HttpClient) {
 
 /// The same with environment variables.
 pub fn spawn_with(arguments: &[&str], variables: &[(&str, &str)]) -> (Child, HttpClient) {
+    let (child, client, _) = spawn_logged(arguments, variables);
+    (child, client)
+}
+
+/// The same with its log, which ends when it does.
+fn spawn_logged(arguments: &[&str], variables: &[(&str, &str)]) -> (Child, HttpClient, JoinHandle<String>) {
     let mut command = command(arguments);
     let mut child = command
         .envs(variables.iter().copied())
@@ -51,14 +58,18 @@ pub fn spawn_with(arguments: &[&str], variables: &[(&str, &str)]) -> (Child, Htt
     let address = loop {
         let mut line = String::new();
         assert_ne!(log.read_line(&mut line).unwrap(), 0, "it ended: {seen}");
-        if let Some((_, address)) = line.trim().rsplit_once("listens on http://") {
-            break address.parse().unwrap();
-        }
         seen += &line;
+        if let Some((_, rest)) = line.split_once("listens on http://") {
+            let end = rest.find([' ', '"']).unwrap();
+            break rest[..end].parse().unwrap();
+        }
     };
     // Read on, or the pipe fills up.
-    std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
-    (child, HttpClient::new(address))
+    let rest = std::thread::spawn(move || {
+        log.read_to_string(&mut seen).unwrap();
+        seen
+    });
+    (child, HttpClient::new(address), rest)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -137,6 +148,36 @@ async fn a_terminal_shows_what_a_running_one_knows() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(text(&run(&["endpoints", "--server", &server]).stderr).starts_with("pd-control: cannot reach "));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_json_log_has_an_object_a_line_at_every_level_and_in_failure() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = write(directory.path(), "endpoints.yaml", &four(1.0));
+    let (mut child, client, log) = spawn_logged(&["--endpoints", &file, "--log-format", "json"], &[]);
+    let server = format!("http://{}", client.address);
+    let sender = Client::builder(TokioExecutor::new()).build_http::<Full<bytes::Bytes>>();
+    let request = Request::put(format!("{server}/v1/log-level")).body(Full::from("trace")).unwrap();
+    assert_eq!(sender.request(request).await.unwrap().status(), StatusCode::NO_CONTENT);
+    replace(Path::new(&file), "endpoints: [\"a\\tb\"]");
+    until("it is refused", || async { client.metric("pd_control_refusals_total").await == 1.0 }).await;
+    replace(Path::new(&file), &four(2.0));
+    until("it is good again", || async { client.metric("pd_control_degraded").await == 0.0 }).await;
+    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    assert!(child.wait().unwrap().success());
+    let lines: Vec<serde_json::Value> =
+        log.join().unwrap().lines().map(|line| serde_json::from_str(line).expect(line)).collect();
+    assert!(lines.iter().all(|line| line["timestamp"].is_string() && line["message"].is_string()), "{lines:?}");
+    let snapshot = lines.iter().find(|line| line["message"] == "snapshot").unwrap();
+    assert_eq!((&snapshot["version"], &snapshot["endpoints"], &snapshot["added"]), (&1.into(), &4.into(), &4.into()));
+    let refused = lines.iter().find(|line| line["level"] == "WARN" && line["reason"].is_string()).unwrap();
+    assert!(refused["reason"].as_str().unwrap().contains("endpoints.yaml:1:"), "{refused}");
+    assert!(lines.iter().any(|line| line["level"] == "TRACE" || line["level"] == "DEBUG"), "the level was changed");
+
+    let failed = run(&["--endpoints", "none.yaml", "--log-format", "json"]);
+    assert_eq!(failed.status.code(), Some(1));
+    let line: serde_json::Value = serde_json::from_str(&text(&failed.stderr)).unwrap();
+    assert!(line["message"].as_str().unwrap().starts_with("none.yaml: cannot be read"), "{line}");
 }
 
 #[test]

@@ -250,7 +250,7 @@ pub(crate) fn read_body(
         Some(id) => xxhash_rust::xxh3::xxh3_64(id),
         None => worker.pair_id(headers.get("x-request-id").unwrap_or_default(), now),
     };
-    let served = serve(&config, &worker.table, subset.as_ref(), &model, bits)?;
+    let mut served = serve(&config, &worker.table, subset.as_ref(), &model, bits)?;
     let put_back = served.is_put_back.then(|| model.into_owned());
     let (model, candidates) = (&served.model, &served.candidates);
     let pool = config.pool(&candidates.pool);
@@ -265,16 +265,18 @@ pub(crate) fn read_body(
     let learnt = worker.table.bytes_per_token(&candidates.pool).filter(|_| pool.fit);
     let bytes_per_token = learnt.unwrap_or(pool.bytes_per_token);
     let session = session.map(|id| session_hash(model, id));
+    let tokens = bytes as f64 / bytes_per_token;
     let prompt = Prompt {
         bytes,
         session,
-        tokens: bytes as f64 / bytes_per_token,
+        tokens,
         block_tokens: config.prefix.block_bytes as f64 / bytes_per_token,
         key: distinctive.map_or(hash.head, |block| block.0),
         is_unseen: distinctive.is_some_and(|block| !worker.index.knows(block)),
         is_several: asks_for_several(body, scan),
         hash,
     };
+    served.candidates = served.candidates.for_prompt(tokens, &worker.table);
     let batch = batch(api, body, scan);
     let prompt = Prompt { is_several: prompt.is_several || batch.is_some_and(|batch| batch > 1), ..prompt };
     worker.counts.add(Metric::PromptTokens, prompt.tokens as i64);

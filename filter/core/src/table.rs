@@ -119,6 +119,8 @@ pub struct Candidates {
     pub compute: Vec<EndpointIndex>,
     /// The decode endpoints by what prefill endpoints they take over from, sorted alike.
     pub(crate) partners: HashMap<Partner, Vec<EndpointIndex>>,
+    /// Whether one of them has bounds for the length of a prompt.
+    pub(crate) has_prompt_bounds: bool,
 }
 
 /// Why there is nothing to choose from.
@@ -571,6 +573,25 @@ impl Candidates {
         self.partners.values_mut().for_each(|set| set.retain(|at| stays(*at)));
     }
 
+    /// Those whose bounds have room for a prompt of this length; of a set where none has, all. Endpoints without bounds
+    /// cost nothing here, otherwise it is a pass over them all.
+    #[must_use]
+    pub fn for_prompt(self: Arc<Self>, tokens: f64, table: &Table) -> Arc<Self> {
+        if !self.has_prompt_bounds {
+            return self;
+        }
+        let takes = |at: &EndpointIndex| table.get(*at).is_some_and(|slot| slot.endpoint.takes_prompt(tokens));
+        let mut rest = Self::clone(&self);
+        let keep = |set: &mut Vec<EndpointIndex>| {
+            if set.iter().any(takes) {
+                set.retain(takes);
+            }
+        };
+        rest.sets().into_iter().for_each(keep);
+        rest.partners.values_mut().for_each(keep);
+        Arc::new(rest)
+    }
+
     /// The decode endpoints that can take over from a prefill endpoint.
     #[must_use]
     pub fn partners(&self, of: &Partner) -> &[EndpointIndex] {
@@ -597,6 +618,9 @@ fn first_that_generates<'a>(
         candidates.prefill.retain(has_partner);
         candidates.compute.retain(has_partner);
     }
+    let is_bounded = |at: &EndpointIndex| slot_of(*at).is_some_and(|slot| slot.endpoint.has_prompt_bounds());
+    let has_prompt_bounds = candidates.sets().into_iter().any(|set| set.iter().any(is_bounded));
+    candidates.has_prompt_bounds = has_prompt_bounds;
     for at in &candidates.decode {
         let Some(partner) = slot_of(*at).map(Partner::of) else { continue };
         if partner.group.is_some() {
@@ -753,7 +777,55 @@ mod tests {
         assert_eq!(fixture.table.version(), ("f", 1));
     }
 
+    #[test]
+    fn prompts_go_to_endpoints_whose_bounds_have_room_while_there_are_some() {
+        let bounded = |port, role, min, max| Endpoint {
+            min_prompt_tokens: min,
+            max_prompt_tokens: max,
+            ..endpoint(port, role, &[])
+        };
+        let fixture = Fixture::new(vec![
+            bounded(1, Role::Prefill, None, Some(2_000)),
+            bounded(2, Role::Prefill, Some(2_000), Some(8_000)),
+            bounded(3, Role::Decode, None, Some(8_000)),
+            bounded(4, Role::Both, Some(2_001), None),
+        ]);
+        let candidates = fixture.table.candidates("m").unwrap();
+        let sets = |tokens: f64| {
+            let Candidates { prefill, decode, whole, compute, partners, .. } =
+                &*Arc::clone(&candidates).for_prompt(tokens, &fixture.table);
+            let partners = partners.values().next().unwrap();
+            [prefill, decode, whole, compute, partners].map(|set| fixture.ports(set))
+        };
+        assert_eq!(sets(100.0), [vec![1], vec![3], vec![3], vec![1], vec![3]]);
+        assert_eq!(sets(2_000.0), [vec![1, 2], vec![3], vec![3], vec![1, 2], vec![3]]);
+        assert_eq!(sets(5_000.0), [vec![2], vec![3], vec![3, 4], vec![2, 4], vec![3]]);
+        // Of those that take a prefill leg or a decode leg nobody has room, so all are candidates.
+        assert_eq!(sets(1e9), [vec![1, 2], vec![3], vec![4], vec![4], vec![3]]);
+        let unbounded = Fixture::new(vec![endpoint(1, Role::Both, &[])]);
+        let candidates = unbounded.table.candidates("m").unwrap();
+        assert!(Arc::ptr_eq(&Arc::clone(&candidates).for_prompt(1.0, &unbounded.table), &candidates));
+    }
+
     proptest! {
+        #[test]
+        fn a_set_keeps_those_with_room_or_all(list in prop::collection::vec((0_u8..3, 0_u64..4, 0_u64..4), 1..12), tokens in 0.0..6.0) {
+            let endpoints = (1_u16..).zip(&list).map(|(port, (role, min, over))| Endpoint {
+                min_prompt_tokens: Some(*min).filter(|min| *min > 0),
+                max_prompt_tokens: Some(min + over).filter(|_| *over < 3),
+                ..endpoint(port, [Role::Prefill, Role::Decode, Role::Both][usize::from(*role)], &[])
+            });
+            let fixture = Fixture::new(endpoints.collect());
+            let takes = |at: &EndpointIndex| fixture.table.get(*at).unwrap().endpoint.takes_prompt(tokens);
+            let before = fixture.table.candidates("m").unwrap();
+            let after = Arc::clone(&before).for_prompt(tokens, &fixture.table);
+            let (mut before, mut after) = (Candidates::clone(&before), Candidates::clone(&after));
+            for (set, kept) in before.sets().into_iter().zip(after.sets()) {
+                let fitting: Vec<_> = set.iter().copied().filter(takes).collect();
+                prop_assert_eq!(kept, if fitting.is_empty() { set } else { &fitting });
+            }
+        }
+
         #[test]
         fn changes_lead_to_the_same_table_as_the_whole_list(lists in prop::collection::vec(prop::collection::btree_map(1_u16..12, 0_u8..3, 1..8), 1..8)) {
             let make = |list: &BTreeMap<u16, u8>| -> Vec<Endpoint> {

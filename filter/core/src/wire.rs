@@ -107,6 +107,12 @@ pub struct Endpoint {
     /// Port of a prefill endpoint's bootstrap server (SGLang, Mooncake); absent: the pool's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bootstrap_port: Option<u16>,
+    /// Prompts of fewer tokens than these go elsewhere, while somebody else may take them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_prompt_tokens: Option<u64>,
+    /// Prompts of more tokens than these go elsewhere, while somebody else may take them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_prompt_tokens: Option<u64>,
     /// Whether it may get work.
     #[serde(default, skip_serializing_if = "is_default_state")]
     pub state: State,
@@ -124,6 +130,8 @@ pub const ENDPOINT_KEYS: &[&str] = &[
     "weight",
     "cache_tokens",
     "bootstrap_port",
+    "min_prompt_tokens",
+    "max_prompt_tokens",
     "state",
 ];
 
@@ -196,6 +204,8 @@ impl Endpoint {
             weight: default_weight(),
             cache_tokens: None,
             bootstrap_port: None,
+            min_prompt_tokens: None,
+            max_prompt_tokens: None,
             state: State::Ready,
         }
     }
@@ -204,6 +214,19 @@ impl Endpoint {
     #[must_use]
     pub fn id(&self) -> EndpointId {
         EndpointId { address: self.address, rank: self.rank }
+    }
+
+    /// Whether it says of which length prompts should be.
+    #[must_use]
+    pub fn has_prompt_bounds(&self) -> bool {
+        self.min_prompt_tokens.is_some() || self.max_prompt_tokens.is_some()
+    }
+
+    /// Whether a prompt of this length is within its bounds, both of which are included.
+    #[must_use]
+    pub fn takes_prompt(&self, tokens: f64) -> bool {
+        self.min_prompt_tokens.is_none_or(|min| tokens >= min as f64)
+            && self.max_prompt_tokens.is_none_or(|max| tokens <= max as f64)
     }
 
     /// Checks what the types alone do not say.
@@ -217,6 +240,9 @@ impl Endpoint {
         }
         if self.bootstrap_port == Some(0) {
             return Err(bad("bootstrap_port", "must not be 0"));
+        }
+        if self.min_prompt_tokens.zip(self.max_prompt_tokens).is_some_and(|(min, max)| min > max) {
+            return Err(bad("max_prompt_tokens", "must not be below min_prompt_tokens"));
         }
         if self.address.ip().is_unspecified() {
             return Err(bad("address", "must not be the unspecified address"));
@@ -361,6 +387,8 @@ mod tests {
             weight: 2.0,
             cache_tokens: Some(1),
             bootstrap_port: Some(1),
+            min_prompt_tokens: Some(1),
+            max_prompt_tokens: Some(1),
             state: State::Draining,
             ..endpoint()
         };
@@ -399,6 +427,7 @@ mod tests {
             (r#"{"address":"host:80","role":"prefill"}"#, "socket address"),
             (r#"{"address":"10.0.0.1:80","role":"both","weight":0}"#, "weight"),
             (r#"{"address":"10.0.0.1:80","role":"both","models":[""]}"#, "models"),
+            (r#"{"address":"10.0.0.1:80","role":"both","min_prompt_tokens":2,"max_prompt_tokens":1}"#, "max_prompt"),
             (r#"{"address":"10.0.0.1:80","role":"boss"}"#, "boss"),
             (r#"{"address":"10.0.0.1:80","role":"both"},{"address":"10.0.0.1:80","role":"both"}"#, "twice"),
         ] {

@@ -35,7 +35,7 @@ enum Command {
         /// The layout
         #[arg(long, value_name = "DIRECTORY")]
         layout: PathBuf,
-        /// File to write the name into, as `image=…`
+        /// File to write the name into, as `image=…`, and the version, which `pd-control check` asks for
         #[arg(long, value_name = "FILE")]
         pin: Option<PathBuf>,
         /// Speak plain HTTP to the registry
@@ -93,7 +93,8 @@ async fn run(command: Command) -> anyhow::Result<String> {
                 bail!("{name}: the registry has something else than was pushed");
             }
             if let Some(file) = pin {
-                fs::write(&file, format!("image={name}\n")).with_context(|| file.display().to_string())?;
+                let text = format!("image={name}\nversion={}\n", env!("CARGO_PKG_VERSION"));
+                fs::write(&file, text).with_context(|| file.display().to_string())?;
             }
             Ok(name)
         }

@@ -81,7 +81,10 @@ fn an_image_is_pushed_pinned_and_pulled_back() {
 
     let pinned = image(&docker, &["push", &tagged, "--layout", &at("layout"), "--pin", &at("pin")]).unwrap();
     assert_eq!(pinned, format!("{}/pd/filter@{digest}", registry.1));
-    assert_eq!(fs::read_to_string(at("pin")).unwrap(), format!("image={pinned}\n"));
+    assert_eq!(
+        fs::read_to_string(at("pin")).unwrap(),
+        format!("image={pinned}\nversion={}\n", env!("CARGO_PKG_VERSION"))
+    );
     assert_eq!(image(&docker, &["push", &tagged, "--layout", &at("again")]).unwrap(), pinned);
 
     let checked = image(&docker, &["check", &at("pin")]).unwrap();

@@ -87,7 +87,8 @@ pub(crate) fn framing(head: &[u8]) -> Framing {
 }
 
 /// Length of a message's head, its empty line included, if it is all there.
-pub(crate) fn head_length(bytes: &[u8]) -> Option<usize> {
+#[must_use]
+pub fn head_length(bytes: &[u8]) -> Option<usize> {
     bytes.windows(4).position(|window| window == b"\r\n\r\n").map(|at| at + 4)
 }
 

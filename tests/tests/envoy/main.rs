@@ -2,6 +2,7 @@
 
 mod apis;
 mod cache;
+mod chaos;
 mod compat;
 mod decode_failure;
 mod engines;

@@ -50,9 +50,10 @@ impl Request {
         }
         // The list may have changed since the leg began: its places may be other endpoints' now.
         let current = candidates(&worker.table, &state.work.served.model, state.work.subset.as_ref());
-        state.work.served.candidates = current.unwrap_or_else(|_| {
+        let current = current.unwrap_or_else(|_| {
             Arc::new(Candidates { pool: Arc::clone(&state.work.served.candidates.pool), ..Candidates::default() })
         });
+        state.work.served.candidates = current.for_prompt(state.work.prompt.tokens, &worker.table);
         let mut body = Some(body);
         let mut read_again = || body.take().and_then(|body| body());
         match (&answer, answer.fault()) {

@@ -1038,3 +1038,25 @@ fn a_prompt_that_was_computed_twice_is_counted_each_time_and_said_once() {
     judged(&mut t, &whole_body(), 0, 0);
     assert_eq!(t.worker.counts.pending(Metric::KvNotMoved), 0, "its decode endpoint cannot compute a prompt");
 }
+
+#[test]
+fn prompts_go_to_pods_whose_bounds_have_room() {
+    let config = CONFIG
+        .replace(r#""10.0.0.1:1", "role""#, r#""10.0.0.1:1", "max_prompt_tokens": 500, "role""#)
+        .replace(r#""10.0.0.1:2", "role""#, r#""10.0.0.1:2", "min_prompt_tokens": 501, "role""#)
+        .replace(r#""10.0.0.2:1", "role""#, r#""10.0.0.2:1", "max_prompt_tokens": 500, "role""#);
+    for _ in 0..8 {
+        let mut fixture = configured(&config);
+        fixture.headers(&[]);
+        let outcome = fixture.body(&long_body());
+        assert_eq!(leg_destination(&outcome), "10.0.0.1:2");
+        let outcome = fixture.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+        assert!(state(&outcome, DESTINATION).split(',').all(|name| name == "10.0.0.2:2"), "{outcome:?}");
+    }
+    // Where nobody has room, everybody is asked.
+    let mut fixture = configured(
+        &config.replace(r#""10.0.0.1:2", "min_prompt_tokens": 501"#, r#""10.0.0.1:2", "min_prompt_tokens": 99999"#),
+    );
+    fixture.headers(&[]);
+    assert!(leg_destination(&fixture.body(&long_body())).contains("10.0.0.1:1"));
+}

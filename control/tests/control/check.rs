@@ -1,0 +1,243 @@
+//! `pd-control check` on manifests: those of this repository, and with mistakes in them.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+const IMAGE: &str =
+    "registry.example/pd-filter@sha256:5555555555555555555555555555555555555555555555555555555555555555";
+const OTHER: &str =
+    "registry.example/pd-filter@sha256:6666666666666666666666666666666666666666666666666666666666666666";
+const FILES: [&str; 6] =
+    ["gateway.yaml", "routes.yaml", "policies.yaml", "filter.yaml", "engines.yaml", "pd-control.yaml"];
+
+/// What kustomize makes of the base, all but namespaces of rights.
+fn manifests() -> String {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../gateway-manifests/base");
+    let files = FILES.map(|file| std::fs::read_to_string(folder.join(file)).unwrap());
+    let text = [files.join("\n---\n"), image_map(IMAGE, "0.1.0")].join("\n---\n");
+    text.replace("set-by-kustomize", IMAGE)
+}
+
+fn image_map(image: &str, version: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: pd-filter-image, namespace: llm}}\n\
+         data: {{image: '{image}', version: '{version}'}}\n"
+    )
+}
+
+/// The same with one text replaced, which must be there.
+fn with(from: &str, to: &str) -> String {
+    replaced(&manifests(), from, to)
+}
+
+fn replaced(text: &str, from: &str, to: &str) -> String {
+    assert!(text.contains(from), "{from} stands in no manifest any more");
+    text.replace(from, to)
+}
+
+struct Checked {
+    is_good: bool,
+    said: String,
+    faults: String,
+}
+
+fn check(text: &str) -> Checked {
+    check_after(text, None)
+}
+
+fn check_after(text: &str, applied: Option<&str>) -> Checked {
+    let directory = tempfile::tempdir().unwrap();
+    let file: PathBuf = directory.path().join("applied.yaml");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pd-control"));
+    command.args(["check", "-"]).env_clear().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    if let Some(text) = applied {
+        std::fs::write(&file, text).unwrap();
+        command.arg("--applied").arg(&file);
+    }
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    Checked { is_good: output.status.success(), said: text(output.stdout), faults: text(output.stderr) }
+}
+
+/// Says what one fault is, without its place in the file.
+fn fault(text: &str) -> String {
+    fault_after(text, None)
+}
+
+fn fault_after(text: &str, applied: Option<&str>) -> String {
+    let checked = check_after(text, applied);
+    assert!(!checked.is_good, "{}", checked.said);
+    assert_eq!(checked.faults.lines().count(), 1, "{}", checked.faults);
+    let line = checked.faults.strip_prefix("pd-control: -:").unwrap_or_else(|| panic!("{}", checked.faults));
+    let (number, rest) = line.trim_end().split_once(": ").unwrap();
+    assert!(number.parse::<u64>().unwrap() > 1, "the line of the document");
+    rest.to_owned()
+}
+
+#[test]
+fn the_manifests_of_this_repository_are_good() {
+    let checked = check(&manifests());
+    assert_eq!(checked.faults, "");
+    assert!(
+        checked.said.ends_with(" objects: EnvoyExtensionPolicy llm/pd, Deployment llm/pd-control\n"),
+        "{}",
+        checked.said
+    );
+    let list: Vec<String> = manifests()
+        .split("\n---\n")
+        .map(|document| serde_saphyr::from_str::<serde_json::Value>(document).unwrap().to_string())
+        .collect();
+    let list = format!(r#"{{"apiVersion": "v1", "kind": "List", "items": [{}]}}"#, list.join(","));
+    assert!(check(&list).is_good, "as `kubectl get -o json` prints them");
+}
+
+#[test]
+fn a_mistake_in_the_plugin_configuration_is_named_by_its_key() {
+    assert!(fault(&with("uncached_tokens: 256", "uncached_tokens: many")).starts_with(
+        "EnvoyExtensionPolicy llm/pd: spec.wasm[0].config.pools.default.split.uncached_tokens: invalid type: string"
+    ),);
+    let checked = check(&with("rendezvous_share: 0.6", "rendezvous_shore: 0.6"));
+    assert!(
+        checked.faults.contains("spec.wasm[0].config.pools.default.rendezvous_shore: unknown field"),
+        "{}",
+        checked.faults
+    );
+    assert_eq!(
+        fault(&with("rendezvous_share: 0.6", "rendezvous_share: 6")),
+        "EnvoyExtensionPolicy llm/pd: spec.wasm[0].config.pools.default.rendezvous_share: must be between 0 and 1, is 6"
+    );
+}
+
+#[test]
+fn names_that_do_not_agree_are_found() {
+    for (from, to, expected) in [
+        (
+            "cluster: httproute/llm/pd/rule/0",
+            "cluster: httproute/llm/pd/rule/1",
+            "EnvoyExtensionPolicy llm/pd: spec.wasm[0].config.cluster: \"httproute/llm/pd/rule/1\": HTTPRoute llm/pd \
+             has 1 rules",
+        ),
+        (
+            "{cluster: httproute/llm/pd-control/rule/0}",
+            "{cluster: httproute/llm/control/rule/0}",
+            "EnvoyExtensionPolicy llm/pd: spec.wasm[0].config.control.cluster: \"httproute/llm/control/rule/0\": there \
+             is no HTTPRoute llm/control",
+        ),
+        (
+            "extractFrom: [{header: x-pd-destination}]",
+            "extractFrom: [{header: x-destination}]",
+            "BackendTrafficPolicy llm/pd: spec.loadBalancer.endpointOverride.extractFrom: must have header \
+             x-pd-destination",
+        ),
+        (
+            "{name: x-pd-destination, value: '%FILTER_STATE(wasm.pd.destination:PLAIN)%'}",
+            "{name: x-pd-destination, value: '%FILTER_STATE(pd.destination:PLAIN)%'}",
+            "HTTPRoute llm/pd: spec.rules[0].filters: must set x-pd-destination to",
+        ),
+        (
+            "- {name: envoy.filters.http.buffer, after: envoy.filters.http.wasm}",
+            "- {name: envoy.filters.http.buffer, before: envoy.filters.http.wasm}",
+            "EnvoyProxy llm/pd: spec.filterOrder: must have {name: envoy.filters.http.buffer",
+        ),
+        (
+            "requestBuffer: {limit: 16Mi}",
+            "requestBuffer: {limit: 8Mi}",
+            "BackendTrafficPolicy llm/pd: spec.requestBuffer.limit: is below config.max_body_bytes",
+        ),
+        (
+            "env: {hostKeys: [PD_CONTROL_TOKEN]}",
+            "env: {hostKeys: [TOKEN]}",
+            "EnvoyExtensionPolicy llm/pd: spec.wasm[0].env.hostKeys: must have PD_CONTROL_TOKEN",
+        ),
+        ("failOpen: false", "failOpen: true", "EnvoyExtensionPolicy llm/pd: spec.wasm[0].failOpen: true sends"),
+        (
+            "backendRefs:\n    - {name: pd-control, port: 9000}",
+            "backendRefs:\n    - {name: pd-control, port: 9001}",
+            "EnvoyExtensionPolicy llm/pd: spec.wasm[0].config.control.cluster: \"httproute/llm/pd-control/rule/0\": \
+             HTTPRoute llm/pd-control: Service llm/pd-control has no port 9001",
+        ),
+        (
+            "args: [--kubernetes, --namespace,",
+            "args: [--kubernetes, --namespaces,",
+            "Deployment llm/pd-control: spec.template.spec.containers[0].args: unexpected argument '--namespaces'",
+        ),
+    ] {
+        let fault = fault(&with(from, to));
+        assert!(fault.starts_with(expected), "{fault}");
+    }
+}
+
+#[test]
+fn an_image_is_named_by_digest_and_stands_in_the_pods_annotation() {
+    let tagged = manifests().replace(IMAGE, "registry.example/pd-filter:0.1.0");
+    assert!(fault(&tagged).contains("spec.wasm[0].code.image.url: \"registry.example/pd-filter:0.1.0\" has no sha256"));
+    let forgotten = with(&format!("pd-filter-image: {IMAGE}"), &format!("pd-filter-image: {OTHER}"));
+    assert!(fault(&forgotten).starts_with(
+        "EnvoyProxy llm/pd: spec.provider.kubernetes.envoyDeployment.pod.annotations.pd-filter-image: must be the image"
+    ));
+}
+
+#[test]
+fn configuration_maps_are_read_where_pd_control_reads_them() {
+    let mounted = |content: &str| {
+        let text = replaced(
+            &manifests(),
+            "args: [--kubernetes, --namespace, llm,",
+            "volumeMounts: [{name: config, mountPath: /etc/pd}]\n        args: [--kubernetes-config, /etc/pd/k.yaml,",
+        );
+        let text = replaced(
+            &text,
+            "serviceAccountName: pd-control\n",
+            "serviceAccountName: pd-control\n      volumes: [{name: config, configMap: {name: settings-5f2k}}]\n",
+        );
+        format!(
+            "{text}---\napiVersion: v1\nkind: ConfigMap\nmetadata: {{name: settings-5f2k, namespace: llm}}\n\
+             data:\n  k.yaml: |\n    {content}\n"
+        )
+    };
+    let good = check(&mounted("namespaces: [llm]"));
+    assert!(good.is_good, "{}", good.faults);
+    assert!(good.said.contains("ConfigMap llm/settings-5f2k"), "{}", good.said);
+    assert!(
+        fault(&mounted("selector: []"))
+            .starts_with("ConfigMap llm/settings-5f2k: data[\"k.yaml\"]: line 1, column 1: unknown field `selector`")
+    );
+    let missing = replaced(&mounted("namespaces: [llm]"), "  k.yaml: |", "  other.yaml: |");
+    assert!(fault(&missing).starts_with("ConfigMap llm/settings-5f2k: data[\"k.yaml\"]: must be there"));
+    let alone = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: pd-control-endpoints}\ndata:\n  e.yaml: |\n    \
+                 endpoints: [{address: 'host:1', role: both}]\n";
+    assert!(check(alone).faults.contains("ConfigMap pd-control-endpoints: data[\"e.yaml\"]: line 1, column 23: "));
+}
+
+#[test]
+fn versions_that_do_not_know_each_other_are_stopped() {
+    let unknown = replaced(&manifests(), "version: '0.1.0'", "version: '9.0.0'");
+    assert!(fault(&unknown).contains("spec.wasm[0].code: its version 9.0.0 is not known to pd-control"));
+    let control = with("image: registry.example/pd-control:0.1.0", "image: registry.example/pd-control:v9.0.0");
+    assert!(fault(&control).starts_with("Deployment llm/pd-control: spec.template: its version 9.0.0 is not known"));
+    let unsaid = check(&manifests().replace(", version: '0.1.0'", ""));
+    assert!(unsaid.is_good && unsaid.said.contains("which version it is stands nowhere"), "{}", unsaid.said);
+    // A part of an installation is checked as far as it goes.
+    let part = manifests().split("\n---\n").find(|text| text.contains("EnvoyExtensionPolicy")).unwrap().to_owned();
+    let part = check(&part);
+    assert!(part.is_good && part.said.contains("names that must agree were not checked"), "{}", part.said);
+}
+
+#[test]
+fn what_follows_on_what_is_in_force_is_told() {
+    let new = manifests().replace(IMAGE, OTHER);
+    let checked = check_after(&new, Some(&manifests()));
+    assert!(checked.is_good, "{}", checked.faults);
+    let before = manifests().replace(", version: '0.1.0'", "");
+    let checked = check_after(&new, Some(&before));
+    assert!(checked.is_good && checked.said.contains("which version runs now stands nowhere"), "{}", checked.said);
+    let checked = check_after(&new, Some(&with("pd-control:0.1.0", "pd-control:0.0.1")));
+    assert!(
+        checked.faults.contains("applied.yaml:") && checked.faults.contains("0.0.1 is not known"),
+        "{}",
+        checked.faults
+    );
+}

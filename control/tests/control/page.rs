@@ -1,0 +1,97 @@
+//! The status page, as a browser shows it.
+
+use std::time::{Duration, Instant};
+
+use pd_control::http::Token;
+use pd_sim::Role;
+use serde_json::Value;
+
+use crate::browser::Browser;
+use crate::support::*;
+
+/// Waits until an expression is true on the page.
+fn until_true(browser: &mut Browser, expression: &str) {
+    let start = Instant::now();
+    while browser.evaluate(expression) != Value::Bool(true) {
+        let text = browser.evaluate("document.body.innerText");
+        assert!(start.elapsed() < PATIENCE, "{expression} is not true of {text}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn until_shown(browser: &mut Browser, text: &str) {
+    until_true(browser, &format!("document.body.innerText.includes({})", Value::from(text)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_status_page_shows_all_that_is_known() {
+    let directory = tempfile::tempdir().unwrap();
+    let Some(mut browser) = Browser::open(directory.path()) else { return };
+    let mut engines = Vec::new();
+    for role in [Role::Prefill, Role::Decode] {
+        engines.push(pd_sim::start(pd_sim::Config::of(role)).await.unwrap());
+    }
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let text = format!(
+        "endpoints:\n- {{address: '{}', role: prefill}}\n- {{address: '{}', role: decode, max_prompt_tokens: 8000}}\n\
+         - {{address: '{silent}', role: both, pool: big, models: ['<img src=x onerror=alert(1)>'], state: draining}}\n",
+        engines[0].addr(),
+        engines[1].addr(),
+    );
+    let rig = Rig::start_with(&text, |config, _| {
+        config.token = Token::new("secret");
+        config.scrape = Some(Duration::from_millis(100));
+    })
+    .await;
+    let mut client = rig.client.clone();
+    client.token = Some("secret");
+    Filter::default().poll(&client, PATIENCE).await.unwrap();
+
+    // Without the token it shows nothing and asks for it.
+    let page = format!("http://{}/", rig.client.address);
+    browser.go(&page);
+    until_shown(&mut browser, "a token is needed");
+    assert!(!browser.evaluate("document.body.innerText").as_str().unwrap().contains("127.0.0.1:"));
+    until_true(&mut browser, "!document.getElementById('login').hidden");
+    browser.complaints.clear();
+    let log_in = |token: &str| {
+        format!("document.getElementById('token').value = '{token}'; document.getElementById('login').requestSubmit()")
+    };
+    browser.evaluate(&log_in("secret"));
+
+    for shown in [
+        "Pool default",
+        "Pool big",
+        "0 of 1 both ready",
+        "to 8000",
+        "Polls",
+        "draining",
+        "<img src=x onerror=alert(1)>",
+    ] {
+        until_shown(&mut browser, shown);
+    }
+    for address in [engines[0].addr(), engines[1].addr(), silent] {
+        until_shown(&mut browser, &address.to_string());
+    }
+    assert_eq!(browser.evaluate("document.images.length"), 0, "names are text, whatever they hold");
+    until_true(&mut browser, "document.getElementById('login').hidden");
+    until_true(&mut browser, "document.getElementById('degraded').hidden");
+    let outside = "performance.getEntriesByType('resource').some(it => !it.name.startsWith(location.origin))";
+    assert_eq!(browser.evaluate(outside), Value::Bool(false), "no assets from elsewhere");
+
+    // What goes wrong is said, and that it is over.
+    replace(&rig.file(), "endpoints: [broken]");
+    until_true(&mut browser, "!document.getElementById('degraded').hidden");
+    until_shown(&mut browser, "endpoints[0]: must be a mapping of keys");
+    if let Some(path) = std::env::var_os("PD_SCREENSHOT") {
+        std::fs::write(path, browser.screenshot()).unwrap();
+    }
+    replace(&rig.file(), &text);
+    until_true(&mut browser, "document.getElementById('degraded').hidden");
+    assert_eq!(browser.complaints, Vec::<String>::new());
+
+    // A pd-control that is gone is said, too, and what was known of it stays to be read.
+    rig.control.stop().await;
+    until_shown(&mut browser, "pd-control does not answer");
+    until_shown(&mut browser, "Pool default");
+}

@@ -1,0 +1,173 @@
+//! The wire format of each version, as its goldens have it. `../goldens/wire/README.md` says what to do when these fail.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use pd_control::registry::{EndpointList, Registry};
+use pd_core::table::Applied;
+use pd_core::wire::{Endpoint, Engine, Role, Snapshot, State};
+use pd_core::worker::Worker;
+use serde_json::{Value, json};
+
+use crate::support::*;
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+const WHAT_TO_DO: &str = "the wire format has changed: raise the version in Cargo.toml and add a folder of goldens for \
+     it; never edit the folder of a released version (control/tests/goldens/wire/README.md)";
+
+fn goldens() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/wire")
+}
+
+fn versions() -> Vec<PathBuf> {
+    let entries = fs::read_dir(goldens()).unwrap().map(|entry| entry.unwrap().path());
+    let mut folders: Vec<_> = entries.filter(|path| path.is_dir()).collect();
+    folders.sort();
+    folders
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}; {WHAT_TO_DO}", path.display()))
+}
+
+/// One endpoint with every key, one with none that may be left out.
+fn endpoints() -> [Endpoint; 4] {
+    let full = Endpoint {
+        rank: Some(3),
+        pool: "big".into(),
+        models: vec!["llama".into(), "adapter \"ä\"".into()],
+        engine: Some(Engine::Sglang),
+        group: Some("rack-1".into()),
+        weight: 2.5,
+        cache_tokens: Some(500_000),
+        bootstrap_port: Some(8_998),
+        min_prompt_tokens: Some(100),
+        max_prompt_tokens: Some(2_000),
+        state: State::Draining,
+        ..Endpoint::new("10.0.0.1:8000".parse().unwrap(), Role::Prefill)
+    };
+    let bare = Endpoint::new("10.0.0.2:8000".parse().unwrap(), Role::Decode);
+    let six = Endpoint::new("[fd01::1]:80".parse().unwrap(), Role::Both);
+    [full, bare, six, Endpoint::new("10.0.0.3:8000".parse().unwrap(), Role::Both)]
+}
+
+/// What a pd-control of this version answers: the file's name and the text.
+fn written() -> Vec<(&'static str, String)> {
+    let registry = Registry::new("golden", SystemTime::UNIX_EPOCH);
+    let publish = |list: &[Endpoint]| {
+        registry.publish(EndpointList::new(list.to_vec()).unwrap(), SystemTime::UNIX_EPOCH).unwrap();
+        registry.current()
+    };
+    let text = |bytes: bytes::Bytes| String::from_utf8(bytes.to_vec()).unwrap() + "\n";
+    let [full, bare, six, other] = endpoints();
+    let whole = publish(&[full.clone(), bare.clone(), six, other.clone()]).answer("", 0).unwrap();
+    let delta = publish(&[full, Endpoint { state: State::Down, ..bare }, other]).answer("golden", 1).unwrap();
+    let empty = publish(&[]).answer("", 0).unwrap();
+    vec![("whole.json", text(whole)), ("delta.json", text(delta)), ("empty.json", text(empty))]
+}
+
+#[test]
+fn this_version_writes_its_goldens() {
+    let folder = goldens().join(VERSION);
+    for (name, text) in written() {
+        if std::env::var_os("PD_WRITE_GOLDENS").is_some() {
+            fs::create_dir_all(&folder).unwrap();
+            fs::write(folder.join(name), &text).unwrap();
+        }
+        assert_eq!(read(&folder.join(name)), text, "{VERSION}/{name}: {WHAT_TO_DO}");
+    }
+}
+
+/// Whether an object has at least what another one has: a reader ignores the rest.
+fn contains(value: &Value, part: &Value) -> bool {
+    match (value, part) {
+        (Value::Object(value), Value::Object(part)) => {
+            part.iter().all(|(key, part)| value.get(key).is_some_and(|value| contains(value, part)))
+        }
+        (Value::Array(value), Value::Array(part)) => {
+            value.len() == part.len() && value.iter().zip(part).all(|(value, part)| contains(value, part))
+        }
+        _ => value == part,
+    }
+}
+
+#[test]
+fn lists_of_every_version_are_read_and_written_so_that_it_reads_them() {
+    for folder in versions() {
+        for name in ["whole.json", "delta.json", "empty.json"] {
+            let (path, text) = (folder.join(name), read(&folder.join(name)));
+            let snapshot = Snapshot::parse(text.as_bytes())
+                .unwrap_or_else(|error| panic!("{}: {error}; a released version still writes this", path.display()));
+            let again: Value = serde_json::from_slice(&snapshot.to_json()).unwrap();
+            let golden: Value = serde_json::from_str(&text).unwrap();
+            assert!(
+                contains(&again, &golden),
+                "{}: a filter of that version would miss something in {again}",
+                path.display()
+            );
+        }
+    }
+}
+
+#[test]
+fn a_filter_follows_the_lists_of_every_version_and_keeps_its_own_where_one_is_refused() {
+    for folder in versions() {
+        let mut worker = Worker::default();
+        worker.configure(b"{}").unwrap();
+        assert_eq!(worker.apply(read(&folder.join("whole.json")).as_bytes()), Ok(Applied::Changed));
+        assert_eq!(worker.table.len(), 4);
+        assert_eq!(worker.apply(read(&folder.join("delta.json")).as_bytes()), Ok(Applied::Changed));
+        assert_eq!((worker.table.len(), worker.table.version()), (3, ("golden", 2)));
+        for refused in fs::read_dir(folder.join("refused")).unwrap().map(|entry| entry.unwrap().path()) {
+            assert!(worker.apply(read(&refused).as_bytes()).is_err(), "{}", refused.display());
+        }
+        assert_eq!(worker.apply(read(&folder.join("empty.json")).as_bytes()), Ok(Applied::Empty));
+        assert_eq!((worker.table.len(), worker.table.version()), (3, ("golden", 2)));
+    }
+}
+
+#[test]
+fn what_a_newer_version_adds_is_ignored() {
+    fn extended(value: &Value) -> Value {
+        match value {
+            Value::Object(members) => {
+                let mut members: serde_json::Map<_, _> =
+                    members.iter().map(|(key, value)| (key.clone(), extended(value))).collect();
+                members.insert("of_a_newer_version".into(), json!({"a": [1, null]}));
+                members.into()
+            }
+            Value::Array(items) => items.iter().map(extended).collect(),
+            _ => value.clone(),
+        }
+    }
+    for (name, text) in written() {
+        let newer = extended(&serde_json::from_str(&text).unwrap()).to_string();
+        assert_eq!(Snapshot::parse(newer.as_bytes()), Snapshot::parse(text.as_bytes()), "{name}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn filters_of_every_version_are_answered() {
+    let rig = Rig::start(&four(1.0)).await;
+    let epoch = rig.filter().await.epoch;
+    replace(&rig.file(), &four(2.0));
+    until("the second version is there", || async { rig.client.metric("pd_control_snapshot_version").await == 2.0 })
+        .await;
+    for folder in versions() {
+        for line in read(&folder.join("polls.txt")).lines() {
+            let mut words = line.split(' ');
+            let (path, status, like) = (words.next().unwrap(), words.next().unwrap(), words.next());
+            let answer = rig.client.get(&path.replace("EPOCH", &epoch)).await;
+            assert_eq!(answer.status.as_str(), status, "{}: {line}", folder.display());
+            let keys = |text: &str| {
+                let value: Value = serde_json::from_str(text).unwrap();
+                (value["wire"].clone(), value.get("base").is_some(), value["version"].is_u64())
+            };
+            match like {
+                Some(name) => assert_eq!(keys(&answer.body), keys(&read(&folder.join(name))), "{line}"),
+                None => assert_eq!(answer.body, "", "{line}"),
+            }
+        }
+    }
+}
