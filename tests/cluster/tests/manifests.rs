@@ -141,9 +141,13 @@ fn every_overlay_is_of_its_schemas_once_it_is_put_together() {
         for object in &objects {
             assert_eq!(faults(object), Vec::<String>::new(), "{}: {}", overlay.display(), object["kind"]);
         }
-        let pinned = fs::read_to_string(manifests().join("base/filter-image.env")).unwrap();
-        let image = pinned.trim().trim_start_matches("image=");
-        assert_eq!(text.matches(image).count(), 4, "config map, policies and annotation of {}", overlay.display());
+        // Config map, policies and annotation; config map and Deployment.
+        for (file, places) in [("filter-image.env", 4), ("control-image.env", 2)] {
+            let pinned = fs::read_to_string(manifests().join("base").join(file)).unwrap();
+            let image = pinned.trim().trim_start_matches("image=");
+            assert_eq!(text.matches(image).count(), places, "{image} in {}", overlay.display());
+        }
+        assert!(!text.contains("set-by-kustomize"), "{}", overlay.display());
     }
 }
 

@@ -48,6 +48,7 @@ impl Cluster {
         copy(&places::root().join("gateway-manifests"), manifests.path());
         let mut cluster = Self { client, address: ([0, 0, 0, 0], 0).into(), manifests };
         cluster.pin(&fs::read(places::wasm()).expect("the module")).await;
+        cluster.pin_control().await;
         cluster.apply().await;
         for name in ["pd-control", "prefill", "decode", "aibrix-prefill", "aibrix-decode"] {
             cluster.settled(OURS, name).await;
@@ -60,13 +61,20 @@ impl Cluster {
 
     /// Pushes a module and names its image in the manifests; returns the name.
     pub async fn pin(&self, module: &[u8]) -> String {
-        let registry =
-            std::env::var("PD_CLUSTER_REGISTRY").expect("PD_CLUSTER_REGISTRY: a registry that the cluster reaches");
         let image = Image::new(module).expect("a module");
-        let name = format!("{registry}/pd-filter:test");
+        let name = format!("{}/pd-filter:test", registry());
         let name = Registry::new(&name, true).expect("a registry").push(&image).await.expect("pushed");
         self.pin_name(&name);
         name
+    }
+
+    /// Pushes pd-control's image and names it in the manifests, where `make image-control` has written one; else the
+    /// cluster has its own.
+    async fn pin_control(&self) {
+        let Ok(image) = pd_image::layout::read(&places::root().join("target/image-control")) else { return };
+        let name = format!("{}/pd-control:test", registry());
+        let name = Registry::new(&name, true).expect("a registry").push(&image).await.expect("pushed");
+        fs::write(self.manifests.path().join("base/control-image.env"), format!("image={name}\n")).expect("written");
     }
 
     /// Names an image in the manifests.
@@ -259,6 +267,10 @@ pub async fn until<T>(what: impl std::fmt::Display, mut look: impl AsyncFnMut() 
         assert!(start.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}");
         tokio::time::sleep(PAUSE).await;
     }
+}
+
+fn registry() -> String {
+    std::env::var("PD_CLUSTER_REGISTRY").expect("PD_CLUSTER_REGISTRY: a registry that the cluster reaches")
 }
 
 async fn kube_client() -> Client {

@@ -86,6 +86,8 @@ async fn a_new_version_comes_with_a_configuration_that_the_old_one_does_not_know
     cluster.pin(&new).await;
     cluster.edit(FILTER, "rendezvous_share", "rendezvous_parts");
     cluster.apply().await;
+    until("the old code refuses it", async || (cluster.metric("pd_configs_total", REFUSED).await > 0.0).then_some(()))
+        .await;
     let after = rolled_out(&cluster, &before).await;
     assert_eq!(cluster.metric("pd_configs_total", REFUSED).await, 0.0, "the new code knows the key");
     assert!(cluster.metric("pd_configs_total", ACCEPTED).await > 0.0);
