@@ -14,6 +14,8 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 ENVOY_VERSION := $(shell cat envoy/version)
 # Envoy Gateway's default Envoy.
 GATEWAY_ENVOY_VERSION := 1.39.0
+# pd-control's image: a program without any other file.
+MUSL := $(shell uname -m)-unknown-linux-musl
 LOCKED := $(if $(CI),--locked)
 FUZZ_TARGETS := $(patsubst filter/core/fuzz/targets/%.rs,%,$(wildcard filter/core/fuzz/targets/*.rs))
 say = @printf '\n== %s\n' "$(1)"
@@ -22,8 +24,8 @@ say = @printf '\n== %s\n' "$(1)"
 
 help: ## List the targets
 	@echo 'usage: make TARGET [VARIABLE=value …]'
-	@sed -n -e '/^##@ /{s///;s/^/\n/p}' -e '/^#> /{s//             /p}' \
-	    -e '/^[a-z-]*:.* ## /{s/^\([a-z-]*\):.* ## /  \1          \t/;s/^\(.\{13\}\)[^\t]*\t/\1/p}' Makefile
+	@sed -n -e '/^##@ /{s///;s/^/\n/p}' -e '/^#> /{s//                /p}' \
+	    -e '/^[a-z-]*:.* ## /{s/^\([a-z-]*\):.* ## /  \1           \t/;s/^\(.\{16\}\)[^\t]*\t/\1/p}' Makefile
 
 run: build $(if $(ENVOY),,envoy) $(filter vllm,$(ENGINE)) ## Run engines, pd-control and Envoy with the filter on this machine
 #> PREFILL=host:port,… DECODE=host:port,…   your own engines in place of simulators
@@ -72,11 +74,26 @@ image: wasm ## Write the filter's OCI image for Envoy Gateway: target/image
 	$(call say,image)
 	cargo run $(LOCKED) --quiet -p pd-image -- make --module target/wasm32-wasip1/filter/pd_filter.wasm --layout target/image
 
-push: image ## Push the image, pull it back and compare; credentials are Docker's
+push: image ## Push the filter's image, pull it back and compare; credentials are Docker's
 #> IMAGE=registry/name:tag                  where to
 #> PIN=gateway-manifests/base/filter-image.env   file to write its name by digest into
 	@[ -n '$(IMAGE)' ] || { echo 'make: say where to: make push IMAGE=registry.example/pd-filter:0.1.0' >&2; exit 1; }
 	cargo run $(LOCKED) --quiet -p pd-image -- push '$(IMAGE)' --layout target/image $(if $(PIN),--pin '$(PIN)')
+
+image-control: toolchain ## Write pd-control's OCI image, one static program for this machine's architecture: target/image-control
+	$(call say,image of pd-control ($(MUSL)))
+	@rustup target list --installed | grep -qx $(MUSL) || rustup --quiet target add $(MUSL)
+	@# C sources need no more than this machine's compiler; names of folders do not get into the program.
+	CC_$(subst -,_,$(MUSL))=$${CC:-cc} CARGO_PROFILE_RELEASE_STRIP=symbols \
+	    RUSTFLAGS='--remap-path-prefix=$(CURDIR)=/envoy-pd --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo' \
+	    cargo build $(LOCKED) --release --target $(MUSL) -p pd-control
+	cargo run $(LOCKED) --quiet -p pd-image -- make --program target/$(MUSL)/release/pd-control --layout target/image-control
+
+push-control: image-control ## Push pd-control's image likewise
+#> IMAGE=registry/name:tag                  where to
+#> PIN=gateway-manifests/base/control-image.env   file to write its name by digest into
+	@[ -n '$(IMAGE)' ] || { echo 'make: say where to: make push-control IMAGE=registry.example/pd-control:0.1.0' >&2; exit 1; }
+	cargo run $(LOCKED) --quiet -p pd-image -- push '$(IMAGE)' --layout target/image-control $(if $(PIN),--pin '$(PIN)')
 
 toolchain: ## Install the pinned Rust toolchain, where it is missing
 	@.ci/toolchain
@@ -107,6 +124,7 @@ test-vllm: vllm build envoy ## End-to-end tests with a real vLLM prefill/decode 
 test-cluster: build ## The manifests on a real control plane with Envoy Gateway, without containers (needs root and Go)
 #> KUBECONFIG=file                          on that cluster, which has Envoy Gateway and the programs' images
 #> PD_CLUSTER_BIN=folder                    with the control plane, in place of building it (10 minutes)
+#> PD_CLUSTER_SECONDS=900                   after which it says that it did not run, or is given up
 #> TESTS=rollout                            some of them
 	@envoy/fetch.sh $(GATEWAY_ENVOY_VERSION) >/dev/null
 	$(call say,tests on a cluster with Envoy Gateway $(shell cat tests/cluster/programs/envoy-gateway.version))
@@ -175,4 +193,4 @@ fuzz-all:
 	    done; \
 	fi
 
-.PHONY: help run replay sim sim-agree explain build wasm image push toolchain envoy vllm test test-vllm test-cluster lint fmt soak fuzz bench schemas deps clean deps-check fuzz-all
+.PHONY: help run replay sim sim-agree explain build wasm image push image-control push-control toolchain envoy vllm test test-vllm test-cluster lint fmt soak fuzz bench schemas deps clean deps-check fuzz-all

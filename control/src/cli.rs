@@ -16,6 +16,7 @@ use tracing_subscriber::{EnvFilter, Layer, reload};
 use crate::allow::AllowedNetworks;
 use crate::check::check;
 use crate::eds::EdsFile;
+use crate::exchange::Peers;
 use crate::file;
 use crate::http::{LogLevel, Token};
 use crate::kubernetes::KubernetesConfig;
@@ -98,6 +99,9 @@ struct ServeArgs {
     /// Seconds between two looks at an engine's metrics; 0: none [default: 5 with --kubernetes, else 0]
     #[arg(long, value_name = "SECONDS", env = "PD_CONTROL_SCRAPE_INTERVAL")]
     scrape_interval: Option<f64>,
+    /// Name that resolves to every replica of pd-control (a headless Service): they pass on what Envoys exchange
+    #[arg(long, value_name = "HOST:PORT", env = "PD_CONTROL_PEERS")]
+    peers: Option<String>,
     /// Certificate for TLS, PEM; read again when it changes
     #[arg(long, value_name = "FILE", env = "PD_CONTROL_TLS_CERT", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
@@ -270,6 +274,7 @@ impl ServeArgs {
             named: self.endpoint,
             networks: AllowedNetworks::new(self.allowed_cidr),
             scrape,
+            peers: self.peers.map(|name| Peers { name, token: token.clone() }),
             tls,
             log: None,
             listen: self.listen,

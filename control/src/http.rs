@@ -3,6 +3,7 @@
 //! | path | answer |
 //! |---|---|
 //! | `GET /v1/watch` | 200 snapshot, 304 nothing changed in time, 400 bad query, 401 bad token |
+//! | `POST /v1/exchange` | 200 what other Envoys told, 400 no message of ours, 401 bad token, 413 too large |
 //! | `GET /v1/endpoints` | 200 the list in force for people, 401 bad token |
 //! | `GET /v1/status` | 200 all that is known, for the status page and the terminal, 401 bad token |
 //! | `PUT /v1/log-level` | 204 what the body says is logged from now on, 400 no such level, 401 bad token |
@@ -22,9 +23,10 @@ use axum::extract::{DefaultBodyLimit, Query, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, put};
+use axum::routing::{get, post, put};
 use axum::{Extension, Json, Router};
 use bytes::Bytes;
+use pd_core::exchange::message::{EXCHANGE_PATH, MAX_MESSAGE_BYTES, Told};
 use pd_core::wire::{Endpoint, WATCH_PATH};
 use prometheus_client::metrics::gauge::Gauge;
 use serde::{Deserialize, Serialize};
@@ -32,6 +34,7 @@ use subtle::ConstantTimeEq;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::exchange::Exchange;
 use crate::metrics::{self, Metrics};
 use crate::pods::Pods;
 use crate::publisher::Status;
@@ -66,6 +69,8 @@ pub struct App {
     pub scrapes: Arc<Scrapes>,
     /// Who polls.
     pub filters: Arc<Filters>,
+    /// What the Envoys tell each other.
+    pub exchange: Arc<Exchange>,
     /// What is logged.
     pub log: Option<LogLevel>,
     /// Bearer token that `/v1/…` asks for, if any.
@@ -98,6 +103,12 @@ struct Watch {
     wait_ms: Option<u64>,
 }
 
+/// Query of the exchange.
+#[derive(Debug, Deserialize)]
+struct Exchanged {
+    wait_ms: Option<u64>,
+}
+
 #[derive(Serialize)]
 struct EndpointsView<'a> {
     epoch: &'a str,
@@ -122,6 +133,11 @@ impl Token {
     pub fn new(text: &str) -> Option<Self> {
         let is_usable = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic());
         is_usable.then(|| Self(text.into()))
+    }
+
+    /// The `authorization` header that carries it.
+    pub(crate) fn header(&self) -> String {
+        format!("Bearer {}", self.0)
     }
 
     /// Whether an `authorization` header carries it. Only its length may show in the time this takes.
@@ -170,6 +186,7 @@ impl Drop for Waiting<'_> {
 pub fn router(app: App) -> Router {
     let v1 = Router::new()
         .route(WATCH_PATH, get(watch))
+        .route(EXCHANGE_PATH, post(exchange).layer(DefaultBodyLimit::max(MAX_MESSAGE_BYTES)))
         .route("/v1/endpoints", get(endpoints))
         .route("/v1/status", get(status))
         .route("/v1/log-level", put(log_level).layer(DefaultBodyLimit::max(MAX_LEVEL_BYTES)))
@@ -220,6 +237,20 @@ async fn watch(
         }
     };
     app.metrics.watch_answered(answer.status().as_u16());
+    answer
+}
+
+async fn exchange(State(app): State<App>, query: Result<Query<Exchanged>, QueryRejection>, body: Bytes) -> Response {
+    let told = query.ok().and_then(|Query(query)| Some((query, Told::from_bytes(&body)?)));
+    let answer = match told {
+        None => failure(StatusCode::BAD_REQUEST, "no message of the exchange"),
+        Some((query, told)) => {
+            let wait = query.wait_ms.map_or(Duration::ZERO, Duration::from_millis);
+            let heard = app.exchange.answer(&told, wait, app.filters.watching(), app.stopping.clone()).await;
+            ([(header::CONTENT_TYPE, "application/octet-stream")], heard.to_bytes()).into_response()
+        }
+    };
+    app.metrics.exchanged(answer.status().as_u16());
     answer
 }
 

@@ -13,6 +13,7 @@ pub mod check;
 pub mod cli;
 pub mod eds;
 pub mod engine_metrics;
+pub mod exchange;
 pub mod file;
 pub mod http;
 pub mod kubernetes;

@@ -42,7 +42,11 @@ pub struct Metrics {
     pub connections: Gauge,
     /// Connections closed because too many were open.
     pub connections_refused: Counter,
+    /// Envoys that exchange.
+    pub gateways: Gauge,
     watch_requests: Family<Labels<1>, Counter>,
+    exchanges: Family<Labels<1>, Counter>,
+    relays: Family<Labels<1>, Counter>,
     scrapes: Family<Labels<1>, Counter>,
 }
 
@@ -91,7 +95,10 @@ impl Metrics {
             eds_errors: Counter::default(),
             connections: Gauge::default(),
             connections_refused: Counter::default(),
+            gateways: Gauge::default(),
             watch_requests: Family::default(),
+            exchanges: Family::default(),
+            relays: Family::default(),
             scrapes: Family::default(),
             families: Families::default(),
         };
@@ -101,6 +108,11 @@ impl Metrics {
         let help = "1 while the newest endpoint list is refused and an older one is in force";
         families.register("degraded", help, degraded.clone());
         families.register("watch_requests", "Long polls answered, by status", metrics.watch_requests.clone());
+        let help = "Messages of the exchange between Envoys answered, by status";
+        families.register("exchange_requests", help, metrics.exchanges.clone());
+        let help = "Messages passed on to other replicas of pd-control, by result";
+        families.register("relays", help, metrics.relays.clone());
+        families.register("gateways", "Envoys that exchange loads and prefix blocks", metrics.gateways.clone());
         families.register("pollers", "Long polls that wait for a change", pollers.clone());
         families.register("eds_writes", "Times the EDS file was written", eds_writes.clone());
         families.register("eds_errors", "Times the EDS file could not be written", eds_errors.clone());
@@ -112,6 +124,16 @@ impl Metrics {
         }
         metrics.families = families;
         metrics
+    }
+
+    /// Counts an answered message of the exchange.
+    pub fn exchanged(&self, status: u16) {
+        self.exchanges.get_or_create(&[("code", status.to_string())]).inc();
+    }
+
+    /// Counts a message to another replica.
+    pub fn relayed(&self, result: &str) {
+        self.relays.get_or_create(&[("result", result.to_owned())]).inc();
     }
 
     /// Counts an answered long poll.

@@ -20,6 +20,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::allow::AllowedNetworks;
 use crate::eds::EdsFile;
+use crate::exchange::{Exchange, Peers};
 use crate::http::{self, App, LogLevel, Peer, Token};
 use crate::kubernetes::follow::Limits;
 use crate::kubernetes::{KubernetesConfig, KubernetesSource};
@@ -62,6 +63,8 @@ pub struct Config {
     pub networks: AllowedNetworks,
     /// How often to ask each engine for its metrics; none: never.
     pub scrape: Option<Duration>,
+    /// Other replicas, which are told what the Envoys exchange; none: there are none.
+    pub peers: Option<Peers>,
     /// Certificate and key; none: no TLS.
     pub tls: Option<TlsFiles>,
     /// What changes the level of the log, if anything.
@@ -102,7 +105,7 @@ impl Control {
     /// # Errors
     /// One line when the address is taken, the endpoints file is bad or the EDS file cannot be written.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
-        let Config { endpoints, kubernetes, named, networks, scrape, tls, log, listen, eds, token, poll } = config;
+        let Config { endpoints, kubernetes, named, networks, scrape, peers, tls, log, listen, eds, token, poll } = config;
         let tls = tls.map(Tls::open).transpose()?;
         let listener = TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
         let address = listener.local_addr()?;
@@ -149,6 +152,11 @@ impl Control {
             let place = publisher.add(None);
             tasks.spawn(source.run(Updates::new(place, sender.clone())));
         }
+        let exchange = Arc::new(Exchange::default());
+        tasks.spawn(Arc::clone(&exchange).prune(Arc::clone(&metrics)));
+        if let Some(peers) = peers {
+            tasks.spawn(peers.relay(Arc::clone(&exchange), Arc::clone(&metrics)));
+        }
         publisher.start()?;
         tasks.spawn(publisher.run(updates));
         let (stop, stopping) = watch::channel(false);
@@ -159,6 +167,7 @@ impl Control {
             pods,
             scrapes,
             filters: Arc::default(),
+            exchange,
             log,
             token,
             stopping: stopping.clone(),

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use pd_core::exchange::report::Report;
 use pd_core::wire::Endpoint;
 use serde::{Deserialize, Serialize};
 
@@ -26,6 +27,9 @@ struct Seen {
     at: Instant,
 }
 
+/// Time without a poll after which an Envoy does not count as one that follows the list: more than a long poll takes.
+const WATCHING: Duration = Duration::from_secs(65);
+
 /// All of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StatusView {
@@ -43,6 +47,8 @@ pub struct StatusView {
     pub degraded: Option<String>,
     /// Who polls.
     pub filters: Vec<FilterView>,
+    /// What the Envoys report of themselves.
+    pub gateways: Vec<GatewayView>,
     /// What is followed in the cluster.
     pub watches: Vec<Watch>,
     /// Pods that were left out.
@@ -62,6 +68,18 @@ pub struct FilterView {
     pub version: u64,
     /// Since it asked.
     pub seen_ms: u64,
+}
+
+/// What one Envoy reports of itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GatewayView {
+    /// Random number of its process, or of one worker's time as its voice.
+    pub id: String,
+    /// Since it was heard of.
+    pub seen_ms: u64,
+    /// The report.
+    #[serde(flatten)]
+    pub report: Report,
 }
 
 /// One kind of object in one namespace.
@@ -119,6 +137,13 @@ impl Filters {
         filters.insert(address.to_canonical(), Seen { version, at: Instant::now() });
     }
 
+    /// Envoys that follow the list.
+    #[must_use]
+    pub fn watching(&self) -> u64 {
+        let filters = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        filters.values().filter(|seen| seen.at.elapsed() < WATCHING).count() as u64
+    }
+
     fn view(&self) -> Vec<FilterView> {
         let mut filters = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         filters.retain(|_, seen| seen.at.elapsed() < FORGET);
@@ -158,6 +183,7 @@ pub fn view(app: &App) -> StatusView {
         source: app.status.source().to_owned(),
         degraded: app.status.degraded(),
         filters: app.filters.view(),
+        gateways: app.exchange.reports().into_iter().map(gateway).collect(),
         watches: pods
             .watches
             .iter()
@@ -175,6 +201,10 @@ pub fn view(app: &App) -> StatusView {
         pending: pods.pending,
         endpoints: published.endpoints().iter().map(endpoint).collect(),
     }
+}
+
+fn gateway((id, age, report): (u64, Duration, Report)) -> GatewayView {
+    GatewayView { id: format!("{id:016x}"), seen_ms: millis(age), report }
 }
 
 fn millis(duration: Duration) -> u64 {

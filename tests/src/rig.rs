@@ -234,6 +234,22 @@ impl Rig {
         Builder::default().start().await
     }
 
+    /// Another Envoy with the same configuration, in front of the same engines and asking the same pd-control.
+    pub async fn beside(&self) -> Self {
+        let places = Places::new();
+        let mut config = self.config.clone();
+        config.set_admin(places.admin.address());
+        config.set_listener(places.listener.address());
+        let file = places.file("envoy.json");
+        replace_file(&file, &config.root.to_string());
+        let envoy = places.start_envoy(&file);
+        let admin = Admin { address: places.admin.address() };
+        let beside = Self { prefill: Vec::new(), decode: Vec::new(), admin, envoy, config, control: None, places };
+        beside.until_ready(Some(self.engines().count())).await;
+        beside.until_metric("pd_snapshots_total{result=\"applied\"}", |value| value >= WORKERS as f64).await;
+        beside
+    }
+
     /// All engines, prefill first.
     pub fn engines(&self) -> impl Iterator<Item = &Handle> {
         self.prefill.iter().chain(&self.decode)

@@ -8,6 +8,7 @@ mod check;
 mod cluster;
 mod edits;
 mod engines;
+mod exchange;
 mod hosts;
 mod kubernetes;
 mod names;

@@ -92,6 +92,7 @@ impl Rig {
             named: Vec::new(),
             networks: pd_control::allow::AllowedNetworks::default(),
             scrape: None,
+            peers: None,
             tls: None,
             log: None,
             listen: ([127, 0, 0, 1], 0).into(),

@@ -21,6 +21,8 @@ use serde_json::{Map, Value};
 use crate::admission::Limits;
 use crate::wire::{Endpoint, Engine, Snapshot, WIRE_VERSION, WireError, unknown_endpoint_key};
 
+/// Epoch of the endpoints that stand in the configuration.
+pub const STATIC_EPOCH: &str = "static";
 /// Header that marks a request as prefill or decode work.
 pub const PHASE_HEADER: &str = "x-pd-phase";
 /// Header by which a caller asks why an endpoint was chosen. Untrusted by default: the answer names every candidate.
@@ -509,7 +511,7 @@ impl Config {
     pub fn static_snapshot(&self) -> Snapshot {
         Snapshot {
             wire: WIRE_VERSION,
-            epoch: "static".to_owned(),
+            epoch: STATIC_EPOCH.to_owned(),
             version: 1,
             base: None,
             endpoints: self.endpoints.clone(),

@@ -302,7 +302,9 @@ impl Exchange {
     }
 
     fn known(&self) -> Vec<(u64, u64)> {
-        self.known.iter().map(|(gateway, next)| (*gateway, *next)).collect()
+        let mut known: Vec<_> = self.known.iter().map(|(gateway, next)| (*gateway, *next)).collect();
+        known.sort_unstable();
+        known
     }
 
     /// A call could not be started, or was not answered as it should be.

@@ -17,14 +17,14 @@ use std::sync::Arc;
 
 use crate::admission::{Ask, Limits, Shed};
 use crate::body::{Api, KeySet, Scan, scan};
-use crate::config::{Config, EXPLAIN_HEADER, PHASE_HEADER, PREFILLER_HEADER};
+use crate::config::{Config, EXPLAIN_HEADER, PHASE_HEADER, PREFILLER_HEADER, STATIC_EPOCH};
 use crate::engine;
 use crate::headers::Headers;
 use crate::index::EndpointIndex;
 use crate::intake::{Claims, Intake, Phase, Subset, Work, decoded_path, endpoint_ids, is_ours, read_body};
 use crate::metrics::Metric;
 use crate::models::{Served, known};
-use crate::reply::{Rejection, Reply};
+use crate::reply::{REASON_HEADER, Rejection, Reply};
 use crate::schedule::{Decision, Scheduler};
 use crate::splice::HeadEdit;
 use crate::wire::EndpointId;
@@ -189,6 +189,10 @@ impl Request {
         let multipart = headers.get("content-type").is_some_and(|value| value.starts_with(b"multipart/"));
         let subset = Subset::read(&headers, &config);
         let is_get = headers.get(":method") == Some(b"GET");
+        if is_get && headers.get(":path") == Some(READY_PATH) {
+            self.state = State::Over;
+            return Outcome { flow: Flow::Pause, effects: vec![Effect::Reply(readiness(worker, &config))] };
+        }
         if is_get
             && worker.table.names_all_models()
             && headers.get(":path").is_some_and(|path| decoded_path(path) == MODELS_PATH)
@@ -488,6 +492,19 @@ impl Request {
 
 const GO_ON: Outcome = Outcome { flow: Flow::Continue, effects: Vec::new() };
 const WAIT: Outcome = Outcome { flow: Flow::Pause, effects: Vec::new() };
+
+/// Path that probes ask whether this Envoy may get requests.
+pub const READY_PATH: &[u8] = b"/.pd-ready";
+
+/// 200 once there is a list of endpoints, if an empty one: a filter that did not start or was told no list answers
+/// 503, so Envoys that serve are not replaced by such.
+fn readiness(worker: &Worker, config: &Config) -> Reply {
+    let is_told = config.control.is_none() || !worker.table.is_empty() || worker.table.version().0 != STATIC_EPOCH;
+    let (status, reason) = if is_told { (200, "ready") } else { (503, "no_list") };
+    let headers = vec![("content-type", "application/json".to_owned()), (REASON_HEADER, reason.to_owned())];
+    let body = serde_json::json!({"ready": is_told, "endpoints": worker.table.len()}).to_string().into_bytes();
+    Reply { status, headers, body, reason }
+}
 
 /// Path that lists models, and the reason code of the filter's own list.
 const MODELS_PATH: &[u8] = b"/v1/models";

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds what the cluster of tests consists of from published Go modules, where it is missing, and prints the folder:
 #
-#     tests/cluster/programs/build.sh
+#     tests/cluster/programs/build.sh [--is-built]
 #
 # etcd, kube-apiserver, kube-controller-manager, kubectl, helm, Envoy Gateway and its chart go to .cache/cluster-VERSION/.
 # From nothing that takes about ten minutes on two cores and 4 GB of disk in Go's caches.
@@ -15,6 +15,7 @@ directory=$PWD/.cache/cluster-$gateway-$sources
 
 say() { echo "cluster: $*" >&2; }
 
+[ "${1:-}" != --is-built ] || exec test -e "$directory/complete"
 mkdir -p .cache
 exec 9>"$directory.lock"
 flock 9

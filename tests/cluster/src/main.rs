@@ -47,8 +47,9 @@ fn image(text: &str) -> Result<(String, PathBuf), String> {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     if !namespaces::is_inside() {
-        return match namespaces::enter() {
-            Ok(never) => match never {},
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        return match runtime.map_err(Into::into).and_then(|runtime| runtime.block_on(namespaces::enter())) {
+            Ok(code) => ExitCode::from(code),
             Err(error) => failed(&error),
         };
     }
@@ -98,9 +99,10 @@ async fn up_and_run(cli: Cli) -> anyhow::Result<u8> {
     let (_control_plane, client) = ControlPlane::start(&programs, &state, &pki).await?;
     let mut images: BTreeMap<String, PathBuf> = cli.images.into_iter().collect();
     images.entry("gateway".to_owned()).or_insert_with(|| programs.join("envoy-gateway"));
-    let shared = Arc::new(Shared { client: client.clone(), images: Images::new(images), state: state.clone() });
     let known = Arc::new(Services::default());
     let (_registry, registry) = Registry::start(&programs, &state).await?;
+    let images = Images::new(images, registry.clone(), state.join("images"));
+    let shared = Arc::new(Shared { client: client.clone(), images, state: state.clone() });
     let kubeconfig = pki.path("kubeconfig");
     let command = async {
         install(&programs, &kubeconfig).await?;

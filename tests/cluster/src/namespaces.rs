@@ -1,7 +1,11 @@
 //! Namespaces of the cluster: its own network, mounts and processes, gone with the process that has them.
 
-use std::os::unix::process::CommandExt as _;
-use std::process::Command;
+use std::fs;
+
+use anyhow::Context as _;
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::process::Command;
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Says that this process is the one inside.
 const INSIDE: &str = "PD_CLUSTER_INSIDE";
@@ -12,21 +16,43 @@ pub fn is_inside() -> bool {
     std::env::var_os(INSIDE).is_some()
 }
 
-/// Runs this program once more, as the first process of new namespaces. When that process ends, the kernel ends all
-/// others in them; when this one is killed, that one is.
+/// Runs this program once more, as the first process of new namespaces, and returns its exit code. When that process ends,
+/// the kernel ends all others in them, and networks and mounts go with the last. What would end this process is passed on
+/// to that one; where this one is killed, so is that one. So nothing is left that a later start would have to remove.
 ///
-/// Returns only when it cannot.
+/// To be called on the thread that lives as long as the process does.
 ///
 /// # Errors
 /// The system's.
-pub fn enter() -> anyhow::Result<std::convert::Infallible> {
+pub async fn enter() -> anyhow::Result<u8> {
     let program = std::env::current_exe()?;
-    let error = Command::new("unshare")
-        .args(["--net", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "--propagation", "private"])
-        .arg("--")
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    let mut child = Command::new("setpriv")
+        .args(["--pdeathsig", "KILL", "unshare", "--net", "--mount", "--pid", "--fork", "--kill-child=KILL"])
+        .args(["--mount-proc", "--propagation", "private", "--"])
         .arg(program)
         .args(std::env::args_os().skip(1))
         .env(INSIDE, "1")
-        .exec();
-    Err(anyhow::anyhow!("unshare: {error}"))
+        .spawn()
+        .context("setpriv")?;
+    let unshare = child.id().unwrap_or_default();
+    loop {
+        tokio::select! {
+            status = child.wait() => return Ok(u8::try_from(status?.code().unwrap_or(1)).unwrap_or(1)),
+            _ = terminate.recv() => pass_on(unshare),
+            _ = interrupt.recv() => pass_on(unshare),
+            _ = hangup.recv() => pass_on(unshare),
+        }
+    }
+}
+
+/// `unshare` itself does not listen while its child runs.
+fn pass_on(unshare: u32) {
+    let children = fs::read_to_string(format!("/proc/{unshare}/task/{unshare}/children")).unwrap_or_default();
+    for pid in children.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)) {
+        // It may have ended at this moment.
+        let _ = kill_process(pid, Signal::TERM);
+    }
 }

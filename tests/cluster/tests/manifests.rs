@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use k8s_openapi::api::admissionregistration::v1::{ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Secret, Service, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
@@ -81,6 +82,10 @@ fn faults(object: &Value) -> Vec<String> {
         ("apps/v1", "Deployment") => typed::<Deployment>(object),
         ("policy/v1", "PodDisruptionBudget") => typed::<PodDisruptionBudget>(object),
         ("networking.k8s.io/v1", "NetworkPolicy") => typed::<NetworkPolicy>(object),
+        ("admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicy") => typed::<ValidatingAdmissionPolicy>(object),
+        ("admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicyBinding") => {
+            typed::<ValidatingAdmissionPolicyBinding>(object)
+        }
         ("rbac.authorization.k8s.io/v1", "Role") => typed::<Role>(object),
         ("rbac.authorization.k8s.io/v1", "RoleBinding") => typed::<RoleBinding>(object),
         (version, kind) => {
@@ -136,9 +141,13 @@ fn every_overlay_is_of_its_schemas_once_it_is_put_together() {
         for object in &objects {
             assert_eq!(faults(object), Vec::<String>::new(), "{}: {}", overlay.display(), object["kind"]);
         }
-        let pinned = fs::read_to_string(manifests().join("base/filter-image.env")).unwrap();
-        let image = pinned.trim().trim_start_matches("image=");
-        assert_eq!(text.matches(image).count(), 3, "config map, policy and annotation of {}", overlay.display());
+        // Config map, policies and annotation; config map and Deployment.
+        for (file, places) in [("filter-image.env", 4), ("control-image.env", 2)] {
+            let pinned = fs::read_to_string(manifests().join("base").join(file)).unwrap();
+            let image = pinned.trim().trim_start_matches("image=");
+            assert_eq!(text.matches(image).count(), places, "{image} in {}", overlay.display());
+        }
+        assert!(!text.contains("set-by-kustomize"), "{}", overlay.display());
     }
 }
 
@@ -202,6 +211,60 @@ fn the_buffer_takes_what_the_filter_takes() {
     assert_eq!(plugin()["config"]["max_body_bytes"], mebibytes << 20);
     let order = get("EnvoyProxy", "pd")["spec"]["filterOrder"].clone();
     assert_eq!(order, json!([{"name": "envoy.filters.http.buffer", "after": "envoy.filters.http.wasm"}]));
+}
+
+/// What Envoy Gateway fetches first is what the filter's policy names then, and who asks for it is held to that.
+#[test]
+fn an_image_is_fetched_before_it_is_named() {
+    let preflight = get("EnvoyExtensionPolicy", "pd-preflight");
+    assert_eq!(preflight["spec"]["wasm"][0]["code"], plugin()["code"]);
+    let route = get("HTTPRoute", "pd-preflight");
+    let [of_route, of_rule] = ["pd-preflight", "pd-preflight-rule"]
+        .map(|name| get("EnvoyExtensionPolicy", name)["spec"]["targetRefs"][0].clone());
+    assert_eq!((&of_route["kind"], &of_route["name"]), (&route["kind"], &route["metadata"]["name"]));
+    assert_eq!((&of_rule["kind"], &of_rule["name"]), (&route["kind"], &route["metadata"]["name"]));
+    assert_eq!(of_rule["sectionName"], route["spec"]["rules"][0]["name"]);
+    assert!(
+        of_route["sectionName"].is_null() && get("EnvoyExtensionPolicy", "pd-preflight-rule")["spec"]["wasm"].is_null()
+    );
+
+    let policy = get("ValidatingAdmissionPolicy", "pd-filter-image");
+    let images = policy["spec"]["variables"][0]["expression"].as_str().unwrap().to_owned();
+    let annotations =
+        get("EnvoyProxy", "pd")["spec"]["provider"]["kubernetes"]["envoyDeployment"]["pod"]["annotations"].clone();
+    let annotation = annotations.as_object().unwrap().keys().next().unwrap();
+    assert!(images.contains(&format!("'{annotation}'")), "{images}");
+    for (binding, of, param) in [
+        ("pd-filter-image-of-policy", "envoyextensionpolicies", "pd-preflight"),
+        ("pd-filter-image-of-pods", "envoyproxies", "pd"),
+    ] {
+        let binding = get("ValidatingAdmissionPolicyBinding", binding);
+        let spec = &binding["spec"];
+        assert_eq!(spec["policyName"], policy["metadata"]["name"]);
+        assert_eq!(spec["paramRef"], json!({"name": param, "parameterNotFoundAction": "Deny"}));
+        assert_eq!(spec["matchResources"]["resourceRules"][0]["resources"], json!([of]));
+        let namespace = &spec["matchResources"]["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"];
+        assert_eq!(*namespace, preflight["metadata"]["namespace"]);
+        let rules = &policy["spec"]["matchConstraints"]["resourceRules"][0];
+        assert!(rules["resources"].as_array().unwrap().contains(&json!(of)));
+    }
+}
+
+#[test]
+fn envoys_pods_are_asked_whether_the_filter_is_ready() {
+    let proxy = get("EnvoyProxy", "pd");
+    let deployment = &proxy["spec"]["provider"]["kubernetes"]["envoyDeployment"];
+    let containers = &deployment["patch"]["value"]["spec"]["template"]["spec"]["containers"];
+    let probe = containers[0]["readinessProbe"]["httpGet"].clone();
+    let path = std::str::from_utf8(pd_core::request::READY_PATH).unwrap();
+    assert_eq!(probe["path"], path);
+    // Envoy Gateway adds 10,000 to ports below 1,024.
+    let port = get("Gateway", "pd")["spec"]["listeners"][0]["port"].as_u64().unwrap();
+    assert_eq!(probe["port"], if port < 1_024 { port + 10_000 } else { port });
+    let matches = get("HTTPRoute", "pd")["spec"]["rules"][0]["matches"].as_array().unwrap().clone();
+    assert!(matches.contains(&json!({"path": {"type": "Exact", "value": path}})), "{matches:?}");
+    let logged = proxy["spec"]["telemetry"]["accessLog"]["settings"][0]["matches"].to_string();
+    assert!(logged.contains(path), "{logged}");
 }
 
 #[test]

@@ -1,7 +1,7 @@
-//! Command line: makes, pushes and pulls the filter's image.
+//! Command line: makes, pushes and pulls our images.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use pd_image::manifest::Image;
 use pd_image::registry::Registry;
 
-/// The filter's module as an OCI image for Envoy Gateway.
+/// OCI images of the filter's module, for Envoy Gateway, and of programs.
 #[derive(Parser)]
 #[command(name = "pd-image", version, max_term_width = 120)]
 struct Cli {
@@ -21,9 +21,12 @@ struct Cli {
 enum Command {
     /// Write the image as an OCI image layout and print its digest
     Make {
-        /// The module
+        /// The filter's module
+        #[arg(long, value_name = "FILE", required_unless_present = "program", conflicts_with = "program")]
+        module: Option<PathBuf>,
+        /// A static program, for an image that runs it
         #[arg(long, value_name = "FILE")]
-        module: PathBuf,
+        program: Option<PathBuf>,
         /// Where the layout goes
         #[arg(long, value_name = "DIRECTORY")]
         layout: PathBuf,
@@ -79,9 +82,16 @@ async fn main() -> ExitCode {
 
 async fn run(command: Command) -> anyhow::Result<String> {
     match command {
-        Command::Make { module, layout } => {
-            let bytes = fs::read(&module).with_context(|| module.display().to_string())?;
-            let image = Image::new(&bytes)?;
+        Command::Make { module, program, layout } => {
+            let read = |file: &Path| fs::read(file).with_context(|| file.display().to_string());
+            let image = match (&module, &program) {
+                (Some(module), _) => Image::new(&read(module)?)?,
+                (None, Some(program)) => {
+                    let name = program.file_name().and_then(|name| name.to_str()).context("a program has a name")?;
+                    Image::of_program(name, &read(program)?).with_context(|| program.display().to_string())?
+                }
+                (None, None) => bail!("name a module or a program"),
+            };
             pd_image::layout::write(&image, &layout)?;
             Ok(image.manifest.digest)
         }

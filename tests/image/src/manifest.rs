@@ -1,13 +1,16 @@
 //! Bytes of the image: layer, configuration, manifest.
 
 use std::io::{Read as _, Write as _};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use flate2::read::GzDecoder;
 use flate2::{Compression, GzBuilder};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
+
+use crate::elf;
 
 /// Media type of the manifest.
 pub const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -17,6 +20,8 @@ pub const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 pub const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 /// Name under which Envoy Gateway looks for the module.
 const MODULE: &str = "plugin.wasm";
+/// User and group of a program's image.
+const NOBODY: &str = "65532:65532";
 /// Bytes that a module may have; Envoy Gateway's own limit.
 const MAX_MODULE_BYTES: u64 = 256 << 20;
 
@@ -83,25 +88,39 @@ impl Image {
         if !module.starts_with(b"\0asm") {
             bail!("this is no WebAssembly module");
         }
-        let tar = archive(module)?;
+        let platform = json!({"architecture": "wasm", "os": "wasip1", "config": {}});
+        Self::of_file(MODULE, 0o644, module, platform, "envoy-pd filter")
+    }
+
+    /// Makes the image of a Linux program that needs no other file, to run as a user that is nobody.
+    ///
+    /// # Errors
+    /// One line when these bytes are no such program.
+    pub fn of_program(name: &str, program: &[u8]) -> anyhow::Result<Self> {
+        let platform = json!({
+            "architecture": elf::of_static(program)?,
+            "os": "linux",
+            "config": {"Entrypoint": [format!("/{name}")], "User": NOBODY, "WorkingDir": "/"},
+        });
+        Self::of_file(name, 0o755, program, platform, name)
+    }
+
+    /// `config` lacks the layers' digests.
+    fn of_file(name: &str, mode: u32, bytes: &[u8], mut config: Value, title: &str) -> anyhow::Result<Self> {
+        let tar = archive(name, mode, bytes)?;
         // The diff id is that of the archive before compression.
-        let diff_id = digest(&tar);
+        config["rootfs"] = json!({"type": "layers", "diff_ids": [digest(&tar)]});
         let mut gzip = GzBuilder::new().mtime(0).operating_system(255).write(Vec::new(), Compression::best());
         gzip.write_all(&tar)?;
         let layer = Blob::new(gzip.finish()?);
-        let config = Blob::new(serde_json::to_vec(&json!({
-            "architecture": "wasm",
-            "os": "wasip1",
-            "config": {},
-            "rootfs": {"type": "layers", "diff_ids": [diff_id]},
-        }))?);
+        let config = Blob::new(serde_json::to_vec(&config)?);
         let manifest = Blob::new(serde_json::to_vec(&json!({
             "schemaVersion": 2,
             "mediaType": MANIFEST,
             "config": config.describe(CONFIG),
             "layers": [layer.describe(LAYER)],
             "annotations": {
-                "org.opencontainers.image.title": "envoy-pd filter",
+                "org.opencontainers.image.title": title,
                 "org.opencontainers.image.version": env!("CARGO_PKG_VERSION"),
                 "org.opencontainers.image.licenses": env!("CARGO_PKG_LICENSE"),
                 "org.opencontainers.image.source": env!("CARGO_PKG_REPOSITORY"),
@@ -131,6 +150,17 @@ impl Image {
         }
         bail!("there is no {MODULE} in the last layer")
     }
+
+    /// Writes the files of a program's image under a folder and returns where its program is.
+    ///
+    /// # Errors
+    /// One line when the image has no entry point or a file cannot be written.
+    pub fn unpack(&self, folder: &Path) -> anyhow::Result<PathBuf> {
+        let config: Value = serde_json::from_slice(&self.config.bytes).context("the configuration is broken")?;
+        let program = config["config"]["Entrypoint"][0].as_str().context("the image has no entry point")?;
+        tar::Archive::new(GzDecoder::new(self.layer.bytes.as_slice())).unpack(folder)?;
+        Ok(folder.join(program.trim_start_matches('/')))
+    }
 }
 
 /// `sha256:` and the hexadecimal digest.
@@ -139,15 +169,15 @@ pub fn digest(bytes: &[u8]) -> String {
     format!("sha256:{:x}", Sha256::digest(bytes))
 }
 
-fn archive(module: &[u8]) -> anyhow::Result<Vec<u8>> {
+fn archive(name: &str, mode: u32, bytes: &[u8]) -> anyhow::Result<Vec<u8>> {
     let mut header = tar::Header::new_ustar();
-    header.set_size(module.len() as u64);
-    header.set_mode(0o644);
+    header.set_size(bytes.len() as u64);
+    header.set_mode(mode);
     header.set_mtime(0);
     header.set_uid(0);
     header.set_gid(0);
     let mut builder = tar::Builder::new(Vec::new());
-    builder.append_data(&mut header, MODULE, module)?;
+    builder.append_data(&mut header, name, bytes)?;
     Ok(builder.into_inner()?)
 }
 
@@ -173,6 +203,20 @@ mod tests {
     #[test]
     fn the_module_comes_out_as_it_went_in() {
         assert_eq!(Image::new(EMPTY).unwrap().module().unwrap(), EMPTY);
+    }
+
+    #[test]
+    fn a_program_comes_out_as_it_went_in() {
+        let program = elf::tests::program(1);
+        let image = Image::of_program("run", &program).unwrap();
+        assert_eq!(image, Image::of_program("run", &program).unwrap());
+        let config: Value = serde_json::from_slice(&image.config.bytes).unwrap();
+        assert_eq!((&config["os"], &config["architecture"]), (&json!("linux"), &json!("amd64")));
+        let folder = tempfile::tempdir().unwrap();
+        let path = image.unpack(folder.path()).unwrap();
+        assert_eq!(path, folder.path().join("run"));
+        assert_eq!(std::fs::read(&path).unwrap(), program);
+        assert!(Image::new(EMPTY).unwrap().unpack(folder.path()).is_err(), "a module is no program");
     }
 
     #[test]

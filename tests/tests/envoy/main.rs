@@ -7,6 +7,7 @@ mod compat;
 mod decode_failure;
 mod engines;
 mod errors;
+mod exchange;
 mod hostile;
 mod kv_params;
 mod leaving;

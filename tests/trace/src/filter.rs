@@ -1,13 +1,14 @@
 //! Our policy: pd-core's request machine, as the filter drives it, whole, with what workers share.
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use hashbrown::HashMap;
-use pd_core::hash::{BlockHash, prompt_hash};
+use pd_core::exchange::hub::Hub;
+use pd_core::exchange::message::Told;
+use pd_core::exchange::{Call, Exchange, Kind};
 use pd_core::headers::Headers;
 use pd_core::push::TICK;
 use pd_core::request::{DECODE, Effect, Outcome, PrefillAnswer, Request};
@@ -37,7 +38,7 @@ pub struct Brains {
     pub count: usize,
     /// Workers of each gateway, which share what they know as they do in Envoy.
     pub workers: usize,
-    /// How long after a decision the other gateways know of it; `None`: never.
+    /// How often gateways exchange what they know, as they do through pd-control; `None`: never.
     pub exchange: Option<Duration>,
     /// Members to put over those of the plugin configuration, objects by member.
     pub config: serde_json::Value,
@@ -55,8 +56,7 @@ pub struct Filter {
     workers: usize,
     streams: HashMap<usize, Stream>,
     places: Places,
-    exchange: Option<Duration>,
-    changes: VecDeque<(Duration, usize, Change)>,
+    voices: Option<Voices>,
     rng: fastrand::Rng,
     pruned: Duration,
 }
@@ -105,27 +105,48 @@ impl Shared for Store {
 struct Stream {
     state: usize,
     request: Request,
-    /// What the other states are to be told, where they are.
-    tell: Option<Tell>,
     tokens: u64,
-    prefill: usize,
     decode: usize,
 }
 
-/// A request as the other states see it.
-#[derive(Clone)]
-struct Tell {
-    leg: u64,
-    tokens: f64,
-    blocks: Vec<BlockHash>,
+/// What the gateways tell each other: pd-core's own exchange, with calls that take no time.
+struct Voices {
+    hub: Hub,
+    /// Of each gateway's first worker, and its question that waits.
+    gateways: Vec<(Exchange, Option<Call>)>,
+    period: Duration,
+    ticked: Duration,
 }
 
-/// What one state did.
-enum Change {
-    PrefillBegun { endpoint: SocketAddr, tell: Tell },
-    PrefillOver { endpoint: SocketAddr, leg: u64 },
-    DecodeBegun { endpoint: SocketAddr, tell: Tell },
-    DecodeOver { endpoint: SocketAddr, tokens: u64 },
+impl Voices {
+    fn new(period: Duration, states: &mut [Worker], workers: usize) -> Self {
+        let voice = |(at, worker): (usize, &mut Worker)| {
+            let config = worker.config.clone().ok();
+            let mut exchange = Exchange::default();
+            exchange.configure(worker, config.as_ref().and_then(|config| config.control.as_ref()));
+            exchange.speak(worker, at as u64 + 1, 0, Duration::ZERO);
+            (exchange, None)
+        };
+        let gateways = states.iter_mut().step_by(workers).enumerate().map(voice).collect();
+        Self { hub: Hub::new(u64::MAX), gateways, period, ticked: Duration::ZERO }
+    }
+
+    /// One gateway's tick.
+    fn tick(&mut self, gateway: usize, worker: &mut Worker, now: Duration) {
+        let Self { hub, gateways, .. } = self;
+        let Some((exchange, waiting)) = gateways.get_mut(gateway) else { return };
+        let calls = exchange.tick(worker, true, now, |_| Vec::new());
+        for call in calls.into_iter().chain(waiting.take()) {
+            let Some(told) = Told::from_bytes(&call.body) else { continue };
+            hub.take(&told, now);
+            if call.kind == Kind::Hear && !hub.has_news(&told) {
+                *waiting = Some(call);
+                continue;
+            }
+            let heard = hub.answer(&told, 0).to_bytes();
+            exchange.answered(worker, call.kind, Some(200), &heard, now);
+        }
+    }
 }
 
 /// Addresses of the servers.
@@ -161,6 +182,9 @@ pub fn configuration(pods: &Pods, brains: &Brains) -> serde_json::Value {
             "cache_tokens": pods.cache_tokens,
         }},
     });
+    if brains.exchange.is_some() {
+        merge(&mut config, &serde_json::json!({"control": {"cluster": "pd-control"}}));
+    }
     merge(&mut config, &brains.config);
     config
 }
@@ -204,6 +228,7 @@ impl Filter {
             }
             states.push(worker);
         }
+        let voices = brains.exchange.map(|period| Voices::new(period, &mut states, workers));
         Ok(Self {
             states,
             shares,
@@ -212,8 +237,7 @@ impl Filter {
             workers,
             streams: HashMap::new(),
             places,
-            exchange: brains.exchange,
-            changes: VecDeque::new(),
+            voices,
             rng: fastrand::Rng::with_seed(seed),
             pruned: Duration::ZERO,
         })
@@ -226,23 +250,10 @@ impl Filter {
     pub fn arrive(&mut self, number: usize, job: &Job, now: Duration) -> Result<usize> {
         let text = prompt(job);
         let body = [br#"{"model":"m","prompt":"#, text.as_slice(), b"}"].concat();
-        let prefill = self.ask(number, "/v1/completions", &body, job.tokens, now)?;
-        if self.exchange.is_some()
-            && let Some(stream) = self.streams.get_mut(&number)
-        {
-            let tell = Tell {
-                leg: number as u64 | 1 << 63,
-                tokens: text.len() as f64 / BYTES_PER_TOKEN,
-                blocks: prompt_hash(b"m", b"", &[&text], HASH_BLOCK_BYTES).blocks,
-            };
-            stream.tell = Some(tell.clone());
-            let (from, endpoint) = (stream.state, self.places.prefill[prefill]);
-            self.changed(now, from, Change::PrefillBegun { endpoint, tell });
-        }
-        Ok(prefill)
+        self.ask(number, "/v1/completions", &body, job.tokens, now)
     }
 
-    /// A request with this body comes: the prefill server that it goes to. The other states are not told.
+    /// A request with this body comes: the prefill server that it goes to. 
     ///
     /// # Errors
     /// When pd-core does anything but start a prefill leg.
@@ -261,7 +272,7 @@ impl Filter {
         });
         let prefill = call.and_then(|text| Places::find(&self.places.prefill, text));
         let prefill = prefill.with_context(|| format!("no prefill leg: {outcome:?}"))?;
-        self.streams.insert(number, Stream { state: at, request, tell: None, tokens, prefill, decode: 0 });
+        self.streams.insert(number, Stream { state: at, request, tokens, decode: 0 });
         self.publish(at, now);
         Ok(prefill)
     }
@@ -286,12 +297,6 @@ impl Filter {
         });
         let decode = decode.context("no decode server")?;
         stream.decode = decode;
-        let (from, prefill, tell) = (stream.state, stream.prefill, stream.tell.clone());
-        if let Some(tell) = tell {
-            let leg = tell.leg;
-            self.changed(now, from, Change::PrefillOver { endpoint: self.places.prefill[prefill], leg });
-            self.changed(now, from, Change::DecodeBegun { endpoint: self.places.decode[decode], tell });
-        }
         self.publish(at, now);
         Ok(decode)
     }
@@ -316,10 +321,6 @@ impl Filter {
             stream.request.done(state, now);
         }
         self.publish(stream.state, now);
-        if let Some(tell) = stream.tell {
-            let endpoint = self.places.decode[stream.decode];
-            self.changed(now, stream.state, Change::DecodeOver { endpoint, tokens: tell.tokens as u64 });
-        }
     }
 
     /// A worker hears what the others of its gateway did.
@@ -337,12 +338,6 @@ impl Filter {
         }
     }
 
-    fn changed(&mut self, now: Duration, from: usize, change: Change) {
-        if let Some(delay) = self.exchange {
-            self.changes.push_back((now + delay, from, change));
-        }
-    }
-
     /// Tells the gateways what others did, when its time has come.
     fn catch_up(&mut self, now: Duration) {
         if now >= self.pruned + PRUNE_EVERY {
@@ -357,51 +352,14 @@ impl Filter {
                 share.tick(state, store, self.ticked);
             }
         }
-        while self.changes.front().is_some_and(|(due, ..)| *due <= now) {
-            let Some((due, from, change)) = self.changes.pop_front() else { return };
-            let elsewhere = |(at, _): &(usize, &mut Worker)| at / self.workers != from / self.workers;
-            for (_, state) in self.states.iter_mut().enumerate().filter(elsewhere) {
-                change.apply(state, due);
-            }
-        }
-    }
-}
-
-impl Change {
-    fn apply(&self, state: &mut Worker, now: Duration) {
-        let (Self::PrefillBegun { endpoint, .. }
-        | Self::PrefillOver { endpoint, .. }
-        | Self::DecodeBegun { endpoint, .. }
-        | Self::DecodeOver { endpoint, .. }) = self;
-        let id = pd_core::wire::EndpointId { address: *endpoint, rank: None };
-        let Some(at) = state.table.find(id) else { return };
-        let Ok(config) = state.config.clone() else { return };
-        let pool = config.pool("default");
-        match self {
-            Self::PrefillBegun { tell, .. } => {
-                let matched = pd_core::hash::prefix_units(state.index.matched(at, &tell.blocks));
-                let held = (matched * HASH_BLOCK_BYTES) as f64 / BYTES_PER_TOKEN;
-                let seconds = pool.cost.seconds(tell.tokens, held);
-                if let Some(slot) = state.table.get_mut(at) {
-                    slot.prefill.add(tell.leg, seconds, now, now + pool.prefill_timeout);
+        while let Some(due) = self.voices.as_ref().map(|voices| voices.ticked + voices.period).filter(|due| *due <= now) {
+            for gateway in 0..self.stores.len() {
+                self.listen(gateway * self.workers, due);
+                if let (Some(voices), Some(worker)) = (&mut self.voices, self.states.get_mut(gateway * self.workers)) {
+                    voices.ticked = due;
+                    voices.tick(gateway, worker, due);
                 }
-                state.index.insert(at, &tell.blocks);
-            }
-            Self::PrefillOver { leg, .. } => {
-                if let Some(slot) = state.table.get_mut(at) {
-                    slot.prefill.remove(*leg, now);
-                }
-            }
-            Self::DecodeBegun { tell, .. } => {
-                if let Some(slot) = state.table.get_mut(at) {
-                    slot.decode.add(tell.tokens as u64);
-                }
-                state.index.insert(at, &tell.blocks);
-            }
-            Self::DecodeOver { tokens, .. } => {
-                if let Some(slot) = state.table.get_mut(at) {
-                    slot.decode.remove(*tokens);
-                }
+                self.publish(gateway * self.workers, due);
             }
         }
     }
@@ -435,6 +393,8 @@ fn prompt(job: &Job) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use pd_core::hash::prompt_hash;
+
     use super::*;
 
     const PODS: Pods = Pods { prefill: 4, decode: 2, cache_tokens: 100_000, fast_tokens: 100_000 };
@@ -496,19 +456,21 @@ mod tests {
     }
 
     #[test]
-    fn states_know_of_each_other_after_the_delay() {
+    fn gateways_know_of_each_other_after_two_ticks() {
         let brains = Brains { count: 2, exchange: Some(Duration::from_millis(50)), ..Brains::default() };
         let mut filter = Filter::new(&PODS, &brains, 1).unwrap();
         let text = prompt(&job(&[1, 2], 0));
         let blocks = prompt_hash(b"m", b"", &[&text], HASH_BLOCK_BYTES).blocks;
-        serve(&mut filter, 0, &job(&[1, 2], 0));
+        // They find each other first.
+        filter.catch_up(Duration::from_secs(3));
+        serve(&mut filter, 0, &job(&[1, 2], 3_010));
         let knowing = |filter: &Filter| filter.states.iter().filter(|state| state.index.knows(blocks[0])).count();
-        filter.catch_up(Duration::from_millis(49));
+        filter.catch_up(Duration::from_millis(3_049));
         assert_eq!(knowing(&filter), 1);
-        filter.catch_up(Duration::from_millis(50));
+        filter.catch_up(Duration::from_millis(3_100));
         assert_eq!(knowing(&filter), 2);
         for state in &filter.states {
-            assert!(state.table.iter().all(|(_, slot)| slot.prefill.is_empty()), "what began is over");
+            assert!(state.table.iter().all(|(_, slot)| slot.work(Duration::from_secs(4)) == 0.0), "what began is over");
         }
     }
 }

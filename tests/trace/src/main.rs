@@ -60,7 +60,7 @@ struct Args {
     /// Workers of each gateway, which share what they know as they do in Envoy
     #[arg(long, value_name = "N", default_value_t = 1)]
     workers: usize,
-    /// Milliseconds after which the other gateways know of a decision; without it never
+    /// Milliseconds between two exchanges of what the gateways know, 50 in Envoy; without it never
     #[arg(long, value_name = "MS")]
     exchange_ms: Option<f64>,
     /// Members to put over those of pd-core's configuration, as {"pools":{"default":{"affinity_weight":2}}}. There a

@@ -227,7 +227,8 @@ impl Hub {
     #[must_use]
     pub fn has_news(&self, told: &Told) -> bool {
         let is_new = |id: &u64, gateway: &Gateway| {
-            let known = told.known.iter().find(|(known, _)| known == id).map_or(0, |(_, next)| *next);
+            let known = told.known.binary_search_by_key(id, |(known, _)| *known).ok();
+            let known = known.and_then(|at| told.known.get(at)).map_or(0, |(_, next)| *next);
             *id != told.from && gateway.next > known && !gateway.log.is_empty()
         };
         told.wants

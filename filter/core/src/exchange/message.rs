@@ -73,7 +73,7 @@ pub struct Told {
     pub at: (u64, u64),
     /// Whether the answer shall have loads and blocks.
     pub wants: bool,
-    /// Per gateway the number of the first block event that the asker does not have yet.
+    /// Per gateway the number of the first block event that the asker does not have yet; in the order of the gateways.
     pub known: Vec<(u64, u64)>,
     /// What there is to tell: a gateway's own, or those of the gateways that a `pd-control` hears from.
     pub records: Vec<Record>,
@@ -195,11 +195,14 @@ impl Told {
         if rest.word()? != EXCHANGE_VERSION {
             return None;
         }
+        let (from, at, wants) = (rest.word()?, (rest.word()?, rest.word()?), rest.word()? != 0);
+        let mut known = read_list(rest, |rest| Some((rest.word()?, rest.word()?)))?;
+        known.sort_unstable();
         Some(Self {
-            from: rest.word()?,
-            at: (rest.word()?, rest.word()?),
-            wants: rest.word()? != 0,
-            known: read_list(rest, |rest| Some((rest.word()?, rest.word()?)))?,
+            from,
+            at,
+            wants,
+            known,
             records: read_list(rest, |rest| {
                 Some(Record {
                     gateway: rest.word()?,
@@ -317,6 +320,8 @@ mod tests {
         fn what_is_told_is_heard(
             from: u64, at: (u64, u64), wants: bool, known in pairs(), records in prop::collection::vec(record(), 0..3),
         ) {
+            let mut known = known;
+            known.sort_unstable();
             let told = Told { from, at, wants, known, records };
             prop_assert_eq!(Told::from_bytes(&told.to_bytes()), Some(told));
         }

@@ -394,6 +394,25 @@ fn without_endpoints_or_configuration_the_answer_is_503() {
 }
 
 #[test]
+fn it_is_ready_once_there_is_a_list() {
+    let ask = |t: &mut Fixture| {
+        t.request = Request::default();
+        let headers = Headers::from_pairs([(":method", "GET"), (":path", "/.pd-ready")]);
+        let outcome = t.request.headers(&mut t.worker, headers, true, t.now);
+        assert!(t.is_idle());
+        reply(&outcome)
+    };
+    assert_eq!(ask(&mut fixture()), (200, "ready"));
+    assert_eq!(ask(&mut configured("{}")), (200, "ready"), "nobody will tell one");
+    let mut t = configured(r#"{"control":{"cluster":"c"}}"#);
+    assert_eq!(ask(&mut t), (503, "no_list"));
+    t.worker.apply(br#"{"wire":1,"epoch":"e","version":1,"endpoints":[]}"#).unwrap();
+    assert_eq!(ask(&mut t), (200, "ready"), "an empty one");
+    t.worker = Worker::default();
+    assert_eq!(ask(&mut t), (503, "not_configured"));
+}
+
+#[test]
 fn envoys_retry_to_an_alternate_moves_the_load() {
     let mut t = fixture();
     t.headers(&[]);

@@ -5,16 +5,16 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use k8s_openapi::api::core::v1::{Container, Pod};
+use pd_image::registry::Registry;
 use tokio::process::Child;
 
 use crate::program::logged;
 
-/// Makes a root in memory with the machine's programs and libraries, the image's folder and the volumes, and runs the
-/// program in it.
+/// Makes a root in memory with the machine's directories, the image's folder and the volumes, and runs the program in it.
 const ROOT: &str = r#"
-root=$1 etc=$2 image=$3 mounts=$4; shift 4
+root=$1 etc=$2 image=$3 directories=$4 mounts=$5; shift 5
 mount -t tmpfs tmpfs "$root"
-for directory in usr bin sbin lib lib64; do
+for directory in $directories; do
     if [ -L "/$directory" ]; then cp -P "/$directory" "$root/$directory"
     elif [ -d "/$directory" ]; then mkdir "$root/$directory"; mount --bind "/$directory" "$root/$directory"
     fi
@@ -34,26 +34,48 @@ cd /
 exec chroot "$root" "$@"
 "#;
 
+/// The machine's directories that a program of the machine needs.
+const DIRECTORIES: &str = "usr bin sbin lib lib64";
+
 /// Which program an image stands for.
 #[derive(Clone, Debug)]
-pub struct Images(BTreeMap<String, PathBuf>);
+pub struct Images {
+    programs: BTreeMap<String, PathBuf>,
+    registry: String,
+    folder: PathBuf,
+}
+
+/// What a container runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Program {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Whether it sees the machine's programs and libraries: it is none of an image.
+    pub is_of_machine: bool,
+}
 
 impl Images {
-    /// By the last part of an image's name, without tag or digest.
+    /// Programs by the last part of an image's name, without tag or digest; images of the registry are pulled into a folder.
     #[must_use]
-    pub fn new(programs: BTreeMap<String, PathBuf>) -> Self {
-        Self(programs)
+    pub fn new(programs: BTreeMap<String, PathBuf>, registry: String, folder: PathBuf) -> Self {
+        Self { programs, registry, folder }
     }
 
     /// The program of an image.
     ///
     /// # Errors
     /// When there is none.
-    pub fn program(&self, image: &str) -> anyhow::Result<&Path> {
+    pub async fn program(&self, image: &str) -> anyhow::Result<Program> {
+        if image.strip_prefix(&self.registry).is_some_and(|rest| rest.starts_with('/')) {
+            let pulled = Registry::new(image, true)?.pull().await.with_context(|| image.to_owned())?;
+            let folder = self.folder.join(pulled.manifest.digest.trim_start_matches("sha256:"));
+            return Ok(Program { path: pulled.unpack(&folder)?, is_of_machine: false });
+        }
         let name = image.split('@').next().unwrap_or_default();
         let name = name.rsplit('/').next().unwrap_or_default();
         let name = name.split(':').next().unwrap_or_default();
-        self.0.get(name).map(PathBuf::as_path).with_context(|| format!("this node has no image {image}"))
+        let path = self.programs.get(name).with_context(|| format!("this node has no image {image}"))?;
+        Ok(Program { path: path.clone(), is_of_machine: true })
     }
 }
 
@@ -65,7 +87,7 @@ pub struct Start<'a> {
     /// What the pod says of it.
     pub container: &'a Container,
     /// Program of its image.
-    pub program: &'a Path,
+    pub program: &'a Program,
     /// Values of its variables.
     pub variables: &'a BTreeMap<String, String>,
     /// Folders of the pod's volumes.
@@ -98,8 +120,8 @@ impl Start<'_> {
     fn spawn_with(&self, arguments: Vec<String>) -> anyhow::Result<Child> {
         let root = self.folder.join(format!("{}.root", self.container.name));
         std::fs::create_dir_all(&root)?;
-        let image = self.program.parent().context("a program is in a folder")?;
-        let name = self.program.file_name().context("a program has a name")?;
+        let image = self.program.path.parent().context("a program is in a folder")?;
+        let name = self.program.path.file_name().context("a program has a name")?;
         let mounts = self.container.volume_mounts.as_deref().unwrap_or_default();
         let mut command = logged("nsenter", self.log)?;
         command
@@ -112,6 +134,7 @@ impl Start<'_> {
             .arg(&root)
             .arg(self.folder.join("etc"))
             .arg(image)
+            .arg(if self.program.is_of_machine { DIRECTORIES } else { "" })
             .arg(mounts.len().to_string());
         for mount in mounts {
             let volume = self.volumes.get(&mount.name).with_context(|| format!("there is no volume {}", mount.name))?;
@@ -166,12 +189,14 @@ mod tests {
         }
     }
 
-    #[test]
-    fn an_image_is_known_by_its_last_name() {
-        let images = Images::new([("envoy".to_owned(), PathBuf::from("/e"))].into());
+    #[tokio::test]
+    async fn an_image_is_known_by_its_last_name() {
+        let programs = [("envoy".to_owned(), PathBuf::from("/e"))].into();
+        let images = Images::new(programs, "10.0.0.2:5000".to_owned(), PathBuf::new());
         for image in ["envoy", "docker.io/envoyproxy/envoy:distroless-v1.39.0", "10.0.0.1:5000/envoy@sha256:00"] {
-            assert_eq!(images.program(image).unwrap(), Path::new("/e"), "{image}");
+            let program = images.program(image).await.unwrap();
+            assert_eq!((program.path.as_path(), program.is_of_machine), (Path::new("/e"), true), "{image}");
         }
-        assert_eq!(images.program("x/y:1").unwrap_err().to_string(), "this node has no image x/y:1");
+        assert_eq!(images.program("x/y:1").await.unwrap_err().to_string(), "this node has no image x/y:1");
     }
 }

@@ -18,7 +18,7 @@ use tokio::process::Child;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::container::{Start, expand};
+use super::container::{Program, Start, expand};
 use super::{NAME, Order, Shared, delete, probe, volumes};
 use crate::network::{KUBERNETES, NODE, Sandbox};
 use crate::program::signal;
@@ -33,7 +33,7 @@ const RETRY: Duration = Duration::from_millis(500);
 const MAX_BACK_OFF: Duration = Duration::from_secs(10);
 /// Grace of pods that do not say.
 const GRACE_SECONDS: i64 = 30;
-/// Failures in a row that take a container's readiness, where its probe does not say.
+/// Failures in a row that take a container's readiness or life, where its probe does not say.
 const FAILURES: i32 = 3;
 
 /// Whether a pod has ended for good.
@@ -109,7 +109,7 @@ struct Life<'a> {
 /// A container and what became of it.
 struct Part {
     container: Container,
-    program: PathBuf,
+    program: Program,
     variables: BTreeMap<String, String>,
     log: PathBuf,
     child: Option<Child>,
@@ -118,6 +118,8 @@ struct Part {
     start_at: Instant,
     probe_at: Instant,
     failures: i32,
+    alive_at: Option<Instant>,
+    dead: i32,
     is_ready: bool,
 }
 
@@ -218,6 +220,7 @@ impl<'a> Life<'a> {
                 }
             }
         }
+        part.end_if_dead(address).await;
     }
 
     fn start(&self, at: usize) -> anyhow::Result<StartOwned<'_>> {
@@ -349,6 +352,27 @@ impl StartOwned<'_> {
 }
 
 impl Part {
+    /// Ends a container whose liveness probe fails; it is started again as any other that ended.
+    async fn end_if_dead(&mut self, address: Ipv4Addr) {
+        let Some(probe) = &self.container.liveness_probe else { return };
+        let Some(child) = &self.child else {
+            (self.alive_at, self.dead) = (None, 0);
+            return;
+        };
+        let seconds = |of: Option<i32>, default| Duration::from_secs(of.map_or(default, |n| n.unsigned_abs().into()));
+        let pause = seconds(probe.period_seconds, 10);
+        let at = *self.alive_at.get_or_insert_with(|| Instant::now() + seconds(probe.initial_delay_seconds, 0) + pause);
+        if Instant::now() < at {
+            return;
+        }
+        self.dead = if probe::succeeds(probe, &self.container, address).await { 0 } else { self.dead + 1 };
+        self.alive_at = Some(Instant::now() + pause);
+        if self.dead >= probe.failure_threshold.unwrap_or(FAILURES) {
+            tracing::warn!("{} is not alive", self.container.name);
+            signal(child, Signal::KILL);
+        }
+    }
+
     fn status(&self, start_time: &str) -> Value {
         let state = match (&self.child, self.exit) {
             (Some(_), _) => json!({"running": {"startedAt": start_time}}),
@@ -373,7 +397,7 @@ async fn prepare(
     let mut parts = Vec::new();
     let now = Instant::now();
     for container in pod.spec.iter().flat_map(|spec| &spec.containers) {
-        let program = shared.images.program(container.image.as_deref().unwrap_or_default())?.to_owned();
+        let program = shared.images.program(container.image.as_deref().unwrap_or_default()).await?;
         let log = shared.state.join(format!("{}.{}.log", pod.name_any(), container.name));
         let looking = variables(shared, pod, ip, container);
         let variables = timeout(Duration::from_secs(10), looking).await.context("the API server is slow")??;
@@ -388,6 +412,8 @@ async fn prepare(
             start_at: now,
             probe_at: now,
             failures: 0,
+            alive_at: None,
+            dead: 0,
             is_ready: false,
         });
     }

@@ -27,6 +27,8 @@ pub const GATEWAY: &str = "envoy-gateway-system";
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Between two looks.
 const PAUSE: Duration = Duration::from_millis(25);
+/// What the API server says of an image that Envoy Gateway does not have.
+pub const NOT_FETCHED: &str = "Envoy Gateway has not fetched";
 /// Label of Envoy's pods.
 const ENVOY: &str = "gateway.envoyproxy.io/owning-gateway-name=pd";
 
@@ -46,6 +48,7 @@ impl Cluster {
         copy(&places::root().join("gateway-manifests"), manifests.path());
         let mut cluster = Self { client, address: ([0, 0, 0, 0], 0).into(), manifests };
         cluster.pin(&fs::read(places::wasm()).expect("the module")).await;
+        cluster.pin_control().await;
         cluster.apply().await;
         for name in ["pd-control", "prefill", "decode", "aibrix-prefill", "aibrix-decode"] {
             cluster.settled(OURS, name).await;
@@ -58,13 +61,20 @@ impl Cluster {
 
     /// Pushes a module and names its image in the manifests; returns the name.
     pub async fn pin(&self, module: &[u8]) -> String {
-        let registry =
-            std::env::var("PD_CLUSTER_REGISTRY").expect("PD_CLUSTER_REGISTRY: a registry that the cluster reaches");
         let image = Image::new(module).expect("a module");
-        let name = format!("{registry}/pd-filter:test");
+        let name = format!("{}/pd-filter:test", registry());
         let name = Registry::new(&name, true).expect("a registry").push(&image).await.expect("pushed");
         self.pin_name(&name);
         name
+    }
+
+    /// Pushes pd-control's image and names it in the manifests, where `make image-control` has written one; else the
+    /// cluster has its own.
+    async fn pin_control(&self) {
+        let Ok(image) = pd_image::layout::read(&places::root().join("target/image-control")) else { return };
+        let name = format!("{}/pd-control:test", registry());
+        let name = Registry::new(&name, true).expect("a registry").push(&image).await.expect("pushed");
+        fs::write(self.manifests.path().join("base/control-image.env"), format!("image={name}\n")).expect("written");
     }
 
     /// Names an image in the manifests.
@@ -79,14 +89,17 @@ impl Cluster {
         Registry::new(name, true)?.pull().await?.module().map(drop)
     }
 
-    /// What Envoy Gateway says of the filter's policy: status and message of its condition `Accepted`.
-    pub async fn policy_accepted(&self) -> Option<(bool, String)> {
+    /// What Envoy Gateway says of a policy's newest text: status and message of its condition `Accepted`.
+    pub async fn policy_accepted(&self, name: &str) -> Option<(bool, String)> {
         let kind = GroupVersionKind::gvk("gateway.envoyproxy.io", "v1alpha1", "EnvoyExtensionPolicy");
         let resource = ApiResource::from_gvk_with_plural(&kind, "envoyextensionpolicies");
         let api: Api<DynamicObject> = Api::namespaced_with(self.client.clone(), OURS, &resource);
-        let policy = api.get("pd").await.ok()?;
+        let policy = api.get(name).await.ok()?;
         let conditions = policy.data["status"]["ancestors"][0]["conditions"].as_array()?;
         let accepted = conditions.iter().find(|condition| condition["type"] == "Accepted")?;
+        if accepted["observedGeneration"].as_i64() != policy.metadata.generation {
+            return None;
+        }
         Some((accepted["status"] == "True", accepted["message"].as_str()?.to_owned()))
     }
 
@@ -98,8 +111,20 @@ impl Cluster {
         fs::write(path, text.replace(from, to)).expect(file);
     }
 
-    /// `kubectl apply -k`.
+    /// `kubectl apply -k`, again while an image has to be fetched first, as the manual says.
     pub async fn apply(&self) {
+        until("the manifests are taken", async || match self.apply_once().await {
+            Ok(()) => Some(()),
+            Err(why) => {
+                assert!(why.contains(NOT_FETCHED), "{why}");
+                None
+            }
+        })
+        .await;
+    }
+
+    /// `kubectl apply -k`, or what it says.
+    pub async fn apply_once(&self) -> Result<(), String> {
         let overlay = self.manifests.path().join("overlays/sim");
         let kubectl = std::env::var("KUBECTL").unwrap_or_else(|_| "kubectl".to_owned());
         let done = tokio::process::Command::new(kubectl)
@@ -108,7 +133,7 @@ impl Cluster {
             .output()
             .await
             .expect("kubectl");
-        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        if done.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&done.stderr).into_owned()) }
     }
 
     /// Sets a deployment's number of pods.
@@ -149,6 +174,14 @@ impl Cluster {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
         let pods = api.list(&ListParams::default().labels(label)).await.expect("pods").items;
         pods.into_iter().filter(|pod| pod.metadata.deletion_timestamp.is_none()).collect()
+    }
+
+    /// Whether a pod is ready.
+    pub async fn is_ready(&self, namespace: &str, name: &str) -> bool {
+        let api: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
+        let status = api.get(name).await.ok().and_then(|pod| pod.status);
+        let conditions = status.and_then(|status| status.conditions).unwrap_or_default();
+        conditions.iter().any(|condition| condition.type_ == "Ready" && condition.status == "True")
     }
 
     /// Names of pods with a label that are not leaving.
@@ -234,6 +267,10 @@ pub async fn until<T>(what: impl std::fmt::Display, mut look: impl AsyncFnMut() 
         assert!(start.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}");
         tokio::time::sleep(PAUSE).await;
     }
+}
+
+fn registry() -> String {
+    std::env::var("PD_CLUSTER_REGISTRY").expect("PD_CLUSTER_REGISTRY: a registry that the cluster reaches")
 }
 
 async fn kube_client() -> Client {

@@ -1,5 +1,7 @@
 //! What a client gets.
 
+use std::time::{Duration, Instant};
+
 use pd_tests::body::words;
 use pd_tests::client::{Client, Http};
 
@@ -41,10 +43,10 @@ async fn both_label_families_are_split_over_their_own_pods() {
 async fn clients_name_no_endpoint_and_reach_nothing_internal() {
     let cluster = Cluster::ready().await;
     let mut client = Client::connect(cluster.address, Http::One).await;
-    for path in ["/.pd-control", "/.pd-control?epoch=&since=0"] {
+    for path in ["/.pd-control", "/.pd-control?epoch=&since=0", "/.pd-preflight"] {
         assert_eq!(client.get(path).await.status, 403, "{path}");
     }
-    for path in ["/.pd-control/v1/watch", "/metrics", "/stats", "/"] {
+    for path in ["/.pd-control/v1/watch", "/.pd-preflight/v1/models", "/.pd-ready/stats", "/metrics", "/stats", "/"] {
         assert_eq!(client.get(path).await.status, 404, "{path}");
     }
 
@@ -64,6 +66,19 @@ async fn clients_name_no_endpoint_and_reach_nothing_internal() {
     assert_eq!(cluster.sum("app=prefill", |stats| stats.requests).await, before);
 }
 
+/// Envoy Gateway's own limit is 15 s.
+#[tokio::test]
+async fn an_answer_takes_as_long_as_it_takes() {
+    let cluster = Cluster::ready().await;
+    let mut client = Client::connect(cluster.address, Http::One).await;
+    let begin = Instant::now();
+    // 0.8 ms each.
+    let answer =
+        client.post("/v1/completions", r#"{"model":"sim","max_tokens":22000,"ignore_eos":true,"prompt":"a"}"#).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert!(begin.elapsed() > Duration::from_secs(16), "{:?}", begin.elapsed());
+}
+
 #[tokio::test]
 async fn a_large_body_passes_and_one_above_the_limit_gets_413() {
     let cluster = Cluster::ready().await;
@@ -73,4 +88,19 @@ async fn a_large_body_passes_and_one_above_the_limit_gets_413() {
     assert_eq!(answer.status, 200, "{}", answer.text());
     let mut client = Client::connect(cluster.address, Http::One).await;
     assert_eq!(client.post("/v1/completions", body(17 << 20)).await.status, 413);
+}
+
+/// As nodes do: pulled from the registry by digest, and run with nothing but its one file.
+#[tokio::test]
+async fn pd_control_runs_from_its_image() {
+    let Ok(image) = pd_image::layout::read(&pd_tests::places::root().join("target/image-control")) else {
+        eprintln!("skipped: there is no target/image-control (make image-control)");
+        return;
+    };
+    let cluster = Cluster::ready().await;
+    let pods = cluster.pods(crate::cluster::OURS, "app.kubernetes.io/name=pd-control").await;
+    assert_eq!(pods.len(), 1);
+    let status = pods[0].status.as_ref().and_then(|status| status.container_statuses.as_ref()).expect("a status");
+    assert!(status[0].ready && status[0].restart_count == 0, "{status:?}");
+    assert!(status[0].image.ends_with(&format!("/pd-control@{}", image.manifest.digest)), "{}", status[0].image);
 }

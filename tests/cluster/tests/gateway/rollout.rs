@@ -4,7 +4,7 @@ use std::fs;
 
 use pd_tests::places;
 
-use crate::cluster::{Cluster, served, until};
+use crate::cluster::{Cluster, GATEWAY, NOT_FETCHED, OURS, until};
 use crate::traffic::Traffic;
 
 /// File and place of the plugin configuration that the tests change.
@@ -86,6 +86,8 @@ async fn a_new_version_comes_with_a_configuration_that_the_old_one_does_not_know
     cluster.pin(&new).await;
     cluster.edit(FILTER, "rendezvous_share", "rendezvous_parts");
     cluster.apply().await;
+    until("the old code refuses it", async || (cluster.metric("pd_configs_total", REFUSED).await > 0.0).then_some(()))
+        .await;
     let after = rolled_out(&cluster, &before).await;
     assert_eq!(cluster.metric("pd_configs_total", REFUSED).await, 0.0, "the new code knows the key");
     assert!(cluster.metric("pd_configs_total", ACCEPTED).await > 0.0);
@@ -99,32 +101,99 @@ async fn a_new_version_comes_with_a_configuration_that_the_old_one_does_not_know
     traffic.stop_without_loss("a new version with its configuration, and back").await;
 }
 
-/// Envoy Gateway answers 500 on routes whose policy names an image that it cannot fetch. So an image is checked before it
-/// is applied; where that was left out, the policy's status names the image, and the good one brings everything back.
+/// Envoy Gateway would answer 500 on routes whose policy names such an image, so the API server does not let it.
 #[tokio::test]
-async fn an_image_that_does_not_exist_is_stopped_by_the_check_and_told_by_the_status() {
+async fn an_image_that_cannot_be_fetched_reaches_no_request() {
     let cluster = Cluster::ready().await;
     let good = cluster.pin(&fs::read(places::wasm()).expect("the module")).await;
     cluster.check_image().await.expect("the good image");
-    let digest = "1".repeat(64);
+    let envoys = cluster.envoys().await;
+    let traffic = Traffic::start(cluster.address).await;
     let (name, _) = good.split_once('@').expect("by digest");
-    cluster.pin_name(&format!("{name}@sha256:{digest}"));
-    assert!(cluster.check_image().await.is_err());
-
-    cluster.apply().await;
-    let why = until("the policy is refused", async || {
-        cluster.policy_accepted().await.filter(|(is_accepted, _)| !is_accepted).map(|(_, why)| why)
-    })
-    .await;
-    assert!(why.contains(&digest) || why.contains("manifest"), "{why}");
-
+    let digest = "1".repeat(64);
+    // A digest that the registry does not have, and a registry that is not there.
+    for bad in [format!("{name}@sha256:{digest}"), format!("127.0.0.1:1/pd-filter@sha256:{digest}")] {
+        cluster.pin_name(&bad);
+        assert!(cluster.check_image().await.is_err(), "the check finds it before it is applied");
+        let why = cluster.apply_once().await.expect_err("refused");
+        assert!(why.contains(NOT_FETCHED) && why.contains(&bad), "{why}");
+        let why = until("the image was looked for", async || {
+            let (is_accepted, why) = cluster.policy_accepted("pd-preflight").await?;
+            (!is_accepted).then_some(why)
+        })
+        .await;
+        assert!(why.contains("could not fetch Wasm OCI image"), "{why}");
+        let why = cluster.apply_once().await.expect_err("refused still");
+        assert!(why.contains(NOT_FETCHED), "{why}");
+        let (is_accepted, why) = cluster.policy_accepted("pd").await.expect("a status");
+        assert!(is_accepted, "{why}");
+        traffic.more(200).await;
+    }
     cluster.pin_name(&good);
     cluster.apply().await;
-    until("the policy is accepted", async || cluster.policy_accepted().await.filter(|(is_accepted, _)| *is_accepted))
-        .await;
+    traffic.more(100).await;
+    assert_eq!(cluster.envoys().await, envoys, "Envoy's pods are those of before");
+    traffic.stop_without_loss("images that cannot be fetched").await;
+}
+
+/// Envoy Gateway takes everything that begins as a module does. New pods of Envoy with such a filter do not become ready, so
+/// the old ones stay.
+#[tokio::test]
+async fn a_module_that_does_not_start_replaces_no_envoy() {
+    let cluster = Cluster::ready().await;
+    let old = fs::read(places::wasm()).expect("the module");
+    let before = only_build(&cluster).await;
+    let envoys = cluster.envoys().await;
+    let traffic = Traffic::start(cluster.address).await;
+    cluster.pin(b"\0asm\x01\0\0\0").await;
+    cluster.apply().await;
+    let new = until("a new Envoy has started", async || {
+        let new = cluster.envoys().await.into_iter().find(|envoy| !envoys.contains(envoy))?;
+        cluster.metrics(&new).await.contains("envoy_listener_manager_total_listeners_active").then_some(new)
+    })
+    .await;
+    traffic.more(1_000).await;
+    assert!(!cluster.is_ready(GATEWAY, &new).await, "{new}");
+    for envoy in &envoys {
+        assert!(cluster.is_ready(GATEWAY, envoy).await, "{envoy}");
+    }
+
+    cluster.pin(&old).await;
+    cluster.apply().await;
     cluster.envoys_settled().await;
-    served(cluster.address).await;
-    Traffic::start(cluster.address).await.stop_without_loss("after an image that does not exist").await;
+    assert_eq!(only_build(&cluster).await, before);
+    traffic.more(50).await;
+    traffic.stop_without_loss("a module that does not start").await;
+}
+
+/// A new Envoy is ready when it has a list of endpoints, so it replaces none while there is nobody to tell one.
+#[tokio::test]
+async fn without_pd_control_no_envoy_is_replaced() {
+    let cluster = Cluster::ready().await;
+    let old = fs::read(places::wasm()).expect("the module");
+    let before = only_build(&cluster).await;
+    let envoys = cluster.envoys().await;
+    let traffic = Traffic::start(cluster.address).await;
+    cluster.scale(OURS, "pd-control", 0).await;
+    cluster.settled(OURS, "pd-control").await;
+    cluster.edit("base/pd-control.yaml", "replicas: 1", "replicas: 0");
+    cluster.pin(&with_build(&old, &before)).await;
+    cluster.apply().await;
+    let new = until("a new Envoy runs the filter", async || {
+        let new = cluster.envoys().await.into_iter().find(|envoy| !envoys.contains(envoy))?;
+        cluster.metrics(&new).await.contains("pd_build_seen_seconds").then_some(new)
+    })
+    .await;
+    traffic.more(500).await;
+    assert!(!cluster.is_ready(GATEWAY, &new).await, "{new}");
+
+    cluster.edit("base/pd-control.yaml", "replicas: 0", "replicas: 1");
+    cluster.apply().await;
+    let after = rolled_out(&cluster, &before).await;
+    cluster.pin(&old).await;
+    cluster.apply().await;
+    assert_eq!(rolled_out(&cluster, &after).await, before);
+    traffic.stop_without_loss("a new version while pd-control is away").await;
 }
 
 /// The build that all workers of all Envoys run.

@@ -1,0 +1,248 @@
+//! The exchange between Envoys: [`pd_core::exchange::hub`] behind HTTP, and what replicas of `pd-control` pass on to each
+//! other.
+//!
+//! Every replica tells every other what the Envoys told it (and nothing that it heard from another replica), so each has
+//! all of it, whichever an Envoy asks. A replica that starts hears it again; one that dies is missed by nobody.
+
+use std::collections::BTreeMap;
+use std::hash::{BuildHasher, RandomState};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use bytes::Bytes;
+use hashbrown::HashMap;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{Request, StatusCode, header};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use pd_core::exchange::hub::Hub;
+use pd_core::exchange::message::{EXCHANGE_PATH, Heard, MAX_MESSAGE_BYTES, Told};
+use pd_core::exchange::report::Report;
+use tokio::net::lookup_host;
+use tokio::sync::watch;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Instant, interval, sleep, sleep_until, timeout};
+
+use crate::http::Token;
+use crate::metrics::Metrics;
+
+/// How long a question waits at most.
+const MAX_WAIT: Duration = Duration::from_secs(5);
+/// Time that news waits for company before a question is answered.
+const COMPANY: Duration = Duration::from_millis(5);
+/// How often to look for gateways that are gone.
+const PRUNE_EVERY: Duration = Duration::from_millis(500);
+/// Time between two messages to another replica.
+const RELAY_PAUSE: Duration = Duration::from_millis(25);
+/// Time without anything new after which a replica is told that the gateways are there.
+const RELAY_HEARTBEAT: Duration = Duration::from_secs(1);
+/// How long another replica may take.
+const RELAY_TIMEOUT: Duration = Duration::from_secs(2);
+/// Pause after it did not answer.
+const RELAY_FAILURE_PAUSE: Duration = Duration::from_secs(1);
+/// How often the name of the replicas is resolved.
+const RESOLVE_EVERY: Duration = Duration::from_secs(5);
+/// Replicas that are told.
+const MAX_PEERS: usize = 32;
+
+/// The hub, and who waits for it.
+#[derive(Debug)]
+pub struct Exchange {
+    hub: Mutex<Hub>,
+    /// Counts what mattered to somebody.
+    news: watch::Sender<u64>,
+    began: Instant,
+}
+
+impl Default for Exchange {
+    fn default() -> Self {
+        let id = RandomState::new().hash_one(std::process::id());
+        Self { hub: Mutex::new(Hub::new(id.max(1))), news: watch::Sender::new(0), began: Instant::now() }
+    }
+}
+
+impl Exchange {
+    fn hub(&self) -> MutexGuard<'_, Hub> {
+        self.hub.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// Takes what somebody tells and answers when there is something new, or after `wait`. `watching` is the number of
+    /// Envoys that follow the list.
+    pub async fn answer(&self, told: &Told, wait: Duration, watching: u64, mut stopping: watch::Receiver<bool>) -> Heard {
+        if self.hub().take(told, self.now()) {
+            self.news.send_modify(|count| *count += 1);
+        }
+        let deadline = Instant::now() + wait.min(MAX_WAIT);
+        let mut news = self.news.subscribe();
+        while Instant::now() < deadline && !self.hub().has_news(told) {
+            tokio::select! {
+                _ = news.changed() => {}
+                _ = stopping.wait_for(|is_stopping| *is_stopping) => break,
+                () = sleep_until(deadline) => break,
+            }
+            sleep(COMPANY).await;
+        }
+        self.hub().answer(told, watching)
+    }
+
+    /// What the gateways report of themselves: number, time since it was heard of, the report.
+    #[must_use]
+    pub fn reports(&self) -> Vec<(u64, Duration, Report)> {
+        let (hub, now) = (self.hub(), self.now());
+        let mut reports: Vec<_> = hub
+            .reports(now)
+            .map(|(id, age, text)| (id, age, Report::from_json(text).unwrap_or_default()))
+            .collect();
+        reports.sort_unstable_by_key(|(id, ..)| *id);
+        reports
+    }
+
+    /// Lets go of gateways that are silent, for good.
+    pub async fn prune(self: Arc<Self>, metrics: Arc<Metrics>) {
+        let mut ticks = interval(PRUNE_EVERY);
+        loop {
+            ticks.tick().await;
+            let (is_news, count) = {
+                let mut hub = self.hub();
+                (hub.prune(self.now()), hub.reports(self.now()).count())
+            };
+            metrics.gateways.set(i64::try_from(count).unwrap_or(i64::MAX));
+            if is_news {
+                self.news.send_modify(|count| *count += 1);
+            }
+        }
+    }
+}
+
+/// Other replicas of `pd-control`.
+#[derive(Clone, Debug)]
+pub struct Peers {
+    /// `host:port` that resolves to all of them, this one included.
+    pub name: String,
+    /// Token that they ask for.
+    pub token: Option<Token>,
+}
+
+impl Peers {
+    /// Passes on what the Envoys tell, for good.
+    pub async fn relay(self, exchange: Arc<Exchange>, metrics: Arc<Metrics>) {
+        let mut tasks = JoinSet::new();
+        let mut running: BTreeMap<SocketAddr, AbortHandle> = BTreeMap::new();
+        let mut was_resolved = true;
+        loop {
+            match lookup_host(&self.name).await {
+                Ok(addresses) => {
+                    let addresses: Vec<_> = addresses.take(MAX_PEERS).collect();
+                    running.retain(|address, task| {
+                        let is_here = addresses.contains(address);
+                        if !is_here {
+                            task.abort();
+                        }
+                        is_here
+                    });
+                    for address in addresses {
+                        running.entry(address).or_insert_with(|| {
+                            let peer = Peer::new(address, self.token.clone(), Arc::clone(&exchange), Arc::clone(&metrics));
+                            tasks.spawn(peer.run())
+                        });
+                    }
+                    was_resolved = true;
+                }
+                Err(error) => {
+                    if was_resolved {
+                        tracing::warn!("--peers {}: {error}", self.name);
+                    }
+                    was_resolved = false;
+                }
+            }
+            sleep(RESOLVE_EVERY).await;
+            while tasks.try_join_next().is_some() {}
+        }
+    }
+}
+
+/// One other replica.
+struct Peer {
+    address: SocketAddr,
+    token: Option<Token>,
+    exchange: Arc<Exchange>,
+    metrics: Arc<Metrics>,
+    client: Client<HttpConnector, Full<Bytes>>,
+}
+
+impl Peer {
+    fn new(address: SocketAddr, token: Option<Token>, exchange: Arc<Exchange>, metrics: Arc<Metrics>) -> Self {
+        let client = Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(Duration::from_secs(30))
+            .build_http();
+        Self { address, token, exchange, metrics, client }
+    }
+
+    /// Tells it everything new; ends when it turns out to be this process itself.
+    async fn run(self) {
+        let mut have: HashMap<u64, u64> = HashMap::new();
+        let mut news = self.exchange.news.subscribe();
+        let (mut turns, mut told_at, mut is_lost) = (Vec::new(), None::<Instant>, false);
+        loop {
+            let _ = timeout(RELAY_HEARTBEAT, news.changed()).await;
+            let told = self.exchange.hub().relay(&have, self.exchange.now());
+            let is_new = turns_of(&told) != turns || told.records.iter().any(|record| !record.blocks.is_empty());
+            let is_due = is_new || told_at.is_none_or(|at| at.elapsed() >= RELAY_HEARTBEAT);
+            if told.records.is_empty() || !is_due {
+                continue;
+            }
+            match self.tell(&told).await {
+                Ok(heard) if heard.hub == told.from => return,
+                Ok(heard) => {
+                    self.metrics.relayed("ok");
+                    have = heard.have.into_iter().collect();
+                    (turns, told_at) = (turns_of(&told), Some(Instant::now()));
+                    if core::mem::take(&mut is_lost) {
+                        tracing::info!("replica {} is back", self.address);
+                    }
+                    sleep(RELAY_PAUSE).await;
+                }
+                Err(error) => {
+                    self.metrics.relayed("failed");
+                    if !core::mem::replace(&mut is_lost, true) {
+                        tracing::warn!("replica {}: {error:#}", self.address);
+                    }
+                    (have, turns) = (HashMap::new(), Vec::new());
+                    sleep(RELAY_FAILURE_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    async fn tell(&self, told: &Told) -> anyhow::Result<Heard> {
+        let mut request = Request::post(format!("http://{}{EXCHANGE_PATH}", self.address));
+        if let Some(token) = &self.token {
+            request = request.header(header::AUTHORIZATION, token.header());
+        }
+        let request = request.body(Full::from(told.to_bytes()))?;
+        let answer = async {
+            let answer = self.client.request(request).await?;
+            if answer.status() != StatusCode::OK {
+                bail!("status {}", answer.status().as_u16());
+            }
+            let body = Limited::new(answer.into_body(), MAX_MESSAGE_BYTES).collect().await.map_err(anyhow::Error::from_boxed)?;
+            Heard::from_bytes(&body.to_bytes()).context("its answer is none")
+        };
+        timeout(RELAY_TIMEOUT, answer).await.context("no answer in time")?
+    }
+}
+
+/// Which record of each gateway a message has.
+fn turns_of(told: &Told) -> Vec<(u64, u64)> {
+    let mut turns: Vec<_> = told.records.iter().map(|record| (record.gateway, record.turn)).collect();
+    turns.sort_unstable();
+    turns
+}

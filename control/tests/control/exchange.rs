@@ -1,0 +1,191 @@
+//! The exchange between Envoys: through one pd-control, through replicas of it, and with messages that are none.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use axum::http::{Request, StatusCode};
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use pd_control::exchange::Peers;
+use pd_core::exchange::message::{Heard, Record, Told, Totals, block_event, split_events};
+use pd_core::exchange::report::{Generation, Report};
+use pd_core::hash::BlockHash;
+
+use crate::support::*;
+
+/// An Envoy.
+struct Gateway {
+    id: u64,
+    turn: u64,
+    address: SocketAddr,
+    token: Option<&'static str>,
+    client: Client<HttpConnector, Full<Bytes>>,
+}
+
+impl Gateway {
+    fn new(id: u64, address: SocketAddr) -> Self {
+        Self { id, turn: 0, address, token: None, client: Client::builder(TokioExecutor::new()).build_http() }
+    }
+
+    async fn post(&self, body: Vec<u8>, wait: Duration) -> (StatusCode, Bytes) {
+        let uri = format!("http://{}/v1/exchange?wait_ms={}", self.address, wait.as_millis());
+        let mut request = Request::post(uri);
+        if let Some(token) = self.token {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        let answer = self.client.request(request.body(Full::from(body)).unwrap()).await.unwrap();
+        (answer.status(), answer.into_body().collect().await.unwrap().to_bytes())
+    }
+
+    async fn ask(&self, told: &Told, wait: Duration) -> Heard {
+        let (status, body) = self.post(told.to_bytes(), wait).await;
+        assert_eq!(status, StatusCode::OK);
+        Heard::from_bytes(&body).unwrap()
+    }
+
+    /// Tells of so many tokens at endpoint 5, and of a block there.
+    async fn tell(&mut self, tokens: u64) -> Heard {
+        self.turn += 1;
+        let generation = Generation { version: "0.1.0".into(), build: "b".into(), revision: "r".into(), workers: 4 };
+        let record = Record {
+            gateway: self.id,
+            turn: self.turn,
+            epoch: 512,
+            loads: vec![(5, Totals { work: 0, tokens, requests: 1 })],
+            blocks: block_event(5, &[BlockHash(self.id)]),
+            report: Report { generations: vec![generation], ..Report::default() }.to_json(),
+            ..Record::default()
+        };
+        self.ask(&Told { from: self.id, records: vec![record], ..Told::default() }, Duration::ZERO).await
+    }
+
+    /// What others have in flight at endpoint 5, when that is something new.
+    async fn hear(&self, at: (u64, u64), known: &[(u64, u64)], wait: Duration) -> Heard {
+        self.ask(&Told { from: self.id, at, wants: true, known: known.to_vec(), ..Told::default() }, wait).await
+    }
+}
+
+fn tokens(heard: &Heard) -> Option<u64> {
+    Some(heard.loads.as_ref()?.iter().find(|(endpoint, _)| *endpoint == 5)?.1.tokens)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_envoy_tells_answers_the_question_of_another() {
+    let rig = Rig::start(&four(1.0)).await;
+    let (mut a, b) = (Gateway::new(1, rig.client.address), Gateway::new(2, rig.client.address));
+    assert_eq!(a.tell(10).await.have, [(1, 1)]);
+    let first = b.hear((0, 0), &[], PATIENCE).await;
+    assert_eq!((tokens(&first), first.exchanging, first.batches.len()), (Some(10), 1, 1));
+    assert_eq!(split_events(&first.batches[0].blocks).count(), 1);
+    let question = tokio::spawn(async move {
+        let heard = b.hear((first.hub, first.state), &[(1, 1)], PATIENCE).await;
+        (heard, Instant::now(), b)
+    });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!question.is_finished(), "nothing is new");
+    let told = Instant::now();
+    a.tell(30).await;
+    let (second, answered, mut b) = question.await.unwrap();
+    println!("told to heard: {:?}", answered - told);
+    assert_eq!((tokens(&second), second.batches.len()), (Some(30), 0));
+    // Its own load is not news to it, nor is it in what it hears.
+    b.tell(7).await;
+    let third = b.hear((second.hub, second.state), &[(1, 1)], Duration::from_millis(50)).await;
+    assert_eq!((third.loads, third.exchanging, third.gateways), (None, 2, 2));
+    let status: serde_json::Value = serde_json::from_str(&rig.client.get("/v1/status").await.body).unwrap();
+    assert_eq!(status["gateways"][0]["id"], "0000000000000001");
+    assert_eq!(status["gateways"][1]["generations"][0]["workers"], 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_envoy_that_is_silent_is_forgotten_and_its_blocks_are_not() {
+    let rig = Rig::start(&four(1.0)).await;
+    let (mut a, b) = (Gateway::new(1, rig.client.address), Gateway::new(2, rig.client.address));
+    a.tell(10).await;
+    let first = b.hear((0, 0), &[], PATIENCE).await;
+    let second = b.hear((first.hub, first.state), &[(1, 1)], Duration::from_secs(5)).await;
+    assert_eq!((second.loads, second.exchanging), (Some(vec![]), 0));
+    let late = b.hear((0, 0), &[], Duration::ZERO).await;
+    assert_eq!(late.batches.len(), 1, "for whoever comes later");
+    until("its metric is down", || async { rig.client.metric("pd_control_gateways").await == 0.0 }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_pass_on_what_they_are_told() {
+    // Ports that nobody else has: each is named to the other before both run.
+    let reserve = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let (first, second) = (reserve(), reserve());
+    let start = |own: SocketAddr, other: SocketAddr| async move {
+        Rig::start_with(&four(1.0), |config, directory| {
+            with_token(config, directory);
+            config.listen = own;
+            config.peers = Some(Peers { name: other.to_string(), token: config.token.clone() });
+        })
+        .await
+    };
+    let mut rigs = vec![start(first, second).await, start(second, first).await];
+    let gateway = |id, address| Gateway { token: Some("secret"), ..Gateway::new(id, address) };
+    let (mut a, b) = (gateway(1, first), gateway(2, second));
+    a.tell(10).await;
+    let told = Instant::now();
+    let mut heard = b.hear((0, 0), &[], PATIENCE).await;
+    while tokens(&heard) != Some(10) {
+        assert!(told.elapsed() < PATIENCE);
+        heard = b.hear((heard.hub, heard.state), &[], PATIENCE).await;
+    }
+    println!("from replica to replica: {:?}", told.elapsed());
+    assert_eq!(heard.batches.len(), 1);
+    // The second one dies; one that knows nothing takes its place and hears all of it.
+    rigs.pop().unwrap().control.stop().await;
+    rigs.push(start(second, first).await);
+    let restarted = Instant::now();
+    loop {
+        a.tell(20).await;
+        let heard = b.hear((0, 0), &[], Duration::ZERO).await;
+        if tokens(&heard) == Some(20) && heard.batches.len() == 1 {
+            break;
+        }
+        assert!(restarted.elapsed() < PATIENCE);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    println!("a replica that restarted knows all after {:?}", restarted.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_finds_itself_among_the_others_lets_itself_be() {
+    let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let rig = Rig::start_with(&four(1.0), |config, _| {
+        config.listen = address;
+        config.peers = Some(Peers { name: address.to_string(), token: None });
+    })
+    .await;
+    let mut a = Gateway::new(1, address);
+    for tokens in 0..20 {
+        a.tell(tokens).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(rig.client.metric("pd_control_relays_total{result=\"ok\"}").await, 0.0);
+    let answered = rig.client.metric("pd_control_exchange_requests_total{code=\"200\"}").await;
+    assert!((20.0..=21.0).contains(&answered), "{answered}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_that_are_none_are_refused_and_change_nothing() {
+    let rig = Rig::start_with(&four(1.0), with_token).await;
+    let mut a = Gateway { token: Some("secret"), ..Gateway::new(1, rig.client.address) };
+    a.tell(10).await;
+    let stranger = Gateway::new(2, rig.client.address);
+    assert_eq!(stranger.post(Told::default().to_bytes(), Duration::ZERO).await.0, StatusCode::UNAUTHORIZED);
+    let good = Told { from: 1, records: vec![Record::default()], ..Told::default() }.to_bytes();
+    let newer = [&9_u64.to_le_bytes(), &good[8..]].concat();
+    let endless = [&good[..48], &u64::MAX.to_le_bytes()].concat();
+    for bad in [vec![], b"{}".to_vec(), good[..good.len() - 1].to_vec(), newer, endless] {
+        assert_eq!(a.post(bad, Duration::ZERO).await.0, StatusCode::BAD_REQUEST);
+    }
+    assert_eq!(a.post(vec![0; 5 << 20], Duration::ZERO).await.0, StatusCode::PAYLOAD_TOO_LARGE);
+    let b = Gateway { token: Some("secret"), ..Gateway::new(2, rig.client.address) };
+    assert_eq!(tokens(&b.hear((0, 0), &[], Duration::ZERO).await), Some(10));
+}
