@@ -9,6 +9,7 @@ use pd_core::exchange::report::Report;
 use pd_core::wire::Endpoint;
 use serde::{Deserialize, Serialize};
 
+use crate::advice::advice;
 use crate::http::App;
 
 /// Filters that are remembered; more are not shown.
@@ -49,6 +50,9 @@ pub struct StatusView {
     pub filters: Vec<FilterView>,
     /// What the Envoys report of themselves.
     pub gateways: Vec<GatewayView>,
+    /// What is amiss among them, and what to do.
+    #[serde(default)]
+    pub advice: Vec<String>,
     /// What is followed in the cluster.
     pub watches: Vec<Watch>,
     /// Pods that were left out.
@@ -175,7 +179,10 @@ pub fn view(app: &App) -> StatusView {
             hit_ratio: load.and_then(|load| load.hit_ratio()),
         }
     };
+    let gateways: Vec<_> = app.exchange.reports().into_iter().map(gateway).collect();
+    let reports: Vec<_> = gateways.iter().map(|it| (it.id.as_str(), &it.report)).collect();
     StatusView {
+        advice: advice(&reports),
         build: env!("CARGO_PKG_VERSION").to_owned(),
         epoch: published.epoch().to_owned(),
         version: published.version(),
@@ -183,7 +190,7 @@ pub fn view(app: &App) -> StatusView {
         source: app.status.source().to_owned(),
         degraded: app.status.degraded(),
         filters: app.filters.view(),
-        gateways: app.exchange.reports().into_iter().map(gateway).collect(),
+        gateways,
         watches: pods
             .watches
             .iter()

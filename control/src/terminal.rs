@@ -26,6 +26,8 @@ use crate::tls;
 const MAX_BYTES: usize = 256 << 20;
 /// How long an answer may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// Decisions that `top` shows.
+const MAX_DECISIONS: usize = 8;
 /// How often `top` looks again.
 const REFRESH: Duration = Duration::from_secs(2);
 
@@ -170,7 +172,55 @@ pub fn top(status: &StatusView) -> String {
             it.pod.clone().unwrap_or_default(),
         ]
     }));
-    head(status) + &table(&rows)
+    head(status) + &table(&rows) + &envoys(status)
+}
+
+/// What the Envoys report, the latest decisions, and what to do.
+fn envoys(status: &StatusView) -> String {
+    let mut text = String::new();
+    if !status.gateways.is_empty() {
+        let mut rows = vec![["ENVOY", "VERSION", "BUILD", "REVISION", "WORKERS", "LIST", "SEEN"].map(str::to_owned)];
+        for it in &status.gateways {
+            let is_of_this_run = it.report.epoch == status.epoch;
+            rows.extend(it.report.generations.iter().map(|generation| {
+                [
+                    it.id.clone(),
+                    generation.version.clone(),
+                    generation.build.clone(),
+                    if generation.revision.is_empty() { "-".to_owned() } else { generation.revision.clone() },
+                    generation.workers.to_string(),
+                    if is_of_this_run { it.report.version.to_string() } else { "other".to_owned() },
+                    format!("{:.1}s", it.seen_ms as f64 / 1e3),
+                ]
+            }));
+        }
+        text += "\n";
+        text += &table(&rows);
+    }
+    let mut decisions: Vec<_> = status.gateways.iter().flat_map(|it| &it.report.decisions).collect();
+    decisions.sort_by_key(|decision| std::cmp::Reverse(decision.at_ms));
+    if !decisions.is_empty() {
+        let mut rows = vec![["DECISION", "REASON", "PREFILL", "DECODE", "PROMPT", "MATCHED"].map(str::to_owned)];
+        rows.extend(decisions.into_iter().take(MAX_DECISIONS).map(|it| {
+            let or_none = |text: &str| if text.is_empty() { "-".to_owned() } else { text.to_owned() };
+            [
+                or_none(&it.decision),
+                or_none(&it.reason),
+                or_none(&it.prefill),
+                or_none(&it.decode),
+                it.prompt_tokens.to_string(),
+                it.matched_tokens.to_string(),
+            ]
+        }));
+        text += "\n";
+        text += &table(&rows);
+    }
+    for line in &status.advice {
+        text += "\n! ";
+        text += line;
+        text += "\n";
+    }
+    text
 }
 
 /// Why a pod or an endpoint is in the list as it is, or is not in it; `None` when nothing here has that name.

@@ -24,6 +24,10 @@ pub(super) fn check<'a>(new: &'a Manifests, old: &Manifests, report: &mut Report
     for filter in filters(new) {
         policies.push(filter.policy);
         filter.check_entry(report);
+        // Without a configuration it serves nobody: it is there for its image.
+        if filter.raw_config().is_null() {
+            continue;
+        }
         let config = filter.config(report);
         check_release(&filter, new, old, report);
         if let Some(config) = config {

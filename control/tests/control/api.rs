@@ -103,6 +103,7 @@ async fn metrics_name_every_fact_once() {
         "eds_errors",
         "eds_writes",
         "endpoints",
+        "gateways",
         "last_change_timestamp_seconds",
         "pollers",
         "refusals",

@@ -28,10 +28,10 @@ async fn create_engine(admin: &Client, name: &str, role: &str, engine: &Handle) 
     set_status(admin, name, &json!({"status": status})).await;
 }
 
-/// Makes one decode pod unready and the other one ready.
+/// Makes one decode pod unready and the other one ready, in the order that leaves one ready at any time.
 async fn only_without(cluster: &Cluster, out: usize) {
     let admin = cluster.client(ADMIN_TOKEN).await;
-    for (i, ready) in [(out, "False"), (1 - out, "True")] {
+    for (i, ready) in [(1 - out, "True"), (out, "False")] {
         let status = json!({"status": {"conditions": [{"type": "Ready", "status": ready}]}});
         set_status(&admin, &format!("decode-{i}"), &status).await;
     }

@@ -8,15 +8,25 @@ const IMAGE: &str =
     "registry.example/pd-filter@sha256:5555555555555555555555555555555555555555555555555555555555555555";
 const OTHER: &str =
     "registry.example/pd-filter@sha256:6666666666666666666666666666666666666666666666666666666666666666";
-const FILES: [&str; 6] =
-    ["gateway.yaml", "routes.yaml", "policies.yaml", "filter.yaml", "engines.yaml", "pd-control.yaml"];
+const CONTROL: &str = "registry.example/pd-control:0.1.0";
+const FILES: [&str; 7] = [
+    "gateway.yaml",
+    "routes.yaml",
+    "policies.yaml",
+    "filter.yaml",
+    "preflight.yaml",
+    "engines.yaml",
+    "pd-control.yaml",
+];
 
 /// What kustomize makes of the base, all but namespaces of rights.
 fn manifests() -> String {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../gateway-manifests/base");
-    let files = FILES.map(|file| std::fs::read_to_string(folder.join(file)).unwrap());
-    let text = [files.join("\n---\n"), image_map(IMAGE, "0.1.0")].join("\n---\n");
-    text.replace("set-by-kustomize", IMAGE)
+    let read = |file| {
+        let image = if file == "pd-control.yaml" { CONTROL } else { IMAGE };
+        std::fs::read_to_string(folder.join(file)).unwrap().replace("set-by-kustomize", image)
+    };
+    [FILES.map(read).join("\n---\n"), image_map(IMAGE, "0.1.0")].join("\n---\n")
 }
 
 fn image_map(image: &str, version: &str) -> String {
@@ -81,11 +91,8 @@ fn fault_after(text: &str, applied: Option<&str>) -> String {
 fn the_manifests_of_this_repository_are_good() {
     let checked = check(&manifests());
     assert_eq!(checked.faults, "");
-    assert!(
-        checked.said.ends_with(" objects: EnvoyExtensionPolicy llm/pd, Deployment llm/pd-control\n"),
-        "{}",
-        checked.said
-    );
+    let ours = "EnvoyExtensionPolicy llm/pd, EnvoyExtensionPolicy llm/pd-preflight, Deployment llm/pd-control\n";
+    assert!(checked.said.starts_with("-: ok, ") && checked.said.ends_with(ours), "{}", checked.said);
     let list: Vec<String> = manifests()
         .split("\n---\n")
         .map(|document| serde_saphyr::from_str::<serde_json::Value>(document).unwrap().to_string())
@@ -173,7 +180,8 @@ fn names_that_do_not_agree_are_found() {
 #[test]
 fn an_image_is_named_by_digest_and_stands_in_the_pods_annotation() {
     let tagged = manifests().replace(IMAGE, "registry.example/pd-filter:0.1.0");
-    assert!(fault(&tagged).contains("spec.wasm[0].code.image.url: \"registry.example/pd-filter:0.1.0\" has no sha256"));
+    let place = "EnvoyExtensionPolicy llm/pd: spec.wasm[0].code.image.url: \"registry.example/pd-filter:0.1.0\" has no";
+    assert!(check(&tagged).faults.contains(place));
     let forgotten = with(&format!("pd-filter-image: {IMAGE}"), &format!("pd-filter-image: {OTHER}"));
     assert!(fault(&forgotten).starts_with(
         "EnvoyProxy llm/pd: spec.provider.kubernetes.envoyDeployment.pod.annotations.pd-filter-image: must be the image"

@@ -1,10 +1,19 @@
 //! The status page, as a browser shows it.
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use axum::http::Request;
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::TokioExecutor;
 use pd_control::http::Token;
+use pd_core::exchange::message::{Record, Told};
+use pd_core::exchange::report::{Decision, Generation, Report};
 use pd_sim::Role;
 use serde_json::Value;
+use tokio::task::JoinHandle;
 
 use crate::browser::Browser;
 use crate::support::*;
@@ -21,6 +30,37 @@ fn until_true(browser: &mut Browser, expression: &str) {
 
 fn until_shown(browser: &mut Browser, text: &str) {
     until_true(browser, &format!("document.body.innerText.includes({})", Value::from(text)));
+}
+
+/// An Envoy with so many workers, which reports as long as this runs.
+fn reporting(address: SocketAddr, gateway: u64, workers: u64) -> JoinHandle<()> {
+    let client = Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>();
+    let generation =
+        Generation { version: "0.1.0".into(), build: "0123456789ab".into(), revision: "blue".into(), workers };
+    let decision = Decision {
+        at_ms: 1_700_000_000_000,
+        decision: "split".into(),
+        reason: "prefilled".into(),
+        model: "sim".into(),
+        prefill: "10.0.0.1:8000".into(),
+        decode: "10.0.0.2:8000".into(),
+        prompt_tokens: 4_321,
+        matched_tokens: 1_024,
+    };
+    let report = Report { generations: vec![generation], decisions: vec![decision], ..Report::default() }.to_json();
+    tokio::spawn(async move {
+        for turn in 1.. {
+            let record = Record { gateway, turn, report: report.clone(), ..Record::default() };
+            let told = Told { from: gateway, records: vec![record], ..Told::default() };
+            let request = Request::post(format!("http://{address}/v1/exchange?wait_ms=0"))
+                .header("authorization", "Bearer secret")
+                .body(Full::from(told.to_bytes()))
+                .unwrap();
+            // In the end there is nobody to tell.
+            let _ = client.request(request).await;
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+    })
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -46,6 +86,8 @@ async fn the_status_page_shows_all_that_is_known() {
     let mut client = rig.client.clone();
     client.token = Some("secret");
     Filter::default().poll(&client, PATIENCE).await.unwrap();
+
+    let envoys = [(1, 4), (2, 3)].map(|(gateway, workers)| reporting(rig.client.address, gateway, workers));
 
     // Without the token it shows nothing and asks for it.
     let page = format!("http://{}/", rig.client.address);
@@ -73,6 +115,11 @@ async fn the_status_page_shows_all_that_is_known() {
     for address in [engines[0].addr(), engines[1].addr(), silent] {
         until_shown(&mut browser, &address.to_string());
     }
+    // Envoys, what is amiss among them, and what they decided.
+    for shown in ["blue", "0123456789ab", "4 of 4", "3 of 4", "Recent decisions", "prefilled", "4321"] {
+        until_shown(&mut browser, shown);
+    }
+    until_shown(&mut browser, "Envoy 0000000000000002 has 3 of 4 workers with the filter");
     assert_eq!(browser.evaluate("document.images.length"), 0, "names are text, whatever they hold");
     until_true(&mut browser, "document.getElementById('login').hidden");
     until_true(&mut browser, "document.getElementById('degraded').hidden");
@@ -89,6 +136,8 @@ async fn the_status_page_shows_all_that_is_known() {
     replace(&rig.file(), &text);
     until_true(&mut browser, "document.getElementById('degraded').hidden");
     assert_eq!(browser.complaints, Vec::<String>::new());
+
+    envoys.iter().for_each(JoinHandle::abort);
 
     // A pd-control that is gone is said, too, and what was known of it stays to be read.
     rig.control.stop().await;
