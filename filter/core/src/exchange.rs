@@ -342,7 +342,8 @@ impl Exchange {
             let known = self.known.entry(batch.gateway).or_default();
             let mut number = batch.first;
             for event in split_events(&batch.blocks) {
-                if number >= *known && batch.epoch == epoch
+                if number >= *known
+                    && batch.epoch == epoch
                     && let Some((endpoint, blocks)) = read_event(event)
                 {
                     worker.holds_by_others(endpoint, &blocks);

@@ -251,12 +251,7 @@ impl Heard {
         let (gateways, exchanging, has_loads) = (rest.word()?, rest.word()?, rest.word()? != 0);
         let loads = read_loads(rest)?;
         let batches = read_list(rest, |rest| {
-            Some(Batch {
-                gateway: rest.word()?,
-                epoch: rest.word()?,
-                first: rest.word()?,
-                blocks: read_bytes(rest)?,
-            })
+            Some(Batch { gateway: rest.word()?, epoch: rest.word()?, first: rest.word()?, blocks: read_bytes(rest)? })
         })?;
         Some(Self { hub, state, have, gateways, exchanging, loads: has_loads.then_some(loads), batches })
     }
