@@ -75,7 +75,13 @@ impl Exchange {
 
     /// Takes what somebody tells and answers when there is something new, or after `wait`. `watching` is the number of
     /// Envoys that follow the list.
-    pub async fn answer(&self, told: &Told, wait: Duration, watching: u64, mut stopping: watch::Receiver<bool>) -> Heard {
+    pub async fn answer(
+        &self,
+        told: &Told,
+        wait: Duration,
+        watching: u64,
+        mut stopping: watch::Receiver<bool>,
+    ) -> Heard {
         if self.hub().take(told, self.now()) {
             self.news.send_modify(|count| *count += 1);
         }
@@ -96,10 +102,8 @@ impl Exchange {
     #[must_use]
     pub fn reports(&self) -> Vec<(u64, Duration, Report)> {
         let (hub, now) = (self.hub(), self.now());
-        let mut reports: Vec<_> = hub
-            .reports(now)
-            .map(|(id, age, text)| (id, age, Report::from_json(text).unwrap_or_default()))
-            .collect();
+        let mut reports: Vec<_> =
+            hub.reports(now).map(|(id, age, text)| (id, age, Report::from_json(text).unwrap_or_default())).collect();
         reports.sort_unstable_by_key(|(id, ..)| *id);
         reports
     }
@@ -149,7 +153,8 @@ impl Peers {
                     });
                     for address in addresses {
                         running.entry(address).or_insert_with(|| {
-                            let peer = Peer::new(address, self.token.clone(), Arc::clone(&exchange), Arc::clone(&metrics));
+                            let peer =
+                                Peer::new(address, self.token.clone(), Arc::clone(&exchange), Arc::clone(&metrics));
                             tasks.spawn(peer.run())
                         });
                     }
@@ -233,7 +238,10 @@ impl Peer {
             if answer.status() != StatusCode::OK {
                 bail!("status {}", answer.status().as_u16());
             }
-            let body = Limited::new(answer.into_body(), MAX_MESSAGE_BYTES).collect().await.map_err(anyhow::Error::from_boxed)?;
+            let body = Limited::new(answer.into_body(), MAX_MESSAGE_BYTES)
+                .collect()
+                .await
+                .map_err(anyhow::Error::from_boxed)?;
             Heard::from_bytes(&body.to_bytes()).context("its answer is none")
         };
         timeout(RELAY_TIMEOUT, answer).await.context("no answer in time")?

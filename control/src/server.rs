@@ -105,7 +105,8 @@ impl Control {
     /// # Errors
     /// One line when the address is taken, the endpoints file is bad or the EDS file cannot be written.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
-        let Config { endpoints, kubernetes, named, networks, scrape, peers, tls, log, listen, eds, token, poll } = config;
+        let Config { endpoints, kubernetes, named, networks, scrape, peers, tls, log, listen, eds, token, poll } =
+            config;
         let tls = tls.map(Tls::open).transpose()?;
         let listener = TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
         let address = listener.local_addr()?;

@@ -10,7 +10,7 @@ use pd_tests::wait::until;
 use serde_json::Value;
 use tokio::time::sleep;
 
-use crate::support::{assert_right, ask, new_id, short_chat, sum};
+use crate::support::{ask, assert_right, new_id, short_chat, sum};
 
 /// A few ticks of the exchange, on a machine that is busy.
 const HEARD: Duration = Duration::from_millis(400);
@@ -95,10 +95,7 @@ fn a_pod_that_one_envoy_keeps_busy_is_busy_to_the_other() {
         let before: Vec<u64> = first.decode.iter().map(of).collect();
         let mut client = first.client(Http::Two).await;
         let held = tokio::spawn(async move { ask(&mut client, &short_chat()).await });
-        let busy = until("a decode pod has it", async || {
-            (0..2).find(|at| of(&first.decode[*at]) > before[*at])
-        })
-        .await;
+        let busy = until("a decode pod has it", async || (0..2).find(|at| of(&first.decode[*at]) > before[*at])).await;
         first.decode.iter().for_each(|engine| engine.set_faults("").unwrap());
         sleep(HEARD).await;
         let had = of(&first.decode[busy]);
@@ -137,7 +134,8 @@ fn without_pd_control_each_envoy_goes_on_by_itself_and_later_they_find_each_othe
         let status = status(&first).await;
         for gateway in status["gateways"].as_array().unwrap() {
             assert_eq!(gateway["endpoints"], 4, "{status:#}");
-            let workers: u64 = gateway["generations"].as_array().unwrap().iter().filter_map(|of| of["workers"].as_u64()).sum();
+            let workers: u64 =
+                gateway["generations"].as_array().unwrap().iter().filter_map(|of| of["workers"].as_u64()).sum();
             // The main thread has a filter too.
             assert!((2..=3).contains(&workers), "{status:#}");
             assert!(!gateway["decisions"].as_array().unwrap().is_empty(), "{status:#}");

@@ -253,7 +253,7 @@ impl Filter {
         self.ask(number, "/v1/completions", &body, job.tokens, now)
     }
 
-    /// A request with this body comes: the prefill server that it goes to. 
+    /// A request with this body comes: the prefill server that it goes to.
     ///
     /// # Errors
     /// When pd-core does anything but start a prefill leg.
@@ -352,7 +352,8 @@ impl Filter {
                 share.tick(state, store, self.ticked);
             }
         }
-        while let Some(due) = self.voices.as_ref().map(|voices| voices.ticked + voices.period).filter(|due| *due <= now) {
+        while let Some(due) = self.voices.as_ref().map(|voices| voices.ticked + voices.period).filter(|due| *due <= now)
+        {
             for gateway in 0..self.stores.len() {
                 self.listen(gateway * self.workers, due);
                 if let (Some(voices), Some(worker)) = (&mut self.voices, self.states.get_mut(gateway * self.workers)) {
