@@ -3,6 +3,7 @@
 
 mod cluster;
 mod operation;
+mod replicas;
 mod requests;
 mod rollout;
 mod traffic;

@@ -98,36 +98,3 @@ async fn without_envoy_gateway_requests_are_served() {
     }
     traffic.stop_without_loss("Envoy Gateway killed").await;
 }
-
-#[tokio::test]
-async fn a_second_envoy_comes_and_goes() {
-    let cluster = Cluster::ready().await;
-    let traffic = Traffic::start(cluster.address).await;
-    let replicas = |from: u32, to: u32| {
-        let path = "/spec/provider/kubernetes/envoyDeployment/replicas, value: ";
-        cluster.edit("overlays/sim/kustomization.yaml", &format!("{path}{from}"), &format!("{path}{to}"));
-    };
-    replicas(1, 2);
-    cluster.apply().await;
-    until("there are two Envoys", async || (cluster.envoys().await.len() == 2).then_some(())).await;
-    cluster.envoys_settled().await;
-    traffic.more(100).await;
-    // Clients that come now are spread over both.
-    let more = Traffic::start(cluster.address).await;
-    for envoy in cluster.envoys().await {
-        until(format!("{envoy} splits requests"), async || {
-            let metrics = cluster.metrics(&envoy).await;
-            let split =
-                metrics.lines().find(|line| line.starts_with("pd_requests_total") && line.contains("\"split\""))?;
-            (split.rsplit(' ').next()?.parse::<u64>().ok()? > 0).then_some(())
-        })
-        .await;
-    }
-    more.stop_without_loss("a second Envoy").await;
-    replicas(2, 1);
-    cluster.apply().await;
-    until("there is one Envoy", async || (cluster.envoys().await.len() == 1).then_some(())).await;
-    cluster.envoys_settled().await;
-    traffic.more(100).await;
-    traffic.stop_without_loss("a second Envoy came and went").await;
-}

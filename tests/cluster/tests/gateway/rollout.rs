@@ -82,9 +82,9 @@ async fn a_new_version_comes_with_a_configuration_that_the_old_one_does_not_know
     let traffic = Traffic::start(cluster.address).await;
 
     // As if this version had another name for a key.
-    let new = replaced(&with_build(&old, &before), "rendezvous_share", "rendezvous_parts");
+    let new = replaced(&with_build(&old, &before), "uncached_tokens", "uncached_prompt");
     cluster.pin(&new).await;
-    cluster.edit(FILTER, "rendezvous_share", "rendezvous_parts");
+    cluster.edit(FILTER, "uncached_tokens", "uncached_prompt");
     cluster.apply().await;
     until("the old code refuses it", async || (cluster.metric("pd_configs_total", REFUSED).await > 0.0).then_some(()))
         .await;
@@ -94,7 +94,7 @@ async fn a_new_version_comes_with_a_configuration_that_the_old_one_does_not_know
     traffic.more(50).await;
 
     cluster.pin(&old).await;
-    cluster.edit(FILTER, "rendezvous_parts", "rendezvous_share");
+    cluster.edit(FILTER, "uncached_prompt", "uncached_tokens");
     cluster.apply().await;
     assert_eq!(rolled_out(&cluster, &after).await, before);
     traffic.more(50).await;
