@@ -273,9 +273,9 @@ fn the_token_is_the_same_everywhere() {
     let control = get("Deployment", "pd-control")["spec"]["template"]["spec"]["containers"][0]["env"].clone();
     let envoy =
         get("EnvoyProxy", "pd")["spec"]["provider"]["kubernetes"]["envoyDeployment"]["container"]["env"].clone();
-    assert_eq!(control[0]["name"], variable);
-    assert_eq!(control, envoy);
-    let of = &control[0]["valueFrom"]["secretKeyRef"];
+    let token = control.as_array().unwrap().iter().find(|of| of["name"] == variable).unwrap();
+    assert_eq!(envoy, json!([token]));
+    let of = &token["valueFrom"]["secretKeyRef"];
     let sim = read(&manifests().join("overlays/sim/token.yaml"));
     let namespaces: Vec<_> = sim.iter().map(|secret| secret["metadata"]["namespace"].as_str().unwrap()).collect();
     assert_eq!(namespaces, ["llm", "envoy-gateway-system"]);
@@ -293,6 +293,9 @@ fn ports_agree() {
     assert!(arguments.join(" ").ends_with(&format!("--listen 0.0.0.0:{port}")), "{arguments:?}");
     assert_eq!(get("Service", "pd-control")["spec"]["ports"][0]["targetPort"], container["ports"][0]["name"]);
     assert_eq!(get("NetworkPolicy", "pd-control")["spec"]["ingress"][0]["ports"][0]["port"], port);
+    let peers = container["env"].as_array().unwrap().iter().find(|of| of["name"] == "PD_CONTROL_PEERS").unwrap();
+    assert_eq!(peers["value"], format!("pd-control-peers:{port}"));
+    assert_eq!(get("Service", "pd-control-peers")["spec"]["ports"][0]["targetPort"], container["ports"][0]["name"]);
     for (route, service) in [("pd", "engines"), ("pd-control", "pd-control")] {
         let of_service = get("Service", service)["spec"]["ports"][0]["port"].clone();
         assert_eq!(
@@ -318,6 +321,8 @@ fn selectors_find_their_pods() {
     for selector in [
         &control["selector"]["matchLabels"],
         &get("Service", "pd-control")["spec"]["selector"],
+        &get("Service", "pd-control-peers")["spec"]["selector"],
+        &get("NetworkPolicy", "pd-control")["spec"]["ingress"][0]["from"][1]["podSelector"]["matchLabels"],
         &get("PodDisruptionBudget", "pd-control")["spec"]["selector"]["matchLabels"],
         &get("NetworkPolicy", "pd-control")["spec"]["podSelector"]["matchLabels"],
     ] {
