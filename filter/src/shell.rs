@@ -226,7 +226,9 @@ impl Shell {
             metrics.set(VOICE_KEY, &voice.to_le_bytes(), None);
             exchange.speak(worker, voice, before.unwrap_or(0), now);
         }
-        exchange.tick(worker, push.holds_lease(), now, |worker| worker.report(share.generations(metrics)).to_json())
+        exchange.tick(worker, push.holds_lease(), now, |worker| {
+            worker.report(share.generations(metrics), share.decisions(worker, metrics)).to_json()
+        })
     }
 
     /// Ticks more often while Envoys exchange.

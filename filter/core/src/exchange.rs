@@ -101,10 +101,12 @@ impl Outbox {
     }
 }
 
-/// Some of the latest decisions.
+/// Some of the latest decisions of a worker.
 #[derive(Debug, Default)]
 pub(crate) struct Recent {
     decisions: VecDeque<(Duration, Decision)>,
+    /// Whether there is one that the other workers do not know.
+    pub(crate) is_new: bool,
 }
 
 impl Recent {
@@ -116,19 +118,13 @@ impl Recent {
     pub(crate) fn push(&mut self, at: Duration, decision: Decision) {
         self.decisions.truncate(MAX_DECISIONS.saturating_sub(1));
         self.decisions.push_front((at, decision));
+        self.is_new = true;
     }
 
     /// Newest first.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Decision> {
         self.decisions.iter().map(|(_, decision)| decision)
     }
-}
-
-/// What a voice keeps of its worker's doings.
-#[derive(Debug, Default)]
-pub(crate) struct Voice {
-    pub(crate) outbox: Outbox,
-    pub(crate) recent: Recent,
 }
 
 /// Which of the two calls.
@@ -207,7 +203,7 @@ impl Exchange {
     /// Becomes the voice under a random number, in place of the one before it (0: none).
     pub fn speak(&mut self, worker: &mut Worker, gateway: u64, replaces: u64, now: Duration) {
         *self = Self { is_on: self.is_on, gateway, replaces, answered_at: now, ..Self::default() };
-        worker.voice = Some(Box::default());
+        worker.outbox = Some(Box::default());
     }
 
     /// Is the voice no more.
@@ -216,7 +212,7 @@ impl Exchange {
             self.hear_loads(worker, &[]);
             worker.fleet_is(Fleet::default());
         }
-        worker.voice = None;
+        worker.outbox = None;
         *self = Self { is_on: self.is_on, ..Self::default() };
     }
 
@@ -263,7 +259,7 @@ impl Exchange {
     }
 
     fn tell(&mut self, worker: &Worker, now: Duration, report: impl FnOnce(&Worker) -> Vec<u8>) -> Option<Call> {
-        let outbox = &worker.voice.as_ref()?.outbox;
+        let outbox = worker.outbox.as_ref()?;
         let since = now.saturating_sub(self.told_at);
         let is_first = self.told.is_none();
         let pause = if self.fleet.exchanging > 1 { PAUSE } else { HEARTBEAT };
@@ -444,7 +440,7 @@ mod tests {
 
         /// A tick with this hub; without one every call fails.
         fn tick(&mut self, hub: Option<&mut Hub>, now: Duration) {
-            let report = |worker: &Worker| worker.report(Vec::new()).to_json();
+            let report = |worker: &Worker| worker.report(Vec::new(), Vec::new()).to_json();
             let calls = self.exchange.tick(&mut self.worker, true, now, report);
             let Some(hub) = hub else {
                 for call in calls.into_iter().chain(self.question.take()) {

@@ -11,6 +11,7 @@
 //! pd/1/ledger/S         seat S's part of the ledger, and the position it is of  written by the seat's worker only
 //! pd/1/index/I          what one endpoint holds, for workers that begin         written by the worker in the first seat
 //! pd/1/who/S            build and configuration of seat S's worker              written by the seat's worker only
+//! pd/1/recent/S         some of its latest decisions                            written by the seat's worker only
 //! gauge of seat S       position: segment · 2¹⁶ + bytes of it
 //! ```
 //! A reader that fell behind by more than the ring holds takes the part as a whole and goes on from there; it lost
@@ -20,7 +21,7 @@ use core::time::Duration;
 
 use hashbrown::{HashMap, HashSet};
 
-use crate::exchange::report::Generation;
+use crate::exchange::report::{Decision, Generation, MAX_DECISIONS};
 use crate::hash::BlockHash;
 use crate::ledger::{Event, Part, Reader, Writer};
 use crate::worker::Worker;
@@ -123,9 +124,8 @@ impl Share {
     pub fn generations(&self, shared: &impl Shared) -> Vec<Generation> {
         let of_peer = |peer: &Peer| {
             let (bytes, _) = shared.get(&who_key(peer.seat))?;
-            let (worker_id, text) = bytes.split_first_chunk()?;
-            let is_its = u64::from_le_bytes(*worker_id) == peer.worker_id;
-            is_its.then(|| serde_json::from_slice::<Generation>(text).ok()).flatten()
+            let mut rest = Reader(&bytes);
+            (rest.word()? == peer.worker_id).then(|| Generation::read(&mut rest)).flatten()
         };
         let mut generations = vec![self.who.clone()];
         for who in self.peers.iter().map(|peer| of_peer(peer).unwrap_or_default()) {
@@ -139,6 +139,21 @@ impl Share {
         }
         generations.sort_unstable();
         generations
+    }
+
+    /// Some of the workers' latest decisions, newest first.
+    pub fn decisions(&self, worker: &Worker, shared: &impl Shared) -> Vec<Decision> {
+        let mut decisions: Vec<_> = worker.recent.iter().cloned().collect();
+        for peer in &self.peers {
+            let Some((bytes, _)) = shared.get(&recent_key(peer.seat)) else { continue };
+            let mut rest = Reader(&bytes);
+            if rest.word() == Some(peer.worker_id) {
+                decisions.extend(core::iter::from_fn(|| Decision::read(&mut rest)));
+            }
+        }
+        decisions.sort_unstable_by_key(|decision| core::cmp::Reverse(decision.at_ms));
+        decisions.truncate(MAX_DECISIONS);
+        decisions
     }
 
     /// Starts over with a configuration.
@@ -211,6 +226,7 @@ impl Share {
         self.tell(worker, shared, now);
         self.renew(worker, shared, now);
         self.save_part(worker, shared);
+        self.save_decisions(worker, shared);
         for peer in &mut self.peers {
             peer.part.prune(now);
             if peer.is_behind {
@@ -261,8 +277,10 @@ impl Share {
                 self.write_untold(worker, shared, at);
                 worker.log.is_own_new = true;
                 self.save_part(worker, shared);
-                let who = serde_json::to_vec(&self.who).unwrap_or_default();
-                shared.set(&who_key(at), &[&self.worker_id.to_le_bytes(), who.as_slice()].concat(), None);
+                let mut who = Writer::default();
+                who.word(self.worker_id);
+                self.who.write(&mut who);
+                shared.set(&who_key(at), &who.0, None);
                 shared.announce();
             }
             self.renewed = now;
@@ -297,6 +315,15 @@ impl Share {
         [self.worker_id, self.position()].into_iter().for_each(|word| out.word(word));
         out.0.extend(worker.log.own.to_bytes());
         shared.set(&ledger_key(seat), &out.0, None);
+    }
+
+    /// Writes down what this worker decided, where that is new.
+    fn save_decisions(&self, worker: &mut Worker, shared: &impl Shared) {
+        let Some(seat) = self.seat.filter(|_| core::mem::take(&mut worker.recent.is_new)) else { return };
+        let mut out = Writer::default();
+        out.word(self.worker_id);
+        worker.recent.iter().for_each(|decision| decision.write(&mut out));
+        shared.set(&recent_key(seat), &out.0, None);
     }
 
     /// The first worker writes down what one endpoint after the other holds.
@@ -411,6 +438,10 @@ fn ledger_key(seat: usize) -> String {
 
 fn who_key(seat: usize) -> String {
     format!("pd/1/who/{seat}")
+}
+
+fn recent_key(seat: usize) -> String {
+    format!("pd/1/recent/{seat}")
 }
 
 fn index_key(place: usize) -> String {

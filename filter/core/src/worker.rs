@@ -8,7 +8,7 @@ use crate::config::{Config, ConfigError};
 use crate::engine::pair_id;
 use crate::exchange::message::Totals;
 use crate::exchange::report::{Decision, Generation, Report};
-use crate::exchange::{Fleet, Voice};
+use crate::exchange::{Fleet, Outbox, Recent};
 use crate::hash::BlockHash;
 use crate::index::PrefixIndex;
 use crate::ledger::{Event, Log};
@@ -36,8 +36,10 @@ pub struct Worker {
     pub counts: Counts,
     /// What to tell the other workers.
     pub(crate) log: Log,
-    /// What the Envoy's voice keeps for the other Envoys, where this worker is it.
-    pub(crate) voice: Option<Box<Voice>>,
+    /// What to tell the other Envoys, where this worker is its Envoy's voice.
+    pub(crate) outbox: Option<Box<Outbox>>,
+    /// What to report of its decisions.
+    pub(crate) recent: Recent,
     /// What pools with limits have in flight.
     pub admission: Admission,
     /// Prefill legs that may be run again.
@@ -53,7 +55,8 @@ impl Default for Worker {
             index: PrefixIndex::new(0),
             counts: Counts::default(),
             log: Log::default(),
-            voice: None,
+            outbox: None,
+            recent: Recent::default(),
             admission: Admission::default(),
             retries: RetryBudget::default(),
             legs: 0,
@@ -196,8 +199,8 @@ impl Worker {
 
     /// Other Envoys shall hear which blocks a worker of this one sent to the endpoint of that key.
     pub(crate) fn tell_gateways(&mut self, endpoint: u64, blocks: &[BlockHash]) {
-        if let Some(voice) = self.voice.as_mut().filter(|_| !blocks.is_empty()) {
-            voice.outbox.push(endpoint, blocks);
+        if let Some(outbox) = self.outbox.as_mut().filter(|_| !blocks.is_empty()) {
+            outbox.push(endpoint, blocks);
         }
     }
 
@@ -233,20 +236,22 @@ impl Worker {
         }
     }
 
-    /// Notes a decision for the next report, where this worker is its Envoy's voice and has not just noted another.
+    /// Notes a decision for the next report, where there are reports and it has not just noted another.
     pub(crate) fn decided(&mut self, now: Duration, decision: impl FnOnce(&Self) -> Decision) {
-        if self.voice.as_ref().is_some_and(|voice| voice.recent.is_due(now)) {
+        let is_reported = || {
+            let control = self.config.as_ref().ok().and_then(|config| config.control.as_ref());
+            control.is_some_and(|control| control.exchange)
+        };
+        if self.recent.is_due(now) && is_reported() {
             let at_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
             let decision = Decision { at_ms, ..decision(self) };
-            if let Some(voice) = &mut self.voice {
-                voice.recent.push(now, decision);
-            }
+            self.recent.push(now, decision);
         }
     }
 
-    /// What there is to report of this Envoy, whose workers run these.
+    /// What there is to report of this Envoy, whose workers run these and decided those.
     #[must_use]
-    pub fn report(&self, generations: Vec<Generation>) -> Report {
+    pub fn report(&self, generations: Vec<Generation>, decisions: Vec<Decision>) -> Report {
         let (epoch, version) = self.table.version();
         let failing = self.table.iter().filter(|(_, slot)| slot.health.is_failing());
         Report {
@@ -255,7 +260,7 @@ impl Worker {
             version,
             endpoints: self.table.len() as u64,
             failing: failing.take(MAX_FAILING).map(|(_, slot)| slot.address.to_string()).collect(),
-            decisions: self.voice.iter().flat_map(|voice| voice.recent.iter()).cloned().collect(),
+            decisions,
         }
     }
 

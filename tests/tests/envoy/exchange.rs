@@ -10,7 +10,7 @@ use pd_tests::wait::until;
 use serde_json::Value;
 use tokio::time::sleep;
 
-use crate::support::{ask, assert_right, new_id, short_chat, sum};
+use crate::support::{ask, assert_right, long_chat, new_id, short_chat, sum};
 
 /// A few ticks of the exchange, on a machine that is busy.
 const HEARD: Duration = Duration::from_millis(400);
@@ -101,14 +101,14 @@ fn a_pod_that_one_envoy_keeps_busy_is_busy_to_the_other() {
         let had = of(&first.decode[busy]);
         let mut clients = second.client_of_each_worker(Http::Two).await;
         for i in 0..16 {
-            ask(&mut clients[i % 2], &short_chat()).await;
+            ask(&mut clients[i % 2], &long_chat()).await;
         }
         assert!(!held.is_finished(), "the machine is too slow for this test");
         assert_eq!(of(&first.decode[busy]), had, "every worker of the other Envoy spares it");
         held.await.unwrap();
         sleep(HEARD).await;
         for i in 0..32 {
-            ask(&mut clients[i % 2], &short_chat()).await;
+            ask(&mut clients[i % 2], &long_chat()).await;
         }
         assert!(of(&first.decode[busy]) > had, "and uses it again");
     });
@@ -131,6 +131,8 @@ fn without_pd_control_each_envoy_goes_on_by_itself_and_later_they_find_each_othe
         until_heard(&first, &second).await;
         let (held, hit) = converse(&first, &second).await;
         assert!(hit >= held, "{hit} of {held} tokens");
+        // They report once a second.
+        sleep(Duration::from_millis(1_500)).await;
         let status = status(&first).await;
         for gateway in status["gateways"].as_array().unwrap() {
             assert_eq!(gateway["endpoints"], 4, "{status:#}");

@@ -269,7 +269,7 @@ fn write_loads(out: &mut Writer, loads: &[(u64, Totals)]) {
     });
 }
 
-fn write_bytes(out: &mut Writer, bytes: &[u8]) {
+pub(super) fn write_bytes(out: &mut Writer, bytes: &[u8]) {
     out.word(bytes.len() as u64);
     out.0.extend_from_slice(bytes);
 }
@@ -283,7 +283,7 @@ fn read_loads(rest: &mut Reader<'_>) -> Option<Vec<(u64, Totals)>> {
     read_list(rest, |rest| Some((rest.word()?, Totals::read(rest)?)))
 }
 
-fn read_bytes(rest: &mut Reader<'_>) -> Option<Vec<u8>> {
+pub(super) fn read_bytes(rest: &mut Reader<'_>) -> Option<Vec<u8>> {
     let length = usize::try_from(rest.word()?).ok()?;
     let (bytes, behind) = rest.0.split_at_checked(length)?;
     rest.0 = behind;

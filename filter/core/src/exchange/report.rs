@@ -2,6 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::message::{read_bytes, write_bytes};
+use crate::ledger::{Reader, Writer};
+
 /// Decisions that a report may hold.
 pub const MAX_DECISIONS: usize = 8;
 /// Bytes of a report at most; a longer one is not kept.
@@ -54,6 +57,18 @@ pub struct Generation {
     pub workers: u64,
 }
 
+impl Generation {
+    /// For the other workers; [`workers`](Self::workers) is one.
+    pub(crate) fn write(&self, out: &mut Writer) {
+        [&self.version, &self.build, &self.revision].into_iter().for_each(|text| write_bytes(out, text.as_bytes()));
+    }
+
+    pub(crate) fn read(rest: &mut Reader<'_>) -> Option<Self> {
+        let mut text = || read_text(rest);
+        Some(Self { version: text()?, build: text()?, revision: text()?, workers: 1 })
+    }
+}
+
 /// Where a request went. The words are those of the access log.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -74,4 +89,58 @@ pub struct Decision {
     pub prompt_tokens: u64,
     /// Those that the endpoint which computed it held.
     pub matched_tokens: u64,
+}
+
+impl Decision {
+    /// For the other workers.
+    pub(crate) fn write(&self, out: &mut Writer) {
+        [self.at_ms, self.prompt_tokens, self.matched_tokens].into_iter().for_each(|word| out.word(word));
+        let texts = [&self.decision, &self.reason, &self.model, &self.prefill, &self.decode];
+        texts.into_iter().for_each(|text| write_bytes(out, text.as_bytes()));
+    }
+
+    pub(crate) fn read(rest: &mut Reader<'_>) -> Option<Self> {
+        let (at_ms, prompt_tokens, matched_tokens) = (rest.word()?, rest.word()?, rest.word()?);
+        let mut text = || read_text(rest);
+        let [decision, reason, model, prefill, decode] = [text()?, text()?, text()?, text()?, text()?];
+        Some(Self { at_ms, decision, reason, model, prefill, decode, prompt_tokens, matched_tokens })
+    }
+}
+
+fn read_text(rest: &mut Reader<'_>) -> Option<String> {
+    String::from_utf8(read_bytes(rest)?).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_worker_writes_the_voice_reads() {
+        let generation = Generation { version: "1".into(), build: "b".into(), revision: "ä".into(), workers: 1 };
+        let decision = Decision {
+            at_ms: 7,
+            decision: "split".into(),
+            model: "m".into(),
+            matched_tokens: 3,
+            ..Decision::default()
+        };
+        let mut out = Writer::default();
+        generation.write(&mut out);
+        decision.write(&mut out);
+        let mut rest = Reader(&out.0);
+        assert_eq!(Generation::read(&mut rest), Some(generation));
+        assert_eq!(Decision::read(&mut rest), Some(decision));
+        for length in 0..out.0.len() {
+            let mut rest = Reader(&out.0[..length]);
+            assert!(Generation::read(&mut rest).is_none() || Decision::read(&mut rest).is_none());
+        }
+    }
+
+    #[test]
+    fn a_newer_filters_report_is_read_and_rubbish_is_none() {
+        let newer = br#"{"new":1,"generations":[{"version":"2","new":[]}]}"#;
+        assert_eq!(Report::from_json(newer).unwrap().generations[0].version, "2");
+        assert_eq!(Report::from_json(b"[]x"), None);
+    }
 }
