@@ -297,3 +297,52 @@ fn table<const N: usize>(rows: &[[String; N]]) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use pd_core::exchange::report::{Decision, Generation, Report};
+
+    use super::*;
+    use crate::status::GatewayView;
+
+    #[test]
+    fn top_shows_envoys_their_decisions_and_what_to_do() {
+        let generation = Generation { version: "0.1.0".into(), build: "b".into(), revision: "r".into(), workers: 3 };
+        let decision = Decision { decision: "split".into(), reason: "prefilled".into(), ..Decision::default() };
+        let report = Report {
+            generations: vec![generation],
+            decisions: vec![decision],
+            epoch: "e".into(),
+            version: 7,
+            ..Report::default()
+        };
+        let status = StatusView {
+            build: String::new(),
+            epoch: "e".into(),
+            version: 7,
+            age_ms: 0,
+            source: "s".into(),
+            degraded: None,
+            filters: Vec::new(),
+            gateways: vec![GatewayView { id: "1f".into(), seen_ms: 300, report }],
+            advice: vec!["do it".into()],
+            watches: Vec::new(),
+            refused: Vec::new(),
+            pending: 0,
+            endpoints: Vec::new(),
+        };
+        let text = top(&status);
+        let lines: Vec<&str> = text.lines().filter(|line| !line.is_empty()).collect();
+        assert_eq!(
+            lines[2..],
+            [
+                "ENVOY  VERSION  BUILD  REVISION  WORKERS  LIST  SEEN",
+                "1f     0.1.0    b      r         3        7     0.3s",
+                "DECISION  REASON     PREFILL  DECODE  PROMPT  MATCHED",
+                "split     prefilled  -        -       0       0",
+                "! do it",
+            ],
+            "{text}"
+        );
+    }
+}

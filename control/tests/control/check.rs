@@ -103,19 +103,16 @@ fn the_manifests_of_this_repository_are_good() {
 
 #[test]
 fn a_mistake_in_the_plugin_configuration_is_named_by_its_key() {
-    assert!(fault(&with("uncached_tokens: 256", "uncached_tokens: many")).starts_with(
-        "EnvoyExtensionPolicy llm/pd: spec.wasm[0].config.pools.default.split.uncached_tokens: invalid type: string"
-    ),);
-    let checked = check(&with("rendezvous_share: 0.6", "rendezvous_shore: 0.6"));
+    let place = "EnvoyExtensionPolicy llm/pd: spec.wasm[0].config";
+    let wrong = fault(&with("uncached_tokens: 256", "uncached_tokens: many"));
     assert!(
-        checked.faults.contains("spec.wasm[0].config.pools.default.rendezvous_shore: unknown field"),
-        "{}",
-        checked.faults
+        wrong.starts_with(&format!("{place}.pools.default.split.uncached_tokens: invalid type: string")),
+        "{wrong}"
     );
-    assert_eq!(
-        fault(&with("rendezvous_share: 0.6", "rendezvous_share: 6")),
-        "EnvoyExtensionPolicy llm/pd: spec.wasm[0].config.pools.default.rendezvous_share: must be between 0 and 1, is 6"
-    );
+    let unknown = check(&with("uncached_tokens: 256", "uncached_tokns: 256")).faults;
+    assert!(unknown.contains(&format!("{place}.pools.default.split.uncached_tokns: unknown field")), "{unknown}");
+    let small = fault(&with("max_body_bytes: 16777216", "max_body_bytes: 6"));
+    assert!(small.starts_with(&format!("{place}.max_body_bytes: must be between 1024 and ")), "{small}");
 }
 
 #[test]
