@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
 use clap::{Parser, Subcommand};
-use pd_image::manifest::Image;
+use pd_image::manifest::{Image, check_abi};
 use pd_image::registry::Registry;
 
 /// OCI images of the filter's module, for Envoy Gateway, and of programs.
@@ -85,7 +85,11 @@ async fn run(command: Command) -> anyhow::Result<String> {
         Command::Make { module, program, layout } => {
             let read = |file: &Path| fs::read(file).with_context(|| file.display().to_string());
             let image = match (&module, &program) {
-                (Some(module), _) => Image::new(&read(module)?)?,
+                (Some(module), _) => {
+                    let bytes = read(module)?;
+                    check_abi(&bytes).with_context(|| module.display().to_string())?;
+                    Image::new(&bytes)?
+                }
                 (None, Some(program)) => {
                     let name = program.file_name().and_then(|name| name.to_str()).context("a program has a name")?;
                     Image::of_program(name, &read(program)?).with_context(|| program.display().to_string())?
@@ -116,7 +120,9 @@ async fn run(command: Command) -> anyhow::Result<String> {
                 bail!("{name}: name it by digest, else Envoy Gateway may go on with what it has");
             }
             let module = Registry::new(name, plain_http)?.pull().await.and_then(|image| image.module());
-            Ok(format!("{name}: ok, {} bytes of module", module.with_context(|| name.to_owned())?.len()))
+            let module =
+                module.and_then(|module| check_abi(&module).map(|()| module)).with_context(|| name.to_owned())?;
+            Ok(format!("{name}: ok, {} bytes of module", module.len()))
         }
         Command::Pull { image, module, plain_http } => {
             let content = Registry::new(&image, plain_http)?.pull().await.with_context(|| image.clone())?;

@@ -8,7 +8,8 @@ use std::process::{Child, Command, Stdio};
 
 /// User pd, bcrypt of "secret".
 const HTPASSWD: &str = "pd:$2b$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n";
-const EMPTY: &[u8] = b"\0asm\x01\0\0\0";
+/// What is looked for in a module, and nothing else.
+const MODULE: &[u8] = b"\0asm\x01\0\0\0proxy_abi_version_0_2_1";
 
 struct Registry(Child, String);
 
@@ -70,8 +71,11 @@ fn an_image_is_pushed_pinned_and_pulled_back() {
     // base64 of pd:secret, as `docker login` writes it.
     let auths = format!(r#"{{"auths": {{"{}": {{"auth": "cGQ6c2VjcmV0"}}}}}}"#, registry.1);
     fs::write(docker.join("config.json"), auths).unwrap();
-    fs::write(at("module.wasm"), EMPTY).unwrap();
+    fs::write(at("module.wasm"), MODULE).unwrap();
 
+    fs::write(at("other.wasm"), &MODULE[..8]).unwrap();
+    let refused = image(&docker, &["make", "--module", &at("other.wasm"), "--layout", &at("layout")]).unwrap_err();
+    assert!(refused.contains("no Proxy-Wasm module"), "{refused}");
     let digest = image(&docker, &["make", "--module", &at("module.wasm"), "--layout", &at("layout")]).unwrap();
     assert_eq!(digest, image(&docker, &["make", "--module", &at("module.wasm"), "--layout", &at("again")]).unwrap());
 
@@ -88,7 +92,7 @@ fn an_image_is_pushed_pinned_and_pulled_back() {
     assert_eq!(image(&docker, &["push", &tagged, "--layout", &at("again")]).unwrap(), pinned);
 
     let checked = image(&docker, &["check", &at("pin")]).unwrap();
-    assert_eq!(checked, format!("{pinned}: ok, 8 bytes of module"));
+    assert_eq!(checked, format!("{pinned}: ok, 31 bytes of module"));
     fs::write(at("pin"), format!("image={}/pd/filter@sha256:{}\n", registry.1, "1".repeat(64))).unwrap();
     assert!(image(&docker, &["check", &at("pin")]).is_err(), "an image that does not exist");
     fs::write(at("pin"), format!("image={tagged}\n")).unwrap();
@@ -96,7 +100,7 @@ fn an_image_is_pushed_pinned_and_pulled_back() {
 
     for name in [&tagged, &pinned] {
         assert_eq!(image(&docker, &["pull", name, "--module", &at("back.wasm")]).unwrap(), digest);
-        assert_eq!(fs::read(at("back.wasm")).unwrap(), EMPTY);
+        assert_eq!(fs::read(at("back.wasm")).unwrap(), MODULE);
         fs::remove_file(at("back.wasm")).unwrap();
     }
 }
