@@ -1,7 +1,7 @@
 //! What `/v1/status` says, which the status page and the commands in a terminal show.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -116,7 +116,7 @@ pub struct EndpointView {
     pub pod: Option<String>,
     /// Whether the engine answers; none: it is not asked.
     pub answers: Option<bool>,
-    /// Why it does not.
+    /// Why it does not, or that it did not answer Envoys.
     pub problem: Option<String>,
     /// Requests that wait in the engine.
     pub waiting: Option<f64>,
@@ -165,6 +165,12 @@ impl Filters {
 pub fn view(app: &App) -> StatusView {
     let published = app.registry.current();
     let (pods, scrapes) = (app.pods.view(), app.scrapes.view());
+    let gateways: Vec<_> = app.exchange.reports().into_iter().map(gateway).collect();
+    let to_envoys = |address: &SocketAddr| {
+        let address = address.to_string();
+        let failed = gateways.iter().filter(|of| of.report.failing.contains(&address)).count();
+        (failed > 0).then(|| format!("no answer to {failed} of {} Envoys", gateways.len()))
+    };
     let endpoint = |endpoint: &Endpoint| {
         let scraped = scrapes.get(&endpoint.address).filter(|it| it.asked > 0);
         let load = scraped.map(|it| it.load);
@@ -172,14 +178,13 @@ pub fn view(app: &App) -> StatusView {
             endpoint: endpoint.clone(),
             pod: pods.names.get(&endpoint.id()).map(ToString::to_string),
             answers: scraped.map(|it| it.failures == 0),
-            problem: scraped.and_then(|it| it.error.clone()),
+            problem: scraped.and_then(|it| it.error.clone()).or_else(|| to_envoys(&endpoint.address)),
             waiting: load.and_then(|load| load.waiting),
             running: load.and_then(|load| load.running),
             kv_usage: load.and_then(|load| load.kv_usage),
             hit_ratio: load.and_then(|load| load.hit_ratio()),
         }
     };
-    let gateways: Vec<_> = app.exchange.reports().into_iter().map(gateway).collect();
     let reports: Vec<_> = gateways.iter().map(|it| (it.id.as_str(), &it.report)).collect();
     StatusView {
         advice: advice(&reports),
@@ -190,7 +195,6 @@ pub fn view(app: &App) -> StatusView {
         source: app.status.source().to_owned(),
         degraded: app.status.degraded(),
         filters: app.filters.view(),
-        gateways,
         watches: pods
             .watches
             .iter()
@@ -207,6 +211,7 @@ pub fn view(app: &App) -> StatusView {
             .collect(),
         pending: pods.pending,
         endpoints: published.endpoints().iter().map(endpoint).collect(),
+        gateways,
     }
 }
 

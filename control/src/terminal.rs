@@ -252,13 +252,11 @@ pub fn explain(status: &StatusView, name: &str) -> Option<String> {
         let models = if it.endpoint.models.is_empty() { "any".to_owned() } else { it.endpoint.models.join(", ") };
         let _ = writeln!(text, "  models  {models}");
         match (it.answers, &it.problem) {
-            (Some(true), _) => {
-                let _ = writeln!(text, "  it answers");
-            }
-            (Some(false), Some(problem)) => {
-                let _ = writeln!(text, "  it does not answer: {problem}");
-            }
-            _ => {}
+            (Some(true), None) => drop(writeln!(text, "  it answers")),
+            (Some(true), Some(problem)) => drop(writeln!(text, "  it answers pd-control, but there is {problem}")),
+            (Some(false), Some(problem)) => drop(writeln!(text, "  it does not answer: {problem}")),
+            (None, Some(problem)) => drop(writeln!(text, "  {problem}")),
+            (_, None) => {}
         }
     }
     for refused in status.refused.iter().filter(|refused| is_named(&refused.pod)) {
