@@ -15,6 +15,9 @@ use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 const TO_COME: Duration = Duration::from_secs(120);
 const TO_GO: Duration = Duration::from_secs(20);
 
+/// Ends a cluster.
+type End = fn(&Cluster);
+
 struct Cluster {
     outer: Child,
     /// First process inside.
@@ -82,7 +85,6 @@ fn nothing_is_left_whatever_ends_it() {
     let folder = tempfile::tempdir().unwrap();
     let state = folder.path().join("state");
     let before = interfaces();
-    type End = fn(&Cluster);
     let ends: [(&str, End); 4] = [
         ("Ctrl-C", |cluster| kill_process_group(pid(cluster.outer.id()), Signal::INT).unwrap()),
         ("SIGTERM", |cluster| kill_process(pid(cluster.outer.id()), Signal::TERM).unwrap()),

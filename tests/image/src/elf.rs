@@ -35,7 +35,7 @@ fn number(program: &[u8], at: u64, bytes: usize) -> anyhow::Result<u64> {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// Header and one program header of that type.
