@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use pd_control::registry::{EndpointList, Registry};
+use pd_core::exchange::message::{Batch, Heard, Record, Told, Totals, block_event};
+use pd_core::hash::BlockHash;
 use pd_core::table::Applied;
 use pd_core::wire::{Endpoint, Engine, Role, Snapshot, State};
 use pd_core::worker::Worker;
@@ -76,6 +78,66 @@ fn this_version_writes_its_goldens() {
             fs::write(folder.join(name), &text).unwrap();
         }
         assert_eq!(read(&folder.join(name)), text, "{VERSION}/{name}: {WHAT_TO_DO}");
+    }
+}
+
+/// A message of each kind with something in every place.
+fn messages() -> (Told, Heard) {
+    let loads = vec![(5, Totals { work: 1_500_000, tokens: 2_000, requests: 3 })];
+    let blocks = block_event(5, &[BlockHash(0xfeed), BlockHash(u64::MAX)]);
+    let record = Record {
+        gateway: 0x1234_5678_9abc_def0,
+        replaces: 7,
+        turn: 9,
+        epoch: 512,
+        loads: loads.clone(),
+        oldest: 2,
+        first: 3,
+        blocks: blocks.clone(),
+        report: br#"{"version":1}"#.to_vec(),
+    };
+    let told = Told { from: 1, at: (2, 3), wants: true, known: vec![(4, 5)], records: vec![record] };
+    let batch = Batch { gateway: 4, epoch: 512, first: 3, blocks };
+    let heard = Heard {
+        hub: 2,
+        state: 4,
+        have: vec![(1, 4)],
+        gateways: 3,
+        exchanging: 2,
+        loads: Some(loads),
+        batches: vec![batch],
+    };
+    (told, heard)
+}
+
+fn to_hex(bytes: &[u8]) -> String {
+    let line = |line: &[u8]| line.iter().map(|byte| format!("{byte:02x}")).collect::<String>() + "\n";
+    bytes.chunks(32).map(line).collect()
+}
+
+fn from_hex(text: &str) -> Vec<u8> {
+    let digits: Vec<u8> =
+        text.bytes().filter_map(|digit| (digit as char).to_digit(16)).map(|digit| digit as u8).collect();
+    digits.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect()
+}
+
+#[test]
+fn messages_of_the_exchange_of_every_version_are_read() {
+    let (told, heard) = messages();
+    let folder = goldens().join(VERSION);
+    for (name, text) in [("told.hex", to_hex(&told.to_bytes())), ("heard.hex", to_hex(&heard.to_bytes()))] {
+        if std::env::var_os("PD_WRITE_GOLDENS").is_some() {
+            fs::write(folder.join(name), &text).unwrap();
+        }
+        assert_eq!(read(&folder.join(name)), text, "{VERSION}/{name}: {WHAT_TO_DO}");
+    }
+    for folder in versions().iter().filter(|folder| folder.join("told.hex").exists()) {
+        let [told_bytes, heard_bytes] = ["told.hex", "heard.hex"].map(|name| from_hex(&read(&folder.join(name))));
+        assert_eq!(Told::from_bytes(&told_bytes), Some(told.clone()), "{}", folder.display());
+        assert_eq!(Heard::from_bytes(&heard_bytes), Some(heard.clone()), "{}", folder.display());
+        // A newer one may add words behind.
+        assert_eq!(Told::from_bytes(&[told_bytes, vec![1; 8]].concat()), Some(told.clone()));
+        assert_eq!(Heard::from_bytes(&[heard_bytes, vec![1; 8]].concat()), Some(heard.clone()));
     }
 }
 
