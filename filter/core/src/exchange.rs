@@ -202,16 +202,15 @@ impl Exchange {
 
     /// Becomes the voice under a random number, in place of the one before it (0: none).
     pub fn speak(&mut self, worker: &mut Worker, gateway: u64, replaces: u64, now: Duration) {
-        *self = Self { is_on: self.is_on, gateway, replaces, answered_at: now, ..Self::default() };
+        // Those that the voice before it heard, until it turns out otherwise.
+        let fleet = worker.table.fleet;
+        *self = Self { is_on: self.is_on, gateway, replaces, answered_at: now, fleet, ..Self::default() };
         worker.outbox = Some(Box::default());
     }
 
     /// Is the voice no more.
     pub fn fall_silent(&mut self, worker: &mut Worker) {
-        if self.gateway != 0 {
-            self.hear_loads(worker, &[]);
-            worker.fleet_is(Fleet::default());
-        }
+        self.hear_loads(worker, &[]);
         worker.outbox = None;
         *self = Self { is_on: self.is_on, ..Self::default() };
     }
@@ -573,6 +572,21 @@ mod tests {
         settle(&mut gateways, &mut hub, &mut now, 3);
         assert_eq!(gateways[1].view(2, now).1, 500);
         assert_eq!(gateways[1].worker.table.fleet, Fleet { gateways: 2, exchanging: 2 });
+    }
+
+    #[test]
+    fn a_new_voice_that_hears_nobody_counts_on_those_the_old_one_heard() {
+        let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+        let mut gateways = fleet(2, &mut hub, &mut now);
+        let first = &mut gateways[0];
+        first.exchange.fall_silent(&mut first.worker);
+        first.exchange.speak(&mut first.worker, 77, 1, now);
+        first.question = None;
+        for _ in 0..60 {
+            now += TICK;
+            first.tick(None, now);
+        }
+        assert_eq!(first.worker.table.fleet, Fleet { gateways: 2, exchanging: 1 });
     }
 
     #[test]
