@@ -29,7 +29,7 @@ fn until_true(browser: &mut Browser, expression: &str) {
 }
 
 fn until_shown(browser: &mut Browser, text: &str) {
-    until_true(browser, &format!("document.body.innerText.includes({})", Value::from(text)));
+    until_true(browser, &format!("(document.body?.innerText ?? '').includes({})", Value::from(text)));
 }
 
 /// An Envoy with so many workers, which reports as long as this runs.

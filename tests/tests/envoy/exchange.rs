@@ -94,7 +94,9 @@ fn a_pod_that_one_envoy_keeps_busy_is_busy_to_the_other() {
         first.decode.iter().for_each(|engine| engine.set_faults("delay=6000").unwrap());
         let before: Vec<u64> = first.decode.iter().map(of).collect();
         let mut client = first.client(Http::Two).await;
-        let held = tokio::spawn(async move { ask(&mut client, &short_chat()).await });
+        // More than what just ended and the other worker has not heard of yet.
+        let body = chat(&[&words(&new_id("prompt"), 40_000)], r#","max_tokens":8"#);
+        let held = tokio::spawn(async move { ask(&mut client, &body).await });
         let busy = until("a decode pod has it", async || (0..2).find(|at| of(&first.decode[*at]) > before[*at])).await;
         first.decode.iter().for_each(|engine| engine.set_faults("").unwrap());
         sleep(HEARD).await;
