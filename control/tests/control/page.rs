@@ -22,7 +22,7 @@ use crate::support::*;
 fn until_true(browser: &mut Browser, expression: &str) {
     let start = Instant::now();
     while browser.evaluate(expression) != Value::Bool(true) {
-        let text = browser.evaluate("document.body.innerText");
+        let text = browser.evaluate("document.body?.innerText ?? ''");
         assert!(start.elapsed() < PATIENCE, "{expression} is not true of {text}");
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -93,7 +93,7 @@ async fn the_status_page_shows_all_that_is_known() {
     let page = format!("http://{}/", rig.client.address);
     browser.go(&page);
     until_shown(&mut browser, "a token is needed");
-    assert!(!browser.evaluate("document.body.innerText").as_str().unwrap().contains("127.0.0.1:"));
+    assert!(!browser.evaluate("document.body?.innerText ?? ''").as_str().unwrap().contains("127.0.0.1:"));
     until_true(&mut browser, "!document.getElementById('login').hidden");
     browser.complaints.clear();
     let log_in = |token: &str| {
