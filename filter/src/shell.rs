@@ -409,8 +409,8 @@ impl RootContext for Root {
             let calls = shell.exchange(now);
             shell.publish(now);
             // The exchange may want to be asked more often than the rest.
-            let is_whole = !shell.exchange.is_busy()
-                || now.saturating_sub(shell.ticks.whole).saturating_add(TICK_SLACK) >= TICK;
+            let is_whole =
+                !shell.exchange.is_busy() || now.saturating_sub(shell.ticks.whole).saturating_add(TICK_SLACK) >= TICK;
             let poll = if is_whole { shell.whole_tick(now) } else { None };
             shell.set_tick_period();
             (poll, calls)

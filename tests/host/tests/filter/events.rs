@@ -581,7 +581,7 @@ fn configuration(random: &mut Random, configured: &mut Listed) -> String {
         configured.entry((*address).to_owned()).or_default().insert((*role).to_owned());
     }
     let authority = *random.pick(&["a", "a", "a", "b"]);
-    let control = format!(r#""control":{{"cluster":"pd-control","authority":"{authority}"}}"#);
+    let control = format!(r#""control":{{"cluster":"pd-control","authority":"{authority}","exchange":false}}"#);
     let limit = format!(r#""max_body_bytes":{LIMIT_BYTES}"#);
     let trusted = *random.pick(&[r#""revision":"x""#, r#""trusted_headers":["x-pd-phase","x-prefiller-host-port"]"#]);
     let pool = *random.pick(&[

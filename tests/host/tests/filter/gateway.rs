@@ -81,7 +81,7 @@ pub fn two_and_two() -> String {
 
 /// The same by way of `pd-control`.
 pub fn controlled() -> String {
-    config(&[r#""control":{"cluster":"pd-control"}"#], &[], "")
+    config(&[r#""control":{"cluster":"pd-control","exchange":false}"#], &[], "")
 }
 
 fn endpoints_json(endpoints: &[(&str, &str)]) -> String {

@@ -21,7 +21,7 @@ fn statuses(function: &str) -> &'static [u32] {
 
 /// Everything the filter does, from a new root to the answers of engines. Returns the streams.
 fn everything(gateway: &Gateway) -> Vec<Stream> {
-    let top = [r#""control":{"cluster":"pd-control"}"#];
+    let top = [r#""control":{"cluster":"pd-control","exchange":false}"#];
     gateway.add_root(config(&top, TWO_AND_TWO, r#""on_prefill_failure":"fail""#).as_bytes());
     gateway.add_root(config(&top, TWO_AND_TWO, "").as_bytes());
     let answer_polls = |status: &str, list: &str| {
@@ -247,7 +247,8 @@ fn nonsense_in_shared_data_is_nobodys_lease_list_or_configuration() {
             shared.set("pd", key.as_bytes(), nonsense, 0);
         }
         let worker = pd_host::Worker::new(module(), shared.clone(), envoy(&two_and_two())).unwrap();
-        worker.add_root(config(&[r#""control":{"cluster":"pd-control"}"#], TWO_AND_TWO, "").as_bytes());
+        worker
+            .add_root(config(&[r#""control":{"cluster":"pd-control","exchange":false}"#], TWO_AND_TWO, "").as_bytes());
         worker.tick();
         // A lease that never ends is somebody's, whoever wrote it.
         assert_eq!(polls(&worker).len(), usize::from(nonsense != [0xff; 24]), "{nonsense:?}");
