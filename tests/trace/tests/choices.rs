@@ -71,20 +71,22 @@ fn wrong_coefficients_are_corrected_while_it_serves() {
     assert!(off(&fitted) < 1.03 && off(&fixed) > 1.1, "{} {}", off(&fitted), off(&fixed));
 }
 
-/// Whether several brains choose nearly as well as one.
-fn nearly_as_one(brains: &Brains) {
+/// Whether several brains hit as much as one, with a time to the first token at most so many times as long.
+fn nearly_as_one(brains: &Brains, slower: f64) {
     let one = outcome(Shape::SharedPrefix, Policy::PdCore, &Brains::default());
     let several = outcome(Shape::SharedPrefix, Policy::PdCore, brains);
     assert!(several.hit_percent() > 0.97 * one.hit_percent(), "{} {}", several.hit_percent(), one.hit_percent());
-    assert!(several.ttft(0.9) < 1.05 * one.ttft(0.9), "{} {}", several.ttft(0.9), one.ttft(0.9));
+    assert!(several.ttft(0.9) < slower * one.ttft(0.9), "{} {}", several.ttft(0.9), one.ttft(0.9));
 }
 
 #[test]
 fn workers_of_one_gateway_choose_as_one() {
-    nearly_as_one(&Brains { workers: 16, ..Brains::default() });
+    nearly_as_one(&Brains { workers: 16, ..Brains::default() }, 1.05);
 }
 
 #[test]
 fn gateways_that_hear_of_each_other_soon_choose_nearly_as_one() {
-    nearly_as_one(&Brains { count: 16, exchange: Some(std::time::Duration::from_millis(10)), ..Brains::default() });
+    // Sixteen that know of each other after 50 to 100 ms: 1.16.
+    let exchange = Some(std::time::Duration::from_millis(50));
+    nearly_as_one(&Brains { count: 16, exchange, ..Brains::default() }, 1.3);
 }
