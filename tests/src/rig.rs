@@ -350,6 +350,14 @@ impl Rig {
         .await;
     }
 
+    /// Connections to an engine that failed, as Envoy counts them.
+    pub async fn failed_connects(&self, engine: &Handle) -> u64 {
+        let clusters = self.admin.get("/clusters").await.expect("Envoy's admin answers");
+        let name = format!("engines::{}::cx_connect_fail::", engine.addr());
+        let count = clusters.lines().find_map(|line| line.strip_prefix(&name)?.parse().ok());
+        count.expect("Envoy counts what fails")
+    }
+
     /// The file from which pd-control reads the endpoints.
     #[must_use]
     pub fn endpoints_path(&self) -> PathBuf {
