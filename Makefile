@@ -106,13 +106,14 @@ vllm: ## Install a vLLM for CPUs and a tiny model into .cache, where they are mi
 
 ##@ Check
 
-test: lint build envoy ## Everything: lints, unit, property and end-to-end tests on both Envoys, fuzzing
+test: lint wasm envoy ## Everything: lints, unit, property and end-to-end tests on both Envoys, fuzzing
 #> FUZZ_SECONDS=10                          for each target
 	@envoy/fetch.sh $(GATEWAY_ENVOY_VERSION) >/dev/null
+	@# Always of all packages, programs included: of one alone other features of what they share would be built once more.
 	$(call say,tests of all crates with Envoy $(ENVOY_VERSION))
 	PD_ENVOY_VERSION=$(ENVOY_VERSION) cargo test $(LOCKED) --workspace --exclude pd-filter
 	$(call say,end-to-end tests with Envoy $(GATEWAY_ENVOY_VERSION))
-	PD_ENVOY_VERSION=$(GATEWAY_ENVOY_VERSION) cargo test $(LOCKED) -p pd-tests --test envoy
+	PD_ENVOY_VERSION=$(GATEWAY_ENVOY_VERSION) cargo test $(LOCKED) --workspace --exclude pd-filter --test envoy
 	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),10) $(MAKE) fuzz-all
 	$(call say,everything passed)
 
@@ -121,7 +122,7 @@ test-vllm: vllm build envoy ## End-to-end tests with a real vLLM prefill/decode 
 	$(call say,end-to-end tests with vLLM $(shell cat tests/vllm/version) and Envoy $(ENVOY_VERSION))
 	PD_ENVOY_VERSION=$(ENVOY_VERSION) cargo test $(LOCKED) -p pd-tests --test vllm -- --nocapture --test-threads=1
 
-test-cluster: build ## The manifests on a real control plane with Envoy Gateway, without containers (needs root and Go)
+test-cluster: wasm ## The manifests on a real control plane with Envoy Gateway, without containers (needs root and Go)
 #> KUBECONFIG=file                          on that cluster, which has Envoy Gateway and the programs' images
 #> PD_CLUSTER_BIN=folder                    with the control plane, in place of building it (10 minutes)
 #> PD_CLUSTER_SECONDS=900                   after which it says that it did not run, or is given up
