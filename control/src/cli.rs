@@ -16,7 +16,7 @@ use tracing_subscriber::{EnvFilter, Layer, reload};
 use crate::allow::AllowedNetworks;
 use crate::check::check;
 use crate::eds::EdsFile;
-use crate::exchange::Peers;
+use crate::exchange::{Peers, PeersTls};
 use crate::file;
 use crate::http::{LogLevel, Token};
 use crate::kubernetes::KubernetesConfig;
@@ -102,6 +102,10 @@ struct ServeArgs {
     /// Name that resolves to every replica of pd-control (a headless Service): they pass on what Envoys exchange
     #[arg(long, value_name = "HOST:PORT", env = "PD_CONTROL_PEERS")]
     peers: Option<String>,
+    /// Certificates, PEM, that vouch for the replicas' own, which are for the host that --peers names; with --tls-cert
+    /// [default: the system's]
+    #[arg(long, value_name = "FILE", env = "PD_CONTROL_PEERS_CA_FILE", requires = "peers", requires = "tls_cert")]
+    peers_ca_file: Option<PathBuf>,
     /// Certificate for TLS, PEM; read again when it changes
     #[arg(long, value_name = "FILE", env = "PD_CONTROL_TLS_CERT", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
@@ -267,6 +271,7 @@ impl ServeArgs {
             Some(seconds) if (0.1..=3_600.0).contains(&seconds) => Some(Duration::from_secs_f64(seconds)),
             Some(_) => bail!("--scrape-interval: must be 0, or between 0.1 and 3600"),
         };
+        let peers_tls = self.tls_cert.is_some().then_some(PeersTls { ca_file: self.peers_ca_file });
         let tls = self.tls_cert.zip(self.tls_key).map(|(certificate, key)| TlsFiles { certificate, key });
         Ok(Config {
             endpoints: self.endpoints,
@@ -274,7 +279,7 @@ impl ServeArgs {
             named: self.endpoint,
             networks: AllowedNetworks::new(self.allowed_cidr),
             scrape,
-            peers: self.peers.map(|name| Peers { name, token: token.clone() }),
+            peers: self.peers.map(|name| Peers { name, token: token.clone(), tls: peers_tls }),
             tls,
             log: None,
             listen: self.listen,

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use bytes::Bytes;
 use hashbrown::HashMap;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{Request, StatusCode, header};
+use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
@@ -25,9 +27,11 @@ use tokio::net::lookup_host;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, interval, sleep, sleep_until, timeout};
+use tokio_rustls::rustls::pki_types::ServerName;
 
 use crate::http::Token;
 use crate::metrics::Metrics;
+use crate::tls::{self, Trust};
 
 /// How long a question waits at most.
 const MAX_WAIT: Duration = Duration::from_secs(5);
@@ -132,9 +136,47 @@ pub struct Peers {
     pub name: String,
     /// Token that they ask for.
     pub token: Option<Token>,
+    /// Set where they speak TLS.
+    pub tls: Option<PeersTls>,
 }
 
+/// How replicas that speak TLS are known: they have a certificate for the host of [`Peers::name`].
+#[derive(Clone, Debug, Default)]
+pub struct PeersTls {
+    /// Certificates that vouch for theirs, PEM; read again when a replica cannot be reached. Else the system's.
+    pub ca_file: Option<PathBuf>,
+}
+
+type PeerClient = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
+
 impl Peers {
+    /// Whether they can be asked at all.
+    ///
+    /// # Errors
+    /// A bad name, or certificates that cannot be read; one line.
+    pub fn check(&self) -> anyhow::Result<()> {
+        self.client().map(drop)
+    }
+
+    fn client(&self) -> anyhow::Result<PeerClient> {
+        let (host, _) = self.name.rsplit_once(':').with_context(|| format!("--peers {}: no port", self.name))?;
+        let connector = match &self.tls {
+            None => tls::connector(Trust::Nobody, None),
+            Some(PeersTls { ca_file }) => {
+                let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned());
+                let name = name.with_context(|| format!("--peers {}", self.name))?;
+                let trust = match ca_file {
+                    Some(path) => Trust::File { option: "--peers-ca-file", path },
+                    None => Trust::System,
+                };
+                tls::connector(trust, Some(name))
+            }
+        };
+        let mut builder = Client::builder(TokioExecutor::new());
+        let builder = builder.pool_timer(TokioTimer::new()).pool_idle_timeout(Duration::from_secs(30));
+        Ok(builder.build(connector?))
+    }
+
     /// Passes on what the Envoys tell, for good.
     pub async fn relay(self, exchange: Arc<Exchange>, metrics: Arc<Metrics>) {
         let mut tasks = JoinSet::new();
@@ -153,9 +195,9 @@ impl Peers {
                     });
                     for address in addresses {
                         running.entry(address).or_insert_with(|| {
-                            let peer =
-                                Peer::new(address, self.token.clone(), Arc::clone(&exchange), Arc::clone(&metrics));
-                            tasks.spawn(peer.run())
+                            let (peers, exchange, metrics) =
+                                (self.clone(), Arc::clone(&exchange), Arc::clone(&metrics));
+                            tasks.spawn(Peer { address, peers, exchange, metrics }.run())
                         });
                     }
                     was_resolved = true;
@@ -176,40 +218,32 @@ impl Peers {
 /// One other replica.
 struct Peer {
     address: SocketAddr,
-    token: Option<Token>,
+    peers: Peers,
     exchange: Arc<Exchange>,
     metrics: Arc<Metrics>,
-    client: Client<HttpConnector, Full<Bytes>>,
 }
 
 impl Peer {
-    fn new(address: SocketAddr, token: Option<Token>, exchange: Arc<Exchange>, metrics: Arc<Metrics>) -> Self {
-        let client = Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(Duration::from_secs(30))
-            .build_http();
-        Self { address, token, exchange, metrics, client }
-    }
-
     /// Tells it everything new; ends when it turns out to be this process itself.
     async fn run(self) {
         let mut have: HashMap<u64, u64> = HashMap::new();
         let mut news = self.exchange.news.subscribe();
         let (mut turns, mut told_at, mut is_lost) = (Vec::new(), None::<Instant>, false);
+        let mut client = None;
         loop {
             let _ = timeout(RELAY_HEARTBEAT, news.changed()).await;
-            let told = self.exchange.hub().relay(&have, self.exchange.now());
-            let is_new = turns_of(&told) != turns || told.records.iter().any(|record| !record.blocks.is_empty());
-            let is_due = is_new || told_at.is_none_or(|at| at.elapsed() >= RELAY_HEARTBEAT);
-            if told.records.is_empty() || !is_due {
+            let messages = self.exchange.hub().relay(&have, self.exchange.now());
+            let has_blocks = messages.iter().flat_map(|told| &told.records).any(|record| !record.blocks.is_empty());
+            let is_new = has_blocks || turns_of(&messages) != turns;
+            if messages.is_empty() || (!is_new && told_at.is_some_and(|at| at.elapsed() < RELAY_HEARTBEAT)) {
                 continue;
             }
-            match self.tell(&told).await {
-                Ok(heard) if heard.hub == told.from => return,
-                Ok(heard) => {
+            match self.tell_all(&mut client, &messages).await {
+                Ok(None) => return,
+                Ok(Some(now_has)) => {
                     self.metrics.relayed("ok");
-                    have = heard.have.into_iter().collect();
-                    (turns, told_at) = (turns_of(&told), Some(Instant::now()));
+                    have = now_has;
+                    (turns, told_at) = (turns_of(&messages), Some(Instant::now()));
                     if core::mem::take(&mut is_lost) {
                         tracing::info!("replica {} is back", self.address);
                     }
@@ -220,21 +254,43 @@ impl Peer {
                     if !core::mem::replace(&mut is_lost, true) {
                         tracing::warn!("replica {}: {error:#}", self.address);
                     }
-                    (have, turns) = (HashMap::new(), Vec::new());
+                    (have, turns, client) = (HashMap::new(), Vec::new(), None);
                     sleep(RELAY_FAILURE_PAUSE).await;
                 }
             }
         }
     }
 
-    async fn tell(&self, told: &Told) -> anyhow::Result<Heard> {
-        let mut request = Request::post(format!("http://{}{EXCHANGE_PATH}", self.address));
-        if let Some(token) = &self.token {
+    /// What the replica has of each gateway then; `None`: it is this process itself.
+    async fn tell_all(
+        &self,
+        client: &mut Option<PeerClient>,
+        messages: &[Told],
+    ) -> anyhow::Result<Option<HashMap<u64, u64>>> {
+        let client = match client {
+            Some(client) => client,
+            None => client.insert(self.peers.client()?),
+        };
+        let mut have = HashMap::new();
+        for told in messages {
+            let heard = self.tell(client, told).await?;
+            if heard.hub == told.from {
+                return Ok(None);
+            }
+            have.extend(heard.have);
+        }
+        Ok(Some(have))
+    }
+
+    async fn tell(&self, client: &PeerClient, told: &Told) -> anyhow::Result<Heard> {
+        let scheme = if self.peers.tls.is_some() { "https" } else { "http" };
+        let mut request = Request::post(format!("{scheme}://{}{EXCHANGE_PATH}", self.address));
+        if let Some(token) = &self.peers.token {
             request = request.header(header::AUTHORIZATION, token.header());
         }
         let request = request.body(Full::from(told.to_bytes()))?;
         let answer = async {
-            let answer = self.client.request(request).await?;
+            let answer = client.request(request).await?;
             if answer.status() != StatusCode::OK {
                 bail!("status {}", answer.status().as_u16());
             }
@@ -248,9 +304,10 @@ impl Peer {
     }
 }
 
-/// Which record of each gateway a message has.
-fn turns_of(told: &Told) -> Vec<(u64, u64)> {
-    let mut turns: Vec<_> = told.records.iter().map(|record| (record.gateway, record.turn)).collect();
+/// Which record of each gateway the messages have.
+fn turns_of(messages: &[Told]) -> Vec<(u64, u64)> {
+    let records = messages.iter().flat_map(|told| &told.records);
+    let mut turns: Vec<_> = records.map(|record| (record.gateway, record.turn)).collect();
     turns.sort_unstable();
     turns
 }

@@ -108,6 +108,7 @@ impl Control {
         let Config { endpoints, kubernetes, named, networks, scrape, peers, tls, log, listen, eds, token, poll } =
             config;
         let tls = tls.map(Tls::open).transpose()?;
+        peers.iter().try_for_each(Peers::check)?;
         let listener = TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
         let address = listener.local_addr()?;
         let file = endpoints.map(|path| FileSource::open(path, poll)).transpose()?;

@@ -2,7 +2,6 @@
 
 use std::fmt::Write;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -10,17 +9,15 @@ use axum::http::{Request, StatusCode, Uri};
 use bytes::Bytes;
 use clap::Args;
 use http_body_util::{BodyExt, Empty, Limited};
-use hyper_rustls::{ConfigBuilderExt, FixedServerNameResolver, HttpsConnector, HttpsConnectorBuilder};
+use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
-use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::ServerName;
-use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use crate::metrics::{role, state};
 use crate::status::{EndpointView, StatusView};
-use crate::tls;
+use crate::tls::{self, Trust};
 
 /// Bytes of an answer; as many endpoints as the wire takes fit.
 const MAX_BYTES: usize = 256 << 20;
@@ -85,29 +82,16 @@ impl Server {
     }
 
     fn connector(&self, is_tls: bool) -> anyhow::Result<HttpsConnector<HttpConnector>> {
-        let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_safe_default_protocol_versions()?;
-        let config = match &self.ca_file {
-            Some(file) => {
-                let mut roots = RootCertStore::empty();
-                for certificate in tls::certificates(file).with_context(|| format!("--ca-file {}", file.display()))? {
-                    roots.add(certificate).with_context(|| format!("--ca-file {}", file.display()))?;
-                }
-                builder.with_root_certificates(roots).with_no_client_auth()
-            }
+        let trust = match &self.ca_file {
+            Some(path) => Trust::File { option: "--ca-file", path },
             // A machine without certificates of its own can still speak plain HTTP.
-            None if !is_tls => builder.with_root_certificates(RootCertStore::empty()).with_no_client_auth(),
-            None => builder.with_native_roots().context("the system's certificates")?.with_no_client_auth(),
+            None if !is_tls => Trust::Nobody,
+            None => Trust::System,
         };
-        let builder = HttpsConnectorBuilder::new().with_tls_config(config).https_or_http();
-        let builder = match &self.tls_server_name {
-            Some(name) => {
-                let known = ServerName::try_from(name.clone()).with_context(|| format!("--tls-server-name {name}"))?;
-                builder.with_server_name_resolver(FixedServerNameResolver::new(known))
-            }
-            None => builder,
-        };
-        Ok(builder.enable_http1().build())
+        let name = self.tls_server_name.as_ref();
+        let name =
+            name.map(|name| ServerName::try_from(name.clone()).with_context(|| format!("--tls-server-name {name}")));
+        tls::connector(trust, name.transpose()?)
     }
 
     /// Shows the busiest endpoints, again and again unless `once`.

@@ -1,15 +1,18 @@
-//! TLS for whoever connects: a certificate and its key from files, read again when they change.
+//! TLS: a certificate and its key from files, read again when they change, for whoever connects; and whom to trust when
+//! another pd-control is asked.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use hyper_rustls::{ConfigBuilderExt, FixedServerNameResolver, HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::connect::HttpConnector;
 use tokio_rustls::TlsAcceptor;
-use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
-use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
 
 /// How old what was read of the files may be. Certificates are replaced days before they expire.
 const MAX_AGE: Duration = Duration::from_secs(30);
@@ -54,8 +57,48 @@ impl Tls {
     }
 }
 
+/// What vouches for a server.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Trust<'a> {
+    /// No server is spoken to over TLS.
+    Nobody,
+    /// The system's certificates.
+    System,
+    /// Those of a file, PEM, that an option names.
+    File { option: &'static str, path: &'a Path },
+}
+
+/// Connects over HTTP, and over TLS to servers with a certificate for `name`, else for the host that is asked.
+///
+/// # Errors
+/// When the certificates cannot be read.
+pub(crate) fn connector(
+    trust: Trust<'_>,
+    name: Option<ServerName<'static>>,
+) -> anyhow::Result<HttpsConnector<HttpConnector>> {
+    let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()?;
+    let config = match trust {
+        Trust::Nobody => builder.with_root_certificates(RootCertStore::empty()),
+        Trust::System => builder.with_native_roots().context("the system's certificates")?,
+        Trust::File { option, path } => {
+            let mut roots = RootCertStore::empty();
+            certificates(path)
+                .and_then(|found| found.into_iter().try_for_each(|certificate| Ok(roots.add(certificate)?)))
+                .with_context(|| format!("{option} {}", path.display()))?;
+            builder.with_root_certificates(roots)
+        }
+    };
+    let builder = HttpsConnectorBuilder::new().with_tls_config(config.with_no_client_auth()).https_or_http();
+    let builder = match name {
+        Some(name) => builder.with_server_name_resolver(FixedServerNameResolver::new(name)),
+        None => builder,
+    };
+    Ok(builder.enable_http1().build())
+}
+
 /// The certificates of a PEM file, at least one.
-pub(crate) fn certificates(file: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
+fn certificates(file: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
     let certificates = CertificateDer::pem_file_iter(file).and_then(Iterator::collect::<Result<Vec<_>, _>>)?;
     if certificates.is_empty() {
         anyhow::bail!("there is no certificate in it");

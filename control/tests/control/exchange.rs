@@ -10,7 +10,8 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use pd_control::exchange::Peers;
-use pd_core::exchange::message::{Heard, Record, Told, Totals, block_event, split_events};
+use pd_core::exchange::blocks::{block_event, split_events};
+use pd_core::exchange::message::{Heard, Record, Told, Totals};
 use pd_core::exchange::report::{Generation, Report};
 use pd_core::hash::BlockHash;
 
@@ -55,7 +56,7 @@ impl Gateway {
             turn: self.turn,
             epoch: 512,
             loads: vec![(5, Totals { work: 0, tokens, requests: 1 })],
-            blocks: block_event(5, &[BlockHash(self.id)]),
+            blocks: block_event(5, &[BlockHash(self.id)]).into_vec(),
             report: Report { generations: vec![generation], ..Report::default() }.to_json(),
             ..Record::default()
         };
@@ -122,7 +123,7 @@ async fn replicas_pass_on_what_they_are_told() {
         Rig::start_with(&four(1.0), |config, directory| {
             with_token(config, directory);
             config.listen = own;
-            config.peers = Some(Peers { name: other.to_string(), token: config.token.clone() });
+            config.peers = Some(Peers { name: other.to_string(), token: config.token.clone(), tls: None });
         })
         .await
     };
@@ -159,7 +160,7 @@ async fn a_replica_that_finds_itself_among_the_others_lets_itself_be() {
     let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let rig = Rig::start_with(&four(1.0), |config, _| {
         config.listen = address;
-        config.peers = Some(Peers { name: address.to_string(), token: None });
+        config.peers = Some(Peers { name: address.to_string(), token: None, tls: None });
     })
     .await;
     let mut a = Gateway::new(1, address);

@@ -4,7 +4,10 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use pd_control::Control;
+use pd_control::exchange::{Peers, PeersTls};
 use pd_control::tls::TlsFiles;
+use pd_core::exchange::message::{Record, Told};
+use pd_core::exchange::report::Report;
 use tokio::net::TcpStream;
 
 use crate::support::*;
@@ -80,4 +83,63 @@ async fn with_a_certificate_only_tls_is_spoken() {
     config.tls = Some(TlsFiles { certificate: rig.file(), key: rig.file() });
     let error = format!("{:#}", Control::start(config).await.unwrap_err());
     assert!(error.starts_with("--tls-cert ") && !error.contains('\n'), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_speak_tls_to_each_other_and_trust_whom_they_are_told_to() {
+    let reserve = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let (first, second, third) = (reserve(), reserve(), reserve());
+    let directory = tempfile::tempdir().unwrap();
+    let files = made(directory.path(), "IP:127.0.0.1");
+    let stranger = tempfile::tempdir().unwrap();
+    let other = made(stranger.path(), "IP:127.0.0.1");
+    let start = async |own, peer: std::net::SocketAddr, ca_file: &Path| {
+        Rig::start_with(&four(1.0), |config, _| {
+            config.listen = own;
+            config.tls = Some(files.clone());
+            let tls = Some(PeersTls { ca_file: Some(ca_file.to_owned()) });
+            config.peers = Some(Peers { name: peer.to_string(), token: None, tls });
+        })
+        .await
+    };
+    let _second = start(second, first, &files.certificate).await;
+    let _third = start(third, first, &other.certificate).await;
+    let _first = start(first, second, &files.certificate).await;
+    let trusting = |address: std::net::SocketAddr, path: &str| {
+        vec!["--cacert".into(), files.certificate.display().to_string(), format!("https://{address}{path}")]
+    };
+    let tell = async |address, id| {
+        let report = Report::default().to_json();
+        let record = Record { gateway: id, turn: 1, report, ..Record::default() };
+        let told = Told { from: id, records: vec![record], ..Told::default() };
+        let body = directory.path().join(format!("told{id}"));
+        std::fs::write(&body, told.to_bytes()).unwrap();
+        let mut arguments = trusting(address, "/v1/exchange");
+        arguments.extend(["--fail".into(), "--data-binary".into(), format!("@{}", body.display())]);
+        assert!(curl(arguments).await.status.success());
+    };
+    until("the second one hears what the first was told, and the third is not believed", async || {
+        // They are silent for good after a few seconds.
+        tell(first, 1).await;
+        tell(third, 3).await;
+        let text = async |address, path| String::from_utf8(curl(trusting(address, path)).await.stdout).unwrap();
+        let heard = text(second, "/v1/status").await.contains(r#""id":"0000000000000001""#);
+        let refused = "pd_control_relays_total{result=\"failed\"} ";
+        let failed = text(third, "/metrics")
+            .await
+            .lines()
+            .any(|line| line.strip_prefix(refused).is_some_and(|count| count != "0"));
+        heard && failed
+    })
+    .await;
+    let text = String::from_utf8(curl(trusting(first, "/v1/status")).await.stdout).unwrap();
+    assert!(!text.contains(r#""id":"0000000000000003""#), "{text}");
+
+    let bad = Peers {
+        name: "pd-control-peers:1".into(),
+        token: None,
+        tls: Some(PeersTls { ca_file: Some(stranger.path().join("none")) }),
+    };
+    let error = format!("{:#}", bad.check().unwrap_err());
+    assert!(error.starts_with("--peers-ca-file ") && !error.contains('\n'), "{error}");
 }

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use pd_control::registry::{EndpointList, Registry};
-use pd_core::exchange::message::{Batch, Heard, Record, Told, Totals, block_event};
+use pd_core::exchange::blocks::block_event;
+use pd_core::exchange::message::{Batch, Heard, Record, Told, Totals};
 use pd_core::hash::BlockHash;
 use pd_core::table::Applied;
 use pd_core::wire::{Endpoint, Engine, Role, Snapshot, State};
@@ -84,7 +85,7 @@ fn this_version_writes_its_goldens() {
 /// A message of each kind with something in every place.
 fn messages() -> (Told, Heard) {
     let loads = vec![(5, Totals { work: 1_500_000, tokens: 2_000, requests: 3 })];
-    let blocks = block_event(5, &[BlockHash(0xfeed), BlockHash(u64::MAX)]);
+    let blocks = block_event(5, &[BlockHash(0xfeed), BlockHash(u64::MAX)]).into_vec();
     let record = Record {
         gateway: 0x1234_5678_9abc_def0,
         replaces: 7,

@@ -8,6 +8,7 @@
 //! Two calls: *tell*, when there is something new (or a second has passed), answered at once; and *hear*, which
 //! `pd-control` answers when there is something new. An Envoy that is alone tells once a second.
 
+pub mod blocks;
 pub mod hub;
 pub mod message;
 pub mod report;
@@ -21,7 +22,8 @@ use crate::config::Control;
 use crate::hash::BlockHash;
 use crate::metrics::Metric;
 use crate::worker::Worker;
-use message::{EXCHANGE_PATH, Heard, MAX_BLOCKS_BYTES, Record, Told, Totals, block_event, read_event, split_events};
+use blocks::{BlockLog, block_event, read_event, split_events};
+use message::{EXCHANGE_PATH, Heard, MAX_BLOCKS_BYTES, Record, Told, Totals};
 use report::{Decision, MAX_DECISIONS};
 
 /// How often the shell must call [`Exchange::tick`] while [`Exchange::is_busy`].
@@ -66,38 +68,12 @@ impl Fleet {
 
 /// Block events that others have not heard, or may have to hear again.
 #[derive(Debug, Default)]
-pub(crate) struct Outbox {
-    events: VecDeque<Vec<u8>>,
-    bytes: usize,
-    next: u64,
-}
+pub(crate) struct Outbox(BlockLog);
 
 impl Outbox {
     pub(crate) fn push(&mut self, endpoint: u64, blocks: &[BlockHash]) {
-        let event = block_event(endpoint, blocks);
-        self.bytes = self.bytes.saturating_add(event.len());
-        self.next = self.next.saturating_add(1);
-        self.events.push_back(event);
-        while self.bytes > OUTBOX_BYTES {
-            let Some(event) = self.events.pop_front() else { return };
-            self.bytes = self.bytes.saturating_sub(event.len());
-        }
-    }
-
-    fn oldest(&self) -> u64 {
-        self.next.saturating_sub(self.events.len() as u64)
-    }
-
-    fn from(&self, first: u64) -> Vec<u8> {
-        let skip = usize::try_from(first.saturating_sub(self.oldest())).unwrap_or(usize::MAX);
-        let mut blocks = Vec::new();
-        for event in self.events.iter().skip(skip) {
-            if !blocks.is_empty() && blocks.len().saturating_add(event.len()) > MAX_BLOCKS_BYTES {
-                break;
-            }
-            blocks.extend_from_slice(event);
-        }
-        blocks
+        self.0.push(block_event(endpoint, blocks));
+        while self.0.bytes() > OUTBOX_BYTES && self.0.forget_oldest() {}
     }
 }
 
@@ -182,12 +158,6 @@ impl Exchange {
         self.is_on = control.is_some_and(|control| control.exchange);
     }
 
-    /// The number of this gateway, while this worker is its voice.
-    #[must_use]
-    pub fn gateway(&self) -> Option<u64> {
-        (self.gateway != 0).then_some(self.gateway)
-    }
-
     /// Whether [`tick`](Self::tick) wants to be called every [`TICK`].
     #[must_use]
     pub fn is_busy(&self) -> bool {
@@ -258,7 +228,7 @@ impl Exchange {
     }
 
     fn tell(&mut self, worker: &Worker, now: Duration, report: impl FnOnce(&Worker) -> Vec<u8>) -> Option<Call> {
-        let outbox = worker.outbox.as_ref()?;
+        let Outbox(log) = worker.outbox.as_deref()?;
         let since = now.saturating_sub(self.told_at);
         let is_first = self.told.is_none();
         let pause = if self.fleet.exchanging > 1 { PAUSE } else { HEARTBEAT };
@@ -266,7 +236,7 @@ impl Exchange {
             return None;
         }
         let loads = loads(worker, now);
-        if self.told.as_ref() == Some(&loads) && self.acked >= outbox.next && since < HEARTBEAT {
+        if self.told.as_ref() == Some(&loads) && self.acked >= log.next() && since < HEARTBEAT {
             return None;
         }
         let is_report_due = self.reported_at.is_none_or(|at| now.saturating_sub(at) >= HEARTBEAT);
@@ -278,16 +248,16 @@ impl Exchange {
         self.turn = self.turn.saturating_add(1);
         self.told_at = now;
         self.told = Some(loads.clone());
-        let first = self.acked.clamp(outbox.oldest(), outbox.next);
+        let first = self.acked.clamp(log.oldest(), log.next());
         let record = Record {
             gateway: self.gateway,
             replaces: self.replaces,
             turn: self.turn,
             epoch: epoch(worker),
             loads,
-            oldest: outbox.oldest(),
+            oldest: log.oldest(),
             first,
-            blocks: outbox.from(first),
+            blocks: log.from(first, MAX_BLOCKS_BYTES),
             report,
         };
         // While a question waits, its answer brings what is new; the answer to this call brings who is there.
@@ -399,6 +369,8 @@ fn epoch(worker: &Worker) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::hub::{GATEWAY_LIFE, Hub};
+    use super::message::MAX_MESSAGE_BYTES;
+    use super::report::MAX_REPORT_BYTES;
     use super::*;
     use crate::table::EndpointRef;
     use proptest::prelude::*;
@@ -602,9 +574,10 @@ mod tests {
                     gateway.tick(Some(&mut hubs[at]), now);
                 }
                 for from in 0..2 {
-                    let told = hubs[from].relay(&have[from], now);
-                    hubs[1 - from].take(&told, now);
-                    have[from].extend(hubs[1 - from].answer(&told, 0).have);
+                    for told in hubs[from].relay(&have[from], now) {
+                        hubs[1 - from].take(&told, now);
+                        have[from].extend(hubs[1 - from].answer(&told, 0).have);
+                    }
                 }
                 hubs.iter_mut().for_each(|hub| _ = hub.prune(now));
             }
@@ -624,6 +597,30 @@ mod tests {
         assert_eq!(gateways[1].view(2, now).1, 40);
         assert_eq!(gateways[1].worker.index.matched(prefill.index, &blocks(3, 20)), 20);
         assert!(gateways.iter().all(|of| of.worker.table.fleet == Fleet { gateways: 2, exchanging: 2 }));
+    }
+
+    #[test]
+    fn however_much_gateways_told_a_hub_passes_it_on_in_messages_that_are_taken() {
+        let now = Duration::from_secs(1);
+        let (mut full, mut empty) = (Hub::new(8), Hub::new(9));
+        for id in 1..=40 {
+            let blocks: Vec<_> = (0..20).flat_map(|at| block_event(at, &blocks(id, 1_000)).into_vec()).collect();
+            let report = vec![b'x'; MAX_REPORT_BYTES];
+            let record = Record { gateway: id, turn: 1, blocks, report, ..Record::default() };
+            full.take(&Told { from: id, records: vec![record], ..Told::default() }, now);
+        }
+        let mut have = HashMap::new();
+        let messages = full.relay(&have, now);
+        assert!(messages.len() > 5);
+        for told in messages {
+            let bytes = told.to_bytes();
+            assert!(bytes.len() <= MAX_MESSAGE_BYTES / 2, "{}", bytes.len());
+            empty.take(&Told::from_bytes(&bytes).unwrap(), now);
+            have.extend(empty.answer(&told, 0).have);
+        }
+        assert_eq!(have.len(), 40);
+        assert!(have.values().all(|next| *next == 20));
+        assert!(full.relay(&have, now).iter().flat_map(|told| &told.records).all(|record| record.blocks.is_empty()));
     }
 
     #[derive(Clone, Debug)]

@@ -142,13 +142,13 @@ impl Worker {
     pub(crate) fn admit(&mut self, pool: &str, limits: Limits, ask: Ask) -> Result<Ticket, Shed> {
         let ticket = Ticket { pool: pool_key(pool), fairness: ask.fairness, tokens: ask.tokens };
         self.admission.check(ticket.pool, limits, ask)?;
-        self.is_told(ticket.pool, &Event::Admitted { fairness: ticket.fairness, tokens: ticket.tokens });
+        self.happens_at(ticket.pool, &Event::Admitted { fairness: ticket.fairness, tokens: ticket.tokens });
         Ok(ticket)
     }
 
     /// A request that was let in is over.
     pub(crate) fn release(&mut self, Ticket { pool, fairness, tokens }: Ticket) {
-        self.is_told(pool, &Event::Released { fairness, tokens });
+        self.happens_at(pool, &Event::Released { fairness, tokens });
     }
 
     /// Something happens at an endpoint, by this worker's doing.
@@ -206,22 +206,23 @@ impl Worker {
 
     /// Another Envoy sent these blocks to the endpoint of that key.
     pub(crate) fn holds_by_others(&mut self, endpoint: u64, blocks: &[BlockHash]) {
-        self.is_told(endpoint, &Event::HoldsByOthers { blocks: blocks.into() });
+        self.happens_at(endpoint, &Event::HoldsByOthers { blocks: blocks.into() });
     }
 
     /// Other Envoys have so much more in flight there.
     pub(crate) fn busy_elsewhere(&mut self, endpoint: u64, by: Totals) {
-        self.is_told(endpoint, &Event::BusyElsewhere { by });
+        self.happens_at(endpoint, &Event::BusyElsewhere { by });
     }
 
     /// The Envoys that there are.
     pub(crate) fn fleet_is(&mut self, fleet: Fleet) {
-        self.is_told(0, &Event::FleetIs { fleet });
+        self.happens_at(0, &Event::FleetIs { fleet });
     }
 
-    fn is_told(&mut self, endpoint: u64, event: &Event<'_>) {
-        event.enter_by_key(endpoint, self);
-        self.log.push(endpoint, event);
+    /// The same at the endpoint, or pool, of that key, which may not be in the list.
+    fn happens_at(&mut self, key: u64, event: &Event<'_>) {
+        event.enter_by_key(key, self);
+        self.log.push(key, event);
     }
 
     /// An endpoint could not be reached.

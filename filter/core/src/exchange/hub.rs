@@ -6,11 +6,11 @@
 //! lacks of it the gateway tells again, as far as it still has it. So hubs may come and go.
 
 use core::time::Duration;
-use std::collections::VecDeque;
 
 use hashbrown::HashMap;
 
-use super::message::{Batch, Heard, MAX_BLOCKS_BYTES, Record, Told, Totals, split_events};
+use super::blocks::{BlockLog, split_events};
+use super::message::{Batch, Heard, MAX_BLOCKS_BYTES, MAX_MESSAGE_BYTES, Record, Told, Totals};
 use super::report::MAX_REPORT_BYTES;
 
 /// Silence after which a gateway counts as gone.
@@ -19,6 +19,8 @@ pub const GATEWAY_LIFE: Duration = Duration::from_secs(3);
 const MAX_GATEWAYS: usize = 1_024;
 /// Bytes of block events that are kept of all gateways together.
 const MAX_LOG_BYTES: usize = 32 << 20;
+/// Bytes of records in a message to another hub; a single record may be longer.
+const RELAY_BYTES: usize = MAX_MESSAGE_BYTES / 4;
 /// Endpoints that one record may speak of.
 const MAX_LOADS: usize = crate::wire::MAX_ENDPOINTS;
 
@@ -27,7 +29,6 @@ const MAX_LOADS: usize = crate::wire::MAX_ENDPOINTS;
 pub struct Hub {
     id: u64,
     gateways: HashMap<u64, Gateway>,
-    log_bytes: usize,
     /// Changes of loads.
     changes: u64,
     /// Loads of all gateways together.
@@ -46,21 +47,11 @@ struct Gateway {
     is_gone: bool,
     loads: Vec<(u64, Totals)>,
     changes: u64,
-    log: VecDeque<Box<[u8]>>,
-    /// Number of the next block event.
-    next: u64,
+    log: BlockLog,
     report: Vec<u8>,
 }
 
 impl Gateway {
-    fn oldest(&self) -> u64 {
-        self.next.saturating_sub(self.log.len() as u64)
-    }
-
-    fn log_bytes(&self) -> usize {
-        self.log.iter().map(|event| event.len()).sum()
-    }
-
     fn leave(&mut self, sums: &mut HashMap<u64, Totals>) {
         self.is_gone = true;
         self.load(sums, Vec::new());
@@ -85,26 +76,13 @@ impl Gateway {
         }
         self.loads = loads;
     }
-
-    /// Events from `first` on, as many as fit.
-    fn blocks_from(&self, first: u64, room: usize) -> Vec<u8> {
-        let skip = usize::try_from(first.saturating_sub(self.oldest())).unwrap_or(usize::MAX);
-        let mut blocks = Vec::new();
-        for event in self.log.iter().skip(skip) {
-            if !blocks.is_empty() && blocks.len().saturating_add(event.len()) > room {
-                break;
-            }
-            blocks.extend_from_slice(event);
-        }
-        blocks
-    }
 }
 
 impl Hub {
     /// A hub that knows nothing; `id` is not that of any other.
     #[must_use]
     pub fn new(id: u64) -> Self {
-        Self { id, gateways: HashMap::new(), log_bytes: 0, changes: 0, sums: HashMap::new() }
+        Self { id, gateways: HashMap::new(), changes: 0, sums: HashMap::new() }
     }
 
     /// [`Heard::hub`].
@@ -128,7 +106,7 @@ impl Hub {
     }
 
     fn total_next(&self) -> u64 {
-        self.gateways.values().fold(0, |sum, gateway| sum.wrapping_add(gateway.next))
+        self.gateways.values().fold(0, |sum, gateway| sum.wrapping_add(gateway.log.next()))
     }
 
     fn take_record(&mut self, record: &Record, is_own: bool, now: Duration) {
@@ -162,17 +140,13 @@ impl Hub {
             }
         }
         // What is missing in front comes with the next record, unless nobody has it any more.
-        if record.first > gateway.next && record.first == record.oldest {
-            self.log_bytes = self.log_bytes.saturating_sub(gateway.log_bytes());
-            gateway.log.clear();
-            gateway.next = record.first;
+        if record.first > gateway.log.next() && record.first == record.oldest {
+            gateway.log.restart(record.first);
         }
         let mut number = record.first;
         for event in split_events(&record.blocks) {
-            if number == gateway.next {
-                self.log_bytes = self.log_bytes.saturating_add(event.len());
-                gateway.log.push_back(event.into());
-                gateway.next = gateway.next.saturating_add(1);
+            if number == gateway.log.next() {
+                gateway.log.push(event.into());
             }
             number = number.saturating_add(1);
         }
@@ -188,17 +162,15 @@ impl Hub {
         let Some((oldest, _)) = gone.min_by_key(|(_, gateway)| gateway.heard).map(|(id, of)| (*id, of.heard)) else {
             return false;
         };
-        if let Some(forgotten) = self.gateways.remove(&oldest) {
-            self.log_bytes = self.log_bytes.saturating_sub(forgotten.log_bytes());
-        }
-        true
+        self.gateways.remove(&oldest).is_some()
     }
 
     fn shorten_logs(&mut self) {
-        while self.log_bytes > MAX_LOG_BYTES {
-            let Some(longest) = self.gateways.values_mut().max_by_key(|gateway| gateway.log.len()) else { return };
-            let Some(event) = longest.log.pop_front() else { return };
-            self.log_bytes = self.log_bytes.saturating_sub(event.len());
+        while self.gateways.values().map(|gateway| gateway.log.bytes()).sum::<usize>() > MAX_LOG_BYTES {
+            let longest = self.gateways.values_mut().max_by_key(|gateway| gateway.log.bytes());
+            if !longest.is_some_and(|gateway| gateway.log.forget_oldest()) {
+                return;
+            }
         }
     }
 
@@ -229,7 +201,7 @@ impl Hub {
         let is_new = |id: &u64, gateway: &Gateway| {
             let known = told.known.binary_search_by_key(id, |(known, _)| *known).ok();
             let known = known.and_then(|at| told.known.get(at)).map_or(0, |(_, next)| *next);
-            *id != told.from && gateway.next > known && !gateway.log.is_empty()
+            *id != told.from && gateway.log.next() > known.max(gateway.log.oldest())
         };
         told.wants
             && (told.at != (self.id, self.state(told.from)) || self.gateways.iter().any(|(id, of)| is_new(id, of)))
@@ -238,7 +210,7 @@ impl Hub {
     /// The answer to somebody; `watching` is the number of Envoys that are known to follow the endpoint list.
     #[must_use]
     pub fn answer(&self, told: &Told, watching: u64) -> Heard {
-        let have = |record: &Record| (record.gateway, self.gateways.get(&record.gateway).map_or(0, |of| of.next));
+        let have = |record: &Record| (record.gateway, self.gateways.get(&record.gateway).map_or(0, |of| of.log.next()));
         let state = self.state(told.from);
         let exchanging = self.gateways.values().filter(|gateway| !gateway.is_gone).count() as u64;
         Heard {
@@ -269,38 +241,48 @@ impl Hub {
         let mut room = MAX_BLOCKS_BYTES;
         let mut batches = Vec::new();
         for (id, gateway) in &self.gateways {
-            let first = known.get(id).copied().unwrap_or(0).max(gateway.oldest());
-            if *id == told.from || first >= gateway.next || room == 0 {
+            let first = known.get(id).copied().unwrap_or(0).max(gateway.log.oldest());
+            let blocks = if *id == told.from { Vec::new() } else { gateway.log.from(first, room) };
+            if blocks.is_empty() {
                 continue;
             }
-            let blocks = gateway.blocks_from(first, room);
             room = room.saturating_sub(blocks.len());
             batches.push(Batch { gateway: *id, epoch: gateway.epoch, first, blocks });
         }
         batches
     }
 
-    /// What another hub is told: the gateways that were heard here since `since`, with the block events that the other
-    /// one does not have.
+    /// What another hub is told, in messages that it takes: the gateways that were heard here lately, with the block
+    /// events that it does not `have`.
     #[must_use]
-    pub fn relay(&self, have: &HashMap<u64, u64>, now: Duration) -> Told {
+    pub fn relay(&self, have: &HashMap<u64, u64>, now: Duration) -> Vec<Told> {
         let is_heard = |gateway: &Gateway| gateway.asked.is_some_and(|at| now.saturating_sub(at) <= GATEWAY_LIFE);
-        let record = |(id, gateway): (&u64, &Gateway)| {
-            let first = have.get(id).copied().unwrap_or(0).clamp(gateway.oldest(), gateway.next);
-            Record {
+        let mut messages: Vec<Told> = Vec::new();
+        let mut room = 0;
+        for (id, gateway) in self.gateways.iter().filter(|(_, gateway)| !gateway.is_gone && is_heard(gateway)) {
+            let first = have.get(id).copied().unwrap_or(0).clamp(gateway.log.oldest(), gateway.log.next());
+            let record = Record {
                 gateway: *id,
                 replaces: gateway.replaces,
                 turn: gateway.turn,
                 epoch: gateway.epoch,
                 loads: gateway.loads.clone(),
-                oldest: gateway.oldest(),
+                oldest: gateway.log.oldest(),
                 first,
-                blocks: gateway.blocks_from(first, MAX_BLOCKS_BYTES),
+                blocks: gateway.log.from(first, MAX_BLOCKS_BYTES),
                 report: gateway.report.clone(),
+            };
+            let length = record.byte_len();
+            match messages.last_mut().filter(|_| length <= room) {
+                Some(message) => message.records.push(record),
+                None => {
+                    room = RELAY_BYTES;
+                    messages.push(Told { from: self.id, records: vec![record], ..Told::default() });
+                }
             }
-        };
-        let records = self.gateways.iter().filter(|(_, gateway)| !gateway.is_gone && is_heard(gateway)).map(record);
-        Told { from: self.id, at: (0, 0), wants: false, known: Vec::new(), records: records.collect() }
+            room = room.saturating_sub(length);
+        }
+        messages
     }
 
     /// Reports of the gateways that are there: number, how long ago it was heard of, the report.

@@ -11,7 +11,6 @@
 //! A list stands behind its length, bytes stand behind theirs. An endpoint is its [key](crate::table::Slot::key). A
 //! reader takes a message whole or not at all; words behind what it knows are a newer writer's and are left alone.
 
-use crate::hash::BlockHash;
 use crate::ledger::{Reader, Writer};
 
 /// Path of `pd-control`'s answer to [`Told`].
@@ -96,10 +95,18 @@ pub struct Record {
     pub oldest: u64,
     /// Number of the first block event in `blocks`.
     pub first: u64,
-    /// Block events: endpoint, count, hashes.
+    /// [Block events](super::blocks), at most [`MAX_BLOCKS_BYTES`] of them.
     pub blocks: Vec<u8>,
     /// A [`Report`](super::report::Report) in JSON; empty: as before.
     pub report: Vec<u8>,
+}
+
+impl Record {
+    /// Bytes of this record in a message.
+    pub(super) fn byte_len(&self) -> usize {
+        let words = self.loads.len().saturating_mul(4).saturating_add(9);
+        words.saturating_mul(8).saturating_add(self.blocks.len()).saturating_add(self.report.len())
+    }
 }
 
 /// `pd-control`'s answer.
@@ -134,37 +141,6 @@ pub struct Batch {
     pub blocks: Vec<u8>,
 }
 
-/// Encodes a block event.
-#[must_use]
-pub fn block_event(endpoint: u64, blocks: &[BlockHash]) -> Vec<u8> {
-    let mut out = Writer(Vec::with_capacity(blocks.len().saturating_add(2).saturating_mul(8)));
-    out.word(endpoint);
-    out.word(blocks.len() as u64);
-    blocks.iter().for_each(|block| out.word(block.0));
-    out.0
-}
-
-/// The block events in `bytes`, each as its bytes, up to the first that is none.
-pub fn split_events(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
-    let mut rest = bytes;
-    core::iter::from_fn(move || {
-        let count = Reader(rest.get(8..)?).word()?;
-        let length = usize::try_from(count).ok()?.checked_add(2)?.checked_mul(8)?;
-        let (event, behind) = rest.split_at_checked(length)?;
-        rest = behind;
-        Some(event)
-    })
-}
-
-/// Endpoint and blocks of one event.
-#[must_use]
-pub fn read_event(event: &[u8]) -> Option<(u64, Vec<BlockHash>)> {
-    let mut rest = Reader(event);
-    let (endpoint, count) = (rest.word()?, rest.word()?);
-    let blocks: Vec<_> = core::iter::from_fn(|| rest.word().map(BlockHash)).collect();
-    (blocks.len() as u64 == count).then_some((endpoint, blocks))
-}
-
 impl Told {
     /// The bytes that go over the wire.
     #[must_use]
@@ -172,10 +148,7 @@ impl Told {
         let mut out = Writer::default();
         let head = [EXCHANGE_VERSION, self.from, self.at.0, self.at.1, u64::from(self.wants)];
         head.into_iter().for_each(|word| out.word(word));
-        write_list(&mut out, &self.known, |out, (gateway, next)| {
-            out.word(*gateway);
-            out.word(*next);
-        });
+        write_pairs(&mut out, &self.known);
         write_list(&mut out, &self.records, |out, record| {
             let head = [record.gateway, record.replaces, record.turn, record.epoch];
             head.into_iter().for_each(|word| out.word(word));
@@ -191,12 +164,9 @@ impl Told {
     /// Reads a message; `None` when it is none of [`EXCHANGE_VERSION`].
     #[must_use]
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let rest = &mut Reader(bytes);
-        if rest.word()? != EXCHANGE_VERSION {
-            return None;
-        }
+        let rest = &mut begin(bytes)?;
         let (from, at, wants) = (rest.word()?, (rest.word()?, rest.word()?), rest.word()? != 0);
-        let mut known = read_list(rest, |rest| Some((rest.word()?, rest.word()?)))?;
+        let mut known = read_pairs(rest)?;
         known.sort_unstable();
         Some(Self {
             from,
@@ -212,7 +182,7 @@ impl Told {
                     loads: read_loads(rest)?,
                     oldest: rest.word()?,
                     first: rest.word()?,
-                    blocks: read_bytes(rest)?,
+                    blocks: read_blocks(rest)?,
                     report: read_bytes(rest)?,
                 })
             })?,
@@ -226,10 +196,7 @@ impl Heard {
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut out = Writer::default();
         [EXCHANGE_VERSION, self.hub, self.state].into_iter().for_each(|word| out.word(word));
-        write_list(&mut out, &self.have, |out, (gateway, next)| {
-            out.word(*gateway);
-            out.word(*next);
-        });
+        write_pairs(&mut out, &self.have);
         [self.gateways, self.exchanging, u64::from(self.loads.is_some())].into_iter().for_each(|word| out.word(word));
         write_loads(&mut out, self.loads.as_deref().unwrap_or_default());
         write_list(&mut out, &self.batches, |out, batch| {
@@ -242,24 +209,34 @@ impl Heard {
     /// Reads a message; `None` when it is none of [`EXCHANGE_VERSION`].
     #[must_use]
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let rest = &mut Reader(bytes);
-        if rest.word()? != EXCHANGE_VERSION {
-            return None;
-        }
+        let rest = &mut begin(bytes)?;
         let (hub, state) = (rest.word()?, rest.word()?);
-        let have = read_list(rest, |rest| Some((rest.word()?, rest.word()?)))?;
+        let have = read_pairs(rest)?;
         let (gateways, exchanging, has_loads) = (rest.word()?, rest.word()?, rest.word()? != 0);
         let loads = read_loads(rest)?;
         let batches = read_list(rest, |rest| {
-            Some(Batch { gateway: rest.word()?, epoch: rest.word()?, first: rest.word()?, blocks: read_bytes(rest)? })
+            Some(Batch { gateway: rest.word()?, epoch: rest.word()?, first: rest.word()?, blocks: read_blocks(rest)? })
         })?;
         Some(Self { hub, state, have, gateways, exchanging, loads: has_loads.then_some(loads), batches })
     }
 }
 
+/// What stands behind the version, where it is ours.
+fn begin(bytes: &[u8]) -> Option<Reader<'_>> {
+    let mut rest = Reader(bytes);
+    (rest.word()? == EXCHANGE_VERSION).then_some(rest)
+}
+
 fn write_list<T>(out: &mut Writer, list: &[T], mut write: impl FnMut(&mut Writer, &T)) {
     out.word(list.len() as u64);
     list.iter().for_each(|item| write(out, item));
+}
+
+fn write_pairs(out: &mut Writer, pairs: &[(u64, u64)]) {
+    write_list(out, pairs, |out, (gateway, next)| {
+        out.word(*gateway);
+        out.word(*next);
+    });
 }
 
 fn write_loads(out: &mut Writer, loads: &[(u64, Totals)]) {
@@ -279,8 +256,16 @@ fn read_list<T>(rest: &mut Reader<'_>, mut read: impl FnMut(&mut Reader<'_>) -> 
     (0..rest.word()?).map(|_| read(rest)).collect()
 }
 
+fn read_pairs(rest: &mut Reader<'_>) -> Option<Vec<(u64, u64)>> {
+    read_list(rest, |rest| Some((rest.word()?, rest.word()?)))
+}
+
 fn read_loads(rest: &mut Reader<'_>) -> Option<Vec<(u64, Totals)>> {
     read_list(rest, |rest| Some((rest.word()?, Totals::read(rest)?)))
+}
+
+fn read_blocks(rest: &mut Reader<'_>) -> Option<Vec<u8>> {
+    read_bytes(rest).filter(|blocks| blocks.len() <= MAX_BLOCKS_BYTES)
 }
 
 pub(super) fn read_bytes(rest: &mut Reader<'_>) -> Option<Vec<u8>> {
@@ -323,6 +308,9 @@ mod tests {
             let mut known = known;
             known.sort_unstable();
             let told = Told { from, at, wants, known, records };
+            let head = Told { records: Vec::new(), ..told.clone() }.to_bytes().len();
+            let length = told.records.iter().map(Record::byte_len).sum::<usize>();
+            prop_assert_eq!(told.to_bytes().len(), head + length);
             prop_assert_eq!(Told::from_bytes(&told.to_bytes()), Some(told));
         }
 
@@ -341,22 +329,11 @@ mod tests {
 
         #[test]
         fn any_bytes_are_read_without_harm(bytes in prop::collection::vec(any::<u8>(), 0..300), words: [u64; 20]) {
-            let _ = (Told::from_bytes(&bytes), Heard::from_bytes(&bytes), split_events(&bytes).count());
+            let _ = (Told::from_bytes(&bytes), Heard::from_bytes(&bytes));
             let mut near = vec![1_u64];
             near.extend(words.map(|word| word % 7));
             let near: Vec<u8> = near.iter().flat_map(|word| word.to_le_bytes()).collect();
             let _ = (Told::from_bytes(&near), Heard::from_bytes(&near));
-            split_events(&near).for_each(|event| drop(read_event(event)));
-        }
-
-        #[test]
-        fn events_are_split_where_they_were_joined(
-            events in prop::collection::vec((any::<u64>(), prop::collection::vec(any::<u64>(), 0..5)), 0..5),
-        ) {
-            let events: Vec<_> = events.into_iter().map(|(at, blocks)| (at, blocks.into_iter().map(BlockHash).collect::<Vec<_>>())).collect();
-            let joined: Vec<u8> = events.iter().flat_map(|(at, blocks)| block_event(*at, blocks)).collect();
-            let read: Vec<_> = split_events(&joined).filter_map(read_event).collect();
-            prop_assert_eq!(read, events);
         }
     }
 }
