@@ -10,3 +10,4 @@ pub mod elf;
 pub mod layout;
 pub mod manifest;
 pub mod registry;
+pub mod start;

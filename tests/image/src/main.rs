@@ -6,8 +6,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
 use clap::{Parser, Subcommand};
-use pd_image::manifest::{Image, check_abi};
+use pd_image::manifest::Image;
 use pd_image::registry::Registry;
+use pd_image::start;
 
 /// OCI images of the filter's module, for Envoy Gateway, and of programs.
 #[derive(Parser)]
@@ -19,7 +20,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Write the image as an OCI image layout and print its digest
+    /// Write the image as an OCI image layout and print its digest; a module that does not start gets none
     Make {
         /// The filter's module
         #[arg(long, value_name = "FILE", required_unless_present = "program", conflicts_with = "program")]
@@ -45,7 +46,7 @@ enum Command {
         #[arg(long)]
         plain_http: bool,
     },
-    /// Say whether Envoy Gateway could take the image that a file names: pull it by digest and look for the module
+    /// Say whether Envoy could run the image that a file names: pull it by digest, start its module and ask it
     Check {
         /// File with `image=…`
         file: PathBuf,
@@ -87,7 +88,7 @@ async fn run(command: Command) -> anyhow::Result<String> {
             let image = match (&module, &program) {
                 (Some(module), _) => {
                     let bytes = read(module)?;
-                    check_abi(&bytes).with_context(|| module.display().to_string())?;
+                    start::check(&bytes).with_context(|| module.display().to_string())?;
                     Image::new(&bytes)?
                 }
                 (None, Some(program)) => {
@@ -121,7 +122,7 @@ async fn run(command: Command) -> anyhow::Result<String> {
             }
             let module = Registry::new(name, plain_http)?.pull().await.and_then(|image| image.module());
             let module =
-                module.and_then(|module| check_abi(&module).map(|()| module)).with_context(|| name.to_owned())?;
+                module.and_then(|module| start::check(&module).map(|()| module)).with_context(|| name.to_owned())?;
             Ok(format!("{name}: ok, {} bytes of module", module.len()))
         }
         Command::Pull { image, module, plain_http } => {

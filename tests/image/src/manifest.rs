@@ -20,8 +20,6 @@ pub const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 pub const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 /// Name under which Envoy Gateway looks for the module.
 const MODULE: &str = "plugin.wasm";
-/// How the names of exports begin by which a module says its ABI.
-const ABI: &[u8] = b"proxy_abi_version_0_2_";
 /// User and group of a program's image.
 const NOBODY: &str = "65532:65532";
 /// Bytes that a module may have; Envoy Gateway's own limit.
@@ -163,17 +161,6 @@ impl Image {
         tar::Archive::new(GzDecoder::new(self.layer.bytes.as_slice())).unpack(folder)?;
         Ok(folder.join(program.trim_start_matches('/')))
     }
-}
-
-/// Whether Envoy would start a module: whether it names the ABI that it was made for, as exports stand in it.
-///
-/// # Errors
-/// One line when it would not.
-pub fn check_abi(module: &[u8]) -> anyhow::Result<()> {
-    if !module.windows(ABI.len()).any(|bytes| bytes == ABI) {
-        bail!("this is no Proxy-Wasm module: it does not export proxy_abi_version_0_2_…");
-    }
-    Ok(())
 }
 
 /// `sha256:` and the hexadecimal digest.

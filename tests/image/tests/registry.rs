@@ -8,8 +8,18 @@ use std::process::{Child, Command, Stdio};
 
 /// User pd, bcrypt of "secret".
 const HTPASSWD: &str = "pd:$2b$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n";
-/// What is looked for in a module, and nothing else.
-const MODULE: &[u8] = b"\0asm\x01\0\0\0proxy_abi_version_0_2_1";
+/// The filter as it was built.
+const FILTER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/wasm32-wasip1/filter/pd_filter.wasm");
+/// A module that Envoy takes, with its answer to the start.
+fn module(start: &str) -> Vec<u8> {
+    let text = format!(
+        r#"(module (memory (export "memory") 1)
+            (func (export "proxy_abi_version_0_2_1"))
+            (func (export "malloc") (param i32) (result i32) (i32.const 1024))
+            (func (export "proxy_on_vm_start") (param i32 i32) (result i32) {start}))"#
+    );
+    wat::parse_str(text).unwrap()
+}
 
 struct Registry(Child, String);
 
@@ -59,6 +69,26 @@ fn image(docker: &Path, arguments: &[&str]) -> Result<String, String> {
 }
 
 #[test]
+fn a_module_that_would_not_start_gets_no_image() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name).display().to_string();
+    for (bytes, why) in [
+        (b"\0asm\x01\0\0\0".to_vec(), "this is no Proxy-Wasm module"),
+        (b"\0asm\x01\0\0\0proxy_abi_version_0_2_1".to_vec(), "it does not load"),
+        (module("unreachable"), "it does not start"),
+        (module("(i32.const 0)"), "it does not start"),
+        (module("(i32.const 1)"), "asked for /.pd-ready it does not answer: it is another filter"),
+    ] {
+        fs::write(at("module.wasm"), bytes).unwrap();
+        let refused = image(directory.path(), &["make", "--module", &at("module.wasm"), "--layout", &at("layout")]);
+        let refused = refused.unwrap_err();
+        assert!(refused.starts_with(&format!("pd-image: {}: {why}", at("module.wasm"))), "{refused}");
+        assert_eq!(refused.lines().count(), 1, "{refused}");
+        assert!(!Path::new(&at("layout")).exists());
+    }
+}
+
+#[test]
 fn an_image_is_pushed_pinned_and_pulled_back() {
     let directory = tempfile::tempdir().unwrap();
     let at = |name: &str| directory.path().join(name).display().to_string();
@@ -71,13 +101,9 @@ fn an_image_is_pushed_pinned_and_pulled_back() {
     // base64 of pd:secret, as `docker login` writes it.
     let auths = format!(r#"{{"auths": {{"{}": {{"auth": "cGQ6c2VjcmV0"}}}}}}"#, registry.1);
     fs::write(docker.join("config.json"), auths).unwrap();
-    fs::write(at("module.wasm"), MODULE).unwrap();
-
-    fs::write(at("other.wasm"), &MODULE[..8]).unwrap();
-    let refused = image(&docker, &["make", "--module", &at("other.wasm"), "--layout", &at("layout")]).unwrap_err();
-    assert!(refused.contains("no Proxy-Wasm module"), "{refused}");
-    let digest = image(&docker, &["make", "--module", &at("module.wasm"), "--layout", &at("layout")]).unwrap();
-    assert_eq!(digest, image(&docker, &["make", "--module", &at("module.wasm"), "--layout", &at("again")]).unwrap());
+    let filter = fs::read(FILTER).expect("make wasm builds it");
+    let digest = image(&docker, &["make", "--module", FILTER, "--layout", &at("layout")]).unwrap();
+    assert_eq!(digest, image(&docker, &["make", "--module", FILTER, "--layout", &at("again")]).unwrap());
 
     let tagged = format!("{}/pd/filter:1", registry.1);
     let refused = image(&stranger, &["push", &tagged, "--layout", &at("layout")]).unwrap_err();
@@ -92,7 +118,7 @@ fn an_image_is_pushed_pinned_and_pulled_back() {
     assert_eq!(image(&docker, &["push", &tagged, "--layout", &at("again")]).unwrap(), pinned);
 
     let checked = image(&docker, &["check", &at("pin")]).unwrap();
-    assert_eq!(checked, format!("{pinned}: ok, 31 bytes of module"));
+    assert_eq!(checked, format!("{pinned}: ok, {} bytes of module", filter.len()));
     fs::write(at("pin"), format!("image={}/pd/filter@sha256:{}\n", registry.1, "1".repeat(64))).unwrap();
     assert!(image(&docker, &["check", &at("pin")]).is_err(), "an image that does not exist");
     fs::write(at("pin"), format!("image={tagged}\n")).unwrap();
@@ -100,7 +126,7 @@ fn an_image_is_pushed_pinned_and_pulled_back() {
 
     for name in [&tagged, &pinned] {
         assert_eq!(image(&docker, &["pull", name, "--module", &at("back.wasm")]).unwrap(), digest);
-        assert_eq!(fs::read(at("back.wasm")).unwrap(), MODULE);
+        assert!(fs::read(at("back.wasm")).unwrap() == filter);
         fs::remove_file(at("back.wasm")).unwrap();
     }
 }
