@@ -44,6 +44,10 @@ fi
 
 executions=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log" | tail -n 1)
 coverage=$(grep -o 'cov: [0-9]*' "$log" | tail -n 1 | sed 's/cov: //' || true)
+if grep -q "libFuzzer: run interrupted" "$log"; then
+    echo "fuzz: $target: stopped after ${executions:-?} executions, coverage ${coverage:-?}, nothing found" >&2
+    exit 130
+fi
 if [ "$status" -ne 0 ]; then
     finding=$(sed -n 's/.*Test unit written to //p' "$log" | tail -n 1)
     grep -m 1 -A 3 "panicked at\|ERROR: libFuzzer" "$log" >&2 || tail -n 20 "$log" >&2
