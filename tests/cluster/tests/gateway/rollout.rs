@@ -77,19 +77,24 @@ async fn a_new_version_rolls_out_and_back() {
 #[tokio::test]
 async fn a_new_version_comes_with_a_configuration_that_the_old_one_does_not_know() {
     let cluster = Cluster::ready().await;
-    let old = fs::read(places::wasm()).expect("the module");
+    let first = fs::read(places::wasm()).expect("the module");
     let before = only_build(&cluster).await;
     let traffic = Traffic::start(cluster.address).await;
+    // Pods whose configuration has changed since they started put new code in force at once. These have not.
+    let old = with_build(&first, &before);
+    cluster.pin(&old).await;
+    cluster.apply().await;
+    let running = rolled_out(&cluster, &before).await;
 
     // As if this version had another name for a key.
-    let new = replaced(&with_build(&old, &before), "rendezvous_share", "rendezvous_parts");
+    let new = replaced(&with_build(&old, &running), "rendezvous_share", "rendezvous_parts");
     let unknown = format!("rendezvous_parts: 0.5\n          {SPLIT}");
     cluster.pin(&new).await;
     cluster.edit(FILTER, SPLIT, &unknown);
     cluster.apply().await;
     until("the old code refuses it", async || (cluster.metric("pd_configs_total", REFUSED).await > 0.0).then_some(()))
         .await;
-    let after = rolled_out(&cluster, &before).await;
+    let after = rolled_out(&cluster, &running).await;
     assert_eq!(cluster.metric("pd_configs_total", REFUSED).await, 0.0, "the new code knows the key");
     assert!(cluster.metric("pd_configs_total", ACCEPTED).await > 0.0);
     traffic.more(50).await;
@@ -97,9 +102,12 @@ async fn a_new_version_comes_with_a_configuration_that_the_old_one_does_not_know
     cluster.pin(&old).await;
     cluster.edit(FILTER, &unknown, SPLIT);
     cluster.apply().await;
-    assert_eq!(rolled_out(&cluster, &after).await, before);
+    assert_eq!(rolled_out(&cluster, &after).await, running);
     traffic.more(50).await;
     traffic.stop_without_loss("a new version with its configuration, and back").await;
+    cluster.pin(&first).await;
+    cluster.apply().await;
+    assert_eq!(rolled_out(&cluster, &running).await, before);
 }
 
 /// Envoy Gateway would answer 500 on routes whose policy names such an image, so the API server does not let it.
