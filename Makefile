@@ -78,7 +78,7 @@ push: image ## Push the filter's image, pull it back and compare; credentials ar
 #> IMAGE=registry/name:tag                  where to
 #> PIN=gateway-manifests/base/filter-image.env   file to write its name by digest into
 	@[ -n '$(IMAGE)' ] || { echo 'make: say where to: make push IMAGE=registry.example/pd-filter:0.1.0' >&2; exit 1; }
-	cargo run $(LOCKED) --quiet -p pd-image -- push '$(IMAGE)' --layout target/image $(if $(PIN),--pin '$(PIN)')
+	cargo run $(LOCKED) --quiet -p pd-image --no-default-features -- push '$(IMAGE)' --layout target/image $(if $(PIN),--pin '$(PIN)')
 
 image-control: toolchain ## Write pd-control's OCI image, one static program for this machine's architecture: target/image-control
 	$(call say,image of pd-control ($(MUSL)))
@@ -87,13 +87,13 @@ image-control: toolchain ## Write pd-control's OCI image, one static program for
 	CC_$(subst -,_,$(MUSL))=$${CC:-cc} CARGO_PROFILE_RELEASE_STRIP=symbols \
 	    RUSTFLAGS='--remap-path-prefix=$(CURDIR)=/envoy-pd --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo' \
 	    cargo build $(LOCKED) --release --target $(MUSL) -p pd-control
-	cargo run $(LOCKED) --quiet -p pd-image -- make --program target/$(MUSL)/release/pd-control --layout target/image-control
+	cargo run $(LOCKED) --quiet -p pd-image --no-default-features -- make --program target/$(MUSL)/release/pd-control --layout target/image-control
 
 push-control: image-control ## Push pd-control's image likewise
 #> IMAGE=registry/name:tag                  where to
 #> PIN=gateway-manifests/base/control-image.env   file to write its name by digest into
 	@[ -n '$(IMAGE)' ] || { echo 'make: say where to: make push-control IMAGE=registry.example/pd-control:0.1.0' >&2; exit 1; }
-	cargo run $(LOCKED) --quiet -p pd-image -- push '$(IMAGE)' --layout target/image-control $(if $(PIN),--pin '$(PIN)')
+	cargo run $(LOCKED) --quiet -p pd-image --no-default-features -- push '$(IMAGE)' --layout target/image-control $(if $(PIN),--pin '$(PIN)')
 
 toolchain: ## Install the pinned Rust toolchain, where it is missing
 	@.ci/toolchain

@@ -10,4 +10,5 @@ pub mod elf;
 pub mod layout;
 pub mod manifest;
 pub mod registry;
+#[cfg(feature = "start")]
 pub mod start;

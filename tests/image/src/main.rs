@@ -8,7 +8,8 @@ use anyhow::{Context as _, bail};
 use clap::{Parser, Subcommand};
 use pd_image::manifest::Image;
 use pd_image::registry::Registry;
-use pd_image::start;
+#[cfg(feature = "start")]
+use pd_image::start::check as check_start;
 
 /// OCI images of the filter's module, for Envoy Gateway, and of programs.
 #[derive(Parser)]
@@ -81,6 +82,11 @@ async fn main() -> ExitCode {
     }
 }
 
+#[cfg(not(feature = "start"))]
+fn check_start(_: &[u8]) -> anyhow::Result<()> {
+    bail!("this pd-image was built without its feature `start`, so it makes and checks no images of modules")
+}
+
 async fn run(command: Command) -> anyhow::Result<String> {
     match command {
         Command::Make { module, program, layout } => {
@@ -88,7 +94,7 @@ async fn run(command: Command) -> anyhow::Result<String> {
             let image = match (&module, &program) {
                 (Some(module), _) => {
                     let bytes = read(module)?;
-                    start::check(&bytes).with_context(|| module.display().to_string())?;
+                    check_start(&bytes).with_context(|| module.display().to_string())?;
                     Image::new(&bytes)?
                 }
                 (None, Some(program)) => {
@@ -122,7 +128,7 @@ async fn run(command: Command) -> anyhow::Result<String> {
             }
             let module = Registry::new(name, plain_http)?.pull().await.and_then(|image| image.module());
             let module =
-                module.and_then(|module| start::check(&module).map(|()| module)).with_context(|| name.to_owned())?;
+                module.and_then(|module| check_start(&module).map(|()| module)).with_context(|| name.to_owned())?;
             Ok(format!("{name}: ok, {} bytes of module", module.len()))
         }
         Command::Pull { image, module, plain_http } => {
