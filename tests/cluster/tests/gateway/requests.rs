@@ -53,7 +53,9 @@ async fn clients_name_no_endpoint_and_reach_nothing_internal() {
     let prefill = &cluster.pods(crate::cluster::OURS, "app=prefill").await[0];
     let ip = prefill.status.as_ref().and_then(|status| status.pod_ip.clone()).expect("an address");
     let forged = format!("{ip}:8000");
-    let before = cluster.sum("app=prefill", |stats| stats.requests).await;
+    // Not those of pd-control, which asks for their metrics.
+    let prompts = |stats: &pd_sim::Stats| stats.prefill_legs + stats.local_prefills;
+    let before = cluster.sum("app=prefill", prompts).await;
     for name in ["x-pd-destination", "x-prefiller-host-port", "x-gateway-destination-endpoint", "x-data-parallel-rank"]
     {
         let request = client.json(
@@ -63,7 +65,7 @@ async fn clients_name_no_endpoint_and_reach_nothing_internal() {
         );
         assert_eq!(client.send(request).await.status, 200, "{name}");
     }
-    assert_eq!(cluster.sum("app=prefill", |stats| stats.requests).await, before);
+    assert_eq!(cluster.sum("app=prefill", prompts).await, before);
 }
 
 /// Envoy Gateway's own limit is 15 s.
