@@ -78,7 +78,7 @@ push: image ## Push the filter's image, pull it back and compare; credentials ar
 #> IMAGE=registry/name:tag                  where to
 #> PIN=gateway-manifests/base/filter-image.env   file to write its name by digest into
 	@[ -n '$(IMAGE)' ] || { echo 'make: say where to: make push IMAGE=registry.example/pd-filter:0.1.0' >&2; exit 1; }
-	cargo run $(LOCKED) --quiet -p pd-image --no-default-features -- push '$(IMAGE)' --layout target/image $(if $(PIN),--pin '$(PIN)')
+	cargo run $(LOCKED) --quiet -p pd-image -- push '$(IMAGE)' --layout target/image $(if $(PIN),--pin '$(PIN)')
 
 image-control: toolchain ## Write pd-control's OCI image, one static program for this machine's architecture: target/image-control
 	$(call say,image of pd-control ($(MUSL)))

@@ -102,8 +102,8 @@ struct ServeArgs {
     /// Name that resolves to every replica of pd-control (a headless Service): they pass on what Envoys exchange
     #[arg(long, value_name = "HOST:PORT", env = "PD_CONTROL_PEERS")]
     peers: Option<String>,
-    /// Certificates, PEM, that vouch for the replicas' own, which are for the host that --peers names; with --tls-cert
-    /// [default: the system's]
+    /// Certificates, PEM, that replicas are trusted by; with --tls-cert they speak TLS, and each one's certificate is for
+    /// the host that --peers names [default: the system's]
     #[arg(long, value_name = "FILE", env = "PD_CONTROL_PEERS_CA_FILE", requires = "peers", requires = "tls_cert")]
     peers_ca_file: Option<PathBuf>,
     /// Certificate for TLS, PEM; read again when it changes
@@ -342,6 +342,21 @@ mod tests {
     fn without_a_source_there_is_nothing_to_serve() {
         let error = "--endpoints FILE, --endpoint or --kubernetes is needed (see --help)";
         assert_eq!(config("pd-control", |_| None).unwrap_err(), error);
+    }
+
+    #[test]
+    fn replicas_speak_tls_where_pd_control_serves_it() {
+        let line = "pd-control --endpoints e.yaml --peers pd-control-peers:9000";
+        let peers = |line: &str| config(line, |_| None).unwrap().peers.unwrap();
+        assert!(peers(line).tls.is_none());
+        let serving = format!("{line} --tls-cert c.pem --tls-key k.pem");
+        assert_eq!(peers(&serving).tls.unwrap().ca_file, None);
+        let trusting = format!("{serving} --peers-ca-file ca.pem");
+        assert_eq!(peers(&trusting).tls.unwrap().ca_file, Some("ca.pem".into()));
+        for line in [format!("{line} --peers-ca-file ca.pem"), trusting.replace("--peers pd-control-peers:9000 ", "")] {
+            let error = Cli::try_parse_from(line.split(' ')).unwrap_err();
+            assert_eq!(error.kind(), clap::error::ErrorKind::MissingRequiredArgument, "{line}: {error}");
+        }
     }
 
     #[test]

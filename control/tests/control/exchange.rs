@@ -116,9 +116,7 @@ async fn an_envoy_that_is_silent_is_forgotten_and_its_blocks_are_not() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_pass_on_what_they_are_told() {
-    // Ports that nobody else has: each is named to the other before both run.
-    let reserve = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let (first, second) = (reserve(), reserve());
+    let (first, second) = (free_address(), free_address());
     let start = |own: SocketAddr, other: SocketAddr| async move {
         Rig::start_with(&four(1.0), |config, directory| {
             with_token(config, directory);

@@ -128,6 +128,11 @@ impl Rig {
     }
 }
 
+/// An address that nobody has: for what is named to others before it runs.
+pub fn free_address() -> SocketAddr {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
 pub fn with_eds(config: &mut Config, directory: &Path) {
     config.eds = Some(EdsFile::new(directory.join("eds.json"), "engines".into()));
 }

@@ -3,9 +3,9 @@
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use pd_control::Control;
 use pd_control::exchange::{Peers, PeersTls};
 use pd_control::tls::TlsFiles;
+use pd_control::{Config, Control};
 use pd_core::exchange::message::{Record, Told};
 use pd_core::exchange::report::Report;
 use tokio::net::TcpStream;
@@ -87,8 +87,7 @@ async fn with_a_certificate_only_tls_is_spoken() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_speak_tls_to_each_other_and_trust_whom_they_are_told_to() {
-    let reserve = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let (first, second, third) = (reserve(), reserve(), reserve());
+    let (first, second, third) = (free_address(), free_address(), free_address());
     let directory = tempfile::tempdir().unwrap();
     let files = made(directory.path(), "IP:127.0.0.1");
     let stranger = tempfile::tempdir().unwrap();
@@ -104,7 +103,7 @@ async fn replicas_speak_tls_to_each_other_and_trust_whom_they_are_told_to() {
     };
     let _second = start(second, first, &files.certificate).await;
     let _third = start(third, first, &other.certificate).await;
-    let _first = start(first, second, &files.certificate).await;
+    let running = start(first, second, &files.certificate).await;
     let trusting = |address: std::net::SocketAddr, path: &str| {
         vec!["--cacert".into(), files.certificate.display().to_string(), format!("https://{address}{path}")]
     };
@@ -135,11 +134,10 @@ async fn replicas_speak_tls_to_each_other_and_trust_whom_they_are_told_to() {
     let text = String::from_utf8(curl(trusting(first, "/v1/status")).await.stdout).unwrap();
     assert!(!text.contains(r#""id":"0000000000000003""#), "{text}");
 
-    let bad = Peers {
-        name: "pd-control-peers:1".into(),
-        token: None,
-        tls: Some(PeersTls { ca_file: Some(stranger.path().join("none")) }),
-    };
-    let error = format!("{:#}", bad.check().unwrap_err());
+    // What it could never trust, it says before it serves.
+    let tls = Some(PeersTls { ca_file: Some(stranger.path().join("none")) });
+    let peers = Some(Peers { name: "pd-control-peers:1".into(), token: None, tls });
+    let refused = Control::start(Config { listen: free_address(), peers, ..running.config.clone() }).await;
+    let error = format!("{:#}", refused.err().expect("no such file"));
     assert!(error.starts_with("--peers-ca-file ") && !error.contains('\n'), "{error}");
 }

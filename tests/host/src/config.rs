@@ -34,6 +34,8 @@ pub struct WorkerConfig {
     pub route_headers: Vec<(String, String)>,
     /// The clock all workers of one Envoy share.
     pub clock: Clock,
+    /// What the modules' random numbers follow from, with the number of the worker: another one for another Envoy.
+    pub seed: u64,
 }
 
 impl Default for WorkerConfig {
@@ -52,6 +54,7 @@ impl Default for WorkerConfig {
             request_limit_bytes: None,
             route_headers: Vec::new(),
             clock: Clock::new(),
+            seed: 0x5eed,
         }
     }
 }

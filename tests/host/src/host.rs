@@ -270,7 +270,7 @@ impl Host {
             callbacks: BTreeMap::new(),
             faults: HashMap::new(),
             before_set_shared_data: None,
-            random: 0x5eed ^ u64::from(worker_id) << 32,
+            random: config.seed ^ u64::from(worker_id) << 32,
             config,
         }
     }

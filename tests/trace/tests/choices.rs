@@ -29,8 +29,11 @@ fn ours_and_oracles(shape: Shape) -> (Outcome, Outcome) {
 
 #[test]
 fn the_same_load_and_seed_give_the_same_figures() {
-    let twice = || outcome(Shape::SharedPrefix, Policy::PdCore, &Brains::default());
-    assert_eq!(twice(), twice());
+    let exchange = Some(std::time::Duration::from_millis(50));
+    for brains in [Brains::default(), Brains { count: 3, workers: 2, exchange, ..Brains::default() }] {
+        let twice = || outcome(Shape::SharedPrefix, Policy::PdCore, &brains);
+        assert_eq!(twice(), twice());
+    }
 }
 
 #[test]
@@ -86,7 +89,7 @@ fn workers_of_one_gateway_choose_as_one() {
 
 #[test]
 fn gateways_that_hear_of_each_other_soon_choose_nearly_as_one() {
-    // Sixteen that know of each other after 50 to 100 ms: 1.16.
+    // Sixteen that know of each other after 50 to 100 ms: 1.21.
     let exchange = Some(std::time::Duration::from_millis(50));
-    nearly_as_one(&Brains { count: 16, exchange, ..Brains::default() }, 1.3);
+    nearly_as_one(&Brains { count: 16, exchange, ..Brains::default() }, 1.25);
 }

@@ -6,6 +6,7 @@
 //! lacks of it the gateway tells again, as far as it still has it. So hubs may come and go.
 
 use core::time::Duration;
+use std::collections::BTreeMap;
 
 use hashbrown::HashMap;
 
@@ -28,7 +29,7 @@ const MAX_LOADS: usize = crate::wire::MAX_ENDPOINTS;
 #[derive(Debug)]
 pub struct Hub {
     id: u64,
-    gateways: HashMap<u64, Gateway>,
+    gateways: BTreeMap<u64, Gateway>,
     /// Changes of loads.
     changes: u64,
     /// Loads of all gateways together.
@@ -82,7 +83,7 @@ impl Hub {
     /// A hub that knows nothing; `id` is not that of any other.
     #[must_use]
     pub fn new(id: u64) -> Self {
-        Self { id, gateways: HashMap::new(), changes: 0, sums: HashMap::new() }
+        Self { id, gateways: BTreeMap::new(), changes: 0, sums: HashMap::new() }
     }
 
     /// [`Heard::hub`].

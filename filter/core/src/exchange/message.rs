@@ -328,6 +328,15 @@ mod tests {
         }
 
         #[test]
+        fn a_message_has_no_more_blocks_than_a_reader_has_time_for(over in 0_usize..3) {
+            let blocks = vec![0; MAX_BLOCKS_BYTES + over];
+            let told = Told { records: vec![Record { blocks: blocks.clone(), ..Record::default() }], ..Told::default() };
+            prop_assert_eq!(Told::from_bytes(&told.to_bytes()).is_some(), over == 0);
+            let heard = Heard { batches: vec![Batch { blocks, ..Batch::default() }], ..Heard::default() };
+            prop_assert_eq!(Heard::from_bytes(&heard.to_bytes()).is_some(), over == 0);
+        }
+
+        #[test]
         fn any_bytes_are_read_without_harm(bytes in prop::collection::vec(any::<u8>(), 0..300), words: [u64; 20]) {
             let _ = (Told::from_bytes(&bytes), Heard::from_bytes(&bytes));
             let mut near = vec![1_u64];

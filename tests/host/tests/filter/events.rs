@@ -7,6 +7,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::time::Duration;
 
+use pd_core::exchange::blocks::{read_event, split_events};
+use pd_core::exchange::message::{Batch, Heard, Told, Totals};
 use pd_host::{Callout, ClusterState, Fleet, SharedStore, Stream, Violation, Worker, random_chunks};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
@@ -18,6 +20,8 @@ const SEEDS: u64 = 200;
 const EVENTS: u32 = 220;
 /// Limit of filter and Envoy alike: a body may reach it, and a splice take it past.
 const LIMIT_BYTES: usize = 6_000;
+/// Of a prompt's first blocks, where nothing else is configured: another Envoy's blocks are of use if its are as large.
+const BLOCK_BYTES: u64 = 512;
 /// Stands in every parameter and header that a client may not send.
 const EVIL: &str = "203.0.113.9:1";
 
@@ -81,6 +85,8 @@ struct Run {
     /// Endpoints of every configuration so far.
     configured: Listed,
     version: u64,
+    /// Block events that some Envoy told.
+    blocks: Vec<u8>,
     prompts: u64,
     may_refuse_calls: bool,
     events: RefCell<Vec<String>>,
@@ -105,6 +111,7 @@ impl Run {
             roots,
             configured,
             version: 0,
+            blocks: Vec::new(),
             prompts: 0,
             may_refuse_calls: seed.is_multiple_of(4),
             events: RefCell::default(),
@@ -122,7 +129,8 @@ impl Run {
             18..48 => self.more_of_a_request(),
             48..62 => self.answer_a_leg(),
             62..67 => self.answer_a_poll(),
-            67..82 => self.more_of_a_response(),
+            67..70 => self.answer_an_exchange(),
+            70..82 => self.more_of_a_response(),
             82..86 => self.reset(),
             86..90 => {
                 self.log("tick");
@@ -299,6 +307,49 @@ impl Run {
             7 => answer("200", &list(&format!("{epoch}-{version}"), version / 2, &endpoints)),
             _ => answer("200", &list(epoch, version, &endpoints)),
         }
+    }
+
+    fn answer_an_exchange(&mut self) {
+        let of = |w: Worker| exchanges(&w).into_iter().map(move |call| (w.clone(), call));
+        let waiting: Vec<(Worker, Callout)> = self.all_workers().into_iter().flat_map(of).collect();
+        if waiting.is_empty() {
+            return;
+        }
+        let (worker, call) = self.random.pick(&waiting).clone();
+        let told = Told::from_bytes(&call.body).unwrap();
+        // The newest blocks of ours, as if another Envoy had sent them: keys and hashes that mean something here.
+        if let Some(record) = told.records.iter().find(|record| !record.blocks.is_empty()) {
+            self.blocks.clone_from(&record.blocks);
+        }
+        let endpoints: Vec<u64> = split_events(&self.blocks).filter_map(read_event).map(|(at, _)| at).collect();
+        let epoch = *self.random.pick(&[BLOCK_BYTES, BLOCK_BYTES, 0]);
+        let mut number = || self.random.below(3) as u64 * 1_000;
+        let mut totals = || Totals { work: number() * 1_000, tokens: number(), requests: number() };
+        let loads: Vec<(u64, Totals)> = endpoints.into_iter().map(|at| (at, totals())).collect();
+        let batch = Batch { gateway: 5, epoch, first: number(), blocks: self.blocks.clone() };
+        let heard = Heard {
+            hub: *self.random.pick(&[1, 1, 2]),
+            state: self.random.below(5) as u64,
+            have: vec![(told.from, self.random.below(9) as u64)],
+            gateways: self.random.below(4) as u64,
+            exchanging: self.random.below(4) as u64,
+            loads: (!self.random.one_in(4)).then_some(loads),
+            batches: vec![batch],
+        };
+        let (kind, mut bytes) = (self.random.below(12), heard.to_bytes());
+        self.log(format_args!("exchange {}: kind {kind}, {} of {}", call.token, heard.exchanging, heard.gateways));
+        match kind {
+            0 => return worker.fail(call.token).unwrap(),
+            1 => return worker.refuse(call.token).unwrap(),
+            2 => bytes.truncate(self.random.below(bytes.len())),
+            3 => {
+                let at = self.random.below(bytes.len());
+                bytes[at] = *self.random.pick(&[0, 1, 0x7f, 0xff]);
+            }
+            _ => {}
+        }
+        let status = if kind == 4 { "503" } else { "200" };
+        worker.answer(call.token, [(":status", status)], bytes).unwrap();
     }
 
     fn more_of_a_response(&mut self) {
@@ -581,7 +632,7 @@ fn configuration(random: &mut Random, configured: &mut Listed) -> String {
         configured.entry((*address).to_owned()).or_default().insert((*role).to_owned());
     }
     let authority = *random.pick(&["a", "a", "a", "b"]);
-    let control = format!(r#""control":{{"cluster":"pd-control","authority":"{authority}","exchange":false}}"#);
+    let control = format!(r#""control":{{"cluster":"pd-control","authority":"{authority}"}}"#);
     let limit = format!(r#""max_body_bytes":{LIMIT_BYTES}"#);
     let trusted = *random.pick(&[r#""revision":"x""#, r#""trusted_headers":["x-pd-phase","x-prefiller-host-port"]"#]);
     let pool = *random.pick(&[

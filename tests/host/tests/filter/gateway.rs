@@ -19,6 +19,15 @@ pub const D2: &str = "10.0.1.2:8000";
 /// What most tests have: two endpoints for each leg.
 pub const TWO_AND_TWO: &[(&str, &str)] = &[(P1, "prefill"), (P2, "prefill"), (D1, "decode"), (D2, "decode")];
 
+/// Four to choose from for prefill.
+pub const FOUR_AND_ONE: &[(&str, &str)] = &[
+    ("10.0.1.1:8000", "prefill"),
+    ("10.0.1.2:8000", "prefill"),
+    ("10.0.1.3:8000", "prefill"),
+    ("10.0.1.4:8000", "prefill"),
+    ("10.0.2.1:8000", "decode"),
+];
+
 /// What a prefill engine hands over: nested ids, a number beyond 64 bits, a key nobody knows.
 pub const PARAMS: &str = r#"{"do_remote_prefill":true,"do_remote_decode":false,"remote_block_ids":[[1,2],[3]],"remote_engine_id":"e","remote_request_id":"r-1","remote_host":"10.0.0.1","remote_port":5600,"unknown":18446744073709551617}"#;
 
@@ -81,7 +90,7 @@ pub fn two_and_two() -> String {
 
 /// The same by way of `pd-control`.
 pub fn controlled() -> String {
-    config(&[r#""control":{"cluster":"pd-control","exchange":false}"#], &[], "")
+    config(&[r#""control":{"cluster":"pd-control"}"#], &[], "")
 }
 
 fn endpoints_json(endpoints: &[(&str, &str)]) -> String {
@@ -191,7 +200,17 @@ pub fn leg(worker: &Worker) -> Callout {
 
 /// The polls of `pd-control` that are in flight.
 pub fn polls(worker: &Worker) -> Vec<Callout> {
-    worker.callouts().into_iter().filter(|call| call.cluster == CONTROL).collect()
+    asked(worker, b"GET")
+}
+
+/// The calls of the exchange that are in flight.
+pub fn exchanges(worker: &Worker) -> Vec<Callout> {
+    asked(worker, b"POST")
+}
+
+fn asked(worker: &Worker, method: &[u8]) -> Vec<Callout> {
+    let is_it = |call: &Callout| call.cluster == CONTROL && call.header(":method") == Some(method);
+    worker.callouts().into_iter().filter(is_it).collect()
 }
 
 /// Answers the one poll with a list.
@@ -205,6 +224,19 @@ pub fn push(worker: &Worker, list: &str) {
 /// What a prefill engine answers.
 pub fn prefilled() -> String {
     format!(r#"{{"id":"x","choices":[{{"finish_reason":"length"}}],"kv_transfer_params":{PARAMS}}}"#)
+}
+
+/// Prefill endpoint of the newest leg that is in flight.
+pub fn chosen(worker: &Worker) -> String {
+    let legs = legs(worker);
+    addresses(legs.last().unwrap().header("x-pd-destination")).swap_remove(0)
+}
+
+/// Answers every prefill leg that is in flight.
+pub fn answer_legs(worker: &Worker) {
+    for leg in legs(worker) {
+        worker.answer(leg.token, [(":status", "200"), ("content-type", "application/json")], prefilled()).unwrap();
+    }
 }
 
 /// Lets the prefill leg succeed.

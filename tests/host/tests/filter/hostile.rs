@@ -1,10 +1,16 @@
 //! A host whose functions fail, and workers that write shared data in each other's way.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
+use pd_core::exchange::message::Told;
 use pd_host::{Fault, Request, SharedStore, Status, Stream, Violation};
 
+use crate::exchange::heard;
 use crate::gateway::*;
+
+/// Within this time every worker does all that it does now and then.
+const TICK: Duration = Duration::from_millis(200);
 
 /// Statuses of the ABI, and one that it does not know.
 const STATUSES: &[u32] = &[1, 2, 3, 4, 6, 7, 8, 10, 12, 255];
@@ -21,13 +27,17 @@ fn statuses(function: &str) -> &'static [u32] {
 
 /// Everything the filter does, from a new root to the answers of engines. Returns the streams.
 fn everything(gateway: &Gateway) -> Vec<Stream> {
-    let top = [r#""control":{"cluster":"pd-control","exchange":false}"#];
+    let top = [r#""control":{"cluster":"pd-control"}"#];
     gateway.add_root(config(&top, TWO_AND_TWO, r#""on_prefill_failure":"fail""#).as_bytes());
     gateway.add_root(config(&top, TWO_AND_TWO, "").as_bytes());
     let answer_polls = |status: &str, list: &str| {
-        gateway.tick();
+        gateway.advance(TICK);
         for poll in polls(gateway) {
             gateway.answer(poll.token, [(":status", status)], list).unwrap();
+        }
+        for call in exchanges(gateway) {
+            let heard = Told::from_bytes(&call.body).map(|told| heard(&told).to_bytes()).unwrap();
+            gateway.answer(call.token, [(":status", status)], heard).unwrap();
         }
     };
     answer_polls("200", &list("e", 1, TWO_AND_TWO));
@@ -64,7 +74,7 @@ fn everything(gateway: &Gateway) -> Vec<Stream> {
         gateway.answer(call.token, [(":status", "200")], prefilled()).unwrap();
     }
     streams.push(stream);
-    gateway.tick();
+    gateway.advance(TICK);
     streams
 }
 
@@ -108,7 +118,7 @@ fn survives(function: &'static str, fault: Fault) {
     }
     drop(streams);
     everything(&gateway);
-    gateway.tick();
+    gateway.advance(TICK);
     assert_eq!(gateway.open_streams(), 0, "{function} {fault:?}");
     if !function.ends_with("_metric") {
         assert_gauges_are_zero(&gateway.shared);
@@ -188,7 +198,7 @@ fn a_lease_that_another_worker_takes_in_between_is_not_taken() {
             shared.set("pd", key, &written, 0);
         }
     });
-    gateway.advance(std::time::Duration::from_secs(5));
+    gateway.advance(Duration::from_secs(5));
     assert_eq!(polls(&gateway), []);
     assert_eq!(gateway.shared.get("pd", b"pd/lease").unwrap().0, others);
     gateway.assert_clean();
@@ -243,12 +253,11 @@ fn a_worker_that_always_loses_the_race_for_a_number_starts_all_the_same() {
 fn nonsense_in_shared_data_is_nobodys_lease_list_or_configuration() {
     for nonsense in [&b""[..], b"x", &[0xff; 7], &[0xff; 24], b"{}", &[0; 4_096]] {
         let shared = SharedStore::new();
-        for key in ["pd/lease", "pd/list", "pd/workers", "pd/config"] {
+        for key in ["pd/lease", "pd/list", "pd/workers", "pd/config", "pd/voice"] {
             shared.set("pd", key.as_bytes(), nonsense, 0);
         }
         let worker = pd_host::Worker::new(module(), shared.clone(), envoy(&two_and_two())).unwrap();
-        worker
-            .add_root(config(&[r#""control":{"cluster":"pd-control","exchange":false}"#], TWO_AND_TWO, "").as_bytes());
+        worker.add_root(config(&[r#""control":{"cluster":"pd-control"}"#], TWO_AND_TWO, "").as_bytes());
         worker.tick();
         // A lease that never ends is somebody's, whoever wrote it.
         assert_eq!(polls(&worker).len(), usize::from(nonsense != [0xff; 24]), "{nonsense:?}");

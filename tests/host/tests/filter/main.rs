@@ -4,6 +4,7 @@ mod changes;
 mod configuration;
 mod cost;
 mod events;
+mod exchange;
 mod faults;
 mod flow;
 mod gateway;

@@ -204,8 +204,7 @@ impl Cell<'_> {
 /// `early`: the decode endpoint has begun its answer when the prefill leg ends, where both go out at once.
 fn cell(engine: &str, fault: Fault, is_stream: bool, early: bool) -> String {
     let pool = format!(r#""engine":"{engine}","prefill_timeout_ms":{}"#, LEG.as_millis());
-    let gateway =
-        Gateway::new(&config(&[r#""control":{"cluster":"pd-control","exchange":false}"#], TWO_AND_TWO, &pool));
+    let gateway = Gateway::new(&config(&[r#""control":{"cluster":"pd-control"}"#], TWO_AND_TWO, &pool));
     gateway.tick();
     push(&gateway, &list("e", 1, TWO_AND_TWO));
     gateway.tick();

@@ -36,11 +36,7 @@ const SECOND: &[(&str, &str)] = &[("10.0.0.2:8000", "both")];
 
 #[test]
 fn the_poll_says_who_asks_for_what() {
-    let mut envoy = envoy(&config(
-        &[r#""control":{"cluster":"pd-control","authority":"c","wait_ms":700,"exchange":false}"#],
-        &[],
-        "",
-    ));
+    let mut envoy = envoy(&config(&[r#""control":{"cluster":"pd-control","authority":"c","wait_ms":700}"#], &[], ""));
     envoy.environment = vec![("PD_CONTROL_TOKEN".into(), "secret".into())];
     let gateway = Gateway::within(envoy);
     assert_eq!(gateway.tick_period(), Some(TICK));
@@ -206,7 +202,7 @@ fn bad_answers_leave_the_last_good_list_in_force_and_the_poll_going() {
 
 #[test]
 fn bad_answers_at_the_start_leave_the_configured_endpoints_in_force() {
-    let top = [r#""control":{"cluster":"pd-control","exchange":false}"#];
+    let top = [r#""control":{"cluster":"pd-control"}"#];
     for (name, status, body) in bad_answers() {
         let gateway = Gateway::new(&config(&top, FIRST, ""));
         gateway.tick();
@@ -343,7 +339,7 @@ fn a_generation_of_the_same_control_waits_until_the_old_one_is_gone() {
 
 #[test]
 fn a_generation_of_another_control_takes_the_poll_from_the_old_one() {
-    let new = config(&[r#""control":{"cluster":"pd-control","authority":"new","exchange":false}"#], &[], "");
+    let new = config(&[r#""control":{"cluster":"pd-control","authority":"new"}"#], &[], "");
     let mut fleet = generations(&controlled(), &new);
     fleet.advance(2 * TICK);
     let (poller, _) = the_poll(fleet.workers());

@@ -3,24 +3,11 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use pd_host::{Fleet, Stream, Worker};
+use pd_host::{Fleet, Stream};
 
 use crate::gateway::*;
 
 const COUNTS: [usize; 3] = [1, 4, 16];
-
-/// Prefill endpoint of a leg that is in flight.
-fn chosen(worker: &Worker) -> String {
-    let legs = legs(worker);
-    addresses(legs.last().unwrap().header("x-pd-destination")).swap_remove(0)
-}
-
-/// Answers every prefill leg that is in flight.
-fn answer_legs(worker: &Worker) {
-    for leg in legs(worker) {
-        worker.answer(leg.token, [(":status", "200"), ("content-type", "application/json")], prefilled()).unwrap();
-    }
-}
 
 /// A second of ticks.
 fn settle(fleet: &Fleet) {
@@ -59,14 +46,6 @@ fn each_decision_sees_those_of_the_other_workers() {
         assert_eq!(fleet.violations(), []);
     }
 }
-
-const FOUR_AND_ONE: &[(&str, &str)] = &[
-    ("10.0.1.1:8000", "prefill"),
-    ("10.0.1.2:8000", "prefill"),
-    ("10.0.1.3:8000", "prefill"),
-    ("10.0.1.4:8000", "prefill"),
-    ("10.0.2.1:8000", "decode"),
-];
 
 #[test]
 fn what_one_worker_routed_every_worker_knows() {
