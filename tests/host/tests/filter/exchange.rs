@@ -7,7 +7,7 @@ use pd_core::exchange::blocks::{block_event, read_event, split_events};
 use pd_core::exchange::hub::Hub;
 use pd_core::exchange::message::{Batch, Heard, Told, Totals};
 use pd_core::hash::BlockHash;
-use pd_host::{Callout, Fleet, Request, SharedStore, Stream, Worker, WorkerConfig};
+use pd_host::{Callout, ClusterState, Fleet, Request, SharedStore, Stream, Worker, WorkerConfig};
 
 use crate::gateway::*;
 
@@ -297,6 +297,27 @@ fn bad_answers_are_counted_and_change_nothing() {
         assert_eq!(counter("ok"), 1, "{name}");
         assert_eq!(counter("failed"), 1, "{name}");
         assert_eq!(gateway.tick_period(), Some(TICK), "{name}");
+        gateway.assert_idle();
+    }
+}
+
+#[test]
+fn a_call_that_the_host_refuses_is_tried_again() {
+    for cluster in [None, Some(ClusterState::FailsAtOnce)] {
+        let gateway = Gateway::pushed(FOUR_AND_ONE);
+        gateway.set_cluster(CONTROL, cluster);
+        gateway.advance(Duration::from_secs(10));
+        assert_eq!(exchanges(&gateway), []);
+        gateway.set_cluster(CONTROL, Some(ClusterState::Ready));
+        gateway.advance(Duration::from_secs(1));
+        let call = exchanges(&gateway).remove(0);
+        let told = Told::from_bytes(&call.body).unwrap();
+        gateway.answer(call.token, [(":status", "200")], heard(&told).to_bytes()).unwrap();
+        gateway.advance(IDLE_TICK);
+        // Once a pause while there was nobody to tell.
+        let failed = gateway.shared.counter("pd_exchanges_total;result=failed");
+        assert!((12..=25).contains(&failed), "{failed}");
+        assert_eq!(gateway.shared.counter("pd_exchanges_total;result=ok"), 1);
         gateway.assert_idle();
     }
 }
