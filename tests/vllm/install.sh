@@ -84,6 +84,11 @@ printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$version" >"$stub
 api=$packages/nixl_cu13/_api.py
 sed -i 's/agent_config\.pthrDelay = 0$/agent_config.pthrDelay = 1000/' "$api"
 grep -q 'agent_config\.pthrDelay = 1000$' "$api" || die "NIXL $nixl is not as expected: $api sets no pthrDelay"
+# While a server waits for KV blocks, its processes ask each other for news without a pause: the threads that would bring
+# them, on two cores, come to nothing for minutes.
+yielding=$packages/vllm/distributed/utils.py
+sed -i 's/^        os\.sched_yield()$/        time.sleep(0.0005)/' "$yielding"
+grep -q '^        time\.sleep(0\.0005)$' "$yielding" || die "vLLM $version is not as expected: $yielding does not yield"
 
 # A server is several processes, and the others do not notice when the first one is killed.
 cat >"$packages/die_with_parent.pth" <<'PTH'
