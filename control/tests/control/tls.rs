@@ -138,6 +138,6 @@ async fn replicas_speak_tls_to_each_other_and_trust_whom_they_are_told_to() {
     let tls = Some(PeersTls { ca_file: Some(stranger.path().join("none")) });
     let peers = Some(Peers { name: "pd-control-peers:1".into(), token: None, tls });
     let refused = Control::start(Config { listen: free_address(), peers, ..running.config.clone() }).await;
-    let error = format!("{:#}", refused.err().expect("no such file"));
+    let error = format!("{:#}", refused.expect_err("no such file"));
     assert!(error.starts_with("--peers-ca-file ") && !error.contains('\n'), "{error}");
 }
