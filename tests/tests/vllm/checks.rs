@@ -101,7 +101,11 @@ async fn ask_all(pair: &Pair, what: &str, questions: &[Question], at_once: bool)
     let tokens = questions.iter().map(|question| question.prompt_tokens);
     let (all, least): (u64, u64) = match pair.connector {
         Connector::Pull | Connector::Push => (tokens.clone().sum(), tokens.map(|tokens| tokens - 1).sum()),
-        Connector::Shared => (tokens.clone().sum(), tokens.map(|tokens| (tokens - 1) / BLOCK * BLOCK).sum()),
+        // A prompt of one token more than whole blocks is looked for under another name than it was stored under.
+        Connector::Shared => {
+            let found = |tokens: u64| if tokens % BLOCK == 1 { 0 } else { (tokens - 1) / BLOCK * BLOCK };
+            (tokens.clone().sum(), tokens.map(found).sum())
+        }
     };
     println!(
         "vllm: {:?}: {what}: {} answers right, {moved} of {all} prompt tokens moved, {computed} computed by decode, {:.1} s",
