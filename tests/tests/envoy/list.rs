@@ -180,9 +180,7 @@ fn a_pod_that_leaves_the_list_finishes_its_streams() {
         }
         let [gone, stays] = &rig.decode[..] else { panic!("two") };
         let (on_gone, on_stays) = (gone.stats().in_flight, stays.stats().in_flight);
-        // Two each, unless the machine stalled for as long as a connection may take, and Envoy took another pod.
-        let failed = rig.failed_connects(gone).await + rig.failed_connects(stays).await;
-        println!("{on_gone} and {on_stays} streams, {failed} connections failed");
+        // Two each, unless the machine stalled: a worker that stands still for 0.7 s counts as gone, with its streams.
         assert!(on_gone > 0 && on_gone + on_stays == 4, "streams at both pods: {on_gone} and {on_stays}");
         let list: Vec<Value> = entries(&rig.prefill, "prefill").chain(entries([stays], "decode")).collect();
         rig.relist(&list).await;
