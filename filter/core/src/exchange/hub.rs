@@ -29,6 +29,7 @@ const MAX_LOADS: usize = crate::wire::MAX_ENDPOINTS;
 #[derive(Debug)]
 pub struct Hub {
     id: u64,
+    /// In order: the same messages have the same answers.
     gateways: BTreeMap<u64, Gateway>,
     /// Changes of loads.
     changes: u64,

@@ -348,6 +348,9 @@ impl Run {
             }
             _ => {}
         }
+        if kind > 4 {
+            *self.counts.entry("exchange/heard".into()).or_default() += 1;
+        }
         let status = if kind == 4 { "503" } else { "200" };
         worker.answer(call.token, [(":status", status)], bytes).unwrap();
     }
@@ -711,7 +714,13 @@ fn whatever_happens_nothing_breaks_and_nothing_is_left_behind() {
         }
     }
     println!("{decisions:#?}");
-    for reached in ["split/prefilled", "split/kv_missing", "decode_only/prefill_failed", "prefill_only/phase_header"] {
+    for reached in [
+        "split/prefilled",
+        "split/kv_missing",
+        "decode_only/prefill_failed",
+        "prefill_only/phase_header",
+        "exchange/heard",
+    ] {
         let count = decisions.get(reached).copied().unwrap_or(0);
         assert!(only.is_some() || count > 100, "{reached} was hardly reached: {decisions:?}");
     }
