@@ -477,6 +477,18 @@ mod tests {
     }
 
     #[test]
+    fn the_same_is_told_in_the_same_order() {
+        let mut hub = Hub::new(9);
+        for gateway in (1..=20).rev() {
+            let blocks = block_event(1, &blocks(gateway, 1)).into_vec();
+            let record = Record { gateway, turn: 1, blocks, ..Record::default() };
+            hub.take(&Told { from: gateway, records: vec![record], ..Told::default() }, Duration::ZERO);
+        }
+        let heard = hub.answer(&Told { from: 99, wants: true, ..Told::default() }, 0);
+        assert!(heard.batches.iter().map(|batch| batch.gateway).eq(1..=20), "{:?}", heard.batches);
+    }
+
+    #[test]
     fn a_leg_behind_work_from_elsewhere_makes_no_progress_until_that_is_over() {
         let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
         let mut gateways = fleet(2, &mut hub, &mut now);
