@@ -58,6 +58,13 @@ mod abi {
     #[link(wasm_import_module = "env")]
     unsafe extern "C" {
         pub fn proxy_get_header_map_pairs(map: u32, data: *mut *mut u8, size: *mut usize) -> u32;
+        pub fn proxy_get_header_map_value(
+            map: u32,
+            key: *const u8,
+            key_size: usize,
+            data: *mut *mut u8,
+            size: *mut usize,
+        ) -> u32;
         pub fn proxy_remove_header_map_value(map: u32, key: *const u8, key_size: usize) -> u32;
         pub fn proxy_add_header_map_value(
             map: u32,
@@ -146,6 +153,16 @@ pub fn headers(map: Map) -> HostResult<Headers> {
     // SAFETY: both out-pointers outlive the call.
     let status = unsafe { abi::proxy_get_header_map_pairs(map as u32, &mut data, &mut size) };
     returned(status, data, size).map(Headers::from_wire)
+}
+
+/// The status that a map of response headers tells.
+pub fn status(map: Map) -> Option<u16> {
+    const NAME: &str = ":status";
+    let (mut data, mut size) = (null_mut(), 0);
+    // SAFETY: pointer and length are of one string, both out-pointers outlive the call.
+    let found = unsafe { abi::proxy_get_header_map_value(map as u32, NAME.as_ptr(), NAME.len(), &mut data, &mut size) };
+    let value = returned(found, data, size).ok()?;
+    core::str::from_utf8(&value).ok()?.parse().ok()
 }
 
 /// Removes every value of a header.

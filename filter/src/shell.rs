@@ -300,8 +300,7 @@ impl Root {
         let now = host::now();
         // What the others of this Envoy told before is not news to them.
         shell.catch_up(now);
-        let headers = host::headers(Map::Call).unwrap_or_default();
-        let status = call_status(&headers).filter(|_| has_answer);
+        let status = if has_answer { host::status(Map::Call) } else { None };
         let body = host::buffer(Buffer::CallBody).unwrap_or_default();
         {
             let Shell { worker, exchange, .. } = &mut *shell;
@@ -359,8 +358,7 @@ impl Context for Root {
         let poll = {
             let Ok(mut shell) = self.shell.try_borrow_mut() else { return };
             let shell = &mut *shell;
-            let headers = host::headers(Map::Call).unwrap_or_default();
-            let status = call_status(&headers).filter(|_| num_headers > 0);
+            let status = if num_headers > 0 { host::status(Map::Call) } else { None };
             let body = host::buffer(Buffer::CallBody).unwrap_or_default();
             let (poll, news) = shell.push.answered(&mut shell.worker, &shell.metrics, status, &body, host::now());
             shell.tell(news);
@@ -426,11 +424,6 @@ impl RootContext for Root {
     fn get_type(&self) -> Option<ContextType> {
         Some(ContextType::HttpContext)
     }
-}
-
-/// Status of the call-out's answer that is being told.
-pub fn call_status(headers: &Headers) -> Option<u16> {
-    headers.get(":status").and_then(|value| core::str::from_utf8(value).ok()?.parse().ok())
 }
 
 /// Of the host's making, and never 0.

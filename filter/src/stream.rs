@@ -11,7 +11,7 @@ use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
 
 use crate::host::{self, Buffer, Map};
-use crate::shell::{Shell, call_status};
+use crate::shell::Shell;
 
 /// One request and the worker it belongs to.
 pub struct Stream {
@@ -133,9 +133,12 @@ impl Context for Stream {
         }
         self.call = None;
         let now = host::now();
-        let headers = host::headers(Map::Call).unwrap_or_default();
+        let status = if num_headers > 0 { host::status(Map::Call) } else { None };
+        // What is passed on to the client is told what it is.
+        let is_fine = status.is_none_or(|status| status == 200);
+        let headers = if is_fine { Headers::default() } else { host::headers(Map::Call).unwrap_or_default() };
         let answer_body = host::buffer(Buffer::CallBody).unwrap_or_default();
-        let answer = match call_status(&headers).filter(|_| num_headers > 0) {
+        let answer = match status {
             Some(status) => {
                 PrefillAnswer::Answered { status, content_type: headers.get("content-type"), body: &answer_body }
             }
@@ -179,14 +182,14 @@ impl HttpContext for Stream {
 
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
         if self.request.is_sent() {
-            // Envoy names the host that it tried last, also where none answered and the answer is its own.
-            let is_envoys = host::property("response\0code_details").is_ok_and(|details| details != b"via_upstream");
-            let upstream = if is_envoys { None } else { host::property("upstream\0address").ok() };
-            let wants_status = self.request.wants_status();
-            let status = wants_status.then(|| host::headers(Map::Response).ok().as_ref().and_then(call_status));
+            let status = host::status(Map::Response);
+            // Envoy names the host that it tried last, also where none answered and the answer, an error, is its own.
+            let is_error = status.is_none_or(|status| status >= 400);
+            let is_envoys = || host::property("response\0code_details").is_ok_and(|details| details != b"via_upstream");
+            let upstream = if is_error && is_envoys() { None } else { host::property("upstream\0address").ok() };
             let now = host::now();
             return action(self.step(now, |request, shell| {
-                request.response_headers(&mut shell.worker, upstream.as_deref(), status.flatten(), now)
+                request.response_headers(&mut shell.worker, upstream.as_deref(), status, now)
             }));
         }
         Action::Continue

@@ -48,7 +48,7 @@ fn hex(byte: u8) -> u32 {
 pub(super) struct Seen {
     /// An escape.
     pub(super) escape: bool,
-    /// A byte that is not ASCII; perhaps one of the 15 bytes behind the text, which does no harm: they belong to the
+    /// A byte that is not ASCII; perhaps one of the 63 bytes behind the text, which does no harm: they belong to the
     /// same document.
     pub(super) non_ascii: bool,
 }
@@ -58,23 +58,38 @@ pub(super) struct Seen {
 #[inline]
 pub(super) fn text<'a>(mut rest: &'a [u8], seen: &mut Seen) -> &'a [u8] {
     let mut high = vector::High::default();
-    while let Some((chunk, behind)) = rest.split_first_chunk::<16>() {
-        let plain = high.next_end(chunk);
-        if plain >= 16 {
-            rest = behind;
-            continue;
-        }
-        rest = rest.get(plain..).unwrap_or_default();
-        let Some(behind) = escape(rest) else {
+    // Most strings of a body are names of a few bytes.
+    if let Some((chunk, behind)) = rest.split_first_chunk::<16>() {
+        let plain = high.ends(chunk).trailing_zeros() as usize;
+        rest = rest.get(plain..).unwrap_or(behind);
+        if rest.first() == Some(&b'"') {
             seen.non_ascii |= high.any();
             return rest;
-        };
-        seen.escape = true;
-        rest = behind;
-        // Text of another script may consist of escapes.
-        while let Some(behind) = escape(rest) {
-            rest = behind;
         }
+    }
+    // Text has a line break or an escaped quote in most blocks: all of a block are found at once.
+    'block: while let Some((block, behind)) = rest.split_first_chunk::<64>() {
+        let mut ends = high.all_ends(block);
+        while ends != 0 {
+            let at = ends.trailing_zeros();
+            let here = rest.get(at as usize..).unwrap_or_default();
+            let Some(after) = escape(here) else {
+                seen.non_ascii |= high.any();
+                return here;
+            };
+            seen.escape = true;
+            if at < 63 && here.get(1) != Some(&b'u') {
+                ends &= !3_u64.wrapping_shl(at);
+                continue;
+            }
+            rest = after;
+            // Text of another script may consist of escapes.
+            while let Some(after) = escape(rest) {
+                rest = after;
+            }
+            continue 'block;
+        }
+        rest = behind;
     }
     seen.non_ascii |= high.any();
     while let Some((&byte, behind)) = rest.split_first() {
@@ -119,7 +134,9 @@ fn digits(word: u64) -> usize {
 
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
 mod vector {
-    use core::arch::wasm32::{u8x16, u8x16_bitmask, u8x16_eq, u8x16_lt, u8x16_splat, u64x2_splat, v128, v128_or};
+    use core::arch::wasm32::{
+        u8x16, u8x16_bitmask, u8x16_eq, u8x16_lt, u8x16_splat, u64x2_splat, v128, v128_any_true, v128_or,
+    };
 
     /// All bytes so far, ORed, for bit 7.
     pub(super) struct High(v128);
@@ -135,9 +152,27 @@ mod vector {
             u8x16_bitmask(self.0) != 0
         }
 
-        /// Number of bytes before the first one that [`super::ends`]; 16 when there is none.
+        /// A bit for each byte that [`super::ends`], the lowest for the first, and one behind them all.
         #[inline]
-        pub(super) fn next_end(&mut self, chunk: &[u8; 16]) -> usize {
+        pub(super) fn ends(&mut self, chunk: &[u8; 16]) -> u32 {
+            u32::from(u8x16_bitmask(self.found(chunk))) | 0x1_0000
+        }
+
+        /// A bit for each byte that [`super::ends`], the lowest for the first.
+        #[inline]
+        pub(super) fn all_ends(&mut self, block: &[u8; 64]) -> u64 {
+            let ([a, b, c, d], _) = block.as_chunks() else { return 0 };
+            let (a, b, c, d) = (self.found(a), self.found(b), self.found(c), self.found(d));
+            if !v128_any_true(v128_or(v128_or(a, b), v128_or(c, d))) {
+                return 0;
+            }
+            let bits = |found: v128| u64::from(u8x16_bitmask(found));
+            bits(a) | bits(b).wrapping_shl(16) | bits(c).wrapping_shl(32) | bits(d).wrapping_shl(48)
+        }
+
+        /// All ones for each byte that [`super::ends`].
+        #[inline]
+        fn found(&mut self, chunk: &[u8; 16]) -> v128 {
             // One load: the compiler sees through it.
             let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = *chunk;
             let bytes = u8x16(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p);
@@ -145,8 +180,7 @@ mod vector {
             let quote = u8x16_eq(bytes, u8x16_splat(b'"'));
             let escape = u8x16_eq(bytes, u8x16_splat(b'\\'));
             let control = u8x16_lt(bytes, u8x16_splat(0x20));
-            let ends = u8x16_bitmask(v128_or(v128_or(quote, escape), control));
-            (u32::from(ends) | 0x1_0000).trailing_zeros() as usize
+            v128_or(v128_or(quote, escape), control)
         }
     }
 }
@@ -164,23 +198,36 @@ mod vector {
             self.0 & every(0x80) != 0
         }
 
-        /// Number of bytes before the first one that [`super::ends`]; 16 when there is none.
+        /// A bit for each byte that [`super::ends`], the lowest for the first, and one behind them all.
         #[inline]
-        pub(super) fn next_end(&mut self, chunk: &[u8; 16]) -> usize {
-            let bytes = u128::from_le_bytes(*chunk);
-            let (low, high) = (bytes as u64, bytes.wrapping_shr(64) as u64);
-            self.0 |= low | high;
-            let ends = u128::from(ends(low)) | u128::from(ends(high)).wrapping_shl(64);
-            // With none, all 128 bits are zeros.
-            (ends.trailing_zeros() / 8) as usize
+        pub(super) fn ends(&mut self, chunk: &[u8; 16]) -> u32 {
+            self.bits(chunk) as u32 | 0x1_0000
+        }
+
+        /// A bit for each byte that [`super::ends`], the lowest for the first.
+        #[inline]
+        pub(super) fn all_ends(&mut self, block: &[u8; 64]) -> u64 {
+            self.bits(block)
+        }
+
+        fn bits(&mut self, bytes: &[u8]) -> u64 {
+            let (words, _) = bytes.as_chunks::<8>();
+            words.iter().rev().fold(0, |bits, word| {
+                let word = u64::from_le_bytes(*word);
+                self.0 |= word;
+                bits.wrapping_shl(8) | ends(word)
+            })
         }
     }
 
-    /// Bit 7 of each byte that [`super::ends`], right up to the lowest such byte; a borrow may set it in bytes above.
-    fn ends(bytes: u64) -> u64 {
-        let zero = |word: u64| word.wrapping_sub(every(1)) & !word;
-        let control = bytes.wrapping_sub(every(0x20)) & !bytes;
-        (zero(bytes ^ every(b'"')) | zero(bytes ^ every(b'\\')) | control) & every(0x80)
+    /// A bit for each byte that [`super::ends`].
+    fn ends(word: u64) -> u64 {
+        // Bit 7 of each byte that is zero; no carry leaves a byte.
+        let zero = |word: u64| !((word & every(0x7f)).wrapping_add(every(0x7f)) | word | every(0x7f));
+        let control = zero(word & every(0xe0));
+        let found = zero(word ^ every(b'"')) | zero(word ^ every(b'\\')) | control;
+        // The eight bits 7 side by side.
+        found.wrapping_shr(7).wrapping_mul(0x0102_0408_1020_4080).wrapping_shr(56)
     }
 }
 
@@ -197,7 +244,7 @@ mod tests {
 
     #[test]
     fn text_ends_at_the_first_byte_that_is_something_else() {
-        for len in 0..50 {
+        for len in (0..20).chain(60..85).chain([130]) {
             for at in 0..len {
                 for byte in 0..=u8::MAX {
                     let mut bytes = vec![b'x'; len];
@@ -219,7 +266,7 @@ mod tests {
 
     #[test]
     fn text_passes_over_escapes_of_two_bytes() {
-        for len in 2..50 {
+        for len in (2..20).chain(60..85).chain([130]) {
             for at in 0..len - 1 {
                 for byte in 0..=u8::MAX {
                     let mut bytes = vec![b'x'; len];

@@ -4,7 +4,7 @@ use core::time::Duration;
 use std::sync::Arc;
 
 use super::leg::prefill_ms;
-use super::sent::{Companion, Response, Sent};
+use super::sent::{Companion, JUDGED_TOKENS, Response, Sent};
 use super::{
     DECISION, DECODE, DESTINATION, Effect, Flow, KV_MISSING, MATCHED_TOKENS, Outcome, PREFILL, PREFILLER, RANK, REASON,
     Request, State, TRIES, decision_name, to_i64,
@@ -135,9 +135,11 @@ impl Request {
         }
         let is_kv_missing = reason == KV_MISSING;
         let is_split = !matches!(prefill, Prefill::Own) && !is_kv_missing;
-        let is_judged =
-            is_split && worker.table.get(pick.endpoint).is_some_and(|slot| slot.engine.counts_fetched_tokens());
-        let passage = passage(work, &prefill, is_split).map(Box::new);
+        // A prompt that is too short by half as it was estimated: its answer is not worth reading.
+        let is_judged = is_split
+            && work.prompt.tokens as u64 >= JUDGED_TOKENS / 2
+            && worker.table.get(pick.endpoint).is_some_and(|slot| slot.engine.counts_fetched_tokens());
+        let passage = passage(work, &prefill, is_split, is_judged).map(Box::new);
         let companion = if let Prefill::Beside(_, companion) = prefill { Some(companion) } else { None };
         let (response, is_restricted) = (Response::Awaited, work.subset.is_some());
         let sent = Sent {
@@ -218,7 +220,7 @@ pub(super) fn destination(
 
 /// What to look for in the answer of a request: the model's name where it is to be put back, and what was used where
 /// that will be told. A stream is read for its cached tokens only where they are to be put right, for it has many parts.
-fn passage(work: &Work, prefill: &Prefill, is_split: bool) -> Option<Passage> {
+fn passage(work: &Work, prefill: &Prefill, is_split: bool, is_judged: bool) -> Option<Passage> {
     let (tells_cached_tokens, cached_tokens) = match prefill {
         Prefill::Done(.., usage) => {
             let cached = usage.and_then(|usage| usage.cached_tokens);
@@ -228,7 +230,7 @@ fn passage(work: &Work, prefill: &Prefill, is_split: bool) -> Option<Passage> {
         Prefill::Own | Prefill::Sidecar(..) => (false, None),
     };
     let tells_cached_tokens = tells_cached_tokens && is_split && work.pool().tells_prefills_cached_tokens;
-    let reads_usage = work.shows_usage && is_split && (tells_cached_tokens || !work.is_stream);
+    let reads_usage = work.shows_usage && is_split && (tells_cached_tokens || is_judged && !work.is_stream);
     if !reads_usage && work.put_back.is_none() {
         return None;
     }

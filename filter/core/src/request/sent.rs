@@ -102,14 +102,8 @@ impl Request {
         matches!(self.state, State::Sent(_) | State::Watched)
     }
 
-    /// Whether [`response_headers`](Self::response_headers) wants to know the status.
-    #[must_use]
-    pub fn wants_status(&self) -> bool {
-        matches!(&self.state, State::Sent(sent) if sent.companion.is_some())
-    }
-
     /// Response headers are there; `upstream` is the address of the endpoint that answered, if one did, `status` what
-    /// it said, where that is [wanted](Self::wants_status).
+    /// the answer says.
     pub fn response_headers(
         &mut self,
         worker: &mut Worker,
@@ -230,7 +224,7 @@ impl Sent {
 }
 
 /// Shortest prompt whose usage is judged, tokens: engines hand over whole blocks and keep the last token for themselves.
-const JUDGED_TOKENS: u64 = 256;
+pub(super) const JUDGED_TOKENS: u64 = 256;
 /// Answers in a row that show a KV cache that came before the next one that does not is news.
 const KV_DOUBTS: u8 = 32;
 

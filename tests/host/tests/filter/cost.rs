@@ -115,10 +115,10 @@ fn memory_is_constant_after_large_bodies() {
         (0..100).for_each(|id| mix(&gateway, round * 1_000 + id, 200_000));
         (0..200).for_each(|id| mix(&gateway, round * 10_000 + id, 4_000));
     };
-    // The heap takes its last page after some hundreds of requests; after that it is a leak.
-    (1..8).for_each(round);
+    // The heap takes its last page after some thousands of requests; after that it is a leak.
+    (1..32).for_each(round);
     let before = gateway.memory_bytes();
-    (8..24).for_each(round);
+    (32..64).for_each(round);
     assert_eq!(gateway.memory_bytes(), before);
     println!("{} kB of linear memory with 200 kB bodies", before / 1_024);
     gateway.assert_idle();

@@ -141,7 +141,7 @@ fn called() -> BTreeMap<&'static str, u64> {
 #[test]
 fn no_status_of_any_host_function_ends_the_worker_or_leaves_a_request_behind() {
     let called = called();
-    assert_eq!(called.len(), 18, "{called:?}");
+    assert_eq!(called.len(), 19, "{called:?}");
     for function in called.keys() {
         for status in statuses(function) {
             for fault in [Fault::Once(*status), Fault::Always(*status), Fault::After(3, *status)] {

@@ -52,6 +52,49 @@ fn bad_requests_say_why() {
     gateway.assert_idle();
 }
 
+/// The module scans with vectors that the tests of pd-core, which are native, do not reach.
+#[test]
+fn what_is_json_is_what_serde_json_takes_for_json() {
+    let gateway = Gateway::new(&two_and_two());
+    let pieces: [&[u8]; 16] = [
+        b"\"",
+        b"\\",
+        b"\\\"",
+        b"\\\\",
+        b"\\n\\n\\/",
+        b"\\x",
+        b"\\u00e9",
+        b"\\u00g9",
+        b"\\ud83d\\ude00",
+        b"\\ud83d",
+        b"\\ude00\\n",
+        b"\x1f",
+        b"\x20\x7f",
+        b"\xc3\xa9",
+        b"\xc3",
+        b"\x80",
+    ];
+    let (mut good, mut bad) = (0, 0);
+    for piece in pieces {
+        for before in 0..150 {
+            for behind in [0, 1, 15, 63, 64, 130] {
+                let (before, behind) = ("x".repeat(before), "y".repeat(behind));
+                let body = [b"{\"a\":\"", before.as_bytes(), piece, behind.as_bytes(), b"\"}"].concat();
+                let reason = if serde_json::from_slice::<Value>(&body).is_ok() {
+                    good += 1;
+                    "missing_model"
+                } else {
+                    bad += 1;
+                    "invalid_json"
+                };
+                assert_rejected(&Request::post(CHAT, &body).send(&gateway), 400, reason);
+            }
+        }
+    }
+    assert!(good > 5_000 && bad > 5_000, "{good} {bad}");
+    gateway.assert_idle();
+}
+
 #[test]
 fn an_unknown_model_is_told_which_are_known() {
     let gateway = Gateway::new(r#"{"endpoints":[{"address":"10.0.0.1:8000","role":"both","models":["b","a"]}]}"#);
