@@ -78,15 +78,12 @@ pub(super) fn text<'a>(mut rest: &'a [u8], seen: &mut Seen) -> &'a [u8] {
                 return here;
             };
             seen.escape = true;
-            if at < 63 && here.get(1) != Some(&b'u') {
+            if at < 63 {
+                // Digits behind `\u` do not count as ends.
                 ends &= !3_u64.wrapping_shl(at);
                 continue;
             }
             rest = after;
-            // Text of another script may consist of escapes.
-            while let Some(after) = escape(rest) {
-                rest = after;
-            }
             continue 'block;
         }
         rest = behind;
