@@ -162,7 +162,8 @@ bench: build envoy ## Measure: stages of pd-core, module size, Envoy with and wi
 	$(call say,a request in the module)
 	cargo run $(LOCKED) --quiet -p pd-host --example cost
 	$(call say,Envoy with and without the filter)
-	cargo run $(LOCKED) --quiet -p pd-load --bin pd-bench -- $(ARGS)
+	cargo build $(LOCKED) --quiet -p pd-filter --example least --target wasm32-wasip1 --profile filter
+	cargo run $(LOCKED) --quiet -p pd-load --bin pd-bench -- --least target/wasm32-wasip1/filter/examples/least.wasm $(ARGS)
 	$(call say,a change of the list and pd-control)
 	cargo run $(LOCKED) --quiet -p pd-load --bin pd-bench-push
 

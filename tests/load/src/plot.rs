@@ -10,13 +10,14 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 /// Colours that stay apart for colour-blind readers (Okabe and Ito's palette).
-pub const COLOURS: [RGBColor; 6] = [
+pub const COLOURS: [RGBColor; 7] = [
     RGBColor(153, 153, 153),
     RGBColor(90, 90, 90),
     RGBColor(86, 180, 233),
     RGBColor(0, 114, 178),
     RGBColor(240, 190, 80),
     RGBColor(213, 94, 0),
+    RGBColor(0, 158, 115),
 ];
 
 const FONT: &str = "sans-serif";

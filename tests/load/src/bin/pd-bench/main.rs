@@ -78,6 +78,9 @@ struct Args {
     /// Another build of it, measured beside it
     #[arg(long)]
     beside: Option<PathBuf>,
+    /// A module that does the least which runs two legs: the floor of every such filter
+    #[arg(long)]
+    least: Option<PathBuf>,
     /// JSON that is merged into the filter's configuration, as {"prefix":{"block_bytes":1024}}
     #[arg(long, value_name = "JSON", value_parser = |text: &str| serde_json::from_str::<Value>(text))]
     filter: Option<Value>,
@@ -178,9 +181,13 @@ async fn run(args: &Args) -> Result<()> {
 
 fn chosen(args: &Args) -> Vec<Variant> {
     let wanted = |variant: Variant| {
-        let beside = matches!(variant, Variant::OneLegBeside | Variant::TwoLegsBeside);
         let named = args.variants.is_empty() || args.variants.contains(&variant);
-        named && (!beside || args.beside.is_some())
+        let is_there = match variant {
+            Variant::OneLegBeside | Variant::TwoLegsBeside => args.beside.is_some(),
+            Variant::Least => args.least.is_some(),
+            _ => true,
+        };
+        named && is_there
     };
     let all = Variant::ALL.into_iter();
     all.filter(|variant| wanted(*variant) || Variant::ALL.into_iter().any(|v| wanted(v) && v.floor() == *variant))

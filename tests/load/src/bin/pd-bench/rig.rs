@@ -108,6 +108,7 @@ fn filter_config(args: &Args, variant: Variant, endpoints: &[SocketAddr]) -> Res
         Variant::OneLeg => (&args.wasm, "never"),
         Variant::OneLegBeside => (args.beside.as_ref().unwrap_or(&args.wasm), "never"),
         Variant::TwoLegsBeside => (args.beside.as_ref().unwrap_or(&args.wasm), "always"),
+        Variant::Least => (args.least.as_ref().unwrap_or(&args.wasm), "always"),
         _ => (&args.wasm, "always"),
     };
     let mut config = Config::local(wasm, endpoints)?;

@@ -15,12 +15,21 @@ pub enum Variant {
     OneLegBeside,
     /// The other build of the filter, two legs.
     TwoLegsBeside,
+    /// The least that runs two legs.
+    Least,
 }
 
 impl Variant {
     /// All of them, in the order in which a round measures them.
-    pub const ALL: [Self; 6] =
-        [Self::Plain, Self::PlainTwice, Self::OneLeg, Self::TwoLegs, Self::OneLegBeside, Self::TwoLegsBeside];
+    pub const ALL: [Self; 7] = [
+        Self::Plain,
+        Self::PlainTwice,
+        Self::OneLeg,
+        Self::TwoLegs,
+        Self::OneLegBeside,
+        Self::TwoLegsBeside,
+        Self::Least,
+    ];
 
     /// For people.
     pub fn name(self) -> &'static str {
@@ -31,6 +40,7 @@ impl Variant {
             Self::TwoLegs => "filter, two legs",
             Self::OneLegBeside => "other, one leg",
             Self::TwoLegsBeside => "other, two legs",
+            Self::Least => "least, two legs",
         }
     }
 
@@ -38,7 +48,7 @@ impl Variant {
     pub fn floor(self) -> Self {
         match self {
             Self::Plain | Self::OneLeg | Self::OneLegBeside => Self::Plain,
-            Self::PlainTwice | Self::TwoLegs | Self::TwoLegsBeside => Self::PlainTwice,
+            Self::PlainTwice | Self::TwoLegs | Self::TwoLegsBeside | Self::Least => Self::PlainTwice,
         }
     }
 
