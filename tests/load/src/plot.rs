@@ -51,7 +51,7 @@ pub struct Panel {
 /// # Errors
 /// When the file cannot be written.
 pub fn bars(path: &Path, title: &str, legend: &[(&str, usize)], panels: &[Panel]) -> Result<()> {
-    let width = 120 + 260 * panels.len().max(2) as u32;
+    let width = 120 + 260 * panels.len().max(3) as u32;
     let root = SVGBackend::new(path, (width, 420)).into_drawing_area();
     root.fill(&WHITE).map_err(failed)?;
     let (head, body) = root.split_vertically(64);
