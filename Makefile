@@ -137,6 +137,7 @@ lint: toolchain deps-check ## Formatting, clippy for native and wasm, pd-core's 
 	$(call say,clippy)
 	@# What ships: with the disallowed lists of filter/clippy.toml and filter/core/clippy.toml.
 	cargo clippy $(LOCKED) -p pd-core -p pd-filter --target wasm32-wasip1 -- -D warnings
+	cargo clippy $(LOCKED) -p pd-filter --examples --target wasm32-wasip1 -- -D warnings
 	@# Everything else, and core's tests, which may use what core may not.
 	CLIPPY_CONF_DIR=$(CURDIR) cargo clippy $(LOCKED) --workspace --exclude pd-filter --all-targets -- -D warnings
 

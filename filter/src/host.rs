@@ -155,13 +155,18 @@ pub fn headers(map: Map) -> HostResult<Headers> {
     returned(status, data, size).map(Headers::from_wire)
 }
 
-/// The status that a map of response headers tells.
-pub fn status(map: Map) -> Option<u16> {
-    const NAME: &str = ":status";
+/// First value of a header.
+pub fn header(map: Map, name: &str) -> HostResult<Vec<u8>> {
     let (mut data, mut size) = (null_mut(), 0);
     // SAFETY: pointer and length are of one string, both out-pointers outlive the call.
-    let found = unsafe { abi::proxy_get_header_map_value(map as u32, NAME.as_ptr(), NAME.len(), &mut data, &mut size) };
-    let value = returned(found, data, size).ok()?;
+    let status =
+        unsafe { abi::proxy_get_header_map_value(map as u32, name.as_ptr(), name.len(), &mut data, &mut size) };
+    returned(status, data, size)
+}
+
+/// The status that a map of response headers tells.
+pub fn status(map: Map) -> Option<u16> {
+    let value = header(map, ":status").ok()?;
     core::str::from_utf8(&value).ok()?.parse().ok()
 }
 

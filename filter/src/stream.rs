@@ -134,13 +134,13 @@ impl Context for Stream {
         self.call = None;
         let now = host::now();
         let status = if num_headers > 0 { host::status(Map::Call) } else { None };
-        // What is passed on to the client is told what it is.
-        let is_fine = status.is_none_or(|status| status == 200);
-        let headers = if is_fine { Headers::default() } else { host::headers(Map::Call).unwrap_or_default() };
+        // Only what is passed on to the client needs its type.
+        let is_passed_on = status.is_some_and(|status| status != 200);
+        let content_type = if is_passed_on { host::header(Map::Call, "content-type").ok() } else { None };
         let answer_body = host::buffer(Buffer::CallBody).unwrap_or_default();
         let answer = match status {
             Some(status) => {
-                PrefillAnswer::Answered { status, content_type: headers.get("content-type"), body: &answer_body }
+                PrefillAnswer::Answered { status, content_type: content_type.as_deref(), body: &answer_body }
             }
             None => PrefillAnswer::None,
         };

@@ -41,8 +41,8 @@ pub struct PrefixIndex {
     /// what comes. (With the blocks in the table itself, memory was waited for twice a block.)
     blocks: Vec<Block>,
     free_blocks: Vec<u32>,
-    /// Where a block is among the blocks, by its hash.
-    places: HashTable<u32>,
+    /// Numbers of the blocks, by hash.
+    by_hash: HashTable<u32>,
     /// Nodes of holders that their blocks do not remember by name.
     others: HashTable<u32>,
     lists: Vec<List>,
@@ -104,7 +104,7 @@ impl PrefixIndex {
             free_nodes: Vec::new(),
             blocks: Vec::new(),
             free_blocks: Vec::new(),
-            places: HashTable::new(),
+            by_hash: HashTable::new(),
             others: HashTable::new(),
             lists: Vec::new(),
             len: 0,
@@ -130,7 +130,7 @@ impl PrefixIndex {
     #[must_use]
     pub fn bytes(&self) -> usize {
         // A table is at most 7/8 full, and as large as a power of two.
-        let places = self.places.capacity().saturating_mul(8).wrapping_div(7).next_power_of_two();
+        let places = self.by_hash.capacity().saturating_mul(8).wrapping_div(7).next_power_of_two();
         let numbers = [self.others.capacity(), self.free_nodes.capacity(), self.free_blocks.capacity()];
         let parts = [
             places.saturating_mul(PLACE_BYTES),
@@ -279,7 +279,7 @@ impl PrefixIndex {
         self.requests = self.requests.wrapping_add(1);
         let now = self.requests;
         for hash in blocks {
-            let at = self.place_of(*hash).unwrap_or(NIL);
+            let at = self.find(*hash).unwrap_or(NIL);
             let Some(block) = self.blocks.get_mut(at as usize) else { return Some(*hash) };
             let age = now.wrapping_sub(block.seen_at) as f32;
             block.seen = block.seen * (-age / SHARE_WINDOW).exp() + 1.0;
@@ -323,33 +323,36 @@ impl PrefixIndex {
     }
 
     fn block_of(&self, hash: BlockHash) -> Option<&Block> {
-        self.blocks.get(self.place_of(hash)? as usize)
+        self.blocks.get(self.find(hash)? as usize)
     }
 
-    fn place_of(&self, hash: BlockHash) -> Option<u32> {
+    fn find(&self, hash: BlockHash) -> Option<u32> {
         let is_it = |at: &u32| self.blocks.get(*at as usize).is_some_and(|block| block.hash == hash);
-        self.places.find(hash.0, is_it).copied()
+        self.by_hash.find(hash.0, is_it).copied()
     }
 
-    /// The place of a block that is known or, from now on, is.
-    fn place(&mut self, hash: BlockHash) -> Option<u32> {
-        if let Some(at) = self.place_of(hash) {
+    /// The number of a block that is known or, from now on, is.
+    fn find_or_add(&mut self, hash: BlockHash) -> Option<u32> {
+        if let Some(at) = self.find(hash) {
             return Some(at);
         }
         let block = Block { hash, recent: [NOBODY; RECENT_HOLDERS], others: 0, seen: 1.0, seen_at: self.requests };
         let at = put(&mut self.blocks, &mut self.free_blocks, block)?;
         let blocks = &self.blocks;
-        self.places.insert_unique(hash.0, at, |at| blocks.get(*at as usize).map_or(0, |block| block.hash.0));
+        self.by_hash.insert_unique(hash.0, at, |at| blocks.get(*at as usize).map_or(0, |block| block.hash.0));
         Some(at)
     }
 
     fn add_node(&mut self, hash: BlockHash, endpoint: EndpointIndex, units: usize) -> Option<u32> {
         let units = u32::try_from(units).unwrap_or(u32::MAX);
-        let place = self.place(hash)?;
-        let at =
-            put(&mut self.nodes, &mut self.free_nodes, Node { block: place, endpoint, units, newer: NIL, older: NIL })?;
+        let number = self.find_or_add(hash)?;
+        let at = put(
+            &mut self.nodes,
+            &mut self.free_nodes,
+            Node { block: number, endpoint, units, newer: NIL, older: NIL },
+        )?;
         self.len = self.len.saturating_add(1);
-        let block = self.blocks.get_mut(place as usize)?;
+        let block = self.blocks.get_mut(number as usize)?;
         let places =
             block.recent.iter().position(|holder| *holder == NOBODY).map_or(RECENT_HOLDERS, |at| at.wrapping_add(1));
         if let Some(places) = block.recent.get_mut(..places) {
@@ -385,8 +388,8 @@ impl PrefixIndex {
         }
         if block.others == 0 && block.recent == [NOBODY; RECENT_HOLDERS] {
             self.free_blocks.push(node.block);
-            if let Ok(place) = self.places.find_entry(hash.0, |at| *at == node.block) {
-                place.remove();
+            if let Ok(entry) = self.by_hash.find_entry(hash.0, |number| *number == node.block) {
+                entry.remove();
             }
         }
     }

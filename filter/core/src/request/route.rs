@@ -135,7 +135,7 @@ impl Request {
         }
         let is_kv_missing = reason == KV_MISSING;
         let is_split = !matches!(prefill, Prefill::Own) && !is_kv_missing;
-        // A prompt that is too short by half as it was estimated: its answer is not worth reading.
+        // An answer is read for that only if the prompt may be long enough, were its estimate half of what it is.
         let is_judged = is_split
             && work.prompt.tokens as u64 >= JUDGED_TOKENS / 2
             && worker.table.get(pick.endpoint).is_some_and(|slot| slot.engine.counts_fetched_tokens());

@@ -111,18 +111,23 @@ impl Request {
         status: Option<u16>,
         now: Duration,
     ) -> Outcome {
-        let served = upstream.and_then(|upstream| core::str::from_utf8(upstream).ok());
-        let served = served.map(|upstream| Effect::AddResponseHeader(SERVED_HEADER, upstream.to_owned()));
+        let served = || {
+            let upstream = core::str::from_utf8(upstream?).ok()?;
+            Some(Effect::AddResponseHeader(SERVED_HEADER, upstream.to_owned()))
+        };
         let sent = match &mut self.state {
             State::Sent(sent) => sent,
             State::Watched => {
                 self.state = State::Over;
-                return Outcome { flow: Flow::Continue, effects: served.into_iter().collect() };
+                return Outcome { flow: Flow::Continue, effects: served().into_iter().collect() };
             }
             _ => return GO_ON,
         };
         sent.answered_by(worker, upstream, now);
-        let mut effects: Vec<Effect> = served.filter(|_| sent.is_restricted).into_iter().collect();
+        let mut effects = Vec::new();
+        if sent.is_restricted {
+            effects.extend(served());
+        }
         if sent.is_kv_missing {
             effects.push(Effect::AddResponseHeader(KV_HEADER, "missing".to_owned()));
         }

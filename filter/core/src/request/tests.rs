@@ -1056,6 +1056,9 @@ fn a_prompt_that_was_computed_twice_is_counted_each_time_and_said_once() {
     let mut t = of_engine("sglang");
     judged(&mut t, &whole_body(), 0, 0);
     assert_eq!(t.worker.counts.pending(Metric::KvNotMoved), 0, "its decode endpoint cannot compute a prompt");
+    let mut t = of_engine("vllm-nixl");
+    judged(&mut t, &whole_body().replace(&"word ".repeat(580), ""), 0, 0);
+    assert_eq!(t.worker.counts.pending(Metric::KvNotMoved), 0, "too short as it was estimated");
 }
 
 #[test]

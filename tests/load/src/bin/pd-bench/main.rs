@@ -5,7 +5,7 @@ mod rounds;
 mod variant;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -179,15 +179,21 @@ async fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
+impl Args {
+    /// The module of a variant with a filter, if it is named.
+    fn module(&self, variant: Variant) -> Option<&Path> {
+        match variant {
+            Variant::OneLegBeside | Variant::TwoLegsBeside => self.beside.as_deref(),
+            Variant::Least => self.least.as_deref(),
+            Variant::Plain | Variant::PlainTwice | Variant::OneLeg | Variant::TwoLegs => Some(&self.wasm),
+        }
+    }
+}
+
 fn chosen(args: &Args) -> Vec<Variant> {
     let wanted = |variant: Variant| {
-        let named = args.variants.is_empty() || args.variants.contains(&variant);
-        let is_there = match variant {
-            Variant::OneLegBeside | Variant::TwoLegsBeside => args.beside.is_some(),
-            Variant::Least => args.least.is_some(),
-            _ => true,
-        };
-        named && is_there
+        let is_named = args.variants.contains(&variant);
+        is_named || args.variants.is_empty() && args.module(variant).is_some()
     };
     let all = Variant::ALL.into_iter();
     all.filter(|variant| wanted(*variant) || Variant::ALL.into_iter().any(|v| wanted(v) && v.floor() == *variant))

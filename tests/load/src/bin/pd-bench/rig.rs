@@ -104,13 +104,8 @@ pub async fn idle(args: &Args) -> Result<(Vec<Engine>, Envoy, Envoy)> {
 }
 
 fn filter_config(args: &Args, variant: Variant, endpoints: &[SocketAddr]) -> Result<Config> {
-    let (wasm, mode) = match variant {
-        Variant::OneLeg => (&args.wasm, "never"),
-        Variant::OneLegBeside => (args.beside.as_ref().unwrap_or(&args.wasm), "never"),
-        Variant::TwoLegsBeside => (args.beside.as_ref().unwrap_or(&args.wasm), "always"),
-        Variant::Least => (args.least.as_ref().unwrap_or(&args.wasm), "always"),
-        _ => (&args.wasm, "always"),
-    };
+    let wasm = args.module(variant).with_context(|| format!("no module is named for `{}`", variant.name()))?;
+    let mode = if matches!(variant, Variant::OneLeg | Variant::OneLegBeside) { "never" } else { "always" };
     let mut config = Config::local(wasm, endpoints)?;
     config.edit_filter(|filter| {
         let list: Vec<_> = endpoints
