@@ -4,7 +4,7 @@
 //! JSON to every engine: UTF-8, control characters, escapes and surrogate pairs in strings, number grammar and range
 //! (`1e999` is refused), at most [`MAX_DEPTH`] open containers, nothing but white space behind the value.
 //!
-//! The work is one forward pass. Strings, which are nearly all of a long body, are passed over in chunks of 16 bytes.
+//! The work is one forward pass. Strings, which are nearly all of a long body, are passed over in blocks of 64 bytes.
 
 use core::fmt;
 use std::borrow::Cow;

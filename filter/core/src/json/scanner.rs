@@ -246,7 +246,9 @@ impl<'a> Scanner<'a> {
         let start = self.at;
         let mut seen = Seen::default();
         loop {
-            self.go_to(tight::text(self.rest(), &mut seen));
+            // The byte before is the opening quote or the last digit of an escape.
+            let from = self.bytes.get(self.at.wrapping_sub(1)..).unwrap_or_default();
+            self.go_to(tight::text(from, &mut seen));
             match self.peek() {
                 Some(b'"') => {
                     let span = Span::new(start, self.at);

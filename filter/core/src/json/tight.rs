@@ -55,40 +55,58 @@ pub(super) struct Seen {
 
 /// Passes over characters that stand for themselves and escapes that do; returns what is behind them: the end of the
 /// string, a surrogate pair or an error.
+///
+/// `rest` is the byte before the text, which is no backslash, and what follows it.
 #[inline]
 pub(super) fn text<'a>(mut rest: &'a [u8], seen: &mut Seen) -> &'a [u8] {
-    let mut high = vector::High::default();
+    let mut passed = vector::Passed::default();
     // Most strings of a body are names of a few bytes.
-    if let Some((chunk, behind)) = rest.split_first_chunk::<16>() {
-        let plain = high.ends(chunk).trailing_zeros() as usize;
-        rest = rest.get(plain..).unwrap_or(behind);
-        if rest.first() == Some(&b'"') {
-            seen.non_ascii |= high.any();
-            return rest;
+    if let Some([_, chunk @ ..]) = rest.first_chunk::<17>()
+        && let Some(chunk) = chunk.first_chunk()
+    {
+        rest = rest.get(passed.ends(chunk).trailing_zeros() as usize..).unwrap_or_default();
+        if let Some(end @ [b'"', ..]) = rest.get(1..) {
+            seen.non_ascii |= passed.non_ascii();
+            return end;
         }
     }
-    // Text has a line break or an escaped quote in most blocks: all of a block are found at once.
-    'block: while let Some((block, behind)) = rest.split_first_chunk::<64>() {
-        let mut ends = high.all_ends(block);
-        while ends != 0 {
-            let at = ends.trailing_zeros();
-            let here = rest.get(at as usize..).unwrap_or_default();
-            let Some(after) = escape(here) else {
-                seen.non_ascii |= high.any();
-                return here;
-            };
-            seen.escape = true;
-            if at < 63 {
-                // Digits behind `\u` do not count as ends.
-                ends &= !3_u64.wrapping_shl(at);
-                continue;
+    // Text has a line break or an escaped quote in most blocks, so these do not stop it.
+    'block: while let Some(block) = rest.first_chunk::<65>() {
+        if let Some(Stops { mut bits, escapes }) = passed.block(block) {
+            while bits != 0 {
+                // From the byte before the one that stops.
+                let at = bits.trailing_zeros();
+                let here = rest.get(at as usize..).unwrap_or_default();
+                let Some(after) = escape(here) else {
+                    seen.escape |= passed.escapes() || escapes & !u64::MAX.wrapping_shl(at) != 0;
+                    seen.non_ascii |= passed.non_ascii();
+                    return behind_what_passed(here);
+                };
+                seen.escape = true;
+                let mut last = rest.len().wrapping_sub(after.len()).wrapping_sub(1);
+                if rest.get(last) == Some(&b'\\') {
+                    // The byte behind it was taken for its escape.
+                    match after {
+                        [b'"' | ..0x20, ..] | [] => {
+                            seen.non_ascii |= passed.non_ascii();
+                            return after;
+                        }
+                        [byte, ..] => seen.non_ascii |= !byte.is_ascii(),
+                    }
+                    last = last.wrapping_add(1);
+                }
+                if last >= 64 {
+                    rest = rest.get(last..).unwrap_or_default();
+                    continue 'block;
+                }
+                bits &= u64::MAX.wrapping_shl(last as u32);
             }
-            rest = after;
-            continue 'block;
         }
-        rest = behind;
+        rest = rest.get(64..).unwrap_or_default();
     }
-    seen.non_ascii |= high.any();
+    seen.escape |= passed.escapes();
+    seen.non_ascii |= passed.non_ascii();
+    rest = behind_what_passed(rest);
     while let Some((&byte, behind)) = rest.split_first() {
         if !ends(byte) {
             seen.non_ascii |= !byte.is_ascii();
@@ -101,6 +119,24 @@ pub(super) fn text<'a>(mut rest: &'a [u8], seen: &mut Seen) -> &'a [u8] {
         }
     }
     rest
+}
+
+/// What follows the byte before, or an escape that begins with that.
+#[inline]
+fn behind_what_passed(rest: &[u8]) -> &[u8] {
+    match rest {
+        [b'\\', ..] | [] => rest,
+        [_, behind @ ..] => behind,
+    }
+}
+
+/// Where the passage over a block stops: a bit a byte, the lowest for the first.
+struct Stops {
+    /// Bytes that end the text, are escaped by something else than `\n`, `\t` and `\"`, or stand behind an escaped
+    /// backslash as if they were escaped. Of several, only the first is certain.
+    bits: u64,
+    /// Bytes with a backslash before them.
+    escapes: u64,
 }
 
 /// Passes over integers of up to eight digits as long as a comma follows each; returns what is behind the last comma.
@@ -132,99 +168,141 @@ fn digits(word: u64) -> usize {
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
 mod vector {
     use core::arch::wasm32::{
-        u8x16, u8x16_bitmask, u8x16_eq, u8x16_lt, u8x16_splat, u64x2_splat, v128, v128_any_true, v128_or,
+        u8x16_bitmask, u8x16_eq, u8x16_lt, u8x16_splat, u64x2, u64x2_splat, v128, v128_and, v128_andnot, v128_any_true,
+        v128_or, v128_xor,
     };
 
-    /// All bytes so far, ORed, for bit 7.
-    pub(super) struct High(v128);
+    use super::Stops;
 
-    impl Default for High {
+    /// What was passed over so far.
+    pub(super) struct Passed {
+        /// All bytes, ORed, for bit 7.
+        bytes: v128,
+        /// Bits for bytes behind a backslash, in blocks without a stop.
+        escapes: v128,
+    }
+
+    impl Default for Passed {
         fn default() -> Self {
-            Self(u64x2_splat(0))
+            Self { bytes: u64x2_splat(0), escapes: u64x2_splat(0) }
         }
     }
 
-    impl High {
-        pub(super) fn any(&self) -> bool {
-            u8x16_bitmask(self.0) != 0
+    impl Passed {
+        pub(super) fn non_ascii(&self) -> bool {
+            u8x16_bitmask(self.bytes) != 0
+        }
+
+        pub(super) fn escapes(&self) -> bool {
+            v128_any_true(self.escapes)
         }
 
         /// A bit for each byte that [`super::ends`], the lowest for the first, and one behind them all.
         #[inline]
         pub(super) fn ends(&mut self, chunk: &[u8; 16]) -> u32 {
-            u32::from(u8x16_bitmask(self.found(chunk))) | 0x1_0000
-        }
-
-        /// A bit for each byte that [`super::ends`], the lowest for the first.
-        #[inline]
-        pub(super) fn all_ends(&mut self, block: &[u8; 64]) -> u64 {
-            let ([a, b, c, d], _) = block.as_chunks() else { return 0 };
-            let (a, b, c, d) = (self.found(a), self.found(b), self.found(c), self.found(d));
-            if !v128_any_true(v128_or(v128_or(a, b), v128_or(c, d))) {
-                return 0;
-            }
-            let bits = |found: v128| u64::from(u8x16_bitmask(found));
-            bits(a) | bits(b).wrapping_shl(16) | bits(c).wrapping_shl(32) | bits(d).wrapping_shl(48)
-        }
-
-        /// All ones for each byte that [`super::ends`].
-        #[inline]
-        fn found(&mut self, chunk: &[u8; 16]) -> v128 {
-            // One load: the compiler sees through it.
-            let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = *chunk;
-            let bytes = u8x16(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p);
-            self.0 = v128_or(self.0, bytes);
-            let quote = u8x16_eq(bytes, u8x16_splat(b'"'));
+            let bytes = load(chunk);
+            self.bytes = v128_or(self.bytes, bytes);
             let escape = u8x16_eq(bytes, u8x16_splat(b'\\'));
-            let control = u8x16_lt(bytes, u8x16_splat(0x20));
-            v128_or(v128_or(quote, escape), control)
+            u32::from(u8x16_bitmask(v128_or(v128_or(escape, quote(bytes)), control(bytes)))) | 0x1_0000
         }
+
+        /// Passes over the last 64 bytes of `block`; `None` when nothing stops it.
+        #[inline]
+        pub(super) fn block(&mut self, block: &[u8; 65]) -> Option<Stops> {
+            let [_, text @ ..] = block;
+            let (([a, b, c, d], _), ([e, f, g, h], _)) = (block.as_chunks(), text.as_chunks()) else { return None };
+            let (a, b, c, d) = (self.stops(a, e), self.stops(b, f), self.stops(c, g), self.stops(d, h));
+            let escapes = v128_or(v128_or(a.1, b.1), v128_or(c.1, d.1));
+            if !v128_any_true(v128_or(v128_or(a.0, b.0), v128_or(c.0, d.0))) {
+                self.escapes = v128_or(self.escapes, escapes);
+                return None;
+            }
+            Some(Stops { bits: bits([a.0, b.0, c.0, d.0]), escapes: bits([a.1, b.1, c.1, d.1]) })
+        }
+
+        /// [`Stops`] of 16 bytes, all ones for each, given the byte before each.
+        #[inline]
+        fn stops(&mut self, before: &[u8; 16], chunk: &[u8; 16]) -> (v128, v128) {
+            let bytes = load(chunk);
+            self.bytes = v128_or(self.bytes, bytes);
+            let escaped = u8x16_eq(load(before), u8x16_splat(b'\\'));
+            let letter = v128_or(u8x16_eq(bytes, u8x16_splat(b'n')), u8x16_eq(bytes, u8x16_splat(b't')));
+            let stops = v128_andnot(v128_xor(escaped, quote(bytes)), v128_and(escaped, letter));
+            (v128_or(stops, control(bytes)), escaped)
+        }
+    }
+
+    #[inline]
+    fn quote(bytes: v128) -> v128 {
+        u8x16_eq(bytes, u8x16_splat(b'"'))
+    }
+
+    #[inline]
+    fn control(bytes: v128) -> v128 {
+        u8x16_lt(bytes, u8x16_splat(0x20))
+    }
+
+    /// One load: the compiler sees through it.
+    #[inline]
+    fn load(chunk: &[u8; 16]) -> v128 {
+        let ([low, high], _) = chunk.as_chunks() else { return u64x2_splat(0) };
+        u64x2(u64::from_le_bytes(*low), u64::from_le_bytes(*high))
+    }
+
+    #[inline]
+    fn bits(found: [v128; 4]) -> u64 {
+        found.iter().rev().fold(0, |bits, chunk| bits.wrapping_shl(16) | u64::from(u8x16_bitmask(*chunk)))
     }
 }
 
 #[cfg(not(all(target_arch = "wasm32", target_feature = "simd128")))]
 mod vector {
-    use super::every;
+    use super::Stops;
 
-    /// All bytes so far, ORed, for bit 7.
+    /// What was passed over so far.
     #[derive(Default)]
-    pub(super) struct High(u64);
+    pub(super) struct Passed {
+        /// All bytes, ORed, for bit 7.
+        bytes: u8,
+        /// Bits for bytes behind a backslash, in blocks without a stop.
+        escapes: u64,
+    }
 
-    impl High {
-        pub(super) fn any(&self) -> bool {
-            self.0 & every(0x80) != 0
+    impl Passed {
+        pub(super) fn non_ascii(&self) -> bool {
+            !self.bytes.is_ascii()
+        }
+
+        pub(super) fn escapes(&self) -> bool {
+            self.escapes != 0
         }
 
         /// A bit for each byte that [`super::ends`], the lowest for the first, and one behind them all.
-        #[inline]
         pub(super) fn ends(&mut self, chunk: &[u8; 16]) -> u32 {
-            self.bits(chunk) as u32 | 0x1_0000
+            self.bytes = chunk.iter().fold(self.bytes, |all, byte| all | byte);
+            bits(chunk, super::ends) as u32 | 0x1_0000
         }
 
-        /// A bit for each byte that [`super::ends`], the lowest for the first.
-        #[inline]
-        pub(super) fn all_ends(&mut self, block: &[u8; 64]) -> u64 {
-            self.bits(block)
-        }
-
-        fn bits(&mut self, bytes: &[u8]) -> u64 {
-            let (words, _) = bytes.as_chunks::<8>();
-            words.iter().rev().fold(0, |bits, word| {
-                let word = u64::from_le_bytes(*word);
-                self.0 |= word;
-                bits.wrapping_shl(8) | ends(word)
-            })
+        /// Passes over the last 64 bytes of `block`; `None` when nothing stops it.
+        pub(super) fn block(&mut self, block: &[u8; 65]) -> Option<Stops> {
+            let [before @ .., _] = block;
+            let [_, text @ ..] = block;
+            self.bytes = text.iter().fold(self.bytes, |all, byte| all | byte);
+            let escapes = bits(before, |byte| byte == b'\\');
+            let letters = bits(text, |byte| (byte == b'n') | (byte == b't'));
+            let stops = (escapes ^ bits(text, |byte| byte == b'"')) & !(escapes & letters);
+            let stops = stops | bits(text, |byte| byte < 0x20);
+            if stops == 0 {
+                self.escapes |= escapes;
+                return None;
+            }
+            Some(Stops { bits: stops, escapes })
         }
     }
 
-    /// A bit for each byte that [`super::ends`].
-    fn ends(word: u64) -> u64 {
-        // Bit 7 of each byte that is zero; no carry leaves a byte.
-        let zero = |word: u64| !((word & every(0x7f)).wrapping_add(every(0x7f)) | word | every(0x7f));
-        let control = zero(word & every(0xe0));
-        let found = zero(word ^ every(b'"')) | zero(word ^ every(b'\\')) | control;
-        // The eight bits 7 side by side.
-        found.wrapping_shr(7).wrapping_mul(0x0102_0408_1020_4080).wrapping_shr(56)
+    /// A bit for each byte of that kind.
+    fn bits(bytes: &[u8], is: impl Fn(u8) -> bool) -> u64 {
+        bytes.iter().rev().fold(0, |bits, byte| bits.wrapping_shl(1) | u64::from(is(*byte)))
     }
 }
 
@@ -235,7 +313,7 @@ mod tests {
     /// Length of the text, and what was seen.
     fn run(bytes: &[u8]) -> (usize, Seen) {
         let mut seen = Seen::default();
-        let rest = text(bytes, &mut seen).len();
+        let rest = text(&[b"\"", bytes].concat(), &mut seen).len();
         (bytes.len() - rest, seen)
     }
 
@@ -291,6 +369,62 @@ mod tests {
             assert_eq!(run(bytes.as_bytes()), (end, Seen { escape: end > 1, non_ascii: false }), "{bytes}");
             let padded = format!("{bytes}{}", "\"".repeat(16));
             assert_eq!(run(padded.as_bytes()).0, end, "{padded}");
+        }
+    }
+
+    /// Random text of pieces that are near each other's edges, against one character at a time.
+    #[test]
+    fn text_is_what_it_is_one_character_at_a_time() {
+        let pieces: [&[u8]; 16] = [
+            b"\\",
+            b"\\\\",
+            b"\\\"",
+            b"\\n",
+            b"\\t",
+            b"\\r",
+            b"\\/",
+            b"\\u00e9",
+            b"\\u12",
+            b"n",
+            b"t",
+            b"u",
+            b"x",
+            b"xxxxxxxx",
+            b"\xc3",
+            b"\"",
+        ];
+        let mut random = 1_u64;
+        let mut below = |limit: usize| {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (random >> 33) as usize % limit
+        };
+        for _ in 0..200_000 {
+            let mut bytes = Vec::new();
+            let len = below(200);
+            // Errors and ends are rare in some, and not in others.
+            let rare = below(200) + 1;
+            while bytes.len() < len {
+                let piece = pieces[below(pieces.len())];
+                let ends = matches!(piece, b"\\" | b"\"" | b"\\u12");
+                if !ends || below(rare) == 0 {
+                    bytes.extend_from_slice(piece);
+                }
+            }
+            let (mut rest, mut seen) = (bytes.as_slice(), Seen::default());
+            while let Some((&byte, mut behind)) = rest.split_first() {
+                if ends(byte) {
+                    let Some(escaped) = escape(rest) else { break };
+                    seen.escape = true;
+                    behind = escaped;
+                }
+                seen.non_ascii |= !byte.is_ascii();
+                rest = behind;
+            }
+            let (end, found) = run(&bytes);
+            let shown = String::from_utf8_lossy(&bytes);
+            assert_eq!((end, found.escape), (bytes.len() - rest.len(), seen.escape), "{shown}");
+            assert!(found.non_ascii || !seen.non_ascii, "{shown}");
+            assert!(!found.non_ascii || !bytes.is_ascii(), "{shown}");
         }
     }
 

@@ -91,7 +91,43 @@ fn what_is_json_is_what_serde_json_takes_for_json() {
             }
         }
     }
-    assert!(good > 5_000 && bad > 5_000, "{good} {bad}");
+    // The first are escapes and text, of which strings are made; the last are none.
+    let pieces: [&[u8]; 16] = [
+        b"x",
+        b"xxxxxxxxxxxxxxxxxxxxxxxxx",
+        b"\\n",
+        b"\\t\\t",
+        b"\\\"",
+        b"\\\\",
+        b"\\\\n",
+        b"\\r\\n",
+        b"\\/",
+        b"\\u00e9",
+        b"\\ud83d\\ude00",
+        b"\xc3\xa9",
+        b"\"",
+        b"\\",
+        b"\\u00e",
+        b"\x1f",
+    ];
+    let mut random = 1_u64;
+    let mut below = |limit: usize| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (random >> 33) as usize % limit
+    };
+    for i in 0..4_000 {
+        let mut body = b"{\"a\":\"".to_vec();
+        let wrong = if i % 2 == 0 { usize::MAX } else { below(50) };
+        for j in 0..50 {
+            body.extend_from_slice(pieces[if j == wrong { 12 + below(4) } else { below(12) }]);
+        }
+        body.extend_from_slice(b"\"}");
+        let is_good = serde_json::from_slice::<Value>(&body).is_ok();
+        *(if is_good { &mut good } else { &mut bad }) += 1;
+        let reason = if is_good { "missing_model" } else { "invalid_json" };
+        assert_rejected(&Request::post(CHAT, &body).send(&gateway), 400, reason);
+    }
+    assert!(good > 7_000 && bad > 7_000, "{good} {bad}");
     gateway.assert_idle();
 }
 
