@@ -71,7 +71,9 @@ pub(super) fn text<'a>(mut rest: &'a [u8], seen: &mut Seen) -> &'a [u8] {
         }
     }
     // Text has a line break or an escaped quote in most blocks, so these do not stop it.
-    'block: while let Some(block) = rest.first_chunk::<65>() {
+    while let Some(block) = rest.first_chunk::<65>() {
+        // A byte before the text again.
+        let mut next = 64;
         if let Some(Stops { mut bits, escapes }) = passed.block(block) {
             while bits != 0 {
                 // From the byte before the one that stops.
@@ -95,14 +97,11 @@ pub(super) fn text<'a>(mut rest: &'a [u8], seen: &mut Seen) -> &'a [u8] {
                     }
                     last = last.wrapping_add(1);
                 }
-                if last >= 64 {
-                    rest = rest.get(last..).unwrap_or_default();
-                    continue 'block;
-                }
-                bits &= u64::MAX.wrapping_shl(last as u32);
+                next = next.max(last);
+                bits &= u64::MAX.checked_shl(last as u32).unwrap_or(0);
             }
         }
-        rest = rest.get(64..).unwrap_or_default();
+        rest = rest.get(next..).unwrap_or_default();
     }
     seen.escape |= passed.escapes();
     seen.non_ascii |= passed.non_ascii();
@@ -168,8 +167,8 @@ fn digits(word: u64) -> usize {
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
 mod vector {
     use core::arch::wasm32::{
-        u8x16_bitmask, u8x16_eq, u8x16_lt, u8x16_splat, u64x2, u64x2_splat, v128, v128_and, v128_andnot, v128_any_true,
-        v128_or, v128_xor,
+        u8x16_bitmask, u8x16_eq, u8x16_lt, u8x16_splat, u64x2, u64x2_splat, v128, v128_andnot, v128_any_true, v128_or,
+        v128_xor,
     };
 
     use super::Stops;
@@ -227,7 +226,7 @@ mod vector {
             self.bytes = v128_or(self.bytes, bytes);
             let escaped = u8x16_eq(load(before), u8x16_splat(b'\\'));
             let letter = v128_or(u8x16_eq(bytes, u8x16_splat(b'n')), u8x16_eq(bytes, u8x16_splat(b't')));
-            let stops = v128_andnot(v128_xor(escaped, quote(bytes)), v128_and(escaped, letter));
+            let stops = v128_andnot(v128_xor(escaped, quote(bytes)), letter);
             (v128_or(stops, control(bytes)), escaped)
         }
     }
@@ -290,7 +289,7 @@ mod vector {
             self.bytes = text.iter().fold(self.bytes, |all, byte| all | byte);
             let escapes = bits(before, |byte| byte == b'\\');
             let letters = bits(text, |byte| (byte == b'n') | (byte == b't'));
-            let stops = (escapes ^ bits(text, |byte| byte == b'"')) & !(escapes & letters);
+            let stops = (escapes ^ bits(text, |byte| byte == b'"')) & !letters;
             let stops = stops | bits(text, |byte| byte < 0x20);
             if stops == 0 {
                 self.escapes |= escapes;
