@@ -5,7 +5,7 @@
 //! text has a line break or an escaped quote in most blocks.)
 
 /// Whether a byte of a string is something else than itself: the closing quote, an escape, or an error.
-fn ends(byte: u8) -> bool {
+fn is_end(byte: u8) -> bool {
     (byte == b'"') | (byte == b'\\') | (byte < 0x20)
 }
 
@@ -70,44 +70,47 @@ pub(super) fn text<'a>(mut rest: &'a [u8], seen: &mut Seen) -> &'a [u8] {
             return end;
         }
     }
-    // Text has a line break or an escaped quote in most blocks, so these do not stop it.
     while let Some(block) = rest.first_chunk::<65>() {
-        // A byte before the text again.
-        let mut next = 64;
-        if let Some(Stops { mut bits, escapes }) = passed.block(block) {
-            while bits != 0 {
-                // From the byte before the one that stops.
-                let at = bits.trailing_zeros();
-                let here = rest.get(at as usize..).unwrap_or_default();
-                let Some(after) = escape(here) else {
-                    seen.escape |= passed.escapes() || escapes & !u64::MAX.wrapping_shl(at) != 0;
+        // Text has a line break or an escaped quote in most blocks: only others are looked at one by one.
+        if passed.plain(block) {
+            rest = rest.get(64..).unwrap_or_default();
+            continue;
+        }
+        let Some(block) = block.first_chunk() else { break };
+        // The byte before belongs to the text if an escape begins with it.
+        let mut ends = passed.all_ends(block) & !u64::from(block.first() != Some(&b'\\'));
+        let mut last = 63;
+        while ends != 0 {
+            let at = ends.trailing_zeros();
+            let here = rest.get(at as usize..).unwrap_or_default();
+            let Some(after) = escape(here) else {
+                seen.escape |= passed.escapes();
+                seen.non_ascii |= passed.non_ascii();
+                return here;
+            };
+            seen.escape = true;
+            last = last.max(rest.len().wrapping_sub(after.len()).wrapping_sub(1));
+            // Digits behind `\u` do not count as ends.
+            ends &= !3_u64.wrapping_shl(at);
+        }
+        // Behind an escaped backslash one more, so that none is before the next block that was passed.
+        if rest.get(last) == Some(&b'\\') {
+            last = last.wrapping_add(1);
+            match rest.get(last..) {
+                Some(&[byte, ..]) if byte == b'\\' || !is_end(byte) => seen.non_ascii |= !byte.is_ascii(),
+                end => {
                     seen.non_ascii |= passed.non_ascii();
-                    return behind_what_passed(here);
-                };
-                seen.escape = true;
-                let mut last = rest.len().wrapping_sub(after.len()).wrapping_sub(1);
-                if rest.get(last) == Some(&b'\\') {
-                    // The byte behind it was taken for its escape.
-                    match after {
-                        [b'"' | ..0x20, ..] | [] => {
-                            seen.non_ascii |= passed.non_ascii();
-                            return after;
-                        }
-                        [byte, ..] => seen.non_ascii |= !byte.is_ascii(),
-                    }
-                    last = last.wrapping_add(1);
+                    return end.unwrap_or_default();
                 }
-                next = next.max(last);
-                bits &= u64::MAX.checked_shl(last as u32).unwrap_or(0);
             }
         }
-        rest = rest.get(next..).unwrap_or_default();
+        rest = rest.get(last..).unwrap_or_default();
     }
     seen.escape |= passed.escapes();
     seen.non_ascii |= passed.non_ascii();
     rest = behind_what_passed(rest);
     while let Some((&byte, behind)) = rest.split_first() {
-        if !ends(byte) {
+        if !is_end(byte) {
             seen.non_ascii |= !byte.is_ascii();
             rest = behind;
         } else if let Some(behind) = escape(rest) {
@@ -127,15 +130,6 @@ fn behind_what_passed(rest: &[u8]) -> &[u8] {
         [b'\\', ..] | [] => rest,
         [_, behind @ ..] => behind,
     }
-}
-
-/// Where the passage over a block stops: a bit a byte, the lowest for the first.
-struct Stops {
-    /// Bytes that end the text, are escaped by something else than `\n`, `\t` and `\"`, or stand behind an escaped
-    /// backslash as if they were escaped. Of several, only the first is certain.
-    bits: u64,
-    /// Bytes with a backslash before them.
-    escapes: u64,
 }
 
 /// Passes over integers of up to eight digits as long as a comma follows each; returns what is behind the last comma.
@@ -167,17 +161,15 @@ fn digits(word: u64) -> usize {
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
 mod vector {
     use core::arch::wasm32::{
-        u8x16_bitmask, u8x16_eq, u8x16_lt, u8x16_splat, u64x2, u64x2_splat, v128, v128_andnot, v128_any_true, v128_or,
-        v128_xor,
+        u8x16_bitmask, u8x16_eq, u8x16_lt, u8x16_min, u8x16_splat, u64x2, u64x2_splat, v128, v128_andnot,
+        v128_any_true, v128_or, v128_xor,
     };
-
-    use super::Stops;
 
     /// What was passed over so far.
     pub(super) struct Passed {
         /// All bytes, ORed, for bit 7.
         bytes: v128,
-        /// Bits for bytes behind a backslash, in blocks without a stop.
+        /// Bits for bytes behind a backslash, in plain blocks.
         escapes: v128,
     }
 
@@ -196,39 +188,57 @@ mod vector {
             v128_any_true(self.escapes)
         }
 
-        /// A bit for each byte that [`super::ends`], the lowest for the first, and one behind them all.
+        /// A bit for each byte that [`super::is_end`], the lowest for the first, and one behind them all.
         #[inline]
         pub(super) fn ends(&mut self, chunk: &[u8; 16]) -> u32 {
             let bytes = load(chunk);
             self.bytes = v128_or(self.bytes, bytes);
-            let escape = u8x16_eq(bytes, u8x16_splat(b'\\'));
-            u32::from(u8x16_bitmask(v128_or(v128_or(escape, quote(bytes)), control(bytes)))) | 0x1_0000
+            u32::from(u8x16_bitmask(ends(bytes))) | 0x1_0000
         }
 
-        /// Passes over the last 64 bytes of `block`; `None` when nothing stops it.
+        /// A bit for each byte that [`super::is_end`], the lowest for the first.
         #[inline]
-        pub(super) fn block(&mut self, block: &[u8; 65]) -> Option<Stops> {
+        pub(super) fn all_ends(&self, block: &[u8; 64]) -> u64 {
+            let (chunks, _) = block.as_chunks();
+            chunks.iter().rev().fold(0, |all, chunk| all.wrapping_shl(16) | u64::from(u8x16_bitmask(ends(load(chunk)))))
+        }
+
+        /// Whether the last 64 bytes of `block` are all passed over: characters that stand for themselves, and line
+        /// breaks, tabs and quotes behind a backslash.
+        #[inline]
+        pub(super) fn plain(&mut self, block: &[u8; 65]) -> bool {
             let [_, text @ ..] = block;
-            let (([a, b, c, d], _), ([e, f, g, h], _)) = (block.as_chunks(), text.as_chunks()) else { return None };
-            let (a, b, c, d) = (self.stops(a, e), self.stops(b, f), self.stops(c, g), self.stops(d, h));
-            let escapes = v128_or(v128_or(a.1, b.1), v128_or(c.1, d.1));
-            if !v128_any_true(v128_or(v128_or(a.0, b.0), v128_or(c.0, d.0))) {
+            let (([a, b, c, d], _), ([e, f, g, h], _)) = (block.as_chunks(), text.as_chunks()) else { return false };
+            let (e, f, g, h) = (load(e), load(f), load(g), load(h));
+            self.bytes = v128_or(self.bytes, v128_or(v128_or(e, f), v128_or(g, h)));
+            let least = u8x16_min(u8x16_min(e, f), u8x16_min(g, h));
+            let (a, b, c, d) = (backslash(load(a)), backslash(load(b)), backslash(load(c)), backslash(load(d)));
+            let escapes = v128_or(v128_or(a, b), v128_or(c, d));
+            let others = v128_or(v128_or(others(a, e), others(b, f)), v128_or(others(c, g), others(d, h)));
+            let is_plain = !v128_any_true(v128_or(others, control(least)));
+            if is_plain {
                 self.escapes = v128_or(self.escapes, escapes);
-                return None;
             }
-            Some(Stops { bits: bits([a.0, b.0, c.0, d.0]), escapes: bits([a.1, b.1, c.1, d.1]) })
+            is_plain
         }
+    }
 
-        /// [`Stops`] of 16 bytes, all ones for each, given the byte before each.
-        #[inline]
-        fn stops(&mut self, before: &[u8; 16], chunk: &[u8; 16]) -> (v128, v128) {
-            let bytes = load(chunk);
-            self.bytes = v128_or(self.bytes, bytes);
-            let escaped = u8x16_eq(load(before), u8x16_splat(b'\\'));
-            let letter = v128_or(u8x16_eq(bytes, u8x16_splat(b'n')), u8x16_eq(bytes, u8x16_splat(b't')));
-            let stops = v128_andnot(v128_xor(escaped, quote(bytes)), letter);
-            (v128_or(stops, control(bytes)), escaped)
-        }
+    /// All ones for quotes that are not, and for other bytes than line breaks, tabs and quotes that are behind a
+    /// backslash.
+    #[inline]
+    fn others(escaped: v128, bytes: v128) -> v128 {
+        let letter = v128_or(u8x16_eq(bytes, u8x16_splat(b'n')), u8x16_eq(bytes, u8x16_splat(b't')));
+        v128_andnot(v128_xor(escaped, quote(bytes)), letter)
+    }
+
+    #[inline]
+    fn ends(bytes: v128) -> v128 {
+        v128_or(v128_or(backslash(bytes), quote(bytes)), control(bytes))
+    }
+
+    #[inline]
+    fn backslash(bytes: v128) -> v128 {
+        u8x16_eq(bytes, u8x16_splat(b'\\'))
     }
 
     #[inline]
@@ -247,23 +257,16 @@ mod vector {
         let ([low, high], _) = chunk.as_chunks() else { return u64x2_splat(0) };
         u64x2(u64::from_le_bytes(*low), u64::from_le_bytes(*high))
     }
-
-    #[inline]
-    fn bits(found: [v128; 4]) -> u64 {
-        found.iter().rev().fold(0, |bits, chunk| bits.wrapping_shl(16) | u64::from(u8x16_bitmask(*chunk)))
-    }
 }
 
 #[cfg(not(all(target_arch = "wasm32", target_feature = "simd128")))]
 mod vector {
-    use super::Stops;
-
     /// What was passed over so far.
     #[derive(Default)]
     pub(super) struct Passed {
         /// All bytes, ORed, for bit 7.
         bytes: u8,
-        /// Bits for bytes behind a backslash, in blocks without a stop.
+        /// Bits for bytes behind a backslash, in plain blocks.
         escapes: u64,
     }
 
@@ -276,26 +279,31 @@ mod vector {
             self.escapes != 0
         }
 
-        /// A bit for each byte that [`super::ends`], the lowest for the first, and one behind them all.
+        /// A bit for each byte that [`super::is_end`], the lowest for the first, and one behind them all.
         pub(super) fn ends(&mut self, chunk: &[u8; 16]) -> u32 {
             self.bytes = chunk.iter().fold(self.bytes, |all, byte| all | byte);
-            bits(chunk, super::ends) as u32 | 0x1_0000
+            bits(chunk, super::is_end) as u32 | 0x1_0000
         }
 
-        /// Passes over the last 64 bytes of `block`; `None` when nothing stops it.
-        pub(super) fn block(&mut self, block: &[u8; 65]) -> Option<Stops> {
+        /// A bit for each byte that [`super::is_end`], the lowest for the first.
+        pub(super) fn all_ends(&self, block: &[u8; 64]) -> u64 {
+            bits(block, super::is_end)
+        }
+
+        /// Whether the last 64 bytes of `block` are all passed over: characters that stand for themselves, and line
+        /// breaks, tabs and quotes behind a backslash.
+        pub(super) fn plain(&mut self, block: &[u8; 65]) -> bool {
             let [before @ .., _] = block;
             let [_, text @ ..] = block;
             self.bytes = text.iter().fold(self.bytes, |all, byte| all | byte);
             let escapes = bits(before, |byte| byte == b'\\');
             let letters = bits(text, |byte| (byte == b'n') | (byte == b't'));
-            let stops = (escapes ^ bits(text, |byte| byte == b'"')) & !letters;
-            let stops = stops | bits(text, |byte| byte < 0x20);
-            if stops == 0 {
+            let others = (escapes ^ bits(text, |byte| byte == b'"')) & !letters;
+            let is_plain = others | bits(text, |byte| byte < 0x20) == 0;
+            if is_plain {
                 self.escapes |= escapes;
-                return None;
             }
-            Some(Stops { bits: stops, escapes })
+            is_plain
         }
     }
 
@@ -324,7 +332,7 @@ mod tests {
                     let mut bytes = vec![b'x'; len];
                     bytes[at] = byte;
                     let seen = Seen { escape: false, non_ascii: !byte.is_ascii() };
-                    let end = |otherwise: usize| if ends(byte) { at } else { otherwise };
+                    let end = |otherwise: usize| if is_end(byte) { at } else { otherwise };
                     assert_eq!(run(&bytes), (end(len), seen), "{byte} at {at} of {len}");
                     // A borrow must not hide the next byte, nor invent one.
                     for (next, otherwise) in [(b'"', at + 1), (b'!', len), (b'#', len), (b'[', len), (b' ', len)] {
@@ -411,7 +419,7 @@ mod tests {
             }
             let (mut rest, mut seen) = (bytes.as_slice(), Seen::default());
             while let Some((&byte, mut behind)) = rest.split_first() {
-                if ends(byte) {
+                if is_end(byte) {
                     let Some(escaped) = escape(rest) else { break };
                     seen.escape = true;
                     behind = escaped;
