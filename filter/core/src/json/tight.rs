@@ -93,7 +93,7 @@ pub(super) fn text<'a>(mut rest: &'a [u8], seen: &mut Seen) -> &'a [u8] {
             // Digits behind `\u` do not count as ends.
             ends &= !3_u64.wrapping_shl(at);
         }
-        // Behind an escaped backslash one more, so that none is before the next block that was passed.
+        // A backslash that was passed must not be the byte before the next block: so one more byte is passed behind it.
         if rest.get(last) == Some(&b'\\') {
             last = last.wrapping_add(1);
             match rest.get(last..) {
@@ -223,8 +223,7 @@ mod vector {
         }
     }
 
-    /// All ones for quotes that are not, and for other bytes than line breaks, tabs and quotes that are behind a
-    /// backslash.
+    /// All ones for quotes that are not behind a backslash, and for what is but stands for no line break, tab or quote.
     #[inline]
     fn others(escaped: v128, bytes: v128) -> v128 {
         let letter = v128_or(u8x16_eq(bytes, u8x16_splat(b'n')), u8x16_eq(bytes, u8x16_splat(b't')));
