@@ -4,7 +4,7 @@
 
 use std::borrow::Cow;
 
-use crate::json::{self, ErrorKind, ScanError, Scanner, Span, Text};
+use crate::json::{self, ErrorKind, ScanError, Scanner, Span};
 
 /// Known members that one body may hold, duplicates included; more is refused. Bounds a [`Scan`] to 36 kB: there are
 /// some fifty keys, and no client repeats one for a reason.
@@ -128,16 +128,12 @@ keys! {
 const MAX_KEY_BYTES: usize = 6 * 24;
 
 impl Key {
-    /// The key that stands at `text` of `body`, escapes seen through.
-    fn read(body: &[u8], text: Text) -> Option<Self> {
-        let raw = text.span.get(body);
+    /// The key that stands between the quotes of a string, escapes seen through.
+    fn read(raw: &[u8]) -> Option<Self> {
         if raw.len() > MAX_KEY_BYTES {
             return None;
         }
-        if text.escaped {
-            return Self::of_name(&json::unescape(raw)?);
-        }
-        Self::of_name(core::str::from_utf8(raw).ok()?)
+        Self::of_name(&json::unescape(raw)?)
     }
 
     const fn bit(self) -> u64 {
@@ -250,12 +246,12 @@ pub fn scan(body: &[u8]) -> Result<Scan, ScanError> {
     let mut before = open;
     let mut first = true;
     while let Some(member) = scanner.member(1, first)? {
-        if let Some(key) = Key::read(body, member.key) {
+        if let Some(key) = Key::read(member.key.get(body)) {
             if scan.members.len() >= MAX_MEMBERS {
                 return Err(scanner.error(ErrorKind::TooManyMembers));
             }
             scan.known = scan.known.with(key);
-            let span = Span { start: member.key.span.start.saturating_sub(1), end: member.value.end };
+            let span = Span { start: member.key.start.saturating_sub(1), end: member.value.end };
             let last = !member.more;
             scan.members.push(Member { key, first, last, span, value: member.value, before, after: member.next });
         }

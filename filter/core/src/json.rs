@@ -12,7 +12,7 @@ use std::borrow::Cow;
 mod scanner;
 mod tight;
 
-pub(crate) use scanner::{Scanner, Text};
+pub(crate) use scanner::Scanner;
 
 /// Objects and arrays that may be open at once; one more is refused. `serde_json`'s own limit.
 pub const MAX_DEPTH: u32 = 127;
@@ -168,6 +168,13 @@ pub(crate) fn unescape(raw: &[u8]) -> Option<Cow<'_, str>> {
     Some(Cow::Owned(text))
 }
 
+/// Whether what stands between the quotes of a string means `name`, which holds no backslash.
+fn means(raw: &[u8], name: &str) -> bool {
+    // An escape is longer than what it stands for.
+    let is_escaped = raw.len() > name.len() && raw.contains(&b'\\');
+    if is_escaped { unescape(raw).is_some_and(|text| text == name) } else { raw == name.as_bytes() }
+}
+
 /// Decodes a JSON string, quotes included: borrowed when it holds no escape, `None` when it is no valid string.
 #[must_use]
 pub fn string(value: &[u8]) -> Option<Cow<'_, str>> {
@@ -224,7 +231,8 @@ pub fn raw_member<'a>(json: &'a [u8], path: &[&str]) -> Result<Option<&'a [u8]>,
 #[derive(Debug, Default)]
 pub struct Object<'a> {
     json: &'a [u8],
-    members: Vec<(Text, Span)>,
+    /// Keys, without their quotes, and values.
+    members: Vec<(Span, Span)>,
 }
 
 impl<'a> Object<'a> {
@@ -266,7 +274,7 @@ impl<'a> Object<'a> {
     /// The value of that key as it stands; the last one of several.
     #[must_use]
     pub fn get(&self, key: &str) -> Option<&'a [u8]> {
-        let is_meant = |(text, _): &&(Text, Span)| text.is(self.json, key);
+        let is_meant = |(found, _): &&(Span, Span)| means(found.get(self.json), key);
         self.members.iter().rev().find(is_meant).map(|(_, value)| value.get(self.json))
     }
 }
@@ -287,7 +295,7 @@ pub fn members(object: &[u8]) -> impl Iterator<Item = (Cow<'_, str>, &[u8])> {
             scanner = None;
         }
         let member = member?;
-        Some((unescape(member.key.span.get(object))?, member.value.get(object)))
+        Some((unescape(member.key.get(object))?, member.value.get(object)))
     })
 }
 
@@ -300,7 +308,7 @@ pub fn with_member(object: &[u8], key: &str, value: &[u8]) -> Option<Vec<u8>> {
     let mut out = Vec::with_capacity(object.len().saturating_add(value.len()));
     let (mut copied, mut first, mut found) = (0, true, false);
     while let Some(member) = scanner.member(1, core::mem::take(&mut first)).ok()? {
-        if member.key.is(object, key) {
+        if means(member.key.get(object), key) {
             out.extend_from_slice(slice(object, copied, member.value.start));
             out.extend_from_slice(value);
             copied = member.value.end;

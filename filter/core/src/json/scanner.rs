@@ -1,28 +1,12 @@
 //! A position in a document that moves forward over what is there.
 
-use super::tight::{self, Seen};
-use super::{ErrorKind, MAX_DEPTH, ScanError, Span, offset, unescape};
-
-/// A string as it stands in the document: what lies between the quotes, and whether that holds a backslash.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Text {
-    pub(crate) span: Span,
-    pub(crate) escaped: bool,
-}
-
-impl Text {
-    /// Whether it means `name`.
-    pub(crate) fn is(&self, json: &[u8], name: &str) -> bool {
-        let raw = self.span.get(json);
-        if self.escaped { unescape(raw).is_some_and(|text| text == name) } else { raw == name.as_bytes() }
-    }
-}
+use super::{ErrorKind, MAX_DEPTH, ScanError, Span, offset, tight};
 
 /// One member of an object.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RawMember {
     /// The key, without its quotes.
-    pub(crate) key: Text,
+    pub(crate) key: Span,
     /// The value.
     pub(crate) value: Span,
     /// Offset of the comma or closing brace behind the value.
@@ -216,8 +200,8 @@ impl<'a> Scanner<'a> {
         Err(self.error(ErrorKind::ExpectedComma))
     }
 
-    /// Passes over a key, its colon and the white space behind it.
-    fn key(&mut self) -> Result<Text, ScanError> {
+    /// Passes over a key, its colon and the white space behind it; what lies between its quotes.
+    fn key(&mut self) -> Result<Span, ScanError> {
         if self.peek() != Some(b'"') {
             return Err(self.error(ErrorKind::ExpectedKey));
         }
@@ -240,26 +224,22 @@ impl<'a> Scanner<'a> {
         self.at = self.bytes.len().wrapping_sub(rest.len());
     }
 
-    /// Passes over a string, of which the opening quote is here.
-    fn string(&mut self) -> Result<Text, ScanError> {
+    /// Passes over a string, of which the opening quote is here; what lies between its quotes.
+    fn string(&mut self) -> Result<Span, ScanError> {
         self.advance(1);
         let start = self.at;
-        let mut seen = Seen::default();
         loop {
             // The byte before is the opening quote or the last digit of an escape.
             let from = self.bytes.get(self.at.wrapping_sub(1)..).unwrap_or_default();
-            self.go_to(tight::text(from, &mut seen));
+            let behind = tight::text(from, &mut self.non_ascii);
+            self.go_to(behind);
             match self.peek() {
                 Some(b'"') => {
                     let span = Span::new(start, self.at);
-                    self.non_ascii |= seen.non_ascii;
                     self.advance(1);
-                    return Ok(Text { span, escaped: seen.escape });
+                    return Ok(span);
                 }
-                Some(b'\\') => {
-                    seen.escape = true;
-                    self.long_escape()?;
-                }
+                Some(b'\\') => self.long_escape()?,
                 _ => return Err(self.error(ErrorKind::ControlCharacter)),
             }
         }

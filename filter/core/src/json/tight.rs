@@ -43,22 +43,13 @@ fn hex(byte: u8) -> u32 {
     VALUES.get(usize::from(byte)).copied().unwrap_or(NONE)
 }
 
-/// What a string held.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Seen {
-    /// An escape.
-    pub(super) escape: bool,
-    /// A byte that is not ASCII; perhaps one of the 63 bytes behind the text, which does no harm: they belong to the
-    /// same document.
-    pub(super) non_ascii: bool,
-}
-
 /// Passes over characters that stand for themselves and escapes that do; returns what is behind them: the end of the
 /// string, a surrogate pair or an error.
 ///
-/// `rest` is the byte before the text, which is no backslash, and what follows it.
+/// `rest` is the byte before the text, which is no backslash, and what follows it. `non_ascii` becomes true for a byte
+/// that is not ASCII; perhaps for one of the 63 behind the text, which does no harm: they belong to the same document.
 #[inline]
-pub(super) fn text<'a>(mut rest: &'a [u8], seen: &mut Seen) -> &'a [u8] {
+pub(super) fn text<'a>(mut rest: &'a [u8], non_ascii: &mut bool) -> &'a [u8] {
     let mut passed = vector::Passed::default();
     // Most strings of a body are names of a few bytes.
     if let Some([_, chunk @ ..]) = rest.first_chunk::<17>()
@@ -66,7 +57,7 @@ pub(super) fn text<'a>(mut rest: &'a [u8], seen: &mut Seen) -> &'a [u8] {
     {
         rest = rest.get(passed.ends(chunk).trailing_zeros() as usize..).unwrap_or_default();
         if let Some(end @ [b'"', ..]) = rest.get(1..) {
-            seen.non_ascii |= passed.non_ascii();
+            *non_ascii |= passed.non_ascii();
             return end;
         }
     }
@@ -84,11 +75,9 @@ pub(super) fn text<'a>(mut rest: &'a [u8], seen: &mut Seen) -> &'a [u8] {
             let at = ends.trailing_zeros();
             let here = rest.get(at as usize..).unwrap_or_default();
             let Some(after) = escape(here) else {
-                seen.escape |= passed.escapes();
-                seen.non_ascii |= passed.non_ascii();
+                *non_ascii |= passed.non_ascii();
                 return here;
             };
-            seen.escape = true;
             last = last.max(rest.len().wrapping_sub(after.len()).wrapping_sub(1));
             // Digits behind `\u` do not count as ends.
             ends &= !3_u64.wrapping_shl(at);
@@ -97,39 +86,29 @@ pub(super) fn text<'a>(mut rest: &'a [u8], seen: &mut Seen) -> &'a [u8] {
         if rest.get(last) == Some(&b'\\') {
             last = last.wrapping_add(1);
             match rest.get(last..) {
-                Some(&[byte, ..]) if byte == b'\\' || !is_end(byte) => seen.non_ascii |= !byte.is_ascii(),
+                Some(&[byte, ..]) if byte == b'\\' || !is_end(byte) => *non_ascii |= !byte.is_ascii(),
                 end => {
-                    seen.non_ascii |= passed.non_ascii();
+                    *non_ascii |= passed.non_ascii();
                     return end.unwrap_or_default();
                 }
             }
         }
         rest = rest.get(last..).unwrap_or_default();
     }
-    seen.escape |= passed.escapes();
-    seen.non_ascii |= passed.non_ascii();
-    rest = behind_what_passed(rest);
+    *non_ascii |= passed.non_ascii();
+    // An escape may begin with the byte before.
+    rest = if let [b'\\', ..] = rest { rest } else { rest.get(1..).unwrap_or_default() };
     while let Some((&byte, behind)) = rest.split_first() {
         if !is_end(byte) {
-            seen.non_ascii |= !byte.is_ascii();
+            *non_ascii |= !byte.is_ascii();
             rest = behind;
         } else if let Some(behind) = escape(rest) {
-            seen.escape = true;
             rest = behind;
         } else {
             break;
         }
     }
     rest
-}
-
-/// What follows the byte before, or an escape that begins with that.
-#[inline]
-fn behind_what_passed(rest: &[u8]) -> &[u8] {
-    match rest {
-        [b'\\', ..] | [] => rest,
-        [_, behind @ ..] => behind,
-    }
 }
 
 /// Passes over integers of up to eight digits as long as a comma follows each; returns what is behind the last comma.
@@ -169,23 +148,17 @@ mod vector {
     pub(super) struct Passed {
         /// All bytes, ORed, for bit 7.
         bytes: v128,
-        /// Bits for bytes behind a backslash, in plain blocks.
-        escapes: v128,
     }
 
     impl Default for Passed {
         fn default() -> Self {
-            Self { bytes: u64x2_splat(0), escapes: u64x2_splat(0) }
+            Self { bytes: u64x2_splat(0) }
         }
     }
 
     impl Passed {
         pub(super) fn non_ascii(&self) -> bool {
             u8x16_bitmask(self.bytes) != 0
-        }
-
-        pub(super) fn escapes(&self) -> bool {
-            v128_any_true(self.escapes)
         }
 
         /// A bit for each byte that [`super::is_end`], the lowest for the first, and one behind them all.
@@ -213,13 +186,8 @@ mod vector {
             self.bytes = v128_or(self.bytes, v128_or(v128_or(e, f), v128_or(g, h)));
             let least = u8x16_min(u8x16_min(e, f), u8x16_min(g, h));
             let (a, b, c, d) = (backslash(load(a)), backslash(load(b)), backslash(load(c)), backslash(load(d)));
-            let escapes = v128_or(v128_or(a, b), v128_or(c, d));
             let others = v128_or(v128_or(others(a, e), others(b, f)), v128_or(others(c, g), others(d, h)));
-            let is_plain = !v128_any_true(v128_or(others, control(least)));
-            if is_plain {
-                self.escapes = v128_or(self.escapes, escapes);
-            }
-            is_plain
+            !v128_any_true(v128_or(others, control(least)))
         }
     }
 
@@ -265,17 +233,11 @@ mod vector {
     pub(super) struct Passed {
         /// All bytes, ORed, for bit 7.
         bytes: u8,
-        /// Bits for bytes behind a backslash, in plain blocks.
-        escapes: u64,
     }
 
     impl Passed {
         pub(super) fn non_ascii(&self) -> bool {
             !self.bytes.is_ascii()
-        }
-
-        pub(super) fn escapes(&self) -> bool {
-            self.escapes != 0
         }
 
         /// A bit for each byte that [`super::is_end`], the lowest for the first, and one behind them all.
@@ -298,11 +260,7 @@ mod vector {
             let escapes = bits(before, |byte| byte == b'\\');
             let letters = bits(text, |byte| (byte == b'n') | (byte == b't'));
             let others = (escapes ^ bits(text, |byte| byte == b'"')) & !letters;
-            let is_plain = others | bits(text, |byte| byte < 0x20) == 0;
-            if is_plain {
-                self.escapes |= escapes;
-            }
-            is_plain
+            others | bits(text, |byte| byte < 0x20) == 0
         }
     }
 
@@ -315,12 +273,15 @@ mod vector {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use proptest::sample::select;
 
-    /// Length of the text, and what was seen.
-    fn run(bytes: &[u8]) -> (usize, Seen) {
-        let mut seen = Seen::default();
-        let rest = text(&[b"\"", bytes].concat(), &mut seen).len();
-        (bytes.len() - rest, seen)
+    /// Length of the text, and whether something else than ASCII was seen.
+    fn run(bytes: &[u8]) -> (usize, bool) {
+        let mut non_ascii = false;
+        let rest = text(&[b"\"", bytes].concat(), &mut non_ascii).len();
+        (bytes.len() - rest, non_ascii)
     }
 
     #[test]
@@ -330,14 +291,18 @@ mod tests {
                 for byte in 0..=u8::MAX {
                     let mut bytes = vec![b'x'; len];
                     bytes[at] = byte;
-                    let seen = Seen { escape: false, non_ascii: !byte.is_ascii() };
+                    let non_ascii = !byte.is_ascii();
                     let end = |otherwise: usize| if is_end(byte) { at } else { otherwise };
-                    assert_eq!(run(&bytes), (end(len), seen), "{byte} at {at} of {len}");
+                    assert_eq!(run(&bytes), (end(len), non_ascii), "{byte} at {at} of {len}");
                     // A borrow must not hide the next byte, nor invent one.
                     for (next, otherwise) in [(b'"', at + 1), (b'!', len), (b'#', len), (b'[', len), (b' ', len)] {
                         if at + 1 < len && byte != b'\\' {
                             bytes[at + 1] = next;
-                            assert_eq!(run(&bytes), (end(otherwise), seen), "{byte} at {at} of {len}, then {next}");
+                            assert_eq!(
+                                run(&bytes),
+                                (end(otherwise), non_ascii),
+                                "{byte} at {at} of {len}, then {next}"
+                            );
                         }
                     }
                 }
@@ -354,8 +319,8 @@ mod tests {
                     bytes[at] = b'\\';
                     bytes[at + 1] = byte;
                     let escape = b"\"\\/bfnrt".contains(&byte);
-                    let (end, seen) = run(&bytes);
-                    assert_eq!((end, seen.escape), (if escape { len } else { at }, escape), "{byte} at {at} of {len}");
+                    let expected = if escape { len } else { at };
+                    assert_eq!(run(&bytes).0, expected, "{byte} at {at} of {len}");
                 }
             }
         }
@@ -372,65 +337,42 @@ mod tests {
             ("\\u00e9\\u00e", 6),
             ("\\u00e9\\U00e9", 6),
         ] {
-            assert_eq!(run(bytes.as_bytes()), (end, Seen { escape: end > 1, non_ascii: false }), "{bytes}");
+            assert_eq!(run(bytes.as_bytes()), (end, false), "{bytes}");
             let padded = format!("{bytes}{}", "\"".repeat(16));
             assert_eq!(run(padded.as_bytes()).0, end, "{padded}");
         }
     }
 
-    /// Random text of pieces that are near each other's edges, against one character at a time.
-    #[test]
-    fn text_is_what_it_is_one_character_at_a_time() {
-        let pieces: [&[u8]; 16] = [
-            b"\\",
-            b"\\\\",
-            b"\\\"",
-            b"\\n",
-            b"\\t",
-            b"\\r",
-            b"\\/",
-            b"\\u00e9",
-            b"\\u12",
-            b"n",
-            b"t",
-            b"u",
-            b"x",
-            b"xxxxxxxx",
-            b"\xc3",
-            b"\"",
-        ];
-        let mut random = 1_u64;
-        let mut below = |limit: usize| {
-            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            (random >> 33) as usize % limit
-        };
-        for _ in 0..200_000 {
-            let mut bytes = Vec::new();
-            let len = below(200);
-            // Errors and ends are rare in some, and not in others.
-            let rare = below(200) + 1;
-            while bytes.len() < len {
-                let piece = pieces[below(pieces.len())];
-                let ends = matches!(piece, b"\\" | b"\"" | b"\\u12");
-                if !ends || below(rare) == 0 {
-                    bytes.extend_from_slice(piece);
-                }
-            }
-            let (mut rest, mut seen) = (bytes.as_slice(), Seen::default());
+    /// Characters and escapes.
+    const COMMON: &[&[u8]] =
+        &[b"\\\\", b"\\\"", b"\\n", b"\\t", b"\\r", b"\\/", b"\\u00e9", b"n", b"t", b"u", b"x", b"xxxxxxxx", b"\xc3"];
+    /// Ends and errors.
+    const RARE: &[&[u8]] = &[b"\\", b"\"", b"\\u12"];
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(50_000))]
+
+        /// Against one character at a time. Ends and errors are rarer in some than in others.
+        #[test]
+        fn text_is_what_it_is_one_character_at_a_time(
+            pieces in (1_u32..200).prop_flat_map(|common| {
+                vec(prop_oneof![common => select(COMMON), 1 => select(RARE)], 0..120)
+            }),
+        ) {
+            let bytes = pieces.concat();
+            let (mut rest, mut non_ascii) = (bytes.as_slice(), false);
             while let Some((&byte, mut behind)) = rest.split_first() {
                 if is_end(byte) {
                     let Some(escaped) = escape(rest) else { break };
-                    seen.escape = true;
                     behind = escaped;
                 }
-                seen.non_ascii |= !byte.is_ascii();
+                non_ascii |= !byte.is_ascii();
                 rest = behind;
             }
             let (end, found) = run(&bytes);
-            let shown = String::from_utf8_lossy(&bytes);
-            assert_eq!((end, found.escape), (bytes.len() - rest.len(), seen.escape), "{shown}");
-            assert!(found.non_ascii || !seen.non_ascii, "{shown}");
-            assert!(!found.non_ascii || !bytes.is_ascii(), "{shown}");
+            prop_assert_eq!(end, bytes.len() - rest.len());
+            prop_assert!(found || !non_ascii);
+            prop_assert!(!found || !bytes.is_ascii());
         }
     }
 
