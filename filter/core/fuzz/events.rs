@@ -3,8 +3,8 @@
 use hashbrown::HashSet;
 use std::time::Duration;
 
+use pd_core::body::FORBIDDEN;
 use pd_core::body::{KeySet, scan};
-use pd_core::engine::FORBIDDEN;
 use pd_core::headers::Headers;
 use pd_core::metrics::Metric;
 use pd_core::request::{DESTINATION, Effect, Flow, Outcome, PrefillAnswer, Request};

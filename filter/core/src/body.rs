@@ -6,9 +6,31 @@ use std::borrow::Cow;
 
 use crate::json::{self, ErrorKind, ScanError, Scanner, Span};
 
-/// Known members that one body may hold, duplicates included; more is refused. Bounds a [`Scan`] to 36 kB: there are
-/// some fifty keys, and no client repeats one for a reason.
+mod forbidden;
+pub mod form;
+
+pub use forbidden::{FORBIDDEN, cuts, is_content};
+
+/// Known members that one body may hold, duplicates included, and nested members that are cut out of it; more of either
+/// is refused. Bounds a [`Scan`] to 44 kB: there are some fifty keys, and no client repeats one for a reason.
 pub const MAX_MEMBERS: usize = 1_024;
+
+/// Percent-encoding undone; an escape that is none stays as it stands.
+pub(crate) fn decode_percent(text: &[u8]) -> Vec<u8> {
+    let mut decoded = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((first, tail)) = rest.split_first() {
+        let digit = |at: usize| char::from(*tail.get(at)?).to_digit(16);
+        let hex = digit(0).zip(digit(1)).and_then(|(high, low)| u8::try_from(high.wrapping_shl(4) | low).ok());
+        let (byte, next) = match (first, hex, tail.get(2..)) {
+            (b'%', Some(byte), Some(next)) => (byte, next),
+            _ => (*first, tail),
+        };
+        decoded.push(byte);
+        rest = next;
+    }
+    decoded
+}
 
 /// API that a request speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -114,9 +136,17 @@ keys! {
     "lora_path" LoraPath,
     // Hand-over protocols.
     "kv_transfer_params" KvTransferParams,
+    "ec_transfer_params" EcTransferParams,
+    "kv_hints" KvHints,
     "bootstrap_host" BootstrapHost,
     "bootstrap_port" BootstrapPort,
     "bootstrap_room" BootstrapRoom,
+    "bootstrap_pair_key" BootstrapPairKey,
+    "decode_tp_size" DecodeTpSize,
+    "encoder_urls" EncoderUrls,
+    "need_wait_for_mm_inputs" NeedWaitForMmInputs,
+    "num_items_assigned" NumItemsAssigned,
+    "http_worker_ipc" HttpWorkerIpc,
     "data_parallel_rank" DataParallelRank,
     "routed_dp_rank" RoutedDpRank,
     "disagg_prefill_dp_rank" DisaggPrefillDpRank,
@@ -221,6 +251,7 @@ pub struct Scan {
     pub count: u32,
     known: KeySet,
     members: Vec<Member>,
+    cuts: Vec<Span>,
 }
 
 /// Checks a body and finds its known top-level members.
@@ -242,11 +273,14 @@ pub fn scan(body: &[u8]) -> Result<Scan, ScanError> {
         count: 0,
         known: KeySet::EMPTY,
         members: Vec::with_capacity(12),
+        cuts: Vec::new(),
     };
     let mut before = open;
     let mut first = true;
     while let Some(member) = scanner.member(1, first)? {
-        if let Some(key) = Key::read(member.key.get(body)) {
+        let key = Key::read(member.key.get(body));
+        forbidden::find(body, &member, key, &mut scan.cuts).map_err(|kind| scanner.error(kind))?;
+        if let Some(key) = key {
             if scan.members.len() >= MAX_MEMBERS {
                 return Err(scanner.error(ErrorKind::TooManyMembers));
             }
@@ -292,6 +326,13 @@ impl Scan {
     #[must_use]
     pub fn members(&self) -> &[Member] {
         &self.members
+    }
+
+    /// What every edit of the body leaves out, in its order: [`FORBIDDEN`] members of objects inside other members'
+    /// values, each with one of the commas beside it.
+    #[must_use]
+    pub fn cuts(&self) -> &[Span] {
+        &self.cuts
     }
 
     /// The bytes of a member's value.

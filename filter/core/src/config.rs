@@ -19,6 +19,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::admission::Limits;
+use crate::paths::{is_inference, matches};
 use crate::wire::{Endpoint, Engine, Snapshot, WIRE_VERSION, WireError, unknown_endpoint_key};
 
 /// Epoch of the endpoints that stand in the configuration.
@@ -55,6 +56,8 @@ pub struct Config {
     pub endpoints: Vec<Endpoint>,
     /// Of [`TRUSTABLE_HEADERS`], those a client may set. The others are stripped.
     pub trusted_headers: Vec<String>,
+    /// Paths that a client may reach beside those of inference APIs; see [`crate::paths::matches`].
+    pub allowed_paths: Vec<String>,
     /// Request headers that name a client's session, the first one present counts: its requests stay together.
     pub session_headers: Vec<String>,
     /// Largest request body, bytes, the spliced parameters included; above it clients get 413. Must not be above the
@@ -215,6 +218,7 @@ struct Raw {
     control: Option<RawControl>,
     endpoints: Vec<Map<String, Value>>,
     trusted_headers: Vec<String>,
+    allowed_paths: Vec<String>,
     session_headers: Vec<String>,
     max_body_bytes: usize,
     prefix: RawPrefix,
@@ -232,7 +236,8 @@ impl Default for Raw {
             destination_header: "x-pd-destination".to_owned(),
             control: None,
             endpoints: Vec::new(),
-            trusted_headers: vec![PHASE_HEADER.to_owned()],
+            trusted_headers: Vec::new(),
+            allowed_paths: Vec::new(),
             session_headers: vec!["x-session-id".to_owned()],
             max_body_bytes: 16 << 20,
             prefix: RawPrefix::default(),
@@ -444,6 +449,12 @@ impl Config {
                 return Err(ConfigError::new("trusted_headers", why));
             }
         }
+        for (i, path) in raw.allowed_paths.iter().enumerate() {
+            if !path.starts_with('/') || path.trim_end_matches("/*").contains(['*', '?', '#', '%']) {
+                let why = "must be a path without a query, or one that ends in `/*`";
+                return Err(ConfigError::new(&format!("allowed_paths[{i}]"), why));
+            }
+        }
         for (i, header) in raw.session_headers.iter().enumerate() {
             check_header_name(&format!("session_headers[{i}]"), header)?;
         }
@@ -474,6 +485,7 @@ impl Config {
             control,
             endpoints,
             trusted_headers: raw.trusted_headers,
+            allowed_paths: raw.allowed_paths,
             session_headers: raw.session_headers,
             max_body_bytes: raw.max_body_bytes,
             prefix: Prefix {
@@ -504,6 +516,12 @@ impl Config {
     #[must_use]
     pub fn trusts(&self, header: &str) -> bool {
         self.trusted_headers.iter().any(|trusted| trusted == header)
+    }
+
+    /// Whether a client may reach this path, percent-encoding undone and without a query.
+    #[must_use]
+    pub fn allows(&self, path: &[u8]) -> bool {
+        is_inference(path) || self.allowed_paths.iter().any(|pattern| matches(pattern, path))
     }
 
     /// The configured endpoints as a snapshot that any list of `pd-control` replaces.
@@ -641,7 +659,7 @@ mod tests {
         let config = Config::parse(b"").unwrap();
         assert_eq!(config, Config::parse(b"{}").unwrap());
         assert_eq!(config.cluster, "engines");
-        assert!(config.trusts(PHASE_HEADER) && !config.trusts(PREFILLER_HEADER));
+        assert!(!config.trusts(PHASE_HEADER) && !config.trusts(PREFILLER_HEADER));
         assert_eq!(config.pool("any").split, Split::Threshold { uncached_tokens: 256 });
     }
 

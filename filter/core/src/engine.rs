@@ -6,24 +6,10 @@
 use core::fmt::Write as _;
 use core::net::SocketAddr;
 
-use crate::body::{Api, Key, KeySet, Scan, scan};
+use crate::body::{Api, FORBIDDEN, Key, KeySet, Scan, scan};
 use crate::json::{self, Object};
 use crate::splice::{Edits, HeadPlan, rewrite};
 use crate::wire::Engine;
-
-/// Members that no client may send to an engine: they name another server's memory, and one of them can end a decode
-/// server's process.
-pub const FORBIDDEN: KeySet = KeySet::of(&[
-    Key::KvTransferParams,
-    Key::BootstrapHost,
-    Key::BootstrapPort,
-    Key::BootstrapRoom,
-    Key::DataParallelRank,
-    Key::RoutedDpRank,
-    Key::DisaggPrefillDpRank,
-    Key::DisaggregatedParams,
-    Key::DisaggPrefillResp,
-]);
 
 /// Members that could end the prefill leg otherwise than by length, and thus without KV parameters, or make it answer
 /// more than one token once.
@@ -191,7 +177,7 @@ pub fn prefill_body(
 fn one_token(params: &[u8]) -> Vec<u8> {
     const LIMIT: &[u8] = br#""max_tokens":1"#;
     match scan(params) {
-        Ok(scan) => rewrite(params, &scan, &Edits { drop: GENERATION, replace: &[], insert: LIMIT }),
+        Ok(scan) => rewrite(params, &scan, &Edits { drop: FORBIDDEN.union(GENERATION), replace: &[], insert: LIMIT }),
         Err(_) => [b"{", LIMIT, b"}"].concat(),
     }
 }

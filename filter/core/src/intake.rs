@@ -5,17 +5,19 @@ use core::time::Duration;
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use crate::body::{Api, Key, KeySet, Scan};
+use crate::body::form::{Encoding, Form, without};
+use crate::body::{self, Api, Key, KeySet, Scan, decode_percent};
 use crate::config::{Config, PREFILLER_HEADER, Pool, SUBSET_HEADER, TEST_SELECTION_HEADER};
 use crate::engine;
 use crate::hash::{prompt_hash, session_hash};
 use crate::headers::Headers;
-use crate::json;
+use crate::json::{self, ScanError};
 use crate::metrics::Metric;
 use crate::models::{Served, serve};
+use crate::paths;
 use crate::reply::Rejection;
 use crate::schedule::Prompt;
-use crate::splice::HeadPlan;
+use crate::splice::{HeadEdit, HeadPlan};
 use crate::table::{Candidates, NoCandidates, Slot, Table};
 use crate::wire::EndpointId;
 use crate::worker::Worker;
@@ -30,6 +32,8 @@ pub(crate) struct Intake {
     pub(crate) headers: Headers,
     /// `None`: a path whose body is only freed of what no client may send.
     pub(crate) api: Option<Api>,
+    /// How the body is written if it is a form and its path is not one of an [`Api`].
+    pub(crate) form: Option<Encoding>,
     pub(crate) phase: Option<Phase>,
     /// Prefill endpoint that a trusted peer names.
     pub(crate) prefiller: Option<Vec<EndpointId>>,
@@ -98,14 +102,38 @@ impl Claims {
 pub(crate) const DEADLINE_HEADER: &str = "x-pd-deadline-ms";
 
 impl Intake {
-    /// Whether an engine could read an object, and hand-over parameters in it, where our scan finds none. Python's parser
-    /// takes UTF-16 and UTF-32, byte order marks, `NaN`, halves of surrogate pairs and any depth.
-    pub(crate) fn may_be_object(&self, body: &[u8]) -> bool {
+    /// Frees a body without a prompt of what no client may send.
+    pub(crate) fn cleaned(&self, body: &[u8]) -> Result<HeadEdit, Rejection> {
+        let whole = |head: Vec<u8>| HeadEdit { drain: u32::try_from(body.len()).unwrap_or(u32::MAX), head };
+        if let Some(encoding) = &self.form {
+            let form = Form::read(body, encoding.clone()).and_then(|form| form.edited(body, None));
+            return form.map(|edited| edited.map(whole).unwrap_or_default()).map_err(Rejection::InvalidForm);
+        }
+        let refused = |error: ScanError| Rejection::InvalidJson(error.to_string());
+        match body::scan(body) {
+            Ok(scan) => Ok(engine::decode_plan(body, &scan, KeySet::EMPTY, None).with_insert(b"")),
+            Err(_) if body.trim_ascii_start().first() == Some(&b'[') && self.is_json() => {
+                let cuts = body::cuts(body).map_err(refused)?;
+                Ok(if cuts.is_empty() { HeadEdit::default() } else { whole(without(body, &cuts)) })
+            }
+            Err(error) if self.may_be_object(body) => Err(refused(error)),
+            Err(_) => Ok(HeadEdit::default()),
+        }
+    }
+
+    /// Whether an engine may take the body for JSON: on paths of inference APIs whatever the content type says.
+    fn is_json(&self) -> bool {
         let content_type = self.headers.get("content-type").unwrap_or_default();
         let essence = content_type.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii();
-        let is_json = essence.is_empty() || essence.to_ascii_lowercase().ends_with(b"json");
+        let is_allowed_only = self.headers.get(":path").is_none_or(|path| !paths::is_inference(&decoded_path(path)));
+        !is_allowed_only || essence.is_empty() || essence.to_ascii_lowercase().ends_with(b"json")
+    }
+
+    /// Whether an engine could read an object, and hand-over parameters in it, where our scan finds none. Python's parser
+    /// takes UTF-16 and UTF-32, byte order marks, `NaN`, halves of surrogate pairs and any depth.
+    fn may_be_object(&self, body: &[u8]) -> bool {
         let first = body.trim_ascii_start().first();
-        is_json && !matches!(first, None | Some(b'[' | b'"' | b'-' | b'0'..=b'9' | b't' | b'f' | b'n'))
+        self.is_json() && !matches!(first, None | Some(b'[' | b'"' | b'-' | b'0'..=b'9' | b't' | b'f' | b'n'))
     }
 }
 
@@ -154,6 +182,8 @@ const OURS: &[&[u8]] = &[
     b"test-epp-endpoint-selection",
     b"x-data-parallel-rank",
     b"x-data-parallel-host-port",
+    b"x-encoder-hosts-ports",
+    b"x-kv-cache-source-host-port",
     b"target-pod",
     b"prefill-target-pod",
 ];
@@ -207,18 +237,7 @@ pub(crate) fn decoded_path(path: &[u8]) -> Cow<'_, [u8]> {
     if !path.contains(&b'%') {
         return Cow::Borrowed(path);
     }
-    let mut decoded = Vec::with_capacity(path.len());
-    let mut rest = path;
-    while let Some((first, tail)) = rest.split_first() {
-        let hex = tail.get(..2).and_then(|two| u8::from_str_radix(core::str::from_utf8(two).ok()?, 16).ok());
-        let (byte, next) = match (first, hex, tail.get(2..)) {
-            (b'%', Some(byte), Some(next)) => (byte, next),
-            _ => (*first, tail),
-        };
-        decoded.push(byte);
-        rest = next;
-    }
-    Cow::Owned(decoded)
+    Cow::Owned(decode_percent(path))
 }
 
 pub(crate) fn endpoint_ids(value: &[u8]) -> Vec<EndpointId> {
@@ -392,10 +411,10 @@ mod tests {
     #[test]
     fn on_unknown_paths_only_what_a_lenient_parser_may_take_for_an_object_is_suspect() {
         let may_be = |content_type: &str, body: &[u8]| {
-            let headers = Headers::from_pairs([("content-type", content_type)]);
+            let headers = Headers::from_pairs([("content-type", content_type), (":path", "/own")]);
             let config = Arc::new(Config::parse(b"").unwrap());
             let claims = Claims::default();
-            Intake { config, headers, api: None, phase: None, prefiller: None, claims, subset: None }
+            Intake { config, headers, api: None, form: None, phase: None, prefiller: None, claims, subset: None }
                 .may_be_object(body)
         };
         let suspects: [&[u8]; 5] = [b"{", b" {\"x\":NaN}", b"\xef\xbb\xbf{}", b"{\0}\0", b"\0{\0}"];

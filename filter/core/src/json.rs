@@ -12,7 +12,7 @@ use std::borrow::Cow;
 mod scanner;
 mod tight;
 
-pub(crate) use scanner::Scanner;
+pub(crate) use scanner::{RawMember, Scanner};
 
 /// Objects and arrays that may be open at once; one more is refused. `serde_json`'s own limit.
 pub const MAX_DEPTH: u32 = 127;

@@ -30,6 +30,7 @@ mod ledger;
 pub mod load;
 pub mod metrics;
 mod models;
+pub mod paths;
 pub mod push;
 pub mod reply;
 pub mod request;

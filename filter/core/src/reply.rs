@@ -1,6 +1,7 @@
 //! Answers that the filter gives itself: OpenAI-style JSON errors with a reason header.
 
 use crate::admission::Shed;
+use crate::body::form::FormError;
 
 /// llm-d's answer header that says why a request was not let in.
 pub const DROPPED_HEADER: &str = "x-llm-d-request-dropped-reason";
@@ -12,6 +13,10 @@ pub const REASON_HEADER: &str = "x-pd-reason";
 pub enum Rejection {
     /// The body is no JSON object.
     InvalidJson(String),
+    /// The body is a form that parsers could read differently.
+    InvalidForm(FormError),
+    /// A path that no client may reach.
+    UnknownPath,
     /// The body is compressed.
     ContentEncoding,
     /// No `model`, or not a string.
@@ -57,6 +62,8 @@ impl Rejection {
     fn parts(&self) -> (u16, &'static str, Option<&'static str>, &'static str) {
         match self {
             Self::InvalidJson(_) => (400, "invalid_request_error", None, "invalid_json"),
+            Self::InvalidForm(_) => (400, "invalid_request_error", None, "invalid_form"),
+            Self::UnknownPath => (404, "not_found_error", None, "unknown_path"),
             Self::ContentEncoding => (415, "invalid_request_error", None, "content_encoding"),
             Self::MissingModel => (400, "invalid_request_error", Some("model"), "missing_model"),
             Self::UnknownModel { .. } => (404, "not_found_error", Some("model"), "unknown_model"),
@@ -73,6 +80,8 @@ impl Rejection {
     fn message(&self) -> String {
         match self {
             Self::InvalidJson(why) => why.clone(),
+            Self::InvalidForm(error) => error.to_string(),
+            Self::UnknownPath => "this path is not one of an inference API".to_owned(),
             Self::ContentEncoding => "the request body must not be compressed".to_owned(),
             Self::MissingModel => "the request body must have a string `model`".to_owned(),
             Self::UnknownModel { model, known } => {

@@ -16,9 +16,9 @@ use core::time::Duration;
 use std::sync::Arc;
 
 use crate::admission::{Ask, Limits, Shed};
-use crate::body::{Api, KeySet, Scan, scan};
+use crate::body::form::Encoding;
+use crate::body::{Api, Scan, scan};
 use crate::config::{Config, EXPLAIN_HEADER, PHASE_HEADER, PREFILLER_HEADER, STATIC_EPOCH};
-use crate::engine;
 use crate::headers::Headers;
 use crate::index::EndpointIndex;
 use crate::intake::{Claims, Intake, Phase, Subset, Work, decoded_path, endpoint_ids, is_ours, read_body};
@@ -184,25 +184,29 @@ impl Request {
             worker.counts.count(Metric::HeadersStripped);
             effects.push(Effect::RemoveHeader(name.to_vec()));
         }
-        let is_post = headers.get(":method") == Some(b"POST");
-        let api = headers.get(":path").and_then(|path| Api::of_path(&decoded_path(path))).filter(|_| is_post);
-        let multipart = headers.get("content-type").is_some_and(|value| value.starts_with(b"multipart/"));
+        let (method, path) = (headers.get(":method"), headers.get(":path").unwrap_or_default());
         let subset = Subset::read(&headers, &config);
-        let is_get = headers.get(":method") == Some(b"GET");
-        if is_get && headers.get(":path") == Some(READY_PATH) {
+        if method == Some(b"GET") && path == READY_PATH {
             self.state = State::Over;
             return Outcome { flow: Flow::Pause, effects: vec![Effect::Reply(readiness(worker, &config))] };
         }
-        if is_get
-            && worker.table.names_all_models()
-            && headers.get(":path").is_some_and(|path| decoded_path(path) == MODELS_PATH)
-        {
+        let path = decoded_path(path);
+        if !config.allows(&path) {
+            return self.reject(worker, effects, &Rejection::UnknownPath);
+        }
+        if method == Some(b"GET") && worker.table.names_all_models() && path == MODELS_PATH {
             worker.counts.count(Metric::RequestsPassed);
             return self.answer_models(worker, &config, effects);
         }
-        if api.is_none() && (end_of_stream || multipart) {
+        let api = Api::of_path(&path).filter(|_| method == Some(b"POST"));
+        if api.is_none() && end_of_stream {
             return self.pass(worker, &config, subset.as_ref(), effects, now);
         }
+        let form = match Encoding::of(headers.get("content-type").unwrap_or_default()) {
+            Ok(form) => form.filter(|_| api.is_none()),
+            Err(error) if api.is_none() => return self.reject(worker, effects, &Rejection::InvalidForm(error)),
+            Err(_) => None,
+        };
         let phase = match headers.get(PHASE_HEADER).filter(|_| config.trusts(PHASE_HEADER)) {
             None => None,
             Some(b"prefill") => Some(Phase::Prefill),
@@ -216,7 +220,7 @@ impl Request {
                 &Rejection::InvalidJson("invalid JSON: the request has no body".to_owned()),
             );
         }
-        if api.is_some() && headers.get("content-encoding").is_some_and(|value| value != b"identity") {
+        if headers.get("content-encoding").is_some_and(|value| value != b"identity") {
             return self.reject(worker, effects, &Rejection::ContentEncoding);
         }
         if let Some(declared) = headers.get("content-length") {
@@ -229,7 +233,7 @@ impl Request {
         }
         let prefiller = headers.get(PREFILLER_HEADER).filter(|_| config.trusts(PREFILLER_HEADER)).map(endpoint_ids);
         let claims = Claims::read(&headers, &config);
-        self.state = State::Reading(Box::new(Intake { config, headers, api, phase, prefiller, claims, subset }));
+        self.state = State::Reading(Box::new(Intake { config, headers, api, form, phase, prefiller, claims, subset }));
         Outcome { flow: Flow::Continue, effects }
     }
 
@@ -279,19 +283,15 @@ impl Request {
         if body.len() > intake.config.max_body_bytes {
             return self.reject(worker, Vec::new(), &Rejection::TooLarge(intake.config.max_body_bytes));
         }
-        let scanned = scan(body);
         let Some(api) = intake.api else {
-            let edit = match scanned {
-                Ok(scan) => engine::decode_plan(body, &scan, KeySet::EMPTY, None).with_insert(b""),
-                Err(error) if intake.may_be_object(body) => {
-                    return self.reject(worker, Vec::new(), &Rejection::InvalidJson(error.to_string()));
-                }
-                Err(_) => Default::default(),
+            let edit = match intake.cleaned(body) {
+                Ok(edit) => edit,
+                Err(rejection) => return self.reject(worker, Vec::new(), &rejection),
             };
             let effects = if edit.is_none() { Vec::new() } else { vec![Effect::EditBody(edit)] };
             return self.pass(worker, &intake.config, intake.subset.as_ref(), effects, now);
         };
-        match scanned.map_err(|error| Rejection::InvalidJson(error.to_string())) {
+        match scan(body).map_err(|error| Rejection::InvalidJson(error.to_string())) {
             Ok(scan) => {
                 let Intake { config, headers, phase, prefiller, claims, subset, .. } = intake;
                 match read_body(worker, config, headers, api, subset, body, &scan, now) {

@@ -5,6 +5,7 @@
 //! - Inserted members come first in the object. Parsers take the last of several members with the same key, so a caller
 //!   that inserts a key also drops it.
 //! - Dropping and replacing concern every occurrence of a key. A key in both is dropped.
+//! - What [`Scan::cuts`] names is left out of values that stay.
 //! - A dropped member goes with the comma before it; the first ones of an object go with the comma behind them.
 //!
 //! [`rewrite`] makes a whole new body. [`head_edit`] makes the shortest edit of the front, for a buffer that can only be
@@ -139,14 +140,30 @@ struct Walk {
     changed: bool,
 }
 
-/// Emits the body from behind its opening brace up to the last dropped or replaced member, without and with those.
+/// Emits the body from behind its opening brace up to the last change: without dropped members and cuts, with replaced
+/// values.
 fn walk<'a>(body: &'a [u8], scan: &Scan, edits: &Edits<'a>, emit: &mut impl FnMut(&'a [u8])) -> Walk {
     let mut drain = scan.open;
     let mut changed = false;
     let mut dropped = 0_u32;
     // Whether all members so far were dropped: the next to go takes the comma behind it along.
     let mut leading = true;
+    let mut cuts = scan.cuts();
+    // Leaves out the cuts before `end`, except those in what is gone or replaced.
+    let mut cut_until = |end: u32, drain: &mut u32, emit: &mut dyn FnMut(&'a [u8])| {
+        let mut any = false;
+        while let Some((cut, rest)) = cuts.split_first().filter(|(cut, _)| cut.start < end) {
+            cuts = rest;
+            if cut.start >= *drain {
+                emit(slice(body, *drain, cut.start));
+                *drain = cut.end;
+                any = true;
+            }
+        }
+        any
+    };
     for member in scan.members() {
+        changed |= cut_until(member.span.start, &mut drain, emit);
         leading &= member.first || member.before < drain;
         if edits.drop.contains(member.key) {
             dropped = dropped.saturating_add(1);
@@ -167,5 +184,6 @@ fn walk<'a>(body: &'a [u8], scan: &Scan, edits: &Edits<'a>, emit: &mut impl FnMu
             leading = false;
         }
     }
+    changed |= cut_until(u32::MAX, &mut drain, emit);
     Walk { drain, follow: dropped < scan.count, changed }
 }

@@ -84,7 +84,37 @@ fn object<'a>(fields: &Fields<'a>, name: &'static str) -> Result<Option<(&'a str
     Ok(Some((raw.get(), serde_json::from_str(raw.get()).map_err(|_| wrong_type(name))?)))
 }
 
+/// vLLM 0.32 copies `vllm_xargs`, and the `sampling_params.extra_args` of its own API, into the place that the
+/// parameters come from; those of the top level win, unless they are empty. What is false to Python and no object ends
+/// the scheduler (`'int' object has no attribute 'get'`), other values end the request.
 fn nixl(fields: &Fields<'_>) -> Result<KvParams, ApiError> {
+    let of_extra_args = |place: &Fields<'_>| -> Result<Option<KvParams>, ApiError> {
+        let Some(raw) = place.raw("kv_transfer_params") else { return Ok(None) };
+        if raw.get().starts_with('{') {
+            return nixl_params(place).map(Some);
+        }
+        if place.truthy("kv_transfer_params") {
+            return Err(wrong_type("kv_transfer_params"));
+        }
+        Ok(Some(KvParams::Pull(Remote { raw: raw.get().into(), has_block_ids: false, source: None })))
+    };
+    if !fields.truthy("kv_transfer_params") {
+        let nested = [("vllm_xargs", None), ("sampling_params", Some("extra_args"))];
+        for (outer, inner) in nested {
+            let Ok(Some((_, mut place))) = object(fields, outer) else { continue };
+            if let Some(inner) = inner {
+                let Ok(Some((_, deeper))) = object(&place, inner) else { continue };
+                place = deeper;
+            }
+            if let Some(params) = of_extra_args(&place)? {
+                return Ok(params);
+            }
+        }
+    }
+    nixl_params(fields)
+}
+
+fn nixl_params(fields: &Fields<'_>) -> Result<KvParams, ApiError> {
     let Some((raw, params)) = object(fields, "kv_transfer_params")? else { return Ok(KvParams::None) };
     if params.truthy("do_remote_prefill") {
         return Ok(KvParams::Pull(remote(raw, &params)));

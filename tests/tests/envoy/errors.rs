@@ -157,7 +157,7 @@ fn without_endpoints_there_is_a_clear_answer() {
             for client in &mut rig.client_of_each_worker(http).await {
                 assert_rejected(&client.post(CHAT, long_chat()).await, 503, "no_endpoint");
                 assert_rejected(&client.get("/v1/models").await, 503, "no_endpoint");
-                assert_rejected(&client.post("/other", "{}").await, 503, "no_endpoint");
+                assert_rejected(&client.post("/tokenize", "{}").await, 503, "no_endpoint");
             }
         }
     });

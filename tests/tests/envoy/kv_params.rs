@@ -5,7 +5,7 @@ use pd_tests::client::BOTH;
 use pd_tests::rig::{Rig, run};
 use pd_tests::shared::{Shared, shared};
 
-use crate::support::{new_prompt, recorded, short_chat, sum};
+use crate::support::{assert_rejected, new_prompt, recorded, short_chat, sum};
 
 /// Ends a real decode server, and the simulated one.
 const DEADLY: &str = r#""kv_transfer_params":{"do_remote_prefill":true,"remote_block_ids":null}"#;
@@ -73,6 +73,123 @@ fn no_spelling_of_a_clients_parameters_reaches_an_engine() {
             }
         }
         assert_none_arrived(&rig);
+    });
+}
+
+/// Places that an engine copies parameters from, each with a value that ends a real server or lets the client say where
+/// it connects.
+const NESTED: [&str; 8] = [
+    r#""vllm_xargs":{"kv_transfer_params":0}"#,
+    r#""vllm_xargs":{"a":1,"kv_transfer_params":""}"#,
+    r#""vllm_xargs":{"kv_transfer_params":[],"a":"b"}"#,
+    r#""vllm_xargs":{"kv_\u0074ransfer_params":0}"#,
+    r#""vllm_xargs":{"kv_transfer_params":{"do_remote_prefill":true}},"vllm_xargs":{"kv_transfer_params":0}"#,
+    r#""sampling_params":{"max_tokens":4,"extra_args":{"kv_transfer_params":{"do_remote_prefill":true,"remote_host":"192.0.2.1"}}}"#,
+    r#""ec_transfer_params":{"a":{"peer_host":"192.0.2.1"}},"extra":[{"deep":[{"kv_transfer_params":0}]}]"#,
+    r#""parameters":{"bootstrap_host":"192.0.2.1","bootstrap_room":1},"encoder_urls":["http://192.0.2.1"]"#,
+];
+
+/// Endings of a legal body that hold one of [`NESTED`], before and behind the prompt.
+fn nested(prompt: &str, is_chat: bool) -> Vec<String> {
+    let with = |member: &str| {
+        let rest = format!(r#","max_tokens":4,{member}"#);
+        let body = if is_chat { chat(&[prompt], &rest) } else { completion(prompt, &rest) };
+        [body.clone(), body.replacen('{', &format!("{{{member},"), 1)]
+    };
+    NESTED.iter().flat_map(|member| with(member)).collect()
+}
+
+#[test]
+fn nested_parameters_reach_no_engine_on_any_path() {
+    run(async {
+        let rig = shared().await;
+        for http in BOTH {
+            let mut client = rig.client(http).await;
+            for long in [false, true] {
+                for path in [CHAT, COMPLETIONS, "/v1/chat/completions/batch", "/invocations", "/vertex_generate"] {
+                    let prompt = if long { new_prompt() } else { "hello".to_owned() };
+                    for body in nested(&prompt, path != COMPLETIONS) {
+                        for phase in [None, Some("prefill"), Some("decode")] {
+                            let phase = phase.map(|phase| ("x-pd-phase", phase.as_bytes()));
+                            let answer = client.send(client.json(path, body.clone(), phase.as_slice())).await;
+                            let wanted = [CHAT, COMPLETIONS].contains(&path);
+                            assert!(!wanted || answer.status == 200, "{body}: {}", answer.text());
+                        }
+                    }
+                }
+            }
+        }
+        for request in recorded(rig.engines()) {
+            let text = request.text();
+            for secret in ["192.0.2.1", "ec_transfer", "bootstrap", "encoder_urls"] {
+                assert!(!text.contains(secret), "{} {text}", request.path);
+            }
+            assert!(!text.contains(r#""a":1,"kv"#) && !text.contains("\\u0074"), "{} {text}", request.path);
+        }
+        let kept = |text: &str| recorded(rig.engines()).iter().any(|request| request.text().contains(text));
+        assert!(kept(r#""vllm_xargs":{"a":1}"#) && kept(r#""vllm_xargs":{"a":"b"}"#), "their neighbours stay");
+        assert_none_arrived(&rig);
+    });
+}
+
+#[test]
+fn a_tools_argument_of_that_name_stays() {
+    run(async {
+        let rig = shared().await;
+        let tools = r#","tools":[{"type":"function","function":{"name":"f","parameters":{"type":"object","properties":{"kv_transfer_params":{"type":"object"}}}}}],"max_tokens":4"#;
+        let mut client = rig.client(BOTH[0]).await;
+        for prompt in ["hello".to_owned(), new_prompt()] {
+            assert_eq!(client.post(CHAT, chat(&[&prompt], tools)).await.status, 200);
+        }
+        assert!(recorded(rig.engines()).iter().all(|request| request.text().contains(tools.split_at(20).0)));
+    });
+}
+
+#[test]
+fn forms_bring_no_parameters() {
+    run(async {
+        let rig = shared().await;
+        let part =
+            |head: &str, value: &str| format!("--x\r\ncontent-disposition: form-data; {head}\r\n\r\n{value}\r\n");
+        let file = part(r#"name="file"; filename="a.wav""#, "RIFF {\"kv_transfer_params\":0}");
+        let whole = |parts: &[String]| format!("{}--x--\r\n", parts.concat());
+        let clean = whole(&[part(r#"name="model""#, "sim"), file.clone(), part(r#"name="vllm_xargs""#, r#"{"a":1}"#)]);
+        let dirty = whole(&[
+            part(r#"name="kv_transfer_params""#, "0"),
+            part(r#"name="model""#, "sim"),
+            file.clone(),
+            part(r#"name="vllm_xargs""#, r#"{"kv_transfer_params":0,"a":1}"#),
+        ]);
+        let refused = [
+            whole(&[file.clone(), part("name*=utf-8''vllm%5Fxargs", r#"{"kv_transfer_params":0}"#)]),
+            whole(&[file.clone(), part(r#"name="vllm_xargs""#, r#"{"kv_transfer_params":NaN}"#)]),
+            clean.replace("\r\n", "\n"),
+        ];
+        for http in BOTH {
+            let mut client = rig.client(http).await;
+            let mut send = async |body: &str, content_type: &str| {
+                let mut request = client.json("/v1/audio/transcriptions", body.to_owned(), &[]);
+                request.headers_mut().insert("content-type", content_type.parse().unwrap());
+                client.send(request).await
+            };
+            for body in [&clean, &dirty] {
+                for content_type in ["multipart/form-data; boundary=x", "Multipart/Form-Data; Boundary=\"x\""] {
+                    assert_eq!(send(body, content_type).await.status, 404, "the simulator's own answer");
+                }
+            }
+            for body in &refused {
+                assert_rejected(&send(body, "multipart/form-data; boundary=x").await, 400, "invalid_form");
+            }
+            let utf16 = "multipart/form-data; boundary=x; charset=utf-16";
+            assert_rejected(&send(&dirty, utf16).await, 400, "invalid_form");
+            let pairs = "model=sim&kv_transfer_params=0&vllm_xargs=%7B%22kv_transfer_params%22%3A0%7D";
+            assert_eq!(send(pairs, "application/x-www-form-urlencoded").await.status, 404);
+        }
+        for request in recorded(rig.engines()) {
+            let text = request.text();
+            assert!(text == clean || text == "model=sim&vllm_xargs=%7B%7D", "{text}");
+        }
+        assert_eq!(recorded(rig.engines()).len(), 2 * 5);
     });
 }
 

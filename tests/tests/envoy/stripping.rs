@@ -9,8 +9,8 @@ use serde_json::json;
 
 use crate::support::{assert_right, long_chat, recorded, short_chat, sum};
 
-/// `x-pd-phase` is trusted by default and not among them.
-const OURS: [&str; 12] = [
+/// `envoy/local.yaml` trusts `x-pd-phase`, which is not among them.
+const OURS: [&str; 14] = [
     "x-pd-destination",
     "x-pd-anything",
     "x-prefiller-host-port",
@@ -20,6 +20,8 @@ const OURS: [&str; 12] = [
     "test-epp-endpoint-selection",
     "x-data-parallel-rank",
     "x-data-parallel-host-port",
+    "x-encoder-hosts-ports",
+    "x-kv-cache-source-host-port",
     "target-pod",
     "prefill-target-pod",
     "X-Pd-Destination",
@@ -33,9 +35,9 @@ fn every_kind() -> Vec<(&'static str, &'static str, String, Option<&'static str>
         ("POST", CHAT, long_chat(), Some("prefill")),
         ("POST", CHAT, long_chat(), Some("decode")),
         ("POST", "/invocations", long_chat(), None),
-        ("POST", "/nowhere", "no JSON".to_owned(), None),
+        ("POST", "/tokenize", r#"{"prompt":"a"}"#.to_owned(), None),
         ("GET", "/v1/models", String::new(), None),
-        ("GET", "/nowhere", String::new(), None),
+        ("GET", "/version", String::new(), None),
         ("DELETE", "/v1/models", String::new(), None),
     ]
 }
@@ -75,7 +77,7 @@ fn none_of_our_headers_reaches_an_engine_from_a_client() {
             for (name, value) in &request.headers {
                 assert!(!value.as_bytes().starts_with(b"10.66."), "{name} of {} {}", request.method, request.path);
             }
-            for name in &OURS[2..11] {
+            for name in &OURS[2..13] {
                 assert!(!request.headers.contains_key(*name), "{name} of {} {}", request.method, request.path);
             }
         }

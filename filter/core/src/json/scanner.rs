@@ -201,7 +201,7 @@ impl<'a> Scanner<'a> {
     }
 
     /// Passes over a key, its colon and the white space behind it; what lies between its quotes.
-    fn key(&mut self) -> Result<Span, ScanError> {
+    pub(crate) fn key(&mut self) -> Result<Span, ScanError> {
         if self.peek() != Some(b'"') {
             return Err(self.error(ErrorKind::ExpectedKey));
         }

@@ -362,7 +362,7 @@ fn a_body_over_the_limit_is_refused_as_soon_as_it_is_known() {
 #[test]
 fn requests_without_a_prompt_reach_a_ready_endpoint_unchanged() {
     for (method, path, end) in
-        [("GET", "/version", true), ("POST", "/v1/unknown", true), ("GET", "/v1/chat/completions", true)]
+        [("GET", "/version", true), ("POST", "/v1/embeddings", true), ("GET", "/v1/chat/completions", true)]
     {
         let mut t = fixture();
         let headers = Headers::from_pairs([(":method", method), (":path", path)]);
@@ -834,9 +834,9 @@ fn a_trusted_subset_restricts_both_legs_and_the_answer_says_who_served() {
         t.request = Request::default();
         t.headers(&[(header, "10.9.9.9")]);
         assert_eq!(reply(&t.body(&long_body())), (503, "no_endpoint"));
-        // Any path, by address alone.
+        // A path without a prompt, by address alone.
         t.request = Request::default();
-        let headers = Headers::from_pairs([(":method", "GET"), (":path", "/any"), (header, "10.0.0.2")]);
+        let headers = Headers::from_pairs([(":method", "GET"), (":path", "/version"), (header, "10.0.0.2")]);
         let outcome = t.request.headers(&mut t.worker, headers, true, t.now);
         assert!(state(&outcome, DESTINATION).split(',').all(|address| address.starts_with("10.0.0.2:")));
         assert!(t.request.is_sent());

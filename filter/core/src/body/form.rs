@@ -1,0 +1,474 @@
+//! Forms as a request's body: their fields, and a form without what no client may send.
+//!
+//! Multipart forms carry audio and images, with parameters beside them; engines read a field `vllm_xargs` as JSON. A
+//! form is read strictly: where two parsers could find different fields, it is refused. Sources: RFC 7578, RFC 2046, the
+//! URL standard, and what Starlette with python-multipart reads.
+
+use core::fmt;
+use std::borrow::Cow;
+
+use memchr::memmem;
+
+use super::forbidden::{FORBIDDEN, cuts, is_content};
+use super::{Key, decode_percent};
+use crate::json::Span;
+
+/// Fields that one form may have; more is refused.
+const MAX_FIELDS: usize = 1_024;
+
+/// How a form is written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Encoding {
+    /// `multipart/form-data` with this boundary.
+    Multipart(Vec<u8>),
+    /// `application/x-www-form-urlencoded`.
+    Url,
+}
+
+/// Why a form is refused. Its `Display` is fit for the client; the answer is 400.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FormError {
+    /// The content type names no usable boundary, or another character set than UTF-8.
+    ContentType,
+    /// The parts are not where the boundary says, or have headers that are not readable in one way only.
+    Malformed,
+    /// A field that looks like JSON is not.
+    FieldNotJson,
+    /// Fields beyond all reason.
+    TooManyFields,
+}
+
+impl fmt::Display for FormError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ContentType => "the form's content type must name one boundary and no character set but UTF-8",
+            Self::Malformed => "the form is malformed",
+            Self::FieldNotJson => "a field of the form begins as JSON and is not valid JSON",
+            Self::TooManyFields => "the form has too many fields",
+        })
+    }
+}
+
+impl Encoding {
+    /// The form's encoding that a `content-type` names; `None` for what is no form.
+    ///
+    /// # Errors
+    /// [`FormError::ContentType`] for a form that parsers could split differently.
+    pub fn of(content_type: &[u8]) -> Result<Option<Self>, FormError> {
+        let text = core::str::from_utf8(content_type).unwrap_or_default();
+        let (essence, parameters) = text.split_once(';').unwrap_or((text, ""));
+        let essence = essence.trim().to_ascii_lowercase();
+        if !essence.starts_with("multipart/") && essence != "application/x-www-form-urlencoded" {
+            return Ok(None);
+        }
+        let mut boundary = None;
+        for (name, value) in Parameters(parameters) {
+            let value = value.ok_or(FormError::ContentType)?;
+            match name.as_str() {
+                "charset" if !value.eq_ignore_ascii_case("utf-8") => return Err(FormError::ContentType),
+                "boundary" if boundary.is_some() => return Err(FormError::ContentType),
+                "boundary" => boundary = Some(value.into_owned()),
+                name if name.contains('*') => return Err(FormError::ContentType),
+                _ => {}
+            }
+        }
+        if !essence.starts_with("multipart/") {
+            return Ok(Some(Self::Url));
+        }
+        match boundary {
+            Some(boundary) if essence == "multipart/form-data" && (1..=200).contains(&boundary.len()) => {
+                Ok(Some(Self::Multipart(boundary.into_bytes())))
+            }
+            _ => Err(FormError::ContentType),
+        }
+    }
+}
+
+/// Parameters of a header: `; name=value; name="value"`. A value is `None` where it is not readable in one way only.
+struct Parameters<'a>(&'a str);
+
+impl<'a> Iterator for Parameters<'a> {
+    type Item = (String, Option<Cow<'a, str>>);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let rest = self.0.trim_start_matches([';', ' ', '\t']);
+        if rest.is_empty() {
+            return None;
+        }
+        let end = rest.find(['=', ';']).unwrap_or(rest.len());
+        let (name, rest) = rest.split_at_checked(end)?;
+        let name = name.trim().to_ascii_lowercase();
+        let Some(rest) = rest.strip_prefix('=') else {
+            self.0 = rest;
+            return Some((name, None));
+        };
+        let rest = rest.trim_start_matches([' ', '\t']);
+        if let Some(quoted) = rest.strip_prefix('"') {
+            let Some((value, rest)) = quoted.split_once('"') else {
+                self.0 = "";
+                return Some((name, None));
+            };
+            self.0 = rest;
+            // A backslash escapes the quote to some parsers, to others not.
+            let is_clear = !value.ends_with('\\') && (rest.is_empty() || rest.starts_with([';', ' ', '\t']));
+            return Some((name, is_clear.then_some(Cow::Borrowed(value))));
+        }
+        let (value, rest) = rest.split_at_checked(rest.find(';').unwrap_or(rest.len()))?;
+        self.0 = rest;
+        let value = value.trim();
+        Some((name, (!value.contains('"')).then_some(Cow::Borrowed(value))))
+    }
+}
+
+/// One field.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Field {
+    name: String,
+    /// What goes when the field is dropped.
+    whole: Span,
+    /// The value as it is written.
+    value: Span,
+    is_file: bool,
+}
+
+/// Where the fields of a form stand.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Form {
+    encoding: Encoding,
+    fields: Vec<Field>,
+}
+
+impl Form {
+    /// Reads a whole form.
+    ///
+    /// # Errors
+    /// [`FormError`] where it is not a form that every parser reads alike.
+    pub fn read(body: &[u8], encoding: Encoding) -> Result<Self, FormError> {
+        let fields = match &encoding {
+            Encoding::Multipart(boundary) => multipart(body, boundary)?,
+            Encoding::Url => url_encoded(body)?,
+        };
+        Ok(Self { encoding, fields })
+    }
+
+    /// The value of a field that is text; the last one of several. `None` where there is none or it is not UTF-8.
+    #[must_use]
+    pub fn text<'a>(&self, body: &'a [u8], name: &str) -> Option<Cow<'a, str>> {
+        let field = self.fields.iter().rev().find(|field| field.name == name && !field.is_file)?;
+        match self.value(body, field) {
+            Cow::Borrowed(value) => core::str::from_utf8(value).ok().map(Cow::Borrowed),
+            Cow::Owned(value) => String::from_utf8(value).ok().map(Cow::Owned),
+        }
+    }
+
+    fn value<'a>(&self, body: &'a [u8], field: &Field) -> Cow<'a, [u8]> {
+        let raw = field.value.get(body);
+        match self.encoding {
+            Encoding::Multipart(_) => Cow::Borrowed(raw),
+            Encoding::Url => url_decoded(raw),
+        }
+    }
+
+    /// The form without forbidden fields, without forbidden members in fields that hold JSON, and with another model
+    /// where one is given; `None` where nothing changes.
+    ///
+    /// # Errors
+    /// [`FormError::FieldNotJson`] for a field that an engine could read as JSON and this cannot.
+    pub fn edited(&self, body: &[u8], model: Option<&str>) -> Result<Option<Vec<u8>>, FormError> {
+        let mut out: Vec<u8> = Vec::new();
+        let (mut copied, mut changed) = (0, false);
+        let mut replace = |span: Span, with: &[u8]| {
+            if out.is_empty() {
+                out.reserve(body.len());
+            }
+            out.extend_from_slice(crate::json::slice(body, copied, span.start));
+            out.extend_from_slice(with);
+            (copied, changed) = (span.end, true);
+        };
+        for field in &self.fields {
+            if Key::of_name(&field.name).is_some_and(|key| FORBIDDEN.contains(key)) {
+                replace(field.whole, b"");
+                continue;
+            }
+            if field.is_file {
+                continue;
+            }
+            if let Some(model) = model.filter(|_| field.name == "model") {
+                replace(field.value, &self.encoded(model.as_bytes()));
+                continue;
+            }
+            let value = self.value(body, field);
+            if is_content(&field.name) || !matches!(value.trim_ascii_start().first(), Some(b'{' | b'[')) {
+                continue;
+            }
+            let cuts = cuts(&value).map_err(|_| FormError::FieldNotJson)?;
+            if !cuts.is_empty() {
+                replace(field.value, &self.encoded(&without(&value, &cuts)));
+            }
+        }
+        if !changed {
+            return Ok(None);
+        }
+        out.extend_from_slice(body.get(copied as usize..).unwrap_or_default());
+        Ok(Some(out))
+    }
+
+    fn encoded<'a>(&self, value: &'a [u8]) -> Cow<'a, [u8]> {
+        match self.encoding {
+            Encoding::Multipart(_) => Cow::Borrowed(value),
+            Encoding::Url => Cow::Owned(url_encode(value)),
+        }
+    }
+}
+
+/// `json` without what the cuts name.
+#[must_use]
+pub fn without(json: &[u8], cuts: &[Span]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(json.len());
+    let mut copied = 0;
+    for cut in cuts {
+        out.extend_from_slice(crate::json::slice(json, copied, cut.start));
+        copied = cut.end;
+    }
+    out.extend_from_slice(json.get(copied as usize..).unwrap_or_default());
+    out
+}
+
+/// The parts of a multipart form.
+fn multipart(body: &[u8], boundary: &[u8]) -> Result<Vec<Field>, FormError> {
+    let delimiter = [b"\r\n--", boundary].concat();
+    let finder = memmem::Finder::new(&delimiter);
+    let rest_of = |at: usize| body.get(at..).unwrap_or_default();
+    // Line breaks before the first delimiter are passed over by every parser, other text by some.
+    let mut start = body.iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
+    if !rest_of(start).starts_with(delimiter.get(2..).unwrap_or_default()) {
+        return Err(FormError::Malformed);
+    }
+    let mut fields = Vec::new();
+    loop {
+        let mut at = start.saturating_add(delimiter.len()).saturating_sub(2);
+        let rest = rest_of(at);
+        if rest.starts_with(b"--") {
+            return Ok(fields);
+        }
+        if !rest.starts_with(b"\r\n") {
+            return Err(FormError::Malformed);
+        }
+        at = at.saturating_add(2);
+        let (name, is_file, header_bytes) = part_headers(rest_of(at))?;
+        let value_start = at.saturating_add(header_bytes);
+        let found = finder.find(rest_of(value_start)).ok_or(FormError::Malformed)?;
+        let value_end = value_start.saturating_add(found);
+        let next = value_end.saturating_add(2);
+        if fields.len() >= MAX_FIELDS {
+            return Err(FormError::TooManyFields);
+        }
+        fields.push(Field { name, whole: Span::new(start, next), value: Span::new(value_start, value_end), is_file });
+        start = next;
+    }
+}
+
+/// Reads the headers of a part: its name, whether it is a file, and the bytes up to its value.
+fn part_headers(part: &[u8]) -> Result<(String, bool, usize), FormError> {
+    let end = memmem::find(part, b"\r\n\r\n").ok_or(FormError::Malformed)?;
+    let block = core::str::from_utf8(part.get(..end).unwrap_or_default()).map_err(|_| FormError::Malformed)?;
+    let mut found = None;
+    for line in block.split("\r\n") {
+        let (name, value) = line.split_once(':').ok_or(FormError::Malformed)?;
+        if line.starts_with([' ', '\t']) || line.contains(['\r', '\n', '\0']) {
+            return Err(FormError::Malformed);
+        }
+        if name.trim().eq_ignore_ascii_case("content-disposition") {
+            if found.is_some() {
+                return Err(FormError::Malformed);
+            }
+            found = Some(disposition(value)?);
+        }
+    }
+    let (name, is_file) = found.ok_or(FormError::Malformed)?;
+    Ok((name, is_file, end.saturating_add(4)))
+}
+
+/// Reads `form-data; name="…"; filename="…"`.
+fn disposition(value: &str) -> Result<(String, bool), FormError> {
+    let (kind, parameters) = value.split_once(';').ok_or(FormError::Malformed)?;
+    if !kind.trim().eq_ignore_ascii_case("form-data") {
+        return Err(FormError::Malformed);
+    }
+    let (mut name, mut is_file) = (None, false);
+    for (key, value) in Parameters(parameters) {
+        let value = value.ok_or(FormError::Malformed)?;
+        match key.as_str() {
+            "name" if name.is_some() || value.contains('\\') => return Err(FormError::Malformed),
+            "name" => name = Some(value.into_owned()),
+            "filename" | "filename*" => is_file = true,
+            // RFC 2231 spells a name in pieces, or encoded; nobody needs it for one.
+            key if key.contains('*') => return Err(FormError::Malformed),
+            _ => {}
+        }
+    }
+    Ok((name.ok_or(FormError::Malformed)?, is_file))
+}
+
+/// The pairs of a URL-encoded form. Some parsers take `;` for `&`: what either of them would read is a field here.
+fn url_encoded(body: &[u8]) -> Result<Vec<Field>, FormError> {
+    let mut fields = Vec::new();
+    let mut start = 0_usize;
+    for pair in body.split(|byte| matches!(byte, b'&' | b';')) {
+        let end = start.saturating_add(pair.len());
+        let name_bytes = pair.iter().position(|byte| *byte == b'=').unwrap_or(pair.len());
+        let name = String::from_utf8_lossy(&url_decoded(pair.get(..name_bytes).unwrap_or_default())).into_owned();
+        if fields.len() >= MAX_FIELDS {
+            return Err(FormError::TooManyFields);
+        }
+        let value_start = start.saturating_add(name_bytes).saturating_add(1).min(end);
+        let whole_end = end.saturating_add(1).min(body.len());
+        fields.push(Field {
+            name,
+            whole: Span::new(start, whole_end),
+            value: Span::new(value_start, end),
+            is_file: false,
+        });
+        start = end.saturating_add(1);
+    }
+    Ok(fields)
+}
+
+fn url_decoded(raw: &[u8]) -> Cow<'_, [u8]> {
+    if !raw.iter().any(|byte| matches!(byte, b'+' | b'%')) {
+        return Cow::Borrowed(raw);
+    }
+    let spaced: Vec<u8> = raw.iter().map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect();
+    Cow::Owned(decode_percent(&spaced))
+}
+
+fn url_encode(value: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(value.len());
+    for &byte in value {
+        if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~') {
+            out.push(byte);
+        } else {
+            out.extend_from_slice(format!("%{byte:02X}").as_bytes());
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BOUNDARY: &str = "x-b";
+
+    fn part(name: &str, value: &str) -> String {
+        format!("--{BOUNDARY}\r\nContent-Disposition: form-data; {name}\r\n\r\n{value}\r\n")
+    }
+
+    fn form(parts: &[String]) -> String {
+        format!("{}--{BOUNDARY}--\r\n", parts.concat())
+    }
+
+    fn edited(body: &str) -> Result<Option<String>, FormError> {
+        let encoding = Encoding::Multipart(BOUNDARY.into());
+        let form = Form::read(body.as_bytes(), encoding)?;
+        Ok(form.edited(body.as_bytes(), None)?.map(|body| String::from_utf8(body).unwrap()))
+    }
+
+    #[test]
+    fn forbidden_fields_and_members_go_and_the_rest_stays() {
+        let file = part(r#"name="file"; filename="a.wav""#, "RIFF\r\n--x-\r\n\0{\"kv_transfer_params\":0}");
+        let model = part(r#"name="model""#, "whisper");
+        let args = |value: &str| part(r#"name="vllm_xargs""#, value);
+        let kept = form(&[file.clone(), model.clone(), args(r#"{"a": 1}"#)]);
+        assert_eq!(edited(&kept), Ok(None));
+        let dirty =
+            form(&[file, part(r#"name="kv_transfer_params""#, "0"), model, args(r#"{"kv_transfer_params":0,"a": 1}"#)]);
+        assert_eq!(edited(&dirty), Ok(Some(kept)));
+        let prompt = form(&[part("name=prompt", "{not json, but a prompt")]);
+        assert_eq!(edited(&prompt), Ok(None));
+    }
+
+    #[test]
+    fn a_form_that_two_parsers_could_read_differently_is_refused() {
+        for part in [
+            part(r#"name*=utf-8''vllm%5Fxargs"#, "{}"),
+            part(r#"name="a"; name="vllm_xargs""#, "{}"),
+            part(r#"filename="a\"; name="vllm_xargs""#, "{}"),
+            part("filename=a", "{}"),
+            part("name=\"a\"\r\nContent-Disposition: form-data; name=\"vllm_xargs\"", "{}"),
+            part("name=\"a\"\r\n folded: 1", "{}"),
+            part(r#"name="vllm_xargs""#, r#"{"kv_transfer_params":NaN}"#).replace("form-data", "attachment"),
+            "--x-b--no\r\n".to_owned(),
+            "preamble\r\n--x-b\r\n".to_owned(),
+            "--x-b\nContent-Disposition: form-data; name=\"vllm_xargs\"\n\n{}\n".to_owned(),
+        ] {
+            let body = form(std::slice::from_ref(&part));
+            let outcome = edited(&body);
+            assert!(outcome == Err(FormError::Malformed) || part.starts_with("--x-b--"), "{part}: {outcome:?}");
+        }
+        assert_eq!(edited(&form(&[part("name=vllm_xargs", r#"{"a":NaN}"#)])), Err(FormError::FieldNotJson));
+        let open = form(&[part("name=a", "1")]).replace("--x-b--", "");
+        assert_eq!(edited(&open), Err(FormError::Malformed));
+    }
+
+    #[test]
+    fn content_types_name_one_boundary() {
+        let of = |text: &str| Encoding::of(text.as_bytes());
+        let multipart = |boundary: &str| Ok(Some(Encoding::Multipart(boundary.into())));
+        assert_eq!(of("multipart/form-data; boundary=abc"), multipart("abc"));
+        assert_eq!(of("Multipart/Form-Data;charset=UTF-8; Boundary=\"a b\""), multipart("a b"));
+        assert_eq!(of("application/x-www-form-urlencoded"), Ok(Some(Encoding::Url)));
+        for other in ["application/json", "", "text/plain; boundary=a", "\u{fc}"] {
+            assert_eq!(of(other), Ok(None), "{other}");
+        }
+        for bad in [
+            "multipart/form-data",
+            "multipart/form-data; boundary=",
+            "multipart/form-data; boundary=a; boundary=b",
+            "multipart/form-data; boundary*=utf-8''a",
+            "multipart/form-data; boundary=a; charset=utf-16",
+            "multipart/mixed; boundary=a",
+            "application/x-www-form-urlencoded; charset=utf-7",
+        ] {
+            assert_eq!(of(bad), Err(FormError::ContentType), "{bad}");
+        }
+    }
+
+    #[test]
+    fn url_encoded_fields_are_decoded_and_written_back() {
+        let edited = |body: &str| {
+            let form = Form::read(body.as_bytes(), Encoding::Url)?;
+            Ok(form.edited(body.as_bytes(), Some("m 2"))?.map(|body| String::from_utf8(body).unwrap()))
+        };
+        assert_eq!(edited("a=1&b=%7B%7D"), Ok(None));
+        assert_eq!(edited("model=m&kv%5ftransfer_params=0&a=1"), Ok(Some("model=m%202&a=1".to_owned())));
+        let args = "vllm_xargs=%7B%22a%22%3A1,%22kv_transfer_params%22%3A%5B%5D%7D";
+        assert_eq!(edited(args), Ok(Some("vllm_xargs=%7B%22a%22%3A1%7D".to_owned())));
+        assert_eq!(edited("vllm_xargs=%7Bx"), Err(FormError::FieldNotJson));
+        assert_eq!(edited("a;kv_transfer_params"), Ok(Some("a;".to_owned())));
+    }
+
+    #[test]
+    fn fields_are_found_by_name() {
+        let body = form(&[part("name=model", "whisper"), part("name=\"file\"; filename=\"x\"", "1")]);
+        let read = Form::read(body.as_bytes(), Encoding::Multipart(BOUNDARY.into())).unwrap();
+        assert_eq!(read.text(body.as_bytes(), "model").as_deref(), Some("whisper"));
+        assert_eq!(read.text(body.as_bytes(), "file"), None);
+        let renamed = read.edited(body.as_bytes(), Some("other")).unwrap().unwrap();
+        assert_eq!(String::from_utf8(renamed).unwrap(), body.replace("whisper", "other"));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_are_read_without_panic(body: Vec<u8>, text in "(--x-b|\r\n|[a-z;:=\" ]{0,9}|\\{|\"|name=|Content-Disposition: form-data; )*") {
+            for body in [body.as_slice(), text.as_bytes()] {
+                for encoding in [Encoding::Multipart(BOUNDARY.into()), Encoding::Url] {
+                    if let Ok(form) = Form::read(body, encoding) {
+                        let _ = form.edited(body, Some("m"));
+                    }
+                }
+                let _ = Encoding::of(body);
+            }
+        }
+    }
+}
