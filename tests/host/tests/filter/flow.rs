@@ -230,7 +230,7 @@ fn a_multipart_body_passes_without_what_no_client_may_send() {
 #[test]
 fn a_phase_header_sends_one_leg_to_that_pool() {
     for (phase, pool, name) in [("prefill", [P1, P2], "prefill_only"), ("decode", [D1, D2], "decode_only")] {
-        let gateway = Gateway::new(&two_and_two());
+        let gateway = Gateway::new(&config(&[TRUSTS_PHASE], TWO_AND_TWO, ""));
         let body = chat(1, 3_000);
         let stream = Request::post(CHAT, &body).header("x-pd-phase", phase).send(&gateway);
         assert_eq!(gateway.callouts(), []);

@@ -83,6 +83,9 @@ pub fn config(top: &[&str], endpoints: &[(&str, &str)], pool: &str) -> String {
     format!("{{{}}}", members.join(","))
 }
 
+/// Lets clients say which leg a request is.
+pub const TRUSTS_PHASE: &str = r#""trusted_headers":["x-pd-phase"]"#;
+
 /// Two endpoints for each leg and nothing else.
 pub fn two_and_two() -> String {
     config(&[], TWO_AND_TWO, "")

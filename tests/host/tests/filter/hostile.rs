@@ -27,7 +27,7 @@ fn statuses(function: &str) -> &'static [u32] {
 
 /// Everything the filter does, from a new root to the answers of engines. Returns the streams.
 fn everything(gateway: &Gateway) -> Vec<Stream> {
-    let top = [r#""control":{"cluster":"pd-control"}"#];
+    let top = [r#""control":{"cluster":"pd-control"}"#, TRUSTS_PHASE];
     gateway.add_root(config(&top, TWO_AND_TWO, r#""on_prefill_failure":"fail""#).as_bytes());
     gateway.add_root(config(&top, TWO_AND_TWO, "").as_bytes());
     let answer_polls = |status: &str, list: &str| {

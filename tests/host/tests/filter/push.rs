@@ -370,7 +370,7 @@ fn two_roots_of_a_worker_share_one_poll() {
     for (worker, old) in fleet.workers().iter().zip(&old) {
         assert_eq!(reached(worker), set(&["10.0.0.1:8000"]));
         let stream = worker.stream_of(*old);
-        stream.request_headers([(":method", "GET"), (":path", "/")], true);
+        stream.request_headers([(":method", "GET"), (":path", "/version")], true);
         assert_eq!(destinations(&forwarded(&stream)), ["10.0.0.1:8000"]);
         respond(&stream);
         worker.retire_root(*old);

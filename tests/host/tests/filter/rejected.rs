@@ -25,7 +25,7 @@ fn assert_rejected(stream: &Stream, status: u32, reason: &str) {
 #[test]
 fn bad_requests_say_why() {
     let gateway = Gateway::new(
-        &config(&[], &[], "")
+        &config(&[TRUSTS_PHASE], &[], "")
             .replace(r#""endpoints":[]"#, r#""endpoints":[{"address":"10.0.0.1:8000","role":"both","models":["m"]}]"#),
     );
     let requests = [
@@ -41,6 +41,8 @@ fn bad_requests_say_why() {
         (Request::post(CHAT, r#"{"model":null,"messages":[]}"#), 400, "missing_model"),
         (Request::post(CHAT, r#"{"model":"other","messages":[]}"#), 404, "unknown_model"),
         (Request::post(CHAT, r#"{"model":"m"}"#).header("content-encoding", "gzip"), 415, "content_encoding"),
+        (Request::post("/sleep", "{}"), 404, "unknown_path"),
+        (Request::post("/v1/embeddings", "{"), 400, "invalid_json"),
         (Request::post(CHAT, r#"{"model":"m"}"#).header("x-pd-phase", "both"), 400, "invalid_phase"),
         (Request::post(CHAT, r#"{"model":"m"}"#).header("x-pd-phase", b"\xff"), 400, "invalid_phase"),
         (Request::post(CHAT, r#"{"model":"m"}"#).header("x-pd-phase", "prefill"), 503, "no_endpoint"),
