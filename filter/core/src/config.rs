@@ -18,8 +18,8 @@ use hashbrown::HashMap;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::admission::Limits;
-use crate::paths::{is_inference, matches};
+use crate::choose::admission::Limits;
+use crate::request::paths::{is_inference, matches};
 use crate::wire::{Endpoint, Engine, Snapshot, WIRE_VERSION, WireError, unknown_endpoint_key};
 
 /// Epoch of the endpoints that stand in the configuration.
@@ -56,7 +56,7 @@ pub struct Config {
     pub endpoints: Vec<Endpoint>,
     /// Of [`TRUSTABLE_HEADERS`], those a client may set. The others are stripped.
     pub trusted_headers: Vec<String>,
-    /// Paths that a client may reach beside those of inference APIs; see [`crate::paths::matches`].
+    /// Paths that a client may reach beside those of inference APIs; see [`crate::request::paths::matches`].
     pub allowed_paths: Vec<String>,
     /// Request headers that name a client's session, the first one present counts: its requests stay together.
     pub session_headers: Vec<String>,
@@ -110,7 +110,7 @@ pub struct Control {
     pub wait: Duration,
     /// Environment variable of the Envoy process that holds the bearer token, if there is one.
     pub token_env: String,
-    /// Whether what is in flight and which blocks went where is [exchanged](crate::exchange) with other Envoys.
+    /// Whether what is in flight and which blocks went where is [exchanged](crate::envoys) with other Envoys.
     pub exchange: bool,
 }
 
@@ -152,7 +152,7 @@ pub struct Pool {
     /// β: share of a prompt that its rendezvous endpoint is costed as holding, 0 to 1, when this worker has not seen
     /// the prefix but others may have. Right where Envoys know of each other's decisions within 50 ms: 0, a prompt
     /// that is new to all of them would wait for nothing (+16 % p99 at 0.6). Without any exchange 0.3 to 0.6 keeps hits.
-    /// `None`: 0.6 times the share of the other Envoys that are [not heard](crate::exchange::Fleet::unheard).
+    /// `None`: 0.6 times the share of the other Envoys that are [not heard](crate::envoys::Fleet::unheard).
     pub rendezvous_share: Option<f64>,
     /// Tokens of an endpoint's prefix cache where the endpoint does not say.
     pub cache_tokens: u64,

@@ -14,29 +14,23 @@
     )
 )]
 
-pub mod admission;
-mod answer;
 pub mod body;
+pub mod choose;
 pub mod config;
+pub mod endpoints;
 pub mod engine;
-pub mod exchange;
-pub mod fit;
-pub mod hash;
+pub mod envoys;
 pub mod headers;
-pub mod index;
-mod intake;
-pub mod json;
-mod ledger;
-pub mod load;
 pub mod metrics;
-mod models;
-pub mod paths;
-pub mod push;
-pub mod reply;
+pub mod prefix;
 pub mod request;
-pub mod schedule;
-pub mod share;
-pub mod splice;
-pub mod table;
 pub mod wire;
-pub mod worker;
+pub mod workers;
+
+pub use body::{json, splice};
+pub use choose::{admission, schedule};
+pub use endpoints::{fit, load, table};
+pub use envoys as exchange;
+pub use prefix::{hash, index};
+pub use request::reply;
+pub use workers::{push, share, worker};

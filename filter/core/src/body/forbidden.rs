@@ -8,7 +8,7 @@
 //! Sources: the request models of vLLM 0.33, SGLang 0.5.23 and TensorRT-LLM, llm-d's routing sidecar.
 
 use super::{Key, KeySet, MAX_MEMBERS};
-use crate::json::{self, ErrorKind, RawMember, ScanError, Scanner, Span};
+use crate::body::json::{self, ErrorKind, RawMember, ScanError, Scanner, Span};
 
 /// Members that no client may send to an engine: they name another server's memory or address, or make an engine wait
 /// for a part that never comes. One of them can end a decode server's process.

@@ -11,7 +11,7 @@ use memchr::memmem;
 
 use super::forbidden::{FORBIDDEN, cuts, is_content};
 use super::{Key, decode_percent};
-use crate::json::Span;
+use crate::body::json::Span;
 
 /// Fields that one form may have; more is refused.
 const MAX_FIELDS: usize = 1_024;
@@ -181,7 +181,7 @@ impl Form {
             if out.is_empty() {
                 out.reserve(body.len());
             }
-            out.extend_from_slice(crate::json::slice(body, copied, span.start));
+            out.extend_from_slice(crate::body::json::slice(body, copied, span.start));
             out.extend_from_slice(with);
             (copied, changed) = (span.end, true);
         };
@@ -227,7 +227,7 @@ pub fn without(json: &[u8], cuts: &[Span]) -> Vec<u8> {
     let mut out = Vec::with_capacity(json.len());
     let mut copied = 0;
     for cut in cuts {
-        out.extend_from_slice(crate::json::slice(json, copied, cut.start));
+        out.extend_from_slice(crate::body::json::slice(json, copied, cut.start));
         copied = cut.end;
     }
     out.extend_from_slice(json.get(copied as usize..).unwrap_or_default());

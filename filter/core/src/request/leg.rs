@@ -5,13 +5,13 @@ use core::time::Duration;
 use super::route::{destination, enter};
 use super::{Call, Effect, PREFILL_MS, PrefillAnswer};
 use crate::body::Scan;
+use crate::choose::schedule::{Pick, Scheduler};
+use crate::endpoints::table::EndpointRef;
 use crate::engine::{self, Pair};
-use crate::intake::{Work, leg_headers};
 use crate::metrics::Metric;
-use crate::reply::Reply;
-use crate::schedule::{Pick, Scheduler};
-use crate::table::EndpointRef;
-use crate::worker::Worker;
+use crate::request::intake::{Work, leg_headers};
+use crate::request::reply::Reply;
+use crate::workers::worker::Worker;
 
 /// A prefill leg as a call, and its number in the ledger.
 pub(super) fn start_leg(

@@ -7,20 +7,20 @@ use super::leg::{Fault, leg_ended, start_leg, with_pair};
 use super::route::{Prefill, Route, enter};
 use super::sent::Companion;
 use super::{Call, Effect, Flow, KV_MISSING, Outcome, PrefillAnswer, QUESTION_TIMEOUT, Request, State};
+use crate::body::json::Object;
 use crate::body::{Scan, scan};
+use crate::choose::schedule::{Pick, Prompt, Scheduler};
 use crate::config::OnPrefillFailure;
+use crate::endpoints::fit::Usage;
+use crate::endpoints::table::{Candidates, EndpointRef, Partner};
 use crate::engine::{self, Handover, Shape};
-use crate::fit::Usage;
-use crate::index::EndpointIndex;
-use crate::intake::{Work, candidates, question_headers};
-use crate::json::Object;
 use crate::metrics::Metric;
-use crate::models::Served;
-use crate::reply::Rejection;
-use crate::schedule::{Pick, Prompt, Scheduler};
-use crate::table::{Candidates, EndpointRef, Partner};
+use crate::prefix::index::EndpointIndex;
+use crate::request::intake::{Work, candidates, question_headers};
+use crate::request::models::Served;
+use crate::request::reply::Rejection;
 use crate::wire::EndpointId;
-use crate::worker::Worker;
+use crate::workers::worker::Worker;
 
 /// A request that waits for its prefill leg.
 #[derive(Debug)]

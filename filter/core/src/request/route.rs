@@ -9,18 +9,18 @@ use super::{
     DECISION, DECODE, DESTINATION, Effect, Flow, KV_MISSING, MATCHED_TOKENS, Outcome, PREFILL, PREFILLER, RANK, REASON,
     Request, State, TRIES, decision_name, to_i64,
 };
-use crate::answer::Passage;
+use crate::body::splice::HeadPlan;
+use crate::choose::schedule::{Pick, Prompt, Scheduler};
 use crate::config::{Config, Split};
-use crate::exchange::report::Decision;
-use crate::fit::Usage;
-use crate::index::EndpointIndex;
-use crate::intake::{Subset, Work};
+use crate::endpoints::fit::Usage;
+use crate::endpoints::table::EndpointRef;
+use crate::envoys::report::Decision;
 use crate::metrics::Metric;
-use crate::reply::Rejection;
-use crate::schedule::{Pick, Prompt, Scheduler};
-use crate::splice::HeadPlan;
-use crate::table::EndpointRef;
-use crate::worker::Worker;
+use crate::prefix::index::EndpointIndex;
+use crate::request::answer::Passage;
+use crate::request::intake::{Subset, Work};
+use crate::request::reply::Rejection;
+use crate::workers::worker::Worker;
 
 /// Where a request goes, and why.
 pub(super) struct Route<'a> {

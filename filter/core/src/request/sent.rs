@@ -4,14 +4,14 @@ use core::time::Duration;
 
 use super::leg::{engines_reply, leg_ended, prefill_ms};
 use super::{Effect, Flow, GO_ON, KV_HEADER, Outcome, PrefillAnswer, Request, SERVED_HEADER, State, WAIT, to_i64};
-use crate::answer::Passage;
-use crate::fit::Usage;
-use crate::json::Object;
+use crate::body::json::Object;
+use crate::body::splice::HeadEdit;
+use crate::endpoints::fit::Usage;
+use crate::endpoints::table::EndpointRef;
 use crate::metrics::Metric;
-use crate::reply::Rejection;
-use crate::splice::HeadEdit;
-use crate::table::EndpointRef;
-use crate::worker::Worker;
+use crate::request::answer::Passage;
+use crate::request::reply::Rejection;
+use crate::workers::worker::Worker;
 
 /// A request that an engine endpoint serves.
 #[derive(Debug)]

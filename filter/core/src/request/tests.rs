@@ -467,7 +467,7 @@ fn text(body: &[u8]) -> &str {
 
 /// The value of a member of a JSON object.
 fn member<'a>(body: &'a str, key: &str) -> &'a str {
-    let value = crate::json::raw_member(body.as_bytes(), &[key]).unwrap();
+    let value = crate::body::json::raw_member(body.as_bytes(), &[key]).unwrap();
     text(value.unwrap_or_else(|| panic!("no {key} in {body}")))
 }
 
@@ -510,7 +510,7 @@ fn rooms_differ_and_a_short_prompt_is_split_where_decode_cannot_serve_alone() {
             let outcome = t.body(body);
             assert_eq!(state(&outcome, DECISION), "split");
             let decode = edited(&outcome, body);
-            assert_eq!(crate::json::elements(member(&decode, "bootstrap_room").as_bytes()).count(), 2);
+            assert_eq!(crate::body::json::elements(member(&decode, "bootstrap_room").as_bytes()).count(), 2);
             rooms.insert(member(&decode, "bootstrap_room").to_owned());
         }
     }
@@ -764,7 +764,7 @@ fn a_pool_with_limits_answers_429_until_something_ends() {
     let outcome = t.body(&long_body());
     assert_eq!(reply(&outcome), (429, "saturated"));
     let Some(Effect::Reply(answer)) = outcome.effects.last() else { panic!() };
-    for header in ["retry-after", crate::reply::DROPPED_HEADER] {
+    for header in ["retry-after", crate::request::reply::DROPPED_HEADER] {
         assert!(answer.headers.iter().any(|(name, _)| *name == header), "{header}");
     }
     t.done();

@@ -4,8 +4,8 @@
 //! on relative errors with exponential forgetting (recursive least squares, Ljung 1999, chapter 11), drawn towards 1 by a
 //! ridge, with Huber's weights against outliers (a prompt that waited behind work of which we do not know), and bounded.
 
+use crate::body::json::{self, Object};
 use crate::config::{Cost, Pool};
-use crate::json::{self, Object};
 
 /// What an observation still counts after each further one: a window of about 200.
 const FORGETTING: f64 = 0.995;

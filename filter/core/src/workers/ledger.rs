@@ -1,6 +1,6 @@
 //! What happens at the endpoints, as events: a worker applies its own at once, and the others' when it reads them.
 //!
-//! An event names its endpoint by [`Slot::key`](crate::table::Slot::key), which every worker computes alike, so workers
+//! An event names its endpoint by [`Slot::key`](crate::endpoints::table::Slot::key), which every worker computes alike, so workers
 //! whose lists differ for a moment understand each other.
 
 use core::time::Duration;
@@ -8,12 +8,12 @@ use std::borrow::Cow;
 
 use hashbrown::HashMap;
 
-use crate::exchange::Fleet;
-use crate::exchange::message::Totals;
-use crate::hash::BlockHash;
-use crate::index::EndpointIndex;
-use crate::load::Load;
-use crate::worker::Worker;
+use crate::endpoints::load::Load;
+use crate::envoys::Fleet;
+use crate::envoys::message::Totals;
+use crate::prefix::hash::BlockHash;
+use crate::prefix::index::EndpointIndex;
+use crate::workers::worker::Worker;
 
 /// Blocks of a prompt that the other workers hear of; the rest counts as not cached there. 4 MiB and more of prompt.
 const MAX_TOLD_BLOCKS: usize = 2_048;

@@ -7,8 +7,8 @@
 
 use core::ops::Range;
 
-use crate::fit::Usage;
-use crate::json;
+use crate::body::json;
+use crate::endpoints::fit::Usage;
 
 /// What to look for in one answer.
 #[derive(Debug, Default)]

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use crate::config::{Alias, Config};
-use crate::intake::{Subset, candidates};
-use crate::reply::Rejection;
-use crate::table::{Candidates, NoCandidates, Table};
+use crate::endpoints::table::{Candidates, NoCandidates, Table};
+use crate::request::intake::{Subset, candidates};
+use crate::request::reply::Rejection;
 
 /// The model that serves a request.
 #[derive(Clone, Debug, PartialEq)]

@@ -3,7 +3,7 @@
 
 use hashbrown::HashMap;
 
-use crate::load::Load;
+use crate::endpoints::load::Load;
 use crate::metrics::Metric;
 
 /// Share of a limit from which on there is pressure: sheddable requests wait, and everybody keeps to a fair share.

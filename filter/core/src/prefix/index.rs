@@ -6,9 +6,9 @@
 
 use hashbrown::HashTable;
 
-use crate::hash::{BlockHash, block_units, prefix_units};
+use crate::prefix::hash::{BlockHash, block_units, prefix_units};
 
-/// Endpoint as the [table](crate::table) numbers it.
+/// Endpoint as the [table](crate::endpoints::table) numbers it.
 pub type EndpointIndex = u32;
 
 /// Holders that a block remembers by name, newest first. Endpoints beyond them still match, when they are asked for.

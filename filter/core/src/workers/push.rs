@@ -7,11 +7,11 @@
 use core::time::Duration;
 
 use crate::config::Control;
+use crate::endpoints::table::Applied;
 use crate::metrics::{Level, Metric};
-use crate::share::{ABSENT, Shared};
-use crate::table::Applied;
 use crate::wire::{Snapshot, WATCH_PATH, WireError};
-use crate::worker::Worker;
+use crate::workers::share::{ABSENT, Shared};
+use crate::workers::worker::Worker;
 
 /// How often the shell must call [`Push::tick`].
 pub const TICK: Duration = Duration::from_millis(200);
@@ -281,8 +281,8 @@ fn next_worker_id(shared: &impl Shared) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::share::testing::Store;
     use crate::wire::{Endpoint, Role, Snapshot};
+    use crate::workers::share::testing::Store;
 
     const CONFIG: &[u8] = br#"{"control":{"cluster":"pd-control"}}"#;
 

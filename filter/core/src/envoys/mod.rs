@@ -1,8 +1,8 @@
 //! Several Envoys, one view: each tells `pd-control` what it has in flight and which blocks it sent where, and hears
 //! the same of the others, about 50 ms later.
 //!
-//! The worker that holds the [lease](crate::push) is its Envoy's voice. What it hears it passes on to the other workers
-//! through its [log](crate::share), as its own part: when it dies, the next voice starts from nothing and hears all of
+//! The worker that holds the [lease](crate::workers::push) is its Envoy's voice. What it hears it passes on to the other workers
+//! through its [log](crate::workers::share), as its own part: when it dies, the next voice starts from nothing and hears all of
 //! it again. Without an answer for [`PATIENCE`] the view is that of this Envoy alone.
 //!
 //! Two calls: *tell*, when there is something new (or a second has passed), answered at once; and *hear*, which
@@ -19,9 +19,9 @@ use std::collections::VecDeque;
 use hashbrown::HashMap;
 
 use crate::config::Control;
-use crate::hash::BlockHash;
 use crate::metrics::Metric;
-use crate::worker::Worker;
+use crate::prefix::hash::BlockHash;
+use crate::workers::worker::Worker;
 use blocks::{BlockLog, block_event, read_event, split_events};
 use message::{EXCHANGE_PATH, Heard, MAX_BLOCKS_BYTES, Record, Told, Totals};
 use report::{Decision, MAX_DECISIONS};
@@ -351,7 +351,7 @@ impl Exchange {
 
 /// What is in flight from this Envoy, per endpoint, in the order of their keys.
 fn loads(worker: &Worker, now: Duration) -> Vec<(u64, Totals)> {
-    let totals = |slot: &crate::table::Slot| Totals {
+    let totals = |slot: &crate::endpoints::table::Slot| Totals {
         work: (slot.prefill.work(now) * 1e6) as u64,
         tokens: slot.decode.tokens,
         requests: u64::from(slot.decode.requests),
@@ -372,7 +372,7 @@ mod tests {
     use super::message::MAX_MESSAGE_BYTES;
     use super::report::MAX_REPORT_BYTES;
     use super::*;
-    use crate::table::EndpointRef;
+    use crate::endpoints::table::EndpointRef;
     use proptest::prelude::*;
 
     const CONFIG: &[u8] = br#"{"control":{"cluster":"pd-control"},"endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.1:2","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#;

@@ -1,6 +1,6 @@
 //! One brain per Envoy: what a worker decides is in every other worker's ledger and index before those decide.
 //!
-//! Each worker has a seat: a log of [events](crate::ledger) in shared data that only it writes, a gauge that says how far
+//! Each worker has a seat: a log of [events](crate::workers::ledger) in shared data that only it writes, a gauge that says how far
 //! the log goes, and, renewed at each tick, its part of the ledger as a whole. Before a worker decides it looks at the
 //! gauges (90 ns each) and reads what is new. All that a worker has in flight is known to be its own, so when it stops
 //! renewing its seat (its VM was reloaded, its thread died) the others take that part out.
@@ -21,10 +21,10 @@ use core::time::Duration;
 
 use hashbrown::{HashMap, HashSet};
 
-use crate::exchange::report::{Decision, Generation, MAX_DECISIONS};
-use crate::hash::BlockHash;
-use crate::ledger::{Event, Part, Reader, Writer};
-use crate::worker::Worker;
+use crate::envoys::report::{Decision, Generation, MAX_DECISIONS};
+use crate::prefix::hash::BlockHash;
+use crate::workers::ledger::{Event, Part, Reader, Writer};
+use crate::workers::worker::Worker;
 
 /// Data that the workers of one Envoy share.
 pub trait Shared {
@@ -516,7 +516,7 @@ pub(crate) mod testing {
 mod tests {
     use super::testing::Store;
     use super::*;
-    use crate::table::EndpointRef;
+    use crate::endpoints::table::EndpointRef;
     use proptest::prelude::*;
 
     const CONFIG: &[u8] = br#"{"endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.1:2","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#;

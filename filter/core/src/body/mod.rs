@@ -4,10 +4,12 @@
 
 use std::borrow::Cow;
 
-use crate::json::{self, ErrorKind, ScanError, Scanner, Span};
+use self::json::{ErrorKind, ScanError, Scanner, Span};
 
 mod forbidden;
 pub mod form;
+pub mod json;
+pub mod splice;
 
 pub use forbidden::{FORBIDDEN, cuts, is_content};
 

@@ -1,7 +1,7 @@
 //! Answers that the filter gives itself: OpenAI-style JSON errors with a reason header.
 
-use crate::admission::Shed;
 use crate::body::form::FormError;
+use crate::choose::admission::Shed;
 
 /// llm-d's answer header that says why a request was not let in.
 pub const DROPPED_HEADER: &str = "x-llm-d-request-dropped-reason";

@@ -11,8 +11,8 @@
 //! [`rewrite`] makes a whole new body. [`head_edit`] makes the shortest edit of the front, for a buffer that can only be
 //! drained and prepended to. [`HeadPlan`] is the same when what to insert is known only after the body is gone.
 
+use crate::body::json::slice;
 use crate::body::{Key, KeySet, Scan};
-use crate::json::slice;
 
 /// What to change in the top-level object of a body.
 #[derive(Clone, Copy, Debug, Default)]

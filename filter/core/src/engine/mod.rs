@@ -6,9 +6,9 @@
 use core::fmt::Write as _;
 use core::net::SocketAddr;
 
+use crate::body::json::{self, Object};
+use crate::body::splice::{Edits, HeadPlan, rewrite};
 use crate::body::{Api, FORBIDDEN, Key, KeySet, Scan, scan};
-use crate::json::{self, Object};
-use crate::splice::{Edits, HeadPlan, rewrite};
 use crate::wire::Engine;
 
 /// Members that could end the prefill leg otherwise than by length, and thus without KV parameters, or make it answer

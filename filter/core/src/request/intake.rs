@@ -6,21 +6,21 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use crate::body::form::{Encoding, Form, without};
+use crate::body::json::{self, ScanError};
+use crate::body::splice::{HeadEdit, HeadPlan};
 use crate::body::{self, Api, Key, KeySet, Scan, decode_percent};
+use crate::choose::schedule::Prompt;
 use crate::config::{Config, PREFILLER_HEADER, Pool, SUBSET_HEADER, TEST_SELECTION_HEADER};
+use crate::endpoints::table::{Candidates, NoCandidates, Slot, Table};
 use crate::engine;
-use crate::hash::{prompt_hash, session_hash};
 use crate::headers::Headers;
-use crate::json::{self, ScanError};
 use crate::metrics::Metric;
-use crate::models::{Served, serve};
-use crate::paths;
-use crate::reply::Rejection;
-use crate::schedule::Prompt;
-use crate::splice::{HeadEdit, HeadPlan};
-use crate::table::{Candidates, NoCandidates, Slot, Table};
+use crate::prefix::hash::{prompt_hash, session_hash};
+use crate::request::models::{Served, serve};
+use crate::request::paths;
+use crate::request::reply::Rejection;
 use crate::wire::EndpointId;
-use crate::worker::Worker;
+use crate::workers::worker::Worker;
 
 /// Output tokens that a request is expected to add to its KV cache, unless it allows fewer. The traces' mean is 149 to 343.
 const EXPECTED_OUTPUT_TOKENS: u64 = 256;

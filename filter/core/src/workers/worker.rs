@@ -3,19 +3,19 @@
 use core::time::Duration;
 use std::sync::Arc;
 
-use crate::admission::{Admission, Ask, Limits, Shed, pool_key};
+use crate::choose::admission::{Admission, Ask, Limits, Shed, pool_key};
 use crate::config::{Config, ConfigError};
+use crate::endpoints::load::RetryBudget;
+use crate::endpoints::table::{Applied, EndpointRef, Table};
 use crate::engine::pair_id;
-use crate::exchange::message::Totals;
-use crate::exchange::report::{Decision, Generation, Report};
-use crate::exchange::{Fleet, Outbox, Recent};
-use crate::hash::BlockHash;
-use crate::index::PrefixIndex;
-use crate::ledger::{Event, Log};
-use crate::load::RetryBudget;
+use crate::envoys::message::Totals;
+use crate::envoys::report::{Decision, Generation, Report};
+use crate::envoys::{Fleet, Outbox, Recent};
 use crate::metrics::{Counts, Metric};
-use crate::table::{Applied, EndpointRef, Table};
+use crate::prefix::hash::BlockHash;
+use crate::prefix::index::PrefixIndex;
 use crate::wire::{Snapshot, WireError};
+use crate::workers::ledger::{Event, Log};
 
 /// Name of the gauge of the prefix index's bytes, in the worker that told last.
 pub const INDEX_BYTES: &str = "pd_index_bytes";
@@ -124,7 +124,7 @@ impl Worker {
         }
     }
 
-    /// Gauges that change now and then, by name and tags: [`INDEX_BYTES`] and what was [fitted](crate::fit::GAUGES).
+    /// Gauges that change now and then, by name and tags: [`INDEX_BYTES`] and what was [fitted](crate::endpoints::fit::GAUGES).
     pub fn gauges(&self) -> impl Iterator<Item = (String, u64)> {
         core::iter::once((INDEX_BYTES.to_owned(), self.index.bytes() as u64)).chain(self.table.fitted_gauges())
     }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::message::{read_bytes, write_bytes};
-use crate::ledger::{Reader, Writer};
+use crate::workers::ledger::{Reader, Writer};
 
 /// Decisions that a report may hold.
 pub const MAX_DECISIONS: usize = 8;

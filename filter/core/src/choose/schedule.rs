@@ -14,9 +14,9 @@
 use core::time::Duration;
 
 use crate::config::{Pool, Split};
-use crate::hash::{BlockHash, PromptHash, prefix_units, rendezvous_weight};
-use crate::index::{EndpointIndex, PrefixIndex};
-use crate::table::{Candidates, Slot, Table};
+use crate::endpoints::table::{Candidates, Slot, Table};
+use crate::prefix::hash::{BlockHash, PromptHash, prefix_units, rendezvous_weight};
+use crate::prefix::index::{EndpointIndex, PrefixIndex};
 use crate::wire::Role;
 
 /// A prompt as the scheduler sees it.
@@ -444,7 +444,7 @@ impl Ranked {
 mod tests {
     use super::*;
     use crate::config::Config;
-    use crate::hash::BlockHash;
+    use crate::prefix::hash::BlockHash;
     use crate::wire::{Endpoint, Snapshot};
     use proptest::prelude::*;
 

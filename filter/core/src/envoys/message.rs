@@ -8,10 +8,10 @@
 //! blocks  [endpoint count hash*]*
 //! Totals  work tokens requests
 //! ```
-//! A list stands behind its length, bytes stand behind theirs. An endpoint is its [key](crate::table::Slot::key). A
+//! A list stands behind its length, bytes stand behind theirs. An endpoint is its [key](crate::endpoints::table::Slot::key). A
 //! reader takes a message whole or not at all; words behind what it knows are a newer writer's and are left alone.
 
-use crate::ledger::{Reader, Writer};
+use crate::workers::ledger::{Reader, Writer};
 
 /// Path of `pd-control`'s answer to [`Told`].
 pub const EXCHANGE_PATH: &str = "/v1/exchange";

@@ -15,28 +15,33 @@
 use core::time::Duration;
 use std::sync::Arc;
 
-use crate::admission::{Ask, Limits, Shed};
 use crate::body::form::Encoding;
+use crate::body::splice::HeadEdit;
 use crate::body::{Api, Scan, scan};
+use crate::choose::admission::{Ask, Limits, Shed};
+use crate::choose::schedule::{Decision, Scheduler};
 use crate::config::{Config, EXPLAIN_HEADER, PHASE_HEADER, PREFILLER_HEADER, STATIC_EPOCH};
 use crate::headers::Headers;
-use crate::index::EndpointIndex;
-use crate::intake::{Claims, Intake, Phase, Subset, Work, decoded_path, endpoint_ids, is_ours, read_body};
 use crate::metrics::Metric;
-use crate::models::{Served, known};
-use crate::reply::{REASON_HEADER, Rejection, Reply};
-use crate::schedule::{Decision, Scheduler};
-use crate::splice::HeadEdit;
+use crate::prefix::index::EndpointIndex;
+use crate::request::intake::{Claims, Intake, Phase, Subset, Work, decoded_path, endpoint_ids, is_ours, read_body};
+use crate::request::models::{Served, known};
+use crate::request::reply::{REASON_HEADER, Rejection, Reply};
 use crate::wire::EndpointId;
-use crate::worker::{Ticket, Worker};
+use crate::workers::worker::{Ticket, Worker};
 
 use leg::{abandon, engines_reply};
 use prefill::{Prefilling, hinted};
 use route::{Prefill, Route};
 use sent::{Companion, Sent};
 
+pub(crate) mod answer;
+pub(crate) mod intake;
 mod leg;
+pub(crate) mod models;
+pub mod paths;
 mod prefill;
+pub mod reply;
 mod route;
 mod sent;
 

@@ -8,11 +8,11 @@ use std::sync::Arc;
 use hashbrown::{HashMap, HashSet};
 
 use crate::config::{Config, Cost, Pool};
-use crate::exchange::Fleet;
-use crate::exchange::message::Totals;
-use crate::fit::{Fit, Usage};
-use crate::index::{EndpointIndex, PrefixIndex};
-use crate::load::{Health, Load, PrefillQueue};
+use crate::endpoints::fit::{Fit, Usage};
+use crate::endpoints::load::{Health, Load, PrefillQueue};
+use crate::envoys::Fleet;
+use crate::envoys::message::Totals;
+use crate::prefix::index::{EndpointIndex, PrefixIndex};
 use crate::wire::{Endpoint, EndpointId, Engine, Role, Snapshot, State};
 
 /// Names an endpoint beyond its life: an index whose endpoint left the list does not resolve any more.
@@ -635,7 +635,7 @@ fn first_that_generates<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hash::BlockHash;
+    use crate::prefix::hash::BlockHash;
     use proptest::prelude::*;
 
     fn endpoint(port: u16, role: Role, models: &[&str]) -> Endpoint {

@@ -1,0 +1,4 @@
+//! Which requests are let in, and which endpoints serve them.
+
+pub mod admission;
+pub mod schedule;
