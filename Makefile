@@ -120,7 +120,7 @@ test: lint wasm envoy ## Everything: lints, unit, property and end-to-end tests 
 test-vllm: vllm build envoy ## End-to-end tests with a real vLLM prefill/decode pair on this machine's CPU
 #> PD_VLLM_MINUTES=20                       after which they are given up
 	$(call say,end-to-end tests with vLLM $(shell cat tests/vllm/version) and Envoy $(ENVOY_VERSION))
-	PD_ENVOY_VERSION=$(ENVOY_VERSION) cargo test $(LOCKED) -p pd-tests --test vllm -- --nocapture --test-threads=1
+	PD_ENVOY_VERSION=$(ENVOY_VERSION) cargo test $(LOCKED) -p pd-vllm --test vllm -- --nocapture --test-threads=1
 
 test-cluster: wasm ## The manifests on a real control plane with Envoy Gateway, without containers (needs root and Go)
 #> KUBECONFIG=file                          on that cluster, which has Envoy Gateway and the programs' images

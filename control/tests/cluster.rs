@@ -22,7 +22,7 @@ use crate::kubernetes::pod;
 use crate::support::*;
 
 pub const ADMIN_TOKEN: &str = "admin-of-the-test";
-const RBAC: &str = include_str!("../../../gateway-manifests/base/pd-control-rbac.yaml");
+const RBAC: &str = include_str!("../../gateway-manifests/base/pd-control-rbac.yaml");
 
 pub struct Cluster {
     directory: TempDir,

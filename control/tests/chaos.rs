@@ -1,5 +1,5 @@
 //! The API server and pd-control die and come back while requests flow through a real Envoy. Where `PD_KUBE_BIN` names a
-//! folder with the API server; `tests/envoy/chaos.rs` does the same to pd-control alone.
+//! folder with the API server; `tests/envoy/cases/chaos.rs` does the same to pd-control alone.
 
 use std::path::Path;
 use std::time::Duration;

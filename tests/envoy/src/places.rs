@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 /// Root of the workspace.
 #[must_use]
 pub fn root() -> &'static Path {
-    // The manifest's directory is `tests/`.
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
+    // The manifest's directory is `tests/envoy`.
+    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap_or(Path::new("."))
 }
 
 /// The Envoy binary.

@@ -281,7 +281,7 @@ fn every_fault_of_every_engine_ends_as_the_matrix_says() {
             }
         }
     }
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/filter/matrix.txt");
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("cases/filter/matrix.txt");
     if std::env::var("PD_GOLDENS").is_ok_and(|value| value == "write") {
         std::fs::write(file, all).unwrap();
         return;
