@@ -10,10 +10,10 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use pd_load::blocks::chat_body;
-use pd_load::drive::{Answer, Gateway};
-use pd_load::envoy::{self, Config, Envoy};
-use pd_load::trace::{BLOCK_TOKENS, Entry};
+use pd_bench::blocks::chat_body;
+use pd_bench::drive::{Answer, Gateway};
+use pd_bench::envoy::{self, Config, Envoy};
+use pd_bench::trace::{BLOCK_TOKENS, Entry};
 use pd_sim::{Handle, Role};
 use serde_json::json;
 use tokio::task::JoinHandle;

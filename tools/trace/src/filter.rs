@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use hashbrown::HashMap;
+use pd_bench::trace::BLOCK_TOKENS;
 use pd_core::exchange::hub::Hub;
 use pd_core::exchange::message::Told;
 use pd_core::exchange::{Call, Exchange, Kind};
@@ -15,7 +16,6 @@ use pd_core::request::{DECODE, Effect, Outcome, PrefillAnswer, Request};
 use pd_core::share::{Share, Shared};
 use pd_core::wire::{Endpoint, Role, Snapshot, WIRE_VERSION};
 use pd_core::worker::Worker;
-use pd_load::trace::BLOCK_TOKENS;
 
 use crate::load::{Job, Pods};
 

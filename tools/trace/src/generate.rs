@@ -2,7 +2,7 @@
 
 use clap::ValueEnum;
 use fastrand::Rng;
-use pd_load::trace::{BLOCK_TOKENS, Entry};
+use pd_bench::trace::{BLOCK_TOKENS, Entry};
 
 /// What a made-up load is like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use fastrand::Rng;
 use hashbrown::{HashMap, HashSet};
-use pd_load::trace::{BLOCK_TOKENS, Entry};
+use pd_bench::trace::{BLOCK_TOKENS, Entry};
 use pd_sim::Timing;
 
 use crate::cache::Tiers;

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use pd_load::trace::{self, Entry, Spread};
+use pd_bench::trace::{self, Entry, Spread};
 use pd_sim::Timing;
 use pd_trace::filter::Brains;
 use pd_trace::generate::Shape;

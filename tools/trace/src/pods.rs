@@ -79,7 +79,7 @@ impl Prefill {
         if measured {
             self.busy += time;
         }
-        let cached = held.blocks as u64 * pd_load::trace::BLOCK_TOKENS;
+        let cached = held.blocks as u64 * pd_bench::trace::BLOCK_TOKENS;
         self.jobs.push_back((job.tokens, job.tokens - cached));
         self.sums = (self.sums.0 + job.tokens, self.sums.1 + job.tokens - cached);
         (held, self.free_at)

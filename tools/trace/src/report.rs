@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
-use pd_load::figures::table;
-use pd_load::plot::{self, Bar, Panel};
+use pd_bench::figures::table;
+use pd_bench::plot::{self, Bar, Panel};
 use pd_trace::load::Pods;
 use pd_trace::rules::Policy;
 use pd_trace::sim::Outcome;

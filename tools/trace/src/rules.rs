@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use fastrand::Rng;
+use pd_bench::trace::BLOCK_TOKENS;
 use pd_core::hash::rendezvous_weight;
-use pd_load::trace::BLOCK_TOKENS;
 use pd_sim::Timing;
 
 use crate::cache::Lru;

@@ -5,7 +5,7 @@ use std::collections::BinaryHeap;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use pd_load::trace::BLOCK_TOKENS;
+use pd_bench::trace::BLOCK_TOKENS;
 use pd_sim::Timing;
 
 use crate::filter::{Brains, Filter};

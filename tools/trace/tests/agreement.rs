@@ -1,6 +1,6 @@
 //! A real Envoy takes the decisions that the simulation takes; `make sim-agree` has the large runs.
 
-use pd_load::envoy;
+use pd_bench::envoy;
 use pd_trace::agree::{self, Setup};
 use pd_trace::generate::Shape;
 use pd_trace::load::Pods;

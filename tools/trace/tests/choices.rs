@@ -1,6 +1,6 @@
 //! pd-core's choices on made-up loads, small enough for every test run: `make sim` has the large ones.
 
-use pd_load::trace::Entry;
+use pd_bench::trace::Entry;
 use pd_sim::Timing;
 use pd_trace::filter::Brains;
 use pd_trace::generate::Shape;

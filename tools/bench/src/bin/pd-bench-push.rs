@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use clap::Parser;
-use pd_load::engine::head_length;
-use pd_load::figures::percentile;
-use pd_load::{envoy, process};
+use pd_bench::engine::head_length;
+use pd_bench::figures::percentile;
+use pd_bench::{envoy, process};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;

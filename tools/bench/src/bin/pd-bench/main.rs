@@ -11,12 +11,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
-use pd_load::client::{self, Until};
-use pd_load::engine::{LEG_HEADER, TOKEN_INTERVAL, TOKENS_HEADER};
-use pd_load::envoy::{self, Envoy};
-use pd_load::figures::{Sample, table};
-use pd_load::process;
-use pd_load::prompt::{Sharing, Template};
+use pd_bench::client::{self, Until};
+use pd_bench::engine::{LEG_HEADER, TOKEN_INTERVAL, TOKENS_HEADER};
+use pd_bench::envoy::{self, Envoy};
+use pd_bench::figures::{Sample, table};
+use pd_bench::process;
+use pd_bench::prompt::{Sharing, Template};
 use serde_json::Value;
 
 use rig::Rig;

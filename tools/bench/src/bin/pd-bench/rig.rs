@@ -6,10 +6,10 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 
 use anyhow::{Context as _, Result};
-use pd_load::client::{self, Outcome, Until};
-use pd_load::engine::{Engine, Kind, LEG_HEADER};
-use pd_load::envoy::{Config, Envoy, merge};
-use pd_load::prompt::Template;
+use pd_bench::client::{self, Outcome, Until};
+use pd_bench::engine::{Engine, Kind, LEG_HEADER};
+use pd_bench::envoy::{Config, Envoy, merge};
+use pd_bench::prompt::Template;
 use serde_json::json;
 
 use crate::Args;

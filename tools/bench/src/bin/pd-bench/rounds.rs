@@ -5,10 +5,10 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::Result;
-use pd_load::client::Outcome;
-use pd_load::figures::{Sample, percentile};
-use pd_load::plot::{self, Bar, Panel};
-use pd_load::process::Usage;
+use pd_bench::client::Outcome;
+use pd_bench::figures::{Sample, percentile};
+use pd_bench::plot::{self, Bar, Panel};
+use pd_bench::process::Usage;
 
 use crate::variant::Variant;
 

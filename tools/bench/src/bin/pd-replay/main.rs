@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use pd_load::drive::Gateway;
-use pd_load::trace::{self, Conversations, Entries, Spread, Summary};
-use pd_load::{blocks, envoy};
+use pd_bench::drive::Gateway;
+use pd_bench::trace::{self, Conversations, Entries, Spread, Summary};
+use pd_bench::{blocks, envoy};
 use tokio::sync::{Semaphore, mpsc};
 
 use report::Record;

@@ -6,12 +6,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use pd_load::drive::Answer;
-use pd_load::figures::{percentile, table};
-use pd_load::plot::{self, Bar, Graph, Panel, Series};
-use pd_load::pods::Pool;
-use pd_load::process;
-use pd_load::trace::{Entry, Summary};
+use pd_bench::drive::Answer;
+use pd_bench::figures::{percentile, table};
+use pd_bench::plot::{self, Bar, Graph, Panel, Series};
+use pd_bench::pods::Pool;
+use pd_bench::process;
+use pd_bench::trace::{Entry, Summary};
 
 use crate::Args;
 use crate::setup::Counted;

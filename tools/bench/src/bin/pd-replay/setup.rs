@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use pd_load::envoy::{Config, Envoy, get};
-use pd_load::pods::{self, Pod};
+use pd_bench::envoy::{Config, Envoy, get};
+use pd_bench::pods::{self, Pod};
 use pd_sim::{Handle, Role};
 use serde_json::json;
 
