@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use kube::Client;
 use pd_sim::Handle;
-use pd_tests::places;
-use pd_tests::process::Process;
+use pd_support::places;
+use pd_support::process::Process;
 use pd_tests::rig::Rig;
 use pd_tests::traffic::Traffic;
 use serde_json::json;

@@ -13,7 +13,7 @@ use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::rbac::v1::{Role, RoleBinding};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use pd_cluster::schema;
-use pd_tests::places;
+use pd_support::places;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 

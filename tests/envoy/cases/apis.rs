@@ -1,8 +1,9 @@
 //! The APIs beside chat and completions: OpenAI's responses, Anthropic's messages, vLLM's token ids.
 
 use pd_sim::{Api, expected_texts_of};
-use pd_tests::body::{text, words};
-use pd_tests::client::{BOTH, Client, Http};
+use pd_support::body::words;
+use pd_support::client::{BOTH, Client, Http};
+use pd_tests::answer::text;
 use pd_tests::rig::run;
 use pd_tests::shared::shared;
 use serde_json::{Value, json};

@@ -2,8 +2,9 @@
 
 use futures::future::join_all;
 use pd_sim::Handle;
-use pd_tests::body::{CHAT, chat, text, words};
-use pd_tests::client::{BOTH, Http};
+use pd_support::body::{CHAT, chat, words};
+use pd_support::client::{BOTH, Http};
+use pd_tests::answer::text;
 use pd_tests::rig::{Rig, run};
 use serde_json::{Value, json};
 

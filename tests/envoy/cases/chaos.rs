@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pd_tests::config::replace_file;
+use pd_support::config::replace_file;
 use pd_tests::rig::{Rig, endpoints_file, entries, run};
 use pd_tests::traffic::Traffic;
 

@@ -1,7 +1,8 @@
 //! What users of other gateways rely on: subsets of endpoints, the list of models, limits.
 
-use pd_tests::body::{CHAT, is_done};
-use pd_tests::client::Http;
+use pd_support::body::CHAT;
+use pd_support::client::Http;
+use pd_tests::answer::is_done;
 use pd_tests::rig::{Rig, run};
 use serde_json::json;
 
@@ -79,7 +80,7 @@ fn beyond_a_pools_limit_requests_get_429_and_go_through_later() {
 }
 
 #[track_caller]
-fn assert_rejected_now(answer: &pd_tests::client::Answer, reason: &str) {
+fn assert_rejected_now(answer: &pd_support::client::Answer, reason: &str) {
     assert_eq!((answer.status, answer.reason()), (429, Some(reason)), "{}", answer.text());
     assert_eq!(answer.header("x-llm-d-request-dropped-reason"), Some(reason));
     assert!(answer.header("retry-after").is_some());

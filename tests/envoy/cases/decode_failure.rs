@@ -3,10 +3,11 @@
 use std::time::{Duration, Instant};
 
 use pd_sim::Stats;
-use pd_tests::body::{CHAT, is_done};
-use pd_tests::client::{BOTH, Http};
+use pd_support::body::CHAT;
+use pd_support::client::{BOTH, Http};
+use pd_support::wait::until;
+use pd_tests::answer::is_done;
 use pd_tests::rig::{Rig, run};
-use pd_tests::wait::until;
 
 use crate::support::{ask, assert_right, long_chat, short_chat, sum};
 

@@ -3,9 +3,10 @@
 use std::time::{Duration, Instant};
 
 use pd_sim::{Engine, Role, expected_texts};
-use pd_tests::body::{CHAT, COMPLETIONS, is_done, request, text};
-use pd_tests::client::Http;
-use pd_tests::port::Port;
+use pd_support::body::{CHAT, COMPLETIONS, request};
+use pd_support::client::Http;
+use pd_support::port::Port;
+use pd_tests::answer::{is_done, text};
 use pd_tests::rig::{Builder, Rig, run};
 use serde_json::{Value, json};
 

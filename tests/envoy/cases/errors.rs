@@ -1,8 +1,8 @@
 //! Bad input: a clear answer, and nothing else breaks.
 
 use bytes::Bytes;
-use pd_tests::body::CHAT;
-use pd_tests::client::{Answer, BOTH, Client, Feed, Http, raw};
+use pd_support::body::CHAT;
+use pd_support::client::{Answer, BOTH, Client, Feed, Http, raw};
 use pd_tests::rig::{Rig, run};
 use pd_tests::shared::shared;
 use serde_json::{Value, json};

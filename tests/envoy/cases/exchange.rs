@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use pd_sim::Handle;
-use pd_tests::body::{CHAT, chat, text, words};
-use pd_tests::client::Http;
+use pd_support::body::{CHAT, chat, words};
+use pd_support::client::Http;
+use pd_support::wait::until;
+use pd_tests::answer::text;
 use pd_tests::rig::{Rig, run};
-use pd_tests::wait::until;
 use serde_json::Value;
 use tokio::time::sleep;
 

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use pd_tests::body::CHAT;
-use pd_tests::client::{Client, Http};
+use pd_support::body::CHAT;
+use pd_support::client::{Client, Http};
 use pd_tests::rig::{Rig, run};
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};

@@ -1,7 +1,7 @@
 //! A client's own hand-over parameters, which could name another server's memory or end an engine's process.
 
-use pd_tests::body::{CHAT, COMPLETIONS, chat, completion};
-use pd_tests::client::BOTH;
+use pd_support::body::{CHAT, COMPLETIONS, chat, completion};
+use pd_support::client::BOTH;
 use pd_tests::rig::{Rig, run};
 use pd_tests::shared::{Shared, shared};
 

@@ -2,8 +2,8 @@
 
 use bytes::Bytes;
 use http::Request;
-use pd_tests::body::CHAT;
-use pd_tests::client::{BOTH, Body, Client, Feed, Http};
+use pd_support::body::CHAT;
+use pd_support::client::{BOTH, Body, Client, Feed, Http};
 use pd_tests::rig::{Rig, run};
 
 use crate::support::{ask, long_chat, sum};

@@ -5,11 +5,12 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
-use pd_tests::body::{CHAT, is_done};
-use pd_tests::client::{BOTH, Client, Http, Streaming};
-use pd_tests::config::replace_file;
+use pd_support::body::CHAT;
+use pd_support::client::{BOTH, Client, Http, Streaming};
+use pd_support::config::replace_file;
+use pd_support::wait::until;
+use pd_tests::answer::is_done;
 use pd_tests::rig::{Rig, WORKERS, endpoints_file, entries, run};
-use pd_tests::wait::until;
 use serde_json::Value;
 
 use crate::support::{ask, long_chat, short_chat, sum};

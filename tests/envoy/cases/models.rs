@@ -1,8 +1,9 @@
 //! Names of models: aliases, adapters, and what answers say of model and usage.
 
 use pd_sim::{Engine, expected_text};
-use pd_tests::body::{CHAT, COMPLETIONS, is_done, request, text};
-use pd_tests::client::BOTH;
+use pd_support::body::{CHAT, COMPLETIONS, request};
+use pd_support::client::BOTH;
+use pd_tests::answer::{is_done, text};
 use pd_tests::rig::{Builder, Rig, run};
 use serde_json::{Value, json};
 

@@ -1,8 +1,8 @@
 //! What an operator sees: access log, metrics, memory.
 
 use futures::future::join_all;
-use pd_tests::body::{CHAT, words};
-use pd_tests::client::BOTH;
+use pd_support::body::{CHAT, words};
+use pd_support::client::BOTH;
 use pd_tests::rig::{Rig, run};
 use pd_tests::shared::shared;
 use serde_json::{Value, json};
@@ -115,7 +115,7 @@ fn memory_stays_where_it_is() {
                         1 => drop(client.post(CHAT, "{\"model\":").await),
                         _ => {
                             let stream = format!(r#","max_tokens":4,"stream":{}"#, request % 2 == 0);
-                            let body = pd_tests::body::chat(&[&prompt], &stream);
+                            let body = pd_support::body::chat(&[&prompt], &stream);
                             assert_right(&client.post(CHAT, body.clone()).await, &body);
                         }
                     }

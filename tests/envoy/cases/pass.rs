@@ -1,6 +1,6 @@
 //! Requests without a prompt.
 
-use pd_tests::client::{BOTH, Client, Http};
+use pd_support::client::{BOTH, Client, Http};
 use pd_tests::rig::{Rig, run};
 use pd_tests::shared::shared;
 

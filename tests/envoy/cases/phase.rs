@@ -1,7 +1,7 @@
 //! Requests that a header sends to a pool or a pod.
 
-use pd_tests::body::CHAT;
-use pd_tests::client::BOTH;
+use pd_support::body::CHAT;
+use pd_support::client::BOTH;
 use pd_tests::rig::{Rig, run};
 use pd_tests::shared::shared;
 use serde_json::json;

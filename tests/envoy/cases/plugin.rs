@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use pd_tests::body::CHAT;
-use pd_tests::client::{BOTH, Http};
-use pd_tests::config::merge;
+use pd_support::body::CHAT;
+use pd_support::client::{BOTH, Http};
+use pd_support::config::merge;
+use pd_support::wait::until;
 use pd_tests::rig::{Rig, WORKERS, entries, run};
-use pd_tests::wait::until;
 use serde_json::{Value, json};
 
 use crate::support::{ask, assert_rejected, long_chat, short_chat, sum};
@@ -43,7 +43,7 @@ async fn updatable() -> Rig {
     Rig::builder().with_listener_file().pool(json!({"split": {"mode": "always"}})).start().await
 }
 
-fn with_plugin(rig: &Rig, patch: &Value) -> pd_tests::config::Config {
+fn with_plugin(rig: &Rig, patch: &Value) -> pd_support::config::Config {
     let mut config = rig.config.clone();
     let mut plugin = config.plugin_configuration();
     merge(&mut plugin, patch);

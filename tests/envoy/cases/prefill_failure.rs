@@ -1,10 +1,10 @@
 //! Prefill legs that fail.
 
 use pd_sim::{Handle, Stats};
-use pd_tests::body::CHAT;
-use pd_tests::client::{BOTH, Client, Http};
+use pd_support::body::CHAT;
+use pd_support::client::{BOTH, Client, Http};
+use pd_support::wait::{PATIENCE, until};
 use pd_tests::rig::{Rig, run};
-use pd_tests::wait::{PATIENCE, until};
 use serde_json::json;
 use tokio::time::timeout;
 

@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use pd_sim::{Engine, expected_text};
-use pd_tests::body::{CHAT, COMPLETIONS, is_done, request, text, words};
-use pd_tests::client::Http;
+use pd_support::body::{CHAT, COMPLETIONS, request, words};
+use pd_support::client::Http;
+use pd_tests::answer::{is_done, text};
 use pd_tests::rig::run;
 
 use crate::engines::adapted;
@@ -106,7 +107,7 @@ fn random_faults_at_64_concurrent_leave_no_wrong_answer_and_nothing_in_flight() 
             rig.engines().for_each(|engine| engine.set_faults("").unwrap());
             for client in &mut rig.client_of_each_worker(Http::One).await {
                 let body = short_chat();
-                pd_tests::wait::until("every pod is back", async || {
+                pd_support::wait::until("every pod is back", async || {
                     let answer = client.try_send(client.json(CHAT, body.clone(), &[])).await.ok()?;
                     (answer.status == 200).then_some(())
                 })

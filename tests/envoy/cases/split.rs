@@ -1,8 +1,9 @@
 //! Requests that run a prefill leg and a decode leg.
 
 use pd_sim::{Recorded, expected_text};
-use pd_tests::body::{CHAT, COMPLETIONS, is_done, request, text};
-use pd_tests::client::{BOTH, Client, Http};
+use pd_support::body::{CHAT, COMPLETIONS, request};
+use pd_support::client::{BOTH, Client, Http};
+use pd_tests::answer::{is_done, text};
 use pd_tests::rig::{Rig, run};
 use pd_tests::shared::shared;
 use serde_json::{Value, json};

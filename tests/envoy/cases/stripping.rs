@@ -1,8 +1,8 @@
 //! Headers that name an endpoint or steer the filter, from clients that may not.
 
 use pd_sim::{Config, Role};
-use pd_tests::body::CHAT;
-use pd_tests::client::{BOTH, Client};
+use pd_support::body::CHAT;
+use pd_support::client::{BOTH, Client};
 use pd_tests::rig::{Rig, run};
 use pd_tests::shared::shared;
 use serde_json::json;
@@ -143,7 +143,7 @@ fn error_answers_do_not_depend_on_forged_headers() {
 #[test]
 fn the_listener_strips_the_destination_where_no_filter_does() {
     run(async {
-        let without_filter = |config: &mut pd_tests::config::Config| {
+        let without_filter = |config: &mut pd_support::config::Config| {
             let filters = config.http()["http_filters"].as_array_mut().unwrap();
             filters.retain(|filter| filter["name"] != "pd");
         };

@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use bytes::Bytes;
 use http::Request;
 use pd_sim::{Handle, Recorded, Stats, expected_text};
-use pd_tests::body::{CHAT, chat, text, words};
-use pd_tests::client::{Answer, Body, Client};
+use pd_support::body::{CHAT, chat, words};
+use pd_support::client::{Answer, Body, Client};
+use pd_tests::answer::text;
 
 /// A prompt that no request had before, of 4 kB: long enough to be split.
 pub fn new_prompt() -> String {

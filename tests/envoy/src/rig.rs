@@ -9,13 +9,13 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
-use crate::admin::{Admin, Metrics};
-use crate::client::{Client, Http};
-use crate::config::{Config, eds_file, merge, replace_file};
-use crate::places;
-use crate::port::Port;
-use crate::process::Process;
-use crate::wait::until;
+use pd_support::admin::{Admin, Metrics};
+use pd_support::client::{Client, Http};
+use pd_support::config::{Config, eds_file, merge, replace_file};
+use pd_support::places;
+use pd_support::port::Port;
+use pd_support::process::Process;
+use pd_support::wait::until;
 
 /// Workers of every Envoy here: what one knows, the other must learn.
 pub const WORKERS: usize = 2;

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use pd_sim::{Handle, expected_text};
 use tokio::task::JoinHandle;
 
-use crate::body::{CHAT, chat, text, words};
-use crate::client::{Client, Http};
-use crate::wait::until;
+use crate::answer::text;
+use pd_support::body::{CHAT, chat, words};
+use pd_support::client::{Client, Http};
+use pd_support::wait::until;
 
 /// Pause of a client between two requests: constant load, not all that the machine can do.
 const PAUSE: Duration = Duration::from_millis(5);

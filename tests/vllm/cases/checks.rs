@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
-use pd_tests::body::{CHAT, COMPLETIONS, is_done, text, words};
-use pd_tests::client::Answer;
+use pd_support::body::{CHAT, COMPLETIONS, words};
+use pd_support::client::Answer;
+use pd_tests::answer::{is_done, text};
 use serde_json::{Value, json};
 
 use crate::Pair;
@@ -192,7 +193,7 @@ async fn ask_without_prefill(pair: &Pair) -> (Question, Answer) {
         start.elapsed().as_secs_f64()
     );
     let reason = async || pair.rig.access_log().pop();
-    let logged = pd_tests::wait::until("the access log has it", reason).await;
+    let logged = pd_support::wait::until("the access log has it", reason).await;
     assert_eq!((&logged["decision"], &logged["reason"]), (&json!("split"), &json!("prefilled")), "{logged}");
     (killed, answer)
 }

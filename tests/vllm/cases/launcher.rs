@@ -3,9 +3,9 @@
 use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
-use pd_tests::admin::Admin;
-use pd_tests::places::{envoy, root};
-use pd_tests::process::Process;
+use pd_support::admin::Admin;
+use pd_support::places::{envoy, root};
+use pd_support::process::Process;
 
 use crate::servers::{Connector, START_LIMIT, gone, prompt_tokens, tree, within};
 

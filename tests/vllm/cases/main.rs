@@ -91,7 +91,7 @@ fn limit_time() {
 
 /// A directory of its own, empty, below the workspace's `target/`: logs stay there.
 fn directory(name: &str) -> PathBuf {
-    let directory = pd_tests::places::root().join("target/vllm").join(name);
+    let directory = pd_support::places::root().join("target/vllm").join(name);
     let _ = std::fs::remove_dir_all(&directory);
     std::fs::create_dir_all(directory.join("kv")).unwrap_or_else(|error| panic!("{}: {error}", directory.display()));
     directory

@@ -4,11 +4,11 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use pd_tests::admin::{Admin, metrics};
-use pd_tests::client::{Client, Http};
-use pd_tests::places::root;
-use pd_tests::port::Port;
-use pd_tests::process::Process;
+use pd_support::admin::{Admin, metrics};
+use pd_support::client::{Client, Http};
+use pd_support::places::root;
+use pd_support::port::Port;
+use pd_support::process::Process;
 
 /// How long servers may take to start: three of them take 100 s on two cores.
 pub const START_LIMIT: Duration = Duration::from_secs(420);

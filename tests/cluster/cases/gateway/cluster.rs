@@ -14,8 +14,8 @@ use kube::{Api, Client, ResourceExt as _};
 use pd_image::manifest::Image;
 use pd_image::registry::Registry;
 use pd_sim::Stats;
-use pd_tests::client::{self, Http};
-use pd_tests::places;
+use pd_support::client::{self, Http};
+use pd_support::places;
 use serde_json::json;
 use tempfile::TempDir;
 

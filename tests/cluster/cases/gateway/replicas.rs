@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use http::Request;
-use pd_tests::body::{CHAT, chat, text, words};
+use pd_support::body::{CHAT, chat, words};
+use pd_tests::answer::text;
 use tokio::time::sleep;
 
 use crate::cluster::{Cluster, GATEWAY, until};

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use pd_tests::body::words;
-use pd_tests::client::{Client, Http};
+use pd_support::body::words;
+use pd_support::client::{Client, Http};
 
 use crate::cluster::Cluster;
 
@@ -95,7 +95,7 @@ async fn a_large_body_passes_and_one_above_the_limit_gets_413() {
 /// As nodes do: pulled from the registry by digest, and run with nothing but its one file.
 #[tokio::test]
 async fn pd_control_runs_from_its_image() {
-    let Ok(image) = pd_image::layout::read(&pd_tests::places::root().join("target/image-control")) else {
+    let Ok(image) = pd_image::layout::read(&pd_support::places::root().join("target/image-control")) else {
         eprintln!("skipped: there is no target/image-control (make image-control)");
         return;
     };

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use pd_tests::places;
+use pd_support::places;
 
 use crate::cluster::{Cluster, GATEWAY, NOT_FETCHED, OURS, until};
 use crate::traffic::Traffic;

@@ -4,8 +4,9 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
-use pd_tests::body::{is_done, text, words};
-use pd_tests::client::{Client, Http};
+use pd_support::body::words;
+use pd_support::client::{Client, Http};
+use pd_tests::answer::{is_done, text};
 use tokio::task::JoinHandle;
 
 use crate::cluster::until;

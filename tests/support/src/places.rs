@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 /// Root of the workspace.
 #[must_use]
 pub fn root() -> &'static Path {
-    // The manifest's directory is `tests/envoy`.
+    // The manifest's directory is `tests/support`.
     Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap_or(Path::new("."))
 }
 
