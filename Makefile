@@ -41,7 +41,7 @@ run: build $(if $(ENVOY),,envoy) $(filter vllm,$(ENGINE)) ## Run engines, pd-con
 replay: build envoy ## Drive a trace through Envoy and the simulators
 #> TRACE=file RATE=requests/s ARGS=…         more of its options
 	@[ -n '$(TRACE)' ] || { echo 'make: name the trace: make replay TRACE=file.jsonl [RATE=requests/s]' >&2; exit 1; }
-	cargo run $(LOCKED) --quiet -p pd-load --bin pd-replay -- --trace '$(TRACE)' $(if $(RATE),--rate '$(RATE)') $(ARGS)
+	cargo run $(LOCKED) --quiet -p pd-bench --bin pd-replay -- --trace '$(TRACE)' $(if $(RATE),--rate '$(RATE)') $(ARGS)
 
 sim: toolchain ## Simulate servers on traces: pd-core's choices beside the field's rules and an oracle
 #> TRACE=file POLICIES=pd-core,oracle,…     made-up loads without; some policies only
@@ -120,7 +120,7 @@ test: lint wasm envoy ## Everything: lints, unit, property and end-to-end tests 
 test-vllm: vllm build envoy ## End-to-end tests with a real vLLM prefill/decode pair on this machine's CPU
 #> PD_VLLM_MINUTES=20                       after which they are given up
 	$(call say,end-to-end tests with vLLM $(shell cat tests/vllm/version) and Envoy $(ENVOY_VERSION))
-	PD_ENVOY_VERSION=$(ENVOY_VERSION) cargo test $(LOCKED) -p pd-tests --test vllm -- --nocapture --test-threads=1
+	PD_ENVOY_VERSION=$(ENVOY_VERSION) cargo test $(LOCKED) -p pd-vllm --test vllm -- --nocapture --test-threads=1
 
 test-cluster: wasm ## The manifests on a real control plane with Envoy Gateway, without containers (needs root and Go)
 #> KUBECONFIG=file                          on that cluster, which has Envoy Gateway and the programs' images
@@ -164,9 +164,9 @@ bench: build envoy ## Measure: stages of pd-core, module size, Envoy with and wi
 	cargo run $(LOCKED) --quiet -p pd-host --example cost
 	$(call say,Envoy with and without the filter)
 	cargo build $(LOCKED) --quiet -p pd-filter --example least --target wasm32-wasip1 --profile filter
-	cargo run $(LOCKED) --quiet -p pd-load --bin pd-bench -- --least target/wasm32-wasip1/filter/examples/least.wasm $(ARGS)
+	cargo run $(LOCKED) --quiet -p pd-bench --bin pd-bench -- --least target/wasm32-wasip1/filter/examples/least.wasm $(ARGS)
 	$(call say,a change of the list and pd-control)
-	cargo run $(LOCKED) --quiet -p pd-load --bin pd-bench-push
+	cargo run $(LOCKED) --quiet -p pd-bench --bin pd-bench-push
 
 schemas: toolchain ## Store the schemas that the manifests are checked by, from a folder of definitions
 #> CRDS=folder                              such as .cache/cluster-…/eg-chart/charts/crds

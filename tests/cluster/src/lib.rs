@@ -3,7 +3,7 @@
 //! to apply our manifests.
 //!
 //! Everything lives in namespaces of one process (network, mounts, processes), so that its end, whatever it is, ends
-//! everything. Needs root, and the programs that `tests/cluster/build.sh` builds.
+//! everything. Needs root, and the programs that `tests/cluster/programs/build.sh` builds.
 #![forbid(unsafe_code)]
 
 pub mod api;

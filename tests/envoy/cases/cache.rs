@@ -1,0 +1,122 @@
+//! Requests go where their prompt's beginning is cached.
+
+use futures::future::join_all;
+use pd_sim::Handle;
+use pd_support::body::{CHAT, chat, words};
+use pd_support::client::{BOTH, Http};
+use pd_tests::answer::text;
+use pd_tests::rig::{Rig, run};
+use serde_json::{Value, json};
+
+use crate::support::{assert_right, logged_chat, new_id, sum};
+
+fn cached(engines: &[Handle]) -> u64 {
+    sum(engines, |stats| stats.cached_tokens)
+}
+
+#[test]
+fn a_second_turn_goes_to_the_pods_that_hold_the_first() {
+    run(async {
+        let rig = Rig::start().await;
+        for http in BOTH {
+            let mut clients = rig.client_of_each_worker(http).await;
+            for conversation in 0..8 {
+                // Turns alternate between the workers, and the conversations' first turns too.
+                let mut turns = vec![words(&new_id("turn"), 6_000)];
+                let mut before_bytes = 0;
+                for turn in 0..4 {
+                    let client = &mut clients[(conversation + turn) % 2];
+                    let texts: Vec<&str> = turns.iter().map(String::as_str).collect();
+                    let body = chat(&texts, r#","max_tokens":10"#);
+                    let had = cached(&rig.prefill);
+                    let answer = client.post(CHAT, body.clone()).await;
+                    assert_right(&answer, &body);
+                    let hit_tokens = cached(&rig.prefill) - had;
+                    // Four bytes are a token; a block of each turn may be incomplete.
+                    let held_tokens = before_bytes / 4;
+                    assert!(
+                        hit_tokens + 20 * turn as u64 >= held_tokens,
+                        "{http:?} conversation {conversation} turn {turn}: {hit_tokens} of {held_tokens} tokens"
+                    );
+                    before_bytes = turns.iter().map(String::len).sum::<usize>() as u64;
+                    turns.push(text(&answer.body));
+                    turns.push(words(&new_id("turn"), 3_000));
+                }
+            }
+        }
+        assert_eq!(sum(&rig.decode, |stats| stats.decode_legs), 64, "every rest was long enough to be split");
+    });
+}
+
+#[test]
+fn a_small_rest_is_left_to_the_decode_pod_that_holds_the_prefix() {
+    run(async {
+        let rig = Rig::start().await;
+        for http in BOTH {
+            // Each worker knows what it has routed itself.
+            for mut client in rig.client_of_each_worker(http).await {
+                for _ in 0..5 {
+                    let first = words(&new_id("turn"), 6_000);
+                    let body = chat(&[&first], r#","max_tokens":10"#);
+                    let answer = client.post(CHAT, body.clone()).await;
+                    assert_right(&answer, &body);
+                    let (legs, had) = (sum(&rig.prefill, |stats| stats.prefill_legs), cached(&rig.decode));
+                    let body = chat(&[&first, &text(&answer.body), "and then?"], r#","max_tokens":10"#);
+                    let (request, path) = logged_chat(&client, &body, &[]);
+                    assert_right(&client.send(request).await, &body);
+                    assert_eq!(sum(&rig.prefill, |stats| stats.prefill_legs), legs, "no prefill leg");
+                    assert!(cached(&rig.decode) - had >= 1_480, "{} of 1500 tokens", cached(&rig.decode) - had);
+                    let entry = rig.access_log_of(&path).await;
+                    assert_eq!((&entry["decision"], &entry["reason"]), (&json!("decode_only"), &json!("cached")));
+                    let matched: u64 = entry["matched_tokens"].as_str().unwrap_or_default().parse().unwrap();
+                    assert!((1_300..1_600).contains(&matched), "{matched}");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn the_threshold_is_the_configurations() {
+    run(async {
+        let rig = Rig::builder().pool(json!({"split": {"mode": "threshold", "uncached_tokens": 2_000}})).start().await;
+        let mut client = rig.client(Http::Two).await;
+        for (bytes, legs) in [(7_000, 0), (9_000, 1)] {
+            let body = chat(&[&words(&new_id("turn"), bytes)], r#","max_tokens":4"#);
+            assert_right(&client.post(CHAT, body.clone()).await, &body);
+            assert_eq!(sum(&rig.prefill, |stats| stats.prefill_legs), legs, "{bytes} bytes");
+        }
+    });
+}
+
+/// Engines take the time that a real one takes, so that there is a load to balance.
+async fn assert_no_herd(clients: usize, tail_bytes: usize) {
+    let pool = json!({"split": {"mode": "always"}});
+    let rig = Rig::builder().pool(pool).every_engine(|config| config.speed = 1.0).start().await;
+    let system = words("the system prompt that everybody has", 6_000);
+    let one = async |client: usize| {
+        let mut connection = rig.client(BOTH[client % 2]).await;
+        for request in 0..200 / clients {
+            let tail = words(&format!("{client} {request}"), tail_bytes);
+            let messages: Value = json!([{"role": "system", "content": system}, {"role": "user", "content": tail}]);
+            let body = format!(r#"{{"model":"sim","messages":{messages},"max_tokens":2}}"#);
+            assert_right(&connection.post(CHAT, body.clone()).await, &body);
+        }
+    };
+    join_all((0..clients).map(one)).await;
+    let legs: Vec<u64> = rig.prefill.iter().map(|engine| engine.stats().prefill_legs).collect();
+    let total: u64 = legs.iter().sum();
+    println!("tails of {tail_bytes} bytes: prefill legs {legs:?}");
+    assert_eq!(total as usize, 200 / clients * clients);
+    assert!(legs.iter().all(|legs| 10 * legs >= 3 * total), "each gets 30 %: {legs:?}");
+}
+
+#[test]
+fn a_hot_system_prompt_does_not_herd_requests_onto_one_pod() {
+    run(assert_no_herd(8, 2_000));
+}
+
+#[test]
+fn neither_does_one_with_short_questions_behind_it() {
+    run(assert_no_herd(40, 200));
+}

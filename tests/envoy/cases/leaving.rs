@@ -1,0 +1,163 @@
+//! Clients that leave before the end.
+
+use bytes::Bytes;
+use http::Request;
+use pd_support::body::CHAT;
+use pd_support::client::{BOTH, Body, Client, Feed, Http};
+use pd_tests::rig::{Rig, run};
+
+use crate::support::{ask, long_chat, sum};
+
+const PREFILL: &str = "pd_prefill_in_flight";
+const DECODE: &str = "pd_decode_in_flight";
+const STRANDED: &str = "pd_kv_stranded_total";
+
+async fn every_worker_is_alive(rig: &Rig) {
+    rig.until_idle().await;
+    for http in BOTH {
+        for client in &mut rig.client_of_each_worker(http).await {
+            ask(client, &long_chat()).await;
+        }
+    }
+    rig.until_idle().await;
+}
+
+#[test]
+fn during_the_body() {
+    run(async {
+        let rig = Rig::start().await;
+        let body = long_chat();
+        for http in BOTH {
+            for mut client in rig.client_of_each_worker(http).await {
+                let (feed, stream) = Feed::new();
+                let mut request = client.json(CHAT, Bytes::new(), &[]);
+                *request.body_mut() = stream;
+                feed.send(body.as_bytes()[..2_000].to_vec());
+                let started = rig.metric("http.gateway.downstream_rq_active").await;
+                let mut sending = Box::pin(client.try_send(request));
+                // The gateway has the request: then its client gives up.
+                until_request_active(&rig, started, &mut sending).await;
+                feed.break_off();
+                assert!(sending.await.is_err(), "no answer to half a request");
+            }
+        }
+        every_worker_is_alive(&rig).await;
+        assert_eq!(rig.metric(STRANDED).await, 0.0);
+        assert_eq!(sum(rig.engines(), |stats| stats.client_disconnects), 0, "no engine has seen any of it");
+    });
+}
+
+async fn until_request_active<T>(rig: &Rig, before: f64, sending: &mut (impl Future<Output = T> + Unpin)) {
+    let name = "envoy_http_downstream_rq_active{envoy_http_conn_manager_prefix=\"gateway\"}";
+    let active = rig.until_metric(name, |value| value > before);
+    tokio::select! {
+        _ = active => {}
+        _ = sending => panic!("answered before the body's end"),
+    }
+}
+
+/// Ways to leave: HTTP/2 can end a request and keep the connection.
+async fn leave(
+    client: Client,
+    request: Request<Body>,
+    gone: impl AsyncFnOnce(),
+    keeps_connection: bool,
+) -> Option<Client> {
+    let mut client = client;
+    {
+        let sending = client.try_send(request);
+        tokio::pin!(sending);
+        tokio::select! {
+            answer = &mut sending => panic!("answered: {answer:?}"),
+            () = gone() => {}
+        }
+    }
+    keeps_connection.then_some(client)
+}
+
+#[test]
+fn during_the_prefill_leg() {
+    run(async {
+        let rig = Rig::start().await;
+        let mut left = 0.0;
+        for (http, keeps_connection) in [(Http::One, false), (Http::Two, false), (Http::Two, true)] {
+            for client in rig.client_of_each_worker(http).await {
+                rig.prefill.iter().for_each(|engine| engine.set_faults("delay=700").unwrap());
+                let request = client.json(CHAT, long_chat(), &[]);
+                let waiting = async || _ = rig.until_metric(PREFILL, |value| value == 1.0).await;
+                let kept = leave(client, request, waiting, keeps_connection).await;
+                left += 1.0;
+                assert_eq!(rig.until_metric(STRANDED, |value| value >= left).await, left);
+                rig.until_metric(PREFILL, |value| value == 0.0).await;
+                rig.prefill.iter().for_each(|engine| engine.set_faults("").unwrap());
+                if let Some(mut client) = kept {
+                    ask(&mut client, &long_chat()).await;
+                }
+            }
+        }
+        // The late answers come and are nobody's.
+        for engine in &rig.prefill {
+            engine.wait_for(|stats| stats.in_flight == 0).await;
+        }
+        every_worker_is_alive(&rig).await;
+        assert_eq!(rig.metric(STRANDED).await, left);
+    });
+}
+
+#[test]
+fn before_the_first_byte_of_the_answer() {
+    run(async {
+        let rig = Rig::start().await;
+        let mut left = 0;
+        for (http, keeps_connection) in [(Http::One, false), (Http::Two, false), (Http::Two, true)] {
+            for client in rig.client_of_each_worker(http).await {
+                rig.decode.iter().for_each(|engine| engine.set_faults("hang").unwrap());
+                let request = client.json(CHAT, long_chat(), &[]);
+                let waiting = async || _ = rig.until_metric(DECODE, |value| value == 1.0).await;
+                let kept = leave(client, request, waiting, keeps_connection).await;
+                left += 1;
+                rig.until_idle().await;
+                rig.decode.iter().for_each(|engine| engine.set_faults("").unwrap());
+                if let Some(mut client) = kept {
+                    ask(&mut client, &long_chat()).await;
+                }
+            }
+        }
+        every_worker_is_alive(&rig).await;
+        assert_eq!(sum(&rig.decode, |stats| stats.client_disconnects), left, "the engines are told");
+    });
+}
+
+#[test]
+fn during_the_stream() {
+    run(async {
+        let rig = Rig::builder().decode_engines(|config, _| (config.speed, config.tpot_ms) = (1.0, 10.0)).start().await;
+        let mut left = 0;
+        for http in BOTH {
+            for mut client in rig.client_of_each_worker(http).await {
+                let body = long_chat().replace(":8}", ":20000,\"ignore_eos\":true,\"stream\":true}");
+                let mut stream = client.open(client.json(CHAT, body, &[])).await;
+                for _ in 0..4 {
+                    assert!(stream.event().await.unwrap().is_some());
+                }
+                rig.until_metric(DECODE, |value| value == 1.0).await;
+                // HTTP/2 ends the stream alone and goes on.
+                drop(stream);
+                if http == Http::One {
+                    drop(client);
+                } else {
+                    rig.until_idle().await;
+                    ask(&mut client, &long_chat()).await;
+                }
+                left += 1;
+                rig.until_idle().await;
+            }
+        }
+        every_worker_is_alive(&rig).await;
+        for engine in &rig.decode {
+            engine.wait_for(|stats| stats.in_flight == 0).await;
+        }
+        assert_eq!(sum(&rig.decode, |stats| stats.client_disconnects), left);
+        assert_eq!(rig.metric(STRANDED).await, 0.0);
+    });
+}

@@ -1,0 +1,138 @@
+//! Names of models: aliases, adapters, and what answers say of model and usage.
+
+use pd_sim::{Engine, expected_text};
+use pd_support::body::{CHAT, COMPLETIONS, request};
+use pd_support::client::BOTH;
+use pd_tests::answer::{is_done, text};
+use pd_tests::rig::{Builder, Rig, run};
+use serde_json::{Value, json};
+
+use crate::support::*;
+
+/// The whole answer, or each event of a stream.
+fn documents(answer: &[u8]) -> Vec<Value> {
+    let answer = std::str::from_utf8(answer).unwrap();
+    if !answer.starts_with("data:") {
+        return vec![serde_json::from_str(answer).unwrap()];
+    }
+    let events = answer.split("\n\n").filter_map(|event| event.strip_prefix("data: "));
+    events.filter(|event| *event != "[DONE]").map(|event| serde_json::from_str(event).unwrap()).collect()
+}
+
+#[test]
+fn an_alias_reaches_both_legs_and_every_event_of_the_answer() {
+    run(async {
+        let names = |list: &mut [Value]| list.iter_mut().for_each(|entry| entry["models"] = json!(["sim"]));
+        let alias = json!({"models": {"gpt/é": {"targets": [{"model": "sim"}], "answer": "asked"}}});
+        let rig = Rig::builder().list(names).plugin(alias).start().await;
+        for http in BOTH {
+            let mut client = rig.client(http).await;
+            for path in [CHAT, COMPLETIONS] {
+                for (prompt, legs) in [(new_prompt(), 2), (new_id("short"), 1)] {
+                    for stream in [false, true] {
+                        rig.engines().for_each(pd_sim::Handle::clear_requests);
+                        let prompt = format!("{stream} {prompt}");
+                        let body = request(path, &prompt, &format!(r#","max_tokens":9,"stream":{stream}"#));
+                        let asked = body.replace(r#""model":"sim""#, r#""model":"gpt\/\u00e9""#);
+                        let answer = client.post(path, asked).await;
+                        assert_right(&answer, &body);
+                        assert_eq!(is_done(&answer.body), stream);
+                        let documents = documents(&answer.body);
+                        assert!(documents.len() > 1 || !stream);
+                        assert!(documents.iter().all(|document| document["model"] == "gpt/é"), "{documents:?}");
+                        let got = recorded(rig.engines());
+                        assert_eq!(got.len(), legs);
+                        assert!(got.iter().all(|leg| String::from_utf8_lossy(&leg.body).contains(r#""model":"sim""#)));
+                    }
+                }
+            }
+        }
+        rig.until_idle().await;
+    });
+}
+
+#[test]
+fn an_adapter_goes_to_those_who_have_it() {
+    run(async {
+        let rig = Rig::builder()
+            .every_engine(|config| config.loras = vec!["sim-lora".to_owned()])
+            .list(|list| {
+                for (i, entry) in list.iter_mut().enumerate() {
+                    entry["models"] = if i % 2 == 0 { json!(["sim", "sim-lora"]) } else { json!(["sim"]) };
+                }
+            })
+            .start()
+            .await;
+        let mut client = rig.client(BOTH[0]).await;
+        for _ in 0..6 {
+            for body in [long_chat(), short_chat()] {
+                let body = body.replace("\"sim\"", "\"sim-lora\"");
+                let answer = client.post(CHAT, body.clone()).await;
+                assert_eq!((answer.status, text(&answer.body)), (200, expected_text("sim-lora", &body)));
+            }
+        }
+        let got = |engines: &[pd_sim::Handle]| engines.iter().map(|engine| engine.stats().requests).collect::<Vec<_>>();
+        assert_eq!((got(&rig.prefill), got(&rig.decode)), (vec![6, 0], vec![12, 0]));
+    });
+}
+
+fn always(engine: &str) -> Builder {
+    Rig::builder().engines(1, 1).pool(json!({"engine": engine, "split": {"mode": "always"}}))
+}
+
+/// `cached_tokens` and `prompt_tokens` of an answer.
+fn usage(answer: &[u8]) -> (u64, u64) {
+    let documents = documents(answer);
+    let usage = &documents.last().unwrap()["usage"];
+    let number = |value: &Value| value.as_u64().unwrap_or_else(|| panic!("{usage}"));
+    (number(&usage["prompt_tokens_details"]["cached_tokens"]), number(&usage["prompt_tokens"]))
+}
+
+#[test]
+fn cached_tokens_are_those_that_the_prefill_engine_had() {
+    run(async {
+        for stream in ["", r#","stream":true,"stream_options":{"include_usage":true}"#] {
+            let rig = always("vllm-nixl").start().await;
+            let mut client = rig.client(BOTH[1]).await;
+            let body = request(CHAT, &new_prompt(), &format!(r#","max_tokens":8{stream}"#));
+            for is_first in [true, false] {
+                let before = sum(&rig.prefill, |stats| stats.cached_tokens);
+                let answer = client.post(CHAT, body.clone()).await;
+                assert_right(&answer, &body);
+                let (cached, prompt) = usage(&answer.body);
+                assert_eq!(cached, sum(&rig.prefill, |stats| stats.cached_tokens) - before);
+                assert_eq!(cached > prompt / 2, !is_first, "{cached} of {prompt}");
+            }
+            assert_eq!(rig.metric("pd_kv_not_moved_total").await, 0.0);
+        }
+        let rig = always("vllm-nixl").pool(json!({"cached_tokens": "decode"})).start().await;
+        let mut client = rig.client(BOTH[0]).await;
+        let answer = client.post(CHAT, long_chat()).await;
+        let (cached, prompt) = usage(&answer.body);
+        assert_eq!(cached, prompt, "what was fetched, as the decode engine says");
+    });
+}
+
+#[test]
+fn a_prompt_that_was_computed_twice_is_noticed_without_parameters() {
+    run(async {
+        let directories = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        for is_shared in [true, false] {
+            let of = |i: usize| directories[if is_shared { 0 } else { i }].path().to_owned();
+            let (prefill, decode) = (of(0), of(1));
+            let rig = always("vllm-shared")
+                .every_engine(|config| config.engine = Engine::VllmShared)
+                .prefill_engines(|config, _| config.shared_dir = Some(prefill.clone()))
+                .decode_engines(|config, _| config.shared_dir = Some(decode.clone()))
+                .start()
+                .await;
+            let mut client = rig.client(BOTH[0]).await;
+            for _ in 0..3 {
+                ask(&mut client, &long_chat()).await;
+            }
+            let expected = if is_shared { 0.0 } else { 3.0 };
+            rig.until_metric("pd_requests_total{decision=\"split\"}", |value| value == 3.0).await;
+            rig.until_metric("pd_kv_not_moved_total", |value| value == expected).await;
+        }
+    });
+}

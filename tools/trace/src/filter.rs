@@ -1,0 +1,477 @@
+//! Our policy: pd-core's request machine, as the filter drives it, whole, with what workers share.
+
+use std::cell::{Cell, RefCell};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use hashbrown::HashMap;
+use pd_bench::trace::BLOCK_TOKENS;
+use pd_core::exchange::hub::Hub;
+use pd_core::exchange::message::Told;
+use pd_core::exchange::{Call, Exchange, Kind};
+use pd_core::headers::Headers;
+use pd_core::push::TICK;
+use pd_core::request::{DECODE, Effect, Outcome, PrefillAnswer, Request};
+use pd_core::share::{Share, Shared};
+use pd_core::wire::{Endpoint, Role, Snapshot, WIRE_VERSION};
+use pd_core::worker::Worker;
+
+use crate::load::{Job, Pods};
+
+/// Bytes of prompt text per token, and of the smallest hashed block: an eighth of the defaults, so that a block stands
+/// for as many tokens as there and a long trace is quick to write and read.
+const BYTES_PER_TOKEN: f64 = 0.5;
+const HASH_BLOCK_BYTES: usize = 64;
+const TEXT_BYTES: usize = (BLOCK_TOKENS as f64 * BYTES_PER_TOKEN) as usize;
+/// How often ledger entries are dropped whose end was never told.
+const PRUNE_EVERY: Duration = Duration::from_millis(250);
+/// Answer of a prefill leg, as vLLM gives it, up to the number of prompt tokens and behind it.
+const ANSWER_HEAD: &str =
+    r#"{"id":"c","choices":[{"index":0,"text":"a","finish_reason":"length"}],"usage":{"prompt_tokens":"#;
+const ANSWER_TAIL: &str = r#"},"kv_transfer_params":{"do_remote_prefill":true,"do_remote_decode":false,"remote_block_ids":[[1]],"remote_engine_id":"e","remote_request_id":"r","remote_host":"10.0.0.1","remote_port":5600}}"#;
+
+/// How many brains there are, and how they talk.
+#[derive(Clone, Debug, Default)]
+pub struct Brains {
+    /// Gateways, each deciding for the requests that come to it.
+    pub count: usize,
+    /// Workers of each gateway, which share what they know as they do in Envoy.
+    pub workers: usize,
+    /// How often gateways exchange what they know, as they do through pd-control; `None`: never.
+    pub exchange: Option<Duration>,
+    /// Members to put over those of the plugin configuration, objects by member.
+    pub config: serde_json::Value,
+}
+
+/// Gateway with pd-core in it.
+pub struct Filter {
+    /// Every worker of every gateway.
+    states: Vec<Worker>,
+    /// How each talks to the others of its gateway, where there are any.
+    shares: Vec<Share>,
+    /// What those of one gateway share.
+    stores: Vec<Store>,
+    ticked: Duration,
+    workers: usize,
+    streams: HashMap<usize, Stream>,
+    places: Places,
+    voices: Option<Voices>,
+    rng: fastrand::Rng,
+    pruned: Duration,
+}
+
+/// Shared data of one gateway.
+#[derive(Default)]
+struct Store {
+    data: RefCell<HashMap<String, (Vec<u8>, u32)>>,
+    positions: RefCell<HashMap<usize, u64>>,
+    announced: Cell<u64>,
+}
+
+impl Shared for Store {
+    fn get(&self, key: &str) -> Option<(Vec<u8>, u32)> {
+        self.data.borrow().get(key).cloned()
+    }
+
+    fn set(&self, key: &str, value: &[u8], version: Option<u32>) -> bool {
+        let mut data = self.data.borrow_mut();
+        let (held, current) = data.entry(key.to_owned()).or_default();
+        let is_current = version.is_none_or(|version| version == *current);
+        if is_current {
+            value.clone_into(held);
+            *current += 1;
+        }
+        is_current
+    }
+
+    fn announced(&self) -> u64 {
+        self.announced.get()
+    }
+
+    fn announce(&self) {
+        self.announced.set(self.announced.get() + 1);
+    }
+
+    fn position(&self, seat: usize) -> u64 {
+        self.positions.borrow().get(&seat).copied().unwrap_or(0)
+    }
+
+    fn set_position(&self, seat: usize, position: u64) {
+        self.positions.borrow_mut().insert(seat, position);
+    }
+}
+
+struct Stream {
+    state: usize,
+    request: Request,
+    tokens: u64,
+    decode: usize,
+}
+
+/// What the gateways tell each other: pd-core's own exchange, with calls that take no time.
+struct Voices {
+    hub: Hub,
+    /// Of each gateway's first worker, and its question that waits.
+    gateways: Vec<(Exchange, Option<Call>)>,
+    period: Duration,
+    ticked: Duration,
+}
+
+impl Voices {
+    fn new(period: Duration, states: &mut [Worker], workers: usize) -> Self {
+        let voice = |(at, worker): (usize, &mut Worker)| {
+            let config = worker.config.clone().ok();
+            let mut exchange = Exchange::default();
+            exchange.configure(worker, config.as_ref().and_then(|config| config.control.as_ref()));
+            exchange.speak(worker, at as u64 + 1, 0, Duration::ZERO);
+            (exchange, None)
+        };
+        let gateways = states.iter_mut().step_by(workers).enumerate().map(voice).collect();
+        Self { hub: Hub::new(u64::MAX), gateways, period, ticked: Duration::ZERO }
+    }
+
+    /// One gateway's tick.
+    fn tick(&mut self, gateway: usize, worker: &mut Worker, now: Duration) {
+        let Self { hub, gateways, .. } = self;
+        let Some((exchange, waiting)) = gateways.get_mut(gateway) else { return };
+        let calls = exchange.tick(worker, true, now, |_| Vec::new());
+        for call in calls.into_iter().chain(waiting.take()) {
+            let Some(told) = Told::from_bytes(&call.body) else { continue };
+            hub.take(&told, now);
+            if call.kind == Kind::Hear && !hub.has_news(&told) {
+                *waiting = Some(call);
+                continue;
+            }
+            let heard = hub.answer(&told, 0).to_bytes();
+            exchange.answered(worker, call.kind, Some(200), &heard, now);
+        }
+    }
+}
+
+/// Addresses of the servers.
+#[derive(Clone, Debug)]
+pub struct Places {
+    /// Of those that compute prompts.
+    pub prefill: Vec<SocketAddr>,
+    /// Of those that generate.
+    pub decode: Vec<SocketAddr>,
+}
+
+impl Places {
+    fn made_up(pods: &Pods) -> Self {
+        let address = |at| SocketAddr::from((Ipv4Addr::from_bits(0x0a00_0001 + at as u32), 8_000));
+        let prefill = (0..pods.prefill).map(address).collect();
+        Self { prefill, decode: (pods.prefill..pods.prefill + pods.decode).map(address).collect() }
+    }
+
+    fn find(among: &[SocketAddr], text: &[u8]) -> Option<usize> {
+        let first = core::str::from_utf8(text).ok()?.split(',').next()?.parse().ok()?;
+        among.iter().position(|address| *address == first)
+    }
+}
+
+/// pd-core's configuration for such servers: of its own accord, `brains` has more.
+#[must_use]
+pub fn configuration(pods: &Pods, brains: &Brains) -> serde_json::Value {
+    let mut config = serde_json::json!({
+        "prefix": {"block_bytes": HASH_BLOCK_BYTES},
+        "pools": {"default": {
+            "split": {"mode": "always"},
+            "bytes_per_token": BYTES_PER_TOKEN,
+            "cache_tokens": pods.cache_tokens,
+        }},
+    });
+    if brains.exchange.is_some() {
+        merge(&mut config, &serde_json::json!({"control": {"cluster": "pd-control"}}));
+    }
+    merge(&mut config, &brains.config);
+    config
+}
+
+impl Filter {
+    /// A gateway in front of these servers.
+    ///
+    /// # Errors
+    /// When pd-core refuses its configuration.
+    pub fn new(pods: &Pods, brains: &Brains, seed: u64) -> Result<Self> {
+        Self::at(Places::made_up(pods), &configuration(pods, brains), brains, seed)
+    }
+
+    /// A gateway in front of servers at these addresses, with this configuration of pd-core.
+    ///
+    /// # Errors
+    /// When pd-core refuses it.
+    pub fn at(places: Places, config: &serde_json::Value, brains: &Brains, seed: u64) -> Result<Self> {
+        let of = |role| move |address: &SocketAddr| Endpoint::new(*address, role);
+        let prefill = places.prefill.iter().map(of(Role::Prefill));
+        let decode = places.decode.iter().map(of(Role::Decode));
+        let snapshot = Snapshot {
+            wire: WIRE_VERSION,
+            epoch: "sim".to_owned(),
+            version: 1,
+            base: None,
+            endpoints: prefill.chain(decode).collect(),
+            removed: Vec::new(),
+        };
+        let (mut states, mut shares) = (Vec::new(), Vec::new());
+        let (gateways, workers) = (brains.count.max(1), brains.workers.max(1));
+        let stores: Vec<_> = (0..gateways).map(|_| Store::default()).collect();
+        for at in 0..gateways * workers {
+            let mut worker = Worker::default();
+            worker.configure(config.to_string().as_bytes()).context("pd-core's configuration")?;
+            worker.apply(&snapshot.to_json()).context("the list of endpoints")?;
+            if workers > 1 {
+                let mut share = Share::default();
+                share.configure(&mut worker, &stores[at / workers], at as u64 + 1, Duration::ZERO);
+                shares.push(share);
+            }
+            states.push(worker);
+        }
+        let voices = brains.exchange.map(|period| Voices::new(period, &mut states, workers));
+        Ok(Self {
+            states,
+            shares,
+            stores,
+            ticked: Duration::ZERO,
+            workers,
+            streams: HashMap::new(),
+            places,
+            voices,
+            rng: fastrand::Rng::with_seed(seed),
+            pruned: Duration::ZERO,
+        })
+    }
+
+    /// A request comes: the prefill server that it goes to.
+    ///
+    /// # Errors
+    /// When pd-core does anything but start a prefill leg.
+    pub fn arrive(&mut self, number: usize, job: &Job, now: Duration) -> Result<usize> {
+        let text = prompt(job);
+        let body = [br#"{"model":"m","prompt":"#, text.as_slice(), b"}"].concat();
+        self.ask(number, "/v1/completions", &body, job.tokens, now)
+    }
+
+    /// A request with this body comes: the prefill server that it goes to.
+    ///
+    /// # Errors
+    /// When pd-core does anything but start a prefill leg.
+    pub fn ask(&mut self, number: usize, path: &str, body: &[u8], tokens: u64, now: Duration) -> Result<usize> {
+        self.catch_up(now);
+        let at = if self.states.len() > 1 { self.rng.usize(..self.states.len()) } else { 0 };
+        self.listen(at, now);
+        let Some(state) = self.states.get_mut(at) else { bail!("no state") };
+        let mut request = Request::default();
+        let headers = Headers::from_pairs([(":method", "POST"), (":path", path), (":authority", "gateway")]);
+        request.headers(state, headers, false, now);
+        let outcome = request.body(state, body, now);
+        let call = outcome.effects.iter().find_map(|effect| match effect {
+            Effect::Call(call) => call.headers.get("x-pd-destination"),
+            _ => None,
+        });
+        let prefill = call.and_then(|text| Places::find(&self.places.prefill, text));
+        let prefill = prefill.with_context(|| format!("no prefill leg: {outcome:?}"))?;
+        self.streams.insert(number, Stream { state: at, request, tokens, decode: 0 });
+        self.publish(at, now);
+        Ok(prefill)
+    }
+
+    /// The prompt is computed: the decode server that the request goes to.
+    ///
+    /// # Errors
+    /// When pd-core chooses none.
+    pub fn prefilled(&mut self, number: usize, now: Duration) -> Result<usize> {
+        self.catch_up(now);
+        let at = self.streams.get(&number).context("no such request")?.state;
+        self.listen(at, now);
+        let stream = self.streams.get_mut(&number).context("no such request")?;
+        let state = self.states.get_mut(stream.state).context("no state")?;
+        let body = format!("{ANSWER_HEAD}{}{ANSWER_TAIL}", stream.tokens);
+        let content_type = Some(&b"application/json"[..]);
+        let answer = PrefillAnswer::Answered { status: 200, content_type, body: body.as_bytes() };
+        let Outcome { effects, .. } = stream.request.prefill_answer(state, answer, || None::<Vec<u8>>, now);
+        let decode = effects.iter().find_map(|effect| match effect {
+            Effect::SetState(DECODE, address) => Places::find(&self.places.decode, address),
+            _ => None,
+        });
+        let decode = decode.context("no decode server")?;
+        stream.decode = decode;
+        self.publish(at, now);
+        Ok(decode)
+    }
+
+    /// The first token is on its way to the client.
+    pub fn first_token(&mut self, number: usize, now: Duration) {
+        if let Some(stream) = self.streams.get_mut(&number)
+            && let Some(state) = self.states.get_mut(stream.state)
+        {
+            let upstream = self.places.decode[stream.decode].to_string();
+            stream.request.response_headers(state, Some(upstream.as_bytes()), Some(200), now);
+            stream.request.first_byte(state, now);
+            let at = stream.state;
+            self.publish(at, now);
+        }
+    }
+
+    /// The request is over.
+    pub fn done(&mut self, number: usize, now: Duration) {
+        let Some(mut stream) = self.streams.remove(&number) else { return };
+        if let Some(state) = self.states.get_mut(stream.state) {
+            stream.request.done(state, now);
+        }
+        self.publish(stream.state, now);
+    }
+
+    /// A worker hears what the others of its gateway did.
+    fn listen(&mut self, at: usize, now: Duration) {
+        if let (Some(share), Some(state)) = (self.shares.get_mut(at), self.states.get_mut(at)) {
+            let store = &self.stores[at / self.workers];
+            share.catch_up(state, store, store.announced(), now);
+        }
+    }
+
+    /// It tells them what it did.
+    fn publish(&mut self, at: usize, now: Duration) {
+        if let (Some(share), Some(state)) = (self.shares.get_mut(at), self.states.get_mut(at)) {
+            share.publish(state, &self.stores[at / self.workers], now);
+        }
+    }
+
+    /// Tells the gateways what others did, when its time has come.
+    fn catch_up(&mut self, now: Duration) {
+        if now >= self.pruned + PRUNE_EVERY {
+            self.pruned = now;
+            self.states.iter_mut().for_each(|state| state.prune(now));
+        }
+        while !self.shares.is_empty() && now >= self.ticked + TICK {
+            self.ticked += TICK;
+            for (at, (share, state)) in self.shares.iter_mut().zip(&mut self.states).enumerate() {
+                let store = &self.stores[at / self.workers];
+                share.catch_up(state, store, store.announced(), self.ticked);
+                share.tick(state, store, self.ticked);
+            }
+        }
+        while let Some(due) = self.voices.as_ref().map(|voices| voices.ticked + voices.period).filter(|due| *due <= now)
+        {
+            for gateway in 0..self.stores.len() {
+                self.listen(gateway * self.workers, due);
+                if let (Some(voices), Some(worker)) = (&mut self.voices, self.states.get_mut(gateway * self.workers)) {
+                    voices.ticked = due;
+                    voices.tick(gateway, worker, due);
+                }
+                self.publish(gateway * self.workers, due);
+            }
+        }
+    }
+}
+
+fn merge(config: &mut serde_json::Value, over: &serde_json::Value) {
+    match (config, over) {
+        (serde_json::Value::Object(config), serde_json::Value::Object(over)) => {
+            for (key, value) in over {
+                merge(config.entry(key).or_insert(serde_json::Value::Null), value);
+            }
+        }
+        (_, serde_json::Value::Null) => {}
+        (config, over) => config.clone_from(over),
+    }
+}
+
+/// The prompt as a JSON string: equal blocks are equal text, a cut block is the begin of the whole one.
+fn prompt(job: &Job) -> Vec<u8> {
+    let bytes = (job.tokens as f64 * BYTES_PER_TOKEN) as usize;
+    let mut text = Vec::with_capacity(bytes + TEXT_BYTES);
+    text.push(b'"');
+    for block in &job.blocks {
+        let word = format!("{:016x}", block.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        text.extend(core::iter::repeat_n(word.as_bytes(), TEXT_BYTES / word.len()).flatten());
+    }
+    text.truncate(bytes + 1);
+    text.push(b'"');
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use pd_core::hash::prompt_hash;
+
+    use super::*;
+
+    const PODS: Pods = Pods { prefill: 4, decode: 2, cache_tokens: 100_000, fast_tokens: 100_000 };
+
+    fn job(blocks: &[u64], at_ms: u64) -> Job {
+        let tokens = blocks.len() as u64 * BLOCK_TOKENS;
+        Job { at: Duration::from_millis(at_ms), tokens, output: 3, blocks: blocks.to_vec() }
+    }
+
+    fn serve(filter: &mut Filter, number: usize, job: &Job) -> usize {
+        let prefill = filter.arrive(number, job, job.at).unwrap();
+        assert!(filter.prefilled(number, job.at).unwrap() < PODS.decode);
+        filter.first_token(number, job.at);
+        filter.done(number, job.at);
+        prefill
+    }
+
+    #[test]
+    fn text_is_as_long_as_the_prompt_and_cut_blocks_begin_alike() {
+        let whole = job(&[1, 2, 3], 0);
+        let cut = Job { tokens: 1_100, ..whole.clone() };
+        let (whole, cut) = (prompt(&whole), prompt(&cut));
+        assert_eq!((whole.len(), cut.len()), (3 * TEXT_BYTES + 2, 552));
+        assert_eq!(whole[..551], cut[..551]);
+        assert_ne!(prompt(&job(&[1], 0)), prompt(&job(&[2], 0)));
+    }
+
+    #[test]
+    fn the_next_turn_goes_where_the_one_before_went() {
+        let mut filter = Filter::new(&PODS, &Brains::default(), 1).unwrap();
+        for number in 0..20 {
+            let id = 100 * (number as u64 + 1);
+            let first = serve(&mut filter, 2 * number, &job(&[id, id + 1], 0));
+            assert_eq!(serve(&mut filter, 2 * number + 1, &job(&[id, id + 1, id + 2], 1)), first);
+        }
+    }
+
+    #[test]
+    fn workers_of_a_gateway_know_of_each_other_at_once() {
+        let brains = Brains { workers: 4, ..Brains::default() };
+        let mut filter = Filter::new(&PODS, &brains, 1).unwrap();
+        for number in 0..200 {
+            // Half of them end; of the others each prefill server has as many, whoever sent them.
+            let now = Duration::from_millis(10 * number as u64);
+            let new = Job { at: now, ..job(&[2 * number as u64 + 1_000], 0) };
+            let _ = if number % 2 == 0 {
+                serve(&mut filter, number, &new)
+            } else {
+                filter.arrive(number, &new, now).unwrap()
+            };
+        }
+        let now = Duration::from_secs(2);
+        filter.catch_up(now);
+        let queues = |state: &Worker| state.table.iter().map(|(_, slot)| slot.prefill.work(now)).collect::<Vec<_>>();
+        let all: Vec<_> = filter.states.iter().map(queues).collect();
+        let is_like = |queues: &Vec<f64>| queues.iter().zip(&all[0]).all(|(a, b)| (a - b).abs() < 1e-3);
+        assert!(all.iter().all(is_like), "{all:?}");
+        assert!(all[0].iter().sum::<f64>() > 1.0, "{all:?}");
+    }
+
+    #[test]
+    fn gateways_know_of_each_other_after_two_ticks() {
+        let brains = Brains { count: 2, exchange: Some(Duration::from_millis(50)), ..Brains::default() };
+        let mut filter = Filter::new(&PODS, &brains, 1).unwrap();
+        let text = prompt(&job(&[1, 2], 0));
+        let blocks = prompt_hash(b"m", b"", &[&text], HASH_BLOCK_BYTES).blocks;
+        // They find each other first.
+        filter.catch_up(Duration::from_secs(3));
+        serve(&mut filter, 0, &job(&[1, 2], 3_010));
+        let knowing = |filter: &Filter| filter.states.iter().filter(|state| state.index.knows(blocks[0])).count();
+        filter.catch_up(Duration::from_millis(3_049));
+        assert_eq!(knowing(&filter), 1);
+        filter.catch_up(Duration::from_millis(3_100));
+        assert_eq!(knowing(&filter), 2);
+        for state in &filter.states {
+            assert!(state.table.iter().all(|(_, slot)| slot.work(Duration::from_secs(4)) == 0.0), "what began is over");
+        }
+    }
+}

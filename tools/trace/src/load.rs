@@ -1,0 +1,229 @@
+//! What is asked of the servers: copies of a trace, shifted in time, with disjoint users.
+
+use std::time::Duration;
+
+use fastrand::Rng;
+use hashbrown::{HashMap, HashSet};
+use pd_bench::trace::{BLOCK_TOKENS, Entry};
+use pd_sim::Timing;
+
+use crate::cache::Tiers;
+
+/// Share of a trace's requests in which a block must stand to belong to the system prompt, which copies share too.
+const SYSTEM_SHARE: f64 = 0.5;
+/// Share of the arrivals that warms the caches and is not measured.
+pub const WARM_UP: f64 = 0.25;
+
+/// One request.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Job {
+    /// When it comes, since the begin.
+    pub at: Duration,
+    /// Tokens of the prompt.
+    pub tokens: u64,
+    /// Tokens of the answer.
+    pub output: u64,
+    /// Blocks of [`BLOCK_TOKENS`]; the last may be cut.
+    pub blocks: Vec<u64>,
+}
+
+impl Job {
+    /// Blocks that a server can hold: the whole ones.
+    #[must_use]
+    pub fn whole(&self) -> &[u64] {
+        &self.blocks[..((self.tokens / BLOCK_TOKENS) as usize).min(self.blocks.len())]
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Arrival {
+    at: Duration,
+    copy: u64,
+    entry: usize,
+}
+
+/// Requests in the order of their time.
+#[derive(Clone, Debug)]
+pub struct Load<'a> {
+    entries: &'a [Entry],
+    system: HashSet<u64>,
+    arrivals: Vec<Arrival>,
+}
+
+/// Servers that a load is made for.
+#[derive(Clone, Copy, Debug)]
+pub struct Pods {
+    /// Prefill servers.
+    pub prefill: usize,
+    /// Decode servers.
+    pub decode: usize,
+    /// Tokens that each prefill server's cache holds, both tiers.
+    pub cache_tokens: u64,
+    /// Of these, tokens in the fast tier.
+    pub fast_tokens: u64,
+}
+
+impl Pods {
+    /// Blocks of all, and of the fast tier.
+    #[must_use]
+    pub fn blocks(&self) -> (usize, usize) {
+        ((self.cache_tokens / BLOCK_TOKENS) as usize, (self.fast_tokens / BLOCK_TOKENS) as usize)
+    }
+
+    /// Seconds of prefill for a prompt: what is computed, and what is fetched from the slow tier.
+    #[must_use]
+    pub fn prefill_time(&self, timing: &Timing, job: &Job, held: crate::cache::Held) -> Duration {
+        let fetch = match held.slow as u64 * BLOCK_TOKENS {
+            0 => Duration::ZERO,
+            tokens => timing.transfer(tokens),
+        };
+        timing.prefill(job.tokens, held.blocks as u64 * BLOCK_TOKENS) + fetch
+    }
+}
+
+impl<'a> Load<'a> {
+    /// As many copies of a trace, shifted by random times round its span, as give the prefill servers a `share` (0 to 1)
+    /// of what they could do if they had one queue and one cache in common; the times are stretched to make it exact.
+    #[must_use]
+    pub fn new(entries: &'a [Entry], pods: &Pods, timing: &Timing, share: f64, seed: u64) -> Self {
+        let span = entries.last().map_or(0.0, |entry| entry.at_ms * 1e-3).max(1e-3);
+        let mut this = Self { entries, system: system_blocks(entries), arrivals: Vec::new() };
+        let wanted = share * pods.prefill as f64 * span;
+        this.shift_copies(1, span, seed);
+        let copies = (wanted / this.pooled_work(pods, timing)).round().max(1.0) as u64;
+        this.shift_copies(copies, span, seed);
+        let stretch = this.pooled_work(pods, timing) / wanted;
+        for arrival in &mut this.arrivals {
+            arrival.at = arrival.at.mul_f64(stretch);
+        }
+        this
+    }
+
+    fn shift_copies(&mut self, copies: u64, span: f64, seed: u64) {
+        let mut rng = Rng::with_seed(seed);
+        self.arrivals.clear();
+        for copy in 0..copies {
+            let shift = rng.f64() * span;
+            for (entry, of) in self.entries.iter().enumerate() {
+                let at = Duration::from_secs_f64((of.at_ms * 1e-3 + shift) % span);
+                self.arrivals.push(Arrival { at, copy, entry });
+            }
+        }
+        self.arrivals.sort_by_key(|arrival| (arrival.at, arrival.copy, arrival.entry));
+    }
+
+    /// Seconds of prefill per span, after warm-up, with one cache as large as all together.
+    fn pooled_work(&self, pods: &Pods, timing: &Timing) -> f64 {
+        let mut cache = pooled_cache(pods);
+        let mut work = 0.0;
+        for (i, job) in self.jobs().enumerate() {
+            let held = cache.held(job.whole());
+            cache.enter(job.whole());
+            if i >= self.warm_up() {
+                work += pods.prefill_time(timing, &job, held).as_secs_f64();
+            }
+        }
+        work / (1.0 - WARM_UP)
+    }
+
+    /// Requests.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.arrivals.len()
+    }
+
+    /// Whether there is no request.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.arrivals.is_empty()
+    }
+
+    /// Requests that are not measured.
+    #[must_use]
+    pub fn warm_up(&self) -> usize {
+        (self.len() as f64 * WARM_UP) as usize
+    }
+
+    /// The requests.
+    pub fn jobs(&self) -> impl Iterator<Item = Job> {
+        self.arrivals.iter().map(|arrival| {
+            let entry = &self.entries[arrival.entry];
+            let own = |id: &u64| if self.system.contains(id) { *id } else { *id | (arrival.copy + 1) << 40 };
+            Job {
+                at: arrival.at,
+                tokens: entry.input_tokens,
+                output: entry.output_tokens.max(1),
+                blocks: entry.blocks.iter().map(own).collect(),
+            }
+        })
+    }
+}
+
+/// One cache as large as those of all servers together.
+#[must_use]
+pub fn pooled_cache(pods: &Pods) -> Tiers {
+    let (blocks, fast) = pods.blocks();
+    Tiers::new(blocks * pods.prefill, fast * pods.prefill)
+}
+
+fn system_blocks(entries: &[Entry]) -> HashSet<u64> {
+    let mut counts: HashMap<u64, usize> = HashMap::new();
+    for id in entries.iter().flat_map(|entry| &entry.blocks) {
+        *counts.entry(*id).or_default() += 1;
+    }
+    let least = (entries.len() as f64 * SYSTEM_SHARE) as usize;
+    counts.into_iter().filter(|(_, count)| *count > least).map(|(id, _)| id).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entries() -> Vec<Entry> {
+        let entry = |i: u64| Entry {
+            at_ms: i as f64 * 100.0,
+            input_tokens: 2_000,
+            output_tokens: 5,
+            blocks: vec![0, 1 + i % 7, 100 + i * 2, 101 + i * 2],
+        };
+        (0..400).map(entry).collect()
+    }
+
+    const PODS: Pods = Pods { prefill: 4, decode: 4, cache_tokens: 100_000, fast_tokens: 100_000 };
+
+    fn timing() -> Timing {
+        Timing::new(&pd_sim::Config { speed: 1.0, ..pd_sim::Config::default() })
+    }
+
+    #[test]
+    fn copies_share_the_system_prompt_and_nothing_else() {
+        let entries = entries();
+        let load = Load::new(&entries, &PODS, &timing(), 0.7, 1);
+        let copies = load.len() / entries.len();
+        assert!(copies > 1, "{copies}");
+        let seconds: HashSet<u64> = load.jobs().map(|job| job.blocks[1]).collect();
+        assert_eq!(seconds.len(), 7 * copies);
+        assert!(load.jobs().all(|job| job.blocks[0] == 0 && job.whole().len() == 3));
+    }
+
+    #[test]
+    fn the_load_is_the_share_that_was_asked_for() {
+        let entries = entries();
+        for share in [0.3, 0.7] {
+            let load = Load::new(&entries, &PODS, &timing(), share, 1);
+            let jobs: Vec<Job> = load.jobs().collect();
+            assert!(jobs.is_sorted_by_key(|job| job.at));
+            let span = jobs.last().unwrap().at.as_secs_f64();
+            let per_second = load.pooled_work(&PODS, &timing()) / span / PODS.prefill as f64;
+            assert!((per_second / share - 1.0).abs() < 0.02, "{per_second}");
+        }
+    }
+
+    #[test]
+    fn a_seed_gives_the_same_load_and_another_one_another() {
+        let entries = entries();
+        let load = |seed| Load::new(&entries, &PODS, &timing(), 0.7, seed).jobs().collect::<Vec<_>>();
+        assert_eq!(load(1), load(1));
+        assert_ne!(load(1), load(2));
+    }
+}

@@ -1,0 +1,189 @@
+//! `pd-trace-sim`: pd-core's choices on a trace, beside the field's rules and an oracle.
+
+mod report;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::str::FromStr;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use clap::{Parser, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use pd_bench::trace::{self, Entry, Spread};
+use pd_sim::Timing;
+use pd_trace::filter::Brains;
+use pd_trace::generate::Shape;
+use pd_trace::load::{Load, Pods};
+use pd_trace::rules::Policy;
+use pd_trace::sim::{self, Setup};
+use rayon::prelude::*;
+
+use report::{Case, Row};
+
+/// Simulates prefill and decode servers on a trace, with pd-core and others choosing.
+///
+/// The load is made of copies of the trace with disjoint users, shifted in time; the first quarter warms the caches.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "pd-trace-sim", version, max_term_width = 120)]
+struct Args {
+    /// Traces: JSON lines with timestamp (ms), input_length, output_length and hash_ids per 512 tokens
+    #[arg(long, value_name = "FILE")]
+    trace: Vec<PathBuf>,
+    /// Loads to make up [default: all, where there is no trace]
+    #[arg(long, value_enum, value_name = "SHAPE")]
+    generate: Vec<Shape>,
+    /// Prefill and decode servers, as 8x8; several make several tables
+    #[arg(long, value_name = "PxD", value_delimiter = ',', default_value = "8x8")]
+    pods: Vec<Fleet>,
+    /// Tokens that each prefill server's cache holds, both tiers
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "2000000")]
+    cache_tokens: Vec<u64>,
+    /// Of these, tokens in the fast tier
+    #[arg(long, value_name = "TOKENS", default_value_t = 400_000)]
+    fast_tokens: u64,
+    /// Share of what the prefill servers could do if they had one queue and one cache
+    #[arg(long, default_value_t = 0.7)]
+    load: f64,
+    /// Runs, each with other shifts
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    seeds: u64,
+    /// Who chooses [default: all]
+    #[arg(long, value_enum, value_name = "POLICY", value_delimiter = ',')]
+    policies: Vec<Policy>,
+    /// Seconds to the first token that are good enough
+    #[arg(long, value_name = "SECONDS", default_value_t = 3.0)]
+    slo: f64,
+    /// Gateways, each deciding for a share of the requests
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    gateways: usize,
+    /// Workers of each gateway, which share what they know as they do in Envoy
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    workers: usize,
+    /// Milliseconds between two exchanges of what the gateways know, 50 in Envoy; without it never
+    #[arg(long, value_name = "MS")]
+    exchange_ms: Option<f64>,
+    /// Members to put over those of pd-core's configuration, as {"pools":{"default":{"affinity_weight":2}}}. There a
+    /// token is half a byte and a block 64 bytes, in place of 4 and 512
+    #[arg(long, value_name = "JSON", default_value = "{}", value_parser = json)]
+    config: serde_json::Value,
+    /// Only the first N requests of a trace
+    #[arg(long, value_name = "N")]
+    limit: Option<usize>,
+    /// Where the CSV and the picture go
+    #[arg(long, default_value = "target/sim")]
+    out: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Fleet {
+    prefill: usize,
+    decode: usize,
+}
+
+impl FromStr for Fleet {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (prefill, decode) = text.split_once('x').context("write 8x8")?;
+        let this = Self { prefill: prefill.parse()?, decode: decode.parse()? };
+        ensure!(this.prefill > 0 && this.decode > 0, "at least one of each");
+        Ok(this)
+    }
+}
+
+fn json(text: &str) -> serde_json::Result<serde_json::Value> {
+    serde_json::from_str(text)
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("pd-trace-sim: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Names and requests.
+fn loads(args: &Args) -> Result<Vec<(String, Vec<Entry>)>> {
+    let mut loads = Vec::new();
+    let limit = args.limit.unwrap_or(usize::MAX);
+    for path in &args.trace {
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let entries: Vec<Entry> = Spread::new(trace::read(path)?).take(limit).collect::<Result<_>>()?;
+        ensure!(!entries.is_empty(), "{name}: no requests");
+        loads.push((name, entries));
+    }
+    let shapes =
+        if args.trace.is_empty() && args.generate.is_empty() { Shape::value_variants() } else { &args.generate };
+    loads.extend(shapes.iter().map(|shape| {
+        let mut entries = shape.entries(1);
+        entries.truncate(limit);
+        (shape.name().to_owned(), entries)
+    }));
+    Ok(loads)
+}
+
+fn run(args: &Args) -> Result<()> {
+    ensure!((0.01..=0.99).contains(&args.load), "--load must be between 0.01 and 0.99");
+    ensure!(args.seeds > 0, "--seeds must be at least 1");
+    let timing = Timing::new(&pd_sim::Config { speed: 1.0, ..pd_sim::Config::default() });
+    let policies = if args.policies.is_empty() { Policy::value_variants().to_vec() } else { args.policies.clone() };
+    let brains = Brains {
+        count: args.gateways,
+        workers: args.workers,
+        exchange: args.exchange_ms.map(|ms| Duration::from_secs_f64(ms * 1e-3)),
+        config: args.config.clone(),
+    };
+    let traces = loads(args)?;
+    let mut cases = Vec::new();
+    for (name, entries) in &traces {
+        for fleet in &args.pods {
+            for cache_tokens in &args.cache_tokens {
+                let pods = Pods {
+                    prefill: fleet.prefill,
+                    decode: fleet.decode,
+                    cache_tokens: *cache_tokens,
+                    fast_tokens: args.fast_tokens,
+                };
+                cases.push((Case { load: name.clone(), pods }, entries));
+            }
+        }
+    }
+    let bar = ProgressBar::new(0).with_style(
+        ProgressStyle::with_template("{bar:40} {human_pos} of {human_len} requests, {eta} left")
+            .unwrap_or_else(|_| ProgressStyle::default_bar()),
+    );
+    let jobs: Vec<_> = (0..cases.len()).flat_map(|case| (0..args.seeds).map(move |seed| (case, seed))).collect();
+    let mut rows: Vec<(usize, Row)> = jobs
+        .par_iter()
+        .map(|(at, seed)| {
+            let (case, entries) = &cases[*at];
+            let load = Load::new(entries, &case.pods, &timing, args.load, *seed);
+            bar.inc_length((load.len() * policies.len()) as u64);
+            let runs = policies.par_iter().map(|policy| {
+                let setup = Setup { pods: &case.pods, timing: &timing, brains: &brains, seed: *seed };
+                let mut sent = 0;
+                let outcome = sim::run(&load, *policy, &setup, || {
+                    sent += 1;
+                    if sent % 1_000 == 0 {
+                        bar.inc(1_000);
+                    }
+                })?;
+                bar.inc(sent % 1_000);
+                Ok((*at, Row { policy: *policy, seed: *seed, outcome }))
+            });
+            runs.collect::<Result<Vec<_>>>()
+        })
+        .collect::<Result<Vec<_>>>()?
+        .into_iter()
+        .flatten()
+        .collect();
+    bar.finish_and_clear();
+    rows.sort_by_key(|(at, row)| (*at, row.policy, row.seed));
+    let cases: Vec<Case> = cases.into_iter().map(|(case, _)| case).collect();
+    report::print(&cases, &rows, args.slo);
+    report::save(&args.out, &cases, &rows, args.slo)
+}

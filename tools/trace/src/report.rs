@@ -1,0 +1,153 @@
+//! What came of the runs: tables, CSV, picture.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use pd_bench::figures::table;
+use pd_bench::plot::{self, Bar, Panel};
+use pd_trace::load::Pods;
+use pd_trace::rules::Policy;
+use pd_trace::sim::Outcome;
+
+/// What was simulated.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// Name of the trace or the shape.
+    pub load: String,
+    /// Servers.
+    pub pods: Pods,
+}
+
+impl Case {
+    fn title(&self) -> String {
+        let Pods { prefill, decode, cache_tokens, .. } = self.pods;
+        format!("{}, {prefill}P{decode}D, {:.1}M tokens of cache per server", self.load, cache_tokens as f64 * 1e-6)
+    }
+}
+
+/// One run.
+#[derive(Clone, Debug)]
+pub struct Row {
+    /// Who chose.
+    pub policy: Policy,
+    /// Of the load and of what is random in the policy.
+    pub seed: u64,
+    /// What came of it.
+    pub outcome: Outcome,
+}
+
+/// A figure of a run.
+type Figure = (&'static str, usize, fn(&Outcome, f64) -> f64);
+
+/// Figures in the order of the columns, with the digits to print.
+const FIGURES: &[Figure] = &[
+    ("hit %", 1, |outcome, _| outcome.hit_percent()),
+    ("busy max/mean", 3, |outcome, _| outcome.busy_over_mean()),
+    ("TTFT p50 s", 3, |outcome, _| outcome.ttft(0.5)),
+    ("p90 s", 3, |outcome, _| outcome.ttft(0.9)),
+    ("p99 s", 3, |outcome, _| outcome.ttft(0.99)),
+    ("SLO %", 1, |outcome, slo| outcome.slo_percent(slo)),
+    ("TPOT p99 ms", 2, |outcome, _| outcome.tpot_ms(0.99)),
+];
+const HITS: usize = 0;
+const P90: usize = 3;
+const P99: usize = 4;
+
+/// Means over the seeds.
+fn means(rows: &[(usize, Row)], case: usize, policy: Policy, slo: f64) -> Option<Vec<f64>> {
+    let runs: Vec<&Outcome> =
+        rows.iter().filter(|(at, row)| *at == case && row.policy == policy).map(|(_, row)| &row.outcome).collect();
+    let count = runs.len() as f64;
+    (count > 0.0).then(|| {
+        let mean = |figure: &Figure| runs.iter().map(|run| figure.2(run, slo)).sum::<f64>() / count;
+        FIGURES.iter().map(mean).collect()
+    })
+}
+
+fn policies(rows: &[(usize, Row)]) -> Vec<Policy> {
+    let mut policies: Vec<Policy> = rows.iter().map(|(_, row)| row.policy).collect();
+    policies.sort_unstable();
+    policies.dedup();
+    policies
+}
+
+/// Prints a table for each case: means over the seeds, and shares of the oracle's figures.
+pub fn print(cases: &[Case], rows: &[(usize, Row)], slo: f64) {
+    for (at, case) in cases.iter().enumerate() {
+        let oracle = means(rows, at, Policy::Oracle, slo);
+        let mut lines = vec![vec!["policy".to_owned()]];
+        lines[0].extend(FIGURES.iter().map(|(name, ..)| (*name).to_owned()));
+        lines[0].extend(["hits of oracle's".to_owned(), "p90 ×".to_owned(), "p99 ×".to_owned()]);
+        for policy in policies(rows) {
+            let Some(means) = means(rows, at, policy, slo) else { continue };
+            let mut line = vec![policy.name()];
+            line.extend(means.iter().zip(FIGURES).map(|(mean, (_, digits, _))| format!("{mean:.digits$}")));
+            if let Some(oracle) = &oracle {
+                line.push(match oracle[HITS] {
+                    0.0 => "–".to_owned(),
+                    hits => format!("{:.1} %", 100.0 * means[HITS] / hits),
+                });
+                line.extend([P90, P99].map(|figure| format!("{:.3}", means[figure] / oracle[figure].max(1e-9))));
+            }
+            lines.push(line);
+        }
+        let requests = rows.iter().find(|(of, _)| *of == at).map_or(0, |(_, row)| row.outcome.requests);
+        println!("{}, {requests} requests measured per run\n{}", case.title(), table(&lines));
+    }
+}
+
+/// Writes every run as a line of CSV, and a picture of the means.
+///
+/// # Errors
+/// When a file cannot be written.
+pub fn save(out: &Path, cases: &[Case], rows: &[(usize, Row)], slo: f64) -> Result<()> {
+    std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
+    let mut csv = "load,prefill,decode,cache_tokens,policy,seed,requests".to_owned();
+    let key = |name: &str| name.replace('%', "percent").replace([' ', '/'], "_").to_lowercase();
+    FIGURES.iter().for_each(|(name, ..)| _ = write!(csv, ",{}", key(name)));
+    csv.push('\n');
+    for (at, row) in rows {
+        let Case { load, pods } = &cases[*at];
+        let (policy, seed, requests) = (row.policy.name(), row.seed, row.outcome.requests);
+        let _ = write!(csv, "{load},{},{},{},", pods.prefill, pods.decode, pods.cache_tokens);
+        let _ = write!(csv, "{policy},{seed},{requests}");
+        FIGURES.iter().for_each(|(.., figure)| _ = write!(csv, ",{:.6}", figure(&row.outcome, slo)));
+        csv.push('\n');
+    }
+    let path = out.join("sim.csv");
+    std::fs::write(&path, csv).with_context(|| path.display().to_string())?;
+    println!("{}", path.display());
+    for (at, case) in cases.iter().enumerate() {
+        let Pods { prefill, decode, cache_tokens, .. } = case.pods;
+        let path = out.join(format!("{}-{prefill}x{decode}-{cache_tokens}.svg", case.load));
+        picture(&path, case, at, rows, slo)?;
+        println!("{}", path.display());
+    }
+    Ok(())
+}
+
+/// Colours of the bars: ours, what knows everything, the field's.
+const LEGEND: [(&str, usize); 3] = [("knows everything", 1), ("pd-core", 5), ("the field's rules", 2)];
+
+fn picture(path: &Path, case: &Case, at: usize, rows: &[(usize, Row)], slo: f64) -> Result<()> {
+    let panel = |figure: usize| {
+        let (name, digits, of) = FIGURES[figure];
+        let bars = policies(rows).into_iter().filter_map(|policy| {
+            let value = means(rows, at, policy, slo)?[figure];
+            let runs = rows.iter().filter(|(case, row)| *case == at && row.policy == policy);
+            let range = runs
+                .map(|(_, row)| of(&row.outcome, slo))
+                .fold((f64::MAX, f64::MIN), |(low, high), value| (low.min(value), high.max(value)));
+            let series = match policy {
+                Policy::Pooled | Policy::Oracle => 1,
+                Policy::PdCore => 5,
+                _ => 2,
+            };
+            Some(Bar { label: format!("{} {value:.digits$}", policy.name()), value, range, series })
+        });
+        let title = if [P90, P99].contains(&figure) { format!("TTFT {name}") } else { name.to_owned() };
+        Panel { title, bars: bars.collect() }
+    };
+    plot::bars(path, &case.title(), &LEGEND, &[panel(HITS), panel(P90), panel(P99)])
+}

@@ -1,0 +1,291 @@
+//! The field's rules for choosing a prefill server, as published, and two that know everything.
+//!
+//! They see the servers' queues as they are at that moment, where the real ones scrape them every 50 ms or more.
+
+use std::time::Duration;
+
+use clap::ValueEnum;
+use fastrand::Rng;
+use pd_bench::trace::BLOCK_TOKENS;
+use pd_core::hash::rendezvous_weight;
+use pd_sim::Timing;
+
+use crate::cache::Lru;
+use crate::load::{Job, Pods};
+use crate::pods::Prefill;
+
+/// `w` of the oracle, pd-core's default.
+const AFFINITY_WEIGHT: f64 = 3.0;
+
+/// Who decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Policy {
+    /// One queue and one cache for all prefill servers: a bound, not a policy.
+    Pooled,
+    /// `W + 3·S` with the exact work ahead and the exact cache.
+    Oracle,
+    /// pd-core, as it ships.
+    PdCore,
+    /// One after another.
+    RoundRobin,
+    /// Any.
+    Random,
+    /// Two at random, of these the one with fewer requests (Mitzenmacher 2001).
+    PowerOfTwo,
+    /// Fewest requests.
+    LeastRequests,
+    /// Least work ahead, in exact seconds.
+    LeastWork,
+    /// Gateway API Inference Extension: 2·queue + 2·KV use + 3·prefix; an index of 31,250 blocks of 64 tokens per
+    /// server, of which the first 256 of a prompt are compared.
+    Gie,
+    /// The same with an index as large as the servers' caches that compares all blocks.
+    GieSized,
+    /// llm-d's guide: of the servers that match 80 % or more (all, if none does), least uncached tokens in flight.
+    LlmD,
+    /// SGLang `cache_aware`: shortest queue when `max − min > 64` and `max > 1.5·min`; the longest match when it is over
+    /// 30 %; else the server with the smallest tree.
+    Sglang,
+    /// AIBrix `prefix-cache`: fewest requests when `max − min > 8`; of the servers at most one standard deviation over
+    /// the mean, lowest `(100 − match%)·0.1 + requests/max`.
+    Aibrix,
+    /// Dynamo's KV router: fewest blocks to compute and in use, from exact caches (its servers publish them).
+    Dynamo,
+    /// Consistent hashing with bounded loads (Mirrokni 2018, factor 1.25) on the prompt's first block, as in KubeAI.
+    Chwbl,
+}
+
+impl Policy {
+    /// The name used on the command line.
+    #[must_use]
+    pub fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+}
+
+/// What a rule needs to know.
+pub struct Rules<'a> {
+    policy: Policy,
+    pods: &'a Pods,
+    timing: &'a Timing,
+    index: Vec<Lru>,
+    rng: Rng,
+    next: usize,
+}
+
+/// Blocks of 64 tokens that GIE keeps per server, in tokens.
+const GIE_TOKENS: u64 = 31_250 * 64;
+/// Tokens that GIE compares: 256 blocks of 64.
+const GIE_MATCH_TOKENS: u64 = 256 * 64;
+/// Tokens that SGLang's tree keeps per server: 2^26 characters, four to a token.
+const SGLANG_TOKENS: u64 = (1 << 26) / 4;
+
+impl<'a> Rules<'a> {
+    /// A rule in front of these servers.
+    #[must_use]
+    pub fn new(policy: Policy, pods: &'a Pods, timing: &'a Timing, seed: u64) -> Self {
+        let tokens = match policy {
+            Policy::Gie => GIE_TOKENS,
+            Policy::GieSized | Policy::LlmD | Policy::Aibrix => pods.cache_tokens,
+            Policy::Sglang => SGLANG_TOKENS,
+            _ => 0,
+        };
+        let index = (0..pods.prefill).map(|_| Lru::new((tokens / BLOCK_TOKENS) as usize)).collect();
+        Self { policy, pods, timing, index, rng: Rng::with_seed(seed), next: 0 }
+    }
+
+    /// The server for a prompt; `None` when there is none.
+    pub fn pick(&mut self, job: &Job, pods: &[Prefill], now: Duration) -> Option<usize> {
+        let pick = match self.policy {
+            Policy::Pooled | Policy::PdCore => None,
+            Policy::RoundRobin => {
+                self.next += 1;
+                Some(self.next % pods.len().max(1))
+            }
+            Policy::Random => Some(self.rng.usize(..pods.len())),
+            Policy::PowerOfTwo => {
+                let (one, other) = (self.rng.usize(..pods.len()), self.rng.usize(..pods.len()));
+                Some(if pods[other].in_flight() < pods[one].in_flight() { other } else { one })
+            }
+            Policy::LeastRequests => self.lowest(pods, |_, pod| pod.in_flight() as f64),
+            Policy::LeastWork => self.lowest(pods, |_, pod| pod.work(now)),
+            Policy::Oracle => self.oracle(job, pods, now),
+            Policy::Gie | Policy::GieSized => self.gie(job, pods),
+            Policy::LlmD => self.llm_d(job, pods),
+            Policy::Sglang => self.sglang(job, pods),
+            Policy::Aibrix => self.aibrix(job, pods),
+            Policy::Dynamo => self.lowest(pods, |_, pod| {
+                let cached = pod.cache.held(job.whole()).blocks as u64 * BLOCK_TOKENS;
+                (pod.uncached_tokens() + job.tokens - cached) as f64 + pod.tokens() as f64
+            }),
+            Policy::Chwbl => chwbl(job, pods),
+        }?;
+        let compared = self.compared(job);
+        self.index[pick].enter(compared);
+        Some(pick)
+    }
+
+    /// The lowest score; of several, any.
+    fn lowest(&mut self, pods: &[Prefill], score: impl Fn(usize, &Prefill) -> f64) -> Option<usize> {
+        let scores = pods.iter().enumerate().map(|(at, pod)| (score(at, pod), self.rng.u32(..), at));
+        scores.min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1))).map(|(.., at)| at)
+    }
+
+    /// Ties go by rendezvous, as pd-core's: for the oracle's own cost they make no difference, for later hits they do.
+    fn oracle(&self, job: &Job, pods: &[Prefill], now: Duration) -> Option<usize> {
+        let cost = |pod: &Prefill| {
+            let own = self.pods.prefill_time(self.timing, job, pod.cache.held(job.whole()));
+            pod.work(now) + AFFINITY_WEIGHT * own.as_secs_f64()
+        };
+        let key = job.blocks.get(1).or(job.blocks.first()).copied().unwrap_or(0);
+        let scores = pods.iter().enumerate().map(|(at, pod)| (cost(pod), rendezvous_weight(key, at as u64), at));
+        scores.min_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1))).map(|(.., at)| at)
+    }
+
+    fn compared<'j>(&self, job: &'j Job) -> &'j [u64] {
+        let most = if self.policy == Policy::Gie { (GIE_MATCH_TOKENS / BLOCK_TOKENS) as usize } else { usize::MAX };
+        job.whole().get(..most).unwrap_or(job.whole())
+    }
+
+    /// Share of the prompt's blocks, as far as they are compared, that the index has at each server.
+    fn matches(&self, job: &Job) -> Vec<f64> {
+        let blocks = self.compared(job);
+        self.index.iter().map(|index| index.matched(blocks) as f64 / blocks.len().max(1) as f64).collect()
+    }
+
+    fn gie(&mut self, job: &Job, pods: &[Prefill]) -> Option<usize> {
+        let matches = self.matches(job);
+        let waiting = |pod: &Prefill| pod.in_flight().saturating_sub(1) as f64;
+        let least = pods.iter().map(waiting).fold(f64::INFINITY, f64::min);
+        let most = pods.iter().map(waiting).fold(0.0, f64::max);
+        let fast = self.pods.fast_tokens.max(1) as f64;
+        self.lowest(pods, |at, pod| {
+            let queue = if most > least { (most - waiting(pod)) / (most - least) } else { 1.0 };
+            let kv_free = 1.0 - (pod.running_tokens() as f64 / fast).min(1.0);
+            -(2.0 * queue + 2.0 * kv_free + 3.0 * matches[at])
+        })
+    }
+
+    fn llm_d(&mut self, job: &Job, pods: &[Prefill]) -> Option<usize> {
+        let matches = self.matches(job);
+        let any = matches.iter().any(|share| *share >= 0.8);
+        self.lowest(pods, |at, pod| {
+            let out = any && matches[at] < 0.8;
+            pod.uncached_tokens() as f64 + if out { f64::MAX / 2.0 } else { 0.0 }
+        })
+    }
+
+    fn sglang(&mut self, job: &Job, pods: &[Prefill]) -> Option<usize> {
+        let (least, most) = queues(pods)?;
+        if most - least > 64 && most as f64 > 1.5 * least as f64 {
+            return self.lowest(pods, |_, pod| pod.in_flight() as f64);
+        }
+        let matches = self.matches(job);
+        if matches.iter().any(|share| *share > 0.3) {
+            return self.lowest(pods, |at, _| -matches[at]);
+        }
+        let sizes: Vec<usize> = self.index.iter().map(Lru::len).collect();
+        self.lowest(pods, |at, _| sizes[at] as f64)
+    }
+
+    fn aibrix(&mut self, job: &Job, pods: &[Prefill]) -> Option<usize> {
+        let (least, most) = queues(pods)?;
+        if most - least > 8 {
+            return self.lowest(pods, |_, pod| pod.in_flight() as f64);
+        }
+        let matches = self.matches(job);
+        let count = pods.len() as f64;
+        let mean = pods.iter().map(|pod| pod.in_flight() as f64).sum::<f64>() / count;
+        let deviation = (pods.iter().map(|pod| (pod.in_flight() as f64 - mean).powi(2)).sum::<f64>() / count).sqrt();
+        self.lowest(pods, |at, pod| {
+            let requests = pod.in_flight() as f64;
+            let out = requests > mean + deviation;
+            let load = if most > 0 { requests / most as f64 } else { 0.0 };
+            (100.0 - 100.0 * matches[at]) * 0.1 + load + if out { f64::MAX / 2.0 } else { 0.0 }
+        })
+    }
+}
+
+fn queues(pods: &[Prefill]) -> Option<(usize, usize)> {
+    let queues = || pods.iter().map(Prefill::in_flight);
+    Some((queues().min()?, queues().max()?))
+}
+
+/// Servers in the order in which the ring has them behind the key; the first one under the bound.
+fn chwbl(job: &Job, pods: &[Prefill]) -> Option<usize> {
+    let key = job.blocks.first().copied().unwrap_or(0);
+    let all: usize = pods.iter().map(Prefill::in_flight).sum();
+    let bound = (1.25 * (all + 1) as f64 / pods.len().max(1) as f64).ceil();
+    let open = (0..pods.len()).filter(|at| ((pods[*at].in_flight() + 1) as f64) <= bound);
+    open.max_by_key(|at| rendezvous_weight(key, *at as u64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PODS: Pods = Pods { prefill: 4, decode: 4, cache_tokens: 100_000, fast_tokens: 100_000 };
+
+    fn timing() -> Timing {
+        Timing::new(&pd_sim::Config { speed: 1.0, ..pd_sim::Config::default() })
+    }
+
+    fn job(blocks: &[u64]) -> Job {
+        Job { at: Duration::ZERO, tokens: blocks.len() as u64 * BLOCK_TOKENS, output: 1, blocks: blocks.to_vec() }
+    }
+
+    /// What a rule does with a prompt that server 2 holds, while `busy` has `queue` other prompts.
+    fn pick(policy: Policy, busy: usize, queue: usize) -> usize {
+        let timing = timing();
+        let mut rules = Rules::new(policy, &PODS, &timing, 1);
+        let mut pods: Vec<Prefill> = (0..4).map(|_| Prefill::new(&PODS)).collect();
+        let known = job(&[1, 2, 3, 4]);
+        rules.index[2].enter(known.whole());
+        pods[2].enqueue(&PODS, &timing, &known, false);
+        pods[2].finish();
+        pods[2].free_at = Duration::ZERO;
+        for i in 0..queue {
+            pods[busy].enqueue(&PODS, &timing, &job(&[100 + i as u64; 1]), false);
+        }
+        rules.pick(&job(&[1, 2, 3, 4, 5]), &pods, Duration::ZERO).unwrap()
+    }
+
+    #[test]
+    fn rules_that_know_prefixes_go_where_the_prefix_is() {
+        for policy in Policy::value_variants() {
+            let knows = [
+                Policy::Oracle,
+                Policy::Gie,
+                Policy::GieSized,
+                Policy::LlmD,
+                Policy::Sglang,
+                Policy::Aibrix,
+                Policy::Dynamo,
+            ];
+            if knows.contains(policy) {
+                assert_eq!(pick(*policy, 2, 0), 2, "{policy:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_long_queue_turns_them_away_each_by_its_own_rule() {
+        assert_ne!(pick(Policy::Oracle, 2, 40), 2);
+        assert_eq!(pick(Policy::Gie, 2, 40), 2, "3·80 % outweigh 2·queue, however long it is");
+        assert_ne!(pick(Policy::Dynamo, 2, 40), 2);
+        assert_ne!(pick(Policy::Aibrix, 2, 9), 2);
+        assert_eq!(pick(Policy::Sglang, 2, 64), 2);
+        assert_ne!(pick(Policy::Sglang, 2, 65), 2);
+        assert_eq!(pick(Policy::LlmD, 2, 40), 2, "nothing bounds its affinity here");
+    }
+
+    #[test]
+    fn loads_are_balanced_by_what_each_rule_counts() {
+        for policy in [Policy::LeastRequests, Policy::LeastWork, Policy::PowerOfTwo] {
+            let picks: Vec<usize> = (0..4).map(|busy| pick(policy, busy, 1)).collect();
+            assert!(policy == Policy::PowerOfTwo || picks.iter().enumerate().all(|(busy, pick)| busy != *pick));
+        }
+        let first = pick(Policy::Chwbl, 0, 0);
+        assert_ne!(pick(Policy::Chwbl, first, 3), first, "over the bound");
+    }
+}

@@ -1,0 +1,95 @@
+//! pd-core's choices on made-up loads, small enough for every test run: `make sim` has the large ones.
+
+use pd_bench::trace::Entry;
+use pd_sim::Timing;
+use pd_trace::filter::Brains;
+use pd_trace::generate::Shape;
+use pd_trace::load::{Load, Pods};
+use pd_trace::rules::Policy;
+use pd_trace::sim::{Outcome, Setup, run};
+
+const PODS: Pods = Pods { prefill: 4, decode: 4, cache_tokens: 2_000_000, fast_tokens: 400_000 };
+
+/// Of the made-up twenty minutes.
+const SPAN_MS: f64 = 300_000.0;
+
+fn outcome(shape: Shape, policy: Policy, brains: &Brains) -> Outcome {
+    let timing = Timing::new(&pd_sim::Config { speed: 1.0, ..pd_sim::Config::default() });
+    let entries: Vec<Entry> = shape.entries(1).into_iter().filter(|entry| entry.at_ms < SPAN_MS).collect();
+    let load = Load::new(&entries, &PODS, &timing, 0.7, 1);
+    let outcome = run(&load, policy, &Setup { pods: &PODS, timing: &timing, brains, seed: 1 }, || ()).unwrap();
+    assert_eq!(outcome.requests, load.len() - load.warm_up());
+    assert_eq!(outcome.ttft.len(), outcome.requests, "every request got its first token");
+    outcome
+}
+
+fn ours_and_oracles(shape: Shape) -> (Outcome, Outcome) {
+    (outcome(shape, Policy::PdCore, &Brains::default()), outcome(shape, Policy::Oracle, &Brains::default()))
+}
+
+#[test]
+fn the_same_load_and_seed_give_the_same_figures() {
+    let exchange = Some(std::time::Duration::from_millis(50));
+    for brains in [Brains::default(), Brains { count: 3, workers: 2, exchange, ..Brains::default() }] {
+        let twice = || outcome(Shape::SharedPrefix, Policy::PdCore, &brains);
+        assert_eq!(twice(), twice());
+    }
+}
+
+#[test]
+fn agents_find_what_they_left_as_if_everything_were_known() {
+    let (ours, oracle) = ours_and_oracles(Shape::Agents);
+    assert!(ours.hit_percent() > 0.97 * oracle.hit_percent(), "{} {}", ours.hit_percent(), oracle.hit_percent());
+    assert!(ours.ttft(0.9) < 1.1 * oracle.ttft(0.9), "{} {}", ours.ttft(0.9), oracle.ttft(0.9));
+}
+
+#[test]
+fn shared_prefixes_are_found_and_spread() {
+    let (ours, oracle) = ours_and_oracles(Shape::SharedPrefix);
+    assert!(ours.hit_percent() > 0.95 * oracle.hit_percent(), "{} {}", ours.hit_percent(), oracle.hit_percent());
+    assert!(ours.ttft(0.9) < 1.1 * oracle.ttft(0.9), "{} {}", ours.ttft(0.9), oracle.ttft(0.9));
+    assert!(ours.busy_over_mean() < 1.05, "{}", ours.busy_over_mean());
+}
+
+#[test]
+fn without_prefixes_it_is_least_work() {
+    let ours = outcome(Shape::Unique, Policy::PdCore, &Brains::default());
+    let least = outcome(Shape::Unique, Policy::LeastWork, &Brains::default());
+    for share in [0.5, 0.9, 0.99] {
+        assert!((ours.ttft(share) / least.ttft(share) - 1.0).abs() < 0.02, "{share}");
+    }
+    assert_eq!(ours.hit_percent(), 0.0);
+}
+
+#[test]
+fn wrong_coefficients_are_corrected_while_it_serves() {
+    let config = |fit: bool| {
+        // As if every prompt took nearly the same: queues are counted in requests.
+        let pool = serde_json::json!({"fit": fit, "cost": {"a_ms": 100.0, "b_us": 4.0, "c_ns": 0.08}});
+        Brains { config: serde_json::json!({"pools": {"default": pool}}), ..Brains::default() }
+    };
+    let [fitted, fixed] = [true, false].map(|fit| outcome(Shape::Unique, Policy::PdCore, &config(fit)));
+    let right = outcome(Shape::Unique, Policy::PdCore, &Brains::default());
+    let off = |outcome: &Outcome| outcome.ttft(0.9) / right.ttft(0.9);
+    assert!(off(&fitted) < 1.03 && off(&fixed) > 1.1, "{} {}", off(&fitted), off(&fixed));
+}
+
+/// Whether several brains hit as much as one, with a time to the first token at most so many times as long.
+fn nearly_as_one(brains: &Brains, slower: f64) {
+    let one = outcome(Shape::SharedPrefix, Policy::PdCore, &Brains::default());
+    let several = outcome(Shape::SharedPrefix, Policy::PdCore, brains);
+    assert!(several.hit_percent() > 0.97 * one.hit_percent(), "{} {}", several.hit_percent(), one.hit_percent());
+    assert!(several.ttft(0.9) < slower * one.ttft(0.9), "{} {}", several.ttft(0.9), one.ttft(0.9));
+}
+
+#[test]
+fn workers_of_one_gateway_choose_as_one() {
+    nearly_as_one(&Brains { workers: 16, ..Brains::default() }, 1.05);
+}
+
+#[test]
+fn gateways_that_hear_of_each_other_soon_choose_nearly_as_one() {
+    // Sixteen that know of each other after 50 to 100 ms: 1.21.
+    let exchange = Some(std::time::Duration::from_millis(50));
+    nearly_as_one(&Brains { count: 16, exchange, ..Brains::default() }, 1.25);
+}
