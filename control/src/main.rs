@@ -3,10 +3,10 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use pd_control::cli::Cli;
+use pd_control::cli::arguments::Cli;
 
 fn main() -> ExitCode {
-    match pd_control::cli::run(Cli::parse()) {
+    match pd_control::cli::arguments::run(Cli::parse()) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("pd-control: {error:#}");

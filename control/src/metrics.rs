@@ -15,9 +15,9 @@ use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry as Families;
 
-use crate::pods::Pods;
-use crate::registry::Registry;
-use crate::scrape::{Scraped, Scrapes};
+use crate::engines::scrape::{Scraped, Scrapes};
+use crate::publish::registry::Registry;
+use crate::sources::kubernetes::pods::Pods;
 
 /// Media type of [`Metrics::encode`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -266,7 +266,7 @@ mod tests {
     use pd_core::wire::Endpoint;
 
     use super::*;
-    use crate::registry::EndpointList;
+    use crate::publish::registry::EndpointList;
 
     fn line<'a>(text: &'a str, start: &str) -> Option<&'a str> {
         text.lines().find(|line| line.starts_with(start))

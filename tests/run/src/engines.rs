@@ -158,7 +158,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("endpoints.yaml");
         std::fs::write(&path, endpoints_file(&endpoints)).unwrap();
-        let report = pd_control::check::check(&[path], None);
+        let report = pd_control::cli::check::check(&[path], None);
         assert!(report.faults.is_empty() && report.said[0].contains('2'), "{report:?}");
     }
 }

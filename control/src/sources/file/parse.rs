@@ -1,0 +1,540 @@
+//! The endpoints file: YAML or JSON text to a checked list, every error with its line.
+//!
+//! ```yaml
+//! endpoints:
+//!   - address: 127.0.0.1:8100
+//!     role: prefill
+//! ```
+//! The keys of an endpoint are those of [`pd_core::wire::Endpoint`]; any other key is refused. A list of thousands is
+//! better written as JSON, which is read ten times faster.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io::Read;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use pd_core::wire::{self, Endpoint, WireError};
+use serde::Deserialize;
+use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
+use serde_json::Value;
+use serde_path_to_error::Segment;
+use serde_saphyr::{Location, Spanned};
+
+use crate::publish::registry::EndpointList;
+
+/// Bytes that an endpoints file may have: [`wire::MAX_ENDPOINTS`] endpoints with every key fit.
+pub const MAX_FILE_BYTES: u64 = 64 << 20;
+/// Parser events that a file may cause, aliases included: [`wire::MAX_ENDPOINTS`] endpoints of ten keys and a few
+/// models fit.
+const MAX_EVENTS: usize = 4_000_000;
+/// Nesting that an endpoints file needs, with room to spare.
+const MAX_DEPTH: usize = 16;
+/// Nesting of Kubernetes objects: definitions of resources, which stand beside ours, go deepest.
+const MAX_MANIFEST_DEPTH: usize = 256;
+
+/// Why a file is refused: one line, `path:line:column: what`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileError {
+    /// The file as the operator named it.
+    pub path: PathBuf,
+    /// Line and column, from 1; absent when the file could not be read.
+    pub position: Option<(u64, u64)>,
+    /// What is wrong, beginning with the key where there is one.
+    pub message: String,
+}
+
+/// What is wrong, and where, in text whose file is not known yet.
+struct Problem {
+    position: (u64, u64),
+    message: String,
+}
+
+/// A YAML node that knows where each part of it stands.
+enum Node {
+    Leaf(Value),
+    Sequence(Vec<Spanned<Node>>),
+    Mapping(Vec<(Spanned<String>, Spanned<Node>)>),
+}
+
+impl fmt::Display for FileError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.path.display())?;
+        if let Some((line, column)) = self.position {
+            write!(f, ":{line}:{column}")?;
+        }
+        write!(f, ": {}", self.message)
+    }
+}
+
+impl std::error::Error for FileError {}
+
+impl Problem {
+    fn at(location: Location, message: impl Into<String>) -> Self {
+        Self { position: (location.line(), location.column()), message: message.into() }
+    }
+
+    fn of(self, path: &Path) -> FileError {
+        FileError { path: path.to_owned(), position: Some(self.position), message: self.message }
+    }
+}
+
+impl Node {
+    fn to_value(&self) -> Value {
+        match self {
+            Self::Leaf(value) => value.clone(),
+            Self::Sequence(items) => items.iter().map(|item| item.value.to_value()).collect(),
+            Self::Mapping(entries) => {
+                entries.iter().map(|(key, node)| (key.value.clone(), node.value.to_value())).collect()
+            }
+        }
+    }
+
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Leaf(Value::Null) => "nothing",
+            Self::Leaf(_) => "a single value",
+            Self::Sequence(_) => "a list",
+            Self::Mapping(_) => "a mapping",
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Node {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(NodeVisitor)
+    }
+}
+
+struct NodeVisitor;
+
+impl<'de> Visitor<'de> for NodeVisitor {
+    type Value = Node;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a value")
+    }
+    fn visit_bool<E>(self, value: bool) -> Result<Node, E> {
+        Ok(Node::Leaf(value.into()))
+    }
+    fn visit_i64<E>(self, value: i64) -> Result<Node, E> {
+        Ok(Node::Leaf(value.into()))
+    }
+    fn visit_u64<E>(self, value: u64) -> Result<Node, E> {
+        Ok(Node::Leaf(value.into()))
+    }
+    fn visit_f64<E>(self, value: f64) -> Result<Node, E> {
+        Ok(Node::Leaf(value.into()))
+    }
+    fn visit_str<E>(self, value: &str) -> Result<Node, E> {
+        Ok(Node::Leaf(value.into()))
+    }
+    fn visit_unit<E>(self) -> Result<Node, E> {
+        Ok(Node::Leaf(Value::Null))
+    }
+    fn visit_none<E>(self) -> Result<Node, E> {
+        Ok(Node::Leaf(Value::Null))
+    }
+    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Node, D::Error> {
+        Node::deserialize(deserializer)
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Node, A::Error> {
+        let mut sequence = Vec::new();
+        while let Some(item) = items.next_element()? {
+            sequence.push(item);
+        }
+        Ok(Node::Sequence(sequence))
+    }
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Node, A::Error> {
+        let mut mapping = Vec::new();
+        while let Some(entry) = entries.next_entry()? {
+            mapping.push(entry);
+        }
+        Ok(Node::Mapping(mapping))
+    }
+}
+
+/// Reads a file whole; `-` is standard input.
+///
+/// # Errors
+/// [`FileError`] without a position when it cannot be read or is longer than [`MAX_FILE_BYTES`].
+pub fn read(path: &Path) -> Result<Vec<u8>, FileError> {
+    let refuse = |message| FileError { path: path.to_owned(), position: None, message };
+    let mut bytes = Vec::new();
+    let open = || -> std::io::Result<Box<dyn Read>> {
+        if path == Path::new("-") { Ok(Box::new(std::io::stdin())) } else { Ok(Box::new(std::fs::File::open(path)?)) }
+    };
+    open()
+        .and_then(|file| file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes))
+        .map_err(|error| refuse(format!("cannot be read: {error}")))?;
+    if bytes.len() as u64 > MAX_FILE_BYTES {
+        return Err(refuse(format!("longer than {MAX_FILE_BYTES} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// Turns a file's bytes into a list; `path` is for the error only.
+///
+/// # Errors
+/// [`FileError`] with line and column of the first thing that is wrong.
+pub fn parse(path: &Path, bytes: &[u8]) -> Result<EndpointList, FileError> {
+    parse_bytes(bytes).map_err(|problem| problem.of(path))
+}
+
+/// Reads a file of another shape, as strictly; `path` is for the error only.
+///
+/// # Errors
+/// [`FileError`] with line and column of the first thing that is wrong.
+pub fn parse_yaml<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, FileError> {
+    let budget = serde_saphyr::budget! { max_events: MAX_EVENTS, max_nodes: MAX_EVENTS, max_depth: MAX_DEPTH };
+    let options = serde_saphyr::options! { budget: budget };
+    let parsed = text_of(bytes)
+        .and_then(|text| serde_saphyr::from_str_with_options(text, options).map_err(|error| syntax_problem(&error)));
+    parsed.map_err(|problem| problem.of(path))
+}
+
+/// Reads a file of several documents; empty ones are left out. `path` is for the error only.
+///
+/// # Errors
+/// [`FileError`] with line and column of the first thing that is wrong.
+pub fn parse_documents<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<Vec<T>, FileError> {
+    let budget = serde_saphyr::budget! { max_events: MAX_EVENTS, max_nodes: MAX_EVENTS, max_depth: MAX_MANIFEST_DEPTH };
+    let options = serde_saphyr::options! { budget: budget };
+    let parsed = text_of(bytes).and_then(|text| {
+        serde_saphyr::from_multiple_with_options(text, options).map_err(|error| syntax_problem(&error))
+    });
+    parsed.map_err(|problem| problem.of(path))
+}
+
+fn text_of(bytes: &[u8]) -> Result<&str, Problem> {
+    std::str::from_utf8(bytes).map_err(|error| {
+        let before = bytes.get(..error.valid_up_to()).unwrap_or_default();
+        let line = before.rsplit(|byte| *byte == b'\n').next().unwrap_or_default();
+        let column = String::from_utf8_lossy(line).chars().count() as u64 + 1;
+        let line = before.iter().filter(|byte| **byte == b'\n').count() as u64 + 1;
+        Problem { position: (line, column), message: "not UTF-8 text".into() }
+    })
+}
+
+fn parse_bytes(bytes: &[u8]) -> Result<EndpointList, Problem> {
+    let text = text_of(bytes)?;
+    // What is wrong with JSON is told by the YAML reader: it knows the lines.
+    if let Some(list) = text.trim_start().starts_with('{').then(|| parse_json(text)).flatten() {
+        return Ok(list);
+    }
+    let budget = serde_saphyr::budget! {
+        max_events: MAX_EVENTS,
+        max_nodes: MAX_EVENTS,
+        max_depth: MAX_DEPTH,
+        max_merge_keys: wire::MAX_ENDPOINTS,
+        max_aliases: wire::MAX_ENDPOINTS,
+        // One anchor that every endpoint merges is the usual way to write defaults; the other limits bound the work.
+        enforce_alias_anchor_ratio: false,
+    };
+    let options = serde_saphyr::options! { budget: budget };
+    let root = serde_saphyr::from_str_with_options(text, options).map_err(|error| syntax_problem(&error))?;
+    endpoint_list(&root)
+}
+
+/// Reads a good list that is JSON, as what programs write usually is, many times faster than as YAML.
+fn parse_json(text: &str) -> Option<EndpointList> {
+    #[derive(Deserialize)]
+    struct Root {
+        endpoints: Vec<Endpoint>,
+    }
+    let mut has_unknown_key = false;
+    let mut reader = serde_json::Deserializer::from_str(text);
+    let root: Root = serde_ignored::deserialize(&mut reader, |_| has_unknown_key = true).ok()?;
+    reader.end().ok()?;
+    EndpointList::new(root.endpoints).ok().filter(|_| !has_unknown_key)
+}
+
+fn syntax_problem(error: &serde_saphyr::Error) -> Problem {
+    let position = error.location().map_or((1, 1), |location| (location.line(), location.column()));
+    let text = error.without_snippet().to_string();
+    // The position stands in front of the message already, and the hint names a setting of the parser, not of ours.
+    let message = text.strip_suffix(&format!(" at line {}, column {}", position.0, position.1)).unwrap_or(&text);
+    let message = message.split(", set DuplicateKeyPolicy").next().unwrap_or(message);
+    Problem { position, message: message.replace('\n', " ") }
+}
+
+fn endpoint_list(root: &Spanned<Node>) -> Result<EndpointList, Problem> {
+    let Node::Mapping(entries) = &root.value else {
+        let message = format!("must be a mapping with the key endpoints, not {}", root.value.kind());
+        return Err(Problem::at(root.defined, message));
+    };
+    if let Some((key, _)) = entries.iter().find(|(key, _)| key.value != "endpoints") {
+        return Err(Problem::at(key.defined, format!("{}: unknown key; the only one is endpoints", key.value)));
+    }
+    let Some((_, node)) = entries.first() else {
+        return Err(Problem::at(root.defined, "endpoints: missing (`endpoints: []` is an empty list)"));
+    };
+    let Node::Sequence(items) = &node.value else {
+        let message = format!("endpoints: must be a list (`[]` is an empty one), not {}", node.value.kind());
+        return Err(Problem::at(node.defined, message));
+    };
+    if items.len() > wire::MAX_ENDPOINTS {
+        return Err(Problem::at(node.defined, format!("endpoints: {}", WireError::TooMany)));
+    }
+    let mut seen = HashMap::with_capacity(items.len());
+    let mut endpoints = Vec::with_capacity(items.len());
+    for (index, item) in items.iter().enumerate() {
+        let endpoint = endpoint(index, item)?;
+        let address = value_of(item, "address").map_or(item.defined, |node| node.defined);
+        if let Some((first, line)) = seen.insert(endpoint.id(), (index, address.line())) {
+            let id = endpoint.id();
+            let message = format!("endpoints[{index}].address: {id} is endpoints[{first}] in line {line} already");
+            return Err(Problem::at(address, message));
+        }
+        endpoints.push(endpoint);
+    }
+    EndpointList::new(endpoints).map_err(|error| Problem::at(node.defined, format!("endpoints: {error}")))
+}
+
+fn endpoint(index: usize, item: &Spanned<Node>) -> Result<Endpoint, Problem> {
+    let Node::Mapping(entries) = &item.value else {
+        let message = format!("endpoints[{index}]: must be a mapping of keys, not {}", item.value.kind());
+        return Err(Problem::at(item.defined, message));
+    };
+    let value = item.value.to_value();
+    if let Some(unknown) = value.as_object().and_then(wire::unknown_endpoint_key) {
+        let key = entries.iter().find(|(key, _)| key.value == unknown).map_or(item.defined, |(key, _)| key.defined);
+        let known = wire::ENDPOINT_KEYS.join(", ");
+        return Err(Problem::at(key, format!("endpoints[{index}].{unknown}: unknown key; known are {known}")));
+    }
+    if let Some(text) = value.get("address").and_then(Value::as_str)
+        && text.parse::<SocketAddr>().is_err()
+    {
+        let location = value_of(item, "address").map_or(item.defined, |node| node.defined);
+        let message = format!("endpoints[{index}].address: {text:?} is not ip:port (host names are not resolved)");
+        return Err(Problem::at(location, message));
+    }
+    let endpoint: Endpoint = serde_path_to_error::deserialize(&value).map_err(|error| {
+        let path = error.path();
+        let dot = if path.iter().next().is_some_and(|first| !matches!(first, Segment::Unknown)) { "." } else { "" };
+        let key = if dot.is_empty() { String::new() } else { path.to_string() };
+        Problem::at(locate(item, path), format!("endpoints[{index}]{dot}{key}: {}", error.inner()))
+    })?;
+    endpoint.validate().map_err(|error| match error {
+        WireError::BadEndpoint { key, why, .. } => {
+            let location = value_of(item, key).map_or(item.defined, |node| node.defined);
+            Problem::at(location, format!("endpoints[{index}].{key}: {why}"))
+        }
+        other => Problem::at(item.defined, format!("endpoints[{index}]: {other}")),
+    })?;
+    Ok(endpoint)
+}
+
+fn value_of<'a>(item: &'a Spanned<Node>, wanted: &str) -> Option<&'a Spanned<Node>> {
+    match &item.value {
+        Node::Mapping(entries) => entries.iter().find(|(key, _)| key.value == wanted).map(|(_, node)| node),
+        _ => None,
+    }
+}
+
+/// Where the deepest part of a path stands that the text has.
+fn locate(item: &Spanned<Node>, path: &serde_path_to_error::Path) -> Location {
+    let mut node = item;
+    for segment in path {
+        let next = match (segment, &node.value) {
+            (Segment::Map { key }, _) => value_of(node, key),
+            (Segment::Seq { index }, Node::Sequence(items)) => items.get(*index),
+            _ => None,
+        };
+        match next {
+            Some(next) => node = next,
+            None => break,
+        }
+    }
+    node.defined
+}
+
+#[cfg(test)]
+mod tests {
+    use pd_core::wire::{Engine, Role, State};
+
+    use super::*;
+
+    fn parse_text(text: &str) -> Result<EndpointList, String> {
+        parse(Path::new("e.yaml"), text.as_bytes()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn every_key_of_an_endpoint_is_read() {
+        let text = "
+endpoints:
+  - address: 10.0.0.1:8000
+    rank: 3
+    role: decode
+    pool: big
+    models: [llama, \"adapter\"]
+    engine: vllm-nixl
+    group: rack-1
+    weight: 2
+    cache_tokens: 500000
+    min_prompt_tokens: 100
+    max_prompt_tokens: 2000
+    state: draining
+  - {address: \"[::1]:80\", role: both}
+";
+        let full = Endpoint {
+            rank: Some(3),
+            pool: "big".into(),
+            models: vec!["llama".into(), "adapter".into()],
+            engine: Some(Engine::VllmNixl),
+            group: Some("rack-1".into()),
+            weight: 2.0,
+            cache_tokens: Some(500_000),
+            min_prompt_tokens: Some(100),
+            max_prompt_tokens: Some(2_000),
+            state: State::Draining,
+            ..Endpoint::new("10.0.0.1:8000".parse().unwrap(), Role::Decode)
+        };
+        let short = Endpoint::new("[::1]:80".parse().unwrap(), Role::Both);
+        assert_eq!(parse_text(text).unwrap().as_slice(), [full, short]);
+    }
+
+    #[test]
+    fn json_is_read_with_tabs_and_escapes() {
+        let text =
+            "{\"endpoints\": [\n\t{\"address\": \"10.0.0.1:80\", \"role\": \"bo\\u0074h\", \"weight\": 1e1}\n]}\n";
+        assert_eq!(parse_text(text).unwrap().as_slice()[0].weight, 10.0);
+    }
+
+    #[test]
+    fn json_is_as_strict_as_yaml() {
+        let endpoint = r#"{"address": "10.0.0.1:80", "role": "both""#;
+        for (text, error) in [
+            (format!(r#"{{"endpoints": [{endpoint}, "role": "both"}}]}}"#), "1:59: duplicate mapping key: role"),
+            (format!(r#"{{"endpoints": [], "endpoints": [{endpoint}}}]}}"#), "1:19: duplicate mapping key: endpoints"),
+            (
+                format!("{{\"endpoints\": [\n{endpoint},\n \"weight\": 0}}]}}"),
+                "3:12: endpoints[0].weight: must be between",
+            ),
+            (format!(r#"{{"endpoints": [{endpoint}, "x": 1}}]}}"#), "1:59: endpoints[0].x: unknown key"),
+            (format!(r#"{{"endpoints": [{endpoint}}}], "x": 1}}"#), "1:61: x: unknown key"),
+            (format!(r#"{{"endpoints": [{endpoint}}}"#), "1:15: unclosed bracket '['"),
+        ] {
+            let refused = parse_text(&text).unwrap_err();
+            assert!(refused.starts_with(&format!("e.yaml:{error}")), "{refused}");
+        }
+    }
+
+    #[test]
+    fn json_and_yaml_of_one_list_are_equal() {
+        let yaml = "endpoints:\n- {address: 10.0.0.1:80, role: both, weight: 2, models: [a], rank: 1, group: g}\n";
+        let list = parse_text(yaml).unwrap();
+        let json = serde_json::json!({"endpoints": list.as_slice()}).to_string();
+        assert_eq!(parse_text(&json).unwrap(), list);
+    }
+
+    #[test]
+    fn defaults_may_be_merged_from_an_anchor() {
+        let text = "
+endpoints:
+  - &d {address: 10.0.0.1:80, role: prefill, pool: p}
+  - {<<: *d, address: 10.0.0.2:80}
+";
+        let list = parse_text(text).unwrap();
+        assert!(list.as_slice().iter().all(|endpoint| endpoint.pool == "p" && endpoint.role == Role::Prefill));
+    }
+
+    #[test]
+    fn an_empty_list_has_to_be_written() {
+        assert_eq!(parse_text("endpoints: []").unwrap(), EndpointList::default());
+        for (text, error) in [
+            ("", "e.yaml:1:1: must be a mapping with the key endpoints, not nothing"),
+            ("# nothing\n", "e.yaml:2:1: must be a mapping with the key endpoints, not nothing"),
+            ("{}", "e.yaml:1:1: endpoints: missing (`endpoints: []` is an empty list)"),
+            ("endpoints:\n", "e.yaml:1:10: endpoints: must be a list (`[]` is an empty one), not nothing"),
+        ] {
+            assert_eq!(parse_text(text), Err(error.to_owned()));
+        }
+    }
+
+    #[test]
+    fn errors_name_line_column_endpoint_and_key() {
+        let good = "endpoints:\n- address: 10.0.0.1:80\n  role: prefill\n";
+        let second = "- address: 10.0.0.2:80\n  role: prefill\n";
+        for (rest, error) in [
+            (
+                "- address: 10.0.0.2:80\n  role: boss\n",
+                "5:9: endpoints[1].role: unknown variant `boss`, expected one of `prefill`, `decode`, `both`",
+            ),
+            ("- address: 10.0.0.2:80\n", "4:3: endpoints[1]: missing field `role`"),
+            (
+                "- address: engine:80\n  role: both\n",
+                "4:12: endpoints[1].address: \"engine:80\" is not ip:port (host names are not resolved)",
+            ),
+            ("- address: 8000\n  role: both\n", "4:12: endpoints[1].address: invalid type: integer `8000`"),
+            (
+                "- address: 0.0.0.0:80\n  role: both\n",
+                "4:12: endpoints[1].address: must not be the unspecified address",
+            ),
+            (
+                "- address: 10.0.0.1:80\n  role: both\n",
+                "4:12: endpoints[1].address: 10.0.0.1:80 is endpoints[0] in line 2 already",
+            ),
+            ("- 7\n", "4:3: endpoints[1]: must be a mapping of keys, not a single value"),
+            ("extra: 1\n", "4:1: extra: unknown key; the only one is endpoints"),
+        ] {
+            let text = parse_text(&format!("{good}{rest}")).unwrap_err();
+            assert!(text.starts_with(&format!("e.yaml:{error}")), "{text}");
+        }
+        for (rest, error) in [
+            ("  weight: 1000\n", "6:11: endpoints[1].weight: must be between 0.01 and 100"),
+            ("  weight: heavy\n", "6:11: endpoints[1].weight: invalid type: string \"heavy\", expected f64"),
+            ("  weigth: 1\n", "6:3: endpoints[1].weigth: unknown key; known are address, rank, role, pool, models,"),
+            ("  rank: -1\n", "6:9: endpoints[1].rank: invalid value: integer `-1`, expected u32"),
+            (
+                "  models:\n  - a\n  - 1.5\n",
+                "8:5: endpoints[1].models[1]: invalid type: floating point `1.5`, expected a string",
+            ),
+            ("  models:\n  - a\n  - ''\n", "7:5: endpoints[1].models: names must have 1 to 256 bytes"),
+            ("  role: decode\n", "6:3: duplicate mapping key: role"),
+            ("  pool: [a\n", "6:9: unclosed bracket '['"),
+        ] {
+            let text = parse_text(&format!("{good}{second}{rest}")).unwrap_err();
+            assert!(text.starts_with(&format!("e.yaml:{error}")), "{text}");
+            assert!(!text.contains('\n'), "{text}");
+        }
+    }
+
+    #[test]
+    fn bytes_that_are_not_text_are_refused_with_their_place() {
+        let error = parse(Path::new("e.yaml"), b"endpoints:\n- \xc3\xa4\xff").unwrap_err();
+        assert_eq!(error.to_string(), "e.yaml:2:4: not UTF-8 text");
+    }
+
+    #[test]
+    fn hostile_text_is_refused_within_bounds() {
+        let bomb = "a: &a [x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\n\
+                    d: &d [*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d]\nf: &f [*e,*e,*e,*e,*e,*e,*e,*e]\n\
+                    g: &g [*f,*f,*f,*f,*f,*f,*f,*f]\nh: &h [*g,*g,*g,*g,*g,*g,*g,*g]\n";
+        assert!(parse_text(bomb).is_err());
+        assert!(parse_text(&"[".repeat(100_000)).is_err());
+        assert!(parse_text(&"- ".repeat(100_000)).is_err());
+    }
+
+    #[test]
+    fn as_many_endpoints_as_the_wire_takes_are_read() {
+        let line = |n: usize| {
+            let [_, a, b, c] = (n as u32).to_be_bytes();
+            format!(r#"{{"address": "10.{a}.{b}.{c}:80", "role": "both", "pool": "p", "models": ["m"], "weight": 2}}"#)
+        };
+        let lines: Vec<_> = (0..=wire::MAX_ENDPOINTS).map(line).collect();
+        let short = |line: &String| format!("- {}}}\n", line.split(", \"pool").next().unwrap_or(line));
+        let yaml = |count: usize| format!("endpoints:\n{}", lines[..count].iter().map(short).collect::<String>());
+        let json = |count: usize| format!("{{\"endpoints\": [{}]}}", lines[..count].join(",\n"));
+        assert_eq!(parse_text(&yaml(wire::MAX_ENDPOINTS)).unwrap().as_slice().len(), wire::MAX_ENDPOINTS);
+        assert_eq!(parse_text(&json(wire::MAX_ENDPOINTS)).unwrap().as_slice().len(), wire::MAX_ENDPOINTS);
+        let error = parse_text(&json(wire::MAX_ENDPOINTS + 1)).unwrap_err();
+        assert!(error.contains("more than 100000 endpoints"), "{error}");
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let error = read(Path::new("no/such.yaml")).unwrap_err().to_string();
+        assert!(error.starts_with("no/such.yaml: cannot be read: "), "{error}");
+    }
+}
