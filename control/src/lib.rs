@@ -12,6 +12,7 @@ pub mod api;
 pub mod cli;
 pub mod engines;
 pub mod envoys;
+pub mod list;
 pub mod metrics;
 pub mod publish;
 pub mod sources;

@@ -5,7 +5,6 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
-use pd_core::wire::{Role, State};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text};
 use prometheus_client::metrics::MetricType;
@@ -16,6 +15,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry as Families;
 
 use crate::engines::scrape::{Scraped, Scrapes};
+use crate::list::{role, state};
 use crate::publish::registry::Registry;
 use crate::sources::kubernetes::pods::Pods;
 
@@ -239,34 +239,14 @@ impl Collector for EnginesCollector {
     }
 }
 
-/// A role as in the list.
-#[must_use]
-pub fn role(role: Role) -> &'static str {
-    match role {
-        Role::Prefill => "prefill",
-        Role::Decode => "decode",
-        Role::Both => "both",
-    }
-}
-
-/// A state as in the list.
-#[must_use]
-pub fn state(state: State) -> &'static str {
-    match state {
-        State::Ready => "ready",
-        State::Draining => "draining",
-        State::Down => "down",
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::{Duration, SystemTime};
 
-    use pd_core::wire::Endpoint;
+    use pd_core::wire::{Endpoint, Role, State};
 
     use super::*;
-    use crate::publish::registry::EndpointList;
+    use crate::list::EndpointList;
 
     fn line<'a>(text: &'a str, start: &str) -> Option<&'a str> {
         text.lines().find(|line| line.starts_with(start))

@@ -17,7 +17,7 @@ use tokio_rustls::rustls::pki_types::ServerName;
 
 use crate::access::tls::{self, Trust};
 use crate::api::status::{EndpointView, StatusView};
-use crate::metrics::{role, state};
+use crate::list::{role, state};
 
 /// Bytes of an answer; as many endpoints as the wire takes fit.
 const MAX_BYTES: usize = 256 << 20;

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use pd_core::wire::{Endpoint, State};
 
 use crate::engines::scrape::Facts;
-use crate::publish::registry::EndpointList;
+use crate::list::EndpointList;
 use crate::publish::updates::Update;
 
 /// What every source said last.

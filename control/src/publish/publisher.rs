@@ -10,11 +10,11 @@ use anyhow::Context;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::cli::check::summary;
+use crate::list::{EndpointList, summary};
 use crate::metrics::Metrics;
 use crate::publish::eds::{self, EdsFile, Hosts};
 use crate::publish::merge::Merge;
-use crate::publish::registry::{Change, EndpointList, Registry};
+use crate::publish::registry::{Change, Registry};
 use crate::publish::updates::{Message, Update};
 
 /// How long a host that left the list stays in the EDS file: filters act within 50 ms, and one that just reconnects

@@ -7,16 +7,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use bytes::Bytes;
-use pd_core::wire::{Endpoint, EndpointId, Snapshot, WIRE_VERSION, WireError};
+use pd_core::wire::{Endpoint, EndpointId, Snapshot, WIRE_VERSION};
 use tokio::sync::watch;
+
+use crate::list::EndpointList;
 
 /// Endpoint names that the history keeps at least, however short the list. A longer list keeps as many names as it has
 /// endpoints: a delta that touches more would not be shorter than the list itself.
 const HISTORY_IDS: usize = 256;
-
-/// A list that may be published: every endpoint valid, no name twice, sorted by name.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct EndpointList(Vec<Endpoint>);
 
 /// Endpoints that one publication touched.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -60,37 +58,6 @@ pub struct Registry {
     published: watch::Sender<Arc<Published>>,
     /// Serialises publications; readers never wait for it.
     publishing: Mutex<()>,
-}
-
-impl EndpointList {
-    /// Checks and sorts a list.
-    ///
-    /// # Errors
-    /// The first [`WireError`] that a filter would refuse the list for.
-    pub fn new(mut endpoints: Vec<Endpoint>) -> Result<Self, WireError> {
-        endpoints.sort_by_key(Endpoint::id);
-        let snapshot = Snapshot {
-            wire: WIRE_VERSION,
-            epoch: String::new(),
-            version: 1,
-            base: None,
-            endpoints,
-            removed: Vec::new(),
-        };
-        snapshot.validate()?;
-        Ok(Self(snapshot.endpoints))
-    }
-
-    /// The endpoints, sorted by name.
-    #[must_use]
-    pub fn as_slice(&self) -> &[Endpoint] {
-        &self.0
-    }
-
-    fn get(&self, id: EndpointId) -> Option<&Endpoint> {
-        let index = self.0.binary_search_by_key(&id, Endpoint::id).ok()?;
-        self.0.get(index)
-    }
 }
 
 impl fmt::Display for Change {
@@ -148,7 +115,7 @@ impl Published {
         }
         let mut history = self.history.clone();
         history.push_back(Arc::new(step));
-        let limit = HISTORY_IDS.max(list.0.len());
+        let limit = HISTORY_IDS.max(list.as_slice().len());
         let mut ids: usize = history.iter().map(|step| step.0.len()).sum();
         while ids > limit
             && let Some(oldest) = history.pop_front()
@@ -194,14 +161,14 @@ impl Published {
             Ordering::Greater => Some(None),
             Ordering::Less => {
                 let is_shorter =
-                    self.touched_since(since).is_some_and(|touched| touched.len() < self.endpoints.0.len());
+                    self.touched_since(since).is_some_and(|touched| touched.len() < self.endpoints.as_slice().len());
                 Some(is_shorter.then_some(since))
             }
         }
     }
 
     fn snapshot_from(&self, base: Option<u64>) -> Snapshot {
-        let whole = || (None, self.endpoints.0.clone(), Vec::new());
+        let whole = || (None, self.endpoints.as_slice().to_vec(), Vec::new());
         let delta = |base| {
             let mut endpoints = Vec::new();
             let mut removed = Vec::new();
@@ -264,8 +231,8 @@ impl Registry {
 /// Walks two sorted lists side by side.
 fn diff(old: &EndpointList, new: &EndpointList) -> (Step, Change) {
     let mut step = Step::default();
-    let mut change = Change { total: new.0.len(), ..Change::default() };
-    let (mut olds, mut news) = (old.0.iter().peekable(), new.0.iter().peekable());
+    let mut change = Change { total: new.as_slice().len(), ..Change::default() };
+    let (mut olds, mut news) = (old.as_slice().iter().peekable(), new.as_slice().iter().peekable());
     loop {
         let order = match (olds.peek(), news.peek()) {
             (None, None) => break,
@@ -400,12 +367,6 @@ mod tests {
         let first = advance(&Published::nothing("e", NOW), list([1]));
         let (one, other) = (first.answer("x", 0).unwrap(), first.answer("y", 9).unwrap());
         assert_eq!(one.as_ptr(), other.as_ptr());
-    }
-
-    #[test]
-    fn a_list_with_a_name_twice_is_refused() {
-        let twice = EndpointList::new(vec![endpoint(1, 1.0), endpoint(1, 2.0)]);
-        assert!(matches!(twice, Err(WireError::Duplicate(_))));
     }
 
     proptest! {

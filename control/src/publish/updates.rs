@@ -6,7 +6,7 @@
 use tokio::sync::mpsc;
 
 use crate::engines::scrape::Facts;
-use crate::publish::registry::EndpointList;
+use crate::list::EndpointList;
 
 /// What a source has to say.
 #[derive(Clone, Debug, PartialEq)]

@@ -8,7 +8,7 @@ use pd_core::wire::{self, Endpoint};
 use serde_json::{Map, Value};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
-use crate::publish::registry::EndpointList;
+use crate::list::EndpointList;
 use crate::publish::updates::{Update, Updates};
 use crate::sources::allow::AllowedNetworks;
 

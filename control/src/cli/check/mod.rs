@@ -13,10 +13,10 @@ mod release;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use pd_core::wire::{Endpoint, Role};
 use serde::de::IgnoredAny;
 use serde_json::Value;
 
+use crate::list::summary;
 use crate::sources::file::parse::{self as file, FileError};
 use crate::sources::kubernetes::KubernetesConfig;
 use manifests::Manifests;
@@ -143,17 +143,6 @@ fn kind(path: &Path, bytes: &[u8]) -> Kind {
         // What is wrong with it is told where it is read.
         _ => Kind::Endpoints,
     }
-}
-
-/// `4 endpoints (2 prefill, 2 decode)`.
-#[must_use]
-pub fn summary(endpoints: &[Endpoint]) -> String {
-    let counts = [(Role::Prefill, "prefill"), (Role::Decode, "decode"), (Role::Both, "both")]
-        .map(|(role, name)| (endpoints.iter().filter(|endpoint| endpoint.role == role).count(), name));
-    let roles: Vec<_> = counts.iter().filter(|(count, _)| *count > 0).map(|(n, name)| format!("{n} {name}")).collect();
-    let plural = if endpoints.len() == 1 { "" } else { "s" };
-    let roles = if roles.is_empty() { String::new() } else { format!(" ({})", roles.join(", ")) };
-    format!("{} endpoint{plural}{roles}", endpoints.len())
 }
 
 /// The text of a member, or nothing.

@@ -21,7 +21,7 @@ use serde_json::Value;
 use serde_path_to_error::Segment;
 use serde_saphyr::{Location, Spanned};
 
-use crate::publish::registry::EndpointList;
+use crate::list::EndpointList;
 
 /// Bytes that an endpoints file may have: [`wire::MAX_ENDPOINTS`] endpoints with every key fit.
 pub const MAX_FILE_BYTES: u64 = 64 << 20;

@@ -19,7 +19,7 @@ use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::Notify;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
-use crate::publish::registry::EndpointList;
+use crate::list::EndpointList;
 use crate::publish::updates::Updates;
 use crate::sources::file::parse::{self as file, FileError};
 

@@ -15,7 +15,7 @@ use pd_core::wire::{Endpoint, EndpointId, State};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use crate::publish::registry::EndpointList;
+use crate::list::EndpointList;
 use crate::publish::updates::{Update, Updates};
 use crate::sources::allow::AllowedNetworks;
 use crate::sources::kubernetes::config::{KubernetesConfig, PoolGroup, PoolReference, Rule};
