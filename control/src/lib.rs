@@ -10,11 +10,12 @@
 pub mod access;
 pub mod api;
 pub mod cli;
+pub mod control;
+pub mod counters;
 pub mod engines;
 pub mod envoys;
 pub mod list;
-pub mod metrics;
 pub mod publish;
 pub mod sources;
 
-pub use api::server::{Config, Control};
+pub use control::{Config, Control};

@@ -4,9 +4,10 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use pd_control::cli::arguments::Cli;
+use pd_control::cli::run::run;
 
 fn main() -> ExitCode {
-    match pd_control::cli::arguments::run(Cli::parse()) {
+    match run(Cli::parse()) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("pd-control: {error:#}");

@@ -1,3 +1,4 @@
-//! Who may connect: certificates of this server, and those that other servers are trusted by.
+//! Who may connect, as a server and as a client: the bearer token, and certificates.
 
 pub mod tls;
+pub mod token;

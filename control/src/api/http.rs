@@ -14,13 +14,12 @@
 //!
 //! A refused list leaves `/readyz` at 200: filters are served the last good list, and a restart would lose it.
 
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{DefaultBodyLimit, Query, Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
@@ -30,17 +29,11 @@ use pd_core::exchange::message::{EXCHANGE_PATH, MAX_MESSAGE_BYTES, Told};
 use pd_core::wire::{Endpoint, WATCH_PATH};
 use prometheus_client::metrics::gauge::Gauge;
 use serde::{Deserialize, Serialize};
-use subtle::ConstantTimeEq;
-use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::api::status::{self, Filters};
-use crate::engines::scrape::Scrapes;
-use crate::envoys::exchange::Exchange;
-use crate::metrics::{self, Metrics};
-use crate::publish::publisher::Status;
-use crate::publish::registry::Registry;
-use crate::sources::kubernetes::pods::Pods;
+use crate::api::app::{App, Peer};
+use crate::api::metrics;
+use crate::api::status;
 
 /// How long a poll waits that does not say.
 const DEFAULT_WAIT: Duration = Duration::from_secs(30);
@@ -53,45 +46,6 @@ const PAGE: &str = include_str!("page.html");
 /// What the page may do: ask where it came from.
 const PAGE_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; \
                            connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'";
-
-/// What the handlers read.
-#[derive(Clone, Debug)]
-pub struct App {
-    /// The list in force.
-    pub registry: Arc<Registry>,
-    /// Counters.
-    pub metrics: Arc<Metrics>,
-    /// Whether the newest list is in force.
-    pub status: Arc<Status>,
-    /// What became of each pod.
-    pub pods: Arc<Pods>,
-    /// What every engine said last.
-    pub scrapes: Arc<Scrapes>,
-    /// Who polls.
-    pub filters: Arc<Filters>,
-    /// What the Envoys tell each other.
-    pub exchange: Arc<Exchange>,
-    /// What is logged.
-    pub log: Option<LogLevel>,
-    /// Bearer token that `/v1/…` asks for, if any.
-    pub token: Option<Token>,
-    /// Becomes true when open polls have to be answered.
-    pub stopping: watch::Receiver<bool>,
-}
-
-/// Changes what is logged.
-#[derive(Clone)]
-pub struct LogLevel(Arc<SetLevel>);
-
-type SetLevel = dyn Fn(&str) -> Result<(), String> + Send + Sync;
-
-/// Who is at the other end of a connection.
-#[derive(Clone, Copy, Debug)]
-pub struct Peer(pub IpAddr);
-
-/// A bearer token; neither shown nor compared in a time that depends on it.
-#[derive(Clone)]
-pub struct Token(Arc<str>);
 
 /// Query of the long poll; see [`pd_core::wire`].
 #[derive(Debug, Deserialize)]
@@ -126,48 +80,6 @@ struct Failure<'a> {
 
 /// Counts a waiting poll for as long as it waits, also when its client leaves.
 struct Waiting<'a>(&'a Gauge);
-
-impl Token {
-    /// A token; `None` when it is empty or cannot stand in a header.
-    #[must_use]
-    pub fn new(text: &str) -> Option<Self> {
-        let is_usable = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic());
-        is_usable.then(|| Self(text.into()))
-    }
-
-    /// The `authorization` header that carries it.
-    pub(crate) fn header(&self) -> String {
-        format!("Bearer {}", self.0)
-    }
-
-    /// Whether an `authorization` header carries it. Only its length may show in the time this takes.
-    fn is_in(&self, authorization: Option<&HeaderValue>) -> bool {
-        let Some((scheme, given)) = authorization.and_then(|value| value.as_bytes().split_at_checked(7)) else {
-            return false;
-        };
-        scheme.eq_ignore_ascii_case(b"bearer ") && bool::from(given.ct_eq(self.0.as_bytes()))
-    }
-}
-
-impl std::fmt::Debug for Token {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Token(…)")
-    }
-}
-
-impl LogLevel {
-    /// What is called with a new level or filter.
-    #[must_use]
-    pub fn new(set: impl Fn(&str) -> Result<(), String> + Send + Sync + 'static) -> Self {
-        Self(Arc::new(set))
-    }
-}
-
-impl std::fmt::Debug for LogLevel {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("LogLevel(…)")
-    }
-}
 
 impl<'a> Waiting<'a> {
     fn new(gauge: &'a Gauge) -> Self {
@@ -206,7 +118,7 @@ async fn authorize(State(app): State<App>, request: Request, next: Next) -> Resp
     match &app.token {
         Some(token) if !token.is_in(request.headers().get(header::AUTHORIZATION)) => {
             if request.uri().path() == WATCH_PATH {
-                app.metrics.watch_answered(StatusCode::UNAUTHORIZED.as_u16());
+                app.counters.watch_answered(StatusCode::UNAUTHORIZED.as_u16());
             }
             let answer = failure(StatusCode::UNAUTHORIZED, "a bearer token is needed");
             ([(header::WWW_AUTHENTICATE, "Bearer")], answer).into_response()
@@ -236,7 +148,7 @@ async fn watch(
             }
         }
     };
-    app.metrics.watch_answered(answer.status().as_u16());
+    app.counters.watch_answered(answer.status().as_u16());
     answer
 }
 
@@ -250,7 +162,7 @@ async fn exchange(State(app): State<App>, query: Result<Query<Exchanged>, QueryR
             ([(header::CONTENT_TYPE, "application/octet-stream")], heard.to_bytes()).into_response()
         }
     };
-    app.metrics.exchanged(answer.status().as_u16());
+    app.counters.exchanged(answer.status().as_u16());
     answer
 }
 
@@ -260,7 +172,7 @@ async fn next_answer(app: &App, query: &Watch) -> Option<Bytes> {
     let deadline = Instant::now() + wait;
     let mut published = app.registry.subscribe();
     let mut stopping = app.stopping.clone();
-    let _waiting = Waiting::new(&app.metrics.pollers);
+    let _waiting = Waiting::new(&app.counters.pollers);
     loop {
         let current = Arc::clone(&published.borrow_and_update());
         if let Some(answer) = current.answer(&query.epoch, query.since) {
@@ -296,7 +208,7 @@ async fn status(State(app): State<App>) -> Response {
 
 async fn log_level(State(app): State<App>, body: String) -> Response {
     let level = body.trim();
-    match app.log.as_ref().map(|log| (log.0)(level)) {
+    match app.log.as_ref().map(|log| log.set(level)) {
         Some(Ok(())) => {
             tracing::warn!("logs {level} from now on");
             StatusCode::NO_CONTENT.into_response()
@@ -333,27 +245,4 @@ async fn metrics_text(State(app): State<App>) -> Response {
 
 fn failure(status: StatusCode, error: &str) -> Response {
     (status, Json(Failure { error })).into_response()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_the_whole_token_opens() {
-        let token = Token::new("secret").unwrap();
-        let is_in = |text: &str| token.is_in(Some(&HeaderValue::from_str(text).unwrap()));
-        assert!(is_in("Bearer secret") && is_in("bearer secret"));
-        for wrong in ["secret", "Bearer", "Bearer ", "Bearer secre", "Bearer secrets", "Basic secret", "Bearer  secret"]
-        {
-            assert!(!is_in(wrong), "{wrong}");
-        }
-        assert!(!token.is_in(None));
-    }
-
-    #[test]
-    fn a_token_that_cannot_stand_in_a_header_is_refused_and_none_is_shown() {
-        assert!(Token::new("").is_none() && Token::new("a b").is_none() && Token::new("ä").is_none());
-        assert!(!format!("{:?}", Token::new("secret")).contains("secret"));
-    }
 }

@@ -1,35 +1,15 @@
 //! What `/v1/status` says, which the status page and the commands in a terminal show.
 
-use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::net::SocketAddr;
+use std::time::Duration;
 
 use pd_core::exchange::report::Report;
 use pd_core::wire::Endpoint;
 use serde::{Deserialize, Serialize};
 
 use crate::api::advice::advice;
-use crate::api::http::App;
-
-/// Filters that are remembered; more are not shown.
-const MAX_FILTERS: usize = 4_096;
-/// How long a filter is remembered that polls no longer: two of the longest polls.
-const FORGET: Duration = Duration::from_secs(120);
-
-/// Who polls, by address: each Envoy is one.
-#[derive(Debug, Default)]
-pub struct Filters(Mutex<BTreeMap<IpAddr, Seen>>);
-
-#[derive(Clone, Copy, Debug)]
-struct Seen {
-    /// Version of our list that it has; 0: none of ours.
-    version: u64,
-    at: Instant,
-}
-
-/// Time without a poll after which an Envoy does not count as one that follows the list: more than a long poll takes.
-const WATCHING: Duration = Duration::from_secs(65);
+use crate::api::app::App;
+use crate::envoys::polls::FilterView;
 
 /// All of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -61,17 +41,6 @@ pub struct StatusView {
     pub pending: usize,
     /// The list in force.
     pub endpoints: Vec<EndpointView>,
-}
-
-/// One Envoy.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct FilterView {
-    /// Where it polls from.
-    pub address: IpAddr,
-    /// Version of the list that it had when it asked; 0: none of this run.
-    pub version: u64,
-    /// Since it asked.
-    pub seen_ms: u64,
 }
 
 /// What one Envoy reports of itself.
@@ -126,38 +95,6 @@ pub struct EndpointView {
     pub kv_usage: Option<f64>,
     /// Share of prompt tokens that its prefix cache had.
     pub hit_ratio: Option<f64>,
-}
-
-impl Filters {
-    /// Somebody polls who has this version of our list.
-    pub fn seen(&self, address: IpAddr, version: u64) {
-        let mut filters = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if filters.len() >= MAX_FILTERS && !filters.contains_key(&address) {
-            filters.retain(|_, seen| seen.at.elapsed() < FORGET);
-            if filters.len() >= MAX_FILTERS {
-                return;
-            }
-        }
-        filters.insert(address.to_canonical(), Seen { version, at: Instant::now() });
-    }
-
-    /// Envoys that follow the list.
-    #[must_use]
-    pub fn watching(&self) -> u64 {
-        let filters = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        filters.values().filter(|seen| seen.at.elapsed() < WATCHING).count() as u64
-    }
-
-    fn view(&self) -> Vec<FilterView> {
-        let mut filters = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        filters.retain(|_, seen| seen.at.elapsed() < FORGET);
-        let view = |(address, seen): (&IpAddr, &Seen)| FilterView {
-            address: *address,
-            version: seen.version,
-            seen_ms: millis(seen.at.elapsed()),
-        };
-        filters.iter().map(view).collect()
-    }
 }
 
 /// Everything, as of now.

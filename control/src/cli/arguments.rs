@@ -1,31 +1,25 @@
-//! The command line.
+//! The command line and what it says to run.
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
-use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{EnvFilter, Layer, reload};
 
 use crate::access::tls::TlsFiles;
-use crate::api::http::{LogLevel, Token};
-use crate::api::server::{Config, Control, DEFAULT_POLL, Kubernetes};
-use crate::cli::check::check;
-use crate::cli::terminal::{self, Server};
+use crate::access::token::Token;
+use crate::cli::client::Server;
+use crate::control::{Config, DEFAULT_POLL, Kubernetes};
 use crate::engines::scrape;
-use crate::envoys::exchange::{Peers, PeersTls};
+use crate::envoys::relay::{Peers, PeersTls};
 use crate::publish::eds::EdsFile;
 use crate::sources::allow::AllowedNetworks;
-use crate::sources::file::parse as file;
 use crate::sources::kubernetes::KubernetesConfig;
 use crate::sources::kubernetes::follow::Limits;
 use crate::sources::names::NamedEndpoint;
+use crate::sources::yaml;
 
 /// Environment variable that holds the token unless another one is named.
 pub(crate) const TOKEN_VARIABLE: &str = "PD_CONTROL_TOKEN";
@@ -37,13 +31,13 @@ pub(crate) const TOKEN_VARIABLE: &str = "PD_CONTROL_TOKEN";
 #[command(version, args_conflicts_with_subcommands = true)]
 pub struct Cli {
     #[command(subcommand)]
-    command: Option<Command>,
+    pub(super) command: Option<Command>,
     #[command(flatten)]
-    serve: ServeArgs,
+    pub(super) serve: ServeArgs,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+pub(super) enum Command {
     /// Say whether files would be taken, and what is wrong with them, without running anything
     Check {
         /// Endpoints files, files for --kubernetes-config, plugin configurations (JSON), Kubernetes manifests such as
@@ -77,7 +71,7 @@ enum Command {
 }
 
 #[derive(Debug, Args)]
-struct ServeArgs {
+pub(super) struct ServeArgs {
     /// Endpoints file to serve and follow, YAML or JSON
     #[arg(long, env = "PD_CONTROL_ENDPOINTS", value_name = "FILE")]
     endpoints: Option<PathBuf>,
@@ -126,57 +120,16 @@ struct ServeArgs {
     token_env: Option<String>,
     /// What to log: error, warn, info, debug, trace, or a filter such as info,pd_control=debug
     #[arg(long, env = "PD_CONTROL_LOG_LEVEL", value_name = "LEVEL", default_value = "info")]
-    log_level: String,
+    pub(super) log_level: String,
     /// How to log: lines for people, or a JSON object a line
     #[arg(long, env = "PD_CONTROL_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
-    log_format: LogFormat,
+    pub(super) log_format: LogFormat,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum LogFormat {
+pub(super) enum LogFormat {
     Text,
     Json,
-}
-
-/// Does what the command line says; returns when that is done or a signal ends it.
-///
-/// # Errors
-/// The one line to print.
-pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
-    match cli.command {
-        Some(Command::Check { files, applied }) => check_all(&files, applied.as_deref())?,
-        Some(Command::Endpoints { server }) => {
-            print!("{}", terminal::endpoints(&wait_for(server.status())?));
-        }
-        Some(Command::Explain { server, name }) => {
-            let text = terminal::explain(&wait_for(server.status())?, &name);
-            print!("{}", text.with_context(|| format!("{name}: no endpoint, and no pod that is followed"))?);
-        }
-        Some(Command::Top { server, once }) => wait_for(server.top(once))?,
-        None => {
-            let log = start_log(&cli.serve.log_level, cli.serve.log_format)?;
-            let is_json = cli.serve.log_format == LogFormat::Json;
-            return match serve(cli.serve, log) {
-                // Whoever reads objects gets this as one, too.
-                Err(error) if is_json => {
-                    tracing::error!("{error:#}");
-                    Ok(ExitCode::FAILURE)
-                }
-                ended => ended.map(|()| ExitCode::SUCCESS),
-            };
-        }
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-fn wait_for<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
-}
-
-fn check_all(files: &[PathBuf], applied: Option<&Path>) -> anyhow::Result<()> {
-    let report = check(files, applied);
-    report.said.iter().for_each(|line| println!("{line}"));
-    if report.faults.is_empty() { Ok(()) } else { bail!("{}", report.faults.join("\npd-control: ")) }
 }
 
 /// Files that a command line names.
@@ -211,44 +164,8 @@ pub(crate) fn files_of(arguments: &[&str], variables: &[(&str, &str)]) -> Result
     Ok(Files { endpoints: cli.serve.endpoints, kubernetes_config: cli.serve.kubernetes_config })
 }
 
-fn serve(args: ServeArgs, log: LogLevel) -> anyhow::Result<()> {
-    let config = Config { log: Some(log), ..args.config(|name| std::env::var(name).ok())? };
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(async {
-        // Before anything else, so that no signal is missed.
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let control = Control::start(config).await?;
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        tracing::info!("stopping");
-        control.stop().await;
-        Ok(())
-    })
-}
-
-fn start_log(level: &str, format: LogFormat) -> anyhow::Result<LogLevel> {
-    let filter: EnvFilter = level.parse().map_err(|error| anyhow!("--log-level {level}: {error}"))?;
-    let (filter, handle) = reload::Layer::new(filter);
-    let lines = tracing_subscriber::fmt::layer()
-        .with_target(false)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_writer(std::io::stderr);
-    let lines = match format {
-        LogFormat::Text => lines.boxed(),
-        LogFormat::Json => lines.json().flatten_event(true).with_current_span(false).with_span_list(false).boxed(),
-    };
-    tracing_subscriber::registry().with(filter).with(lines).init();
-    Ok(LogLevel::new(move |level| {
-        let filter: EnvFilter = level.parse().map_err(|error| format!("{level}: {error}"))?;
-        handle.reload(filter).map_err(|error| error.to_string())
-    }))
-}
-
 impl ServeArgs {
-    fn config(self, variable: impl Fn(&str) -> Option<String>) -> anyhow::Result<Config> {
+    pub(super) fn config(self, variable: impl Fn(&str) -> Option<String>) -> anyhow::Result<Config> {
         let kubernetes = self.kubernetes()?;
         if self.endpoints.is_none() && kubernetes.is_none() && self.endpoint.is_empty() {
             bail!("--endpoints FILE, --endpoint or --kubernetes is needed (see --help)");
@@ -297,7 +214,7 @@ impl ServeArgs {
             return Ok(None);
         }
         let mut config = match &self.kubernetes_config {
-            Some(path) => KubernetesConfig::parse(path, &file::read(path)?)?,
+            Some(path) => KubernetesConfig::parse(path, &yaml::read(path)?)?,
             None => KubernetesConfig::default(),
         };
         if !self.namespace.is_empty() {

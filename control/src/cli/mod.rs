@@ -2,4 +2,6 @@
 
 pub mod arguments;
 pub mod check;
+pub mod client;
+pub mod run;
 pub mod terminal;

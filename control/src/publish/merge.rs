@@ -7,9 +7,8 @@ use std::collections::BTreeMap;
 
 use pd_core::wire::{Endpoint, State};
 
-use crate::engines::scrape::Facts;
 use crate::list::EndpointList;
-use crate::publish::updates::Update;
+use crate::publish::updates::{Facts, Update};
 
 /// What every source said last.
 #[derive(Debug, Default)]
@@ -88,7 +87,7 @@ mod tests {
     use pd_core::wire::Role;
 
     use super::*;
-    use crate::engines::scrape::Fact;
+    use crate::publish::updates::Fact;
 
     fn list(endpoints: &[(u8, f64)]) -> Update {
         let endpoint = |(n, weight): &(u8, f64)| Endpoint {

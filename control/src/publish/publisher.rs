@@ -10,8 +10,8 @@ use anyhow::Context;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use crate::counters::Counters;
 use crate::list::{EndpointList, summary};
-use crate::metrics::Metrics;
 use crate::publish::eds::{self, EdsFile, Hosts};
 use crate::publish::merge::Merge;
 use crate::publish::registry::{Change, Registry};
@@ -34,7 +34,7 @@ pub struct Status {
 #[derive(Debug)]
 pub struct Publisher {
     registry: Arc<Registry>,
-    metrics: Arc<Metrics>,
+    counters: Arc<Counters>,
     status: Arc<Status>,
     eds: Option<Eds>,
     merge: Merge,
@@ -81,9 +81,9 @@ impl Status {
 impl Publisher {
     /// A publisher to `registry`, and to an EDS file where there is one.
     #[must_use]
-    pub fn new(registry: Arc<Registry>, metrics: Arc<Metrics>, status: Arc<Status>, eds: Option<EdsFile>) -> Self {
+    pub fn new(registry: Arc<Registry>, counters: Arc<Counters>, status: Arc<Status>, eds: Option<EdsFile>) -> Self {
         let eds = eds.map(|file| Eds { file, written: Hosts::new(), wanted: Hosts::new(), due: None });
-        Self { registry, metrics, status, eds, merge: Merge::default(), has_started: false }
+        Self { registry, counters, status, eds, merge: Merge::default(), has_started: false }
     }
 
     /// Adds a source, with its list where it has one at the start; returns its place. The first one that is added says
@@ -106,7 +106,7 @@ impl Publisher {
         self.has_started = true;
         if let Some(eds) = &mut self.eds {
             eds.wanted = eds::hosts(list.as_slice());
-            eds.write(eds.wanted.clone(), &self.metrics)
+            eds.write(eds.wanted.clone(), &self.counters)
                 .with_context(|| format!("cannot write {}", eds.file.path().display()))?;
         }
         self.put_into_force(list);
@@ -131,7 +131,7 @@ impl Publisher {
                 () = async { tokio::time::sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
                     if let Some(eds) = &mut self.eds {
                         eds.due = None;
-                        eds.try_write(eds.wanted.clone(), &self.metrics);
+                        eds.try_write(eds.wanted.clone(), &self.counters);
                     }
                 }
             }
@@ -142,7 +142,7 @@ impl Publisher {
         if let Some(eds) = &mut self.eds {
             eds.wanted = eds::hosts(list.as_slice());
             let lingering = eds.written.union(&eds.wanted).copied().collect();
-            eds.try_write(lingering, &self.metrics);
+            eds.try_write(lingering, &self.counters);
             if eds.due.is_none() && eds.written != eds.wanted {
                 eds.due = Some(Instant::now() + EDS_LINGER);
             }
@@ -157,13 +157,13 @@ impl Publisher {
         if let Some(list) = list {
             self.publish(list);
         }
-        self.metrics.degraded.set(i64::from(problem.is_some()));
+        self.counters.degraded.set(i64::from(problem.is_some()));
         let is_new = self.status.set(problem.as_deref());
         match problem {
             None if is_new => tracing::info!(source = self.status.source(), "good again"),
             None => {}
             Some(reason) if is_refused && self.has_started => {
-                self.metrics.refusals.inc();
+                self.counters.refusals.inc();
                 let version = self.registry.current().version();
                 tracing::warn!(version, reason, "refused, an older snapshot stays in force");
             }
@@ -186,23 +186,23 @@ impl Publisher {
 }
 
 impl Eds {
-    fn write(&mut self, hosts: Hosts, metrics: &Metrics) -> std::io::Result<()> {
+    fn write(&mut self, hosts: Hosts, counters: &Counters) -> std::io::Result<()> {
         let outcome = self.file.write(&hosts);
         match &outcome {
             Ok(true) => {
-                metrics.eds_writes.inc();
+                counters.eds_writes.inc();
                 tracing::debug!("{}: {} hosts", self.file.path().display(), hosts.len());
             }
             Ok(false) => {}
             Err(_) => {
-                metrics.eds_errors.inc();
+                counters.eds_errors.inc();
             }
         }
         outcome.map(|_| self.written = hosts)
     }
 
-    fn try_write(&mut self, hosts: Hosts, metrics: &Metrics) {
-        if let Err(error) = self.write(hosts, metrics) {
+    fn try_write(&mut self, hosts: Hosts, counters: &Counters) {
+        if let Err(error) = self.write(hosts, counters) {
             let path = self.file.path().display();
             tracing::error!("cannot write {path} ({error}), trying again in {EDS_RETRY:?}");
             self.due = Some(Instant::now() + EDS_RETRY);

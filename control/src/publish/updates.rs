@@ -3,9 +3,11 @@
 //! A source is a task that owns the sending half: it sends a list whenever it has one, and why it has none, or why what
 //! it has may be old, when that is so. It never decides what is in force.
 
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
 use tokio::sync::mpsc;
 
-use crate::engines::scrape::Facts;
 use crate::list::EndpointList;
 
 /// What a source has to say.
@@ -16,6 +18,20 @@ pub struct Update {
     /// One line saying why there is no new list, or why it may be old; none: all is well.
     pub problem: Option<String>,
 }
+
+/// What of an engine's answers belongs in the list.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Fact {
+    /// Models, where the list says none.
+    pub models: Vec<String>,
+    /// Cache size, where the list says none.
+    pub cache_tokens: Option<u64>,
+    /// Whether it does not answer any longer.
+    pub is_dead: bool,
+}
+
+/// Facts by address.
+pub type Facts = BTreeMap<SocketAddr, Fact>;
 
 /// What arrives at the publisher.
 #[derive(Clone, Debug, PartialEq)]

@@ -4,3 +4,4 @@ pub mod allow;
 pub mod file;
 pub mod kubernetes;
 pub mod names;
+pub mod yaml;

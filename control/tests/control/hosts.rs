@@ -83,7 +83,7 @@ fn shipped(name: &str) -> PathBuf {
 #[test]
 fn the_shipped_list_has_two_of_each_role() {
     let path = shipped("endpoints.yaml");
-    let list = pd_control::sources::file::parse::parse(&path, &fs::read(&path).unwrap()).unwrap();
+    let list = pd_control::sources::file::endpoints::parse(&path, &fs::read(&path).unwrap()).unwrap();
     let endpoints: Vec<_> = list.as_slice().iter().map(|e| (e.address.to_string(), e.role)).collect();
     let expected = [(8100, Role::Prefill), (8101, Role::Prefill), (8200, Role::Decode), (8201, Role::Decode)];
     assert_eq!(endpoints, expected.map(|(port, role)| (format!("127.0.0.1:{port}"), role)));
@@ -92,7 +92,7 @@ fn the_shipped_list_has_two_of_each_role() {
 #[test]
 fn the_shipped_hosts_are_what_is_written_for_the_shipped_list() {
     let path = shipped("endpoints.yaml");
-    let list = pd_control::sources::file::parse::parse(&path, &fs::read(&path).unwrap()).unwrap();
+    let list = pd_control::sources::file::endpoints::parse(&path, &fs::read(&path).unwrap()).unwrap();
     let text = pd_control::publish::eds::render("engines", &pd_control::publish::eds::hosts(list.as_slice()));
     assert_eq!(fs::read_to_string(shipped("eds.json")).unwrap(), text);
 }

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use pd_control::Config;
-use pd_control::api::server::Kubernetes;
+use pd_control::control::Kubernetes;
 use pd_control::sources::kubernetes::KubernetesConfig;
 use pd_control::sources::kubernetes::follow::Limits;
 use pd_core::wire::{Endpoint, State};

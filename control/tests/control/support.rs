@@ -10,7 +10,7 @@ use http_body_util::{BodyExt, Empty};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
-use pd_control::api::http::Token;
+use pd_control::access::token::Token;
 use pd_control::publish::eds::EdsFile;
 use pd_control::{Config, Control};
 use pd_core::wire::Snapshot;

@@ -3,9 +3,11 @@
 use pd_core::config::Config;
 use serde_json::Value;
 
-use super::filter::{Filter, digest};
-use super::manifests::{Manifests, Object};
-use super::{Report, items, text};
+use super::containers::has_token;
+use super::filters::Filter;
+use super::images::digest;
+use super::manifests::{Manifests, Object, items, text};
+use super::report::Report;
 
 /// What the route writes into the destination header.
 const DESTINATION: &str = "%FILTER_STATE(wasm.pd.destination:PLAIN)%";
@@ -71,7 +73,7 @@ fn check_cluster(filter: &Filter<'_>, key: &str, cluster: &str, all: &Manifests,
 
 /// Where pd-control asks for a token, Envoy's environment and the module's must have it.
 fn check_token(filter: &Filter<'_>, variable: &str, all: &Manifests, report: &mut Report) {
-    if !super::control::has_token(all) {
+    if !has_token(all) {
         return;
     }
     let is_passed_on = items(filter.entry, "/env/hostKeys").iter().any(|key| key == variable);

@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use serde_saphyr::Spanned;
 
-use super::text;
-use crate::sources::file::parse::{self as file, FileError};
+use crate::sources::yaml::{self, FileError};
 
 /// The objects of all files.
 #[derive(Debug, Default)]
@@ -27,7 +26,7 @@ pub(super) struct Object {
 impl Manifests {
     /// Takes over a file's objects; those of a `List` one by one.
     pub(super) fn read(&mut self, path: &Path, bytes: &[u8]) -> Result<(), FileError> {
-        for document in file::parse_documents::<Spanned<Value>>(path, bytes)? {
+        for document in yaml::parse_documents::<Spanned<Value>>(path, bytes)? {
             self.take(path, document.defined.line(), document.value);
         }
         Ok(())
@@ -79,9 +78,19 @@ impl Object {
 
     /// Whether its `targetRefs` name an object, or its selectors may.
     pub(super) fn targets(&self, other: &Self) -> bool {
-        let refs = super::items(&self.value, "/spec/targetRefs").iter().chain(self.value.pointer("/spec/targetRef"));
+        let refs = items(&self.value, "/spec/targetRefs").iter().chain(self.value.pointer("/spec/targetRef"));
         let is_it = |target: &Value| text(target, "/kind") == other.kind && text(target, "/name") == other.name;
         let selects = self.value.pointer("/spec/targetSelectors").is_some();
         self.namespace == other.namespace && (selects || refs.into_iter().any(is_it))
     }
+}
+
+/// The text of a member, or nothing.
+pub(super) fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
+    value.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
+}
+
+/// The items of a list, or none.
+pub(super) fn items<'a>(value: &'a Value, pointer: &str) -> &'a [Value] {
+    value.pointer(pointer).and_then(Value::as_array).map_or(&[], Vec::as_slice)
 }

@@ -4,60 +4,25 @@
 //! what is ours in them, and the names that must agree.
 
 mod agree;
-mod control;
-
-mod filter;
+mod containers;
+mod content;
+mod filters;
+mod images;
 mod manifests;
+mod policies;
 mod release;
+mod report;
+mod rollout;
+mod workloads;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use serde::de::IgnoredAny;
-use serde_json::Value;
+pub use report::Report;
 
 use crate::list::summary;
-use crate::sources::file::parse::{self as file, FileError};
-use crate::sources::kubernetes::KubernetesConfig;
+use crate::sources::yaml::{self, FileError};
+use content::{Kind, check_own, kind};
 use manifests::Manifests;
-
-/// What was found.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Report {
-    /// One line for each file that is good, and what could not be checked.
-    pub said: Vec<String>,
-    /// One line for each thing that would be refused or would not work.
-    pub faults: Vec<String>,
-}
-
-/// What a file is for, as its keys tell.
-enum Kind {
-    /// `--endpoints`.
-    Endpoints,
-    /// `--kubernetes-config`.
-    Kubernetes,
-    /// The filter's configuration, which is JSON.
-    Plugin,
-    /// Objects for a cluster.
-    Manifests,
-}
-
-/// Keys that `--kubernetes-config` alone has.
-const KUBERNETES_KEYS: &[&str] = &["allowed_cidrs", "inference_pools", "labels", "namespaces", "selectors"];
-
-impl Report {
-    fn note(&mut self, what: String) {
-        if !self.said.contains(&what) {
-            self.said.push(what);
-        }
-    }
-
-    fn fault(&mut self, what: String) {
-        if !self.faults.contains(&what) {
-            self.faults.push(what);
-        }
-    }
-}
 
 /// Checks files; `-` is standard input. `applied` has the manifests that are in force, which new ones must follow on.
 #[must_use]
@@ -73,12 +38,12 @@ pub fn check(files: &[PathBuf], applied: Option<&Path>) -> Report {
         }
     }
     if let Some(path) = applied
-        && let Err(error) = file::read(path).and_then(|bytes| old.read(path, &bytes))
+        && let Err(error) = yaml::read(path).and_then(|bytes| old.read(path, &bytes))
     {
         report.faults.push(error.to_string());
     }
     if !new.is_empty() {
-        let found = [filter::check(&new, &old, &mut report), control::check(&new, &mut report)].concat();
+        let found = [policies::check(&new, &old, &mut report), workloads::check(&new, &mut report)].concat();
         let is_good = |path: &Path| !report.faults.iter().any(|fault| fault.starts_with(&path.display().to_string()));
         let good: Vec<_> = read.into_iter().filter(|path| is_good(path)).collect();
         for path in good {
@@ -92,7 +57,7 @@ pub fn check(files: &[PathBuf], applied: Option<&Path>) -> Report {
 
 /// Checks a file that stands for itself and says what it is; `None` for manifests, which are taken over.
 fn check_file(path: &Path, manifests: &mut Manifests) -> Result<Option<String>, FileError> {
-    let bytes = file::read(path)?;
+    let bytes = yaml::read(path)?;
     Ok(Some(match kind(path, &bytes) {
         Kind::Manifests => {
             manifests.read(path, &bytes)?;
@@ -108,49 +73,4 @@ fn check_file(path: &Path, manifests: &mut Manifests) -> Result<Option<String>, 
         }
         kind => check_own(&kind, path, &bytes)?,
     }))
-}
-
-/// Checks what pd-control itself reads.
-fn check_own(kind: &Kind, path: &Path, bytes: &[u8]) -> Result<String, FileError> {
-    if matches!(kind, Kind::Kubernetes) {
-        let config = KubernetesConfig::parse(path, bytes)?;
-        let (selectors, pools) = (config.selectors.len(), config.inference_pools.len());
-        return Ok(format!("Kubernetes configuration with {selectors} selectors and {pools} InferencePools"));
-    }
-    Ok(summary(file::parse(path, bytes)?.as_slice()))
-}
-
-fn kind(path: &Path, bytes: &[u8]) -> Kind {
-    type Keys = BTreeMap<String, IgnoredAny>;
-    let is_manifest = |keys: &Keys| keys.contains_key("apiVersion") && keys.contains_key("kind");
-    if let Ok(keys) = serde_json::from_slice::<Keys>(bytes) {
-        let is_kubernetes = keys.keys().any(|key| KUBERNETES_KEYS.contains(&key.as_str()));
-        let is_list = keys.len() == 1 && keys.contains_key("endpoints");
-        return match (is_manifest(&keys), is_kubernetes, is_list) {
-            (true, ..) => Kind::Manifests,
-            (_, true, _) => Kind::Kubernetes,
-            (_, _, true) => Kind::Endpoints,
-            _ => Kind::Plugin,
-        };
-    }
-    // Of several documents only the kind is looked at here.
-    let text = String::from_utf8_lossy(bytes);
-    if text.lines().any(|line| line.starts_with("apiVersion:")) && text.lines().any(|line| line.starts_with("kind:")) {
-        return Kind::Manifests;
-    }
-    match file::parse_yaml::<Keys>(path, bytes) {
-        Ok(keys) if keys.keys().any(|key| KUBERNETES_KEYS.contains(&key.as_str())) => Kind::Kubernetes,
-        // What is wrong with it is told where it is read.
-        _ => Kind::Endpoints,
-    }
-}
-
-/// The text of a member, or nothing.
-fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
-    value.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
-}
-
-/// The items of a list, or none.
-fn items<'a>(value: &'a Value, pointer: &str) -> &'a [Value] {
-    value.pointer(pointer).and_then(Value::as_array).map_or(&[], Vec::as_slice)
 }

@@ -1,4 +1,5 @@
-//! The endpoints file: its format, and how an edit is noticed.
+//! The file source: its format, and how an edit is noticed.
 
-pub mod parse;
+pub mod endpoints;
+pub mod source;
 pub mod watch;

@@ -1,93 +1,42 @@
-//! The file source: notices an edit within milliseconds and never takes half a file.
-//!
-//! The kernel reports changes in the file's directory (so that a rename over the file, an editor's way of saving and the
-//! link swap of a mounted ConfigMap are all seen). A finished change (a rename, a closed file) is read at once; an
-//! unfinished one (written to, not closed) is left to settle, because the half that is there may parse. Where the kernel
-//! reports nothing, such as on network file systems, a slow poll notices.
+//! What the kernel reports of a file and of the directories on the way to it.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::fs::Metadata;
-use std::future::pending;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use notify::event::{AccessKind, AccessMode, CreateKind, EventKind, ModifyKind, RenameMode};
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::Notify;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
-
-use crate::list::EndpointList;
-use crate::publish::updates::Updates;
-use crate::sources::file::parse::{self as file, FileError};
-
-/// How long a file that is being written, or that vanished, gets before it is read as it stands.
-const SETTLE: Duration = Duration::from_secs(1);
-/// How long a file that was refused gets to be corrected by its next write before anyone is told: saving in two steps
-/// is no operator's mistake.
-const REFUSAL_SETTLE: Duration = Duration::from_millis(100);
-
-/// One endpoints file.
-#[derive(Debug)]
-pub struct FileSource {
-    path: PathBuf,
-    poll: Duration,
-    /// What the publisher knows of.
-    reported: Arc<Reading>,
-    stamp: Option<Stamp>,
-}
-
-/// What was in the file.
-#[derive(Debug, PartialEq)]
-enum Reading {
-    Bytes(Vec<u8>),
-    Unreadable(FileError),
-}
-
-/// Tells that a file is not the one that was read, without reading it.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Stamp {
-    device: u64,
-    inode: u64,
-    len: u64,
-    modified: (i64, i64),
-}
-
-/// What became of the file since it was read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Look {
-    Same,
-    /// Another file stands in its place, or none. Whoever renames or links one there has finished it.
-    Replaced,
-    /// The same file holds something else; its writer may not have finished.
-    Rewritten,
-}
 
 /// What the kernel has reported since the last look; shared with the thread that it reports to.
 #[derive(Debug, Default)]
-struct Reports {
+pub struct Reports {
     seen: Mutex<Seen>,
     arrived: Notify,
 }
 
+/// What has been seen at once.
 #[derive(Clone, Copy, Debug, Default)]
-struct Seen {
+pub struct Seen {
     /// The last thing that happened to the file itself.
-    file: Option<Progress>,
+    pub file: Option<Progress>,
     /// Something else moved in a directory on the way to the file, such as a link.
-    beside: bool,
+    pub beside: bool,
 }
 
+/// How far a writer of the file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Progress {
+pub enum Progress {
+    /// It may write more.
     Unfinished,
+    /// It has closed the file or moved it into place.
     Finished,
 }
 
 /// Directories under watch, and what keeps them there.
-struct Watches {
+pub struct Watches {
     watcher: RecommendedWatcher,
     reports: Arc<Reports>,
     targets: Arc<Mutex<BTreeSet<Target>>>,
@@ -102,131 +51,9 @@ struct Target {
     name: OsString,
 }
 
-impl Stamp {
-    fn new(metadata: &Metadata) -> Self {
-        let (device, inode) = (metadata.dev(), metadata.ino());
-        Self { device, inode, len: metadata.len(), modified: (metadata.mtime(), metadata.mtime_nsec()) }
-    }
-
-    fn of(path: &Path) -> Option<Self> {
-        std::fs::metadata(path).ok().map(|metadata| Self::new(&metadata))
-    }
-}
-
-impl FileSource {
-    /// Reads the file for the first time. `poll` is how often to look where the kernel reports nothing.
-    ///
-    /// # Errors
-    /// [`FileError`] when there is no good list in it.
-    pub fn open(path: PathBuf, poll: Duration) -> Result<(Self, EndpointList), FileError> {
-        // Taken before reading: a change in between then counts as one.
-        let stamp = Stamp::of(&path);
-        let bytes = file::read(&path)?;
-        let list = file::parse(&path, &bytes)?;
-        Ok((Self { path, poll, reported: Arc::new(Reading::Bytes(bytes)), stamp }, list))
-    }
-
-    /// The file as the operator named it.
-    #[must_use]
-    pub fn name(&self) -> String {
-        self.path.display().to_string()
-    }
-
-    /// Follows the file until the publisher is gone.
-    pub async fn run(mut self, updates: Updates) {
-        let reports = Arc::new(Reports::default());
-        let mut watches = Watches::new(&reports)
-            .inspect_err(|error| tracing::warn!("the kernel reports no file changes ({error}), polling instead"))
-            .ok();
-        let mut poll = interval(self.poll);
-        poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut due: Option<Instant> = None;
-        loop {
-            let is_confirmed = tokio::select! {
-                () = updates.closed() => return,
-                seen = reports.next() => match seen {
-                    Seen { file: Some(Progress::Finished), .. } => false,
-                    Seen { file: Some(Progress::Unfinished), .. } => {
-                        due = Some(Instant::now() + SETTLE);
-                        continue;
-                    }
-                    Seen { file: None, .. } => match self.look() {
-                        Look::Same => continue,
-                        Look::Replaced => false,
-                        Look::Rewritten => {
-                            due = due.or(Some(Instant::now() + SETTLE));
-                            continue;
-                        }
-                    },
-                },
-                () = sleep_until_some(due) => true,
-                _ = poll.tick() => {
-                    if let Some(watches) = &mut watches {
-                        watches.follow(&self.path);
-                    }
-                    if self.look() != Look::Same {
-                        // Nobody says whether it is finished.
-                        due = due.or(Some(Instant::now() + SETTLE));
-                    }
-                    continue;
-                }
-            };
-            due = match self.read(is_confirmed, &updates).await {
-                Ok(()) => None,
-                Err(Unconfirmed) => Some(Instant::now() + REFUSAL_SETTLE),
-            };
-            if let Some(watches) = &mut watches {
-                watches.follow(&self.path);
-            }
-        }
-    }
-
-    fn look(&self) -> Look {
-        let identity = |stamp: Option<Stamp>| stamp.map(|stamp| (stamp.device, stamp.inode));
-        match Stamp::of(&self.path) {
-            now if now == self.stamp => Look::Same,
-            now if identity(now) == identity(self.stamp) => Look::Rewritten,
-            _ => Look::Replaced,
-        }
-    }
-
-    /// Reads the file and reports it if it holds anything new; a refusal is reported only when confirmed.
-    async fn read(&mut self, is_confirmed: bool, updates: &Updates) -> Result<(), Unconfirmed> {
-        let path = self.path.clone();
-        let reported = Arc::clone(&self.reported);
-        let outcome = tokio::task::spawn_blocking(move || {
-            let stamp = Stamp::of(&path);
-            let (reading, list) = match file::read(&path) {
-                Ok(bytes) if matches!(&*reported, Reading::Bytes(known) if *known == bytes) => (reported, None),
-                Ok(bytes) => {
-                    let list = file::parse(&path, &bytes);
-                    (Arc::new(Reading::Bytes(bytes)), Some(list))
-                }
-                Err(error) => (Arc::new(Reading::Unreadable(error.clone())), Some(Err(error))),
-            };
-            (stamp, reading, list)
-        });
-        let Ok((stamp, reading, list)) = outcome.await else {
-            tracing::error!("reading {} failed inside pd-control", self.path.display());
-            return Ok(());
-        };
-        self.stamp = stamp;
-        let Some(list) = list.filter(|_| reading != self.reported) else { return Ok(()) };
-        if list.is_err() && !is_confirmed {
-            return Err(Unconfirmed);
-        }
-        self.reported = reading;
-        // Fails only when the publisher is gone, which ends the loop.
-        let _ = updates.send(list.map_err(|error| error.to_string()).into()).await;
-        Ok(())
-    }
-}
-
-/// The file is bad, but may only be half written.
-struct Unconfirmed;
-
 impl Reports {
-    async fn next(&self) -> Seen {
+    /// What has been reported, as soon as there is something.
+    pub async fn next(&self) -> Seen {
         loop {
             let seen = std::mem::take(&mut *self.seen.lock().unwrap_or_else(PoisonError::into_inner));
             if seen.file.is_some() || seen.beside {
@@ -277,7 +104,11 @@ impl Reports {
 }
 
 impl Watches {
-    fn new(reports: &Arc<Reports>) -> notify::Result<Self> {
+    /// Nothing is watched yet.
+    ///
+    /// # Errors
+    /// When the kernel has no watch to give.
+    pub fn new(reports: &Arc<Reports>) -> notify::Result<Self> {
         let targets = Arc::new(Mutex::new(BTreeSet::new()));
         let (told, known) = (Arc::clone(reports), Arc::clone(&targets));
         let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| match event {
@@ -288,7 +119,7 @@ impl Watches {
     }
 
     /// Watches the directory of the file and, where the file is a link into another one, that one too.
-    fn follow(&mut self, path: &Path) {
+    pub fn follow(&mut self, path: &Path) {
         let wanted: BTreeSet<Target> =
             [Some(path.to_owned()), path.canonicalize().ok()].into_iter().flatten().filter_map(Target::new).collect();
         let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
@@ -318,12 +149,5 @@ impl Target {
         let directory = parent.canonicalize().ok()?;
         let metadata = directory.metadata().ok()?;
         Some(Self { device_inode: (metadata.dev(), metadata.ino()), name: path.file_name()?.to_owned(), directory })
-    }
-}
-
-async fn sleep_until_some(due: Option<Instant>) {
-    match due {
-        Some(due) => sleep_until(due).await,
-        None => pending().await,
     }
 }

@@ -6,7 +6,8 @@ use kube::api::DynamicObject;
 use kube::core::Expression;
 use serde::Deserialize;
 
-use crate::sources::kubernetes::config::{PoolGroup, PortSource, Rule, Source};
+use crate::sources::kubernetes::config::PoolGroup;
+use crate::sources::kubernetes::rule::{PortSource, Rule, Source};
 
 /// Target ports that the API allows.
 const MAX_PORTS: usize = 8;

@@ -9,169 +9,17 @@
 //! better written as JSON, which is read ten times faster.
 
 use std::collections::HashMap;
-use std::fmt;
-use std::io::Read;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use pd_core::wire::{self, Endpoint, WireError};
 use serde::Deserialize;
-use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 use serde_path_to_error::Segment;
 use serde_saphyr::{Location, Spanned};
 
 use crate::list::EndpointList;
-
-/// Bytes that an endpoints file may have: [`wire::MAX_ENDPOINTS`] endpoints with every key fit.
-pub const MAX_FILE_BYTES: u64 = 64 << 20;
-/// Parser events that a file may cause, aliases included: [`wire::MAX_ENDPOINTS`] endpoints of ten keys and a few
-/// models fit.
-const MAX_EVENTS: usize = 4_000_000;
-/// Nesting that an endpoints file needs, with room to spare.
-const MAX_DEPTH: usize = 16;
-/// Nesting of Kubernetes objects: definitions of resources, which stand beside ours, go deepest.
-const MAX_MANIFEST_DEPTH: usize = 256;
-
-/// Why a file is refused: one line, `path:line:column: what`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FileError {
-    /// The file as the operator named it.
-    pub path: PathBuf,
-    /// Line and column, from 1; absent when the file could not be read.
-    pub position: Option<(u64, u64)>,
-    /// What is wrong, beginning with the key where there is one.
-    pub message: String,
-}
-
-/// What is wrong, and where, in text whose file is not known yet.
-struct Problem {
-    position: (u64, u64),
-    message: String,
-}
-
-/// A YAML node that knows where each part of it stands.
-enum Node {
-    Leaf(Value),
-    Sequence(Vec<Spanned<Node>>),
-    Mapping(Vec<(Spanned<String>, Spanned<Node>)>),
-}
-
-impl fmt::Display for FileError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.path.display())?;
-        if let Some((line, column)) = self.position {
-            write!(f, ":{line}:{column}")?;
-        }
-        write!(f, ": {}", self.message)
-    }
-}
-
-impl std::error::Error for FileError {}
-
-impl Problem {
-    fn at(location: Location, message: impl Into<String>) -> Self {
-        Self { position: (location.line(), location.column()), message: message.into() }
-    }
-
-    fn of(self, path: &Path) -> FileError {
-        FileError { path: path.to_owned(), position: Some(self.position), message: self.message }
-    }
-}
-
-impl Node {
-    fn to_value(&self) -> Value {
-        match self {
-            Self::Leaf(value) => value.clone(),
-            Self::Sequence(items) => items.iter().map(|item| item.value.to_value()).collect(),
-            Self::Mapping(entries) => {
-                entries.iter().map(|(key, node)| (key.value.clone(), node.value.to_value())).collect()
-            }
-        }
-    }
-
-    fn kind(&self) -> &'static str {
-        match self {
-            Self::Leaf(Value::Null) => "nothing",
-            Self::Leaf(_) => "a single value",
-            Self::Sequence(_) => "a list",
-            Self::Mapping(_) => "a mapping",
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for Node {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(NodeVisitor)
-    }
-}
-
-struct NodeVisitor;
-
-impl<'de> Visitor<'de> for NodeVisitor {
-    type Value = Node;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a value")
-    }
-    fn visit_bool<E>(self, value: bool) -> Result<Node, E> {
-        Ok(Node::Leaf(value.into()))
-    }
-    fn visit_i64<E>(self, value: i64) -> Result<Node, E> {
-        Ok(Node::Leaf(value.into()))
-    }
-    fn visit_u64<E>(self, value: u64) -> Result<Node, E> {
-        Ok(Node::Leaf(value.into()))
-    }
-    fn visit_f64<E>(self, value: f64) -> Result<Node, E> {
-        Ok(Node::Leaf(value.into()))
-    }
-    fn visit_str<E>(self, value: &str) -> Result<Node, E> {
-        Ok(Node::Leaf(value.into()))
-    }
-    fn visit_unit<E>(self) -> Result<Node, E> {
-        Ok(Node::Leaf(Value::Null))
-    }
-    fn visit_none<E>(self) -> Result<Node, E> {
-        Ok(Node::Leaf(Value::Null))
-    }
-    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Node, D::Error> {
-        Node::deserialize(deserializer)
-    }
-    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Node, A::Error> {
-        let mut sequence = Vec::new();
-        while let Some(item) = items.next_element()? {
-            sequence.push(item);
-        }
-        Ok(Node::Sequence(sequence))
-    }
-    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Node, A::Error> {
-        let mut mapping = Vec::new();
-        while let Some(entry) = entries.next_entry()? {
-            mapping.push(entry);
-        }
-        Ok(Node::Mapping(mapping))
-    }
-}
-
-/// Reads a file whole; `-` is standard input.
-///
-/// # Errors
-/// [`FileError`] without a position when it cannot be read or is longer than [`MAX_FILE_BYTES`].
-pub fn read(path: &Path) -> Result<Vec<u8>, FileError> {
-    let refuse = |message| FileError { path: path.to_owned(), position: None, message };
-    let mut bytes = Vec::new();
-    let open = || -> std::io::Result<Box<dyn Read>> {
-        if path == Path::new("-") { Ok(Box::new(std::io::stdin())) } else { Ok(Box::new(std::fs::File::open(path)?)) }
-    };
-    open()
-        .and_then(|file| file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes))
-        .map_err(|error| refuse(format!("cannot be read: {error}")))?;
-    if bytes.len() as u64 > MAX_FILE_BYTES {
-        return Err(refuse(format!("longer than {MAX_FILE_BYTES} bytes")));
-    }
-    Ok(bytes)
-}
+use crate::sources::yaml::{FileError, MAX_DEPTH, MAX_EVENTS, Node, Problem, syntax_problem, text_of};
 
 /// Turns a file's bytes into a list; `path` is for the error only.
 ///
@@ -179,41 +27,6 @@ pub fn read(path: &Path) -> Result<Vec<u8>, FileError> {
 /// [`FileError`] with line and column of the first thing that is wrong.
 pub fn parse(path: &Path, bytes: &[u8]) -> Result<EndpointList, FileError> {
     parse_bytes(bytes).map_err(|problem| problem.of(path))
-}
-
-/// Reads a file of another shape, as strictly; `path` is for the error only.
-///
-/// # Errors
-/// [`FileError`] with line and column of the first thing that is wrong.
-pub fn parse_yaml<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, FileError> {
-    let budget = serde_saphyr::budget! { max_events: MAX_EVENTS, max_nodes: MAX_EVENTS, max_depth: MAX_DEPTH };
-    let options = serde_saphyr::options! { budget: budget };
-    let parsed = text_of(bytes)
-        .and_then(|text| serde_saphyr::from_str_with_options(text, options).map_err(|error| syntax_problem(&error)));
-    parsed.map_err(|problem| problem.of(path))
-}
-
-/// Reads a file of several documents; empty ones are left out. `path` is for the error only.
-///
-/// # Errors
-/// [`FileError`] with line and column of the first thing that is wrong.
-pub fn parse_documents<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<Vec<T>, FileError> {
-    let budget = serde_saphyr::budget! { max_events: MAX_EVENTS, max_nodes: MAX_EVENTS, max_depth: MAX_MANIFEST_DEPTH };
-    let options = serde_saphyr::options! { budget: budget };
-    let parsed = text_of(bytes).and_then(|text| {
-        serde_saphyr::from_multiple_with_options(text, options).map_err(|error| syntax_problem(&error))
-    });
-    parsed.map_err(|problem| problem.of(path))
-}
-
-fn text_of(bytes: &[u8]) -> Result<&str, Problem> {
-    std::str::from_utf8(bytes).map_err(|error| {
-        let before = bytes.get(..error.valid_up_to()).unwrap_or_default();
-        let line = before.rsplit(|byte| *byte == b'\n').next().unwrap_or_default();
-        let column = String::from_utf8_lossy(line).chars().count() as u64 + 1;
-        let line = before.iter().filter(|byte| **byte == b'\n').count() as u64 + 1;
-        Problem { position: (line, column), message: "not UTF-8 text".into() }
-    })
 }
 
 fn parse_bytes(bytes: &[u8]) -> Result<EndpointList, Problem> {
@@ -247,15 +60,6 @@ fn parse_json(text: &str) -> Option<EndpointList> {
     let root: Root = serde_ignored::deserialize(&mut reader, |_| has_unknown_key = true).ok()?;
     reader.end().ok()?;
     EndpointList::new(root.endpoints).ok().filter(|_| !has_unknown_key)
-}
-
-fn syntax_problem(error: &serde_saphyr::Error) -> Problem {
-    let position = error.location().map_or((1, 1), |location| (location.line(), location.column()));
-    let text = error.without_snippet().to_string();
-    // The position stands in front of the message already, and the hint names a setting of the parser, not of ours.
-    let message = text.strip_suffix(&format!(" at line {}, column {}", position.0, position.1)).unwrap_or(&text);
-    let message = message.split(", set DuplicateKeyPolicy").next().unwrap_or(message);
-    Problem { position, message: message.replace('\n', " ") }
 }
 
 fn endpoint_list(root: &Spanned<Node>) -> Result<EndpointList, Problem> {
@@ -530,11 +334,5 @@ endpoints:
         assert_eq!(parse_text(&json(wire::MAX_ENDPOINTS)).unwrap().as_slice().len(), wire::MAX_ENDPOINTS);
         let error = parse_text(&json(wire::MAX_ENDPOINTS + 1)).unwrap_err();
         assert!(error.contains("more than 100000 endpoints"), "{error}");
-    }
-
-    #[test]
-    fn a_missing_file_is_named() {
-        let error = read(Path::new("no/such.yaml")).unwrap_err().to_string();
-        assert!(error.starts_with("no/such.yaml: cannot be read: "), "{error}");
     }
 }

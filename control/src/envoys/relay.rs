@@ -1,14 +1,12 @@
-//! The exchange between Envoys: [`pd_core::exchange::hub`] behind HTTP, and what replicas of `pd-control` pass on to each
-//! other.
+//! What replicas of `pd-control` pass on to each other.
 //!
 //! Every replica tells every other what the Envoys told it (and nothing that it heard from another replica), so each has
 //! all of it, whichever an Envoy asks. A replica that starts hears it again; one that dies is missed by nobody.
 
 use std::collections::BTreeMap;
-use std::hash::{BuildHasher, RandomState};
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -20,25 +18,17 @@ use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
-use pd_core::exchange::hub::Hub;
 use pd_core::exchange::message::{EXCHANGE_PATH, Heard, MAX_MESSAGE_BYTES, Told};
-use pd_core::exchange::report::Report;
 use tokio::net::lookup_host;
-use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::{Instant, interval, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_rustls::rustls::pki_types::ServerName;
 
 use crate::access::tls::{self, Trust};
-use crate::api::http::Token;
-use crate::metrics::Metrics;
+use crate::access::token::Token;
+use crate::counters::Counters;
+use crate::envoys::hub::Exchange;
 
-/// How long a question waits at most.
-const MAX_WAIT: Duration = Duration::from_secs(5);
-/// Time that news waits for company before a question is answered.
-const COMPANY: Duration = Duration::from_millis(5);
-/// How often to look for gateways that are gone.
-const PRUNE_EVERY: Duration = Duration::from_millis(500);
 /// Time between two messages to another replica.
 const RELAY_PAUSE: Duration = Duration::from_millis(25);
 /// Time without anything new after which a replica is told that the gateways are there.
@@ -51,83 +41,6 @@ const RELAY_FAILURE_PAUSE: Duration = Duration::from_secs(1);
 const RESOLVE_EVERY: Duration = Duration::from_secs(5);
 /// Replicas that are told.
 const MAX_PEERS: usize = 32;
-
-/// The hub, and who waits for it.
-#[derive(Debug)]
-pub struct Exchange {
-    hub: Mutex<Hub>,
-    /// Counts what mattered to somebody.
-    news: watch::Sender<u64>,
-    began: Instant,
-}
-
-impl Default for Exchange {
-    fn default() -> Self {
-        let id = RandomState::new().hash_one(std::process::id());
-        Self { hub: Mutex::new(Hub::new(id.max(1))), news: watch::Sender::new(0), began: Instant::now() }
-    }
-}
-
-impl Exchange {
-    fn hub(&self) -> MutexGuard<'_, Hub> {
-        self.hub.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn now(&self) -> Duration {
-        self.began.elapsed()
-    }
-
-    /// Takes what somebody tells and answers when there is something new, or after `wait`. `watching` is the number of
-    /// Envoys that follow the list.
-    pub async fn answer(
-        &self,
-        told: &Told,
-        wait: Duration,
-        watching: u64,
-        mut stopping: watch::Receiver<bool>,
-    ) -> Heard {
-        if self.hub().take(told, self.now()) {
-            self.news.send_modify(|count| *count += 1);
-        }
-        let deadline = Instant::now() + wait.min(MAX_WAIT);
-        let mut news = self.news.subscribe();
-        while Instant::now() < deadline && !self.hub().has_news(told) {
-            tokio::select! {
-                _ = news.changed() => {}
-                _ = stopping.wait_for(|is_stopping| *is_stopping) => break,
-                () = sleep_until(deadline) => break,
-            }
-            sleep(COMPANY).await;
-        }
-        self.hub().answer(told, watching)
-    }
-
-    /// What the gateways report of themselves: number, time since it was heard of, the report.
-    #[must_use]
-    pub fn reports(&self) -> Vec<(u64, Duration, Report)> {
-        let (hub, now) = (self.hub(), self.now());
-        let mut reports: Vec<_> =
-            hub.reports(now).map(|(id, age, text)| (id, age, Report::from_json(text).unwrap_or_default())).collect();
-        reports.sort_unstable_by_key(|(id, ..)| *id);
-        reports
-    }
-
-    /// Lets go of gateways that are silent, for good.
-    pub async fn prune(self: Arc<Self>, metrics: Arc<Metrics>) {
-        let mut ticks = interval(PRUNE_EVERY);
-        loop {
-            ticks.tick().await;
-            let (is_news, count) = {
-                let mut hub = self.hub();
-                (hub.prune(self.now()), hub.reports(self.now()).count())
-            };
-            metrics.gateways.set(i64::try_from(count).unwrap_or(i64::MAX));
-            if is_news {
-                self.news.send_modify(|count| *count += 1);
-            }
-        }
-    }
-}
 
 /// Other replicas of `pd-control`.
 #[derive(Clone, Debug)]
@@ -178,7 +91,7 @@ impl Peers {
     }
 
     /// Passes on what the Envoys tell, for good.
-    pub async fn relay(self, exchange: Arc<Exchange>, metrics: Arc<Metrics>) {
+    pub async fn relay(self, exchange: Arc<Exchange>, counters: Arc<Counters>) {
         let mut tasks = JoinSet::new();
         let mut running: BTreeMap<SocketAddr, AbortHandle> = BTreeMap::new();
         let mut was_resolved = true;
@@ -195,9 +108,9 @@ impl Peers {
                     });
                     for address in addresses {
                         running.entry(address).or_insert_with(|| {
-                            let (peers, exchange, metrics) =
-                                (self.clone(), Arc::clone(&exchange), Arc::clone(&metrics));
-                            tasks.spawn(Peer { address, peers, exchange, metrics }.run())
+                            let (peers, exchange, counters) =
+                                (self.clone(), Arc::clone(&exchange), Arc::clone(&counters));
+                            tasks.spawn(Peer { address, peers, exchange, counters }.run())
                         });
                     }
                     was_resolved = true;
@@ -220,19 +133,19 @@ struct Peer {
     address: SocketAddr,
     peers: Peers,
     exchange: Arc<Exchange>,
-    metrics: Arc<Metrics>,
+    counters: Arc<Counters>,
 }
 
 impl Peer {
     /// Tells it everything new; ends when it turns out to be this process itself.
     async fn run(self) {
         let mut have: HashMap<u64, u64> = HashMap::new();
-        let mut news = self.exchange.news.subscribe();
+        let mut news = self.exchange.subscribe();
         let (mut turns, mut told_at, mut is_lost) = (Vec::new(), None::<Instant>, false);
         let mut client = None;
         loop {
             let _ = timeout(RELAY_HEARTBEAT, news.changed()).await;
-            let messages = self.exchange.hub().relay(&have, self.exchange.now());
+            let messages = self.exchange.messages(&have);
             let has_blocks = messages.iter().flat_map(|told| &told.records).any(|record| !record.blocks.is_empty());
             let is_new = has_blocks || turns_of(&messages) != turns;
             if messages.is_empty() || (!is_new && told_at.is_some_and(|at| at.elapsed() < RELAY_HEARTBEAT)) {
@@ -241,7 +154,7 @@ impl Peer {
             match self.tell_all(&mut client, &messages).await {
                 Ok(None) => return,
                 Ok(Some(now_has)) => {
-                    self.metrics.relayed("ok");
+                    self.counters.relayed("ok");
                     have = now_has;
                     (turns, told_at) = (turns_of(&messages), Some(Instant::now()));
                     if core::mem::take(&mut is_lost) {
@@ -250,7 +163,7 @@ impl Peer {
                     sleep(RELAY_PAUSE).await;
                 }
                 Err(error) => {
-                    self.metrics.relayed("failed");
+                    self.counters.relayed("failed");
                     if !core::mem::replace(&mut is_lost, true) {
                         tracing::warn!("replica {}: {error:#}", self.address);
                     }

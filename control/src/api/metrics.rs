@@ -8,13 +8,12 @@ use std::time::UNIX_EPOCH;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text};
 use prometheus_client::metrics::MetricType;
-use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
+use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry as Families;
 
-use crate::engines::scrape::{Scraped, Scrapes};
+use crate::counters::{Counters, Labels};
+use crate::engines::answers::{Scraped, Scrapes};
 use crate::list::{role, state};
 use crate::publish::registry::Registry;
 use crate::sources::kubernetes::pods::Pods;
@@ -22,32 +21,10 @@ use crate::sources::kubernetes::pods::Pods;
 /// Media type of [`Metrics::encode`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-type Labels<const N: usize> = [(&'static str, String); N];
-
-/// Counters and gauges that the parts count into, and what is read off the registry when someone asks.
+/// All metrics of one pd-control.
 #[derive(Debug)]
 pub struct Metrics {
     families: Families,
-    /// Lists refused, by source.
-    pub refusals: Counter,
-    /// 1 while the newest list was refused and an older one is in force.
-    pub degraded: Gauge,
-    /// Long polls that wait now.
-    pub pollers: Gauge,
-    /// Times the EDS file was written.
-    pub eds_writes: Counter,
-    /// Times it could not be written.
-    pub eds_errors: Counter,
-    /// Connections open now.
-    pub connections: Gauge,
-    /// Connections closed because too many were open.
-    pub connections_refused: Counter,
-    /// Envoys that exchange.
-    pub gateways: Gauge,
-    watch_requests: Family<Labels<1>, Counter>,
-    exchanges: Family<Labels<1>, Counter>,
-    relays: Family<Labels<1>, Counter>,
-    scrapes: Family<Labels<1>, Counter>,
 }
 
 /// The metrics of the list in force.
@@ -63,88 +40,20 @@ struct PodsCollector(Arc<Pods>);
 struct EnginesCollector(Arc<Scrapes>);
 
 impl Metrics {
-    /// All metrics at zero; those of the list follow `registry`.
+    /// What is counted, the list of `registry` and the pods; of the engines, too, where they are asked.
     #[must_use]
-    pub fn new(registry: Arc<Registry>) -> Self {
-        Self::with_pods(registry, Arc::default())
-    }
-
-    /// The same; those of the pods follow `pods`.
-    #[must_use]
-    pub fn with_pods(registry: Arc<Registry>, pods: Arc<Pods>) -> Self {
-        Self::with_engines(registry, pods, None)
-    }
-
-    /// The same; those of the engines follow `scrapes`, where they are asked.
-    #[must_use]
-    pub fn with_engines(registry: Arc<Registry>, pods: Arc<Pods>, scrapes: Option<Arc<Scrapes>>) -> Self {
+    pub fn new(counters: &Counters, registry: Arc<Registry>, pods: Arc<Pods>, scrapes: Option<Arc<Scrapes>>) -> Self {
         let mut families = Families::with_prefix("pd_control");
         let build = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
         families.register("build", "The build that runs", build);
         families.register_collector(Box::new(ListCollector(registry)));
         families.register_collector(Box::new(PodsCollector(pods)));
-        let asks_engines = scrapes.is_some();
+        register(counters, &mut families);
         if let Some(scrapes) = scrapes {
             families.register_collector(Box::new(EnginesCollector(scrapes)));
+            families.register("scrapes", "Engines asked for their metrics, by result", counters.scrapes.clone());
         }
-        let mut metrics = Self {
-            refusals: Counter::default(),
-            degraded: Gauge::default(),
-            pollers: Gauge::default(),
-            eds_writes: Counter::default(),
-            eds_errors: Counter::default(),
-            connections: Gauge::default(),
-            connections_refused: Counter::default(),
-            gateways: Gauge::default(),
-            watch_requests: Family::default(),
-            exchanges: Family::default(),
-            relays: Family::default(),
-            scrapes: Family::default(),
-            families: Families::default(),
-        };
-        let Self { refusals, degraded, pollers, eds_writes, eds_errors, connections, connections_refused, .. } =
-            &metrics;
-        families.register("refusals", "Endpoint lists refused; the last good one stayed in force", refusals.clone());
-        let help = "1 while the newest endpoint list is refused and an older one is in force";
-        families.register("degraded", help, degraded.clone());
-        families.register("watch_requests", "Long polls answered, by status", metrics.watch_requests.clone());
-        let help = "Messages of the exchange between Envoys answered, by status";
-        families.register("exchange_requests", help, metrics.exchanges.clone());
-        let help = "Messages passed on to other replicas of pd-control, by result";
-        families.register("relays", help, metrics.relays.clone());
-        families.register("gateways", "Envoys that exchange loads and prefix blocks", metrics.gateways.clone());
-        families.register("pollers", "Long polls that wait for a change", pollers.clone());
-        families.register("eds_writes", "Times the EDS file was written", eds_writes.clone());
-        families.register("eds_errors", "Times the EDS file could not be written", eds_errors.clone());
-        families.register("connections", "Connections open", connections.clone());
-        let help = "Connections closed at once because too many were open";
-        families.register("connections_refused", help, connections_refused.clone());
-        if asks_engines {
-            families.register("scrapes", "Engines asked for their metrics, by result", metrics.scrapes.clone());
-        }
-        metrics.families = families;
-        metrics
-    }
-
-    /// Counts an answered message of the exchange.
-    pub fn exchanged(&self, status: u16) {
-        self.exchanges.get_or_create(&[("code", status.to_string())]).inc();
-    }
-
-    /// Counts a message to another replica.
-    pub fn relayed(&self, result: &str) {
-        self.relays.get_or_create(&[("result", result.to_owned())]).inc();
-    }
-
-    /// Counts an answered long poll.
-    pub fn watch_answered(&self, status: u16) {
-        self.watch_requests.get_or_create(&[("code", status.to_string())]).inc();
-    }
-
-    /// Counts an engine that was asked.
-    pub fn scraped(&self, is_ok: bool) {
-        let result = if is_ok { "ok" } else { "failed" };
-        self.scrapes.get_or_create(&[("result", result.to_owned())]).inc();
+        Self { families }
     }
 
     /// The OpenMetrics text.
@@ -155,6 +64,29 @@ impl Metrics {
         let _ = text::encode(&mut text, &self.families);
         text
     }
+}
+
+/// Names what is counted.
+fn register(counters: &Counters, families: &mut Families) {
+    families.register(
+        "refusals",
+        "Endpoint lists refused; the last good one stayed in force",
+        counters.refusals.clone(),
+    );
+    let help = "1 while the newest endpoint list is refused and an older one is in force";
+    families.register("degraded", help, counters.degraded.clone());
+    families.register("watch_requests", "Long polls answered, by status", counters.watch_requests.clone());
+    let help = "Messages of the exchange between Envoys answered, by status";
+    families.register("exchange_requests", help, counters.exchanges.clone());
+    let help = "Messages passed on to other replicas of pd-control, by result";
+    families.register("relays", help, counters.relays.clone());
+    families.register("gateways", "Envoys that exchange loads and prefix blocks", counters.gateways.clone());
+    families.register("pollers", "Long polls that wait for a change", counters.pollers.clone());
+    families.register("eds_writes", "Times the EDS file was written", counters.eds_writes.clone());
+    families.register("eds_errors", "Times the EDS file could not be written", counters.eds_errors.clone());
+    families.register("connections", "Connections open", counters.connections.clone());
+    let help = "Connections closed at once because too many were open";
+    families.register("connections_refused", help, counters.connections_refused.clone());
 }
 
 impl Collector for ListCollector {
@@ -255,7 +187,7 @@ mod tests {
     #[test]
     fn the_list_in_force_is_counted_by_pool_role_and_state() {
         let registry = Arc::new(Registry::new("e", SystemTime::UNIX_EPOCH));
-        let metrics = Metrics::new(Arc::clone(&registry));
+        let metrics = Metrics::new(&Counters::default(), Arc::clone(&registry), Arc::default(), None);
         let endpoint =
             |n: u8, role, pool: &str| Endpoint { pool: pool.into(), ..Endpoint::new(([10, 0, 0, n], 80).into(), role) };
         let down = Endpoint { state: State::Down, ..endpoint(4, Role::Decode, "default") };
@@ -278,9 +210,11 @@ mod tests {
 
     #[test]
     fn answers_are_counted_by_status() {
-        let metrics = Metrics::new(Arc::new(Registry::new("e", SystemTime::UNIX_EPOCH)));
-        metrics.watch_answered(200);
-        metrics.watch_answered(200);
+        let counters = Counters::default();
+        let registry = Arc::new(Registry::new("e", SystemTime::UNIX_EPOCH));
+        let metrics = Metrics::new(&counters, registry, Arc::default(), None);
+        counters.watch_answered(200);
+        counters.watch_answered(200);
         let text = metrics.encode();
         assert_eq!(
             line(&text, "pd_control_watch_requests_total"),
