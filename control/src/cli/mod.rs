@@ -3,5 +3,6 @@
 pub mod arguments;
 pub mod check;
 pub mod client;
+pub mod output;
 pub mod run;
 pub mod terminal;

@@ -12,22 +12,31 @@ use tracing_subscriber::{EnvFilter, Layer, reload};
 use crate::api::app::LogLevel;
 use crate::cli::arguments::{Cli, Command, LogFormat, ServeArgs};
 use crate::cli::check::check;
+use crate::cli::output::{Closed, complain, print};
 use crate::cli::terminal;
 use crate::control::{Config, Control};
 
-/// Does what the command line says; returns when that is done or a signal ends it.
+/// Does what the command line says; returns when that is done or a signal ends it. A reader that leaves standard output
+/// ends a command without an error.
 ///
 /// # Errors
 /// The one line to print.
 pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    match run_command(cli) {
+        Err(error) if error.is::<Closed>() => Ok(ExitCode::SUCCESS),
+        ended => ended,
+    }
+}
+
+fn run_command(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Some(Command::Check { files, applied }) => check_all(&files, applied.as_deref())?,
         Some(Command::Endpoints { server }) => {
-            print!("{}", terminal::endpoints(&wait_for(server.status())?));
+            print(&terminal::endpoints(&wait_for(server.status())?))?;
         }
         Some(Command::Explain { server, name }) => {
             let text = terminal::explain(&wait_for(server.status())?, &name);
-            print!("{}", text.with_context(|| format!("{name}: no endpoint, and no pod that is followed"))?);
+            print(&text.with_context(|| format!("{name}: no endpoint, and no pod that is followed"))?)?;
         }
         Some(Command::Top { server, once }) => wait_for(terminal::follow_top(&server, once))?,
         None => {
@@ -52,8 +61,11 @@ fn wait_for<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<
 
 fn check_all(files: &[PathBuf], applied: Option<&Path>) -> anyhow::Result<()> {
     let report = check(files, applied);
-    report.said.iter().for_each(|line| println!("{line}"));
-    if report.faults.is_empty() { Ok(()) } else { bail!("{}", report.faults.join("\npd-control: ")) }
+    let said: String = report.said.iter().map(|line| format!("{line}\n")).collect();
+    let printed = print(&said);
+    report.warnings.iter().for_each(|line| complain(&format!("warning: {line}")));
+    // Who does not read what is good still gets the exit code of what is not.
+    if report.faults.is_empty() { printed } else { bail!("{}", report.faults.join("\npd-control: ")) }
 }
 
 fn serve(args: ServeArgs, log: LogLevel) -> anyhow::Result<()> {

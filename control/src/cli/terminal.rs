@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::api::status::{EndpointView, StatusView};
 use crate::cli::client::Server;
+use crate::cli::output::print;
 use crate::list::{role, state};
 
 /// Decisions that `top` shows.
@@ -20,12 +21,10 @@ pub async fn follow_top(server: &Server, once: bool) -> anyhow::Result<()> {
     loop {
         let text = top(&server.status().await?);
         if once {
-            print!("{text}");
-            return Ok(());
+            return print(&text);
         }
         // Clears the screen.
-        print!("\x1b[H\x1b[2J{text}");
-        std::io::Write::flush(&mut std::io::stdout())?;
+        print(&format!("\x1b[H\x1b[2J{text}"))?;
         tokio::select! {
             () = tokio::time::sleep(REFRESH) => {}
             _ = tokio::signal::ctrl_c() => return Ok(()),

@@ -3,6 +3,8 @@
 use pd_core::config::Config;
 use serde_json::Value;
 
+use super::content::config_faults;
+use super::faults::MAX_FAULTS;
 use super::manifests::{Manifests, Object, items, text};
 use super::report::Report;
 
@@ -54,64 +56,19 @@ impl Filter<'_> {
     /// The configuration, as the filter reads it.
     pub(super) fn config(&self, report: &mut Report) -> Option<Config> {
         let raw = self.raw_config();
-        // One key a line, so that a line tells the key.
-        let lines = if raw.is_null() { String::new() } else { format!("{raw:#}") };
-        match Config::parse(lines.as_bytes()) {
-            Ok(config) => Some(config),
-            Err(error) => {
-                let error = error.to_string();
-                report.fault(match located(&error, &lines) {
-                    Some((path, what)) => self.says(&["config", &path].join("."), what),
-                    None if error.starts_with("plugin configuration") => self.says("config", error),
-                    None => {
-                        self.says(&format!("config.{}", error.split(": ").next().unwrap_or_default()), reason(&error))
-                    }
-                });
-                None
-            }
+        let text = if raw.is_null() { String::new() } else { raw.to_string() };
+        let error = match Config::parse(text.as_bytes()) {
+            Ok(config) => return Some(config),
+            Err(error) => error.to_string(),
+        };
+        let faults = config_faults(raw);
+        if faults.is_empty() {
+            report.fault(self.says("config", error));
         }
-    }
-}
-
-/// What follows the key.
-fn reason(error: &str) -> &str {
-    error.split_once(": ").map_or("", |(_, reason)| reason)
-}
-
-/// Key and reason of serde's "… at line 3 column 7", in text that has one key a line.
-fn located(error: &str, lines: &str) -> Option<(String, String)> {
-    let (what, place) = error.rsplit_once(" at line ")?;
-    let line: usize = place.split(' ').next()?.parse().ok()?;
-    let what = what.strip_prefix("plugin configuration: ").unwrap_or(what);
-    let mut path = Vec::new();
-    let mut indent = usize::MAX;
-    let above: Vec<&str> = lines.lines().take(line).collect();
-    for text in above.into_iter().rev() {
-        let depth = text.len() - text.trim_start().len();
-        if depth < indent
-            && let Some((key, _)) = text.trim_start().strip_prefix('"').and_then(|rest| rest.split_once("\":"))
-        {
-            path.push(key);
-            indent = depth;
+        for fault in faults.iter().take(MAX_FAULTS) {
+            let key = if fault.steps.is_empty() { "config".to_owned() } else { format!("config.{}", fault.key()) };
+            report.fault(self.says(&key, &fault.what));
         }
-    }
-    path.reverse();
-    (!path.is_empty()).then(|| (path.join("."), what.to_owned()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_key_of_a_wrong_value_is_found() {
-        let lines = format!("{:#}", serde_json::json!({"a": {"b": [1, {"c": "x"}], "d": 1}, "e": 1}));
-        let at = |needle: &str| lines.lines().position(|line| line.contains(needle)).unwrap() + 1;
-        let path = |line: usize| located(&format!("plugin configuration: wrong at line {line} column 1"), &lines);
-        assert_eq!(path(at("\"c\"")), Some(("a.b.c".to_owned(), "wrong".to_owned())));
-        assert_eq!(path(at("\"d\"")).unwrap().0, "a.d");
-        assert_eq!(path(at("\"e\"")).unwrap().0, "e");
-        assert_eq!(located("no place", &lines), None);
-        assert_eq!(located("x at line 9999999 column 1", ""), None);
+        None
     }
 }

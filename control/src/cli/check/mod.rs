@@ -6,6 +6,7 @@
 mod agree;
 mod containers;
 mod content;
+mod faults;
 mod filters;
 mod images;
 mod manifests;
@@ -13,15 +14,16 @@ mod policies;
 mod release;
 mod report;
 mod rollout;
+mod serving;
 mod workloads;
 
 use std::path::{Path, PathBuf};
 
 pub use report::Report;
 
-use crate::list::summary;
 use crate::sources::yaml::{self, FileError};
-use content::{Kind, check_own, kind};
+use content::{Good, Kind, kind};
+use faults::MAX_FAULTS;
 use manifests::Manifests;
 
 /// Checks files; `-` is standard input. `applied` has the manifests that are in force, which new ones must follow on.
@@ -32,9 +34,17 @@ pub fn check(files: &[PathBuf], applied: Option<&Path>) -> Report {
     let mut read = Vec::new();
     for path in files {
         match check_file(path, &mut new) {
-            Ok(Some(what)) => report.said.push(format!("{}: ok, {what}", path.display())),
+            Ok(Some(Good { what, warnings })) => {
+                report.said.push(format!("{}: ok, {what}", path.display()));
+                warnings.into_iter().for_each(|warning| report.warn(format!("{}: {warning}", path.display())));
+            }
             Ok(None) => read.push(path),
-            Err(error) => report.faults.push(error.to_string()),
+            Err(errors) => {
+                report.faults.extend(errors.iter().take(MAX_FAULTS).map(ToString::to_string));
+                if errors.len() > MAX_FAULTS {
+                    report.fault(format!("{}: there are more faults than these {MAX_FAULTS}", path.display()));
+                }
+            }
         }
     }
     if let Some(path) = applied
@@ -55,22 +65,14 @@ pub fn check(files: &[PathBuf], applied: Option<&Path>) -> Report {
     report
 }
 
-/// Checks a file that stands for itself and says what it is; `None` for manifests, which are taken over.
-fn check_file(path: &Path, manifests: &mut Manifests) -> Result<Option<String>, FileError> {
-    let bytes = yaml::read(path)?;
-    Ok(Some(match kind(path, &bytes) {
+/// Checks a file that stands for itself; `None` for manifests, which are taken over.
+fn check_file(path: &Path, manifests: &mut Manifests) -> Result<Option<Good>, Vec<FileError>> {
+    let bytes = yaml::read(path).map_err(|error| vec![error])?;
+    match kind(path, &bytes) {
         Kind::Manifests => {
-            manifests.read(path, &bytes)?;
-            return Ok(None);
+            manifests.read(path, &bytes).map_err(|error| vec![error])?;
+            Ok(None)
         }
-        Kind::Plugin => {
-            let config = pd_core::config::Config::parse(&bytes).map_err(|error| FileError {
-                path: path.to_owned(),
-                position: None,
-                message: error.to_string(),
-            })?;
-            format!("plugin configuration with {}", summary(&config.static_snapshot().endpoints))
-        }
-        kind => check_own(&kind, path, &bytes)?,
-    }))
+        kind => content::check(&kind, path, &bytes).map(Some),
+    }
 }

@@ -5,6 +5,8 @@
 pub struct Report {
     /// One line for each file that is good, and what could not be checked.
     pub said: Vec<String>,
+    /// One line for each thing that would be taken and could not serve.
+    pub warnings: Vec<String>,
     /// One line for each thing that would be refused or would not work.
     pub faults: Vec<String>,
 }
@@ -21,6 +23,13 @@ impl Report {
     pub fn fault(&mut self, what: String) {
         if !self.faults.contains(&what) {
             self.faults.push(what);
+        }
+    }
+
+    /// Adds a line for what would be taken and cannot serve, once.
+    pub fn warn(&mut self, what: String) {
+        if !self.warnings.contains(&what) {
+            self.warnings.push(what);
         }
     }
 }

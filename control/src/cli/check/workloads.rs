@@ -5,11 +5,13 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::containers::{Container, NAME_LABEL, containers};
-use super::content::{Kind, check_own, kind};
+use super::content::{self, Kind, kind};
+use super::faults::MAX_FAULTS;
 use super::manifests::{Manifests, Object, items, text};
 use super::release;
 use super::report::Report;
 use crate::cli::arguments::files_of;
+use crate::sources::yaml::FileError;
 
 /// Checks every pd-control; returns the objects that are looked at.
 pub(super) fn check<'a>(all: &'a Manifests, report: &mut Report) -> Vec<&'a Object> {
@@ -110,8 +112,14 @@ fn check_mounted<'a>(
 
 fn check_content(map: &Object, key: &str, kind: &Kind, content: &str, report: &mut Report) {
     let kind = if matches!(kind, Kind::Kubernetes) { Kind::Kubernetes } else { Kind::Endpoints };
-    if let Err(error) = check_own(&kind, Path::new(key), content.as_bytes()) {
-        let place = error.position.map_or(String::new(), |(line, column)| format!("line {line}, column {column}: "));
-        report.fault(map.says(&format!("data[{key:?}]"), format!("{place}{}", error.message)));
+    let at = format!("data[{key:?}]");
+    match content::check(&kind, Path::new(key), content.as_bytes()) {
+        Ok(good) => good.warnings.into_iter().for_each(|warning| report.warn(map.says(&at, warning))),
+        Err(errors) => {
+            for FileError { position, message, .. } in errors.iter().take(MAX_FAULTS) {
+                let place = position.map_or(String::new(), |(line, column)| format!("line {line}, column {column}: "));
+                report.fault(map.says(&at, format!("{place}{message}")));
+            }
+        }
     }
 }

@@ -26,11 +26,23 @@ use crate::sources::yaml::{FileError, MAX_DEPTH, MAX_EVENTS, Node, Problem, synt
 /// # Errors
 /// [`FileError`] with line and column of the first thing that is wrong.
 pub fn parse(path: &Path, bytes: &[u8]) -> Result<EndpointList, FileError> {
-    parse_bytes(bytes).map_err(|problem| problem.of(path))
+    let first = |problems: Vec<Problem>| problems.into_iter().next();
+    parse_bytes(bytes, 1).map_err(|problems| match first(problems) {
+        Some(problem) => problem.of(path),
+        None => FileError { path: path.to_owned(), position: None, message: "refused".to_owned() },
+    })
 }
 
-fn parse_bytes(bytes: &[u8]) -> Result<EndpointList, Problem> {
-    let text = text_of(bytes)?;
+/// The same; names everything that is wrong, up to `limit` faults.
+///
+/// # Errors
+/// At least one [`FileError`] with line and column. Text that is no YAML has one only: what follows it cannot be read.
+pub fn parse_all(path: &Path, bytes: &[u8], limit: usize) -> Result<EndpointList, Vec<FileError>> {
+    parse_bytes(bytes, limit).map_err(|problems| problems.into_iter().map(|problem| problem.of(path)).collect())
+}
+
+fn parse_bytes(bytes: &[u8], limit: usize) -> Result<EndpointList, Vec<Problem>> {
+    let text = text_of(bytes).map_err(|problem| vec![problem])?;
     // What is wrong with JSON is told by the YAML reader: it knows the lines.
     if let Some(list) = text.trim_start().starts_with('{').then(|| parse_json(text)).flatten() {
         return Ok(list);
@@ -45,8 +57,13 @@ fn parse_bytes(bytes: &[u8]) -> Result<EndpointList, Problem> {
         enforce_alias_anchor_ratio: false,
     };
     let options = serde_saphyr::options! { budget: budget };
-    let root = serde_saphyr::from_str_with_options(text, options).map_err(|error| syntax_problem(&error))?;
-    endpoint_list(&root)
+    let root = serde_saphyr::from_str_with_options(text, options).map_err(|error| vec![syntax_problem(&error)])?;
+    let mut reader = Reader { problems: Vec::new(), limit };
+    let list = reader.list(&root);
+    match list {
+        Some(list) if reader.problems.is_empty() => Ok(list),
+        _ => Err(reader.problems),
+    }
 }
 
 /// Reads a good list that is JSON, as what programs write usually is, many times faster than as YAML.
@@ -62,71 +79,156 @@ fn parse_json(text: &str) -> Option<EndpointList> {
     EndpointList::new(root.endpoints).ok().filter(|_| !has_unknown_key)
 }
 
-fn endpoint_list(root: &Spanned<Node>) -> Result<EndpointList, Problem> {
-    let Node::Mapping(entries) = &root.value else {
-        let message = format!("must be a mapping with the key endpoints, not {}", root.value.kind());
-        return Err(Problem::at(root.defined, message));
-    };
-    if let Some((key, _)) = entries.iter().find(|(key, _)| key.value != "endpoints") {
-        return Err(Problem::at(key.defined, format!("{}: unknown key; the only one is endpoints", key.value)));
-    }
-    let Some((_, node)) = entries.first() else {
-        return Err(Problem::at(root.defined, "endpoints: missing (`endpoints: []` is an empty list)"));
-    };
-    let Node::Sequence(items) = &node.value else {
-        let message = format!("endpoints: must be a list (`[]` is an empty one), not {}", node.value.kind());
-        return Err(Problem::at(node.defined, message));
-    };
-    if items.len() > wire::MAX_ENDPOINTS {
-        return Err(Problem::at(node.defined, format!("endpoints: {}", WireError::TooMany)));
-    }
-    let mut seen = HashMap::with_capacity(items.len());
-    let mut endpoints = Vec::with_capacity(items.len());
-    for (index, item) in items.iter().enumerate() {
-        let endpoint = endpoint(index, item)?;
-        let address = value_of(item, "address").map_or(item.defined, |node| node.defined);
-        if let Some((first, line)) = seen.insert(endpoint.id(), (index, address.line())) {
-            let id = endpoint.id();
-            let message = format!("endpoints[{index}].address: {id} is endpoints[{first}] in line {line} already");
-            return Err(Problem::at(address, message));
-        }
-        endpoints.push(endpoint);
-    }
-    EndpointList::new(endpoints).map_err(|error| Problem::at(node.defined, format!("endpoints: {error}")))
+/// Reads a list and collects what is wrong with it.
+struct Reader {
+    problems: Vec<Problem>,
+    limit: usize,
 }
 
-fn endpoint(index: usize, item: &Spanned<Node>) -> Result<Endpoint, Problem> {
-    let Node::Mapping(entries) = &item.value else {
-        let message = format!("endpoints[{index}]: must be a mapping of keys, not {}", item.value.kind());
-        return Err(Problem::at(item.defined, message));
-    };
-    let value = item.value.to_value();
-    if let Some(unknown) = value.as_object().and_then(wire::unknown_endpoint_key) {
-        let key = entries.iter().find(|(key, _)| key.value == unknown).map_or(item.defined, |(key, _)| key.defined);
-        let known = wire::ENDPOINT_KEYS.join(", ");
-        return Err(Problem::at(key, format!("endpoints[{index}].{unknown}: unknown key; known are {known}")));
+impl Reader {
+    fn refuse(&mut self, at: Location, message: impl Into<String>) {
+        self.problems.push(Problem::at(at, message));
     }
-    if let Some(text) = value.get("address").and_then(Value::as_str)
-        && text.parse::<SocketAddr>().is_err()
-    {
-        let location = value_of(item, "address").map_or(item.defined, |node| node.defined);
-        let message = format!("endpoints[{index}].address: {text:?} is not ip:port (host names are not resolved)");
-        return Err(Problem::at(location, message));
+
+    fn is_full(&self) -> bool {
+        self.problems.len() >= self.limit
     }
-    let endpoint: Endpoint = serde_path_to_error::deserialize(&value).map_err(|error| {
-        let path = error.path();
-        let dot = if path.iter().next().is_some_and(|first| !matches!(first, Segment::Unknown)) { "." } else { "" };
-        let key = if dot.is_empty() { String::new() } else { path.to_string() };
-        Problem::at(locate(item, path), format!("endpoints[{index}]{dot}{key}: {}", error.inner()))
-    })?;
-    endpoint.validate().map_err(|error| match error {
-        WireError::BadEndpoint { key, why, .. } => {
-            let location = value_of(item, key).map_or(item.defined, |node| node.defined);
-            Problem::at(location, format!("endpoints[{index}].{key}: {why}"))
+
+    fn list(&mut self, root: &Spanned<Node>) -> Option<EndpointList> {
+        let Node::Mapping(entries) = &root.value else {
+            let message = format!("must be a mapping with the key endpoints, not {}", root.value.kind());
+            self.refuse(root.defined, message);
+            return None;
+        };
+        for (key, _) in entries.iter().filter(|(key, _)| key.value != "endpoints") {
+            self.refuse(key.defined, format!("{}: unknown key; the only one is endpoints", key.value));
         }
-        other => Problem::at(item.defined, format!("endpoints[{index}]: {other}")),
-    })?;
-    Ok(endpoint)
+        let Some(node) = value_of(root, "endpoints") else {
+            if entries.is_empty() {
+                self.refuse(root.defined, "endpoints: missing (`endpoints: []` is an empty list)");
+            }
+            return None;
+        };
+        let Node::Sequence(items) = &node.value else {
+            let message = format!("endpoints: must be a list (`[]` is an empty one), not {}", node.value.kind());
+            self.refuse(node.defined, message);
+            return None;
+        };
+        if items.len() > wire::MAX_ENDPOINTS {
+            self.refuse(node.defined, format!("endpoints: {}", WireError::TooMany));
+            return None;
+        }
+        let mut seen = HashMap::with_capacity(items.len());
+        let mut endpoints = Vec::with_capacity(items.len());
+        for (index, item) in items.iter().enumerate() {
+            if self.is_full() {
+                return None;
+            }
+            let Some(endpoint) = self.endpoint(index, item) else { continue };
+            let address = value_of(item, "address").map_or(item.defined, |node| node.defined);
+            if let Some((first, line)) = seen.insert(endpoint.id(), (index, address.line())) {
+                let id = endpoint.id();
+                let message = format!("endpoints[{index}].address: {id} is endpoints[{first}] in line {line} already");
+                self.refuse(address, message);
+            }
+            endpoints.push(endpoint);
+        }
+        if !self.problems.is_empty() {
+            return None;
+        }
+        let list = EndpointList::new(endpoints);
+        list.map_err(|error| self.refuse(node.defined, format!("endpoints: {error}"))).ok()
+    }
+
+    /// An endpoint, without the values that are wrong; `None` where its address is.
+    fn endpoint(&mut self, index: usize, item: &Spanned<Node>) -> Option<Endpoint> {
+        let Node::Mapping(entries) = &item.value else {
+            let message = format!("endpoints[{index}]: must be a mapping of keys, not {}", item.value.kind());
+            self.refuse(item.defined, message);
+            return None;
+        };
+        let mut draft = Draft { value: item.value.to_value(), has_address: true };
+        while let Some(unknown) = draft.value.as_object().and_then(wire::unknown_endpoint_key).map(str::to_owned) {
+            let key = entries.iter().find(|(key, _)| key.value == unknown).map_or(item.defined, |(key, _)| key.defined);
+            let known = wire::ENDPOINT_KEYS.join(", ");
+            self.refuse(key, format!("endpoints[{index}].{unknown}: unknown key; known are {known}"));
+            draft.leave_out(&unknown);
+        }
+        if let Some(text) = draft.value.get("address").and_then(Value::as_str)
+            && text.parse::<SocketAddr>().is_err()
+        {
+            let location = value_of(item, "address").map_or(item.defined, |node| node.defined);
+            let message = format!("endpoints[{index}].address: {text:?} is not ip:port (host names are not resolved)");
+            self.refuse(location, message);
+            draft.leave_out("address");
+        }
+        // Each round names one fault and leaves its key out, until what is left is good.
+        loop {
+            if self.is_full() {
+                return None;
+            }
+            match serde_path_to_error::deserialize::<_, Endpoint>(&draft.value) {
+                Err(error) => {
+                    let key = self.refuse_value(index, item, &error);
+                    draft.leave_out(&key?);
+                }
+                Ok(endpoint) => match endpoint.validate() {
+                    Ok(()) => return draft.has_address.then_some(endpoint),
+                    Err(WireError::BadEndpoint { key, why, .. }) => {
+                        let location = value_of(item, key).map_or(item.defined, |node| node.defined);
+                        self.refuse(location, format!("endpoints[{index}].{key}: {why}"));
+                        draft.leave_out(key);
+                    }
+                    Err(other) => {
+                        self.refuse(item.defined, format!("endpoints[{index}]: {other}"));
+                        return None;
+                    }
+                },
+            }
+        }
+    }
+
+    /// Says what is wrong with a value; returns its key, also where the key is missing.
+    fn refuse_value(
+        &mut self,
+        index: usize,
+        item: &Spanned<Node>,
+        error: &serde_path_to_error::Error<serde_json::Error>,
+    ) -> Option<String> {
+        let path = error.path();
+        let key = path.iter().next().and_then(|first| match first {
+            Segment::Map { key } => Some(key.clone()),
+            _ => None,
+        });
+        let text = error.inner().to_string();
+        let named = if key.is_some() { format!(".{path}") } else { String::new() };
+        self.refuse(locate(item, path), format!("endpoints[{index}]{named}: {text}"));
+        let missing =
+            || text.strip_prefix("missing field `").and_then(|rest| rest.split('`').next()).map(str::to_owned);
+        key.or_else(missing)
+    }
+}
+
+/// Keys of an endpoint of which wrong ones are left out, so that the others can be read.
+struct Draft {
+    value: Value,
+    /// Whether its address is the one of the file.
+    has_address: bool,
+}
+
+impl Draft {
+    fn leave_out(&mut self, key: &str) {
+        let Some(object) = self.value.as_object_mut() else { return };
+        object.remove(key);
+        match key {
+            "address" => {
+                object.insert(key.to_owned(), "192.0.2.1:1".into());
+                self.has_address = false;
+            }
+            "role" => drop(object.insert(key.to_owned(), "both".into())),
+            _ => {}
+        }
+    }
 }
 
 fn value_of<'a>(item: &'a Spanned<Node>, wanted: &str) -> Option<&'a Spanned<Node>> {
