@@ -20,7 +20,7 @@ use crate::api::server::{self, MAX_CONNECTIONS};
 use crate::counters::Counters;
 use crate::engines::answers::Scrapes;
 use crate::engines::scrape::Scraper;
-use crate::envoys::hub::Exchange;
+use crate::envoys::hub::SharedHub;
 use crate::envoys::relay::Peers;
 use crate::list::EndpointList;
 use crate::publish::eds::EdsFile;
@@ -137,10 +137,10 @@ impl Control {
             let place = publisher.add(None);
             tasks.spawn(source.run(Updates::new(place, sender.clone())));
         }
-        let exchange = Arc::new(Exchange::default());
-        tasks.spawn(Arc::clone(&exchange).prune(Arc::clone(&counters)));
+        let hub = Arc::new(SharedHub::default());
+        tasks.spawn(Arc::clone(&hub).prune(Arc::clone(&counters)));
         if let Some(peers) = peers {
-            tasks.spawn(peers.relay(Arc::clone(&exchange), Arc::clone(&counters)));
+            tasks.spawn(peers.relay(Arc::clone(&hub), Arc::clone(&counters)));
         }
         publisher.start()?;
         tasks.spawn(publisher.run(updates));
@@ -155,7 +155,7 @@ impl Control {
             pods,
             scrapes,
             filters: Arc::default(),
-            exchange,
+            hub,
             log,
             token,
             stopping: stopping.clone(),

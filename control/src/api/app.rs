@@ -9,7 +9,7 @@ use crate::access::token::Token;
 use crate::api::metrics::Metrics;
 use crate::counters::Counters;
 use crate::engines::answers::Scrapes;
-use crate::envoys::hub::Exchange;
+use crate::envoys::hub::SharedHub;
 use crate::envoys::polls::Filters;
 use crate::publish::publisher::Status;
 use crate::publish::registry::Registry;
@@ -33,7 +33,7 @@ pub struct App {
     /// Who polls.
     pub filters: Arc<Filters>,
     /// What the Envoys tell each other.
-    pub exchange: Arc<Exchange>,
+    pub hub: Arc<SharedHub>,
     /// What is logged.
     pub log: Option<LogLevel>,
     /// Bearer token that `/v1/…` asks for, if any.

@@ -158,7 +158,7 @@ async fn exchange(State(app): State<App>, query: Result<Query<Exchanged>, QueryR
         None => failure(StatusCode::BAD_REQUEST, "no message of the exchange"),
         Some((query, told)) => {
             let wait = query.wait_ms.map_or(Duration::ZERO, Duration::from_millis);
-            let heard = app.exchange.answer(&told, wait, app.filters.watching(), app.stopping.clone()).await;
+            let heard = app.hub.answer(&told, wait, app.filters.watching(), app.stopping.clone()).await;
             ([(header::CONTENT_TYPE, "application/octet-stream")], heard.to_bytes()).into_response()
         }
     };

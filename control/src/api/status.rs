@@ -102,7 +102,7 @@ pub struct EndpointView {
 pub fn view(app: &App) -> StatusView {
     let published = app.registry.current();
     let (pods, scrapes) = (app.pods.view(), app.scrapes.view());
-    let gateways: Vec<_> = app.exchange.reports().into_iter().map(gateway).collect();
+    let gateways: Vec<_> = app.hub.reports().into_iter().map(gateway).collect();
     let to_envoys = |address: &SocketAddr| {
         let address = address.to_string();
         let failed = gateways.iter().filter(|of| of.report.failing.contains(&address)).count();

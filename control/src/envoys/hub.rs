@@ -22,21 +22,21 @@ const PRUNE_EVERY: Duration = Duration::from_millis(500);
 
 /// The hub, and who waits for it.
 #[derive(Debug)]
-pub struct Exchange {
+pub struct SharedHub {
     hub: Mutex<Hub>,
     /// Counts what mattered to somebody.
     news: watch::Sender<u64>,
     began: Instant,
 }
 
-impl Default for Exchange {
+impl Default for SharedHub {
     fn default() -> Self {
         let id = RandomState::new().hash_one(std::process::id());
         Self { hub: Mutex::new(Hub::new(id.max(1))), news: watch::Sender::new(0), began: Instant::now() }
     }
 }
 
-impl Exchange {
+impl SharedHub {
     fn hub(&self) -> MutexGuard<'_, Hub> {
         self.hub.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -27,7 +27,7 @@ use tokio_rustls::rustls::pki_types::ServerName;
 use crate::access::tls::{self, Trust};
 use crate::access::token::Token;
 use crate::counters::Counters;
-use crate::envoys::hub::Exchange;
+use crate::envoys::hub::SharedHub;
 
 /// Time between two messages to another replica.
 const RELAY_PAUSE: Duration = Duration::from_millis(25);
@@ -91,7 +91,7 @@ impl Peers {
     }
 
     /// Passes on what the Envoys tell, for good.
-    pub async fn relay(self, exchange: Arc<Exchange>, counters: Arc<Counters>) {
+    pub async fn relay(self, hub: Arc<SharedHub>, counters: Arc<Counters>) {
         let mut tasks = JoinSet::new();
         let mut running: BTreeMap<SocketAddr, AbortHandle> = BTreeMap::new();
         let mut was_resolved = true;
@@ -108,9 +108,8 @@ impl Peers {
                     });
                     for address in addresses {
                         running.entry(address).or_insert_with(|| {
-                            let (peers, exchange, counters) =
-                                (self.clone(), Arc::clone(&exchange), Arc::clone(&counters));
-                            tasks.spawn(Peer { address, peers, exchange, counters }.run())
+                            let (peers, hub, counters) = (self.clone(), Arc::clone(&hub), Arc::clone(&counters));
+                            tasks.spawn(Peer { address, peers, hub, counters }.run())
                         });
                     }
                     was_resolved = true;
@@ -132,7 +131,7 @@ impl Peers {
 struct Peer {
     address: SocketAddr,
     peers: Peers,
-    exchange: Arc<Exchange>,
+    hub: Arc<SharedHub>,
     counters: Arc<Counters>,
 }
 
@@ -140,12 +139,12 @@ impl Peer {
     /// Tells it everything new; ends when it turns out to be this process itself.
     async fn run(self) {
         let mut have: HashMap<u64, u64> = HashMap::new();
-        let mut news = self.exchange.subscribe();
+        let mut news = self.hub.subscribe();
         let (mut turns, mut told_at, mut is_lost) = (Vec::new(), None::<Instant>, false);
         let mut client = None;
         loop {
             let _ = timeout(RELAY_HEARTBEAT, news.changed()).await;
-            let messages = self.exchange.messages(&have);
+            let messages = self.hub.messages(&have);
             let has_blocks = messages.iter().flat_map(|told| &told.records).any(|record| !record.blocks.is_empty());
             let is_new = has_blocks || turns_of(&messages) != turns;
             if messages.is_empty() || (!is_new && told_at.is_some_and(|at| at.elapsed() < RELAY_HEARTBEAT)) {
