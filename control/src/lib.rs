@@ -7,28 +7,15 @@
 //! A source reads a list whole or refuses it whole; a refused list leaves the last good one in force.
 #![forbid(unsafe_code)]
 
-pub mod advice;
-pub mod allow;
-pub mod check;
+pub mod access;
+pub mod api;
 pub mod cli;
-pub mod eds;
-pub mod engine_metrics;
-pub mod exchange;
-pub mod file;
-pub mod http;
-pub mod kubernetes;
-pub mod merge;
-pub mod metrics;
-pub mod names;
-pub mod pods;
-pub mod publisher;
-pub mod registry;
-pub mod scrape;
-pub mod server;
-pub mod source;
-pub mod status;
-pub mod terminal;
-pub mod tls;
-pub mod watch;
+pub mod control;
+pub mod counters;
+pub mod engines;
+pub mod envoys;
+pub mod list;
+pub mod publish;
+pub mod sources;
 
-pub use server::{Config, Control};
+pub use control::{Config, Control};

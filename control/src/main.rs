@@ -3,13 +3,15 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use pd_control::cli::Cli;
+use pd_control::cli::arguments::Cli;
+use pd_control::cli::output::complain;
+use pd_control::cli::run::run;
 
 fn main() -> ExitCode {
-    match pd_control::cli::run(Cli::parse()) {
+    match run(Cli::parse()) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("pd-control: {error:#}");
+            complain(&format!("{error:#}"));
             ExitCode::FAILURE
         }
     }

@@ -9,7 +9,7 @@ use http_body_util::{BodyExt, Full};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
-use pd_control::exchange::Peers;
+use pd_control::envoys::relay::Peers;
 use pd_core::exchange::blocks::{block_event, split_events};
 use pd_core::exchange::message::{Heard, Record, Told, Totals};
 use pd_core::exchange::report::{Generation, Report};

@@ -48,8 +48,11 @@ async fn the_file_is_left_alone_while_the_hosts_stay_the_same() {
 async fn hosts_that_an_earlier_run_left_are_dropped_at_the_start() {
     let rig = Rig::start_with(&four(1.0), |config, root| {
         with_eds(config, root);
-        fs::write(root.join("eds.json"), pd_control::eds::render("engines", &["10.0.0.1:9".parse().unwrap()].into()))
-            .unwrap();
+        fs::write(
+            root.join("eds.json"),
+            pd_control::publish::eds::render("engines", &["10.0.0.1:9".parse().unwrap()].into()),
+        )
+        .unwrap();
     })
     .await;
     assert_eq!(ports(&rig.directory.path().join("eds.json")), [1, 2, 3, 4].into());
@@ -80,7 +83,7 @@ fn shipped(name: &str) -> PathBuf {
 #[test]
 fn the_shipped_list_has_two_of_each_role() {
     let path = shipped("endpoints.yaml");
-    let list = pd_control::file::parse(&path, &fs::read(&path).unwrap()).unwrap();
+    let list = pd_control::sources::file::endpoints::parse(&path, &fs::read(&path).unwrap()).unwrap();
     let endpoints: Vec<_> = list.as_slice().iter().map(|e| (e.address.to_string(), e.role)).collect();
     let expected = [(8100, Role::Prefill), (8101, Role::Prefill), (8200, Role::Decode), (8201, Role::Decode)];
     assert_eq!(endpoints, expected.map(|(port, role)| (format!("127.0.0.1:{port}"), role)));
@@ -89,7 +92,7 @@ fn the_shipped_list_has_two_of_each_role() {
 #[test]
 fn the_shipped_hosts_are_what_is_written_for_the_shipped_list() {
     let path = shipped("endpoints.yaml");
-    let list = pd_control::file::parse(&path, &fs::read(&path).unwrap()).unwrap();
-    let text = pd_control::eds::render("engines", &pd_control::eds::hosts(list.as_slice()));
+    let list = pd_control::sources::file::endpoints::parse(&path, &fs::read(&path).unwrap()).unwrap();
+    let text = pd_control::publish::eds::render("engines", &pd_control::publish::eds::hosts(list.as_slice()));
     assert_eq!(fs::read_to_string(shipped("eds.json")).unwrap(), text);
 }

@@ -3,9 +3,9 @@
 use std::time::{Duration, Instant};
 
 use pd_control::Config;
-use pd_control::kubernetes::KubernetesConfig;
-use pd_control::kubernetes::follow::Limits;
-use pd_control::server::Kubernetes;
+use pd_control::control::Kubernetes;
+use pd_control::sources::kubernetes::KubernetesConfig;
+use pd_control::sources::kubernetes::follow::Limits;
 use pd_core::wire::{Endpoint, State};
 use serde_json::{Value, json};
 

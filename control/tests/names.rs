@@ -1,6 +1,6 @@
 //! Endpoints that the command line names.
 
-use pd_control::allow::AllowedNetworks;
+use pd_control::sources::allow::AllowedNetworks;
 
 use crate::support::*;
 

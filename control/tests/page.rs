@@ -8,7 +8,7 @@ use bytes::Bytes;
 use http_body_util::Full;
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::TokioExecutor;
-use pd_control::http::Token;
+use pd_control::access::token::Token;
 use pd_core::exchange::message::{Record, Told};
 use pd_core::exchange::report::{Decision, Generation, Report};
 use pd_sim::Role;

@@ -10,8 +10,8 @@ use http_body_util::{BodyExt, Empty};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
-use pd_control::eds::EdsFile;
-use pd_control::http::Token;
+use pd_control::access::token::Token;
+use pd_control::publish::eds::EdsFile;
 use pd_control::{Config, Control};
 use pd_core::wire::Snapshot;
 use tempfile::TempDir;
@@ -90,7 +90,7 @@ impl Rig {
             endpoints: Some(endpoints),
             kubernetes: None,
             named: Vec::new(),
-            networks: pd_control::allow::AllowedNetworks::default(),
+            networks: pd_control::sources::allow::AllowedNetworks::default(),
             scrape: None,
             peers: None,
             tls: None,

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use pd_control::exchange::{Peers, PeersTls};
-use pd_control::tls::TlsFiles;
+use pd_control::access::tls::TlsFiles;
+use pd_control::envoys::relay::{Peers, PeersTls};
 use pd_control::{Config, Control};
 use pd_core::exchange::message::{Record, Told};
 use pd_core::exchange::report::Report;

@@ -4,7 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use pd_control::registry::{EndpointList, Registry};
+use pd_control::list::EndpointList;
+use pd_control::publish::registry::Registry;
 use pd_core::exchange::blocks::block_event;
 use pd_core::exchange::message::{Batch, Heard, Record, Told, Totals};
 use pd_core::hash::BlockHash;

@@ -1,10 +1,10 @@
 //! The engines to route to: simulators of ours, a small vLLM pair, or a person's own.
 
 use std::fmt::Write as _;
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::{Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use pd_core::wire::{Endpoint, Engine, Role};
 use tokio::net::TcpStream;
 
@@ -63,20 +63,27 @@ fn local(port: u16, port_offset: u16) -> anyhow::Result<SocketAddr> {
 /// Somebody's own engines, names resolved; one that is listed in both roles has the role `both`.
 ///
 /// # Errors
-/// Names the first that cannot be resolved.
+/// Names the first that is not `host:port`, is listed twice in a role, or cannot be resolved, and says what is wanted.
 pub fn own(prefill: &[String], decode: &[String], engine: Engine) -> anyhow::Result<Vec<Endpoint>> {
-    let mut endpoints: Vec<Endpoint> = Vec::new();
+    let mut endpoints: Vec<(&str, Endpoint)> = Vec::new();
     for (names, role) in [(prefill, Role::Prefill), (decode, Role::Decode)] {
         for name in names {
-            let address = resolve(name).with_context(|| format!("{} engine {name}", role_name(role)))?;
-            match endpoints.iter_mut().find(|endpoint| endpoint.address == address) {
-                Some(endpoint) if endpoint.role == role => bail!("{name} is listed twice"),
-                Some(endpoint) => endpoint.role = Role::Both,
-                None => endpoints.push(Endpoint { engine: Some(engine), ..Endpoint::new(address, role) }),
+            let what = format!("{} engine {name:?}", role_name(role));
+            let address = resolve(name.trim()).with_context(|| what.clone())?;
+            match endpoints.iter_mut().find(|(_, endpoint)| endpoint.address == address) {
+                Some((first, endpoint)) if endpoint.role == role => match *first == name.trim() {
+                    true => bail!("{what} is listed twice"),
+                    false => bail!("{what} is listed twice: {first:?} is the same address"),
+                },
+                Some((_, endpoint)) => endpoint.role = Role::Both,
+                None => {
+                    let endpoint = Endpoint { engine: Some(engine), ..Endpoint::new(address, role) };
+                    endpoints.push((name.trim(), endpoint));
+                }
             }
         }
     }
-    Ok(endpoints)
+    Ok(endpoints.into_iter().map(|(_, endpoint)| endpoint).collect())
 }
 
 /// Makes sure that every engine accepts connections.
@@ -118,13 +125,60 @@ pub fn endpoints_file(endpoints: &[Endpoint]) -> String {
 }
 
 fn resolve(name: &str) -> anyhow::Result<SocketAddr> {
-    let (host, port) = name.rsplit_once(':').context("must be host:port")?;
-    if host.is_empty() || !port.parse::<u16>().is_ok_and(|port| port > 0) {
-        bail!("must be host:port");
-    }
+    check_host_and_port(name)?;
     let addresses: Vec<_> = name.to_socket_addrs().context("cannot be resolved")?.collect();
     let first = addresses.iter().find(|address| address.is_ipv4()).or(addresses.first());
     first.copied().context("has no address")
+}
+
+/// Says what an address lacks, or has too much, and what to write.
+fn check_host_and_port(name: &str) -> anyhow::Result<()> {
+    ensure!(!name.is_empty(), "an entry is empty: separate host:port by one comma");
+    let (scheme, rest) = name.split_once("://").map_or(("", name), |(scheme, rest)| (scheme, rest));
+    let (authority, path) = rest.split_at_checked(rest.find('/').unwrap_or(rest.len())).unwrap_or((rest, ""));
+    let surplus = [if scheme.is_empty() { String::new() } else { format!("{scheme}://") }, path.to_owned()];
+    let surplus: Vec<_> = surplus.into_iter().filter(|part| !part.is_empty()).collect();
+    if !surplus.is_empty() {
+        let wanted = match (authority, has_port(authority)) {
+            ("", _) => "HOST:PORT".to_owned(),
+            (_, true) => authority.to_owned(),
+            (_, false) => format!("{authority}:PORT"),
+        };
+        bail!("must be host:port without {}: write {wanted}", surplus.join(" and "));
+    }
+    if name.parse::<Ipv6Addr>().is_ok() {
+        // Its last group may be meant as the port.
+        let split = name.rsplit_once(':').filter(|(host, port)| {
+            host.parse::<Ipv6Addr>().is_ok() && port.len() > 1 && port.bytes().all(|byte| byte.is_ascii_digit())
+        });
+        let or = split.map_or(String::new(), |(host, port)| format!(" or [{host}]:{port}"));
+        bail!("must have its IPv6 address in brackets: write [{name}]:PORT{or}");
+    }
+    ensure!(!is_bracketed(name), "has no port: write {name}:PORT");
+    let Some((host, port)) = name.rsplit_once(':').filter(|(_, port)| !port.is_empty()) else {
+        bail!("has no port: write {}:PORT", name.trim_end_matches(':'));
+    };
+    ensure!(!host.is_empty(), "has no host: write HOST:{port}");
+    let is_v6 = host.contains([':', '[', ']']);
+    ensure!(!is_v6 || is_bracketed(host), "must have its IPv6 address in brackets, as [::1]:8000");
+    let is_name = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_');
+    ensure!(is_v6 || host.bytes().all(is_name), "is no host name and no address");
+    match port.parse::<u16>() {
+        Ok(0) => bail!("port 0 cannot be connected to: write a port from 1 to 65535"),
+        Ok(_) => Ok(()),
+        Err(_) => bail!("{port:?} is no port: write a number from 1 to 65535"),
+    }
+}
+
+fn is_bracketed(host: &str) -> bool {
+    let inner = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+    inner.is_some_and(|inner| inner.parse::<Ipv6Addr>().is_ok())
+}
+
+fn has_port(authority: &str) -> bool {
+    authority
+        .rsplit_once(':')
+        .is_some_and(|(_, port)| !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 #[cfg(test)]
@@ -144,12 +198,45 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_host_and_port_is_named() {
-        for (name, why) in [("gpu", "host:port"), ("gpu:", "host:port"), (":80", "host:port"), ("[::1]", "host:port")] {
+    fn what_is_no_host_and_port_is_said_with_what_is_wanted() {
+        for (name, why) in [
+            ("", "an entry is empty: separate host:port by one comma"),
+            ("gpu", "has no port: write gpu:PORT"),
+            ("gpu:", "has no port: write gpu:PORT"),
+            ("10.0.0.1", "has no port: write 10.0.0.1:PORT"),
+            (":80", "has no host: write HOST:80"),
+            ("gpu:0", "port 0 cannot be connected to: write a port from 1 to 65535"),
+            ("gpu:http", "\"http\" is no port: write a number from 1 to 65535"),
+            ("gpu:70000", "\"70000\" is no port: write a number from 1 to 65535"),
+            ("http://gpu:8000", "must be host:port without http://: write gpu:8000"),
+            ("https://gpu:8000/v1", "must be host:port without https:// and /v1: write gpu:8000"),
+            ("gpu:8000/v1", "must be host:port without /v1: write gpu:8000"),
+            ("gpu:8000/", "must be host:port without /: write gpu:8000"),
+            ("http://gpu", "must be host:port without http://: write gpu:PORT"),
+            ("http://", "must be host:port without http://: write HOST:PORT"),
+            ("::1", "must have its IPv6 address in brackets: write [::1]:PORT"),
+            ("fd00::1:8000", "must have its IPv6 address in brackets: write [fd00::1:8000]:PORT or [fd00::1]:8000"),
+            ("[::1]", "has no port: write [::1]:PORT"),
+            ("[::1:80", "must have its IPv6 address in brackets, as [::1]:8000"),
+            ("[gpu]:80", "must have its IPv6 address in brackets, as [::1]:8000"),
+            ("no such:80", "is no host name and no address"),
+            ("no.such.invalid:80", "cannot be resolved"),
+        ] {
             let error = format!("{:#}", own(&names(&[name]), &[], Engine::VllmNixl).unwrap_err());
-            assert!(error.contains(name) && error.contains(why), "{error}");
+            assert!(error.starts_with(&format!("prefill engine {name:?}: {why}")), "{error}");
         }
-        assert!(own(&names(&["127.0.0.1:1", "127.0.0.1:1"]), &[], Engine::VllmNixl).is_err());
+    }
+
+    #[test]
+    fn an_engine_that_is_listed_twice_is_named_as_it_was_written() {
+        let error = |list: &[&str]| format!("{:#}", own(&names(list), &[], Engine::VllmNixl).unwrap_err());
+        assert_eq!(error(&["127.0.0.1:1", "127.0.0.1:1"]), "prefill engine \"127.0.0.1:1\" is listed twice");
+        assert_eq!(
+            error(&["127.0.0.1:1", "localhost:1"]),
+            "prefill engine \"localhost:1\" is listed twice: \"127.0.0.1:1\" is the same address"
+        );
+        let spaced = own(&names(&["127.0.0.1:1", " 127.0.0.1:2"]), &[], Engine::VllmNixl).unwrap();
+        assert_eq!(spaced.len(), 2, "a space after the comma is no part of a name");
     }
 
     #[test]
@@ -158,7 +245,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("endpoints.yaml");
         std::fs::write(&path, endpoints_file(&endpoints)).unwrap();
-        let report = pd_control::check::check(&[path], None);
+        let report = pd_control::cli::check::check(&[path], None);
         assert!(report.faults.is_empty() && report.said[0].contains('2'), "{report:?}");
     }
 }

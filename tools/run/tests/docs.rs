@@ -126,8 +126,14 @@ fn every_filter_state_has_a_row() {
 
 #[test]
 fn pd_control_has_what_is_said_of_it() {
-    let registry = Arc::new(pd_control::registry::Registry::new("e", SystemTime::UNIX_EPOCH));
-    let metrics = pd_control::metrics::Metrics::new(registry).encode();
+    let registry = Arc::new(pd_control::publish::registry::Registry::new("e", SystemTime::UNIX_EPOCH));
+    let metrics = pd_control::api::metrics::Metrics::new(
+        &pd_control::counters::Counters::default(),
+        registry,
+        Arc::default(),
+        None,
+    )
+    .encode();
     for name in README.split('`').filter(|text| text.starts_with("pd_control_") && !text.ends_with('*')) {
         assert!(metrics.contains(&format!("# TYPE {name} ")), "{name}");
     }

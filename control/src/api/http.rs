@@ -1,0 +1,248 @@
+//! The HTTP API.
+//!
+//! | path | answer |
+//! |---|---|
+//! | `GET /v1/watch` | 200 snapshot, 304 nothing changed in time, 400 bad query, 401 bad token |
+//! | `POST /v1/exchange` | 200 what other Envoys told, 400 no message of ours, 401 bad token, 413 too large |
+//! | `GET /v1/endpoints` | 200 the list in force for people, 401 bad token |
+//! | `GET /v1/status` | 200 all that is known, for the status page and the terminal, 401 bad token |
+//! | `PUT /v1/log-level` | 204 what the body says is logged from now on, 400 no such level, 401 bad token |
+//! | `GET /` | 200 the status page, which asks for the token itself |
+//! | `GET /healthz` | 200 while the process answers |
+//! | `GET /readyz` | 200 once a list is in force (`degraded: …` while the newest one is refused), else 503 |
+//! | `GET /metrics` | 200 OpenMetrics text |
+//!
+//! A refused list leaves `/readyz` at 200: filters are served the last good list, and a restart would lose it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{DefaultBodyLimit, Query, Request, State};
+use axum::http::{StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post, put};
+use axum::{Extension, Json, Router};
+use bytes::Bytes;
+use pd_core::exchange::message::{EXCHANGE_PATH, MAX_MESSAGE_BYTES, Told};
+use pd_core::wire::{Endpoint, WATCH_PATH};
+use prometheus_client::metrics::gauge::Gauge;
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+
+use crate::api::app::{App, Peer};
+use crate::api::metrics;
+use crate::api::status;
+
+/// How long a poll waits that does not say.
+const DEFAULT_WAIT: Duration = Duration::from_secs(30);
+/// How long a poll waits at most. Proxies on the way cut longer ones.
+pub const MAX_WAIT: Duration = Duration::from_secs(60);
+/// Bytes that a log level may have.
+const MAX_LEVEL_BYTES: usize = 1 << 10;
+/// The status page; nothing in it comes from elsewhere.
+const PAGE: &str = include_str!("page.html");
+/// What the page may do: ask where it came from.
+const PAGE_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; \
+                           connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'";
+
+/// Query of the long poll; see [`pd_core::wire`].
+#[derive(Debug, Deserialize)]
+struct Watch {
+    #[serde(default)]
+    epoch: String,
+    #[serde(default)]
+    since: u64,
+    wait_ms: Option<u64>,
+}
+
+/// Query of the exchange.
+#[derive(Debug, Deserialize)]
+struct Exchanged {
+    wait_ms: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct EndpointsView<'a> {
+    epoch: &'a str,
+    version: u64,
+    age_ms: u64,
+    source: &'a str,
+    degraded: Option<String>,
+    endpoints: &'a [Endpoint],
+}
+
+#[derive(Serialize)]
+struct Failure<'a> {
+    error: &'a str,
+}
+
+/// Counts a waiting poll for as long as it waits, also when its client leaves.
+struct Waiting<'a>(&'a Gauge);
+
+impl<'a> Waiting<'a> {
+    fn new(gauge: &'a Gauge) -> Self {
+        gauge.inc();
+        Self(gauge)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+/// The routes.
+pub fn router(app: App) -> Router {
+    let v1 = Router::new()
+        .route(WATCH_PATH, get(watch))
+        .route(EXCHANGE_PATH, post(exchange).layer(DefaultBodyLimit::max(MAX_MESSAGE_BYTES)))
+        .route("/v1/endpoints", get(endpoints))
+        .route("/v1/status", get(status))
+        .route("/v1/log-level", put(log_level).layer(DefaultBodyLimit::max(MAX_LEVEL_BYTES)))
+        .layer(middleware::from_fn_with_state(app.clone(), authorize));
+    Router::new()
+        .merge(v1)
+        .route("/", get(page))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics_text))
+        .fallback(|| async { failure(StatusCode::NOT_FOUND, "no such path") })
+        .method_not_allowed_fallback(|| async { failure(StatusCode::METHOD_NOT_ALLOWED, "this method is not allowed") })
+        .with_state(app)
+}
+
+async fn authorize(State(app): State<App>, request: Request, next: Next) -> Response {
+    match &app.token {
+        Some(token) if !token.is_in(request.headers().get(header::AUTHORIZATION)) => {
+            if request.uri().path() == WATCH_PATH {
+                app.counters.watch_answered(StatusCode::UNAUTHORIZED.as_u16());
+            }
+            let answer = failure(StatusCode::UNAUTHORIZED, "a bearer token is needed");
+            ([(header::WWW_AUTHENTICATE, "Bearer")], answer).into_response()
+        }
+        _ => next.run(request).await,
+    }
+}
+
+async fn watch(
+    State(app): State<App>,
+    peer: Option<Extension<Peer>>,
+    query: Result<Query<Watch>, QueryRejection>,
+) -> Response {
+    let answer = match query {
+        Err(rejection) => failure(StatusCode::BAD_REQUEST, &rejection.body_text()),
+        Ok(Query(query)) => {
+            if let Some(Extension(Peer(address))) = peer {
+                let is_ours = query.epoch == app.registry.current().epoch();
+                app.filters.seen(address, if is_ours { query.since } else { 0 });
+            }
+            match next_answer(&app, &query).await {
+                Some(snapshot) => {
+                    let headers = [(header::CONTENT_TYPE, "application/json"), (header::CACHE_CONTROL, "no-store")];
+                    (headers, snapshot).into_response()
+                }
+                None => StatusCode::NOT_MODIFIED.into_response(),
+            }
+        }
+    };
+    app.counters.watch_answered(answer.status().as_u16());
+    answer
+}
+
+async fn exchange(State(app): State<App>, query: Result<Query<Exchanged>, QueryRejection>, body: Bytes) -> Response {
+    let told = query.ok().and_then(|Query(query)| Some((query, Told::from_bytes(&body)?)));
+    let answer = match told {
+        None => failure(StatusCode::BAD_REQUEST, "no message of the exchange"),
+        Some((query, told)) => {
+            let wait = query.wait_ms.map_or(Duration::ZERO, Duration::from_millis);
+            let heard = app.hub.answer(&told, wait, app.filters.watching(), app.stopping.clone()).await;
+            ([(header::CONTENT_TYPE, "application/octet-stream")], heard.to_bytes()).into_response()
+        }
+    };
+    app.counters.exchanged(answer.status().as_u16());
+    answer
+}
+
+/// What the filter has to learn, as soon as there is something; `None` when its time is over or ours is.
+async fn next_answer(app: &App, query: &Watch) -> Option<Bytes> {
+    let wait = query.wait_ms.map_or(DEFAULT_WAIT, Duration::from_millis).min(MAX_WAIT);
+    let deadline = Instant::now() + wait;
+    let mut published = app.registry.subscribe();
+    let mut stopping = app.stopping.clone();
+    let _waiting = Waiting::new(&app.counters.pollers);
+    loop {
+        let current = Arc::clone(&published.borrow_and_update());
+        if let Some(answer) = current.answer(&query.epoch, query.since) {
+            return Some(answer);
+        }
+        tokio::select! {
+            changed = published.changed() => changed.ok()?,
+            _ = stopping.wait_for(|is_stopping| *is_stopping) => return None,
+            () = tokio::time::sleep_until(deadline) => return None,
+        }
+    }
+}
+
+async fn endpoints(State(app): State<App>) -> Response {
+    let published = app.registry.current();
+    let age = published.changed_at().elapsed().unwrap_or_default();
+    let view = EndpointsView {
+        epoch: published.epoch(),
+        version: published.version(),
+        age_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
+        source: app.status.source(),
+        degraded: app.status.degraded(),
+        endpoints: published.endpoints(),
+    };
+    // Strings, integers and finite floats only: serde_json has nothing to refuse here.
+    let text = serde_json::to_string_pretty(&view).unwrap_or_default() + "\n";
+    ([(header::CONTENT_TYPE, "application/json")], text).into_response()
+}
+
+async fn status(State(app): State<App>) -> Response {
+    ([(header::CACHE_CONTROL, "no-store")], Json(status::view(&app))).into_response()
+}
+
+async fn log_level(State(app): State<App>, body: String) -> Response {
+    let level = body.trim();
+    match app.log.as_ref().map(|log| log.set(level)) {
+        Some(Ok(())) => {
+            tracing::warn!("logs {level} from now on");
+            StatusCode::NO_CONTENT.into_response()
+        }
+        Some(Err(error)) => failure(StatusCode::BAD_REQUEST, &error),
+        None => failure(StatusCode::NOT_FOUND, "the log is not pd-control's own"),
+    }
+}
+
+async fn page() -> Response {
+    let headers = [
+        (header::CONTENT_TYPE, "text/html; charset=utf-8"),
+        (header::CONTENT_SECURITY_POLICY, PAGE_POLICY),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+    ];
+    (headers, PAGE).into_response()
+}
+
+async fn readyz(State(app): State<App>) -> Response {
+    if app.registry.current().version() == 0 {
+        let why = app.status.degraded().map_or(String::new(), |reason| format!(": {reason}"));
+        return (StatusCode::SERVICE_UNAVAILABLE, format!("no endpoint list yet{why}\n")).into_response();
+    }
+    match app.status.degraded() {
+        None => "ok\n".into_response(),
+        Some(reason) => format!("degraded: {reason}\n").into_response(),
+    }
+}
+
+async fn metrics_text(State(app): State<App>) -> Response {
+    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], app.metrics.encode()).into_response()
+}
+
+fn failure(status: StatusCode, error: &str) -> Response {
+    (status, Json(Failure { error })).into_response()
+}

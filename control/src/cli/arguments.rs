@@ -1,0 +1,287 @@
+//! The command line and what it says to run.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
+
+use crate::access::tls::TlsFiles;
+use crate::access::token::Token;
+use crate::cli::client::Server;
+use crate::control::{Config, DEFAULT_POLL, Kubernetes};
+use crate::engines::scrape;
+use crate::envoys::relay::{Peers, PeersTls};
+use crate::publish::eds::EdsFile;
+use crate::sources::allow::AllowedNetworks;
+use crate::sources::kubernetes::KubernetesConfig;
+use crate::sources::kubernetes::follow::Limits;
+use crate::sources::names::NamedEndpoint;
+use crate::sources::yaml;
+
+/// Environment variable that holds the token unless another one is named.
+pub(crate) const TOKEN_VARIABLE: &str = "PD_CONTROL_TOKEN";
+
+/// Tells every Envoy's prefill/decode filter which endpoints there are.
+///
+/// Follows a cluster's pods, a file of endpoints or both, and pushes every change to the filters that poll.
+#[derive(Debug, Parser)]
+#[command(version, args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub(super) command: Option<Command>,
+    #[command(flatten)]
+    pub(super) serve: ServeArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Say whether files would be taken, and what is wrong with them, without running anything
+    Check {
+        /// Endpoints files, files for --kubernetes-config, plugin configurations (JSON), Kubernetes manifests such as
+        /// `kubectl kustomize` prints; - for standard input
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+        /// Manifests that are in force now, which the new ones must follow on: `kubectl get -o yaml` of the same kinds
+        #[arg(long, value_name = "FILE")]
+        applied: Option<PathBuf>,
+    },
+    /// List the endpoints of a running pd-control
+    Endpoints {
+        #[command(flatten)]
+        server: Server,
+    },
+    /// Say why a pod or an endpoint is in its list as it is, or is not in it
+    Explain {
+        #[command(flatten)]
+        server: Server,
+        /// Address, or name of a pod with or without its namespace
+        name: String,
+    },
+    /// Show the busiest endpoints
+    Top {
+        #[command(flatten)]
+        server: Server,
+        /// Once, instead of every two seconds
+        #[arg(long)]
+        once: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ServeArgs {
+    /// Endpoints file to serve and follow, YAML or JSON
+    #[arg(long, env = "PD_CONTROL_ENDPOINTS", value_name = "FILE")]
+    endpoints: Option<PathBuf>,
+    /// Follow the pods of a cluster: its own by its service account, else the one that KUBECONFIG names
+    #[arg(long, env = "PD_CONTROL_KUBERNETES")]
+    kubernetes: bool,
+    /// Namespace to follow, one or several [default: its own]
+    #[arg(long, value_name = "NS", value_delimiter = ',', env = "PD_CONTROL_NAMESPACE")]
+    namespace: Vec<String>,
+    /// What to follow in the cluster and how to read it: selectors, InferencePools, networks. Implies --kubernetes
+    #[arg(long, env = "PD_CONTROL_KUBERNETES_CONFIG", value_name = "FILE")]
+    kubernetes_config: Option<PathBuf>,
+    /// An endpoint by address or DNS name: host:port,role=ROLE and other keys of an endpoint. May be repeated
+    #[arg(long, value_name = "HOST:PORT,KEY=VALUE,…")]
+    endpoint: Vec<NamedEndpoint>,
+    /// Networks that addresses of pods and DNS names may be in [default: all but loopback, link-local and metadata]
+    #[arg(long, value_name = "CIDR", value_delimiter = ',', env = "PD_CONTROL_ALLOWED_CIDR")]
+    allowed_cidr: Vec<IpNet>,
+    /// Seconds between two looks at an engine's metrics; 0: none [default: 5 with --kubernetes, else 0]
+    #[arg(long, value_name = "SECONDS", env = "PD_CONTROL_SCRAPE_INTERVAL")]
+    scrape_interval: Option<f64>,
+    /// Name that resolves to every replica of pd-control (a headless Service): they pass on what Envoys exchange
+    #[arg(long, value_name = "HOST:PORT", env = "PD_CONTROL_PEERS")]
+    peers: Option<String>,
+    /// Certificates, PEM, that replicas are trusted by; with --tls-cert they speak TLS, and each one's certificate is for
+    /// the host that --peers names [default: the system's]
+    #[arg(long, value_name = "FILE", env = "PD_CONTROL_PEERS_CA_FILE", requires = "peers", requires = "tls_cert")]
+    peers_ca_file: Option<PathBuf>,
+    /// Certificate for TLS, PEM; read again when it changes
+    #[arg(long, value_name = "FILE", env = "PD_CONTROL_TLS_CERT", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// Its key, PEM
+    #[arg(long, value_name = "FILE", env = "PD_CONTROL_TLS_KEY", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Address to listen on
+    #[arg(long, env = "PD_CONTROL_LISTEN", value_name = "IP:PORT", default_value = "127.0.0.1:9000")]
+    listen: SocketAddr,
+    /// Keep this file for a plain Envoy: the hosts of its cluster, as EDS over the file system
+    #[arg(long, env = "PD_CONTROL_EDS_FILE", value_name = "FILE")]
+    eds_file: Option<PathBuf>,
+    /// Cluster that the EDS file is for
+    #[arg(long, env = "PD_CONTROL_EDS_CLUSTER", value_name = "NAME", default_value = "engines")]
+    eds_cluster: String,
+    /// Environment variable with the bearer token that /v1/ paths ask for [default: PD_CONTROL_TOKEN where that is set]
+    #[arg(long, value_name = "NAME")]
+    token_env: Option<String>,
+    /// What to log: error, warn, info, debug, trace, or a filter such as info,pd_control=debug
+    #[arg(long, env = "PD_CONTROL_LOG_LEVEL", value_name = "LEVEL", default_value = "info")]
+    pub(super) log_level: String,
+    /// How to log: lines for people, or a JSON object a line
+    #[arg(long, env = "PD_CONTROL_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
+    pub(super) log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum LogFormat {
+    Text,
+    Json,
+}
+
+/// Files that a command line names.
+#[derive(Debug, Default, PartialEq)]
+pub(crate) struct Files {
+    pub(crate) endpoints: Option<PathBuf>,
+    pub(crate) kubernetes_config: Option<PathBuf>,
+}
+
+/// Reads arguments and environment variables as a container has them.
+///
+/// # Errors
+/// What is wrong with them, in one line.
+pub(crate) fn files_of(arguments: &[&str], variables: &[(&str, &str)]) -> Result<Files, String> {
+    let mut line = vec!["pd-control".to_owned()];
+    for argument in ServeArgs::augment_args(clap::Command::new("pd-control")).get_arguments() {
+        let value = argument.get_env().and_then(|name| variables.iter().find(|(known, _)| name == *known));
+        let long = argument.get_long().filter(|long| !arguments.iter().any(|it| it.starts_with(&format!("--{long}"))));
+        let (Some((_, value)), Some(long)) = (value, long) else { continue };
+        match argument.get_action().takes_values() {
+            true => line.push(format!("--{long}={value}")),
+            false if *value != "false" => line.push(format!("--{long}")),
+            false => {}
+        }
+    }
+    line.extend(arguments.iter().map(|argument| (*argument).to_owned()));
+    let first = |text: String| text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+    let cli = Cli::try_parse_from(line).map_err(|error| first(error.to_string()))?;
+    if cli.command.is_some() {
+        return Err("they run a command that ends".to_owned());
+    }
+    Ok(Files { endpoints: cli.serve.endpoints, kubernetes_config: cli.serve.kubernetes_config })
+}
+
+impl ServeArgs {
+    pub(super) fn config(self, variable: impl Fn(&str) -> Option<String>) -> anyhow::Result<Config> {
+        let kubernetes = self.kubernetes()?;
+        if self.endpoints.is_none() && kubernetes.is_none() && self.endpoint.is_empty() {
+            bail!("--endpoints FILE, --endpoint or --kubernetes is needed (see --help)");
+        }
+        let text = match &self.token_env {
+            Some(name) => Some(variable(name).with_context(|| format!("--token-env {name}: it is not set"))?),
+            None => variable(TOKEN_VARIABLE).filter(|text| !text.is_empty()),
+        };
+        let name = self.token_env.as_deref().unwrap_or(TOKEN_VARIABLE);
+        let token = text
+            .map(|text| Token::new(&text).with_context(|| format!("{name}: a token is printable ASCII without spaces")))
+            .transpose()?;
+        if token.is_none() && !self.listen.ip().is_loopback() {
+            tracing::warn!("{} is open to others and no token is set: anyone may read the endpoints", self.listen);
+        }
+        let eds = self.eds_file.map(|path| EdsFile::new(path, self.eds_cluster));
+        let scrape = match self.scrape_interval {
+            None => kubernetes.as_ref().map(|_| scrape::DEFAULT_INTERVAL),
+            Some(0.0) => None,
+            Some(seconds) if (0.1..=3_600.0).contains(&seconds) => Some(Duration::from_secs_f64(seconds)),
+            Some(_) => bail!("--scrape-interval: must be 0, or between 0.1 and 3600"),
+        };
+        let peers_tls = self.tls_cert.is_some().then_some(PeersTls { ca_file: self.peers_ca_file });
+        let tls = self.tls_cert.zip(self.tls_key).map(|(certificate, key)| TlsFiles { certificate, key });
+        Ok(Config {
+            endpoints: self.endpoints,
+            kubernetes,
+            named: self.endpoint,
+            networks: AllowedNetworks::new(self.allowed_cidr),
+            scrape,
+            peers: self.peers.map(|name| Peers { name, token: token.clone(), tls: peers_tls }),
+            tls,
+            log: None,
+            listen: self.listen,
+            eds,
+            token,
+            poll: DEFAULT_POLL,
+        })
+    }
+
+    fn kubernetes(&self) -> anyhow::Result<Option<Kubernetes>> {
+        if !self.kubernetes && self.kubernetes_config.is_none() {
+            if !self.namespace.is_empty() {
+                bail!("--namespace needs --kubernetes");
+            }
+            return Ok(None);
+        }
+        let mut config = match &self.kubernetes_config {
+            Some(path) => KubernetesConfig::parse(path, &yaml::read(path)?)?,
+            None => KubernetesConfig::default(),
+        };
+        if !self.namespace.is_empty() {
+            config.namespaces.clone_from(&self.namespace);
+            config.namespaces.sort();
+            config.namespaces.dedup();
+        }
+        config.allowed_cidrs.extend(&self.allowed_cidr);
+        Ok(Some(Kubernetes { config, cluster: None, limits: Limits::default() }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn config(line: &str, variable: impl Fn(&str) -> Option<String>) -> Result<Config, String> {
+        let cli = Cli::try_parse_from(line.split(' ')).unwrap();
+        cli.serve.config(variable).map_err(|error| format!("{error:#}"))
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_token_comes_from_the_variable_that_is_named() {
+        let line = "pd-control --endpoints e.yaml";
+        assert!(config(line, |_| None).unwrap().token.is_none());
+        assert!(config(line, |_| Some(String::new())).unwrap().token.is_none());
+        assert!(config(line, |name| (name == "PD_CONTROL_TOKEN").then(|| "t".into())).unwrap().token.is_some());
+        let named = format!("{line} --token-env T");
+        assert!(config(&named, |name| (name == "T").then(|| "t".into())).unwrap().token.is_some());
+        assert_eq!(config(&named, |_| None).unwrap_err(), "--token-env T: it is not set");
+        assert_eq!(config(&named, |_| Some("a b".into())).unwrap_err(), "T: a token is printable ASCII without spaces");
+    }
+
+    #[test]
+    fn without_a_source_there_is_nothing_to_serve() {
+        let error = "--endpoints FILE, --endpoint or --kubernetes is needed (see --help)";
+        assert_eq!(config("pd-control", |_| None).unwrap_err(), error);
+    }
+
+    #[test]
+    fn replicas_speak_tls_where_pd_control_serves_it() {
+        let line = "pd-control --endpoints e.yaml --peers pd-control-peers:9000";
+        let peers = |line: &str| config(line, |_| None).unwrap().peers.unwrap();
+        assert!(peers(line).tls.is_none());
+        let serving = format!("{line} --tls-cert c.pem --tls-key k.pem");
+        assert_eq!(peers(&serving).tls.unwrap().ca_file, None);
+        let trusting = format!("{serving} --peers-ca-file ca.pem");
+        assert_eq!(peers(&trusting).tls.unwrap().ca_file, Some("ca.pem".into()));
+        for line in [format!("{line} --peers-ca-file ca.pem"), trusting.replace("--peers pd-control-peers:9000 ", "")] {
+            let error = Cli::try_parse_from(line.split(' ')).unwrap_err();
+            assert_eq!(error.kind(), clap::error::ErrorKind::MissingRequiredArgument, "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn namespaces_of_the_command_line_win() {
+        let namespaces = |line: &str| config(line, |_| None).unwrap().kubernetes.unwrap().config.namespaces;
+        assert!(namespaces("pd-control --kubernetes").is_empty());
+        assert_eq!(namespaces("pd-control --kubernetes --namespace b --namespace a,b"), ["a", "b"]);
+        let error = config("pd-control --endpoints e.yaml --namespace a", |_| None).unwrap_err();
+        assert_eq!(error, "--namespace needs --kubernetes");
+    }
+}

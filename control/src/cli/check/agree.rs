@@ -1,0 +1,234 @@
+//! Names that the filter's configuration and Envoy Gateway's objects must have alike.
+
+use pd_core::config::Config;
+use serde_json::Value;
+
+use super::containers::has_token;
+use super::filters::Filter;
+use super::images::digest;
+use super::manifests::{Manifests, Object, items, text};
+use super::report::Report;
+
+/// What the route writes into the destination header.
+const DESTINATION: &str = "%FILTER_STATE(wasm.pd.destination:PLAIN)%";
+/// The filter that holds the headers until ours has chosen, and ours.
+const BUFFER: &str = "envoy.filters.http.buffer";
+const WASM: &str = "envoy.filters.http.wasm";
+/// Annotation of Envoy's pods.
+const IMAGE_ANNOTATION: &str = "pd-filter-image";
+
+/// Checks a filter against the objects around it; what is not among them is not checked.
+pub(super) fn check(filter: &Filter<'_>, config: &Config, all: &Manifests, report: &mut Report) {
+    // Without any, the files are a part of an installation.
+    if all.of_kind("HTTPRoute").next().is_none() {
+        report.note(filter.says("config", "there is no HTTPRoute here, so names that must agree were not checked"));
+        return;
+    }
+    check_cluster(filter, "cluster", &config.cluster, all, report);
+    if let Some(control) = &config.control {
+        check_cluster(filter, "control.cluster", &control.cluster, all, report);
+        check_token(filter, &control.token_env, all, report);
+    }
+    for route in all.of_kind("HTTPRoute").filter(|route| filter.policy.targets(route)) {
+        check_destination_is_set(filter, config, route, report);
+        check_traffic(filter, config, route, all, report);
+        for proxy in proxies(route, all) {
+            check_proxy(filter, config, proxy, report);
+        }
+    }
+}
+
+/// `httproute/NAMESPACE/NAME/rule/N` is the cluster of a rule of a route; other names are not Envoy Gateway's.
+fn check_cluster(filter: &Filter<'_>, key: &str, cluster: &str, all: &Manifests, report: &mut Report) {
+    let parts: Vec<_> = cluster.split('/').collect();
+    let ["httproute", namespace, name, "rule", rule] = parts.as_slice() else { return };
+    let says = |what: String| filter.says(&format!("config.{key}"), format!("{cluster:?}: {what}"));
+    let Some(route) = all.find("HTTPRoute", namespace, name) else {
+        return report.fault(says(format!("there is no HTTPRoute {namespace}/{name}")));
+    };
+    let rules = items(&route.value, "/spec/rules");
+    let Some(rule) = rule.parse().ok().and_then(|at: usize| rules.get(at)) else {
+        return report.fault(says(format!("{} has {} rules, counted from 0", route.title(), rules.len())));
+    };
+    let backends = items(rule, "/backendRefs");
+    if backends.is_empty() {
+        report.fault(says(format!("that rule of {} has no backendRefs", route.title())));
+    }
+    if all.of_kind("Service").next().is_none() {
+        return;
+    }
+    for backend in backends.iter().filter(|backend| matches!(text(backend, "/kind"), "" | "Service")) {
+        let (service, port) = (text(backend, "/name"), backend.get("port"));
+        let namespace = Some(text(backend, "/namespace")).filter(|text| !text.is_empty()).unwrap_or(&route.namespace);
+        let Some(found) = all.find("Service", namespace, service) else {
+            report.fault(says(format!("{}: there is no Service {namespace}/{service}", route.title())));
+            continue;
+        };
+        if !items(&found.value, "/spec/ports").iter().any(|known| known.get("port") == port) {
+            let port = port.map_or("no port".to_owned(), Value::to_string);
+            report.fault(says(format!("{}: {} has no port {port}", route.title(), found.title())));
+        }
+    }
+}
+
+/// Where pd-control asks for a token, Envoy's environment and the module's must have it.
+fn check_token(filter: &Filter<'_>, variable: &str, all: &Manifests, report: &mut Report) {
+    if !has_token(all) {
+        return;
+    }
+    let is_passed_on = items(filter.entry, "/env/hostKeys").iter().any(|key| key == variable);
+    if !is_passed_on {
+        let what = format!("must have {variable}: pd-control asks for a token, and config.control.token_env names it");
+        report.fault(filter.says("env.hostKeys", what));
+    }
+}
+
+fn check_destination_is_set(filter: &Filter<'_>, config: &Config, route: &Object, report: &mut Report) {
+    for (i, rule) in items(&route.value, "/spec/rules").iter().enumerate() {
+        let sets = items(rule, "/filters").iter().flat_map(|it| items(it, "/requestHeaderModifier/set"));
+        let is_header = |set: &&Value| text(set, "/name").eq_ignore_ascii_case(&config.destination_header);
+        let found = sets.into_iter().find(is_header).map(|set| text(set, "/value"));
+        if found != Some(DESTINATION) {
+            let what = format!(
+                "must set {} to {DESTINATION}: config.destination_header of {} names it",
+                config.destination_header,
+                filter.policy.title()
+            );
+            report.fault(route.says(&format!("spec.rules[{i}].filters"), what));
+        }
+    }
+}
+
+/// Policies of the route or of its Gateways.
+fn check_traffic(filter: &Filter<'_>, config: &Config, route: &Object, all: &Manifests, report: &mut Report) {
+    let gateways: Vec<_> = gateways(route, all).collect();
+    let mut policies: Vec<_> = all.of_kind("BackendTrafficPolicy").filter(|it| it.targets(route)).collect();
+    if policies.is_empty() {
+        let of_gateway = |it: &&Object| gateways.iter().any(|gateway| it.targets(gateway));
+        policies = all.of_kind("BackendTrafficPolicy").filter(of_gateway).collect();
+    }
+    if policies.is_empty() {
+        let what = format!(
+            "no BackendTrafficPolicy is for it, so nothing reads {} and holds the body",
+            config.destination_header
+        );
+        report.fault(route.says("spec", what));
+    }
+    for policy in policies {
+        let key = "spec.loadBalancer.endpointOverride.extractFrom";
+        let sources = items(&policy.value, "/spec/loadBalancer/endpointOverride/extractFrom");
+        let is_header = |source: &Value| text(source, "/header").eq_ignore_ascii_case(&config.destination_header);
+        if !sources.iter().any(is_header) {
+            let what = format!(
+                "must have header {}: config.destination_header of {} names it",
+                config.destination_header,
+                filter.policy.title()
+            );
+            report.fault(policy.says(key, what));
+        }
+        let limit = policy.value.pointer("/spec/requestBuffer/limit");
+        match limit.and_then(quantity) {
+            Some(bytes) if bytes >= config.max_body_bytes as f64 => {}
+            Some(_) => {
+                let what = format!(
+                    "is below config.max_body_bytes of {}, {}: Envoy ends when the filter edits a larger body",
+                    filter.policy.title(),
+                    config.max_body_bytes
+                );
+                report.fault(policy.says("spec.requestBuffer.limit", what));
+            }
+            None => {
+                let what = "must be there: without the buffer filter headers leave before the filter has chosen";
+                report.fault(policy.says("spec.requestBuffer.limit", what));
+            }
+        }
+    }
+}
+
+fn gateways<'a>(route: &'a Object, all: &'a Manifests) -> impl Iterator<Item = &'a Object> {
+    items(&route.value, "/spec/parentRefs").iter().filter_map(|parent| {
+        let namespace = Some(text(parent, "/namespace")).filter(|text| !text.is_empty()).unwrap_or(&route.namespace);
+        all.find("Gateway", namespace, text(parent, "/name"))
+    })
+}
+
+/// Envoy's settings for a route: those of its Gateways, else of their classes.
+fn proxies<'a>(route: &'a Object, all: &'a Manifests) -> impl Iterator<Item = &'a Object> {
+    gateways(route, all).filter_map(|gateway| {
+        let name = text(&gateway.value, "/spec/infrastructure/parametersRef/name");
+        let own = all.find("EnvoyProxy", &gateway.namespace, name);
+        own.or_else(|| {
+            let class = all.find("GatewayClass", "", text(&gateway.value, "/spec/gatewayClassName"))?;
+            let of = |key: &str| text(&class.value, &format!("/spec/parametersRef/{key}"));
+            all.find("EnvoyProxy", of("namespace"), of("name"))
+        })
+    })
+}
+
+fn check_proxy(filter: &Filter<'_>, config: &Config, proxy: &Object, report: &mut Report) {
+    let is_ordered = items(&proxy.value, "/spec/filterOrder").iter().any(|order| {
+        let of = |key: &str| text(order, key);
+        (of("/name") == BUFFER && of("/after").starts_with(WASM))
+            || (of("/name").starts_with(WASM) && of("/before") == BUFFER)
+    });
+    if !is_ordered {
+        let what = format!("must have {{name: {BUFFER}, after: {WASM}}}: the buffer holds what the filter has changed");
+        report.fault(proxy.says("spec.filterOrder", what));
+    }
+    let deployment = "/spec/provider/kubernetes/envoyDeployment";
+    let Some(envoys) = proxy.value.pointer(deployment) else { return };
+    let annotation = text(envoys, &format!("/pod/annotations/{IMAGE_ANNOTATION}"));
+    if annotation != filter.image() && digest(filter.image()).is_some() {
+        let what = format!(
+            "must be the image of {}, {}: Envoy goes on with the code it has, so a new image needs new pods",
+            filter.policy.title(),
+            filter.image()
+        );
+        let key = format!("spec.provider.kubernetes.envoyDeployment.pod.annotations.{IMAGE_ANNOTATION}");
+        report.fault(proxy.says(&key, what));
+    }
+    for variable in config.control.iter().map(|control| &control.token_env) {
+        let is_passed_on = items(filter.entry, "/env/hostKeys").iter().any(|key| key == variable);
+        let is_there = items(envoys, "/container/env").iter().any(|env| text(env, "/name") == variable);
+        if is_passed_on && !is_there {
+            let what = format!("must have {variable}, which {} takes from it", filter.policy.title());
+            report.fault(proxy.says("spec.provider.kubernetes.envoyDeployment.container.env", what));
+        }
+    }
+}
+
+/// Bytes of a Kubernetes quantity.
+fn quantity(value: &Value) -> Option<f64> {
+    if let Some(number) = value.as_f64() {
+        return Some(number);
+    }
+    let text = value.as_str()?;
+    let end = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
+    let (number, unit) = text.split_at_checked(end)?;
+    let factor = match unit {
+        "" => 1.0,
+        "k" => 1e3,
+        "M" => 1e6,
+        "G" => 1e9,
+        "Ki" => 1024.0,
+        "Mi" => 1024.0 * 1024.0,
+        "Gi" => 1024.0 * 1024.0 * 1024.0,
+        _ => return None,
+    };
+    Some(number.parse::<f64>().ok()? * factor)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantities_are_bytes() {
+        for (text, bytes) in
+            [("16Mi", Some(16_777_216.0)), ("16M", Some(16e6)), ("5", Some(5.0)), ("5x", None), ("", None)]
+        {
+            assert_eq!(quantity(&text.into()), bytes, "{text}");
+        }
+        assert_eq!(quantity(&7.into()), Some(7.0));
+    }
+}

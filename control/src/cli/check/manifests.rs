@@ -1,0 +1,96 @@
+//! Kubernetes objects as `kubectl kustomize` or `kubectl get -o yaml` prints them.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use serde_saphyr::Spanned;
+
+use crate::sources::yaml::{self, FileError};
+
+/// The objects of all files.
+#[derive(Debug, Default)]
+pub(super) struct Manifests(Vec<Object>);
+
+/// One object and where it stands.
+#[derive(Debug)]
+pub(super) struct Object {
+    pub(super) file: PathBuf,
+    /// Line in which its document begins, from 1.
+    line: u64,
+    pub(super) kind: String,
+    pub(super) namespace: String,
+    pub(super) name: String,
+    pub(super) value: Value,
+}
+
+impl Manifests {
+    /// Takes over a file's objects; those of a `List` one by one.
+    pub(super) fn read(&mut self, path: &Path, bytes: &[u8]) -> Result<(), FileError> {
+        for document in yaml::parse_documents::<Spanned<Value>>(path, bytes)? {
+            self.take(path, document.defined.line(), document.value);
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, path: &Path, line: u64, mut value: Value) {
+        if text(&value, "/kind").ends_with("List")
+            && let Some(Value::Array(items)) = value.get_mut("items").map(Value::take)
+        {
+            items.into_iter().for_each(|item| self.take(path, line, item));
+            return;
+        }
+        let of = |pointer: &str| text(&value, pointer).to_owned();
+        let (kind, namespace, name) = (of("/kind"), of("/metadata/namespace"), of("/metadata/name"));
+        self.0.push(Object { file: path.to_owned(), line, kind, namespace, name, value });
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Objects of a file.
+    pub(super) fn count(&self, path: &Path) -> usize {
+        self.0.iter().filter(|object| object.file == path).count()
+    }
+
+    pub(super) fn of_kind(&self, kind: &str) -> impl Iterator<Item = &Object> {
+        self.0.iter().filter(move |object| object.kind == kind)
+    }
+
+    pub(super) fn find(&self, kind: &str, namespace: &str, name: &str) -> Option<&Object> {
+        self.of_kind(kind).find(|object| object.namespace == namespace && object.name == name)
+    }
+}
+
+impl Object {
+    /// `Deployment llm/pd-control`.
+    pub(super) fn title(&self) -> String {
+        match self.namespace.as_str() {
+            "" => format!("{} {}", self.kind, self.name),
+            namespace => format!("{} {namespace}/{}", self.kind, self.name),
+        }
+    }
+
+    /// One line about a key of it.
+    pub(super) fn says(&self, key: &str, what: impl std::fmt::Display) -> String {
+        format!("{}:{}: {}: {key}: {what}", self.file.display(), self.line, self.title())
+    }
+
+    /// Whether its `targetRefs` name an object, or its selectors may.
+    pub(super) fn targets(&self, other: &Self) -> bool {
+        let refs = items(&self.value, "/spec/targetRefs").iter().chain(self.value.pointer("/spec/targetRef"));
+        let is_it = |target: &Value| text(target, "/kind") == other.kind && text(target, "/name") == other.name;
+        let selects = self.value.pointer("/spec/targetSelectors").is_some();
+        self.namespace == other.namespace && (selects || refs.into_iter().any(is_it))
+    }
+}
+
+/// The text of a member, or nothing.
+pub(super) fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
+    value.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
+}
+
+/// The items of a list, or none.
+pub(super) fn items<'a>(value: &'a Value, pointer: &str) -> &'a [Value] {
+    value.pointer(pointer).and_then(Value::as_array).map_or(&[], Vec::as_slice)
+}

@@ -1,0 +1,156 @@
+//! What every engine answered last, and what of it belongs in the list.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::{PoisonError, RwLock};
+
+use crate::engines::metrics::EngineLoad;
+use crate::publish::updates::{Fact, Facts};
+
+/// The models are asked for with every so many metrics.
+const MODELS_EVERY: u32 = 6;
+/// Failures in a row after which an engine that answered before is taken to be down.
+const FAILURES: u32 = 3;
+/// Tokens of a cache that are believed; the range of `cache_tokens`.
+const MAX_CACHE_TOKENS: u64 = 1_000_000_000;
+
+/// What every engine said last.
+#[derive(Debug, Default)]
+pub struct Scrapes(RwLock<BTreeMap<SocketAddr, Scraped>>);
+
+/// Metrics, and models where they were asked for; else why there is no answer.
+pub type Outcome = Result<(EngineLoad, Option<Vec<String>>), String>;
+
+/// What one engine said.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Scraped {
+    /// Its metrics, as of the last time it answered.
+    pub load: EngineLoad,
+    /// Its models, base and adapters; none: not told.
+    pub models: Vec<String>,
+    /// Whether it ever answered.
+    pub has_answered: bool,
+    /// Failures since then.
+    pub failures: u32,
+    /// Of the last one.
+    pub error: Option<String>,
+    /// Times it was asked.
+    pub asked: u32,
+}
+
+impl Scrapes {
+    /// What every engine said last.
+    #[must_use]
+    pub fn view(&self) -> BTreeMap<SocketAddr, Scraped> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Forgets all but these, and expects these.
+    pub fn follow(&self, addresses: &BTreeSet<SocketAddr>) {
+        let mut scraped = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        scraped.retain(|address, _| addresses.contains(address));
+        for address in addresses {
+            scraped.entry(*address).or_default();
+        }
+    }
+
+    /// Whether it is time to ask for its models.
+    #[must_use]
+    pub fn wants_models(&self, address: SocketAddr) -> bool {
+        let scraped = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        scraped.get(&address).is_none_or(|known| known.asked.is_multiple_of(MODELS_EVERY))
+    }
+
+    /// Takes an answer; returns all facts where it changed what they are made of.
+    pub fn take(&self, address: SocketAddr, outcome: Outcome) -> Option<Facts> {
+        let mut scraped = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let known = scraped.get_mut(&address)?;
+        let before = known.basis();
+        known.take(outcome);
+        (known.basis() != before).then(|| facts(&scraped))
+    }
+}
+
+impl Scraped {
+    fn take(&mut self, outcome: Outcome) {
+        self.asked = self.asked.wrapping_add(1);
+        match outcome {
+            Ok((load, models)) => {
+                self.load = load;
+                if let Some(models) = models {
+                    self.models = models;
+                }
+                (self.has_answered, self.failures, self.error) = (true, 0, None);
+            }
+            Err(reason) => {
+                self.failures = self.failures.saturating_add(1);
+                self.error = Some(reason);
+            }
+        }
+    }
+
+    /// What facts are made of.
+    fn basis(&self) -> (Vec<String>, Option<u64>, bool, bool) {
+        (self.models.clone(), self.load.cache_tokens, self.has_answered, self.is_silent())
+    }
+
+    /// Whether it answered before and does not any longer.
+    #[must_use]
+    pub fn is_silent(&self) -> bool {
+        self.has_answered && self.failures >= FAILURES
+    }
+}
+
+/// What of all answers belongs in the list.
+fn facts(scraped: &BTreeMap<SocketAddr, Scraped>) -> Facts {
+    let answered = scraped.values().filter(|it| it.has_answered).count();
+    let silent = scraped.values().filter(|it| it.is_silent()).count();
+    let is_believed = silent * 2 < answered;
+    let fact = |scraped: &Scraped| Fact {
+        models: scraped.models.clone(),
+        cache_tokens: scraped.load.cache_tokens.map(|tokens| tokens.min(MAX_CACHE_TOKENS)),
+        is_dead: is_believed && scraped.is_silent(),
+    };
+    scraped
+        .iter()
+        .map(|(address, scraped)| (*address, fact(scraped)))
+        .filter(|(_, it)| *it != Fact::default())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scraped(failures: u32) -> Scraped {
+        Scraped { has_answered: true, failures, ..Scraped::default() }
+    }
+
+    fn all(failures: &[u32]) -> BTreeMap<SocketAddr, Scraped> {
+        (1_u8..).zip(failures).map(|(n, failures)| (([10, 0, 0, n], 80).into(), scraped(*failures))).collect()
+    }
+
+    fn dead(failures: &[u32]) -> usize {
+        facts(&all(failures)).values().filter(|fact| fact.is_dead).count()
+    }
+
+    #[test]
+    fn the_few_that_fall_silent_are_down_and_the_many_are_not_believed() {
+        assert_eq!(dead(&[0, 0, 2]), 0);
+        assert_eq!(dead(&[0, 0, 3]), 1);
+        assert_eq!(dead(&[0, 3]), 0, "half of them");
+        assert_eq!(dead(&[3, 3, 3]), 0);
+        let mut never = all(&[0, 0, 9]);
+        for scraped in never.values_mut() {
+            scraped.has_answered = scraped.failures == 0;
+        }
+        assert!(facts(&never).is_empty(), "who never answered may be out of reach from here only");
+    }
+
+    #[test]
+    fn a_cache_beyond_belief_is_cut() {
+        let load = EngineLoad { cache_tokens: Some(u64::MAX), ..EngineLoad::default() };
+        let map = BTreeMap::from([(([10, 0, 0, 1], 80).into(), Scraped { load, ..Scraped::default() })]);
+        assert_eq!(facts(&map).values().next().unwrap().cache_tokens, Some(MAX_CACHE_TOKENS));
+    }
+}

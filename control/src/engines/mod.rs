@@ -1,0 +1,6 @@
+//! What the engines themselves answer: their metrics and their models.
+
+pub mod answers;
+pub mod fetch;
+pub mod metrics;
+pub mod scrape;

@@ -1,0 +1,104 @@
+//! Asks the engines for their metrics and models, and tells the publisher what of it belongs in the list.
+//!
+//! Each engine is asked once per interval, at a moment of its own, so that a hundred of them are no burst. An engine that
+//! answered before and now refuses several times in a row is taken to be down; when half of them do, the fault is more
+//! likely on this side, and nobody is.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until};
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::counters::Counters;
+use crate::engines::answers::{Outcome, Scrapes};
+use crate::engines::fetch::{self, EngineClient, ask};
+use crate::publish::registry::Registry;
+use crate::publish::updates::{Facts, Updates};
+
+/// How often each engine is asked unless told otherwise.
+pub const DEFAULT_INTERVAL: Duration = Duration::from_secs(5);
+/// Engines that are asked at the same time.
+const MAX_CONCURRENT: usize = 16;
+
+/// Asks.
+pub struct Scraper {
+    registry: Arc<Registry>,
+    counters: Arc<Counters>,
+    scrapes: Arc<Scrapes>,
+    interval: Duration,
+    client: EngineClient,
+}
+
+impl Scraper {
+    /// Asks the engines of the list in force every `interval`.
+    #[must_use]
+    pub fn new(registry: Arc<Registry>, counters: Arc<Counters>, scrapes: Arc<Scrapes>, interval: Duration) -> Self {
+        Self { registry, counters, scrapes, interval, client: fetch::client() }
+    }
+
+    /// Asks until the publisher is gone.
+    pub async fn run(self, updates: Updates) {
+        let mut published = self.registry.subscribe();
+        let mut due: BTreeMap<SocketAddr, Instant> = BTreeMap::new();
+        let mut asking: JoinSet<(SocketAddr, Outcome)> = JoinSet::new();
+        let mut told = Facts::new();
+        let mut is_new = true;
+        loop {
+            if is_new {
+                let current = Arc::clone(&published.borrow_and_update());
+                let now = Instant::now();
+                let addresses: BTreeSet<_> = current.endpoints().iter().map(|it| it.address).collect();
+                self.scrapes.follow(&addresses);
+                due.retain(|address, _| addresses.contains(address));
+                for address in addresses {
+                    due.entry(address).or_insert(now);
+                }
+                is_new = false;
+            }
+            let next = due.iter().min_by_key(|(_, at)| **at).map(|(address, at)| (*address, *at));
+            tokio::select! {
+                () = updates.closed() => return,
+                changed = published.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    is_new = true;
+                }
+                Some(Ok((address, outcome))) = asking.join_next(), if !asking.is_empty() => {
+                    self.counters.scraped(outcome.is_ok());
+                    let Some(facts) = self.scrapes.take(address, outcome) else { continue };
+                    if facts != told {
+                        for (address, fact) in &facts {
+                            if fact.is_dead && !told.get(address).is_some_and(|fact| fact.is_dead) {
+                                tracing::warn!(%address, "does not answer any longer: it is down until it does");
+                            }
+                        }
+                        if updates.send_facts(facts.clone()).await.is_err() {
+                            return;
+                        }
+                        told = facts;
+                    }
+                }
+                () = async { if let Some((_, at)) = next { sleep_until(at).await } },
+                    if next.is_some() && asking.len() < MAX_CONCURRENT =>
+                {
+                    let Some((address, at)) = next else { continue };
+                    due.insert(address, self.next_turn(address, at));
+                    let wants_models = self.scrapes.wants_models(address);
+                    asking.spawn(ask(self.client.clone(), address, wants_models));
+                }
+            }
+        }
+    }
+
+    /// Intervals differ by up to an eighth from address to address, so that those that begin together drift apart.
+    fn next_turn(&self, address: SocketAddr, last: Instant) -> Instant {
+        let share = (xxh3_64(address.to_string().as_bytes()) % 1_024) as f64 / 4_096.0;
+        // Late turns are not made up for.
+        last.max(Instant::now()) + self.interval.mul_f64(0.875 + share)
+    }
+}

@@ -1,0 +1,83 @@
+//! A list of endpoints that may be put into force, and how people read it.
+
+use pd_core::wire::{Endpoint, EndpointId, Role, Snapshot, State, WIRE_VERSION, WireError};
+
+/// A list that may be published: every endpoint valid, no name twice, sorted by name.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct EndpointList(Vec<Endpoint>);
+
+impl EndpointList {
+    /// Checks and sorts a list.
+    ///
+    /// # Errors
+    /// The first [`WireError`] that a filter would refuse the list for.
+    pub fn new(mut endpoints: Vec<Endpoint>) -> Result<Self, WireError> {
+        endpoints.sort_by_key(Endpoint::id);
+        let snapshot = Snapshot {
+            wire: WIRE_VERSION,
+            epoch: String::new(),
+            version: 1,
+            base: None,
+            endpoints,
+            removed: Vec::new(),
+        };
+        snapshot.validate()?;
+        Ok(Self(snapshot.endpoints))
+    }
+
+    /// The endpoints, sorted by name.
+    #[must_use]
+    pub fn as_slice(&self) -> &[Endpoint] {
+        &self.0
+    }
+
+    /// The endpoint of that name, if it is in the list.
+    #[must_use]
+    pub fn get(&self, id: EndpointId) -> Option<&Endpoint> {
+        let index = self.0.binary_search_by_key(&id, Endpoint::id).ok()?;
+        self.0.get(index)
+    }
+}
+
+/// `4 endpoints (2 prefill, 2 decode)`.
+#[must_use]
+pub fn summary(endpoints: &[Endpoint]) -> String {
+    let counts = [(Role::Prefill, "prefill"), (Role::Decode, "decode"), (Role::Both, "both")]
+        .map(|(role, name)| (endpoints.iter().filter(|endpoint| endpoint.role == role).count(), name));
+    let roles: Vec<_> = counts.iter().filter(|(count, _)| *count > 0).map(|(n, name)| format!("{n} {name}")).collect();
+    let plural = if endpoints.len() == 1 { "" } else { "s" };
+    let roles = if roles.is_empty() { String::new() } else { format!(" ({})", roles.join(", ")) };
+    format!("{} endpoint{plural}{roles}", endpoints.len())
+}
+
+/// A role as in the list.
+#[must_use]
+pub fn role(role: Role) -> &'static str {
+    match role {
+        Role::Prefill => "prefill",
+        Role::Decode => "decode",
+        Role::Both => "both",
+    }
+}
+
+/// A state as in the list.
+#[must_use]
+pub fn state(state: State) -> &'static str {
+    match state {
+        State::Ready => "ready",
+        State::Draining => "draining",
+        State::Down => "down",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_with_a_name_twice_is_refused() {
+        let endpoint = Endpoint::new(([10, 0, 0, 1], 8000).into(), Role::Both);
+        let twice = EndpointList::new(vec![endpoint.clone(), endpoint]);
+        assert!(matches!(twice, Err(WireError::Duplicate(_))));
+    }
+}

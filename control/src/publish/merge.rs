@@ -1,0 +1,158 @@
+//! Makes one list of what several sources list.
+//!
+//! Nothing is published before each source has listed once: the filters hold a list already, and a part of it would take
+//! the rest out of service. An endpoint that two sources list is as the first of them says.
+
+use std::collections::BTreeMap;
+
+use pd_core::wire::{Endpoint, State};
+
+use crate::list::EndpointList;
+use crate::publish::updates::{Facts, Update};
+
+/// What every source said last.
+#[derive(Debug, Default)]
+pub struct Merge {
+    parts: Vec<Part>,
+    facts: Facts,
+}
+
+#[derive(Debug)]
+struct Part {
+    list: Option<EndpointList>,
+    problem: Option<String>,
+}
+
+impl Merge {
+    /// Adds a source that has said nothing yet; returns its place.
+    pub fn add(&mut self) -> usize {
+        self.parts.push(Part { list: None, problem: None });
+        self.parts.len() - 1
+    }
+
+    /// Takes what a source says; returns what is to be said of all of them.
+    pub fn take(&mut self, source: usize, update: Update) -> Update {
+        let mut is_new = false;
+        if let Some(part) = self.parts.get_mut(source) {
+            is_new = update.list.is_some();
+            part.list = update.list.or(part.list.take());
+            part.problem = update.problem;
+        }
+        let problems: Vec<&str> = self.parts.iter().filter_map(|part| part.problem.as_deref()).collect();
+        let problem = (!problems.is_empty()).then(|| problems.join("; "));
+        match self.list().filter(|_| is_new).transpose() {
+            Ok(list) => Update { list, problem },
+            Err(error) => Update { list: None, problem: Some(error) },
+        }
+    }
+
+    /// The list of all sources, once each has one; an error where it would be refused.
+    #[must_use]
+    pub fn list(&self) -> Option<Result<EndpointList, String>> {
+        let lists: Option<Vec<&EndpointList>> = self.parts.iter().map(|part| part.list.as_ref()).collect();
+        let lists = lists.filter(|lists| !lists.is_empty())?;
+        if let ([only], true) = (lists.as_slice(), self.facts.is_empty()) {
+            return Some(Ok((*only).clone()));
+        }
+        let mut endpoints = BTreeMap::new();
+        for endpoint in lists.iter().flat_map(|list| list.as_slice()) {
+            endpoints.entry(endpoint.id()).or_insert_with(|| self.with_fact(endpoint.clone()));
+        }
+        Some(EndpointList::new(endpoints.into_values().collect()).map_err(|error| error.to_string()))
+    }
+
+    /// Takes what the engines say; returns the list, if there is one.
+    pub fn take_facts(&mut self, facts: Facts) -> Option<Result<EndpointList, String>> {
+        self.facts = facts;
+        self.list()
+    }
+
+    /// What is said of an endpoint wins over what it says; only that it does not answer counts in any case.
+    fn with_fact(&self, mut endpoint: Endpoint) -> Endpoint {
+        if let Some(fact) = self.facts.get(&endpoint.address) {
+            if endpoint.models.is_empty() {
+                endpoint.models.clone_from(&fact.models);
+            }
+            endpoint.cache_tokens = endpoint.cache_tokens.or(fact.cache_tokens);
+            if fact.is_dead && endpoint.state == State::Ready {
+                endpoint.state = State::Down;
+            }
+        }
+        endpoint
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pd_core::wire::Role;
+
+    use super::*;
+    use crate::publish::updates::Fact;
+
+    fn list(endpoints: &[(u8, f64)]) -> Update {
+        let endpoint = |(n, weight): &(u8, f64)| Endpoint {
+            weight: *weight,
+            ..Endpoint::new(([10, 0, 0, *n], 80).into(), Role::Both)
+        };
+        Ok(EndpointList::new(endpoints.iter().map(endpoint).collect()).unwrap()).into()
+    }
+
+    fn weights(update: &Update) -> Option<Vec<f64>> {
+        let list = update.list.as_ref()?;
+        Some(list.as_slice().iter().map(|endpoint| endpoint.weight).collect())
+    }
+
+    fn problem(text: &str) -> Update {
+        Err(text.to_owned()).into()
+    }
+
+    #[test]
+    fn nothing_is_said_before_all_have_listed() {
+        let mut merge = Merge::default();
+        let (first, second) = (merge.add(), merge.add());
+        assert_eq!(weights(&merge.take(first, list(&[(1, 1.0)]))), None);
+        assert_eq!(weights(&merge.take(second, list(&[]))), Some(vec![1.0]));
+    }
+
+    #[test]
+    fn the_first_source_says_what_an_endpoint_is() {
+        let mut merge = Merge::default();
+        let (first, second) = (merge.add(), merge.add());
+        merge.take(second, list(&[(1, 9.0), (2, 3.0)]));
+        assert_eq!(weights(&merge.take(first, list(&[(1, 2.0)]))), Some(vec![2.0, 3.0]));
+        assert_eq!(weights(&merge.take(first, list(&[]))), Some(vec![9.0, 3.0]));
+    }
+
+    #[test]
+    fn a_problem_of_one_keeps_its_list_and_stays_said_while_others_change() {
+        let mut merge = Merge::default();
+        let (first, second) = (merge.add(), merge.add());
+        merge.take(first, list(&[(1, 1.0)]));
+        merge.take(second, list(&[(2, 2.0)]));
+        let update = merge.take(first, problem("broken"));
+        assert_eq!((update.list, update.problem.as_deref()), (None, Some("broken")));
+        let update = merge.take(second, list(&[(2, 4.0)]));
+        assert_eq!((weights(&update), update.problem.as_deref()), (Some(vec![1.0, 4.0]), Some("broken")));
+        assert_eq!(merge.take(second, problem("gone")).problem.as_deref(), Some("broken; gone"));
+        assert_eq!(merge.take(first, list(&[])).problem.as_deref(), Some("gone"));
+    }
+
+    #[test]
+    fn facts_fill_what_is_not_said_and_silence_is_down() {
+        let mut merge = Merge::default();
+        let source = merge.add();
+        merge.take(source, list(&[(1, 1.0), (2, 1.0)]));
+        let fact = Fact { models: vec!["m".into()], cache_tokens: Some(9), is_dead: true };
+        let merged = merge.take_facts(Facts::from([(([10, 0, 0, 1], 80).into(), fact)])).unwrap().unwrap();
+        let [first, second] = merged.as_slice() else { panic!() };
+        assert_eq!(
+            (first.models.as_slice(), first.cache_tokens, first.state),
+            (["m".to_owned()].as_slice(), Some(9), State::Down)
+        );
+        assert_eq!(*second, Endpoint::new(([10, 0, 0, 2], 80).into(), Role::Both));
+        let said =
+            Endpoint { models: vec!["x".into()], cache_tokens: Some(1), state: State::Draining, ..first.clone() };
+        merge.take(source, Ok(EndpointList::new(vec![said.clone()]).unwrap()).into());
+        assert_eq!(merge.list().unwrap().unwrap().as_slice(), [said]);
+    }
+}

@@ -1,0 +1,401 @@
+//! The endpoint list in force, its versions, and what changed between them.
+
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use pd_core::wire::{Endpoint, EndpointId, Snapshot, WIRE_VERSION};
+use tokio::sync::watch;
+
+use crate::list::EndpointList;
+
+/// Endpoint names that the history keeps at least, however short the list. A longer list keeps as many names as it has
+/// endpoints: a delta that touches more would not be shorter than the list itself.
+const HISTORY_IDS: usize = 256;
+
+/// Endpoints that one publication touched.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Change {
+    /// Endpoints of the new list.
+    pub total: usize,
+    /// Endpoints that were not in the list before.
+    pub added: usize,
+    /// Endpoints that were in it with other values.
+    pub changed: usize,
+    /// Endpoints that left.
+    pub removed: usize,
+}
+
+/// One version of the list, with the steps that led to it.
+#[derive(Debug)]
+pub struct Published {
+    epoch: Arc<str>,
+    version: u64,
+    changed_at: SystemTime,
+    endpoints: EndpointList,
+    /// Steps to versions `version - history.len() + 1 ..= version`.
+    history: VecDeque<Arc<Step>>,
+    /// Answers by base; `None` is the whole list. Encoded once, however many filters ask.
+    encoded: Mutex<BTreeMap<Option<u64>, Bytes>>,
+}
+
+/// What one version touched.
+#[derive(Debug, Default)]
+struct Step(Vec<Touch>);
+
+#[derive(Clone, Copy, Debug)]
+struct Touch {
+    id: EndpointId,
+    existed: bool,
+}
+
+/// Publishes lists to any number of watchers.
+#[derive(Debug)]
+pub struct Registry {
+    published: watch::Sender<Arc<Published>>,
+    /// Serialises publications; readers never wait for it.
+    publishing: Mutex<()>,
+}
+
+impl fmt::Display for Change {
+    /// `5 endpoints (+1 -0 ~2)`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { total, added, changed, removed } = self;
+        write!(f, "{total} endpoint{} (+{added} -{removed} ~{changed})", if *total == 1 { "" } else { "s" })
+    }
+}
+
+impl Published {
+    /// Version 0 of an epoch: no list yet. Nobody is answered with it.
+    #[must_use]
+    pub fn nothing(epoch: &str, now: SystemTime) -> Self {
+        Self {
+            epoch: epoch.into(),
+            version: 0,
+            changed_at: now,
+            endpoints: EndpointList::default(),
+            history: VecDeque::new(),
+            encoded: Mutex::default(),
+        }
+    }
+
+    /// Names this run of the registry.
+    #[must_use]
+    pub fn epoch(&self) -> &str {
+        &self.epoch
+    }
+
+    /// Changes since the epoch began; 0 before the first list.
+    #[must_use]
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// When this version was published.
+    #[must_use]
+    pub fn changed_at(&self) -> SystemTime {
+        self.changed_at
+    }
+
+    /// The list, sorted by name.
+    #[must_use]
+    pub fn endpoints(&self) -> &[Endpoint] {
+        self.endpoints.as_slice()
+    }
+
+    /// The version after this one, or `None` when `list` holds what is in force already.
+    #[must_use]
+    pub fn advance(&self, list: EndpointList, now: SystemTime) -> Option<(Self, Change)> {
+        let (step, change) = diff(&self.endpoints, &list);
+        if step.0.is_empty() && self.version > 0 {
+            return None;
+        }
+        let mut history = self.history.clone();
+        history.push_back(Arc::new(step));
+        let limit = HISTORY_IDS.max(list.as_slice().len());
+        let mut ids: usize = history.iter().map(|step| step.0.len()).sum();
+        while ids > limit
+            && let Some(oldest) = history.pop_front()
+        {
+            ids -= oldest.0.len();
+        }
+        let next = Self {
+            epoch: Arc::clone(&self.epoch),
+            version: self.version + 1,
+            changed_at: now,
+            endpoints: list,
+            history,
+            encoded: Mutex::default(),
+        };
+        Some((next, change))
+    }
+
+    /// What a filter that holds version `since` of `epoch` has to learn: `None` when it is up to date, what changed
+    /// where that is shorter, otherwise the whole list.
+    #[must_use]
+    pub fn snapshot(&self, epoch: &str, since: u64) -> Option<Snapshot> {
+        self.base(epoch, since).map(|base| self.snapshot_from(base))
+    }
+
+    /// [`Published::snapshot`] as the bytes of an answer.
+    #[must_use]
+    pub fn answer(&self, epoch: &str, since: u64) -> Option<Bytes> {
+        let base = self.base(epoch, since)?;
+        let mut encoded = self.encoded.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(encoded.entry(base).or_insert_with(|| self.snapshot_from(base).to_json().into()).clone())
+    }
+
+    /// The base of the answer to such a filter; the outer `None` says that there is nothing to answer.
+    fn base(&self, epoch: &str, since: u64) -> Option<Option<u64>> {
+        if self.version == 0 {
+            return None;
+        }
+        if epoch != &*self.epoch {
+            return Some(None);
+        }
+        match since.cmp(&self.version) {
+            Ordering::Equal => None,
+            Ordering::Greater => Some(None),
+            Ordering::Less => {
+                let is_shorter =
+                    self.touched_since(since).is_some_and(|touched| touched.len() < self.endpoints.as_slice().len());
+                Some(is_shorter.then_some(since))
+            }
+        }
+    }
+
+    fn snapshot_from(&self, base: Option<u64>) -> Snapshot {
+        let whole = || (None, self.endpoints.as_slice().to_vec(), Vec::new());
+        let delta = |base| {
+            let mut endpoints = Vec::new();
+            let mut removed = Vec::new();
+            for (id, existed) in self.touched_since(base)? {
+                match self.endpoints.get(id) {
+                    Some(endpoint) => endpoints.push(endpoint.clone()),
+                    None if existed => removed.push(id.to_string()),
+                    // Came and went since: the filter never heard of it.
+                    None => {}
+                }
+            }
+            Some((Some(base), endpoints, removed))
+        };
+        let (base, endpoints, removed) = base.and_then(delta).unwrap_or_else(whole);
+        Snapshot { wire: WIRE_VERSION, epoch: self.epoch.to_string(), version: self.version, base, endpoints, removed }
+    }
+
+    /// Names that changed since a version, each with whether that version had it; `None` when it is too old to tell.
+    fn touched_since(&self, since: u64) -> Option<BTreeMap<EndpointId, bool>> {
+        let steps = usize::try_from(self.version.checked_sub(since)?).ok()?;
+        // Version 0 is no list, so nothing can be a change of it.
+        let first = self.history.len().checked_sub(steps).filter(|_| since > 0)?;
+        let mut touched = BTreeMap::new();
+        for touch in self.history.range(first..).flat_map(|step| &step.0) {
+            touched.entry(touch.id).or_insert(touch.existed);
+        }
+        Some(touched)
+    }
+}
+
+impl Registry {
+    /// A registry without a list.
+    #[must_use]
+    pub fn new(epoch: &str, now: SystemTime) -> Self {
+        let (published, _) = watch::channel(Arc::new(Published::nothing(epoch, now)));
+        Self { published, publishing: Mutex::new(()) }
+    }
+
+    /// Puts a list into force and wakes every watcher; `None` when it is in force already.
+    pub fn publish(&self, list: EndpointList, now: SystemTime) -> Option<Change> {
+        let _guard = self.publishing.lock().unwrap_or_else(PoisonError::into_inner);
+        let (next, change) = self.current().advance(list, now)?;
+        self.published.send_replace(Arc::new(next));
+        Some(change)
+    }
+
+    /// The version in force.
+    #[must_use]
+    pub fn current(&self) -> Arc<Published> {
+        Arc::clone(&self.published.borrow())
+    }
+
+    /// Sees every later version, or the last of them.
+    #[must_use]
+    pub fn subscribe(&self) -> watch::Receiver<Arc<Published>> {
+        self.published.subscribe()
+    }
+}
+
+/// Walks two sorted lists side by side.
+fn diff(old: &EndpointList, new: &EndpointList) -> (Step, Change) {
+    let mut step = Step::default();
+    let mut change = Change { total: new.as_slice().len(), ..Change::default() };
+    let (mut olds, mut news) = (old.as_slice().iter().peekable(), new.as_slice().iter().peekable());
+    loop {
+        let order = match (olds.peek(), news.peek()) {
+            (None, None) => break,
+            (Some(_), None) => Ordering::Less,
+            (None, Some(_)) => Ordering::Greater,
+            (Some(old), Some(new)) => old.id().cmp(&new.id()),
+        };
+        let before = if order == Ordering::Greater { None } else { olds.next() };
+        let after = if order == Ordering::Less { None } else { news.next() };
+        match (before, after) {
+            (Some(before), Some(after)) if before == after => continue,
+            (Some(_), Some(_)) => change.changed += 1,
+            (Some(_), None) => change.removed += 1,
+            (None, _) => change.added += 1,
+        }
+        if let Some(id) = before.or(after).map(Endpoint::id) {
+            step.0.push(Touch { id, existed: before.is_some() });
+        }
+    }
+    (step, change)
+}
+
+#[cfg(test)]
+mod tests {
+    use pd_core::wire::{Role, State};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const NOW: SystemTime = SystemTime::UNIX_EPOCH;
+
+    fn endpoint(n: u8, weight: f64) -> Endpoint {
+        Endpoint { weight, ..Endpoint::new(([10, 0, 0, n], 8000).into(), Role::Both) }
+    }
+
+    fn list(numbers: impl IntoIterator<Item = u8>) -> EndpointList {
+        EndpointList::new(numbers.into_iter().map(|n| endpoint(n, 1.0)).collect()).unwrap()
+    }
+
+    fn advance(published: &Published, list: EndpointList) -> Published {
+        published.advance(list, NOW).unwrap().0
+    }
+
+    /// A filter, reduced to its table.
+    #[derive(Default)]
+    struct Follower {
+        epoch: String,
+        version: u64,
+        table: BTreeMap<String, Endpoint>,
+    }
+
+    impl Follower {
+        fn poll(&mut self, published: &Published) {
+            let Some(bytes) = published.answer(&self.epoch, self.version) else {
+                assert_eq!(self.version, published.version());
+                return;
+            };
+            let snapshot = Snapshot::parse(&bytes).unwrap();
+            match snapshot.base {
+                None => self.table.clear(),
+                Some(base) => assert_eq!(base, self.version),
+            }
+            for id in &snapshot.removed {
+                assert!(self.table.remove(id).is_some(), "{id} was never announced");
+            }
+            self.table.extend(snapshot.endpoints.into_iter().map(|endpoint| (endpoint.id().to_string(), endpoint)));
+            (self.epoch, self.version) = (snapshot.epoch, snapshot.version);
+        }
+
+        fn list(&self) -> EndpointList {
+            EndpointList::new(self.table.values().cloned().collect()).unwrap()
+        }
+    }
+
+    #[test]
+    fn a_first_list_is_version_one_even_when_empty() {
+        let nothing = Published::nothing("e", NOW);
+        assert_eq!(nothing.snapshot("other", 7), None, "without a list nobody is answered");
+        let first = advance(&nothing, list([]));
+        assert_eq!(first.version(), 1);
+        let snapshot = first.snapshot("", 0).unwrap();
+        assert_eq!((snapshot.base, snapshot.endpoints.len()), (None, 0));
+    }
+
+    #[test]
+    fn equal_content_in_another_order_is_no_change() {
+        let first = advance(&Published::nothing("e", NOW), list([1, 2]));
+        assert!(first.advance(list([2, 1]), NOW).is_none());
+    }
+
+    #[test]
+    fn a_change_counts_what_it_touched() {
+        let first = advance(&Published::nothing("e", NOW), list([1, 2, 3]));
+        let next = EndpointList::new(vec![endpoint(1, 1.0), endpoint(3, 2.0), endpoint(4, 1.0), endpoint(5, 1.0)]);
+        let (_, change) = first.advance(next.unwrap(), NOW).unwrap();
+        assert_eq!(change, Change { total: 4, added: 2, changed: 1, removed: 1 });
+        assert_eq!(change.to_string(), "4 endpoints (+2 -1 ~1)");
+    }
+
+    #[test]
+    fn another_epoch_or_a_version_of_the_future_gets_the_whole_list() {
+        let second = advance(&advance(&Published::nothing("e", NOW), list([1, 2, 3])), list([1, 2, 3, 4]));
+        assert_eq!(second.snapshot("e", 1).unwrap().base, Some(1));
+        assert_eq!(second.snapshot("e", 2), None);
+        for (epoch, since) in [("e", 0), ("e", 3), ("e", u64::MAX), ("f", 1), ("f", 2), ("", 0)] {
+            let whole = second.snapshot(epoch, since).unwrap();
+            assert_eq!((whole.base, whole.endpoints.len()), (None, 4), "{epoch} {since}");
+        }
+    }
+
+    #[test]
+    fn a_delta_that_is_not_shorter_gives_way_to_the_whole_list() {
+        let second = advance(&advance(&Published::nothing("e", NOW), list([1, 2])), list([3, 4]));
+        assert_eq!(second.snapshot("e", 1).unwrap().base, None);
+    }
+
+    #[test]
+    fn the_history_is_bounded_and_older_versions_get_the_whole_list() {
+        let mut published = advance(&Published::nothing("e", NOW), list(0..100));
+        for round in 0..1_000_u32 {
+            let mut next = published.endpoints().to_vec();
+            next[0].state = if round % 2 == 0 { State::Draining } else { State::Ready };
+            published = advance(&published, EndpointList::new(next).unwrap());
+        }
+        assert_eq!(published.history.len(), HISTORY_IDS);
+        assert_eq!(published.snapshot("e", 1).unwrap().base, None);
+        assert_eq!(published.snapshot("e", 990).unwrap().base, Some(990));
+    }
+
+    #[test]
+    fn an_answer_is_encoded_once() {
+        let first = advance(&Published::nothing("e", NOW), list([1]));
+        let (one, other) = (first.answer("x", 0).unwrap(), first.answer("y", 9).unwrap());
+        assert_eq!(one.as_ptr(), other.as_ptr());
+    }
+
+    proptest! {
+        #[test]
+        fn following_the_answers_equals_the_whole_list(
+            lists in prop::collection::vec(prop::collection::btree_map(0_u8..24, 1_u8..4, 0..20), 1..24),
+            polls in prop::collection::vec(prop::bool::ANY, 24),
+        ) {
+            let mut published = Published::nothing("e", NOW);
+            let (mut every, mut some) = (Follower::default(), Follower::default());
+            for (map, does_poll) in lists.into_iter().zip(polls) {
+                let endpoints = map.into_iter().map(|(n, weight)| endpoint(n, weight.into())).collect();
+                let list = EndpointList::new(endpoints).unwrap();
+                if let Some((next, _)) = published.advance(list.clone(), NOW) {
+                    prop_assert_eq!(next.version(), published.version() + 1);
+                    published = next;
+                } else {
+                    prop_assert_eq!(published.endpoints(), list.as_slice());
+                }
+                every.poll(&published);
+                prop_assert_eq!(every.list(), list.clone());
+                if does_poll {
+                    some.poll(&published);
+                    prop_assert_eq!(some.list(), list);
+                }
+            }
+            some.poll(&published);
+            let list = some.list();
+            prop_assert_eq!(list.as_slice(), published.endpoints());
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! What the kernel reports of a file and of the directories on the way to it.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use notify::event::{AccessKind, AccessMode, CreateKind, EventKind, ModifyKind, RenameMode};
+use notify::{RecommendedWatcher, RecursiveMode, Watcher};
+use tokio::sync::Notify;
+
+/// What the kernel has reported since the last look; shared with the thread that it reports to.
+#[derive(Debug, Default)]
+pub struct Reports {
+    seen: Mutex<Seen>,
+    arrived: Notify,
+}
+
+/// What has been seen at once.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Seen {
+    /// The last thing that happened to the file itself.
+    pub file: Option<Progress>,
+    /// Something else moved in a directory on the way to the file, such as a link.
+    pub beside: bool,
+}
+
+/// How far a writer of the file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// It may write more.
+    Unfinished,
+    /// It has closed the file or moved it into place.
+    Finished,
+}
+
+/// Directories under watch, and what keeps them there.
+pub struct Watches {
+    watcher: RecommendedWatcher,
+    reports: Arc<Reports>,
+    targets: Arc<Mutex<BTreeSet<Target>>>,
+}
+
+/// A directory entry that the file's content depends on.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Target {
+    directory: PathBuf,
+    /// The directory may be replaced by another of its name.
+    device_inode: (u64, u64),
+    name: OsString,
+}
+
+impl Reports {
+    /// What has been reported, as soon as there is something.
+    pub async fn next(&self) -> Seen {
+        loop {
+            let seen = std::mem::take(&mut *self.seen.lock().unwrap_or_else(PoisonError::into_inner));
+            if seen.file.is_some() || seen.beside {
+                return seen;
+            }
+            self.arrived.notified().await;
+        }
+    }
+
+    fn file(&self, progress: Progress) {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).file = Some(progress);
+        self.arrived.notify_one();
+    }
+
+    fn beside(&self) {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).beside = true;
+        self.arrived.notify_one();
+    }
+
+    /// Sorts one report of the kernel.
+    fn take(&self, event: &notify::Event, targets: &BTreeSet<Target>) {
+        if event.need_rescan() {
+            return self.beside();
+        }
+        let is_ours = |path: &PathBuf| {
+            targets.iter().any(|target| {
+                path.parent() == Some(&target.directory) && path.file_name() == Some(target.name.as_os_str())
+            })
+        };
+        // A rename arrives in two halves and then once more as a whole; the halves say which of its ends is ours.
+        let moved_from = EventKind::Modify(ModifyKind::Name(RenameMode::From));
+        let moved_to = EventKind::Modify(ModifyKind::Name(RenameMode::To));
+        let is_link = || event.paths.first().is_some_and(|path| path.is_symlink());
+        let is_file = event.paths.iter().any(is_ours);
+        match event.kind {
+            EventKind::Access(AccessKind::Close(AccessMode::Write)) if is_file => self.file(Progress::Finished),
+            EventKind::Access(_) | EventKind::Modify(ModifyKind::Name(RenameMode::Both)) => {}
+            kind if kind == moved_to && is_file => self.file(Progress::Finished),
+            EventKind::Create(CreateKind::File | CreateKind::Any) if is_file && is_link() => {
+                self.file(Progress::Finished);
+            }
+            _ if is_file => self.file(Progress::Unfinished),
+            EventKind::Create(_) | EventKind::Remove(_) => self.beside(),
+            kind if kind == moved_to || kind == moved_from => self.beside(),
+            _ => {}
+        }
+    }
+}
+
+impl Watches {
+    /// Nothing is watched yet.
+    ///
+    /// # Errors
+    /// When the kernel has no watch to give.
+    pub fn new(reports: &Arc<Reports>) -> notify::Result<Self> {
+        let targets = Arc::new(Mutex::new(BTreeSet::new()));
+        let (told, known) = (Arc::clone(reports), Arc::clone(&targets));
+        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| match event {
+            Ok(event) => told.take(&event, &known.lock().unwrap_or_else(PoisonError::into_inner)),
+            Err(_) => told.beside(),
+        })?;
+        Ok(Self { watcher, reports: Arc::clone(reports), targets })
+    }
+
+    /// Watches the directory of the file and, where the file is a link into another one, that one too.
+    pub fn follow(&mut self, path: &Path) {
+        let wanted: BTreeSet<Target> =
+            [Some(path.to_owned()), path.canonicalize().ok()].into_iter().flatten().filter_map(Target::new).collect();
+        let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
+        if wanted == *targets {
+            return;
+        }
+        let before = std::mem::replace(&mut *targets, wanted.clone());
+        // Not held any longer: the watcher's thread takes it too.
+        drop(targets);
+        for gone in before.difference(&wanted) {
+            // Fails when the directory was removed, which is what is wanted.
+            let _ = self.watcher.unwatch(&gone.directory);
+        }
+        for target in &wanted {
+            if let Err(error) = self.watcher.watch(&target.directory, RecursiveMode::NonRecursive) {
+                tracing::warn!("cannot watch {} ({error}), polling it instead", target.directory.display());
+            }
+        }
+        // What happened before the new watches stood was not reported.
+        self.reports.beside();
+    }
+}
+
+impl Target {
+    fn new(path: PathBuf) -> Option<Self> {
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let directory = parent.canonicalize().ok()?;
+        let metadata = directory.metadata().ok()?;
+        Some(Self { device_inode: (metadata.dev(), metadata.ino()), name: path.file_name()?.to_owned(), directory })
+    }
+}

@@ -1,0 +1,120 @@
+//! Labels and annotations of AIBrix.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use crate::sources::kubernetes::pod::Pod;
+
+/// Role of the pod in its role set.
+pub const ROLE: &str = "role-name";
+/// The role set, whose pods belong together.
+pub const ROLESET: &str = "roleset-name";
+/// The model that the pod serves.
+pub const MODEL: &str = "model.aibrix.ai/name";
+/// The port that it serves at, as label or annotation.
+pub const PORT: &str = "model.aibrix.ai/port";
+/// The engine that it runs.
+pub const ENGINE: &str = "model.aibrix.ai/engine";
+/// What moves its KV cache.
+pub const CONNECTOR: &str = "model.aibrix.ai/kv-connector-type";
+/// Profiles of a pod as JSON; the one named `defaultProfile`, else `default`, says of which length prompts should be.
+const CONFIG: &str = "model.aibrix.ai/config";
+/// Where AIBrix had them before.
+const MIN_LENGTH: &str = "prompt-len-bucket-min-length";
+const MAX_LENGTH: &str = "prompt-len-bucket-max-length";
+/// Place of a pod in a group of several nodes; the first one takes the requests.
+pub const GROUP_INDEX: &str = "stormservice.orchestration.aibrix.ai/pod-group-index";
+
+/// The part of AIBrix's configuration of a pod that is read here.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Config {
+    #[serde(default)]
+    default_profile: String,
+    #[serde(default)]
+    profiles: BTreeMap<String, Profile>,
+}
+
+#[derive(Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Profile {
+    routing_config: Option<Bounds>,
+    /// Older ones have them outside.
+    #[serde(flatten)]
+    bounds: Bounds,
+}
+
+#[derive(Clone, Copy, Default, Deserialize)]
+struct Bounds {
+    #[serde(rename = "promptLenBucketMinLength")]
+    min: Option<u64>,
+    #[serde(rename = "promptLenBucketMaxLength")]
+    max: Option<u64>,
+}
+
+fn profile_of(text: &str) -> serde_json::Result<Option<Profile>> {
+    if text.trim().is_empty() {
+        return Ok(None);
+    }
+    let Config { default_profile, profiles } = serde_json::from_str(text)?;
+    Ok(profiles.get(&default_profile).or_else(|| profiles.get("default")).cloned())
+}
+
+/// The prompt lengths that a pod is for: the fewest tokens, the most.
+///
+/// # Errors
+/// What is wrong with the annotation or the label, which it names.
+pub fn prompt_bounds(pod: &Pod) -> Result<(Option<u64>, Option<u64>), String> {
+    let bound = |value: Option<u64>| value.filter(|tokens| *tokens > 0);
+    if let Some(text) = pod.annotations.get(CONFIG) {
+        let profile = profile_of(text).map_err(|error| format!("{CONFIG}: {error}"))?;
+        let Profile { routing_config, bounds } = profile.unwrap_or_default();
+        let Bounds { min, max } = routing_config.unwrap_or(bounds);
+        return Ok((bound(min), bound(max)));
+    }
+    let label = |key: &str| {
+        let Some(text) = pod.labels.get(key) else { return Ok(None) };
+        text.parse().map(Some).map_err(|_| format!("{key}: {text:?} is no such number"))
+    };
+    Ok((bound(label(MIN_LENGTH)?), bound(label(MAX_LENGTH)?)))
+}
+
+#[cfg(test)]
+mod tests {
+    use pd_core::wire::State;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn bounds(labels: Value, annotations: Value) -> Result<(Option<u64>, Option<u64>), String> {
+        let texts = |value| serde_json::from_value(value).unwrap();
+        prompt_bounds(&Pod {
+            labels: texts(labels),
+            annotations: texts(annotations),
+            ip: None,
+            ports: Vec::new(),
+            state: State::Ready,
+            is_finished: false,
+            created: 0,
+        })
+    }
+
+    #[test]
+    fn aibrix_says_of_which_length_prompts_should_be() {
+        let config =
+            |profile: &str| json!({"model.aibrix.ai/config": format!(r#"{{"profiles":{{"default":{profile}}}}}"#)});
+        let none = json!({});
+        let nested = r#"{"routingStrategy":"pd","routingConfig":{"promptLenBucketMinLength":0,"promptLenBucketMaxLength":2048,"combined":true}}"#;
+        assert_eq!(bounds(none.clone(), config(nested)).unwrap(), (None, Some(2_048)));
+        assert_eq!(bounds(none.clone(), config(r#"{"promptLenBucketMinLength":2048}"#)).unwrap(), (Some(2_048), None));
+        assert_eq!(bounds(none.clone(), config("{}")).unwrap(), (None, None));
+        let named = json!({"model.aibrix.ai/config": r#"{"defaultProfile":"pd","profiles":{"pd":{"promptLenBucketMaxLength":9}}}"#});
+        assert_eq!(bounds(none.clone(), named.clone()).unwrap(), (None, Some(9)));
+        let labels = json!({"prompt-len-bucket-min-length": "5", "prompt-len-bucket-max-length": "0"});
+        assert_eq!(bounds(labels.clone(), none.clone()).unwrap(), (Some(5), None));
+        assert_eq!(bounds(labels, named).unwrap(), (None, Some(9)), "the annotation wins");
+        let wrong = bounds(none, json!({"model.aibrix.ai/config": "{"}));
+        assert!(wrong.unwrap_err().starts_with("model.aibrix.ai/config: "));
+    }
+}

@@ -1,0 +1,257 @@
+//! What is known of a cluster, and the endpoints that its pods are.
+
+use std::collections::BTreeMap;
+
+use kube::api::DynamicObject;
+use kube::core::SelectorExt;
+use pd_core::wire::{Endpoint, EndpointId, State};
+
+use crate::sources::allow::AllowedNetworks;
+use crate::sources::kubernetes::config::{KubernetesConfig, PoolGroup, PoolReference};
+use crate::sources::kubernetes::follow::Event;
+use crate::sources::kubernetes::meaning::{Meaning, meaning};
+use crate::sources::kubernetes::pod::{Pod, PodName};
+use crate::sources::kubernetes::pods::{PodsView, WatchView};
+use crate::sources::kubernetes::pools;
+use crate::sources::kubernetes::rule::Rule;
+
+/// What one watch follows.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Watched {
+    /// Pods of a namespace.
+    Pods(String),
+    /// InferencePools of a namespace.
+    Pools(PoolGroup, String),
+}
+
+/// Everything that is known of the cluster.
+pub struct Cluster {
+    networks: AllowedNetworks,
+    by_labels: bool,
+    rules: Vec<Rule>,
+    references: Vec<PoolReference>,
+    pools: BTreeMap<(PoolGroup, PodName), Result<Rule, String>>,
+    pods: BTreeMap<PodName, Known>,
+    watches: BTreeMap<Watched, Health>,
+}
+
+/// One pod.
+struct Known {
+    pod: Result<Pod, String>,
+    meaning: Meaning,
+}
+
+/// What is known of a watch.
+#[derive(Default)]
+struct Health {
+    is_listed: bool,
+    problem: Option<String>,
+}
+
+impl std::fmt::Display for Watched {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Pods(namespace) => write!(f, "pods in {namespace}"),
+            Self::Pools(group, namespace) => write!(f, "inferencepools.{} in {namespace}", group.group_version().0),
+        }
+    }
+}
+
+impl Cluster {
+    /// Nothing is known yet of what `config` names; `rules` are those of its selectors.
+    #[must_use]
+    pub fn new(config: &KubernetesConfig, rules: Vec<Rule>) -> Self {
+        Self {
+            networks: AllowedNetworks::new(config.allowed_cidrs.clone()),
+            by_labels: config.labels,
+            rules,
+            references: config.inference_pools.clone(),
+            pools: BTreeMap::new(),
+            pods: BTreeMap::new(),
+            watches: watches(config).into_iter().map(|watched| (watched, Health::default())).collect(),
+        }
+    }
+
+    /// What is to be watched.
+    pub fn watched(&self) -> impl Iterator<Item = &Watched> {
+        self.watches.keys()
+    }
+
+    /// Takes what a watch tells.
+    pub fn take(&mut self, watched: &Watched, event: Event) {
+        if let Some(health) = self.watches.get_mut(watched) {
+            match &event {
+                Event::Listed(_) => *health = Health { is_listed: true, problem: None },
+                Event::Found | Event::Applied(_) | Event::Deleted(_) => health.problem = None,
+                Event::Lost(reason) => health.problem = Some(reason.clone()),
+            }
+        }
+        match watched {
+            Watched::Pods(namespace) => self.take_pod(namespace, event),
+            Watched::Pools(group, namespace) => self.take_pool(*group, namespace, event),
+        }
+    }
+
+    fn take_pod(&mut self, namespace: &str, event: Event) {
+        match event {
+            Event::Listed(objects) => {
+                self.pods.retain(|name, _| name.namespace != namespace);
+                for object in objects {
+                    self.apply_pod(object);
+                }
+            }
+            Event::Applied(object) => self.apply_pod(*object),
+            Event::Deleted(object) => {
+                if let Some(name) = PodName::of(&object) {
+                    self.pods.remove(&name);
+                }
+            }
+            Event::Found | Event::Lost(_) => {}
+        }
+    }
+
+    fn apply_pod(&mut self, object: DynamicObject) {
+        let Some(name) = PodName::of(&object) else { return };
+        let pod = Pod::read(object);
+        let meaning = self.meaning(&name, &pod);
+        self.pods.insert(name, Known { pod, meaning });
+    }
+
+    fn take_pool(&mut self, group: PoolGroup, namespace: &str, event: Event) {
+        let is_in = |name: &PodName| name.namespace == namespace;
+        match event {
+            Event::Listed(objects) => {
+                self.pools.retain(|(of, name), _| *of != group || !is_in(name));
+                for object in objects {
+                    self.apply_pool(group, object);
+                }
+            }
+            Event::Applied(object) => self.apply_pool(group, *object),
+            Event::Deleted(object) => {
+                if let Some(name) = PodName::of(&object) {
+                    self.pools.remove(&(group, name));
+                }
+            }
+            Event::Found | Event::Lost(_) => return,
+        }
+        // Pools are few and change rarely; pods may have become others'.
+        let mut pods = std::mem::take(&mut self.pods);
+        for (name, known) in &mut pods {
+            known.meaning = self.meaning(name, &known.pod);
+        }
+        self.pods = pods;
+    }
+
+    fn apply_pool(&mut self, group: PoolGroup, object: DynamicObject) {
+        let Some(name) = PodName::of(&object) else { return };
+        let is_followed = self.references.iter().any(|reference| {
+            reference.group == group
+                && (reference.name == "*" || reference.name == name.name)
+                && reference.namespace.as_ref().is_none_or(|namespace| *namespace == name.namespace)
+        });
+        if is_followed {
+            let rule = pools::rule(group, object);
+            self.pools.insert((group, name), rule);
+        }
+    }
+
+    fn meaning(&self, name: &PodName, pod: &Result<Pod, String>) -> Meaning {
+        let pod = match pod {
+            Ok(pod) => pod,
+            Err(reason) => return Meaning::Refused(reason.clone()),
+        };
+        let selects = |rule: &&Rule| {
+            rule.namespace.as_ref().is_none_or(|namespace| *namespace == name.namespace)
+                && rule.selector.matches(&pod.labels)
+        };
+        let pools = self.pools.values().filter_map(|rule| rule.as_ref().ok());
+        let rule = self.rules.iter().chain(pools).find(selects);
+        meaning(pod, rule, self.by_labels, &self.networks)
+    }
+
+    /// Whether everything has been listed once.
+    #[must_use]
+    pub fn is_listed(&self) -> bool {
+        self.watches.values().all(|health| health.is_listed)
+    }
+
+    /// What may be old or missing.
+    #[must_use]
+    pub fn problem(&self) -> Option<String> {
+        let lost = self.watches.iter().filter_map(|(watched, health)| {
+            let problem = health.problem.as_ref()?;
+            let kept = if health.is_listed { "the last list of them is kept" } else { "they were never listed" };
+            Some(format!("{watched}: {problem}; {kept}"))
+        });
+        let refused = self.pools.iter().filter_map(|((_, name), rule)| {
+            let reason = rule.as_ref().err()?;
+            Some(format!("InferencePool {name}: {reason}"))
+        });
+        let problems: Vec<_> = lost.chain(refused).collect();
+        (!problems.is_empty()).then(|| problems.join("; "))
+    }
+
+    /// The endpoints of all pods, each name once, and what became of each pod.
+    #[must_use]
+    pub fn endpoints(&self) -> (Vec<Endpoint>, PodsView) {
+        let mut owners: BTreeMap<EndpointId, (&PodName, &Endpoint, i64)> = BTreeMap::new();
+        let mut view = PodsView::default();
+        let rank = |state: State| match state {
+            State::Ready => 2,
+            State::Draining => 1,
+            State::Down => 0,
+        };
+        for (name, known) in &self.pods {
+            match &known.meaning {
+                Meaning::Other => {}
+                Meaning::Pending => view.pending += 1,
+                Meaning::Refused(reason) => {
+                    view.refused.insert(name.clone(), reason.clone());
+                }
+                Meaning::Endpoints(endpoints) => {
+                    let created = known.pod.as_ref().map_or(0, |pod| pod.created);
+                    for endpoint in endpoints {
+                        let (id, candidate) = (endpoint.id(), (name, endpoint, created));
+                        let Some(present) = owners.get(&id) else {
+                            owners.insert(id, candidate);
+                            continue;
+                        };
+                        // An address may be given to a new pod before the old one is gone.
+                        let key = |(_, endpoint, created): &(_, &Endpoint, i64)| (rank(endpoint.state), *created);
+                        let (winner, loser) =
+                            if key(&candidate) > key(present) { (candidate, *present) } else { (*present, candidate) };
+                        if loser.1.state == State::Ready {
+                            let reason = format!("{id} is pod {}'s already", winner.0);
+                            view.refused.insert(loser.0.clone(), reason);
+                        }
+                        owners.insert(id, winner);
+                    }
+                }
+            }
+        }
+        view.names = owners.iter().map(|(id, (name, _, _))| (*id, (*name).clone())).collect();
+        view.watches = self
+            .watches
+            .iter()
+            .map(|(watched, health)| WatchView {
+                name: watched.to_string(),
+                is_listed: health.is_listed,
+                problem: health.problem.clone(),
+            })
+            .collect();
+        (owners.into_values().map(|(_, endpoint, _)| endpoint.clone()).collect(), view)
+    }
+}
+
+/// What there is to watch.
+fn watches(config: &KubernetesConfig) -> Vec<Watched> {
+    let mut watches: Vec<_> = config.namespaces.iter().cloned().map(Watched::Pods).collect();
+    for reference in &config.inference_pools {
+        for namespace in &config.namespaces {
+            if reference.namespace.as_ref().is_none_or(|named| named == namespace) {
+                watches.push(Watched::Pools(reference.group, namespace.clone()));
+            }
+        }
+    }
+    watches
+}

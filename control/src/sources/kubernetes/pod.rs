@@ -1,0 +1,127 @@
+//! What is read of a pod object.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use kube::api::DynamicObject;
+use pd_core::wire::State;
+use serde::Deserialize;
+
+/// Names a pod for as long as it exists.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PodName {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name there.
+    pub name: String,
+}
+
+/// What matters of a pod.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pod {
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Its annotations.
+    pub annotations: BTreeMap<String, String>,
+    /// Its address, once it has one.
+    pub ip: Option<IpAddr>,
+    /// Name and number of its containers' TCP ports.
+    pub ports: Vec<(Option<String>, u16)>,
+    /// What its endpoints may do.
+    pub state: State,
+    /// Whether all of its containers have ended for good.
+    pub is_finished: bool,
+    /// Seconds of Unix time when it was made.
+    pub created: i64,
+}
+
+#[derive(Deserialize)]
+struct Body {
+    #[serde(default)]
+    spec: Spec,
+    #[serde(default)]
+    status: Status,
+}
+
+#[derive(Default, Deserialize)]
+struct Spec {
+    #[serde(default)]
+    containers: Vec<Container>,
+}
+
+#[derive(Deserialize)]
+struct Container {
+    #[serde(default)]
+    ports: Vec<ContainerPort>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ContainerPort {
+    name: Option<String>,
+    container_port: u16,
+    protocol: Option<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Status {
+    phase: Option<String>,
+    #[serde(rename = "podIP")]
+    pod_ip: Option<String>,
+    #[serde(default)]
+    conditions: Vec<Condition>,
+}
+
+#[derive(Deserialize)]
+struct Condition {
+    r#type: String,
+    status: String,
+}
+
+impl PodName {
+    /// The name of an object; `None` when it has none.
+    #[must_use]
+    pub fn of(object: &DynamicObject) -> Option<Self> {
+        let name = object.metadata.name.clone()?;
+        Some(Self { namespace: object.metadata.namespace.clone().unwrap_or_default(), name })
+    }
+}
+
+impl std::fmt::Display for PodName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+impl Pod {
+    /// Reads an object.
+    ///
+    /// # Errors
+    /// What is not as in a pod.
+    pub fn read(object: DynamicObject) -> Result<Self, String> {
+        let DynamicObject { metadata, data, .. } = object;
+        let Body { spec, status } = serde_json::from_value(data).map_err(|error| format!("no pod: {error}"))?;
+        let ip = match status.pod_ip.as_deref().filter(|text| !text.is_empty()) {
+            None => None,
+            Some(text) => Some(text.parse().map_err(|_| format!("status.podIP: {text:?} is no address"))?),
+        };
+        let is_ready = status.conditions.iter().any(|it| it.r#type == "Ready" && it.status == "True");
+        let state = match (metadata.deletion_timestamp.is_some(), is_ready) {
+            (true, _) => State::Draining,
+            (false, true) => State::Ready,
+            (false, false) => State::Down,
+        };
+        let ports = spec.containers.into_iter().flat_map(|container| container.ports);
+        let is_tcp = |port: &ContainerPort| port.protocol.as_deref().is_none_or(|protocol| protocol == "TCP");
+        Ok(Self {
+            labels: metadata.labels.unwrap_or_default(),
+            annotations: metadata.annotations.unwrap_or_default(),
+            ip,
+            ports: ports.filter(is_tcp).map(|port| (port.name, port.container_port)).collect(),
+            state,
+            is_finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
+            created: metadata.creation_timestamp.map_or(0, |time| time.0.as_second()),
+        })
+    }
+}

@@ -1,0 +1,131 @@
+//! Turns what the API server tells into lists.
+//!
+//! The first list is sent when everything has been listed once: a list with half of the pods would take the others out
+//! of service. After that every change is sent at once, and changes that arrive together are sent together.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kube::Api;
+use kube::Client;
+use kube::api::ApiResource;
+use kube::core::GroupVersionKind;
+use pd_core::wire::Endpoint;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use crate::list::EndpointList;
+use crate::publish::updates::{Update, Updates};
+use crate::sources::kubernetes::cluster::{Cluster, Watched};
+use crate::sources::kubernetes::config::KubernetesConfig;
+use crate::sources::kubernetes::follow::{Follower, Limits};
+use crate::sources::kubernetes::pods::Pods;
+use crate::sources::kubernetes::rule::Rule;
+
+/// Events that may wait; the watches are read no faster than that.
+const EVENTS: usize = 256;
+/// Events that are taken before a list is made of them.
+const MAX_BATCH: usize = 10_000;
+/// How long a connection to the API server may take to stand.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Pods that have ended need not be told of.
+const UNFINISHED: &str = "status.phase!=Succeeded,status.phase!=Failed";
+
+/// One cluster.
+pub struct KubernetesSource {
+    client: Client,
+    config: KubernetesConfig,
+    rules: Vec<Rule>,
+    limits: Limits,
+    pods: Arc<Pods>,
+}
+
+impl KubernetesSource {
+    /// Connects to nothing yet. Without namespaces in the configuration it is the cluster's default one: the pod's own,
+    /// or the kubeconfig's.
+    ///
+    /// # Errors
+    /// When no client can be made of what is said of the cluster, or a selector is wrong.
+    pub fn new(
+        mut cluster: kube::Config,
+        mut config: KubernetesConfig,
+        limits: Limits,
+        pods: Arc<Pods>,
+    ) -> anyhow::Result<Self> {
+        // Attempts are paced and told here.
+        cluster.default_retry = false;
+        cluster.connect_timeout = Some(CONNECT_TIMEOUT);
+        if config.namespaces.is_empty() {
+            config.namespaces.push(cluster.default_namespace.clone());
+        }
+        let rules = config.rules().map_err(anyhow::Error::msg)?;
+        Ok(Self { client: Client::try_from(cluster)?, config, rules, limits, pods })
+    }
+
+    /// The namespaces, for people.
+    #[must_use]
+    pub fn name(&self) -> String {
+        format!("kubernetes ({})", self.config.namespaces.join(", "))
+    }
+
+    /// Follows the cluster until the publisher is gone.
+    pub async fn run(self, updates: Updates) {
+        let mut cluster = Cluster::new(&self.config, self.rules);
+        let (sender, mut events) = mpsc::channel(EVENTS);
+        let mut followers = JoinSet::new();
+        for watched in cluster.watched() {
+            let follower = follower(watched, &self.client, self.limits);
+            let watched = watched.clone();
+            followers.spawn(follower.run(sender.clone(), move |event| (watched.clone(), event)));
+        }
+        drop(sender);
+        let mut sent: Option<(Option<Vec<Endpoint>>, Option<String>)> = None;
+        loop {
+            let first = tokio::select! {
+                () = updates.closed() => return,
+                event = events.recv() => event,
+            };
+            let Some((watched, event)) = first else { return };
+            cluster.take(&watched, event);
+            for _ in 0..MAX_BATCH {
+                let Ok((watched, event)) = events.try_recv() else { break };
+                cluster.take(&watched, event);
+            }
+            let (endpoints, view) = cluster.endpoints();
+            for (pod, reason) in self.pods.set(view) {
+                tracing::warn!(%pod, reason, "left out");
+            }
+            let now = (cluster.is_listed().then_some(endpoints), cluster.problem());
+            if sent.as_ref() == Some(&now) {
+                continue;
+            }
+            sent = Some(now.clone());
+            let (endpoints, problem) = now;
+            let update = match endpoints.map(EndpointList::new).transpose() {
+                Ok(list) => Update { list, problem },
+                Err(error) => Update { list: None, problem: Some(error.to_string()) },
+            };
+            if updates.send(update).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+fn follower(watched: &Watched, client: &Client, limits: Limits) -> Follower {
+    match watched {
+        Watched::Pods(namespace) => {
+            let resource = resource("", "v1", "Pod", "pods");
+            Follower::new(Api::namespaced_with(client.clone(), namespace, &resource), Some(UNFINISHED), limits)
+        }
+        Watched::Pools(group, namespace) => {
+            let (group, version) = group.group_version();
+            let resource = resource(group, version, "InferencePool", "inferencepools");
+            Follower::new(Api::namespaced_with(client.clone(), namespace, &resource), None, limits)
+        }
+    }
+}
+
+fn resource(group: &str, version: &str, kind: &str, plural: &str) -> ApiResource {
+    ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(group, version, kind), plural)
+}
