@@ -105,6 +105,7 @@ fn nixl_pull() {
         checks::answers_are_those_of_one_server(&pair).await;
         checks::a_second_turn_is_right(&pair).await;
         checks::many_at_once_are_right(&pair).await;
+        checks::a_clients_parameters_end_no_server(&pair).await;
         checks::a_prefill_server_killed_between_the_legs_is_an_error(&pair, 500).await;
         pair.stop().await;
     });
