@@ -255,6 +255,18 @@ impl Drop for Client {
 }
 
 impl Answer {
+    /// This answer, if its status is 200.
+    ///
+    /// # Errors
+    /// [`Broken`] with another status.
+    pub fn ok(self) -> Result<Self, Broken> {
+        if self.status == 200 {
+            Ok(self)
+        } else {
+            Err(Broken(format!("status {} {}", self.status, self.text().trim())))
+        }
+    }
+
     /// Body as text.
     #[must_use]
     pub fn text(&self) -> String {
@@ -342,6 +354,15 @@ impl Feed {
     pub fn break_off(self) {
         let _ = self.0.unbounded_send(Err(io::ErrorKind::BrokenPipe.into()));
     }
+}
+
+/// The answer to a `GET`, over a connection of its own.
+///
+/// # Errors
+/// [`Broken`]
+pub async fn get(address: SocketAddr, path: &str) -> Result<Answer, Broken> {
+    let mut client = Client::try_connect(address, Http::One).await?;
+    client.try_send(client.request("GET", path)).await
 }
 
 /// A body of known length.
