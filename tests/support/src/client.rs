@@ -185,9 +185,17 @@ impl Client {
     /// # Panics
     /// When they do not come.
     pub async fn open(&mut self, request: Request<Body>) -> Streaming {
-        let response = tokio::time::timeout(PATIENCE, self.start(request)).await.expect("an answer in time");
-        let (parts, body) = response.unwrap_or_else(|error| panic!("{error}")).into_parts();
-        Streaming { status: parts.status.as_u16(), headers: parts.headers, body, read: BytesMut::new() }
+        self.try_open(request).await.unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// Sends a request and returns once the answer's headers are there.
+    ///
+    /// # Errors
+    /// [`Broken`]
+    pub async fn try_open(&mut self, request: Request<Body>) -> Result<Streaming, Broken> {
+        let response = tokio::time::timeout(PATIENCE, self.start(request)).await.map_err(broken)?;
+        let (parts, body) = response?.into_parts();
+        Ok(Streaming { status: parts.status.as_u16(), headers: parts.headers, body, read: BytesMut::new() })
     }
 
     /// `GET path`.
