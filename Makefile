@@ -137,7 +137,7 @@ lint: toolchain deps-check ## Formatting, clippy for native and wasm, pd-core's 
 	$(call say,clippy)
 	@# What ships: with the disallowed lists of filter/clippy.toml and filter/core/clippy.toml.
 	cargo clippy $(LOCKED) -p pd-core -p pd-filter --target wasm32-wasip1 -- -D warnings
-	cargo clippy $(LOCKED) -p pd-filter --examples --target wasm32-wasip1 -- -D warnings
+	cargo clippy $(LOCKED) -p pd-least --target wasm32-wasip1 -- -D warnings
 	@# Everything else, and core's tests, which may use what core may not.
 	CLIPPY_CONF_DIR=$(CURDIR) cargo clippy $(LOCKED) --workspace --exclude pd-filter --all-targets -- -D warnings
 
@@ -163,8 +163,8 @@ bench: build envoy ## Measure: stages of pd-core, module size, Envoy with and wi
 	$(call say,a request in the module)
 	cargo run $(LOCKED) --quiet -p pd-host --example cost
 	$(call say,Envoy with and without the filter)
-	cargo build $(LOCKED) --quiet -p pd-filter --example least --target wasm32-wasip1 --profile filter
-	cargo run $(LOCKED) --quiet -p pd-bench --bin pd-bench -- --least target/wasm32-wasip1/filter/examples/least.wasm $(ARGS)
+	cargo build $(LOCKED) --quiet -p pd-least --target wasm32-wasip1 --profile filter
+	cargo run $(LOCKED) --quiet -p pd-bench --bin pd-bench -- --least target/wasm32-wasip1/filter/pd_least.wasm $(ARGS)
 	$(call say,a change of the list and pd-control)
 	cargo run $(LOCKED) --quiet -p pd-bench --bin pd-bench-push
 

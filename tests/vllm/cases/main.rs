@@ -12,12 +12,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, Once};
 use std::time::Duration;
 
+use pd_support::process::tree;
 use pd_tests::rig::{Rig, run};
 use serde_json::json;
 use tokio::sync::{Mutex, MutexGuard};
 
 use gate::Gate;
-use servers::{Connector, Server, gone, tree, until_ready};
+use servers::{Connector, Server, gone, until_ready};
 
 /// The aggregated server, and what keeps the tests from running at once. It ends with this process.
 static AGGREGATED: Mutex<Option<Arc<Server>>> = Mutex::const_new(None);

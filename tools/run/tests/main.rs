@@ -5,7 +5,9 @@ mod launcher;
 use std::net::TcpListener;
 use std::process::Command;
 
-use launcher::{Launcher, free_port, port_offset};
+use launcher::{Launcher, port_offset};
+use pd_support::port::Port;
+use pd_support::process;
 
 #[test]
 fn the_printed_command_is_split_and_ctrl_c_leaves_nothing() {
@@ -42,7 +44,7 @@ fn a_child_that_dies_is_one_line_and_the_end() {
     let mut launcher = Launcher::start(&[]);
     launcher.wait_ready();
     let children = launcher.children();
-    launcher::kill(children[0]);
+    process::signal(children[0], "KILL");
     let ended = launcher.wait_end();
     assert!(!ended.success);
     let line = ended.stderr.trim_end();
@@ -88,7 +90,8 @@ fn what_cannot_be_run_is_one_line_before_anything_starts() {
 
 #[test]
 fn own_engines_take_the_place_of_simulators() {
-    let ports = [free_port(), free_port()];
+    let reserved = [Port::reserve(), Port::reserve()];
+    let ports = reserved.each_ref().map(|port| port.address().port());
     let mut engines = ports.map(|port| {
         let listen = format!("127.0.0.1:{port}");
         Command::new(launcher::sibling("pd-sim"))
