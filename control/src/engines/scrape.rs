@@ -45,7 +45,7 @@ impl Scraper {
         let mut published = self.registry.subscribe();
         let mut due: BTreeMap<SocketAddr, Instant> = BTreeMap::new();
         let mut asking: JoinSet<(SocketAddr, Outcome)> = JoinSet::new();
-        let mut told = Facts::new();
+        let mut sent = Facts::new();
         let mut is_new = true;
         loop {
             if is_new {
@@ -71,16 +71,16 @@ impl Scraper {
                 Some(Ok((address, outcome))) = asking.join_next(), if !asking.is_empty() => {
                     self.counters.scraped(outcome.is_ok());
                     let Some(facts) = self.scrapes.take(address, outcome) else { continue };
-                    if facts != told {
+                    if facts != sent {
                         for (address, fact) in &facts {
-                            if fact.is_dead && !told.get(address).is_some_and(|fact| fact.is_dead) {
+                            if fact.is_dead && !sent.get(address).is_some_and(|fact| fact.is_dead) {
                                 tracing::warn!(%address, "does not answer any longer: it is down until it does");
                             }
                         }
                         if updates.send_facts(facts.clone()).await.is_err() {
                             return;
                         }
-                        told = facts;
+                        sent = facts;
                     }
                 }
                 () = async { if let Some((_, at)) = next { sleep_until(at).await } },

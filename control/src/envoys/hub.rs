@@ -49,17 +49,17 @@ impl SharedHub {
     /// Envoys that follow the list.
     pub async fn answer(
         &self,
-        told: &Told,
+        request: &Told,
         wait: Duration,
         watching: u64,
         mut stopping: watch::Receiver<bool>,
     ) -> Heard {
-        if self.hub().take(told, self.now()) {
+        if self.hub().take(request, self.now()) {
             self.news.send_modify(|count| *count += 1);
         }
         let deadline = Instant::now() + wait.min(MAX_WAIT);
         let mut news = self.news.subscribe();
-        while Instant::now() < deadline && !self.hub().has_news(told) {
+        while Instant::now() < deadline && !self.hub().has_news(request) {
             tokio::select! {
                 _ = news.changed() => {}
                 _ = stopping.wait_for(|is_stopping| *is_stopping) => break,
@@ -67,7 +67,7 @@ impl SharedHub {
             }
             sleep(COMPANY).await;
         }
-        self.hub().answer(told, watching)
+        self.hub().answer(request, watching)
     }
 
     /// Becomes another number whenever there is news.

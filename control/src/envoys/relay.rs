@@ -140,22 +140,23 @@ impl Peer {
     async fn run(self) {
         let mut have: HashMap<u64, u64> = HashMap::new();
         let mut news = self.hub.subscribe();
-        let (mut turns, mut told_at, mut is_lost) = (Vec::new(), None::<Instant>, false);
+        let (mut turns, mut sent_at, mut is_lost) = (Vec::new(), None::<Instant>, false);
         let mut client = None;
         loop {
             let _ = timeout(RELAY_HEARTBEAT, news.changed()).await;
             let messages = self.hub.messages(&have);
-            let has_blocks = messages.iter().flat_map(|told| &told.records).any(|record| !record.blocks.is_empty());
+            let has_blocks =
+                messages.iter().flat_map(|message| &message.records).any(|record| !record.blocks.is_empty());
             let is_new = has_blocks || turns_of(&messages) != turns;
-            if messages.is_empty() || (!is_new && told_at.is_some_and(|at| at.elapsed() < RELAY_HEARTBEAT)) {
+            if messages.is_empty() || (!is_new && sent_at.is_some_and(|at| at.elapsed() < RELAY_HEARTBEAT)) {
                 continue;
             }
-            match self.tell_all(&mut client, &messages).await {
+            match self.send_all(&mut client, &messages).await {
                 Ok(None) => return,
                 Ok(Some(now_has)) => {
                     self.counters.relayed("ok");
                     have = now_has;
-                    (turns, told_at) = (turns_of(&messages), Some(Instant::now()));
+                    (turns, sent_at) = (turns_of(&messages), Some(Instant::now()));
                     if core::mem::take(&mut is_lost) {
                         tracing::info!("replica {} is back", self.address);
                     }
@@ -174,7 +175,7 @@ impl Peer {
     }
 
     /// What the replica has of each gateway then; `None`: it is this process itself.
-    async fn tell_all(
+    async fn send_all(
         &self,
         client: &mut Option<PeerClient>,
         messages: &[Told],
@@ -184,23 +185,23 @@ impl Peer {
             None => client.insert(self.peers.client()?),
         };
         let mut have = HashMap::new();
-        for told in messages {
-            let heard = self.tell(client, told).await?;
-            if heard.hub == told.from {
+        for message in messages {
+            let response = self.send(client, message).await?;
+            if response.hub == message.from {
                 return Ok(None);
             }
-            have.extend(heard.have);
+            have.extend(response.have);
         }
         Ok(Some(have))
     }
 
-    async fn tell(&self, client: &PeerClient, told: &Told) -> anyhow::Result<Heard> {
+    async fn send(&self, client: &PeerClient, message: &Told) -> anyhow::Result<Heard> {
         let scheme = if self.peers.tls.is_some() { "https" } else { "http" };
         let mut request = Request::post(format!("{scheme}://{}{EXCHANGE_PATH}", self.address));
         if let Some(token) = &self.peers.token {
             request = request.header(header::AUTHORIZATION, token.header());
         }
-        let request = request.body(Full::from(told.to_bytes()))?;
+        let request = request.body(Full::from(message.to_bytes()))?;
         let answer = async {
             let answer = client.request(request).await?;
             if answer.status() != StatusCode::OK {
@@ -218,7 +219,7 @@ impl Peer {
 
 /// Which record of each gateway the messages have.
 fn turns_of(messages: &[Told]) -> Vec<(u64, u64)> {
-    let records = messages.iter().flat_map(|told| &told.records);
+    let records = messages.iter().flat_map(|message| &message.records);
     let mut turns: Vec<_> = records.map(|record| (record.gateway, record.turn)).collect();
     turns.sort_unstable();
     turns
