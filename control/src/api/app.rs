@@ -50,7 +50,7 @@ type SetLevel = dyn Fn(&str) -> Result<(), String> + Send + Sync;
 
 /// Who is at the other end of a connection.
 #[derive(Clone, Copy, Debug)]
-pub struct Peer(pub IpAddr);
+pub struct ClientAddress(pub IpAddr);
 
 impl LogLevel {
     /// What is called with a new level or filter.

@@ -31,7 +31,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use crate::api::app::{App, Peer};
+use crate::api::app::{App, ClientAddress};
 use crate::api::metrics;
 use crate::api::status;
 
@@ -129,13 +129,13 @@ async fn authorize(State(app): State<App>, request: Request, next: Next) -> Resp
 
 async fn watch(
     State(app): State<App>,
-    peer: Option<Extension<Peer>>,
+    peer: Option<Extension<ClientAddress>>,
     query: Result<Query<Watch>, QueryRejection>,
 ) -> Response {
     let answer = match query {
         Err(rejection) => failure(StatusCode::BAD_REQUEST, &rejection.body_text()),
         Ok(Query(query)) => {
-            if let Some(Extension(Peer(address))) = peer {
+            if let Some(Extension(ClientAddress(address))) = peer {
                 let is_ours = query.epoch == app.registry.current().epoch();
                 app.filters.seen(address, if is_ours { query.since } else { 0 });
             }

@@ -109,7 +109,7 @@ impl Peers {
                     for address in addresses {
                         running.entry(address).or_insert_with(|| {
                             let (peers, hub, counters) = (self.clone(), Arc::clone(&hub), Arc::clone(&counters));
-                            tasks.spawn(Peer { address, peers, hub, counters }.run())
+                            tasks.spawn(Replica { address, peers, hub, counters }.run())
                         });
                     }
                     was_resolved = true;
@@ -128,14 +128,14 @@ impl Peers {
 }
 
 /// One other replica.
-struct Peer {
+struct Replica {
     address: SocketAddr,
     peers: Peers,
     hub: Arc<SharedHub>,
     counters: Arc<Counters>,
 }
 
-impl Peer {
+impl Replica {
     /// Tells it everything new; ends when it turns out to be this process itself.
     async fn run(self) {
         let mut have: HashMap<u64, u64> = HashMap::new();
