@@ -24,7 +24,7 @@ use crate::envoys::hub::SharedHub;
 use crate::envoys::relay::Peers;
 use crate::list::EndpointList;
 use crate::publish::eds::EdsFile;
-use crate::publish::publisher::{Publisher, Status};
+use crate::publish::publisher::{ListHealth, Publisher};
 use crate::publish::registry::Registry;
 use crate::publish::updates::Updates;
 use crate::sources::allow::AllowedNetworks;
@@ -111,12 +111,12 @@ impl Control {
         };
         let names = file.iter().map(|(source, _)| source.name());
         let names = names.chain(named.iter().map(NamesSource::name)).chain(cluster.iter().map(KubernetesSource::name));
-        let status = Arc::new(Status::new(names.collect::<Vec<_>>().join(", ")));
+        let health = Arc::new(ListHealth::new(names.collect::<Vec<_>>().join(", ")));
 
         let scrapes = Arc::new(Scrapes::default());
         let registry = Arc::new(Registry::new(&new_epoch(), SystemTime::now()));
         let counters = Arc::new(Counters::default());
-        let mut publisher = Publisher::new(Arc::clone(&registry), Arc::clone(&counters), Arc::clone(&status), eds);
+        let mut publisher = Publisher::new(Arc::clone(&registry), Arc::clone(&counters), Arc::clone(&health), eds);
         let (sender, updates) = mpsc::channel(1);
         let mut tasks = JoinSet::new();
         if let Some((source, list)) = file {
@@ -151,7 +151,7 @@ impl Control {
             registry,
             counters: Arc::clone(&counters),
             metrics: Arc::new(metrics),
-            status,
+            health,
             pods,
             scrapes,
             filters: Arc::default(),

@@ -11,7 +11,7 @@ use crate::counters::Counters;
 use crate::engines::answers::Scrapes;
 use crate::envoys::hub::SharedHub;
 use crate::envoys::polls::Filters;
-use crate::publish::publisher::Status;
+use crate::publish::publisher::ListHealth;
 use crate::publish::registry::Registry;
 use crate::sources::kubernetes::pods::Pods;
 
@@ -25,7 +25,7 @@ pub struct App {
     /// What `/metrics` says.
     pub metrics: Arc<Metrics>,
     /// Whether the newest list is in force.
-    pub status: Arc<Status>,
+    pub health: Arc<ListHealth>,
     /// What became of each pod.
     pub pods: Arc<Pods>,
     /// What every engine said last.

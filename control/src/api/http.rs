@@ -193,8 +193,8 @@ async fn endpoints(State(app): State<App>) -> Response {
         epoch: published.epoch(),
         version: published.version(),
         age_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
-        source: app.status.source(),
-        degraded: app.status.degraded(),
+        source: app.health.source(),
+        degraded: app.health.degraded(),
         endpoints: published.endpoints(),
     };
     // Strings, integers and finite floats only: serde_json has nothing to refuse here.
@@ -230,10 +230,10 @@ async fn page() -> Response {
 
 async fn readyz(State(app): State<App>) -> Response {
     if app.registry.current().version() == 0 {
-        let why = app.status.degraded().map_or(String::new(), |reason| format!(": {reason}"));
+        let why = app.health.degraded().map_or(String::new(), |reason| format!(": {reason}"));
         return (StatusCode::SERVICE_UNAVAILABLE, format!("no endpoint list yet{why}\n")).into_response();
     }
-    match app.status.degraded() {
+    match app.health.degraded() {
         None => "ok\n".into_response(),
         Some(reason) => format!("degraded: {reason}\n").into_response(),
     }

@@ -129,8 +129,8 @@ pub fn view(app: &App) -> StatusView {
         epoch: published.epoch().to_owned(),
         version: published.version(),
         age_ms: millis(published.changed_at().elapsed().unwrap_or_default()),
-        source: app.status.source().to_owned(),
-        degraded: app.status.degraded(),
+        source: app.health.source().to_owned(),
+        degraded: app.health.degraded(),
         filters: app.filters.view(),
         watches: pods
             .watches

@@ -25,7 +25,7 @@ const EDS_RETRY: Duration = Duration::from_secs(2);
 
 /// Whether the newest list is the one in force; shared with whoever reports it.
 #[derive(Debug)]
-pub struct Status {
+pub struct ListHealth {
     source: String,
     degraded: Mutex<Option<String>>,
 }
@@ -35,7 +35,7 @@ pub struct Status {
 pub struct Publisher {
     registry: Arc<Registry>,
     counters: Arc<Counters>,
-    status: Arc<Status>,
+    health: Arc<ListHealth>,
     eds: Option<Eds>,
     merge: Merge,
     has_started: bool,
@@ -50,7 +50,7 @@ struct Eds {
     due: Option<Instant>,
 }
 
-impl Status {
+impl ListHealth {
     /// Lists come from `source`, and all is well.
     #[must_use]
     pub fn new(source: String) -> Self {
@@ -81,9 +81,14 @@ impl Status {
 impl Publisher {
     /// A publisher to `registry`, and to an EDS file where there is one.
     #[must_use]
-    pub fn new(registry: Arc<Registry>, counters: Arc<Counters>, status: Arc<Status>, eds: Option<EdsFile>) -> Self {
+    pub fn new(
+        registry: Arc<Registry>,
+        counters: Arc<Counters>,
+        health: Arc<ListHealth>,
+        eds: Option<EdsFile>,
+    ) -> Self {
         let eds = eds.map(|file| Eds { file, written: Hosts::new(), wanted: Hosts::new(), due: None });
-        Self { registry, counters, status, eds, merge: Merge::default(), has_started: false }
+        Self { registry, counters, health, eds, merge: Merge::default(), has_started: false }
     }
 
     /// Adds a source, with its list where it has one at the start; returns its place. The first one that is added says
@@ -158,9 +163,9 @@ impl Publisher {
             self.publish(list);
         }
         self.counters.degraded.set(i64::from(problem.is_some()));
-        let is_new = self.status.set(problem.as_deref());
+        let is_new = self.health.set(problem.as_deref());
         match problem {
-            None if is_new => tracing::info!(source = self.status.source(), "good again"),
+            None if is_new => tracing::info!(source = self.health.source(), "good again"),
             None => {}
             Some(reason) if is_refused && self.has_started => {
                 self.counters.refusals.inc();
@@ -175,7 +180,7 @@ impl Publisher {
     fn put_into_force(&self, list: EndpointList) {
         let Some(change) = self.registry.publish(list, SystemTime::now()) else { return };
         let published = self.registry.current();
-        let (version, source) = (published.version(), self.status.source());
+        let (version, source) = (published.version(), self.health.source());
         let Change { total, added, changed, removed } = change;
         tracing::info!(version, endpoints = total, added, removed, changed, source, "snapshot");
         tracing::debug!(version, "{}", summary(published.endpoints()));
