@@ -154,7 +154,7 @@ impl Control {
             health,
             pods,
             scrapes,
-            filters: Arc::default(),
+            polls: Arc::default(),
             hub,
             log,
             token,

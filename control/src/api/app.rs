@@ -10,7 +10,7 @@ use crate::api::metrics::Metrics;
 use crate::counters::Counters;
 use crate::engines::answers::Scrapes;
 use crate::envoys::hub::SharedHub;
-use crate::envoys::polls::Filters;
+use crate::envoys::polls::Polls;
 use crate::publish::publisher::ListHealth;
 use crate::publish::registry::Registry;
 use crate::sources::kubernetes::pods::Pods;
@@ -31,7 +31,7 @@ pub struct App {
     /// What every engine said last.
     pub scrapes: Arc<Scrapes>,
     /// Who polls.
-    pub filters: Arc<Filters>,
+    pub polls: Arc<Polls>,
     /// What the Envoys tell each other.
     pub hub: Arc<SharedHub>,
     /// What is logged.

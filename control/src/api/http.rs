@@ -137,7 +137,7 @@ async fn watch(
         Ok(Query(query)) => {
             if let Some(Extension(ClientAddress(address))) = peer {
                 let is_ours = query.epoch == app.registry.current().epoch();
-                app.filters.seen(address, if is_ours { query.since } else { 0 });
+                app.polls.seen(address, if is_ours { query.since } else { 0 });
             }
             match next_answer(&app, &query).await {
                 Some(snapshot) => {
@@ -158,7 +158,7 @@ async fn exchange(State(app): State<App>, query: Result<Query<Exchanged>, QueryR
         None => failure(StatusCode::BAD_REQUEST, "no message of the exchange"),
         Some((query, request)) => {
             let wait = query.wait_ms.map_or(Duration::ZERO, Duration::from_millis);
-            let response = app.hub.answer(&request, wait, app.filters.watching(), app.stopping.clone()).await;
+            let response = app.hub.answer(&request, wait, app.polls.watching(), app.stopping.clone()).await;
             ([(header::CONTENT_TYPE, "application/octet-stream")], response.to_bytes()).into_response()
         }
     };
