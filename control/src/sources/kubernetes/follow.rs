@@ -49,9 +49,9 @@ pub enum Event {
     /// This one is gone.
     Deleted(Box<DynamicObject>),
     /// What is known is up to date again.
-    Found,
+    Current,
     /// What is known may be old, for this reason.
-    Lost(String),
+    Stale(String),
 }
 
 /// All objects of a kind in one namespace.
@@ -107,7 +107,7 @@ impl Follower {
                     version
                 }
                 Err(reason) => {
-                    if events.send(tell(Event::Lost(reason))).await.is_err() {
+                    if events.send(tell(Event::Stale(reason))).await.is_err() {
                         return;
                     }
                     failures.pause().await;
@@ -132,7 +132,7 @@ impl Follower {
                         tracing::debug!("a watch ended: {reason}")
                     }
                     End::Failed(reason) | End::Silent(reason) => {
-                        if events.send(tell(Event::Lost(reason))).await.is_err() {
+                        if events.send(tell(Event::Stale(reason))).await.is_err() {
                             return;
                         }
                     }
@@ -188,7 +188,7 @@ impl Follower {
             Ok(Err(error)) => return End::Failed(reason(&error)),
             Err(_) => return End::Silent(format!("no watch in {:?}", self.limits.request)),
         };
-        if events.send(tell(Event::Found)).await.is_err() {
+        if events.send(tell(Event::Current)).await.is_err() {
             return End::Closed;
         }
         let limit = Duration::from_secs(self.limits.watch_seconds.into()) + self.limits.margin;
