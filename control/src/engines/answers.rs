@@ -109,7 +109,7 @@ fn facts(scraped: &BTreeMap<SocketAddr, Scraped>) -> Facts {
     let fact = |scraped: &Scraped| Fact {
         models: scraped.models.clone(),
         cache_tokens: scraped.load.cache_tokens.map(|tokens| tokens.min(MAX_CACHE_TOKENS)),
-        is_dead: is_believed && scraped.is_silent(),
+        is_down: is_believed && scraped.is_silent(),
     };
     scraped
         .iter()
@@ -131,7 +131,7 @@ mod tests {
     }
 
     fn dead(failures: &[u32]) -> usize {
-        facts(&all(failures)).values().filter(|fact| fact.is_dead).count()
+        facts(&all(failures)).values().filter(|fact| fact.is_down).count()
     }
 
     #[test]

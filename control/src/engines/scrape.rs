@@ -73,7 +73,7 @@ impl Scraper {
                     let Some(facts) = self.scrapes.take(address, outcome) else { continue };
                     if facts != sent {
                         for (address, fact) in &facts {
-                            if fact.is_dead && !sent.get(address).is_some_and(|fact| fact.is_dead) {
+                            if fact.is_down && !sent.get(address).is_some_and(|fact| fact.is_down) {
                                 tracing::warn!(%address, "does not answer any longer: it is down until it does");
                             }
                         }

@@ -13,12 +13,12 @@ use crate::publish::updates::{Facts, Update};
 /// What every source said last.
 #[derive(Debug, Default)]
 pub struct Merge {
-    parts: Vec<Part>,
+    sources: Vec<SourceState>,
     facts: Facts,
 }
 
 #[derive(Debug)]
-struct Part {
+struct SourceState {
     list: Option<EndpointList>,
     problem: Option<String>,
 }
@@ -26,19 +26,19 @@ struct Part {
 impl Merge {
     /// Adds a source that has said nothing yet; returns its place.
     pub fn add(&mut self) -> usize {
-        self.parts.push(Part { list: None, problem: None });
-        self.parts.len() - 1
+        self.sources.push(SourceState { list: None, problem: None });
+        self.sources.len() - 1
     }
 
     /// Takes what a source says; returns what is to be said of all of them.
     pub fn take(&mut self, source: usize, update: Update) -> Update {
         let mut is_new = false;
-        if let Some(part) = self.parts.get_mut(source) {
+        if let Some(part) = self.sources.get_mut(source) {
             is_new = update.list.is_some();
             part.list = update.list.or(part.list.take());
             part.problem = update.problem;
         }
-        let problems: Vec<&str> = self.parts.iter().filter_map(|part| part.problem.as_deref()).collect();
+        let problems: Vec<&str> = self.sources.iter().filter_map(|source| source.problem.as_deref()).collect();
         let problem = (!problems.is_empty()).then(|| problems.join("; "));
         match self.list().filter(|_| is_new).transpose() {
             Ok(list) => Update { list, problem },
@@ -49,7 +49,7 @@ impl Merge {
     /// The list of all sources, once each has one; an error where it would be refused.
     #[must_use]
     pub fn list(&self) -> Option<Result<EndpointList, String>> {
-        let lists: Option<Vec<&EndpointList>> = self.parts.iter().map(|part| part.list.as_ref()).collect();
+        let lists: Option<Vec<&EndpointList>> = self.sources.iter().map(|source| source.list.as_ref()).collect();
         let lists = lists.filter(|lists| !lists.is_empty())?;
         if let ([only], true) = (lists.as_slice(), self.facts.is_empty()) {
             return Some(Ok((*only).clone()));
@@ -74,7 +74,7 @@ impl Merge {
                 endpoint.models.clone_from(&fact.models);
             }
             endpoint.cache_tokens = endpoint.cache_tokens.or(fact.cache_tokens);
-            if fact.is_dead && endpoint.state == State::Ready {
+            if fact.is_down && endpoint.state == State::Ready {
                 endpoint.state = State::Down;
             }
         }
@@ -142,7 +142,7 @@ mod tests {
         let mut merge = Merge::default();
         let source = merge.add();
         merge.take(source, list(&[(1, 1.0), (2, 1.0)]));
-        let fact = Fact { models: vec!["m".into()], cache_tokens: Some(9), is_dead: true };
+        let fact = Fact { models: vec!["m".into()], cache_tokens: Some(9), is_down: true };
         let merged = merge.take_facts(Facts::from([(([10, 0, 0, 1], 80).into(), fact)])).unwrap().unwrap();
         let [first, second] = merged.as_slice() else { panic!() };
         assert_eq!(

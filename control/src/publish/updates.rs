@@ -27,7 +27,7 @@ pub struct Fact {
     /// Cache size, where the list says none.
     pub cache_tokens: Option<u64>,
     /// Whether it does not answer any longer.
-    pub is_dead: bool,
+    pub is_down: bool,
 }
 
 /// Facts by address.
