@@ -164,9 +164,9 @@ fn sample(line: &str) -> Option<(&str, &str, f64)> {
 
 /// A label's value, for values without escapes.
 fn label<'a>(labels: &'a str, key: &str) -> Option<&'a str> {
-    labels.match_indices(key).find_map(|(at, _)| {
-        let is_start = at == 0 || labels.as_bytes().get(at - 1).is_some_and(|byte| matches!(byte, b',' | b' '));
-        let value = labels.get(at + key.len()..)?.strip_prefix("=\"").filter(|_| is_start)?;
+    labels.match_indices(key).find_map(|(start, _)| {
+        let is_start = start == 0 || labels.as_bytes().get(start - 1).is_some_and(|byte| matches!(byte, b',' | b' '));
+        let value = labels.get(start + key.len()..)?.strip_prefix("=\"").filter(|_| is_start)?;
         value.split('"').next()
     })
 }

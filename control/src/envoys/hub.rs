@@ -16,7 +16,7 @@ use crate::counters::Counters;
 /// How long a question waits at most.
 const MAX_WAIT: Duration = Duration::from_secs(5);
 /// Time that news waits for company before a question is answered.
-const COMPANY: Duration = Duration::from_millis(5);
+const GATHER: Duration = Duration::from_millis(5);
 /// How often to look for gateways that are gone.
 const PRUNE_EVERY: Duration = Duration::from_millis(500);
 
@@ -65,7 +65,7 @@ impl SharedHub {
                 _ = stopping.wait_for(|is_stopping| *is_stopping) => break,
                 () = sleep_until(deadline) => break,
             }
-            sleep(COMPANY).await;
+            sleep(GATHER).await;
         }
         self.hub().answer(request, watching)
     }
