@@ -5,6 +5,7 @@ pub mod annotations;
 pub mod cluster;
 pub mod config;
 pub mod follow;
+pub mod keys;
 pub mod meaning;
 pub mod pod;
 pub mod pods;
