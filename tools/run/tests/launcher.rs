@@ -85,6 +85,16 @@ impl Launcher {
         line
     }
 
+    /// Runs a command of a document, which names the usual ports, against this run. Returns what it prints.
+    pub fn run(&self, command: &str) -> String {
+        let ports = PORTS.iter().fold(command.to_owned(), |command, port| {
+            command.replace(&format!("127.0.0.1:{port}"), &format!("127.0.0.1:{}", port + self.offset))
+        });
+        let output = Command::new("bash").args(["-euo", "pipefail", "-c", &ports]).output().unwrap();
+        assert!(output.status.success(), "{ports}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
     pub fn children(&self) -> Vec<u32> {
         let id = self.child.id();
         let text = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
@@ -172,7 +182,7 @@ fn is_running(id: u32) -> bool {
     stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
 }
 
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     let began = Instant::now();
     while !is_so() {
         assert!(began.elapsed() < LIMIT, "waited in vain until {what}");
@@ -196,6 +206,6 @@ fn envoy() -> PathBuf {
     path
 }
 
-fn root() -> &'static Path {
+pub fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }
