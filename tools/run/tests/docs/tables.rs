@@ -17,8 +17,10 @@ use pd_control::publish::registry::Registry;
 use pd_control::sources::kubernetes::keys::KEYS;
 use pd_control::sources::kubernetes::pod::PodName;
 use pd_control::sources::kubernetes::pods::{Pods, PodsView, WatchView};
+use pd_core::body::{self, FORBIDDEN};
 use pd_core::config::keys::{ENDPOINT, Entry, Key, REQUIRED, Values};
 use pd_core::metrics::{FAMILIES, Kind, Level, Metric};
+use pd_core::request::paths::INFERENCE;
 use pd_core::wire::{Endpoint, Role};
 
 use crate::markdown::root;
@@ -40,6 +42,11 @@ pub fn all() -> BTreeMap<&'static str, String> {
         ("plugin configuration", keys(filter_keys)),
         ("endpoint keys", entries(ENDPOINT)),
         ("kubernetes configuration", entries(KEYS)),
+        ("inference paths", list(INFERENCE.iter().copied())),
+        (
+            "forbidden members",
+            list(body::Key::ALL.iter().filter(|key| FORBIDDEN.contains(**key)).map(|key| key.name())),
+        ),
         ("filter metrics", metrics(&filter_metrics())),
         ("pd-control metrics", metrics(&control_metrics())),
         ("pd-control options", command_line()),
@@ -66,6 +73,10 @@ pub fn sources(folder: &str) -> String {
     let mut text = String::new();
     read(&root().join(folder), &mut text);
     text
+}
+
+fn list<'a>(names: impl Iterator<Item = &'a str>) -> String {
+    names.map(|name| format!("- `{name}`\n")).collect()
 }
 
 fn keys<'a>(keys: impl Iterator<Item = (&'a str, &'a str, Values, &'a str)>) -> String {
