@@ -80,7 +80,11 @@ fn register(counters: &Counters, families: &mut Families) {
     families.register("exchange_requests", help, counters.exchanges.clone());
     let help = "Exchange requests relayed to other replicas of pd-control, by result";
     families.register("relays", help, counters.relays.clone());
-    families.register("gateways", "Envoys that exchange what is in flight and which endpoint got which blocks", counters.gateways.clone());
+    families.register(
+        "gateways",
+        "Envoys that exchange what is in flight and which endpoint got which blocks",
+        counters.gateways.clone(),
+    );
     families.register("pollers", "Polls that wait for a change of the list", counters.pollers.clone());
     families.register("eds_writes", "Times the EDS file was written", counters.eds_writes.clone());
     families.register("eds_errors", "Times the EDS file could not be written", counters.eds_errors.clone());
@@ -154,9 +158,11 @@ impl Collector for EnginesCollector {
             ("engine_cache_tokens", "Tokens that the engine's KV cache holds", |it| {
                 it.load.cache_tokens.map(|tokens| tokens as f64)
             }),
-            ("engine_prefix_hit_ratio", "Share of prompt tokens that the engine found in its prefix cache since its start", |it| {
-                it.load.hit_ratio()
-            }),
+            (
+                "engine_prefix_hit_ratio",
+                "Share of prompt tokens that the engine found in its prefix cache since its start",
+                |it| it.load.hit_ratio(),
+            ),
         ];
         let view = self.0.view();
         for (name, help, read) in families {
