@@ -144,6 +144,9 @@ lint: toolchain deps-check ## Formatting, clippy for native and wasm, pd-core's 
 fmt: toolchain ## Format the sources
 	cargo fmt --all
 
+docs: toolchain ## Write the tables of docs/ that are generated from the code
+	PD_DOCS=write cargo test $(LOCKED) --quiet -p pd-run --test docs generated_tables
+
 soak: build envoy ## Many requests at 64 concurrent with random faults at every engine: answers, ledger, memory
 #> SOAK_REQUESTS=100000 SOAK_ENGINE=sglang   how many over all engines; one engine only
 	$(call say,$(or $(SOAK_REQUESTS),100000) requests with random faults)
@@ -196,4 +199,4 @@ fuzz-all:
 	    done; \
 	fi
 
-.PHONY: help run replay sim sim-agree explain build wasm image push image-control push-control toolchain envoy vllm test test-vllm test-cluster lint fmt soak fuzz bench schemas deps clean deps-check fuzz-all
+.PHONY: help docs run replay sim sim-agree explain build wasm image push image-control push-control toolchain envoy vllm test test-vllm test-cluster lint fmt soak fuzz bench schemas deps clean deps-check fuzz-all

@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use axum::http::StatusCode;
+use pd_support::port::Port;
 use pd_support::process;
 
 use crate::support::*;
@@ -405,15 +406,16 @@ async fn a_reader_that_leaves_ends_a_command_quietly() {
 async fn a_log_that_nobody_reads_any_longer_disturbs_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let file = write(directory.path(), "endpoints.yaml", &four(1.0));
-    let address = free_address();
+    let port = Port::reserve();
+    let address = port.address();
     let mut child =
         command(&["--endpoints", &file, "--listen", &address.to_string()]).stderr(closed_pipe()).spawn().unwrap();
     let client = HttpClient::new(address);
-    until("it listens", || async { client.request("GET", "/healthz").await.is_ok() }).await;
-    replace(Path::new(&file), "endpoints: 7");
-    until("the refusal is logged", || async { client.metric("pd_control_refusals_total").await == 1.0 }).await;
-    replace(Path::new(&file), &four(2.0));
-    until("it goes on", || async { client.metric("pd_control_snapshot_version").await == 2.0 }).await;
+    until_true("it listens", || async { client.request("GET", "/healthz").await.is_ok() }).await;
+    replace(Path::new(&file), "endpoints: 7").unwrap();
+    until_true("the refusal is logged", || async { client.metric("pd_control_refusals_total").await == 1.0 }).await;
+    replace(Path::new(&file), &four(2.0)).unwrap();
+    until_true("it goes on", || async { client.metric("pd_control_snapshot_version").await == 2.0 }).await;
     child.kill().unwrap();
     child.wait().unwrap();
 }

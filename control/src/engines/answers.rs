@@ -38,6 +38,12 @@ pub struct Scraped {
     pub asked: u32,
 }
 
+impl FromIterator<(SocketAddr, Scraped)> for Scrapes {
+    fn from_iter<I: IntoIterator<Item = (SocketAddr, Scraped)>>(scraped: I) -> Self {
+        Self(RwLock::new(scraped.into_iter().collect()))
+    }
+}
+
 impl Scrapes {
     /// What every engine said last.
     #[must_use]

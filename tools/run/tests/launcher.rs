@@ -88,6 +88,16 @@ impl Launcher {
         line
     }
 
+    /// Runs a command of a document, which names the usual ports, against this run. Returns what it prints.
+    pub fn run(&self, command: &str) -> String {
+        let ports = PORTS.iter().fold(command.to_owned(), |command, port| {
+            command.replace(&format!("127.0.0.1:{port}"), &format!("127.0.0.1:{}", port + self.offset))
+        });
+        let output = Command::new("bash").args(["-euo", "pipefail", "-c", &ports]).output().unwrap();
+        assert!(output.status.success(), "{ports}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
     pub fn children(&self) -> Vec<u32> {
         process::children(self.child.id())
     }
@@ -151,6 +161,10 @@ pub fn assert_gone(children: &[u32]) {
     for id in children {
         assert!(!process::is_running(*id), "process {id} is still there");
     }
+}
+
+pub fn wait(what: &str, is_so: impl FnMut() -> bool) {
+    block_until(LIMIT, what, is_so);
 }
 
 pub fn wait_gone(children: &[u32]) {

@@ -30,6 +30,40 @@ fn the_printed_command_is_split_and_ctrl_c_leaves_nothing() {
 }
 
 #[test]
+fn the_tour_of_readme_goes_as_it_says() {
+    let readme = std::fs::read_to_string(pd_support::places::root().join("README.md")).unwrap();
+    let tour = readme.split("\n## Tour\n").nth(1).unwrap().split("\n## ").next().unwrap();
+    let text: String = tour.split("```sh\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+    let text = text.replace("\\\n", " ");
+    let commands: Vec<_> = text.lines().filter(|line| line.starts_with("curl ")).collect();
+    let [chat, endpoints, metrics, legs] = commands[..] else { panic!("{commands:?}") };
+    let short = chat.replace("seq -s ' ' 800", "seq -s ' ' 8");
+    assert_ne!(short, chat);
+
+    let mut launcher = Launcher::start(&[]);
+    launcher.wait_ready();
+    for (command, expected) in [
+        (chat, r#""decision":"split""#),
+        (chat, r#""reason":"cached""#),
+        (&short, r#""decision":"decode_only""#),
+        (&format!("{chat} -H 'x-pd-phase: decode'"), r#""reason":"phase_header""#),
+    ] {
+        let answer = launcher.run(command);
+        assert!(answer.contains("\"finish_reason\""), "{command}\n{answer}");
+        let line = launcher.wait_line("\"decision\"");
+        assert!(line.contains(expected), "{command}\n{line}");
+    }
+    for (command, expected) in
+        [(endpoints, "\"role\": \"prefill\""), (metrics, "decision=\"split\""), (legs, "\"decode")]
+    {
+        // The filter sends its counts to Envoy at its next tick.
+        launcher::wait(command, || launcher.run(command).contains(expected));
+    }
+    launcher.signal("INT");
+    assert!(launcher.wait_end().success);
+}
+
+#[test]
 fn a_killed_launcher_leaves_no_process() {
     let mut launcher = Launcher::start(&[]);
     launcher.wait_ready();

@@ -6,6 +6,7 @@ pub mod classify;
 pub mod cluster;
 pub mod config;
 pub mod follow;
+pub mod keys;
 pub mod pod;
 pub mod pods;
 pub mod pools;
