@@ -12,7 +12,7 @@ use crate::body::{self, Api, Key, KeySet, Scan, decode_percent};
 use crate::choose::schedule::Prompt;
 use crate::config::{Config, PREFILLER_HEADER, Pool, SUBSET_HEADER, TEST_SELECTION_HEADER};
 use crate::endpoints::table::{Candidates, NoCandidates, Slot, Table};
-use crate::engine;
+use crate::engine::legs;
 use crate::headers::Headers;
 use crate::metrics::Metric;
 use crate::prefix::hash::{prompt_hash, session_hash};
@@ -111,7 +111,7 @@ impl Intake {
         }
         let refused = |error: ScanError| Rejection::InvalidJson(error.to_string());
         match body::scan(body) {
-            Ok(scan) => Ok(engine::decode_plan(body, &scan, KeySet::EMPTY, None).with_insert(b"")),
+            Ok(scan) => Ok(legs::decode_plan(body, &scan, KeySet::EMPTY, None).with_insert(b"")),
             Err(_) if body.trim_ascii_start().first() == Some(&b'[') && self.is_json() => {
                 let cuts = body::cuts(body).map_err(refused)?;
                 Ok(if cuts.is_empty() { HeadEdit::default() } else { whole(without(body, &cuts)) })
@@ -302,7 +302,7 @@ pub(crate) fn read_body(
     let limits = [Key::MaxCompletionTokens, Key::MaxTokens, Key::MaxOutputTokens];
     let limit = limits.into_iter().find_map(|key| scan.u64(body, key));
     let output_tokens = limit.unwrap_or(EXPECTED_OUTPUT_TOKENS).min(EXPECTED_OUTPUT_TOKENS);
-    let plan = engine::decode_plan(body, scan, KeySet::EMPTY, served.rewrite.as_deref());
+    let plan = legs::decode_plan(body, scan, KeySet::EMPTY, served.rewrite.as_deref());
     // Envoy does not survive a body that an edit makes larger than the buffer filter's limit.
     if plan.with_insert(b"").edited_bytes(body.len()) > config.max_body_bytes {
         return Err(Rejection::TooLarge(config.max_body_bytes));

@@ -7,7 +7,7 @@ use super::{Call, Effect, PREFILL_MS, PrefillAnswer};
 use crate::body::Scan;
 use crate::choose::schedule::{Pick, Scheduler};
 use crate::endpoints::table::EndpointRef;
-use crate::engine::{self, Pair};
+use crate::engine::{Pair, legs};
 use crate::metrics::Metric;
 use crate::request::intake::{Work, leg_headers};
 use crate::request::reply::Reply;
@@ -35,10 +35,10 @@ pub(super) fn start_leg(
     }
     let destination = destination(worker, pick.endpoint, alternates.into_iter());
     let id = pair_id.unwrap_or_else(|| worker.pair_id(work.headers.get("x-request-id").unwrap_or_default(), now));
-    let engine = worker.table.get(pick.endpoint).map_or(pool.engine, |slot| slot.engine);
+    let protocol = worker.table.get(pick.endpoint).map_or(pool.engine, |slot| slot.engine).protocol();
     let model = work.served.rewrite.as_deref();
     let body =
-        with_pair(worker, work, pick, id, |pair| engine::prefill_body(engine, work.api, body, scan, pair, model));
+        with_pair(worker, work, pick, id, |pair| legs::prefill_body(protocol, work.api, body, scan, pair, model));
     let mut rank = None;
     if let Some(slot) = worker.table.get_mut(pick.endpoint) {
         slot.health.sent(now);

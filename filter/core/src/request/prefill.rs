@@ -13,7 +13,7 @@ use crate::choose::schedule::{Pick, Prompt, Scheduler};
 use crate::config::OnPrefillFailure;
 use crate::endpoints::fit::Usage;
 use crate::endpoints::table::{Candidates, EndpointRef, Partner};
-use crate::engine::{self, Handover, Shape};
+use crate::engine::{Handover, LegOrder, legs};
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
 use crate::request::intake::{Work, candidates, question_headers};
@@ -63,13 +63,14 @@ impl Request {
                 let answer = Object::read(answer).unwrap_or_default();
                 let usage = Usage::of_answer(&answer);
                 worker.table.saw_prefill(state.endpoint, thought, seconds, usage);
-                let handover = engine::handover(state.partner.engine, state.work.api, &answer);
+                let handover = (state.partner.engine.protocol().handover)(state.work.api, &answer);
                 return self.prefilled(worker, &state, &handover, usage, read_again, now);
             }
             (PrefillAnswer::Answered { status: 200, body: answer, .. }, None) => {
                 let slot = worker.table.resolve(state.endpoint);
                 if let Some(slot) = slot
-                    && let Some(id) = engine::engine_id(answer, slot.endpoint.rank)
+                    && let Some(query) = &slot.engine.protocol().engine_id
+                    && let Some(id) = (query.read)(answer, slot.endpoint.rank)
                 {
                     slot.engine_id = Some(id.into());
                     if let Some(body) = read_again()
@@ -148,15 +149,17 @@ impl Request {
             return self.reject(worker, Vec::new(), &Rejection::NoEndpoint);
         };
         let partner = Partner::of(slot);
-        let (engine, shape) = (slot.engine, slot.engine.shape());
-        if engine.lists_sequences() && work.batch.is_some_and(|batch| batch > engine::MAX_SEQUENCES) {
-            return self.reject(worker, Vec::new(), &Rejection::TooManySequences(engine::MAX_SEQUENCES));
+        let protocol = slot.engine.protocol();
+        if let (Some(batch), Some(most)) = (work.batch, protocol.max_sequences)
+            && batch > most
+        {
+            return self.reject(worker, Vec::new(), &Rejection::TooManySequences(most));
         }
-        if engine.needs_engine_id() && slot.engine_id.is_none() {
+        if let Some(query) = protocol.engine_id.as_ref().filter(|_| slot.engine_id.is_none()) {
             let server = slot.bootstrap.to_string();
             let call = Call {
                 cluster: work.config.bootstrap_cluster.clone(),
-                headers: question_headers(&work.config, engine::ENGINE_ID_PATH, &server),
+                headers: question_headers(&work.config, query.path, &server),
                 body: Vec::new(),
                 timeout: QUESTION_TIMEOUT,
             };
@@ -167,7 +170,7 @@ impl Request {
         if tried.is_empty() {
             worker.retries.earn();
         }
-        if shape == Shape::Sequential {
+        if protocol.legs == LegOrder::Sequential {
             let (call, leg) = start_leg(worker, &work, &tried, pick, None, (body, scan), now);
             let state = Prefilling { work, tried, pick, endpoint, partner, leg: Some(leg), started };
             self.state = State::Prefilling(Box::new(state));
@@ -178,15 +181,16 @@ impl Request {
         let Some((decode, alternates)) = scheduler.pick_decode(candidates.partners(&partner), prompt, &[]) else {
             return self.reject(worker, Vec::new(), &Rejection::NoEndpoint);
         };
-        let (decision, reason) = (Metric::RequestsSplit, if shape == Shape::OneLeg { "sidecar" } else { "concurrent" });
+        let is_sidecar = protocol.legs == LegOrder::DecodeOnly;
+        let (decision, reason) = (Metric::RequestsSplit, if is_sidecar { "sidecar" } else { "concurrent" });
         let mut route = Route { decision, reason, pick: decode, alternates, prefill: Prefill::Own, plan, insert: b"" };
-        if shape == Shape::OneLeg {
+        if is_sidecar {
             route.prefill = Prefill::Sidecar(pick, endpoint);
             enter(worker, pick.endpoint, prompt);
             return self.send(worker, &work, route, now);
         }
         let id = worker.pair_id(work.headers.get("x-request-id").unwrap_or_default(), now);
-        let members = with_pair(worker, &work, pick, id, |pair| engine::decode_members(engine, pair));
+        let members = with_pair(worker, &work, pick, id, protocol.decode_members);
         if plan.edited_bytes(&members, work.body_bytes) > work.config.max_body_bytes {
             return self.reject(worker, Vec::new(), &Rejection::TooLarge(work.config.max_body_bytes));
         }
@@ -212,7 +216,7 @@ impl Request {
         let replaced = match handover {
             Handover::Insert { drop, .. } if !drop.is_empty() => read_again().and_then(|body| {
                 let scan = scan(body.as_ref()).ok()?;
-                Some(engine::decode_plan(body.as_ref(), &scan, *drop, served.rewrite.as_deref()))
+                Some(legs::decode_plan(body.as_ref(), &scan, *drop, served.rewrite.as_deref()))
             }),
             _ => None,
         };

@@ -138,7 +138,7 @@ impl Request {
         // An answer is read for that only if the prompt may be long enough, were its estimate half of what it is.
         let is_judged = is_split
             && work.prompt.tokens as u64 >= JUDGED_TOKENS / 2
-            && worker.table.get(pick.endpoint).is_some_and(|slot| slot.engine.counts_fetched_tokens());
+            && worker.table.get(pick.endpoint).is_some_and(|slot| slot.engine.protocol().counts_fetched_tokens);
         let passage = passage(work, &prefill, is_split, is_judged).map(Box::new);
         let companion = if let Prefill::Beside(_, companion) = prefill { Some(companion) } else { None };
         let (response, is_restricted) = (Response::Awaited, work.subset.is_some());
