@@ -181,7 +181,7 @@ impl HttpContext for Stream {
     }
 
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
-        if self.request.is_sent() {
+        if self.request.is_forwarded() {
             let status = host::status(Map::Response);
             // Envoy names the host that it tried last, also where none answered and the answer, an error, is its own.
             let is_error = status.is_none_or(|status| status >= 400);

@@ -1,12 +1,12 @@
 //! One request's life: events in, effects out.
 //!
 //! ```text
-//! New ─headers─▶ Reading ─body─▶ Prefilling ─answer─▶ Sent ─done─▶ Over
+//! New ─headers─▶ Reading ─body─▶ Prefilling ─answer─▶ Forwarded ─done─▶ Over
 //!  │                │                │  └─ failed: the next prefill endpoint, else the pool's policy
-//!  │                └─ served whole ─┴──────────────▶ Sent
-//!  └─ nothing to read ──────────────────────────────▶ Sent            anywhere: Reply ─▶ Over
+//!  │                └─ served whole ─┴──────────────▶ Forwarded
+//!  └─ nothing to read ──────────────────────────────▶ Forwarded            anywhere: Reply ─▶ Over
 //! ```
-//! Where an engine wants both legs at once, the request is Sent while its prefill leg is in flight, and the answer's
+//! Where an engine wants both legs at once, the request is Forwarded while its prefill leg is in flight, and the answer's
 //! headers are held back until that leg has ended well: until then a failure can still become an error answer.
 //!
 //! The shell calls one method per Envoy callback and carries out the [`Outcome`]. Events that do not fit the state (late
@@ -30,12 +30,13 @@ use crate::request::reply::{REASON_HEADER, Rejection, Reply};
 use crate::wire::EndpointId;
 use crate::workers::worker::{Ticket, Worker};
 
+use forwarded::{Companion, Forwarded};
 use leg::{abandon, engines_reply};
 use prefill::{Prefilling, hinted};
 use route::{Prefill, Route};
-use sent::{Companion, Sent};
 
 pub(crate) mod answer;
+mod forwarded;
 pub(crate) mod intake;
 mod leg;
 pub(crate) mod models;
@@ -43,7 +44,6 @@ pub mod paths;
 mod prefill;
 pub mod reply;
 mod route;
-mod sent;
 
 /// Filter state that the route copies into the destination header: `ip:port[,ip:port…]`.
 pub const DESTINATION: &str = "pd.destination";
@@ -168,7 +168,7 @@ enum State {
     New,
     Reading(Box<Intake>),
     Prefilling(Box<Prefilling>),
-    Sent(Box<Sent>),
+    Forwarded(Box<Forwarded>),
     /// Nothing is counted, but the answer is to say who served it.
     Watched,
     Over,
@@ -250,7 +250,7 @@ impl Request {
                 self.reject(worker, Vec::new(), &rejection)
             }
             State::Reading(_) | State::Prefilling(_) => Outcome { flow: Flow::Pause, effects: Vec::new() },
-            State::New | State::Sent(_) | State::Watched | State::Over => GO_ON,
+            State::New | State::Forwarded(_) | State::Watched | State::Over => GO_ON,
         }
     }
 
@@ -271,7 +271,7 @@ impl Request {
     pub fn awaits_call(&self) -> bool {
         match &self.state {
             State::Prefilling(_) => true,
-            State::Sent(sent) => sent.companion.is_some(),
+            State::Forwarded(forwarded) => forwarded.companion.is_some(),
             State::New | State::Reading(_) | State::Watched | State::Over => false,
         }
     }
@@ -322,10 +322,10 @@ impl Request {
     ) -> Outcome {
         match core::mem::take(&mut self.state) {
             State::Prefilling(state) => self.prefill_ended(worker, *state, answer, body, now),
-            State::Sent(mut sent) if sent.companion.is_some() => {
-                let outcome = self.companion_ended(worker, &mut sent, answer, now);
+            State::Forwarded(mut forwarded) if forwarded.companion.is_some() => {
+                let outcome = self.companion_ended(worker, &mut forwarded, answer, now);
                 if !matches!(self.state, State::Over) {
-                    self.state = State::Sent(sent);
+                    self.state = State::Forwarded(forwarded);
                 }
                 outcome
             }
@@ -342,10 +342,10 @@ impl Request {
             worker.release(ticket);
         }
         match core::mem::replace(&mut self.state, State::Over) {
-            State::Sent(mut sent) => {
-                sent.uncount(worker);
-                sent.release(worker, now);
-                if let Some(Companion { endpoint, leg, .. }) = sent.companion {
+            State::Forwarded(mut forwarded) => {
+                forwarded.uncount(worker);
+                forwarded.release(worker, now);
+                if let Some(Companion { endpoint, leg, .. }) = forwarded.companion {
                     abandon(worker, endpoint, leg, now);
                 }
             }

@@ -3,9 +3,9 @@
 use core::time::Duration;
 use std::sync::Arc;
 
+use super::forwarded::Companion;
 use super::leg::{Fault, leg_ended, start_leg, with_pair};
 use super::route::{Prefill, Route, enter};
-use super::sent::Companion;
 use super::{Call, Effect, Flow, KV_MISSING, Outcome, PrefillAnswer, QUESTION_TIMEOUT, Request, State};
 use crate::body::json::Object;
 use crate::body::{Scan, scan};

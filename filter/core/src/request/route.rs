@@ -3,8 +3,8 @@
 use core::time::Duration;
 use std::sync::Arc;
 
+use super::forwarded::{Companion, Forwarded, JUDGED_TOKENS, Response};
 use super::leg::prefill_ms;
-use super::sent::{Companion, JUDGED_TOKENS, Response, Sent};
 use super::{
     DECISION, DECODE, DESTINATION, Effect, Flow, KV_MISSING, MATCHED_TOKENS, Outcome, PREFILL, PREFILLER, RANK, REASON,
     Request, State, TRIES, decision_name, to_i64,
@@ -142,7 +142,7 @@ impl Request {
         let passage = passage(work, &prefill, is_split, is_judged).map(Box::new);
         let companion = if let Prefill::Beside(_, companion) = prefill { Some(companion) } else { None };
         let (response, is_restricted) = (Response::Awaited, work.subset.is_some());
-        let sent = Sent {
+        let forwarded = Forwarded {
             endpoint,
             alternates,
             tokens,
@@ -155,7 +155,7 @@ impl Request {
             response,
             answered: false,
         };
-        self.state = State::Sent(Box::new(sent));
+        self.state = State::Forwarded(Box::new(forwarded));
         Outcome { flow: Flow::Continue, effects }
     }
 

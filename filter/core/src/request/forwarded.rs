@@ -15,7 +15,7 @@ use crate::workers::worker::Worker;
 
 /// A request that an engine endpoint serves.
 #[derive(Debug)]
-pub(super) struct Sent {
+pub(super) struct Forwarded {
     pub(super) endpoint: EndpointRef,
     pub(super) alternates: Vec<EndpointRef>,
     pub(super) tokens: u64,
@@ -59,33 +59,33 @@ impl Request {
     pub(super) fn companion_ended(
         &mut self,
         worker: &mut Worker,
-        sent: &mut Sent,
+        forwarded: &mut Forwarded,
         answer: PrefillAnswer<'_>,
         now: Duration,
     ) -> Outcome {
-        let Some(companion) = sent.companion.take() else { return WAIT };
+        let Some(companion) = forwarded.companion.take() else { return WAIT };
         leg_ended(worker, companion.endpoint, companion.leg, &answer, now);
         if let PrefillAnswer::Answered { status: 200, .. } = answer {
             let mut effects = vec![prefill_ms(worker, companion.started, now)];
-            if let (Some(passage), PrefillAnswer::Answered { body, .. }) = (&mut sent.passage, answer) {
+            if let (Some(passage), PrefillAnswer::Answered { body, .. }) = (&mut forwarded.passage, answer) {
                 passage.cached_tokens = Object::read(body)
                     .ok()
                     .and_then(|body| Usage::of_answer(&body))
                     .and_then(|usage| usage.cached_tokens);
             }
-            if sent.response == Response::Held {
-                sent.response = Response::Passed;
+            if forwarded.response == Response::Held {
+                forwarded.response = Response::Passed;
                 effects.push(Effect::ResumeResponse);
             }
             return Outcome { flow: Flow::Pause, effects };
         }
         worker.counts.count(Metric::PrefillGivenUp);
-        if sent.response == Response::Passed {
+        if forwarded.response == Response::Passed {
             // The decode endpoint did not wait: the client has its answer.
             return WAIT;
         }
-        sent.release(worker, now);
-        sent.uncount(worker);
+        forwarded.release(worker, now);
+        forwarded.uncount(worker);
         // It was counted when it was sent.
         let reply = match answer {
             PrefillAnswer::Answered { status, content_type, body } if answer.fault().is_none() => {
@@ -98,8 +98,8 @@ impl Request {
 
     /// Whether an engine endpoint has the request.
     #[must_use]
-    pub fn is_sent(&self) -> bool {
-        matches!(self.state, State::Sent(_) | State::Watched)
+    pub fn is_forwarded(&self) -> bool {
+        matches!(self.state, State::Forwarded(_) | State::Watched)
     }
 
     /// Response headers are there; `upstream` is the address of the endpoint that answered, if one did, `status` what
@@ -115,50 +115,50 @@ impl Request {
             let upstream = core::str::from_utf8(upstream?).ok()?;
             Some(Effect::AddResponseHeader(SERVED_HEADER, upstream.to_owned()))
         };
-        let sent = match &mut self.state {
-            State::Sent(sent) => sent,
+        let forwarded = match &mut self.state {
+            State::Forwarded(forwarded) => forwarded,
             State::Watched => {
                 self.state = State::Over;
                 return Outcome { flow: Flow::Continue, effects: served().into_iter().collect() };
             }
             _ => return GO_ON,
         };
-        sent.answered_by(worker, upstream, now);
+        forwarded.answered_by(worker, upstream, now);
         let mut effects = Vec::new();
-        if sent.is_restricted {
+        if forwarded.is_restricted {
             effects.extend(served());
         }
-        if sent.is_kv_missing {
+        if forwarded.is_kv_missing {
             effects.push(Effect::AddResponseHeader(KV_HEADER, "missing".to_owned()));
         }
-        if sent.passage.as_ref().is_some_and(|passage| passage.changes_length()) {
+        if forwarded.passage.as_ref().is_some_and(|passage| passage.changes_length()) {
             effects.push(Effect::RemoveResponseHeader("content-length"));
         }
         // A refusal does not wait for the KV cache.
-        let is_held = sent.companion.is_some() && upstream.is_some() && status == Some(200);
-        sent.response = if is_held { Response::Held } else { Response::Passed };
+        let is_held = forwarded.companion.is_some() && upstream.is_some() && status == Some(200);
+        forwarded.response = if is_held { Response::Held } else { Response::Passed };
         Outcome { flow: if is_held { Flow::Pause } else { Flow::Continue }, effects }
     }
 
     /// Whether [`answer_part`](Self::answer_part) wants the response's body.
     #[must_use]
     pub fn reads_answer(&self) -> bool {
-        matches!(&self.state, State::Sent(sent) if sent.passage.is_some())
+        matches!(&self.state, State::Forwarded(forwarded) if forwarded.passage.is_some())
     }
 
     /// A part of the response's body is there.
     pub fn answer_part(&mut self, worker: &mut Worker, part: &[u8], is_last: bool) -> Outcome {
-        let State::Sent(sent) = &mut self.state else { return GO_ON };
-        let Some(passage) = &mut sent.passage else { return GO_ON };
+        let State::Forwarded(forwarded) = &mut self.state else { return GO_ON };
+        let Some(passage) = &mut forwarded.passage else { return GO_ON };
         let edited = passage.part(part, is_last);
         let drain = u32::try_from(part.len()).unwrap_or(u32::MAX);
         let mut effects: Vec<_> =
             edited.map(|head| Effect::EditResponse(HeadEdit { drain, head })).into_iter().collect();
         if is_last {
             let usage = passage.usage();
-            sent.passage = None;
-            if let Some(usage) = usage.filter(|_| sent.is_judged) {
-                effects.extend(judge(worker, sent.endpoint, usage));
+            forwarded.passage = None;
+            if let Some(usage) = usage.filter(|_| forwarded.is_judged) {
+                effects.extend(judge(worker, forwarded.endpoint, usage));
             }
         }
         Outcome { flow: Flow::Continue, effects }
@@ -167,18 +167,18 @@ impl Request {
     /// Whether [`first_byte`](Self::first_byte) is still to be told.
     #[must_use]
     pub fn awaits_first_byte(&self) -> bool {
-        matches!(&self.state, State::Sent(sent) if !sent.answered)
+        matches!(&self.state, State::Forwarded(forwarded) if !forwarded.answered)
     }
 
     /// The first byte of the response's body is there: the prompt has been computed.
     pub fn first_byte(&mut self, worker: &mut Worker, now: Duration) {
-        let State::Sent(sent) = &mut self.state else { return };
-        sent.answered = true;
-        sent.end_own(worker, now);
+        let State::Forwarded(forwarded) = &mut self.state else { return };
+        forwarded.answered = true;
+        forwarded.end_own(worker, now);
     }
 }
 
-impl Sent {
+impl Forwarded {
     /// Notes who answered: the endpoint that was chosen, the alternate that Envoy went on to, or nobody.
     pub(super) fn answered_by(&mut self, worker: &mut Worker, upstream: Option<&[u8]>, now: Duration) {
         let mut answers = |reference: &EndpointRef| {
