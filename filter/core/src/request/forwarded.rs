@@ -22,7 +22,7 @@ pub(super) struct Forwarded {
     /// The prompt's own work and where it is done, counted until the first byte; none where a leg of ours does it.
     pub(super) own: Option<(EndpointRef, u64)>,
     /// The prefill leg, where it goes out with this one.
-    pub(super) companion: Option<Companion>,
+    pub(super) concurrent_prefill: Option<ConcurrentPrefill>,
     /// Whether the prompt is computed a second time.
     pub(super) is_kv_missing: bool,
     /// What to look for in the answer.
@@ -37,7 +37,7 @@ pub(super) struct Forwarded {
 
 /// A prefill leg in flight beside its decode leg.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Companion {
+pub(super) struct ConcurrentPrefill {
     pub(super) endpoint: EndpointRef,
     pub(super) leg: u64,
     pub(super) started: Duration,
@@ -56,17 +56,17 @@ pub(super) enum Response {
 impl Request {
     /// The prefill leg beside the decode leg ended. The decode leg waits for a KV cache that a failed one never sends:
     /// the client gets an error at once.
-    pub(super) fn companion_ended(
+    pub(super) fn concurrent_prefill_ended(
         &mut self,
         worker: &mut Worker,
         forwarded: &mut Forwarded,
         answer: PrefillAnswer<'_>,
         now: Duration,
     ) -> Outcome {
-        let Some(companion) = forwarded.companion.take() else { return WAIT };
-        leg_ended(worker, companion.endpoint, companion.leg, &answer, now);
+        let Some(concurrent_prefill) = forwarded.concurrent_prefill.take() else { return WAIT };
+        leg_ended(worker, concurrent_prefill.endpoint, concurrent_prefill.leg, &answer, now);
         if let PrefillAnswer::Answered { status: 200, .. } = answer {
-            let mut effects = vec![prefill_ms(worker, companion.started, now)];
+            let mut effects = vec![prefill_ms(worker, concurrent_prefill.started, now)];
             if let (Some(passage), PrefillAnswer::Answered { body, .. }) = (&mut forwarded.passage, answer) {
                 passage.cached_tokens = Object::read(body)
                     .ok()
@@ -135,7 +135,7 @@ impl Request {
             effects.push(Effect::RemoveResponseHeader("content-length"));
         }
         // A refusal does not wait for the KV cache.
-        let is_held = forwarded.companion.is_some() && upstream.is_some() && status == Some(200);
+        let is_held = forwarded.concurrent_prefill.is_some() && upstream.is_some() && status == Some(200);
         forwarded.response = if is_held { Response::Held } else { Response::Passed };
         Outcome { flow: if is_held { Flow::Pause } else { Flow::Continue }, effects }
     }

@@ -30,7 +30,7 @@ use crate::request::reply::{REASON_HEADER, Rejection, Reply};
 use crate::wire::EndpointId;
 use crate::workers::worker::{Ticket, Worker};
 
-use forwarded::{Companion, Forwarded};
+use forwarded::{ConcurrentPrefill, Forwarded};
 use leg::{abandon, engines_reply};
 use prefill::{Prefilling, hinted};
 use route::{Prefill, Route};
@@ -271,7 +271,7 @@ impl Request {
     pub fn awaits_call(&self) -> bool {
         match &self.state {
             State::Prefilling(_) => true,
-            State::Forwarded(forwarded) => forwarded.companion.is_some(),
+            State::Forwarded(forwarded) => forwarded.concurrent_prefill.is_some(),
             State::New | State::Reading(_) | State::Watched | State::Over => false,
         }
     }
@@ -322,8 +322,8 @@ impl Request {
     ) -> Outcome {
         match core::mem::take(&mut self.state) {
             State::Prefilling(state) => self.prefill_ended(worker, *state, answer, body, now),
-            State::Forwarded(mut forwarded) if forwarded.companion.is_some() => {
-                let outcome = self.companion_ended(worker, &mut forwarded, answer, now);
+            State::Forwarded(mut forwarded) if forwarded.concurrent_prefill.is_some() => {
+                let outcome = self.concurrent_prefill_ended(worker, &mut forwarded, answer, now);
                 if !matches!(self.state, State::Over) {
                     self.state = State::Forwarded(forwarded);
                 }
@@ -345,7 +345,7 @@ impl Request {
             State::Forwarded(mut forwarded) => {
                 forwarded.uncount(worker);
                 forwarded.release(worker, now);
-                if let Some(Companion { endpoint, leg, .. }) = forwarded.companion {
+                if let Some(ConcurrentPrefill { endpoint, leg, .. }) = forwarded.concurrent_prefill {
                     abandon(worker, endpoint, leg, now);
                 }
             }

@@ -3,7 +3,7 @@
 use core::time::Duration;
 use std::sync::Arc;
 
-use super::forwarded::Companion;
+use super::forwarded::ConcurrentPrefill;
 use super::leg::{Fault, leg_ended, start_leg, with_pair};
 use super::route::{Prefill, Route, enter};
 use super::{Call, Effect, Flow, KV_MISSING, Outcome, PrefillAnswer, QUESTION_TIMEOUT, Request, State};
@@ -195,7 +195,7 @@ impl Request {
             return self.reject(worker, Vec::new(), &Rejection::TooLarge(work.config.max_body_bytes));
         }
         let (call, leg) = start_leg(worker, &work, &tried, pick, Some(id), (body, scan), now);
-        route.prefill = Prefill::Beside(pick, Companion { endpoint, leg, started });
+        route.prefill = Prefill::Beside(pick, ConcurrentPrefill { endpoint, leg, started });
         route.insert = &members;
         let mut outcome = self.send(worker, &work, route, now);
         outcome.effects.insert(0, Effect::Call(call));

@@ -3,7 +3,7 @@
 use core::time::Duration;
 use std::sync::Arc;
 
-use super::forwarded::{Companion, Forwarded, JUDGED_TOKENS, Response};
+use super::forwarded::{ConcurrentPrefill, Forwarded, JUDGED_TOKENS, Response};
 use super::leg::prefill_ms;
 use super::{
     DECISION, DECODE, DESTINATION, Effect, Flow, KV_MISSING, MATCHED_TOKENS, Outcome, PREFILL, PREFILLER, RANK, REASON,
@@ -42,7 +42,7 @@ pub(super) enum Prefill {
     /// A leg that is through.
     Done(Pick, EndpointRef, Duration, Option<Usage>),
     /// A leg that goes out now.
-    Beside(Pick, Companion),
+    Beside(Pick, ConcurrentPrefill),
     /// A sidecar sees to it.
     Sidecar(Pick, EndpointRef),
 }
@@ -52,7 +52,7 @@ impl Prefill {
         match self {
             Self::Own => None,
             Self::Done(pick, endpoint, ..) | Self::Sidecar(pick, endpoint) => Some((*pick, *endpoint)),
-            Self::Beside(pick, companion) => Some((*pick, companion.endpoint)),
+            Self::Beside(pick, concurrent_prefill) => Some((*pick, concurrent_prefill.endpoint)),
         }
     }
 }
@@ -140,14 +140,15 @@ impl Request {
             && work.prompt.tokens as u64 >= JUDGED_TOKENS / 2
             && worker.table.get(pick.endpoint).is_some_and(|slot| slot.engine.protocol().counts_fetched_tokens);
         let passage = passage(work, &prefill, is_split, is_judged).map(Box::new);
-        let companion = if let Prefill::Beside(_, companion) = prefill { Some(companion) } else { None };
+        let concurrent_prefill =
+            if let Prefill::Beside(_, concurrent_prefill) = prefill { Some(concurrent_prefill) } else { None };
         let (response, is_restricted) = (Response::Awaited, work.subset.is_some());
         let forwarded = Forwarded {
             endpoint,
             alternates,
             tokens,
             own,
-            companion,
+            concurrent_prefill,
             is_kv_missing,
             passage,
             is_judged,
