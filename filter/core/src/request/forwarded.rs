@@ -9,8 +9,8 @@ use crate::body::splice::HeadEdit;
 use crate::endpoints::fit::Usage;
 use crate::endpoints::table::EndpointRef;
 use crate::metrics::Metric;
-use crate::request::answer::Passage;
 use crate::request::reply::Rejection;
+use crate::request::response_editor::ResponseEditor;
 use crate::workers::worker::Worker;
 
 /// A request that an engine endpoint serves.
@@ -26,7 +26,7 @@ pub(super) struct Forwarded {
     /// Whether the prompt is computed a second time.
     pub(super) is_kv_missing: bool,
     /// What to look for in the answer.
-    pub(super) passage: Option<Box<Passage>>,
+    pub(super) editor: Option<Box<ResponseEditor>>,
     /// Whether the answer's usage tells that the KV cache came.
     pub(super) is_judged: bool,
     /// Whether a peer restricted the endpoints, and wants to know who served.
@@ -67,8 +67,8 @@ impl Request {
         leg_ended(worker, concurrent_prefill.endpoint, concurrent_prefill.leg, &answer, now);
         if let PrefillAnswer::Answered { status: 200, .. } = answer {
             let mut effects = vec![prefill_ms(worker, concurrent_prefill.started, now)];
-            if let (Some(passage), PrefillAnswer::Answered { body, .. }) = (&mut forwarded.passage, answer) {
-                passage.cached_tokens = Object::read(body)
+            if let (Some(editor), PrefillAnswer::Answered { body, .. }) = (&mut forwarded.editor, answer) {
+                editor.cached_tokens = Object::read(body)
                     .ok()
                     .and_then(|body| Usage::of_answer(&body))
                     .and_then(|usage| usage.cached_tokens);
@@ -131,7 +131,7 @@ impl Request {
         if forwarded.is_kv_missing {
             effects.push(Effect::AddResponseHeader(KV_HEADER, "missing".to_owned()));
         }
-        if forwarded.passage.as_ref().is_some_and(|passage| passage.changes_length()) {
+        if forwarded.editor.as_ref().is_some_and(|editor| editor.changes_length()) {
             effects.push(Effect::RemoveResponseHeader("content-length"));
         }
         // A refusal does not wait for the KV cache.
@@ -143,20 +143,20 @@ impl Request {
     /// Whether [`answer_part`](Self::answer_part) wants the response's body.
     #[must_use]
     pub fn reads_answer(&self) -> bool {
-        matches!(&self.state, State::Forwarded(forwarded) if forwarded.passage.is_some())
+        matches!(&self.state, State::Forwarded(forwarded) if forwarded.editor.is_some())
     }
 
     /// A part of the response's body is there.
     pub fn answer_part(&mut self, worker: &mut Worker, part: &[u8], is_last: bool) -> Outcome {
         let State::Forwarded(forwarded) = &mut self.state else { return GO_ON };
-        let Some(passage) = &mut forwarded.passage else { return GO_ON };
-        let edited = passage.part(part, is_last);
+        let Some(editor) = &mut forwarded.editor else { return GO_ON };
+        let edited = editor.part(part, is_last);
         let drain = u32::try_from(part.len()).unwrap_or(u32::MAX);
         let mut effects: Vec<_> =
             edited.map(|head| Effect::EditResponse(HeadEdit { drain, head })).into_iter().collect();
         if is_last {
-            let usage = passage.usage();
-            forwarded.passage = None;
+            let usage = editor.usage();
+            forwarded.editor = None;
             if let Some(usage) = usage.filter(|_| forwarded.is_judged) {
                 effects.extend(judge(worker, forwarded.endpoint, usage));
             }

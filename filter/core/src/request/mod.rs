@@ -35,7 +35,6 @@ use leg::{abandon, engines_reply};
 use prefill::{Prefilling, hinted};
 use route::{Prefill, Route};
 
-pub(crate) mod answer;
 mod forwarded;
 pub(crate) mod intake;
 mod leg;
@@ -43,6 +42,7 @@ pub(crate) mod models;
 pub mod paths;
 mod prefill;
 pub mod reply;
+pub(crate) mod response_editor;
 mod route;
 
 /// Filter state that the route copies into the destination header: `ip:port[,ip:port…]`.

@@ -17,9 +17,9 @@ use crate::endpoints::table::EndpointRef;
 use crate::envoys::report::Decision;
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
-use crate::request::answer::Passage;
 use crate::request::intake::{Subset, Work};
 use crate::request::reply::Rejection;
+use crate::request::response_editor::ResponseEditor;
 use crate::workers::worker::Worker;
 
 /// Where a request goes, and why.
@@ -139,7 +139,7 @@ impl Request {
         let is_judged = is_split
             && work.prompt.tokens as u64 >= JUDGED_TOKENS / 2
             && worker.table.get(pick.endpoint).is_some_and(|slot| slot.engine.protocol().counts_fetched_tokens);
-        let passage = passage(work, &prefill, is_split, is_judged).map(Box::new);
+        let editor = response_editor(work, &prefill, is_split, is_judged).map(Box::new);
         let concurrent_prefill =
             if let Prefill::Beside(_, concurrent_prefill) = prefill { Some(concurrent_prefill) } else { None };
         let (response, is_restricted) = (Response::Awaited, work.subset.is_some());
@@ -150,7 +150,7 @@ impl Request {
             own,
             concurrent_prefill,
             is_kv_missing,
-            passage,
+            editor,
             is_judged,
             is_restricted,
             response,
@@ -221,7 +221,7 @@ pub(super) fn destination(
 
 /// What to look for in the answer of a request: the model's name where it is to be put back, and what was used where
 /// that will be told. A stream is read for its cached tokens only where they are to be put right, for it has many parts.
-fn passage(work: &Work, prefill: &Prefill, is_split: bool, is_judged: bool) -> Option<Passage> {
+fn response_editor(work: &Work, prefill: &Prefill, is_split: bool, is_judged: bool) -> Option<ResponseEditor> {
     let (tells_cached_tokens, cached_tokens) = match prefill {
         Prefill::Done(.., usage) => {
             let cached = usage.and_then(|usage| usage.cached_tokens);
@@ -235,9 +235,9 @@ fn passage(work: &Work, prefill: &Prefill, is_split: bool, is_judged: bool) -> O
     if !reads_usage && work.put_back.is_none() {
         return None;
     }
-    let mut passage = Passage::new(tells_cached_tokens, cached_tokens);
+    let mut editor = ResponseEditor::new(tells_cached_tokens, cached_tokens);
     if let Some(asked) = &work.put_back {
-        passage.rename(&work.served.model, asked);
+        editor.rename(&work.served.model, asked);
     }
-    Some(passage)
+    Some(editor)
 }
