@@ -9,7 +9,7 @@ use crate::choose::schedule::{Pick, Scheduler};
 use crate::endpoints::table::EndpointRef;
 use crate::engine::{Pair, legs};
 use crate::metrics::Metric;
-use crate::request::intake::{Work, leg_headers};
+use crate::request::head::{Work, leg_headers};
 use crate::request::reply::Reply;
 use crate::workers::worker::Worker;
 

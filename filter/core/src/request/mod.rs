@@ -24,7 +24,7 @@ use crate::config::{Config, EXPLAIN_HEADER, PHASE_HEADER, PREFILLER_HEADER, STAT
 use crate::headers::Headers;
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
-use crate::request::intake::{Claims, Intake, Phase, Subset, Work, decoded_path, endpoint_ids, is_ours, read_body};
+use crate::request::head::{Claims, Phase, RequestHead, Subset, Work, decoded_path, endpoint_ids, is_ours, read_body};
 use crate::request::models::{Served, known};
 use crate::request::reply::{REASON_HEADER, Rejection, Reply};
 use crate::wire::EndpointId;
@@ -36,7 +36,7 @@ use prefill::{Prefilling, hinted};
 use route::{Prefill, Route};
 
 mod forwarded;
-pub(crate) mod intake;
+pub(crate) mod head;
 mod leg;
 pub(crate) mod models;
 pub mod paths;
@@ -166,7 +166,7 @@ pub struct Request {
 enum State {
     #[default]
     New,
-    Reading(Box<Intake>),
+    Reading(Box<RequestHead>),
     Prefilling(Box<Prefilling>),
     Forwarded(Box<Forwarded>),
     /// Nothing is counted, but the answer is to say who served it.
@@ -238,15 +238,16 @@ impl Request {
         }
         let prefiller = headers.get(PREFILLER_HEADER).filter(|_| config.trusts(PREFILLER_HEADER)).map(endpoint_ids);
         let claims = Claims::read(&headers, &config);
-        self.state = State::Reading(Box::new(Intake { config, headers, api, form, phase, prefiller, claims, subset }));
+        self.state =
+            State::Reading(Box::new(RequestHead { config, headers, api, form, phase, prefiller, claims, subset }));
         Outcome { flow: Flow::Continue, effects }
     }
 
     /// A part of the body came, `bytes` are there, more will come.
     pub fn body_part(&mut self, worker: &mut Worker, bytes: usize) -> Outcome {
         match &self.state {
-            State::Reading(intake) if bytes > intake.config.max_body_bytes => {
-                let rejection = Rejection::TooLarge(intake.config.max_body_bytes);
+            State::Reading(head) if bytes > head.config.max_body_bytes => {
+                let rejection = Rejection::TooLarge(head.config.max_body_bytes);
                 self.reject(worker, Vec::new(), &rejection)
             }
             State::Reading(_) | State::Prefilling(_) => Outcome { flow: Flow::Pause, effects: Vec::new() },
@@ -278,27 +279,27 @@ impl Request {
 
     /// The body is complete.
     pub fn body(&mut self, worker: &mut Worker, body: &[u8], now: Duration) -> Outcome {
-        let intake = match core::mem::take(&mut self.state) {
-            State::Reading(intake) => *intake,
+        let head = match core::mem::take(&mut self.state) {
+            State::Reading(head) => *head,
             other => {
                 self.state = other;
                 return GO_ON;
             }
         };
-        if body.len() > intake.config.max_body_bytes {
-            return self.reject(worker, Vec::new(), &Rejection::TooLarge(intake.config.max_body_bytes));
+        if body.len() > head.config.max_body_bytes {
+            return self.reject(worker, Vec::new(), &Rejection::TooLarge(head.config.max_body_bytes));
         }
-        let Some(api) = intake.api else {
-            let edit = match intake.cleaned(body) {
+        let Some(api) = head.api else {
+            let edit = match head.cleaned(body) {
                 Ok(edit) => edit,
                 Err(rejection) => return self.reject(worker, Vec::new(), &rejection),
             };
             let effects = if edit.is_none() { Vec::new() } else { vec![Effect::EditBody(edit)] };
-            return self.pass(worker, &intake.config, intake.subset.as_ref(), effects, now);
+            return self.pass(worker, &head.config, head.subset.as_ref(), effects, now);
         };
         match scan(body).map_err(|error| Rejection::InvalidJson(error.to_string())) {
             Ok(scan) => {
-                let Intake { config, headers, phase, prefiller, claims, subset, .. } = intake;
+                let RequestHead { config, headers, phase, prefiller, claims, subset, .. } = head;
                 match read_body(worker, config, headers, api, subset, body, &scan, now) {
                     Ok(work) => match self.admit(worker, &work, claims) {
                         Ok(()) => self.decide(worker, work, phase, prefiller.as_deref(), claims, (body, &scan), now),

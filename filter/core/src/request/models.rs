@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::config::{Alias, Config};
 use crate::endpoints::table::{Candidates, NoCandidates, Table};
-use crate::request::intake::{Subset, candidates};
+use crate::request::head::{Subset, candidates};
 use crate::request::reply::Rejection;
 
 /// The model that serves a request.

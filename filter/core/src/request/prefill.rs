@@ -16,7 +16,7 @@ use crate::endpoints::table::{Candidates, EndpointRef, Partner};
 use crate::engine::{Handover, LegOrder, legs};
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
-use crate::request::intake::{Work, candidates, question_headers};
+use crate::request::head::{Work, candidates, question_headers};
 use crate::request::models::Served;
 use crate::request::reply::Rejection;
 use crate::wire::EndpointId;

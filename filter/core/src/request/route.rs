@@ -17,7 +17,7 @@ use crate::endpoints::table::EndpointRef;
 use crate::envoys::report::Decision;
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
-use crate::request::intake::{Subset, Work};
+use crate::request::head::{Subset, Work};
 use crate::request::reply::Rejection;
 use crate::request::response_editor::ResponseEditor;
 use crate::workers::worker::Worker;

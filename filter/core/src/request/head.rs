@@ -27,7 +27,7 @@ const EXPECTED_OUTPUT_TOKENS: u64 = 256;
 
 /// What the headers said.
 #[derive(Debug)]
-pub(crate) struct Intake {
+pub(crate) struct RequestHead {
     pub(crate) config: Arc<Config>,
     pub(crate) headers: Headers,
     /// `None`: a path whose body is only freed of what no client may send.
@@ -101,7 +101,7 @@ impl Claims {
 /// Header by which a client says within how many milliseconds its prompt must be computed.
 pub(crate) const DEADLINE_HEADER: &str = "x-pd-deadline-ms";
 
-impl Intake {
+impl RequestHead {
     /// Frees a body without a prompt of what no client may send.
     pub(crate) fn cleaned(&self, body: &[u8]) -> Result<HeadEdit, Rejection> {
         let whole = |head: Vec<u8>| HeadEdit { drain: u32::try_from(body.len()).unwrap_or(u32::MAX), head };
@@ -414,7 +414,7 @@ mod tests {
             let headers = Headers::from_pairs([("content-type", content_type), (":path", "/own")]);
             let config = Arc::new(Config::parse(b"").unwrap());
             let claims = Claims::default();
-            Intake { config, headers, api: None, form: None, phase: None, prefiller: None, claims, subset: None }
+            RequestHead { config, headers, api: None, form: None, phase: None, prefiller: None, claims, subset: None }
                 .may_be_object(body)
         };
         let suspects: [&[u8]; 5] = [b"{", b" {\"x\":NaN}", b"\xef\xbb\xbf{}", b"{\0}\0", b"\0{\0}"];
