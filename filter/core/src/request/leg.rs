@@ -9,14 +9,15 @@ use crate::choose::schedule::{Pick, Scheduler};
 use crate::endpoints::table::EndpointRef;
 use crate::engine::{Pair, legs};
 use crate::metrics::Metric;
-use crate::request::head::{Work, leg_headers};
+use crate::request::head::leg_headers;
+use crate::request::parsed::ParsedRequest;
 use crate::request::reply::Reply;
 use crate::workers::worker::Worker;
 
 /// A prefill leg as a call, and its number in the ledger.
 pub(super) fn start_leg(
     worker: &mut Worker,
-    work: &Work,
+    parsed: &ParsedRequest,
     tried: &[EndpointRef],
     pick: Pick,
     pair_id: Option<u64>,
@@ -24,21 +25,21 @@ pub(super) fn start_leg(
     now: Duration,
 ) -> (Call, u64) {
     let leg = worker.next_leg();
-    let pool = work.pool();
+    let pool = parsed.pool();
     let mut alternates = Vec::new();
     if pair_id.is_none() {
         // A host that Envoy does not know yet is skipped: the next one must be a prefill endpoint too. Where the decode
         // leg has been told which one it is, no other will do.
         let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool, now };
-        alternates = scheduler.alternates(&work.served.candidates.prefill, &work.prompt, pick.endpoint);
+        alternates = scheduler.alternates(&parsed.served.candidates.prefill, &parsed.prompt, pick.endpoint);
         alternates.retain(|at| worker.table.refer(*at).is_some_and(|at| !tried.contains(&at)));
     }
     let destination = destination(worker, pick.endpoint, alternates.into_iter());
-    let id = pair_id.unwrap_or_else(|| worker.pair_id(work.headers.get("x-request-id").unwrap_or_default(), now));
+    let id = pair_id.unwrap_or_else(|| worker.pair_id(parsed.headers.get("x-request-id").unwrap_or_default(), now));
     let protocol = worker.table.get(pick.endpoint).map_or(pool.engine, |slot| slot.engine).protocol();
-    let model = work.served.rewrite.as_deref();
+    let model = parsed.served.rewrite.as_deref();
     let body =
-        with_pair(worker, work, pick, id, |pair| legs::prefill_body(protocol, work.api, body, scan, pair, model));
+        with_pair(worker, parsed, pick, id, |pair| legs::prefill_body(protocol, parsed.api, body, scan, pair, model));
     let mut rank = None;
     if let Some(slot) = worker.table.get_mut(pick.endpoint) {
         slot.health.sent(now);
@@ -47,24 +48,24 @@ pub(super) fn start_leg(
     if let Some(endpoint) = worker.table.refer(pick.endpoint) {
         worker.prefill_started(endpoint, leg, pick.seconds, now, now.saturating_add(pool.prefill_timeout));
     }
-    enter(worker, pick.endpoint, &work.prompt);
+    enter(worker, pick.endpoint, &parsed.prompt);
     worker.counts.add(Metric::PrefillInFlight, 1);
-    let headers = leg_headers(&work.headers, &work.config, destination.as_bytes(), rank);
+    let headers = leg_headers(&parsed.headers, &parsed.config, destination.as_bytes(), rank);
     let timeout = pool.prefill_timeout;
-    (Call { cluster: work.config.cluster.clone(), headers, body, timeout }, leg)
+    (Call { cluster: parsed.config.cluster.clone(), headers, body, timeout }, leg)
 }
 
 /// What is made of that which both legs are told of the prefill endpoint.
 pub(super) fn with_pair<T: Default>(
     worker: &Worker,
-    work: &Work,
+    parsed: &ParsedRequest,
     pick: Pick,
     id: u64,
     make: impl FnOnce(&Pair<'_>) -> T,
 ) -> T {
     let Some(slot) = worker.table.get(pick.endpoint) else { return T::default() };
     let engine_id = slot.engine_id.as_deref().unwrap_or_default();
-    make(&Pair { bootstrap: slot.bootstrap, rank: slot.endpoint.rank, engine_id, id, batch: work.batch })
+    make(&Pair { bootstrap: slot.bootstrap, rank: slot.endpoint.rank, engine_id, id, batch: parsed.batch })
 }
 
 /// Takes a prefill leg out of the ledger and notes how it went; the seconds that the endpoint spent on it, where known.

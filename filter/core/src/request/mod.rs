@@ -24,8 +24,9 @@ use crate::config::{Config, EXPLAIN_HEADER, PHASE_HEADER, PREFILLER_HEADER, STAT
 use crate::headers::Headers;
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
-use crate::request::head::{Claims, Phase, RequestHead, Subset, Work, decoded_path, endpoint_ids, is_ours, read_body};
+use crate::request::head::{Claims, Phase, RequestHead, Subset, decoded_path, endpoint_ids, is_ours};
 use crate::request::models::{Served, known};
+use crate::request::parsed::{ParsedRequest, read_body};
 use crate::request::reply::{REASON_HEADER, Rejection, Reply};
 use crate::wire::EndpointId;
 use crate::workers::worker::{Ticket, Worker};
@@ -39,6 +40,7 @@ mod forwarded;
 pub(crate) mod head;
 mod leg;
 pub(crate) mod models;
+pub(crate) mod parsed;
 pub mod paths;
 mod prefill;
 pub mod reply;
@@ -301,8 +303,8 @@ impl Request {
             Ok(scan) => {
                 let RequestHead { config, headers, phase, prefiller, claims, subset, .. } = head;
                 match read_body(worker, config, headers, api, subset, body, &scan, now) {
-                    Ok(work) => match self.admit(worker, &work, claims) {
-                        Ok(()) => self.decide(worker, work, phase, prefiller.as_deref(), claims, (body, &scan), now),
+                    Ok(parsed) => match self.admit(worker, &parsed, claims) {
+                        Ok(()) => self.decide(worker, parsed, phase, prefiller.as_deref(), claims, (body, &scan), now),
                         Err(shed) => self.shed(worker, shed),
                     },
                     Err(rejection) => self.reject(worker, Vec::new(), &rejection),
@@ -360,12 +362,12 @@ impl Request {
     }
 
     /// Lets the request in, where its pool has limits.
-    fn admit(&mut self, worker: &mut Worker, work: &Work, claims: Claims) -> Result<(), Shed> {
-        let limits = work.pool().limits;
+    fn admit(&mut self, worker: &mut Worker, parsed: &ParsedRequest, claims: Claims) -> Result<(), Shed> {
+        let limits = parsed.pool().limits;
         if limits != Limits::default() {
-            let tokens = (work.prompt.tokens as u64).saturating_add(work.output_tokens);
+            let tokens = (parsed.prompt.tokens as u64).saturating_add(parsed.output_tokens);
             let ask = Ask { tokens, priority: claims.priority, fairness: claims.fairness };
-            self.ticket = Some(worker.admit(&work.served.candidates.pool, limits, ask)?);
+            self.ticket = Some(worker.admit(&parsed.served.candidates.pool, limits, ask)?);
         }
         Ok(())
     }
@@ -379,22 +381,22 @@ impl Request {
     fn decide(
         &mut self,
         worker: &mut Worker,
-        work: Work,
+        parsed: ParsedRequest,
         phase: Option<Phase>,
         prefiller: Option<&[EndpointId]>,
         claims: Claims,
         body: (&[u8], &Scan),
         now: Duration,
     ) -> Outcome {
-        let Work { served: Served { candidates, .. }, prompt, .. } = &work;
+        let ParsedRequest { served: Served { candidates, .. }, prompt, .. } = &parsed;
         let hint = prefiller.and_then(|ids| hinted(worker, ids, candidates));
         if prefiller.is_some() && hint.is_none() && phase.is_none() {
             worker.counts.count(Metric::HintsIgnored);
         }
-        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: work.pool(), now };
-        let is_asked = work.config.trusts(EXPLAIN_HEADER) && work.headers.get(EXPLAIN_HEADER).is_some();
+        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: parsed.pool(), now };
+        let is_asked = parsed.config.trusts(EXPLAIN_HEADER) && parsed.headers.get(EXPLAIN_HEADER).is_some();
         let explained = is_asked.then(|| scheduler.explain(candidates, prompt));
-        let mut outcome = self.decided(worker, work, phase, hint, claims, body, now);
+        let mut outcome = self.decided(worker, parsed, phase, hint, claims, body, now);
         if let Some(explained) = explained {
             outcome.effects.insert(0, Effect::SetState(EXPLAIN, explained.into_bytes()));
         }
@@ -405,15 +407,15 @@ impl Request {
     fn decided(
         &mut self,
         worker: &mut Worker,
-        work: Work,
+        parsed: ParsedRequest,
         phase: Option<Phase>,
         hint: Option<EndpointIndex>,
         claims: Claims,
         body: (&[u8], &Scan),
         now: Duration,
     ) -> Outcome {
-        let Work { served: Served { candidates, .. }, prompt, plan, .. } = &work;
-        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: work.pool(), now };
+        let ParsedRequest { served: Served { candidates, .. }, prompt, plan, .. } = &parsed;
+        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: parsed.pool(), now };
         let prefill = Prefill::Own;
         let route = match phase {
             Some(Phase::Prefill) => {
@@ -452,12 +454,12 @@ impl Request {
                         let (decision, reason) = (Metric::RequestsDecodeOnly, reason.code());
                         Some(Route { decision, reason, pick, alternates, prefill, plan, insert: b"" })
                     }
-                    Decision::Split(pick) => return self.split(worker, work, Vec::new(), pick, body, now, now),
+                    Decision::Split(pick) => return self.split(worker, parsed, Vec::new(), pick, body, now, now),
                 }
             }
         };
         match route {
-            Some(route) => self.send(worker, &work, route, now),
+            Some(route) => self.send(worker, &parsed, route, now),
             None => self.reject(worker, Vec::new(), &Rejection::NoEndpoint),
         }
     }

@@ -16,8 +16,9 @@ use crate::endpoints::table::{Candidates, EndpointRef, Partner};
 use crate::engine::{Handover, LegOrder, legs};
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
-use crate::request::head::{Work, candidates, question_headers};
+use crate::request::head::{candidates, question_headers};
 use crate::request::models::Served;
+use crate::request::parsed::ParsedRequest;
 use crate::request::reply::Rejection;
 use crate::wire::EndpointId;
 use crate::workers::worker::Worker;
@@ -25,7 +26,7 @@ use crate::workers::worker::Worker;
 /// A request that waits for its prefill leg.
 #[derive(Debug)]
 pub(super) struct Prefilling {
-    pub(super) work: Work,
+    pub(super) parsed: ParsedRequest,
     pub(super) tried: Vec<EndpointRef>,
     pub(super) pick: Pick,
     pub(super) endpoint: EndpointRef,
@@ -49,21 +50,21 @@ impl Request {
             seconds = leg_ended(worker, state.endpoint, leg, &answer, now);
         }
         // The list may have changed since the leg began: its places may be other endpoints' now.
-        let current = candidates(&worker.table, &state.work.served.model, state.work.subset.as_ref());
+        let current = candidates(&worker.table, &state.parsed.served.model, state.parsed.subset.as_ref());
         let current = current.unwrap_or_else(|_| {
-            Arc::new(Candidates { pool: Arc::clone(&state.work.served.candidates.pool), ..Candidates::default() })
+            Arc::new(Candidates { pool: Arc::clone(&state.parsed.served.candidates.pool), ..Candidates::default() })
         });
-        state.work.served.candidates = current.for_prompt(state.work.prompt.tokens, &worker.table);
+        state.parsed.served.candidates = current.for_prompt(state.parsed.prompt.tokens, &worker.table);
         let mut body = Some(body);
         let mut read_again = || body.take().and_then(|body| body());
         match (&answer, answer.fault()) {
             (PrefillAnswer::Answered { status: 200, body: answer, .. }, None) if state.leg.is_some() => {
-                let Prompt { bytes, tokens, .. } = state.work.prompt;
+                let Prompt { bytes, tokens, .. } = state.parsed.prompt;
                 let thought = (bytes as f64, tokens, state.pick.matched_tokens);
                 let answer = Object::read(answer).unwrap_or_default();
                 let usage = Usage::of_answer(&answer);
                 worker.table.saw_prefill(state.endpoint, thought, seconds, usage);
-                let handover = (state.partner.engine.protocol().handover)(state.work.api, &answer);
+                let handover = (state.partner.engine.protocol().handover)(state.parsed.api, &answer);
                 return self.prefilled(worker, &state, &handover, usage, read_again, now);
             }
             (PrefillAnswer::Answered { status: 200, body: answer, .. }, None) => {
@@ -76,8 +77,8 @@ impl Request {
                     if let Some(body) = read_again()
                         && let Ok(scan) = scan(body.as_ref())
                     {
-                        let Prefilling { work, tried, pick, started, .. } = state;
-                        return self.split(worker, work, tried, pick, (body.as_ref(), &scan), started, now);
+                        let Prefilling { parsed, tried, pick, started, .. } = state;
+                        return self.split(worker, parsed, tried, pick, (body.as_ref(), &scan), started, now);
                     }
                 }
             }
@@ -91,13 +92,13 @@ impl Request {
             }
         }
         state.tried.push(state.endpoint);
-        let pool = state.work.pool();
+        let pool = state.parsed.pool();
         let next = (state.tried.len() < pool.prefill_attempts as usize)
             .then(|| {
                 let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool, now };
                 let is_there = |tried: &&EndpointRef| worker.table.refer(tried.index) == Some(**tried);
                 let tried: Vec<_> = state.tried.iter().filter(is_there).map(|tried| tried.index).collect();
-                scheduler.pick_by_cost(&state.work.served.candidates.prefill, &state.work.prompt, &tried)
+                scheduler.pick_by_cost(&state.parsed.served.candidates.prefill, &state.parsed.prompt, &tried)
             })
             .flatten();
         if let Some(pick) = next
@@ -106,20 +107,20 @@ impl Request {
         {
             if !worker.retries.spend() {
                 worker.counts.count(Metric::RetriesDenied);
-                return self.give_up(worker, &state.work, now);
+                return self.give_up(worker, &state.parsed, now);
             }
             worker.counts.count(Metric::PrefillRetries);
-            let Prefilling { work, tried, started, .. } = state;
-            return self.split(worker, work, tried, pick, (body.as_ref(), &scan), started, now);
+            let Prefilling { parsed, tried, started, .. } = state;
+            return self.split(worker, parsed, tried, pick, (body.as_ref(), &scan), started, now);
         }
-        self.give_up(worker, &state.work, now)
+        self.give_up(worker, &state.parsed, now)
     }
 
     /// No prefill endpoint could be had: what the pool's policy says.
-    pub(super) fn give_up(&mut self, worker: &mut Worker, work: &Work, now: Duration) -> Outcome {
+    pub(super) fn give_up(&mut self, worker: &mut Worker, parsed: &ParsedRequest, now: Duration) -> Outcome {
         worker.counts.count(Metric::PrefillGivenUp);
-        let Work { served: Served { candidates, .. }, prompt, plan, .. } = work;
-        let pool = work.pool();
+        let ParsedRequest { served: Served { candidates, .. }, prompt, plan, .. } = parsed;
+        let pool = parsed.pool();
         let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool, now };
         let picked = match pool.on_prefill_failure {
             OnPrefillFailure::Fail => None,
@@ -130,7 +131,7 @@ impl Request {
         };
         let (decision, reason) = (Metric::RequestsDecodeOnly, "prefill_failed");
         let route = Route { decision, reason, pick, alternates, prefill: Prefill::Own, plan, insert: b"" };
-        self.send(worker, work, route, now)
+        self.send(worker, parsed, route, now)
     }
 
     /// Starts the prefill leg at a chosen endpoint, in the order of legs that its engine has.
@@ -138,7 +139,7 @@ impl Request {
     pub(super) fn split(
         &mut self,
         worker: &mut Worker,
-        work: Work,
+        parsed: ParsedRequest,
         tried: Vec<EndpointRef>,
         pick: Pick,
         (body, scan): (&[u8], &Scan),
@@ -150,7 +151,7 @@ impl Request {
         };
         let partner = Partner::of(slot);
         let protocol = slot.engine.protocol();
-        if let (Some(batch), Some(most)) = (work.batch, protocol.max_sequences)
+        if let (Some(batch), Some(most)) = (parsed.batch, protocol.max_sequences)
             && batch > most
         {
             return self.reject(worker, Vec::new(), &Rejection::TooManySequences(most));
@@ -158,12 +159,12 @@ impl Request {
         if let Some(query) = protocol.engine_id.as_ref().filter(|_| slot.engine_id.is_none()) {
             let server = slot.bootstrap.to_string();
             let call = Call {
-                cluster: work.config.bootstrap_cluster.clone(),
-                headers: question_headers(&work.config, query.path, &server),
+                cluster: parsed.config.bootstrap_cluster.clone(),
+                headers: question_headers(&parsed.config, query.path, &server),
                 body: Vec::new(),
                 timeout: QUESTION_TIMEOUT,
             };
-            let state = Prefilling { work, tried, pick, endpoint, partner, leg: None, started };
+            let state = Prefilling { parsed, tried, pick, endpoint, partner, leg: None, started };
             self.state = State::Prefilling(Box::new(state));
             return Outcome { flow: Flow::Pause, effects: vec![Effect::Call(call)] };
         }
@@ -171,13 +172,13 @@ impl Request {
             worker.retries.earn();
         }
         if protocol.legs == LegOrder::Sequential {
-            let (call, leg) = start_leg(worker, &work, &tried, pick, None, (body, scan), now);
-            let state = Prefilling { work, tried, pick, endpoint, partner, leg: Some(leg), started };
+            let (call, leg) = start_leg(worker, &parsed, &tried, pick, None, (body, scan), now);
+            let state = Prefilling { parsed, tried, pick, endpoint, partner, leg: Some(leg), started };
             self.state = State::Prefilling(Box::new(state));
             return Outcome { flow: Flow::Pause, effects: vec![Effect::Call(call)] };
         }
-        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: work.pool(), now };
-        let Work { served: Served { candidates, .. }, prompt, plan, .. } = &work;
+        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: parsed.pool(), now };
+        let ParsedRequest { served: Served { candidates, .. }, prompt, plan, .. } = &parsed;
         let Some((decode, alternates)) = scheduler.pick_decode(candidates.partners(&partner), prompt, &[]) else {
             return self.reject(worker, Vec::new(), &Rejection::NoEndpoint);
         };
@@ -187,17 +188,17 @@ impl Request {
         if is_sidecar {
             route.prefill = Prefill::Sidecar(pick, endpoint);
             enter(worker, pick.endpoint, prompt);
-            return self.send(worker, &work, route, now);
+            return self.send(worker, &parsed, route, now);
         }
-        let id = worker.pair_id(work.headers.get("x-request-id").unwrap_or_default(), now);
-        let members = with_pair(worker, &work, pick, id, protocol.decode_members);
-        if plan.edited_bytes(&members, work.body_bytes) > work.config.max_body_bytes {
-            return self.reject(worker, Vec::new(), &Rejection::TooLarge(work.config.max_body_bytes));
+        let id = worker.pair_id(parsed.headers.get("x-request-id").unwrap_or_default(), now);
+        let members = with_pair(worker, &parsed, pick, id, protocol.decode_members);
+        if plan.edited_bytes(&members, parsed.body_bytes) > parsed.config.max_body_bytes {
+            return self.reject(worker, Vec::new(), &Rejection::TooLarge(parsed.config.max_body_bytes));
         }
-        let (call, leg) = start_leg(worker, &work, &tried, pick, Some(id), (body, scan), now);
+        let (call, leg) = start_leg(worker, &parsed, &tried, pick, Some(id), (body, scan), now);
         route.prefill = Prefill::Beside(pick, ConcurrentPrefill { endpoint, leg, started });
         route.insert = &members;
-        let mut outcome = self.send(worker, &work, route, now);
+        let mut outcome = self.send(worker, &parsed, route, now);
         outcome.effects.insert(0, Effect::Call(call));
         outcome
     }
@@ -212,7 +213,7 @@ impl Request {
         read_again: impl FnOnce() -> Option<B>,
         now: Duration,
     ) -> Outcome {
-        let Work { plan, body_bytes, config, served, prompt, .. } = &state.work;
+        let ParsedRequest { plan, body_bytes, config, served, prompt, .. } = &state.parsed;
         let replaced = match handover {
             Handover::Insert { drop, .. } if !drop.is_empty() => read_again().and_then(|body| {
                 let scan = scan(body.as_ref()).ok()?;
@@ -240,14 +241,14 @@ impl Request {
                 (KV_MISSING, plan, b"")
             }
         };
-        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: state.work.pool(), now };
+        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: state.parsed.pool(), now };
         let Some((pick, alternates)) = scheduler.pick_decode(served.candidates.partners(&state.partner), prompt, &[])
         else {
             return self.reject(worker, Vec::new(), &Rejection::NoEndpoint);
         };
         let prefill = Prefill::Done(state.pick, state.endpoint, state.started, usage);
         let route = Route { decision: Metric::RequestsSplit, reason, pick, alternates, prefill, plan, insert };
-        let mut outcome = self.send(worker, &state.work, route, now);
+        let mut outcome = self.send(worker, &state.parsed, route, now);
         outcome.effects.extend(warning.map(Effect::Warn));
         outcome
     }

@@ -17,7 +17,8 @@ use crate::endpoints::table::EndpointRef;
 use crate::envoys::report::Decision;
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
-use crate::request::head::{Subset, Work};
+use crate::request::head::Subset;
+use crate::request::parsed::ParsedRequest;
 use crate::request::reply::Rejection;
 use crate::request::response_editor::ResponseEditor;
 use crate::workers::worker::Worker;
@@ -59,14 +60,20 @@ impl Prefill {
 
 impl Request {
     /// Sends the request to an engine endpoint.
-    pub(super) fn send(&mut self, worker: &mut Worker, work: &Work, route: Route<'_>, now: Duration) -> Outcome {
+    pub(super) fn send(
+        &mut self,
+        worker: &mut Worker,
+        parsed: &ParsedRequest,
+        route: Route<'_>,
+        now: Duration,
+    ) -> Outcome {
         let Route { decision, reason, pick, alternates, prefill, plan, insert } = route;
         // Named often enough for every try of Envoy's: beyond the last name it would take any host of the cluster.
         let others = core::iter::repeat_n(core::iter::once(pick.endpoint).chain(alternates.iter().copied()), TRIES);
         let others = others.flatten().skip(1).take(alternates.len().max(TRIES.saturating_sub(1)));
         let destination = destination(worker, pick.endpoint, others);
         let alternates = alternates.iter().filter_map(|at| worker.table.refer(*at)).collect();
-        let tokens = (work.prompt.tokens as u64).saturating_add(work.output_tokens);
+        let tokens = (parsed.prompt.tokens as u64).saturating_add(parsed.output_tokens);
         let leg = worker.next_leg();
         let (Some(endpoint), Some(slot)) = (worker.table.refer(pick.endpoint), worker.table.get_mut(pick.endpoint))
         else {
@@ -81,13 +88,13 @@ impl Request {
         };
         worker.decode_started(endpoint, tokens);
         let own = own.map(|(pick, endpoint)| {
-            let expires = now.saturating_add(work.pool().prefill_timeout);
+            let expires = now.saturating_add(parsed.pool().prefill_timeout);
             worker.prefill_started(endpoint, leg, pick.seconds, now, expires);
             (endpoint, leg)
         });
-        if own.is_some() || work.pool().split != Split::Always {
+        if own.is_some() || parsed.pool().split != Split::Always {
             // Where everything is split, nobody asks what decode endpoints hold.
-            enter(worker, pick.endpoint, &work.prompt);
+            enter(worker, pick.endpoint, &parsed.prompt);
         }
         worker.counts.count(decision);
         worker.counts.add(Metric::DecodeInFlight, 1);
@@ -119,13 +126,13 @@ impl Request {
         worker.decided(now, |worker| Decision {
             decision: decision_name(decision).to_owned(),
             reason: reason.to_owned(),
-            model: work.served.model.clone(),
+            model: parsed.served.model.clone(),
             prefill: prefill
                 .endpoint()
                 .and_then(|(pick, _)| worker.table.get(pick.endpoint))
                 .map_or_else(String::new, |slot| slot.address.to_string()),
             decode: decode.to_string(),
-            prompt_tokens: work.prompt.tokens as u64,
+            prompt_tokens: parsed.prompt.tokens as u64,
             matched_tokens: matched_tokens as u64,
             ..Decision::default()
         });
@@ -137,12 +144,12 @@ impl Request {
         let is_split = !matches!(prefill, Prefill::Own) && !is_kv_missing;
         // An answer is read for that only if the prompt may be long enough, were its estimate half of what it is.
         let is_judged = is_split
-            && work.prompt.tokens as u64 >= JUDGED_TOKENS / 2
+            && parsed.prompt.tokens as u64 >= JUDGED_TOKENS / 2
             && worker.table.get(pick.endpoint).is_some_and(|slot| slot.engine.protocol().counts_fetched_tokens);
-        let editor = response_editor(work, &prefill, is_split, is_judged).map(Box::new);
+        let editor = response_editor(parsed, &prefill, is_split, is_judged).map(Box::new);
         let concurrent_prefill =
             if let Prefill::Beside(_, concurrent_prefill) = prefill { Some(concurrent_prefill) } else { None };
-        let (response, is_restricted) = (Response::Awaited, work.subset.is_some());
+        let (response, is_restricted) = (Response::Awaited, parsed.subset.is_some());
         let forwarded = Forwarded {
             endpoint,
             alternates,
@@ -221,7 +228,12 @@ pub(super) fn destination(
 
 /// What to look for in the answer of a request: the model's name where it is to be put back, and what was used where
 /// that will be told. A stream is read for its cached tokens only where they are to be put right, for it has many parts.
-fn response_editor(work: &Work, prefill: &Prefill, is_split: bool, is_judged: bool) -> Option<ResponseEditor> {
+fn response_editor(
+    parsed: &ParsedRequest,
+    prefill: &Prefill,
+    is_split: bool,
+    is_judged: bool,
+) -> Option<ResponseEditor> {
     let (tells_cached_tokens, cached_tokens) = match prefill {
         Prefill::Done(.., usage) => {
             let cached = usage.and_then(|usage| usage.cached_tokens);
@@ -230,14 +242,14 @@ fn response_editor(work: &Work, prefill: &Prefill, is_split: bool, is_judged: bo
         Prefill::Beside(..) => (true, None),
         Prefill::Own | Prefill::Sidecar(..) => (false, None),
     };
-    let tells_cached_tokens = tells_cached_tokens && is_split && work.pool().tells_prefills_cached_tokens;
-    let reads_usage = work.shows_usage && is_split && (tells_cached_tokens || is_judged && !work.is_stream);
-    if !reads_usage && work.put_back.is_none() {
+    let tells_cached_tokens = tells_cached_tokens && is_split && parsed.pool().tells_prefills_cached_tokens;
+    let reads_usage = parsed.shows_usage && is_split && (tells_cached_tokens || is_judged && !parsed.is_stream);
+    if !reads_usage && parsed.put_back.is_none() {
         return None;
     }
     let mut editor = ResponseEditor::new(tells_cached_tokens, cached_tokens);
-    if let Some(asked) = &work.put_back {
-        editor.rename(&work.served.model, asked);
+    if let Some(asked) = &parsed.put_back {
+        editor.rename(&parsed.served.model, asked);
     }
     Some(editor)
 }
