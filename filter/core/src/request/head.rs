@@ -5,16 +5,11 @@ use core::time::Duration;
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use crate::body::form::{Encoding, Form, without};
-use crate::body::json::ScanError;
-use crate::body::splice::HeadEdit;
-use crate::body::{self, Api, KeySet, decode_percent};
+use crate::body::form::Encoding;
+use crate::body::{Api, decode_percent};
 use crate::config::{Config, PREFILLER_HEADER, SUBSET_HEADER, TEST_SELECTION_HEADER};
 use crate::endpoints::table::{Candidates, NoCandidates, Slot, Table};
-use crate::engine::legs;
 use crate::headers::Headers;
-use crate::request::paths;
-use crate::request::reply::Rejection;
 use crate::wire::EndpointId;
 
 /// What the headers said.
@@ -31,6 +26,13 @@ pub(crate) struct RequestHead {
     pub(crate) prefiller: Option<Vec<EndpointId>>,
     pub(crate) claims: Claims,
     pub(crate) subset: Option<Subset>,
+}
+
+impl RequestHead {
+    /// Envoy's id of the request; empty if there is none.
+    pub(crate) fn request_id(&self) -> &[u8] {
+        self.headers.get("x-request-id").unwrap_or_default()
+    }
 }
 
 /// Endpoints to which a trusted peer restricts a request: addresses, or all ports of one.
@@ -93,42 +95,6 @@ impl Claims {
 /// Header by which a client says within how many milliseconds its prompt must be computed.
 pub(crate) const DEADLINE_HEADER: &str = "x-pd-deadline-ms";
 
-impl RequestHead {
-    /// Frees a body without a prompt of what no client may send.
-    pub(crate) fn cleaned(&self, body: &[u8]) -> Result<HeadEdit, Rejection> {
-        let whole = |head: Vec<u8>| HeadEdit { drain: u32::try_from(body.len()).unwrap_or(u32::MAX), head };
-        if let Some(encoding) = &self.form {
-            let form = Form::read(body, encoding.clone()).and_then(|form| form.edited(body, None));
-            return form.map(|edited| edited.map(whole).unwrap_or_default()).map_err(Rejection::InvalidForm);
-        }
-        let refused = |error: ScanError| Rejection::InvalidJson(error.to_string());
-        match body::scan(body) {
-            Ok(scan) => Ok(legs::decode_plan(body, &scan, KeySet::EMPTY, None).with_insert(b"")),
-            Err(_) if body.trim_ascii_start().first() == Some(&b'[') && self.is_json() => {
-                let cuts = body::cuts(body).map_err(refused)?;
-                Ok(if cuts.is_empty() { HeadEdit::default() } else { whole(without(body, &cuts)) })
-            }
-            Err(error) if self.may_be_object(body) => Err(refused(error)),
-            Err(_) => Ok(HeadEdit::default()),
-        }
-    }
-
-    /// Whether an engine may take the body for JSON: on paths of inference APIs whatever the content type says.
-    fn is_json(&self) -> bool {
-        let content_type = self.headers.get("content-type").unwrap_or_default();
-        let essence = content_type.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii();
-        let is_allowed_only = self.headers.get(":path").is_none_or(|path| !paths::is_inference(&decoded_path(path)));
-        !is_allowed_only || essence.is_empty() || essence.to_ascii_lowercase().ends_with(b"json")
-    }
-
-    /// Whether an engine could read an object, and hand-over parameters in it, where our scan finds none. Python's parser
-    /// takes UTF-16 and UTF-32, byte order marks, `NaN`, halves of surrogate pairs and any depth.
-    fn may_be_object(&self, body: &[u8]) -> bool {
-        let first = body.trim_ascii_start().first();
-        self.is_json() && !matches!(first, None | Some(b'[' | b'"' | b'-' | b'0'..=b'9' | b't' | b'f' | b'n'))
-    }
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
     Prefill,
@@ -152,45 +118,6 @@ const OURS: &[&[u8]] = &[
 
 pub(crate) fn is_ours(name: &[u8], config: &Config) -> bool {
     name.starts_with(b"x-pd-") || OURS.contains(&name) || name == config.destination_header.as_bytes()
-}
-
-/// Headers of the client's request that do not belong on another one, beside pseudo-headers.
-const NOT_FORWARDED: &[&[u8]] = &[
-    b"accept-encoding", // the answer must be readable
-    b"connection",
-    b"content-length",
-    b"expect",
-    b"keep-alive",
-    b"proxy-connection",
-    b"te",
-    b"trailer",
-    b"transfer-encoding",
-    b"upgrade",
-];
-
-/// Header that tells the ranks behind one address apart.
-const RANK_HEADER: &[u8] = b"x-data-parallel-rank";
-
-/// Headers of the prefill leg: the client's, the destination, and the rank there if it has one.
-pub(crate) fn leg_headers(headers: &Headers, config: &Config, destination: &[u8], rank: Option<u32>) -> Headers {
-    const PSEUDO: &[&[u8]] = &[b":method", b":path", b":authority", b":scheme"];
-    let forwarded = |name: &[u8]| {
-        PSEUDO.contains(&name)
-            || !(name.starts_with(b":")
-                || name.starts_with(b"x-envoy-")
-                || NOT_FORWARDED.contains(&name)
-                || is_ours(name, config))
-    };
-    let own = (config.destination_header.as_bytes(), destination);
-    let rank = rank.map(|rank| rank.to_string());
-    let rank = rank.as_ref().map(|rank| (RANK_HEADER, rank.as_bytes()));
-    Headers::from_pairs(headers.iter().filter(|(name, _)| forwarded(name)).chain([own]).chain(rank))
-}
-
-/// Headers of a question to a bootstrap server.
-pub(crate) fn question_headers(config: &Config, path: &str, server: &str) -> Headers {
-    let own = [(":method", "GET"), (":path", path), (":authority", server), (":scheme", "http")];
-    Headers::from_pairs(own.into_iter().chain([(config.destination_header.as_str(), server)]))
 }
 
 /// The path as a server understands it: percent-encoding undone, so that no spelling of a path gets past the scan.
@@ -220,65 +147,6 @@ mod tests {
         assert_eq!(decoded_path(b"/a%4").as_ref(), b"/a%4");
         assert_eq!(decoded_path(b"/a%zz%41").as_ref(), b"/a%zzA");
         assert_eq!(decoded_path(b"?").as_ref(), b"");
-    }
-
-    #[test]
-    fn on_unknown_paths_only_what_a_lenient_parser_may_take_for_an_object_is_suspect() {
-        let may_be = |content_type: &str, body: &[u8]| {
-            let headers = Headers::from_pairs([("content-type", content_type), (":path", "/own")]);
-            let config = Arc::new(Config::parse(b"").unwrap());
-            let claims = Claims::default();
-            RequestHead { config, headers, api: None, form: None, phase: None, prefiller: None, claims, subset: None }
-                .may_be_object(body)
-        };
-        let suspects: [&[u8]; 5] = [b"{", b" {\"x\":NaN}", b"\xef\xbb\xbf{}", b"{\0}\0", b"\0{\0}"];
-        for body in suspects {
-            assert!(may_be("application/json; charset=utf-16", body), "{body:?}");
-            assert!(may_be("", body) && may_be("application/x+JSON", body), "{body:?}");
-            assert!(!may_be("application/octet-stream", body), "{body:?}");
-        }
-        for body in [&b"[NaN]"[..], b"", b" ", b"null", b"\"x"] {
-            assert!(!may_be("application/json", body), "{body:?}");
-        }
-    }
-
-    #[test]
-    fn a_leg_carries_the_clients_headers_and_none_of_ours() {
-        let config = Config::parse(br#"{"destination_header":"x-custom"}"#).unwrap();
-        let headers = [
-            (":method", "POST"),
-            (":path", "/p"),
-            (":authority", "a"),
-            (":scheme", "http"),
-            (":protocol", "x"),
-            ("authorization", "Bearer t"),
-            ("x-request-id", "1"),
-            ("x-request-id", "2"),
-            ("content-length", "5"),
-            ("accept-encoding", "gzip"),
-            ("x-envoy-retry-on", "5xx"),
-            ("x-pd-phase", "decode"),
-            ("x-custom", "evil"),
-            ("x-prefiller-host-port", "evil"),
-        ];
-        let leg = leg_headers(&Headers::from_pairs(headers), &config, b"10.0.0.1:1", Some(3));
-        let names: Vec<_> = leg.iter().map(|(name, _)| core::str::from_utf8(name).unwrap()).collect();
-        assert_eq!(
-            names,
-            [
-                ":method",
-                ":path",
-                ":authority",
-                ":scheme",
-                "authorization",
-                "x-request-id",
-                "x-request-id",
-                "x-custom",
-                "x-data-parallel-rank"
-            ]
-        );
-        assert_eq!(leg.get("x-data-parallel-rank"), Some(&b"3"[..]));
-        assert_eq!(leg.get("x-custom"), Some(&b"10.0.0.1:1"[..]));
     }
 
     #[test]
