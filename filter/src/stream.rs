@@ -181,7 +181,7 @@ impl HttpContext for Stream {
     }
 
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
-        if self.request.is_sent() {
+        if self.request.is_forwarded() {
             let status = host::status(Map::Response);
             // Envoy names the host that it tried last, also where none answered and the answer, an error, is its own.
             let is_error = status.is_none_or(|status| status >= 400);
@@ -202,11 +202,11 @@ impl HttpContext for Stream {
         {
             self.request.first_byte(&mut shell.worker, host::now());
         }
-        if self.request.reads_answer() {
+        if self.request.wants_response_body() {
             let part = if bytes > 0 { host::buffer(Buffer::ResponseBody) } else { Ok(Vec::new()) };
             return action(self.part(|request, shell| {
                 let part = shell.expect_ok("response body", part).unwrap_or_default();
-                request.answer_part(&mut shell.worker, &part, end_of_stream)
+                request.response_part(&mut shell.worker, &part, end_of_stream)
             }));
         }
         Action::Continue

@@ -66,7 +66,7 @@ fn role_warning(members: &[Member<'_>], outcome: &str) -> Option<String> {
         return Some(format!("prefill endpoints only: nothing generates, {outcome}"));
     }
     let engine = members.first().and_then(|member| member.engine)?;
-    let is_needy = members.iter().all(|member| member.engine.is_some_and(|engine| !engine.decodes_alone()));
+    let is_needy = members.iter().all(|member| member.engine.is_some_and(|engine| !engine.protocol().decodes_alone));
     (all_have(Role::Decode) && is_needy).then(|| {
         format!("decode endpoints only, and {}'s serve no request without a prefill endpoint", engine_name(engine))
     })
@@ -94,7 +94,7 @@ fn pair_warning(member: Member<'_>, members: &[Member<'_>]) -> Option<String> {
         }
         Role::Decode => {
             let prefill: Vec<_> = members.iter().filter(|it| it.has(Role::Prefill)).collect();
-            let needs_prefill = member.engine.is_some_and(|engine| !engine.decodes_alone());
+            let needs_prefill = member.engine.is_some_and(|engine| !engine.protocol().decodes_alone);
             if prefill.is_empty() {
                 return needs_prefill
                     .then(|| format!("there is no prefill endpoint, so decode endpoint {id} is never used"));

@@ -146,7 +146,7 @@ impl Scheduler<'_> {
         if slot.endpoint.role == Role::Both {
             return Decision::Whole(pick, WholeReason::Aggregated);
         }
-        if prompt.is_several && !slot.engine.hands_over_several() {
+        if prompt.is_several && !slot.engine.protocol().hands_over_several {
             return alone(WholeReason::Several);
         }
         Decision::Split(pick)

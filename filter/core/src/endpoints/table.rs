@@ -551,7 +551,7 @@ impl Candidates {
             Role::Decode => self.decode.push(at),
             Role::Both => {}
         }
-        if role == Role::Both || (role == Role::Decode && engine.decodes_alone()) {
+        if role == Role::Both || (role == Role::Decode && engine.protocol().decodes_alone) {
             self.whole.push(at);
         }
         if role != Role::Decode {
