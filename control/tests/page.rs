@@ -84,7 +84,7 @@ async fn the_status_page_shows_all_that_is_known() {
     // Without the token it shows nothing and asks for it.
     let page = format!("http://{}/", rig.client.address);
     browser.go(&page);
-    until_shown(&mut browser, "a token is needed");
+    until_shown(&mut browser, "pd-control requires a token");
     assert!(!browser.evaluate("document.body?.innerText ?? ''").as_str().unwrap().contains("127.0.0.1:"));
     until_true(&mut browser, "!document.getElementById('login').hidden");
     browser.complaints.clear();
