@@ -10,10 +10,12 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use pd_control::envoys::relay::Peers;
-use pd_core::exchange::blocks::{block_event, split_events};
-use pd_core::exchange::message::{Heard, Record, Told, Totals};
-use pd_core::exchange::report::{Generation, Report};
+use pd_core::endpoints::elsewhere::Totals;
+use pd_core::exchange::message::{Heard, Record, Told};
+use pd_core::exchange::report::Report;
 use pd_core::hash::BlockHash;
+use pd_core::prefix::block_log::{block_event, split_events};
+use pd_core::workers::recent::Generation;
 
 use crate::support::*;
 

@@ -15,9 +15,9 @@ use crate::endpoints::table::{Candidates, NoCandidates, Slot, Table};
 use crate::engine;
 use crate::headers::Headers;
 use crate::metrics::Metric;
+use crate::paths;
 use crate::prefix::hash::{prompt_hash, session_hash};
 use crate::request::models::{Served, serve};
-use crate::request::paths;
 use crate::request::reply::Rejection;
 use crate::wire::EndpointId;
 use crate::workers::worker::Worker;
@@ -269,7 +269,7 @@ pub(crate) fn read_body(
         Some(id) => xxhash_rust::xxh3::xxh3_64(id),
         None => worker.pair_id(headers.get("x-request-id").unwrap_or_default(), now),
     };
-    let mut served = serve(&config, &worker.table, subset.as_ref(), &model, bits)?;
+    let mut served = serve(&config, &worker.state.table, subset.as_ref(), &model, bits)?;
     let put_back = served.is_put_back.then(|| model.into_owned());
     let (model, candidates) = (&served.model, &served.candidates);
     let pool = config.pool(&candidates.pool);
@@ -280,8 +280,8 @@ pub(crate) fn read_body(
     let adapter = scan.raw(body, Key::LoraPath).map(|path| [salt, path].concat());
     let salt = adapter.as_deref().unwrap_or(salt);
     let hash = prompt_hash(model.as_bytes(), salt, &parts, config.prefix.block_bytes);
-    let distinctive = worker.index.distinctive(&hash.blocks, config.prefix.hot_share);
-    let learnt = worker.table.bytes_per_token(&candidates.pool).filter(|_| pool.fit);
+    let distinctive = worker.state.index.distinctive(&hash.blocks, config.prefix.hot_share);
+    let learnt = worker.state.table.bytes_per_token(&candidates.pool).filter(|_| pool.fit);
     let bytes_per_token = learnt.unwrap_or(pool.bytes_per_token);
     let session = session.map(|id| session_hash(model, id));
     let tokens = bytes as f64 / bytes_per_token;
@@ -291,11 +291,11 @@ pub(crate) fn read_body(
         tokens,
         block_tokens: config.prefix.block_bytes as f64 / bytes_per_token,
         key: distinctive.map_or(hash.head, |block| block.0),
-        is_unseen: distinctive.is_some_and(|block| !worker.index.knows(block)),
+        is_unseen: distinctive.is_some_and(|block| !worker.state.index.knows(block)),
         is_several: asks_for_several(body, scan),
         hash,
     };
-    served.candidates = served.candidates.for_prompt(tokens, &worker.table);
+    served.candidates = served.candidates.for_prompt(tokens, &worker.state.table);
     let batch = batch(api, body, scan);
     let prompt = Prompt { is_several: prompt.is_several || batch.is_some_and(|batch| batch > 1), ..prompt };
     worker.counts.add(Metric::PromptTokens, prompt.tokens as i64);

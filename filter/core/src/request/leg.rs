@@ -29,22 +29,22 @@ pub(super) fn start_leg(
     if pair_id.is_none() {
         // A host that Envoy does not know yet is skipped: the next one must be a prefill endpoint too. Where the decode
         // leg has been told which one it is, no other will do.
-        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool, now };
+        let scheduler = Scheduler { table: &worker.state.table, index: &worker.state.index, pool, now };
         alternates = scheduler.alternates(&work.served.candidates.prefill, &work.prompt, pick.endpoint);
-        alternates.retain(|at| worker.table.refer(*at).is_some_and(|at| !tried.contains(&at)));
+        alternates.retain(|at| worker.state.table.refer(*at).is_some_and(|at| !tried.contains(&at)));
     }
     let destination = destination(worker, pick.endpoint, alternates.into_iter());
     let id = pair_id.unwrap_or_else(|| worker.pair_id(work.headers.get("x-request-id").unwrap_or_default(), now));
-    let engine = worker.table.get(pick.endpoint).map_or(pool.engine, |slot| slot.engine);
+    let engine = worker.state.table.get(pick.endpoint).map_or(pool.engine, |slot| slot.engine);
     let model = work.served.rewrite.as_deref();
     let body =
         with_pair(worker, work, pick, id, |pair| engine::prefill_body(engine, work.api, body, scan, pair, model));
     let mut rank = None;
-    if let Some(slot) = worker.table.get_mut(pick.endpoint) {
+    if let Some(slot) = worker.state.table.get_mut(pick.endpoint) {
         slot.health.sent(now);
         rank = slot.endpoint.rank;
     }
-    if let Some(endpoint) = worker.table.refer(pick.endpoint) {
+    if let Some(endpoint) = worker.state.table.refer(pick.endpoint) {
         worker.prefill_started(endpoint, leg, pick.seconds, now, now.saturating_add(pool.prefill_timeout));
     }
     enter(worker, pick.endpoint, &work.prompt);
@@ -62,7 +62,7 @@ pub(super) fn with_pair<T: Default>(
     id: u64,
     make: impl FnOnce(&Pair<'_>) -> T,
 ) -> T {
-    let Some(slot) = worker.table.get(pick.endpoint) else { return T::default() };
+    let Some(slot) = worker.state.table.get(pick.endpoint) else { return T::default() };
     let engine_id = slot.engine_id.as_deref().unwrap_or_default();
     make(&Pair { bootstrap: slot.bootstrap, rank: slot.endpoint.rank, engine_id, id, batch: work.batch })
 }
@@ -83,12 +83,12 @@ pub(super) fn leg_ended(
         (None, PrefillAnswer::Answered { status: 200, .. }) => Metric::PrefillOk,
         (None, _) => Metric::PrefillClientError,
     });
-    let seconds = worker.table.resolve(endpoint).and_then(|slot| slot.prefill.service_seconds(leg, now));
+    let seconds = worker.state.table.resolve(endpoint).and_then(|slot| slot.prefill.service_seconds(leg, now));
     worker.prefill_ended(endpoint, leg, now);
     match fault {
         Some(Fault::Unreachable) => {
             worker.failed(endpoint, now);
-            if let Some(slot) = worker.table.resolve(endpoint) {
+            if let Some(slot) = worker.state.table.resolve(endpoint) {
                 slot.engine_id = None;
             }
         }

@@ -18,9 +18,9 @@ use std::sync::Arc;
 use crate::body::form::Encoding;
 use crate::body::splice::HeadEdit;
 use crate::body::{Api, Scan, scan};
-use crate::choose::admission::{Ask, Limits, Shed};
+use crate::choose::admission::{Ask, Shed};
 use crate::choose::schedule::{Decision, Scheduler};
-use crate::config::{Config, EXPLAIN_HEADER, PHASE_HEADER, PREFILLER_HEADER, STATIC_EPOCH};
+use crate::config::{Config, EXPLAIN_HEADER, Limits, PHASE_HEADER, PREFILLER_HEADER, STATIC_EPOCH};
 use crate::headers::Headers;
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
@@ -39,7 +39,6 @@ pub(crate) mod answer;
 pub(crate) mod intake;
 mod leg;
 pub(crate) mod models;
-pub mod paths;
 mod prefill;
 pub mod reply;
 mod route;
@@ -199,7 +198,7 @@ impl Request {
         if !config.allows(&path) {
             return self.reject(worker, effects, &Rejection::UnknownPath);
         }
-        if method == Some(b"GET") && worker.table.names_all_models() && path == MODELS_PATH {
+        if method == Some(b"GET") && worker.state.table.names_all_models() && path == MODELS_PATH {
             worker.counts.count(Metric::RequestsPassed);
             return self.answer_models(worker, &config, effects);
         }
@@ -390,7 +389,7 @@ impl Request {
         if prefiller.is_some() && hint.is_none() && phase.is_none() {
             worker.counts.count(Metric::HintsIgnored);
         }
-        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: work.pool(), now };
+        let scheduler = Scheduler { table: &worker.state.table, index: &worker.state.index, pool: work.pool(), now };
         let is_asked = work.config.trusts(EXPLAIN_HEADER) && work.headers.get(EXPLAIN_HEADER).is_some();
         let explained = is_asked.then(|| scheduler.explain(candidates, prompt));
         let mut outcome = self.decided(worker, work, phase, hint, claims, body, now);
@@ -412,7 +411,7 @@ impl Request {
         now: Duration,
     ) -> Outcome {
         let Work { served: Served { candidates, .. }, prompt, plan, .. } = &work;
-        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: work.pool(), now };
+        let scheduler = Scheduler { table: &worker.state.table, index: &worker.state.index, pool: work.pool(), now };
         let prefill = Prefill::Own;
         let route = match phase {
             Some(Phase::Prefill) => {
@@ -439,7 +438,7 @@ impl Request {
                 let hinted = hint.and_then(|endpoint| scheduler.pick_by_cost(&[endpoint], prompt, &[]));
                 let decision = hinted.map_or_else(|| scheduler.decide(candidates, prompt), Decision::Split);
                 if let (Some(deadline), Decision::Split(pick) | Decision::Whole(pick, _)) = (claims.deadline, decision)
-                    && let Some(slot) = worker.table.get(pick.endpoint)
+                    && let Some(slot) = worker.state.table.get(pick.endpoint)
                     && slot.work(now) + pick.seconds > deadline.as_secs_f64()
                 {
                     return self.shed(worker, Shed::Deadline);
@@ -465,7 +464,7 @@ impl Request {
     fn answer_models(&mut self, worker: &Worker, config: &Config, mut effects: Vec<Effect>) -> Outcome {
         let card =
             |name: String| serde_json::json!({"id": name, "object": "model", "created": 0, "owned_by": "envoy-pd"});
-        let data: Vec<_> = known(config, &worker.table).into_iter().map(card).collect();
+        let data: Vec<_> = known(config, &worker.state.table).into_iter().map(card).collect();
         let body = serde_json::json!({"object": "list", "data": data}).to_string().into_bytes();
         let headers = vec![("content-type", "application/json".to_owned())];
         self.state = State::Over;
@@ -504,10 +503,11 @@ pub const READY_PATH: &[u8] = b"/.pd-ready";
 /// 200 once there is a list of endpoints, if an empty one: a filter that did not start or was told no list answers
 /// 503, so Envoys that serve are not replaced by such.
 fn readiness(worker: &Worker, config: &Config) -> Reply {
-    let is_told = config.control.is_none() || !worker.table.is_empty() || worker.table.version().0 != STATIC_EPOCH;
+    let is_told =
+        config.control.is_none() || !worker.state.table.is_empty() || worker.state.table.version().0 != STATIC_EPOCH;
     let (status, reason) = if is_told { (200, "ready") } else { (503, "no_list") };
     let headers = vec![("content-type", "application/json".to_owned()), (REASON_HEADER, reason.to_owned())];
-    let body = serde_json::json!({"ready": is_told, "endpoints": worker.table.len()}).to_string().into_bytes();
+    let body = serde_json::json!({"ready": is_told, "endpoints": worker.state.table.len()}).to_string().into_bytes();
     Reply { status, headers, body, reason }
 }
 

@@ -49,11 +49,11 @@ impl Request {
             seconds = leg_ended(worker, state.endpoint, leg, &answer, now);
         }
         // The list may have changed since the leg began: its places may be other endpoints' now.
-        let current = candidates(&worker.table, &state.work.served.model, state.work.subset.as_ref());
+        let current = candidates(&worker.state.table, &state.work.served.model, state.work.subset.as_ref());
         let current = current.unwrap_or_else(|_| {
             Arc::new(Candidates { pool: Arc::clone(&state.work.served.candidates.pool), ..Candidates::default() })
         });
-        state.work.served.candidates = current.for_prompt(state.work.prompt.tokens, &worker.table);
+        state.work.served.candidates = current.for_prompt(state.work.prompt.tokens, &worker.state.table);
         let mut body = Some(body);
         let mut read_again = || body.take().and_then(|body| body());
         match (&answer, answer.fault()) {
@@ -62,12 +62,12 @@ impl Request {
                 let thought = (bytes as f64, tokens, state.pick.matched_tokens);
                 let answer = Object::read(answer).unwrap_or_default();
                 let usage = Usage::of_answer(&answer);
-                worker.table.saw_prefill(state.endpoint, thought, seconds, usage);
+                worker.state.table.saw_prefill(state.endpoint, thought, seconds, usage);
                 let handover = engine::handover(state.partner.engine, state.work.api, &answer);
                 return self.prefilled(worker, &state, &handover, usage, read_again, now);
             }
             (PrefillAnswer::Answered { status: 200, body: answer, .. }, None) => {
-                let slot = worker.table.resolve(state.endpoint);
+                let slot = worker.state.table.resolve(state.endpoint);
                 if let Some(slot) = slot
                     && let Some(id) = engine::engine_id(answer, slot.endpoint.rank)
                 {
@@ -93,8 +93,8 @@ impl Request {
         let pool = state.work.pool();
         let next = (state.tried.len() < pool.prefill_attempts as usize)
             .then(|| {
-                let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool, now };
-                let is_there = |tried: &&EndpointRef| worker.table.refer(tried.index) == Some(**tried);
+                let scheduler = Scheduler { table: &worker.state.table, index: &worker.state.index, pool, now };
+                let is_there = |tried: &&EndpointRef| worker.state.table.refer(tried.index) == Some(**tried);
                 let tried: Vec<_> = state.tried.iter().filter(is_there).map(|tried| tried.index).collect();
                 scheduler.pick_by_cost(&state.work.served.candidates.prefill, &state.work.prompt, &tried)
             })
@@ -119,7 +119,7 @@ impl Request {
         worker.counts.count(Metric::PrefillGivenUp);
         let Work { served: Served { candidates, .. }, prompt, plan, .. } = work;
         let pool = work.pool();
-        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool, now };
+        let scheduler = Scheduler { table: &worker.state.table, index: &worker.state.index, pool, now };
         let picked = match pool.on_prefill_failure {
             OnPrefillFailure::Fail => None,
             OnPrefillFailure::DecodeOnly => scheduler.pick_decode(&candidates.whole, prompt, &[]),
@@ -144,7 +144,9 @@ impl Request {
         started: Duration,
         now: Duration,
     ) -> Outcome {
-        let (Some(endpoint), Some(slot)) = (worker.table.refer(pick.endpoint), worker.table.get(pick.endpoint)) else {
+        let (Some(endpoint), Some(slot)) =
+            (worker.state.table.refer(pick.endpoint), worker.state.table.get(pick.endpoint))
+        else {
             return self.reject(worker, Vec::new(), &Rejection::NoEndpoint);
         };
         let partner = Partner::of(slot);
@@ -173,7 +175,7 @@ impl Request {
             self.state = State::Prefilling(Box::new(state));
             return Outcome { flow: Flow::Pause, effects: vec![Effect::Call(call)] };
         }
-        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: work.pool(), now };
+        let scheduler = Scheduler { table: &worker.state.table, index: &worker.state.index, pool: work.pool(), now };
         let Work { served: Served { candidates, .. }, prompt, plan, .. } = &work;
         let Some((decode, alternates)) = scheduler.pick_decode(candidates.partners(&partner), prompt, &[]) else {
             return self.reject(worker, Vec::new(), &Rejection::NoEndpoint);
@@ -219,7 +221,7 @@ impl Request {
         let spliced = replaced.as_ref().unwrap_or(plan);
         let fits = |members: &[u8]| spliced.edited_bytes(members, *body_bytes) <= config.max_body_bytes;
         let mut warning = None;
-        if let Some(slot) = worker.table.resolve(state.endpoint) {
+        if let Some(slot) = worker.state.table.resolve(state.endpoint) {
             let is_missing = *handover == Handover::Missing;
             if is_missing && !slot.is_kv_missing {
                 warning =
@@ -236,7 +238,8 @@ impl Request {
                 (KV_MISSING, plan, b"")
             }
         };
-        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: state.work.pool(), now };
+        let scheduler =
+            Scheduler { table: &worker.state.table, index: &worker.state.index, pool: state.work.pool(), now };
         let Some((pick, alternates)) = scheduler.pick_decode(served.candidates.partners(&state.partner), prompt, &[])
         else {
             return self.reject(worker, Vec::new(), &Rejection::NoEndpoint);
@@ -252,7 +255,7 @@ impl Request {
 /// The prefill endpoint that a trusted peer names, if it is one of the candidates. A name without a rank is any rank's.
 pub(super) fn hinted(worker: &Worker, ids: &[EndpointId], candidates: &Candidates) -> Option<EndpointIndex> {
     let is_meant = |id: &EndpointId, at: EndpointIndex| {
-        let found = worker.table.get(at).map(|slot| slot.endpoint.id());
+        let found = worker.state.table.get(at).map(|slot| slot.endpoint.id());
         found.is_some_and(|found| found.address == id.address && (id.rank.is_none() || id.rank == found.rank))
     };
     ids.iter().find_map(|id| candidates.prefill.iter().copied().find(|at| is_meant(id, *at)))

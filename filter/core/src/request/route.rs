@@ -14,12 +14,12 @@ use crate::choose::schedule::{Pick, Prompt, Scheduler};
 use crate::config::{Config, Split};
 use crate::endpoints::fit::Usage;
 use crate::endpoints::table::EndpointRef;
-use crate::envoys::report::Decision;
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
 use crate::request::answer::Passage;
 use crate::request::intake::{Subset, Work};
 use crate::request::reply::Rejection;
+use crate::workers::recent::Decision;
 use crate::workers::worker::Worker;
 
 /// Where a request goes, and why.
@@ -65,10 +65,11 @@ impl Request {
         let others = core::iter::repeat_n(core::iter::once(pick.endpoint).chain(alternates.iter().copied()), TRIES);
         let others = others.flatten().skip(1).take(alternates.len().max(TRIES.saturating_sub(1)));
         let destination = destination(worker, pick.endpoint, others);
-        let alternates = alternates.iter().filter_map(|at| worker.table.refer(*at)).collect();
+        let alternates = alternates.iter().filter_map(|at| worker.state.table.refer(*at)).collect();
         let tokens = (work.prompt.tokens as u64).saturating_add(work.output_tokens);
         let leg = worker.next_leg();
-        let (Some(endpoint), Some(slot)) = (worker.table.refer(pick.endpoint), worker.table.get_mut(pick.endpoint))
+        let (Some(endpoint), Some(slot)) =
+            (worker.state.table.refer(pick.endpoint), worker.state.table.get_mut(pick.endpoint))
         else {
             return self.reject(worker, Vec::new(), &Rejection::NoEndpoint);
         };
@@ -109,7 +110,7 @@ impl Request {
             effects.push(prefill_ms(worker, started, now));
         }
         if let Some((_, endpoint)) = prefill.endpoint()
-            && let Some(slot) = worker.table.resolve(endpoint)
+            && let Some(slot) = worker.state.table.resolve(endpoint)
         {
             effects.push(Effect::SetState(PREFILL, slot.address.as_bytes().to_vec()));
             if matches!(prefill, Prefill::Sidecar(..)) {
@@ -122,7 +123,7 @@ impl Request {
             model: work.served.model.clone(),
             prefill: prefill
                 .endpoint()
-                .and_then(|(pick, _)| worker.table.get(pick.endpoint))
+                .and_then(|(pick, _)| worker.state.table.get(pick.endpoint))
                 .map_or_else(String::new, |slot| slot.address.to_string()),
             decode: decode.to_string(),
             prompt_tokens: work.prompt.tokens as u64,
@@ -138,7 +139,7 @@ impl Request {
         // An answer is read for that only if the prompt may be long enough, were its estimate half of what it is.
         let is_judged = is_split
             && work.prompt.tokens as u64 >= JUDGED_TOKENS / 2
-            && worker.table.get(pick.endpoint).is_some_and(|slot| slot.engine.counts_fetched_tokens());
+            && worker.state.table.get(pick.endpoint).is_some_and(|slot| slot.engine.counts_fetched_tokens());
         let passage = passage(work, &prefill, is_split, is_judged).map(Box::new);
         let companion = if let Prefill::Beside(_, companion) = prefill { Some(companion) } else { None };
         let (response, is_restricted) = (Response::Awaited, work.subset.is_some());
@@ -170,12 +171,13 @@ impl Request {
     ) -> Outcome {
         let key = worker.next_leg();
         let prompt = Prompt { key: key.wrapping_mul(0x9e37_79b9_7f4a_7c15), ..Prompt::default() };
-        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: config.pool("default"), now };
+        let scheduler =
+            Scheduler { table: &worker.state.table, index: &worker.state.index, pool: config.pool("default"), now };
         let is_allowed = |at: &EndpointIndex| {
-            worker.table.get(*at).is_some_and(|slot| subset.is_none_or(|subset| subset.allows(slot)))
+            worker.state.table.get(*at).is_some_and(|slot| subset.is_none_or(|subset| subset.allows(slot)))
         };
         let restricted: Vec<EndpointIndex>;
-        let mut among = worker.table.all_ready();
+        let mut among = worker.state.table.all_ready();
         if subset.is_some() {
             restricted = among.iter().copied().filter(is_allowed).collect();
             among = &restricted;
@@ -194,7 +196,7 @@ impl Request {
 
 /// Records that an endpoint has the prompt, and its session.
 pub(super) fn enter(worker: &mut Worker, endpoint: EndpointIndex, prompt: &Prompt) {
-    if let Some(endpoint) = worker.table.refer(endpoint) {
+    if let Some(endpoint) = worker.state.table.refer(endpoint) {
         worker.holds(endpoint, &prompt.hash.blocks);
         if prompt.session.is_some() {
             worker.holds(endpoint, prompt.session.as_slice());
@@ -209,7 +211,7 @@ pub(super) fn destination(
     others: impl Iterator<Item = EndpointIndex>,
 ) -> String {
     let mut text = String::with_capacity(64);
-    for slot in core::iter::once(first).chain(others).filter_map(|at| worker.table.get(at)) {
+    for slot in core::iter::once(first).chain(others).filter_map(|at| worker.state.table.get(at)) {
         if !text.is_empty() {
             text.push(',');
         }

@@ -71,7 +71,7 @@ impl Fixture {
     fn is_idle(&self) -> bool {
         let gauges = [Metric::PrefillInFlight, Metric::DecodeInFlight, Metric::DecodeTokensInFlight];
         gauges.iter().all(|gauge| self.worker.counts.pending(*gauge) == 0)
-            && self.worker.table.iter().all(|(_, slot)| slot.prefill.is_empty() && slot.decode.requests == 0)
+            && self.worker.state.table.iter().all(|(_, slot)| slot.prefill.is_empty() && slot.decode.requests == 0)
     }
 }
 
@@ -420,7 +420,7 @@ fn envoys_retry_to_an_alternate_moves_the_load() {
     let addresses: Vec<_> = state(&outcome, DESTINATION).split(',').map(str::to_owned).collect();
     t.request.response_headers(&mut t.worker, Some(addresses[1].as_bytes()), None, t.now);
     let load = |t: &Fixture, address: &str| {
-        let (_, slot) = t.worker.table.iter().find(|(_, slot)| &*slot.address == address).unwrap();
+        let (_, slot) = t.worker.state.table.iter().find(|(_, slot)| &*slot.address == address).unwrap();
         (slot.decode.requests, slot.health.is_failing())
     };
     assert_eq!(load(&t, &addresses[0]), (0, true));
@@ -654,7 +654,7 @@ fn a_sidecar_is_told_the_prefill_endpoint() {
     assert!(state(&outcome, PREFILLER).starts_with("10.0.0.1:") && state(&outcome, DECODE).starts_with("10.0.0.2:"));
     assert_eq!(edited(&outcome, &long_body()), long_body());
     assert!(!t.request.awaits_call());
-    let work = |t: &Fixture| t.worker.table.iter().map(|(_, slot)| slot.prefill.len()).sum::<usize>();
+    let work = |t: &Fixture| t.worker.state.table.iter().map(|(_, slot)| slot.prefill.len()).sum::<usize>();
     assert_eq!(work(&t), 1);
     t.request.first_byte(&mut t.worker, t.now);
     assert_eq!(work(&t), 0);
@@ -769,13 +769,13 @@ fn a_pool_with_limits_answers_429_until_something_ends() {
     }
     t.done();
     first.done(&mut t.worker, t.now);
-    assert!(t.worker.admission.is_empty());
+    assert!(t.worker.state.admission.is_empty());
     t.request = Request::default();
     t.headers(&[]);
     assert_eq!(t.body(&long_body()).flow, Flow::Pause);
     t.done();
     t.worker.prune(t.now + Duration::from_secs(100));
-    assert!(t.is_idle() && t.worker.admission.is_empty());
+    assert!(t.is_idle() && t.worker.state.admission.is_empty());
 }
 
 #[test]
@@ -812,7 +812,7 @@ fn objectives_have_priorities_and_deadlines_count_the_queue() {
         t.done();
     }
     others.iter_mut().for_each(|request| request.done(&mut t.worker, t.now));
-    assert!(t.worker.admission.is_empty());
+    assert!(t.worker.state.admission.is_empty());
 }
 
 #[test]
@@ -1038,9 +1038,9 @@ fn a_prompt_that_was_computed_twice_is_counted_each_time_and_said_once() {
                 .replacen('{', &pool, 1)
                 .replace(r#""10.0.0.2:2", "role": "decode""#, r#""10.0.0.2:2", "role": "prefill""#),
         );
-        let prefill = t.worker.table.iter().map(|(at, _)| at).collect::<Vec<_>>();
+        let prefill = t.worker.state.table.iter().map(|(at, _)| at).collect::<Vec<_>>();
         for at in prefill {
-            t.worker.table.get_mut(at).unwrap().engine_id = Some(br#""e""#[..].into());
+            t.worker.state.table.get_mut(at).unwrap().engine_id = Some(br#""e""#[..].into());
         }
         let mut warnings = |decode, times: usize| {
             let each =
