@@ -38,7 +38,6 @@ mod leg;
 pub(crate) mod models;
 mod new;
 mod parsed;
-pub mod paths;
 mod prefilling;
 mod reading;
 mod ready;

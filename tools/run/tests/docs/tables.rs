@@ -20,7 +20,7 @@ use pd_control::sources::kubernetes::pods::{Pods, PodsView, WatchView};
 use pd_core::body::{self, FORBIDDEN};
 use pd_core::config::keys::{ENDPOINT, Entry, Key, REQUIRED, Values};
 use pd_core::metrics::{FAMILIES, Kind, Level, Metric};
-use pd_core::request::paths::INFERENCE;
+use pd_core::paths::INFERENCE;
 use pd_core::wire::{Endpoint, Role};
 
 use crate::markdown::root;
