@@ -65,7 +65,9 @@ pub enum Decision {
 /// Why a request is served whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WholeReason {
-    /// The decode endpoint lacks fewer tokens than the threshold.
+    /// The whole prompt is shorter than the threshold.
+    Short,
+    /// The decode endpoint holds so much of the prompt that it lacks fewer tokens than the threshold.
     Cached,
     /// The pool never splits.
     Never,
@@ -82,6 +84,7 @@ impl WholeReason {
     #[must_use]
     pub fn code(self) -> &'static str {
         match self {
+            Self::Short => "short",
             Self::Cached => "cached",
             Self::Never => "never",
             Self::NoPrefill => "no_prefill_endpoint",
@@ -133,9 +136,9 @@ impl Scheduler<'_> {
             return alone(WholeReason::Never);
         }
         if let Split::Threshold { uncached_tokens } = self.pool.split
-            && let Some(pick) = self.pick_cached_decode(&candidates.whole, prompt, uncached_tokens as f64)
+            && let Some(whole) = self.below_threshold(&candidates.whole, prompt, uncached_tokens as f64)
         {
-            return Decision::Whole(pick, WholeReason::Cached);
+            return whole;
         }
         let among = if self.pool.split == Split::Always { &candidates.prefill } else { &candidates.compute };
         // No prompt is computed that nobody could generate from.
@@ -187,6 +190,7 @@ impl Scheduler<'_> {
             Decision::Split(pick) => (pick, "split: lowest W+wS", &candidates.compute),
             Decision::Whole(pick, why) => {
                 let why = match why {
+                    WholeReason::Short => "whole: shorter than the threshold",
                     WholeReason::Cached => "whole: lacks less than the threshold",
                     WholeReason::Never => "whole: never split, lowest W+wS",
                     WholeReason::NoPrefill => "whole: nobody to split with, lowest W+wS",
@@ -301,11 +305,16 @@ impl Scheduler<'_> {
         ranked.into_iter().map(|ranked| ranked.at).collect()
     }
 
+    /// Who serves a prompt whole because its endpoint has to compute fewer than `threshold` tokens.
+    fn below_threshold(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Decision> {
+        if prompt.tokens < threshold {
+            return self.pick_decode(among, prompt, &[]).map(|(pick, _)| Decision::Whole(pick, WholeReason::Short));
+        }
+        self.pick_cached_decode(among, prompt, threshold).map(|pick| Decision::Whole(pick, WholeReason::Cached))
+    }
+
     /// A decode endpoint that lacks fewer than `threshold` tokens of the prompt, unless all those are overloaded.
     fn pick_cached_decode(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Pick> {
-        if prompt.tokens < threshold {
-            return self.pick_decode(among, prompt, &[]).map(|(pick, _)| pick);
-        }
         let usable = self.usable(among, prompt, &[]);
         let least = usable.into_iter().map(|(_, slot)| decode_load(slot)).reduce(f64::min)?;
         let bound = 2.0 * least + AFFINITY_SLACK_TOKENS;
@@ -609,7 +618,7 @@ mod tests {
     #[test]
     fn a_small_uncached_rest_skips_prefill() {
         let mut fixture = fixture(2, 2, r#"{"pools":{"default":{"split":{"uncached_tokens":300}}}}"#);
-        assert!(matches!(fixture.decide(&prompt(1, 2)), Decision::Whole(_, WholeReason::Cached)), "a short prompt");
+        assert!(matches!(fixture.decide(&prompt(1, 2)), Decision::Whole(_, WholeReason::Short)));
         assert!(matches!(fixture.decide(&prompt(1, 3)), Decision::Split(_)));
         let decode = fixture.candidates.decode[1];
         fixture.index.insert(decode, &prompt(1, 20).hash.blocks);
