@@ -10,8 +10,8 @@ use crate::api::metrics::Metrics;
 use crate::counters::Counters;
 use crate::engines::answers::Scrapes;
 use crate::envoys::hub::SharedHub;
-use crate::envoys::polls::Filters;
-use crate::publish::publisher::Status;
+use crate::envoys::polls::Polls;
+use crate::publish::publisher::ListHealth;
 use crate::publish::registry::Registry;
 use crate::sources::kubernetes::pods::Pods;
 
@@ -25,13 +25,13 @@ pub struct App {
     /// What `/metrics` says.
     pub metrics: Arc<Metrics>,
     /// Whether the newest list is in force.
-    pub status: Arc<Status>,
+    pub health: Arc<ListHealth>,
     /// What became of each pod.
     pub pods: Arc<Pods>,
     /// What every engine said last.
     pub scrapes: Arc<Scrapes>,
     /// Who polls.
-    pub filters: Arc<Filters>,
+    pub polls: Arc<Polls>,
     /// What the Envoys tell each other.
     pub hub: Arc<SharedHub>,
     /// What is logged.
@@ -50,7 +50,7 @@ type SetLevel = dyn Fn(&str) -> Result<(), String> + Send + Sync;
 
 /// Who is at the other end of a connection.
 #[derive(Clone, Copy, Debug)]
-pub struct Peer(pub IpAddr);
+pub struct ClientAddress(pub IpAddr);
 
 impl LogLevel {
     /// What is called with a new level or filter.

@@ -31,7 +31,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use crate::api::app::{App, Peer};
+use crate::api::app::{App, ClientAddress};
 use crate::api::metrics;
 use crate::api::status;
 
@@ -129,15 +129,15 @@ async fn authorize(State(app): State<App>, request: Request, next: Next) -> Resp
 
 async fn watch(
     State(app): State<App>,
-    peer: Option<Extension<Peer>>,
+    peer: Option<Extension<ClientAddress>>,
     query: Result<Query<Watch>, QueryRejection>,
 ) -> Response {
     let answer = match query {
         Err(rejection) => failure(StatusCode::BAD_REQUEST, &rejection.body_text()),
         Ok(Query(query)) => {
-            if let Some(Extension(Peer(address))) = peer {
+            if let Some(Extension(ClientAddress(address))) = peer {
                 let is_ours = query.epoch == app.registry.current().epoch();
-                app.filters.seen(address, if is_ours { query.since } else { 0 });
+                app.polls.seen(address, if is_ours { query.since } else { 0 });
             }
             match next_answer(&app, &query).await {
                 Some(snapshot) => {
@@ -153,13 +153,13 @@ async fn watch(
 }
 
 async fn exchange(State(app): State<App>, query: Result<Query<Exchanged>, QueryRejection>, body: Bytes) -> Response {
-    let told = query.ok().and_then(|Query(query)| Some((query, Told::from_bytes(&body)?)));
-    let answer = match told {
+    let request = query.ok().and_then(|Query(query)| Some((query, Told::from_bytes(&body)?)));
+    let answer = match request {
         None => failure(StatusCode::BAD_REQUEST, "no message of the exchange"),
-        Some((query, told)) => {
+        Some((query, request)) => {
             let wait = query.wait_ms.map_or(Duration::ZERO, Duration::from_millis);
-            let heard = app.hub.answer(&told, wait, app.filters.watching(), app.stopping.clone()).await;
-            ([(header::CONTENT_TYPE, "application/octet-stream")], heard.to_bytes()).into_response()
+            let response = app.hub.answer(&request, wait, app.polls.watching(), app.stopping.clone()).await;
+            ([(header::CONTENT_TYPE, "application/octet-stream")], response.to_bytes()).into_response()
         }
     };
     app.counters.exchanged(answer.status().as_u16());
@@ -193,8 +193,8 @@ async fn endpoints(State(app): State<App>) -> Response {
         epoch: published.epoch(),
         version: published.version(),
         age_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
-        source: app.status.source(),
-        degraded: app.status.degraded(),
+        source: app.health.source(),
+        degraded: app.health.degraded(),
         endpoints: published.endpoints(),
     };
     // Strings, integers and finite floats only: serde_json has nothing to refuse here.
@@ -230,10 +230,10 @@ async fn page() -> Response {
 
 async fn readyz(State(app): State<App>) -> Response {
     if app.registry.current().version() == 0 {
-        let why = app.status.degraded().map_or(String::new(), |reason| format!(": {reason}"));
+        let why = app.health.degraded().map_or(String::new(), |reason| format!(": {reason}"));
         return (StatusCode::SERVICE_UNAVAILABLE, format!("no endpoint list yet{why}\n")).into_response();
     }
-    match app.status.degraded() {
+    match app.health.degraded() {
         None => "ok\n".into_response(),
         Some(reason) => format!("degraded: {reason}\n").into_response(),
     }

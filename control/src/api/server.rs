@@ -14,7 +14,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::{sleep, timeout};
 
 use crate::access::tls::Tls;
-use crate::api::app::Peer;
+use crate::api::app::ClientAddress;
 use crate::counters::Counters;
 
 /// Connections open at a time; each filter holds one, probes and people a few.
@@ -60,7 +60,7 @@ pub async fn serve(
             continue;
         };
         let (watcher, router, tls) =
-            (graceful.watcher(), router.clone().layer(Extension(Peer(peer.ip()))), tls.clone());
+            (graceful.watcher(), router.clone().layer(Extension(ClientAddress(peer.ip()))), tls.clone());
         let open = counters.connections.clone();
         open.inc();
         tokio::spawn(async move {

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::advice::advice;
 use crate::api::app::App;
-use crate::envoys::polls::FilterView;
+use crate::envoys::polls::PollView;
 
 /// All of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -27,7 +27,7 @@ pub struct StatusView {
     /// Why the newest one is not in force or may be old.
     pub degraded: Option<String>,
     /// Who polls.
-    pub filters: Vec<FilterView>,
+    pub filters: Vec<PollView>,
     /// What the Envoys report of themselves.
     pub gateways: Vec<GatewayView>,
     /// What is amiss among them, and what to do.
@@ -129,9 +129,9 @@ pub fn view(app: &App) -> StatusView {
         epoch: published.epoch().to_owned(),
         version: published.version(),
         age_ms: millis(published.changed_at().elapsed().unwrap_or_default()),
-        source: app.status.source().to_owned(),
-        degraded: app.status.degraded(),
-        filters: app.filters.view(),
+        source: app.health.source().to_owned(),
+        degraded: app.health.degraded(),
+        filters: app.polls.view(),
         watches: pods
             .watches
             .iter()

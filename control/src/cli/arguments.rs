@@ -38,13 +38,13 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Say whether files would be taken, and what is wrong with them, without running anything
+    /// Check files and say what is wrong with them, without running anything
     Check {
-        /// Endpoints files, files for --kubernetes-config, plugin configurations (JSON), Kubernetes manifests such as
-        /// `kubectl kustomize` prints; - for standard input
+        /// Endpoints files, files for --kubernetes-config, plugin configurations (JSON), Kubernetes manifests; - for
+        /// standard input
         #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
-        /// Manifests that are in force now, which the new ones must follow on: `kubectl get -o yaml` of the same kinds
+        /// Manifests in force now, from `kubectl get -o yaml`: also check that their versions know the new configuration
         #[arg(long, value_name = "FILE")]
         applied: Option<PathBuf>,
     },
@@ -53,18 +53,18 @@ pub(super) enum Command {
         #[command(flatten)]
         server: Server,
     },
-    /// Say why a pod or an endpoint is in its list as it is, or is not in it
+    /// Say why a pod or an endpoint is in the list as it is, or why it is not in the list
     Explain {
         #[command(flatten)]
         server: Server,
-        /// Address, or name of a pod with or without its namespace
+        /// Address of an endpoint, or name of a pod with or without its namespace
         name: String,
     },
     /// Show the busiest endpoints
     Top {
         #[command(flatten)]
         server: Server,
-        /// Once, instead of every two seconds
+        /// Show them once, instead of every two seconds
         #[arg(long)]
         once: bool,
     },
@@ -75,53 +75,53 @@ pub(super) struct ServeArgs {
     /// Endpoints file to serve and follow, YAML or JSON
     #[arg(long, env = "PD_CONTROL_ENDPOINTS", value_name = "FILE")]
     endpoints: Option<PathBuf>,
-    /// Follow the pods of a cluster: its own by its service account, else the one that KUBECONFIG names
+    /// Follow the pods of pd-control's own cluster, or of the cluster that KUBECONFIG names
     #[arg(long, env = "PD_CONTROL_KUBERNETES")]
     kubernetes: bool,
-    /// Namespace to follow, one or several [default: its own]
+    /// Namespaces to follow, with commas [default: pd-control's own]
     #[arg(long, value_name = "NS", value_delimiter = ',', env = "PD_CONTROL_NAMESPACE")]
     namespace: Vec<String>,
-    /// What to follow in the cluster and how to read it: selectors, InferencePools, networks. Implies --kubernetes
+    /// File with the selectors, InferencePools and networks to follow. Implies --kubernetes
     #[arg(long, env = "PD_CONTROL_KUBERNETES_CONFIG", value_name = "FILE")]
     kubernetes_config: Option<PathBuf>,
-    /// An endpoint by address or DNS name: host:port,role=ROLE and other keys of an endpoint. May be repeated
+    /// Endpoint by address or DNS name, with role=ROLE and other keys of an endpoint. May be repeated
     #[arg(long, value_name = "HOST:PORT,KEY=VALUE,…")]
     endpoint: Vec<NamedEndpoint>,
-    /// Networks that addresses of pods and DNS names may be in [default: all but loopback, link-local and metadata]
+    /// Networks that contain the addresses of pods and DNS names [default: all but special networks]
     #[arg(long, value_name = "CIDR", value_delimiter = ',', env = "PD_CONTROL_ALLOWED_CIDR")]
     allowed_cidr: Vec<IpNet>,
-    /// Seconds between two looks at an engine's metrics; 0: none [default: 5 with --kubernetes, else 0]
+    /// Seconds between two scrapes of an engine; 0: no scrapes [default: 5 with --kubernetes, else 0]
     #[arg(long, value_name = "SECONDS", env = "PD_CONTROL_SCRAPE_INTERVAL")]
     scrape_interval: Option<f64>,
-    /// Name that resolves to every replica of pd-control (a headless Service): they pass on what Envoys exchange
+    /// Name that resolves to every replica of pd-control, which relay the exchange to each other
     #[arg(long, value_name = "HOST:PORT", env = "PD_CONTROL_PEERS")]
     peers: Option<String>,
-    /// Certificates, PEM, that replicas are trusted by; with --tls-cert they speak TLS, and each one's certificate is for
-    /// the host that --peers names [default: the system's]
+    /// CA certificates, PEM, for the replicas. With --tls-cert replicas use TLS, and each needs a certificate for the host
+    /// of --peers [default: the system's]
     #[arg(long, value_name = "FILE", env = "PD_CONTROL_PEERS_CA_FILE", requires = "peers", requires = "tls_cert")]
     peers_ca_file: Option<PathBuf>,
-    /// Certificate for TLS, PEM; read again when it changes
+    /// Certificate for TLS, PEM. pd-control reads it again when it changes
     #[arg(long, value_name = "FILE", env = "PD_CONTROL_TLS_CERT", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
-    /// Its key, PEM
+    /// Key of that certificate, PEM
     #[arg(long, value_name = "FILE", env = "PD_CONTROL_TLS_KEY", requires = "tls_cert")]
     tls_key: Option<PathBuf>,
     /// Address to listen on
     #[arg(long, env = "PD_CONTROL_LISTEN", value_name = "IP:PORT", default_value = "127.0.0.1:9000")]
     listen: SocketAddr,
-    /// Keep this file for a plain Envoy: the hosts of its cluster, as EDS over the file system
+    /// File to write a cluster's hosts to, for an Envoy that reads EDS from the file system
     #[arg(long, env = "PD_CONTROL_EDS_FILE", value_name = "FILE")]
     eds_file: Option<PathBuf>,
-    /// Cluster that the EDS file is for
+    /// Cluster of the EDS file
     #[arg(long, env = "PD_CONTROL_EDS_CLUSTER", value_name = "NAME", default_value = "engines")]
     eds_cluster: String,
-    /// Environment variable with the bearer token that /v1/ paths ask for [default: PD_CONTROL_TOKEN where that is set]
+    /// Environment variable with the bearer token of the /v1/ paths [default: PD_CONTROL_TOKEN if set]
     #[arg(long, value_name = "NAME")]
     token_env: Option<String>,
-    /// What to log: error, warn, info, debug, trace, or a filter such as info,pd_control=debug
+    /// Log level: error, warn, info, debug, trace, or a filter such as info,pd_control=debug
     #[arg(long, env = "PD_CONTROL_LOG_LEVEL", value_name = "LEVEL", default_value = "info")]
     pub(super) log_level: String,
-    /// How to log: lines for people, or a JSON object a line
+    /// Log format: text for people, or one JSON object per line
     #[arg(long, env = "PD_CONTROL_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
     pub(super) log_format: LogFormat,
 }

@@ -25,19 +25,19 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// Which pd-control.
 #[derive(Debug, Args)]
 pub struct Server {
-    /// Where it listens
+    /// URL of the pd-control to ask
     #[arg(long, env = "PD_CONTROL_SERVER", value_name = "URL", default_value = "http://127.0.0.1:9000")]
     server: Uri,
-    /// Certificates, PEM, that vouch for it over https [default: the system's]
+    /// CA certificates, PEM, for https [default: the system's]
     #[arg(long, env = "PD_CONTROL_CA_FILE", value_name = "FILE")]
     ca_file: Option<PathBuf>,
-    /// Name that its certificate has, where it is reached by another one, as through a forwarded port
+    /// Host name in the server's certificate, if the URL has another one, as with a forwarded port
     #[arg(long, env = "PD_CONTROL_TLS_SERVER_NAME", value_name = "NAME")]
     tls_server_name: Option<String>,
-    /// Environment variable with its token
+    /// Environment variable with the token
     #[arg(long, value_name = "NAME", default_value = "PD_CONTROL_TOKEN")]
     token_env: String,
-    /// File with its token, in place of the variable
+    /// File with the token, instead of the variable
     #[arg(long, env = "PD_CONTROL_TOKEN_FILE", value_name = "FILE")]
     token_file: Option<PathBuf>,
 }

@@ -5,7 +5,7 @@ use std::io::{ErrorKind, Write};
 
 use anyhow::Context;
 
-/// Nobody reads standard output any longer: the command has nothing left to do, and nothing to complain of.
+/// Nobody reads standard output any longer: the command has nothing left to do, and nothing to print_error of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Closed;
 
@@ -30,6 +30,6 @@ pub fn print(text: &str) -> anyhow::Result<()> {
 }
 
 /// Prints a line for people to standard error. Where nobody reads that, there is nobody left to tell.
-pub fn complain(line: &str) {
+pub fn print_error(line: &str) {
     let _ = writeln!(std::io::stderr(), "pd-control: {line}");
 }

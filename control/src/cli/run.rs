@@ -12,7 +12,7 @@ use tracing_subscriber::{EnvFilter, Layer, reload};
 use crate::api::app::LogLevel;
 use crate::cli::arguments::{Cli, Command, LogFormat, ServeArgs};
 use crate::cli::check::check;
-use crate::cli::output::{Closed, complain, print};
+use crate::cli::output::{Closed, print, print_error};
 use crate::cli::terminal;
 use crate::control::{Config, Control};
 
@@ -63,7 +63,7 @@ fn check_all(files: &[PathBuf], applied: Option<&Path>) -> anyhow::Result<()> {
     let report = check(files, applied);
     let said: String = report.said.iter().map(|line| format!("{line}\n")).collect();
     let printed = print(&said);
-    report.warnings.iter().for_each(|line| complain(&format!("warning: {line}")));
+    report.warnings.iter().for_each(|line| print_error(&format!("warning: {line}")));
     // Who does not read what is good still gets the exit code of what is not.
     if report.faults.is_empty() { printed } else { bail!("{}", report.faults.join("\npd-control: ")) }
 }

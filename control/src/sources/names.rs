@@ -86,7 +86,7 @@ impl NamedEndpoint {
         self.host.parse().ok()
     }
 
-    fn at(&self, ip: IpAddr) -> Endpoint {
+    fn with_address(&self, ip: IpAddr) -> Endpoint {
         Endpoint { address: SocketAddr::new(ip, self.port), ..self.template.clone() }
     }
 }
@@ -101,7 +101,7 @@ impl NamesSource {
     /// The list, where every endpoint was named by its address.
     #[must_use]
     pub fn fixed(&self) -> Option<Vec<Endpoint>> {
-        self.endpoints.iter().map(|named| Some(named.at(named.address()?))).collect()
+        self.endpoints.iter().map(|named| Some(named.with_address(named.address()?))).collect()
     }
 
     /// Resolves the names until the publisher is gone.
@@ -142,7 +142,7 @@ impl NamesSource {
         for named in &self.endpoints {
             if let Some(ip) = named.address() {
                 // An operator wrote it; nothing is to be doubted.
-                endpoints.entry(named.at(ip).id()).or_insert_with(|| named.at(ip));
+                endpoints.entry(named.with_address(ip).id()).or_insert_with(|| named.with_address(ip));
                 continue;
             }
             let Some(addresses) = known.get(&named.host) else {
@@ -152,7 +152,7 @@ impl NamesSource {
             for ip in addresses {
                 match self.networks.check(*ip) {
                     Ok(()) => {
-                        endpoints.entry(named.at(*ip).id()).or_insert_with(|| named.at(*ip));
+                        endpoints.entry(named.with_address(*ip).id()).or_insert_with(|| named.with_address(*ip));
                     }
                     Err(reason) => problems.push(format!("{}: {reason}", named.host)),
                 }
@@ -192,7 +192,7 @@ mod tests {
             weight: 2.0,
             ..Endpoint::new("[fd01::1]:8000".parse().unwrap(), Role::Prefill)
         };
-        assert_eq!(named.at(named.address().unwrap()), expected);
+        assert_eq!(named.with_address(named.address().unwrap()), expected);
     }
 
     #[test]

@@ -157,20 +157,20 @@ impl Tree {
         let Some((step, rest)) = steps.split_first() else { return false };
         match (self, step) {
             (Self::Map(members), Step::Key(key)) => {
-                let Some(at) = members.iter().position(|(known, _)| known == key) else { return false };
+                let Some(index) = members.iter().position(|(known, _)| known == key) else { return false };
                 if rest.is_empty() {
-                    members.remove(at);
+                    members.remove(index);
                     return true;
                 }
-                members.get_mut(at).is_some_and(|(_, member)| member.leave_out(rest))
+                members.get_mut(index).is_some_and(|(_, member)| member.leave_out(rest))
             }
-            (Self::List(items), Step::Index(index)) => {
-                let Some(at) = items.iter().position(|(known, _)| known == index) else { return false };
+            (Self::List(items), Step::Index(wanted)) => {
+                let Some(index) = items.iter().position(|(known, _)| known == wanted) else { return false };
                 if rest.is_empty() {
-                    items.remove(at);
+                    items.remove(index);
                     return true;
                 }
-                items.get_mut(at).is_some_and(|(_, item)| item.leave_out(rest))
+                items.get_mut(index).is_some_and(|(_, item)| item.leave_out(rest))
             }
             _ => false,
         }

@@ -54,7 +54,7 @@ struct Stamp {
 
 /// What became of the file since it was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Look {
+enum Change {
     Same,
     /// Another file stands in its place, or none. Whoever renames or links one there has finished it.
     Replaced,
@@ -110,10 +110,10 @@ impl FileSource {
                         due = Some(Instant::now() + SETTLE);
                         continue;
                     }
-                    Seen { file: None, .. } => match self.look() {
-                        Look::Same => continue,
-                        Look::Replaced => false,
-                        Look::Rewritten => {
+                    Seen { file: None, .. } => match self.compare() {
+                        Change::Same => continue,
+                        Change::Replaced => false,
+                        Change::Rewritten => {
                             due = due.or(Some(Instant::now() + SETTLE));
                             continue;
                         }
@@ -124,7 +124,7 @@ impl FileSource {
                     if let Some(watches) = &mut watches {
                         watches.follow(&self.path);
                     }
-                    if self.look() != Look::Same {
+                    if self.compare() != Change::Same {
                         // Nobody says whether it is finished.
                         due = due.or(Some(Instant::now() + SETTLE));
                     }
@@ -141,12 +141,12 @@ impl FileSource {
         }
     }
 
-    fn look(&self) -> Look {
+    fn compare(&self) -> Change {
         let identity = |stamp: Option<Stamp>| stamp.map(|stamp| (stamp.device, stamp.inode));
         match Stamp::of(&self.path) {
-            now if now == self.stamp => Look::Same,
-            now if identity(now) == identity(self.stamp) => Look::Rewritten,
-            _ => Look::Replaced,
+            now if now == self.stamp => Change::Same,
+            now if identity(now) == identity(self.stamp) => Change::Rewritten,
+            _ => Change::Replaced,
         }
     }
 

@@ -110,10 +110,10 @@ impl Watches {
     /// When the kernel has no watch to give.
     pub fn new(reports: &Arc<Reports>) -> notify::Result<Self> {
         let targets = Arc::new(Mutex::new(BTreeSet::new()));
-        let (told, known) = (Arc::clone(reports), Arc::clone(&targets));
+        let (for_thread, known) = (Arc::clone(reports), Arc::clone(&targets));
         let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| match event {
-            Ok(event) => told.take(&event, &known.lock().unwrap_or_else(PoisonError::into_inner)),
-            Err(_) => told.beside(),
+            Ok(event) => for_thread.take(&event, &known.lock().unwrap_or_else(PoisonError::into_inner)),
+            Err(_) => for_thread.beside(),
         })?;
         Ok(Self { watcher, reports: Arc::clone(reports), targets })
     }

@@ -7,9 +7,9 @@ use kube::core::SelectorExt;
 use pd_core::wire::{Endpoint, EndpointId, State};
 
 use crate::sources::allow::AllowedNetworks;
+use crate::sources::kubernetes::classify::{PodClass, classify};
 use crate::sources::kubernetes::config::{KubernetesConfig, PoolGroup, PoolReference};
 use crate::sources::kubernetes::follow::Event;
-use crate::sources::kubernetes::meaning::{Meaning, meaning};
 use crate::sources::kubernetes::pod::{Pod, PodName};
 use crate::sources::kubernetes::pods::{PodsView, WatchView};
 use crate::sources::kubernetes::pools;
@@ -38,7 +38,7 @@ pub struct Cluster {
 /// One pod.
 struct Known {
     pod: Result<Pod, String>,
-    meaning: Meaning,
+    class: PodClass,
 }
 
 /// What is known of a watch.
@@ -82,8 +82,8 @@ impl Cluster {
         if let Some(health) = self.watches.get_mut(watched) {
             match &event {
                 Event::Listed(_) => *health = Health { is_listed: true, problem: None },
-                Event::Found | Event::Applied(_) | Event::Deleted(_) => health.problem = None,
-                Event::Lost(reason) => health.problem = Some(reason.clone()),
+                Event::Current | Event::Applied(_) | Event::Deleted(_) => health.problem = None,
+                Event::Stale(reason) => health.problem = Some(reason.clone()),
             }
         }
         match watched {
@@ -106,15 +106,15 @@ impl Cluster {
                     self.pods.remove(&name);
                 }
             }
-            Event::Found | Event::Lost(_) => {}
+            Event::Current | Event::Stale(_) => {}
         }
     }
 
     fn apply_pod(&mut self, object: DynamicObject) {
         let Some(name) = PodName::of(&object) else { return };
         let pod = Pod::read(object);
-        let meaning = self.meaning(&name, &pod);
-        self.pods.insert(name, Known { pod, meaning });
+        let class = self.classify(&name, &pod);
+        self.pods.insert(name, Known { pod, class });
     }
 
     fn take_pool(&mut self, group: PoolGroup, namespace: &str, event: Event) {
@@ -132,12 +132,12 @@ impl Cluster {
                     self.pools.remove(&(group, name));
                 }
             }
-            Event::Found | Event::Lost(_) => return,
+            Event::Current | Event::Stale(_) => return,
         }
         // Pools are few and change rarely; pods may have become others'.
         let mut pods = std::mem::take(&mut self.pods);
         for (name, known) in &mut pods {
-            known.meaning = self.meaning(name, &known.pod);
+            known.class = self.classify(name, &known.pod);
         }
         self.pods = pods;
     }
@@ -155,10 +155,10 @@ impl Cluster {
         }
     }
 
-    fn meaning(&self, name: &PodName, pod: &Result<Pod, String>) -> Meaning {
+    fn classify(&self, name: &PodName, pod: &Result<Pod, String>) -> PodClass {
         let pod = match pod {
             Ok(pod) => pod,
-            Err(reason) => return Meaning::Refused(reason.clone()),
+            Err(reason) => return PodClass::Refused(reason.clone()),
         };
         let selects = |rule: &&Rule| {
             rule.namespace.as_ref().is_none_or(|namespace| *namespace == name.namespace)
@@ -166,7 +166,7 @@ impl Cluster {
         };
         let pools = self.pools.values().filter_map(|rule| rule.as_ref().ok());
         let rule = self.rules.iter().chain(pools).find(selects);
-        meaning(pod, rule, self.by_labels, &self.networks)
+        classify(pod, rule, self.by_labels, &self.networks)
     }
 
     /// Whether everything has been listed once.
@@ -202,13 +202,13 @@ impl Cluster {
             State::Down => 0,
         };
         for (name, known) in &self.pods {
-            match &known.meaning {
-                Meaning::Other => {}
-                Meaning::Pending => view.pending += 1,
-                Meaning::Refused(reason) => {
+            match &known.class {
+                PodClass::Other => {}
+                PodClass::Pending => view.pending += 1,
+                PodClass::Refused(reason) => {
                     view.refused.insert(name.clone(), reason.clone());
                 }
-                Meaning::Endpoints(endpoints) => {
+                PodClass::Endpoints(endpoints) => {
                     let created = known.pod.as_ref().map_or(0, |pod| pod.created);
                     for endpoint in endpoints {
                         let (id, candidate) = (endpoint.id(), (name, endpoint, created));

@@ -49,9 +49,9 @@ pub enum Event {
     /// This one is gone.
     Deleted(Box<DynamicObject>),
     /// What is known is up to date again.
-    Found,
+    Current,
     /// What is known may be old, for this reason.
-    Lost(String),
+    Stale(String),
 }
 
 /// All objects of a kind in one namespace.
@@ -95,19 +95,19 @@ impl Follower {
         Self { api, field_selector: field_selector.map(str::to_owned), limits }
     }
 
-    /// Tells `tell` what happens until nobody listens.
-    pub async fn run<T>(self, events: mpsc::Sender<T>, tell: impl Fn(Event) -> T) {
+    /// Tells `wrap` what happens until nobody listens.
+    pub async fn run<T>(self, events: mpsc::Sender<T>, wrap: impl Fn(Event) -> T) {
         let mut failures = Failures { random: RandomState::new(), in_a_row: 0 };
         loop {
             let mut version = match self.list().await {
                 Ok((objects, version)) => {
-                    if events.send(tell(Event::Listed(objects))).await.is_err() {
+                    if events.send(wrap(Event::Listed(objects))).await.is_err() {
                         return;
                     }
                     version
                 }
                 Err(reason) => {
-                    if events.send(tell(Event::Lost(reason))).await.is_err() {
+                    if events.send(wrap(Event::Stale(reason))).await.is_err() {
                         return;
                     }
                     failures.pause().await;
@@ -116,7 +116,7 @@ impl Follower {
             };
             loop {
                 let start = tokio::time::Instant::now();
-                let end = self.watch(&mut version, &events, &tell).await;
+                let end = self.watch(&mut version, &events, &wrap).await;
                 if start.elapsed() >= SHORT_WATCH {
                     failures.in_a_row = 0;
                 }
@@ -132,7 +132,7 @@ impl Follower {
                         tracing::debug!("a watch ended: {reason}")
                     }
                     End::Failed(reason) | End::Silent(reason) => {
-                        if events.send(tell(Event::Lost(reason))).await.is_err() {
+                        if events.send(wrap(Event::Stale(reason))).await.is_err() {
                             return;
                         }
                     }
@@ -171,7 +171,7 @@ impl Follower {
         }
     }
 
-    async fn watch<T>(&self, version: &mut String, events: &mpsc::Sender<T>, tell: &impl Fn(Event) -> T) -> End {
+    async fn watch<T>(&self, version: &mut String, events: &mpsc::Sender<T>, wrap: &impl Fn(Event) -> T) -> End {
         let parameters = WatchParams {
             field_selector: self.field_selector.clone(),
             timeout: Some(self.limits.watch_seconds),
@@ -188,7 +188,7 @@ impl Follower {
             Ok(Err(error)) => return End::Failed(reason(&error)),
             Err(_) => return End::Silent(format!("no watch in {:?}", self.limits.request)),
         };
-        if events.send(tell(Event::Found)).await.is_err() {
+        if events.send(wrap(Event::Current)).await.is_err() {
             return End::Closed;
         }
         let limit = Duration::from_secs(self.limits.watch_seconds.into()) + self.limits.margin;
@@ -219,7 +219,7 @@ impl Follower {
                     Event::Deleted(Box::new(object))
                 }
             };
-            if events.send(tell(event)).await.is_err() {
+            if events.send(wrap(event)).await.is_err() {
                 return End::Closed;
             }
         }

@@ -2,10 +2,11 @@
 
 pub mod aibrix;
 pub mod annotations;
+pub mod classify;
 pub mod cluster;
 pub mod config;
 pub mod follow;
-pub mod meaning;
+pub mod keys;
 pub mod pod;
 pub mod pods;
 pub mod pools;

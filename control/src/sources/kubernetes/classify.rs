@@ -34,7 +34,7 @@ const LLMD_SERVING: [&str; 2] = ["llm-d.ai/inferenceServing", "llm-d.ai/inferenc
 
 /// What a pod is to us.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Meaning {
+pub enum PodClass {
     /// No engine, or none that serves requests.
     Other,
     /// An engine without an address yet.
@@ -54,19 +54,19 @@ struct Reader<'a> {
 
 /// What a pod is: by `rule`, if one selects it, else by the labels of llm-d and AIBrix if `by_labels`.
 #[must_use]
-pub fn meaning(pod: &Pod, rule: Option<&Rule>, by_labels: bool, networks: &AllowedNetworks) -> Meaning {
+pub fn classify(pod: &Pod, rule: Option<&Rule>, by_labels: bool, networks: &AllowedNetworks) -> PodClass {
     let reader = Reader { pod, rule, ours: Annotations(&pod.annotations) };
     let is_ignored = reader.ours.text("ignore") == Some("true") || pod.is_finished;
     let follows = pod.labels.get(aibrix::GROUP_INDEX).is_some_and(|index| index != "0");
     if is_ignored || follows || (rule.is_none() && !by_labels) {
-        return Meaning::Other;
+        return PodClass::Other;
     }
-    reader.endpoints(networks).unwrap_or_else(Meaning::Refused)
+    reader.endpoints(networks).unwrap_or_else(PodClass::Refused)
 }
 
 impl Reader<'_> {
-    fn endpoints(&self, networks: &AllowedNetworks) -> Result<Meaning, String> {
-        let Some(role) = self.role()? else { return Ok(Meaning::Other) };
+    fn endpoints(&self, networks: &AllowedNetworks) -> Result<PodClass, String> {
+        let Some(role) = self.role()? else { return Ok(PodClass::Other) };
         if let Some(unknown) = self.ours.unknown() {
             return Err(format!("{unknown}: no such annotation; there are {}", ANNOTATIONS.join(", ")));
         }
@@ -105,7 +105,7 @@ impl Reader<'_> {
             return Err(format!("{ANNOTATION_PREFIX}ranks: must be between 1 and {MAX_RANKS}"));
         }
         let ports = self.serving_ports()?;
-        let Some(ip) = self.pod.ip else { return Ok(Meaning::Pending) };
+        let Some(ip) = self.pod.ip else { return Ok(PodClass::Pending) };
         networks.check(ip)?;
         let mut endpoints = Vec::new();
         for port in ports {
@@ -120,7 +120,7 @@ impl Reader<'_> {
         // The rest of the checks are those that the filters make.
         match endpoints.iter().find_map(|endpoint| endpoint.validate().err()) {
             Some(error) => Err(error.to_string()),
-            None => Ok(Meaning::Endpoints(endpoints)),
+            None => Ok(PodClass::Endpoints(endpoints)),
         }
     }
 

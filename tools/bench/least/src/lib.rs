@@ -1,8 +1,8 @@
 //! The least that a filter can do which runs a prefill leg: it sends a request to the first prefill endpoint, then to
 //! the first decode endpoint with a word of what came back. It chooses nothing, checks nothing and tells nobody. What it
 //! costs beside plain Envoy is the floor of every such filter: `make bench` measures it in the same run.
+#![cfg(target_family = "wasm")]
 #![allow(missing_docs, reason = "the entry point that the SDK's macro makes has none")]
-#![allow(clippy::disallowed_methods, reason = "nobody's gateway runs it")]
 
 use core::time::Duration;
 
