@@ -10,7 +10,7 @@ use core::fmt;
 use std::borrow::Cow;
 
 mod scanner;
-mod tight;
+mod text;
 
 pub(crate) use scanner::{RawMember, Scanner};
 

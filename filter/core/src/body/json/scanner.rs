@@ -1,6 +1,6 @@
 //! A position in a document that moves forward over what is there.
 
-use super::{ErrorKind, MAX_DEPTH, ScanError, Span, offset, tight};
+use super::{ErrorKind, MAX_DEPTH, ScanError, Span, offset, text};
 
 /// One member of an object.
 #[derive(Clone, Copy, Debug)]
@@ -131,7 +131,7 @@ impl<'a> Scanner<'a> {
                         if object {
                             self.key()?;
                         } else {
-                            self.go_to(tight::integers(self.rest()));
+                            self.go_to(text::skip_integers(self.rest()));
                             self.white_space();
                         }
                         continue;
@@ -231,7 +231,7 @@ impl<'a> Scanner<'a> {
         loop {
             // The byte before is the opening quote or the last digit of an escape.
             let from = self.bytes.get(self.at.wrapping_sub(1)..).unwrap_or_default();
-            let behind = tight::text(from, &mut self.non_ascii);
+            let behind = text::skip_text(from, &mut self.non_ascii);
             self.go_to(behind);
             match self.peek() {
                 Some(b'"') => {

@@ -1,4 +1,4 @@
-//! The two tight loops of the scanner: through the text of a string, and through an array of token ids.
+//! The scanner's two inner loops: through the text of a string, and through an array of token ids.
 //!
 //! This is where a long body's time goes, so the filter has its own search in the 128-bit vectors that V8 maps to the
 //! processor's. (The compiler vectorises a test of a whole block by itself, but not the search for the byte in it, and
@@ -49,7 +49,7 @@ fn hex(byte: u8) -> u32 {
 /// `rest` is the byte before the text, which is no backslash, and what follows it. `non_ascii` becomes true for a byte
 /// that is not ASCII; perhaps for one of the 63 behind the text, which does no harm: they belong to the same document.
 #[inline]
-pub(super) fn text<'a>(mut rest: &'a [u8], non_ascii: &mut bool) -> &'a [u8] {
+pub(super) fn skip_text<'a>(mut rest: &'a [u8], non_ascii: &mut bool) -> &'a [u8] {
     let mut passed = vector::Passed::default();
     // Most strings of a body are names of a few bytes.
     if let Some([_, chunk @ ..]) = rest.first_chunk::<17>()
@@ -112,7 +112,7 @@ pub(super) fn text<'a>(mut rest: &'a [u8], non_ascii: &mut bool) -> &'a [u8] {
 }
 
 /// Passes over integers of up to eight digits as long as a comma follows each; returns what is behind the last comma.
-pub(super) fn integers(mut rest: &[u8]) -> &[u8] {
+pub(super) fn skip_integers(mut rest: &[u8]) -> &[u8] {
     loop {
         let number = rest.strip_prefix(b" ").unwrap_or(rest);
         let Some(word) = number.first_chunk().map(|word| u64::from_le_bytes(*word)) else { return rest };
@@ -280,7 +280,7 @@ mod tests {
     /// Length of the text, and whether something else than ASCII was seen.
     fn run(bytes: &[u8]) -> (usize, bool) {
         let mut non_ascii = false;
-        let rest = text(&[b"\"", bytes].concat(), &mut non_ascii).len();
+        let rest = skip_text(&[b"\"", bytes].concat(), &mut non_ascii).len();
         (bytes.len() - rest, non_ascii)
     }
 
@@ -391,7 +391,7 @@ mod tests {
             (",        ", 0),
             ("", 0),
         ] {
-            assert_eq!(bytes.len() - integers(bytes.as_bytes()).len(), end, "{bytes:?}");
+            assert_eq!(bytes.len() - skip_integers(bytes.as_bytes()).len(), end, "{bytes:?}");
         }
     }
 
