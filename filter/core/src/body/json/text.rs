@@ -72,15 +72,15 @@ pub(super) fn skip_text<'a>(mut rest: &'a [u8], non_ascii: &mut bool) -> &'a [u8
         let mut ends = passed.all_ends(block) & !u64::from(block.first() != Some(&b'\\'));
         let mut last = 63;
         while ends != 0 {
-            let at = ends.trailing_zeros();
-            let here = rest.get(at as usize..).unwrap_or_default();
+            let index = ends.trailing_zeros();
+            let here = rest.get(index as usize..).unwrap_or_default();
             let Some(after) = escape(here) else {
                 *non_ascii |= passed.non_ascii();
                 return here;
             };
             last = last.max(rest.len().wrapping_sub(after.len()).wrapping_sub(1));
             // Digits behind `\u` do not count as ends.
-            ends &= !3_u64.wrapping_shl(at);
+            ends &= !3_u64.wrapping_shl(index);
         }
         // A backslash that was passed must not be the byte before the next block: so one more byte is passed behind it.
         if rest.get(last) == Some(&b'\\') {
@@ -287,21 +287,21 @@ mod tests {
     #[test]
     fn text_ends_at_the_first_byte_that_is_something_else() {
         for len in (0..20).chain(60..85).chain([130]) {
-            for at in 0..len {
+            for index in 0..len {
                 for byte in 0..=u8::MAX {
                     let mut bytes = vec![b'x'; len];
-                    bytes[at] = byte;
+                    bytes[index] = byte;
                     let non_ascii = !byte.is_ascii();
-                    let end = |otherwise: usize| if is_end(byte) { at } else { otherwise };
-                    assert_eq!(run(&bytes), (end(len), non_ascii), "{byte} at {at} of {len}");
+                    let end = |otherwise: usize| if is_end(byte) { index } else { otherwise };
+                    assert_eq!(run(&bytes), (end(len), non_ascii), "{byte} at {index} of {len}");
                     // A borrow must not hide the next byte, nor invent one.
-                    for (next, otherwise) in [(b'"', at + 1), (b'!', len), (b'#', len), (b'[', len), (b' ', len)] {
-                        if at + 1 < len && byte != b'\\' {
-                            bytes[at + 1] = next;
+                    for (next, otherwise) in [(b'"', index + 1), (b'!', len), (b'#', len), (b'[', len), (b' ', len)] {
+                        if index + 1 < len && byte != b'\\' {
+                            bytes[index + 1] = next;
                             assert_eq!(
                                 run(&bytes),
                                 (end(otherwise), non_ascii),
-                                "{byte} at {at} of {len}, then {next}"
+                                "{byte} at {index} of {len}, then {next}"
                             );
                         }
                     }
@@ -313,14 +313,14 @@ mod tests {
     #[test]
     fn text_passes_over_escapes_of_two_bytes() {
         for len in (2..20).chain(60..85).chain([130]) {
-            for at in 0..len - 1 {
+            for index in 0..len - 1 {
                 for byte in 0..=u8::MAX {
                     let mut bytes = vec![b'x'; len];
-                    bytes[at] = b'\\';
-                    bytes[at + 1] = byte;
+                    bytes[index] = b'\\';
+                    bytes[index + 1] = byte;
                     let escape = b"\"\\/bfnrt".contains(&byte);
-                    let expected = if escape { len } else { at };
-                    assert_eq!(run(&bytes).0, expected, "{byte} at {at} of {len}");
+                    let expected = if escape { len } else { index };
+                    assert_eq!(run(&bytes).0, expected, "{byte} at {index} of {len}");
                 }
             }
         }
@@ -397,13 +397,13 @@ mod tests {
 
     #[test]
     fn digits_are_counted() {
-        for at in 0..8 {
+        for index in 0..8 {
             for byte in 0..=u8::MAX {
                 for others in [b'0', b'9', b'5'] {
                     let mut bytes = [others; 8];
-                    bytes[at] = byte;
-                    let expected = if byte.is_ascii_digit() { 8 } else { at };
-                    assert_eq!(digits(u64::from_le_bytes(bytes)), expected, "{byte} at {at}");
+                    bytes[index] = byte;
+                    let expected = if byte.is_ascii_digit() { 8 } else { index };
+                    assert_eq!(digits(u64::from_le_bytes(bytes)), expected, "{byte} at {index}");
                 }
             }
         }
