@@ -6,10 +6,12 @@ use std::time::{Duration, Instant};
 use axum::http::{Response, StatusCode};
 use bytes::Bytes;
 use pd_control::envoys::relay::Peers;
-use pd_core::exchange::blocks::{block_event, split_events};
-use pd_core::exchange::message::{Heard, Record, Told, Totals};
-use pd_core::exchange::report::{Generation, Report};
+use pd_core::endpoints::elsewhere::Totals;
+use pd_core::exchange::message::{Heard, Record, Told};
+use pd_core::exchange::report::Report;
 use pd_core::hash::BlockHash;
+use pd_core::prefix::block_log::{block_event, split_events};
+use pd_core::workers::recent::Generation;
 
 use crate::support::*;
 

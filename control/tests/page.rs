@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use pd_control::access::token::Token;
 use pd_core::exchange::message::{Record, Told};
-use pd_core::exchange::report::{Decision, Generation, Report};
+use pd_core::exchange::report::Report;
+use pd_core::workers::recent::{Decision, Generation};
 use pd_sim::Role;
 use serde_json::Value;
 use tokio::task::JoinHandle;

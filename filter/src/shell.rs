@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use log::{error, info, warn};
+use pd_core::exchange::report::Report;
 use pd_core::exchange::{self, Call, Exchange};
 use pd_core::headers::Headers;
 use pd_core::metrics::{Kind, Level, Metric};
@@ -80,8 +81,8 @@ impl Shell {
     }
 
     fn tell(&self, news: Option<News>) {
-        let (epoch, version) = self.worker.table.version();
-        let endpoints = self.worker.table.len();
+        let (epoch, version) = self.worker.state.table.version();
+        let endpoints = self.worker.state.table.len();
         match news {
             None => {}
             Some(News::Applied) => info!("list {epoch}/{version} in force: {endpoints} endpoints"),
@@ -227,7 +228,7 @@ impl Shell {
             exchange.speak(worker, voice, before.unwrap_or(0), now);
         }
         exchange.tick(worker, push.holds_lease(), now, |worker| {
-            worker.report(share.generations(metrics), share.decisions(worker, metrics)).to_json()
+            Report::of(worker, share.generations(metrics), share.decisions(worker, metrics)).to_json()
         })
     }
 

@@ -98,14 +98,15 @@ fn choose_both_endpoints(bencher: Bencher<'_, '_>, endpoints: u32) {
     let hash = hashed(7, 16_000);
     for i in 0..4 {
         let held = hash.blocks.len() / (i as usize + 1);
-        worker.index.insert(i * (endpoints / 5), hash.blocks.get(..held).unwrap_or_default());
+        worker.state.index.insert(i * (endpoints / 5), hash.blocks.get(..held).unwrap_or_default());
     }
     let config = worker.config.clone().expect("there is a configuration");
-    let candidates = worker.table.candidates("m").expect("there are endpoints");
+    let candidates = worker.state.table.candidates("m").expect("there are endpoints");
     let prompt = Prompt { tokens: 4_000.0, block_tokens: 128.0, key: hash.head, hash, ..Prompt::default() };
     let now = Duration::from_secs(1_000);
     bencher.bench_local(|| {
-        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: config.pool("default"), now };
+        let scheduler =
+            Scheduler { table: &worker.state.table, index: &worker.state.index, pool: config.pool("default"), now };
         let decision = scheduler.decide(black_box(&candidates), black_box(&prompt));
         (decision, scheduler.pick_decode(&candidates.decode, &prompt, &[]))
     });

@@ -199,7 +199,7 @@ pub fn run(input: &[u8]) {
         request.done(&mut worker, now);
     }
     worker.prune(now + Duration::from_secs(7_200));
-    for (_, slot) in worker.table.iter() {
+    for (_, slot) in worker.state.table.iter() {
         assert!(slot.prefill.is_empty(), "prefill work is left at {}", slot.address);
         assert_eq!((slot.decode.requests, slot.decode.tokens), (0, 0), "decode work is left at {}", slot.address);
     }
@@ -210,7 +210,7 @@ pub fn run(input: &[u8]) {
 
 fn addresses(worker: &Worker) -> HashSet<String> {
     let both = |slot: &pd_core::table::Slot| [slot.address.to_string(), slot.bootstrap.to_string()];
-    worker.table.iter().flat_map(|(_, slot)| both(slot)).collect()
+    worker.state.table.iter().flat_map(|(_, slot)| both(slot)).collect()
 }
 
 /// Endpoints come from a list, nothing forbidden leaves, and a paused request has somebody to wait for.

@@ -18,8 +18,7 @@ use hashbrown::HashMap;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::choose::admission::Limits;
-use crate::request::paths::{is_inference, matches};
+use crate::paths::{is_inference, matches};
 use crate::wire::{Endpoint, Engine, Snapshot, WIRE_VERSION, WireError, unknown_endpoint_key};
 
 use keys::{Key, Values};
@@ -60,7 +59,7 @@ pub struct Config {
     pub endpoints: Vec<Endpoint>,
     /// Of [`TRUSTABLE_HEADERS`], those a client may set. The others are stripped.
     pub trusted_headers: Vec<String>,
-    /// Paths that a client may reach beside those of inference APIs; see [`crate::request::paths::matches`].
+    /// Paths that a client may reach beside those of inference APIs; see [`crate::paths::matches`].
     pub allowed_paths: Vec<String>,
     /// Request headers that name a client's session, the first one present counts: its requests stay together.
     pub session_headers: Vec<String>,
@@ -166,6 +165,15 @@ pub struct Pool {
     pub tells_prefills_cached_tokens: bool,
     /// What may be in flight.
     pub limits: Limits,
+}
+
+/// Limits of one pool, all workers of an Envoy together. 0: none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Requests in flight.
+    pub requests: u64,
+    /// KV tokens in flight: prompts and expected output.
+    pub tokens: u64,
 }
 
 /// Prefill seconds `a + b·(n − p) + c·(n² − p²)` of `n` prompt tokens of which `p` are cached.

@@ -16,12 +16,14 @@
 
 pub mod body;
 pub mod choose;
+mod codec;
 pub mod config;
 pub mod endpoints;
 pub mod engine;
 pub mod envoys;
 pub mod headers;
 pub mod metrics;
+pub mod paths;
 pub mod prefix;
 pub mod request;
 pub mod wire;

@@ -440,7 +440,8 @@ mod tests {
         }
         let now = Duration::from_secs(2);
         filter.catch_up(now);
-        let queues = |state: &Worker| state.table.iter().map(|(_, slot)| slot.prefill.work(now)).collect::<Vec<_>>();
+        let queues =
+            |worker: &Worker| worker.state.table.iter().map(|(_, slot)| slot.prefill.work(now)).collect::<Vec<_>>();
         let all: Vec<_> = filter.states.iter().map(queues).collect();
         let is_like = |queues: &Vec<f64>| queues.iter().zip(&all[0]).all(|(a, b)| (a - b).abs() < 1e-3);
         assert!(all.iter().all(is_like), "{all:?}");
@@ -456,13 +457,17 @@ mod tests {
         // They find each other first.
         filter.catch_up(Duration::from_secs(3));
         serve(&mut filter, 0, &job(&[1, 2], 3_010));
-        let knowing = |filter: &Filter| filter.states.iter().filter(|state| state.index.knows(blocks[0])).count();
+        let knowing =
+            |filter: &Filter| filter.states.iter().filter(|worker| worker.state.index.knows(blocks[0])).count();
         filter.catch_up(Duration::from_millis(3_049));
         assert_eq!(knowing(&filter), 1);
         filter.catch_up(Duration::from_millis(3_100));
         assert_eq!(knowing(&filter), 2);
-        for state in &filter.states {
-            assert!(state.table.iter().all(|(_, slot)| slot.work(Duration::from_secs(4)) == 0.0), "what began is over");
+        for worker in &filter.states {
+            assert!(
+                worker.state.table.iter().all(|(_, slot)| slot.work(Duration::from_secs(4)) == 0.0),
+                "what began is over"
+            );
         }
     }
 }

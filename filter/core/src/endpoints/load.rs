@@ -3,6 +3,8 @@
 use core::time::Duration;
 use std::collections::VecDeque;
 
+use crate::codec::{Reader, Writer};
+
 /// Prefill work in flight, oldest first, in seconds of the endpoint's time.
 #[derive(Clone, Debug, Default)]
 pub struct PrefillQueue {
@@ -136,6 +138,15 @@ impl Load {
     pub(crate) fn subtract(&mut self, other: &Self) {
         self.tokens = self.tokens.saturating_sub(other.tokens);
         self.requests = self.requests.saturating_sub(other.requests);
+    }
+
+    pub(crate) fn write(&self, out: &mut Writer) {
+        out.word(self.tokens);
+        out.word(u64::from(self.requests));
+    }
+
+    pub(crate) fn read(rest: &mut Reader<'_>) -> Option<Self> {
+        Some(Self { tokens: rest.word()?, requests: u32::try_from(rest.word()?).ok()? })
     }
 }
 

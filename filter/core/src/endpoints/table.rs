@@ -8,10 +8,9 @@ use std::sync::Arc;
 use hashbrown::{HashMap, HashSet};
 
 use crate::config::{Config, Cost, Pool};
+use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::endpoints::fit::{Fit, Usage};
 use crate::endpoints::load::{Health, Load, PrefillQueue};
-use crate::envoys::Fleet;
-use crate::envoys::message::Totals;
 use crate::prefix::index::{EndpointIndex, PrefixIndex};
 use crate::wire::{Endpoint, EndpointId, Engine, Role, Snapshot, State};
 

@@ -10,9 +10,10 @@ use std::collections::BTreeMap;
 
 use hashbrown::HashMap;
 
-use super::blocks::{BlockLog, split_events};
-use super::message::{Batch, Heard, MAX_BLOCKS_BYTES, MAX_MESSAGE_BYTES, Record, Told, Totals};
+use super::message::{Batch, Heard, MAX_BLOCKS_BYTES, MAX_MESSAGE_BYTES, Record, Told};
 use super::report::MAX_REPORT_BYTES;
+use crate::endpoints::elsewhere::Totals;
+use crate::prefix::block_log::{BlockLog, split_events};
 
 /// Silence after which a gateway counts as gone.
 pub const GATEWAY_LIFE: Duration = Duration::from_secs(3);

@@ -8,23 +8,20 @@
 //! Two calls: *tell*, when there is something new (or a second has passed), answered at once; and *hear*, which
 //! `pd-control` answers when there is something new. An Envoy that is alone tells once a second.
 
-pub mod blocks;
 pub mod hub;
 pub mod message;
 pub mod report;
 
 use core::time::Duration;
-use std::collections::VecDeque;
 
 use hashbrown::HashMap;
 
 use crate::config::Control;
+use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::metrics::Metric;
-use crate::prefix::hash::BlockHash;
+use crate::prefix::block_log::{read_event, split_events};
 use crate::workers::worker::Worker;
-use blocks::{BlockLog, block_event, read_event, split_events};
-use message::{EXCHANGE_PATH, Heard, MAX_BLOCKS_BYTES, Record, Told, Totals};
-use report::{Decision, MAX_DECISIONS};
+use message::{EXCHANGE_PATH, Heard, MAX_BLOCKS_BYTES, Record, Told};
 
 /// How often the shell must call [`Exchange::tick`] while [`Exchange::is_busy`].
 pub const TICK: Duration = Duration::from_millis(50);
@@ -40,69 +37,8 @@ const WAIT: Duration = Duration::from_secs(1);
 const GRACE: Duration = Duration::from_millis(1_000);
 /// Pause after a call that failed.
 const FAILURE_PAUSE: Duration = Duration::from_millis(500);
-/// Bytes of block events that are kept to be told again.
-const OUTBOX_BYTES: usize = 1 << 20;
 /// Gateways whose place in their logs is remembered.
 const MAX_KNOWN: usize = 1_024;
-/// Time between two decisions of a report.
-const DECISION_PAUSE: Duration = Duration::from_millis(200);
-
-/// Envoys that there are, and those of them that exchange.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Fleet {
-    /// All.
-    pub gateways: u64,
-    /// Those that are heard, this one included.
-    pub exchanging: u64,
-}
-
-impl Fleet {
-    /// Share of the other Envoys whose decisions are not heard, 0 to 1.
-    #[must_use]
-    pub fn unheard(self) -> f64 {
-        let others = self.gateways.saturating_sub(1);
-        let unheard = self.gateways.saturating_sub(self.exchanging.max(1));
-        if others == 0 { 0.0 } else { unheard as f64 / others as f64 }
-    }
-}
-
-/// Block events that others have not heard, or may have to hear again.
-#[derive(Debug, Default)]
-pub(crate) struct Outbox(BlockLog);
-
-impl Outbox {
-    pub(crate) fn push(&mut self, endpoint: u64, blocks: &[BlockHash]) {
-        self.0.push(block_event(endpoint, blocks));
-        while self.0.bytes() > OUTBOX_BYTES && self.0.forget_oldest() {}
-    }
-}
-
-/// Some of the latest decisions of a worker.
-#[derive(Debug, Default)]
-pub(crate) struct Recent {
-    decisions: VecDeque<(Duration, Decision)>,
-    /// Whether there is one that the other workers do not know.
-    pub(crate) is_new: bool,
-}
-
-impl Recent {
-    /// Whether it is time for another one.
-    pub(crate) fn is_due(&self, now: Duration) -> bool {
-        self.decisions.front().is_none_or(|(at, _)| now.saturating_sub(*at) >= DECISION_PAUSE)
-    }
-
-    pub(crate) fn push(&mut self, at: Duration, decision: Decision) {
-        self.decisions.truncate(MAX_DECISIONS.saturating_sub(1));
-        self.decisions.push_front((at, decision));
-        self.is_new = true;
-    }
-
-    /// Newest first.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Decision> {
-        self.decisions.iter().map(|(_, decision)| decision)
-    }
-}
-
 /// Which of the two calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -173,7 +109,7 @@ impl Exchange {
     /// Becomes the voice under a random number, in place of the one before it (0: none).
     pub fn speak(&mut self, worker: &mut Worker, gateway: u64, replaces: u64, now: Duration) {
         // Those that the voice before it heard, until it turns out otherwise.
-        let fleet = worker.table.fleet;
+        let fleet = worker.state.table.fleet;
         *self = Self { is_on: self.is_on, gateway, replaces, answered_at: now, fleet, ..Self::default() };
         worker.outbox = Some(Box::default());
     }
@@ -228,7 +164,7 @@ impl Exchange {
     }
 
     fn tell(&mut self, worker: &Worker, now: Duration, report: impl FnOnce(&Worker) -> Vec<u8>) -> Option<Call> {
-        let Outbox(log) = worker.outbox.as_deref()?;
+        let log = worker.outbox.as_deref()?;
         let since = now.saturating_sub(self.told_at);
         let is_first = self.told.is_none();
         let pause = if self.fleet.exchanging > 1 { PAUSE } else { HEARTBEAT };
@@ -356,7 +292,7 @@ fn loads(worker: &Worker, now: Duration) -> Vec<(u64, Totals)> {
         tokens: slot.decode.tokens,
         requests: u64::from(slot.decode.requests),
     };
-    let slots = worker.table.iter().map(|(_, slot)| (slot.key, totals(slot)));
+    let slots = worker.state.table.iter().map(|(_, slot)| (slot.key, totals(slot)));
     let mut loads: Vec<_> = slots.filter(|(_, totals)| *totals != Totals::default()).collect();
     loads.sort_unstable_by_key(|(endpoint, _)| *endpoint);
     loads
@@ -373,6 +309,8 @@ mod tests {
     use super::report::MAX_REPORT_BYTES;
     use super::*;
     use crate::endpoints::table::EndpointRef;
+    use crate::prefix::block_log::block_event;
+    use crate::prefix::hash::BlockHash;
     use proptest::prelude::*;
 
     const CONFIG: &[u8] = br#"{"control":{"cluster":"pd-control"},"endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.1:2","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#;
@@ -398,20 +336,20 @@ mod tests {
         }
 
         fn at(&self, place: usize) -> EndpointRef {
-            let mut all: Vec<_> = self.worker.table.iter().map(|(at, slot)| (slot.address.clone(), at)).collect();
+            let mut all: Vec<_> = self.worker.state.table.iter().map(|(at, slot)| (slot.address.clone(), at)).collect();
             all.sort();
-            self.worker.table.refer(all[place % all.len()].1).unwrap()
+            self.worker.state.table.refer(all[place % all.len()].1).unwrap()
         }
 
         /// What is in flight at a place, from everywhere.
         fn view(&self, place: usize, now: Duration) -> (u64, u64) {
-            let slot = self.worker.table.get(self.at(place).index).unwrap();
+            let slot = self.worker.state.table.get(self.at(place).index).unwrap();
             ((slot.work(now) * 1e6).round() as u64, slot.decode_tokens())
         }
 
         /// A tick with this hub; without one every call fails.
         fn tick(&mut self, hub: Option<&mut Hub>, now: Duration) {
-            let report = |worker: &Worker| worker.report(Vec::new(), Vec::new()).to_json();
+            let report = |worker: &Worker| report::Report::of(worker, Vec::new(), Vec::new()).to_json();
             let calls = self.exchange.tick(&mut self.worker, true, now, report);
             let Some(hub) = hub else {
                 for call in calls.into_iter().chain(self.question.take()) {
@@ -456,7 +394,7 @@ mod tests {
     fn a_decision_is_known_elsewhere_after_two_ticks() {
         let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
         let mut gateways = fleet(3, &mut hub, &mut now);
-        assert!(gateways.iter().all(|of| of.worker.table.fleet == Fleet { gateways: 3, exchanging: 3 }));
+        assert!(gateways.iter().all(|of| of.worker.state.table.fleet == Fleet { gateways: 3, exchanging: 3 }));
         let (prefill, decode) = (gateways[0].at(0), gateways[0].at(2));
         gateways[0].worker.prefill_started(prefill, 7, 5.0, now, FAR);
         gateways[0].worker.decode_started(decode, 1_000);
@@ -466,7 +404,7 @@ mod tests {
             let (work, tokens) = other.view(0, now);
             assert!((4_800_000..=5_000_000).contains(&work) && tokens == 0, "{work} {tokens}");
             assert_eq!(other.view(2, now).1, 1_000);
-            assert_eq!(other.worker.index.matched(other.at(0).index, &blocks(1, 12)), 12);
+            assert_eq!(other.worker.state.index.matched(other.at(0).index, &blocks(1, 12)), 12);
         }
         gateways[0].worker.prefill_ended(prefill, 7, now);
         gateways[0].worker.decode_ended(decode, 1_000);
@@ -500,7 +438,7 @@ mod tests {
         // One second later one of three is done, not two.
         let (work, _) = gateways[1].view(0, now);
         assert!((1_850_000..=2_000_000).contains(&work), "{work}");
-        let slot = gateways[1].worker.table.get(prefill.index).unwrap();
+        let slot = gateways[1].worker.state.table.get(prefill.index).unwrap();
         assert_eq!(slot.prefill.service_seconds(2, now + Duration::from_secs(2)), None, "that was waiting as well");
     }
 
@@ -517,16 +455,16 @@ mod tests {
             gateways[1].tick(None, now);
         }
         assert_eq!(gateways[1].view(2, now).1, 0);
-        assert_eq!(gateways[1].worker.table.fleet, Fleet { gateways: 2, exchanging: 1 });
-        assert!((gateways[1].worker.table.fleet.unheard() - 1.0).abs() < 1e-9);
+        assert_eq!(gateways[1].worker.state.table.fleet, Fleet { gateways: 2, exchanging: 1 });
+        assert!((gateways[1].worker.state.table.fleet.unheard() - 1.0).abs() < 1e-9);
         // Another one in its place, which knows nothing; what happened meanwhile is told to it in full.
         let prefill = gateways[0].at(1);
         gateways[0].worker.holds(prefill, &blocks(5, 9));
         let mut hub = Hub::new(10);
         settle(&mut gateways, &mut hub, &mut now, 45);
         assert_eq!(gateways[1].view(2, now).1, 500);
-        assert_eq!(gateways[1].worker.index.matched(prefill.index, &blocks(5, 9)), 9);
-        assert_eq!(gateways[1].worker.table.fleet.unheard(), 0.0);
+        assert_eq!(gateways[1].worker.state.index.matched(prefill.index, &blocks(5, 9)), 9);
+        assert_eq!(gateways[1].worker.state.table.fleet.unheard(), 0.0);
     }
 
     #[test]
@@ -539,7 +477,7 @@ mod tests {
         gateways.truncate(2);
         let ticks = (GATEWAY_LIFE.as_millis() / TICK.as_millis()) as u32 + 30;
         settle(&mut gateways, &mut hub, &mut now, ticks);
-        assert!(gateways.iter().all(|of| of.view(2, now).1 == 0 && of.worker.table.fleet.exchanging == 2));
+        assert!(gateways.iter().all(|of| of.view(2, now).1 == 0 && of.worker.state.table.fleet.exchanging == 2));
     }
 
     #[test]
@@ -555,7 +493,7 @@ mod tests {
         first.question = None;
         settle(&mut gateways, &mut hub, &mut now, 3);
         assert_eq!(gateways[1].view(2, now).1, 500);
-        assert_eq!(gateways[1].worker.table.fleet, Fleet { gateways: 2, exchanging: 2 });
+        assert_eq!(gateways[1].worker.state.table.fleet, Fleet { gateways: 2, exchanging: 2 });
     }
 
     #[test]
@@ -570,7 +508,7 @@ mod tests {
             now += TICK;
             first.tick(None, now);
         }
-        assert_eq!(first.worker.table.fleet, Fleet { gateways: 2, exchanging: 1 });
+        assert_eq!(first.worker.state.table.fleet, Fleet { gateways: 2, exchanging: 1 });
     }
 
     #[test]
@@ -601,14 +539,14 @@ mod tests {
         gateways[0].worker.decode_started(decode, 40);
         let now = run(&mut hubs, &mut gateways, 4);
         assert_eq!(gateways[1].view(2, now).1, 40);
-        assert_eq!(gateways[1].worker.index.matched(prefill.index, &blocks(3, 20)), 20);
+        assert_eq!(gateways[1].worker.state.index.matched(prefill.index, &blocks(3, 20)), 20);
         // The second hub dies with all it has, and its gateway with it; who comes after them hears it all.
         hubs[1] = Hub::new(10);
         gateways[1] = Gateway::new(3, now);
         let now = run(&mut hubs, &mut gateways, 90);
         assert_eq!(gateways[1].view(2, now).1, 40);
-        assert_eq!(gateways[1].worker.index.matched(prefill.index, &blocks(3, 20)), 20);
-        assert!(gateways.iter().all(|of| of.worker.table.fleet == Fleet { gateways: 2, exchanging: 2 }));
+        assert_eq!(gateways[1].worker.state.index.matched(prefill.index, &blocks(3, 20)), 20);
+        assert!(gateways.iter().all(|of| of.worker.state.table.fleet == Fleet { gateways: 2, exchanging: 2 }));
     }
 
     #[test]
@@ -704,7 +642,7 @@ mod tests {
             }
             for prompt in 0..20 {
                 for place in 0..3 {
-                    let held: Vec<_> = gateways.iter().map(|of| of.worker.index.matched(of.at(place).index, &blocks(prompt, 9))).collect();
+                    let held: Vec<_> = gateways.iter().map(|of| of.worker.state.index.matched(of.at(place).index, &blocks(prompt, 9))).collect();
                     prop_assert!(held.iter().all(|of| *of == held[0]), "{prompt} at {place}: {held:?}");
                 }
             }

@@ -1,12 +1,12 @@
 //! Bodies without a prompt: they are forwarded without the members that no client may send.
 
 use super::head::{RequestHead, decoded_path};
-use super::paths;
 use crate::body::form::{Form, without};
 use crate::body::json::ScanError;
 use crate::body::splice::HeadEdit;
 use crate::body::{self, KeySet};
 use crate::engine::legs;
+use crate::paths;
 use crate::request::reply::Rejection;
 
 /// The edit that frees a body of [`FORBIDDEN`](body::FORBIDDEN) members.

@@ -166,7 +166,7 @@ impl Forwarded {
     /// Notes who answered: the endpoint that was chosen, the alternate that Envoy went on to, or nobody.
     fn answered_by(&mut self, worker: &mut Worker, upstream: Option<&[u8]>, now: Duration) {
         let mut answers = |reference: &EndpointRef| {
-            let slot = worker.table.resolve(*reference).filter(|slot| Some(slot.address.as_bytes()) == upstream);
+            let slot = worker.state.table.resolve(*reference).filter(|slot| Some(slot.address.as_bytes()) == upstream);
             let is_it = slot.is_some();
             if is_it {
                 worker.answered(*reference);
@@ -244,7 +244,7 @@ fn judge(worker: &mut Worker, endpoint: EndpointRef, usage: Usage) -> Option<Eff
     if !is_moved {
         worker.counts.count(Metric::KvNotMoved);
     }
-    let slot = worker.table.resolve(endpoint)?;
+    let slot = worker.state.table.resolve(endpoint)?;
     let is_news = !is_moved && slot.kv_doubts == 0;
     slot.kv_doubts = if is_moved { slot.kv_doubts.saturating_sub(1) } else { KV_DOUBTS };
     is_news.then(|| {

@@ -38,21 +38,21 @@ pub(super) fn start_leg(
         // leg has been told which one it is, no other will do.
         let scheduler = parsed.scheduler(worker, now);
         alternates = scheduler.alternates(&parsed.served.candidates.prefill, &parsed.prompt, pick.endpoint);
-        alternates.retain(|index| worker.table.refer(*index).is_some_and(|it| !split.tried.contains(&it)));
+        alternates.retain(|index| worker.state.table.refer(*index).is_some_and(|it| !split.tried.contains(&it)));
     }
     let destination = destination(worker, pick.endpoint, alternates.into_iter());
     let id = pair_id.unwrap_or_else(|| worker.pair_id(parsed.head.request_id(), now));
-    let protocol = worker.table.get(pick.endpoint).map_or(pool.engine, |slot| slot.engine).protocol();
+    let protocol = worker.state.table.get(pick.endpoint).map_or(pool.engine, |slot| slot.engine).protocol();
     let model = parsed.served.rewrite.as_deref();
     let body = with_pair(worker, parsed, pick, id, |pair| {
         legs::prefill_body(protocol, parsed.api, body.bytes, &body.scan, pair, model)
     });
     let mut rank = None;
-    if let Some(slot) = worker.table.get_mut(pick.endpoint) {
+    if let Some(slot) = worker.state.table.get_mut(pick.endpoint) {
         slot.health.sent(now);
         rank = slot.endpoint.rank;
     }
-    if let Some(endpoint) = worker.table.refer(pick.endpoint) {
+    if let Some(endpoint) = worker.state.table.refer(pick.endpoint) {
         worker.prefill_started(endpoint, leg, pick.seconds, now, now.saturating_add(pool.prefill_timeout));
     }
     remember_prompt(worker, pick.endpoint, &parsed.prompt);
@@ -69,7 +69,7 @@ pub(super) fn with_pair<T: Default>(
     id: u64,
     make: impl FnOnce(&Pair<'_>) -> T,
 ) -> T {
-    let Some(slot) = worker.table.get(pick.endpoint) else { return T::default() };
+    let Some(slot) = worker.state.table.get(pick.endpoint) else { return T::default() };
     let engine_id = slot.engine_id.as_deref().unwrap_or_default();
     make(&Pair { bootstrap: slot.bootstrap, rank: slot.endpoint.rank, engine_id, id, batch: parsed.batch })
 }
@@ -90,12 +90,12 @@ pub(super) fn leg_ended(
         (None, PrefillAnswer::Answered { status: 200, .. }) => Metric::PrefillOk,
         (None, _) => Metric::PrefillClientError,
     });
-    let seconds = worker.table.resolve(endpoint).and_then(|slot| slot.prefill.service_seconds(leg, now));
+    let seconds = worker.state.table.resolve(endpoint).and_then(|slot| slot.prefill.service_seconds(leg, now));
     worker.prefill_ended(endpoint, leg, now);
     match fault {
         Some(Fault::Unreachable) => {
             worker.failed(endpoint, now);
-            if let Some(slot) = worker.table.resolve(endpoint) {
+            if let Some(slot) = worker.state.table.resolve(endpoint) {
                 slot.engine_id = None;
             }
         }

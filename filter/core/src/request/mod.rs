@@ -16,7 +16,7 @@
 //! |---|---|
 //! | `step` | the states, and what an event leads to |
 //! | `new`, `reading`, `prefilling`, `forwarded` | one state each: what its events do |
-//! | `head`, `parsed`, `models`, `paths`, `clean` | what headers and body say |
+//! | `head`, `parsed`, `models`, `clean` | what headers and body say |
 //! | `serve`, `split`, `leg`, `route` | how a request is served: by two legs or by one, and where they go |
 //! | `response_editor` | what changes in the response |
 //! | `effect`, `reply`, `ready` | what the shell does, and what the filter answers itself |
@@ -38,7 +38,6 @@ mod leg;
 pub(crate) mod models;
 mod new;
 mod parsed;
-pub mod paths;
 mod prefilling;
 mod reading;
 mod ready;

@@ -80,7 +80,7 @@ const MODELS: &str = "models";
 pub(super) fn list_models(worker: &mut Worker, config: &Config) -> Step {
     worker.counts.count(Metric::RequestsPassed);
     let card = |name: String| serde_json::json!({"id": name, "object": "model", "created": 0, "owned_by": "envoy-pd"});
-    let data: Vec<_> = known(config, &worker.table).into_iter().map(card).collect();
+    let data: Vec<_> = known(config, &worker.state.table).into_iter().map(card).collect();
     let body = serde_json::json!({"object": "list", "data": data}).to_string().into_bytes();
     let headers = vec![("content-type", "application/json".to_owned())];
     let effects = vec![Effect::decision(Metric::RequestsPassed), Effect::SetState(REASON, MODELS.into())];

@@ -70,7 +70,7 @@ fn classify(worker: &Worker, config: &Arc<Config>, headers: Headers, end_of_stre
     if !config.allows(&path) {
         return Err(Rejection::UnknownPath);
     }
-    if method == Some(b"GET") && worker.table.names_all_models() && path == MODELS_PATH {
+    if method == Some(b"GET") && worker.state.table.names_all_models() && path == MODELS_PATH {
         return Ok(Class::Models);
     }
     let api = Api::of_path(&path).filter(|_| method == Some(b"POST"));

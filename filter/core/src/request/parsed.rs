@@ -79,13 +79,13 @@ impl ParsedRequest {
             Some(id) => xxhash_rust::xxh3::xxh3_64(id),
             None => worker.pair_id(head.request_id(), now),
         };
-        let mut served = resolve_model(&config, &worker.table, head.subset.as_ref(), &model, bits)?;
+        let mut served = resolve_model(&config, &worker.state.table, head.subset.as_ref(), &model, bits)?;
         let put_back = served.is_put_back.then(|| model.into_owned());
         let session = session.map(|id| session_hash(&served.model, id));
         let batch = batch(api, body);
         let mut prompt = prompt(worker, &config, &served, api, body, session);
         prompt.is_several |= batch.is_some_and(|batch| batch > 1);
-        served.candidates = served.candidates.for_prompt(prompt.tokens, &worker.table);
+        served.candidates = served.candidates.for_prompt(prompt.tokens, &worker.state.table);
         worker.counts.add(Metric::PromptTokens, prompt.tokens as i64);
         let plan = legs::decode_plan(bytes, scan, KeySet::EMPTY, served.rewrite.as_deref());
         // Envoy does not survive a body that an edit makes larger than the buffer filter's limit.
@@ -115,7 +115,7 @@ impl ParsedRequest {
     }
 
     pub(super) fn scheduler<'a>(&'a self, worker: &'a Worker, now: Duration) -> Scheduler<'a> {
-        Scheduler { table: &worker.table, index: &worker.index, pool: self.pool(), now }
+        Scheduler { table: &worker.state.table, index: &worker.state.index, pool: self.pool(), now }
     }
 
     /// KV tokens that the request is expected to take at its decode endpoint.
@@ -162,8 +162,8 @@ fn prompt(
     let adapter = body.scan.raw(body.bytes, Key::LoraPath).map(|path| [salt, path].concat());
     let salt = adapter.as_deref().unwrap_or(salt);
     let hash = prompt_hash(served.model.as_bytes(), salt, &parts, config.prefix.block_bytes);
-    let distinctive = worker.index.distinctive(&hash.blocks, config.prefix.hot_share);
-    let learnt = worker.table.bytes_per_token(&served.candidates.pool).filter(|_| pool.fit);
+    let distinctive = worker.state.index.distinctive(&hash.blocks, config.prefix.hot_share);
+    let learnt = worker.state.table.bytes_per_token(&served.candidates.pool).filter(|_| pool.fit);
     let bytes_per_token = learnt.unwrap_or(pool.bytes_per_token);
     Prompt {
         bytes,
@@ -171,7 +171,7 @@ fn prompt(
         tokens: bytes as f64 / bytes_per_token,
         block_tokens: config.prefix.block_bytes as f64 / bytes_per_token,
         key: distinctive.map_or(hash.head, |block| block.0),
-        is_unseen: distinctive.is_some_and(|block| !worker.index.knows(block)),
+        is_unseen: distinctive.is_some_and(|block| !worker.state.index.knows(block)),
         is_several: asks_for_several(body),
         hash,
     }

@@ -72,11 +72,11 @@ impl Prefilling {
     /// The list may have changed since the leg began: its places may be other endpoints' now.
     fn refresh_candidates(&mut self, worker: &Worker) {
         let parsed = &mut self.split.parsed;
-        let current = candidates(&worker.table, &parsed.served.model, parsed.head.subset.as_ref());
+        let current = candidates(&worker.state.table, &parsed.served.model, parsed.head.subset.as_ref());
         let current = current.unwrap_or_else(|_| {
             Arc::new(Candidates { pool: Arc::clone(&parsed.served.candidates.pool), ..Candidates::default() })
         });
-        parsed.served.candidates = current.for_prompt(parsed.prompt.tokens, &worker.table);
+        parsed.served.candidates = current.for_prompt(parsed.prompt.tokens, &worker.state.table);
     }
 
     /// The bootstrap server told the engine's id, or failed to.
@@ -129,7 +129,7 @@ impl Prefilling {
         if tried.len() >= parsed.pool().prefill_attempts as usize {
             return None;
         }
-        let is_listed = |tried: &&EndpointRef| worker.table.refer(tried.index) == Some(**tried);
+        let is_listed = |tried: &&EndpointRef| worker.state.table.refer(tried.index) == Some(**tried);
         let tried: Vec<_> = tried.iter().filter(is_listed).map(|tried| tried.index).collect();
         parsed.scheduler(worker, now).pick_by_cost(&parsed.served.candidates.prefill, &parsed.prompt, &tried)
     }
@@ -147,7 +147,7 @@ impl Prefilling {
         let Prompt { bytes, tokens, .. } = split.parsed.prompt;
         let thought = (bytes as f64, tokens, prefiller.pick.matched_tokens);
         let usage = Usage::of_answer(answer);
-        worker.table.saw_prefill(prefiller.endpoint, thought, seconds, usage);
+        worker.state.table.saw_prefill(prefiller.endpoint, thought, seconds, usage);
         let handover = (prefiller.partner.engine.protocol().handover)(split.parsed.api, answer);
         let warning = note_kv_missing(worker, prefiller.endpoint, handover == Handover::Missing);
         let edit = edit_with(&split.parsed, &handover, body);
@@ -173,7 +173,7 @@ impl Prefilling {
 
 /// Notes the id of an endpoint's engine out of its bootstrap server's answer; `None` if the answer has none.
 fn note_engine_id(worker: &mut Worker, endpoint: EndpointRef, answer: &[u8]) -> Option<()> {
-    let slot = worker.table.resolve(endpoint)?;
+    let slot = worker.state.table.resolve(endpoint)?;
     let query = slot.engine.protocol().engine_id.as_ref()?;
     slot.engine_id = Some((query.read)(answer, slot.endpoint.rank)?.into());
     Some(())
@@ -181,7 +181,7 @@ fn note_engine_id(worker: &mut Worker, endpoint: EndpointRef, answer: &[u8]) -> 
 
 /// Notes whether an endpoint's answers lack usable KV parameters; a warning when that begins.
 fn note_kv_missing(worker: &mut Worker, endpoint: EndpointRef, is_missing: bool) -> Option<Effect> {
-    let slot = worker.table.resolve(endpoint)?;
+    let slot = worker.state.table.resolve(endpoint)?;
     let begins = is_missing && !slot.is_kv_missing;
     slot.is_kv_missing = is_missing;
     begins.then(|| {

@@ -9,7 +9,8 @@ use super::parsed::{ParsedRequest, ScannedBody};
 use super::route::pass;
 use super::serve::serve;
 use super::step::Step;
-use crate::choose::admission::{Ask, Limits};
+use crate::choose::admission::Ask;
+use crate::config::Limits;
 use crate::request::reply::Rejection;
 use crate::workers::worker::{Ticket, Worker};
 

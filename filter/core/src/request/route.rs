@@ -15,11 +15,11 @@ use crate::choose::schedule::{Pick, Prompt, Scheduler};
 use crate::config::{Config, Split};
 use crate::endpoints::fit::Usage;
 use crate::endpoints::table::EndpointRef;
-use crate::envoys::report::Decision;
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
 use crate::request::reply::Rejection;
 use crate::request::response_editor::ResponseEditor;
+use crate::workers::recent::Decision;
 use crate::workers::worker::Worker;
 
 /// How often Envoy tries to connect: once, and the route's `num_retries`. With fewer names in [`DESTINATION`] the last
@@ -104,7 +104,7 @@ pub(super) fn forward(
     let is_judged = is_judged(worker, parsed, &route);
     let forwarded = Forwarded {
         assignment,
-        alternates: route.alternates.iter().filter_map(|index| worker.table.refer(*index)).collect(),
+        alternates: route.alternates.iter().filter_map(|index| worker.state.table.refer(*index)).collect(),
         concurrent_prefill,
         is_kv_missing: route.prefill.is_kv_missing(),
         editor: response_editor(parsed, &route.prefill, is_judged).map(Box::new),
@@ -120,8 +120,8 @@ pub(super) fn forward(
 /// Counts the request at its endpoint; `None` if the endpoint is gone.
 fn account(worker: &mut Worker, parsed: &ParsedRequest, route: &Route, now: Duration) -> Option<Assignment> {
     let leg = worker.next_leg();
-    let endpoint = worker.table.refer(route.pick.endpoint)?;
-    worker.table.get_mut(route.pick.endpoint)?.health.sent(now);
+    let endpoint = worker.state.table.refer(route.pick.endpoint)?;
+    worker.state.table.get_mut(route.pick.endpoint)?.health.sent(now);
     let mut assignment = Assignment::start(worker, endpoint, parsed.kv_tokens());
     let own = match &route.prefill {
         Prefill::Own => Some((route.pick, endpoint)),
@@ -149,7 +149,7 @@ fn describe(worker: &mut Worker, route: &Route, now: Duration) -> Vec<Effect> {
         Effect::decision(route.decision),
         Effect::SetState(REASON, route.reason.into()),
     ];
-    if let Some(slot) = worker.table.get(route.pick.endpoint) {
+    if let Some(slot) = worker.state.table.get(route.pick.endpoint) {
         effects.push(Effect::SetState(DECODE, slot.address.as_bytes().to_vec()));
         let matched_tokens = route.matched_tokens() as u64;
         effects.push(Effect::SetState(MATCHED_TOKENS, matched_tokens.to_string().into_bytes()));
@@ -159,7 +159,7 @@ fn describe(worker: &mut Worker, route: &Route, now: Duration) -> Vec<Effect> {
         effects.push(prefill_ms(worker, started, now));
     }
     if let Some((_, endpoint)) = route.prefill.endpoint()
-        && let Some(slot) = worker.table.resolve(endpoint)
+        && let Some(slot) = worker.state.table.resolve(endpoint)
     {
         effects.push(Effect::SetState(PREFILL, slot.address.as_bytes().to_vec()));
         if matches!(route.prefill, Prefill::Sidecar(..)) {
@@ -171,7 +171,7 @@ fn describe(worker: &mut Worker, route: &Route, now: Duration) -> Vec<Effect> {
 
 /// The request for the report to pd-control.
 fn decision(worker: &Worker, parsed: &ParsedRequest, route: &Route) -> Decision {
-    let address = |endpoint| worker.table.get(endpoint).map_or_else(String::new, |slot| slot.address.to_string());
+    let address = |endpoint| worker.state.table.get(endpoint).map_or_else(String::new, |slot| slot.address.to_string());
     Decision {
         decision: decision_name(route.decision).to_owned(),
         reason: route.reason.to_owned(),
@@ -200,7 +200,7 @@ pub(super) fn destination(
     others: impl Iterator<Item = EndpointIndex>,
 ) -> String {
     let mut text = String::with_capacity(64);
-    for slot in core::iter::once(first).chain(others).filter_map(|index| worker.table.get(index)) {
+    for slot in core::iter::once(first).chain(others).filter_map(|index| worker.state.table.get(index)) {
         if !text.is_empty() {
             text.push(',');
         }
@@ -211,7 +211,7 @@ pub(super) fn destination(
 
 /// Records that an endpoint has the prompt, and its session.
 pub(super) fn remember_prompt(worker: &mut Worker, endpoint: EndpointIndex, prompt: &Prompt) {
-    if let Some(endpoint) = worker.table.refer(endpoint) {
+    if let Some(endpoint) = worker.state.table.refer(endpoint) {
         worker.holds(endpoint, &prompt.hash.blocks);
         if prompt.session.is_some() {
             worker.holds(endpoint, prompt.session.as_slice());
@@ -224,7 +224,7 @@ pub(super) fn remember_prompt(worker: &mut Worker, endpoint: EndpointIndex, prom
 fn is_judged(worker: &Worker, parsed: &ParsedRequest, route: &Route) -> bool {
     route.prefill.hands_over()
         && parsed.prompt.tokens as u64 >= JUDGED_TOKENS / 2
-        && worker.table.get(route.pick.endpoint).is_some_and(|slot| slot.engine.protocol().counts_fetched_tokens)
+        && worker.state.table.get(route.pick.endpoint).is_some_and(|slot| slot.engine.protocol().counts_fetched_tokens)
 }
 
 /// Editor of the response to a request: of the model's name where it is put back, and of the usage where the response
@@ -260,12 +260,13 @@ pub(super) fn pass(
 ) -> Result<Step, Rejection> {
     let key = worker.next_leg();
     let prompt = Prompt { key: key.wrapping_mul(0x9e37_79b9_7f4a_7c15), ..Prompt::default() };
-    let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: config.pool("default"), now };
+    let scheduler =
+        Scheduler { table: &worker.state.table, index: &worker.state.index, pool: config.pool("default"), now };
     let is_allowed = |index: &EndpointIndex| {
-        worker.table.get(*index).is_some_and(|slot| subset.is_none_or(|subset| subset.allows(slot)))
+        worker.state.table.get(*index).is_some_and(|slot| subset.is_none_or(|subset| subset.allows(slot)))
     };
     let restricted: Vec<EndpointIndex>;
-    let mut among = worker.table.all_ready();
+    let mut among = worker.state.table.all_ready();
     if subset.is_some() {
         restricted = among.iter().copied().filter(is_allowed).collect();
         among = &restricted;

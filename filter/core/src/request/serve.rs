@@ -108,7 +108,7 @@ fn one_leg(
 /// The prefill endpoint that a trusted peer names, if it is one of the candidates. A name without a rank is any rank's.
 fn hinted(worker: &Worker, ids: &[EndpointId], candidates: &Candidates) -> Option<EndpointIndex> {
     let is_meant = |id: &EndpointId, index: EndpointIndex| {
-        let found = worker.table.get(index).map(|slot| slot.endpoint.id());
+        let found = worker.state.table.get(index).map(|slot| slot.endpoint.id());
         found.is_some_and(|found| found.address == id.address && (id.rank.is_none() || id.rank == found.rank))
     };
     ids.iter().find_map(|id| candidates.prefill.iter().copied().find(|index| is_meant(id, *index)))

@@ -48,7 +48,9 @@ impl Split {
         body: &ScannedBody<'_>,
         now: Duration,
     ) -> Result<Step, Rejection> {
-        let (Some(endpoint), Some(slot)) = (worker.table.refer(pick.endpoint), worker.table.get(pick.endpoint)) else {
+        let (Some(endpoint), Some(slot)) =
+            (worker.state.table.refer(pick.endpoint), worker.state.table.get(pick.endpoint))
+        else {
             return Err(Rejection::NoEndpoint);
         };
         let prefiller = Prefiller { pick, endpoint, partner: Partner::of(slot) };

@@ -115,8 +115,10 @@ impl Push {
     /// Levels to set at a tick.
     #[must_use]
     pub fn levels(&self, worker: &Worker, now: Duration) -> Vec<(Level, u64)> {
-        let mut levels =
-            vec![(Level::Endpoints, worker.table.len() as u64), (Level::ListVersion, worker.table.version().1)];
+        let mut levels = vec![
+            (Level::Endpoints, worker.state.table.len() as u64),
+            (Level::ListVersion, worker.state.table.version().1),
+        ];
         if self.holds_lease {
             let age = now.saturating_sub(self.last_answer).as_millis();
             levels.push((Level::ListAgeMs, u64::try_from(age).unwrap_or(u64::MAX)));
@@ -165,9 +167,9 @@ impl Push {
         };
         match applied {
             Ok(Applied::Changed) => {
-                let (epoch, version) = worker.table.version();
+                let (epoch, version) = worker.state.table.version();
                 self.at = (epoch.to_owned(), version);
-                shared.set(LIST_KEY, &worker.table.snapshot().to_json(), None);
+                shared.set(LIST_KEY, &worker.state.table.snapshot().to_json(), None);
                 shared.announce();
                 self.seen = Some(shared.announced());
                 Some(News::Applied)
@@ -183,7 +185,7 @@ impl Push {
                 found
             }
             Ok(Applied::Unchanged) => {
-                let (epoch, version) = worker.table.version();
+                let (epoch, version) = worker.state.table.version();
                 self.at = (epoch.to_owned(), version);
                 self.next_poll = now.saturating_add(FIRST_PAUSE);
                 found
@@ -320,7 +322,7 @@ mod tests {
         assert_eq!(news, Some(News::Applied));
         assert_eq!(next.unwrap().path, "/v1/watch?epoch=e-1&since=3&wait_ms=30000");
         assert_eq!(b.push.catch_up(&mut b.worker, &store, store.announced()), Some(News::Applied));
-        assert_eq!(b.worker.table.len(), 2);
+        assert_eq!(b.worker.state.table.len(), 2);
         assert_eq!(b.push.catch_up(&mut b.worker, &store, store.announced()), None);
         assert_eq!(a.push.catch_up(&mut a.worker, &store, store.announced()), None);
     }
@@ -394,7 +396,7 @@ mod tests {
         );
         let (next, _) = a.push.answered(&mut a.worker, &store, Some(200), &list("e", 1, &[1]), ms(300));
         assert!(next.is_none(), "the same list again is answered with a pause");
-        assert_eq!(a.worker.table.len(), 1);
+        assert_eq!(a.worker.state.table.len(), 1);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! One brain per Envoy: what a worker decides is in every other worker's ledger and index before those decide.
 //!
-//! Each worker has a seat: a log of [events](crate::workers::ledger) in shared data that only it writes, a gauge that says how far
+//! Each worker has a seat: a log of [events](crate::workers::event) in shared data that only it writes, a gauge that says how far
 //! the log goes, and, renewed at each tick, its part of the ledger as a whole. Before a worker decides it looks at the
 //! gauges (90 ns each) and reads what is new. All that a worker has in flight is known to be its own, so when it stops
 //! renewing its seat (its VM was reloaded, its thread died) the others take that part out.
@@ -21,9 +21,11 @@ use core::time::Duration;
 
 use hashbrown::{HashMap, HashSet};
 
-use crate::envoys::report::{Decision, Generation, MAX_DECISIONS};
+use crate::codec::{Reader, Writer};
 use crate::prefix::hash::BlockHash;
-use crate::workers::ledger::{Event, Part, Reader, Writer};
+use crate::workers::event::Event;
+use crate::workers::ledger::Part;
+use crate::workers::recent::{Decision, Generation, MAX_DECISIONS};
 use crate::workers::worker::Worker;
 
 /// Data that the workers of one Envoy share.
@@ -230,7 +232,7 @@ impl Share {
         for peer in &mut self.peers {
             peer.part.prune(now);
             if peer.is_behind {
-                peer.part.leave(worker, now);
+                peer.part.retract(&mut worker.state, now);
                 peer.join(worker, shared);
             }
         }
@@ -295,7 +297,7 @@ impl Share {
             seats.get(peer.seat).is_some_and(|seat| seat.worker_id == peer.worker_id && seat.is_taken(now))
         };
         for gone in self.peers.extract_if(.., |peer| !is_here(peer)) {
-            gone.part.leave(worker, now);
+            gone.part.retract(&mut worker.state, now);
         }
         for (at, seat) in seats.iter().enumerate() {
             let is_known = self.peers.iter().any(|peer| peer.seat == at);
@@ -331,19 +333,19 @@ impl Share {
         if self.seat.is_none_or(|mine| self.peers.iter().any(|peer| peer.seat < mine)) {
             return;
         }
-        let places = worker.table.places();
+        let places = worker.state.table.places();
         let at = self.next_saved.checked_rem(places).unwrap_or(0);
         self.next_saved = at.wrapping_add(1);
         let Ok(index) = u32::try_from(at) else { return };
         // An empty place is written too: what stood there before is nobody's any more.
-        let key = worker.table.get(index).map_or(0, |slot| slot.key);
-        let looks = (key, worker.index.touches(index));
+        let key = worker.state.table.get(index).map_or(0, |slot| slot.key);
+        let looks = (key, worker.state.index.touches(index));
         if self.saved.insert(index, looks) == Some(looks) {
             return;
         }
         let mut out = Writer::default();
         [self.epoch, key, places as u64].into_iter().for_each(|word| out.word(word));
-        for (hash, units) in worker.index.newest(index, MAX_INHERITED) {
+        for (hash, units) in worker.state.index.newest(index, MAX_INHERITED) {
             out.word(hash.0);
             out.word(units as u64);
         }
@@ -354,7 +356,7 @@ impl Share {
     fn inherit(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
         let is_new = |key: &u64| !self.inherited.contains(key);
         let is_young = now.saturating_sub(self.began) < INHERITANCE;
-        if !is_young || !worker.table.iter().any(|(_, slot)| is_new(&slot.key)) {
+        if !is_young || !worker.state.table.iter().any(|(_, slot)| is_new(&slot.key)) {
             return;
         }
         let (mut at, mut places) = (0, 1);
@@ -364,14 +366,16 @@ impl Share {
             let (epoch, key, count) = (rest.word(), rest.word(), rest.word());
             places = count.and_then(|count| usize::try_from(count).ok()).unwrap_or(0);
             at = at.wrapping_add(1);
-            let Some((index, key)) = key.and_then(|key| Some((worker.table.index_of_key(key)?, key))) else { continue };
+            let Some((index, key)) = key.and_then(|key| Some((worker.state.table.index_of_key(key)?, key))) else {
+                continue;
+            };
             if epoch != Some(self.epoch) || !self.inherited.insert(key) {
                 continue;
             }
             let blocks = core::iter::from_fn(|| Some((BlockHash(rest.word()?), usize::try_from(rest.word()?).ok()?)));
-            worker.index.restore(index, blocks);
+            worker.state.index.restore(index, blocks);
         }
-        self.inherited.extend(worker.table.iter().map(|(_, slot)| slot.key));
+        self.inherited.extend(worker.state.table.iter().map(|(_, slot)| slot.key));
     }
 }
 
@@ -390,7 +394,7 @@ impl Peer {
         }
         if let (Some(position), Some(part)) = (rest.word(), Part::from_bytes(rest.0)) {
             self.position = position;
-            part.enter(worker);
+            part.apply(&mut worker.state);
             self.part = part;
         }
     }
@@ -414,7 +418,7 @@ impl Peer {
             for (endpoint, event) in Event::read(events) {
                 let is_blocks = matches!(event, Event::Holds { .. } | Event::HoldsByOthers { .. });
                 if !is_blocks || of == Some(epoch) {
-                    event.enter_by_key(endpoint, worker);
+                    event.apply(endpoint, &mut worker.state);
                     if let Event::Holds { blocks } = &event {
                         worker.tell_gateways(endpoint, blocks);
                     }
@@ -538,9 +542,9 @@ mod tests {
         }
 
         fn at(&self, place: usize) -> EndpointRef {
-            let mut all: Vec<_> = self.worker.table.iter().map(|(at, slot)| (slot.address.clone(), at)).collect();
+            let mut all: Vec<_> = self.worker.state.table.iter().map(|(at, slot)| (slot.address.clone(), at)).collect();
             all.sort();
-            self.worker.table.refer(all[place % all.len()].1).unwrap()
+            self.worker.state.table.refer(all[place % all.len()].1).unwrap()
         }
 
         fn tick(&mut self, store: &Store, now: Duration) {
@@ -557,7 +561,7 @@ mod tests {
 
         /// Per endpoint: legs, seconds of prefill work, decode tokens and requests.
         fn ledger(&self, now: Duration) -> Vec<(usize, u64, u64, u32)> {
-            let slots = self.worker.table.iter().map(|(_, slot)| {
+            let slots = self.worker.state.table.iter().map(|(_, slot)| {
                 let work = (slot.prefill.work(now) * 1e6).round() as u64;
                 (slot.prefill.len(), work, slot.decode.tokens, slot.decode.requests)
             });
@@ -592,7 +596,7 @@ mod tests {
                 for other in &mut nodes {
                     other.catch_up(&store, now);
                     let place = other.at(i % 2).index;
-                    assert_eq!(other.worker.index.matched(place, &blocks(i as u64, 9)), 9);
+                    assert_eq!(other.worker.state.index.matched(place, &blocks(i as u64, 9)), 9);
                 }
                 let expected = nodes[i].ledger(now);
                 assert!(nodes.iter().all(|node| node.ledger(now) == expected), "{count} workers");
@@ -683,7 +687,7 @@ mod tests {
         }
         let mut new = Node::new(&store, 3, now);
         for id in 0..40 {
-            assert_eq!(new.worker.index.matched(new.at(id as usize % 3).index, &blocks(id, 12)), 12, "{id}");
+            assert_eq!(new.worker.state.index.matched(new.at(id as usize % 3).index, &blocks(id, 12)), 12, "{id}");
         }
         assert_eq!(new.ledger(now), old[0].ledger(now), "the old generation's work counts once");
         // The old one drains: its work ends, and the new one hears of it.

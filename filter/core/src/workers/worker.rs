@@ -3,45 +3,43 @@
 use core::time::Duration;
 use std::sync::Arc;
 
-use crate::choose::admission::{Admission, Ask, Limits, Shed, pool_key};
-use crate::config::{Config, ConfigError};
+use crate::choose::admission::{Ask, Shed, pool_key};
+use crate::config::{Config, ConfigError, Limits};
+use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::endpoints::load::RetryBudget;
-use crate::endpoints::table::{Applied, EndpointRef, Table};
+use crate::endpoints::table::{Applied, EndpointRef};
 use crate::engine::pair_id;
-use crate::envoys::message::Totals;
-use crate::envoys::report::{Decision, Generation, Report};
-use crate::envoys::{Fleet, Outbox, Recent};
 use crate::metrics::{Counts, Metric};
+use crate::prefix::block_log::{BlockLog, block_event};
 use crate::prefix::hash::BlockHash;
 use crate::prefix::index::PrefixIndex;
 use crate::wire::{Snapshot, WireError};
-use crate::workers::ledger::{Event, Log};
+use crate::workers::event::Event;
+use crate::workers::ledger::Log;
+use crate::workers::recent::{Decision, Recent};
+use crate::workers::state::State;
 
 /// Name of the gauge of the prefix index's bytes, in the worker that told last.
 pub const INDEX_BYTES: &str = "pd_index_bytes";
 
-/// Failing endpoints that a report names.
-const MAX_FAILING: usize = 64;
+/// Bytes of block events that are kept to be told to other Envoys again.
+const OUTBOX_BYTES: usize = 1 << 20;
 
 /// State of one worker. All of it may be lost and built again.
 #[derive(Debug)]
 pub struct Worker {
     /// Configuration in force; the error that refused the newest one, when there was none before it.
     pub config: Result<Arc<Config>, ConfigError>,
-    /// Endpoints.
-    pub table: Table,
-    /// Who holds which prefix.
-    pub index: PrefixIndex,
+    /// Endpoints, prefixes and admission, by the events of all workers.
+    pub state: State,
     /// Counts that wait for the tick.
     pub counts: Counts,
     /// What to tell the other workers.
     pub(crate) log: Log,
     /// What to tell the other Envoys, where this worker is its Envoy's voice.
-    pub(crate) outbox: Option<Box<Outbox>>,
+    pub(crate) outbox: Option<Box<BlockLog>>,
     /// What to report of its decisions.
     pub(crate) recent: Recent,
-    /// What pools with limits have in flight.
-    pub admission: Admission,
     /// Prefill legs that may be run again.
     pub retries: RetryBudget,
     legs: u64,
@@ -51,13 +49,11 @@ impl Default for Worker {
     fn default() -> Self {
         Self {
             config: Err(ConfigError::none_yet()),
-            table: Table::default(),
-            index: PrefixIndex::new(0),
+            state: State::default(),
             counts: Counts::default(),
             log: Log::default(),
             outbox: None,
             recent: Recent::default(),
-            admission: Admission::default(),
             retries: RetryBudget::default(),
             legs: 0,
         }
@@ -83,10 +79,9 @@ impl Worker {
             Ok(config) => {
                 let config = Arc::new(config);
                 self.counts.count(Metric::ConfigAccepted);
-                self.index = PrefixIndex::new(config.prefix.index_bytes);
-                self.table = Table::default();
-                self.admission = Admission::default();
-                self.table.apply(&config.static_snapshot(), &config, &mut self.index);
+                let index = PrefixIndex::new(config.prefix.index_bytes);
+                self.state = State { index, ..State::default() };
+                self.state.table.apply(&config.static_snapshot(), &config, &mut self.state.index);
                 self.config = Ok(Arc::clone(&config));
                 Ok(config)
             }
@@ -106,7 +101,8 @@ impl Worker {
     /// The refusal, for the log.
     pub fn apply(&mut self, bytes: &[u8]) -> Result<Applied, WireError> {
         let Ok(config) = self.config.clone() else { return Ok(Applied::Unchanged) };
-        let applied = Snapshot::parse(bytes).map(|snapshot| self.table.apply(&snapshot, &config, &mut self.index));
+        let applied =
+            Snapshot::parse(bytes).map(|snapshot| self.state.table.apply(&snapshot, &config, &mut self.state.index));
         match applied {
             Ok(Applied::Changed) => self.counts.count(Metric::SnapshotsApplied),
             Ok(Applied::Unchanged | Applied::OutOfStep) => {}
@@ -117,16 +113,17 @@ impl Worker {
 
     /// Drops ledger entries whose end was never told. Call it a few times a second.
     pub fn prune(&mut self, now: Duration) {
-        self.table.prune(now);
+        self.state.table.prune(now);
         self.log.own.prune(now);
         if let Ok(config) = &self.config {
-            self.table.resize_caches(config, &mut self.index);
+            self.state.table.resize_caches(config, &mut self.state.index);
         }
     }
 
     /// Gauges that change now and then, by name and tags: [`INDEX_BYTES`] and what was [fitted](crate::endpoints::fit::GAUGES).
     pub fn gauges(&self) -> impl Iterator<Item = (String, u64)> {
-        core::iter::once((INDEX_BYTES.to_owned(), self.index.bytes() as u64)).chain(self.table.fitted_gauges())
+        core::iter::once((INDEX_BYTES.to_owned(), self.state.index.bytes() as u64))
+            .chain(self.state.table.fitted_gauges())
     }
 
     /// Tells the other workers from now on what happens; legs are numbered apart from theirs.
@@ -141,7 +138,7 @@ impl Worker {
     /// [`Shed`]
     pub(crate) fn admit(&mut self, pool: &str, limits: Limits, ask: Ask) -> Result<Ticket, Shed> {
         let ticket = Ticket { pool: pool_key(pool), fairness: ask.fairness, tokens: ask.tokens };
-        self.admission.check(ticket.pool, limits, ask)?;
+        self.state.admission.check(ticket.pool, limits, ask)?;
         self.happens_at(ticket.pool, &Event::Admitted { fairness: ticket.fairness, tokens: ticket.tokens });
         Ok(ticket)
     }
@@ -153,8 +150,8 @@ impl Worker {
 
     /// Something happens at an endpoint, by this worker's doing.
     fn happens(&mut self, endpoint: EndpointRef, event: &Event<'_>) {
-        if self.table.resolve(endpoint).is_some() {
-            event.enter(endpoint.index, self);
+        if self.state.table.resolve(endpoint).is_some() {
+            event.apply_at(endpoint.index, &mut self.state);
         }
         self.log.push(endpoint.key, event);
     }
@@ -200,7 +197,8 @@ impl Worker {
     /// Other Envoys shall hear which blocks a worker of this one sent to the endpoint of that key.
     pub(crate) fn tell_gateways(&mut self, endpoint: u64, blocks: &[BlockHash]) {
         if let Some(outbox) = self.outbox.as_mut().filter(|_| !blocks.is_empty()) {
-            outbox.push(endpoint, blocks);
+            outbox.push(block_event(endpoint, blocks));
+            while outbox.bytes() > OUTBOX_BYTES && outbox.forget_oldest() {}
         }
     }
 
@@ -221,7 +219,7 @@ impl Worker {
 
     /// The same at the endpoint, or pool, of that key, which may not be in the list.
     fn happens_at(&mut self, key: u64, event: &Event<'_>) {
-        event.enter_by_key(key, self);
+        event.apply(key, &mut self.state);
         self.log.push(key, event);
     }
 
@@ -232,7 +230,7 @@ impl Worker {
 
     /// An endpoint answered. The others hear of it when they hold it for broken.
     pub(crate) fn answered(&mut self, endpoint: EndpointRef) {
-        if self.table.resolve(endpoint).is_some_and(|slot| slot.health.is_failing()) {
+        if self.state.table.resolve(endpoint).is_some_and(|slot| slot.health.is_failing()) {
             self.happens(endpoint, &Event::Healed);
         }
     }
@@ -247,21 +245,6 @@ impl Worker {
             let at_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
             let decision = Decision { at_ms, ..decision(self) };
             self.recent.push(now, decision);
-        }
-    }
-
-    /// What there is to report of this Envoy, whose workers run these and decided those.
-    #[must_use]
-    pub fn report(&self, generations: Vec<Generation>, decisions: Vec<Decision>) -> Report {
-        let (epoch, version) = self.table.version();
-        let failing = self.table.iter().filter(|(_, slot)| slot.health.is_failing());
-        Report {
-            generations,
-            epoch: epoch.to_owned(),
-            version,
-            endpoints: self.table.len() as u64,
-            failing: failing.take(MAX_FAILING).map(|(_, slot)| slot.address.to_string()).collect(),
-            decisions,
         }
     }
 

@@ -17,13 +17,13 @@ fn a_pool_with_limits_answers_429_until_something_ends() {
     }
     t.done();
     first.done(&mut t.worker, t.now);
-    assert!(t.worker.admission.is_empty());
+    assert!(t.worker.state.admission.is_empty());
     t.request = Request::default();
     t.headers(&[]);
     assert_eq!(t.body(&long_body()).flow, Flow::Pause);
     t.done();
     t.worker.prune(t.now + Duration::from_secs(100));
-    assert!(t.is_idle() && t.worker.admission.is_empty());
+    assert!(t.is_idle() && t.worker.state.admission.is_empty());
 }
 
 #[test]
@@ -60,5 +60,5 @@ fn objectives_have_priorities_and_deadlines_count_the_queue() {
         t.done();
     }
     others.iter_mut().for_each(|request| request.done(&mut t.worker, t.now));
-    assert!(t.worker.admission.is_empty());
+    assert!(t.worker.state.admission.is_empty());
 }

@@ -61,7 +61,7 @@ fn envoys_retry_to_an_alternate_moves_the_load() {
     let addresses: Vec<_> = state(&outcome, DESTINATION).split(',').map(str::to_owned).collect();
     t.request.response_headers(&mut t.worker, Some(addresses[1].as_bytes()), None, t.now);
     let load = |t: &Fixture, address: &str| {
-        let (_, slot) = t.worker.table.iter().find(|(_, slot)| &*slot.address == address).unwrap();
+        let (_, slot) = t.worker.state.table.iter().find(|(_, slot)| &*slot.address == address).unwrap();
         (slot.decode.requests, slot.health.is_failing())
     };
     assert_eq!(load(&t, &addresses[0]), (0, true));

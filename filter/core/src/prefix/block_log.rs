@@ -3,8 +3,8 @@
 
 use std::collections::VecDeque;
 
+use crate::codec::{Reader, Writer};
 use crate::prefix::hash::BlockHash;
-use crate::workers::ledger::{Reader, Writer};
 
 /// Block events of one gateway, oldest first.
 #[derive(Debug, Default)]
