@@ -5,7 +5,7 @@ use core::time::Duration;
 use super::route::{destination, enter};
 use super::{Call, Effect, PREFILL_MS, PrefillAnswer};
 use crate::body::Scan;
-use crate::choose::schedule::{Pick, Scheduler};
+use crate::choose::scheduler::{Pick, Scheduler};
 use crate::endpoints::table::EndpointRef;
 use crate::engine::{self, Pair};
 use crate::metrics::Metric;

@@ -19,7 +19,7 @@ use crate::body::form::Encoding;
 use crate::body::splice::HeadEdit;
 use crate::body::{Api, Scan, scan};
 use crate::choose::admission::{Ask, Shed};
-use crate::choose::schedule::{Decision, Scheduler};
+use crate::choose::scheduler::{Decision, Scheduler};
 use crate::config::{Config, EXPLAIN_HEADER, Limits, PHASE_HEADER, PREFILLER_HEADER, STATIC_EPOCH};
 use crate::headers::Headers;
 use crate::metrics::Metric;

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use crate::config::{Alias, Config};
-use crate::endpoints::table::{Candidates, NoCandidates, Table};
+use crate::endpoints::candidates::{Candidates, NoCandidates};
+use crate::endpoints::table::Table;
 use crate::request::intake::{Subset, candidates};
 use crate::request::reply::Rejection;
 

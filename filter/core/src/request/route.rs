@@ -10,10 +10,10 @@ use super::{
     Request, State, TRIES, decision_name, to_i64,
 };
 use crate::body::splice::HeadPlan;
-use crate::choose::schedule::{Pick, Prompt, Scheduler};
+use crate::choose::scheduler::{Pick, Prompt, Scheduler};
 use crate::config::{Config, Split};
-use crate::endpoints::fit::Usage;
 use crate::endpoints::table::EndpointRef;
+use crate::endpoints::usage::Usage;
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
 use crate::request::answer::Passage;
