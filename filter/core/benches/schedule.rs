@@ -5,11 +5,11 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
+use pd_core::choose::scheduler::{Prompt, Scheduler};
 use pd_core::hash::{BlockHash, PromptHash, prompt_hash};
 use pd_core::headers::Headers;
 use pd_core::index::PrefixIndex;
 use pd_core::request::{Effect, Flow, PrefillAnswer, Request};
-use pd_core::schedule::{Prompt, Scheduler};
 use pd_core::wire::{Endpoint, Role, Snapshot, WIRE_VERSION};
 use pd_core::worker::Worker;
 

@@ -30,8 +30,8 @@ pub mod wire;
 pub mod workers;
 
 pub use body::{json, splice};
-pub use choose::{admission, schedule};
-pub use endpoints::{fit, load, table};
+pub use choose::{admission, scheduler};
+pub use endpoints::{load, table};
 pub use envoys as exchange;
 pub use prefix::{hash, index};
 pub use request::reply;

@@ -8,7 +8,9 @@ use std::sync::Arc;
 use crate::body::form::Encoding;
 use crate::body::{Api, decode_percent};
 use crate::config::{Config, PREFILLER_HEADER, SUBSET_HEADER, TEST_SELECTION_HEADER};
-use crate::endpoints::table::{Candidates, NoCandidates, Slot, Table};
+use crate::endpoints::candidates::{Candidates, NoCandidates};
+use crate::endpoints::endpoint_state::Slot;
+use crate::endpoints::table::Table;
 use crate::headers::Headers;
 use crate::wire::EndpointId;
 

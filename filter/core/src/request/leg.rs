@@ -8,7 +8,7 @@ use super::head::is_ours;
 use super::parsed::{ParsedRequest, ScannedBody};
 use super::route::{destination, remember_prompt};
 use super::split::Split;
-use crate::choose::schedule::Pick;
+use crate::choose::scheduler::Pick;
 use crate::config::Config;
 use crate::endpoints::table::EndpointRef;
 use crate::engine::{Pair, legs};

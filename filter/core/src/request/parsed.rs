@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::body::splice::{HeadEdit, HeadPlan};
 use crate::body::{Api, Key, KeySet, Scan, json, scan};
-use crate::choose::schedule::{Prompt, Scheduler};
+use crate::choose::scheduler::{Prompt, Scheduler};
 use crate::config::{Config, Pool};
 use crate::engine::legs;
 use crate::metrics::Metric;

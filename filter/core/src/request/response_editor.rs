@@ -8,7 +8,7 @@
 use core::ops::Range;
 
 use crate::body::json;
-use crate::endpoints::fit::Usage;
+use crate::endpoints::usage::Usage;
 
 /// What to look for in one answer.
 #[derive(Debug, Default)]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::choose::admission::{Ask, Shed, pool_key};
 use crate::config::{Config, ConfigError, Limits};
 use crate::endpoints::elsewhere::{Fleet, Totals};
-use crate::endpoints::load::RetryBudget;
+use crate::endpoints::retry_budget::RetryBudget;
 use crate::endpoints::table::{Applied, EndpointRef};
 use crate::engine::pair_id;
 use crate::metrics::{Counts, Metric};
@@ -120,7 +120,7 @@ impl Worker {
         }
     }
 
-    /// Gauges that change now and then, by name and tags: [`INDEX_BYTES`] and what was [fitted](crate::endpoints::fit::GAUGES).
+    /// Gauges that change now and then, by name and tags: [`INDEX_BYTES`] and what was [fitted](crate::endpoints::fitted_cost::GAUGES).
     pub fn gauges(&self) -> impl Iterator<Item = (String, u64)> {
         core::iter::once((INDEX_BYTES.to_owned(), self.state.index.bytes() as u64))
             .chain(self.state.table.fitted_gauges())
