@@ -26,6 +26,7 @@ pub mod metrics;
 pub mod paths;
 pub mod prefix;
 pub mod request;
+pub mod time;
 pub mod wire;
 pub mod workers;
 

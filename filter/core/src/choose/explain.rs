@@ -78,7 +78,7 @@ mod tests {
         );
         assert!(text.contains("match=2560") && text.contains("10.0.0.1:2 W=2.000"), "{text}");
         let short = fixture.scheduler().explain(&fixture.candidates, &prompt(1, 1));
-        assert!(short.starts_with("whole: lacks less than the threshold: 10.0.0.1:100"), "{short}");
+        assert!(short.starts_with("whole: shorter than the threshold: 10.0.0.1:100"), "{short}");
         assert!(fixture.scheduler().explain(&Candidates::default(), &prompt(1, 1)).starts_with("nobody"));
     }
 }

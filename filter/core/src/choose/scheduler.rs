@@ -9,8 +9,6 @@
 //!
 //! Of many endpoints a choice looks at a [shortlist](super::shortlist).
 
-use core::time::Duration;
-
 use crate::choose::shortlist::HOLDERS;
 use crate::config::{Pool, Split};
 use crate::endpoints::candidates::Candidates;
@@ -18,6 +16,7 @@ use crate::endpoints::endpoint_state::Slot;
 use crate::endpoints::table::Table;
 use crate::prefix::hash::{BlockHash, PromptHash, prefix_units, rendezvous_weight};
 use crate::prefix::index::{EndpointIndex, PrefixIndex};
+use crate::time::Monotonic;
 use crate::wire::Role;
 
 /// A prompt as the scheduler sees it.
@@ -111,7 +110,7 @@ pub struct Scheduler<'a> {
     /// Policy.
     pub pool: &'a Pool,
     /// Now.
-    pub now: Duration,
+    pub now: Monotonic,
 }
 
 impl Scheduler<'_> {
@@ -315,8 +314,8 @@ pub(super) mod tests {
         pub(crate) candidates: std::sync::Arc<Candidates>,
     }
 
-    const NOW: Duration = Duration::from_secs(100);
-    const FAR: Duration = Duration::from_secs(1_000);
+    const NOW: Monotonic = Monotonic::from_secs(100);
+    const FAR: Monotonic = Monotonic::from_secs(1_000);
 
     pub(crate) fn fixture(prefill: u16, decode: u16, config: &str) -> Fixture {
         let config = Config::parse(config.as_bytes()).unwrap();

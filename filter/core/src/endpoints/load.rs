@@ -4,6 +4,7 @@ use core::time::Duration;
 use std::collections::VecDeque;
 
 use crate::codec::{Reader, Writer};
+use crate::time::Monotonic;
 
 /// Prefill work in flight, oldest first, in seconds of the endpoint's time.
 #[derive(Clone, Debug, Default)]
@@ -11,26 +12,26 @@ pub struct PrefillQueue {
     jobs: VecDeque<Job>,
     /// Sum over the jobs: asked for far more often than they change.
     seconds: f64,
-    head_since: Duration,
+    head_since: Monotonic,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Job {
     id: u64,
     seconds: f64,
-    expires: Duration,
+    expires: Monotonic,
     /// Whether work that other Envoys sent was ahead of it: how long it takes then says nothing of the endpoint's speed.
     is_behind: bool,
 }
 
 impl PrefillQueue {
     /// Adds a leg of `seconds`; it counts until [`remove`](Self::remove), or at the latest until `expires`.
-    pub fn add(&mut self, id: u64, seconds: f64, now: Duration, expires: Duration) {
+    pub fn add(&mut self, id: u64, seconds: f64, now: Monotonic, expires: Monotonic) {
         self.add_behind(0.0, id, seconds, now, expires);
     }
 
     /// The same, behind so many seconds of work that is not in this queue: it makes no progress until they are over.
-    pub fn add_behind(&mut self, ahead: f64, id: u64, seconds: f64, now: Duration, expires: Duration) {
+    pub fn add_behind(&mut self, ahead: f64, id: u64, seconds: f64, now: Monotonic, expires: Monotonic) {
         if self.jobs.is_empty() {
             self.head_since = now.saturating_add(self::seconds(ahead));
         }
@@ -40,13 +41,13 @@ impl PrefillQueue {
 
     /// Seconds that the endpoint has spent on this leg, if it is the one under way as far as we know.
     #[must_use]
-    pub fn service_seconds(&self, id: u64, now: Duration) -> Option<f64> {
+    pub fn service_seconds(&self, id: u64, now: Monotonic) -> Option<f64> {
         let head = self.jobs.front().filter(|job| job.id == id && !job.is_behind)?;
         Some(now.saturating_sub(self.head_since).as_secs_f64()).filter(|seconds| head.seconds > 0.0 && *seconds > 0.0)
     }
 
     /// Removes a leg that ended; `false` when it is not there (any more).
-    pub fn remove(&mut self, id: u64, now: Duration) -> bool {
+    pub fn remove(&mut self, id: u64, now: Monotonic) -> bool {
         let Some(at) = self.jobs.iter().position(|job| job.id == id) else { return false };
         if at == 0 {
             self.head_since = now;
@@ -58,7 +59,7 @@ impl PrefillQueue {
 
     /// The client of this leg is gone and its answer will not be seen, but the endpoint goes on computing: it counts
     /// until the queue as we know it would have reached its end.
-    pub fn abandon(&mut self, id: u64, now: Duration) {
+    pub fn abandon(&mut self, id: u64, now: Monotonic) {
         let mut left = -self.progress(now);
         for job in &mut self.jobs {
             left += job.seconds;
@@ -70,7 +71,7 @@ impl PrefillQueue {
     }
 
     /// Drops what has expired.
-    pub fn prune(&mut self, now: Duration) {
+    pub fn prune(&mut self, now: Monotonic) {
         let head = self.jobs.front().map(|job| job.id);
         self.jobs.retain(|job| job.expires > now);
         if self.jobs.front().map(|job| job.id) != head {
@@ -81,7 +82,7 @@ impl PrefillQueue {
 
     /// `W`: seconds of work in flight minus the progress of the head.
     #[must_use]
-    pub fn work(&self, now: Duration) -> f64 {
+    pub fn work(&self, now: Monotonic) -> f64 {
         self.seconds - self.progress(now)
     }
 
@@ -101,7 +102,7 @@ impl PrefillQueue {
         self.seconds = self.jobs.iter().map(|job| job.seconds).sum();
     }
 
-    fn progress(&self, now: Duration) -> f64 {
+    fn progress(&self, now: Monotonic) -> f64 {
         let Some(head) = self.jobs.front() else { return 0.0 };
         now.saturating_sub(self.head_since).as_secs_f64().min(head.seconds)
     }
@@ -158,10 +159,10 @@ fn seconds(value: f64) -> Duration {
 mod tests {
     use super::*;
 
-    const FAR: Duration = Duration::from_secs(60);
+    const FAR: Monotonic = Monotonic::from_secs(60);
 
-    fn ms(ms: u64) -> Duration {
-        Duration::from_millis(ms)
+    fn ms(ms: u64) -> Monotonic {
+        Monotonic::from_millis(ms)
     }
 
     #[test]

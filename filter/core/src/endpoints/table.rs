@@ -1,7 +1,6 @@
 //! The endpoint table: the pushed list, each endpoint's state, and what was fitted of its pools.
 
 use core::net::SocketAddr;
-use core::time::Duration;
 use std::sync::Arc;
 
 use hashbrown::{HashMap, HashSet};
@@ -15,6 +14,7 @@ use crate::endpoints::health::Health;
 use crate::endpoints::load::{Load, PrefillQueue};
 use crate::endpoints::usage::Usage;
 use crate::prefix::index::{EndpointIndex, PrefixIndex};
+use crate::time::Monotonic;
 use crate::wire::{Endpoint, EndpointId, Snapshot};
 
 /// Names an endpoint beyond its life: an index whose endpoint left the list does not resolve any more.
@@ -303,7 +303,7 @@ impl Table {
     }
 
     /// Drops ledger entries whose end was never told.
-    pub fn prune(&mut self, now: Duration) {
+    pub fn prune(&mut self, now: Monotonic) {
         for slot in self.slots.iter_mut().flatten() {
             slot.prefill.prune(now);
             slot.health.prune(now);
