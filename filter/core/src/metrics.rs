@@ -4,7 +4,7 @@
 //! label again (see `envoy/local.yaml`). Counts are kept in the worker and flushed at its tick: a request pays for an
 //! addition, not for a host call each.
 
-use crate::endpoints::fit::GAUGES;
+use crate::endpoints::fitted_cost::GAUGES;
 use crate::workers::worker::INDEX_BYTES;
 
 /// What Envoy calls the kind of a metric.

@@ -20,6 +20,7 @@ use crate::config::Control;
 use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::metrics::Metric;
 use crate::prefix::block_log::{read_event, split_events};
+use crate::time::Monotonic;
 use crate::workers::worker::Worker;
 use message::{EXCHANGE_PATH, Heard, MAX_BLOCKS_BYTES, Record, Told};
 
@@ -74,14 +75,14 @@ pub struct Exchange {
     known: HashMap<u64, u64>,
     at: (u64, u64),
     told: Option<Vec<(u64, Totals)>>,
-    told_at: Duration,
-    reported_at: Option<Duration>,
-    asked_at: Duration,
-    answered_at: Duration,
+    told_at: Monotonic,
+    reported_at: Option<Monotonic>,
+    asked_at: Monotonic,
+    answered_at: Monotonic,
     is_telling: bool,
     is_asking: bool,
     /// Until when nothing is tried after a failure.
-    rest_until: Duration,
+    rest_until: Monotonic,
     fleet: Fleet,
     /// What the workers were told that others have in flight.
     elsewhere: HashMap<u64, Totals>,
@@ -107,7 +108,7 @@ impl Exchange {
     }
 
     /// Becomes the voice under a random number, in place of the one before it (0: none).
-    pub fn speak(&mut self, worker: &mut Worker, gateway: u64, replaces: u64, now: Duration) {
+    pub fn speak(&mut self, worker: &mut Worker, gateway: u64, replaces: u64, now: Monotonic) {
         // Those that the voice before it heard, until it turns out otherwise.
         let fleet = worker.state.table.fleet;
         *self = Self { is_on: self.is_on, gateway, replaces, answered_at: now, fleet, ..Self::default() };
@@ -126,7 +127,7 @@ impl Exchange {
         &mut self,
         worker: &mut Worker,
         holds_lease: bool,
-        now: Duration,
+        now: Monotonic,
         report: impl FnOnce(&Worker) -> Vec<u8>,
     ) -> Vec<Call> {
         if self.gateway == 0 {
@@ -163,7 +164,7 @@ impl Exchange {
         calls
     }
 
-    fn tell(&mut self, worker: &Worker, now: Duration, report: impl FnOnce(&Worker) -> Vec<u8>) -> Option<Call> {
+    fn tell(&mut self, worker: &Worker, now: Monotonic, report: impl FnOnce(&Worker) -> Vec<u8>) -> Option<Call> {
         let log = worker.outbox.as_deref()?;
         let since = now.saturating_sub(self.told_at);
         let is_first = self.told.is_none();
@@ -209,7 +210,7 @@ impl Exchange {
     }
 
     /// A call could not be started, or was not answered as it should be.
-    pub fn failed(&mut self, worker: &mut Worker, kind: Kind, now: Duration) {
+    pub fn failed(&mut self, worker: &mut Worker, kind: Kind, now: Monotonic) {
         self.ended(kind);
         worker.counts.count(Metric::ExchangesFailed);
         self.rest_until = now.saturating_add(FAILURE_PAUSE);
@@ -218,7 +219,7 @@ impl Exchange {
     }
 
     /// A call was answered; `status` is `None` when there is no answer.
-    pub fn answered(&mut self, worker: &mut Worker, kind: Kind, status: Option<u16>, body: &[u8], now: Duration) {
+    pub fn answered(&mut self, worker: &mut Worker, kind: Kind, status: Option<u16>, body: &[u8], now: Monotonic) {
         let heard = Heard::from_bytes(body).filter(|_| status == Some(200));
         let (Some(heard), true) = (heard, self.gateway != 0) else {
             self.failed(worker, kind, now);
@@ -286,8 +287,8 @@ impl Exchange {
 }
 
 /// What is in flight from this Envoy, per endpoint, in the order of their keys.
-fn loads(worker: &Worker, now: Duration) -> Vec<(u64, Totals)> {
-    let totals = |slot: &crate::endpoints::table::Slot| Totals {
+fn loads(worker: &Worker, now: Monotonic) -> Vec<(u64, Totals)> {
+    let totals = |slot: &crate::endpoints::endpoint_state::Slot| Totals {
         work: (slot.prefill.work(now) * 1e6) as u64,
         tokens: slot.decode.tokens,
         requests: u64::from(slot.decode.requests),
@@ -308,13 +309,14 @@ mod tests {
     use super::message::MAX_MESSAGE_BYTES;
     use super::report::MAX_REPORT_BYTES;
     use super::*;
+    use crate::time::{Clocks, UnixTime};
     use crate::endpoints::table::EndpointRef;
     use crate::prefix::block_log::block_event;
     use crate::prefix::hash::BlockHash;
     use proptest::prelude::*;
 
     const CONFIG: &[u8] = br#"{"control":{"cluster":"pd-control"},"endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.1:2","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#;
-    const FAR: Duration = Duration::from_secs(3_600);
+    const FAR: Monotonic = Monotonic::from_secs(3_600);
 
     struct Gateway {
         worker: Worker,
@@ -324,7 +326,7 @@ mod tests {
     }
 
     impl Gateway {
-        fn new(id: u64, now: Duration) -> Self {
+        fn new(id: u64, now: Monotonic) -> Self {
             let mut worker = Worker::default();
             let config = worker.configure(CONFIG).unwrap();
             worker.tell_others(id);
@@ -342,14 +344,17 @@ mod tests {
         }
 
         /// What is in flight at a place, from everywhere.
-        fn view(&self, place: usize, now: Duration) -> (u64, u64) {
+        fn view(&self, place: usize, now: Monotonic) -> (u64, u64) {
             let slot = self.worker.state.table.get(self.at(place).index).unwrap();
             ((slot.work(now) * 1e6).round() as u64, slot.decode_tokens())
         }
 
         /// A tick with this hub; without one every call fails.
-        fn tick(&mut self, hub: Option<&mut Hub>, now: Duration) {
-            let report = |worker: &Worker| report::Report::of(worker, Vec::new(), Vec::new()).to_json();
+        fn tick(&mut self, hub: Option<&mut Hub>, now: Monotonic) {
+            let report = |worker: &Worker| {
+                let clocks = Clocks { monotonic: now, unix: UnixTime::default() };
+                report::Report::of(worker, Vec::new(), Vec::new(), clocks).to_json()
+            };
             let calls = self.exchange.tick(&mut self.worker, true, now, report);
             let Some(hub) = hub else {
                 for call in calls.into_iter().chain(self.question.take()) {
@@ -371,7 +376,7 @@ mod tests {
         }
     }
 
-    fn settle(gateways: &mut [Gateway], hub: &mut Hub, now: &mut Duration, ticks: u32) {
+    fn settle(gateways: &mut [Gateway], hub: &mut Hub, now: &mut Monotonic, ticks: u32) {
         for _ in 0..ticks {
             *now += TICK;
             hub.prune(*now);
@@ -379,7 +384,7 @@ mod tests {
         }
     }
 
-    fn fleet(count: u64, hub: &mut Hub, now: &mut Duration) -> Vec<Gateway> {
+    fn fleet(count: u64, hub: &mut Hub, now: &mut Monotonic) -> Vec<Gateway> {
         let mut gateways: Vec<_> = (1..=count).map(|id| Gateway::new(id, *now)).collect();
         // Whoever is alone looks around once a second.
         settle(&mut gateways, hub, now, 45);
@@ -392,7 +397,7 @@ mod tests {
 
     #[test]
     fn a_decision_is_known_elsewhere_after_two_ticks() {
-        let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+        let (mut hub, mut now) = (Hub::new(9), Monotonic::from_secs(1));
         let mut gateways = fleet(3, &mut hub, &mut now);
         assert!(gateways.iter().all(|of| of.worker.state.table.fleet == Fleet { gateways: 3, exchanging: 3 }));
         let (prefill, decode) = (gateways[0].at(0), gateways[0].at(2));
@@ -420,7 +425,7 @@ mod tests {
         for gateway in (1..=20).rev() {
             let blocks = block_event(1, &blocks(gateway, 1)).into_vec();
             let record = Record { gateway, turn: 1, blocks, ..Record::default() };
-            hub.take(&Told { from: gateway, records: vec![record], ..Told::default() }, Duration::ZERO);
+            hub.take(&Told { from: gateway, records: vec![record], ..Told::default() }, Monotonic::ZERO);
         }
         let heard = hub.answer(&Told { from: 99, wants: true, ..Told::default() }, 0);
         assert!(heard.batches.iter().map(|batch| batch.gateway).eq(1..=20), "{:?}", heard.batches);
@@ -428,7 +433,7 @@ mod tests {
 
     #[test]
     fn a_leg_behind_work_from_elsewhere_makes_no_progress_until_that_is_over() {
-        let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+        let (mut hub, mut now) = (Hub::new(9), Monotonic::from_secs(1));
         let mut gateways = fleet(2, &mut hub, &mut now);
         let prefill = gateways[0].at(0);
         gateways[0].worker.prefill_started(prefill, 1, 2.0, now, FAR);
@@ -444,7 +449,7 @@ mod tests {
 
     #[test]
     fn without_pd_control_an_envoy_has_its_own_view_and_hears_all_again_later() {
-        let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+        let (mut hub, mut now) = (Hub::new(9), Monotonic::from_secs(1));
         let mut gateways = fleet(2, &mut hub, &mut now);
         let decode = gateways[0].at(2);
         gateways[0].worker.decode_started(decode, 500);
@@ -469,7 +474,7 @@ mod tests {
 
     #[test]
     fn an_envoy_that_is_gone_is_out_of_the_others_views() {
-        let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+        let (mut hub, mut now) = (Hub::new(9), Monotonic::from_secs(1));
         let mut gateways = fleet(3, &mut hub, &mut now);
         let decode = gateways[2].at(2);
         gateways[2].worker.decode_started(decode, 500);
@@ -482,7 +487,7 @@ mod tests {
 
     #[test]
     fn a_new_voice_of_an_envoy_takes_the_old_ones_place_at_once() {
-        let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+        let (mut hub, mut now) = (Hub::new(9), Monotonic::from_secs(1));
         let mut gateways = fleet(2, &mut hub, &mut now);
         let decode = gateways[0].at(2);
         gateways[0].worker.decode_started(decode, 500);
@@ -498,7 +503,7 @@ mod tests {
 
     #[test]
     fn a_new_voice_that_hears_nobody_counts_on_those_the_old_one_heard() {
-        let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+        let (mut hub, mut now) = (Hub::new(9), Monotonic::from_secs(1));
         let mut gateways = fleet(2, &mut hub, &mut now);
         let first = &mut gateways[0];
         first.exchange.fall_silent(&mut first.worker);
@@ -513,7 +518,7 @@ mod tests {
 
     #[test]
     fn hubs_pass_on_what_they_heard_and_one_that_restarts_catches_up() {
-        let mut now = Duration::from_secs(1);
+        let mut now = Monotonic::from_secs(1);
         let mut hubs = [Hub::new(8), Hub::new(9)];
         let mut gateways = [Gateway::new(1, now), Gateway::new(2, now)];
         let mut have = [HashMap::new(), HashMap::new()];
@@ -551,7 +556,7 @@ mod tests {
 
     #[test]
     fn however_much_gateways_told_a_hub_passes_it_on_in_messages_that_are_taken() {
-        let now = Duration::from_secs(1);
+        let now = Monotonic::from_secs(1);
         let (mut full, mut empty) = (Hub::new(8), Hub::new(9));
         for id in 1..=40 {
             let blocks: Vec<_> = (0..20).flat_map(|at| block_event(at, &blocks(id, 1_000)).into_vec()).collect();
@@ -599,7 +604,7 @@ mod tests {
         /// sees what everybody has in flight, and nothing else.
         #[test]
         fn views_agree_in_the_end(steps in prop::collection::vec(step(), 0..120)) {
-            let (mut hub, mut now, mut hubs) = (Hub::new(100), Duration::from_secs(1), 100);
+            let (mut hub, mut now, mut hubs) = (Hub::new(100), Monotonic::from_secs(1), 100);
             let mut gateways = fleet(3, &mut hub, &mut now);
             let mut running: Vec<(usize, usize, u64)> = Vec::new();
             for step in steps {

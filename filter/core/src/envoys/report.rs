@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::time::{Clocks, Monotonic, UnixTime};
 use crate::workers::recent::{Decision, Generation};
 use crate::workers::worker::Worker;
 
@@ -25,14 +26,31 @@ pub struct Report {
     /// `ip:port` of those that did not answer last time.
     pub failing: Vec<String>,
     /// Some of the latest decisions, newest first.
-    pub decisions: Vec<Decision>,
+    pub decisions: Vec<ReportedDecision>,
+}
+
+/// A decision and when it was taken.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ReportedDecision {
+    /// Time of the day.
+    pub at_ms: UnixTime,
+    /// The decision.
+    #[serde(flatten)]
+    pub decision: Decision,
 }
 
 impl Report {
-    /// What there is to report of the Envoy of a worker: `generations` are what its workers run, `decisions` what they
-    /// decided.
+    /// The report of the Envoy of a worker: `generations` are what its workers run, `decisions` what they decided and
+    /// when. `clocks` are the times of now, by which decisions get a time of the day.
     #[must_use]
-    pub fn of(worker: &Worker, generations: Vec<Generation>, decisions: Vec<Decision>) -> Self {
+    pub fn of(
+        worker: &Worker,
+        generations: Vec<Generation>,
+        decisions: Vec<(Monotonic, Decision)>,
+        clocks: Clocks,
+    ) -> Self {
+        let reported = |(at, decision)| ReportedDecision { at_ms: clocks.unix_at(at), decision };
         let table = &worker.state.table;
         let (epoch, version) = table.version();
         let failing = table.iter().filter(|(_, slot)| slot.health.is_failing());
@@ -42,7 +60,7 @@ impl Report {
             version,
             endpoints: table.len() as u64,
             failing: failing.take(MAX_FAILING).map(|(_, slot)| slot.address.to_string()).collect(),
-            decisions,
+            decisions: decisions.into_iter().map(reported).collect(),
         }
     }
 

@@ -8,7 +8,9 @@ use std::sync::Arc;
 use crate::body::form::Encoding;
 use crate::body::{Api, decode_percent};
 use crate::config::{Config, PREFILLER_HEADER, SUBSET_HEADER, TEST_SELECTION_HEADER};
-use crate::endpoints::table::{Candidates, NoCandidates, Slot, Table};
+use crate::endpoints::candidates::{Candidates, NoCandidates};
+use crate::endpoints::endpoint_state::Slot;
+use crate::endpoints::table::Table;
 use crate::headers::Headers;
 use crate::wire::EndpointId;
 
@@ -62,7 +64,7 @@ pub(crate) fn candidates(table: &Table, model: &str, subset: Option<&Subset>) ->
     let all = table.candidates(model)?;
     let Some(subset) = subset else { return Ok(all) };
     let mut some = Candidates::clone(&all);
-    some.retain(|at| table.get(at).is_some_and(|slot| subset.allows(slot)));
+    some.retain(|index| table.get(index).is_some_and(|slot| subset.allows(slot)));
     if some.is_empty() { Err(NoCandidates::NoEndpoint) } else { Ok(Arc::new(some)) }
 }
 

@@ -1,9 +1,8 @@
 //! What happens at the endpoints, as events: a worker applies its own at once, and the others' when it reads them.
 //!
-//! An event names its endpoint by [`Slot::key`](crate::endpoints::table::Slot::key), which every worker computes alike, so workers
+//! An event names its endpoint by [`Slot::key`](crate::endpoints::endpoint_state::Slot::key), which every worker computes alike, so workers
 //! whose lists differ for a moment understand each other.
 
-use core::time::Duration;
 use std::borrow::Cow;
 
 use crate::codec::{Reader, Writer};
@@ -11,6 +10,7 @@ use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::endpoints::load::Load;
 use crate::prefix::hash::BlockHash;
 use crate::prefix::index::EndpointIndex;
+use crate::time::Monotonic;
 use crate::workers::state::State;
 
 /// Blocks of a prompt that the other workers hear of; the rest counts as not cached there. 4 MiB and more of prompt.
@@ -20,11 +20,11 @@ const MAX_TOLD_BLOCKS: usize = 2_048;
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Event<'a> {
     /// A prefill leg was sent.
-    PrefillStarted { leg: u64, seconds: f64, at: Duration, expires: Duration },
+    PrefillStarted { leg: u64, seconds: f64, at: Monotonic, expires: Monotonic },
     /// It ended.
-    PrefillEnded { leg: u64, at: Duration },
+    PrefillEnded { leg: u64, at: Monotonic },
     /// Nobody waits for its end any more.
-    PrefillAbandoned { leg: u64, at: Duration },
+    PrefillAbandoned { leg: u64, at: Monotonic },
     /// KV tokens were assigned.
     DecodeStarted { tokens: u64 },
     /// They are free again.
@@ -32,7 +32,7 @@ pub(crate) enum Event<'a> {
     /// The endpoint holds these blocks now.
     Holds { blocks: Cow<'a, [BlockHash]> },
     /// It could not be reached.
-    Failed { at: Duration },
+    Failed { at: Monotonic },
     /// It answered after a failure.
     Healed,
     /// A pool (in place of an endpoint) let a request in, from whom the hash says.
@@ -222,7 +222,7 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     pub(crate) fn event() -> impl Strategy<Value = Event<'static>> {
-        let time = || any::<u64>().prop_map(Duration::from_nanos);
+        let time = || any::<u64>().prop_map(Monotonic::from_nanos);
         prop_oneof![
             (any::<u64>(), 0.0..1e3, time(), time()).prop_map(|(leg, seconds, at, expires)| Event::PrefillStarted {
                 leg,

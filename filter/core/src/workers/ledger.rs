@@ -1,13 +1,12 @@
 //! The ledger of one worker: what it has in flight, by its own events alone. The others can take it out as a whole when
 //! the worker is gone.
 
-use core::time::Duration;
-
 use hashbrown::HashMap;
 
 use crate::codec::{Reader, Writer};
 use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::endpoints::load::Load;
+use crate::time::Monotonic;
 use crate::workers::event::Event;
 use crate::workers::state::State;
 
@@ -16,8 +15,8 @@ use crate::workers::state::State;
 struct Leg {
     endpoint: u64,
     seconds: f64,
-    at: Duration,
-    expires: Duration,
+    at: Monotonic,
+    expires: Monotonic,
 }
 
 /// The part of the ledger that one worker has put there.
@@ -75,7 +74,7 @@ impl Part {
     }
 
     /// Drops legs whose end was never told.
-    pub(crate) fn prune(&mut self, now: Duration) {
+    pub(crate) fn prune(&mut self, now: Monotonic) {
         self.legs.retain(|_, leg| leg.expires > now);
     }
 
@@ -105,7 +104,7 @@ impl Part {
     }
 
     /// Takes the part out of a worker's table again.
-    pub(crate) fn retract(&self, state: &mut State, now: Duration) {
+    pub(crate) fn retract(&self, state: &mut State, now: Monotonic) {
         for (leg, Leg { endpoint, .. }) in &self.legs {
             if let Some(slot) = state.table.by_key(*endpoint) {
                 slot.prefill.remove(*leg, now);

@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use serde::{Deserialize, Serialize};
 
 use crate::codec::{Reader, Writer};
+use crate::time::Monotonic;
 
 /// Decisions that a report may hold.
 pub const MAX_DECISIONS: usize = 8;
@@ -42,8 +43,6 @@ impl Generation {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Decision {
-    /// Milliseconds since 1970.
-    pub at_ms: u64,
     /// `split`, `decode_only` …
     pub decision: String,
     /// Why.
@@ -61,44 +60,51 @@ pub struct Decision {
 }
 
 impl Decision {
-    /// For the other workers.
-    pub(crate) fn write(&self, out: &mut Writer) {
-        [self.at_ms, self.prompt_tokens, self.matched_tokens].into_iter().for_each(|word| out.word(word));
+    /// For the other workers, with the time of the decision in milliseconds.
+    fn write(&self, at: Monotonic, out: &mut Writer) {
+        [at.as_millis(), self.prompt_tokens, self.matched_tokens].into_iter().for_each(|word| out.word(word));
         let texts = [&self.decision, &self.reason, &self.model, &self.prefill, &self.decode];
         texts.into_iter().for_each(|text| out.bytes(text.as_bytes()));
     }
 
-    pub(crate) fn read(rest: &mut Reader<'_>) -> Option<Self> {
+    /// Reads what another worker wrote.
+    pub(crate) fn read(rest: &mut Reader<'_>) -> Option<(Monotonic, Self)> {
         let (at_ms, prompt_tokens, matched_tokens) = (rest.word()?, rest.word()?, rest.word()?);
         let mut text = || rest.text();
         let [decision, reason, model, prefill, decode] = [text()?, text()?, text()?, text()?, text()?];
-        Some(Self { at_ms, decision, reason, model, prefill, decode, prompt_tokens, matched_tokens })
+        let decision = Self { decision, reason, model, prefill, decode, prompt_tokens, matched_tokens };
+        Some((Monotonic::from_millis(at_ms), decision))
     }
 }
 
 /// Some of the latest decisions of a worker.
 #[derive(Debug, Default)]
 pub(crate) struct Recent {
-    decisions: VecDeque<(Duration, Decision)>,
+    decisions: VecDeque<(Monotonic, Decision)>,
     /// Whether there is one that the other workers do not know.
     pub(crate) is_new: bool,
 }
 
 impl Recent {
     /// Whether it is time for another one.
-    pub(crate) fn is_due(&self, now: Duration) -> bool {
+    pub(crate) fn is_due(&self, now: Monotonic) -> bool {
         self.decisions.front().is_none_or(|(at, _)| now.saturating_sub(*at) >= DECISION_PAUSE)
     }
 
-    pub(crate) fn push(&mut self, at: Duration, decision: Decision) {
+    pub(crate) fn push(&mut self, at: Monotonic, decision: Decision) {
         self.decisions.truncate(MAX_DECISIONS.saturating_sub(1));
         self.decisions.push_front((at, decision));
         self.is_new = true;
     }
 
     /// Newest first.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Decision> {
-        self.decisions.iter().map(|(_, decision)| decision)
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &(Monotonic, Decision)> {
+        self.decisions.iter()
+    }
+
+    /// For the other workers.
+    pub(crate) fn write(&self, out: &mut Writer) {
+        self.iter().for_each(|(at, decision)| decision.write(*at, out));
     }
 }
 
@@ -109,19 +115,15 @@ mod tests {
     #[test]
     fn what_a_worker_writes_the_voice_reads() {
         let generation = Generation { version: "1".into(), build: "b".into(), revision: "ä".into(), workers: 1 };
-        let decision = Decision {
-            at_ms: 7,
-            decision: "split".into(),
-            model: "m".into(),
-            matched_tokens: 3,
-            ..Decision::default()
-        };
+        let decision =
+            Decision { decision: "split".into(), model: "m".into(), matched_tokens: 3, ..Decision::default() };
+        let at = Monotonic::from_millis(7);
         let mut out = Writer::default();
         generation.write(&mut out);
-        decision.write(&mut out);
+        decision.write(at, &mut out);
         let mut rest = Reader(&out.0);
         assert_eq!(Generation::read(&mut rest), Some(generation));
-        assert_eq!(Decision::read(&mut rest), Some(decision));
+        assert_eq!(Decision::read(&mut rest), Some((at, decision)));
         for length in 0..out.0.len() {
             let mut rest = Reader(&out.0[..length]);
             assert!(Generation::read(&mut rest).is_none() || Decision::read(&mut rest).is_none());

@@ -1,18 +1,18 @@
 //! What one Envoy worker knows: configuration, endpoints, index, counts.
 
-use core::time::Duration;
 use std::sync::Arc;
 
 use crate::choose::admission::{Ask, Shed, pool_key};
 use crate::config::{Config, ConfigError, Limits};
 use crate::endpoints::elsewhere::{Fleet, Totals};
-use crate::endpoints::load::RetryBudget;
+use crate::endpoints::retry_budget::RetryBudget;
 use crate::endpoints::table::{Applied, EndpointRef};
 use crate::engine::pair_id;
 use crate::metrics::{Counts, Metric};
 use crate::prefix::block_log::{BlockLog, block_event};
 use crate::prefix::hash::BlockHash;
 use crate::prefix::index::PrefixIndex;
+use crate::time::Monotonic;
 use crate::wire::{Snapshot, WireError};
 use crate::workers::event::Event;
 use crate::workers::ledger::Log;
@@ -112,7 +112,7 @@ impl Worker {
     }
 
     /// Drops ledger entries whose end was never told. Call it a few times a second.
-    pub fn prune(&mut self, now: Duration) {
+    pub fn prune(&mut self, now: Monotonic) {
         self.state.table.prune(now);
         self.log.own.prune(now);
         if let Ok(config) = &self.config {
@@ -120,7 +120,7 @@ impl Worker {
         }
     }
 
-    /// Gauges that change now and then, by name and tags: [`INDEX_BYTES`] and what was [fitted](crate::endpoints::fit::GAUGES).
+    /// Gauges that change now and then, by name and tags: [`INDEX_BYTES`] and what was [fitted](crate::endpoints::fitted_cost::GAUGES).
     pub fn gauges(&self) -> impl Iterator<Item = (String, u64)> {
         core::iter::once((INDEX_BYTES.to_owned(), self.state.index.bytes() as u64))
             .chain(self.state.table.fitted_gauges())
@@ -162,19 +162,19 @@ impl Worker {
         endpoint: EndpointRef,
         leg: u64,
         seconds: f64,
-        at: Duration,
-        expires: Duration,
+        at: Monotonic,
+        expires: Monotonic,
     ) {
         self.happens(endpoint, &Event::PrefillStarted { leg, seconds, at, expires });
     }
 
     /// It ended.
-    pub(crate) fn prefill_ended(&mut self, endpoint: EndpointRef, leg: u64, at: Duration) {
+    pub(crate) fn prefill_ended(&mut self, endpoint: EndpointRef, leg: u64, at: Monotonic) {
         self.happens(endpoint, &Event::PrefillEnded { leg, at });
     }
 
     /// Nobody waits for its end any more.
-    pub(crate) fn prefill_abandoned(&mut self, endpoint: EndpointRef, leg: u64, at: Duration) {
+    pub(crate) fn prefill_abandoned(&mut self, endpoint: EndpointRef, leg: u64, at: Monotonic) {
         self.happens(endpoint, &Event::PrefillAbandoned { leg, at });
     }
 
@@ -224,7 +224,7 @@ impl Worker {
     }
 
     /// An endpoint could not be reached.
-    pub(crate) fn failed(&mut self, endpoint: EndpointRef, at: Duration) {
+    pub(crate) fn failed(&mut self, endpoint: EndpointRef, at: Monotonic) {
         self.happens(endpoint, &Event::Failed { at });
     }
 
@@ -236,14 +236,13 @@ impl Worker {
     }
 
     /// Notes a decision for the next report, where there are reports and it has not just noted another.
-    pub(crate) fn decided(&mut self, now: Duration, decision: impl FnOnce(&Self) -> Decision) {
+    pub(crate) fn decided(&mut self, now: Monotonic, decision: impl FnOnce(&Self) -> Decision) {
         let is_reported = || {
             let control = self.config.as_ref().ok().and_then(|config| config.control.as_ref());
             control.is_some_and(|control| control.exchange)
         };
         if self.recent.is_due(now) && is_reported() {
-            let at_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
-            let decision = Decision { at_ms, ..decision(self) };
+            let decision = decision(self);
             self.recent.push(now, decision);
         }
     }
@@ -256,7 +255,8 @@ impl Worker {
 
     /// A name for a pair of legs that no other pair in flight has, at any gateway: Envoy's random request id, this
     /// worker's clock and count.
-    pub(crate) fn pair_id(&mut self, request_id: &[u8], now: Duration) -> u64 {
+    pub(crate) fn pair_id(&mut self, request_id: &[u8], now: Monotonic) -> u64 {
+        let now = now.since_zero();
         let ours = [self.next_leg().to_le_bytes(), now.as_secs().to_le_bytes()].concat();
         let bits = [request_id, &ours, &now.subsec_nanos().to_le_bytes()].concat();
         pair_id(xxhash_rust::xxh3::xxh3_64(&bits))

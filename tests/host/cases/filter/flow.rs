@@ -158,7 +158,7 @@ fn a_short_prompt_goes_to_decode_byte_for_byte() {
     assert_eq!(String::from_utf8(decode.body.clone()).unwrap(), body);
     assert_eq!(decode.header("content-length"), Some(body.len().to_string().as_bytes()));
     assert!(set(&[D1, D2]).contains(&destinations(&decode)[0]));
-    assert_eq!(decision(&stream), ("decode_only".into(), "cached".into()));
+    assert_eq!(decision(&stream), ("decode_only".into(), "short".into()));
     assert_eq!(state(&stream, "prefill"), "");
     respond(&stream);
     gateway.assert_idle();

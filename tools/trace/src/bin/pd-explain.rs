@@ -10,6 +10,7 @@ use clap::Parser;
 use pd_core::config::EXPLAIN_HEADER;
 use pd_core::headers::Headers;
 use pd_core::request::{EXPLAIN, Effect, PrefillAnswer, Request};
+use pd_core::time::Monotonic;
 use pd_core::worker::Worker;
 
 /// Says why pd-core would send requests where it would.
@@ -61,7 +62,7 @@ fn config(args: &Args) -> Result<Vec<u8>> {
 fn run(args: &Args) -> Result<()> {
     let mut worker = Worker::default();
     worker.configure(&config(args)?).context("plugin configuration")?;
-    let mut now = Duration::ZERO;
+    let mut now = Monotonic::ZERO;
     for path in &args.bodies {
         let body = std::fs::read(path).with_context(|| path.display().to_string())?;
         now += Duration::from_secs(1);
@@ -71,7 +72,7 @@ fn run(args: &Args) -> Result<()> {
 }
 
 /// Lets a request through from begin to end; what is said of its way.
-fn explain(worker: &mut Worker, path: &str, body: &[u8], now: Duration) -> Result<String> {
+fn explain(worker: &mut Worker, path: &str, body: &[u8], now: Monotonic) -> Result<String> {
     let headers = [(":method", "POST"), (":path", path), (":authority", "gateway"), (EXPLAIN_HEADER, "1")];
     let mut request = Request::default();
     let mut effects = request.headers(worker, Headers::from_pairs(headers), false, now).effects;

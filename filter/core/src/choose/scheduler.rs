@@ -7,16 +7,16 @@
 //!   `prefix-based-pd-decider`).
 //! - Ties and unknown prefixes go by rendezvous hash, which every worker and replica computes alike.
 //!
-//! Of many endpoints not all are looked at: the holders of the prefix always, then those that the prompt's key names and
-//! a sample of the others. The lowest of some tens of random queues is hardly longer than the lowest of all
-//! (Mitzenmacher 2001), so the cost of a choice stays flat.
+//! Of many endpoints a choice looks at a [shortlist](super::shortlist).
 
-use core::time::Duration;
-
+use crate::choose::shortlist::HOLDERS;
 use crate::config::{Pool, Split};
-use crate::endpoints::table::{Candidates, Slot, Table};
+use crate::endpoints::candidates::Candidates;
+use crate::endpoints::endpoint_state::Slot;
+use crate::endpoints::table::Table;
 use crate::prefix::hash::{BlockHash, PromptHash, prefix_units, rendezvous_weight};
 use crate::prefix::index::{EndpointIndex, PrefixIndex};
+use crate::time::Monotonic;
 use crate::wire::Role;
 
 /// A prompt as the scheduler sees it.
@@ -65,7 +65,9 @@ pub enum Decision {
 /// Why a request is served whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WholeReason {
-    /// The decode endpoint lacks fewer tokens than the threshold.
+    /// The whole prompt is shorter than the threshold.
+    Short,
+    /// The decode endpoint holds so much of the prompt that it lacks fewer tokens than the threshold.
     Cached,
     /// The pool never splits.
     Never,
@@ -82,6 +84,7 @@ impl WholeReason {
     #[must_use]
     pub fn code(self) -> &'static str {
         match self {
+            Self::Short => "short",
             Self::Cached => "cached",
             Self::Never => "never",
             Self::NoPrefill => "no_prefill_endpoint",
@@ -91,16 +94,6 @@ impl WholeReason {
     }
 }
 
-/// Least-loaded endpoints that are costed exactly, beside the holders of the prefix.
-const LEAST_LOADED: usize = 4;
-/// Holders of the prefix that are costed.
-const HOLDERS: usize = 8;
-/// Endpoints up to which all are looked at.
-const ALL: usize = 64;
-/// Of more endpoints, those that the prompt's key names: neighbours in the order of their keys, one of which owns it.
-const NEIGHBOURS: usize = 8;
-/// Of more endpoints, those taken at random: at a load of 70 % all of 24 are busy once in 5,000 requests.
-const SAMPLE: usize = 24;
 /// How many tokens more than the least loaded decode endpoint one may have assigned and still get a request because it
 /// holds the prefix: about the KV cache of one long prompt.
 const AFFINITY_SLACK_TOKENS: f64 = 32_768.0;
@@ -117,7 +110,7 @@ pub struct Scheduler<'a> {
     /// Policy.
     pub pool: &'a Pool,
     /// Now.
-    pub now: Duration,
+    pub now: Monotonic,
 }
 
 impl Scheduler<'_> {
@@ -133,9 +126,9 @@ impl Scheduler<'_> {
             return alone(WholeReason::Never);
         }
         if let Split::Threshold { uncached_tokens } = self.pool.split
-            && let Some(pick) = self.pick_cached_decode(&candidates.whole, prompt, uncached_tokens as f64)
+            && let Some(whole) = self.below_threshold(&candidates.whole, prompt, uncached_tokens as f64)
         {
-            return Decision::Whole(pick, WholeReason::Cached);
+            return whole;
         }
         let among = if self.pool.split == Split::Always { &candidates.prefill } else { &candidates.compute };
         // No prompt is computed that nobody could generate from.
@@ -168,99 +161,6 @@ impl Scheduler<'_> {
             }
         }
         best.map(|(_, _, pick)| pick)
-    }
-
-    /// The endpoint that served the prompt's session last.
-    fn session_holder(&self, among: &[EndpointIndex], prompt: &Prompt) -> Option<EndpointIndex> {
-        let holders = self.index.holders(prompt.session.as_slice(), HOLDERS);
-        holders.into_iter().find(|at| self.table.get(*at).is_some_and(|slot| self.is_among(among, slot)))
-    }
-
-    /// Says in one line what [`decide`](Self::decide) chooses, and from what: for people, its form may change.
-    ///
-    /// Seconds of work ahead `W`, seconds for the prompt `S`, what counts `W+wS`, tokens thought to be cached.
-    #[must_use]
-    pub fn explain(&self, candidates: &Candidates, prompt: &Prompt) -> String {
-        let name = |at: EndpointIndex| self.table.get(at).map_or("?", |slot| slot.address.as_ref());
-        let (pick, choice, among) = match self.decide(candidates, prompt) {
-            Decision::Nobody => return "nobody: no endpoint is ready".to_owned(),
-            Decision::Split(pick) => (pick, "split: lowest W+wS", &candidates.compute),
-            Decision::Whole(pick, why) => {
-                let why = match why {
-                    WholeReason::Cached => "whole: lacks less than the threshold",
-                    WholeReason::Never => "whole: never split, lowest W+wS",
-                    WholeReason::NoPrefill => "whole: nobody to split with, lowest W+wS",
-                    WholeReason::Aggregated => "whole: aggregated, lowest W+wS",
-                    WholeReason::Several => "whole: several sequences, lowest W+wS",
-                };
-                (pick, why, &candidates.whole)
-            }
-        };
-        let (mut shortlist, owner) = self.shortlist(among, prompt, &[]);
-        let session = self.session_holder(among, prompt);
-        shortlist.extend(self.table.get(pick.endpoint).map(|slot| (pick.endpoint, slot)));
-        shortlist.sort_unstable_by_key(|(at, _)| *at);
-        shortlist.dedup_by_key(|(at, _)| *at);
-        let mut costs: Vec<_> = shortlist
-            .into_iter()
-            .map(|(at, slot)| (self.cost(at, slot, prompt, (owner == Some(at), session == Some(at))), at, slot))
-            .collect();
-        costs.sort_by(|a, b| a.0.1.total_cmp(&b.0.1));
-        let mut text = format!(
-            "{choice}: {}; {:.0} tokens, w={}, {} of {} candidates",
-            name(pick.endpoint),
-            prompt.tokens,
-            self.pool.affinity_weight,
-            costs.len(),
-            among.len(),
-        );
-        for ((of, cost), at, slot) in costs {
-            let (work, decode) = (slot.work(self.now), slot.decode_tokens());
-            text.push_str(&format!(
-                "; {} W={work:.3} S={:.3} W+wS={cost:.3} match={:.0} decode={decode}{}{}{}",
-                slot.address,
-                of.seconds,
-                of.matched_tokens,
-                if owner == Some(at) { " owner" } else { "" },
-                if session == Some(at) { " session" } else { "" },
-                if self.is_usable(slot) { "" } else { " failing" },
-            ));
-        }
-        text
-    }
-
-    /// Endpoints that are worth costing, and the one that owns the prompt's key: the least loaded, the owner, and those
-    /// that hold most of the prompt.
-    fn shortlist(
-        &self,
-        among: &[EndpointIndex],
-        prompt: &Prompt,
-        tried: &[EndpointIndex],
-    ) -> (Vec<(EndpointIndex, &Slot)>, Option<EndpointIndex>) {
-        let usable = self.usable(among, prompt, tried);
-        let any_healthy = usable.first().is_some_and(|(_, slot)| self.is_usable(slot));
-        let weight = |slot: &Slot| rendezvous_weight(prompt.key, slot.key);
-        let owner = match among.len() > ALL {
-            true => {
-                self.healthy(&self.neighbours(among, prompt), tried).into_iter().max_by_key(|(_, slot)| weight(slot))
-            }
-            false => usable.iter().copied().max_by_key(|(_, slot)| weight(slot)),
-        };
-        let mut least: Vec<_> =
-            usable.into_iter().map(|(at, slot)| (slot.work(self.now), !weight(slot), (at, slot))).collect();
-        let order = |a: &(f64, u64, _), b: &(f64, u64, _)| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1));
-        if least.len() > LEAST_LOADED {
-            least.select_nth_unstable_by(LEAST_LOADED, order);
-            least.truncate(LEAST_LOADED);
-        }
-        let holders = self.index.holders(&prompt.hash.blocks, HOLDERS).into_iter();
-        let holders = holders.chain(self.session_holder(among, prompt)).filter_map(|at| {
-            let slot = self.table.get(at)?;
-            let fits = self.is_among(among, slot) && !tried.contains(&at) && (!any_healthy || self.is_usable(slot));
-            fits.then_some((at, slot))
-        });
-        let shortlist = least.into_iter().map(|(.., of)| of).chain(owner).chain(holders).collect();
-        (shortlist, owner.map(|(at, _)| at))
     }
 
     /// The endpoint with the fewest assigned KV tokens, and alternates in the same order.
@@ -301,11 +201,16 @@ impl Scheduler<'_> {
         ranked.into_iter().map(|ranked| ranked.at).collect()
     }
 
+    /// Who serves a prompt whole because its endpoint has to compute fewer than `threshold` tokens.
+    fn below_threshold(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Decision> {
+        if prompt.tokens < threshold {
+            return self.pick_decode(among, prompt, &[]).map(|(pick, _)| Decision::Whole(pick, WholeReason::Short));
+        }
+        self.pick_cached_decode(among, prompt, threshold).map(|pick| Decision::Whole(pick, WholeReason::Cached))
+    }
+
     /// A decode endpoint that lacks fewer than `threshold` tokens of the prompt, unless all those are overloaded.
     fn pick_cached_decode(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Pick> {
-        if prompt.tokens < threshold {
-            return self.pick_decode(among, prompt, &[]).map(|(pick, _)| pick);
-        }
         let usable = self.usable(among, prompt, &[]);
         let least = usable.into_iter().map(|(_, slot)| decode_load(slot)).reduce(f64::min)?;
         let bound = 2.0 * least + AFFINITY_SLACK_TOKENS;
@@ -338,7 +243,13 @@ impl Scheduler<'_> {
     /// `W + w·S`. When this worker has not seen the prefix, another one may have: the rendezvous endpoint, where they
     /// would all have sent it, is costed as holding a share of what misses. The endpoint of the prompt's session is
     /// costed as holding it all: the session goes before the prefix, until `w` times the prompt's seconds wait there.
-    fn cost(&self, at: EndpointIndex, slot: &Slot, prompt: &Prompt, (owner, session): (bool, bool)) -> (Pick, f64) {
+    pub(super) fn cost(
+        &self,
+        at: EndpointIndex,
+        slot: &Slot,
+        prompt: &Prompt,
+        (owner, session): (bool, bool),
+    ) -> (Pick, f64) {
         let pick = self.pick(at, prompt);
         let mut held = pick.matched_tokens;
         if session {
@@ -358,58 +269,6 @@ impl Scheduler<'_> {
     fn matched_tokens(&self, endpoint: EndpointIndex, prompt: &Prompt) -> f64 {
         let units = prefix_units(self.index.matched(endpoint, &prompt.hash.blocks));
         (units as f64 * prompt.block_tokens).min(prompt.tokens)
-    }
-
-    fn is_usable(&self, slot: &Slot) -> bool {
-        slot.health.is_usable(self.now)
-    }
-
-    /// Whether candidates, which are in the order of their keys, have this endpoint.
-    fn is_among(&self, among: &[EndpointIndex], slot: &Slot) -> bool {
-        among.binary_search_by_key(&Some(slot.key), |at| self.table.get(*at).map(|slot| slot.key)).is_ok()
-    }
-
-    /// Endpoints that may be chosen: the healthy ones that were not tried, or all that were not tried if none is. Of many
-    /// a part, unless nobody in it is healthy.
-    fn usable(&self, among: &[EndpointIndex], prompt: &Prompt, tried: &[EndpointIndex]) -> Vec<(EndpointIndex, &Slot)> {
-        if among.len() > ALL {
-            let part = self.healthy(&self.sample(among, prompt), tried);
-            if !part.is_empty() {
-                return part;
-            }
-        }
-        let all = self.healthy(among, tried);
-        if !all.is_empty() {
-            return all;
-        }
-        let untried = among.iter().filter(|at| !tried.contains(at));
-        untried.filter_map(|at| Some((*at, self.table.get(*at)?))).collect()
-    }
-
-    fn healthy(&self, among: &[EndpointIndex], tried: &[EndpointIndex]) -> Vec<(EndpointIndex, &Slot)> {
-        let untried = among.iter().filter(|at| !tried.contains(at));
-        let slots = untried.filter_map(|at| Some((*at, self.table.get(*at)?)));
-        slots.filter(|(_, slot)| self.is_usable(slot)).collect()
-    }
-
-    /// Some of many endpoints: the neighbours of the prompt's key, and every n-th of all from a place that differs from
-    /// request to request. Keys are hashes, so that is a random sample.
-    fn sample(&self, among: &[EndpointIndex], prompt: &Prompt) -> Vec<EndpointIndex> {
-        let mut sample = self.neighbours(among, prompt);
-        let step = among.len().div_ceil(SAMPLE);
-        let salt = rendezvous_weight(prompt.hash.head, self.now.as_nanos() as u64) as usize >> 8;
-        let places = (0..SAMPLE).map(|i| salt.saturating_add(i.saturating_mul(step)));
-        sample.extend(places.filter_map(|place| among.get(place.checked_rem(among.len())?)));
-        sample.sort_unstable();
-        sample.dedup();
-        sample
-    }
-
-    /// Endpoints whose keys follow the prompt's, which every worker and replica finds alike.
-    fn neighbours(&self, among: &[EndpointIndex], prompt: &Prompt) -> Vec<EndpointIndex> {
-        let key_of = |at: &EndpointIndex| self.table.get(*at).map(|slot| slot.key);
-        let first = among.partition_point(|at| key_of(at) < Some(prompt.key));
-        among.iter().cycle().skip(first).take(NEIGHBOURS.min(among.len())).copied().collect()
     }
 }
 
@@ -441,24 +300,24 @@ impl Ranked {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::config::Config;
     use crate::prefix::hash::BlockHash;
     use crate::wire::{Endpoint, Snapshot};
     use proptest::prelude::*;
 
-    struct Fixture {
-        table: Table,
-        index: PrefixIndex,
-        config: Config,
-        candidates: std::sync::Arc<Candidates>,
+    pub(crate) struct Fixture {
+        pub(crate) table: Table,
+        pub(crate) index: PrefixIndex,
+        pub(crate) config: Config,
+        pub(crate) candidates: std::sync::Arc<Candidates>,
     }
 
-    const NOW: Duration = Duration::from_secs(100);
-    const FAR: Duration = Duration::from_secs(1_000);
+    const NOW: Monotonic = Monotonic::from_secs(100);
+    const FAR: Monotonic = Monotonic::from_secs(1_000);
 
-    fn fixture(prefill: u16, decode: u16, config: &str) -> Fixture {
+    pub(crate) fn fixture(prefill: u16, decode: u16, config: &str) -> Fixture {
         let config = Config::parse(config.as_bytes()).unwrap();
         let (mut table, mut index) = (Table::default(), PrefixIndex::new(1 << 20));
         let roles =
@@ -471,7 +330,7 @@ mod tests {
     }
 
     impl Fixture {
-        fn scheduler(&self) -> Scheduler<'_> {
+        pub(crate) fn scheduler(&self) -> Scheduler<'_> {
             Scheduler { table: &self.table, index: &self.index, pool: self.config.pool("default"), now: NOW }
         }
 
@@ -483,13 +342,13 @@ mod tests {
             self.scheduler().decide(&self.candidates, prompt)
         }
 
-        fn busy(&mut self, at: EndpointIndex, seconds: f64) {
+        pub(crate) fn busy(&mut self, at: EndpointIndex, seconds: f64) {
             self.table.get_mut(at).unwrap().prefill.add(0, seconds, NOW, FAR);
         }
     }
 
     /// A prompt of `blocks` units of 128 tokens, as long as they are at most 32.
-    fn prompt(id: u64, blocks: u64) -> Prompt {
+    pub(crate) fn prompt(id: u64, blocks: u64) -> Prompt {
         let hash = |i: u64| BlockHash((id * 1_000 + i).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let blocks: Vec<_> = (0..blocks).map(hash).collect();
         let tokens = 128.0 * prefix_units(blocks.len()) as f64;
@@ -566,23 +425,6 @@ mod tests {
     }
 
     #[test]
-    fn an_explanation_names_the_choice_first_and_its_reasons() {
-        let mut fixture = fixture(3, 2, "");
-        fixture.index.insert(2, &prompt(1, 20).hash.blocks);
-        fixture.busy(1, 2.0);
-        let explain = |fixture: &Fixture| fixture.scheduler().explain(&fixture.candidates, &prompt(1, 40));
-        let text = explain(&fixture);
-        assert!(
-            text.starts_with("split: lowest W+wS: 10.0.0.1:3; 6144 tokens, w=3, 3 of 3 candidates; 10.0.0.1:3 W=0.000"),
-            "{text}"
-        );
-        assert!(text.contains("match=2560") && text.contains("10.0.0.1:2 W=2.000"), "{text}");
-        let short = fixture.scheduler().explain(&fixture.candidates, &prompt(1, 1));
-        assert!(short.starts_with("whole: lacks less than the threshold: 10.0.0.1:100"), "{short}");
-        assert!(fixture.scheduler().explain(&Candidates::default(), &prompt(1, 1)).starts_with("nobody"));
-    }
-
-    #[test]
     fn a_failing_endpoint_is_left_out_unless_all_fail() {
         let mut fixture = fixture(2, 1, "");
         let first = fixture.prefill(&prompt(1, 8)).endpoint;
@@ -609,7 +451,7 @@ mod tests {
     #[test]
     fn a_small_uncached_rest_skips_prefill() {
         let mut fixture = fixture(2, 2, r#"{"pools":{"default":{"split":{"uncached_tokens":300}}}}"#);
-        assert!(matches!(fixture.decide(&prompt(1, 2)), Decision::Whole(_, WholeReason::Cached)), "a short prompt");
+        assert!(matches!(fixture.decide(&prompt(1, 2)), Decision::Whole(_, WholeReason::Short)));
         assert!(matches!(fixture.decide(&prompt(1, 3)), Decision::Split(_)));
         let decode = fixture.candidates.decode[1];
         fixture.index.insert(decode, &prompt(1, 20).hash.blocks);

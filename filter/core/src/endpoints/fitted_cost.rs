@@ -1,10 +1,9 @@
-//! What engines show us of themselves: prefill seconds and bytes per token of one pool, fitted while it serves.
+//! Fitted cost of one pool: prefill seconds and bytes per token, fitted while the pool serves.
 //!
 //! Prefill seconds are `a + b·(n − p) + c·(n² − p²)`. The fit is a factor on each configured term, found by least squares
 //! on relative errors with exponential forgetting (recursive least squares, Ljung 1999, chapter 11), drawn towards 1 by a
 //! ridge, with Huber's weights against outliers (a prompt that waited behind work of which we do not know), and bounded.
 
-use crate::body::json::{self, Object};
 use crate::config::{Cost, Pool};
 
 /// What an observation still counts after each further one: a window of about 200.
@@ -34,37 +33,6 @@ pub struct Fit {
     text_bytes: f64,
     text_tokens: f64,
     observations: u64,
-}
-
-/// Token counts that an answer reports.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Usage {
-    /// Tokens of the prompt.
-    pub prompt_tokens: u64,
-    /// Of these, tokens found in the prefix cache, where the engine says.
-    pub cached_tokens: Option<u64>,
-}
-
-impl Usage {
-    /// Reads `usage.prompt_tokens` and `usage.prompt_tokens_details.cached_tokens`, or `input_…` as `/v1/responses` has
-    /// it; `None` without the first.
-    #[must_use]
-    pub fn of_answer(answer: &Object<'_>) -> Option<Self> {
-        let usage = answer.get("usage")?;
-        let number = |value: &[u8]| core::str::from_utf8(value).ok()?.parse::<u64>().ok();
-        let mut this = Self::default();
-        for (key, value) in json::members(usage) {
-            match key.as_ref() {
-                "prompt_tokens" | "input_tokens" => this.prompt_tokens = number(value)?,
-                "prompt_tokens_details" | "input_tokens_details" => {
-                    let cached = json::members(value).find(|(key, _)| key == "cached_tokens");
-                    this.cached_tokens = cached.and_then(|(_, value)| number(value));
-                }
-                _ => {}
-            }
-        }
-        (this.prompt_tokens > 0).then_some(this)
-    }
 }
 
 impl Fit {
@@ -241,19 +209,6 @@ mod tests {
             fit.saw_text(1e9, 1.0);
         }
         assert_eq!(fit.bytes_per_token(), 16.0);
-    }
-
-    #[test]
-    fn usage_is_read_where_it_is() {
-        let usage = |text: &str| Usage::of_answer(&Object::read(text.as_bytes()).unwrap_or_default());
-        let whole = r#"{"usage":{"prompt_tokens":9,"prompt_tokens_details":{"cached_tokens":4}}}"#;
-        assert_eq!(usage(whole), Some(Usage { prompt_tokens: 9, cached_tokens: Some(4) }));
-        let null = r#"{"usage":{"prompt_tokens":9,"prompt_tokens_details":null}}"#;
-        assert_eq!(usage(null), Some(Usage { prompt_tokens: 9, cached_tokens: None }));
-        assert_eq!(usage(&whole.replace("prompt_", "input_")), usage(whole));
-        for none in [r#"{"usage":null}"#, "{}", "", r#"{"usage":{"prompt_tokens":-3}}"#] {
-            assert_eq!(usage(none), None, "{none}");
-        }
     }
 
     proptest! {
