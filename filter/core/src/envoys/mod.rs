@@ -309,10 +309,10 @@ mod tests {
     use super::message::MAX_MESSAGE_BYTES;
     use super::report::MAX_REPORT_BYTES;
     use super::*;
-    use crate::time::{Clocks, UnixTime};
     use crate::endpoints::table::EndpointRef;
     use crate::prefix::block_log::block_event;
     use crate::prefix::hash::BlockHash;
+    use crate::time::{Clocks, UnixTime};
     use proptest::prelude::*;
 
     const CONFIG: &[u8] = br#"{"control":{"cluster":"pd-control"},"endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.1:2","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#;
