@@ -209,7 +209,9 @@ pub fn run(input: &[u8]) {
 }
 
 fn addresses(worker: &Worker) -> HashSet<String> {
-    let both = |slot: &pd_core::endpoints::endpoint_state::Slot| [slot.address.to_string(), slot.bootstrap.to_string()];
+    let both = |slot: &pd_core::endpoints::endpoint_state::EndpointState| {
+        [slot.address.to_string(), slot.bootstrap.to_string()]
+    };
     worker.state.table.iter().flat_map(|(_, slot)| both(slot)).collect()
 }
 

@@ -14,7 +14,7 @@ use core::time::Duration;
 use crate::choose::shortlist::HOLDERS;
 use crate::config::{Pool, Split};
 use crate::endpoints::candidates::Candidates;
-use crate::endpoints::endpoint_state::Slot;
+use crate::endpoints::endpoint_state::EndpointState;
 use crate::endpoints::table::Table;
 use crate::prefix::hash::{BlockHash, PromptHash, prefix_units, rendezvous_weight};
 use crate::prefix::index::{EndpointIndex, PrefixIndex};
@@ -181,7 +181,7 @@ impl Scheduler<'_> {
     #[must_use]
     pub fn alternates(&self, among: &[EndpointIndex], prompt: &Prompt, chosen: EndpointIndex) -> Vec<EndpointIndex> {
         let Some(first) = self.table.get(chosen) else { return Vec::new() };
-        let stands_in = |slot: &Slot| {
+        let stands_in = |slot: &EndpointState| {
             self.is_usable(slot) && slot.engine == first.engine && slot.endpoint.rank == first.endpoint.rank
         };
         let others = self.usable(among, prompt, &[chosen]).into_iter().filter(|(_, slot)| stands_in(slot));
@@ -228,7 +228,7 @@ impl Scheduler<'_> {
     }
 
     /// `S`: seconds of this endpoint for the prompt, `held` tokens of which it has.
-    fn seconds(&self, slot: &Slot, prompt: &Prompt, held: f64) -> f64 {
+    fn seconds(&self, slot: &EndpointState, prompt: &Prompt, held: f64) -> f64 {
         let cost = self.table.cost(slot).filter(|_| self.pool.fit).unwrap_or(self.pool.cost);
         cost.seconds(prompt.tokens, held) / slot.endpoint.weight
     }
@@ -239,7 +239,7 @@ impl Scheduler<'_> {
     pub(super) fn cost(
         &self,
         at: EndpointIndex,
-        slot: &Slot,
+        slot: &EndpointState,
         prompt: &Prompt,
         (owner, session): (bool, bool),
     ) -> (Pick, f64) {
@@ -266,7 +266,7 @@ impl Scheduler<'_> {
 }
 
 /// Assigned KV tokens in proportion to the endpoint's weight.
-fn decode_load(slot: &Slot) -> f64 {
+fn decode_load(slot: &EndpointState) -> f64 {
     slot.decode_tokens() as f64 / slot.endpoint.weight
 }
 
@@ -283,7 +283,7 @@ struct Ranked {
 }
 
 impl Ranked {
-    fn new(at: EndpointIndex, slot: &Slot, prompt: &Prompt) -> Self {
+    fn new(at: EndpointIndex, slot: &EndpointState, prompt: &Prompt) -> Self {
         Self { tokens: decode_load(slot), tie: !rendezvous_weight(prompt.key, slot.key), rank: slot.endpoint.rank, at }
     }
 

@@ -5,7 +5,7 @@
 //! (Mitzenmacher 2001), so the cost of a choice stays flat.
 
 use crate::choose::scheduler::{Prompt, Scheduler};
-use crate::endpoints::endpoint_state::Slot;
+use crate::endpoints::endpoint_state::EndpointState;
 use crate::prefix::hash::rendezvous_weight;
 use crate::prefix::index::EndpointIndex;
 
@@ -33,10 +33,10 @@ impl Scheduler<'_> {
         among: &[EndpointIndex],
         prompt: &Prompt,
         tried: &[EndpointIndex],
-    ) -> (Vec<(EndpointIndex, &Slot)>, Option<EndpointIndex>) {
+    ) -> (Vec<(EndpointIndex, &EndpointState)>, Option<EndpointIndex>) {
         let usable = self.usable(among, prompt, tried);
         let any_healthy = usable.first().is_some_and(|(_, slot)| self.is_usable(slot));
-        let weight = |slot: &Slot| rendezvous_weight(prompt.key, slot.key);
+        let weight = |slot: &EndpointState| rendezvous_weight(prompt.key, slot.key);
         let owner = match among.len() > ALL {
             true => {
                 self.healthy(&self.neighbours(among, prompt), tried).into_iter().max_by_key(|(_, slot)| weight(slot))
@@ -60,12 +60,12 @@ impl Scheduler<'_> {
         (shortlist, owner.map(|(at, _)| at))
     }
 
-    pub(super) fn is_usable(&self, slot: &Slot) -> bool {
+    pub(super) fn is_usable(&self, slot: &EndpointState) -> bool {
         slot.health.is_usable(self.now)
     }
 
     /// Whether candidates, which are in the order of their keys, have this endpoint.
-    pub(super) fn is_among(&self, among: &[EndpointIndex], slot: &Slot) -> bool {
+    pub(super) fn is_among(&self, among: &[EndpointIndex], slot: &EndpointState) -> bool {
         among.binary_search_by_key(&Some(slot.key), |at| self.table.get(*at).map(|slot| slot.key)).is_ok()
     }
 
@@ -76,7 +76,7 @@ impl Scheduler<'_> {
         among: &[EndpointIndex],
         prompt: &Prompt,
         tried: &[EndpointIndex],
-    ) -> Vec<(EndpointIndex, &Slot)> {
+    ) -> Vec<(EndpointIndex, &EndpointState)> {
         if among.len() > ALL {
             let part = self.healthy(&self.sample(among, prompt), tried);
             if !part.is_empty() {
@@ -91,7 +91,7 @@ impl Scheduler<'_> {
         untried.filter_map(|at| Some((*at, self.table.get(*at)?))).collect()
     }
 
-    fn healthy(&self, among: &[EndpointIndex], tried: &[EndpointIndex]) -> Vec<(EndpointIndex, &Slot)> {
+    fn healthy(&self, among: &[EndpointIndex], tried: &[EndpointIndex]) -> Vec<(EndpointIndex, &EndpointState)> {
         let untried = among.iter().filter(|at| !tried.contains(at));
         let slots = untried.filter_map(|at| Some((*at, self.table.get(*at)?)));
         slots.filter(|(_, slot)| self.is_usable(slot)).collect()

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use hashbrown::{HashMap, HashSet};
 
-use crate::endpoints::endpoint_state::Slot;
+use crate::endpoints::endpoint_state::EndpointState;
 use crate::endpoints::table::Table;
 use crate::prefix::index::EndpointIndex;
 use crate::wire::{Endpoint, Engine, Role, State};
@@ -22,7 +22,7 @@ pub struct Partner {
 impl Partner {
     /// The partner of a prefill endpoint.
     #[must_use]
-    pub fn of(prefill: &Slot) -> Self {
+    pub fn of(prefill: &EndpointState) -> Self {
         Self { engine: prefill.engine, group: prefill.endpoint.group.clone() }
     }
 }
@@ -32,10 +32,10 @@ impl Partner {
 pub struct Candidates {
     /// Pool whose policy applies.
     pub pool: Arc<str>,
-    /// Ready endpoints that take prefill legs and nothing else, sorted by [`Slot::key`]. Those of a group without a
+    /// Ready endpoints that take prefill legs and nothing else, sorted by [`EndpointState::key`]. Those of a group without a
     /// decode endpoint are left out: nobody could take their work over.
     pub prefill: Vec<EndpointIndex>,
-    /// Ready endpoints that take decode legs, sorted by [`Slot::key`].
+    /// Ready endpoints that take decode legs, sorted by [`EndpointState::key`].
     pub decode: Vec<EndpointIndex>,
     /// Ready endpoints that can serve a request whole: those of role `both`, and decode endpoints whose engine computes
     /// a prompt by itself. Sorted alike.
@@ -67,13 +67,13 @@ pub(super) struct CandidateSets {
 }
 
 impl CandidateSets {
-    /// The sets of these endpoints, which are sorted by [`Slot::key`].
+    /// The sets of these endpoints, which are sorted by [`EndpointState::key`].
     ///
     /// A model belongs to one pool: when endpoints of several pools serve it, the first pool by name that can generate.
     /// Endpoints without models serve every model of their pool, and those that no endpoint names.
     pub(super) fn new<'a>(
-        sorted: &[(EndpointIndex, &'a Slot)],
-        slot_of: impl Fn(EndpointIndex) -> Option<&'a Slot>,
+        sorted: &[(EndpointIndex, &'a EndpointState)],
+        slot_of: impl Fn(EndpointIndex) -> Option<&'a EndpointState>,
     ) -> Self {
         let mut named: BTreeMap<&str, BTreeMap<&str, Candidates>> = BTreeMap::new();
         let mut unnamed: BTreeMap<&str, Candidates> = BTreeMap::new();
@@ -124,7 +124,7 @@ impl CandidateSets {
         self.any_model.is_none() && !self.models.is_empty()
     }
 
-    /// Every ready endpoint, whatever its pool, role and models, sorted by [`Slot::key`].
+    /// Every ready endpoint, whatever its pool, role and models, sorted by [`EndpointState::key`].
     pub(super) fn all_ready(&self) -> &[EndpointIndex] {
         &self.all_ready
     }
@@ -204,7 +204,7 @@ impl Candidates {
 
 fn first_that_generates<'a>(
     pools: BTreeMap<&str, Candidates>,
-    slot_of: &impl Fn(EndpointIndex) -> Option<&'a Slot>,
+    slot_of: &impl Fn(EndpointIndex) -> Option<&'a EndpointState>,
 ) -> Option<Arc<Candidates>> {
     let generating = pools.iter().find(|(_, candidates)| candidates.can_generate());
     let (pool, candidates) = generating.or_else(|| pools.iter().next())?;

@@ -11,7 +11,7 @@ use crate::wire::{Endpoint, Engine};
 
 /// One endpoint and what we know of it.
 #[derive(Debug)]
-pub struct Slot {
+pub struct EndpointState {
     /// As pushed.
     pub endpoint: Endpoint,
     /// `ip:port`, as the destination header names it.
@@ -44,7 +44,7 @@ pub struct Slot {
     pub(super) fit: usize,
 }
 
-impl Slot {
+impl EndpointState {
     /// `W`: seconds of prefill work in flight here, from every Envoy that is heard.
     #[must_use]
     pub fn work(&self, now: Duration) -> f64 {

@@ -22,7 +22,7 @@ const TEXT_RIDGE: f64 = 20_000.0;
 
 /// Fitted figures of one pool.
 #[derive(Clone, Debug)]
-pub struct Fit {
+pub struct FittedCost {
     configured: Cost,
     cost: Cost,
     factors: [f64; 3],
@@ -35,7 +35,7 @@ pub struct Fit {
     observations: u64,
 }
 
-impl Fit {
+impl FittedCost {
     /// A pool of which nothing is known but its configuration.
     #[must_use]
     pub fn new(pool: &Pool) -> Self {
@@ -137,7 +137,7 @@ impl Fit {
     }
 }
 
-/// Names of the [gauges](Fit::gauges), each with a `pool` label.
+/// Names of the [gauges](FittedCost::gauges), each with a `pool` label.
 pub const GAUGES: [&str; 4] =
     ["pd_prefill_cost_a_us", "pd_prefill_cost_b_ns", "pd_prefill_cost_c_fs", "pd_bytes_per_token_milli"];
 
@@ -147,8 +147,8 @@ mod tests {
     use crate::config::Config;
     use proptest::prelude::*;
 
-    fn fit() -> Fit {
-        Fit::new(Config::parse(b"").unwrap().pool("default"))
+    fn fit() -> FittedCost {
+        FittedCost::new(Config::parse(b"").unwrap().pool("default"))
     }
 
     /// Lengths as in traces: short and long, cached and not.
@@ -157,7 +157,7 @@ mod tests {
         (n, n * [0.0, 0.3, 0.9][(i % 3) as usize])
     }
 
-    fn error(fit: &Fit, truth: Cost) -> f64 {
+    fn error(fit: &FittedCost, truth: Cost) -> f64 {
         let of = |(n, p)| (fit.cost().seconds(n, p) / truth.seconds(n, p) - 1.0).abs();
         (0..51).map(lengths).map(of).fold(0.0, f64::max)
     }

@@ -9,8 +9,8 @@ use hashbrown::{HashMap, HashSet};
 use crate::config::{Config, Cost, Pool};
 use crate::endpoints::candidates::{CandidateSets, Candidates, NoCandidates};
 use crate::endpoints::elsewhere::{Fleet, Totals};
-use crate::endpoints::endpoint_state::Slot;
-use crate::endpoints::fitted_cost::Fit;
+use crate::endpoints::endpoint_state::EndpointState;
+use crate::endpoints::fitted_cost::FittedCost;
 use crate::endpoints::health::Health;
 use crate::endpoints::load::{Load, PrefillQueue};
 use crate::endpoints::usage::Usage;
@@ -23,24 +23,24 @@ pub struct EndpointRef {
     /// Place in the table.
     pub index: EndpointIndex,
     generation: u32,
-    /// The endpoint's [`Slot::key`].
+    /// The endpoint's [`EndpointState::key`].
     pub(crate) key: u64,
 }
 
 /// The pushed list and its state.
 #[derive(Debug, Default)]
 pub struct Table {
-    slots: Vec<Option<Slot>>,
+    slots: Vec<Option<EndpointState>>,
     free: Vec<EndpointIndex>,
     by_id: HashMap<EndpointId, EndpointIndex>,
-    /// Every endpoint by [`Slot::key`], as of the last rebuild, and behind them those that came since.
+    /// Every endpoint by [`EndpointState::key`], as of the last rebuild, and behind them those that came since.
     by_key: Vec<(u64, EndpointIndex)>,
-    fits: Vec<(String, Fit)>,
+    fits: Vec<(String, FittedCost)>,
     sets: CandidateSets,
     generation: u32,
     epoch: String,
     version: u64,
-    /// What other Envoys have in flight, by [`Slot::key`], whether it is in the list or not.
+    /// What other Envoys have in flight, by [`EndpointState::key`], whether it is in the list or not.
     elsewhere: HashMap<u64, Totals>,
     /// The Envoys that there are.
     pub fleet: Fleet,
@@ -93,7 +93,7 @@ impl Table {
         Applied::Changed
     }
 
-    /// Other Envoys have so much more in flight at the endpoint with this [`Slot::key`].
+    /// Other Envoys have so much more in flight at the endpoint with this [`EndpointState::key`].
     pub(crate) fn busy_elsewhere(&mut self, key: u64, by: Totals) {
         let sum = self.elsewhere.entry(key).or_default();
         *sum = sum.plus(by);
@@ -149,7 +149,7 @@ impl Table {
         self.sets.names_all_models()
     }
 
-    /// Every ready endpoint, whatever its pool, role and models, sorted by [`Slot::key`].
+    /// Every ready endpoint, whatever its pool, role and models, sorted by [`EndpointState::key`].
     #[must_use]
     pub fn all_ready(&self) -> &[EndpointIndex] {
         self.sets.all_ready()
@@ -169,12 +169,12 @@ impl Table {
 
     /// The endpoint at a place that a set of candidates names.
     #[must_use]
-    pub fn get(&self, index: EndpointIndex) -> Option<&Slot> {
+    pub fn get(&self, index: EndpointIndex) -> Option<&EndpointState> {
         self.slots.get(index as usize)?.as_ref()
     }
 
     /// As [`get`](Self::get), to change its state.
-    pub fn get_mut(&mut self, index: EndpointIndex) -> Option<&mut Slot> {
+    pub fn get_mut(&mut self, index: EndpointIndex) -> Option<&mut EndpointState> {
         self.slots.get_mut(index as usize)?.as_mut()
     }
 
@@ -185,7 +185,7 @@ impl Table {
     }
 
     /// The endpoint, if it is still the one that was [referred](Self::refer) to.
-    pub fn resolve(&mut self, reference: EndpointRef) -> Option<&mut Slot> {
+    pub fn resolve(&mut self, reference: EndpointRef) -> Option<&mut EndpointState> {
         self.get_mut(reference.index).filter(|slot| slot.generation == reference.generation)
     }
 
@@ -195,15 +195,15 @@ impl Table {
         self.slots.len()
     }
 
-    /// The endpoint with this [`Slot::key`].
+    /// The endpoint with this [`EndpointState::key`].
     #[must_use]
     pub(crate) fn index_of_key(&self, key: u64) -> Option<EndpointIndex> {
         let at = self.by_key.partition_point(|(other, _)| *other < key);
         self.by_key.get(at).filter(|(found, _)| *found == key).map(|(_, index)| *index)
     }
 
-    /// The endpoint with this [`Slot::key`].
-    pub(crate) fn by_key(&mut self, key: u64) -> Option<&mut Slot> {
+    /// The endpoint with this [`EndpointState::key`].
+    pub(crate) fn by_key(&mut self, key: u64) -> Option<&mut EndpointState> {
         self.get_mut(self.index_of_key(key)?)
     }
 
@@ -214,13 +214,13 @@ impl Table {
     }
 
     /// All endpoints.
-    pub fn iter(&self) -> impl Iterator<Item = (EndpointIndex, &Slot)> {
+    pub fn iter(&self) -> impl Iterator<Item = (EndpointIndex, &EndpointState)> {
         (0..).zip(&self.slots).filter_map(|(index, slot)| Some((index, slot.as_ref()?)))
     }
 
     /// Prefill seconds of an endpoint's pool, as fitted so far.
     #[must_use]
-    pub fn cost(&self, slot: &Slot) -> Option<Cost> {
+    pub fn cost(&self, slot: &EndpointState) -> Option<Cost> {
         self.fits.get(slot.fit).map(|(_, fit)| fit.cost())
     }
 
@@ -231,7 +231,7 @@ impl Table {
     }
 
     /// What was learnt of each pool.
-    pub fn fits(&self) -> impl Iterator<Item = (&str, &Fit)> {
+    pub fn fits(&self) -> impl Iterator<Item = (&str, &FittedCost)> {
         self.fits.iter().map(|(name, fit)| (name.as_str(), fit))
     }
 
@@ -284,7 +284,7 @@ impl Table {
     }
 
     /// Size of an endpoint's cache in blocks of the smallest size.
-    fn cache_units(&self, slot: &Slot, config: &Config) -> usize {
+    fn cache_units(&self, slot: &EndpointState, config: &Config) -> usize {
         let pool = config.pool(&slot.endpoint.pool);
         let bytes_per_token = self.fits.get(slot.fit).map_or(pool.bytes_per_token, |(_, fit)| fit.bytes_per_token());
         let tokens = slot.endpoint.cache_tokens.unwrap_or(pool.cache_tokens);
@@ -296,7 +296,7 @@ impl Table {
         match self.fits.iter().position(|(known, _)| known == name) {
             Some(at) => at,
             None => {
-                self.fits.push((name.to_owned(), Fit::new(pool)));
+                self.fits.push((name.to_owned(), FittedCost::new(pool)));
                 self.fits.len().saturating_sub(1)
             }
         }
@@ -338,7 +338,7 @@ impl Table {
                 self.generation = self.generation.wrapping_add(1);
                 let key = xxhash_rust::xxh3::xxh3_64(endpoint.id().to_string().as_bytes());
                 self.by_key.push((key, at));
-                let slot = Slot {
+                let slot = EndpointState {
                     endpoint: endpoint.clone(),
                     address: endpoint.address.to_string().into(),
                     key,

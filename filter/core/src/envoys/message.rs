@@ -8,7 +8,7 @@
 //! blocks  [endpoint count hash*]*
 //! Totals  work tokens requests
 //! ```
-//! A list stands behind its length, bytes stand behind theirs. An endpoint is its [key](crate::endpoints::endpoint_state::Slot::key). A
+//! A list stands behind its length, bytes stand behind theirs. An endpoint is its [key](crate::endpoints::endpoint_state::EndpointState::key). A
 //! reader takes a message whole or not at all; words behind what it knows are a newer writer's and are left alone.
 
 use crate::codec::{Reader, Writer};

@@ -287,7 +287,7 @@ impl Exchange {
 
 /// What is in flight from this Envoy, per endpoint, in the order of their keys.
 fn loads(worker: &Worker, now: Duration) -> Vec<(u64, Totals)> {
-    let totals = |slot: &crate::endpoints::endpoint_state::Slot| Totals {
+    let totals = |slot: &crate::endpoints::endpoint_state::EndpointState| Totals {
         work: (slot.prefill.work(now) * 1e6) as u64,
         tokens: slot.decode.tokens,
         requests: u64::from(slot.decode.requests),

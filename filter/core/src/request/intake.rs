@@ -12,7 +12,7 @@ use crate::body::{self, Api, Key, KeySet, Scan, decode_percent};
 use crate::choose::scheduler::Prompt;
 use crate::config::{Config, PREFILLER_HEADER, Pool, SUBSET_HEADER, TEST_SELECTION_HEADER};
 use crate::endpoints::candidates::{Candidates, NoCandidates};
-use crate::endpoints::endpoint_state::Slot;
+use crate::endpoints::endpoint_state::EndpointState;
 use crate::endpoints::table::Table;
 use crate::engine;
 use crate::headers::Headers;
@@ -59,7 +59,7 @@ impl Subset {
         Some(Self(text.split(',').filter_map(|name| read(name.trim())).collect()))
     }
 
-    pub(crate) fn allows(&self, slot: &Slot) -> bool {
+    pub(crate) fn allows(&self, slot: &EndpointState) -> bool {
         let address = slot.endpoint.address;
         self.0.iter().any(|(ip, port)| *ip == address.ip() && port.is_none_or(|port| port == address.port()))
     }

@@ -1,6 +1,6 @@
 //! What happens at the endpoints, as events: a worker applies its own at once, and the others' when it reads them.
 //!
-//! An event names its endpoint by [`Slot::key`](crate::endpoints::endpoint_state::Slot::key), which every worker computes alike, so workers
+//! An event names its endpoint by [`EndpointState::key`](crate::endpoints::endpoint_state::EndpointState::key), which every worker computes alike, so workers
 //! whose lists differ for a moment understand each other.
 
 use core::time::Duration;
