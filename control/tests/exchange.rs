@@ -11,10 +11,10 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use pd_control::envoys::relay::Peers;
 use pd_core::endpoints::elsewhere::Totals;
-use pd_core::exchange::message::{Heard, Record, Told};
-use pd_core::exchange::report::Report;
-use pd_core::hash::BlockHash;
+use pd_core::envoys::message::{Heard, Record, Told};
+use pd_core::envoys::report::Report;
 use pd_core::prefix::block_log::{block_event, split_events};
+use pd_core::prefix::hash::BlockHash;
 use pd_core::workers::recent::Generation;
 
 use crate::support::*;

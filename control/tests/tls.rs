@@ -6,8 +6,8 @@ use std::process::{Command, Output, Stdio};
 use pd_control::access::tls::TlsFiles;
 use pd_control::envoys::relay::{Peers, PeersTls};
 use pd_control::{Config, Control};
-use pd_core::exchange::message::{Record, Told};
-use pd_core::exchange::report::Report;
+use pd_core::envoys::message::{Record, Told};
+use pd_core::envoys::report::Report;
 use tokio::net::TcpStream;
 
 use crate::support::*;

@@ -7,12 +7,12 @@ use std::time::SystemTime;
 use pd_control::list::EndpointList;
 use pd_control::publish::registry::Registry;
 use pd_core::endpoints::elsewhere::Totals;
-use pd_core::exchange::message::{Batch, Heard, Record, Told};
-use pd_core::hash::BlockHash;
+use pd_core::endpoints::table::Applied;
+use pd_core::envoys::message::{Batch, Heard, Record, Told};
 use pd_core::prefix::block_log::block_event;
-use pd_core::table::Applied;
+use pd_core::prefix::hash::BlockHash;
 use pd_core::wire::{Endpoint, Engine, Role, Snapshot, State};
-use pd_core::worker::Worker;
+use pd_core::workers::worker::Worker;
 use serde_json::{Value, json};
 
 use crate::support::*;

@@ -6,14 +6,16 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use log::{error, info, warn};
-use pd_core::exchange::report::Report;
-use pd_core::exchange::{self, Call, Exchange};
+use pd_core::envoys::client::{self, Call, Exchange};
+use pd_core::envoys::report::Report;
 use pd_core::headers::Headers;
 use pd_core::metrics::{Kind, Level, Metric};
-use pd_core::push::{News, Poll, Push, TICK};
-use pd_core::share::{SEATS, Share, Shared};
 use pd_core::wire::WIRE_VERSION;
-use pd_core::worker::Worker;
+use pd_core::workers::log::Share;
+use pd_core::workers::push::{News, Poll, Push, TICK};
+use pd_core::workers::seats::SEATS;
+use pd_core::workers::shared::Shared;
+use pd_core::workers::worker::Worker;
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::ContextType;
 
@@ -169,7 +171,7 @@ impl Shared for MetricIds {
 pub struct Root {
     shell: Rc<RefCell<Shell>>,
     poll: Option<u32>,
-    calls: Vec<(u32, exchange::Kind)>,
+    calls: Vec<(u32, client::Kind)>,
 }
 
 impl Shell {
@@ -234,7 +236,7 @@ impl Shell {
 
     /// Ticks more often while Envoys exchange.
     fn set_tick_period(&mut self) {
-        let period = if self.exchange.is_busy() { exchange::TICK } else { TICK };
+        let period = if self.exchange.is_busy() { client::TICK } else { TICK };
         if self.ticks.period == period {
             return;
         }
@@ -296,7 +298,7 @@ impl Root {
         }
     }
 
-    fn exchanged(&mut self, kind: exchange::Kind, has_answer: bool) {
+    fn exchanged(&mut self, kind: client::Kind, has_answer: bool) {
         let Ok(mut shell) = self.shell.try_borrow_mut() else { return };
         let now = host::now();
         // What the others of this Envoy told before is not news to them.

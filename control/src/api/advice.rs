@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use pd_core::exchange::report::Report;
+use pd_core::envoys::report::Report;
 use pd_core::workers::recent::Generation;
 
 /// One line each, the gravest first; empty when all is as it should be. Names are those of the Envoys.

@@ -25,7 +25,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Extension, Json, Router};
 use bytes::Bytes;
-use pd_core::exchange::message::{EXCHANGE_PATH, MAX_MESSAGE_BYTES, Told};
+use pd_core::envoys::message::{EXCHANGE_PATH, MAX_MESSAGE_BYTES, Told};
 use pd_core::wire::{Endpoint, WATCH_PATH};
 use prometheus_client::metrics::gauge::Gauge;
 use serde::{Deserialize, Serialize};

@@ -198,7 +198,7 @@ fn table<const N: usize>(rows: &[[String; N]]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use pd_core::exchange::report::Report;
+    use pd_core::envoys::report::Report;
     use pd_core::workers::recent::{Decision, Generation};
 
     use super::*;

@@ -1,13 +1,13 @@
-//! The exchange between Envoys: [`pd_core::exchange::hub`] behind HTTP.
+//! The exchange between Envoys: [`pd_core::envoys::hub`] behind HTTP.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hashbrown::HashMap;
-use pd_core::exchange::hub::Hub;
-use pd_core::exchange::message::{Heard, Told};
-use pd_core::exchange::report::Report;
+use pd_core::envoys::hub::Hub;
+use pd_core::envoys::message::{Heard, Told};
+use pd_core::envoys::report::Report;
 use tokio::sync::watch;
 use tokio::time::{Instant, interval, sleep, sleep_until};
 

@@ -18,7 +18,7 @@ use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
-use pd_core::exchange::message::{EXCHANGE_PATH, Heard, MAX_MESSAGE_BYTES, Told};
+use pd_core::envoys::message::{EXCHANGE_PATH, Heard, MAX_MESSAGE_BYTES, Told};
 use tokio::net::lookup_host;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep, timeout};

@@ -8,7 +8,7 @@ use pd_core::body::{KeySet, scan};
 use pd_core::headers::Headers;
 use pd_core::metrics::Metric;
 use pd_core::request::{DESTINATION, Effect, Flow, Outcome, PrefillAnswer, Request};
-use pd_core::worker::Worker;
+use pd_core::workers::worker::Worker;
 
 /// Bytes that drive everything: each choice takes from the front, and zeros follow the end.
 pub struct Choices<'a>(pub &'a [u8]);

@@ -112,7 +112,7 @@ fn every_metric_has_a_row_with_its_labels() {
     }
     families.extend(Level::ALL.iter().map(|level| level.name()));
     families.extend(pd_core::endpoints::fitted_cost::GAUGES);
-    families.insert(pd_core::worker::INDEX_BYTES);
+    families.insert(pd_core::workers::worker::INDEX_BYTES);
     for family in documented.keys().filter(|family| !families.contains(*family)) {
         assert!(SHELL.contains(&format!("\"{family}")), "README has {family}, the filter has not");
     }

@@ -7,15 +7,16 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use hashbrown::HashMap;
 use pd_bench::trace::BLOCK_TOKENS;
-use pd_core::exchange::hub::Hub;
-use pd_core::exchange::message::Told;
-use pd_core::exchange::{Call, Exchange, Kind};
+use pd_core::envoys::client::{Call, Exchange, Kind};
+use pd_core::envoys::hub::Hub;
+use pd_core::envoys::message::Told;
 use pd_core::headers::Headers;
-use pd_core::push::TICK;
 use pd_core::request::{DECODE, Effect, Outcome, PrefillAnswer, Request};
-use pd_core::share::{Share, Shared};
 use pd_core::wire::{Endpoint, Role, Snapshot, WIRE_VERSION};
-use pd_core::worker::Worker;
+use pd_core::workers::log::Share;
+use pd_core::workers::push::TICK;
+use pd_core::workers::shared::Shared;
+use pd_core::workers::worker::Worker;
 
 use crate::load::{Job, Pods};
 
@@ -394,7 +395,7 @@ fn prompt(job: &Job) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use pd_core::hash::prompt_hash;
+    use pd_core::prefix::hash::prompt_hash;
 
     use super::*;
 

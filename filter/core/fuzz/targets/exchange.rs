@@ -6,11 +6,11 @@ use core::time::Duration;
 
 use hashbrown::HashMap;
 use pd_core::prefix::block_log::{block_event, read_event, split_events};
-use pd_core::exchange::hub::Hub;
-use pd_core::exchange::message::{Heard, MAX_MESSAGE_BYTES, Told};
-use pd_core::exchange::report::Report;
-use pd_core::exchange::{Exchange, Kind, TICK};
-use pd_core::worker::Worker;
+use pd_core::envoys::hub::Hub;
+use pd_core::envoys::message::{Heard, MAX_MESSAGE_BYTES, Told};
+use pd_core::envoys::report::Report;
+use pd_core::envoys::client::{Exchange, Kind, TICK};
+use pd_core::workers::worker::Worker;
 
 const CONFIG: &[u8] = br#"{"control":{"cluster":"pd-control"},"endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#;
 

@@ -10,7 +10,7 @@ use crate::config::Control;
 use crate::endpoints::table::Applied;
 use crate::metrics::{Level, Metric};
 use crate::wire::{Snapshot, WATCH_PATH, WireError};
-use crate::workers::share::{ABSENT, Shared};
+use crate::workers::shared::{ABSENT, Shared};
 use crate::workers::worker::Worker;
 
 /// How often the shell must call [`Push::tick`].
@@ -284,7 +284,7 @@ fn next_worker_id(shared: &impl Shared) -> u64 {
 mod tests {
     use super::*;
     use crate::wire::{Endpoint, Role, Snapshot};
-    use crate::workers::share::testing::Store;
+    use crate::workers::shared::testing::Store;
 
     const CONFIG: &[u8] = br#"{"control":{"cluster":"pd-control"}}"#;
 

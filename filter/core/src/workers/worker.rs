@@ -15,7 +15,7 @@ use crate::prefix::hash::BlockHash;
 use crate::prefix::index::PrefixIndex;
 use crate::wire::{Snapshot, WireError};
 use crate::workers::event::Event;
-use crate::workers::ledger::Log;
+use crate::workers::pending::Log;
 use crate::workers::recent::{Decision, Recent};
 use crate::workers::state::State;
 

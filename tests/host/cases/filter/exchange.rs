@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use pd_core::endpoints::elsewhere::Totals;
-use pd_core::exchange::hub::Hub;
-use pd_core::exchange::message::{Batch, Heard, Told};
-use pd_core::hash::BlockHash;
+use pd_core::envoys::hub::Hub;
+use pd_core::envoys::message::{Batch, Heard, Told};
 use pd_core::prefix::block_log::{block_event, read_event, split_events};
+use pd_core::prefix::hash::BlockHash;
 use pd_host::{Callout, ClusterState, Fleet, Request, SharedStore, Stream, Worker, WorkerConfig};
 
 use crate::gateway::*;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use pd_core::exchange::message::Told;
+use pd_core::envoys::message::Told;
 use pd_host::{Fault, Request, SharedStore, Status, Stream, Violation};
 
 use crate::exchange::heard;

@@ -10,7 +10,7 @@ use clap::Parser;
 use pd_core::config::EXPLAIN_HEADER;
 use pd_core::headers::Headers;
 use pd_core::request::{EXPLAIN, Effect, PrefillAnswer, Request};
-use pd_core::worker::Worker;
+use pd_core::workers::worker::Worker;
 
 /// Says why pd-core would send requests where it would.
 ///

@@ -1,0 +1,292 @@
+//! The client of the exchange: the worker that speaks for its Envoy with `pd-control`.
+
+use core::time::Duration;
+
+use hashbrown::HashMap;
+
+use crate::config::Control;
+use crate::endpoints::elsewhere::{Fleet, Totals};
+use crate::envoys::message::{EXCHANGE_PATH, Heard, MAX_BLOCKS_BYTES, Record, Told};
+use crate::metrics::Metric;
+use crate::prefix::block_log::{read_event, split_events};
+use crate::workers::worker::Worker;
+
+/// How often the shell must call [`Exchange::tick`] while [`Exchange::is_busy`].
+pub const TICK: Duration = Duration::from_millis(50);
+/// Time between two calls, a little less than a tick: ticks jitter.
+const PAUSE: Duration = Duration::from_millis(40);
+/// Time without anything new after which a gateway tells that it is there.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Time without an answer after which the others are not heard any more.
+const PATIENCE: Duration = Duration::from_millis(2_500);
+/// How long `pd-control` may hold a question.
+const WAIT: Duration = Duration::from_secs(1);
+/// Time limit of a call beyond that.
+const GRACE: Duration = Duration::from_millis(1_000);
+/// Pause after a call that failed.
+const FAILURE_PAUSE: Duration = Duration::from_millis(500);
+/// Gateways whose place in their logs is remembered.
+const MAX_KNOWN: usize = 1_024;
+
+/// Which of the two calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Answered at once.
+    Tell,
+    /// Answered when there is something new.
+    Hear,
+}
+
+/// A call to start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Call {
+    /// Which.
+    pub kind: Kind,
+    /// `:path`.
+    pub path: String,
+    /// Body, of a POST.
+    pub body: Vec<u8>,
+    /// Time limit.
+    pub timeout: Duration,
+}
+
+/// One worker's part in the exchange.
+#[derive(Debug, Default)]
+pub struct Exchange {
+    is_on: bool,
+    /// [`Record::gateway`]; 0: this worker is not the voice.
+    gateway: u64,
+    replaces: u64,
+    turn: u64,
+    /// Block events that the hub has.
+    acked: u64,
+    known: HashMap<u64, u64>,
+    at: (u64, u64),
+    told: Option<Vec<(u64, Totals)>>,
+    told_at: Duration,
+    reported_at: Option<Duration>,
+    asked_at: Duration,
+    answered_at: Duration,
+    is_telling: bool,
+    is_asking: bool,
+    /// Until when nothing is tried after a failure.
+    rest_until: Duration,
+    fleet: Fleet,
+    /// What the workers were told that others have in flight.
+    elsewhere: HashMap<u64, Totals>,
+}
+
+impl Exchange {
+    /// Starts over with a configuration's `control`.
+    pub fn configure(&mut self, worker: &mut Worker, control: Option<&Control>) {
+        self.fall_silent(worker);
+        self.is_on = control.is_some_and(|control| control.exchange);
+    }
+
+    /// Whether [`tick`](Self::tick) wants to be called every [`TICK`].
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        self.gateway != 0 && self.fleet.exchanging > 1
+    }
+
+    /// Whether this worker shall become its Envoy's voice: [`speak`](Self::speak) then.
+    #[must_use]
+    pub fn wants_to_speak(&self, holds_lease: bool) -> bool {
+        self.is_on && holds_lease && self.gateway == 0
+    }
+
+    /// Becomes the voice under a random number, in place of the one before it (0: none).
+    pub fn speak(&mut self, worker: &mut Worker, gateway: u64, replaces: u64, now: Duration) {
+        // Those that the voice before it heard, until it turns out otherwise.
+        let fleet = worker.state.table.fleet;
+        *self = Self { is_on: self.is_on, gateway, replaces, answered_at: now, fleet, ..Self::default() };
+        worker.outbox = Some(Box::default());
+    }
+
+    /// Is the voice no more.
+    pub fn fall_silent(&mut self, worker: &mut Worker) {
+        self.hear_loads(worker, &[]);
+        worker.outbox = None;
+        *self = Self { is_on: self.is_on, ..Self::default() };
+    }
+
+    /// Calls that are due; `report` makes a [`Report`](super::report::Report) in JSON.
+    pub fn tick(
+        &mut self,
+        worker: &mut Worker,
+        holds_lease: bool,
+        now: Duration,
+        report: impl FnOnce(&Worker) -> Vec<u8>,
+    ) -> Vec<Call> {
+        if self.gateway == 0 {
+            return Vec::new();
+        }
+        if !holds_lease {
+            self.fall_silent(worker);
+            return Vec::new();
+        }
+        if self.fleet.exchanging > 1 && now.saturating_sub(self.answered_at) > PATIENCE {
+            // Alone for all we know, among as many as there were.
+            self.hear_loads(worker, &[]);
+            self.hear_fleet(worker, Fleet { exchanging: 1, ..self.fleet });
+            self.at = (0, 0);
+        }
+        if now < self.rest_until {
+            return Vec::new();
+        }
+        let mut calls = Vec::new();
+        if !self.is_telling {
+            calls.extend(self.tell(worker, now, report));
+        }
+        if !self.is_asking && self.fleet.exchanging > 1 && now.saturating_sub(self.asked_at) >= PAUSE {
+            self.is_asking = true;
+            self.asked_at = now;
+            let told = Told { from: self.gateway, at: self.at, wants: true, known: self.known(), records: Vec::new() };
+            calls.push(Call {
+                kind: Kind::Hear,
+                path: format!("{EXCHANGE_PATH}?wait_ms={}", WAIT.as_millis()),
+                body: told.to_bytes(),
+                timeout: WAIT.saturating_add(GRACE),
+            });
+        }
+        calls
+    }
+
+    fn tell(&mut self, worker: &Worker, now: Duration, report: impl FnOnce(&Worker) -> Vec<u8>) -> Option<Call> {
+        let log = worker.outbox.as_deref()?;
+        let since = now.saturating_sub(self.told_at);
+        let is_first = self.told.is_none();
+        let pause = if self.fleet.exchanging > 1 { PAUSE } else { HEARTBEAT };
+        if !is_first && since < pause {
+            return None;
+        }
+        let loads = loads(worker, now);
+        if self.told.as_ref() == Some(&loads) && self.acked >= log.next() && since < HEARTBEAT {
+            return None;
+        }
+        let is_report_due = self.reported_at.is_none_or(|at| now.saturating_sub(at) >= HEARTBEAT);
+        let report = if is_report_due { report(worker) } else { Vec::new() };
+        if is_report_due {
+            self.reported_at = Some(now);
+        }
+        self.is_telling = true;
+        self.turn = self.turn.saturating_add(1);
+        self.told_at = now;
+        self.told = Some(loads.clone());
+        let first = self.acked.clamp(log.oldest(), log.next());
+        let record = Record {
+            gateway: self.gateway,
+            replaces: self.replaces,
+            turn: self.turn,
+            epoch: epoch(worker),
+            loads,
+            oldest: log.oldest(),
+            first,
+            blocks: log.from(first, MAX_BLOCKS_BYTES),
+            report,
+        };
+        // While a question waits, its answer brings what is new; the answer to this call brings who is there.
+        let wants = self.fleet.exchanging <= 1;
+        let told = Told { from: self.gateway, at: self.at, wants, known: self.known(), records: vec![record] };
+        Some(Call { kind: Kind::Tell, path: EXCHANGE_PATH.to_owned(), body: told.to_bytes(), timeout: GRACE })
+    }
+
+    fn known(&self) -> Vec<(u64, u64)> {
+        let mut known: Vec<_> = self.known.iter().map(|(gateway, next)| (*gateway, *next)).collect();
+        known.sort_unstable();
+        known
+    }
+
+    /// A call could not be started, or was not answered as it should be.
+    pub fn failed(&mut self, worker: &mut Worker, kind: Kind, now: Duration) {
+        self.ended(kind);
+        worker.counts.count(Metric::ExchangesFailed);
+        self.rest_until = now.saturating_add(FAILURE_PAUSE);
+        // Whoever answers next may know nothing of what was told.
+        self.told = None;
+    }
+
+    /// A call was answered; `status` is `None` when there is no answer.
+    pub fn answered(&mut self, worker: &mut Worker, kind: Kind, status: Option<u16>, body: &[u8], now: Duration) {
+        let heard = Heard::from_bytes(body).filter(|_| status == Some(200));
+        let (Some(heard), true) = (heard, self.gateway != 0) else {
+            self.failed(worker, kind, now);
+            return;
+        };
+        self.ended(kind);
+        worker.counts.count(Metric::ExchangesOk);
+        self.answered_at = now;
+        if let Some((_, next)) = heard.have.iter().find(|(gateway, _)| *gateway == self.gateway) {
+            self.acked = *next;
+        }
+        self.hear_fleet(worker, Fleet { gateways: heard.gateways, exchanging: heard.exchanging });
+        if let Some(loads) = heard.loads {
+            self.at = (heard.hub, heard.state);
+            self.hear_loads(worker, &loads);
+        }
+        let epoch = epoch(worker);
+        for batch in heard.batches {
+            if self.known.len() >= MAX_KNOWN && !self.known.contains_key(&batch.gateway) {
+                self.known.clear();
+            }
+            let known = self.known.entry(batch.gateway).or_default();
+            let mut number = batch.first;
+            for event in split_events(&batch.blocks) {
+                if number >= *known
+                    && batch.epoch == epoch
+                    && let Some((endpoint, blocks)) = read_event(event)
+                {
+                    worker.holds_by_others(endpoint, &blocks);
+                }
+                number = number.saturating_add(1);
+            }
+            *known = number.max(*known);
+        }
+    }
+
+    fn ended(&mut self, kind: Kind) {
+        match kind {
+            Kind::Tell => self.is_telling = false,
+            Kind::Hear => self.is_asking = false,
+        }
+    }
+
+    fn hear_fleet(&mut self, worker: &mut Worker, fleet: Fleet) {
+        if self.fleet != fleet {
+            self.fleet = fleet;
+            worker.fleet_is(fleet);
+        }
+    }
+
+    /// Tells the workers how the loads elsewhere differ from what they know.
+    fn hear_loads(&mut self, worker: &mut Worker, loads: &[(u64, Totals)]) {
+        let new: HashMap<u64, Totals> = loads.iter().copied().collect();
+        let old = core::mem::replace(&mut self.elsewhere, new);
+        for (endpoint, totals) in &self.elsewhere {
+            let difference = totals.minus(old.get(endpoint).copied().unwrap_or_default());
+            if difference != Totals::default() {
+                worker.busy_elsewhere(*endpoint, difference);
+            }
+        }
+        for (endpoint, totals) in old.iter().filter(|(endpoint, _)| !self.elsewhere.contains_key(*endpoint)) {
+            worker.busy_elsewhere(*endpoint, Totals::default().minus(*totals));
+        }
+    }
+}
+
+/// What is in flight from this Envoy, per endpoint, in the order of their keys.
+fn loads(worker: &Worker, now: Duration) -> Vec<(u64, Totals)> {
+    let totals = |slot: &crate::endpoints::endpoint_state::EndpointState| Totals {
+        work: (slot.prefill.work(now) * 1e6) as u64,
+        tokens: slot.decode.tokens,
+        requests: u64::from(slot.decode.requests),
+    };
+    let slots = worker.state.table.iter().map(|(_, slot)| (slot.key, totals(slot)));
+    let mut loads: Vec<_> = slots.filter(|(_, totals)| *totals != Totals::default()).collect();
+    loads.sort_unstable_by_key(|(endpoint, _)| *endpoint);
+    loads
+}
+
+fn epoch(worker: &Worker) -> u64 {
+    worker.config.as_ref().map_or(0, |config| config.prefix.block_bytes) as u64
+}

@@ -1,0 +1,86 @@
+//! What a worker that begins takes over of the prefix index: the worker in the first seat writes it down, an endpoint at
+//! a time.
+
+use core::time::Duration;
+
+use hashbrown::{HashMap, HashSet};
+
+use crate::codec::{Reader, Writer};
+use crate::prefix::hash::BlockHash;
+use crate::workers::shared::Shared;
+use crate::workers::worker::Worker;
+
+/// How long a new worker looks for what its endpoints held before it.
+const INHERITANCE: Duration = Duration::from_secs(10);
+/// Blocks of one endpoint that a new worker inherits at most.
+const MAX_INHERITED: usize = 65_536;
+
+/// What this worker has written, and what it has taken over.
+#[derive(Debug, Default)]
+pub(super) struct Inheritance {
+    /// What block hashes depend on besides the prompt; index entries of others are of no use.
+    epoch: u64,
+    began: Duration,
+    /// Endpoint whose blocks are written next, and what each looked like when it was.
+    next_saved: usize,
+    saved: HashMap<u32, (u64, u64)>,
+    inherited: HashSet<u64>,
+}
+
+impl Inheritance {
+    /// A worker that begins now.
+    pub(super) fn new(epoch: u64, now: Duration) -> Self {
+        Self { epoch, began: now, ..Self::default() }
+    }
+
+    /// Writes down what one endpoint after the other holds. One worker of an Envoy does it.
+    pub(super) fn save(&mut self, worker: &Worker, shared: &impl Shared) {
+        let places = worker.state.table.places();
+        let at = self.next_saved.checked_rem(places).unwrap_or(0);
+        self.next_saved = at.wrapping_add(1);
+        let Ok(index) = u32::try_from(at) else { return };
+        // An empty place is written too: what stood there before is nobody's any more.
+        let key = worker.state.table.get(index).map_or(0, |slot| slot.key);
+        let looks = (key, worker.state.index.touches(index));
+        if self.saved.insert(index, looks) == Some(looks) {
+            return;
+        }
+        let mut out = Writer::default();
+        [self.epoch, key, places as u64].into_iter().for_each(|word| out.word(word));
+        for (hash, units) in worker.state.index.newest(index, MAX_INHERITED) {
+            out.word(hash.0);
+            out.word(units as u64);
+        }
+        shared.set(&index_key(at), &out.0, None);
+    }
+
+    /// A worker that begins takes over what the ones before it knew of its endpoints.
+    pub(super) fn inherit(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
+        let is_new = |key: &u64| !self.inherited.contains(key);
+        let is_young = now.saturating_sub(self.began) < INHERITANCE;
+        if !is_young || !worker.state.table.iter().any(|(_, slot)| is_new(&slot.key)) {
+            return;
+        }
+        let (mut at, mut places) = (0, 1);
+        while at < places {
+            let Some((bytes, _)) = shared.get(&index_key(at)) else { break };
+            let mut rest = Reader(&bytes);
+            let (epoch, key, count) = (rest.word(), rest.word(), rest.word());
+            places = count.and_then(|count| usize::try_from(count).ok()).unwrap_or(0);
+            at = at.wrapping_add(1);
+            let Some((index, key)) = key.and_then(|key| Some((worker.state.table.index_of_key(key)?, key))) else {
+                continue;
+            };
+            if epoch != Some(self.epoch) || !self.inherited.insert(key) {
+                continue;
+            }
+            let blocks = core::iter::from_fn(|| Some((BlockHash(rest.word()?), usize::try_from(rest.word()?).ok()?)));
+            worker.state.index.restore(index, blocks);
+        }
+        self.inherited.extend(worker.state.table.iter().map(|(_, slot)| slot.key));
+    }
+}
+
+fn index_key(place: usize) -> String {
+    format!("pd/1/index/{place}")
+}

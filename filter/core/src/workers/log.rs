@@ -1,0 +1,284 @@
+//! One brain per Envoy: what a worker decides is in every other worker's ledger and index before those decide.
+//!
+//! Each worker has a seat: a log of [events](crate::workers::event) in shared data that only it writes, a gauge that says how far
+//! the log goes, and, renewed at each tick, its part of the ledger as a whole. Before a worker decides it looks at the
+//! gauges (90 ns each) and reads what is new. All that a worker has in flight is known to be its own, so when it stops
+//! renewing its seat (its VM was reloaded, its thread died) the others take that part out.
+//!
+//! ```text
+//! pd/1/seats            per seat: worker id, time of the last renewal          compare-and-swap
+//! pd/1/log/S/N          segment n of seat S's log, N = n modulo RING           written by the seat's worker only
+//! pd/1/ledger/S         seat S's part of the ledger, and the position it is of  written by the seat's worker only
+//! pd/1/index/I          what one endpoint holds, for workers that begin         written by the worker in the first seat
+//! pd/1/who/S            build and configuration of seat S's worker              written by the seat's worker only
+//! pd/1/recent/S         some of its latest decisions                            written by the seat's worker only
+//! gauge of seat S       position: segment · 2¹⁶ + bytes of it
+//! ```
+//! A reader that fell behind by more than the ring holds takes the part as a whole and goes on from there; it lost
+//! nothing but index entries. Two generations of the filter side by side are two workers per thread with a seat each.
+
+use core::time::Duration;
+
+use crate::codec::{Reader, Writer};
+use crate::workers::event::Event;
+use crate::workers::inheritance::Inheritance;
+use crate::workers::ledger::Part;
+use crate::workers::peer::{HEAD_BYTES, Peer, ledger_key, log_key};
+use crate::workers::recent::{Decision, Generation, MAX_DECISIONS};
+use crate::workers::seats::{SEATS_KEY, Seat, seats, to_bytes};
+use crate::workers::shared::Shared;
+use crate::workers::worker::Worker;
+
+/// Time without renewal after which a worker makes sure of its seat before it writes.
+const RENEWAL: Duration = Duration::from_millis(350);
+/// Bytes of a segment beyond which the next one begins.
+const SEGMENT_BYTES: usize = 4_096;
+/// How long the end of a request may wait for a decision to be told with.
+const PATIENCE: Duration = Duration::from_millis(10);
+/// One worker's part in the sharing.
+#[derive(Debug, Default)]
+pub struct Share {
+    worker_id: u64,
+    who: Generation,
+    /// What block hashes depend on besides the prompt; index entries of others are of no use.
+    epoch: u64,
+    seat: Option<usize>,
+    segment: u64,
+    /// The segment's bytes so far, its head included, and its key.
+    open: Vec<u8>,
+    key: String,
+    told: Duration,
+    renewed: Duration,
+    announced: Option<u64>,
+    peers: Vec<Peer>,
+    inheritance: Inheritance,
+}
+
+impl Share {
+    /// Says what this worker runs; call it before [`configure`](Self::configure).
+    pub fn introduce(&mut self, version: &str, build: &str, revision: &str) {
+        let (version, build, revision) = (version.to_owned(), build.to_owned(), revision.to_owned());
+        self.who = Generation { version, build, revision, workers: 1 };
+    }
+
+    /// What the workers run that are alive, a line per build and configuration.
+    pub fn generations(&self, shared: &impl Shared) -> Vec<Generation> {
+        let of_peer = |peer: &Peer| {
+            let (bytes, _) = shared.get(&who_key(peer.seat))?;
+            let mut rest = Reader(&bytes);
+            (rest.word()? == peer.worker_id).then(|| Generation::read(&mut rest)).flatten()
+        };
+        let mut generations = vec![self.who.clone()];
+        for who in self.peers.iter().map(|peer| of_peer(peer).unwrap_or_default()) {
+            let same = |of: &&mut Generation| {
+                (&of.version, &of.build, &of.revision) == (&who.version, &who.build, &who.revision)
+            };
+            match generations.iter_mut().find(same) {
+                Some(same) => same.workers = same.workers.saturating_add(1),
+                None => generations.push(Generation { workers: 1, ..who }),
+            }
+        }
+        generations.sort_unstable();
+        generations
+    }
+
+    /// Some of the workers' latest decisions, newest first.
+    pub fn decisions(&self, worker: &Worker, shared: &impl Shared) -> Vec<Decision> {
+        let mut decisions: Vec<_> = worker.recent.iter().cloned().collect();
+        for peer in &self.peers {
+            let Some((bytes, _)) = shared.get(&recent_key(peer.seat)) else { continue };
+            let mut rest = Reader(&bytes);
+            if rest.word() == Some(peer.worker_id) {
+                decisions.extend(core::iter::from_fn(|| Decision::read(&mut rest)));
+            }
+        }
+        decisions.sort_unstable_by_key(|decision| core::cmp::Reverse(decision.at_ms));
+        decisions.truncate(MAX_DECISIONS);
+        decisions
+    }
+
+    /// Starts over with a configuration.
+    pub fn configure(&mut self, worker: &mut Worker, shared: &impl Shared, worker_id: u64, now: Duration) {
+        let block_bytes = worker.config.as_ref().map_or(0, |config| config.prefix.block_bytes);
+        let (seat, who) = (self.seat, core::mem::take(&mut self.who));
+        let epoch = block_bytes as u64;
+        let inheritance = Inheritance::new(epoch, now);
+        *self = Self { worker_id, who, epoch, inheritance, seat, ..Self::default() };
+        worker.tell_others(worker_id);
+        self.renew(worker, shared, now);
+        self.catch_up(worker, shared, shared.announced(), now);
+    }
+
+    /// Takes over what the other workers did; `announced` is [`Shared::announced`]. Call it before every decision.
+    pub fn catch_up(&mut self, worker: &mut Worker, shared: &impl Shared, announced: u64, now: Duration) {
+        if self.announced != Some(announced) {
+            self.announced = Some(announced);
+            let (seats, _) = seats(shared);
+            self.meet(worker, shared, &seats, now);
+            self.inheritance.inherit(worker, shared, now);
+        }
+        for peer in &mut self.peers {
+            let position = shared.position(peer.seat);
+            if position != peer.position && !peer.is_behind {
+                peer.read(worker, shared, self.epoch, position);
+            }
+        }
+    }
+
+    /// Tells the others what this worker did. Call it after every event.
+    pub fn publish(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
+        let may_wait = !worker.log.is_pressing && now.saturating_sub(self.told) < PATIENCE;
+        if !worker.log.is_told() && !may_wait {
+            self.tell(worker, shared, now);
+        }
+    }
+
+    fn tell(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
+        // A worker that stood still may have lost its seat, and the log there is somebody else's.
+        if now.saturating_sub(self.renewed) > RENEWAL {
+            self.renew(worker, shared, now);
+        }
+        self.told = now;
+        match self.seat {
+            Some(seat) => self.write_untold(worker, shared, seat),
+            None => drop(worker.log.take()),
+        }
+    }
+
+    fn write_untold(&mut self, worker: &mut Worker, shared: &impl Shared, seat: usize) {
+        if worker.log.is_told() {
+            return;
+        }
+        let untold = worker.log.take();
+        let mut rest = untold.as_slice();
+        while let Some((event, behind)) = Event::split_first(rest) {
+            rest = behind;
+            if self.open.len() > HEAD_BYTES && self.open.len().saturating_add(event.len()) > SEGMENT_BYTES {
+                shared.set(&self.key, &self.open, None);
+                self.begin_segment(seat, self.segment.wrapping_add(1));
+            }
+            self.open.extend_from_slice(event);
+        }
+        shared.set(&self.key, &self.open, None);
+        shared.set_position(seat, self.position());
+        worker.log.reuse(untold);
+    }
+
+    /// Call it a few times a second, more often than [`SEAT_LIFE`].
+    pub fn tick(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
+        self.tell(worker, shared, now);
+        self.renew(worker, shared, now);
+        self.save_part(worker, shared);
+        self.save_decisions(worker, shared);
+        for peer in &mut self.peers {
+            peer.part.prune(now);
+            if peer.is_behind {
+                peer.part.retract(&mut worker.state, now);
+                peer.join(worker, shared);
+            }
+        }
+        self.catch_up(worker, shared, shared.announced(), now);
+        self.inheritance.inherit(worker, shared, now);
+        if self.seat.is_some_and(|mine| self.peers.iter().all(|peer| peer.seat > mine)) {
+            self.inheritance.save(worker, shared);
+        }
+    }
+
+    fn position(&self) -> u64 {
+        self.segment.wrapping_shl(16) | self.open.len() as u64
+    }
+
+    fn begin_segment(&mut self, seat: usize, segment: u64) {
+        let mut head = Writer::default();
+        [self.worker_id, segment, self.epoch].into_iter().for_each(|word| head.word(word));
+        self.segment = segment;
+        self.open = head.0;
+        self.key = log_key(seat, segment);
+    }
+
+    /// Keeps the seat, or takes one that is free.
+    fn renew(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
+        for _ in 0..8 {
+            let (mut seats, version) = seats(shared);
+            let mine = |seat: &Seat| seat.worker_id == self.worker_id;
+            let held = self.seat.filter(|at| seats.get(*at).is_some_and(mine));
+            let Some(at) = held.or_else(|| seats.iter().position(|seat| !seat.is_taken(now))) else {
+                self.seat = None;
+                self.renewed = now;
+                return;
+            };
+            if let Some(seat) = seats.get_mut(at) {
+                *seat = Seat { worker_id: self.worker_id, renewed: now };
+            }
+            if !shared.set(SEATS_KEY, &to_bytes(&seats), Some(version)) {
+                continue;
+            }
+            if held.is_none() || self.open.is_empty() {
+                self.seat = Some(at);
+                self.renewed = now;
+                // Beyond what the seat's last worker wrote.
+                self.begin_segment(at, shared.position(at).wrapping_shr(16).wrapping_add(1));
+                // What is not told yet is in the part as well: the part must be of a position behind it.
+                self.write_untold(worker, shared, at);
+                worker.log.is_own_new = true;
+                self.save_part(worker, shared);
+                let mut who = Writer::default();
+                who.word(self.worker_id);
+                self.who.write(&mut who);
+                shared.set(&who_key(at), &who.0, None);
+                shared.announce();
+            }
+            self.renewed = now;
+            self.meet(worker, shared, &seats, now);
+            return;
+        }
+    }
+
+    /// Parts from workers that are gone and joins those that are new.
+    fn meet(&mut self, worker: &mut Worker, shared: &impl Shared, seats: &[Seat], now: Duration) {
+        let is_here = |peer: &Peer| {
+            seats.get(peer.seat).is_some_and(|seat| seat.worker_id == peer.worker_id && seat.is_taken(now))
+        };
+        for gone in self.peers.extract_if(.., |peer| !is_here(peer)) {
+            gone.part.retract(&mut worker.state, now);
+        }
+        for (at, seat) in seats.iter().enumerate() {
+            let is_known = self.peers.iter().any(|peer| peer.seat == at);
+            if seat.is_taken(now) && seat.worker_id != self.worker_id && !is_known {
+                let mut peer =
+                    Peer { seat: at, worker_id: seat.worker_id, position: 0, part: Part::default(), is_behind: false };
+                peer.join(worker, shared);
+                self.peers.push(peer);
+            }
+        }
+    }
+
+    /// Writes this worker's part of the ledger, where it has changed.
+    fn save_part(&self, worker: &mut Worker, shared: &impl Shared) {
+        let Some(seat) = self.seat.filter(|_| core::mem::take(&mut worker.log.is_own_new)) else { return };
+        let mut out = Writer::default();
+        [self.worker_id, self.position()].into_iter().for_each(|word| out.word(word));
+        out.0.extend(worker.log.own.to_bytes());
+        shared.set(&ledger_key(seat), &out.0, None);
+    }
+
+    /// Writes down what this worker decided, where that is new.
+    fn save_decisions(&self, worker: &mut Worker, shared: &impl Shared) {
+        let Some(seat) = self.seat.filter(|_| core::mem::take(&mut worker.recent.is_new)) else { return };
+        let mut out = Writer::default();
+        out.word(self.worker_id);
+        worker.recent.iter().for_each(|decision| decision.write(&mut out));
+        shared.set(&recent_key(seat), &out.0, None);
+    }
+}
+
+fn who_key(seat: usize) -> String {
+    format!("pd/1/who/{seat}")
+}
+
+fn recent_key(seat: usize) -> String {
+    format!("pd/1/recent/{seat}")
+}
+
+#[cfg(test)]
+mod tests;

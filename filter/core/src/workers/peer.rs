@@ -1,0 +1,83 @@
+//! Another worker of this Envoy: its log and its part of the ledger, as this worker reads them.
+
+use crate::codec::Reader;
+use crate::workers::event::Event;
+use crate::workers::ledger::Part;
+use crate::workers::shared::Shared;
+use crate::workers::worker::Worker;
+
+/// Segments of a log that are kept: 100 kB and more, which is what a busy worker tells in a tenth of a second.
+const RING: u64 = 32;
+/// Bytes before a segment's events: worker, segment, epoch.
+pub(super) const HEAD_BYTES: usize = 24;
+/// Another worker.
+#[derive(Debug)]
+pub(super) struct Peer {
+    pub(super) seat: usize,
+    pub(super) worker_id: u64,
+    pub(super) position: u64,
+    pub(super) part: Part,
+    /// Whether something was missed.
+    pub(super) is_behind: bool,
+}
+
+impl Peer {
+    /// Takes the worker's part of the ledger as a whole; the log goes on from there.
+    pub(super) fn join(&mut self, worker: &mut Worker, shared: &impl Shared) {
+        self.part = Part::default();
+        self.position = shared.position(self.seat);
+        self.is_behind = false;
+        let Some((bytes, _)) = shared.get(&ledger_key(self.seat)) else { return };
+        let mut rest = Reader(&bytes);
+        if rest.word() != Some(self.worker_id) {
+            // Its seat is taken, its part not written yet.
+            self.is_behind = true;
+            return;
+        }
+        if let (Some(position), Some(part)) = (rest.word(), Part::from_bytes(rest.0)) {
+            self.position = position;
+            part.apply(&mut worker.state);
+            self.part = part;
+        }
+    }
+
+    /// Reads the log up to a position, or as far as it goes.
+    pub(super) fn read(&mut self, worker: &mut Worker, shared: &impl Shared, epoch: u64, position: u64) {
+        let last = position.wrapping_shr(16);
+        let mut segment = self.position.wrapping_shr(16);
+        let mut from = usize::try_from(self.position & 0xffff).unwrap_or(HEAD_BYTES).max(HEAD_BYTES);
+        while segment <= last {
+            let value = shared.get(&log_key(self.seat, segment));
+            let bytes = value.as_ref().map_or(&[][..], |(bytes, _)| bytes);
+            let mut head = Reader(bytes);
+            let (worker_id, number, of) = (head.word(), head.word(), head.word());
+            let Some(events) =
+                bytes.get(from..).filter(|_| worker_id == Some(self.worker_id) && number == Some(segment))
+            else {
+                self.is_behind = true;
+                return;
+            };
+            for (endpoint, event) in Event::read(events) {
+                let is_blocks = matches!(event, Event::Holds { .. } | Event::HoldsByOthers { .. });
+                if !is_blocks || of == Some(epoch) {
+                    event.apply(endpoint, &mut worker.state);
+                    if let Event::Holds { blocks } = &event {
+                        worker.tell_gateways(endpoint, blocks);
+                    }
+                }
+                self.part.note(endpoint, &event);
+            }
+            self.position = segment.wrapping_shl(16) | bytes.len() as u64;
+            segment = segment.wrapping_add(1);
+            from = HEAD_BYTES;
+        }
+    }
+}
+
+pub(super) fn log_key(seat: usize, segment: u64) -> String {
+    format!("pd/1/log/{seat}/{}", segment % RING)
+}
+
+pub(super) fn ledger_key(seat: usize) -> String {
+    format!("pd/1/ledger/{seat}")
+}
