@@ -11,7 +11,7 @@ use pd_core::envoys::report::Report;
 use pd_core::headers::Headers;
 use pd_core::metrics::{Kind, Level, Metric};
 use pd_core::wire::WIRE_VERSION;
-use pd_core::workers::log::Share;
+use pd_core::workers::log::WorkersLog;
 use pd_core::workers::push::{News, Poll, Push, TICK};
 use pd_core::workers::seats::SEATS;
 use pd_core::workers::shared::Shared;
@@ -45,7 +45,7 @@ pub struct Shell {
     /// Decisions.
     pub worker: Worker,
     push: Push,
-    share: Share,
+    log: WorkersLog,
     exchange: Exchange,
     metrics: MetricIds,
     ticks: Ticks,
@@ -63,13 +63,13 @@ impl Shell {
     pub fn catch_up(&mut self, now: Duration) {
         let announced = self.metrics.announced();
         let news = self.push.catch_up(&mut self.worker, &self.metrics, announced);
-        self.share.catch_up(&mut self.worker, &self.metrics, announced, now);
+        self.log.catch_up(&mut self.worker, &self.metrics, announced, now);
         self.tell(news);
     }
 
     /// Tells the other workers what happened.
     pub fn publish(&mut self, now: Duration) {
-        self.share.publish(&mut self.worker, &self.metrics, now);
+        self.log.publish(&mut self.worker, &self.metrics, now);
     }
 
     /// Counts a host call that failed where none should.
@@ -205,9 +205,9 @@ impl Shell {
     fn whole_tick(&mut self, now: Duration) -> Option<Poll> {
         self.ticks.whole = now;
         self.flush();
-        let Self { worker, push, share, metrics, .. } = self;
+        let Self { worker, push, log, metrics, .. } = self;
         worker.prune(now);
-        share.tick(worker, metrics, now);
+        log.tick(worker, metrics, now);
         let poll = push.tick(metrics, now);
         for (level, value) in push.levels(worker, now) {
             if let Some(id) = metrics.levels.get(level as usize) {
@@ -222,7 +222,7 @@ impl Shell {
 
     /// Calls of the exchange that are due.
     fn exchange(&mut self, now: Duration) -> Vec<Call> {
-        let Self { worker, push, share, exchange, metrics, .. } = self;
+        let Self { worker, push, log, exchange, metrics, .. } = self;
         if exchange.wants_to_speak(push.holds_lease()) {
             let before = metrics.get(VOICE_KEY).and_then(|(bytes, _)| Some(u64::from_le_bytes(*bytes.first_chunk()?)));
             let voice = random_number();
@@ -230,7 +230,7 @@ impl Shell {
             exchange.speak(worker, voice, before.unwrap_or(0), now);
         }
         exchange.tick(worker, push.holds_lease(), now, |worker| {
-            Report::of(worker, share.generations(metrics), share.decisions(worker, metrics)).to_json()
+            Report::of(worker, log.generations(metrics), log.decisions(worker, metrics)).to_json()
         })
     }
 
@@ -335,8 +335,8 @@ impl Root {
         shell.push.configure(config.control.clone(), &shell.metrics, now);
         let worker_id = shell.push.worker_id();
         shell.exchange.configure(&mut shell.worker, config.control.as_ref());
-        shell.share.introduce(VERSION, BUILD, &config.revision);
-        shell.share.configure(&mut shell.worker, &shell.metrics, worker_id, now);
+        shell.log.introduce(VERSION, BUILD, &config.revision);
+        shell.log.configure(&mut shell.worker, &shell.metrics, worker_id, now);
         info!(
             "worker {}: revision {:?}, {} static endpoints, pd-control: {}",
             shell.push.worker_id(),

@@ -13,7 +13,7 @@ use pd_core::envoys::message::Told;
 use pd_core::headers::Headers;
 use pd_core::request::{DECODE, Effect, Outcome, PrefillAnswer, Request};
 use pd_core::wire::{Endpoint, Role, Snapshot, WIRE_VERSION};
-use pd_core::workers::log::Share;
+use pd_core::workers::log::WorkersLog;
 use pd_core::workers::push::TICK;
 use pd_core::workers::shared::Shared;
 use pd_core::workers::worker::Worker;
@@ -50,7 +50,7 @@ pub struct Filter {
     /// Every worker of every gateway.
     states: Vec<Worker>,
     /// How each talks to the others of its gateway, where there are any.
-    shares: Vec<Share>,
+    logs: Vec<WorkersLog>,
     /// What those of one gateway share.
     stores: Vec<Store>,
     ticked: Duration,
@@ -215,7 +215,7 @@ impl Filter {
             endpoints: prefill.chain(decode).collect(),
             removed: Vec::new(),
         };
-        let (mut states, mut shares) = (Vec::new(), Vec::new());
+        let (mut states, mut logs) = (Vec::new(), Vec::new());
         let (gateways, workers) = (brains.count.max(1), brains.workers.max(1));
         let stores: Vec<_> = (0..gateways).map(|_| Store::default()).collect();
         for at in 0..gateways * workers {
@@ -223,16 +223,16 @@ impl Filter {
             worker.configure(config.to_string().as_bytes()).context("pd-core's configuration")?;
             worker.apply(&snapshot.to_json()).context("the list of endpoints")?;
             if workers > 1 {
-                let mut share = Share::default();
-                share.configure(&mut worker, &stores[at / workers], at as u64 + 1, Duration::ZERO);
-                shares.push(share);
+                let mut log = WorkersLog::default();
+                log.configure(&mut worker, &stores[at / workers], at as u64 + 1, Duration::ZERO);
+                logs.push(log);
             }
             states.push(worker);
         }
         let voices = brains.exchange.map(|period| Voices::new(period, &mut states, workers));
         Ok(Self {
             states,
-            shares,
+            logs,
             stores,
             ticked: Duration::ZERO,
             workers,
@@ -326,16 +326,16 @@ impl Filter {
 
     /// A worker hears what the others of its gateway did.
     fn listen(&mut self, at: usize, now: Duration) {
-        if let (Some(share), Some(state)) = (self.shares.get_mut(at), self.states.get_mut(at)) {
+        if let (Some(log), Some(state)) = (self.logs.get_mut(at), self.states.get_mut(at)) {
             let store = &self.stores[at / self.workers];
-            share.catch_up(state, store, store.announced(), now);
+            log.catch_up(state, store, store.announced(), now);
         }
     }
 
     /// It tells them what it did.
     fn publish(&mut self, at: usize, now: Duration) {
-        if let (Some(share), Some(state)) = (self.shares.get_mut(at), self.states.get_mut(at)) {
-            share.publish(state, &self.stores[at / self.workers], now);
+        if let (Some(log), Some(state)) = (self.logs.get_mut(at), self.states.get_mut(at)) {
+            log.publish(state, &self.stores[at / self.workers], now);
         }
     }
 
@@ -345,12 +345,12 @@ impl Filter {
             self.pruned = now;
             self.states.iter_mut().for_each(|state| state.prune(now));
         }
-        while !self.shares.is_empty() && now >= self.ticked + TICK {
+        while !self.logs.is_empty() && now >= self.ticked + TICK {
             self.ticked += TICK;
-            for (at, (share, state)) in self.shares.iter_mut().zip(&mut self.states).enumerate() {
+            for (at, (log, state)) in self.logs.iter_mut().zip(&mut self.states).enumerate() {
                 let store = &self.stores[at / self.workers];
-                share.catch_up(state, store, store.announced(), self.ticked);
-                share.tick(state, store, self.ticked);
+                log.catch_up(state, store, store.announced(), self.ticked);
+                log.tick(state, store, self.ticked);
             }
         }
         while let Some(due) = self.voices.as_ref().map(|voices| voices.ticked + voices.period).filter(|due| *due <= now)

@@ -35,9 +35,9 @@ const RENEWAL: Duration = Duration::from_millis(350);
 const SEGMENT_BYTES: usize = 4_096;
 /// How long the end of a request may wait for a decision to be told with.
 const PATIENCE: Duration = Duration::from_millis(10);
-/// One worker's part in the sharing.
+/// One worker's end of the workers' log: it writes its own segments and reads those of the others.
 #[derive(Debug, Default)]
-pub struct Share {
+pub struct WorkersLog {
     worker_id: u64,
     who: Generation,
     /// What block hashes depend on besides the prompt; index entries of others are of no use.
@@ -54,7 +54,7 @@ pub struct Share {
     inheritance: Inheritance,
 }
 
-impl Share {
+impl WorkersLog {
     /// Says what this worker runs; call it before [`configure`](Self::configure).
     pub fn introduce(&mut self, version: &str, build: &str, revision: &str) {
         let (version, build, revision) = (version.to_owned(), build.to_owned(), revision.to_owned());

@@ -11,16 +11,16 @@ const FAR: Duration = Duration::from_secs(3_600);
 
 struct Node {
     worker: Worker,
-    share: Share,
+    log: WorkersLog,
 }
 
 impl Node {
     fn new(store: &Store, id: u64, now: Duration) -> Self {
         let mut worker = Worker::default();
         worker.configure(CONFIG).unwrap();
-        let mut share = Share::default();
-        share.configure(&mut worker, store, id, now);
-        Self { worker, share }
+        let mut log = WorkersLog::default();
+        log.configure(&mut worker, store, id, now);
+        Self { worker, log }
     }
 
     fn at(&self, place: usize) -> EndpointRef {
@@ -30,15 +30,15 @@ impl Node {
     }
 
     fn tick(&mut self, store: &Store, now: Duration) {
-        self.share.tick(&mut self.worker, store, now);
+        self.log.tick(&mut self.worker, store, now);
     }
 
     fn publish(&mut self, store: &Store, now: Duration) {
-        self.share.publish(&mut self.worker, store, now);
+        self.log.publish(&mut self.worker, store, now);
     }
 
     fn catch_up(&mut self, store: &Store, now: Duration) {
-        self.share.catch_up(&mut self.worker, store, store.announced(), now);
+        self.log.catch_up(&mut self.worker, store, store.announced(), now);
     }
 
     /// Per endpoint: legs, seconds of prefill work, decode tokens and requests.
@@ -103,10 +103,10 @@ fn a_worker_that_died_is_out_of_the_ledger_within_a_second() {
         now += TICK;
         nodes.iter_mut().for_each(|node| node.tick(&store, now));
     }
-    assert!(nodes.iter().all(|node| node.is_idle() && node.share.peers.len() == 1));
+    assert!(nodes.iter().all(|node| node.is_idle() && node.log.peers.len() == 1));
     // Its seat is given to the next one.
     let mut next = Node::new(&store, 9, now);
-    assert_eq!(next.share.seat, Some(2));
+    assert_eq!(next.log.seat, Some(2));
     let decode = next.at(2);
     next.worker.decode_started(decode, 5);
     next.publish(&store, now);
@@ -192,11 +192,11 @@ fn ends_of_requests_wait_for_company_but_not_for_long() {
     nodes[0].publish(&store, now);
     nodes[0].worker.decode_ended(decode, 10);
     let node = &mut nodes[0];
-    node.share.publish(&mut node.worker, &store, now + Duration::from_millis(3));
+    node.log.publish(&mut node.worker, &store, now + Duration::from_millis(3));
     nodes[1].catch_up(&store, now);
     assert!(!nodes[1].is_idle());
     let node = &mut nodes[0];
-    node.share.publish(&mut node.worker, &store, now + PATIENCE);
+    node.log.publish(&mut node.worker, &store, now + PATIENCE);
     nodes[1].catch_up(&store, now);
     assert!(nodes[1].is_idle());
 }
@@ -206,7 +206,7 @@ fn a_worker_without_a_seat_decides_for_itself_and_keeps_nothing() {
     let (store, now) = (Store::default(), Duration::from_secs(1));
     let mut nodes = fleet(&store, SEATS as u64 + 1, now);
     let last = nodes.last_mut().unwrap();
-    assert_eq!(last.share.seat, None);
+    assert_eq!(last.log.seat, None);
     let decode = last.at(2);
     last.worker.decode_started(decode, 10);
     last.publish(&store, now);
@@ -314,7 +314,7 @@ proptest! {
         settle(&mut nodes, &mut now);
         for node in &nodes {
             prop_assert!(node.is_idle());
-            prop_assert_eq!(node.share.peers.len(), nodes.len() - 1);
+            prop_assert_eq!(node.log.peers.len(), nodes.len() - 1);
         }
     }
 }
