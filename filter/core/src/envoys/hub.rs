@@ -55,7 +55,7 @@ struct Gateway {
 }
 
 impl Gateway {
-    fn leave(&mut self, sums: &mut HashMap<u64, Totals>) {
+    fn retract(&mut self, sums: &mut HashMap<u64, Totals>) {
         self.is_gone = true;
         self.load(sums, Vec::new());
         self.report.clear();
@@ -119,7 +119,7 @@ impl Hub {
         if record.replaces != 0
             && let Some(before) = self.gateways.get_mut(&record.replaces).filter(|before| !before.is_gone)
         {
-            before.leave(&mut self.sums);
+            before.retract(&mut self.sums);
             self.changes = self.changes.wrapping_add(1);
         }
         let gateway = self.gateways.entry(record.gateway).or_default();
@@ -182,7 +182,7 @@ impl Hub {
         let mut has_changed = false;
         for gateway in self.gateways.values_mut() {
             if !gateway.is_gone && now.saturating_sub(gateway.heard) > GATEWAY_LIFE {
-                gateway.leave(&mut self.sums);
+                gateway.retract(&mut self.sums);
                 has_changed = true;
             }
         }

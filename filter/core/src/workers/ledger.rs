@@ -20,9 +20,9 @@ struct Leg {
     expires: Duration,
 }
 
-/// The part of the ledger that one worker has put there.
+/// What one worker has in flight, and what it knows of other Envoys.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct Part {
+pub(crate) struct WorkerLedger {
     legs: HashMap<u64, Leg>,
     decode: HashMap<u64, Load>,
     /// What was let in, by pool and by whom.
@@ -32,7 +32,7 @@ pub(crate) struct Part {
     fleet: Fleet,
 }
 
-impl Part {
+impl WorkerLedger {
     /// Keeps the books; the table is somebody else's.
     pub(crate) fn note(&mut self, endpoint: u64, event: &Event<'_>) {
         match *event {
@@ -79,7 +79,7 @@ impl Part {
         self.legs.retain(|_, leg| leg.expires > now);
     }
 
-    /// Adds the part to a worker's table.
+    /// Adds the ledger to a worker's state.
     pub(crate) fn apply(&self, state: &mut State) {
         let mut legs: Vec<_> = self.legs.iter().collect();
         legs.sort_unstable_by_key(|(leg, of)| (of.at, **leg));
@@ -104,7 +104,7 @@ impl Part {
         }
     }
 
-    /// Takes the part out of a worker's table again.
+    /// Takes the ledger out of a worker's state again, as far as it was [applied](Self::apply).
     pub(crate) fn retract(&self, state: &mut State, now: Duration) {
         for (leg, Leg { endpoint, .. }) in &self.legs {
             if let Some(slot) = state.table.by_key(*endpoint) {
@@ -155,24 +155,24 @@ impl Part {
 
     pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let mut rest = Reader(bytes);
-        let mut part = Self::default();
+        let mut ledger = Self::default();
         for _ in 0..rest.word()? {
             let leg = rest.word()?;
             let endpoint = rest.word()?;
             let seconds = f64::from_bits(rest.word()?);
-            part.legs.insert(leg, Leg { endpoint, seconds, at: rest.time()?, expires: rest.time()? });
+            ledger.legs.insert(leg, Leg { endpoint, seconds, at: rest.time()?, expires: rest.time()? });
         }
         for _ in 0..rest.word()? {
-            part.decode.insert(rest.word()?, Load::read(&mut rest)?);
+            ledger.decode.insert(rest.word()?, Load::read(&mut rest)?);
         }
-        part.fleet = Fleet::read(&mut rest)?;
+        ledger.fleet = Fleet::read(&mut rest)?;
         for _ in 0..rest.word()? {
-            part.elsewhere.insert(rest.word()?, Totals::read(&mut rest)?);
+            ledger.elsewhere.insert(rest.word()?, Totals::read(&mut rest)?);
         }
         while !rest.0.is_empty() {
-            part.admitted.insert((rest.word()?, rest.word()?), Load::read(&mut rest)?);
+            ledger.admitted.insert((rest.word()?, rest.word()?), Load::read(&mut rest)?);
         }
-        Some(part)
+        Some(ledger)
     }
 }
 
@@ -185,14 +185,14 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_written_is_read(events in prop::collection::vec((any::<u64>(), event()), 0..9)) {
-            let mut part = Part::default();
-            events.iter().for_each(|(endpoint, event)| part.note(*endpoint, event));
-            prop_assert_eq!(Part::from_bytes(&part.to_bytes()), Some(part));
+            let mut ledger = WorkerLedger::default();
+            events.iter().for_each(|(endpoint, event)| ledger.note(*endpoint, event));
+            prop_assert_eq!(WorkerLedger::from_bytes(&ledger.to_bytes()), Some(ledger));
         }
 
         #[test]
         fn any_bytes_are_read_without_harm(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-            let _ = Part::from_bytes(&bytes);
+            let _ = WorkerLedger::from_bytes(&bytes);
         }
     }
 }

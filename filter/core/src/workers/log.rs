@@ -1,20 +1,20 @@
 //! One brain per Envoy: what a worker decides is in every other worker's ledger and index before those decide.
 //!
 //! Each worker has a seat: a log of [events](crate::workers::event) in shared data that only it writes, a gauge that says how far
-//! the log goes, and, renewed at each tick, its part of the ledger as a whole. Before a worker decides it looks at the
+//! the log goes, and, renewed at each tick, its ledger as a whole. Before a worker decides it looks at the
 //! gauges (90 ns each) and reads what is new. All that a worker has in flight is known to be its own, so when it stops
-//! renewing its seat (its VM was reloaded, its thread died) the others take that part out.
+//! renewing its seat (its VM was reloaded, its thread died) the others retract that ledger.
 //!
 //! ```text
 //! pd/1/seats            per seat: worker id, time of the last renewal          compare-and-swap
 //! pd/1/log/S/N          segment n of seat S's log, N = n modulo RING           written by the seat's worker only
-//! pd/1/ledger/S         seat S's part of the ledger, and the position it is of  written by the seat's worker only
+//! pd/1/ledger/S         the ledger of seat S's worker, and the position it is of written by the seat's worker only
 //! pd/1/index/I          what one endpoint holds, for workers that begin         written by the worker in the first seat
 //! pd/1/who/S            build and configuration of seat S's worker              written by the seat's worker only
 //! pd/1/recent/S         some of its latest decisions                            written by the seat's worker only
 //! gauge of seat S       position: segment · 2¹⁶ + bytes of it
 //! ```
-//! A reader that fell behind by more than the ring holds takes the part as a whole and goes on from there; it lost
+//! A reader that fell behind by more than the ring holds takes the ledger as a whole and goes on from there; it lost
 //! nothing but index entries. Two generations of the filter side by side are two workers per thread with a seat each.
 
 use core::time::Duration;
@@ -22,7 +22,7 @@ use core::time::Duration;
 use crate::codec::{Reader, Writer};
 use crate::workers::event::Event;
 use crate::workers::inheritance::Inheritance;
-use crate::workers::ledger::Part;
+use crate::workers::ledger::WorkerLedger;
 use crate::workers::peer::{HEAD_BYTES, Peer, ledger_key, log_key};
 use crate::workers::recent::{Decision, Generation, MAX_DECISIONS};
 use crate::workers::seats::{SEATS_KEY, Seat, seats, to_bytes};
@@ -168,12 +168,12 @@ impl WorkersLog {
     pub fn tick(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
         self.tell(worker, shared, now);
         self.renew(worker, shared, now);
-        self.save_part(worker, shared);
+        self.save_ledger(worker, shared);
         self.save_decisions(worker, shared);
         for peer in &mut self.peers {
-            peer.part.prune(now);
+            peer.ledger.prune(now);
             if peer.is_behind {
-                peer.part.retract(&mut worker.state, now);
+                peer.ledger.retract(&mut worker.state, now);
                 peer.join(worker, shared);
             }
         }
@@ -218,10 +218,10 @@ impl WorkersLog {
                 self.renewed = now;
                 // Beyond what the seat's last worker wrote.
                 self.begin_segment(at, shared.position(at).wrapping_shr(16).wrapping_add(1));
-                // What is not told yet is in the part as well: the part must be of a position behind it.
+                // What is not told yet is in the ledger as well: the ledger must be of a position behind it.
                 self.write_untold(worker, shared, at);
-                worker.log.is_own_new = true;
-                self.save_part(worker, shared);
+                worker.log.is_ledger_new = true;
+                self.save_ledger(worker, shared);
                 let mut who = Writer::default();
                 who.word(self.worker_id);
                 self.who.write(&mut who);
@@ -234,31 +234,36 @@ impl WorkersLog {
         }
     }
 
-    /// Parts from workers that are gone and joins those that are new.
+    /// Retracts the ledgers of workers that are gone, and joins workers that are new.
     fn meet(&mut self, worker: &mut Worker, shared: &impl Shared, seats: &[Seat], now: Duration) {
         let is_here = |peer: &Peer| {
             seats.get(peer.seat).is_some_and(|seat| seat.worker_id == peer.worker_id && seat.is_taken(now))
         };
         for gone in self.peers.extract_if(.., |peer| !is_here(peer)) {
-            gone.part.retract(&mut worker.state, now);
+            gone.ledger.retract(&mut worker.state, now);
         }
         for (at, seat) in seats.iter().enumerate() {
             let is_known = self.peers.iter().any(|peer| peer.seat == at);
             if seat.is_taken(now) && seat.worker_id != self.worker_id && !is_known {
-                let mut peer =
-                    Peer { seat: at, worker_id: seat.worker_id, position: 0, part: Part::default(), is_behind: false };
+                let mut peer = Peer {
+                    seat: at,
+                    worker_id: seat.worker_id,
+                    position: 0,
+                    ledger: WorkerLedger::default(),
+                    is_behind: false,
+                };
                 peer.join(worker, shared);
                 self.peers.push(peer);
             }
         }
     }
 
-    /// Writes this worker's part of the ledger, where it has changed.
-    fn save_part(&self, worker: &mut Worker, shared: &impl Shared) {
-        let Some(seat) = self.seat.filter(|_| core::mem::take(&mut worker.log.is_own_new)) else { return };
+    /// Writes this worker's ledger, where it has changed.
+    fn save_ledger(&self, worker: &mut Worker, shared: &impl Shared) {
+        let Some(seat) = self.seat.filter(|_| core::mem::take(&mut worker.log.is_ledger_new)) else { return };
         let mut out = Writer::default();
         [self.worker_id, self.position()].into_iter().for_each(|word| out.word(word));
-        out.0.extend(worker.log.own.to_bytes());
+        out.0.extend(worker.log.own_ledger.to_bytes());
         shared.set(&ledger_key(seat), &out.0, None);
     }
 

@@ -1,8 +1,8 @@
-//! Another worker of this Envoy: its log and its part of the ledger, as this worker reads them.
+//! Another worker of this Envoy: its log and its ledger, as this worker reads them.
 
 use crate::codec::Reader;
 use crate::workers::event::Event;
-use crate::workers::ledger::Part;
+use crate::workers::ledger::WorkerLedger;
 use crate::workers::shared::Shared;
 use crate::workers::worker::Worker;
 
@@ -16,28 +16,28 @@ pub(super) struct Peer {
     pub(super) seat: usize,
     pub(super) worker_id: u64,
     pub(super) position: u64,
-    pub(super) part: Part,
+    pub(super) ledger: WorkerLedger,
     /// Whether something was missed.
     pub(super) is_behind: bool,
 }
 
 impl Peer {
-    /// Takes the worker's part of the ledger as a whole; the log goes on from there.
+    /// Takes the worker's ledger as a whole; the log goes on from there.
     pub(super) fn join(&mut self, worker: &mut Worker, shared: &impl Shared) {
-        self.part = Part::default();
+        self.ledger = WorkerLedger::default();
         self.position = shared.position(self.seat);
         self.is_behind = false;
         let Some((bytes, _)) = shared.get(&ledger_key(self.seat)) else { return };
         let mut rest = Reader(&bytes);
         if rest.word() != Some(self.worker_id) {
-            // Its seat is taken, its part not written yet.
+            // Its seat is taken, its ledger not written yet.
             self.is_behind = true;
             return;
         }
-        if let (Some(position), Some(part)) = (rest.word(), Part::from_bytes(rest.0)) {
+        if let (Some(position), Some(ledger)) = (rest.word(), WorkerLedger::from_bytes(rest.0)) {
             self.position = position;
-            part.apply(&mut worker.state);
-            self.part = part;
+            ledger.apply(&mut worker.state);
+            self.ledger = ledger;
         }
     }
 
@@ -65,7 +65,7 @@ impl Peer {
                         worker.tell_gateways(endpoint, blocks);
                     }
                 }
-                self.part.note(endpoint, &event);
+                self.ledger.note(endpoint, &event);
             }
             self.position = segment.wrapping_shl(16) | bytes.len() as u64;
             segment = segment.wrapping_add(1);

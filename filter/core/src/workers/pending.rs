@@ -1,7 +1,7 @@
 //! What a worker has to tell the others.
 
 use crate::workers::event::Event;
-use crate::workers::ledger::Part;
+use crate::workers::ledger::WorkerLedger;
 
 /// What this worker did since it last told the others, and what it has in flight.
 #[derive(Debug, Default)]
@@ -10,10 +10,10 @@ pub(crate) struct Log {
     pub(crate) untold: Option<Vec<u8>>,
     /// Whether one of them matters to the next decision; the end of something may wait for company.
     pub(crate) is_pressing: bool,
-    /// This worker's own part.
-    pub(crate) own: Part,
+    /// This worker's own ledger: what it has in flight.
+    pub(crate) own_ledger: WorkerLedger,
     /// Whether it has changed since it was last written down.
-    pub(crate) is_own_new: bool,
+    pub(crate) is_ledger_new: bool,
 }
 
 impl Log {
@@ -22,8 +22,8 @@ impl Log {
         event.write(endpoint, untold);
         let is_end = matches!(event, Event::PrefillEnded { .. } | Event::DecodeEnded { .. } | Event::Released { .. });
         self.is_pressing |= !is_end;
-        self.own.note(endpoint, event);
-        self.is_own_new = true;
+        self.own_ledger.note(endpoint, event);
+        self.is_ledger_new = true;
     }
 
     /// Whether there is nothing to tell.

@@ -7,7 +7,7 @@ use crate::workers::shared::{ABSENT, Shared};
 
 /// Workers of one Envoy that share; more decide for themselves alone. Two generations of 31 and the main thread's.
 pub const SEATS: usize = 64;
-/// Time without renewal after which a seat is free and its part of the ledger gone.
+/// Time without renewal after which a seat is free and its worker's ledger retracted.
 const SEAT_LIFE: Duration = Duration::from_millis(700);
 pub(super) const SEATS_KEY: &str = "pd/1/seats";
 

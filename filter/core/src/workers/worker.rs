@@ -114,7 +114,7 @@ impl Worker {
     /// Drops ledger entries whose end was never told. Call it a few times a second.
     pub fn prune(&mut self, now: Duration) {
         self.state.table.prune(now);
-        self.log.own.prune(now);
+        self.log.own_ledger.prune(now);
         if let Ok(config) = &self.config {
             self.state.table.resize_caches(config, &mut self.state.index);
         }
