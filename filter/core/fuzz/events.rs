@@ -199,9 +199,9 @@ pub fn run(input: &[u8]) {
         request.done(&mut worker, now);
     }
     worker.prune(now + Duration::from_secs(7_200));
-    for (_, slot) in worker.state.table.iter() {
-        assert!(slot.prefill.is_empty(), "prefill work is left at {}", slot.address);
-        assert_eq!((slot.decode.requests, slot.decode.tokens), (0, 0), "decode work is left at {}", slot.address);
+    for (_, state) in worker.state.table.iter() {
+        assert!(state.prefill.is_empty(), "prefill work is left at {}", state.address);
+        assert_eq!((state.decode.requests, state.decode.tokens), (0, 0), "decode work is left at {}", state.address);
     }
     for gauge in [Metric::PrefillInFlight, Metric::DecodeInFlight, Metric::DecodeTokensInFlight] {
         assert_eq!(worker.counts.pending(gauge), 0, "{gauge:?}");
@@ -209,10 +209,10 @@ pub fn run(input: &[u8]) {
 }
 
 fn addresses(worker: &Worker) -> HashSet<String> {
-    let both = |slot: &pd_core::endpoints::endpoint_state::EndpointState| {
-        [slot.address.to_string(), slot.bootstrap.to_string()]
+    let both = |state: &pd_core::endpoints::endpoint_state::EndpointState| {
+        [state.address.to_string(), state.bootstrap.to_string()]
     };
-    worker.state.table.iter().flat_map(|(_, slot)| both(slot)).collect()
+    worker.state.table.iter().flat_map(|(_, state)| both(state)).collect()
 }
 
 /// Endpoints come from a list, nothing forbidden leaves, and a paused request has somebody to wait for.

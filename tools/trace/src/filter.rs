@@ -451,7 +451,7 @@ mod tests {
         let now = Duration::from_secs(2);
         filter.catch_up(now);
         let queues =
-            |worker: &Worker| worker.state.table.iter().map(|(_, slot)| slot.prefill.work(now)).collect::<Vec<_>>();
+            |worker: &Worker| worker.state.table.iter().map(|(_, state)| state.prefill.work(now)).collect::<Vec<_>>();
         let all: Vec<_> = filter.states.iter().map(queues).collect();
         let is_like = |queues: &Vec<f64>| queues.iter().zip(&all[0]).all(|(a, b)| (a - b).abs() < 1e-3);
         assert!(all.iter().all(is_like), "{all:?}");
@@ -475,7 +475,7 @@ mod tests {
         assert_eq!(knowing(&filter), 2);
         for worker in &filter.states {
             assert!(
-                worker.state.table.iter().all(|(_, slot)| slot.work(Duration::from_secs(4)) == 0.0),
+                worker.state.table.iter().all(|(_, state)| state.work(Duration::from_secs(4)) == 0.0),
                 "what began is over"
             );
         }

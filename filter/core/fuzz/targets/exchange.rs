@@ -52,7 +52,7 @@ fn answer(hub: &mut Hub, told: &Told, now: Duration) -> Heard {
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     let (mut worker, mut exchange, mut hub) = (Worker::default(), Exchange::default(), Hub::new(9));
     let config = worker.configure(CONFIG).expect("a good configuration");
-    let keys: Vec<u64> = worker.state.table.iter().map(|(_, slot)| slot.key).collect();
+    let keys: Vec<u64> = worker.state.table.iter().map(|(_, state)| state.key).collect();
     let mut now = Duration::from_secs(1);
     exchange.configure(&mut worker, config.control.as_ref());
     exchange.speak(&mut worker, 1, 0, now);
@@ -83,7 +83,7 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
         assert!(told.to_bytes().len() <= MAX_MESSAGE_BYTES);
     }
     exchange.fall_silent(&mut worker);
-    for (_, slot) in worker.state.table.iter() {
-        assert_eq!((slot.work(now), slot.decode_tokens()), (0.0, 0));
+    for (_, state) in worker.state.table.iter() {
+        assert_eq!((state.work(now), state.decode_tokens()), (0.0, 0));
     }
 });

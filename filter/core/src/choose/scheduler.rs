@@ -131,13 +131,13 @@ impl Scheduler<'_> {
         let among = if self.pool.split == Split::Always { &candidates.prefill } else { &candidates.compute };
         // No prompt is computed that nobody could generate from.
         let pick = if candidates.decode.is_empty() { None } else { self.pick_by_cost(among, prompt, &[]) };
-        let Some((pick, slot)) = pick.and_then(|pick| Some((pick, self.table.get(pick.endpoint)?))) else {
+        let Some((pick, state)) = pick.and_then(|pick| Some((pick, self.table.get(pick.endpoint)?))) else {
             return alone(WholeReason::NoPrefill);
         };
-        if slot.endpoint.role == Role::Both {
+        if state.endpoint.role == Role::Both {
             return Decision::Whole(pick, WholeReason::Aggregated);
         }
-        if prompt.is_several && !slot.engine.hands_over_several() {
+        if prompt.is_several && !state.engine.hands_over_several() {
             return alone(WholeReason::Several);
         }
         Decision::Split(pick)
@@ -150,9 +150,9 @@ impl Scheduler<'_> {
         let (shortlist, owner) = self.shortlist(among, prompt, tried);
         let session = self.session_holder(among, prompt);
         let mut best: Option<(f64, u64, Pick)> = None;
-        for (at, slot) in shortlist {
-            let (pick, cost) = self.cost(at, slot, prompt, (owner == Some(at), session == Some(at)));
-            let rendezvous = rendezvous_weight(prompt.key, slot.key);
+        for (at, state) in shortlist {
+            let (pick, cost) = self.cost(at, state, prompt, (owner == Some(at), session == Some(at)));
+            let rendezvous = rendezvous_weight(prompt.key, state.key);
             let better = |(lowest, weight, _): &(f64, u64, Pick)| (cost, *weight) < (*lowest, rendezvous);
             if best.as_ref().is_none_or(better) {
                 best = Some((cost, rendezvous, pick));
@@ -170,7 +170,7 @@ impl Scheduler<'_> {
         tried: &[EndpointIndex],
     ) -> Option<(Pick, Vec<EndpointIndex>)> {
         let suited = self.usable(among, prompt, tried).into_iter();
-        let mut ranked: Vec<Ranked> = suited.map(|(at, slot)| Ranked::new(at, slot, prompt)).collect();
+        let mut ranked: Vec<Ranked> = suited.map(|(at, state)| Ranked::new(at, state, prompt)).collect();
         let first = ranked.iter().copied().min_by(Ranked::order)?;
         // One header names the rank, whichever of them Envoy reaches.
         ranked.retain(|other| other.rank == first.rank && other.at != first.at);
@@ -181,11 +181,11 @@ impl Scheduler<'_> {
     #[must_use]
     pub fn alternates(&self, among: &[EndpointIndex], prompt: &Prompt, chosen: EndpointIndex) -> Vec<EndpointIndex> {
         let Some(first) = self.table.get(chosen) else { return Vec::new() };
-        let stands_in = |slot: &EndpointState| {
-            self.is_usable(slot) && slot.engine == first.engine && slot.endpoint.rank == first.endpoint.rank
+        let stands_in = |state: &EndpointState| {
+            self.is_usable(state) && state.engine == first.engine && state.endpoint.rank == first.endpoint.rank
         };
-        let others = self.usable(among, prompt, &[chosen]).into_iter().filter(|(_, slot)| stands_in(slot));
-        self.least(others.map(|(at, slot)| Ranked::new(at, slot, prompt)).collect())
+        let others = self.usable(among, prompt, &[chosen]).into_iter().filter(|(_, state)| stands_in(state));
+        self.least(others.map(|(at, state)| Ranked::new(at, state, prompt)).collect())
     }
 
     /// As many alternates as the pool has, those with the fewest tokens first.
@@ -205,17 +205,17 @@ impl Scheduler<'_> {
             return self.pick_decode(among, prompt, &[]).map(|(pick, _)| pick);
         }
         let usable = self.usable(among, prompt, &[]);
-        let least = usable.into_iter().map(|(_, slot)| decode_load(slot)).reduce(f64::min)?;
+        let least = usable.into_iter().map(|(_, state)| decode_load(state)).reduce(f64::min)?;
         let bound = 2.0 * least + AFFINITY_SLACK_TOKENS;
         let holders = self.index.holders(&prompt.hash.blocks, HOLDERS);
         let cached = holders.into_iter().filter_map(|at| {
-            let slot = self.table.get(at).filter(|slot| self.is_among(among, slot))?;
+            let state = self.table.get(at).filter(|state| self.is_among(among, state))?;
             let pick = self.pick(at, prompt);
             // The block in which the match ends has the benefit of the doubt: it is 1/32 of the prompt at most.
             let blocks = self.index.matched(at, &prompt.hash.blocks);
             let at_most = prefix_units(blocks.saturating_add(1)) as f64 * prompt.block_tokens;
-            let load = decode_load(slot);
-            let fits = self.is_usable(slot) && load <= bound && prompt.tokens - at_most < threshold;
+            let load = decode_load(state);
+            let fits = self.is_usable(state) && load <= bound && prompt.tokens - at_most < threshold;
             fits.then_some((load, pick))
         });
         cached.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, pick)| pick)
@@ -223,14 +223,14 @@ impl Scheduler<'_> {
 
     fn pick(&self, endpoint: EndpointIndex, prompt: &Prompt) -> Pick {
         let matched_tokens = self.matched_tokens(endpoint, prompt);
-        let seconds = self.table.get(endpoint).map_or(0.0, |slot| self.seconds(slot, prompt, matched_tokens));
+        let seconds = self.table.get(endpoint).map_or(0.0, |state| self.seconds(state, prompt, matched_tokens));
         Pick { endpoint, matched_tokens, seconds }
     }
 
     /// `S`: seconds of this endpoint for the prompt, `held` tokens of which it has.
-    fn seconds(&self, slot: &EndpointState, prompt: &Prompt, held: f64) -> f64 {
-        let cost = self.table.cost(slot).filter(|_| self.pool.fit).unwrap_or(self.pool.cost);
-        cost.seconds(prompt.tokens, held) / slot.endpoint.weight
+    fn seconds(&self, state: &EndpointState, prompt: &Prompt, held: f64) -> f64 {
+        let cost = self.table.cost(state).filter(|_| self.pool.fit).unwrap_or(self.pool.cost);
+        cost.seconds(prompt.tokens, held) / state.endpoint.weight
     }
 
     /// `W + w·S`. When this worker has not seen the prefix, another one may have: the rendezvous endpoint, where they
@@ -239,7 +239,7 @@ impl Scheduler<'_> {
     pub(super) fn cost(
         &self,
         at: EndpointIndex,
-        slot: &EndpointState,
+        state: &EndpointState,
         prompt: &Prompt,
         (owner, session): (bool, bool),
     ) -> (Pick, f64) {
@@ -250,8 +250,8 @@ impl Scheduler<'_> {
         } else if owner && prompt.is_unseen {
             held += self.rendezvous_share() * (prompt.tokens - held).max(0.0);
         }
-        let own = self.seconds(slot, prompt, held);
-        (pick, slot.work(self.now) + self.pool.affinity_weight * own)
+        let own = self.seconds(state, prompt, held);
+        (pick, state.work(self.now) + self.pool.affinity_weight * own)
     }
 
     /// β: as configured, or by how many of the other Envoys are not heard.
@@ -266,8 +266,8 @@ impl Scheduler<'_> {
 }
 
 /// Assigned KV tokens in proportion to the endpoint's weight.
-fn decode_load(slot: &EndpointState) -> f64 {
-    slot.decode_tokens() as f64 / slot.endpoint.weight
+fn decode_load(state: &EndpointState) -> f64 {
+    state.decode_tokens() as f64 / state.endpoint.weight
 }
 
 /// An endpoint among others that could take a decode leg.
@@ -283,8 +283,13 @@ struct Ranked {
 }
 
 impl Ranked {
-    fn new(at: EndpointIndex, slot: &EndpointState, prompt: &Prompt) -> Self {
-        Self { tokens: decode_load(slot), tie: !rendezvous_weight(prompt.key, slot.key), rank: slot.endpoint.rank, at }
+    fn new(at: EndpointIndex, state: &EndpointState, prompt: &Prompt) -> Self {
+        Self {
+            tokens: decode_load(state),
+            tie: !rendezvous_weight(prompt.key, state.key),
+            rank: state.endpoint.rank,
+            at,
+        }
     }
 
     fn order(a: &Self, b: &Self) -> core::cmp::Ordering {

@@ -73,22 +73,22 @@ impl CandidateSets {
     /// Endpoints without models serve every model of their pool, and those that no endpoint names.
     pub(super) fn new<'a>(
         sorted: &[(EndpointIndex, &'a EndpointState)],
-        slot_of: impl Fn(EndpointIndex) -> Option<&'a EndpointState>,
+        state_of: impl Fn(EndpointIndex) -> Option<&'a EndpointState>,
     ) -> Self {
         let mut named: BTreeMap<&str, BTreeMap<&str, Candidates>> = BTreeMap::new();
         let mut unnamed: BTreeMap<&str, Candidates> = BTreeMap::new();
         let mut all_ready = Vec::new();
-        for (index, slot) in sorted {
-            let Endpoint { pool, models, role, state, .. } = &slot.endpoint;
+        for (index, of) in sorted {
+            let Endpoint { pool, models, role, state, .. } = &of.endpoint;
             let ready = *state == State::Ready;
             if ready {
                 all_ready.push(*index);
             }
             for model in models {
-                named.entry(model).or_default().entry(pool).or_default().push(*index, *role, slot.engine, ready);
+                named.entry(model).or_default().entry(pool).or_default().push(*index, *role, of.engine, ready);
             }
             if models.is_empty() {
-                unnamed.entry(pool).or_default().push(*index, *role, slot.engine, ready);
+                unnamed.entry(pool).or_default().push(*index, *role, of.engine, ready);
             }
         }
         let models = named
@@ -97,14 +97,14 @@ impl CandidateSets {
                 for (pool, candidates) in &mut pools {
                     if let Some(others) = unnamed.get(pool) {
                         candidates.extend(others);
-                        let key = |index: &EndpointIndex| slot_of(*index).map(|slot| slot.key);
+                        let key = |index: &EndpointIndex| state_of(*index).map(|state| state.key);
                         candidates.sets().into_iter().for_each(|set| set.sort_by_key(key));
                     }
                 }
-                Some((model.to_owned(), first_that_generates(pools, &slot_of)?))
+                Some((model.to_owned(), first_that_generates(pools, &state_of)?))
             })
             .collect();
-        Self { models, any_model: first_that_generates(unnamed, &slot_of), all_ready }
+        Self { models, any_model: first_that_generates(unnamed, &state_of), all_ready }
     }
 
     /// The candidates of a model; `None` where no endpoint serves it.
@@ -179,7 +179,7 @@ impl Candidates {
         if !self.has_prompt_bounds {
             return self;
         }
-        let takes = |at: &EndpointIndex| table.get(*at).is_some_and(|slot| slot.endpoint.takes_prompt(tokens));
+        let takes = |at: &EndpointIndex| table.get(*at).is_some_and(|state| state.endpoint.takes_prompt(tokens));
         let mut rest = Self::clone(&self);
         let keep = |set: &mut Vec<EndpointIndex>| {
             if set.iter().any(takes) {
@@ -204,24 +204,24 @@ impl Candidates {
 
 fn first_that_generates<'a>(
     pools: BTreeMap<&str, Candidates>,
-    slot_of: &impl Fn(EndpointIndex) -> Option<&'a EndpointState>,
+    state_of: &impl Fn(EndpointIndex) -> Option<&'a EndpointState>,
 ) -> Option<Arc<Candidates>> {
     let generating = pools.iter().find(|(_, candidates)| candidates.can_generate());
     let (pool, candidates) = generating.or_else(|| pools.iter().next())?;
     let mut candidates = Candidates { pool: (*pool).into(), ..candidates.clone() };
-    let group_of = |at: &EndpointIndex| slot_of(*at)?.endpoint.group.as_deref();
+    let group_of = |at: &EndpointIndex| state_of(*at)?.endpoint.group.as_deref();
     let groups: HashSet<&str> = candidates.decode.iter().filter_map(group_of).collect();
-    let is_whole = |at: &EndpointIndex| slot_of(*at).is_some_and(|slot| slot.endpoint.role == Role::Both);
+    let is_whole = |at: &EndpointIndex| state_of(*at).is_some_and(|state| state.endpoint.role == Role::Both);
     let has_partner = |at: &EndpointIndex| is_whole(at) || group_of(at).is_none_or(|group| groups.contains(group));
     if !candidates.decode.is_empty() {
         candidates.prefill.retain(has_partner);
         candidates.compute.retain(has_partner);
     }
-    let is_bounded = |at: &EndpointIndex| slot_of(*at).is_some_and(|slot| slot.endpoint.has_prompt_bounds());
+    let is_bounded = |at: &EndpointIndex| state_of(*at).is_some_and(|state| state.endpoint.has_prompt_bounds());
     let has_prompt_bounds = candidates.sets().into_iter().any(|set| set.iter().any(is_bounded));
     candidates.has_prompt_bounds = has_prompt_bounds;
     for at in &candidates.decode {
-        let Some(partner) = slot_of(*at).map(Partner::of) else { continue };
+        let Some(partner) = state_of(*at).map(Partner::of) else { continue };
         if partner.group.is_some() {
             let any = Partner { group: None, ..partner };
             candidates.partners.entry(any).or_default().push(*at);

@@ -30,7 +30,7 @@ pub struct EndpointRef {
 /// The pushed list and its state.
 #[derive(Debug, Default)]
 pub struct Table {
-    slots: Vec<Option<EndpointState>>,
+    states: Vec<Option<EndpointState>>,
     free: Vec<EndpointIndex>,
     by_id: HashMap<EndpointId, EndpointIndex>,
     /// Every endpoint by [`EndpointState::key`], as of the last rebuild, and behind them those that came since.
@@ -101,8 +101,8 @@ impl Table {
         if sum == Totals::default() {
             self.elsewhere.remove(&key);
         }
-        if let Some(slot) = self.by_key(key) {
-            slot.elsewhere = sum;
+        if let Some(state) = self.by_key(key) {
+            state.elsewhere = sum;
         }
     }
 
@@ -120,7 +120,7 @@ impl Table {
             epoch: self.epoch.clone(),
             version: self.version,
             base: None,
-            endpoints: self.iter().map(|(_, slot)| slot.endpoint.clone()).collect(),
+            endpoints: self.iter().map(|(_, state)| state.endpoint.clone()).collect(),
             removed: Vec::new(),
         }
     }
@@ -170,29 +170,29 @@ impl Table {
     /// The endpoint at a place that a set of candidates names.
     #[must_use]
     pub fn get(&self, index: EndpointIndex) -> Option<&EndpointState> {
-        self.slots.get(index as usize)?.as_ref()
+        self.states.get(index as usize)?.as_ref()
     }
 
     /// As [`get`](Self::get), to change its state.
     pub fn get_mut(&mut self, index: EndpointIndex) -> Option<&mut EndpointState> {
-        self.slots.get_mut(index as usize)?.as_mut()
+        self.states.get_mut(index as usize)?.as_mut()
     }
 
     /// A name for the endpoint that stays right when the list changes.
     #[must_use]
     pub fn refer(&self, index: EndpointIndex) -> Option<EndpointRef> {
-        self.get(index).map(|slot| EndpointRef { index, generation: slot.generation, key: slot.key })
+        self.get(index).map(|state| EndpointRef { index, generation: state.generation, key: state.key })
     }
 
     /// The endpoint, if it is still the one that was [referred](Self::refer) to.
     pub fn resolve(&mut self, reference: EndpointRef) -> Option<&mut EndpointState> {
-        self.get_mut(reference.index).filter(|slot| slot.generation == reference.generation)
+        self.get_mut(reference.index).filter(|state| state.generation == reference.generation)
     }
 
     /// Places, empty ones included: every [`EndpointIndex`] is below that.
     #[must_use]
     pub(crate) fn places(&self) -> usize {
-        self.slots.len()
+        self.states.len()
     }
 
     /// The endpoint with this [`EndpointState::key`].
@@ -215,13 +215,13 @@ impl Table {
 
     /// All endpoints.
     pub fn iter(&self) -> impl Iterator<Item = (EndpointIndex, &EndpointState)> {
-        (0..).zip(&self.slots).filter_map(|(index, slot)| Some((index, slot.as_ref()?)))
+        (0..).zip(&self.states).filter_map(|(index, state)| Some((index, state.as_ref()?)))
     }
 
     /// Prefill seconds of an endpoint's pool, as fitted so far.
     #[must_use]
-    pub fn cost(&self, slot: &EndpointState) -> Option<Cost> {
-        self.fits.get(slot.fit).map(|(_, fit)| fit.cost())
+    pub fn cost(&self, state: &EndpointState) -> Option<Cost> {
+        self.fits.get(state.fit).map(|(_, fit)| fit.cost())
     }
 
     /// Bytes per token of a pool's prompts, as learnt so far.
@@ -255,10 +255,10 @@ impl Table {
         seconds: Option<f64>,
         usage: Option<Usage>,
     ) {
-        let Some(slot) = self.get(reference.index).filter(|slot| slot.generation == reference.generation) else {
+        let Some(state) = self.get(reference.index).filter(|state| state.generation == reference.generation) else {
             return;
         };
-        let (at, weight) = (slot.fit, slot.endpoint.weight);
+        let (at, weight) = (state.fit, state.endpoint.weight);
         let Some((_, fit)) = self.fits.get_mut(at) else { return };
         let n = usage.map_or(tokens, |usage| usage.prompt_tokens as f64);
         if usage.is_some() {
@@ -274,8 +274,8 @@ impl Table {
 
     /// Fits caches to the bytes per token that were learnt since they were [last](Self::apply) measured.
     pub fn resize_caches(&self, config: &Config, index: &mut PrefixIndex) {
-        for (at, slot) in self.iter() {
-            let units = self.cache_units(slot, config);
+        for (at, state) in self.iter() {
+            let units = self.cache_units(state, config);
             // Small changes would only drop what is still there.
             if index.capacity(at).abs_diff(units) > units / 16 {
                 index.set_capacity(at, units);
@@ -284,10 +284,10 @@ impl Table {
     }
 
     /// Size of an endpoint's cache in blocks of the smallest size.
-    fn cache_units(&self, slot: &EndpointState, config: &Config) -> usize {
-        let pool = config.pool(&slot.endpoint.pool);
-        let bytes_per_token = self.fits.get(slot.fit).map_or(pool.bytes_per_token, |(_, fit)| fit.bytes_per_token());
-        let tokens = slot.endpoint.cache_tokens.unwrap_or(pool.cache_tokens);
+    fn cache_units(&self, state: &EndpointState, config: &Config) -> usize {
+        let pool = config.pool(&state.endpoint.pool);
+        let bytes_per_token = self.fits.get(state.fit).map_or(pool.bytes_per_token, |(_, fit)| fit.bytes_per_token());
+        let tokens = state.endpoint.cache_tokens.unwrap_or(pool.cache_tokens);
         (tokens as f64 * bytes_per_token / config.prefix.block_bytes as f64) as usize
     }
 
@@ -304,9 +304,9 @@ impl Table {
 
     /// Drops ledger entries whose end was never told.
     pub fn prune(&mut self, now: Duration) {
-        for slot in self.slots.iter_mut().flatten() {
-            slot.prefill.prune(now);
-            slot.health.prune(now);
+        for state in self.states.iter_mut().flatten() {
+            state.prefill.prune(now);
+            state.health.prune(now);
         }
     }
 
@@ -318,27 +318,27 @@ impl Table {
         let bootstrap = SocketAddr::new(endpoint.address.ip(), bootstrap_port);
         let at = match self.by_id.get(&endpoint.id()).copied() {
             Some(at) => {
-                if let Some(slot) = self.get_mut(at) {
-                    slot.endpoint.clone_from(endpoint);
-                    if (slot.engine, slot.bootstrap) != (engine, bootstrap) {
-                        slot.engine_id = None;
+                if let Some(state) = self.get_mut(at) {
+                    state.endpoint.clone_from(endpoint);
+                    if (state.engine, state.bootstrap) != (engine, bootstrap) {
+                        state.engine_id = None;
                     }
-                    slot.engine = engine;
-                    slot.bootstrap = bootstrap;
-                    slot.fit = fit;
+                    state.engine = engine;
+                    state.bootstrap = bootstrap;
+                    state.fit = fit;
                 }
                 at
             }
             None => {
-                let next = EndpointIndex::try_from(self.slots.len());
+                let next = EndpointIndex::try_from(self.states.len());
                 let Some(at) = self.free.pop().or(next.ok()) else { return };
-                if at as usize == self.slots.len() {
-                    self.slots.push(None);
+                if at as usize == self.states.len() {
+                    self.states.push(None);
                 }
                 self.generation = self.generation.wrapping_add(1);
                 let key = xxhash_rust::xxh3::xxh3_64(endpoint.id().to_string().as_bytes());
                 self.by_key.push((key, at));
-                let slot = EndpointState {
+                let state = EndpointState {
                     endpoint: endpoint.clone(),
                     address: endpoint.address.to_string().into(),
                     key,
@@ -354,22 +354,22 @@ impl Table {
                     generation: self.generation,
                     fit,
                 };
-                if let Some(place) = self.slots.get_mut(at as usize) {
-                    *place = Some(slot);
+                if let Some(place) = self.states.get_mut(at as usize) {
+                    *place = Some(state);
                 }
                 self.by_id.insert(endpoint.id(), at);
                 at
             }
         };
-        if let Some(slot) = self.get(at) {
-            index.set_capacity(at, self.cache_units(slot, config));
+        if let Some(state) = self.get(at) {
+            index.set_capacity(at, self.cache_units(state, config));
         }
     }
 
     fn remove(&mut self, id: EndpointId, index: &mut PrefixIndex) {
         let Some(at) = self.by_id.remove(&id) else { return };
-        if let Some(slot) = self.slots.get_mut(at as usize) {
-            *slot = None;
+        if let Some(state) = self.states.get_mut(at as usize) {
+            *state = None;
             self.free.push(at);
         }
         index.remove_endpoint(at);
@@ -377,14 +377,14 @@ impl Table {
 
     /// Sorts the endpoints and makes the sets of candidates from them.
     fn rebuild(&mut self) {
-        let slots = &self.slots;
-        let slot_of = |index: EndpointIndex| slots.get(index as usize)?.as_ref();
-        self.by_key.retain(|(key, index)| slot_of(*index).is_some_and(|slot| slot.key == *key));
+        let states = &self.states;
+        let state_of = |index: EndpointIndex| states.get(index as usize)?.as_ref();
+        self.by_key.retain(|(key, index)| state_of(*index).is_some_and(|state| state.key == *key));
         // Stable, so a list with a few new ones at its end is sorted in one pass.
         self.by_key.sort();
         self.by_key.dedup();
-        let sorted: Vec<_> = self.by_key.iter().filter_map(|(_, index)| Some((*index, slot_of(*index)?))).collect();
-        self.sets = CandidateSets::new(&sorted, slot_of);
+        let sorted: Vec<_> = self.by_key.iter().filter_map(|(_, index)| Some((*index, state_of(*index)?))).collect();
+        self.sets = CandidateSets::new(&sorted, state_of);
     }
 }
 

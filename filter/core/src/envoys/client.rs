@@ -276,13 +276,13 @@ impl Exchange {
 
 /// What is in flight from this Envoy, per endpoint, in the order of their keys.
 fn loads(worker: &Worker, now: Duration) -> Vec<(u64, Totals)> {
-    let totals = |slot: &crate::endpoints::endpoint_state::EndpointState| Totals {
-        work: (slot.prefill.work(now) * 1e6) as u64,
-        tokens: slot.decode.tokens,
-        requests: u64::from(slot.decode.requests),
+    let totals = |state: &crate::endpoints::endpoint_state::EndpointState| Totals {
+        work: (state.prefill.work(now) * 1e6) as u64,
+        tokens: state.decode.tokens,
+        requests: u64::from(state.decode.requests),
     };
-    let slots = worker.state.table.iter().map(|(_, slot)| (slot.key, totals(slot)));
-    let mut loads: Vec<_> = slots.filter(|(_, totals)| *totals != Totals::default()).collect();
+    let states = worker.state.table.iter().map(|(_, state)| (state.key, totals(state)));
+    let mut loads: Vec<_> = states.filter(|(_, totals)| *totals != Totals::default()).collect();
     loads.sort_unstable_by_key(|(endpoint, _)| *endpoint);
     loads
 }

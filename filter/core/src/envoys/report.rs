@@ -35,13 +35,13 @@ impl Report {
     pub fn of(worker: &Worker, generations: Vec<Generation>, decisions: Vec<Decision>) -> Self {
         let table = &worker.state.table;
         let (epoch, version) = table.version();
-        let failing = table.iter().filter(|(_, slot)| slot.health.is_failing());
+        let failing = table.iter().filter(|(_, state)| state.health.is_failing());
         Self {
             generations,
             epoch: epoch.to_owned(),
             version,
             endpoints: table.len() as u64,
-            failing: failing.take(MAX_FAILING).map(|(_, slot)| slot.address.to_string()).collect(),
+            failing: failing.take(MAX_FAILING).map(|(_, state)| state.address.to_string()).collect(),
             decisions,
         }
     }

@@ -38,15 +38,15 @@ impl Gateway {
     }
 
     fn at(&self, place: usize) -> EndpointRef {
-        let mut all: Vec<_> = self.worker.state.table.iter().map(|(at, slot)| (slot.address.clone(), at)).collect();
+        let mut all: Vec<_> = self.worker.state.table.iter().map(|(at, state)| (state.address.clone(), at)).collect();
         all.sort();
         self.worker.state.table.refer(all[place % all.len()].1).unwrap()
     }
 
     /// What is in flight at a place, from everywhere.
     fn view(&self, place: usize, now: Duration) -> (u64, u64) {
-        let slot = self.worker.state.table.get(self.at(place).index).unwrap();
-        ((slot.work(now) * 1e6).round() as u64, slot.decode_tokens())
+        let state = self.worker.state.table.get(self.at(place).index).unwrap();
+        ((state.work(now) * 1e6).round() as u64, state.decode_tokens())
     }
 
     /// A tick with this hub; without one every call fails.
@@ -140,8 +140,8 @@ fn a_leg_behind_work_from_elsewhere_makes_no_progress_until_that_is_over() {
     // One second later one of three is done, not two.
     let (work, _) = gateways[1].view(0, now);
     assert!((1_850_000..=2_000_000).contains(&work), "{work}");
-    let slot = gateways[1].worker.state.table.get(prefill.index).unwrap();
-    assert_eq!(slot.prefill.service_seconds(2, now + Duration::from_secs(2)), None, "that was waiting as well");
+    let state = gateways[1].worker.state.table.get(prefill.index).unwrap();
+    assert_eq!(state.prefill.service_seconds(2, now + Duration::from_secs(2)), None, "that was waiting as well");
 }
 
 #[test]

@@ -72,19 +72,19 @@ impl<'a> Event<'a> {
             state.index.insert(at, blocks);
             return;
         }
-        let Some(slot) = state.table.get_mut(at) else { return };
+        let Some(endpoint_state) = state.table.get_mut(at) else { return };
         match *self {
             Self::PrefillStarted { leg, seconds, at, expires } => {
-                slot.prefill.add_behind(slot.elsewhere_seconds(), leg, seconds, at, expires);
+                endpoint_state.prefill.add_behind(endpoint_state.elsewhere_seconds(), leg, seconds, at, expires);
             }
             Self::PrefillEnded { leg, at } => {
-                slot.prefill.remove(leg, at);
+                endpoint_state.prefill.remove(leg, at);
             }
-            Self::PrefillAbandoned { leg, at } => slot.prefill.abandon(leg, at),
-            Self::DecodeStarted { tokens } => slot.decode.add(tokens),
-            Self::DecodeEnded { tokens } => slot.decode.remove(tokens),
-            Self::Failed { at } => slot.health.failed(at),
-            Self::Healed => slot.health.answered(),
+            Self::PrefillAbandoned { leg, at } => endpoint_state.prefill.abandon(leg, at),
+            Self::DecodeStarted { tokens } => endpoint_state.decode.add(tokens),
+            Self::DecodeEnded { tokens } => endpoint_state.decode.remove(tokens),
+            Self::Failed { at } => endpoint_state.health.failed(at),
+            Self::Healed => endpoint_state.health.answered(),
             Self::Holds { .. }
             | Self::HoldsByOthers { .. }
             | Self::Admitted { .. }

@@ -40,7 +40,7 @@ impl Inheritance {
         self.next_saved = at.wrapping_add(1);
         let Ok(index) = u32::try_from(at) else { return };
         // An empty place is written too: what stood there before is nobody's any more.
-        let key = worker.state.table.get(index).map_or(0, |slot| slot.key);
+        let key = worker.state.table.get(index).map_or(0, |state| state.key);
         let looks = (key, worker.state.index.touches(index));
         if self.saved.insert(index, looks) == Some(looks) {
             return;
@@ -58,7 +58,7 @@ impl Inheritance {
     pub(super) fn inherit(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
         let is_new = |key: &u64| !self.inherited.contains(key);
         let is_young = now.saturating_sub(self.began) < INHERITANCE;
-        if !is_young || !worker.state.table.iter().any(|(_, slot)| is_new(&slot.key)) {
+        if !is_young || !worker.state.table.iter().any(|(_, state)| is_new(&state.key)) {
             return;
         }
         let (mut at, mut places) = (0, 1);
@@ -77,7 +77,7 @@ impl Inheritance {
             let blocks = core::iter::from_fn(|| Some((BlockHash(rest.word()?), usize::try_from(rest.word()?).ok()?)));
             worker.state.index.restore(index, blocks);
         }
-        self.inherited.extend(worker.state.table.iter().map(|(_, slot)| slot.key));
+        self.inherited.extend(worker.state.table.iter().map(|(_, state)| state.key));
     }
 }
 

@@ -84,8 +84,8 @@ impl WorkerLedger {
         let mut legs: Vec<_> = self.legs.iter().collect();
         legs.sort_unstable_by_key(|(leg, of)| (of.at, **leg));
         for (leg, Leg { endpoint, seconds, at, expires }) in legs {
-            if let Some(slot) = state.table.by_key(*endpoint) {
-                slot.prefill.add_behind(slot.elsewhere_seconds(), *leg, *seconds, *at, *expires);
+            if let Some(endpoint_state) = state.table.by_key(*endpoint) {
+                endpoint_state.prefill.add_behind(endpoint_state.elsewhere_seconds(), *leg, *seconds, *at, *expires);
             }
         }
         for (endpoint, totals) in &self.elsewhere {
@@ -95,8 +95,8 @@ impl WorkerLedger {
             state.table.fleet = self.fleet;
         }
         for (endpoint, load) in &self.decode {
-            if let Some(slot) = state.table.by_key(*endpoint) {
-                slot.decode.merge(load);
+            if let Some(endpoint_state) = state.table.by_key(*endpoint) {
+                endpoint_state.decode.merge(load);
             }
         }
         for ((pool, fairness), load) in &self.admitted {
@@ -107,13 +107,13 @@ impl WorkerLedger {
     /// Takes the ledger out of a worker's state again, as far as it was [applied](Self::apply).
     pub(crate) fn retract(&self, state: &mut State, now: Duration) {
         for (leg, Leg { endpoint, .. }) in &self.legs {
-            if let Some(slot) = state.table.by_key(*endpoint) {
-                slot.prefill.remove(*leg, now);
+            if let Some(endpoint_state) = state.table.by_key(*endpoint) {
+                endpoint_state.prefill.remove(*leg, now);
             }
         }
         for (endpoint, load) in &self.decode {
-            if let Some(slot) = state.table.by_key(*endpoint) {
-                slot.decode.subtract(load);
+            if let Some(endpoint_state) = state.table.by_key(*endpoint) {
+                endpoint_state.decode.subtract(load);
             }
         }
         for ((pool, fairness), load) in &self.admitted {

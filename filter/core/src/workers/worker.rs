@@ -230,7 +230,7 @@ impl Worker {
 
     /// An endpoint answered. The others hear of it when they hold it for broken.
     pub(crate) fn answered(&mut self, endpoint: EndpointRef) {
-        if self.state.table.resolve(endpoint).is_some_and(|slot| slot.health.is_failing()) {
+        if self.state.table.resolve(endpoint).is_some_and(|state| state.health.is_failing()) {
             self.happens(endpoint, &Event::Healed);
         }
     }

@@ -24,7 +24,7 @@ impl Node {
     }
 
     fn at(&self, place: usize) -> EndpointRef {
-        let mut all: Vec<_> = self.worker.state.table.iter().map(|(at, slot)| (slot.address.clone(), at)).collect();
+        let mut all: Vec<_> = self.worker.state.table.iter().map(|(at, state)| (state.address.clone(), at)).collect();
         all.sort();
         self.worker.state.table.refer(all[place % all.len()].1).unwrap()
     }
@@ -43,11 +43,11 @@ impl Node {
 
     /// Per endpoint: legs, seconds of prefill work, decode tokens and requests.
     fn ledger(&self, now: Duration) -> Vec<(usize, u64, u64, u32)> {
-        let slots = self.worker.state.table.iter().map(|(_, slot)| {
-            let work = (slot.prefill.work(now) * 1e6).round() as u64;
-            (slot.prefill.len(), work, slot.decode.tokens, slot.decode.requests)
+        let states = self.worker.state.table.iter().map(|(_, state)| {
+            let work = (state.prefill.work(now) * 1e6).round() as u64;
+            (state.prefill.len(), work, state.decode.tokens, state.decode.requests)
         });
-        slots.collect()
+        states.collect()
     }
 
     fn is_idle(&self) -> bool {
