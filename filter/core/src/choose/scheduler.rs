@@ -150,8 +150,8 @@ impl Scheduler<'_> {
         let (shortlist, owner) = self.shortlist(among, prompt, tried);
         let session = self.session_holder(among, prompt);
         let mut best: Option<(f64, u64, Pick)> = None;
-        for (at, state) in shortlist {
-            let (pick, cost) = self.cost(at, state, prompt, (owner == Some(at), session == Some(at)));
+        for (index, state) in shortlist {
+            let (pick, cost) = self.cost(index, state, prompt, (owner == Some(index), session == Some(index)));
             let rendezvous = rendezvous_weight(prompt.key, state.key);
             let better = |(lowest, weight, _): &(f64, u64, Pick)| (cost, *weight) < (*lowest, rendezvous);
             if best.as_ref().is_none_or(better) {
@@ -170,11 +170,11 @@ impl Scheduler<'_> {
         tried: &[EndpointIndex],
     ) -> Option<(Pick, Vec<EndpointIndex>)> {
         let suited = self.usable(among, prompt, tried).into_iter();
-        let mut ranked: Vec<Ranked> = suited.map(|(at, state)| Ranked::new(at, state, prompt)).collect();
+        let mut ranked: Vec<Ranked> = suited.map(|(index, state)| Ranked::new(index, state, prompt)).collect();
         let first = ranked.iter().copied().min_by(Ranked::order)?;
         // One header names the rank, whichever of them Envoy reaches.
-        ranked.retain(|other| other.rank == first.rank && other.at != first.at);
-        Some((self.pick(first.at, prompt), self.least(ranked)))
+        ranked.retain(|other| other.rank == first.rank && other.index != first.index);
+        Some((self.pick(first.index, prompt), self.least(ranked)))
     }
 
     /// Healthy alternates for an endpoint that was chosen for what it holds. They understand the same request.
@@ -185,7 +185,7 @@ impl Scheduler<'_> {
             self.is_usable(state) && state.engine == first.engine && state.endpoint.rank == first.endpoint.rank
         };
         let others = self.usable(among, prompt, &[chosen]).into_iter().filter(|(_, state)| stands_in(state));
-        self.least(others.map(|(at, state)| Ranked::new(at, state, prompt)).collect())
+        self.least(others.map(|(index, state)| Ranked::new(index, state, prompt)).collect())
     }
 
     /// As many alternates as the pool has, those with the fewest tokens first.
@@ -196,7 +196,7 @@ impl Scheduler<'_> {
             ranked.truncate(wanted);
         }
         ranked.sort_unstable_by(Ranked::order);
-        ranked.into_iter().map(|ranked| ranked.at).collect()
+        ranked.into_iter().map(|ranked| ranked.index).collect()
     }
 
     /// A decode endpoint that lacks fewer than `threshold` tokens of the prompt, unless all those are overloaded.
@@ -208,11 +208,11 @@ impl Scheduler<'_> {
         let least = usable.into_iter().map(|(_, state)| decode_load(state)).reduce(f64::min)?;
         let bound = 2.0 * least + AFFINITY_SLACK_TOKENS;
         let holders = self.index.holders(&prompt.hash.blocks, HOLDERS);
-        let cached = holders.into_iter().filter_map(|at| {
-            let state = self.table.get(at).filter(|state| self.is_among(among, state))?;
-            let pick = self.pick(at, prompt);
+        let cached = holders.into_iter().filter_map(|index| {
+            let state = self.table.get(index).filter(|state| self.is_among(among, state))?;
+            let pick = self.pick(index, prompt);
             // The block in which the match ends has the benefit of the doubt: it is 1/32 of the prompt at most.
-            let blocks = self.index.matched(at, &prompt.hash.blocks);
+            let blocks = self.index.matched(index, &prompt.hash.blocks);
             let at_most = prefix_units(blocks.saturating_add(1)) as f64 * prompt.block_tokens;
             let load = decode_load(state);
             let fits = self.is_usable(state) && load <= bound && prompt.tokens - at_most < threshold;
@@ -238,12 +238,12 @@ impl Scheduler<'_> {
     /// costed as holding it all: the session goes before the prefix, until `w` times the prompt's seconds wait there.
     pub(super) fn cost(
         &self,
-        at: EndpointIndex,
+        index: EndpointIndex,
         state: &EndpointState,
         prompt: &Prompt,
         (owner, session): (bool, bool),
     ) -> (Pick, f64) {
-        let pick = self.pick(at, prompt);
+        let pick = self.pick(index, prompt);
         let mut held = pick.matched_tokens;
         if session {
             held = prompt.tokens;
@@ -279,16 +279,16 @@ struct Ranked {
     tie: u64,
     /// Data-parallel rank.
     rank: Option<u32>,
-    at: EndpointIndex,
+    index: EndpointIndex,
 }
 
 impl Ranked {
-    fn new(at: EndpointIndex, state: &EndpointState, prompt: &Prompt) -> Self {
+    fn new(index: EndpointIndex, state: &EndpointState, prompt: &Prompt) -> Self {
         Self {
             tokens: decode_load(state),
             tie: !rendezvous_weight(prompt.key, state.key),
             rank: state.endpoint.rank,
-            at,
+            index,
         }
     }
 
@@ -340,8 +340,8 @@ pub(super) mod tests {
             self.scheduler().decide(&self.candidates, prompt)
         }
 
-        pub(crate) fn busy(&mut self, at: EndpointIndex, seconds: f64) {
-            self.table.get_mut(at).unwrap().prefill.add(0, seconds, NOW, FAR);
+        pub(crate) fn busy(&mut self, index: EndpointIndex, seconds: f64) {
+            self.table.get_mut(index).unwrap().prefill.add(0, seconds, NOW, FAR);
         }
     }
 
@@ -367,11 +367,11 @@ pub(super) mod tests {
     #[test]
     fn a_prompt_goes_where_its_prefix_is() {
         let mut fixture = fixture(4, 1, "");
-        for at in fixture.candidates.prefill.clone() {
-            fixture.index.insert(at, &prompt(1, 20).hash.blocks);
-            assert_eq!(fixture.prefill(&prompt(1, 40)).endpoint, at);
+        for index in fixture.candidates.prefill.clone() {
+            fixture.index.insert(index, &prompt(1, 20).hash.blocks);
+            assert_eq!(fixture.prefill(&prompt(1, 40)).endpoint, index);
             assert_eq!(fixture.prefill(&prompt(1, 40)).matched_tokens, 20.0 * 128.0);
-            fixture.index.remove_endpoint(at);
+            fixture.index.remove_endpoint(index);
         }
     }
 
@@ -405,8 +405,8 @@ pub(super) mod tests {
     fn unknown_prefixes_spread_and_stick() {
         let fixture = fixture(4, 1, "");
         let picks: Vec<_> = (0..400).map(|id| fixture.prefill(&prompt(id, 8)).endpoint).collect();
-        for at in 0..4 {
-            let share = picks.iter().filter(|pick| **pick == at).count();
+        for index in 0..4 {
+            let share = picks.iter().filter(|pick| **pick == index).count();
             assert!((60..140).contains(&share), "{share}");
         }
         assert_eq!(fixture.prefill(&prompt(7, 8)), fixture.prefill(&prompt(7, 8)));
@@ -439,8 +439,8 @@ pub(super) mod tests {
     fn decode_goes_to_the_fewest_assigned_tokens() {
         let mut fixture = fixture(1, 4, "");
         let decode = fixture.candidates.decode.clone();
-        for (at, tokens) in decode.iter().zip([50, 10, 30, 40]) {
-            fixture.table.get_mut(*at).unwrap().decode.add(tokens);
+        for (index, tokens) in decode.iter().zip([50, 10, 30, 40]) {
+            fixture.table.get_mut(*index).unwrap().decode.add(tokens);
         }
         let (pick, alternates) = fixture.scheduler().pick_decode(&decode, &prompt(1, 8), &[]).unwrap();
         assert_eq!((pick.endpoint, alternates), (decode[1], vec![decode[2], decode[3]]));
@@ -494,16 +494,16 @@ pub(super) mod tests {
         let mut fixture = fixture(500, 300, "");
         fixture.index.insert(77, &prompt(1, 20).hash.blocks);
         assert_eq!(fixture.prefill(&prompt(1, 22)).endpoint, 77);
-        for at in 0..500 {
-            if at % 4 != 0 {
-                fixture.busy(at, 5.0);
+        for index in 0..500 {
+            if index % 4 != 0 {
+                fixture.busy(index, 5.0);
             }
         }
         for id in 2..200 {
             assert_eq!(fixture.prefill(&prompt(id, 8)).endpoint % 4, 0);
         }
-        for at in fixture.candidates.decode.clone().into_iter().filter(|at| at % 4 != 0) {
-            fixture.table.get_mut(at).unwrap().decode.add(9);
+        for index in fixture.candidates.decode.clone().into_iter().filter(|index| index % 4 != 0) {
+            fixture.table.get_mut(index).unwrap().decode.add(9);
         }
         let pick = fixture.scheduler().pick_decode(&fixture.candidates.decode, &prompt(1, 8), &[]);
         assert_eq!(pick.unwrap().0.endpoint % 4, 0);
@@ -512,8 +512,8 @@ pub(super) mod tests {
     #[test]
     fn the_last_healthy_endpoint_of_many_is_found() {
         let mut fixture = fixture(500, 1, "");
-        for at in (0..500).filter(|at| *at != 123) {
-            fixture.table.get_mut(at).unwrap().health.failed(NOW);
+        for index in (0..500).filter(|index| *index != 123) {
+            fixture.table.get_mut(index).unwrap().health.failed(NOW);
         }
         assert_eq!(fixture.prefill(&prompt(1, 8)).endpoint, 123);
     }
@@ -525,18 +525,18 @@ pub(super) mod tests {
             held in prop::collection::vec((0_usize..12, 1_u64..30), 0..6),
         ) {
             let mut fixture = fixture(work.len() as u16, 1, "");
-            for (at, seconds) in work.iter().enumerate() {
-                fixture.busy(at as u32, *seconds);
+            for (index, seconds) in work.iter().enumerate() {
+                fixture.busy(index as u32, *seconds);
             }
-            for (at, blocks) in held {
-                fixture.index.insert((at % work.len()) as u32, &prompt(1, blocks).hash.blocks);
+            for (index, blocks) in held {
+                fixture.index.insert((index % work.len()) as u32, &prompt(1, blocks).hash.blocks);
             }
             let prompt = prompt(1, 30);
             let scheduler = fixture.scheduler();
             let among = &fixture.candidates.prefill;
-            let owner = among.iter().copied().max_by_key(|at| rendezvous_weight(prompt.key, fixture.table.get(*at).unwrap().key));
-            let cost = |at: u32| scheduler.cost(at, fixture.table.get(at).unwrap(), &prompt, (owner == Some(at), false)).1;
-            let lowest = among.iter().map(|at| cost(*at)).fold(f64::INFINITY, f64::min);
+            let owner = among.iter().copied().max_by_key(|index| rendezvous_weight(prompt.key, fixture.table.get(*index).unwrap().key));
+            let cost = |index: u32| scheduler.cost(index, fixture.table.get(index).unwrap(), &prompt, (owner == Some(index), false)).1;
+            let lowest = among.iter().map(|index| cost(*index)).fold(f64::INFINITY, f64::min);
             prop_assert_eq!(cost(fixture.prefill(&prompt).endpoint), lowest);
         }
     }

@@ -23,7 +23,7 @@ impl Scheduler<'_> {
     /// The endpoint that served the prompt's session last.
     pub(super) fn session_holder(&self, among: &[EndpointIndex], prompt: &Prompt) -> Option<EndpointIndex> {
         let holders = self.index.holders(prompt.session.as_slice(), HOLDERS);
-        holders.into_iter().find(|at| self.table.get(*at).is_some_and(|state| self.is_among(among, state)))
+        holders.into_iter().find(|index| self.table.get(*index).is_some_and(|state| self.is_among(among, state)))
     }
 
     /// Endpoints that are worth costing, and the one that owns the prompt's key: the least loaded, the owner, and those
@@ -44,20 +44,21 @@ impl Scheduler<'_> {
             false => usable.iter().copied().max_by_key(|(_, state)| weight(state)),
         };
         let mut least: Vec<_> =
-            usable.into_iter().map(|(at, state)| (state.work(self.now), !weight(state), (at, state))).collect();
+            usable.into_iter().map(|(index, state)| (state.work(self.now), !weight(state), (index, state))).collect();
         let order = |a: &(f64, u64, _), b: &(f64, u64, _)| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1));
         if least.len() > LEAST_LOADED {
             least.select_nth_unstable_by(LEAST_LOADED, order);
             least.truncate(LEAST_LOADED);
         }
         let holders = self.index.holders(&prompt.hash.blocks, HOLDERS).into_iter();
-        let holders = holders.chain(self.session_holder(among, prompt)).filter_map(|at| {
-            let state = self.table.get(at)?;
-            let fits = self.is_among(among, state) && !tried.contains(&at) && (!any_healthy || self.is_usable(state));
-            fits.then_some((at, state))
+        let holders = holders.chain(self.session_holder(among, prompt)).filter_map(|index| {
+            let state = self.table.get(index)?;
+            let fits =
+                self.is_among(among, state) && !tried.contains(&index) && (!any_healthy || self.is_usable(state));
+            fits.then_some((index, state))
         });
         let shortlist = least.into_iter().map(|(.., of)| of).chain(owner).chain(holders).collect();
-        (shortlist, owner.map(|(at, _)| at))
+        (shortlist, owner.map(|(index, _)| index))
     }
 
     pub(super) fn is_usable(&self, state: &EndpointState) -> bool {
@@ -66,7 +67,7 @@ impl Scheduler<'_> {
 
     /// Whether candidates, which are in the order of their keys, have this endpoint.
     pub(super) fn is_among(&self, among: &[EndpointIndex], state: &EndpointState) -> bool {
-        among.binary_search_by_key(&Some(state.key), |at| self.table.get(*at).map(|state| state.key)).is_ok()
+        among.binary_search_by_key(&Some(state.key), |index| self.table.get(*index).map(|state| state.key)).is_ok()
     }
 
     /// Endpoints that may be chosen: the healthy ones that were not tried, or all that were not tried if none is. Of many
@@ -87,13 +88,13 @@ impl Scheduler<'_> {
         if !all.is_empty() {
             return all;
         }
-        let untried = among.iter().filter(|at| !tried.contains(at));
-        untried.filter_map(|at| Some((*at, self.table.get(*at)?))).collect()
+        let untried = among.iter().filter(|index| !tried.contains(index));
+        untried.filter_map(|index| Some((*index, self.table.get(*index)?))).collect()
     }
 
     fn healthy(&self, among: &[EndpointIndex], tried: &[EndpointIndex]) -> Vec<(EndpointIndex, &EndpointState)> {
-        let untried = among.iter().filter(|at| !tried.contains(at));
-        let states = untried.filter_map(|at| Some((*at, self.table.get(*at)?)));
+        let untried = among.iter().filter(|index| !tried.contains(index));
+        let states = untried.filter_map(|index| Some((*index, self.table.get(*index)?)));
         states.filter(|(_, state)| self.is_usable(state)).collect()
     }
 
@@ -112,8 +113,8 @@ impl Scheduler<'_> {
 
     /// Endpoints whose keys follow the prompt's, which every worker and replica finds alike.
     fn neighbours(&self, among: &[EndpointIndex], prompt: &Prompt) -> Vec<EndpointIndex> {
-        let key_of = |at: &EndpointIndex| self.table.get(*at).map(|state| state.key);
-        let first = among.partition_point(|at| key_of(at) < Some(prompt.key));
+        let key_of = |index: &EndpointIndex| self.table.get(*index).map(|state| state.key);
+        let first = among.partition_point(|index| key_of(index) < Some(prompt.key));
         among.iter().cycle().skip(first).take(NEIGHBOURS.min(among.len())).copied().collect()
     }
 }

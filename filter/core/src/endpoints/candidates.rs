@@ -141,20 +141,20 @@ impl Candidates {
         !self.decode.is_empty() || !self.whole.is_empty()
     }
 
-    fn push(&mut self, at: EndpointIndex, role: Role, engine: Engine, ready: bool) {
+    fn push(&mut self, index: EndpointIndex, role: Role, engine: Engine, ready: bool) {
         if !ready {
             return;
         }
         match role {
-            Role::Prefill => self.prefill.push(at),
-            Role::Decode => self.decode.push(at),
+            Role::Prefill => self.prefill.push(index),
+            Role::Decode => self.decode.push(index),
             Role::Both => {}
         }
         if role == Role::Both || (role == Role::Decode && engine.decodes_alone()) {
-            self.whole.push(at);
+            self.whole.push(index);
         }
         if role != Role::Decode {
-            self.compute.push(at);
+            self.compute.push(index);
         }
     }
 
@@ -168,8 +168,8 @@ impl Candidates {
 
     /// Leaves out everybody else.
     pub fn retain(&mut self, stays: impl Fn(EndpointIndex) -> bool) {
-        self.sets().into_iter().for_each(|set| set.retain(|at| stays(*at)));
-        self.partners.values_mut().for_each(|set| set.retain(|at| stays(*at)));
+        self.sets().into_iter().for_each(|set| set.retain(|index| stays(*index)));
+        self.partners.values_mut().for_each(|set| set.retain(|index| stays(*index)));
     }
 
     /// Those whose bounds have room for a prompt of this length; of a set where none has, all. Endpoints without bounds
@@ -179,7 +179,7 @@ impl Candidates {
         if !self.has_prompt_bounds {
             return self;
         }
-        let takes = |at: &EndpointIndex| table.get(*at).is_some_and(|state| state.endpoint.takes_prompt(tokens));
+        let takes = |index: &EndpointIndex| table.get(*index).is_some_and(|state| state.endpoint.takes_prompt(tokens));
         let mut rest = Self::clone(&self);
         let keep = |set: &mut Vec<EndpointIndex>| {
             if set.iter().any(takes) {
@@ -209,24 +209,25 @@ fn first_that_generates<'a>(
     let generating = pools.iter().find(|(_, candidates)| candidates.can_generate());
     let (pool, candidates) = generating.or_else(|| pools.iter().next())?;
     let mut candidates = Candidates { pool: (*pool).into(), ..candidates.clone() };
-    let group_of = |at: &EndpointIndex| state_of(*at)?.endpoint.group.as_deref();
+    let group_of = |index: &EndpointIndex| state_of(*index)?.endpoint.group.as_deref();
     let groups: HashSet<&str> = candidates.decode.iter().filter_map(group_of).collect();
-    let is_whole = |at: &EndpointIndex| state_of(*at).is_some_and(|state| state.endpoint.role == Role::Both);
-    let has_partner = |at: &EndpointIndex| is_whole(at) || group_of(at).is_none_or(|group| groups.contains(group));
+    let is_whole = |index: &EndpointIndex| state_of(*index).is_some_and(|state| state.endpoint.role == Role::Both);
+    let has_partner =
+        |index: &EndpointIndex| is_whole(index) || group_of(index).is_none_or(|group| groups.contains(group));
     if !candidates.decode.is_empty() {
         candidates.prefill.retain(has_partner);
         candidates.compute.retain(has_partner);
     }
-    let is_bounded = |at: &EndpointIndex| state_of(*at).is_some_and(|state| state.endpoint.has_prompt_bounds());
+    let is_bounded = |index: &EndpointIndex| state_of(*index).is_some_and(|state| state.endpoint.has_prompt_bounds());
     let has_prompt_bounds = candidates.sets().into_iter().any(|set| set.iter().any(is_bounded));
     candidates.has_prompt_bounds = has_prompt_bounds;
-    for at in &candidates.decode {
-        let Some(partner) = state_of(*at).map(Partner::of) else { continue };
+    for index in &candidates.decode {
+        let Some(partner) = state_of(*index).map(Partner::of) else { continue };
         if partner.group.is_some() {
             let any = Partner { group: None, ..partner };
-            candidates.partners.entry(any).or_default().push(*at);
+            candidates.partners.entry(any).or_default().push(*index);
         }
-        candidates.partners.entry(partner).or_default().push(*at);
+        candidates.partners.entry(partner).or_default().push(*index);
     }
     Some(Arc::new(candidates))
 }
@@ -312,7 +313,7 @@ mod tests {
                 ..endpoint(port, [Role::Prefill, Role::Decode, Role::Both][usize::from(*role)], &[])
             });
             let fixture = Fixture::new(endpoints.collect());
-            let takes = |at: &EndpointIndex| fixture.table.get(*at).unwrap().endpoint.takes_prompt(tokens);
+            let takes = |index: &EndpointIndex| fixture.table.get(*index).unwrap().endpoint.takes_prompt(tokens);
             let before = fixture.table.candidates("m").unwrap();
             let after = Arc::clone(&before).for_prompt(tokens, &fixture.table);
             let (mut before, mut after) = (Candidates::clone(&before), Candidates::clone(&after));

@@ -61,7 +61,7 @@ pub enum Applied {
 
 impl Table {
     /// Applies a [validated](Snapshot::validate) snapshot. Endpoints that did not change keep their state.
-    pub fn apply(&mut self, snapshot: &Snapshot, config: &Config, index: &mut PrefixIndex) -> Applied {
+    pub fn apply(&mut self, snapshot: &Snapshot, config: &Config, prefixes: &mut PrefixIndex) -> Applied {
         let same_epoch = snapshot.epoch == self.epoch;
         match snapshot.base {
             None if same_epoch && snapshot.version == self.version => return Applied::Unchanged,
@@ -70,19 +70,19 @@ impl Table {
                 let listed: HashSet<EndpointId> = snapshot.endpoints.iter().map(Endpoint::id).collect();
                 let gone: Vec<EndpointId> = self.by_id.keys().filter(|id| !listed.contains(*id)).copied().collect();
                 for id in gone {
-                    self.remove(id, index);
+                    self.remove(id, prefixes);
                 }
             }
             Some(_) if same_epoch && snapshot.version <= self.version => return Applied::Unchanged,
             Some(base) if !same_epoch || base != self.version => return Applied::OutOfStep,
             Some(_) => {
                 for id in snapshot.removed.iter().filter_map(|id| id.parse().ok()) {
-                    self.remove(id, index);
+                    self.remove(id, prefixes);
                 }
             }
         }
         for endpoint in &snapshot.endpoints {
-            self.upsert(endpoint, config, index);
+            self.upsert(endpoint, config, prefixes);
         }
         self.epoch.clone_from(&snapshot.epoch);
         self.version = snapshot.version;
@@ -198,8 +198,8 @@ impl Table {
     /// The endpoint with this [`EndpointState::key`].
     #[must_use]
     pub(crate) fn index_of_key(&self, key: u64) -> Option<EndpointIndex> {
-        let at = self.by_key.partition_point(|(other, _)| *other < key);
-        self.by_key.get(at).filter(|(found, _)| *found == key).map(|(_, index)| *index)
+        let position = self.by_key.partition_point(|(other, _)| *other < key);
+        self.by_key.get(position).filter(|(found, _)| *found == key).map(|(_, index)| *index)
     }
 
     /// The endpoint with this [`EndpointState::key`].
@@ -258,8 +258,8 @@ impl Table {
         let Some(state) = self.get(reference.index).filter(|state| state.generation == reference.generation) else {
             return;
         };
-        let (at, weight) = (state.fit, state.endpoint.weight);
-        let Some((_, fit)) = self.fits.get_mut(at) else { return };
+        let (fit_index, weight) = (state.fit, state.endpoint.weight);
+        let Some((_, fit)) = self.fits.get_mut(fit_index) else { return };
         let n = usage.map_or(tokens, |usage| usage.prompt_tokens as f64);
         if usage.is_some() {
             fit.saw_text(bytes, n);
@@ -273,12 +273,12 @@ impl Table {
     }
 
     /// Fits caches to the bytes per token that were learnt since they were [last](Self::apply) measured.
-    pub fn resize_caches(&self, config: &Config, index: &mut PrefixIndex) {
-        for (at, state) in self.iter() {
+    pub fn resize_caches(&self, config: &Config, prefixes: &mut PrefixIndex) {
+        for (index, state) in self.iter() {
             let units = self.cache_units(state, config);
             // Small changes would only drop what is still there.
-            if index.capacity(at).abs_diff(units) > units / 16 {
-                index.set_capacity(at, units);
+            if prefixes.capacity(index).abs_diff(units) > units / 16 {
+                prefixes.set_capacity(index, units);
             }
         }
     }
@@ -294,7 +294,7 @@ impl Table {
     /// Place of a pool's fit.
     fn fit_of(&mut self, name: &str, pool: &Pool) -> usize {
         match self.fits.iter().position(|(known, _)| known == name) {
-            Some(at) => at,
+            Some(index) => index,
             None => {
                 self.fits.push((name.to_owned(), FittedCost::new(pool)));
                 self.fits.len().saturating_sub(1)
@@ -310,15 +310,15 @@ impl Table {
         }
     }
 
-    fn upsert(&mut self, endpoint: &Endpoint, config: &Config, index: &mut PrefixIndex) {
+    fn upsert(&mut self, endpoint: &Endpoint, config: &Config, prefixes: &mut PrefixIndex) {
         let pool = config.pool(&endpoint.pool);
         let fit = self.fit_of(&endpoint.pool, pool);
         let engine = endpoint.engine.unwrap_or(pool.engine);
         let bootstrap_port = endpoint.bootstrap_port.unwrap_or(pool.bootstrap_port);
         let bootstrap = SocketAddr::new(endpoint.address.ip(), bootstrap_port);
-        let at = match self.by_id.get(&endpoint.id()).copied() {
-            Some(at) => {
-                if let Some(state) = self.get_mut(at) {
+        let index = match self.by_id.get(&endpoint.id()).copied() {
+            Some(index) => {
+                if let Some(state) = self.get_mut(index) {
                     state.endpoint.clone_from(endpoint);
                     if (state.engine, state.bootstrap) != (engine, bootstrap) {
                         state.engine_id = None;
@@ -327,17 +327,17 @@ impl Table {
                     state.bootstrap = bootstrap;
                     state.fit = fit;
                 }
-                at
+                index
             }
             None => {
                 let next = EndpointIndex::try_from(self.states.len());
-                let Some(at) = self.free.pop().or(next.ok()) else { return };
-                if at as usize == self.states.len() {
+                let Some(index) = self.free.pop().or(next.ok()) else { return };
+                if index as usize == self.states.len() {
                     self.states.push(None);
                 }
                 self.generation = self.generation.wrapping_add(1);
                 let key = xxhash_rust::xxh3::xxh3_64(endpoint.id().to_string().as_bytes());
-                self.by_key.push((key, at));
+                self.by_key.push((key, index));
                 let state = EndpointState {
                     endpoint: endpoint.clone(),
                     address: endpoint.address.to_string().into(),
@@ -354,25 +354,25 @@ impl Table {
                     generation: self.generation,
                     fit,
                 };
-                if let Some(place) = self.states.get_mut(at as usize) {
+                if let Some(place) = self.states.get_mut(index as usize) {
                     *place = Some(state);
                 }
-                self.by_id.insert(endpoint.id(), at);
-                at
+                self.by_id.insert(endpoint.id(), index);
+                index
             }
         };
-        if let Some(state) = self.get(at) {
-            index.set_capacity(at, self.cache_units(state, config));
+        if let Some(state) = self.get(index) {
+            prefixes.set_capacity(index, self.cache_units(state, config));
         }
     }
 
-    fn remove(&mut self, id: EndpointId, index: &mut PrefixIndex) {
-        let Some(at) = self.by_id.remove(&id) else { return };
-        if let Some(state) = self.states.get_mut(at as usize) {
+    fn remove(&mut self, id: EndpointId, prefixes: &mut PrefixIndex) {
+        let Some(index) = self.by_id.remove(&id) else { return };
+        if let Some(state) = self.states.get_mut(index as usize) {
             *state = None;
-            self.free.push(at);
+            self.free.push(index);
         }
-        index.remove_endpoint(at);
+        prefixes.remove_endpoint(index);
     }
 
     /// Sorts the endpoints and makes the sets of candidates from them.
@@ -425,7 +425,7 @@ pub(super) mod tests {
 
         pub(crate) fn ports(&self, indexes: &[EndpointIndex]) -> Vec<u16> {
             let mut ports: Vec<u16> =
-                indexes.iter().map(|at| self.table.get(*at).unwrap().endpoint.address.port()).collect();
+                indexes.iter().map(|index| self.table.get(*index).unwrap().endpoint.address.port()).collect();
             ports.sort_unstable();
             ports
         }
@@ -445,7 +445,7 @@ pub(super) mod tests {
         fixture.apply(&change(3, &[], vec![9, 60, 61]));
         for model in ["m", "other"] {
             let candidates = fixture.table.candidates(model).unwrap();
-            let key = |at: &EndpointIndex| fixture.table.get(*at).unwrap().key;
+            let key = |index: &EndpointIndex| fixture.table.get(*index).unwrap().key;
             assert!(candidates.whole.is_sorted_by_key(key));
             let mut all = candidates.whole.clone();
             all.dedup();
@@ -467,16 +467,16 @@ pub(super) mod tests {
     fn endpoints_that_stay_keep_their_state() {
         let (a, b) = (endpoint(1, Role::Both, &[]), endpoint(2, Role::Both, &[]));
         let mut fixture = Fixture::new(vec![a.clone(), b.clone()]);
-        let at = fixture.table.find(a.id()).unwrap();
-        fixture.table.get_mut(at).unwrap().decode.add(7);
-        fixture.index.insert(at, &[BlockHash(1)]);
-        let kept = fixture.table.refer(at).unwrap();
+        let index = fixture.table.find(a.id()).unwrap();
+        fixture.table.get_mut(index).unwrap().decode.add(7);
+        fixture.index.insert(index, &[BlockHash(1)]);
+        let kept = fixture.table.refer(index).unwrap();
         let left = fixture.table.refer(fixture.table.find(b.id()).unwrap()).unwrap();
         let c = endpoint(3, Role::Both, &[]);
         assert_eq!(fixture.apply(&whole(2, vec![c.clone(), Endpoint { weight: 2.0, ..a.clone() }])), Applied::Changed);
         assert_eq!(fixture.table.resolve(kept).unwrap().decode.tokens, 7);
         assert_eq!(fixture.table.resolve(kept).unwrap().endpoint.weight, 2.0);
-        assert_eq!(fixture.index.matched(at, &[BlockHash(1)]), 1);
+        assert_eq!(fixture.index.matched(index, &[BlockHash(1)]), 1);
         assert!(fixture.table.resolve(left).is_none(), "its place was taken by another endpoint");
         assert_eq!(fixture.table.len(), 2);
     }

@@ -37,15 +37,16 @@ impl Gateway {
         Self { worker, exchange, question: None }
     }
 
-    fn at(&self, place: usize) -> EndpointRef {
-        let mut all: Vec<_> = self.worker.state.table.iter().map(|(at, state)| (state.address.clone(), at)).collect();
+    fn endpoint(&self, place: usize) -> EndpointRef {
+        let mut all: Vec<_> =
+            self.worker.state.table.iter().map(|(endpoint, state)| (state.address.clone(), endpoint)).collect();
         all.sort();
         self.worker.state.table.refer(all[place % all.len()].1).unwrap()
     }
 
     /// What is in flight at a place, from everywhere.
     fn view(&self, place: usize, now: Duration) -> (u64, u64) {
-        let state = self.worker.state.table.get(self.at(place).index).unwrap();
+        let state = self.worker.state.table.get(self.endpoint(place).index).unwrap();
         ((state.work(now) * 1e6).round() as u64, state.decode_tokens())
     }
 
@@ -97,7 +98,7 @@ fn a_decision_is_known_elsewhere_after_two_ticks() {
     let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
     let mut gateways = fleet(3, &mut hub, &mut now);
     assert!(gateways.iter().all(|of| of.worker.state.table.fleet == Fleet { gateways: 3, exchanging: 3 }));
-    let (prefill, decode) = (gateways[0].at(0), gateways[0].at(2));
+    let (prefill, decode) = (gateways[0].endpoint(0), gateways[0].endpoint(2));
     gateways[0].worker.prefill_started(prefill, 7, 5.0, now, FAR);
     gateways[0].worker.decode_started(decode, 1_000);
     gateways[0].worker.holds(prefill, &blocks(1, 12));
@@ -106,7 +107,7 @@ fn a_decision_is_known_elsewhere_after_two_ticks() {
         let (work, tokens) = other.view(0, now);
         assert!((4_800_000..=5_000_000).contains(&work) && tokens == 0, "{work} {tokens}");
         assert_eq!(other.view(2, now).1, 1_000);
-        assert_eq!(other.worker.state.index.matched(other.at(0).index, &blocks(1, 12)), 12);
+        assert_eq!(other.worker.state.index.matched(other.endpoint(0).index, &blocks(1, 12)), 12);
     }
     gateways[0].worker.prefill_ended(prefill, 7, now);
     gateways[0].worker.decode_ended(decode, 1_000);
@@ -132,7 +133,7 @@ fn the_same_is_told_in_the_same_order() {
 fn a_leg_behind_work_from_elsewhere_makes_no_progress_until_that_is_over() {
     let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
     let mut gateways = fleet(2, &mut hub, &mut now);
-    let prefill = gateways[0].at(0);
+    let prefill = gateways[0].endpoint(0);
     gateways[0].worker.prefill_started(prefill, 1, 2.0, now, FAR);
     settle(&mut gateways, &mut hub, &mut now, 2);
     gateways[1].worker.prefill_started(prefill, 2, 1.0, now, FAR);
@@ -148,7 +149,7 @@ fn a_leg_behind_work_from_elsewhere_makes_no_progress_until_that_is_over() {
 fn without_pd_control_an_envoy_has_its_own_view_and_hears_all_again_later() {
     let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
     let mut gateways = fleet(2, &mut hub, &mut now);
-    let decode = gateways[0].at(2);
+    let decode = gateways[0].endpoint(2);
     gateways[0].worker.decode_started(decode, 500);
     settle(&mut gateways, &mut hub, &mut now, 3);
     assert_eq!(gateways[1].view(2, now).1, 500);
@@ -160,7 +161,7 @@ fn without_pd_control_an_envoy_has_its_own_view_and_hears_all_again_later() {
     assert_eq!(gateways[1].worker.state.table.fleet, Fleet { gateways: 2, exchanging: 1 });
     assert!((gateways[1].worker.state.table.fleet.unheard() - 1.0).abs() < 1e-9);
     // Another one in its place, which knows nothing; what happened meanwhile is told to it in full.
-    let prefill = gateways[0].at(1);
+    let prefill = gateways[0].endpoint(1);
     gateways[0].worker.holds(prefill, &blocks(5, 9));
     let mut hub = Hub::new(10);
     settle(&mut gateways, &mut hub, &mut now, 45);
@@ -173,7 +174,7 @@ fn without_pd_control_an_envoy_has_its_own_view_and_hears_all_again_later() {
 fn an_envoy_that_is_gone_is_out_of_the_others_views() {
     let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
     let mut gateways = fleet(3, &mut hub, &mut now);
-    let decode = gateways[2].at(2);
+    let decode = gateways[2].endpoint(2);
     gateways[2].worker.decode_started(decode, 500);
     settle(&mut gateways, &mut hub, &mut now, 3);
     gateways.truncate(2);
@@ -186,7 +187,7 @@ fn an_envoy_that_is_gone_is_out_of_the_others_views() {
 fn a_new_voice_of_an_envoy_takes_the_old_ones_place_at_once() {
     let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
     let mut gateways = fleet(2, &mut hub, &mut now);
-    let decode = gateways[0].at(2);
+    let decode = gateways[0].endpoint(2);
     gateways[0].worker.decode_started(decode, 500);
     settle(&mut gateways, &mut hub, &mut now, 3);
     let first = &mut gateways[0];
@@ -222,8 +223,8 @@ fn hubs_pass_on_what_they_heard_and_one_that_restarts_catches_up() {
     let mut run = |hubs: &mut [Hub; 2], gateways: &mut [Gateway; 2], ticks: u32| {
         for _ in 0..ticks {
             now += TICK;
-            for (at, gateway) in gateways.iter_mut().enumerate() {
-                gateway.tick(Some(&mut hubs[at]), now);
+            for (index, gateway) in gateways.iter_mut().enumerate() {
+                gateway.tick(Some(&mut hubs[index]), now);
             }
             for from in 0..2 {
                 for told in hubs[from].relay(&have[from], now) {
@@ -236,7 +237,7 @@ fn hubs_pass_on_what_they_heard_and_one_that_restarts_catches_up() {
         now
     };
     run(&mut hubs, &mut gateways, 45);
-    let (prefill, decode) = (gateways[0].at(0), gateways[0].at(2));
+    let (prefill, decode) = (gateways[0].endpoint(0), gateways[0].endpoint(2));
     gateways[0].worker.holds(prefill, &blocks(3, 20));
     gateways[0].worker.decode_started(decode, 40);
     let now = run(&mut hubs, &mut gateways, 4);
@@ -256,7 +257,8 @@ fn however_much_gateways_told_a_hub_passes_it_on_in_messages_that_are_taken() {
     let now = Duration::from_secs(1);
     let (mut full, mut empty) = (Hub::new(8), Hub::new(9));
     for id in 1..=40 {
-        let blocks: Vec<_> = (0..20).flat_map(|at| block_event(at, &blocks(id, 1_000)).into_vec()).collect();
+        let blocks: Vec<_> =
+            (0..20).flat_map(|endpoint| block_event(endpoint, &blocks(id, 1_000)).into_vec()).collect();
         let report = vec![b'x'; MAX_REPORT_BYTES];
         let record = Record { gateway: id, turn: 1, blocks, report, ..Record::default() };
         full.take(&Told { from: id, records: vec![record], ..Told::default() }, now);
@@ -307,19 +309,19 @@ proptest! {
         for step in steps {
             match step {
                 Step::Start { gateway, place, tokens } => {
-                    let at = gateways[gateway].at(place);
-                    gateways[gateway].worker.decode_started(at, tokens);
+                    let endpoint = gateways[gateway].endpoint(place);
+                    gateways[gateway].worker.decode_started(endpoint, tokens);
                     running.push((gateway, place, tokens));
                 }
                 Step::End { number } if !running.is_empty() => {
                     let (gateway, place, tokens) = running.swap_remove(number % running.len());
-                    let at = gateways[gateway].at(place);
-                    gateways[gateway].worker.decode_ended(at, tokens);
+                    let endpoint = gateways[gateway].endpoint(place);
+                    gateways[gateway].worker.decode_ended(endpoint, tokens);
                 }
                 Step::End { .. } => {}
                 Step::Holds { gateway, place, prompt } => {
-                    let at = gateways[gateway].at(place);
-                    gateways[gateway].worker.holds(at, &blocks(prompt, 9));
+                    let endpoint = gateways[gateway].endpoint(place);
+                    gateways[gateway].worker.holds(endpoint, &blocks(prompt, 9));
                 }
                 Step::Tick { gateway, is_lost } => {
                     now += TICK;
@@ -344,7 +346,7 @@ proptest! {
         }
         for prompt in 0..20 {
             for place in 0..3 {
-                let held: Vec<_> = gateways.iter().map(|of| of.worker.state.index.matched(of.at(place).index, &blocks(prompt, 9))).collect();
+                let held: Vec<_> = gateways.iter().map(|of| of.worker.state.index.matched(of.endpoint(place).index, &blocks(prompt, 9))).collect();
                 prop_assert!(held.iter().all(|of| *of == held[0]), "{prompt} at {place}: {held:?}");
             }
         }

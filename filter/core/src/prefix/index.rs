@@ -235,8 +235,8 @@ impl PrefixIndex {
         self.requests = self.requests.wrapping_add(1);
         let now = self.requests;
         for hash in blocks {
-            let at = self.find(*hash).unwrap_or(NIL);
-            let Some(block) = self.blocks.get_mut(at as usize) else { return Some(*hash) };
+            let number = self.find(*hash).unwrap_or(NIL);
+            let Some(block) = self.blocks.get_mut(number as usize) else { return Some(*hash) };
             let age = now.wrapping_sub(block.seen_at) as f32;
             block.seen = block.seen * (-age / SHARE_WINDOW).exp() + 1.0;
             block.seen_at = now;
@@ -255,7 +255,7 @@ impl PrefixIndex {
         if block.others == 0 {
             return None;
         }
-        let is_pair = |at: &u32| self.pair(*at) == Some((hash, endpoint));
+        let is_pair = |number: &u32| self.pair(*number) == Some((hash, endpoint));
         self.others.find(pair_hash(hash, endpoint), is_pair).copied()
     }
 
@@ -270,54 +270,58 @@ impl PrefixIndex {
     }
 
     fn find(&self, hash: BlockHash) -> Option<u32> {
-        let is_it = |at: &u32| self.blocks.get(*at as usize).is_some_and(|block| block.hash == hash);
+        let is_it = |number: &u32| self.blocks.get(*number as usize).is_some_and(|block| block.hash == hash);
         self.by_hash.find(hash.0, is_it).copied()
     }
 
     /// The number of a block that is known or, from now on, is.
     fn find_or_add(&mut self, hash: BlockHash) -> Option<u32> {
-        if let Some(at) = self.find(hash) {
-            return Some(at);
+        if let Some(number) = self.find(hash) {
+            return Some(number);
         }
         let block = Block { hash, recent: [NOBODY; RECENT_HOLDERS], others: 0, seen: 1.0, seen_at: self.requests };
-        let at = put(&mut self.blocks, &mut self.free_blocks, block)?;
+        let number = put(&mut self.blocks, &mut self.free_blocks, block)?;
         let blocks = &self.blocks;
-        self.by_hash.insert_unique(hash.0, at, |at| blocks.get(*at as usize).map_or(0, |block| block.hash.0));
-        Some(at)
+        self.by_hash
+            .insert_unique(hash.0, number, |number| blocks.get(*number as usize).map_or(0, |block| block.hash.0));
+        Some(number)
     }
 
     fn add_node(&mut self, hash: BlockHash, endpoint: EndpointIndex, units: usize) -> Option<u32> {
         let units = u32::try_from(units).unwrap_or(u32::MAX);
         let number = self.find_or_add(hash)?;
-        let at = self.lru.add(number, endpoint, units)?;
+        let number = self.lru.add(number, endpoint, units)?;
         let block = self.blocks.get_mut(number as usize)?;
-        let places =
-            block.recent.iter().position(|holder| *holder == NOBODY).map_or(RECENT_HOLDERS, |at| at.wrapping_add(1));
+        let places = block
+            .recent
+            .iter()
+            .position(|holder| *holder == NOBODY)
+            .map_or(RECENT_HOLDERS, |number| number.wrapping_add(1));
         if let Some(places) = block.recent.get_mut(..places) {
             places.rotate_right(1);
         }
-        let named = Holder { endpoint, node: at };
+        let named = Holder { endpoint, node: number };
         let pushed_out = block.recent.first_mut().map_or(named, |newest| core::mem::replace(newest, named));
         if pushed_out != NOBODY {
             block.others = block.others.saturating_add(1);
             let (lru, blocks) = (&self.lru, &self.blocks);
-            self.others.insert_unique(pair_hash(hash, pushed_out.endpoint), pushed_out.node, |at| {
-                let node = lru.get(*at);
+            self.others.insert_unique(pair_hash(hash, pushed_out.endpoint), pushed_out.node, |number| {
+                let node = lru.get(*number);
                 let block = node.and_then(|node| blocks.get(node.block as usize));
                 node.zip(block).map_or(0, |(node, block)| pair_hash(block.hash, node.endpoint))
             });
         }
-        Some(at)
+        Some(number)
     }
 
     fn drop_oldest(&mut self, endpoint: EndpointIndex) {
-        let Some(at) = self.lru.list(endpoint).map(|list| list.oldest) else { return };
-        let Some(node) = self.lru.remove(at) else { return };
+        let Some(number) = self.lru.list(endpoint).map(|list| list.oldest) else { return };
+        let Some(node) = self.lru.remove(number) else { return };
         let Some(block) = self.blocks.get_mut(node.block as usize) else { return };
         let hash = block.hash;
-        if let Some(holder) = block.recent.iter_mut().find(|holder| holder.node == at) {
+        if let Some(holder) = block.recent.iter_mut().find(|holder| holder.node == number) {
             *holder = NOBODY;
-        } else if let Ok(other) = self.others.find_entry(pair_hash(hash, endpoint), |other| *other == at) {
+        } else if let Ok(other) = self.others.find_entry(pair_hash(hash, endpoint), |other| *other == number) {
             other.remove();
             block.others = block.others.saturating_sub(1);
         }
@@ -441,7 +445,7 @@ mod tests {
         for endpoint in 0..4 {
             index.set_capacity(endpoint, 1_000_000);
         }
-        let held = |index: &PrefixIndex| [0, 1, 2, 3].map(|at| index.lru.list(at).unwrap().nodes);
+        let held = |index: &PrefixIndex| [0, 1, 2, 3].map(|number| index.lru.list(number).unwrap().nodes);
         for id in 0..9 {
             index.insert(0, &chain(id, 10));
         }
@@ -475,8 +479,8 @@ mod tests {
         fn insert(&mut self, endpoint: u32, blocks: &[BlockHash], capacity: usize) {
             let queue = self.0.entry(endpoint).or_default();
             for block in blocks.iter().take(capacity).rev() {
-                if let Some(at) = queue.iter().position(|held| held == block) {
-                    queue.remove(at);
+                if let Some(number) = queue.iter().position(|held| held == block) {
+                    queue.remove(number);
                 } else if queue.len() >= capacity {
                     queue.pop_front();
                 }

@@ -107,7 +107,7 @@ impl Lru {
     pub(super) fn next_over(&mut self, room: usize) -> Option<EndpointIndex> {
         let lists = self.lists.len();
         let places = (1..=lists).filter_map(|step| self.cursor.saturating_add(step).checked_rem(lists));
-        let over = places.into_iter().find(|at| self.lists.get(*at).is_some_and(|list| list.nodes > room))?;
+        let over = places.into_iter().find(|number| self.lists.get(*number).is_some_and(|list| list.nodes > room))?;
         self.cursor = over;
         EndpointIndex::try_from(over).ok()
     }
@@ -117,8 +117,8 @@ impl Lru {
     }
 
     /// Takes a node out of its list; it keeps its place.
-    pub(super) fn unlink(&mut self, at: u32) {
-        let Some(node) = self.nodes.get(at as usize).copied() else { return };
+    pub(super) fn unlink(&mut self, number: u32) {
+        let Some(node) = self.nodes.get(number as usize).copied() else { return };
         if let Some(newer) = self.nodes.get_mut(node.newer as usize) {
             newer.older = node.older;
         }
@@ -126,10 +126,10 @@ impl Lru {
             older.newer = node.newer;
         }
         if let Some(list) = self.lists.get_mut(node.endpoint as usize) {
-            if list.newest == at {
+            if list.newest == number {
                 list.newest = node.older;
             }
-            if list.oldest == at {
+            if list.oldest == number {
                 list.oldest = node.newer;
             }
             list.nodes = list.nodes.saturating_sub(1);
@@ -138,36 +138,36 @@ impl Lru {
     }
 
     /// Puts a node that is in no list at the front of its endpoint's list.
-    pub(super) fn link_newest(&mut self, at: u32) {
-        let Some(Node { endpoint, units, .. }) = self.nodes.get(at as usize).copied() else { return };
+    pub(super) fn link_newest(&mut self, number: u32) {
+        let Some(Node { endpoint, units, .. }) = self.nodes.get(number as usize).copied() else { return };
         let Some(list) = self.lists.get_mut(endpoint as usize) else { return };
         list.touches = list.touches.wrapping_add(1);
         let second = list.newest;
-        list.newest = at;
+        list.newest = number;
         if list.oldest == NIL {
-            list.oldest = at;
+            list.oldest = number;
         }
         list.nodes = list.nodes.saturating_add(1);
         list.units = list.units.saturating_add(units as usize);
-        if let Some(node) = self.nodes.get_mut(at as usize) {
+        if let Some(node) = self.nodes.get_mut(number as usize) {
             node.newer = NIL;
             node.older = second;
         }
         if let Some(node) = self.nodes.get_mut(second as usize) {
-            node.newer = at;
+            node.newer = number;
         }
     }
 }
 
 /// Puts something where something else went, or at the end; returns where it is.
 pub(super) fn put<T>(all: &mut Vec<T>, free: &mut Vec<u32>, new: T) -> Option<u32> {
-    let Some(at) = free.pop() else {
-        let at = u32::try_from(all.len()).ok()?;
+    let Some(number) = free.pop() else {
+        let number = u32::try_from(all.len()).ok()?;
         all.push(new);
-        return Some(at);
+        return Some(number);
     };
-    *all.get_mut(at as usize)? = new;
-    Some(at)
+    *all.get_mut(number as usize)? = new;
+    Some(number)
 }
 
 #[cfg(test)]

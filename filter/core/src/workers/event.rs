@@ -59,20 +59,20 @@ impl<'a> Event<'a> {
             Self::BusyElsewhere { by } => state.table.busy_elsewhere(key, by),
             Self::FleetIs { fleet } => state.table.fleet = fleet,
             _ => {
-                if let Some(at) = state.table.index_of_key(key) {
-                    self.apply_at(at, state);
+                if let Some(index) = state.table.index_of_key(key) {
+                    self.apply_at(index, state);
                 }
             }
         }
     }
 
     /// Does to a worker's table and index what the event says of the endpoint at a place.
-    pub(crate) fn apply_at(&self, at: EndpointIndex, state: &mut State) {
+    pub(crate) fn apply_at(&self, index: EndpointIndex, state: &mut State) {
         if let Self::Holds { blocks } | Self::HoldsByOthers { blocks } = self {
-            state.index.insert(at, blocks);
+            state.index.insert(index, blocks);
             return;
         }
-        let Some(endpoint_state) = state.table.get_mut(at) else { return };
+        let Some(endpoint_state) = state.table.get_mut(index) else { return };
         match *self {
             Self::PrefillStarted { leg, seconds, at, expires } => {
                 endpoint_state.prefill.add_behind(endpoint_state.elsewhere_seconds(), leg, seconds, at, expires);

@@ -36,9 +36,9 @@ impl Inheritance {
     /// Writes down what one endpoint after the other holds. One worker of an Envoy does it.
     pub(super) fn save(&mut self, worker: &Worker, shared: &impl Shared) {
         let places = worker.state.table.places();
-        let at = self.next_saved.checked_rem(places).unwrap_or(0);
-        self.next_saved = at.wrapping_add(1);
-        let Ok(index) = u32::try_from(at) else { return };
+        let place = self.next_saved.checked_rem(places).unwrap_or(0);
+        self.next_saved = place.wrapping_add(1);
+        let Ok(index) = u32::try_from(place) else { return };
         // An empty place is written too: what stood there before is nobody's any more.
         let key = worker.state.table.get(index).map_or(0, |state| state.key);
         let looks = (key, worker.state.index.touches(index));
@@ -51,7 +51,7 @@ impl Inheritance {
             out.word(hash.0);
             out.word(units as u64);
         }
-        shared.set(&index_key(at), &out.0, None);
+        shared.set(&index_key(place), &out.0, None);
     }
 
     /// A worker that begins takes over what the ones before it knew of its endpoints.
@@ -61,13 +61,13 @@ impl Inheritance {
         if !is_young || !worker.state.table.iter().any(|(_, state)| is_new(&state.key)) {
             return;
         }
-        let (mut at, mut places) = (0, 1);
-        while at < places {
-            let Some((bytes, _)) = shared.get(&index_key(at)) else { break };
+        let (mut place, mut places) = (0, 1);
+        while place < places {
+            let Some((bytes, _)) = shared.get(&index_key(place)) else { break };
             let mut rest = Reader(&bytes);
             let (epoch, key, count) = (rest.word(), rest.word(), rest.word());
             places = count.and_then(|count| usize::try_from(count).ok()).unwrap_or(0);
-            at = at.wrapping_add(1);
+            place = place.wrapping_add(1);
             let Some((index, key)) = key.and_then(|key| Some((worker.state.table.index_of_key(key)?, key))) else {
                 continue;
             };

@@ -201,31 +201,31 @@ impl WorkersLog {
         for _ in 0..8 {
             let (mut seats, version) = seats(shared);
             let mine = |seat: &Seat| seat.worker_id == self.worker_id;
-            let held = self.seat.filter(|at| seats.get(*at).is_some_and(mine));
-            let Some(at) = held.or_else(|| seats.iter().position(|seat| !seat.is_taken(now))) else {
+            let held = self.seat.filter(|index| seats.get(*index).is_some_and(mine));
+            let Some(index) = held.or_else(|| seats.iter().position(|seat| !seat.is_taken(now))) else {
                 self.seat = None;
                 self.renewed = now;
                 return;
             };
-            if let Some(seat) = seats.get_mut(at) {
+            if let Some(seat) = seats.get_mut(index) {
                 *seat = Seat { worker_id: self.worker_id, renewed: now };
             }
             if !shared.set(SEATS_KEY, &to_bytes(&seats), Some(version)) {
                 continue;
             }
             if held.is_none() || self.open.is_empty() {
-                self.seat = Some(at);
+                self.seat = Some(index);
                 self.renewed = now;
                 // Beyond what the seat's last worker wrote.
-                self.begin_segment(at, shared.position(at).wrapping_shr(16).wrapping_add(1));
+                self.begin_segment(index, shared.position(index).wrapping_shr(16).wrapping_add(1));
                 // What is not told yet is in the ledger as well: the ledger must be of a position behind it.
-                self.write_untold(worker, shared, at);
+                self.write_untold(worker, shared, index);
                 worker.log.is_ledger_new = true;
                 self.save_ledger(worker, shared);
                 let mut who = Writer::default();
                 who.word(self.worker_id);
                 self.who.write(&mut who);
-                shared.set(&who_key(at), &who.0, None);
+                shared.set(&who_key(index), &who.0, None);
                 shared.announce();
             }
             self.renewed = now;
@@ -242,11 +242,11 @@ impl WorkersLog {
         for gone in self.peers.extract_if(.., |peer| !is_here(peer)) {
             gone.ledger.retract(&mut worker.state, now);
         }
-        for (at, seat) in seats.iter().enumerate() {
-            let is_known = self.peers.iter().any(|peer| peer.seat == at);
+        for (index, seat) in seats.iter().enumerate() {
+            let is_known = self.peers.iter().any(|peer| peer.seat == index);
             if seat.is_taken(now) && seat.worker_id != self.worker_id && !is_known {
                 let mut peer = Peer {
-                    seat: at,
+                    seat: index,
                     worker_id: seat.worker_id,
                     position: 0,
                     ledger: WorkerLedger::default(),

@@ -64,7 +64,7 @@ pub struct Push {
     /// Announcements seen; `None` before the first look.
     seen: Option<u64>,
     /// List that the last answer brought: what the next poll asks to be told changes of.
-    at: (String, u64),
+    list: (String, u64),
     polling: bool,
     holds_lease: bool,
     failures: u32,
@@ -98,8 +98,8 @@ impl Push {
             return None;
         }
         self.seen = Some(announced);
-        let (list, _) = shared.get(LIST_KEY)?;
-        match worker.apply(&list) {
+        let (listed, _) = shared.get(LIST_KEY)?;
+        match worker.apply(&listed) {
             Ok(Applied::Changed) => Some(News::Applied),
             Ok(_) => None,
             Err(error) => Some(News::Refused(error)),
@@ -168,7 +168,7 @@ impl Push {
         match applied {
             Ok(Applied::Changed) => {
                 let (epoch, version) = worker.state.table.version();
-                self.at = (epoch.to_owned(), version);
+                self.list = (epoch.to_owned(), version);
                 shared.set(LIST_KEY, &worker.state.table.snapshot().to_json(), None);
                 shared.announce();
                 self.seen = Some(shared.announced());
@@ -176,17 +176,17 @@ impl Push {
             }
             Ok(Applied::Empty) => {
                 // Asking again from the same place would be answered at once, and again.
-                self.at = Snapshot::parse(body).map(|empty| (empty.epoch, empty.version)).unwrap_or_default();
+                self.list = Snapshot::parse(body).map(|empty| (empty.epoch, empty.version)).unwrap_or_default();
                 Some(News::Empty)
             }
             Ok(Applied::OutOfStep) => {
-                self.at = Default::default();
+                self.list = Default::default();
                 self.next_poll = now.saturating_add(FIRST_PAUSE);
                 found
             }
             Ok(Applied::Unchanged) => {
                 let (epoch, version) = worker.state.table.version();
-                self.at = (epoch.to_owned(), version);
+                self.list = (epoch.to_owned(), version);
                 self.next_poll = now.saturating_add(FIRST_PAUSE);
                 found
             }
@@ -212,7 +212,7 @@ impl Push {
     fn next_poll(&mut self, now: Duration) -> Option<Poll> {
         let control = self.control.as_ref().filter(|_| self.holds_lease && !self.polling && now >= self.next_poll)?;
         self.polling = true;
-        let (epoch, version) = &self.at;
+        let (epoch, version) = &self.list;
         // What else an epoch may hold would need escapes; without it the answer is the whole list.
         let plain = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
         let epoch: String = epoch.chars().filter(plain).collect();
@@ -261,7 +261,8 @@ impl Lease {
     }
 
     fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let word = |at: usize| Some(u64::from_le_bytes(bytes.get(at..at.checked_add(8)?)?.try_into().ok()?));
+        let word =
+            |offset: usize| Some(u64::from_le_bytes(bytes.get(offset..offset.checked_add(8)?)?.try_into().ok()?));
         Some(Self { owner: word(0)?, until: Duration::from_millis(word(8)?), terms: word(16)? })
     }
 }

@@ -23,8 +23,9 @@ impl Node {
         Self { worker, log }
     }
 
-    fn at(&self, place: usize) -> EndpointRef {
-        let mut all: Vec<_> = self.worker.state.table.iter().map(|(at, state)| (state.address.clone(), at)).collect();
+    fn endpoint(&self, place: usize) -> EndpointRef {
+        let mut all: Vec<_> =
+            self.worker.state.table.iter().map(|(endpoint, state)| (state.address.clone(), endpoint)).collect();
         all.sort();
         self.worker.state.table.refer(all[place % all.len()].1).unwrap()
     }
@@ -70,14 +71,14 @@ fn a_decision_is_seen_before_the_next_one_of_any_worker() {
         let mut nodes = fleet(&store, count, now);
         for i in 0..count as usize {
             let leg = nodes[i].worker.next_leg();
-            let (prefill, decode) = (nodes[i].at(i % 2), nodes[i].at(2));
+            let (prefill, decode) = (nodes[i].endpoint(i % 2), nodes[i].endpoint(2));
             nodes[i].worker.prefill_started(prefill, leg, 0.5, now, FAR);
             nodes[i].worker.holds(prefill, &blocks(i as u64, 9));
             nodes[i].worker.decode_started(decode, 100);
             nodes[i].publish(&store, now);
             for other in &mut nodes {
                 other.catch_up(&store, now);
-                let place = other.at(i % 2).index;
+                let place = other.endpoint(i % 2).index;
                 assert_eq!(other.worker.state.index.matched(place, &blocks(i as u64, 9)), 9);
             }
             let expected = nodes[i].ledger(now);
@@ -92,7 +93,7 @@ fn a_worker_that_died_is_out_of_the_ledger_within_a_second() {
     let (store, mut now) = (Store::default(), Duration::from_secs(1));
     let mut nodes = fleet(&store, 3, now);
     let leg = nodes[2].worker.next_leg();
-    let (prefill, decode) = (nodes[2].at(0), nodes[2].at(2));
+    let (prefill, decode) = (nodes[2].endpoint(0), nodes[2].endpoint(2));
     nodes[2].worker.prefill_started(prefill, leg, 9.0, now, FAR);
     nodes[2].worker.decode_started(decode, 7_000);
     nodes[2].publish(&store, now);
@@ -107,7 +108,7 @@ fn a_worker_that_died_is_out_of_the_ledger_within_a_second() {
     // Its seat is given to the next one.
     let mut next = Node::new(&store, 9, now);
     assert_eq!(next.log.seat, Some(2));
-    let decode = next.at(2);
+    let decode = next.endpoint(2);
     next.worker.decode_started(decode, 5);
     next.publish(&store, now);
     nodes.iter_mut().for_each(|node| node.catch_up(&store, now));
@@ -118,7 +119,7 @@ fn a_worker_that_died_is_out_of_the_ledger_within_a_second() {
 fn a_worker_that_was_only_slow_is_back_with_all_it_has() {
     let (store, mut now) = (Store::default(), Duration::from_secs(1));
     let mut nodes = fleet(&store, 2, now);
-    let decode = nodes[1].at(2);
+    let decode = nodes[1].endpoint(2);
     nodes[1].worker.decode_started(decode, 50);
     nodes[1].tick(&store, now);
     for _ in 0..10 {
@@ -136,7 +137,7 @@ fn a_worker_that_was_only_slow_is_back_with_all_it_has() {
 fn a_reader_that_fell_far_behind_catches_up_with_the_next_tick() {
     let (store, mut now) = (Store::default(), Duration::from_secs(1));
     let mut nodes = fleet(&store, 2, now);
-    let (prefill, decode) = (nodes[0].at(0), nodes[0].at(2));
+    let (prefill, decode) = (nodes[0].endpoint(0), nodes[0].endpoint(2));
     for id in 0..5_000 {
         nodes[0].worker.decode_started(decode, 10);
         nodes[0].worker.holds(prefill, &blocks(id, 20));
@@ -157,9 +158,9 @@ fn a_new_generation_begins_with_what_the_old_one_knew() {
     let (store, mut now) = (Store::default(), Duration::from_secs(1));
     let mut old = fleet(&store, 2, now);
     for id in 0..40 {
-        let held = old[1].at(id as usize % 3);
+        let held = old[1].endpoint(id as usize % 3);
         old[1].worker.holds(held, &blocks(id, 12));
-        let decode = old[1].at(2);
+        let decode = old[1].endpoint(2);
         old[1].worker.decode_started(decode, 10);
         old[1].publish(&store, now);
     }
@@ -169,12 +170,12 @@ fn a_new_generation_begins_with_what_the_old_one_knew() {
     }
     let mut new = Node::new(&store, 3, now);
     for id in 0..40 {
-        assert_eq!(new.worker.state.index.matched(new.at(id as usize % 3).index, &blocks(id, 12)), 12, "{id}");
+        assert_eq!(new.worker.state.index.matched(new.endpoint(id as usize % 3).index, &blocks(id, 12)), 12, "{id}");
     }
     assert_eq!(new.ledger(now), old[0].ledger(now), "the old generation's work counts once");
     // The old one drains: its work ends, and the new one hears of it.
     for _ in 0..40 {
-        let decode = old[1].at(2);
+        let decode = old[1].endpoint(2);
         old[1].worker.decode_ended(decode, 10);
     }
     now += PATIENCE;
@@ -187,7 +188,7 @@ fn a_new_generation_begins_with_what_the_old_one_knew() {
 fn ends_of_requests_wait_for_company_but_not_for_long() {
     let (store, now) = (Store::default(), Duration::from_secs(1));
     let mut nodes = fleet(&store, 2, now);
-    let decode = nodes[0].at(2);
+    let decode = nodes[0].endpoint(2);
     nodes[0].worker.decode_started(decode, 10);
     nodes[0].publish(&store, now);
     nodes[0].worker.decode_ended(decode, 10);
@@ -207,7 +208,7 @@ fn a_worker_without_a_seat_decides_for_itself_and_keeps_nothing() {
     let mut nodes = fleet(&store, SEATS as u64 + 1, now);
     let last = nodes.last_mut().unwrap();
     assert_eq!(last.log.seat, None);
-    let decode = last.at(2);
+    let decode = last.endpoint(2);
     last.worker.decode_started(decode, 10);
     last.publish(&store, now);
     assert_eq!(last.worker.log.untold.as_ref().map(Vec::len), Some(0));
@@ -256,22 +257,22 @@ proptest! {
                 Step::Start { node, place, tokens } => {
                     let node = node % count;
                     let leg = nodes[node].worker.next_leg();
-                    let at = nodes[node].at(place);
-                    nodes[node].worker.prefill_started(at, leg, tokens as f64, now, FAR);
-                    nodes[node].worker.decode_started(at, tokens);
+                    let endpoint = nodes[node].endpoint(place);
+                    nodes[node].worker.prefill_started(endpoint, leg, tokens as f64, now, FAR);
+                    nodes[node].worker.decode_started(endpoint, tokens);
                     open[node].push((place, tokens, leg));
                 }
                 Step::End { node } => {
                     let node = node % count;
                     if let Some((place, tokens, leg)) = open[node].pop() {
-                        let at = nodes[node].at(place);
-                        nodes[node].worker.prefill_ended(at, leg, now);
-                        nodes[node].worker.decode_ended(at, tokens);
+                        let endpoint = nodes[node].endpoint(place);
+                        nodes[node].worker.prefill_ended(endpoint, leg, now);
+                        nodes[node].worker.decode_ended(endpoint, tokens);
                     }
                 }
                 Step::Hold { node, place, id } => {
-                    let at = nodes[node % count].at(place);
-                    nodes[node % count].worker.holds(at, &blocks(id, 30));
+                    let endpoint = nodes[node % count].endpoint(place);
+                    nodes[node % count].worker.holds(endpoint, &blocks(id, 30));
                 }
                 Step::Publish { node } => nodes[node % count].publish(&store, now),
                 Step::CatchUp { node } => nodes[node % count].catch_up(&store, now),
@@ -306,9 +307,9 @@ proptest! {
         }
         for (node, open) in nodes.iter_mut().zip(&open) {
             for (place, tokens, leg) in open {
-                let at = node.at(*place);
-                node.worker.prefill_ended(at, *leg, now);
-                node.worker.decode_ended(at, *tokens);
+                let endpoint = node.endpoint(*place);
+                node.worker.prefill_ended(endpoint, *leg, now);
+                node.worker.decode_ended(endpoint, *tokens);
             }
         }
         settle(&mut nodes, &mut now);
