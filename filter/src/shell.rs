@@ -13,8 +13,8 @@ use pd_core::metrics::{Kind, Level, Metric};
 use pd_core::wire::WIRE_VERSION;
 use pd_core::workers::log::WorkersLog;
 use pd_core::workers::push::{News, Poll, Push, TICK};
-use pd_core::workers::seats::SEATS;
 use pd_core::workers::shared::Shared;
+use pd_core::workers::slots::WORKER_SLOTS;
 use pd_core::workers::worker::Worker;
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::ContextType;
@@ -105,7 +105,7 @@ struct MetricIds {
     /// Gauges that are told when they change: number, and the value that Envoy has.
     gauges: BTreeMap<String, (u32, u64)>,
     announced: Option<u32>,
-    /// Gauges of the seats that were looked at.
+    /// Gauges of the worker slots that were looked at.
     positions: Vec<OnceCell<Option<u32>>>,
 }
 
@@ -126,13 +126,13 @@ impl MetricIds {
             seen: Some(host::define_metric(MetricKind::Gauge, &seen)?),
             gauges: BTreeMap::new(),
             announced: Some(host::define_metric(MetricKind::Counter, "pd_announced_total")?),
-            positions: vec![OnceCell::new(); SEATS],
+            positions: vec![OnceCell::new(); WORKER_SLOTS],
         })
     }
 
-    fn position(&self, seat: usize) -> Option<u32> {
-        let define = || host::define_metric(MetricKind::Gauge, &format!("pd_log_position;seat={seat}")).ok();
-        *self.positions.get(seat)?.get_or_init(define)
+    fn position(&self, slot: usize) -> Option<u32> {
+        let define = || host::define_metric(MetricKind::Gauge, &format!("pd_log_position;seat={slot}")).ok();
+        *self.positions.get(slot)?.get_or_init(define)
     }
 }
 
@@ -155,12 +155,12 @@ impl Shared for MetricIds {
         }
     }
 
-    fn position(&self, seat: usize) -> u64 {
-        self.position(seat).and_then(|id| host::metric(id).ok()).unwrap_or(0)
+    fn position(&self, slot: usize) -> u64 {
+        self.position(slot).and_then(|id| host::metric(id).ok()).unwrap_or(0)
     }
 
-    fn set_position(&self, seat: usize, position: u64) {
-        if let Some(id) = self.position(seat) {
+    fn set_position(&self, slot: usize, position: u64) {
+        if let Some(id) = self.position(slot) {
             let _ = host::record_metric(id, position);
         }
     }

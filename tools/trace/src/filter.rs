@@ -94,12 +94,12 @@ impl Shared for Store {
         self.announced.set(self.announced.get() + 1);
     }
 
-    fn position(&self, seat: usize) -> u64 {
-        self.positions.borrow().get(&seat).copied().unwrap_or(0)
+    fn position(&self, slot: usize) -> u64 {
+        self.positions.borrow().get(&slot).copied().unwrap_or(0)
     }
 
-    fn set_position(&self, seat: usize, position: u64) {
-        self.positions.borrow_mut().insert(seat, position);
+    fn set_position(&self, slot: usize, position: u64) {
+        self.positions.borrow_mut().insert(slot, position);
     }
 }
 

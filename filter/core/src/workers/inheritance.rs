@@ -1,4 +1,4 @@
-//! What a worker that begins takes over of the prefix index: the worker in the first seat writes it down, an endpoint at
+//! What a worker that begins takes over of the prefix index: the worker in the first slot writes it down, an endpoint at
 //! a time.
 
 use core::time::Duration;

@@ -1,21 +1,21 @@
 //! One brain per Envoy: what a worker decides is in every other worker's ledger and index before those decide.
 //!
-//! Each worker has a seat: a log of [events](crate::workers::event) in shared data that only it writes, a gauge that says how far
+//! Each worker has a worker slot: a log of [events](crate::workers::event) in shared data that only it writes, a gauge that says how far
 //! the log goes, and, renewed at each tick, its ledger as a whole. Before a worker decides it looks at the
 //! gauges (90 ns each) and reads what is new. All that a worker has in flight is known to be its own, so when it stops
-//! renewing its seat (its VM was reloaded, its thread died) the others retract that ledger.
+//! renewing its slot (its VM was reloaded, its thread died) the others retract that ledger.
 //!
 //! ```text
 //! pd/1/seats            per seat: worker id, time of the last renewal          compare-and-swap
-//! pd/1/log/S/N          segment n of seat S's log, N = n modulo RING           written by the seat's worker only
-//! pd/1/ledger/S         the ledger of seat S's worker, and the position it is of written by the seat's worker only
-//! pd/1/index/I          what one endpoint holds, for workers that begin         written by the worker in the first seat
-//! pd/1/who/S            build and configuration of seat S's worker              written by the seat's worker only
-//! pd/1/recent/S         some of its latest decisions                            written by the seat's worker only
-//! gauge of seat S       position: segment · 2¹⁶ + bytes of it
+//! pd/1/log/S/N          segment n of slot S's log, N = n modulo RING           written by the slot's worker only
+//! pd/1/ledger/S         the ledger of slot S's worker, and the position it is of written by the slot's worker only
+//! pd/1/index/I          what one endpoint holds, for workers that begin         written by the worker in the first slot
+//! pd/1/who/S            build and configuration of slot S's worker              written by the slot's worker only
+//! pd/1/recent/S         some of its latest decisions                            written by the slot's worker only
+//! gauge of slot S       position: segment · 2¹⁶ + bytes of it
 //! ```
 //! A reader that fell behind by more than the ring holds takes the ledger as a whole and goes on from there; it lost
-//! nothing but index entries. Two generations of the filter side by side are two workers per thread with a seat each.
+//! nothing but index entries. Two generations of the filter side by side are two workers per thread with a worker slot each.
 
 use core::time::Duration;
 
@@ -25,11 +25,11 @@ use crate::workers::inheritance::Inheritance;
 use crate::workers::ledger::WorkerLedger;
 use crate::workers::peer::{HEAD_BYTES, Peer, ledger_key, log_key};
 use crate::workers::recent::{Decision, Generation, MAX_DECISIONS};
-use crate::workers::seats::{SEATS_KEY, Seat, seats, to_bytes};
 use crate::workers::shared::Shared;
+use crate::workers::slots::{SLOTS_KEY, WorkerSlot, slots, to_bytes};
 use crate::workers::worker::Worker;
 
-/// Time without renewal after which a worker makes sure of its seat before it writes.
+/// Time without renewal after which a worker makes sure of its slot before it writes.
 const RENEWAL: Duration = Duration::from_millis(350);
 /// Bytes of a segment beyond which the next one begins.
 const SEGMENT_BYTES: usize = 4_096;
@@ -42,7 +42,7 @@ pub struct WorkersLog {
     who: Generation,
     /// What block hashes depend on besides the prompt; index entries of others are of no use.
     epoch: u64,
-    seat: Option<usize>,
+    slot: Option<usize>,
     segment: u64,
     /// The segment's bytes so far, its head included, and its key.
     open: Vec<u8>,
@@ -64,7 +64,7 @@ impl WorkersLog {
     /// What the workers run that are alive, a line per build and configuration.
     pub fn generations(&self, shared: &impl Shared) -> Vec<Generation> {
         let of_peer = |peer: &Peer| {
-            let (bytes, _) = shared.get(&who_key(peer.seat))?;
+            let (bytes, _) = shared.get(&who_key(peer.slot))?;
             let mut rest = Reader(&bytes);
             (rest.word()? == peer.worker_id).then(|| Generation::read(&mut rest)).flatten()
         };
@@ -86,7 +86,7 @@ impl WorkersLog {
     pub fn decisions(&self, worker: &Worker, shared: &impl Shared) -> Vec<Decision> {
         let mut decisions: Vec<_> = worker.recent.iter().cloned().collect();
         for peer in &self.peers {
-            let Some((bytes, _)) = shared.get(&recent_key(peer.seat)) else { continue };
+            let Some((bytes, _)) = shared.get(&recent_key(peer.slot)) else { continue };
             let mut rest = Reader(&bytes);
             if rest.word() == Some(peer.worker_id) {
                 decisions.extend(core::iter::from_fn(|| Decision::read(&mut rest)));
@@ -100,10 +100,10 @@ impl WorkersLog {
     /// Starts over with a configuration.
     pub fn configure(&mut self, worker: &mut Worker, shared: &impl Shared, worker_id: u64, now: Duration) {
         let block_bytes = worker.config.as_ref().map_or(0, |config| config.prefix.block_bytes);
-        let (seat, who) = (self.seat, core::mem::take(&mut self.who));
+        let (slot, who) = (self.slot, core::mem::take(&mut self.who));
         let epoch = block_bytes as u64;
         let inheritance = Inheritance::new(epoch, now);
-        *self = Self { worker_id, who, epoch, inheritance, seat, ..Self::default() };
+        *self = Self { worker_id, who, epoch, inheritance, slot, ..Self::default() };
         worker.tell_others(worker_id);
         self.renew(worker, shared, now);
         self.catch_up(worker, shared, shared.announced(), now);
@@ -113,12 +113,12 @@ impl WorkersLog {
     pub fn catch_up(&mut self, worker: &mut Worker, shared: &impl Shared, announced: u64, now: Duration) {
         if self.announced != Some(announced) {
             self.announced = Some(announced);
-            let (seats, _) = seats(shared);
-            self.meet(worker, shared, &seats, now);
+            let (slots, _) = slots(shared);
+            self.meet(worker, shared, &slots, now);
             self.inheritance.inherit(worker, shared, now);
         }
         for peer in &mut self.peers {
-            let position = shared.position(peer.seat);
+            let position = shared.position(peer.slot);
             if position != peer.position && !peer.is_behind {
                 peer.read(worker, shared, self.epoch, position);
             }
@@ -134,18 +134,18 @@ impl WorkersLog {
     }
 
     fn tell(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
-        // A worker that stood still may have lost its seat, and the log there is somebody else's.
+        // A worker that stood still may have lost its slot, and the log there is somebody else's.
         if now.saturating_sub(self.renewed) > RENEWAL {
             self.renew(worker, shared, now);
         }
         self.told = now;
-        match self.seat {
-            Some(seat) => self.write_untold(worker, shared, seat),
+        match self.slot {
+            Some(slot) => self.write_untold(worker, shared, slot),
             None => drop(worker.log.take()),
         }
     }
 
-    fn write_untold(&mut self, worker: &mut Worker, shared: &impl Shared, seat: usize) {
+    fn write_untold(&mut self, worker: &mut Worker, shared: &impl Shared, slot: usize) {
         if worker.log.is_told() {
             return;
         }
@@ -155,16 +155,16 @@ impl WorkersLog {
             rest = behind;
             if self.open.len() > HEAD_BYTES && self.open.len().saturating_add(event.len()) > SEGMENT_BYTES {
                 shared.set(&self.key, &self.open, None);
-                self.begin_segment(seat, self.segment.wrapping_add(1));
+                self.begin_segment(slot, self.segment.wrapping_add(1));
             }
             self.open.extend_from_slice(event);
         }
         shared.set(&self.key, &self.open, None);
-        shared.set_position(seat, self.position());
+        shared.set_position(slot, self.position());
         worker.log.reuse(untold);
     }
 
-    /// Call it a few times a second, more often than [`SEAT_LIFE`].
+    /// Call it a few times a second, more often than [`SLOT_LIFE`].
     pub fn tick(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
         self.tell(worker, shared, now);
         self.renew(worker, shared, now);
@@ -179,7 +179,7 @@ impl WorkersLog {
         }
         self.catch_up(worker, shared, shared.announced(), now);
         self.inheritance.inherit(worker, shared, now);
-        if self.seat.is_some_and(|mine| self.peers.iter().all(|peer| peer.seat > mine)) {
+        if self.slot.is_some_and(|mine| self.peers.iter().all(|peer| peer.slot > mine)) {
             self.inheritance.save(worker, shared);
         }
     }
@@ -188,35 +188,35 @@ impl WorkersLog {
         self.segment.wrapping_shl(16) | self.open.len() as u64
     }
 
-    fn begin_segment(&mut self, seat: usize, segment: u64) {
+    fn begin_segment(&mut self, slot: usize, segment: u64) {
         let mut head = Writer::default();
         [self.worker_id, segment, self.epoch].into_iter().for_each(|word| head.word(word));
         self.segment = segment;
         self.open = head.0;
-        self.key = log_key(seat, segment);
+        self.key = log_key(slot, segment);
     }
 
-    /// Keeps the seat, or takes one that is free.
+    /// Keeps the slot, or takes one that is free.
     fn renew(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
         for _ in 0..8 {
-            let (mut seats, version) = seats(shared);
-            let mine = |seat: &Seat| seat.worker_id == self.worker_id;
-            let held = self.seat.filter(|index| seats.get(*index).is_some_and(mine));
-            let Some(index) = held.or_else(|| seats.iter().position(|seat| !seat.is_taken(now))) else {
-                self.seat = None;
+            let (mut slots, version) = slots(shared);
+            let mine = |slot: &WorkerSlot| slot.worker_id == self.worker_id;
+            let held = self.slot.filter(|index| slots.get(*index).is_some_and(mine));
+            let Some(index) = held.or_else(|| slots.iter().position(|slot| !slot.is_taken(now))) else {
+                self.slot = None;
                 self.renewed = now;
                 return;
             };
-            if let Some(seat) = seats.get_mut(index) {
-                *seat = Seat { worker_id: self.worker_id, renewed: now };
+            if let Some(slot) = slots.get_mut(index) {
+                *slot = WorkerSlot { worker_id: self.worker_id, renewed: now };
             }
-            if !shared.set(SEATS_KEY, &to_bytes(&seats), Some(version)) {
+            if !shared.set(SLOTS_KEY, &to_bytes(&slots), Some(version)) {
                 continue;
             }
             if held.is_none() || self.open.is_empty() {
-                self.seat = Some(index);
+                self.slot = Some(index);
                 self.renewed = now;
-                // Beyond what the seat's last worker wrote.
+                // Beyond what the slot's last worker wrote.
                 self.begin_segment(index, shared.position(index).wrapping_shr(16).wrapping_add(1));
                 // What is not told yet is in the ledger as well: the ledger must be of a position behind it.
                 self.write_untold(worker, shared, index);
@@ -229,25 +229,25 @@ impl WorkersLog {
                 shared.announce();
             }
             self.renewed = now;
-            self.meet(worker, shared, &seats, now);
+            self.meet(worker, shared, &slots, now);
             return;
         }
     }
 
     /// Retracts the ledgers of workers that are gone, and joins workers that are new.
-    fn meet(&mut self, worker: &mut Worker, shared: &impl Shared, seats: &[Seat], now: Duration) {
+    fn meet(&mut self, worker: &mut Worker, shared: &impl Shared, slots: &[WorkerSlot], now: Duration) {
         let is_here = |peer: &Peer| {
-            seats.get(peer.seat).is_some_and(|seat| seat.worker_id == peer.worker_id && seat.is_taken(now))
+            slots.get(peer.slot).is_some_and(|slot| slot.worker_id == peer.worker_id && slot.is_taken(now))
         };
         for gone in self.peers.extract_if(.., |peer| !is_here(peer)) {
             gone.ledger.retract(&mut worker.state, now);
         }
-        for (index, seat) in seats.iter().enumerate() {
-            let is_known = self.peers.iter().any(|peer| peer.seat == index);
-            if seat.is_taken(now) && seat.worker_id != self.worker_id && !is_known {
+        for (index, slot) in slots.iter().enumerate() {
+            let is_known = self.peers.iter().any(|peer| peer.slot == index);
+            if slot.is_taken(now) && slot.worker_id != self.worker_id && !is_known {
                 let mut peer = Peer {
-                    seat: index,
-                    worker_id: seat.worker_id,
+                    slot: index,
+                    worker_id: slot.worker_id,
                     position: 0,
                     ledger: WorkerLedger::default(),
                     is_behind: false,
@@ -260,29 +260,29 @@ impl WorkersLog {
 
     /// Writes this worker's ledger, where it has changed.
     fn save_ledger(&self, worker: &mut Worker, shared: &impl Shared) {
-        let Some(seat) = self.seat.filter(|_| core::mem::take(&mut worker.log.is_ledger_new)) else { return };
+        let Some(slot) = self.slot.filter(|_| core::mem::take(&mut worker.log.is_ledger_new)) else { return };
         let mut out = Writer::default();
         [self.worker_id, self.position()].into_iter().for_each(|word| out.word(word));
         out.0.extend(worker.log.own_ledger.to_bytes());
-        shared.set(&ledger_key(seat), &out.0, None);
+        shared.set(&ledger_key(slot), &out.0, None);
     }
 
     /// Writes down what this worker decided, where that is new.
     fn save_decisions(&self, worker: &mut Worker, shared: &impl Shared) {
-        let Some(seat) = self.seat.filter(|_| core::mem::take(&mut worker.recent.is_new)) else { return };
+        let Some(slot) = self.slot.filter(|_| core::mem::take(&mut worker.recent.is_new)) else { return };
         let mut out = Writer::default();
         out.word(self.worker_id);
         worker.recent.iter().for_each(|decision| decision.write(&mut out));
-        shared.set(&recent_key(seat), &out.0, None);
+        shared.set(&recent_key(slot), &out.0, None);
     }
 }
 
-fn who_key(seat: usize) -> String {
-    format!("pd/1/who/{seat}")
+fn who_key(slot: usize) -> String {
+    format!("pd/1/who/{slot}")
 }
 
-fn recent_key(seat: usize) -> String {
-    format!("pd/1/recent/{seat}")
+fn recent_key(slot: usize) -> String {
+    format!("pd/1/recent/{slot}")
 }
 
 #[cfg(test)]

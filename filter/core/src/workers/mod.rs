@@ -8,7 +8,7 @@ mod peer;
 mod pending;
 pub mod push;
 pub mod recent;
-pub mod seats;
 pub mod shared;
+pub mod slots;
 pub mod state;
 pub mod worker;

@@ -13,7 +13,7 @@ pub(super) const HEAD_BYTES: usize = 24;
 /// Another worker.
 #[derive(Debug)]
 pub(super) struct Peer {
-    pub(super) seat: usize,
+    pub(super) slot: usize,
     pub(super) worker_id: u64,
     pub(super) position: u64,
     pub(super) ledger: WorkerLedger,
@@ -25,12 +25,12 @@ impl Peer {
     /// Takes the worker's ledger as a whole; the log goes on from there.
     pub(super) fn join(&mut self, worker: &mut Worker, shared: &impl Shared) {
         self.ledger = WorkerLedger::default();
-        self.position = shared.position(self.seat);
+        self.position = shared.position(self.slot);
         self.is_behind = false;
-        let Some((bytes, _)) = shared.get(&ledger_key(self.seat)) else { return };
+        let Some((bytes, _)) = shared.get(&ledger_key(self.slot)) else { return };
         let mut rest = Reader(&bytes);
         if rest.word() != Some(self.worker_id) {
-            // Its seat is taken, its ledger not written yet.
+            // Its slot is taken, its ledger not written yet.
             self.is_behind = true;
             return;
         }
@@ -47,7 +47,7 @@ impl Peer {
         let mut segment = self.position.wrapping_shr(16);
         let mut from = usize::try_from(self.position & 0xffff).unwrap_or(HEAD_BYTES).max(HEAD_BYTES);
         while segment <= last {
-            let value = shared.get(&log_key(self.seat, segment));
+            let value = shared.get(&log_key(self.slot, segment));
             let bytes = value.as_ref().map_or(&[][..], |(bytes, _)| bytes);
             let mut head = Reader(bytes);
             let (worker_id, number, of) = (head.word(), head.word(), head.word());
@@ -74,10 +74,10 @@ impl Peer {
     }
 }
 
-pub(super) fn log_key(seat: usize, segment: u64) -> String {
-    format!("pd/1/log/{seat}/{}", segment % RING)
+pub(super) fn log_key(slot: usize, segment: u64) -> String {
+    format!("pd/1/log/{slot}/{}", segment % RING)
 }
 
-pub(super) fn ledger_key(seat: usize) -> String {
-    format!("pd/1/ledger/{seat}")
+pub(super) fn ledger_key(slot: usize) -> String {
+    format!("pd/1/ledger/{slot}")
 }

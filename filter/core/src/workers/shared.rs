@@ -10,10 +10,10 @@ pub trait Shared {
     fn announced(&self) -> u64;
     /// Announces a list of endpoints or a worker.
     fn announce(&self);
-    /// How far the log of a seat goes.
-    fn position(&self, seat: usize) -> u64;
+    /// How far the log of a worker slot goes.
+    fn position(&self, slot: usize) -> u64;
     /// Says how far it goes.
-    fn set_position(&self, seat: usize, position: u64);
+    fn set_position(&self, slot: usize, position: u64);
 }
 
 /// Version to write a key with that is not there yet. Envoy looks at the version of a key that is there only, so of two
@@ -53,11 +53,11 @@ pub(crate) mod testing {
         fn announce(&self) {
             self.announced.set(self.announced.get() + 1);
         }
-        fn position(&self, seat: usize) -> u64 {
-            self.positions.borrow().get(&seat).copied().unwrap_or(0)
+        fn position(&self, slot: usize) -> u64 {
+            self.positions.borrow().get(&slot).copied().unwrap_or(0)
         }
-        fn set_position(&self, seat: usize, position: u64) {
-            self.positions.borrow_mut().insert(seat, position);
+        fn set_position(&self, slot: usize, position: u64) {
+            self.positions.borrow_mut().insert(slot, position);
         }
     }
 }

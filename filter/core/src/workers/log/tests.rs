@@ -1,8 +1,8 @@
 use super::*;
 use crate::endpoints::table::EndpointRef;
 use crate::prefix::hash::BlockHash;
-use crate::workers::seats::SEATS;
 use crate::workers::shared::testing::Store;
+use crate::workers::slots::WORKER_SLOTS;
 use proptest::prelude::*;
 
 const CONFIG: &[u8] = br#"{"endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.1:2","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#;
@@ -105,9 +105,9 @@ fn a_worker_that_died_is_out_of_the_ledger_within_a_second() {
         nodes.iter_mut().for_each(|node| node.tick(&store, now));
     }
     assert!(nodes.iter().all(|node| node.is_idle() && node.log.peers.len() == 1));
-    // Its seat is given to the next one.
+    // Its slot is given to the next one.
     let mut next = Node::new(&store, 9, now);
-    assert_eq!(next.log.seat, Some(2));
+    assert_eq!(next.log.slot, Some(2));
     let decode = next.endpoint(2);
     next.worker.decode_started(decode, 5);
     next.publish(&store, now);
@@ -203,11 +203,11 @@ fn ends_of_requests_wait_for_company_but_not_for_long() {
 }
 
 #[test]
-fn a_worker_without_a_seat_decides_for_itself_and_keeps_nothing() {
+fn a_worker_without_a_slot_decides_for_itself_and_keeps_nothing() {
     let (store, now) = (Store::default(), Duration::from_secs(1));
-    let mut nodes = fleet(&store, SEATS as u64 + 1, now);
+    let mut nodes = fleet(&store, WORKER_SLOTS as u64 + 1, now);
     let last = nodes.last_mut().unwrap();
-    assert_eq!(last.log.seat, None);
+    assert_eq!(last.log.slot, None);
     let decode = last.endpoint(2);
     last.worker.decode_started(decode, 10);
     last.publish(&store, now);
