@@ -33,8 +33,8 @@ const BUILD: &str = match option_env!("PD_BUILD") {
 const FEATURES: &str = if cfg!(target_feature = "simd128") { "simd128" } else { "none" };
 
 const LAST_GOOD_CONFIG_KEY: &str = "pd/config";
-/// Number of the worker's time as this Envoy's voice that was the last to begin.
-const VOICE_KEY: &str = "pd/voice";
+/// Number of the latest leader of this Envoy.
+const LEADER_KEY: &str = "pd/voice";
 /// How much earlier than asked for a tick may come.
 const TICK_SLACK: Duration = Duration::from_millis(20);
 const NOT_FOUND: HostError = HostError(1);
@@ -223,11 +223,11 @@ impl Shell {
     /// Calls of the exchange that are due.
     fn exchange(&mut self, now: Duration) -> Vec<Call> {
         let Self { worker, push, log, exchange, metrics, .. } = self;
-        if exchange.wants_to_speak(push.holds_lease()) {
-            let before = metrics.get(VOICE_KEY).and_then(|(bytes, _)| Some(u64::from_le_bytes(*bytes.first_chunk()?)));
-            let voice = random_number();
-            metrics.set(VOICE_KEY, &voice.to_le_bytes(), None);
-            exchange.speak(worker, voice, before.unwrap_or(0), now);
+        if exchange.should_lead(push.holds_lease()) {
+            let before = metrics.get(LEADER_KEY).and_then(|(bytes, _)| Some(u64::from_le_bytes(*bytes.first_chunk()?)));
+            let leader = random_number();
+            metrics.set(LEADER_KEY, &leader.to_le_bytes(), None);
+            exchange.lead(worker, leader, before.unwrap_or(0), now);
         }
         exchange.tick(worker, push.holds_lease(), now, |worker| {
             Report::of(worker, log.generations(metrics), log.decisions(worker, metrics)).to_json()

@@ -46,7 +46,7 @@ pub struct StatusView {
 /// What one Envoy reports of itself.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GatewayView {
-    /// Random number of its process, or of one worker's time as its voice.
+    /// Random number of its process, or of one worker's time as its leader.
     pub id: String,
     /// Since it was heard of.
     pub seen_ms: u64,

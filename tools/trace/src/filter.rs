@@ -57,7 +57,7 @@ pub struct Filter {
     workers: usize,
     streams: HashMap<usize, Stream>,
     places: Places,
-    voices: Option<Voices>,
+    gateways: Option<Gateways>,
     rng: fastrand::Rng,
     pruned: Duration,
 }
@@ -111,7 +111,7 @@ struct Stream {
 }
 
 /// What the gateways tell each other: pd-core's own exchange, with calls that take no time.
-struct Voices {
+struct Gateways {
     hub: Hub,
     /// Of each gateway's first worker, and its question that waits.
     gateways: Vec<(Exchange, Option<Call>)>,
@@ -119,16 +119,16 @@ struct Voices {
     ticked: Duration,
 }
 
-impl Voices {
+impl Gateways {
     fn new(period: Duration, states: &mut [Worker], workers: usize) -> Self {
-        let voice = |(at, worker): (usize, &mut Worker)| {
+        let leader = |(at, worker): (usize, &mut Worker)| {
             let config = worker.config.clone().ok();
             let mut exchange = Exchange::default();
             exchange.configure(worker, config.as_ref().and_then(|config| config.control.as_ref()));
-            exchange.speak(worker, at as u64 + 1, 0, Duration::ZERO);
+            exchange.lead(worker, at as u64 + 1, 0, Duration::ZERO);
             (exchange, None)
         };
-        let gateways = states.iter_mut().step_by(workers).enumerate().map(voice).collect();
+        let gateways = states.iter_mut().step_by(workers).enumerate().map(leader).collect();
         Self { hub: Hub::new(u64::MAX), gateways, period, ticked: Duration::ZERO }
     }
 
@@ -229,7 +229,7 @@ impl Filter {
             }
             states.push(worker);
         }
-        let voices = brains.exchange.map(|period| Voices::new(period, &mut states, workers));
+        let gateways = brains.exchange.map(|period| Gateways::new(period, &mut states, workers));
         Ok(Self {
             states,
             logs,
@@ -238,7 +238,7 @@ impl Filter {
             workers,
             streams: HashMap::new(),
             places,
-            voices,
+            gateways,
             rng: fastrand::Rng::with_seed(seed),
             pruned: Duration::ZERO,
         })
@@ -353,13 +353,16 @@ impl Filter {
                 log.tick(state, store, self.ticked);
             }
         }
-        while let Some(due) = self.voices.as_ref().map(|voices| voices.ticked + voices.period).filter(|due| *due <= now)
+        while let Some(due) =
+            self.gateways.as_ref().map(|gateways| gateways.ticked + gateways.period).filter(|due| *due <= now)
         {
             for gateway in 0..self.stores.len() {
                 self.listen(gateway * self.workers, due);
-                if let (Some(voices), Some(worker)) = (&mut self.voices, self.states.get_mut(gateway * self.workers)) {
-                    voices.ticked = due;
-                    voices.tick(gateway, worker, due);
+                if let (Some(gateways), Some(worker)) =
+                    (&mut self.gateways, self.states.get_mut(gateway * self.workers))
+                {
+                    gateways.ticked = due;
+                    gateways.tick(gateway, worker, due);
                 }
                 self.publish(gateway * self.workers, due);
             }

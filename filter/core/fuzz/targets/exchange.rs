@@ -55,7 +55,7 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     let keys: Vec<u64> = worker.state.table.iter().map(|(_, state)| state.key).collect();
     let mut now = Duration::from_secs(1);
     exchange.configure(&mut worker, config.control.as_ref());
-    exchange.speak(&mut worker, 1, 0, now);
+    exchange.lead(&mut worker, 1, 0, now);
     for (what, message) in steps(input) {
         now += TICK;
         match what % 4 {
@@ -82,7 +82,7 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     for told in hub.relay(&HashMap::new(), now) {
         assert!(told.to_bytes().len() <= MAX_MESSAGE_BYTES);
     }
-    exchange.fall_silent(&mut worker);
+    exchange.resign(&mut worker);
     for (_, state) in worker.state.table.iter() {
         assert_eq!((state.work(now), state.decode_tokens()), (0.0, 0));
     }

@@ -1,4 +1,4 @@
-//! The client of the exchange: the worker that speaks for its Envoy with `pd-control`.
+//! The client of the exchange: one worker of each Envoy, its leader, exchanges with `pd-control`.
 
 use core::time::Duration;
 
@@ -54,7 +54,7 @@ pub struct Call {
 #[derive(Debug, Default)]
 pub struct Exchange {
     is_on: bool,
-    /// [`Record::gateway`]; 0: this worker is not the voice.
+    /// [`Record::gateway`]; 0: this worker is not the leader.
     gateway: u64,
     replaces: u64,
     turn: u64,
@@ -79,7 +79,7 @@ pub struct Exchange {
 impl Exchange {
     /// Starts over with a configuration's `control`.
     pub fn configure(&mut self, worker: &mut Worker, control: Option<&Control>) {
-        self.fall_silent(worker);
+        self.resign(worker);
         self.is_on = control.is_some_and(|control| control.exchange);
     }
 
@@ -89,22 +89,22 @@ impl Exchange {
         self.gateway != 0 && self.fleet.exchanging > 1
     }
 
-    /// Whether this worker shall become its Envoy's voice: [`speak`](Self::speak) then.
+    /// Whether this worker should become its Envoy's leader of the exchange: call [`lead`](Self::lead) then.
     #[must_use]
-    pub fn wants_to_speak(&self, holds_lease: bool) -> bool {
+    pub fn should_lead(&self, holds_lease: bool) -> bool {
         self.is_on && holds_lease && self.gateway == 0
     }
 
-    /// Becomes the voice under a random number, in place of the one before it (0: none).
-    pub fn speak(&mut self, worker: &mut Worker, gateway: u64, replaces: u64, now: Duration) {
-        // Those that the voice before it heard, until it turns out otherwise.
+    /// Becomes the leader under a random number, in place of the leader before it (0: none).
+    pub fn lead(&mut self, worker: &mut Worker, gateway: u64, replaces: u64, now: Duration) {
+        // The Envoys that the leader before it knew, until an answer says otherwise.
         let fleet = worker.state.table.fleet;
         *self = Self { is_on: self.is_on, gateway, replaces, answered_at: now, fleet, ..Self::default() };
         worker.outbox = Some(Box::default());
     }
 
-    /// Is the voice no more.
-    pub fn fall_silent(&mut self, worker: &mut Worker) {
+    /// Is the leader no more.
+    pub fn resign(&mut self, worker: &mut Worker) {
         self.hear_loads(worker, &[]);
         worker.outbox = None;
         *self = Self { is_on: self.is_on, ..Self::default() };
@@ -122,7 +122,7 @@ impl Exchange {
             return Vec::new();
         }
         if !holds_lease {
-            self.fall_silent(worker);
+            self.resign(worker);
             return Vec::new();
         }
         if self.fleet.exchanging > 1 && now.saturating_sub(self.answered_at) > PATIENCE {

@@ -41,9 +41,9 @@ pub struct Told {
 /// What one gateway (all workers of an Envoy) does and knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Record {
-    /// Random number of one worker's time as the gateway's voice.
+    /// Random number of one worker's time as the gateway's leader.
     pub gateway: u64,
-    /// The voice before it, whose loads are these; 0: none.
+    /// The leader before it, whose loads these are; 0: none.
     pub replaces: u64,
     /// Counts up: a record with a smaller one is old.
     pub turn: u64,

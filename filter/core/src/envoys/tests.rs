@@ -32,8 +32,8 @@ impl Gateway {
         worker.tell_others(id);
         let mut exchange = Exchange::default();
         exchange.configure(&mut worker, config.control.as_ref());
-        assert!(exchange.wants_to_speak(true));
-        exchange.speak(&mut worker, id, 0, now);
+        assert!(exchange.should_lead(true));
+        exchange.lead(&mut worker, id, 0, now);
         Self { worker, exchange, question: None }
     }
 
@@ -184,15 +184,15 @@ fn an_envoy_that_is_gone_is_out_of_the_others_views() {
 }
 
 #[test]
-fn a_new_voice_of_an_envoy_takes_the_old_ones_place_at_once() {
+fn a_new_leader_of_an_envoy_takes_the_old_ones_place_at_once() {
     let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
     let mut gateways = fleet(2, &mut hub, &mut now);
     let decode = gateways[0].endpoint(2);
     gateways[0].worker.decode_started(decode, 500);
     settle(&mut gateways, &mut hub, &mut now, 3);
     let first = &mut gateways[0];
-    first.exchange.fall_silent(&mut first.worker);
-    first.exchange.speak(&mut first.worker, 77, 1, now);
+    first.exchange.resign(&mut first.worker);
+    first.exchange.lead(&mut first.worker, 77, 1, now);
     first.question = None;
     settle(&mut gateways, &mut hub, &mut now, 3);
     assert_eq!(gateways[1].view(2, now).1, 500);
@@ -200,12 +200,12 @@ fn a_new_voice_of_an_envoy_takes_the_old_ones_place_at_once() {
 }
 
 #[test]
-fn a_new_voice_that_hears_nobody_counts_on_those_the_old_one_heard() {
+fn a_new_leader_without_an_answer_counts_on_those_that_the_old_one_knew() {
     let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
     let mut gateways = fleet(2, &mut hub, &mut now);
     let first = &mut gateways[0];
-    first.exchange.fall_silent(&mut first.worker);
-    first.exchange.speak(&mut first.worker, 77, 1, now);
+    first.exchange.resign(&mut first.worker);
+    first.exchange.lead(&mut first.worker, 77, 1, now);
     first.question = None;
     for _ in 0..60 {
         now += TICK;

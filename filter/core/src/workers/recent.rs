@@ -107,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_worker_writes_the_voice_reads() {
+    fn what_a_worker_writes_another_reads() {
         let generation = Generation { version: "1".into(), build: "b".into(), revision: "ä".into(), workers: 1 };
         let decision = Decision {
             at_ms: 7,

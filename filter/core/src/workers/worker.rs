@@ -36,7 +36,7 @@ pub struct Worker {
     pub counts: Counts,
     /// What to tell the other workers.
     pub(crate) log: Log,
-    /// What to tell the other Envoys, where this worker is its Envoy's voice.
+    /// What to tell the other Envoys, where this worker is its Envoy's leader.
     pub(crate) outbox: Option<Box<BlockLog>>,
     /// What to report of its decisions.
     pub(crate) recent: Recent,

@@ -158,7 +158,7 @@ fn what_one_envoy_routed_every_envoy_knows() {
 }
 
 #[test]
-fn one_worker_speaks_for_its_envoy_more_often_where_there_are_others() {
+fn one_worker_leads_the_exchange_and_calls_more_often_where_there_are_others() {
     let mut envoys = Envoys::new(1, 4, &controlled());
     let periods = |envoys: &Envoys, envoy: usize| -> Vec<Duration> {
         let mut periods: Vec<_> = envoys.workers(envoy).iter().filter_map(Worker::tick_period).collect();
@@ -174,8 +174,8 @@ fn one_worker_speaks_for_its_envoy_more_often_where_there_are_others() {
     for envoy in 0..2 {
         assert_eq!(periods(&envoys, envoy), [TICK, IDLE_TICK, IDLE_TICK, IDLE_TICK]);
     }
-    let voices: BTreeSet<u64> = envoys.told.iter().map(|told| told.from).collect();
-    assert_eq!(voices.len(), 2);
+    let leaders: BTreeSet<u64> = envoys.told.iter().map(|told| told.from).collect();
+    assert_eq!(leaders.len(), 2);
     let metric = |envoy: usize, name: &str| envoys.fleets[envoy].shared().counter(name);
     assert!(metric(0, "pd_exchanges_total;result=ok") > 10);
     assert_eq!(metric(0, "pd_exchanges_total;result=failed"), 0);
@@ -187,20 +187,20 @@ fn one_worker_speaks_for_its_envoy_more_often_where_there_are_others() {
 }
 
 #[test]
-fn a_voice_that_dies_is_replaced_and_its_loads_count_once() {
+fn a_leader_that_dies_is_replaced_and_its_loads_count_once() {
     let mut envoys = Envoys::new(2, 3, &always_split());
     for round in 0..3 {
-        let voice = envoys.workers(0).iter().position(|worker| worker.tick_period() == Some(TICK)).unwrap();
-        let survivor = (voice + 1) % 3;
+        let leader = envoys.workers(0).iter().position(|worker| worker.tick_period() == Some(TICK)).unwrap();
+        let survivor = (leader + 1) % 3;
         let (stream, at) = waiting(&envoys.workers(0)[survivor], 10 + round);
         envoys.pass(2 * TICK);
-        envoys.fleets[0].replace(voice).unwrap();
+        envoys.fleets[0].replace(leader).unwrap();
         envoys.told.clear();
         envoys.pass(Duration::from_secs(2));
         let records = || envoys.told.iter().flat_map(|told| &told.records);
-        let new = records().find(|record| record.replaces != 0 && record.turn == 1).expect("another voice");
+        let new = records().find(|record| record.replaces != 0 && record.turn == 1).expect("another leader");
         assert_ne!(new.gateway, new.replaces);
-        // The surviving worker's leg is in flight once, whatever became of the voice that told it first.
+        // The surviving worker's leg is in flight once, whatever became of the leader that sent it first.
         assert_eq!(envoys.in_flight().len(), 1);
         let (other, free) = waiting(&envoys.workers(1)[0], 20 + round);
         assert_ne!(free, at);
@@ -329,7 +329,7 @@ fn a_call_that_the_host_refuses_is_tried_again() {
 fn whatever_the_hub_says_requests_are_served() {
     let most = Totals { work: u64::MAX, tokens: u64::MAX, requests: u64::MAX };
     let mut gateway = Gateway::pushed(FOUR_AND_ONE);
-    // The next tick makes it its Envoy's voice, and the one after that tells.
+    // The next tick makes it its Envoy's leader, and the one after that sends.
     gateway.tick();
     run_split(&gateway, &long_chat(1));
     gateway.advance(Duration::from_secs(2));
