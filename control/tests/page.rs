@@ -11,7 +11,7 @@ use hyper_util::rt::TokioExecutor;
 use pd_control::access::token::Token;
 use pd_core::envoys::message::{Record, Told};
 use pd_core::envoys::report::Report;
-use pd_core::workers::recent::{Decision, Generation};
+use pd_core::workers::recent::{DecisionRecord, Generation};
 use pd_sim::Role;
 use serde_json::Value;
 use tokio::task::JoinHandle;
@@ -38,7 +38,7 @@ fn reporting(address: SocketAddr, gateway: u64, workers: u64) -> JoinHandle<()> 
     let client = Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>();
     let generation =
         Generation { version: "0.1.0".into(), build: "0123456789ab".into(), revision: "blue".into(), workers };
-    let decision = Decision {
+    let decision = DecisionRecord {
         at_ms: 1_700_000_000_000,
         decision: "split".into(),
         reason: "prefilled".into(),

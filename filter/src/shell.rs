@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use log::{error, info, warn};
-use pd_core::envoys::client::{self, Call, Exchange};
+use pd_core::envoys::client::{self, ExchangeCall, ExchangeClient};
 use pd_core::envoys::report::Report;
 use pd_core::headers::Headers;
-use pd_core::metrics::{Kind, Level, Metric};
+use pd_core::metrics::{Level, Metric, MetricKind};
 use pd_core::wire::WIRE_VERSION;
 use pd_core::workers::log::WorkersLog;
 use pd_core::workers::push::{News, Poll, Push, TICK};
@@ -19,7 +19,7 @@ use pd_core::workers::worker::Worker;
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::ContextType;
 
-use crate::host::{self, Buffer, HostError, HostResult, Map, MetricKind};
+use crate::host::{self, Buffer, HostError, HostResult, Map};
 use crate::stream::Stream;
 
 /// Release.
@@ -46,7 +46,7 @@ pub struct Shell {
     pub worker: Worker,
     push: Push,
     log: WorkersLog,
-    exchange: Exchange,
+    exchange: ExchangeClient,
     metrics: MetricIds,
     ticks: Ticks,
 }
@@ -111,12 +111,7 @@ struct MetricIds {
 
 impl MetricIds {
     fn define() -> HostResult<Self> {
-        let kind = |metric: &Metric| match metric.kind() {
-            Kind::Counter => MetricKind::Counter,
-            Kind::Gauge => MetricKind::Gauge,
-            Kind::Histogram => MetricKind::Histogram,
-        };
-        let metrics = Metric::ALL.iter().map(|metric| host::define_metric(kind(metric), metric.name()));
+        let metrics = Metric::ALL.iter().map(|metric| host::define_metric(metric.kind(), metric.name()));
         let levels = Level::ALL.iter().map(|level| host::define_metric(MetricKind::Gauge, level.name()));
         // The gauge of a version that no worker runs any more stops moving.
         let seen = format!("pd_build_seen_seconds;version={VERSION};build={BUILD};wire={WIRE_VERSION}");
@@ -171,7 +166,7 @@ impl Shared for MetricIds {
 pub struct Root {
     shell: Rc<RefCell<Shell>>,
     poll: Option<u32>,
-    calls: Vec<(u32, client::Kind)>,
+    calls: Vec<(u32, client::CallKind)>,
 }
 
 impl Shell {
@@ -181,8 +176,8 @@ impl Shell {
         worker.counts.flush(|metric, value| {
             let Some(id) = metrics.metrics.get(metric as usize) else { return };
             let _ = match metric.kind() {
-                Kind::Histogram => host::record_metric(*id, value.unsigned_abs()),
-                Kind::Counter | Kind::Gauge => host::increment_metric(*id, value),
+                MetricKind::Histogram => host::record_metric(*id, value.unsigned_abs()),
+                MetricKind::Counter | MetricKind::Gauge => host::increment_metric(*id, value),
             };
         });
         for (name, value) in worker.gauges() {
@@ -221,7 +216,7 @@ impl Shell {
     }
 
     /// Calls of the exchange that are due.
-    fn exchange(&mut self, now: Duration) -> Vec<Call> {
+    fn exchange(&mut self, now: Duration) -> Vec<ExchangeCall> {
         let Self { worker, push, log, exchange, metrics, .. } = self;
         if exchange.should_lead(push.holds_lease()) {
             let before = metrics.get(LEADER_KEY).and_then(|(bytes, _)| Some(u64::from_le_bytes(*bytes.first_chunk()?)));
@@ -282,10 +277,10 @@ impl Root {
     }
 
     /// Starts calls of the exchange.
-    fn exchange(&mut self, calls: Vec<Call>) {
+    fn exchange(&mut self, calls: Vec<ExchangeCall>) {
         let Ok(mut shell) = self.shell.try_borrow_mut() else { return };
         let shell = &mut *shell;
-        for Call { kind, path, body, timeout } in calls {
+        for ExchangeCall { kind, path, body, timeout } in calls {
             let control = shell.worker.config.as_ref().ok().and_then(|config| config.control.clone());
             let started = control.ok_or(NOT_FOUND).and_then(|control| {
                 let headers = shell.control_headers("POST", path, control.authority);
@@ -298,7 +293,7 @@ impl Root {
         }
     }
 
-    fn exchanged(&mut self, kind: client::Kind, has_answer: bool) {
+    fn exchanged(&mut self, kind: client::CallKind, has_answer: bool) {
         let Ok(mut shell) = self.shell.try_borrow_mut() else { return };
         let now = host::now();
         // What the others of this Envoy told before is not news to them.

@@ -6,7 +6,7 @@
 
 /// What Envoy calls the kind of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum MetricKind {
     /// Only grows.
     Counter,
     /// Goes up and down; workers add their changes, so the value is the sum over workers.
@@ -41,8 +41,8 @@ macro_rules! metrics {
 
             /// Kind.
             #[must_use]
-            pub const fn kind(self) -> Kind {
-                match self { $(Self::$variant => Kind::$kind,)* }
+            pub const fn kind(self) -> MetricKind {
+                match self { $(Self::$variant => MetricKind::$kind,)* }
             }
         }
     };
@@ -190,7 +190,7 @@ mod tests {
         let mut names: Vec<_> = Metric::ALL.iter().map(|metric| metric.name()).collect();
         for metric in Metric::ALL {
             let counts = metric.name().split(';').next().is_some_and(|name| name.ends_with("_total"));
-            assert_eq!(counts, metric.kind() == Kind::Counter, "{}", metric.name());
+            assert_eq!(counts, metric.kind() == MetricKind::Counter, "{}", metric.name());
         }
         names.sort_unstable();
         names.dedup();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use pd_core::config::Config;
-use pd_core::metrics::{Kind, Level, Metric};
+use pd_core::metrics::{Level, Metric, MetricKind};
 use pd_core::request::STATES;
 use pd_core::wire::ENDPOINT_KEYS;
 use serde_json::{Value, json};
@@ -101,9 +101,9 @@ fn every_metric_has_a_row_with_its_labels() {
         families.insert(family);
         let row = documented.get(family).unwrap_or_else(|| panic!("README has no {family}"));
         let kind = match metric.kind() {
-            Kind::Counter => "counter",
-            Kind::Gauge => "gauge",
-            Kind::Histogram => "histogram",
+            MetricKind::Counter => "counter",
+            MetricKind::Gauge => "gauge",
+            MetricKind::Histogram => "histogram",
         };
         assert_eq!(row[0], kind, "{family}");
         for part in tag.split('=').filter(|part| !part.is_empty()) {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use hashbrown::HashMap;
 use pd_bench::trace::BLOCK_TOKENS;
-use pd_core::envoys::client::{Call, Exchange, Kind};
+use pd_core::envoys::client::{CallKind, ExchangeCall, ExchangeClient};
 use pd_core::envoys::hub::Hub;
 use pd_core::envoys::message::Told;
 use pd_core::headers::Headers;
@@ -114,7 +114,7 @@ struct Stream {
 struct Gateways {
     hub: Hub,
     /// Of each gateway's first worker, and its question that waits.
-    gateways: Vec<(Exchange, Option<Call>)>,
+    gateways: Vec<(ExchangeClient, Option<ExchangeCall>)>,
     period: Duration,
     ticked: Duration,
 }
@@ -123,7 +123,7 @@ impl Gateways {
     fn new(period: Duration, states: &mut [Worker], workers: usize) -> Self {
         let leader = |(at, worker): (usize, &mut Worker)| {
             let config = worker.config.clone().ok();
-            let mut exchange = Exchange::default();
+            let mut exchange = ExchangeClient::default();
             exchange.configure(worker, config.as_ref().and_then(|config| config.control.as_ref()));
             exchange.lead(worker, at as u64 + 1, 0, Duration::ZERO);
             (exchange, None)
@@ -140,7 +140,7 @@ impl Gateways {
         for call in calls.into_iter().chain(waiting.take()) {
             let Some(told) = Told::from_bytes(&call.body) else { continue };
             hub.take(&told, now);
-            if call.kind == Kind::Hear && !hub.has_news(&told) {
+            if call.kind == CallKind::Receive && !hub.has_news(&told) {
                 *waiting = Some(call);
                 continue;
             }

@@ -9,7 +9,7 @@ use pd_core::prefix::block_log::{block_event, read_event, split_events};
 use pd_core::envoys::hub::Hub;
 use pd_core::envoys::message::{Heard, MAX_MESSAGE_BYTES, Told};
 use pd_core::envoys::report::Report;
-use pd_core::envoys::client::{Exchange, Kind, TICK};
+use pd_core::envoys::client::{ExchangeClient, CallKind, TICK};
 use pd_core::workers::worker::Worker;
 
 const CONFIG: &[u8] = br#"{"control":{"cluster":"pd-control"},"endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#;
@@ -50,7 +50,7 @@ fn answer(hub: &mut Hub, told: &Told, now: Duration) -> Heard {
 }
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
-    let (mut worker, mut exchange, mut hub) = (Worker::default(), Exchange::default(), Hub::new(9));
+    let (mut worker, mut exchange, mut hub) = (Worker::default(), ExchangeClient::default(), Hub::new(9));
     let config = worker.configure(CONFIG).expect("a good configuration");
     let keys: Vec<u64> = worker.state.table.iter().map(|(_, state)| state.key).collect();
     let mut now = Duration::from_secs(1);
@@ -59,7 +59,7 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     for (what, message) in steps(input) {
         now += TICK;
         match what % 4 {
-            0 => exchange.answered(&mut worker, Kind::Hear, Some(200), &with_endpoints(message, &keys), now),
+            0 => exchange.answered(&mut worker, CallKind::Receive, Some(200), &with_endpoints(message, &keys), now),
             1 => {
                 if let Some(told) = Told::from_bytes(message) {
                     answer(&mut hub, &told, now);
@@ -75,7 +75,7 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
             _ => {
                 now += Duration::from_secs(4);
                 hub.prune(now);
-                exchange.failed(&mut worker, Kind::Tell, now);
+                exchange.failed(&mut worker, CallKind::Send, now);
             }
         }
     }

@@ -11,7 +11,7 @@ use crate::metrics::Metric;
 use crate::prefix::block_log::{read_event, split_events};
 use crate::workers::worker::Worker;
 
-/// How often the shell must call [`Exchange::tick`] while [`Exchange::is_busy`].
+/// How often the shell must call [`ExchangeClient::tick`] while [`Exchange::is_busy`].
 pub const TICK: Duration = Duration::from_millis(50);
 /// Time between two calls, a little less than a tick: ticks jitter.
 const PAUSE: Duration = Duration::from_millis(40);
@@ -30,18 +30,18 @@ const MAX_KNOWN: usize = 1_024;
 
 /// Which of the two calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum CallKind {
     /// Answered at once.
-    Tell,
+    Send,
     /// Answered when there is something new.
-    Hear,
+    Receive,
 }
 
 /// A call to start.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Call {
+pub struct ExchangeCall {
     /// Which.
-    pub kind: Kind,
+    pub kind: CallKind,
     /// `:path`.
     pub path: String,
     /// Body, of a POST.
@@ -52,7 +52,7 @@ pub struct Call {
 
 /// One worker's part in the exchange.
 #[derive(Debug, Default)]
-pub struct Exchange {
+pub struct ExchangeClient {
     is_on: bool,
     /// [`Record::gateway`]; 0: this worker is not the leader.
     gateway: u64,
@@ -76,7 +76,7 @@ pub struct Exchange {
     elsewhere: HashMap<u64, Totals>,
 }
 
-impl Exchange {
+impl ExchangeClient {
     /// Starts over with a configuration's `control`.
     pub fn configure(&mut self, worker: &mut Worker, control: Option<&Control>) {
         self.resign(worker);
@@ -117,7 +117,7 @@ impl Exchange {
         holds_lease: bool,
         now: Duration,
         report: impl FnOnce(&Worker) -> Vec<u8>,
-    ) -> Vec<Call> {
+    ) -> Vec<ExchangeCall> {
         if self.gateway == 0 {
             return Vec::new();
         }
@@ -142,8 +142,8 @@ impl Exchange {
             self.is_asking = true;
             self.asked_at = now;
             let told = Told { from: self.gateway, at: self.at, wants: true, known: self.known(), records: Vec::new() };
-            calls.push(Call {
-                kind: Kind::Hear,
+            calls.push(ExchangeCall {
+                kind: CallKind::Receive,
                 path: format!("{EXCHANGE_PATH}?wait_ms={}", WAIT.as_millis()),
                 body: told.to_bytes(),
                 timeout: WAIT.saturating_add(GRACE),
@@ -152,7 +152,12 @@ impl Exchange {
         calls
     }
 
-    fn tell(&mut self, worker: &Worker, now: Duration, report: impl FnOnce(&Worker) -> Vec<u8>) -> Option<Call> {
+    fn tell(
+        &mut self,
+        worker: &Worker,
+        now: Duration,
+        report: impl FnOnce(&Worker) -> Vec<u8>,
+    ) -> Option<ExchangeCall> {
         let log = worker.outbox.as_deref()?;
         let since = now.saturating_sub(self.told_at);
         let is_first = self.told.is_none();
@@ -188,7 +193,12 @@ impl Exchange {
         // While a question waits, its answer brings what is new; the answer to this call brings who is there.
         let wants = self.fleet.exchanging <= 1;
         let told = Told { from: self.gateway, at: self.at, wants, known: self.known(), records: vec![record] };
-        Some(Call { kind: Kind::Tell, path: EXCHANGE_PATH.to_owned(), body: told.to_bytes(), timeout: GRACE })
+        Some(ExchangeCall {
+            kind: CallKind::Send,
+            path: EXCHANGE_PATH.to_owned(),
+            body: told.to_bytes(),
+            timeout: GRACE,
+        })
     }
 
     fn known(&self) -> Vec<(u64, u64)> {
@@ -198,7 +208,7 @@ impl Exchange {
     }
 
     /// A call could not be started, or was not answered as it should be.
-    pub fn failed(&mut self, worker: &mut Worker, kind: Kind, now: Duration) {
+    pub fn failed(&mut self, worker: &mut Worker, kind: CallKind, now: Duration) {
         self.ended(kind);
         worker.counts.count(Metric::ExchangesFailed);
         self.rest_until = now.saturating_add(FAILURE_PAUSE);
@@ -207,7 +217,7 @@ impl Exchange {
     }
 
     /// A call was answered; `status` is `None` when there is no answer.
-    pub fn answered(&mut self, worker: &mut Worker, kind: Kind, status: Option<u16>, body: &[u8], now: Duration) {
+    pub fn answered(&mut self, worker: &mut Worker, kind: CallKind, status: Option<u16>, body: &[u8], now: Duration) {
         let heard = Heard::from_bytes(body).filter(|_| status == Some(200));
         let (Some(heard), true) = (heard, self.gateway != 0) else {
             self.failed(worker, kind, now);
@@ -244,10 +254,10 @@ impl Exchange {
         }
     }
 
-    fn ended(&mut self, kind: Kind) {
+    fn ended(&mut self, kind: CallKind) {
         match kind {
-            Kind::Tell => self.is_telling = false,
-            Kind::Hear => self.is_asking = false,
+            CallKind::Send => self.is_telling = false,
+            CallKind::Receive => self.is_asking = false,
         }
     }
 

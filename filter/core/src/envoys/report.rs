@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::workers::recent::{Decision, Generation};
+use crate::workers::recent::{DecisionRecord, Generation};
 use crate::workers::worker::Worker;
 
 /// Bytes of a report at most; a longer one is not kept.
@@ -25,14 +25,14 @@ pub struct Report {
     /// `ip:port` of those that did not answer last time.
     pub failing: Vec<String>,
     /// Some of the latest decisions, newest first.
-    pub decisions: Vec<Decision>,
+    pub decisions: Vec<DecisionRecord>,
 }
 
 impl Report {
     /// What there is to report of the Envoy of a worker: `generations` are what its workers run, `decisions` what they
     /// decided.
     #[must_use]
-    pub fn of(worker: &Worker, generations: Vec<Generation>, decisions: Vec<Decision>) -> Self {
+    pub fn of(worker: &Worker, generations: Vec<Generation>, decisions: Vec<DecisionRecord>) -> Self {
         let table = &worker.state.table;
         let (epoch, version) = table.version();
         let failing = table.iter().filter(|(_, state)| state.health.is_failing());

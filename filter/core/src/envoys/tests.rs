@@ -5,7 +5,7 @@ use core::time::Duration;
 use hashbrown::HashMap;
 use proptest::prelude::*;
 
-use super::client::{Call, Exchange, Kind, TICK};
+use super::client::{CallKind, ExchangeCall, ExchangeClient, TICK};
 use super::hub::{GATEWAY_LIFE, Hub};
 use super::message::{MAX_MESSAGE_BYTES, Record, Told};
 use super::report::{self, MAX_REPORT_BYTES};
@@ -20,9 +20,9 @@ const FAR: Duration = Duration::from_secs(3_600);
 
 struct Gateway {
     worker: Worker,
-    exchange: Exchange,
+    exchange: ExchangeClient,
     /// A question that waits.
-    question: Option<Call>,
+    question: Option<ExchangeCall>,
 }
 
 impl Gateway {
@@ -30,7 +30,7 @@ impl Gateway {
         let mut worker = Worker::default();
         let config = worker.configure(CONFIG).unwrap();
         worker.tell_others(id);
-        let mut exchange = Exchange::default();
+        let mut exchange = ExchangeClient::default();
         exchange.configure(&mut worker, config.control.as_ref());
         assert!(exchange.should_lead(true));
         exchange.lead(&mut worker, id, 0, now);
@@ -63,7 +63,7 @@ impl Gateway {
         for call in calls.into_iter().chain(self.question.take()) {
             let told = Told::from_bytes(&call.body).unwrap();
             hub.take(&told, now);
-            if call.kind == Kind::Hear && !hub.has_news(&told) {
+            if call.kind == CallKind::Receive && !hub.has_news(&told) {
                 self.question = Some(call);
                 continue;
             }
@@ -333,7 +333,7 @@ proptest! {
                 }
                 Step::Rubbish { gateway, bytes } => {
                     let of = &mut gateways[gateway];
-                    of.exchange.answered(&mut of.worker, Kind::Tell, Some(200), &bytes, now);
+                    of.exchange.answered(&mut of.worker, CallKind::Send, Some(200), &bytes, now);
                 }
             }
         }

@@ -19,7 +19,7 @@ use crate::prefix::index::EndpointIndex;
 use crate::request::answer::Passage;
 use crate::request::intake::{Subset, Work};
 use crate::request::reply::Rejection;
-use crate::workers::recent::Decision;
+use crate::workers::recent::DecisionRecord;
 use crate::workers::worker::Worker;
 
 /// Where a request goes, and why.
@@ -117,7 +117,7 @@ impl Request {
                 effects.push(Effect::SetState(PREFILLER, slot.address.as_bytes().to_vec()));
             }
         }
-        worker.decided(now, |worker| Decision {
+        worker.decided(now, |worker| DecisionRecord {
             decision: decision_name(decision).to_owned(),
             reason: reason.to_owned(),
             model: work.served.model.clone(),
@@ -128,7 +128,7 @@ impl Request {
             decode: decode.to_string(),
             prompt_tokens: work.prompt.tokens as u64,
             matched_tokens: matched_tokens as u64,
-            ..Decision::default()
+            ..DecisionRecord::default()
         });
         let edit = plan.with_insert(insert);
         if !edit.is_none() {

@@ -23,8 +23,8 @@ use crate::codec::{Reader, Writer};
 use crate::workers::event::Event;
 use crate::workers::inheritance::Inheritance;
 use crate::workers::ledger::WorkerLedger;
-use crate::workers::peer::{HEAD_BYTES, Peer, ledger_key, log_key};
-use crate::workers::recent::{Decision, Generation, MAX_DECISIONS};
+use crate::workers::peer::{HEAD_BYTES, PeerWorker, ledger_key, log_key};
+use crate::workers::recent::{DecisionRecord, Generation, MAX_DECISIONS};
 use crate::workers::shared::Shared;
 use crate::workers::slots::{SLOTS_KEY, WorkerSlot, slots, to_bytes};
 use crate::workers::worker::Worker;
@@ -50,7 +50,7 @@ pub struct WorkersLog {
     told: Duration,
     renewed: Duration,
     announced: Option<u64>,
-    peers: Vec<Peer>,
+    peers: Vec<PeerWorker>,
     inheritance: Inheritance,
 }
 
@@ -63,7 +63,7 @@ impl WorkersLog {
 
     /// What the workers run that are alive, a line per build and configuration.
     pub fn generations(&self, shared: &impl Shared) -> Vec<Generation> {
-        let of_peer = |peer: &Peer| {
+        let of_peer = |peer: &PeerWorker| {
             let (bytes, _) = shared.get(&who_key(peer.slot))?;
             let mut rest = Reader(&bytes);
             (rest.word()? == peer.worker_id).then(|| Generation::read(&mut rest)).flatten()
@@ -83,13 +83,13 @@ impl WorkersLog {
     }
 
     /// Some of the workers' latest decisions, newest first.
-    pub fn decisions(&self, worker: &Worker, shared: &impl Shared) -> Vec<Decision> {
+    pub fn decisions(&self, worker: &Worker, shared: &impl Shared) -> Vec<DecisionRecord> {
         let mut decisions: Vec<_> = worker.recent.iter().cloned().collect();
         for peer in &self.peers {
             let Some((bytes, _)) = shared.get(&recent_key(peer.slot)) else { continue };
             let mut rest = Reader(&bytes);
             if rest.word() == Some(peer.worker_id) {
-                decisions.extend(core::iter::from_fn(|| Decision::read(&mut rest)));
+                decisions.extend(core::iter::from_fn(|| DecisionRecord::read(&mut rest)));
             }
         }
         decisions.sort_unstable_by_key(|decision| core::cmp::Reverse(decision.at_ms));
@@ -236,7 +236,7 @@ impl WorkersLog {
 
     /// Retracts the ledgers of workers that are gone, and joins workers that are new.
     fn meet(&mut self, worker: &mut Worker, shared: &impl Shared, slots: &[WorkerSlot], now: Duration) {
-        let is_here = |peer: &Peer| {
+        let is_here = |peer: &PeerWorker| {
             slots.get(peer.slot).is_some_and(|slot| slot.worker_id == peer.worker_id && slot.is_taken(now))
         };
         for gone in self.peers.extract_if(.., |peer| !is_here(peer)) {
@@ -245,7 +245,7 @@ impl WorkersLog {
         for (index, slot) in slots.iter().enumerate() {
             let is_known = self.peers.iter().any(|peer| peer.slot == index);
             if slot.is_taken(now) && slot.worker_id != self.worker_id && !is_known {
-                let mut peer = Peer {
+                let mut peer = PeerWorker {
                     slot: index,
                     worker_id: slot.worker_id,
                     position: 0,

@@ -12,7 +12,7 @@ const RING: u64 = 32;
 pub(super) const HEAD_BYTES: usize = 24;
 /// Another worker.
 #[derive(Debug)]
-pub(super) struct Peer {
+pub(super) struct PeerWorker {
     pub(super) slot: usize,
     pub(super) worker_id: u64,
     pub(super) position: u64,
@@ -21,7 +21,7 @@ pub(super) struct Peer {
     pub(super) is_behind: bool,
 }
 
-impl Peer {
+impl PeerWorker {
     /// Takes the worker's ledger as a whole; the log goes on from there.
     pub(super) fn join(&mut self, worker: &mut Worker, shared: &impl Shared) {
         self.ledger = WorkerLedger::default();

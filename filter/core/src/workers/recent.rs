@@ -41,7 +41,7 @@ impl Generation {
 /// Where a request went. The words are those of the access log.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Decision {
+pub struct DecisionRecord {
     /// Milliseconds since 1970.
     pub at_ms: u64,
     /// `split`, `decode_only` …
@@ -60,7 +60,7 @@ pub struct Decision {
     pub matched_tokens: u64,
 }
 
-impl Decision {
+impl DecisionRecord {
     /// For the other workers.
     pub(crate) fn write(&self, out: &mut Writer) {
         [self.at_ms, self.prompt_tokens, self.matched_tokens].into_iter().for_each(|word| out.word(word));
@@ -79,7 +79,7 @@ impl Decision {
 /// Some of the latest decisions of a worker.
 #[derive(Debug, Default)]
 pub(crate) struct Recent {
-    decisions: VecDeque<(Duration, Decision)>,
+    decisions: VecDeque<(Duration, DecisionRecord)>,
     /// Whether there is one that the other workers do not know.
     pub(crate) is_new: bool,
 }
@@ -90,14 +90,14 @@ impl Recent {
         self.decisions.front().is_none_or(|(at, _)| now.saturating_sub(*at) >= DECISION_PAUSE)
     }
 
-    pub(crate) fn push(&mut self, at: Duration, decision: Decision) {
+    pub(crate) fn push(&mut self, at: Duration, decision: DecisionRecord) {
         self.decisions.truncate(MAX_DECISIONS.saturating_sub(1));
         self.decisions.push_front((at, decision));
         self.is_new = true;
     }
 
     /// Newest first.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Decision> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &DecisionRecord> {
         self.decisions.iter().map(|(_, decision)| decision)
     }
 }
@@ -109,22 +109,22 @@ mod tests {
     #[test]
     fn what_a_worker_writes_another_reads() {
         let generation = Generation { version: "1".into(), build: "b".into(), revision: "ä".into(), workers: 1 };
-        let decision = Decision {
+        let decision = DecisionRecord {
             at_ms: 7,
             decision: "split".into(),
             model: "m".into(),
             matched_tokens: 3,
-            ..Decision::default()
+            ..DecisionRecord::default()
         };
         let mut out = Writer::default();
         generation.write(&mut out);
         decision.write(&mut out);
         let mut rest = Reader(&out.0);
         assert_eq!(Generation::read(&mut rest), Some(generation));
-        assert_eq!(Decision::read(&mut rest), Some(decision));
+        assert_eq!(DecisionRecord::read(&mut rest), Some(decision));
         for length in 0..out.0.len() {
             let mut rest = Reader(&out.0[..length]);
-            assert!(Generation::read(&mut rest).is_none() || Decision::read(&mut rest).is_none());
+            assert!(Generation::read(&mut rest).is_none() || DecisionRecord::read(&mut rest).is_none());
         }
     }
 }

@@ -16,7 +16,7 @@ use crate::prefix::index::PrefixIndex;
 use crate::wire::{Snapshot, WireError};
 use crate::workers::event::Event;
 use crate::workers::pending::Log;
-use crate::workers::recent::{Decision, Recent};
+use crate::workers::recent::{DecisionRecord, Recent};
 use crate::workers::state::State;
 
 /// Name of the gauge of the prefix index's bytes, in the worker that told last.
@@ -236,14 +236,14 @@ impl Worker {
     }
 
     /// Notes a decision for the next report, where there are reports and it has not just noted another.
-    pub(crate) fn decided(&mut self, now: Duration, decision: impl FnOnce(&Self) -> Decision) {
+    pub(crate) fn decided(&mut self, now: Duration, decision: impl FnOnce(&Self) -> DecisionRecord) {
         let is_reported = || {
             let control = self.config.as_ref().ok().and_then(|config| config.control.as_ref());
             control.is_some_and(|control| control.exchange)
         };
         if self.recent.is_due(now) && is_reported() {
             let at_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
-            let decision = Decision { at_ms, ..decision(self) };
+            let decision = DecisionRecord { at_ms, ..decision(self) };
             self.recent.push(now, decision);
         }
     }
