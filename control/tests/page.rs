@@ -9,7 +9,7 @@ use http_body_util::Full;
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::TokioExecutor;
 use pd_control::access::token::Token;
-use pd_core::envoys::message::{Record, Told};
+use pd_core::envoys::message::{ExchangeRequest, Record};
 use pd_core::envoys::report::Report;
 use pd_core::workers::recent::{DecisionRecord, Generation};
 use pd_sim::Role;
@@ -52,10 +52,10 @@ fn reporting(address: SocketAddr, gateway: u64, workers: u64) -> JoinHandle<()> 
     tokio::spawn(async move {
         for turn in 1.. {
             let record = Record { gateway, turn, report: report.clone(), ..Record::default() };
-            let told = Told { from: gateway, records: vec![record], ..Told::default() };
+            let request = ExchangeRequest { from: gateway, records: vec![record], ..ExchangeRequest::default() };
             let request = Request::post(format!("http://{address}/v1/exchange?wait_ms=0"))
                 .header("authorization", "Bearer secret")
-                .body(Full::from(told.to_bytes()))
+                .body(Full::from(request.to_bytes()))
                 .unwrap();
             // In the end there is nobody to tell.
             let _ = client.request(request).await;

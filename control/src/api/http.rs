@@ -25,7 +25,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Extension, Json, Router};
 use bytes::Bytes;
-use pd_core::envoys::message::{EXCHANGE_PATH, MAX_MESSAGE_BYTES, Told};
+use pd_core::envoys::message::{EXCHANGE_PATH, ExchangeRequest, MAX_MESSAGE_BYTES};
 use pd_core::wire::{Endpoint, WATCH_PATH};
 use prometheus_client::metrics::gauge::Gauge;
 use serde::{Deserialize, Serialize};
@@ -153,13 +153,13 @@ async fn watch(
 }
 
 async fn exchange(State(app): State<App>, query: Result<Query<Exchanged>, QueryRejection>, body: Bytes) -> Response {
-    let told = query.ok().and_then(|Query(query)| Some((query, Told::from_bytes(&body)?)));
-    let answer = match told {
+    let request = query.ok().and_then(|Query(query)| Some((query, ExchangeRequest::from_bytes(&body)?)));
+    let answer = match request {
         None => failure(StatusCode::BAD_REQUEST, "no message of the exchange"),
-        Some((query, told)) => {
+        Some((query, request)) => {
             let wait = query.wait_ms.map_or(Duration::ZERO, Duration::from_millis);
-            let heard = app.hub.answer(&told, wait, app.filters.watching(), app.stopping.clone()).await;
-            ([(header::CONTENT_TYPE, "application/octet-stream")], heard.to_bytes()).into_response()
+            let response = app.hub.answer(&request, wait, app.filters.watching(), app.stopping.clone()).await;
+            ([(header::CONTENT_TYPE, "application/octet-stream")], response.to_bytes()).into_response()
         }
     };
     app.counters.exchanged(answer.status().as_u16());

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use hashbrown::HashMap;
 use pd_core::envoys::hub::Hub;
-use pd_core::envoys::message::{Heard, Told};
+use pd_core::envoys::message::{ExchangeRequest, ExchangeResponse};
 use pd_core::envoys::report::Report;
 use tokio::sync::watch;
 use tokio::time::{Instant, interval, sleep, sleep_until};
@@ -49,17 +49,17 @@ impl SharedHub {
     /// Envoys that follow the list.
     pub async fn answer(
         &self,
-        told: &Told,
+        request: &ExchangeRequest,
         wait: Duration,
         watching: u64,
         mut stopping: watch::Receiver<bool>,
-    ) -> Heard {
-        if self.hub().take(told, self.now()) {
+    ) -> ExchangeResponse {
+        if self.hub().take(request, self.now()) {
             self.news.send_modify(|count| *count += 1);
         }
         let deadline = Instant::now() + wait.min(MAX_WAIT);
         let mut news = self.news.subscribe();
-        while Instant::now() < deadline && !self.hub().has_news(told) {
+        while Instant::now() < deadline && !self.hub().has_news(request) {
             tokio::select! {
                 _ = news.changed() => {}
                 _ = stopping.wait_for(|is_stopping| *is_stopping) => break,
@@ -67,7 +67,7 @@ impl SharedHub {
             }
             sleep(COMPANY).await;
         }
-        self.hub().answer(told, watching)
+        self.hub().answer(request, watching)
     }
 
     /// Becomes another number whenever there is news.
@@ -78,7 +78,7 @@ impl SharedHub {
 
     /// What another replica has to be told that has these records of each gateway.
     #[must_use]
-    pub fn messages(&self, have: &HashMap<u64, u64>) -> Vec<Told> {
+    pub fn messages(&self, have: &HashMap<u64, u64>) -> Vec<ExchangeRequest> {
         self.hub().relay(have, self.now())
     }
 

@@ -18,7 +18,7 @@ use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
-use pd_core::envoys::message::{EXCHANGE_PATH, Heard, MAX_MESSAGE_BYTES, Told};
+use pd_core::envoys::message::{EXCHANGE_PATH, ExchangeRequest, ExchangeResponse, MAX_MESSAGE_BYTES};
 use tokio::net::lookup_host;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep, timeout};
@@ -145,7 +145,8 @@ impl Peer {
         loop {
             let _ = timeout(RELAY_HEARTBEAT, news.changed()).await;
             let messages = self.hub.messages(&have);
-            let has_blocks = messages.iter().flat_map(|told| &told.records).any(|record| !record.blocks.is_empty());
+            let has_blocks =
+                messages.iter().flat_map(|message| &message.records).any(|record| !record.blocks.is_empty());
             let is_new = has_blocks || turns_of(&messages) != turns;
             if messages.is_empty() || (!is_new && told_at.is_some_and(|at| at.elapsed() < RELAY_HEARTBEAT)) {
                 continue;
@@ -177,30 +178,30 @@ impl Peer {
     async fn tell_all(
         &self,
         client: &mut Option<PeerClient>,
-        messages: &[Told],
+        messages: &[ExchangeRequest],
     ) -> anyhow::Result<Option<HashMap<u64, u64>>> {
         let client = match client {
             Some(client) => client,
             None => client.insert(self.peers.client()?),
         };
         let mut have = HashMap::new();
-        for told in messages {
-            let heard = self.tell(client, told).await?;
-            if heard.hub == told.from {
+        for message in messages {
+            let response = self.send(client, message).await?;
+            if response.hub == message.from {
                 return Ok(None);
             }
-            have.extend(heard.have);
+            have.extend(response.have);
         }
         Ok(Some(have))
     }
 
-    async fn tell(&self, client: &PeerClient, told: &Told) -> anyhow::Result<Heard> {
+    async fn send(&self, client: &PeerClient, message: &ExchangeRequest) -> anyhow::Result<ExchangeResponse> {
         let scheme = if self.peers.tls.is_some() { "https" } else { "http" };
         let mut request = Request::post(format!("{scheme}://{}{EXCHANGE_PATH}", self.address));
         if let Some(token) = &self.peers.token {
             request = request.header(header::AUTHORIZATION, token.header());
         }
-        let request = request.body(Full::from(told.to_bytes()))?;
+        let request = request.body(Full::from(message.to_bytes()))?;
         let answer = async {
             let answer = client.request(request).await?;
             if answer.status() != StatusCode::OK {
@@ -210,15 +211,15 @@ impl Peer {
                 .collect()
                 .await
                 .map_err(anyhow::Error::from_boxed)?;
-            Heard::from_bytes(&body.to_bytes()).context("its answer is none")
+            ExchangeResponse::from_bytes(&body.to_bytes()).context("its answer is none")
         };
         timeout(RELAY_TIMEOUT, answer).await.context("no answer in time")?
     }
 }
 
 /// Which record of each gateway the messages have.
-fn turns_of(messages: &[Told]) -> Vec<(u64, u64)> {
-    let records = messages.iter().flat_map(|told| &told.records);
+fn turns_of(messages: &[ExchangeRequest]) -> Vec<(u64, u64)> {
+    let records = messages.iter().flat_map(|message| &message.records);
     let mut turns: Vec<_> = records.map(|record| (record.gateway, record.turn)).collect();
     turns.sort_unstable();
     turns

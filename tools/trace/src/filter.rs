@@ -9,7 +9,7 @@ use hashbrown::HashMap;
 use pd_bench::trace::BLOCK_TOKENS;
 use pd_core::envoys::client::{CallKind, ExchangeCall, ExchangeClient};
 use pd_core::envoys::hub::Hub;
-use pd_core::envoys::message::Told;
+use pd_core::envoys::message::ExchangeRequest;
 use pd_core::headers::Headers;
 use pd_core::request::{DECODE, Effect, Outcome, PrefillAnswer, Request};
 use pd_core::wire::{Endpoint, Role, Snapshot, WIRE_VERSION};
@@ -138,14 +138,14 @@ impl Gateways {
         let Some((exchange, waiting)) = gateways.get_mut(gateway) else { return };
         let calls = exchange.tick(worker, true, now, |_| Vec::new());
         for call in calls.into_iter().chain(waiting.take()) {
-            let Some(told) = Told::from_bytes(&call.body) else { continue };
-            hub.take(&told, now);
-            if call.kind == CallKind::Receive && !hub.has_news(&told) {
+            let Some(request) = ExchangeRequest::from_bytes(&call.body) else { continue };
+            hub.take(&request, now);
+            if call.kind == CallKind::Receive && !hub.has_news(&request) {
                 *waiting = Some(call);
                 continue;
             }
-            let heard = hub.answer(&told, 0).to_bytes();
-            exchange.answered(worker, call.kind, Some(200), &heard, now);
+            let response = hub.answer(&request, 0).to_bytes();
+            exchange.answered(worker, call.kind, Some(200), &response, now);
         }
     }
 }

@@ -7,7 +7,7 @@ use core::time::Duration;
 use hashbrown::HashMap;
 use pd_core::prefix::block_log::{block_event, read_event, split_events};
 use pd_core::envoys::hub::Hub;
-use pd_core::envoys::message::{Heard, MAX_MESSAGE_BYTES, Told};
+use pd_core::envoys::message::{ExchangeResponse, MAX_MESSAGE_BYTES, ExchangeRequest};
 use pd_core::envoys::report::Report;
 use pd_core::envoys::client::{ExchangeClient, CallKind, TICK};
 use pd_core::workers::worker::Worker;
@@ -28,25 +28,25 @@ fn steps(input: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
 
 /// The message with endpoints that the worker knows in place of the numbers 0 and 1: nobody guesses 64 bits.
 fn with_endpoints(message: &[u8], keys: &[u64]) -> Vec<u8> {
-    let Some(mut heard) = Heard::from_bytes(message) else { return message.to_vec() };
+    let Some(mut response) = ExchangeResponse::from_bytes(message) else { return message.to_vec() };
     let key = |number: u64| usize::try_from(number).ok().and_then(|at| keys.get(at)).copied().unwrap_or(number);
-    for (endpoint, _) in heard.loads.iter_mut().flatten() {
+    for (endpoint, _) in response.loads.iter_mut().flatten() {
         *endpoint = key(*endpoint);
     }
-    for batch in &mut heard.batches {
+    for batch in &mut response.batches {
         let events = split_events(&batch.blocks).filter_map(read_event);
         batch.blocks = events.flat_map(|(endpoint, blocks)| block_event(key(endpoint), &blocks)).collect();
     }
-    heard.to_bytes()
+    response.to_bytes()
 }
 
-fn answer(hub: &mut Hub, told: &Told, now: Duration) -> Heard {
-    assert_eq!(Told::from_bytes(&told.to_bytes()).as_ref(), Some(told));
-    hub.take(told, now);
-    let _ = hub.has_news(told);
-    let heard = hub.answer(told, 3);
-    assert_eq!(Heard::from_bytes(&heard.to_bytes()).as_ref(), Some(&heard));
-    heard
+fn answer(hub: &mut Hub, request: &ExchangeRequest, now: Duration) -> ExchangeResponse {
+    assert_eq!(ExchangeRequest::from_bytes(&request.to_bytes()).as_ref(), Some(request));
+    hub.take(request, now);
+    let _ = hub.has_news(request);
+    let response = hub.answer(request, 3);
+    assert_eq!(ExchangeResponse::from_bytes(&response.to_bytes()).as_ref(), Some(&response));
+    response
 }
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
@@ -61,15 +61,15 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
         match what % 4 {
             0 => exchange.answered(&mut worker, CallKind::Receive, Some(200), &with_endpoints(message, &keys), now),
             1 => {
-                if let Some(told) = Told::from_bytes(message) {
-                    answer(&mut hub, &told, now);
+                if let Some(request) = ExchangeRequest::from_bytes(message) {
+                    answer(&mut hub, &request, now);
                 }
             }
             2 => {
                 for call in exchange.tick(&mut worker, true, now, |_| Report::default().to_json()) {
-                    let told = Told::from_bytes(&call.body).expect("what an Envoy tells can be read");
-                    let heard = answer(&mut hub, &told, now).to_bytes();
-                    exchange.answered(&mut worker, call.kind, Some(200), &heard, now);
+                    let request = ExchangeRequest::from_bytes(&call.body).expect("what an Envoy tells can be read");
+                    let response = answer(&mut hub, &request, now).to_bytes();
+                    exchange.answered(&mut worker, call.kind, Some(200), &response, now);
                 }
             }
             _ => {
@@ -79,8 +79,8 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
             }
         }
     }
-    for told in hub.relay(&HashMap::new(), now) {
-        assert!(told.to_bytes().len() <= MAX_MESSAGE_BYTES);
+    for request in hub.relay(&HashMap::new(), now) {
+        assert!(request.to_bytes().len() <= MAX_MESSAGE_BYTES);
     }
     exchange.resign(&mut worker);
     for (_, state) in worker.state.table.iter() {

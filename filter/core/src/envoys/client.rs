@@ -6,7 +6,7 @@ use hashbrown::HashMap;
 
 use crate::config::Control;
 use crate::endpoints::elsewhere::{Fleet, Totals};
-use crate::envoys::message::{EXCHANGE_PATH, Heard, MAX_BLOCKS_BYTES, Record, Told};
+use crate::envoys::message::{EXCHANGE_PATH, ExchangeRequest, ExchangeResponse, MAX_BLOCKS_BYTES, Record};
 use crate::metrics::Metric;
 use crate::prefix::block_log::{read_event, split_events};
 use crate::workers::worker::Worker;
@@ -61,14 +61,14 @@ pub struct ExchangeClient {
     /// Block events that the hub has.
     acked: u64,
     known: HashMap<u64, u64>,
-    at: (u64, u64),
-    told: Option<Vec<(u64, Totals)>>,
-    told_at: Duration,
+    known_state: (u64, u64),
+    sent_loads: Option<Vec<(u64, Totals)>>,
+    sent_at: Duration,
     reported_at: Option<Duration>,
-    asked_at: Duration,
+    received_at: Duration,
     answered_at: Duration,
-    is_telling: bool,
-    is_asking: bool,
+    is_sending: bool,
+    is_receiving: bool,
     /// Until when nothing is tried after a failure.
     rest_until: Duration,
     fleet: Fleet,
@@ -105,7 +105,7 @@ impl ExchangeClient {
 
     /// Is the leader no more.
     pub fn resign(&mut self, worker: &mut Worker) {
-        self.hear_loads(worker, &[]);
+        self.apply_loads(worker, &[]);
         worker.outbox = None;
         *self = Self { is_on: self.is_on, ..Self::default() };
     }
@@ -127,46 +127,52 @@ impl ExchangeClient {
         }
         if self.fleet.exchanging > 1 && now.saturating_sub(self.answered_at) > PATIENCE {
             // Alone for all we know, among as many as there were.
-            self.hear_loads(worker, &[]);
-            self.hear_fleet(worker, Fleet { exchanging: 1, ..self.fleet });
-            self.at = (0, 0);
+            self.apply_loads(worker, &[]);
+            self.apply_fleet(worker, Fleet { exchanging: 1, ..self.fleet });
+            self.known_state = (0, 0);
         }
         if now < self.rest_until {
             return Vec::new();
         }
         let mut calls = Vec::new();
-        if !self.is_telling {
-            calls.extend(self.tell(worker, now, report));
+        if !self.is_sending {
+            calls.extend(self.send(worker, now, report));
         }
-        if !self.is_asking && self.fleet.exchanging > 1 && now.saturating_sub(self.asked_at) >= PAUSE {
-            self.is_asking = true;
-            self.asked_at = now;
-            let told = Told { from: self.gateway, at: self.at, wants: true, known: self.known(), records: Vec::new() };
+        if !self.is_receiving && self.fleet.exchanging > 1 && now.saturating_sub(self.received_at) >= PAUSE {
+            self.is_receiving = true;
+            self.received_at = now;
+            let request = ExchangeRequest {
+                from: self.gateway,
+                known_state: self.known_state,
+                wants: true,
+                known: self.known(),
+                records: Vec::new(),
+            };
             calls.push(ExchangeCall {
                 kind: CallKind::Receive,
                 path: format!("{EXCHANGE_PATH}?wait_ms={}", WAIT.as_millis()),
-                body: told.to_bytes(),
+                body: request.to_bytes(),
                 timeout: WAIT.saturating_add(GRACE),
             });
         }
         calls
     }
 
-    fn tell(
+    fn send(
         &mut self,
         worker: &Worker,
         now: Duration,
         report: impl FnOnce(&Worker) -> Vec<u8>,
     ) -> Option<ExchangeCall> {
         let log = worker.outbox.as_deref()?;
-        let since = now.saturating_sub(self.told_at);
-        let is_first = self.told.is_none();
+        let since = now.saturating_sub(self.sent_at);
+        let is_first = self.sent_loads.is_none();
         let pause = if self.fleet.exchanging > 1 { PAUSE } else { HEARTBEAT };
         if !is_first && since < pause {
             return None;
         }
         let loads = loads(worker, now);
-        if self.told.as_ref() == Some(&loads) && self.acked >= log.next() && since < HEARTBEAT {
+        if self.sent_loads.as_ref() == Some(&loads) && self.acked >= log.next() && since < HEARTBEAT {
             return None;
         }
         let is_report_due = self.reported_at.is_none_or(|at| now.saturating_sub(at) >= HEARTBEAT);
@@ -174,10 +180,10 @@ impl ExchangeClient {
         if is_report_due {
             self.reported_at = Some(now);
         }
-        self.is_telling = true;
+        self.is_sending = true;
         self.turn = self.turn.saturating_add(1);
-        self.told_at = now;
-        self.told = Some(loads.clone());
+        self.sent_at = now;
+        self.sent_loads = Some(loads.clone());
         let first = self.acked.clamp(log.oldest(), log.next());
         let record = Record {
             gateway: self.gateway,
@@ -192,11 +198,17 @@ impl ExchangeClient {
         };
         // While a question waits, its answer brings what is new; the answer to this call brings who is there.
         let wants = self.fleet.exchanging <= 1;
-        let told = Told { from: self.gateway, at: self.at, wants, known: self.known(), records: vec![record] };
+        let request = ExchangeRequest {
+            from: self.gateway,
+            known_state: self.known_state,
+            wants,
+            known: self.known(),
+            records: vec![record],
+        };
         Some(ExchangeCall {
             kind: CallKind::Send,
             path: EXCHANGE_PATH.to_owned(),
-            body: told.to_bytes(),
+            body: request.to_bytes(),
             timeout: GRACE,
         })
     }
@@ -213,29 +225,29 @@ impl ExchangeClient {
         worker.counts.count(Metric::ExchangesFailed);
         self.rest_until = now.saturating_add(FAILURE_PAUSE);
         // Whoever answers next may know nothing of what was told.
-        self.told = None;
+        self.sent_loads = None;
     }
 
     /// A call was answered; `status` is `None` when there is no answer.
     pub fn answered(&mut self, worker: &mut Worker, kind: CallKind, status: Option<u16>, body: &[u8], now: Duration) {
-        let heard = Heard::from_bytes(body).filter(|_| status == Some(200));
-        let (Some(heard), true) = (heard, self.gateway != 0) else {
+        let response = ExchangeResponse::from_bytes(body).filter(|_| status == Some(200));
+        let (Some(response), true) = (response, self.gateway != 0) else {
             self.failed(worker, kind, now);
             return;
         };
         self.ended(kind);
         worker.counts.count(Metric::ExchangesOk);
         self.answered_at = now;
-        if let Some((_, next)) = heard.have.iter().find(|(gateway, _)| *gateway == self.gateway) {
+        if let Some((_, next)) = response.have.iter().find(|(gateway, _)| *gateway == self.gateway) {
             self.acked = *next;
         }
-        self.hear_fleet(worker, Fleet { gateways: heard.gateways, exchanging: heard.exchanging });
-        if let Some(loads) = heard.loads {
-            self.at = (heard.hub, heard.state);
-            self.hear_loads(worker, &loads);
+        self.apply_fleet(worker, Fleet { gateways: response.gateways, exchanging: response.exchanging });
+        if let Some(loads) = response.loads {
+            self.known_state = (response.hub, response.state);
+            self.apply_loads(worker, &loads);
         }
         let epoch = epoch(worker);
-        for batch in heard.batches {
+        for batch in response.batches {
             if self.known.len() >= MAX_KNOWN && !self.known.contains_key(&batch.gateway) {
                 self.known.clear();
             }
@@ -256,12 +268,12 @@ impl ExchangeClient {
 
     fn ended(&mut self, kind: CallKind) {
         match kind {
-            CallKind::Send => self.is_telling = false,
-            CallKind::Receive => self.is_asking = false,
+            CallKind::Send => self.is_sending = false,
+            CallKind::Receive => self.is_receiving = false,
         }
     }
 
-    fn hear_fleet(&mut self, worker: &mut Worker, fleet: Fleet) {
+    fn apply_fleet(&mut self, worker: &mut Worker, fleet: Fleet) {
         if self.fleet != fleet {
             self.fleet = fleet;
             worker.fleet_is(fleet);
@@ -269,7 +281,7 @@ impl ExchangeClient {
     }
 
     /// Tells the workers how the loads elsewhere differ from what they know.
-    fn hear_loads(&mut self, worker: &mut Worker, loads: &[(u64, Totals)]) {
+    fn apply_loads(&mut self, worker: &mut Worker, loads: &[(u64, Totals)]) {
         let new: HashMap<u64, Totals> = loads.iter().copied().collect();
         let old = core::mem::replace(&mut self.elsewhere, new);
         for (endpoint, totals) in &self.elsewhere {

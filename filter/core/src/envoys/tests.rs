@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::client::{CallKind, ExchangeCall, ExchangeClient, TICK};
 use super::hub::{GATEWAY_LIFE, Hub};
-use super::message::{MAX_MESSAGE_BYTES, Record, Told};
+use super::message::{ExchangeRequest, MAX_MESSAGE_BYTES, Record};
 use super::report::{self, MAX_REPORT_BYTES};
 use crate::endpoints::elsewhere::Fleet;
 use crate::endpoints::table::EndpointRef;
@@ -29,7 +29,7 @@ impl Gateway {
     fn new(id: u64, now: Duration) -> Self {
         let mut worker = Worker::default();
         let config = worker.configure(CONFIG).unwrap();
-        worker.tell_others(id);
+        worker.start_log(id);
         let mut exchange = ExchangeClient::default();
         exchange.configure(&mut worker, config.control.as_ref());
         assert!(exchange.should_lead(true));
@@ -61,16 +61,16 @@ impl Gateway {
             return;
         };
         for call in calls.into_iter().chain(self.question.take()) {
-            let told = Told::from_bytes(&call.body).unwrap();
-            hub.take(&told, now);
-            if call.kind == CallKind::Receive && !hub.has_news(&told) {
+            let request = ExchangeRequest::from_bytes(&call.body).unwrap();
+            hub.take(&request, now);
+            if call.kind == CallKind::Receive && !hub.has_news(&request) {
                 self.question = Some(call);
                 continue;
             }
-            let heard = hub.answer(&told, 0).to_bytes();
-            self.exchange.answered(&mut self.worker, call.kind, Some(200), &heard, now);
+            let response = hub.answer(&request, 0).to_bytes();
+            self.exchange.answered(&mut self.worker, call.kind, Some(200), &response, now);
         }
-        self.worker.log.take();
+        self.worker.pending.take();
     }
 }
 
@@ -123,10 +123,13 @@ fn the_same_is_told_in_the_same_order() {
     for gateway in (1..=20).rev() {
         let blocks = block_event(1, &blocks(gateway, 1)).into_vec();
         let record = Record { gateway, turn: 1, blocks, ..Record::default() };
-        hub.take(&Told { from: gateway, records: vec![record], ..Told::default() }, Duration::ZERO);
+        hub.take(
+            &ExchangeRequest { from: gateway, records: vec![record], ..ExchangeRequest::default() },
+            Duration::ZERO,
+        );
     }
-    let heard = hub.answer(&Told { from: 99, wants: true, ..Told::default() }, 0);
-    assert!(heard.batches.iter().map(|batch| batch.gateway).eq(1..=20), "{:?}", heard.batches);
+    let response = hub.answer(&ExchangeRequest { from: 99, wants: true, ..ExchangeRequest::default() }, 0);
+    assert!(response.batches.iter().map(|batch| batch.gateway).eq(1..=20), "{:?}", response.batches);
 }
 
 #[test]
@@ -227,9 +230,9 @@ fn hubs_pass_on_what_they_heard_and_one_that_restarts_catches_up() {
                 gateway.tick(Some(&mut hubs[index]), now);
             }
             for from in 0..2 {
-                for told in hubs[from].relay(&have[from], now) {
-                    hubs[1 - from].take(&told, now);
-                    have[from].extend(hubs[1 - from].answer(&told, 0).have);
+                for request in hubs[from].relay(&have[from], now) {
+                    hubs[1 - from].take(&request, now);
+                    have[from].extend(hubs[1 - from].answer(&request, 0).have);
                 }
             }
             hubs.iter_mut().for_each(|hub| _ = hub.prune(now));
@@ -261,20 +264,20 @@ fn however_much_gateways_told_a_hub_passes_it_on_in_messages_that_are_taken() {
             (0..20).flat_map(|endpoint| block_event(endpoint, &blocks(id, 1_000)).into_vec()).collect();
         let report = vec![b'x'; MAX_REPORT_BYTES];
         let record = Record { gateway: id, turn: 1, blocks, report, ..Record::default() };
-        full.take(&Told { from: id, records: vec![record], ..Told::default() }, now);
+        full.take(&ExchangeRequest { from: id, records: vec![record], ..ExchangeRequest::default() }, now);
     }
     let mut have = HashMap::new();
     let messages = full.relay(&have, now);
     assert!(messages.len() > 5);
-    for told in messages {
-        let bytes = told.to_bytes();
+    for request in messages {
+        let bytes = request.to_bytes();
         assert!(bytes.len() <= MAX_MESSAGE_BYTES / 2, "{}", bytes.len());
-        empty.take(&Told::from_bytes(&bytes).unwrap(), now);
-        have.extend(empty.answer(&told, 0).have);
+        empty.take(&ExchangeRequest::from_bytes(&bytes).unwrap(), now);
+        have.extend(empty.answer(&request, 0).have);
     }
     assert_eq!(have.len(), 40);
     assert!(have.values().all(|next| *next == 20));
-    assert!(full.relay(&have, now).iter().flat_map(|told| &told.records).all(|record| record.blocks.is_empty()));
+    assert!(full.relay(&have, now).iter().flat_map(|request| &request.records).all(|record| record.blocks.is_empty()));
 }
 
 #[derive(Clone, Debug)]

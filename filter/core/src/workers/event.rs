@@ -14,7 +14,7 @@ use crate::prefix::index::EndpointIndex;
 use crate::workers::state::State;
 
 /// Blocks of a prompt that the other workers hear of; the rest counts as not cached there. 4 MiB and more of prompt.
-const MAX_TOLD_BLOCKS: usize = 2_048;
+const MAX_EVENT_BLOCKS: usize = 2_048;
 
 /// Something that one worker did or saw.
 #[derive(Clone, Debug, PartialEq)]
@@ -131,7 +131,7 @@ impl<'a> Event<'a> {
             }
             Self::Holds { blocks } => {
                 head(6);
-                blocks.iter().take(MAX_TOLD_BLOCKS).for_each(|block| out.word(block.0));
+                blocks.iter().take(MAX_EVENT_BLOCKS).for_each(|block| out.word(block.0));
             }
             Self::Failed { at } => {
                 head(7);
@@ -154,7 +154,7 @@ impl<'a> Event<'a> {
             }
             Self::HoldsByOthers { blocks } => {
                 head(12);
-                blocks.iter().take(MAX_TOLD_BLOCKS).for_each(|block| out.word(block.0));
+                blocks.iter().take(MAX_EVENT_BLOCKS).for_each(|block| out.word(block.0));
             }
             Self::FleetIs { fleet } => {
                 head(13);

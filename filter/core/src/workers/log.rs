@@ -47,7 +47,7 @@ pub struct WorkersLog {
     /// The segment's bytes so far, its head included, and its key.
     open: Vec<u8>,
     key: String,
-    told: Duration,
+    published_at: Duration,
     renewed: Duration,
     announced: Option<u64>,
     peers: Vec<PeerWorker>,
@@ -104,7 +104,7 @@ impl WorkersLog {
         let epoch = block_bytes as u64;
         let inheritance = Inheritance::new(epoch, now);
         *self = Self { worker_id, who, epoch, inheritance, slot, ..Self::default() };
-        worker.tell_others(worker_id);
+        worker.start_log(worker_id);
         self.renew(worker, shared, now);
         self.catch_up(worker, shared, shared.announced(), now);
     }
@@ -127,30 +127,30 @@ impl WorkersLog {
 
     /// Tells the others what this worker did. Call it after every event.
     pub fn publish(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
-        let may_wait = !worker.log.is_pressing && now.saturating_sub(self.told) < PATIENCE;
-        if !worker.log.is_told() && !may_wait {
-            self.tell(worker, shared, now);
+        let may_wait = !worker.pending.is_urgent && now.saturating_sub(self.published_at) < PATIENCE;
+        if !worker.pending.is_empty() && !may_wait {
+            self.write_now(worker, shared, now);
         }
     }
 
-    fn tell(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
+    fn write_now(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
         // A worker that stood still may have lost its slot, and the log there is somebody else's.
         if now.saturating_sub(self.renewed) > RENEWAL {
             self.renew(worker, shared, now);
         }
-        self.told = now;
+        self.published_at = now;
         match self.slot {
-            Some(slot) => self.write_untold(worker, shared, slot),
-            None => drop(worker.log.take()),
+            Some(slot) => self.write_pending(worker, shared, slot),
+            None => drop(worker.pending.take()),
         }
     }
 
-    fn write_untold(&mut self, worker: &mut Worker, shared: &impl Shared, slot: usize) {
-        if worker.log.is_told() {
+    fn write_pending(&mut self, worker: &mut Worker, shared: &impl Shared, slot: usize) {
+        if worker.pending.is_empty() {
             return;
         }
-        let untold = worker.log.take();
-        let mut rest = untold.as_slice();
+        let unpublished = worker.pending.take();
+        let mut rest = unpublished.as_slice();
         while let Some((event, behind)) = Event::split_first(rest) {
             rest = behind;
             if self.open.len() > HEAD_BYTES && self.open.len().saturating_add(event.len()) > SEGMENT_BYTES {
@@ -161,12 +161,12 @@ impl WorkersLog {
         }
         shared.set(&self.key, &self.open, None);
         shared.set_position(slot, self.position());
-        worker.log.reuse(untold);
+        worker.pending.reuse(unpublished);
     }
 
     /// Call it a few times a second, more often than [`SLOT_LIFE`].
     pub fn tick(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
-        self.tell(worker, shared, now);
+        self.write_now(worker, shared, now);
         self.renew(worker, shared, now);
         self.save_ledger(worker, shared);
         self.save_decisions(worker, shared);
@@ -219,8 +219,8 @@ impl WorkersLog {
                 // Beyond what the slot's last worker wrote.
                 self.begin_segment(index, shared.position(index).wrapping_shr(16).wrapping_add(1));
                 // What is not told yet is in the ledger as well: the ledger must be of a position behind it.
-                self.write_untold(worker, shared, index);
-                worker.log.is_ledger_new = true;
+                self.write_pending(worker, shared, index);
+                worker.pending.is_ledger_new = true;
                 self.save_ledger(worker, shared);
                 let mut who = Writer::default();
                 who.word(self.worker_id);
@@ -260,10 +260,10 @@ impl WorkersLog {
 
     /// Writes this worker's ledger, where it has changed.
     fn save_ledger(&self, worker: &mut Worker, shared: &impl Shared) {
-        let Some(slot) = self.slot.filter(|_| core::mem::take(&mut worker.log.is_ledger_new)) else { return };
+        let Some(slot) = self.slot.filter(|_| core::mem::take(&mut worker.pending.is_ledger_new)) else { return };
         let mut out = Writer::default();
         [self.worker_id, self.position()].into_iter().for_each(|word| out.word(word));
-        out.0.extend(worker.log.own_ledger.to_bytes());
+        out.0.extend(worker.pending.own_ledger.to_bytes());
         shared.set(&ledger_key(slot), &out.0, None);
     }
 

@@ -62,7 +62,7 @@ impl PeerWorker {
                 if !is_blocks || of == Some(epoch) {
                     event.apply(endpoint, &mut worker.state);
                     if let Event::Holds { blocks } = &event {
-                        worker.tell_gateways(endpoint, blocks);
+                        worker.queue_for_gateways(endpoint, blocks);
                     }
                 }
                 self.ledger.note(endpoint, &event);

@@ -15,7 +15,7 @@ use crate::prefix::hash::BlockHash;
 use crate::prefix::index::PrefixIndex;
 use crate::wire::{Snapshot, WireError};
 use crate::workers::event::Event;
-use crate::workers::pending::Log;
+use crate::workers::pending::PendingEvents;
 use crate::workers::recent::{DecisionRecord, Recent};
 use crate::workers::state::State;
 
@@ -35,7 +35,7 @@ pub struct Worker {
     /// Counts that wait for the tick.
     pub counts: Counts,
     /// What to tell the other workers.
-    pub(crate) log: Log,
+    pub(crate) pending: PendingEvents,
     /// What to tell the other Envoys, where this worker is its Envoy's leader.
     pub(crate) outbox: Option<Box<BlockLog>>,
     /// What to report of its decisions.
@@ -51,7 +51,7 @@ impl Default for Worker {
             config: Err(ConfigError::none_yet()),
             state: State::default(),
             counts: Counts::default(),
-            log: Log::default(),
+            pending: PendingEvents::default(),
             outbox: None,
             recent: Recent::default(),
             retries: RetryBudget::default(),
@@ -114,7 +114,7 @@ impl Worker {
     /// Drops ledger entries whose end was never told. Call it a few times a second.
     pub fn prune(&mut self, now: Duration) {
         self.state.table.prune(now);
-        self.log.own_ledger.prune(now);
+        self.pending.own_ledger.prune(now);
         if let Ok(config) = &self.config {
             self.state.table.resize_caches(config, &mut self.state.index);
         }
@@ -127,8 +127,8 @@ impl Worker {
     }
 
     /// Tells the other workers from now on what happens; legs are numbered apart from theirs.
-    pub(crate) fn tell_others(&mut self, worker_id: u64) {
-        self.log.untold.get_or_insert_default();
+    pub(crate) fn start_log(&mut self, worker_id: u64) {
+        self.pending.unpublished.get_or_insert_default();
         self.legs = self.legs.max(worker_id.wrapping_shl(40));
     }
 
@@ -153,7 +153,7 @@ impl Worker {
         if self.state.table.resolve(endpoint).is_some() {
             event.apply_at(endpoint.index, &mut self.state);
         }
-        self.log.push(endpoint.key, event);
+        self.pending.push(endpoint.key, event);
     }
 
     /// A prefill leg of an endpoint starts: `seconds` of its time, told to have ended until `expires`.
@@ -191,11 +191,11 @@ impl Worker {
     /// An endpoint will hold a prompt's KV cache.
     pub(crate) fn holds(&mut self, endpoint: EndpointRef, blocks: &[BlockHash]) {
         self.happens(endpoint, &Event::Holds { blocks: blocks.into() });
-        self.tell_gateways(endpoint.key, blocks);
+        self.queue_for_gateways(endpoint.key, blocks);
     }
 
     /// Other Envoys shall hear which blocks a worker of this one sent to the endpoint of that key.
-    pub(crate) fn tell_gateways(&mut self, endpoint: u64, blocks: &[BlockHash]) {
+    pub(crate) fn queue_for_gateways(&mut self, endpoint: u64, blocks: &[BlockHash]) {
         if let Some(outbox) = self.outbox.as_mut().filter(|_| !blocks.is_empty()) {
             outbox.push(block_event(endpoint, blocks));
             while outbox.bytes() > OUTBOX_BYTES && outbox.forget_oldest() {}
@@ -220,7 +220,7 @@ impl Worker {
     /// The same at the endpoint, or pool, of that key, which may not be in the list.
     fn happens_at(&mut self, key: u64, event: &Event<'_>) {
         event.apply(key, &mut self.state);
-        self.log.push(key, event);
+        self.pending.push(key, event);
     }
 
     /// An endpoint could not be reached.

@@ -211,7 +211,7 @@ fn a_worker_without_a_slot_decides_for_itself_and_keeps_nothing() {
     let decode = last.endpoint(2);
     last.worker.decode_started(decode, 10);
     last.publish(&store, now);
-    assert_eq!(last.worker.log.untold.as_ref().map(Vec::len), Some(0));
+    assert_eq!(last.worker.pending.unpublished.as_ref().map(Vec::len), Some(0));
 }
 
 #[derive(Clone, Debug)]
