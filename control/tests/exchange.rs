@@ -56,7 +56,7 @@ impl Gateway {
         let record = Record {
             gateway: self.id,
             turn: self.turn,
-            epoch: 512,
+            hash_scheme: 512,
             loads: vec![(5, Totals { work: 0, tokens, requests: 1 })],
             blocks: block_event(5, &[BlockHash(self.id)]).into_vec(),
             report: Report { generations: vec![generation], ..Report::default() }.to_json(),

@@ -92,7 +92,7 @@ fn messages() -> (ExchangeRequest, ExchangeResponse) {
         gateway: 0x1234_5678_9abc_def0,
         replaces: 7,
         turn: 9,
-        epoch: 512,
+        hash_scheme: 512,
         loads: loads.clone(),
         oldest: 2,
         first: 3,
@@ -101,7 +101,7 @@ fn messages() -> (ExchangeRequest, ExchangeResponse) {
     };
     let request =
         ExchangeRequest { from: 1, known_state: (2, 3), wants: true, known: vec![(4, 5)], records: vec![record] };
-    let batch = Batch { gateway: 4, epoch: 512, first: 3, blocks };
+    let batch = Batch { gateway: 4, hash_scheme: 512, first: 3, blocks };
     let response = ExchangeResponse {
         hub: 2,
         state: 4,

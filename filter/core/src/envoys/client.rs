@@ -189,7 +189,7 @@ impl ExchangeClient {
             gateway: self.gateway,
             replaces: self.replaces,
             turn: self.turn,
-            epoch: epoch(worker),
+            hash_scheme: hash_scheme(worker),
             loads,
             oldest: log.oldest(),
             first,
@@ -246,7 +246,7 @@ impl ExchangeClient {
             self.known_state = (response.hub, response.state);
             self.apply_loads(worker, &loads);
         }
-        let epoch = epoch(worker);
+        let hash_scheme = hash_scheme(worker);
         for batch in response.batches {
             if self.known.len() >= MAX_KNOWN && !self.known.contains_key(&batch.gateway) {
                 self.known.clear();
@@ -255,7 +255,7 @@ impl ExchangeClient {
             let mut number = batch.first;
             for event in split_events(&batch.blocks) {
                 if number >= *known
-                    && batch.epoch == epoch
+                    && batch.hash_scheme == hash_scheme
                     && let Some((endpoint, blocks)) = read_event(event)
                 {
                     worker.holds_by_others(endpoint, &blocks);
@@ -309,6 +309,6 @@ fn loads(worker: &Worker, now: Duration) -> Vec<(u64, Totals)> {
     loads
 }
 
-fn epoch(worker: &Worker) -> u64 {
+fn hash_scheme(worker: &Worker) -> u64 {
     worker.config.as_ref().map_or(0, |config| config.prefix.block_bytes) as u64
 }

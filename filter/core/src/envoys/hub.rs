@@ -42,7 +42,7 @@ pub struct Hub {
 struct Gateway {
     replaces: u64,
     turn: u64,
-    epoch: u64,
+    hash_scheme: u64,
     /// When it was last heard of, by itself or by another hub.
     last_seen: Duration,
     /// When it was last heard itself.
@@ -131,7 +131,7 @@ impl Hub {
         gateway.is_gone = false;
         if record.turn > gateway.turn {
             gateway.turn = record.turn;
-            gateway.epoch = record.epoch;
+            gateway.hash_scheme = record.hash_scheme;
             if gateway.loads != record.loads {
                 let loads = record.loads.iter().take(MAX_LOADS).copied().collect();
                 gateway.load(&mut self.sums, loads);
@@ -252,7 +252,7 @@ impl Hub {
                 continue;
             }
             room = room.saturating_sub(blocks.len());
-            batches.push(Batch { gateway: *id, epoch: gateway.epoch, first, blocks });
+            batches.push(Batch { gateway: *id, hash_scheme: gateway.hash_scheme, first, blocks });
         }
         batches
     }
@@ -271,7 +271,7 @@ impl Hub {
                 gateway: *id,
                 replaces: gateway.replaces,
                 turn: gateway.turn,
-                epoch: gateway.epoch,
+                hash_scheme: gateway.hash_scheme,
                 loads: gateway.loads.clone(),
                 oldest: gateway.log.oldest(),
                 first,

@@ -2,9 +2,9 @@
 //!
 //! ```text
 //! ExchangeRequest   version from hub state wants known:[gateway next]* records:[Record]*
-//! Record            gateway replaces turn epoch loads:[endpoint Totals]* oldest first blocks:bytes report:bytes
+//! Record            gateway replaces turn hash_scheme loads:[endpoint Totals]* oldest first blocks:bytes report:bytes
 //! ExchangeResponse  version hub state have:[gateway next]* gateways exchanging has_loads loads:[endpoint Totals]*
-//!                   batches:[gateway epoch first blocks:bytes]*
+//!                   batches:[gateway hash_scheme first blocks:bytes]*
 //! blocks            [endpoint count hash*]*
 //! Totals            work tokens requests
 //! ```
@@ -47,8 +47,8 @@ pub struct Record {
     pub replaces: u64,
     /// Counts up: a record with a smaller one is old.
     pub turn: u64,
-    /// What block hashes depend on besides the prompt; those of another epoch are of no use.
-    pub epoch: u64,
+    /// What block hashes depend on besides the prompt; block events of another scheme are of no use.
+    pub hash_scheme: u64,
     /// What is in flight from here, per endpoint; all of it.
     pub loads: Vec<(u64, Totals)>,
     /// Number of the oldest block event that the gateway still has.
@@ -93,8 +93,8 @@ pub struct ExchangeResponse {
 pub struct Batch {
     /// Whose.
     pub gateway: u64,
-    /// [`Record::epoch`].
-    pub epoch: u64,
+    /// [`Record::hash_scheme`].
+    pub hash_scheme: u64,
     /// Number of the first one.
     pub first: u64,
     /// As in [`Record::blocks`].
@@ -110,7 +110,7 @@ impl ExchangeRequest {
         head.into_iter().for_each(|word| out.word(word));
         write_pairs(&mut out, &self.known);
         out.list(&self.records, |out, record| {
-            let head = [record.gateway, record.replaces, record.turn, record.epoch];
+            let head = [record.gateway, record.replaces, record.turn, record.hash_scheme];
             head.into_iter().for_each(|word| out.word(word));
             write_loads(out, &record.loads);
             out.word(record.oldest);
@@ -138,7 +138,7 @@ impl ExchangeRequest {
                     gateway: rest.word()?,
                     replaces: rest.word()?,
                     turn: rest.word()?,
-                    epoch: rest.word()?,
+                    hash_scheme: rest.word()?,
                     loads: read_loads(rest)?,
                     oldest: rest.word()?,
                     first: rest.word()?,
@@ -160,7 +160,7 @@ impl ExchangeResponse {
         [self.gateways, self.exchanging, u64::from(self.loads.is_some())].into_iter().for_each(|word| out.word(word));
         write_loads(&mut out, self.loads.as_deref().unwrap_or_default());
         out.list(&self.batches, |out, batch| {
-            [batch.gateway, batch.epoch, batch.first].into_iter().for_each(|word| out.word(word));
+            [batch.gateway, batch.hash_scheme, batch.first].into_iter().for_each(|word| out.word(word));
             out.bytes(&batch.blocks);
         });
         out.0
@@ -175,7 +175,12 @@ impl ExchangeResponse {
         let (gateways, exchanging, has_loads) = (rest.word()?, rest.word()?, rest.word()? != 0);
         let loads = read_loads(rest)?;
         let batches = rest.list(|rest| {
-            Some(Batch { gateway: rest.word()?, epoch: rest.word()?, first: rest.word()?, blocks: read_blocks(rest)? })
+            Some(Batch {
+                gateway: rest.word()?,
+                hash_scheme: rest.word()?,
+                first: rest.word()?,
+                blocks: read_blocks(rest)?,
+            })
         })?;
         Some(Self { hub, state, have, gateways, exchanging, loads: has_loads.then_some(loads), batches })
     }
@@ -233,8 +238,8 @@ mod tests {
     fn record() -> impl Strategy<Value = Record> {
         let loads = prop::collection::vec((any::<u64>(), totals()), 0..4);
         (any::<[u64; 6]>(), loads, bytes(), bytes()).prop_map(|(words, loads, blocks, report)| {
-            let [gateway, replaces, turn, epoch, oldest, first] = words;
-            Record { gateway, replaces, turn, epoch, loads, oldest, first, blocks, report }
+            let [gateway, replaces, turn, hash_scheme, oldest, first] = words;
+            Record { gateway, replaces, turn, hash_scheme, loads, oldest, first, blocks, report }
         })
     }
 
@@ -274,7 +279,7 @@ mod tests {
             batches in prop::collection::vec((any::<[u64; 3]>(), bytes()), 0..3),
         ) {
             let [hub, state, gateways, exchanging] = words;
-            let batch = |([gateway, epoch, first], blocks): ([u64; 3], Vec<u8>)| Batch { gateway, epoch, first, blocks };
+            let batch = |([gateway, hash_scheme, first], blocks): ([u64; 3], Vec<u8>)| Batch { gateway, hash_scheme, first, blocks };
             let batches = batches.into_iter().map(batch).collect();
             let response = ExchangeResponse { hub, state, have, gateways, exchanging, loads, batches };
             prop_assert_eq!(ExchangeResponse::from_bytes(&response.to_bytes()), Some(response));

@@ -19,7 +19,7 @@ const MAX_INHERITED: usize = 65_536;
 #[derive(Debug, Default)]
 pub(super) struct Inheritance {
     /// What block hashes depend on besides the prompt; index entries of others are of no use.
-    epoch: u64,
+    hash_scheme: u64,
     began: Duration,
     /// Endpoint whose blocks are written next, and what each looked like when it was.
     next_saved: usize,
@@ -29,8 +29,8 @@ pub(super) struct Inheritance {
 
 impl Inheritance {
     /// A worker that begins now.
-    pub(super) fn new(epoch: u64, now: Duration) -> Self {
-        Self { epoch, began: now, ..Self::default() }
+    pub(super) fn new(hash_scheme: u64, now: Duration) -> Self {
+        Self { hash_scheme, began: now, ..Self::default() }
     }
 
     /// Writes down what one endpoint after the other holds. One worker of an Envoy does it.
@@ -46,7 +46,7 @@ impl Inheritance {
             return;
         }
         let mut out = Writer::default();
-        [self.epoch, key, places as u64].into_iter().for_each(|word| out.word(word));
+        [self.hash_scheme, key, places as u64].into_iter().for_each(|word| out.word(word));
         for (hash, units) in worker.state.index.newest(index, MAX_INHERITED) {
             out.word(hash.0);
             out.word(units as u64);
@@ -65,13 +65,13 @@ impl Inheritance {
         while place < places {
             let Some((bytes, _)) = shared.get(&index_key(place)) else { break };
             let mut rest = Reader(&bytes);
-            let (epoch, key, count) = (rest.word(), rest.word(), rest.word());
+            let (hash_scheme, key, count) = (rest.word(), rest.word(), rest.word());
             places = count.and_then(|count| usize::try_from(count).ok()).unwrap_or(0);
             place = place.wrapping_add(1);
             let Some((index, key)) = key.and_then(|key| Some((worker.state.table.index_of_key(key)?, key))) else {
                 continue;
             };
-            if epoch != Some(self.epoch) || !self.inherited.insert(key) {
+            if hash_scheme != Some(self.hash_scheme) || !self.inherited.insert(key) {
                 continue;
             }
             let blocks = core::iter::from_fn(|| Some((BlockHash(rest.word()?), usize::try_from(rest.word()?).ok()?)));

@@ -41,7 +41,7 @@ pub struct WorkersLog {
     worker_id: u64,
     who: Generation,
     /// What block hashes depend on besides the prompt; index entries of others are of no use.
-    epoch: u64,
+    hash_scheme: u64,
     slot: Option<usize>,
     segment: u64,
     /// The segment's bytes so far, its head included, and its key.
@@ -101,9 +101,9 @@ impl WorkersLog {
     pub fn configure(&mut self, worker: &mut Worker, shared: &impl Shared, worker_id: u64, now: Duration) {
         let block_bytes = worker.config.as_ref().map_or(0, |config| config.prefix.block_bytes);
         let (slot, who) = (self.slot, core::mem::take(&mut self.who));
-        let epoch = block_bytes as u64;
-        let inheritance = Inheritance::new(epoch, now);
-        *self = Self { worker_id, who, epoch, inheritance, slot, ..Self::default() };
+        let hash_scheme = block_bytes as u64;
+        let inheritance = Inheritance::new(hash_scheme, now);
+        *self = Self { worker_id, who, hash_scheme, inheritance, slot, ..Self::default() };
         worker.start_log(worker_id);
         self.renew(worker, shared, now);
         self.catch_up(worker, shared, shared.announced(), now);
@@ -120,7 +120,7 @@ impl WorkersLog {
         for peer in &mut self.peers {
             let position = shared.position(peer.slot);
             if position != peer.position && !peer.is_behind {
-                peer.read(worker, shared, self.epoch, position);
+                peer.read(worker, shared, self.hash_scheme, position);
             }
         }
     }
@@ -190,7 +190,7 @@ impl WorkersLog {
 
     fn begin_segment(&mut self, slot: usize, segment: u64) {
         let mut head = Writer::default();
-        [self.worker_id, segment, self.epoch].into_iter().for_each(|word| head.word(word));
+        [self.worker_id, segment, self.hash_scheme].into_iter().for_each(|word| head.word(word));
         self.segment = segment;
         self.open = head.0;
         self.key = log_key(slot, segment);

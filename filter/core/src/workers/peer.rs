@@ -8,7 +8,7 @@ use crate::workers::worker::Worker;
 
 /// Segments of a log that are kept: 100 kB and more, which is what a busy worker tells in a tenth of a second.
 const RING: u64 = 32;
-/// Bytes before a segment's events: worker, segment, epoch.
+/// Bytes before a segment's events: worker, segment, hash scheme.
 pub(super) const HEAD_BYTES: usize = 24;
 /// Another worker.
 #[derive(Debug)]
@@ -42,7 +42,7 @@ impl PeerWorker {
     }
 
     /// Reads the log up to a position, or as far as it goes.
-    pub(super) fn read(&mut self, worker: &mut Worker, shared: &impl Shared, epoch: u64, position: u64) {
+    pub(super) fn read(&mut self, worker: &mut Worker, shared: &impl Shared, hash_scheme: u64, position: u64) {
         let last = position.wrapping_shr(16);
         let mut segment = self.position.wrapping_shr(16);
         let mut from = usize::try_from(self.position & 0xffff).unwrap_or(HEAD_BYTES).max(HEAD_BYTES);
@@ -50,7 +50,7 @@ impl PeerWorker {
             let value = shared.get(&log_key(self.slot, segment));
             let bytes = value.as_ref().map_or(&[][..], |(bytes, _)| bytes);
             let mut head = Reader(bytes);
-            let (worker_id, number, of) = (head.word(), head.word(), head.word());
+            let (worker_id, number, log_scheme) = (head.word(), head.word(), head.word());
             let Some(events) =
                 bytes.get(from..).filter(|_| worker_id == Some(self.worker_id) && number == Some(segment))
             else {
@@ -59,7 +59,7 @@ impl PeerWorker {
             };
             for (endpoint, event) in Event::read(events) {
                 let is_blocks = matches!(event, Event::Holds { .. } | Event::HoldsByOthers { .. });
-                if !is_blocks || of == Some(epoch) {
+                if !is_blocks || log_scheme == Some(hash_scheme) {
                     event.apply(endpoint, &mut worker.state);
                     if let Event::Holds { blocks } = &event {
                         worker.queue_for_gateways(endpoint, blocks);

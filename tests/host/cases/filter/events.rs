@@ -323,11 +323,11 @@ impl Run {
             self.blocks.clone_from(&record.blocks);
         }
         let endpoints: Vec<u64> = split_events(&self.blocks).filter_map(read_event).map(|(at, _)| at).collect();
-        let epoch = *self.random.pick(&[BLOCK_BYTES, BLOCK_BYTES, 0]);
+        let hash_scheme = *self.random.pick(&[BLOCK_BYTES, BLOCK_BYTES, 0]);
         let mut number = || self.random.below(3) as u64 * 1_000;
         let mut totals = || Totals { work: number() * 1_000, tokens: number(), requests: number() };
         let loads: Vec<(u64, Totals)> = endpoints.into_iter().map(|at| (at, totals())).collect();
-        let batch = Batch { gateway: 5, epoch, first: number(), blocks: self.blocks.clone() };
+        let batch = Batch { gateway: 5, hash_scheme, first: number(), blocks: self.blocks.clone() };
         let response = ExchangeResponse {
             hub: *self.random.pick(&[1, 1, 2]),
             state: self.random.below(5) as u64,

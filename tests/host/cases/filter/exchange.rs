@@ -241,7 +241,7 @@ pub fn response(request: &ExchangeRequest) -> ExchangeResponse {
         loads: Some(vec![(1, Totals { work: 1, tokens: 1, requests: 1 })]),
         batches: vec![Batch {
             gateway: 3,
-            epoch: request.records.first().map_or(0, |record| record.epoch),
+            hash_scheme: request.records.first().map_or(0, |record| record.hash_scheme),
             first: 0,
             blocks: block_event(1, &[BlockHash(1), BlockHash(2)]).into_vec(),
         }],
@@ -344,8 +344,12 @@ fn whatever_the_hub_says_requests_are_served() {
     let torn = [&events[..], &[0xff; 24], &events[..]].concat();
     let two = ExchangeResponse { gateways: 2, exchanging: 2, ..ExchangeResponse::default() };
     let below_zero = Totals::default().minus(Totals { work: 1, tokens: 1, requests: 1 });
-    let batch =
-        |gateway: u64, first: u64| Batch { gateway, epoch: request.records[0].epoch, first, blocks: torn.clone() };
+    let batch = |gateway: u64, first: u64| Batch {
+        gateway,
+        hash_scheme: request.records[0].hash_scheme,
+        first,
+        blocks: torn.clone(),
+    };
     for (name, response) in [
         (
             "as many as can be counted",
