@@ -95,8 +95,8 @@ impl WholeReason {
 /// How many tokens more than the least loaded decode endpoint one may have assigned and still get a request because it
 /// holds the prefix: about the KV cache of one long prompt.
 const AFFINITY_SLACK_TOKENS: f64 = 32_768.0;
-/// β where no other Envoy is heard: four gateways that do not exchange keep their hits with it, in the trace simulator.
-const UNHEARD_SHARE: f64 = 0.6;
+/// β where no other Envoy exchanges: four gateways that do not exchange keep their hits with it, in the trace simulator.
+const NO_EXCHANGE_SHARE: f64 = 0.6;
 
 /// View over what the scheduler reads.
 #[derive(Clone, Copy)]
@@ -254,9 +254,9 @@ impl Scheduler<'_> {
         (pick, state.work(self.now) + self.pool.affinity_weight * own)
     }
 
-    /// β: as configured, or by how many of the other Envoys are not heard.
+    /// β: as configured, or by the share of the other Envoys that do not exchange.
     fn rendezvous_share(&self) -> f64 {
-        self.pool.rendezvous_share.unwrap_or_else(|| UNHEARD_SHARE * self.table.fleet.unheard())
+        self.pool.rendezvous_share.unwrap_or_else(|| NO_EXCHANGE_SHARE * self.table.fleet.not_exchanging())
     }
 
     fn matched_tokens(&self, endpoint: EndpointIndex, prompt: &Prompt) -> f64 {

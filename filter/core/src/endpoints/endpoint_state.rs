@@ -34,7 +34,7 @@ pub struct EndpointState {
     pub prefill: PrefillQueue,
     /// Decode work in flight.
     pub decode: Load,
-    /// What other Envoys have in flight here, as far as they are heard.
+    /// What other Envoys have in flight here, as far as they exchange.
     pub(super) elsewhere: Totals,
     /// Whether it answered lately.
     pub health: Health,
@@ -45,13 +45,13 @@ pub struct EndpointState {
 }
 
 impl EndpointState {
-    /// `W`: seconds of prefill work in flight here, from every Envoy that is heard.
+    /// `W`: seconds of prefill work in flight here, from every Envoy that exchanges.
     #[must_use]
     pub fn work(&self, now: Duration) -> f64 {
         self.prefill.work(now) + self.elsewhere_seconds()
     }
 
-    /// KV tokens assigned to this endpoint, by every Envoy that is heard.
+    /// KV tokens assigned to this endpoint, by every Envoy that exchanges.
     #[must_use]
     pub fn decode_tokens(&self) -> u64 {
         self.decode.tokens.saturating_add(above_zero(self.elsewhere.tokens))

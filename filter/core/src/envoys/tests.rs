@@ -162,7 +162,7 @@ fn without_pd_control_an_envoy_has_its_own_view_and_hears_all_again_later() {
     }
     assert_eq!(gateways[1].view(2, now).1, 0);
     assert_eq!(gateways[1].worker.state.table.fleet, Fleet { gateways: 2, exchanging: 1 });
-    assert!((gateways[1].worker.state.table.fleet.unheard() - 1.0).abs() < 1e-9);
+    assert!((gateways[1].worker.state.table.fleet.not_exchanging() - 1.0).abs() < 1e-9);
     // Another one in its place, which knows nothing; what happened meanwhile is told to it in full.
     let prefill = gateways[0].endpoint(1);
     gateways[0].worker.holds(prefill, &blocks(5, 9));
@@ -170,7 +170,7 @@ fn without_pd_control_an_envoy_has_its_own_view_and_hears_all_again_later() {
     settle(&mut gateways, &mut hub, &mut now, 45);
     assert_eq!(gateways[1].view(2, now).1, 500);
     assert_eq!(gateways[1].worker.state.index.matched(prefill.index, &blocks(5, 9)), 9);
-    assert_eq!(gateways[1].worker.state.table.fleet.unheard(), 0.0);
+    assert_eq!(gateways[1].worker.state.table.fleet.not_exchanging(), 0.0);
 }
 
 #[test]
