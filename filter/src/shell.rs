@@ -7,15 +7,16 @@ use std::rc::Rc;
 
 use log::{error, info, warn};
 use pd_core::envoys::client::{self, ExchangeCall, ExchangeClient};
+use pd_core::envoys::pace::Pace;
 use pd_core::envoys::report::Report;
 use pd_core::headers::Headers;
 use pd_core::metrics::{Level, Metric, MetricKind};
 use pd_core::wire::WIRE_VERSION;
 use pd_core::workers::log::WorkersLog;
-use pd_core::workers::push::{News, Poll, Push, TICK};
+use pd_core::workers::push::{News, Poll, Push};
 use pd_core::workers::shared::Shared;
 use pd_core::workers::slots::WORKER_SLOTS;
-use pd_core::workers::worker::Worker;
+use pd_core::workers::worker::{Configured, Worker};
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::ContextType;
 
@@ -32,11 +33,6 @@ const BUILD: &str = match option_env!("PD_BUILD") {
 /// What this build was made with.
 const FEATURES: &str = if cfg!(target_feature = "simd128") { "simd128" } else { "none" };
 
-const LAST_GOOD_CONFIG_KEY: &str = "pd/config";
-/// Number of the latest leader of this Envoy.
-const LEADER_KEY: &str = "pd/voice";
-/// How much earlier than asked for a tick may come.
-const TICK_SLACK: Duration = Duration::from_millis(20);
 const NOT_FOUND: HostError = HostError(1);
 
 /// What the root context and the streams of a worker share.
@@ -48,14 +44,7 @@ pub struct Shell {
     log: WorkersLog,
     exchange: ExchangeClient,
     metrics: MetricIds,
-    ticks: Ticks,
-}
-
-/// When the host ticks, and when the last whole tick was.
-#[derive(Default)]
-struct Ticks {
-    period: Duration,
-    whole: Duration,
+    pace: Pace,
 }
 
 impl Shell {
@@ -198,7 +187,6 @@ impl Shell {
 
 impl Shell {
     fn whole_tick(&mut self, now: Duration) -> Option<Poll> {
-        self.ticks.whole = now;
         self.flush();
         let Self { worker, push, log, metrics, .. } = self;
         worker.prune(now);
@@ -218,12 +206,7 @@ impl Shell {
     /// Calls of the exchange that are due.
     fn exchange(&mut self, now: Duration) -> Vec<ExchangeCall> {
         let Self { worker, push, log, exchange, metrics, .. } = self;
-        if exchange.should_lead(push.holds_lease()) {
-            let before = metrics.get(LEADER_KEY).and_then(|(bytes, _)| Some(u64::from_le_bytes(*bytes.first_chunk()?)));
-            let leader = random_number();
-            metrics.set(LEADER_KEY, &leader.to_le_bytes(), None);
-            exchange.lead(worker, leader, before.unwrap_or(0), now);
-        }
+        exchange.take_lead(worker, metrics, push.holds_lease(), random_number, now);
         exchange.tick(worker, push.holds_lease(), now, |worker| {
             Report::of(worker, log.generations(metrics), log.decisions(worker, metrics)).to_json()
         })
@@ -231,11 +214,7 @@ impl Shell {
 
     /// Ticks more often while Envoys exchange.
     fn set_tick_period(&mut self) {
-        let period = if self.exchange.is_busy() { client::TICK } else { TICK };
-        if self.ticks.period == period {
-            return;
-        }
-        self.ticks.period = period;
+        let Some(period) = self.pace.new_period(self.exchange.is_busy()) else { return };
         if let Err(HostError(status)) = host::set_tick_period(period) {
             error!("no ticks, so no poll of pd-control: host status {status}");
         }
@@ -310,22 +289,18 @@ impl Root {
 
     /// Puts a configuration in force, or the last good one that any worker of this policy had.
     fn configure(shell: &mut Shell, text: &[u8]) {
-        let configured = match shell.worker.configure(text) {
-            Ok(config) => {
-                if host::set_shared_data(LAST_GOOD_CONFIG_KEY, text, None).is_err() {
-                    shell.worker.counts.count(Metric::HostErrors);
-                }
-                Ok(config)
-            }
-            Err(refusal) => {
+        let config = match shell.worker.configure_or_last_good(text, &shell.metrics) {
+            Configured::New(config) => config,
+            Configured::LastGood(config, refusal) => {
                 error!("plugin configuration refused: {refusal}");
-                host::shared_data(LAST_GOOD_CONFIG_KEY).map_err(|_| refusal).and_then(|(last_good, _)| {
-                    warn!("the last good plugin configuration stays in force");
-                    shell.worker.configure(&last_good)
-                })
+                warn!("the last good plugin configuration stays in force");
+                config
+            }
+            Configured::Refused(refusal) => {
+                error!("plugin configuration refused: {refusal}");
+                return;
             }
         };
-        let Ok(config) = configured else { return };
         let now = host::now();
         shell.push.configure(config.control.clone(), &shell.metrics, now);
         let worker_id = shell.push.worker_id();
@@ -405,8 +380,8 @@ impl RootContext for Root {
             let calls = shell.exchange(now);
             shell.publish(now);
             // The exchange may want to be asked more often than the rest.
-            let is_whole =
-                !shell.exchange.is_busy() || now.saturating_sub(shell.ticks.whole).saturating_add(TICK_SLACK) >= TICK;
+            let is_exchanging = shell.exchange.is_busy();
+            let is_whole = shell.pace.is_whole(is_exchanging, now);
             let poll = if is_whole { shell.whole_tick(now) } else { None };
             shell.set_tick_period();
             (poll, calls)
@@ -424,10 +399,10 @@ impl RootContext for Root {
     }
 }
 
-/// Of the host's making, and never 0.
+/// Of the host's making.
 fn random_number() -> u64 {
     use std::hash::{BuildHasher, RandomState};
-    RandomState::new().hash_one(host::now()).max(1)
+    RandomState::new().hash_one(host::now())
 }
 
 fn unix_seconds() -> u64 {

@@ -9,6 +9,7 @@ use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::envoys::message::{EXCHANGE_PATH, ExchangeRequest, ExchangeResponse, MAX_BLOCKS_BYTES, Record};
 use crate::metrics::Metric;
 use crate::prefix::block_log::{read_event, split_events};
+use crate::workers::shared::Shared;
 use crate::workers::worker::Worker;
 
 /// How often the shell must call [`ExchangeClient::tick`] while [`Exchange::is_busy`].
@@ -27,6 +28,9 @@ const GRACE: Duration = Duration::from_millis(1_000);
 const FAILURE_PAUSE: Duration = Duration::from_millis(500);
 /// Gateways whose place in their logs is remembered.
 const MAX_KNOWN: usize = 1_024;
+
+/// Shared key of the number of this Envoy's latest leader. Workers of two releases share it.
+const LEADER_KEY: &str = "pd/voice";
 
 /// Which of the two calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,9 +94,27 @@ impl ExchangeClient {
     }
 
     /// Whether this worker should become its Envoy's leader of the exchange: call [`lead`](Self::lead) then.
-    #[must_use]
-    pub fn should_lead(&self, holds_lease: bool) -> bool {
+    pub(super) fn should_lead(&self, holds_lease: bool) -> bool {
         self.is_on && holds_lease && self.gateway == 0
+    }
+
+    /// Takes the lead where this worker should: it becomes the leader in place of the latest one of its Envoy, whose
+    /// number stands in shared data. `random` gives a number that no other leader has; 0 counts as 1.
+    pub fn take_lead(
+        &mut self,
+        worker: &mut Worker,
+        shared: &impl Shared,
+        holds_lease: bool,
+        random: impl FnOnce() -> u64,
+        now: Duration,
+    ) {
+        if !self.should_lead(holds_lease) {
+            return;
+        }
+        let before = shared.get(LEADER_KEY).and_then(|(bytes, _)| Some(u64::from_le_bytes(*bytes.first_chunk()?)));
+        let gateway = random().max(1);
+        shared.set(LEADER_KEY, &gateway.to_le_bytes(), None);
+        self.lead(worker, gateway, before.unwrap_or(0), now);
     }
 
     /// Becomes the leader under a random number, in place of the leader before it (0: none).

@@ -11,6 +11,7 @@
 pub mod client;
 pub mod hub;
 pub mod message;
+pub mod pace;
 pub mod report;
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use crate::endpoints::elsewhere::Fleet;
 use crate::endpoints::table::EndpointRef;
 use crate::prefix::block_log::block_event;
 use crate::prefix::hash::BlockHash;
+use crate::workers::shared::testing::Store;
 use crate::workers::worker::Worker;
 
 const CONFIG: &[u8] = br#"{"control":{"cluster":"pd-control"},"endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.1:2","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#;
@@ -184,6 +185,39 @@ fn an_envoy_that_is_gone_is_out_of_the_others_views() {
     let ticks = (GATEWAY_LIFE.as_millis() / TICK.as_millis()) as u32 + 30;
     settle(&mut gateways, &mut hub, &mut now, ticks);
     assert!(gateways.iter().all(|of| of.view(2, now).1 == 0 && of.worker.state.table.fleet.exchanging == 2));
+}
+
+#[test]
+fn the_worker_with_the_lease_takes_the_lead_in_place_of_the_latest_leader() {
+    let (store, now) = (Store::default(), Duration::from_secs(1));
+    let worker = || {
+        let (mut worker, mut exchange) = (Worker::default(), ExchangeClient::default());
+        let config = worker.configure(CONFIG).unwrap();
+        exchange.configure(&mut worker, config.control.as_ref());
+        (worker, exchange)
+    };
+    let record = |worker: &mut Worker, exchange: &mut ExchangeClient| {
+        let calls = exchange.tick(worker, true, now, |_| Vec::new());
+        ExchangeRequest::from_bytes(&calls[0].body).unwrap().records.remove(0)
+    };
+    let ((mut first, mut leader), (mut second, mut next)) = (worker(), worker());
+    next.take_lead(&mut second, &store, false, || panic!("it holds no lease"), now);
+    assert!(next.tick(&mut second, false, now, |_| Vec::new()).is_empty());
+    leader.take_lead(&mut first, &store, true, || 0, now);
+    let sent = record(&mut first, &mut leader);
+    assert_eq!((sent.gateway, sent.replaces), (1, 0));
+    leader.take_lead(&mut first, &store, true, || panic!("it leads already"), now);
+    next.take_lead(&mut second, &store, true, || 42, now);
+    let sent = record(&mut second, &mut next);
+    assert_eq!((sent.gateway, sent.replaces), (42, 1));
+}
+
+#[test]
+fn without_an_exchange_nobody_leads() {
+    let (mut worker, mut exchange) = (Worker::default(), ExchangeClient::default());
+    exchange.configure(&mut worker, None);
+    exchange.take_lead(&mut worker, &Store::default(), true, || panic!("there is no exchange"), Duration::ZERO);
+    assert!(exchange.tick(&mut worker, true, Duration::ZERO, |_| Vec::new()).is_empty());
 }
 
 #[test]

@@ -43,6 +43,7 @@ mod prefill;
 pub mod reply;
 mod route;
 mod sent;
+pub mod upstream;
 
 /// Filter state that the route copies into the destination header: `ip:port[,ip:port…]`.
 pub const DESTINATION: &str = "pd.destination";

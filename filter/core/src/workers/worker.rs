@@ -17,8 +17,11 @@ use crate::wire::{Snapshot, WireError};
 use crate::workers::event::Event;
 use crate::workers::pending::PendingEvents;
 use crate::workers::recent::{DecisionRecord, Recent};
+use crate::workers::shared::Shared;
 use crate::workers::state::State;
 
+/// Shared key of the last configuration that a worker took.
+const LAST_GOOD_CONFIG_KEY: &str = "pd/config";
 /// Name of the gauge of the prefix index's bytes, in the worker that told last.
 pub const INDEX_BYTES: &str = "pd_index_bytes";
 
@@ -60,6 +63,17 @@ impl Default for Worker {
     }
 }
 
+/// What came of a configuration.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Configured {
+    /// It is in force.
+    New(Arc<Config>),
+    /// It was refused; this one, the last good one, is in force.
+    LastGood(Arc<Config>, ConfigError),
+    /// It was refused, and there is no other. A configuration that this worker had before stays in force.
+    Refused(ConfigError),
+}
+
 /// A request that was let in.
 #[derive(Debug)]
 pub(crate) struct Ticket {
@@ -91,6 +105,26 @@ impl Worker {
                     self.config = Err(error.clone());
                 }
                 Err(error)
+            }
+        }
+    }
+
+    /// Puts a configuration in force, or the last good one that any worker of this Envoy had: workers that start while
+    /// the configuration is bad serve with the one before it.
+    pub fn configure_or_last_good(&mut self, text: &[u8], shared: &impl Shared) -> Configured {
+        match self.configure(text) {
+            Ok(config) => {
+                if !shared.set(LAST_GOOD_CONFIG_KEY, text, None) {
+                    self.counts.count(Metric::HostErrors);
+                }
+                Configured::New(config)
+            }
+            Err(refusal) => {
+                let last_good = shared.get(LAST_GOOD_CONFIG_KEY);
+                match last_good.and_then(|(last_good, _)| self.configure(&last_good).ok()) {
+                    Some(config) => Configured::LastGood(config, refusal),
+                    None => Configured::Refused(refusal),
+                }
             }
         }
     }
@@ -260,5 +294,50 @@ impl Worker {
         let ours = [self.next_leg().to_le_bytes(), now.as_secs().to_le_bytes()].concat();
         let bits = [request_id, &ours, &now.subsec_nanos().to_le_bytes()].concat();
         pair_id(xxhash_rust::xxh3::xxh3_64(&bits))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::workers::shared::testing::Store;
+
+    const GOOD: &[u8] = br#"{"revision":"1"}"#;
+    const BAD: &[u8] = br#"{"unknown":1}"#;
+
+    fn revision(worker: &Worker) -> Option<&str> {
+        worker.config.as_ref().ok().map(|config| config.revision.as_str())
+    }
+
+    #[test]
+    fn a_worker_that_starts_with_a_bad_configuration_takes_the_last_good_one() {
+        let store = Store::default();
+        let (mut first, mut second) = (Worker::default(), Worker::default());
+        assert!(matches!(first.configure_or_last_good(GOOD, &store), Configured::New(_)));
+        let configured = second.configure_or_last_good(BAD, &store);
+        assert!(matches!(configured, Configured::LastGood(..)), "{configured:?}");
+        assert_eq!(revision(&second), Some("1"));
+        let counted = [Metric::ConfigRefused, Metric::ConfigAccepted].map(|metric| second.counts.pending(metric));
+        assert_eq!(counted, [1, 1]);
+    }
+
+    #[test]
+    fn without_a_good_configuration_requests_get_the_refusal() {
+        let store = Store::default();
+        let mut worker = Worker::default();
+        let Configured::Refused(refusal) = worker.configure_or_last_good(BAD, &store) else { panic!() };
+        assert!(refusal.to_string().contains("unknown"), "{refusal}");
+        assert_eq!(worker.config, Err(refusal));
+        assert_eq!(store.get(LAST_GOOD_CONFIG_KEY), None);
+    }
+
+    #[test]
+    fn a_refused_configuration_is_not_the_last_good_one() {
+        let store = Store::default();
+        let mut worker = Worker::default();
+        worker.configure_or_last_good(GOOD, &store);
+        worker.configure_or_last_good(BAD, &store);
+        assert_eq!(store.get(LAST_GOOD_CONFIG_KEY).map(|(text, _)| text).as_deref(), Some(GOOD));
+        assert_eq!(revision(&worker), Some("1"));
     }
 }
