@@ -217,9 +217,11 @@ fn what_a_newer_version_adds_is_ignored() {
 async fn filters_of_every_version_are_answered() {
     let rig = Rig::start(&four(1.0)).await;
     let epoch = rig.filter().await.epoch;
-    replace(&rig.file(), &four(2.0));
-    until("the second version is there", || async { rig.client.metric("pd_control_snapshot_version").await == 2.0 })
-        .await;
+    replace(&rig.file(), &four(2.0)).unwrap();
+    until_true("the second version is there", || async {
+        rig.client.metric("pd_control_snapshot_version").await == 2.0
+    })
+    .await;
     for folder in versions() {
         for line in read(&folder.join("polls.txt")).lines() {
             let mut words = line.split(' ');

@@ -182,7 +182,7 @@ impl HttpContext for Stream {
     }
 
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
-        if self.request.is_sent() {
+        if self.request.is_forwarded() {
             let status = host::status(Map::Response);
             let property = |path| move || host::property(path).ok();
             let upstream = answering_host(status, property("response\0code_details"), property("upstream\0address"));
@@ -201,11 +201,11 @@ impl HttpContext for Stream {
         {
             self.request.first_byte(&mut shell.worker, host::now());
         }
-        if self.request.reads_answer() {
+        if self.request.wants_response_body() {
             let part = if bytes > 0 { host::buffer(Buffer::ResponseBody) } else { Ok(Vec::new()) };
             return action(self.part(|request, shell| {
                 let part = shell.expect_ok("response body", part).unwrap_or_default();
-                request.answer_part(&mut shell.worker, &part, end_of_stream)
+                request.response_part(&mut shell.worker, &part, end_of_stream)
             }));
         }
         Action::Continue

@@ -1,4 +1,6 @@
-//! The exchange between Envoys: [`pd_core::envoys::hub`] behind HTTP.
+//! The hub of the exchange between Envoys, shared by the HTTP handlers and the relay.
+//!
+//! [`pd_core::envoys::hub`] decides; this module adds the lock, the clock and waiting.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,18 +15,18 @@ use tokio::time::{Instant, interval, sleep, sleep_until};
 
 use crate::counters::Counters;
 
-/// How long a question waits at most.
+/// Longest time that a request waits for news.
 const MAX_WAIT: Duration = Duration::from_secs(5);
-/// Time that news waits for company before a question is answered.
-const COMPANY: Duration = Duration::from_millis(5);
-/// How often to look for gateways that are gone.
+/// Time between the first news and the response, in which more news may arrive.
+const GATHER: Duration = Duration::from_millis(5);
+/// How often the hub drops gateways that no longer send.
 const PRUNE_EVERY: Duration = Duration::from_millis(500);
 
-/// The hub, and who waits for it.
+/// The hub behind a lock, and a counter of news for requests that wait.
 #[derive(Debug)]
 pub struct SharedHub {
     hub: Mutex<Hub>,
-    /// Counts what mattered to somebody.
+    /// Counts messages with news.
     news: watch::Sender<u64>,
     began: Instant,
 }
@@ -45,8 +47,9 @@ impl SharedHub {
         self.began.elapsed()
     }
 
-    /// Takes what somebody tells and answers when there is something new, or after `wait`. `watching` is the number of
-    /// Envoys that follow the list.
+    /// Takes the message of an Envoy or a replica, and answers when there is news for it or after `wait`.
+    ///
+    /// `watching` is the number of Envoys that follow the list. When `stopping` becomes true, it answers at once.
     pub async fn answer(
         &self,
         request: &ExchangeRequest,
@@ -65,24 +68,24 @@ impl SharedHub {
                 _ = stopping.wait_for(|is_stopping| *is_stopping) => break,
                 () = sleep_until(deadline) => break,
             }
-            sleep(COMPANY).await;
+            sleep(GATHER).await;
         }
         self.hub().answer(request, watching)
     }
 
-    /// Becomes another number whenever there is news.
+    /// A receiver that changes whenever there is news.
     #[must_use]
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.news.subscribe()
     }
 
-    /// What another replica has to be told that has these records of each gateway.
+    /// Messages for a replica that has these records: for each gateway, the newest one.
     #[must_use]
     pub fn messages(&self, have: &HashMap<u64, u64>) -> Vec<ExchangeRequest> {
         self.hub().relay(have, self.now())
     }
 
-    /// What the gateways report of themselves: number, time since it was heard of, the report.
+    /// The reports of all gateways, sorted by id: id, time since its last message, report.
     #[must_use]
     pub fn reports(&self) -> Vec<(u64, Duration, Report)> {
         let (hub, now) = (self.hub(), self.now());
@@ -92,7 +95,7 @@ impl SharedHub {
         reports
     }
 
-    /// Lets go of gateways that are silent, for good.
+    /// Drops gateways that no longer send. Never returns.
     pub async fn prune(self: Arc<Self>, counters: Arc<Counters>) {
         let mut ticks = interval(PRUNE_EVERY);
         loop {

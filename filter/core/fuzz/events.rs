@@ -176,8 +176,8 @@ pub fn run(input: &[u8]) {
                     0 => choices.bytes(),
                     n => ANSWERS[usize::from(n) % 6].as_bytes(),
                 };
-                let reads = request.reads_answer();
-                let outcome = request.answer_part(&mut worker, text, choices.below(2) == 0);
+                let reads = request.wants_response_body();
+                let outcome = request.response_part(&mut worker, text, choices.below(2) == 0);
                 assert!(reads || outcome.effects.is_empty());
             }
             8 => {

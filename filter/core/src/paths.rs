@@ -6,7 +6,7 @@
 
 /// Paths of inference APIs; one that ends in `/*` is all below it. Sources: the routes of vLLM 0.33, SGLang 0.5.23 and
 /// TensorRT-LLM that compute something for a client, and what such clients ask to find a server.
-const INFERENCE: &[&str] = &[
+pub const INFERENCE: &[&str] = &[
     "/v1/chat/completions",
     "/v1/chat/completions/batch",
     "/v1/chat/completions/render",

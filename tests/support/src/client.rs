@@ -185,9 +185,17 @@ impl Client {
     /// # Panics
     /// When they do not come.
     pub async fn open(&mut self, request: Request<Body>) -> Streaming {
-        let response = tokio::time::timeout(PATIENCE, self.start(request)).await.expect("an answer in time");
-        let (parts, body) = response.unwrap_or_else(|error| panic!("{error}")).into_parts();
-        Streaming { status: parts.status.as_u16(), headers: parts.headers, body, read: BytesMut::new() }
+        self.try_open(request).await.unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// Sends a request and returns once the answer's headers are there.
+    ///
+    /// # Errors
+    /// [`Broken`]
+    pub async fn try_open(&mut self, request: Request<Body>) -> Result<Streaming, Broken> {
+        let response = tokio::time::timeout(PATIENCE, self.start(request)).await.map_err(broken)?;
+        let (parts, body) = response?.into_parts();
+        Ok(Streaming { status: parts.status.as_u16(), headers: parts.headers, body, read: BytesMut::new() })
     }
 
     /// `GET path`.
@@ -255,6 +263,18 @@ impl Drop for Client {
 }
 
 impl Answer {
+    /// This answer, if its status is 200.
+    ///
+    /// # Errors
+    /// [`Broken`] with another status.
+    pub fn ok(self) -> Result<Self, Broken> {
+        if self.status == 200 {
+            Ok(self)
+        } else {
+            Err(Broken(format!("status {} {}", self.status, self.text().trim())))
+        }
+    }
+
     /// Body as text.
     #[must_use]
     pub fn text(&self) -> String {
@@ -342,6 +362,15 @@ impl Feed {
     pub fn break_off(self) {
         let _ = self.0.unbounded_send(Err(io::ErrorKind::BrokenPipe.into()));
     }
+}
+
+/// The answer to a `GET`, over a connection of its own.
+///
+/// # Errors
+/// [`Broken`]
+pub async fn get(address: SocketAddr, path: &str) -> Result<Answer, Broken> {
+    let mut client = Client::try_connect(address, Http::One).await?;
+    client.try_send(client.request("GET", path)).await
 }
 
 /// A body of known length.

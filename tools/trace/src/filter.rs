@@ -17,6 +17,7 @@ use pd_core::workers::log::WorkersLog;
 use pd_core::workers::push::TICK;
 use pd_core::workers::shared::Shared;
 use pd_core::workers::worker::Worker;
+use pd_support::config::merge;
 
 use crate::load::{Job, Pods};
 
@@ -41,7 +42,7 @@ pub struct Brains {
     pub workers: usize,
     /// How often gateways exchange what they know, as they do through pd-control; `None`: never.
     pub exchange: Option<Duration>,
-    /// Members to put over those of the plugin configuration, objects by member.
+    /// Members to merge into those of the plugin configuration; none where this is `null`.
     pub config: serde_json::Value,
 }
 
@@ -186,7 +187,9 @@ pub fn configuration(pods: &Pods, brains: &Brains) -> serde_json::Value {
     if brains.exchange.is_some() {
         merge(&mut config, &serde_json::json!({"control": {"cluster": "pd-control"}}));
     }
-    merge(&mut config, &brains.config);
+    if !brains.config.is_null() {
+        merge(&mut config, &brains.config);
+    }
     config
 }
 
@@ -367,18 +370,6 @@ impl Filter {
                 self.publish(gateway * self.workers, due);
             }
         }
-    }
-}
-
-fn merge(config: &mut serde_json::Value, over: &serde_json::Value) {
-    match (config, over) {
-        (serde_json::Value::Object(config), serde_json::Value::Object(over)) => {
-            for (key, value) in over {
-                merge(config.entry(key).or_insert(serde_json::Value::Null), value);
-            }
-        }
-        (_, serde_json::Value::Null) => {}
-        (config, over) => config.clone_from(over),
     }
 }
 

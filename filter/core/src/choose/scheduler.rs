@@ -137,7 +137,7 @@ impl Scheduler<'_> {
         if state.endpoint.role == Role::Both {
             return Decision::Whole(pick, WholeReason::Aggregated);
         }
-        if prompt.is_several && !state.engine.hands_over_several() {
+        if prompt.is_several && !state.engine.protocol().hands_over_several {
             return alone(WholeReason::Several);
         }
         Decision::Split(pick)

@@ -150,7 +150,7 @@ impl Candidates {
             Role::Decode => self.decode.push(index),
             Role::Both => {}
         }
-        if role == Role::Both || (role == Role::Decode && engine.decodes_alone()) {
+        if role == Role::Both || (role == Role::Decode && engine.protocol().decodes_alone) {
             self.whole.push(index);
         }
         if role != Role::Decode {

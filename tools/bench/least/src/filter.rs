@@ -1,30 +1,28 @@
-//! The least that a filter can do which runs a prefill leg: it sends a request to the first prefill endpoint, then to
-//! the first decode endpoint with a word of what came back. It chooses nothing, checks nothing and tells nobody. What it
-//! costs beside plain Envoy is the floor of every such filter: `make bench` measures it in the same run.
-#![allow(missing_docs, reason = "the entry point that the SDK's macro makes has none")]
-#![allow(clippy::disallowed_methods, reason = "nobody's gateway runs it")]
+//! The module that Envoy loads.
 
 use core::time::Duration;
+use std::rc::Rc;
 
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::{Action, ContextType, LogLevel};
 use serde_json::Value;
+
+use crate::endpoints::InTurn;
 
 proxy_wasm::main! {{
     proxy_wasm::set_log_level(LogLevel::Info);
     proxy_wasm::set_root_context(|_| -> Box<dyn RootContext> { Box::new(Root::default()) });
 }}
 
-/// Addresses of a prefill and of a decode endpoint.
-#[derive(Clone, Default)]
+/// Prefill and decode endpoints.
 struct Endpoints {
-    prefill: String,
-    decode: String,
+    prefill: InTurn,
+    decode: InTurn,
 }
 
 #[derive(Default)]
 struct Root {
-    endpoints: Endpoints,
+    endpoints: Option<Rc<Endpoints>>,
 }
 
 impl Context for Root {}
@@ -33,18 +31,14 @@ impl RootContext for Root {
     fn on_configure(&mut self, _: usize) -> bool {
         let text = self.get_plugin_configuration().unwrap_or_default();
         let config: Value = serde_json::from_slice(&text).unwrap_or_default();
-        let first = |role: &str| {
-            let endpoints = config["endpoints"].as_array().into_iter().flatten();
-            let found =
-                endpoints.filter(|endpoint| endpoint["role"] == role).find_map(|found| found["address"].as_str());
-            found.unwrap_or_default().to_owned()
-        };
-        self.endpoints = Endpoints { prefill: first("prefill"), decode: first("decode") };
-        true
+        let of = |role| InTurn::of(&config, role);
+        self.endpoints =
+            of("prefill").zip(of("decode")).map(|(prefill, decode)| Rc::new(Endpoints { prefill, decode }));
+        self.endpoints.is_some()
     }
 
     fn create_http_context(&self, _: u32) -> Option<Box<dyn HttpContext>> {
-        Some(Box::new(Stream { endpoints: self.endpoints.clone(), headers: Vec::new() }))
+        Some(Box::new(Stream { endpoints: Rc::clone(self.endpoints.as_ref()?), headers: Vec::new() }))
     }
 
     fn get_type(&self) -> Option<ContextType> {
@@ -53,7 +47,7 @@ impl RootContext for Root {
 }
 
 struct Stream {
-    endpoints: Endpoints,
+    endpoints: Rc<Endpoints>,
     headers: Vec<(String, String)>,
 }
 
@@ -72,7 +66,7 @@ impl HttpContext for Stream {
             let is_forwarded = |name: &str| name != "content-length" && !name.starts_with("x-envoy-");
             let forwarded = self.headers.iter().filter(|(name, _)| is_forwarded(name));
             let headers = forwarded.map(|(name, value)| (name.as_str(), value.as_str()));
-            let headers = headers.chain([("x-pd-destination", self.endpoints.prefill.as_str())]).collect();
+            let headers = headers.chain([("x-pd-destination", self.endpoints.prefill.next_address())]).collect();
             let timeout = Duration::from_secs(60);
             if self.dispatch_http_call("engines", headers, body.as_deref(), Vec::new(), timeout).is_err() {
                 return Action::Continue;
@@ -85,7 +79,7 @@ impl HttpContext for Stream {
 impl Context for Stream {
     fn on_http_call_response(&mut self, _: u32, _: usize, bytes: usize, _: usize) {
         let answer = self.get_http_call_response_body(0, bytes).unwrap_or_default();
-        self.set_property(vec!["pd.destination"], Some(self.endpoints.decode.as_bytes()));
+        self.set_property(vec!["pd.destination"], Some(self.endpoints.decode.next_address().as_bytes()));
         self.set_http_request_body(0, 1, format!("{{\"prefilled\":{},", answer.len()).as_bytes());
         self.resume_http_request();
     }

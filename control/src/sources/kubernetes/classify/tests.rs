@@ -17,20 +17,20 @@ fn read(value: Value) -> Result<Pod, String> {
     Pod::read(serde_json::from_value(value).unwrap())
 }
 
-fn meaning(pod: &Pod) -> Meaning {
-    super::meaning(pod, None, true, &AllowedNetworks::default())
+fn classify(pod: &Pod) -> PodClass {
+    super::classify(pod, None, true, &AllowedNetworks::default())
 }
 
 fn one(pod: &Pod) -> Endpoint {
-    match meaning(pod) {
-        Meaning::Endpoints(endpoints) if endpoints.len() == 1 => endpoints.into_iter().next().unwrap(),
+    match classify(pod) {
+        PodClass::Endpoints(endpoints) if endpoints.len() == 1 => endpoints.into_iter().next().unwrap(),
         other => panic!("{other:?}"),
     }
 }
 
 fn refusal(pod: &Pod) -> String {
-    match meaning(pod) {
-        Meaning::Refused(reason) => reason,
+    match classify(pod) {
+        PodClass::Refused(reason) => reason,
         other => panic!("{other:?}"),
     }
 }
@@ -51,7 +51,7 @@ fn llmd_labels_say_role_and_engine() {
     assert_eq!(sglang.engine, Some(Engine::Sglang));
     let aggregated = one(&pod(json!({"llm-d.ai/inferenceServing": "true"}), json!({})));
     assert_eq!((aggregated.role, aggregated.address), (Role::Both, "10.0.0.1:8100".parse().unwrap()));
-    assert_eq!(meaning(&pod(json!({"llm-d.ai/role": "encode"}), json!({}))), Meaning::Other);
+    assert_eq!(classify(&pod(json!({"llm-d.ai/role": "encode"}), json!({}))), PodClass::Other);
     assert_eq!(refusal(&pod(json!({"llm-d.ai/role": "boss"}), json!({}))), "llm-d.ai/role: \"boss\" is no role");
 }
 
@@ -75,9 +75,9 @@ fn aibrix_labels_say_all_of_an_endpoint() {
     let moved = one(&pod(labels, json!({"model.aibrix.ai/port": "9001"})));
     assert_eq!(moved.address.port(), 9_001, "the annotation wins");
     assert_eq!(one(&pod(json!({"model.aibrix.ai/name": "m"}), json!({}))).role, Role::Both);
-    assert_eq!(meaning(&pod(json!({"role-name": "router"}), json!({}))), Meaning::Other);
+    assert_eq!(classify(&pod(json!({"role-name": "router"}), json!({}))), PodClass::Other);
     let second = json!({"role-name": "decode", "stormservice.orchestration.aibrix.ai/pod-group-index": "1"});
-    assert_eq!(meaning(&pod(second, json!({}))), Meaning::Other, "the first of a group serves for all");
+    assert_eq!(classify(&pod(second, json!({}))), PodClass::Other, "the first of a group serves for all");
 }
 
 #[test]
@@ -139,7 +139,7 @@ fn what_is_wrong_is_named_and_refuses_the_pod() {
 #[test]
 fn ranks_are_endpoints_of_their_own() {
     let labelled = pod(json!({"llm-d.ai/role": "both"}), json!({"envoy-pd/ranks": "3"}));
-    let Meaning::Endpoints(endpoints) = meaning(&labelled) else { panic!() };
+    let PodClass::Endpoints(endpoints) = classify(&labelled) else { panic!() };
     let ranks: Vec<_> = endpoints.iter().map(|endpoint| endpoint.rank).collect();
     assert_eq!(ranks, [Some(0), Some(1), Some(2)]);
 }
@@ -171,14 +171,14 @@ fn readiness_and_deletion_make_the_state() {
 fn pods_without_an_address_or_at_their_end_are_no_endpoints() {
     let labels = json!({"llm-d.ai/role": "both"});
     let pending = read(json!({"metadata": {"name": "p", "labels": labels}, "status": {"podIP": ""}})).unwrap();
-    assert_eq!(meaning(&pending), Meaning::Pending);
+    assert_eq!(classify(&pending), PodClass::Pending);
     for phase in ["Succeeded", "Failed"] {
         let finished = json!({"metadata": {"name": "p", "labels": labels},
                               "status": {"podIP": "10.0.0.1", "phase": phase}});
-        assert_eq!(meaning(&read(finished).unwrap()), Meaning::Other);
+        assert_eq!(classify(&read(finished).unwrap()), PodClass::Other);
     }
     let other = json!({"metadata": {"name": "p", "labels": {"app": "web"}}, "status": {"podIP": "10.0.0.1"}});
-    assert_eq!(meaning(&read(other).unwrap()), Meaning::Other);
+    assert_eq!(classify(&read(other).unwrap()), PodClass::Other);
     assert!(read(json!({"metadata": {"name": "p"}, "status": {"podIP": "pod"}})).is_err());
     assert!(read(json!({"metadata": {"name": "p"}, "spec": {"containers": 3}})).is_err());
 }

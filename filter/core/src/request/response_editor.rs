@@ -12,7 +12,7 @@ use crate::endpoints::usage::Usage;
 
 /// What to look for in one answer.
 #[derive(Debug, Default)]
-pub(crate) struct Passage {
+pub(crate) struct ResponseEditor {
     /// The model's name to replace, and the JSON string to put in its place.
     names: Option<(String, Vec<u8>)>,
     /// Whether [`cached_tokens`](Self::cached_tokens) is to be told.
@@ -54,7 +54,7 @@ enum Found {
     Nothing,
 }
 
-impl Passage {
+impl ResponseEditor {
     /// Looks for what an answer used, and tells the prefill leg's cached tokens if it is to and they are known.
     pub(crate) fn new(tells_cached_tokens: bool, cached_tokens: Option<u64>) -> Self {
         Self { tells_cached_tokens, cached_tokens, ..Self::default() }
@@ -201,23 +201,23 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn passage(served: &str, asked: &str, cached: u64) -> Passage {
-        let mut passage = Passage::new(true, Some(cached));
-        passage.rename(served, asked);
-        passage
+    fn editor(served: &str, asked: &str, cached: u64) -> ResponseEditor {
+        let mut editor = ResponseEditor::new(true, Some(cached));
+        editor.rename(served, asked);
+        editor
     }
 
     /// The answer as the client gets it, cut at these places, and what was read.
-    fn pass(mut passage: Passage, answer: &str, cuts: &[usize]) -> (String, Option<Usage>) {
+    fn pass(mut editor: ResponseEditor, answer: &str, cuts: &[usize]) -> (String, Option<Usage>) {
         let mut out = Vec::new();
         let mut rest = answer.as_bytes();
         for cut in cuts {
             let (part, behind) = rest.split_at((*cut).min(rest.len()));
-            out.extend(passage.part(part, false).unwrap_or_else(|| part.to_vec()));
+            out.extend(editor.part(part, false).unwrap_or_else(|| part.to_vec()));
             rest = behind;
         }
-        out.extend(passage.part(rest, true).unwrap_or_else(|| rest.to_vec()));
-        (String::from_utf8(out).unwrap(), passage.usage())
+        out.extend(editor.part(rest, true).unwrap_or_else(|| rest.to_vec()));
+        (String::from_utf8(out).unwrap(), editor.usage())
     }
 
     const CASES: &[(&str, &str)] = &[
@@ -236,33 +236,33 @@ mod tests {
     #[test]
     fn names_and_cached_tokens_are_put_right_and_all_else_stays() {
         for (answer, expected) in CASES {
-            let (got, _) = pass(passage("a/b", "as\"ked", 16), answer, &[]);
+            let (got, _) = pass(editor("a/b", "as\"ked", 16), answer, &[]);
             assert_eq!(got, *expected);
         }
-        let (_, usage) = pass(Passage::default(), CASES[0].0, &[]);
+        let (_, usage) = pass(ResponseEditor::default(), CASES[0].0, &[]);
         assert_eq!(usage, Some(Usage { prompt_tokens: 900, cached_tokens: Some(899) }));
     }
 
     #[test]
     fn what_only_reads_changes_nothing_and_holds_nothing_of_events() {
-        let mut passage = Passage::default();
+        let mut editor = ResponseEditor::default();
         for event in CASES[1].0.split_inclusive("\n\n") {
-            assert_eq!(passage.part(event.as_bytes(), false), None, "{event}");
+            assert_eq!(editor.part(event.as_bytes(), false), None, "{event}");
         }
-        assert_eq!(passage.part(b"", true), None);
-        assert_eq!(passage.usage(), Some(Usage { prompt_tokens: 900, cached_tokens: Some(512) }));
+        assert_eq!(editor.part(b"", true), None);
+        assert_eq!(editor.usage(), Some(Usage { prompt_tokens: 900, cached_tokens: Some(512) }));
     }
 
     proptest! {
         #[test]
         fn no_cut_makes_a_difference(case in 0..CASES.len(), cuts in prop::collection::vec(0_usize..40, 0..60)) {
             let (answer, expected) = CASES[case];
-            prop_assert_eq!(pass(passage("a/b", "as\"ked", 16), answer, &cuts).0, expected);
+            prop_assert_eq!(pass(editor("a/b", "as\"ked", 16), answer, &cuts).0, expected);
         }
 
         #[test]
         fn bytes_without_members_pass_as_they_are(answer in r#"["\\:model a-z0-9,{}]{0,80}"#, cuts in prop::collection::vec(0_usize..9, 0..20)) {
-            prop_assert_eq!(pass(Passage::default(), &answer, &cuts).0, answer);
+            prop_assert_eq!(pass(ResponseEditor::default(), &answer, &cuts).0, answer);
         }
     }
 }
