@@ -4,9 +4,6 @@
 //! label again (see `envoy/local.yaml`). Counts are kept in the worker and flushed at its tick: a request pays for an
 //! addition, not for a host call each.
 
-use crate::endpoints::fitted_cost::GAUGES;
-use crate::workers::worker::INDEX_BYTES;
-
 /// What Envoy calls the kind of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MetricKind {
@@ -129,6 +126,13 @@ impl Level {
     }
 }
 
+/// Name of the gauge of the prefix index's bytes.
+pub const INDEX_BYTES: &str = "pd_index_bytes";
+/// Names of the gauges of a pool's [fitted cost](crate::endpoints::fitted_cost::FittedCost::gauges), each with a `pool`
+/// label.
+pub const FITTED_GAUGES: [&str; 4] =
+    ["pd_prefill_cost_a_us", "pd_prefill_cost_b_ns", "pd_prefill_cost_c_fs", "pd_bytes_per_token_milli"];
+
 /// A metric whose name or labels are made at run time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Family {
@@ -163,25 +167,25 @@ pub const FAMILIES: &[Family] = &[
         help: "Bytes of the prefix index of the worker that reported last; near `prefix.index_bytes` the index forgets blocks that endpoints still hold",
     },
     Family {
-        name: GAUGES[0],
+        name: FITTED_GAUGES[0],
         kind: MetricKind::Gauge,
         labels: &["pool"],
         help: "Fitted prefill cost: a, microseconds per request",
     },
     Family {
-        name: GAUGES[1],
+        name: FITTED_GAUGES[1],
         kind: MetricKind::Gauge,
         labels: &["pool"],
         help: "Fitted prefill cost: b, nanoseconds per uncached token",
     },
     Family {
-        name: GAUGES[2],
+        name: FITTED_GAUGES[2],
         kind: MetricKind::Gauge,
         labels: &["pool"],
         help: "Fitted prefill cost: c, femtoseconds per token²",
     },
     Family {
-        name: GAUGES[3],
+        name: FITTED_GAUGES[3],
         kind: MetricKind::Gauge,
         labels: &["pool"],
         help: "Bytes of JSON per 1,000 prompt tokens, fitted to the `usage` of prefill answers",

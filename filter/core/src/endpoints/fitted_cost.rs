@@ -5,6 +5,7 @@
 //! ridge, with Huber's weights against outliers (a prompt that waited behind work of which we do not know), and bounded.
 
 use crate::config::{Cost, Pool};
+use crate::metrics::FITTED_GAUGES;
 
 /// What an observation still counts after each further one: a window of about 200.
 const FORGETTING: f64 = 0.995;
@@ -129,17 +130,13 @@ impl FittedCost {
     pub fn gauges(&self) -> [(&'static str, u64); 4] {
         let Cost { a, b, c } = self.cost;
         [
-            (GAUGES[0], (a * 1e6) as u64),
-            (GAUGES[1], (b * 1e9) as u64),
-            (GAUGES[2], (c * 1e15) as u64),
-            (GAUGES[3], (self.bytes_per_token() * 1e3) as u64),
+            (FITTED_GAUGES[0], (a * 1e6) as u64),
+            (FITTED_GAUGES[1], (b * 1e9) as u64),
+            (FITTED_GAUGES[2], (c * 1e15) as u64),
+            (FITTED_GAUGES[3], (self.bytes_per_token() * 1e3) as u64),
         ]
     }
 }
-
-/// Names of the [gauges](FittedCost::gauges), each with a `pool` label.
-pub const GAUGES: [&str; 4] =
-    ["pd_prefill_cost_a_us", "pd_prefill_cost_b_ns", "pd_prefill_cost_c_fs", "pd_bytes_per_token_milli"];
 
 #[cfg(test)]
 mod tests {

@@ -9,7 +9,7 @@ use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::endpoints::retry_budget::RetryBudget;
 use crate::endpoints::table::{Applied, EndpointRef};
 use crate::engine::pair_id;
-use crate::metrics::{Counts, Metric};
+use crate::metrics::{Counts, INDEX_BYTES, Metric};
 use crate::prefix::block_log::{BlockLog, block_event};
 use crate::prefix::hash::BlockHash;
 use crate::prefix::index::PrefixIndex;
@@ -22,8 +22,6 @@ use crate::workers::state::State;
 
 /// Shared key of the last configuration that a worker took.
 const LAST_GOOD_CONFIG_KEY: &str = "pd/config";
-/// Name of the gauge of the prefix index's bytes, in the worker that told last.
-pub const INDEX_BYTES: &str = "pd_index_bytes";
 
 /// Bytes of block events that are kept to be told to other Envoys again.
 const OUTBOX_BYTES: usize = 1 << 20;
@@ -154,7 +152,8 @@ impl Worker {
         }
     }
 
-    /// Gauges that change now and then, by name and tags: [`INDEX_BYTES`] and what was [fitted](crate::endpoints::fitted_cost::GAUGES).
+    /// Gauges that change now and then, by name and tags: [`INDEX_BYTES`] and the
+    /// [`FITTED_GAUGES`](crate::metrics::FITTED_GAUGES) of each pool.
     pub fn gauges(&self) -> impl Iterator<Item = (String, u64)> {
         core::iter::once((INDEX_BYTES.to_owned(), self.state.index.bytes() as u64))
             .chain(self.state.table.fitted_gauges())
