@@ -158,7 +158,7 @@ pub const FAMILIES: &[Family] = &[
         name: "pd_log_position",
         kind: MetricKind::Gauge,
         labels: &["seat"],
-        help: "Position in the log of that number in the workers' log; the other workers read it up to there before they decide",
+        help: "Position in the log of the worker in that slot; the other workers read the log up to there before they decide",
     },
     Family {
         name: INDEX_BYTES,
