@@ -1,5 +1,7 @@
-//! What a worker that begins takes over of the prefix index: the worker in the first slot writes it down, an endpoint at
-//! a time.
+//! What a new worker takes over of the prefix index.
+//!
+//! The worker in the first slot writes to shared data which blocks each endpoint holds, one endpoint a tick. A new worker
+//! reads all of it.
 
 use core::time::Duration;
 
@@ -10,36 +12,38 @@ use crate::prefix::hash::BlockHash;
 use crate::workers::shared::Shared;
 use crate::workers::worker::Worker;
 
-/// How long a new worker looks for what its endpoints held before it.
+/// How long after its start a worker looks for blocks of endpoints that it does not know yet.
 const INHERITANCE: Duration = Duration::from_secs(10);
-/// Blocks of one endpoint that a new worker inherits at most.
+/// Most blocks of one endpoint that a new worker takes over.
 const MAX_INHERITED: usize = 65_536;
 
-/// What this worker has written, and what it has taken over.
+/// Which endpoints this worker has written, and which it has taken over.
 #[derive(Debug, Default)]
 pub(super) struct Inheritance {
-    /// What block hashes depend on besides the prompt; index entries of others are of no use.
+    /// This worker's hash scheme. It leaves out blocks of another one.
     hash_scheme: u64,
     began: Duration,
-    /// Endpoint whose blocks are written next, and what each looked like when it was.
+    /// Place of the endpoint that is written next.
     next_saved: usize,
+    /// By place: the endpoint's key and touches when it was written.
     saved: HashMap<u32, (u64, u64)>,
+    /// Keys of the endpoints that were read, or that nobody wrote.
     inherited: HashSet<u64>,
 }
 
 impl Inheritance {
-    /// A worker that begins now.
+    /// A worker that starts now.
     pub(super) fn new(hash_scheme: u64, now: Duration) -> Self {
         Self { hash_scheme, began: now, ..Self::default() }
     }
 
-    /// Writes down what one endpoint after the other holds. One worker of an Envoy does it.
+    /// Writes which blocks the next endpoint holds, unless that has not changed. One worker of an Envoy does so.
     pub(super) fn save(&mut self, worker: &Worker, shared: &impl Shared) {
         let places = worker.state.table.places();
         let place = self.next_saved.checked_rem(places).unwrap_or(0);
         self.next_saved = place.wrapping_add(1);
         let Ok(index) = u32::try_from(place) else { return };
-        // An empty place is written too: what stood there before is nobody's any more.
+        // An empty place is written too: the endpoint that was there has left the list.
         let key = worker.state.table.get(index).map_or(0, |state| state.key);
         let looks = (key, worker.state.index.touches(index));
         if self.saved.insert(index, looks) == Some(looks) {
@@ -54,7 +58,7 @@ impl Inheritance {
         shared.set(&index_key(place), &out.0, None);
     }
 
-    /// A worker that begins takes over what the ones before it knew of its endpoints.
+    /// Takes over the blocks of endpoints that this worker has in its list and has not read yet.
     pub(super) fn inherit(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
         let is_new = |key: &u64| !self.inherited.contains(key);
         let is_young = now.saturating_sub(self.began) < INHERITANCE;

@@ -1,5 +1,5 @@
-//! The ledger of one worker: what it has in flight, by its own events alone. The others can take it out as a whole when
-//! the worker is gone.
+//! The ledger of one worker: what that worker has in flight, by its own events alone. When the worker is gone the others
+//! retract its ledger as a whole.
 
 use core::time::Duration;
 
@@ -25,15 +25,15 @@ struct Leg {
 pub(crate) struct WorkerLedger {
     legs: HashMap<u64, Leg>,
     decode: HashMap<u64, Load>,
-    /// What was let in, by pool and by whom.
+    /// Requests that pools with limits let in, by pool and fairness id.
     admitted: HashMap<(u64, u64), Load>,
-    /// What the worker heard of other Envoys.
+    /// What other Envoys have in flight, where this worker is or was the leader.
     elsewhere: HashMap<u64, Totals>,
     fleet: Fleet,
 }
 
 impl WorkerLedger {
-    /// Keeps the books; the table is somebody else's.
+    /// Enters an event at the endpoint, or pool, of that key.
     pub(crate) fn note(&mut self, endpoint: u64, event: &Event<'_>) {
         match *event {
             Event::PrefillStarted { leg, seconds, at, expires } => {
@@ -74,7 +74,7 @@ impl WorkerLedger {
         }
     }
 
-    /// Drops legs whose end was never told.
+    /// Drops legs that expired without an end.
     pub(crate) fn prune(&mut self, now: Duration) {
         self.legs.retain(|_, leg| leg.expires > now);
     }

@@ -1,21 +1,26 @@
-//! One brain per Envoy: what a worker decides is in every other worker's ledger and index before those decide.
+//! The workers' log: every worker knows what every other worker decided before it decides itself.
 //!
-//! Each worker has a worker slot: a log of [events](crate::workers::event) in shared data that only it writes, a gauge that says how far
-//! the log goes, and, renewed at each tick, its ledger as a whole. Before a worker decides it looks at the
-//! gauges (90 ns each) and reads what is new. All that a worker has in flight is known to be its own, so when it stops
-//! renewing its slot (its VM was reloaded, its thread died) the others retract that ledger.
+//! Each worker holds a [worker slot](crate::workers::slots). In its slot a worker writes a log of
+//! [events](crate::workers::event) to shared data, and a gauge with the length of that log. At each tick the worker renews
+//! its slot and writes its ledger as a whole. Before each decision a worker reads the gauges of the others (90 ns each)
+//! and the events that it has not read.
+//!
+//! A worker that does not renew its slot is gone: its VM was reloaded, or its thread died. The other workers retract its
+//! ledger. A worker's ledger holds what that worker has in flight, so nothing of another worker is retracted with it.
 //!
 //! ```text
-//! pd/1/seats            per seat: worker id, time of the last renewal          compare-and-swap
-//! pd/1/log/S/N          segment n of slot S's log, N = n modulo RING           written by the slot's worker only
-//! pd/1/ledger/S         the ledger of slot S's worker, and the position it is of written by the slot's worker only
-//! pd/1/index/I          what one endpoint holds, for workers that begin         written by the worker in the first slot
-//! pd/1/who/S            build and configuration of slot S's worker              written by the slot's worker only
-//! pd/1/recent/S         some of its latest decisions                            written by the slot's worker only
-//! gauge of slot S       position: segment · 2¹⁶ + bytes of it
+//! key                   value                                                   writer
+//! pd/1/seats            for each slot: worker id, time of the last renewal      all workers, by compare-and-swap
+//! pd/1/log/S/N          segment n of the log of slot S, N = n modulo RING       the worker in slot S
+//! pd/1/ledger/S         the worker's ledger, and the position it belongs to     the worker in slot S
+//! pd/1/index/I          blocks that the endpoint at place I holds               the worker in the first slot
+//! pd/1/who/S            build and configuration of the worker                   the worker in slot S
+//! pd/1/recent/S         some of the worker's latest decisions                   the worker in slot S
+//! gauge of slot S       position: segment · 2¹⁶ + bytes of that segment         the worker in slot S
 //! ```
-//! A reader that fell behind by more than the ring holds takes the ledger as a whole and goes on from there; it lost
-//! nothing but index entries. Two generations of the filter side by side are two workers per thread with a worker slot each.
+//! A reader that fell behind by more than the ring holds reads the ledger as a whole and goes on from its position. It
+//! loses index entries and nothing else. During a roll-out each thread runs two workers, one of each generation, and
+//! each of them holds a slot.
 
 use core::time::Duration;
 
@@ -29,22 +34,23 @@ use crate::workers::shared::Shared;
 use crate::workers::slots::{SLOTS_KEY, WorkerSlot, slots, to_bytes};
 use crate::workers::worker::Worker;
 
-/// Time without renewal after which a worker makes sure of its slot before it writes.
+/// Time since the last renewal after which a worker renews its slot before it writes: half of the slot's life.
 const RENEWAL: Duration = Duration::from_millis(350);
 /// Bytes of a segment beyond which the next one begins.
 const SEGMENT_BYTES: usize = 4_096;
-/// How long the end of a request may wait for a decision to be told with.
+/// How long the end of a request waits, so that it can be written together with a decision.
 const PATIENCE: Duration = Duration::from_millis(10);
+
 /// One worker's end of the workers' log: it writes its own segments and reads those of the others.
 #[derive(Debug, Default)]
 pub struct WorkersLog {
     worker_id: u64,
     who: Generation,
-    /// What block hashes depend on besides the prompt; index entries of others are of no use.
+    /// This worker's hash scheme. It leaves out blocks of workers with another one.
     hash_scheme: u64,
     slot: Option<usize>,
     segment: u64,
-    /// The segment's bytes so far, its head included, and its key.
+    /// The open segment, its head included, and its key.
     open: Vec<u8>,
     key: String,
     published_at: Duration,
@@ -55,13 +61,15 @@ pub struct WorkersLog {
 }
 
 impl WorkersLog {
-    /// Says what this worker runs; call it before [`configure`](Self::configure).
+    /// Says what this worker runs: release, source revision and revision of the configuration. Call it before
+    /// [`configure`](Self::configure), which writes it to shared data.
     pub fn introduce(&mut self, version: &str, build: &str, revision: &str) {
         let (version, build, revision) = (version.to_owned(), build.to_owned(), revision.to_owned());
         self.who = Generation { version, build, revision, workers: 1 };
     }
 
-    /// What the workers run that are alive, a line per build and configuration.
+    /// Generations of this Envoy's workers that are alive, sorted. A worker that has not written what it runs counts in
+    /// an empty generation.
     pub fn generations(&self, shared: &impl Shared) -> Vec<Generation> {
         let of_peer = |peer: &PeerWorker| {
             let (bytes, _) = shared.get(&who_key(peer.slot))?;
@@ -82,7 +90,7 @@ impl WorkersLog {
         generations
     }
 
-    /// Some of the workers' latest decisions, newest first.
+    /// The latest decisions of all workers that recorded any, newest first, at most [`MAX_DECISIONS`].
     pub fn decisions(&self, worker: &Worker, shared: &impl Shared) -> Vec<DecisionRecord> {
         let mut decisions: Vec<_> = worker.recent.iter().cloned().collect();
         for peer in &self.peers {
@@ -97,7 +105,9 @@ impl WorkersLog {
         decisions
     }
 
-    /// Starts over with a configuration.
+    /// Starts over with the configuration that `worker` has in force: takes a slot, announces the worker and reads what
+    /// the others have. `worker_id` is [`Push::worker_id`](crate::workers::push::Push::worker_id), above 0. Where all slots
+    /// are taken the worker decides alone.
     pub fn configure(&mut self, worker: &mut Worker, shared: &impl Shared, worker_id: u64, now: Duration) {
         let block_bytes = worker.config.as_ref().map_or(0, |config| config.prefix.block_bytes);
         let (slot, who) = (self.slot, core::mem::take(&mut self.who));
@@ -109,7 +119,7 @@ impl WorkersLog {
         self.catch_up(worker, shared, shared.announced(), now);
     }
 
-    /// Takes over what the other workers did; `announced` is [`Shared::announced`]. Call it before every decision.
+    /// Applies what the other workers did to `worker`. `announced` is [`Shared::announced`]. Call it before every decision.
     pub fn catch_up(&mut self, worker: &mut Worker, shared: &impl Shared, announced: u64, now: Duration) {
         if self.announced != Some(announced) {
             self.announced = Some(announced);
@@ -125,7 +135,7 @@ impl WorkersLog {
         }
     }
 
-    /// Tells the others what this worker did. Call it after every event.
+    /// Writes this worker's events for the others, unless they may wait. Call it after every event.
     pub fn publish(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
         let may_wait = !worker.pending.is_urgent && now.saturating_sub(self.published_at) < PATIENCE;
         if !worker.pending.is_empty() && !may_wait {
@@ -134,7 +144,7 @@ impl WorkersLog {
     }
 
     fn write_now(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
-        // A worker that stood still may have lost its slot, and the log there is somebody else's.
+        // A worker that stood still may have lost its slot, and the log in that slot is another worker's.
         if now.saturating_sub(self.renewed) > RENEWAL {
             self.renew(worker, shared, now);
         }
@@ -164,7 +174,8 @@ impl WorkersLog {
         worker.pending.reuse(unpublished);
     }
 
-    /// Call it a few times a second, more often than [`SLOT_LIFE`].
+    /// Renews the slot, and writes and reads what changes less often than events. Call it every
+    /// [`TICK`](crate::workers::push::TICK): a slot that is not renewed for 700 ms is free.
     pub fn tick(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
         self.write_now(worker, shared, now);
         self.renew(worker, shared, now);
@@ -196,7 +207,7 @@ impl WorkersLog {
         self.key = log_key(slot, segment);
     }
 
-    /// Keeps the slot, or takes one that is free.
+    /// Keeps the slot, or takes a free one. Where none is free the worker has no slot.
     fn renew(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
         for _ in 0..8 {
             let (mut slots, version) = slots(shared);
@@ -216,9 +227,9 @@ impl WorkersLog {
             if held.is_none() || self.open.is_empty() {
                 self.slot = Some(index);
                 self.renewed = now;
-                // Beyond what the slot's last worker wrote.
+                // Behind the segments of the worker that had the slot before.
                 self.begin_segment(index, shared.position(index).wrapping_shr(16).wrapping_add(1));
-                // What is not told yet is in the ledger as well: the ledger must be of a position behind it.
+                // Events that wait are in the ledger already, so the ledger's position must lie behind them.
                 self.write_pending(worker, shared, index);
                 worker.pending.is_ledger_new = true;
                 self.save_ledger(worker, shared);
@@ -267,7 +278,7 @@ impl WorkersLog {
         shared.set(&ledger_key(slot), &out.0, None);
     }
 
-    /// Writes down what this worker decided, where that is new.
+    /// Writes this worker's latest decisions, where there are new ones.
     fn save_decisions(&self, worker: &mut Worker, shared: &impl Shared) {
         let Some(slot) = self.slot.filter(|_| core::mem::take(&mut worker.recent.is_new)) else { return };
         let mut out = Writer::default();

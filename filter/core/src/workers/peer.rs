@@ -6,10 +6,11 @@ use crate::workers::ledger::WorkerLedger;
 use crate::workers::shared::Shared;
 use crate::workers::worker::Worker;
 
-/// Segments of a log that are kept: 100 kB and more, which is what a busy worker tells in a tenth of a second.
+/// Segments of a log that are kept: 100 kB or more, which a busy worker writes in a tenth of a second.
 const RING: u64 = 32;
 /// Bytes before a segment's events: worker, segment, hash scheme.
 pub(super) const HEAD_BYTES: usize = 24;
+
 /// Another worker.
 #[derive(Debug)]
 pub(super) struct PeerWorker {
@@ -17,12 +18,12 @@ pub(super) struct PeerWorker {
     pub(super) worker_id: u64,
     pub(super) position: u64,
     pub(super) ledger: WorkerLedger,
-    /// Whether something was missed.
+    /// Whether this worker could not read a part of the log. It then waits for the next ledger.
     pub(super) is_behind: bool,
 }
 
 impl PeerWorker {
-    /// Takes the worker's ledger as a whole; the log goes on from there.
+    /// Reads and applies the worker's ledger as a whole; the log goes on from the ledger's position.
     pub(super) fn join(&mut self, worker: &mut Worker, shared: &impl Shared) {
         self.ledger = WorkerLedger::default();
         self.position = shared.position(self.slot);
@@ -30,7 +31,7 @@ impl PeerWorker {
         let Some((bytes, _)) = shared.get(&ledger_key(self.slot)) else { return };
         let mut rest = Reader(&bytes);
         if rest.word() != Some(self.worker_id) {
-            // Its slot is taken, its ledger not written yet.
+            // The worker has taken the slot and not written its ledger yet.
             self.is_behind = true;
             return;
         }
@@ -41,7 +42,7 @@ impl PeerWorker {
         }
     }
 
-    /// Reads the log up to a position, or as far as it goes.
+    /// Reads and applies the log up to `position`, or as far as it goes.
     pub(super) fn read(&mut self, worker: &mut Worker, shared: &impl Shared, hash_scheme: u64, position: u64) {
         let last = position.wrapping_shr(16);
         let mut segment = self.position.wrapping_shr(16);
@@ -74,10 +75,12 @@ impl PeerWorker {
     }
 }
 
+/// Key of a segment of the log in a slot.
 pub(super) fn log_key(slot: usize, segment: u64) -> String {
     format!("pd/1/log/{slot}/{}", segment % RING)
 }
 
+/// Key of the ledger of the worker in a slot.
 pub(super) fn ledger_key(slot: usize) -> String {
     format!("pd/1/ledger/{slot}")
 }

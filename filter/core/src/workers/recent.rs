@@ -1,4 +1,4 @@
-//! What a worker runs and what it decided lately, for the report of its Envoy.
+//! What a worker runs and what it decided lately: parts of the report of its Envoy.
 
 use core::time::Duration;
 use std::collections::VecDeque;
@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::codec::{Reader, Writer};
 
-/// Decisions that a report may hold.
+/// Most decisions of a report.
 pub const MAX_DECISIONS: usize = 8;
-/// Time between two decisions of a report.
+/// Least time between two decisions of a worker that are recorded.
 const DECISION_PAUSE: Duration = Duration::from_millis(200);
 
 /// Workers that run one build with one configuration.
@@ -27,26 +27,27 @@ pub struct Generation {
 }
 
 impl Generation {
-    /// For the other workers; [`workers`](Self::workers) is one.
+    /// Writes what one worker runs; [`workers`](Self::workers) is not written.
     pub(crate) fn write(&self, out: &mut Writer) {
         [&self.version, &self.build, &self.revision].into_iter().for_each(|text| out.bytes(text.as_bytes()));
     }
 
+    /// Reads what one worker runs, with one worker; `None` where the bytes are not of that form.
     pub(crate) fn read(rest: &mut Reader<'_>) -> Option<Self> {
         let mut text = || rest.text();
         Some(Self { version: text()?, build: text()?, revision: text()?, workers: 1 })
     }
 }
 
-/// Where a request went. The words are those of the access log.
+/// Where a request went, in the words of the access log. An empty text means: none.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct DecisionRecord {
     /// Milliseconds since 1970.
     pub at_ms: u64,
-    /// `split`, `decode_only` …
+    /// `split`, `decode_only`, `prefill_only`, `passed` or `rejected`.
     pub decision: String,
-    /// Why.
+    /// Reason code.
     pub reason: String,
     /// Model that served.
     pub model: String,
@@ -56,18 +57,19 @@ pub struct DecisionRecord {
     pub decode: String,
     /// Estimated tokens of the prompt.
     pub prompt_tokens: u64,
-    /// Those that the endpoint which computed it held.
+    /// Of these, tokens that the endpoint held that computed the prompt.
     pub matched_tokens: u64,
 }
 
 impl DecisionRecord {
-    /// For the other workers.
+    /// Writes the record for the other workers.
     pub(crate) fn write(&self, out: &mut Writer) {
         [self.at_ms, self.prompt_tokens, self.matched_tokens].into_iter().for_each(|word| out.word(word));
         let texts = [&self.decision, &self.reason, &self.model, &self.prefill, &self.decode];
         texts.into_iter().for_each(|text| out.bytes(text.as_bytes()));
     }
 
+    /// Reads a record; `None` where the bytes are not of that form.
     pub(crate) fn read(rest: &mut Reader<'_>) -> Option<Self> {
         let (at_ms, prompt_tokens, matched_tokens) = (rest.word()?, rest.word()?, rest.word()?);
         let mut text = || rest.text();
@@ -76,27 +78,28 @@ impl DecisionRecord {
     }
 }
 
-/// Some of the latest decisions of a worker.
+/// Latest decisions of one worker, at most [`MAX_DECISIONS`].
 #[derive(Debug, Default)]
 pub(crate) struct Recent {
     decisions: VecDeque<(Duration, DecisionRecord)>,
-    /// Whether there is one that the other workers do not know.
+    /// Whether there is a decision that is not in shared data yet.
     pub(crate) is_new: bool,
 }
 
 impl Recent {
-    /// Whether it is time for another one.
+    /// Whether the last decision was recorded long enough ago for another one.
     pub(crate) fn is_due(&self, now: Duration) -> bool {
         self.decisions.front().is_none_or(|(at, _)| now.saturating_sub(*at) >= DECISION_PAUSE)
     }
 
+    /// Records a decision, and forgets the oldest one where there are too many.
     pub(crate) fn push(&mut self, at: Duration, decision: DecisionRecord) {
         self.decisions.truncate(MAX_DECISIONS.saturating_sub(1));
         self.decisions.push_front((at, decision));
         self.is_new = true;
     }
 
-    /// Newest first.
+    /// The decisions, newest first.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &DecisionRecord> {
         self.decisions.iter().map(|(_, decision)| decision)
     }

@@ -1,23 +1,23 @@
-//! Data that the workers of one Envoy share.
+//! What core asks of the host's shared data.
 
-/// Data that the workers of one Envoy share.
+/// Data that the workers of one Envoy share. The shell implements it by host calls, which may fail.
 pub trait Shared {
-    /// Value and version of a key.
+    /// Value and version of a key; `None` where the key is absent or cannot be read.
     fn get(&self, key: &str) -> Option<(Vec<u8>, u32)>;
-    /// Writes a key, when its version is still `version` (`None`: whatever is there) or it is not there; whether it did.
+    /// Writes a key and says whether it did. With a `version` it writes only while the key has that version or is absent.
     fn set(&self, key: &str, value: &[u8], version: Option<u32>) -> bool;
-    /// How often something was announced.
+    /// Number of calls of [`announce`](Self::announce) by all workers; 0 where it cannot be read.
     fn announced(&self) -> u64;
-    /// Announces a list of endpoints or a worker.
+    /// Announces a new endpoint list or a new worker to all workers.
     fn announce(&self);
-    /// How far the log of a worker slot goes.
+    /// Position up to which the log of a worker slot is written; 0 where there is none.
     fn position(&self, slot: usize) -> u64;
-    /// Says how far it goes.
+    /// Sets that position.
     fn set_position(&self, slot: usize, position: u64);
 }
 
-/// Version to write a key with that is not there yet. Envoy looks at the version of a key that is there only, so of two
-/// workers that write such a key at the same time the second fails. No key has this version before 2³² − 1 writes.
+/// Version to write an absent key with. Envoy compares the version of a key only where the key exists, so of two workers
+/// that write an absent key at the same time the second one fails. No key has this version before 2³² − 1 writes.
 pub(crate) const ABSENT: u32 = u32::MAX;
 
 #[cfg(test)]

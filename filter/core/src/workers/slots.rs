@@ -1,17 +1,18 @@
-//! Which workers there are: each holds a worker slot and renews it.
+//! Worker slots: which workers of this Envoy are alive. Each worker holds a slot and renews it.
 
 use core::time::Duration;
 
 use crate::codec::{Reader, Writer};
 use crate::workers::shared::{ABSENT, Shared};
 
-/// Workers of one Envoy that share; more decide for themselves alone. Two generations of 31 and the main thread's.
+/// Slots of one Envoy: two generations of 31 worker threads and the main thread. A worker without a slot decides alone.
 pub const WORKER_SLOTS: usize = 64;
-/// Time without renewal after which a worker slot is free and its worker's ledger retracted.
+/// Time since the last renewal after which a slot is free, and the others retract its worker's ledger.
 const SLOT_LIFE: Duration = Duration::from_millis(700);
+/// Key of the slots. Workers of two releases share it, so its name stays.
 pub(super) const SLOTS_KEY: &str = "pd/1/seats";
 
-/// The slot of one worker.
+/// The slot of one worker; a slot that nobody ever held has worker id 0.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct WorkerSlot {
     pub(super) worker_id: u64,
@@ -19,13 +20,13 @@ pub(super) struct WorkerSlot {
 }
 
 impl WorkerSlot {
-    /// Whether its worker is alive.
+    /// Whether a worker holds the slot.
     pub(super) fn is_taken(&self, now: Duration) -> bool {
         self.worker_id != 0 && now.saturating_sub(self.renewed) <= SLOT_LIFE
     }
 }
 
-/// The worker slots, and the version to write them with.
+/// All slots, and the version to write them with.
 pub(super) fn slots(shared: &impl Shared) -> (Vec<WorkerSlot>, u32) {
     let value = shared.get(SLOTS_KEY);
     let mut slots = vec![WorkerSlot::default(); WORKER_SLOTS];
@@ -38,7 +39,7 @@ pub(super) fn slots(shared: &impl Shared) -> (Vec<WorkerSlot>, u32) {
     (slots, value.map_or(ABSENT, |(_, version)| version))
 }
 
-/// As [`worker slots`] reads them.
+/// The bytes that [`slots`] reads.
 pub(super) fn to_bytes(slots: &[WorkerSlot]) -> Vec<u8> {
     let mut out = Writer::default();
     for slot in slots {
