@@ -128,7 +128,7 @@ async fn a_restart_of_the_server_is_survived_and_a_long_one_is_said() {
     let (server, listening, rig) = two_pods().await;
     drop(listening);
     server.cut_watches();
-    until_degraded(&rig, "the last list of them is kept").await;
+    until_degraded(&rig, "pd-control keeps the last list of them").await;
     assert_eq!(addresses(&rig).await.len(), 2);
     let ready = rig.client.get("/readyz").await;
     assert!(ready.status == 200 && ready.body.starts_with("degraded: pods in n: "), "{}", ready.body);

@@ -26,7 +26,7 @@ async fn names_are_resolved_within_the_allowed_networks() {
     let refused = start("localhost:1,role=both", &[]).await;
     until_true("it is resolved", || async { refused.client.get("/readyz").await.status == 200 }).await;
     let answer = refused.client.get("/readyz").await.body;
-    assert!(answer.contains("which no engine is in"), "{answer}");
+    assert!(answer.contains("where no engine is"), "{answer}");
     assert!(refused.filter().await.table.is_empty());
 }
 

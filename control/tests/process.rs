@@ -102,7 +102,7 @@ fn what_hinders_the_start_is_one_line_and_exit_code_1() {
             format!("cannot listen on {address}: Address already in use"),
         ),
         (vec!["--endpoints", "none.yaml", "--listen", "127.0.0.1:0"], "none.yaml: cannot be read: No such file".into()),
-        (vec!["--endpoints", &file, "--token-env", "T"], "--token-env T: it is not set".into()),
+        (vec!["--endpoints", &file, "--token-env", "T"], "--token-env T: the variable is not set".into()),
         (vec!["--endpoints", &file, "--log-level", "x=y"], "--log-level x=y: error parsing level filter".into()),
         (vec![], "--endpoints FILE, --endpoint or --kubernetes is needed".into()),
     ] {
@@ -134,7 +134,7 @@ async fn a_terminal_shows_what_a_running_one_knows() {
     assert!(shown(&["top", "--once"]).contains("127.0.0.1:3  both  ready  -"));
     assert!(shown(&["explain", "127.0.0.1:2"]).starts_with("127.0.0.1:2 is in the list: both, ready\n"));
     let unknown = run(&["explain", "nobody", "--server", &server]);
-    assert_eq!(text(&unknown.stderr), "pd-control: nobody: no endpoint, and no pod that is followed\n");
+    assert_eq!(text(&unknown.stderr), "pd-control: nobody: no endpoint and no followed pod has this name\n");
 
     let put = async |level: &str| client.send("PUT", "/v1/log-level", level.to_owned()).await.unwrap().status();
     assert_eq!(put("debug").await, StatusCode::NO_CONTENT);

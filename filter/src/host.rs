@@ -8,6 +8,7 @@ use core::time::Duration;
 use std::ptr::{null_mut, slice_from_raw_parts_mut};
 
 use pd_core::headers::Headers;
+use pd_core::metrics::MetricKind;
 use pd_core::time::Monotonic;
 
 /// Status of a host call that did not succeed, as the ABI numbers it.
@@ -41,18 +42,6 @@ pub enum Buffer {
     CallBody = 4,
     /// Plugin configuration, while it is told.
     PluginConfiguration = 7,
-}
-
-/// Kinds of metrics, as the ABI numbers them.
-#[derive(Clone, Copy)]
-#[repr(u32)]
-pub enum MetricKind {
-    /// Only grows.
-    Counter = 0,
-    /// Goes up and down.
-    Gauge = 1,
-    /// Distribution.
-    Histogram = 2,
 }
 
 mod abi {
@@ -248,9 +237,14 @@ pub fn resume_response() -> HostResult<()> {
 
 /// Defines a metric, or finds the one of that name.
 pub fn define_metric(kind: MetricKind, name: &str) -> HostResult<u32> {
+    let kind = match kind {
+        MetricKind::Counter => 0,
+        MetricKind::Gauge => 1,
+        MetricKind::Histogram => 2,
+    };
     let mut id = 0;
     // SAFETY: pointer and length are of one string, the out-pointer outlives the call.
-    check(unsafe { abi::proxy_define_metric(kind as u32, name.as_ptr(), name.len(), &mut id) }).map(|()| id)
+    check(unsafe { abi::proxy_define_metric(kind, name.as_ptr(), name.len(), &mut id) }).map(|()| id)
 }
 
 /// Adds to a counter or gauge.

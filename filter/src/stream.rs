@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use log::warn;
 use pd_core::headers::Headers;
+use pd_core::request::upstream::answering_host;
 use pd_core::request::{Effect, Flow, Outcome, PrefillAnswer, Request};
 use pd_core::time::Monotonic;
 use proxy_wasm::traits::{Context, HttpContext};
@@ -183,10 +184,8 @@ impl HttpContext for Stream {
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
         if self.request.is_forwarded() {
             let status = host::status(Map::Response);
-            // Envoy names the host that it tried last, also where none answered and the answer, an error, is its own.
-            let is_error = status.is_none_or(|status| status >= 400);
-            let is_envoys = || host::property("response\0code_details").is_ok_and(|details| details != b"via_upstream");
-            let upstream = if is_error && is_envoys() { None } else { host::property("upstream\0address").ok() };
+            let property = |path| move || host::property(path).ok();
+            let upstream = answering_host(status, property("response\0code_details"), property("upstream\0address"));
             let now = host::now();
             return action(self.step(now, |request, shell| {
                 request.response_headers(&mut shell.worker, upstream.as_deref(), status, now)

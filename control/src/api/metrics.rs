@@ -1,4 +1,4 @@
-//! What `/metrics` says. Names and help texts stand here and nowhere else.
+//! The metrics of `/metrics`. Their names and help texts are defined here only.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -27,20 +27,22 @@ pub struct Metrics {
     families: Families,
 }
 
-/// The metrics of the list in force.
+/// Collects the metrics of the list in force.
 #[derive(Debug)]
 struct ListCollector(Arc<Registry>);
 
-/// The metrics of the pods that the list comes from; none where it does not.
+/// Collects the metrics of the followed pods; none without a Kubernetes source.
 #[derive(Debug)]
 struct PodsCollector(Arc<Pods>);
 
-/// The metrics of the engines themselves.
+/// Collects the last answers of the engines.
 #[derive(Debug)]
 struct EnginesCollector(Arc<Scrapes>);
 
 impl Metrics {
-    /// What is counted, the list of `registry` and the pods; of the engines, too, where they are asked.
+    /// Metrics of `counters`, of the list of `registry` and of `pods`.
+    ///
+    /// `scrapes` is `None` when pd-control asks no engines; then there are no metrics of engines.
     #[must_use]
     pub fn new(counters: &Counters, registry: Arc<Registry>, pods: Arc<Pods>, scrapes: Option<Arc<Scrapes>>) -> Self {
         let mut families = Families::with_prefix("pd_control");
@@ -66,7 +68,7 @@ impl Metrics {
     }
 }
 
-/// Names what is counted.
+/// Registers the counters with their names and help texts.
 fn register(counters: &Counters, families: &mut Families) {
     families.register(
         "refusals",

@@ -1,4 +1,4 @@
-//! Accepts connections within bounds, and ends them in order.
+//! Accepts connections, up to a bound, and closes them when pd-control stops.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,21 +17,23 @@ use crate::access::tls::Tls;
 use crate::api::app::ClientAddress;
 use crate::counters::Counters;
 
-/// Connections open at a time; each filter holds one, probes and people a few.
+/// Connections open at a time. Each Envoy holds two, probes and people a few.
 pub const MAX_CONNECTIONS: usize = 4_096;
-/// How long a connection may take over the head of its next request, idle time included. Longer than any pause between
-/// a filter's polls, so that only forgotten connections are closed.
+/// Time limit for the head of the next request of a connection, idle time included. Longer than any pause between the
+/// polls of a filter, so that the server closes only abandoned connections.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long TLS may take to stand.
+/// Time limit of a TLS handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Bytes of a request head; a poll needs a few hundred.
+/// Longest request head, in bytes. A poll has a few hundred.
 const MAX_HEAD_BYTES: usize = 16 << 10;
-/// How long answers may take after the signal to stop.
+/// Time limit for open answers after the signal to stop.
 const STOP_TIMEOUT: Duration = Duration::from_millis(800);
-/// Pause after a failed accept, such as for want of file descriptors.
+/// Pause after a failed accept, such as for lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Serves connections until `stopping`, then answers the open ones.
+/// Serves connections until `stopping` becomes true, then ends the open ones in order.
+///
+/// It closes connections beyond `max_connections` at once, and counts them.
 pub async fn serve(
     listener: TcpListener,
     tls: Option<Arc<Tls>>,
@@ -64,7 +66,7 @@ pub async fn serve(
         let open = counters.connections.clone();
         open.inc();
         tokio::spawn(async move {
-            // Answers are single writes; waiting to fill a segment would only delay them.
+            // Answers are single writes, which Nagle's algorithm would only delay.
             let _ = stream.set_nodelay(true);
             let outcome = match tls {
                 None => watcher.watch(connection(stream, router)).await,
@@ -86,7 +88,7 @@ pub async fn serve(
     }
     drop(listener);
     if timeout(STOP_TIMEOUT, graceful.shutdown()).await.is_err() {
-        tracing::warn!("some connections did not end in {STOP_TIMEOUT:?}");
+        tracing::warn!("closing connections that did not end in {STOP_TIMEOUT:?}");
     }
 }
 

@@ -29,11 +29,3 @@ pub mod request;
 pub mod time;
 pub mod wire;
 pub mod workers;
-
-pub use body::{json, splice};
-pub use choose::{admission, scheduler};
-pub use endpoints::{load, table};
-pub use envoys as exchange;
-pub use prefix::{hash, index};
-pub use request::reply;
-pub use workers::{push, share, worker};

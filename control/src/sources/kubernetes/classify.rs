@@ -1,4 +1,4 @@
-//! The endpoints that a pod is.
+//! Classifies pods: which are engines, and which endpoints they have.
 //!
 //! | | llm-d | AIBrix | annotation of ours |
 //! |---|---|---|---|
@@ -9,8 +9,9 @@
 //! | group | – | `roleset-name` | `envoy-pd/group` |
 //! | prompt lengths | – | `promptLenBucketMinLength` and `Max` in annotation `model.aibrix.ai/config`, labels `prompt-len-bucket-min-length` and `max` | `envoy-pd/min-prompt-tokens`, `max-prompt-tokens` |
 //!
-//! and `envoy-pd/pool`, `weight`, `cache-tokens`, `bootstrap-port`, `ranks`, `state`. An annotation of ours wins over a
-//! rule of the configuration, and that over labels. A pod that says something wrong is refused by itself.
+//! and `envoy-pd/pool`, `weight`, `cache-tokens`, `bootstrap-port`, `ranks`, `state`. An annotation of pd-control wins
+//! over a rule of the configuration, and a rule over labels. pd-control refuses a pod with a wrong value and keeps the
+//! others.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -23,7 +24,7 @@ use crate::sources::kubernetes::pod::Pod;
 use crate::sources::kubernetes::rule::{PortSource, Rule, Source};
 use crate::sources::kubernetes::vocabulary::{engine_named, role_named};
 
-/// Port of an engine that says none: vLLM's own default, llm-d's and AIBrix's.
+/// Port of an engine that states none: the default of vLLM, llm-d and AIBrix.
 const DEFAULT_PORT: u16 = 8_000;
 /// Data-parallel ranks that one pod may have.
 const MAX_RANKS: u32 = 256;
@@ -32,16 +33,16 @@ const LLMD_ROLE: &str = "llm-d.ai/role";
 const LLMD_ENGINE: &str = "llm-d.ai/engine-type";
 const LLMD_SERVING: [&str; 2] = ["llm-d.ai/inferenceServing", "llm-d.ai/inference-serving"];
 
-/// What a pod is to us.
+/// The class of a pod.
 #[derive(Clone, Debug, PartialEq)]
 pub enum PodClass {
-    /// No engine, or none that serves requests.
+    /// No engine, or an engine that serves no requests.
     Other,
     /// An engine without an address yet.
     Pending,
     /// An engine with these endpoints.
     Endpoints(Vec<Endpoint>),
-    /// An engine that says something wrong; the reason begins with the label or annotation.
+    /// An engine with a wrong value. The reason begins with the label or annotation.
     Refused(String),
 }
 
@@ -52,7 +53,7 @@ struct Reader<'a> {
     ours: Annotations<'a>,
 }
 
-/// What a pod is: by `rule`, if one selects it, else by the labels of llm-d and AIBrix if `by_labels`.
+/// Classifies a pod: by `rule`, if one selects it, else by the labels of llm-d and AIBrix if `by_labels`.
 #[must_use]
 pub fn classify(pod: &Pod, rule: Option<&Rule>, by_labels: bool, networks: &AllowedNetworks) -> PodClass {
     let reader = Reader { pod, rule, ours: Annotations(&pod.annotations) };
@@ -95,7 +96,7 @@ impl Reader<'_> {
         endpoint.min_prompt_tokens = self.ours.number("min-prompt-tokens")?.or(of_rule.0).or(min);
         endpoint.max_prompt_tokens = self.ours.number("max-prompt-tokens")?.or(of_rule.1).or(max);
         endpoint.state = match self.ours.parsed::<State>("state")? {
-            // A word of the operator may stop a pod, never wake one.
+            // The annotation may take a pod out of service, but not put an unready one into service.
             Some(State::Draining) if self.pod.state == State::Ready => State::Draining,
             Some(State::Down) => State::Down,
             _ => self.pod.state,
@@ -117,14 +118,14 @@ impl Reader<'_> {
                 }
             }
         }
-        // The rest of the checks are those that the filters make.
+        // The filters make the same checks.
         match endpoints.iter().find_map(|endpoint| endpoint.validate().err()) {
             Some(error) => Err(error.to_string()),
             None => Ok(PodClass::Endpoints(endpoints)),
         }
     }
 
-    /// The role, or `None` where the pod serves no requests.
+    /// The role; `None` when the pod serves no requests.
     fn role(&self) -> Result<Option<Role>, String> {
         if let Some(role) = self.ours.parsed("role")? {
             return Ok(Some(role));
@@ -146,7 +147,7 @@ impl Reader<'_> {
             return role_named(text).map(Some).ok_or_else(|| format!("{LLMD_ROLE}: {text:?} is no role"));
         }
         if let Some(text) = self.pod.labels.get(aibrix::ROLE) {
-            // StormServices have roles of their owner's making beside these two; they are none of ours.
+            // The owner of a StormService may define other roles. pd-control ignores their pods.
             return Ok(match text.as_str() {
                 "prefill" => Some(Role::Prefill),
                 "decode" => Some(Role::Decode),
@@ -171,7 +172,8 @@ impl Reader<'_> {
             }
         }
         match self.pod.labels.get(aibrix::CONNECTOR).map(String::as_str) {
-            // AIBrix's names: its default shares blocks as vLLM's NIXL does, and what it calls nixl is Neuron's.
+            // In AIBrix, `shfs`, its default, hands over as vLLM's NIXL connector does, and `nixl` is Neuron's
+            // connector.
             Some("shfs") => return Ok(Some(Engine::VllmNixl)),
             Some("nixl") => return Ok(Some(Engine::Neuron)),
             Some(text) => return Err(format!("{}: {text:?} is no connector known here", aibrix::CONNECTOR)),

@@ -1,4 +1,4 @@
-//! The Kubernetes source: pods of some namespaces, and what makes endpoints of them.
+//! The Kubernetes source: follows pods and InferencePools and makes endpoints of the pods.
 
 pub mod aibrix;
 pub mod annotations;

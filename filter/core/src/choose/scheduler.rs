@@ -12,7 +12,7 @@
 use crate::choose::shortlist::HOLDERS;
 use crate::config::{Pool, Split};
 use crate::endpoints::candidates::Candidates;
-use crate::endpoints::endpoint_state::Slot;
+use crate::endpoints::endpoint_state::EndpointState;
 use crate::endpoints::table::Table;
 use crate::prefix::hash::{BlockHash, PromptHash, prefix_units, rendezvous_weight};
 use crate::prefix::index::{EndpointIndex, PrefixIndex};
@@ -97,8 +97,8 @@ impl WholeReason {
 /// How many tokens more than the least loaded decode endpoint one may have assigned and still get a request because it
 /// holds the prefix: about the KV cache of one long prompt.
 const AFFINITY_SLACK_TOKENS: f64 = 32_768.0;
-/// β where no other Envoy is heard: four gateways that do not exchange keep their hits with it, in the trace simulator.
-const UNHEARD_SHARE: f64 = 0.6;
+/// β where no other Envoy exchanges: four gateways that do not exchange keep their hits with it, in the trace simulator.
+const NO_EXCHANGE_SHARE: f64 = 0.6;
 
 /// View over what the scheduler reads.
 #[derive(Clone, Copy)]
@@ -133,13 +133,13 @@ impl Scheduler<'_> {
         let among = if self.pool.split == Split::Always { &candidates.prefill } else { &candidates.compute };
         // No prompt is computed that nobody could generate from.
         let pick = if candidates.decode.is_empty() { None } else { self.pick_by_cost(among, prompt, &[]) };
-        let Some((pick, slot)) = pick.and_then(|pick| Some((pick, self.table.get(pick.endpoint)?))) else {
+        let Some((pick, state)) = pick.and_then(|pick| Some((pick, self.table.get(pick.endpoint)?))) else {
             return alone(WholeReason::NoPrefill);
         };
-        if slot.endpoint.role == Role::Both {
+        if state.endpoint.role == Role::Both {
             return Decision::Whole(pick, WholeReason::Aggregated);
         }
-        if prompt.is_several && !slot.engine.protocol().hands_over_several {
+        if prompt.is_several && !state.engine.protocol().hands_over_several {
             return alone(WholeReason::Several);
         }
         Decision::Split(pick)
@@ -152,9 +152,9 @@ impl Scheduler<'_> {
         let (shortlist, owner) = self.shortlist(among, prompt, tried);
         let session = self.session_holder(among, prompt);
         let mut best: Option<(f64, u64, Pick)> = None;
-        for (at, slot) in shortlist {
-            let (pick, cost) = self.cost(at, slot, prompt, (owner == Some(at), session == Some(at)));
-            let rendezvous = rendezvous_weight(prompt.key, slot.key);
+        for (index, state) in shortlist {
+            let (pick, cost) = self.cost(index, state, prompt, (owner == Some(index), session == Some(index)));
+            let rendezvous = rendezvous_weight(prompt.key, state.key);
             let better = |(lowest, weight, _): &(f64, u64, Pick)| (cost, *weight) < (*lowest, rendezvous);
             if best.as_ref().is_none_or(better) {
                 best = Some((cost, rendezvous, pick));
@@ -172,22 +172,22 @@ impl Scheduler<'_> {
         tried: &[EndpointIndex],
     ) -> Option<(Pick, Vec<EndpointIndex>)> {
         let suited = self.usable(among, prompt, tried).into_iter();
-        let mut ranked: Vec<Ranked> = suited.map(|(at, slot)| Ranked::new(at, slot, prompt)).collect();
+        let mut ranked: Vec<Ranked> = suited.map(|(index, state)| Ranked::new(index, state, prompt)).collect();
         let first = ranked.iter().copied().min_by(Ranked::order)?;
         // One header names the rank, whichever of them Envoy reaches.
-        ranked.retain(|other| other.rank == first.rank && other.at != first.at);
-        Some((self.pick(first.at, prompt), self.least(ranked)))
+        ranked.retain(|other| other.rank == first.rank && other.index != first.index);
+        Some((self.pick(first.index, prompt), self.least(ranked)))
     }
 
     /// Healthy alternates for an endpoint that was chosen for what it holds. They understand the same request.
     #[must_use]
     pub fn alternates(&self, among: &[EndpointIndex], prompt: &Prompt, chosen: EndpointIndex) -> Vec<EndpointIndex> {
         let Some(first) = self.table.get(chosen) else { return Vec::new() };
-        let stands_in = |slot: &Slot| {
-            self.is_usable(slot) && slot.engine == first.engine && slot.endpoint.rank == first.endpoint.rank
+        let stands_in = |state: &EndpointState| {
+            self.is_usable(state) && state.engine == first.engine && state.endpoint.rank == first.endpoint.rank
         };
-        let others = self.usable(among, prompt, &[chosen]).into_iter().filter(|(_, slot)| stands_in(slot));
-        self.least(others.map(|(at, slot)| Ranked::new(at, slot, prompt)).collect())
+        let others = self.usable(among, prompt, &[chosen]).into_iter().filter(|(_, state)| stands_in(state));
+        self.least(others.map(|(index, state)| Ranked::new(index, state, prompt)).collect())
     }
 
     /// As many alternates as the pool has, those with the fewest tokens first.
@@ -198,7 +198,7 @@ impl Scheduler<'_> {
             ranked.truncate(wanted);
         }
         ranked.sort_unstable_by(Ranked::order);
-        ranked.into_iter().map(|ranked| ranked.at).collect()
+        ranked.into_iter().map(|ranked| ranked.index).collect()
     }
 
     /// Who serves a prompt whole because its endpoint has to compute fewer than `threshold` tokens.
@@ -212,17 +212,17 @@ impl Scheduler<'_> {
     /// A decode endpoint that lacks fewer than `threshold` tokens of the prompt, unless all those are overloaded.
     fn pick_cached_decode(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Pick> {
         let usable = self.usable(among, prompt, &[]);
-        let least = usable.into_iter().map(|(_, slot)| decode_load(slot)).reduce(f64::min)?;
+        let least = usable.into_iter().map(|(_, state)| decode_load(state)).reduce(f64::min)?;
         let bound = 2.0 * least + AFFINITY_SLACK_TOKENS;
         let holders = self.index.holders(&prompt.hash.blocks, HOLDERS);
-        let cached = holders.into_iter().filter_map(|at| {
-            let slot = self.table.get(at).filter(|slot| self.is_among(among, slot))?;
-            let pick = self.pick(at, prompt);
+        let cached = holders.into_iter().filter_map(|index| {
+            let state = self.table.get(index).filter(|state| self.is_among(among, state))?;
+            let pick = self.pick(index, prompt);
             // The block in which the match ends has the benefit of the doubt: it is 1/32 of the prompt at most.
-            let blocks = self.index.matched(at, &prompt.hash.blocks);
+            let blocks = self.index.matched(index, &prompt.hash.blocks);
             let at_most = prefix_units(blocks.saturating_add(1)) as f64 * prompt.block_tokens;
-            let load = decode_load(slot);
-            let fits = self.is_usable(slot) && load <= bound && prompt.tokens - at_most < threshold;
+            let load = decode_load(state);
+            let fits = self.is_usable(state) && load <= bound && prompt.tokens - at_most < threshold;
             fits.then_some((load, pick))
         });
         cached.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, pick)| pick)
@@ -230,14 +230,14 @@ impl Scheduler<'_> {
 
     fn pick(&self, endpoint: EndpointIndex, prompt: &Prompt) -> Pick {
         let matched_tokens = self.matched_tokens(endpoint, prompt);
-        let seconds = self.table.get(endpoint).map_or(0.0, |slot| self.seconds(slot, prompt, matched_tokens));
+        let seconds = self.table.get(endpoint).map_or(0.0, |state| self.seconds(state, prompt, matched_tokens));
         Pick { endpoint, matched_tokens, seconds }
     }
 
     /// `S`: seconds of this endpoint for the prompt, `held` tokens of which it has.
-    fn seconds(&self, slot: &Slot, prompt: &Prompt, held: f64) -> f64 {
-        let cost = self.table.cost(slot).filter(|_| self.pool.fit).unwrap_or(self.pool.cost);
-        cost.seconds(prompt.tokens, held) / slot.endpoint.weight
+    fn seconds(&self, state: &EndpointState, prompt: &Prompt, held: f64) -> f64 {
+        let cost = self.table.cost(state).filter(|_| self.pool.fit).unwrap_or(self.pool.cost);
+        cost.seconds(prompt.tokens, held) / state.endpoint.weight
     }
 
     /// `W + w·S`. When this worker has not seen the prefix, another one may have: the rendezvous endpoint, where they
@@ -245,25 +245,25 @@ impl Scheduler<'_> {
     /// costed as holding it all: the session goes before the prefix, until `w` times the prompt's seconds wait there.
     pub(super) fn cost(
         &self,
-        at: EndpointIndex,
-        slot: &Slot,
+        index: EndpointIndex,
+        state: &EndpointState,
         prompt: &Prompt,
         (owner, session): (bool, bool),
     ) -> (Pick, f64) {
-        let pick = self.pick(at, prompt);
+        let pick = self.pick(index, prompt);
         let mut held = pick.matched_tokens;
         if session {
             held = prompt.tokens;
         } else if owner && prompt.is_unseen {
             held += self.rendezvous_share() * (prompt.tokens - held).max(0.0);
         }
-        let own = self.seconds(slot, prompt, held);
-        (pick, slot.work(self.now) + self.pool.affinity_weight * own)
+        let own = self.seconds(state, prompt, held);
+        (pick, state.work(self.now) + self.pool.affinity_weight * own)
     }
 
-    /// β: as configured, or by how many of the other Envoys are not heard.
+    /// β: as configured, or by the share of the other Envoys that do not exchange.
     fn rendezvous_share(&self) -> f64 {
-        self.pool.rendezvous_share.unwrap_or_else(|| UNHEARD_SHARE * self.table.fleet.unheard())
+        self.pool.rendezvous_share.unwrap_or_else(|| NO_EXCHANGE_SHARE * self.table.fleet.not_exchanging())
     }
 
     fn matched_tokens(&self, endpoint: EndpointIndex, prompt: &Prompt) -> f64 {
@@ -273,8 +273,8 @@ impl Scheduler<'_> {
 }
 
 /// Assigned KV tokens in proportion to the endpoint's weight.
-fn decode_load(slot: &Slot) -> f64 {
-    slot.decode_tokens() as f64 / slot.endpoint.weight
+fn decode_load(state: &EndpointState) -> f64 {
+    state.decode_tokens() as f64 / state.endpoint.weight
 }
 
 /// An endpoint among others that could take a decode leg.
@@ -286,12 +286,17 @@ struct Ranked {
     tie: u64,
     /// Data-parallel rank.
     rank: Option<u32>,
-    at: EndpointIndex,
+    index: EndpointIndex,
 }
 
 impl Ranked {
-    fn new(at: EndpointIndex, slot: &Slot, prompt: &Prompt) -> Self {
-        Self { tokens: decode_load(slot), tie: !rendezvous_weight(prompt.key, slot.key), rank: slot.endpoint.rank, at }
+    fn new(index: EndpointIndex, state: &EndpointState, prompt: &Prompt) -> Self {
+        Self {
+            tokens: decode_load(state),
+            tie: !rendezvous_weight(prompt.key, state.key),
+            rank: state.endpoint.rank,
+            index,
+        }
     }
 
     fn order(a: &Self, b: &Self) -> core::cmp::Ordering {
@@ -342,8 +347,8 @@ pub(super) mod tests {
             self.scheduler().decide(&self.candidates, prompt)
         }
 
-        pub(crate) fn busy(&mut self, at: EndpointIndex, seconds: f64) {
-            self.table.get_mut(at).unwrap().prefill.add(0, seconds, NOW, FAR);
+        pub(crate) fn busy(&mut self, index: EndpointIndex, seconds: f64) {
+            self.table.get_mut(index).unwrap().prefill.add(0, seconds, NOW, FAR);
         }
     }
 
@@ -369,11 +374,11 @@ pub(super) mod tests {
     #[test]
     fn a_prompt_goes_where_its_prefix_is() {
         let mut fixture = fixture(4, 1, "");
-        for at in fixture.candidates.prefill.clone() {
-            fixture.index.insert(at, &prompt(1, 20).hash.blocks);
-            assert_eq!(fixture.prefill(&prompt(1, 40)).endpoint, at);
+        for index in fixture.candidates.prefill.clone() {
+            fixture.index.insert(index, &prompt(1, 20).hash.blocks);
+            assert_eq!(fixture.prefill(&prompt(1, 40)).endpoint, index);
             assert_eq!(fixture.prefill(&prompt(1, 40)).matched_tokens, 20.0 * 128.0);
-            fixture.index.remove_endpoint(at);
+            fixture.index.remove_endpoint(index);
         }
     }
 
@@ -407,8 +412,8 @@ pub(super) mod tests {
     fn unknown_prefixes_spread_and_stick() {
         let fixture = fixture(4, 1, "");
         let picks: Vec<_> = (0..400).map(|id| fixture.prefill(&prompt(id, 8)).endpoint).collect();
-        for at in 0..4 {
-            let share = picks.iter().filter(|pick| **pick == at).count();
+        for index in 0..4 {
+            let share = picks.iter().filter(|pick| **pick == index).count();
             assert!((60..140).contains(&share), "{share}");
         }
         assert_eq!(fixture.prefill(&prompt(7, 8)), fixture.prefill(&prompt(7, 8)));
@@ -441,8 +446,8 @@ pub(super) mod tests {
     fn decode_goes_to_the_fewest_assigned_tokens() {
         let mut fixture = fixture(1, 4, "");
         let decode = fixture.candidates.decode.clone();
-        for (at, tokens) in decode.iter().zip([50, 10, 30, 40]) {
-            fixture.table.get_mut(*at).unwrap().decode.add(tokens);
+        for (index, tokens) in decode.iter().zip([50, 10, 30, 40]) {
+            fixture.table.get_mut(*index).unwrap().decode.add(tokens);
         }
         let (pick, alternates) = fixture.scheduler().pick_decode(&decode, &prompt(1, 8), &[]).unwrap();
         assert_eq!((pick.endpoint, alternates), (decode[1], vec![decode[2], decode[3]]));
@@ -496,16 +501,16 @@ pub(super) mod tests {
         let mut fixture = fixture(500, 300, "");
         fixture.index.insert(77, &prompt(1, 20).hash.blocks);
         assert_eq!(fixture.prefill(&prompt(1, 22)).endpoint, 77);
-        for at in 0..500 {
-            if at % 4 != 0 {
-                fixture.busy(at, 5.0);
+        for index in 0..500 {
+            if index % 4 != 0 {
+                fixture.busy(index, 5.0);
             }
         }
         for id in 2..200 {
             assert_eq!(fixture.prefill(&prompt(id, 8)).endpoint % 4, 0);
         }
-        for at in fixture.candidates.decode.clone().into_iter().filter(|at| at % 4 != 0) {
-            fixture.table.get_mut(at).unwrap().decode.add(9);
+        for index in fixture.candidates.decode.clone().into_iter().filter(|index| index % 4 != 0) {
+            fixture.table.get_mut(index).unwrap().decode.add(9);
         }
         let pick = fixture.scheduler().pick_decode(&fixture.candidates.decode, &prompt(1, 8), &[]);
         assert_eq!(pick.unwrap().0.endpoint % 4, 0);
@@ -514,8 +519,8 @@ pub(super) mod tests {
     #[test]
     fn the_last_healthy_endpoint_of_many_is_found() {
         let mut fixture = fixture(500, 1, "");
-        for at in (0..500).filter(|at| *at != 123) {
-            fixture.table.get_mut(at).unwrap().health.failed(NOW);
+        for index in (0..500).filter(|index| *index != 123) {
+            fixture.table.get_mut(index).unwrap().health.failed(NOW);
         }
         assert_eq!(fixture.prefill(&prompt(1, 8)).endpoint, 123);
     }
@@ -527,18 +532,18 @@ pub(super) mod tests {
             held in prop::collection::vec((0_usize..12, 1_u64..30), 0..6),
         ) {
             let mut fixture = fixture(work.len() as u16, 1, "");
-            for (at, seconds) in work.iter().enumerate() {
-                fixture.busy(at as u32, *seconds);
+            for (index, seconds) in work.iter().enumerate() {
+                fixture.busy(index as u32, *seconds);
             }
-            for (at, blocks) in held {
-                fixture.index.insert((at % work.len()) as u32, &prompt(1, blocks).hash.blocks);
+            for (index, blocks) in held {
+                fixture.index.insert((index % work.len()) as u32, &prompt(1, blocks).hash.blocks);
             }
             let prompt = prompt(1, 30);
             let scheduler = fixture.scheduler();
             let among = &fixture.candidates.prefill;
-            let owner = among.iter().copied().max_by_key(|at| rendezvous_weight(prompt.key, fixture.table.get(*at).unwrap().key));
-            let cost = |at: u32| scheduler.cost(at, fixture.table.get(at).unwrap(), &prompt, (owner == Some(at), false)).1;
-            let lowest = among.iter().map(|at| cost(*at)).fold(f64::INFINITY, f64::min);
+            let owner = among.iter().copied().max_by_key(|index| rendezvous_weight(prompt.key, fixture.table.get(*index).unwrap().key));
+            let cost = |index: u32| scheduler.cost(index, fixture.table.get(index).unwrap(), &prompt, (owner == Some(index), false)).1;
+            let lowest = among.iter().map(|index| cost(*index)).fold(f64::INFINITY, f64::min);
             prop_assert_eq!(cost(fixture.prefill(&prompt).endpoint), lowest);
         }
     }

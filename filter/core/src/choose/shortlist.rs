@@ -5,7 +5,7 @@
 //! (Mitzenmacher 2001), so the cost of a choice stays flat.
 
 use crate::choose::scheduler::{Prompt, Scheduler};
-use crate::endpoints::endpoint_state::Slot;
+use crate::endpoints::endpoint_state::EndpointState;
 use crate::prefix::hash::rendezvous_weight;
 use crate::prefix::index::EndpointIndex;
 
@@ -23,7 +23,7 @@ impl Scheduler<'_> {
     /// The endpoint that served the prompt's session last.
     pub(super) fn session_holder(&self, among: &[EndpointIndex], prompt: &Prompt) -> Option<EndpointIndex> {
         let holders = self.index.holders(prompt.session.as_slice(), HOLDERS);
-        holders.into_iter().find(|at| self.table.get(*at).is_some_and(|slot| self.is_among(among, slot)))
+        holders.into_iter().find(|index| self.table.get(*index).is_some_and(|state| self.is_among(among, state)))
     }
 
     /// Endpoints that are worth costing, and the one that owns the prompt's key: the least loaded, the owner, and those
@@ -33,40 +33,41 @@ impl Scheduler<'_> {
         among: &[EndpointIndex],
         prompt: &Prompt,
         tried: &[EndpointIndex],
-    ) -> (Vec<(EndpointIndex, &Slot)>, Option<EndpointIndex>) {
+    ) -> (Vec<(EndpointIndex, &EndpointState)>, Option<EndpointIndex>) {
         let usable = self.usable(among, prompt, tried);
-        let any_healthy = usable.first().is_some_and(|(_, slot)| self.is_usable(slot));
-        let weight = |slot: &Slot| rendezvous_weight(prompt.key, slot.key);
+        let any_healthy = usable.first().is_some_and(|(_, state)| self.is_usable(state));
+        let weight = |state: &EndpointState| rendezvous_weight(prompt.key, state.key);
         let owner = match among.len() > ALL {
             true => {
-                self.healthy(&self.neighbours(among, prompt), tried).into_iter().max_by_key(|(_, slot)| weight(slot))
+                self.healthy(&self.neighbours(among, prompt), tried).into_iter().max_by_key(|(_, state)| weight(state))
             }
-            false => usable.iter().copied().max_by_key(|(_, slot)| weight(slot)),
+            false => usable.iter().copied().max_by_key(|(_, state)| weight(state)),
         };
         let mut least: Vec<_> =
-            usable.into_iter().map(|(at, slot)| (slot.work(self.now), !weight(slot), (at, slot))).collect();
+            usable.into_iter().map(|(index, state)| (state.work(self.now), !weight(state), (index, state))).collect();
         let order = |a: &(f64, u64, _), b: &(f64, u64, _)| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1));
         if least.len() > LEAST_LOADED {
             least.select_nth_unstable_by(LEAST_LOADED, order);
             least.truncate(LEAST_LOADED);
         }
         let holders = self.index.holders(&prompt.hash.blocks, HOLDERS).into_iter();
-        let holders = holders.chain(self.session_holder(among, prompt)).filter_map(|at| {
-            let slot = self.table.get(at)?;
-            let fits = self.is_among(among, slot) && !tried.contains(&at) && (!any_healthy || self.is_usable(slot));
-            fits.then_some((at, slot))
+        let holders = holders.chain(self.session_holder(among, prompt)).filter_map(|index| {
+            let state = self.table.get(index)?;
+            let fits =
+                self.is_among(among, state) && !tried.contains(&index) && (!any_healthy || self.is_usable(state));
+            fits.then_some((index, state))
         });
         let shortlist = least.into_iter().map(|(.., of)| of).chain(owner).chain(holders).collect();
-        (shortlist, owner.map(|(at, _)| at))
+        (shortlist, owner.map(|(index, _)| index))
     }
 
-    pub(super) fn is_usable(&self, slot: &Slot) -> bool {
-        slot.health.is_usable(self.now)
+    pub(super) fn is_usable(&self, state: &EndpointState) -> bool {
+        state.health.is_usable(self.now)
     }
 
     /// Whether candidates, which are in the order of their keys, have this endpoint.
-    pub(super) fn is_among(&self, among: &[EndpointIndex], slot: &Slot) -> bool {
-        among.binary_search_by_key(&Some(slot.key), |at| self.table.get(*at).map(|slot| slot.key)).is_ok()
+    pub(super) fn is_among(&self, among: &[EndpointIndex], state: &EndpointState) -> bool {
+        among.binary_search_by_key(&Some(state.key), |index| self.table.get(*index).map(|state| state.key)).is_ok()
     }
 
     /// Endpoints that may be chosen: the healthy ones that were not tried, or all that were not tried if none is. Of many
@@ -76,7 +77,7 @@ impl Scheduler<'_> {
         among: &[EndpointIndex],
         prompt: &Prompt,
         tried: &[EndpointIndex],
-    ) -> Vec<(EndpointIndex, &Slot)> {
+    ) -> Vec<(EndpointIndex, &EndpointState)> {
         if among.len() > ALL {
             let part = self.healthy(&self.sample(among, prompt), tried);
             if !part.is_empty() {
@@ -87,14 +88,14 @@ impl Scheduler<'_> {
         if !all.is_empty() {
             return all;
         }
-        let untried = among.iter().filter(|at| !tried.contains(at));
-        untried.filter_map(|at| Some((*at, self.table.get(*at)?))).collect()
+        let untried = among.iter().filter(|index| !tried.contains(index));
+        untried.filter_map(|index| Some((*index, self.table.get(*index)?))).collect()
     }
 
-    fn healthy(&self, among: &[EndpointIndex], tried: &[EndpointIndex]) -> Vec<(EndpointIndex, &Slot)> {
-        let untried = among.iter().filter(|at| !tried.contains(at));
-        let slots = untried.filter_map(|at| Some((*at, self.table.get(*at)?)));
-        slots.filter(|(_, slot)| self.is_usable(slot)).collect()
+    fn healthy(&self, among: &[EndpointIndex], tried: &[EndpointIndex]) -> Vec<(EndpointIndex, &EndpointState)> {
+        let untried = among.iter().filter(|index| !tried.contains(index));
+        let states = untried.filter_map(|index| Some((*index, self.table.get(*index)?)));
+        states.filter(|(_, state)| self.is_usable(state)).collect()
     }
 
     /// Some of many endpoints: the neighbours of the prompt's key, and every n-th of all from a place that differs from
@@ -112,8 +113,8 @@ impl Scheduler<'_> {
 
     /// Endpoints whose keys follow the prompt's, which every worker and replica finds alike.
     fn neighbours(&self, among: &[EndpointIndex], prompt: &Prompt) -> Vec<EndpointIndex> {
-        let key_of = |at: &EndpointIndex| self.table.get(*at).map(|slot| slot.key);
-        let first = among.partition_point(|at| key_of(at) < Some(prompt.key));
+        let key_of = |index: &EndpointIndex| self.table.get(*index).map(|state| state.key);
+        let first = among.partition_point(|index| key_of(index) < Some(prompt.key));
         among.iter().cycle().skip(first).take(NEIGHBOURS.min(among.len())).copied().collect()
     }
 }

@@ -48,17 +48,17 @@ impl Totals {
 pub struct Fleet {
     /// All.
     pub gateways: u64,
-    /// Those that are heard, this one included.
+    /// Envoys that exchange, this one included.
     pub exchanging: u64,
 }
 
 impl Fleet {
-    /// Share of the other Envoys whose decisions are not heard, 0 to 1.
+    /// Share of the other Envoys that do not exchange, 0 to 1; 0 where there is no other.
     #[must_use]
-    pub fn unheard(self) -> f64 {
+    pub fn not_exchanging(self) -> f64 {
         let others = self.gateways.saturating_sub(1);
-        let unheard = self.gateways.saturating_sub(self.exchanging.max(1));
-        if others == 0 { 0.0 } else { unheard as f64 / others as f64 }
+        let not_exchanging = self.gateways.saturating_sub(self.exchanging.max(1));
+        if others == 0 { 0.0 } else { not_exchanging as f64 / others as f64 }
     }
 
     pub(crate) fn write(self, out: &mut Writer) {

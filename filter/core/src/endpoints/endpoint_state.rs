@@ -11,7 +11,7 @@ use crate::wire::{Endpoint, Engine};
 
 /// One endpoint and what we know of it.
 #[derive(Debug)]
-pub struct Slot {
+pub struct EndpointState {
     /// As pushed.
     pub endpoint: Endpoint,
     /// `ip:port`, as the destination header names it.
@@ -34,7 +34,7 @@ pub struct Slot {
     pub prefill: PrefillQueue,
     /// Decode work in flight.
     pub decode: Load,
-    /// What other Envoys have in flight here, as far as they are heard.
+    /// What other Envoys have in flight here, as far as they exchange.
     pub(super) elsewhere: Totals,
     /// Whether it answered lately.
     pub health: Health,
@@ -44,14 +44,14 @@ pub struct Slot {
     pub(super) fit: usize,
 }
 
-impl Slot {
-    /// `W`: seconds of prefill work in flight here, from every Envoy that is heard.
+impl EndpointState {
+    /// `W`: seconds of prefill work in flight here, from every Envoy that exchanges.
     #[must_use]
     pub fn work(&self, now: Monotonic) -> f64 {
         self.prefill.work(now) + self.elsewhere_seconds()
     }
 
-    /// KV tokens assigned to this endpoint, by every Envoy that is heard.
+    /// KV tokens assigned to this endpoint, by every Envoy that exchanges.
     #[must_use]
     pub fn decode_tokens(&self) -> u64 {
         self.decode.tokens.saturating_add(above_zero(self.elsewhere.tokens))

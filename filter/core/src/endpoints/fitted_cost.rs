@@ -5,6 +5,7 @@
 //! ridge, with Huber's weights against outliers (a prompt that waited behind work of which we do not know), and bounded.
 
 use crate::config::{Cost, Pool};
+use crate::metrics::FITTED_GAUGES;
 
 /// What an observation still counts after each further one: a window of about 200.
 const FORGETTING: f64 = 0.995;
@@ -22,7 +23,7 @@ const TEXT_RIDGE: f64 = 20_000.0;
 
 /// Fitted figures of one pool.
 #[derive(Clone, Debug)]
-pub struct Fit {
+pub struct FittedCost {
     configured: Cost,
     cost: Cost,
     factors: [f64; 3],
@@ -35,7 +36,7 @@ pub struct Fit {
     observations: u64,
 }
 
-impl Fit {
+impl FittedCost {
     /// A pool of which nothing is known but its configuration.
     #[must_use]
     pub fn new(pool: &Pool) -> Self {
@@ -129,17 +130,13 @@ impl Fit {
     pub fn gauges(&self) -> [(&'static str, u64); 4] {
         let Cost { a, b, c } = self.cost;
         [
-            (GAUGES[0], (a * 1e6) as u64),
-            (GAUGES[1], (b * 1e9) as u64),
-            (GAUGES[2], (c * 1e15) as u64),
-            (GAUGES[3], (self.bytes_per_token() * 1e3) as u64),
+            (FITTED_GAUGES[0], (a * 1e6) as u64),
+            (FITTED_GAUGES[1], (b * 1e9) as u64),
+            (FITTED_GAUGES[2], (c * 1e15) as u64),
+            (FITTED_GAUGES[3], (self.bytes_per_token() * 1e3) as u64),
         ]
     }
 }
-
-/// Names of the [gauges](Fit::gauges), each with a `pool` label.
-pub const GAUGES: [&str; 4] =
-    ["pd_prefill_cost_a_us", "pd_prefill_cost_b_ns", "pd_prefill_cost_c_fs", "pd_bytes_per_token_milli"];
 
 #[cfg(test)]
 mod tests {
@@ -147,8 +144,8 @@ mod tests {
     use crate::config::Config;
     use proptest::prelude::*;
 
-    fn fit() -> Fit {
-        Fit::new(Config::parse(b"").unwrap().pool("default"))
+    fn fit() -> FittedCost {
+        FittedCost::new(Config::parse(b"").unwrap().pool("default"))
     }
 
     /// Lengths as in traces: short and long, cached and not.
@@ -157,7 +154,7 @@ mod tests {
         (n, n * [0.0, 0.3, 0.9][(i % 3) as usize])
     }
 
-    fn error(fit: &Fit, truth: Cost) -> f64 {
+    fn error(fit: &FittedCost, truth: Cost) -> f64 {
         let of = |(n, p)| (fit.cost().seconds(n, p) / truth.seconds(n, p) - 1.0).abs();
         (0..51).map(lengths).map(of).fold(0.0, f64::max)
     }

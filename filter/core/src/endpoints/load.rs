@@ -48,11 +48,11 @@ impl PrefillQueue {
 
     /// Removes a leg that ended; `false` when it is not there (any more).
     pub fn remove(&mut self, id: u64, now: Monotonic) -> bool {
-        let Some(at) = self.jobs.iter().position(|job| job.id == id) else { return false };
-        if at == 0 {
+        let Some(index) = self.jobs.iter().position(|job| job.id == id) else { return false };
+        if index == 0 {
             self.head_since = now;
         }
-        let is_removed = self.jobs.remove(at).is_some();
+        let is_removed = self.jobs.remove(index).is_some();
         self.add_up();
         is_removed
     }

@@ -8,8 +8,8 @@ use hashbrown::{HashMap, HashSet};
 use crate::config::{Config, Cost, Pool};
 use crate::endpoints::candidates::{CandidateSets, Candidates, NoCandidates};
 use crate::endpoints::elsewhere::{Fleet, Totals};
-use crate::endpoints::endpoint_state::Slot;
-use crate::endpoints::fitted_cost::Fit;
+use crate::endpoints::endpoint_state::EndpointState;
+use crate::endpoints::fitted_cost::FittedCost;
 use crate::endpoints::health::Health;
 use crate::endpoints::load::{Load, PrefillQueue};
 use crate::endpoints::usage::Usage;
@@ -23,24 +23,24 @@ pub struct EndpointRef {
     /// Place in the table.
     pub index: EndpointIndex,
     generation: u32,
-    /// The endpoint's [`Slot::key`].
+    /// The endpoint's [`EndpointState::key`].
     pub(crate) key: u64,
 }
 
 /// The pushed list and its state.
 #[derive(Debug, Default)]
 pub struct Table {
-    slots: Vec<Option<Slot>>,
+    states: Vec<Option<EndpointState>>,
     free: Vec<EndpointIndex>,
     by_id: HashMap<EndpointId, EndpointIndex>,
-    /// Every endpoint by [`Slot::key`], as of the last rebuild, and behind them those that came since.
+    /// Every endpoint by [`EndpointState::key`], as of the last rebuild, and behind them those that came since.
     by_key: Vec<(u64, EndpointIndex)>,
-    fits: Vec<(String, Fit)>,
+    fits: Vec<(String, FittedCost)>,
     sets: CandidateSets,
     generation: u32,
     epoch: String,
     version: u64,
-    /// What other Envoys have in flight, by [`Slot::key`], whether it is in the list or not.
+    /// What other Envoys have in flight, by [`EndpointState::key`], whether it is in the list or not.
     elsewhere: HashMap<u64, Totals>,
     /// The Envoys that there are.
     pub fleet: Fleet,
@@ -61,7 +61,7 @@ pub enum Applied {
 
 impl Table {
     /// Applies a [validated](Snapshot::validate) snapshot. Endpoints that did not change keep their state.
-    pub fn apply(&mut self, snapshot: &Snapshot, config: &Config, index: &mut PrefixIndex) -> Applied {
+    pub fn apply(&mut self, snapshot: &Snapshot, config: &Config, prefixes: &mut PrefixIndex) -> Applied {
         let same_epoch = snapshot.epoch == self.epoch;
         match snapshot.base {
             None if same_epoch && snapshot.version == self.version => return Applied::Unchanged,
@@ -70,19 +70,19 @@ impl Table {
                 let listed: HashSet<EndpointId> = snapshot.endpoints.iter().map(Endpoint::id).collect();
                 let gone: Vec<EndpointId> = self.by_id.keys().filter(|id| !listed.contains(*id)).copied().collect();
                 for id in gone {
-                    self.remove(id, index);
+                    self.remove(id, prefixes);
                 }
             }
             Some(_) if same_epoch && snapshot.version <= self.version => return Applied::Unchanged,
             Some(base) if !same_epoch || base != self.version => return Applied::OutOfStep,
             Some(_) => {
                 for id in snapshot.removed.iter().filter_map(|id| id.parse().ok()) {
-                    self.remove(id, index);
+                    self.remove(id, prefixes);
                 }
             }
         }
         for endpoint in &snapshot.endpoints {
-            self.upsert(endpoint, config, index);
+            self.upsert(endpoint, config, prefixes);
         }
         self.epoch.clone_from(&snapshot.epoch);
         self.version = snapshot.version;
@@ -93,7 +93,7 @@ impl Table {
         Applied::Changed
     }
 
-    /// Other Envoys have so much more in flight at the endpoint with this [`Slot::key`].
+    /// Other Envoys have so much more in flight at the endpoint with this [`EndpointState::key`].
     pub(crate) fn busy_elsewhere(&mut self, key: u64, by: Totals) {
         let sum = self.elsewhere.entry(key).or_default();
         *sum = sum.plus(by);
@@ -101,8 +101,8 @@ impl Table {
         if sum == Totals::default() {
             self.elsewhere.remove(&key);
         }
-        if let Some(slot) = self.by_key(key) {
-            slot.elsewhere = sum;
+        if let Some(state) = self.by_key(key) {
+            state.elsewhere = sum;
         }
     }
 
@@ -120,7 +120,7 @@ impl Table {
             epoch: self.epoch.clone(),
             version: self.version,
             base: None,
-            endpoints: self.iter().map(|(_, slot)| slot.endpoint.clone()).collect(),
+            endpoints: self.iter().map(|(_, state)| state.endpoint.clone()).collect(),
             removed: Vec::new(),
         }
     }
@@ -149,7 +149,7 @@ impl Table {
         self.sets.names_all_models()
     }
 
-    /// Every ready endpoint, whatever its pool, role and models, sorted by [`Slot::key`].
+    /// Every ready endpoint, whatever its pool, role and models, sorted by [`EndpointState::key`].
     #[must_use]
     pub fn all_ready(&self) -> &[EndpointIndex] {
         self.sets.all_ready()
@@ -169,41 +169,41 @@ impl Table {
 
     /// The endpoint at a place that a set of candidates names.
     #[must_use]
-    pub fn get(&self, index: EndpointIndex) -> Option<&Slot> {
-        self.slots.get(index as usize)?.as_ref()
+    pub fn get(&self, index: EndpointIndex) -> Option<&EndpointState> {
+        self.states.get(index as usize)?.as_ref()
     }
 
     /// As [`get`](Self::get), to change its state.
-    pub fn get_mut(&mut self, index: EndpointIndex) -> Option<&mut Slot> {
-        self.slots.get_mut(index as usize)?.as_mut()
+    pub fn get_mut(&mut self, index: EndpointIndex) -> Option<&mut EndpointState> {
+        self.states.get_mut(index as usize)?.as_mut()
     }
 
     /// A name for the endpoint that stays right when the list changes.
     #[must_use]
     pub fn refer(&self, index: EndpointIndex) -> Option<EndpointRef> {
-        self.get(index).map(|slot| EndpointRef { index, generation: slot.generation, key: slot.key })
+        self.get(index).map(|state| EndpointRef { index, generation: state.generation, key: state.key })
     }
 
     /// The endpoint, if it is still the one that was [referred](Self::refer) to.
-    pub fn resolve(&mut self, reference: EndpointRef) -> Option<&mut Slot> {
-        self.get_mut(reference.index).filter(|slot| slot.generation == reference.generation)
+    pub fn resolve(&mut self, reference: EndpointRef) -> Option<&mut EndpointState> {
+        self.get_mut(reference.index).filter(|state| state.generation == reference.generation)
     }
 
     /// Places, empty ones included: every [`EndpointIndex`] is below that.
     #[must_use]
     pub(crate) fn places(&self) -> usize {
-        self.slots.len()
+        self.states.len()
     }
 
-    /// The endpoint with this [`Slot::key`].
+    /// The endpoint with this [`EndpointState::key`].
     #[must_use]
     pub(crate) fn index_of_key(&self, key: u64) -> Option<EndpointIndex> {
-        let at = self.by_key.partition_point(|(other, _)| *other < key);
-        self.by_key.get(at).filter(|(found, _)| *found == key).map(|(_, index)| *index)
+        let position = self.by_key.partition_point(|(other, _)| *other < key);
+        self.by_key.get(position).filter(|(found, _)| *found == key).map(|(_, index)| *index)
     }
 
-    /// The endpoint with this [`Slot::key`].
-    pub(crate) fn by_key(&mut self, key: u64) -> Option<&mut Slot> {
+    /// The endpoint with this [`EndpointState::key`].
+    pub(crate) fn by_key(&mut self, key: u64) -> Option<&mut EndpointState> {
         self.get_mut(self.index_of_key(key)?)
     }
 
@@ -214,14 +214,14 @@ impl Table {
     }
 
     /// All endpoints.
-    pub fn iter(&self) -> impl Iterator<Item = (EndpointIndex, &Slot)> {
-        (0..).zip(&self.slots).filter_map(|(index, slot)| Some((index, slot.as_ref()?)))
+    pub fn iter(&self) -> impl Iterator<Item = (EndpointIndex, &EndpointState)> {
+        (0..).zip(&self.states).filter_map(|(index, state)| Some((index, state.as_ref()?)))
     }
 
     /// Prefill seconds of an endpoint's pool, as fitted so far.
     #[must_use]
-    pub fn cost(&self, slot: &Slot) -> Option<Cost> {
-        self.fits.get(slot.fit).map(|(_, fit)| fit.cost())
+    pub fn cost(&self, state: &EndpointState) -> Option<Cost> {
+        self.fits.get(state.fit).map(|(_, fit)| fit.cost())
     }
 
     /// Bytes per token of a pool's prompts, as learnt so far.
@@ -231,7 +231,7 @@ impl Table {
     }
 
     /// What was learnt of each pool.
-    pub fn fits(&self) -> impl Iterator<Item = (&str, &Fit)> {
+    pub fn fits(&self) -> impl Iterator<Item = (&str, &FittedCost)> {
         self.fits.iter().map(|(name, fit)| (name.as_str(), fit))
     }
 
@@ -255,11 +255,11 @@ impl Table {
         seconds: Option<f64>,
         usage: Option<Usage>,
     ) {
-        let Some(slot) = self.get(reference.index).filter(|slot| slot.generation == reference.generation) else {
+        let Some(state) = self.get(reference.index).filter(|state| state.generation == reference.generation) else {
             return;
         };
-        let (at, weight) = (slot.fit, slot.endpoint.weight);
-        let Some((_, fit)) = self.fits.get_mut(at) else { return };
+        let (fit_index, weight) = (state.fit, state.endpoint.weight);
+        let Some((_, fit)) = self.fits.get_mut(fit_index) else { return };
         let n = usage.map_or(tokens, |usage| usage.prompt_tokens as f64);
         if usage.is_some() {
             fit.saw_text(bytes, n);
@@ -273,30 +273,30 @@ impl Table {
     }
 
     /// Fits caches to the bytes per token that were learnt since they were [last](Self::apply) measured.
-    pub fn resize_caches(&self, config: &Config, index: &mut PrefixIndex) {
-        for (at, slot) in self.iter() {
-            let units = self.cache_units(slot, config);
+    pub fn resize_caches(&self, config: &Config, prefixes: &mut PrefixIndex) {
+        for (index, state) in self.iter() {
+            let units = self.cache_units(state, config);
             // Small changes would only drop what is still there.
-            if index.capacity(at).abs_diff(units) > units / 16 {
-                index.set_capacity(at, units);
+            if prefixes.capacity(index).abs_diff(units) > units / 16 {
+                prefixes.set_capacity(index, units);
             }
         }
     }
 
     /// Size of an endpoint's cache in blocks of the smallest size.
-    fn cache_units(&self, slot: &Slot, config: &Config) -> usize {
-        let pool = config.pool(&slot.endpoint.pool);
-        let bytes_per_token = self.fits.get(slot.fit).map_or(pool.bytes_per_token, |(_, fit)| fit.bytes_per_token());
-        let tokens = slot.endpoint.cache_tokens.unwrap_or(pool.cache_tokens);
+    fn cache_units(&self, state: &EndpointState, config: &Config) -> usize {
+        let pool = config.pool(&state.endpoint.pool);
+        let bytes_per_token = self.fits.get(state.fit).map_or(pool.bytes_per_token, |(_, fit)| fit.bytes_per_token());
+        let tokens = state.endpoint.cache_tokens.unwrap_or(pool.cache_tokens);
         (tokens as f64 * bytes_per_token / config.prefix.block_bytes as f64) as usize
     }
 
     /// Place of a pool's fit.
     fn fit_of(&mut self, name: &str, pool: &Pool) -> usize {
         match self.fits.iter().position(|(known, _)| known == name) {
-            Some(at) => at,
+            Some(index) => index,
             None => {
-                self.fits.push((name.to_owned(), Fit::new(pool)));
+                self.fits.push((name.to_owned(), FittedCost::new(pool)));
                 self.fits.len().saturating_sub(1)
             }
         }
@@ -304,41 +304,41 @@ impl Table {
 
     /// Drops ledger entries whose end was never told.
     pub fn prune(&mut self, now: Monotonic) {
-        for slot in self.slots.iter_mut().flatten() {
-            slot.prefill.prune(now);
-            slot.health.prune(now);
+        for state in self.states.iter_mut().flatten() {
+            state.prefill.prune(now);
+            state.health.prune(now);
         }
     }
 
-    fn upsert(&mut self, endpoint: &Endpoint, config: &Config, index: &mut PrefixIndex) {
+    fn upsert(&mut self, endpoint: &Endpoint, config: &Config, prefixes: &mut PrefixIndex) {
         let pool = config.pool(&endpoint.pool);
         let fit = self.fit_of(&endpoint.pool, pool);
         let engine = endpoint.engine.unwrap_or(pool.engine);
         let bootstrap_port = endpoint.bootstrap_port.unwrap_or(pool.bootstrap_port);
         let bootstrap = SocketAddr::new(endpoint.address.ip(), bootstrap_port);
-        let at = match self.by_id.get(&endpoint.id()).copied() {
-            Some(at) => {
-                if let Some(slot) = self.get_mut(at) {
-                    slot.endpoint.clone_from(endpoint);
-                    if (slot.engine, slot.bootstrap) != (engine, bootstrap) {
-                        slot.engine_id = None;
+        let index = match self.by_id.get(&endpoint.id()).copied() {
+            Some(index) => {
+                if let Some(state) = self.get_mut(index) {
+                    state.endpoint.clone_from(endpoint);
+                    if (state.engine, state.bootstrap) != (engine, bootstrap) {
+                        state.engine_id = None;
                     }
-                    slot.engine = engine;
-                    slot.bootstrap = bootstrap;
-                    slot.fit = fit;
+                    state.engine = engine;
+                    state.bootstrap = bootstrap;
+                    state.fit = fit;
                 }
-                at
+                index
             }
             None => {
-                let next = EndpointIndex::try_from(self.slots.len());
-                let Some(at) = self.free.pop().or(next.ok()) else { return };
-                if at as usize == self.slots.len() {
-                    self.slots.push(None);
+                let next = EndpointIndex::try_from(self.states.len());
+                let Some(index) = self.free.pop().or(next.ok()) else { return };
+                if index as usize == self.states.len() {
+                    self.states.push(None);
                 }
                 self.generation = self.generation.wrapping_add(1);
                 let key = xxhash_rust::xxh3::xxh3_64(endpoint.id().to_string().as_bytes());
-                self.by_key.push((key, at));
-                let slot = Slot {
+                self.by_key.push((key, index));
+                let state = EndpointState {
                     endpoint: endpoint.clone(),
                     address: endpoint.address.to_string().into(),
                     key,
@@ -354,37 +354,37 @@ impl Table {
                     generation: self.generation,
                     fit,
                 };
-                if let Some(place) = self.slots.get_mut(at as usize) {
-                    *place = Some(slot);
+                if let Some(place) = self.states.get_mut(index as usize) {
+                    *place = Some(state);
                 }
-                self.by_id.insert(endpoint.id(), at);
-                at
+                self.by_id.insert(endpoint.id(), index);
+                index
             }
         };
-        if let Some(slot) = self.get(at) {
-            index.set_capacity(at, self.cache_units(slot, config));
+        if let Some(state) = self.get(index) {
+            prefixes.set_capacity(index, self.cache_units(state, config));
         }
     }
 
-    fn remove(&mut self, id: EndpointId, index: &mut PrefixIndex) {
-        let Some(at) = self.by_id.remove(&id) else { return };
-        if let Some(slot) = self.slots.get_mut(at as usize) {
-            *slot = None;
-            self.free.push(at);
+    fn remove(&mut self, id: EndpointId, prefixes: &mut PrefixIndex) {
+        let Some(index) = self.by_id.remove(&id) else { return };
+        if let Some(state) = self.states.get_mut(index as usize) {
+            *state = None;
+            self.free.push(index);
         }
-        index.remove_endpoint(at);
+        prefixes.remove_endpoint(index);
     }
 
     /// Sorts the endpoints and makes the sets of candidates from them.
     fn rebuild(&mut self) {
-        let slots = &self.slots;
-        let slot_of = |index: EndpointIndex| slots.get(index as usize)?.as_ref();
-        self.by_key.retain(|(key, index)| slot_of(*index).is_some_and(|slot| slot.key == *key));
+        let states = &self.states;
+        let state_of = |index: EndpointIndex| states.get(index as usize)?.as_ref();
+        self.by_key.retain(|(key, index)| state_of(*index).is_some_and(|state| state.key == *key));
         // Stable, so a list with a few new ones at its end is sorted in one pass.
         self.by_key.sort();
         self.by_key.dedup();
-        let sorted: Vec<_> = self.by_key.iter().filter_map(|(_, index)| Some((*index, slot_of(*index)?))).collect();
-        self.sets = CandidateSets::new(&sorted, slot_of);
+        let sorted: Vec<_> = self.by_key.iter().filter_map(|(_, index)| Some((*index, state_of(*index)?))).collect();
+        self.sets = CandidateSets::new(&sorted, state_of);
     }
 }
 
@@ -425,7 +425,7 @@ pub(super) mod tests {
 
         pub(crate) fn ports(&self, indexes: &[EndpointIndex]) -> Vec<u16> {
             let mut ports: Vec<u16> =
-                indexes.iter().map(|at| self.table.get(*at).unwrap().endpoint.address.port()).collect();
+                indexes.iter().map(|index| self.table.get(*index).unwrap().endpoint.address.port()).collect();
             ports.sort_unstable();
             ports
         }
@@ -445,7 +445,7 @@ pub(super) mod tests {
         fixture.apply(&change(3, &[], vec![9, 60, 61]));
         for model in ["m", "other"] {
             let candidates = fixture.table.candidates(model).unwrap();
-            let key = |at: &EndpointIndex| fixture.table.get(*at).unwrap().key;
+            let key = |index: &EndpointIndex| fixture.table.get(*index).unwrap().key;
             assert!(candidates.whole.is_sorted_by_key(key));
             let mut all = candidates.whole.clone();
             all.dedup();
@@ -467,16 +467,16 @@ pub(super) mod tests {
     fn endpoints_that_stay_keep_their_state() {
         let (a, b) = (endpoint(1, Role::Both, &[]), endpoint(2, Role::Both, &[]));
         let mut fixture = Fixture::new(vec![a.clone(), b.clone()]);
-        let at = fixture.table.find(a.id()).unwrap();
-        fixture.table.get_mut(at).unwrap().decode.add(7);
-        fixture.index.insert(at, &[BlockHash(1)]);
-        let kept = fixture.table.refer(at).unwrap();
+        let index = fixture.table.find(a.id()).unwrap();
+        fixture.table.get_mut(index).unwrap().decode.add(7);
+        fixture.index.insert(index, &[BlockHash(1)]);
+        let kept = fixture.table.refer(index).unwrap();
         let left = fixture.table.refer(fixture.table.find(b.id()).unwrap()).unwrap();
         let c = endpoint(3, Role::Both, &[]);
         assert_eq!(fixture.apply(&whole(2, vec![c.clone(), Endpoint { weight: 2.0, ..a.clone() }])), Applied::Changed);
         assert_eq!(fixture.table.resolve(kept).unwrap().decode.tokens, 7);
         assert_eq!(fixture.table.resolve(kept).unwrap().endpoint.weight, 2.0);
-        assert_eq!(fixture.index.matched(at, &[BlockHash(1)]), 1);
+        assert_eq!(fixture.index.matched(index, &[BlockHash(1)]), 1);
         assert!(fixture.table.resolve(left).is_none(), "its place was taken by another endpoint");
         assert_eq!(fixture.table.len(), 2);
     }

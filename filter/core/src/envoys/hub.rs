@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 use hashbrown::HashMap;
 
-use super::message::{Batch, Heard, MAX_BLOCKS_BYTES, MAX_MESSAGE_BYTES, Record, Told};
+use super::message::{Batch, ExchangeRequest, ExchangeResponse, MAX_BLOCKS_BYTES, MAX_MESSAGE_BYTES, Record};
 use super::report::MAX_REPORT_BYTES;
 use crate::endpoints::elsewhere::Totals;
 use crate::prefix::block_log::{BlockLog, split_events};
@@ -43,11 +43,11 @@ pub struct Hub {
 struct Gateway {
     replaces: u64,
     turn: u64,
-    epoch: u64,
+    hash_scheme: u64,
     /// When it was last heard of, by itself or by another hub.
-    heard: Monotonic,
+    last_seen: Monotonic,
     /// When it was last heard itself.
-    asked: Option<Monotonic>,
+    last_request: Option<Monotonic>,
     is_gone: bool,
     loads: Vec<(u64, Totals)>,
     changes: u64,
@@ -56,7 +56,7 @@ struct Gateway {
 }
 
 impl Gateway {
-    fn leave(&mut self, sums: &mut HashMap<u64, Totals>) {
+    fn retract(&mut self, sums: &mut HashMap<u64, Totals>) {
         self.is_gone = true;
         self.load(sums, Vec::new());
         self.report.clear();
@@ -89,22 +89,22 @@ impl Hub {
         Self { id, gateways: BTreeMap::new(), changes: 0, sums: HashMap::new() }
     }
 
-    /// [`Heard::hub`].
+    /// [`ExchangeResponse::hub`].
     #[must_use]
     pub fn id(&self) -> u64 {
         self.id
     }
 
     /// Takes what somebody told; whether it matters to others.
-    pub fn take(&mut self, told: &Told, now: Monotonic) -> bool {
+    pub fn take(&mut self, request: &ExchangeRequest, now: Monotonic) -> bool {
         let before = (self.changes, self.total_next());
-        for record in &told.records {
-            self.take_record(record, told.from == record.gateway, now);
+        for record in &request.records {
+            self.take_record(record, request.from == record.gateway, now);
         }
         // A gateway that only listens is there as well.
-        if let Some(gateway) = self.gateways.get_mut(&told.from) {
-            gateway.heard = now;
-            gateway.asked = Some(now);
+        if let Some(gateway) = self.gateways.get_mut(&request.from) {
+            gateway.last_seen = now;
+            gateway.last_request = Some(now);
         }
         before != (self.changes, self.total_next())
     }
@@ -120,19 +120,19 @@ impl Hub {
         if record.replaces != 0
             && let Some(before) = self.gateways.get_mut(&record.replaces).filter(|before| !before.is_gone)
         {
-            before.leave(&mut self.sums);
+            before.retract(&mut self.sums);
             self.changes = self.changes.wrapping_add(1);
         }
         let gateway = self.gateways.entry(record.gateway).or_default();
         gateway.replaces = record.replaces;
         if is_own {
-            gateway.asked = Some(now);
+            gateway.last_request = Some(now);
         }
-        gateway.heard = now;
+        gateway.last_seen = now;
         gateway.is_gone = false;
         if record.turn > gateway.turn {
             gateway.turn = record.turn;
-            gateway.epoch = record.epoch;
+            gateway.hash_scheme = record.hash_scheme;
             if gateway.loads != record.loads {
                 let loads = record.loads.iter().take(MAX_LOADS).copied().collect();
                 gateway.load(&mut self.sums, loads);
@@ -163,7 +163,8 @@ impl Hub {
             return true;
         }
         let gone = self.gateways.iter().filter(|(_, gateway)| gateway.is_gone);
-        let Some((oldest, _)) = gone.min_by_key(|(_, gateway)| gateway.heard).map(|(id, of)| (*id, of.heard)) else {
+        let Some((oldest, _)) = gone.min_by_key(|(_, gateway)| gateway.last_seen).map(|(id, of)| (*id, of.last_seen))
+        else {
             return false;
         };
         self.gateways.remove(&oldest).is_some()
@@ -182,8 +183,8 @@ impl Hub {
     pub fn prune(&mut self, now: Monotonic) -> bool {
         let mut has_changed = false;
         for gateway in self.gateways.values_mut() {
-            if !gateway.is_gone && now.saturating_sub(gateway.heard) > GATEWAY_LIFE {
-                gateway.leave(&mut self.sums);
+            if !gateway.is_gone && now.saturating_sub(gateway.last_seen) > GATEWAY_LIFE {
+                gateway.retract(&mut self.sums);
                 has_changed = true;
             }
         }
@@ -201,30 +202,31 @@ impl Hub {
 
     /// Whether there is something that the asker has not heard.
     #[must_use]
-    pub fn has_news(&self, told: &Told) -> bool {
+    pub fn has_news(&self, request: &ExchangeRequest) -> bool {
         let is_new = |id: &u64, gateway: &Gateway| {
-            let known = told.known.binary_search_by_key(id, |(known, _)| *known).ok();
-            let known = known.and_then(|at| told.known.get(at)).map_or(0, |(_, next)| *next);
-            *id != told.from && gateway.log.next() > known.max(gateway.log.oldest())
+            let known = request.known.binary_search_by_key(id, |(known, _)| *known).ok();
+            let known = known.and_then(|at| request.known.get(at)).map_or(0, |(_, next)| *next);
+            *id != request.from && gateway.log.next() > known.max(gateway.log.oldest())
         };
-        told.wants
-            && (told.at != (self.id, self.state(told.from)) || self.gateways.iter().any(|(id, of)| is_new(id, of)))
+        request.wants
+            && (request.known_state != (self.id, self.state(request.from))
+                || self.gateways.iter().any(|(id, of)| is_new(id, of)))
     }
 
     /// The answer to somebody; `watching` is the number of Envoys that are known to follow the endpoint list.
     #[must_use]
-    pub fn answer(&self, told: &Told, watching: u64) -> Heard {
+    pub fn answer(&self, request: &ExchangeRequest, watching: u64) -> ExchangeResponse {
         let have = |record: &Record| (record.gateway, self.gateways.get(&record.gateway).map_or(0, |of| of.log.next()));
-        let state = self.state(told.from);
+        let state = self.state(request.from);
         let exchanging = self.gateways.values().filter(|gateway| !gateway.is_gone).count() as u64;
-        Heard {
+        ExchangeResponse {
             hub: self.id,
             state,
-            have: told.records.iter().map(have).collect(),
+            have: request.records.iter().map(have).collect(),
             gateways: watching.max(exchanging),
             exchanging,
-            loads: (told.wants && told.at != (self.id, state)).then(|| self.loads_but(told.from)),
-            batches: if told.wants { self.batches(told) } else { Vec::new() },
+            loads: (request.wants && request.known_state != (self.id, state)).then(|| self.loads_but(request.from)),
+            batches: if request.wants { self.batches(request) } else { Vec::new() },
         }
     }
 
@@ -240,18 +242,18 @@ impl Hub {
         others
     }
 
-    fn batches(&self, told: &Told) -> Vec<Batch> {
-        let known: HashMap<u64, u64> = told.known.iter().copied().collect();
+    fn batches(&self, request: &ExchangeRequest) -> Vec<Batch> {
+        let known: HashMap<u64, u64> = request.known.iter().copied().collect();
         let mut room = MAX_BLOCKS_BYTES;
         let mut batches = Vec::new();
         for (id, gateway) in &self.gateways {
             let first = known.get(id).copied().unwrap_or(0).max(gateway.log.oldest());
-            let blocks = if *id == told.from { Vec::new() } else { gateway.log.from(first, room) };
+            let blocks = if *id == request.from { Vec::new() } else { gateway.log.from(first, room) };
             if blocks.is_empty() {
                 continue;
             }
             room = room.saturating_sub(blocks.len());
-            batches.push(Batch { gateway: *id, epoch: gateway.epoch, first, blocks });
+            batches.push(Batch { gateway: *id, hash_scheme: gateway.hash_scheme, first, blocks });
         }
         batches
     }
@@ -259,17 +261,18 @@ impl Hub {
     /// What another hub is told, in messages that it takes: the gateways that were heard here lately, with the block
     /// events that it does not `have`.
     #[must_use]
-    pub fn relay(&self, have: &HashMap<u64, u64>, now: Monotonic) -> Vec<Told> {
-        let is_heard = |gateway: &Gateway| gateway.asked.is_some_and(|at| now.saturating_sub(at) <= GATEWAY_LIFE);
-        let mut messages: Vec<Told> = Vec::new();
+    pub fn relay(&self, have: &HashMap<u64, u64>, now: Monotonic) -> Vec<ExchangeRequest> {
+        let has_asked =
+            |gateway: &Gateway| gateway.last_request.is_some_and(|at| now.saturating_sub(at) <= GATEWAY_LIFE);
+        let mut messages: Vec<ExchangeRequest> = Vec::new();
         let mut room = 0;
-        for (id, gateway) in self.gateways.iter().filter(|(_, gateway)| !gateway.is_gone && is_heard(gateway)) {
+        for (id, gateway) in self.gateways.iter().filter(|(_, gateway)| !gateway.is_gone && has_asked(gateway)) {
             let first = have.get(id).copied().unwrap_or(0).clamp(gateway.log.oldest(), gateway.log.next());
             let record = Record {
                 gateway: *id,
                 replaces: gateway.replaces,
                 turn: gateway.turn,
-                epoch: gateway.epoch,
+                hash_scheme: gateway.hash_scheme,
                 loads: gateway.loads.clone(),
                 oldest: gateway.log.oldest(),
                 first,
@@ -281,7 +284,11 @@ impl Hub {
                 Some(message) => message.records.push(record),
                 None => {
                     room = RELAY_BYTES;
-                    messages.push(Told { from: self.id, records: vec![record], ..Told::default() });
+                    messages.push(ExchangeRequest {
+                        from: self.id,
+                        records: vec![record],
+                        ..ExchangeRequest::default()
+                    });
                 }
             }
             room = room.saturating_sub(length);
@@ -292,6 +299,6 @@ impl Hub {
     /// Reports of the gateways that are there: number, how long ago it was heard of, the report.
     pub fn reports(&self, now: Monotonic) -> impl Iterator<Item = (u64, Duration, &[u8])> {
         let here = self.gateways.iter().filter(|(_, gateway)| !gateway.is_gone);
-        here.map(move |(id, gateway)| (*id, now.saturating_sub(gateway.heard), gateway.report.as_slice()))
+        here.map(move |(id, gateway)| (*id, now.saturating_sub(gateway.last_seen), gateway.report.as_slice()))
     }
 }

@@ -1,20 +1,20 @@
 //! What Envoys and `pd-control` tell each other: words of 8 bytes, little endian, no padding.
 //!
 //! ```text
-//! Told    version from hub state wants known:[gateway next]* records:[Record]*
-//! Record  gateway replaces turn epoch loads:[endpoint Totals]* oldest first blocks:bytes report:bytes
-//! Heard   version hub state have:[gateway next]* gateways exchanging has_loads loads:[endpoint Totals]*
-//!         batches:[gateway epoch first blocks:bytes]*
-//! blocks  [endpoint count hash*]*
-//! Totals  work tokens requests
+//! ExchangeRequest   version from hub state wants known:[gateway next]* records:[Record]*
+//! Record            gateway replaces turn hash_scheme loads:[endpoint Totals]* oldest first blocks:bytes report:bytes
+//! ExchangeResponse  version hub state have:[gateway next]* gateways exchanging has_loads loads:[endpoint Totals]*
+//!                   batches:[gateway hash_scheme first blocks:bytes]*
+//! blocks            [endpoint count hash*]*
+//! Totals            work tokens requests
 //! ```
-//! A list stands behind its length, bytes stand behind theirs. An endpoint is its [key](crate::endpoints::endpoint_state::Slot::key). A
+//! A list stands behind its length, bytes stand behind theirs. An endpoint is its [key](crate::endpoints::endpoint_state::EndpointState::key). A
 //! reader takes a message whole or not at all; words behind what it knows are a newer writer's and are left alone.
 
 use crate::codec::{Reader, Writer};
 use crate::endpoints::elsewhere::Totals;
 
-/// Path of `pd-control`'s answer to [`Told`].
+/// Path of `pd-control`'s answer to [`ExchangeRequest`].
 pub const EXCHANGE_PATH: &str = "/v1/exchange";
 /// Version of these messages.
 pub const EXCHANGE_VERSION: u64 = 1;
@@ -25,11 +25,11 @@ pub const MAX_BLOCKS_BYTES: usize = 256 << 10;
 
 /// A question to `pd-control`, with what the asker has to tell.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Told {
+pub struct ExchangeRequest {
     /// Who asks: a gateway, or another `pd-control`.
     pub from: u64,
-    /// [`Heard::hub`] and [`Heard::state`] of the last answer.
-    pub at: (u64, u64),
+    /// [`ExchangeResponse::hub`] and [`ExchangeResponse::state`] of the last answer.
+    pub known_state: (u64, u64),
     /// Whether the answer shall have loads and blocks.
     pub wants: bool,
     /// Per gateway the number of the first block event that the asker does not have yet; in the order of the gateways.
@@ -41,14 +41,14 @@ pub struct Told {
 /// What one gateway (all workers of an Envoy) does and knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Record {
-    /// Random number of one worker's time as the gateway's voice.
+    /// Random number of one worker's time as the gateway's leader.
     pub gateway: u64,
-    /// The voice before it, whose loads are these; 0: none.
+    /// The leader before it, whose loads these are; 0: none.
     pub replaces: u64,
     /// Counts up: a record with a smaller one is old.
     pub turn: u64,
-    /// What block hashes depend on besides the prompt; those of another epoch are of no use.
-    pub epoch: u64,
+    /// What block hashes depend on besides the prompt; block events of another scheme are of no use.
+    pub hash_scheme: u64,
     /// What is in flight from here, per endpoint; all of it.
     pub loads: Vec<(u64, Totals)>,
     /// Number of the oldest block event that the gateway still has.
@@ -71,7 +71,7 @@ impl Record {
 
 /// `pd-control`'s answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Heard {
+pub struct ExchangeResponse {
     /// Random number of one run of one `pd-control`.
     pub hub: u64,
     /// Counts changes of the loads of others.
@@ -93,24 +93,24 @@ pub struct Heard {
 pub struct Batch {
     /// Whose.
     pub gateway: u64,
-    /// [`Record::epoch`].
-    pub epoch: u64,
+    /// [`Record::hash_scheme`].
+    pub hash_scheme: u64,
     /// Number of the first one.
     pub first: u64,
     /// As in [`Record::blocks`].
     pub blocks: Vec<u8>,
 }
 
-impl Told {
+impl ExchangeRequest {
     /// The bytes that go over the wire.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut out = Writer::default();
-        let head = [EXCHANGE_VERSION, self.from, self.at.0, self.at.1, u64::from(self.wants)];
+        let head = [EXCHANGE_VERSION, self.from, self.known_state.0, self.known_state.1, u64::from(self.wants)];
         head.into_iter().for_each(|word| out.word(word));
         write_pairs(&mut out, &self.known);
         out.list(&self.records, |out, record| {
-            let head = [record.gateway, record.replaces, record.turn, record.epoch];
+            let head = [record.gateway, record.replaces, record.turn, record.hash_scheme];
             head.into_iter().for_each(|word| out.word(word));
             write_loads(out, &record.loads);
             out.word(record.oldest);
@@ -125,12 +125,12 @@ impl Told {
     #[must_use]
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let rest = &mut begin(bytes)?;
-        let (from, at, wants) = (rest.word()?, (rest.word()?, rest.word()?), rest.word()? != 0);
+        let (from, known_state, wants) = (rest.word()?, (rest.word()?, rest.word()?), rest.word()? != 0);
         let mut known = read_pairs(rest)?;
         known.sort_unstable();
         Some(Self {
             from,
-            at,
+            known_state,
             wants,
             known,
             records: rest.list(|rest| {
@@ -138,7 +138,7 @@ impl Told {
                     gateway: rest.word()?,
                     replaces: rest.word()?,
                     turn: rest.word()?,
-                    epoch: rest.word()?,
+                    hash_scheme: rest.word()?,
                     loads: read_loads(rest)?,
                     oldest: rest.word()?,
                     first: rest.word()?,
@@ -150,7 +150,7 @@ impl Told {
     }
 }
 
-impl Heard {
+impl ExchangeResponse {
     /// The bytes that go over the wire.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
@@ -160,7 +160,7 @@ impl Heard {
         [self.gateways, self.exchanging, u64::from(self.loads.is_some())].into_iter().for_each(|word| out.word(word));
         write_loads(&mut out, self.loads.as_deref().unwrap_or_default());
         out.list(&self.batches, |out, batch| {
-            [batch.gateway, batch.epoch, batch.first].into_iter().for_each(|word| out.word(word));
+            [batch.gateway, batch.hash_scheme, batch.first].into_iter().for_each(|word| out.word(word));
             out.bytes(&batch.blocks);
         });
         out.0
@@ -175,7 +175,12 @@ impl Heard {
         let (gateways, exchanging, has_loads) = (rest.word()?, rest.word()?, rest.word()? != 0);
         let loads = read_loads(rest)?;
         let batches = rest.list(|rest| {
-            Some(Batch { gateway: rest.word()?, epoch: rest.word()?, first: rest.word()?, blocks: read_blocks(rest)? })
+            Some(Batch {
+                gateway: rest.word()?,
+                hash_scheme: rest.word()?,
+                first: rest.word()?,
+                blocks: read_blocks(rest)?,
+            })
         })?;
         Some(Self { hub, state, have, gateways, exchanging, loads: has_loads.then_some(loads), batches })
     }
@@ -233,8 +238,8 @@ mod tests {
     fn record() -> impl Strategy<Value = Record> {
         let loads = prop::collection::vec((any::<u64>(), totals()), 0..4);
         (any::<[u64; 6]>(), loads, bytes(), bytes()).prop_map(|(words, loads, blocks, report)| {
-            let [gateway, replaces, turn, epoch, oldest, first] = words;
-            Record { gateway, replaces, turn, epoch, loads, oldest, first, blocks, report }
+            let [gateway, replaces, turn, hash_scheme, oldest, first] = words;
+            Record { gateway, replaces, turn, hash_scheme, loads, oldest, first, blocks, report }
         })
     }
 
@@ -242,26 +247,29 @@ mod tests {
     fn a_message_has_no_more_blocks_than_a_reader_has_time_for() {
         for over in [0, 1] {
             let blocks = vec![0; MAX_BLOCKS_BYTES + over];
-            let told =
-                Told { records: vec![Record { blocks: blocks.clone(), ..Record::default() }], ..Told::default() };
-            assert_eq!(Told::from_bytes(&told.to_bytes()).is_some(), over == 0);
-            let heard = Heard { batches: vec![Batch { blocks, ..Batch::default() }], ..Heard::default() };
-            assert_eq!(Heard::from_bytes(&heard.to_bytes()).is_some(), over == 0);
+            let request = ExchangeRequest {
+                records: vec![Record { blocks: blocks.clone(), ..Record::default() }],
+                ..ExchangeRequest::default()
+            };
+            assert_eq!(ExchangeRequest::from_bytes(&request.to_bytes()).is_some(), over == 0);
+            let response =
+                ExchangeResponse { batches: vec![Batch { blocks, ..Batch::default() }], ..ExchangeResponse::default() };
+            assert_eq!(ExchangeResponse::from_bytes(&response.to_bytes()).is_some(), over == 0);
         }
     }
 
     proptest! {
         #[test]
         fn what_is_told_is_heard(
-            from: u64, at: (u64, u64), wants: bool, known in pairs(), records in prop::collection::vec(record(), 0..3),
+            from: u64, known_state: (u64, u64), wants: bool, known in pairs(), records in prop::collection::vec(record(), 0..3),
         ) {
             let mut known = known;
             known.sort_unstable();
-            let told = Told { from, at, wants, known, records };
-            let head = Told { records: Vec::new(), ..told.clone() }.to_bytes().len();
-            let length = told.records.iter().map(Record::byte_len).sum::<usize>();
-            prop_assert_eq!(told.to_bytes().len(), head + length);
-            prop_assert_eq!(Told::from_bytes(&told.to_bytes()), Some(told));
+            let request = ExchangeRequest { from, known_state, wants, known, records };
+            let head = ExchangeRequest { records: Vec::new(), ..request.clone() }.to_bytes().len();
+            let length = request.records.iter().map(Record::byte_len).sum::<usize>();
+            prop_assert_eq!(request.to_bytes().len(), head + length);
+            prop_assert_eq!(ExchangeRequest::from_bytes(&request.to_bytes()), Some(request));
         }
 
         #[test]
@@ -271,19 +279,19 @@ mod tests {
             batches in prop::collection::vec((any::<[u64; 3]>(), bytes()), 0..3),
         ) {
             let [hub, state, gateways, exchanging] = words;
-            let batch = |([gateway, epoch, first], blocks): ([u64; 3], Vec<u8>)| Batch { gateway, epoch, first, blocks };
+            let batch = |([gateway, hash_scheme, first], blocks): ([u64; 3], Vec<u8>)| Batch { gateway, hash_scheme, first, blocks };
             let batches = batches.into_iter().map(batch).collect();
-            let heard = Heard { hub, state, have, gateways, exchanging, loads, batches };
-            prop_assert_eq!(Heard::from_bytes(&heard.to_bytes()), Some(heard));
+            let response = ExchangeResponse { hub, state, have, gateways, exchanging, loads, batches };
+            prop_assert_eq!(ExchangeResponse::from_bytes(&response.to_bytes()), Some(response));
         }
 
         #[test]
         fn any_bytes_are_read_without_harm(bytes in prop::collection::vec(any::<u8>(), 0..300), words: [u64; 20]) {
-            let _ = (Told::from_bytes(&bytes), Heard::from_bytes(&bytes));
+            let _ = (ExchangeRequest::from_bytes(&bytes), ExchangeResponse::from_bytes(&bytes));
             let mut near = vec![1_u64];
             near.extend(words.map(|word| word % 7));
             let near: Vec<u8> = near.iter().flat_map(|word| word.to_le_bytes()).collect();
-            let _ = (Told::from_bytes(&near), Heard::from_bytes(&near));
+            let _ = (ExchangeRequest::from_bytes(&near), ExchangeResponse::from_bytes(&near));
         }
     }
 }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::time::{Clocks, Monotonic, UnixTime};
-use crate::workers::recent::{Decision, Generation};
+use crate::workers::recent::{DecisionRecord, Generation};
 use crate::workers::worker::Worker;
 
 /// Bytes of a report at most; a longer one is not kept.
@@ -37,29 +37,29 @@ pub struct ReportedDecision {
     pub at_ms: UnixTime,
     /// The decision.
     #[serde(flatten)]
-    pub decision: Decision,
+    pub decision: DecisionRecord,
 }
 
 impl Report {
-    /// The report of the Envoy of a worker: `generations` are what its workers run, `decisions` what they decided and
-    /// when. `clocks` are the times of now, by which decisions get a time of the day.
+    /// What there is to report of the Envoy of a worker: `generations` are what its workers run, `decisions` what they
+    /// decided.
     #[must_use]
     pub fn of(
         worker: &Worker,
         generations: Vec<Generation>,
-        decisions: Vec<(Monotonic, Decision)>,
+        decisions: Vec<(Monotonic, DecisionRecord)>,
         clocks: Clocks,
     ) -> Self {
         let reported = |(at, decision)| ReportedDecision { at_ms: clocks.unix_at(at), decision };
         let table = &worker.state.table;
         let (epoch, version) = table.version();
-        let failing = table.iter().filter(|(_, slot)| slot.health.is_failing());
+        let failing = table.iter().filter(|(_, state)| state.health.is_failing());
         Self {
             generations,
             epoch: epoch.to_owned(),
             version,
             endpoints: table.len() as u64,
-            failing: failing.take(MAX_FAILING).map(|(_, slot)| slot.address.to_string()).collect(),
+            failing: failing.take(MAX_FAILING).map(|(_, state)| state.address.to_string()).collect(),
             decisions: decisions.into_iter().map(reported).collect(),
         }
     }

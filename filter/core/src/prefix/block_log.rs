@@ -111,8 +111,8 @@ mod tests {
             events in prop::collection::vec((any::<u64>(), prop::collection::vec(any::<u64>(), 0..5)), 0..5),
         ) {
             let hashes = |blocks: Vec<u64>| blocks.into_iter().map(BlockHash).collect::<Vec<_>>();
-            let events: Vec<_> = events.into_iter().map(|(at, blocks)| (at, hashes(blocks))).collect();
-            let joined: Vec<u8> = events.iter().flat_map(|(at, blocks)| block_event(*at, blocks)).collect();
+            let events: Vec<_> = events.into_iter().map(|(endpoint, blocks)| (endpoint, hashes(blocks))).collect();
+            let joined: Vec<u8> = events.iter().flat_map(|(endpoint, blocks)| block_event(*endpoint, blocks)).collect();
             let read: Vec<_> = split_events(&joined).filter_map(read_event).collect();
             prop_assert_eq!(read, events);
         }

@@ -3,3 +3,4 @@
 pub mod block_log;
 pub mod hash;
 pub mod index;
+mod lru;

@@ -11,7 +11,7 @@ use pd_core::config::EXPLAIN_HEADER;
 use pd_core::headers::Headers;
 use pd_core::request::{EXPLAIN, Effect, PrefillAnswer, Request};
 use pd_core::time::Monotonic;
-use pd_core::worker::Worker;
+use pd_core::workers::worker::Worker;
 
 /// Says why pd-core would send requests where it would.
 ///
@@ -104,7 +104,7 @@ mod tests {
             let text = format!("{}{}", "word ".repeat(2_000), "more ".repeat(turns * 800));
             format!(r#"{{"model":"m","messages":[{{"role":"user","content":"{text}"}}]}}"#)
         };
-        let mut say = |turns, path| explain(&mut worker, path, body(turns).as_bytes(), Duration::from_secs(5));
+        let mut say = |turns, path| explain(&mut worker, path, body(turns).as_bytes(), Monotonic::from_secs(5));
         let chat = "/v1/chat/completions";
         let (first, second) = (say(0, chat).unwrap(), say(1, chat).unwrap());
         assert!(first.starts_with("split") && !first.contains("match=2"), "{first}");
