@@ -289,18 +289,18 @@ impl PrefixIndex {
 
     fn add_node(&mut self, hash: BlockHash, endpoint: EndpointIndex, units: usize) -> Option<u32> {
         let units = u32::try_from(units).unwrap_or(u32::MAX);
-        let number = self.find_or_add(hash)?;
-        let number = self.lru.add(number, endpoint, units)?;
-        let block = self.blocks.get_mut(number as usize)?;
+        let block_number = self.find_or_add(hash)?;
+        let node_number = self.lru.add(block_number, endpoint, units)?;
+        let block = self.blocks.get_mut(block_number as usize)?;
         let places = block
             .recent
             .iter()
             .position(|holder| *holder == NOBODY)
-            .map_or(RECENT_HOLDERS, |number| number.wrapping_add(1));
+            .map_or(RECENT_HOLDERS, |place| place.wrapping_add(1));
         if let Some(places) = block.recent.get_mut(..places) {
             places.rotate_right(1);
         }
-        let named = Holder { endpoint, node: number };
+        let named = Holder { endpoint, node: node_number };
         let pushed_out = block.recent.first_mut().map_or(named, |newest| core::mem::replace(newest, named));
         if pushed_out != NOBODY {
             block.others = block.others.saturating_add(1);
@@ -311,7 +311,7 @@ impl PrefixIndex {
                 node.zip(block).map_or(0, |(node, block)| pair_hash(block.hash, node.endpoint))
             });
         }
-        Some(number)
+        Some(node_number)
     }
 
     fn drop_oldest(&mut self, endpoint: EndpointIndex) {
