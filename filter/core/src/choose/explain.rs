@@ -1,13 +1,14 @@
-//! Explanation of a choice, for people.
+//! Description of a choice, for people.
 
 use crate::choose::scheduler::{Decision, Prompt, Scheduler, WholeReason};
 use crate::endpoints::candidates::Candidates;
 use crate::prefix::index::EndpointIndex;
 
 impl Scheduler<'_> {
-    /// Says in one line what [`decide`](Self::decide) chooses, and from what: for people, its form may change.
+    /// Describes in one line what [`decide`](Self::decide) chooses, and among which endpoints. Its form may change.
     ///
-    /// Seconds of work ahead `W`, seconds for the prompt `S`, what counts `W+wS`, tokens thought to be cached.
+    /// The line has for each endpoint that was compared: W, S and W + w·S in seconds, matched tokens, assigned tokens, and
+    /// whether it is the rendezvous endpoint, the holder of the session, or ejected.
     #[must_use]
     pub fn explain(&self, candidates: &Candidates, prompt: &Prompt) -> String {
         let name = |index: EndpointIndex| self.table.get(index).map_or("?", |state| state.address.as_ref());

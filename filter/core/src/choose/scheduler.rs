@@ -1,13 +1,13 @@
-//! Who computes the prompt, who generates, and whether those are two.
+//! The scheduler: whether to split a request, and which endpoint serves each leg.
 //!
-//! - **Prefill**: the endpoint with the lowest `W + w·S`: seconds of work ahead of the prompt, plus `w` times the seconds
-//!   of the prompt itself given what the endpoint has cached.
+//! - **Prefill**: the endpoint with the lowest W + w·S. W are the seconds of work ahead of the prompt, S the seconds of the
+//!   prompt itself, given what the endpoint holds.
 //! - **Decode**: the endpoint with the fewest assigned KV tokens.
-//! - **Decider**: a prefill leg is worth it when the best decode endpoint lacks more tokens than a threshold (llm-d's
+//! - **Decider**: a request is split if the best decode endpoint lacks at least a threshold of tokens (llm-d's
 //!   `prefix-based-pd-decider`).
-//! - Ties and unknown prefixes go by rendezvous hash, which every worker and replica computes alike.
+//! - Ties and unseen prompts go by rendezvous hash, which every worker of every Envoy computes alike.
 //!
-//! Of many endpoints a choice looks at a [shortlist](super::shortlist).
+//! Of many endpoints a choice compares a [shortlist](super::shortlist).
 
 use crate::choose::shortlist::HOLDERS;
 use crate::config::{Pool, Split};
@@ -19,24 +19,24 @@ use crate::prefix::index::{EndpointIndex, PrefixIndex};
 use crate::time::Monotonic;
 use crate::wire::Role;
 
-/// A prompt as the scheduler sees it.
+/// What the scheduler needs to know of a prompt.
 #[derive(Clone, Debug, Default)]
 pub struct Prompt {
-    /// Bytes of JSON.
+    /// Bytes of the prompt's JSON.
     pub bytes: usize,
-    /// Estimated tokens.
+    /// Estimated tokens, 0 or more.
     pub tokens: f64,
-    /// Estimated tokens of the smallest hashed block.
+    /// Estimated tokens of a block of the smallest size.
     pub block_tokens: f64,
-    /// Prefix hashes.
+    /// Block hashes.
     pub hash: PromptHash,
-    /// The client's session, where a header names it, as a block of its own: who holds it served the session last.
+    /// The session that a header names, as a block of its own. The endpoint that holds that block served the session last.
     pub session: Option<BlockHash>,
-    /// Key that names who should hold the prompt: its first block that is not hot.
+    /// Key for rendezvous hashing: the prompt's first block that is not hot.
     pub key: u64,
-    /// Whether this worker has routed no prompt with that block, and so cannot know who else has.
+    /// Whether this worker never routed a prompt with that block. Another Envoy may have.
     pub is_unseen: bool,
-    /// Whether more than one sequence is asked for: a batch of prompts, or more answers than one.
+    /// Whether the request wants more than one sequence: a batch of prompts, or several answers.
     pub is_several: bool,
 }
 
@@ -45,20 +45,20 @@ pub struct Prompt {
 pub struct Pick {
     /// The endpoint.
     pub endpoint: EndpointIndex,
-    /// Prompt tokens that it is thought to hold.
+    /// Matched tokens, by the index.
     pub matched_tokens: f64,
-    /// Seconds that it needs for the prompt.
+    /// S: seconds that the endpoint needs for the prompt.
     pub seconds: f64,
 }
 
 /// How a request is served.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Decision {
-    /// A prefill leg first; the decode endpoint is chosen when it is through.
+    /// Two legs, the prefill leg at this endpoint. The decode endpoint is chosen later.
     Split(Pick),
     /// One endpoint serves the whole request.
     Whole(Pick, WholeReason),
-    /// There is nobody.
+    /// No endpoint can serve the request.
     Nobody,
 }
 
@@ -71,11 +71,11 @@ pub enum WholeReason {
     Cached,
     /// The pool never splits.
     Never,
-    /// No prefill endpoint is ready, or nobody to hand over to.
+    /// No prefill endpoint is ready, or no decode endpoint that could take over.
     NoPrefill,
-    /// An aggregated endpoint is done soonest.
+    /// The endpoint with the lowest W + w·S is an aggregated one.
     Aggregated,
-    /// More than one sequence is asked for, and the engine hands over one.
+    /// The request wants several sequences, and the engine hands over one.
     Several,
 }
 
@@ -97,31 +97,31 @@ impl WholeReason {
 /// How many tokens more than the least loaded decode endpoint one may have assigned and still get a request because it
 /// holds the prefix: about the KV cache of one long prompt.
 const AFFINITY_SLACK_TOKENS: f64 = 32_768.0;
-/// β where no other Envoy exchanges: four gateways that do not exchange keep their hits with it, in the trace simulator.
+/// β where no other Envoy exchanges. In the trace simulator four Envoys that do not exchange keep their hits with it.
 const NO_EXCHANGE_SHARE: f64 = 0.6;
 
-/// View over what the scheduler reads.
+/// What the scheduler reads: the state of one worker, and the policy of one pool.
 #[derive(Clone, Copy)]
 pub struct Scheduler<'a> {
     /// Endpoints.
     pub table: &'a Table,
-    /// Who holds which prefix.
+    /// Which endpoint holds which blocks.
     pub index: &'a PrefixIndex,
-    /// Policy.
+    /// The pool's policy.
     pub pool: &'a Pool,
-    /// Now.
+    /// Monotonic time.
     pub now: Monotonic,
 }
 
 impl Scheduler<'_> {
-    /// Decides how to serve a prompt.
+    /// Decides whether to split a request, and chooses the endpoint of its first leg.
     #[must_use]
     pub fn decide(&self, candidates: &Candidates, prompt: &Prompt) -> Decision {
         let alone = |reason| {
             let pick = self.pick_by_cost(&candidates.whole, prompt, &[]);
             pick.map_or(Decision::Nobody, |pick| Decision::Whole(pick, reason))
         };
-        // Where nobody serves alone, everything is split.
+        // Where no endpoint serves whole requests, everything is split.
         if self.pool.split == Split::Never && !candidates.whole.is_empty() {
             return alone(WholeReason::Never);
         }
@@ -131,7 +131,7 @@ impl Scheduler<'_> {
             return whole;
         }
         let among = if self.pool.split == Split::Always { &candidates.prefill } else { &candidates.compute };
-        // No prompt is computed that nobody could generate from.
+        // Without a decode endpoint no prefill leg is sent.
         let pick = if candidates.decode.is_empty() { None } else { self.pick_by_cost(among, prompt, &[]) };
         let Some((pick, state)) = pick.and_then(|pick| Some((pick, self.table.get(pick.endpoint)?))) else {
             return alone(WholeReason::NoPrefill);
@@ -145,8 +145,8 @@ impl Scheduler<'_> {
         Decision::Split(pick)
     }
 
-    /// The endpoint with the lowest `W + w·S`, leaving out `tried`. When no endpoint is healthy, any will do: a pool is
-    /// never ejected whole.
+    /// The endpoint with the lowest W + w·S among these, without those that were `tried`. Where no endpoint is healthy it
+    /// picks among all: a pool is never ejected as a whole. `None` where there is none left.
     #[must_use]
     pub fn pick_by_cost(&self, among: &[EndpointIndex], prompt: &Prompt, tried: &[EndpointIndex]) -> Option<Pick> {
         let (shortlist, owner) = self.shortlist(among, prompt, tried);
@@ -163,7 +163,8 @@ impl Scheduler<'_> {
         best.map(|(_, _, pick)| pick)
     }
 
-    /// The endpoint with the fewest assigned KV tokens, and alternates in the same order.
+    /// The endpoint with the fewest assigned KV tokens among these, without those that were `tried`, and its alternates,
+    /// those with the fewest tokens first. `None` where there is none left.
     #[must_use]
     pub fn pick_decode(
         &self,
@@ -174,12 +175,13 @@ impl Scheduler<'_> {
         let suited = self.usable(among, prompt, tried).into_iter();
         let mut ranked: Vec<Ranked> = suited.map(|(index, state)| Ranked::new(index, state, prompt)).collect();
         let first = ranked.iter().copied().min_by(Ranked::order)?;
-        // One header names the rank, whichever of them Envoy reaches.
+        // One header names the rank for all of them, so alternates have the same rank.
         ranked.retain(|other| other.rank == first.rank && other.index != first.index);
         Some((self.pick(first.index, prompt), self.least(ranked)))
     }
 
-    /// Healthy alternates for an endpoint that was chosen for what it holds. They understand the same request.
+    /// Healthy alternates of an endpoint, those with the fewest assigned tokens first. They have the same engine and rank,
+    /// so the same request suits them.
     #[must_use]
     pub fn alternates(&self, among: &[EndpointIndex], prompt: &Prompt, chosen: EndpointIndex) -> Vec<EndpointIndex> {
         let Some(first) = self.table.get(chosen) else { return Vec::new() };
@@ -190,7 +192,7 @@ impl Scheduler<'_> {
         self.least(others.map(|(index, state)| Ranked::new(index, state, prompt)).collect())
     }
 
-    /// As many alternates as the pool has, those with the fewest tokens first.
+    /// As many as the pool wants alternates, those with the fewest tokens first.
     fn least(&self, mut ranked: Vec<Ranked>) -> Vec<EndpointIndex> {
         let wanted = self.pool.alternates;
         if ranked.len() > wanted {
@@ -201,7 +203,8 @@ impl Scheduler<'_> {
         ranked.into_iter().map(|ranked| ranked.index).collect()
     }
 
-    /// Who serves a prompt whole because its endpoint has to compute fewer than `threshold` tokens.
+    /// Serves a prompt whole whose endpoint has to compute fewer than `threshold` tokens; `None` where there is no such
+    /// endpoint.
     fn below_threshold(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Decision> {
         if prompt.tokens < threshold {
             return self.pick_decode(among, prompt, &[]).map(|(pick, _)| Decision::Whole(pick, WholeReason::Short));
@@ -209,7 +212,8 @@ impl Scheduler<'_> {
         self.pick_cached_decode(among, prompt, threshold).map(|pick| Decision::Whole(pick, WholeReason::Cached))
     }
 
-    /// A decode endpoint that lacks fewer than `threshold` tokens of the prompt, unless all those are overloaded.
+    /// The least loaded endpoint that lacks fewer than `threshold` tokens of the prompt; `None` where all those are
+    /// ejected or overloaded.
     fn pick_cached_decode(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Pick> {
         let usable = self.usable(among, prompt, &[]);
         let least = usable.into_iter().map(|(_, state)| decode_load(state)).reduce(f64::min)?;
@@ -218,7 +222,7 @@ impl Scheduler<'_> {
         let cached = holders.into_iter().filter_map(|index| {
             let state = self.table.get(index).filter(|state| self.is_among(among, state))?;
             let pick = self.pick(index, prompt);
-            // The block in which the match ends has the benefit of the doubt: it is 1/32 of the prompt at most.
+            // The block in which the match ends counts as held: it is 1/32 of the prompt at most.
             let blocks = self.index.matched(index, &prompt.hash.blocks);
             let at_most = prefix_units(blocks.saturating_add(1)) as f64 * prompt.block_tokens;
             let load = decode_load(state);
@@ -234,15 +238,18 @@ impl Scheduler<'_> {
         Pick { endpoint, matched_tokens, seconds }
     }
 
-    /// `S`: seconds of this endpoint for the prompt, `held` tokens of which it has.
+    /// S: seconds that this endpoint needs for the prompt, of which it holds `held` tokens.
     fn seconds(&self, state: &EndpointState, prompt: &Prompt, held: f64) -> f64 {
         let cost = self.table.cost(state).filter(|_| self.pool.fit).unwrap_or(self.pool.cost);
         cost.seconds(prompt.tokens, held) / state.endpoint.weight
     }
 
-    /// `W + w·S`. When this worker has not seen the prefix, another one may have: the rendezvous endpoint, where they
-    /// would all have sent it, is costed as holding a share of what misses. The endpoint of the prompt's session is
-    /// costed as holding it all: the session goes before the prefix, until `w` times the prompt's seconds wait there.
+    /// W + w·S of an endpoint; `owner`: it is the rendezvous endpoint, `session`: it served the session last.
+    ///
+    /// - An unseen prompt may have been routed by another Envoy, to the rendezvous endpoint. That endpoint counts as holding
+    ///   the part β of the tokens that it lacks.
+    /// - The endpoint of the session counts as holding all: a session stays where it was, until w times the prompt's seconds
+    ///   wait there.
     pub(super) fn cost(
         &self,
         index: EndpointIndex,
@@ -272,17 +279,17 @@ impl Scheduler<'_> {
     }
 }
 
-/// Assigned KV tokens in proportion to the endpoint's weight.
+/// Assigned KV tokens, divided by the endpoint's weight.
 fn decode_load(state: &EndpointState) -> f64 {
     state.decode_tokens() as f64 / state.endpoint.weight
 }
 
-/// An endpoint among others that could take a decode leg.
+/// An endpoint that could take a decode leg, with what it is compared by.
 #[derive(Clone, Copy)]
 struct Ranked {
-    /// Assigned KV tokens, by the endpoint's speed.
+    /// [`decode_load`].
     tokens: f64,
-    /// Breaks ties by rendezvous.
+    /// Inverse of the rendezvous weight, for ties.
     tie: u64,
     /// Data-parallel rank.
     rank: Option<u32>,

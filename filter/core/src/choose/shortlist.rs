@@ -1,33 +1,33 @@
-//! Shortlist: the endpoints that a choice looks at.
+//! Shortlist: the endpoints that a choice compares.
 //!
-//! Of many endpoints not all are looked at: the holders of the prefix always, then those that the prompt's key names and
-//! a sample of the others. The lowest of some tens of random queues is hardly longer than the lowest of all
-//! (Mitzenmacher 2001), so the cost of a choice stays flat.
+//! Of many endpoints a choice compares the holders of the prefix, those that the prompt's key names, and a sample of the
+//! others. The lowest of some tens of random queues is hardly longer than the lowest of all (Mitzenmacher 2001), so the
+//! time of a choice stays flat.
 
 use crate::choose::scheduler::{Prompt, Scheduler};
 use crate::endpoints::endpoint_state::EndpointState;
 use crate::prefix::hash::rendezvous_weight;
 use crate::prefix::index::EndpointIndex;
 
-/// Least-loaded endpoints that are costed exactly, beside the holders of the prefix.
+/// Number of least loaded endpoints on the shortlist, beside the holders of the prefix.
 const LEAST_LOADED: usize = 4;
-/// Holders of the prefix that are costed.
+/// Most holders of the prefix on the shortlist.
 pub(super) const HOLDERS: usize = 8;
-/// Endpoints up to which all are looked at.
+/// Number of endpoints up to which all are looked at.
 const ALL: usize = 64;
-/// Of more endpoints, those that the prompt's key names: neighbours in the order of their keys, one of which owns it.
+/// Of more endpoints: number of those whose keys follow the prompt's key. The rendezvous endpoint is one of them.
 const NEIGHBOURS: usize = 8;
-/// Of more endpoints, those taken at random: at a load of 70 % all of 24 are busy once in 5,000 requests.
+/// Of more endpoints: number of those in the sample. At a load of 70 % all of 24 are busy once in 5,000 requests.
 const SAMPLE: usize = 24;
 impl Scheduler<'_> {
-    /// The endpoint that served the prompt's session last.
+    /// The endpoint that served the prompt's session last, where it is among these.
     pub(super) fn session_holder(&self, among: &[EndpointIndex], prompt: &Prompt) -> Option<EndpointIndex> {
         let holders = self.index.holders(prompt.session.as_slice(), HOLDERS);
         holders.into_iter().find(|index| self.table.get(*index).is_some_and(|state| self.is_among(among, state)))
     }
 
-    /// Endpoints that are worth costing, and the one that owns the prompt's key: the least loaded, the owner, and those
-    /// that hold most of the prompt.
+    /// The least loaded endpoints, the rendezvous endpoint, those that hold most of the prompt, and that of its session;
+    /// an endpoint may be there twice. Beside them the rendezvous endpoint alone.
     pub(super) fn shortlist(
         &self,
         among: &[EndpointIndex],
@@ -65,13 +65,13 @@ impl Scheduler<'_> {
         state.health.is_usable(self.now)
     }
 
-    /// Whether candidates, which are in the order of their keys, have this endpoint.
+    /// Whether an endpoint is among candidates, which are sorted by key.
     pub(super) fn is_among(&self, among: &[EndpointIndex], state: &EndpointState) -> bool {
         among.binary_search_by_key(&Some(state.key), |index| self.table.get(*index).map(|state| state.key)).is_ok()
     }
 
-    /// Endpoints that may be chosen: the healthy ones that were not tried, or all that were not tried if none is. Of many
-    /// a part, unless nobody in it is healthy.
+    /// Endpoints that may be chosen: the healthy ones that were not tried; where there is none, all that were not tried. Of
+    /// many endpoints it is a part, unless none in that part is healthy.
     pub(super) fn usable(
         &self,
         among: &[EndpointIndex],
@@ -98,8 +98,8 @@ impl Scheduler<'_> {
         states.filter(|(_, state)| self.is_usable(state)).collect()
     }
 
-    /// Some of many endpoints: the neighbours of the prompt's key, and every n-th of all from a place that differs from
-    /// request to request. Keys are hashes, so that is a random sample.
+    /// Some of many endpoints: the neighbours of the prompt's key, and every n-th of all, from a place on that differs from
+    /// request to request. Candidates are sorted by a hash, so that is a random sample.
     fn sample(&self, among: &[EndpointIndex], prompt: &Prompt) -> Vec<EndpointIndex> {
         let mut sample = self.neighbours(among, prompt);
         let step = among.len().div_ceil(SAMPLE);
@@ -111,7 +111,7 @@ impl Scheduler<'_> {
         sample
     }
 
-    /// Endpoints whose keys follow the prompt's, which every worker and replica finds alike.
+    /// Endpoints whose keys follow the prompt's key. Every worker of every Envoy finds the same ones.
     fn neighbours(&self, among: &[EndpointIndex], prompt: &Prompt) -> Vec<EndpointIndex> {
         let key_of = |index: &EndpointIndex| self.table.get(*index).map(|state| state.key);
         let first = among.partition_point(|index| key_of(index) < Some(prompt.key));

@@ -10,51 +10,50 @@ use crate::endpoints::table::Table;
 use crate::prefix::index::EndpointIndex;
 use crate::wire::{Endpoint, Engine, Role, State};
 
-/// What a decode endpoint must have to take over from a prefill endpoint.
+/// What a decode endpoint and a prefill endpoint must have in common for a hand-over.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Partner {
-    /// Hand-over protocol.
+    /// Engine, and so the hand-over protocol.
     pub engine: Engine,
-    /// Pairing group; none: any.
+    /// Group; `None`: endpoints of any group.
     pub group: Option<String>,
 }
 
 impl Partner {
-    /// The partner of a prefill endpoint.
+    /// What a decode endpoint must have to take over from this prefill endpoint.
     #[must_use]
     pub fn of(prefill: &EndpointState) -> Self {
         Self { engine: prefill.engine, group: prefill.endpoint.group.clone() }
     }
 }
 
-/// Endpoints of one pool that serve one model.
+/// Candidates of one model: ready endpoints of one pool that serve it. Each set is sorted by [`EndpointState::key`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Candidates {
-    /// Pool whose policy applies.
+    /// Name of the pool, whose policy applies.
     pub pool: Arc<str>,
-    /// Ready endpoints that take prefill legs and nothing else, sorted by [`EndpointState::key`]. Those of a group without a
-    /// decode endpoint are left out: nobody could take their work over.
+    /// Endpoints of role `prefill`. Those of a group without a decode endpoint are left out: no endpoint could take over
+    /// from them.
     pub prefill: Vec<EndpointIndex>,
-    /// Ready endpoints that take decode legs, sorted by [`EndpointState::key`].
+    /// Endpoints of role `decode`.
     pub decode: Vec<EndpointIndex>,
-    /// Ready endpoints that can serve a request whole: those of role `both`, and decode endpoints whose engine computes
-    /// a prompt by itself. Sorted alike.
+    /// Endpoints that can serve a whole request: those of role `both`, and decode endpoints whose engine computes a prompt
+    /// by itself.
     pub whole: Vec<EndpointIndex>,
-    /// Ready endpoints that a long prompt is computed at: prefill endpoints, and those of role `both`. Sorted
-    /// alike, and with the same ones left out.
+    /// Endpoints that can compute a long prompt: those of `prefill`, and those of role `both`.
     pub compute: Vec<EndpointIndex>,
-    /// The decode endpoints by what prefill endpoints they take over from, sorted alike.
+    /// The decode endpoints, by what they have in common with prefill endpoints.
     pub(crate) partners: HashMap<Partner, Vec<EndpointIndex>>,
-    /// Whether one of them has bounds for the length of a prompt.
+    /// Whether any endpoint has bounds for the length of a prompt.
     pub(crate) has_prompt_bounds: bool,
 }
 
-/// Why there is nothing to choose from.
+/// Why a model has no candidates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NoCandidates {
-    /// The list is empty, or nothing in it is ready.
+    /// No endpoint is ready that serves the model, or the list is empty.
     NoEndpoint,
-    /// There are endpoints, but none serves this model.
+    /// There are endpoints, and none of them serves the model.
     UnknownModel,
 }
 
@@ -69,8 +68,8 @@ pub(super) struct CandidateSets {
 impl CandidateSets {
     /// The sets of these endpoints, which are sorted by [`EndpointState::key`].
     ///
-    /// A model belongs to one pool: when endpoints of several pools serve it, the first pool by name that can generate.
-    /// Endpoints without models serve every model of their pool, and those that no endpoint names.
+    /// A model belongs to one pool. Where endpoints of several pools serve the model, its pool is the first one by name
+    /// that can generate. Endpoints without models serve every model of their pool, and models that no endpoint names.
     pub(super) fn new<'a>(
         sorted: &[(EndpointIndex, &'a EndpointState)],
         state_of: impl Fn(EndpointIndex) -> Option<&'a EndpointState>,
@@ -107,7 +106,7 @@ impl CandidateSets {
         Self { models, any_model: first_that_generates(unnamed, &state_of), all_ready }
     }
 
-    /// The candidates of a model; `None` where no endpoint serves it.
+    /// The candidates of a model; `None` where no endpoint serves it. The sets may be empty.
     pub(super) fn of_model(&self, model: &str) -> Option<&Arc<Candidates>> {
         self.models.get(model).or(self.any_model.as_ref())
     }
@@ -131,7 +130,7 @@ impl CandidateSets {
 }
 
 impl Candidates {
-    /// Whether nobody can do anything.
+    /// Whether no endpoint takes any leg.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.prefill.is_empty() && !self.can_generate()
@@ -166,14 +165,14 @@ impl Candidates {
         }
     }
 
-    /// Leaves out everybody else.
+    /// Keeps only endpoints that stay.
     pub fn retain(&mut self, stays: impl Fn(EndpointIndex) -> bool) {
         self.sets().into_iter().for_each(|set| set.retain(|index| stays(*index)));
         self.partners.values_mut().for_each(|set| set.retain(|index| stays(*index)));
     }
 
-    /// Those whose bounds have room for a prompt of this length; of a set where none has, all. Endpoints without bounds
-    /// cost nothing here, otherwise it is a pass over them all.
+    /// Endpoints whose bounds have room for a prompt of so many tokens. A set in which no endpoint has room stays whole.
+    /// Without any bounds this costs nothing; otherwise it is a pass over all candidates.
     #[must_use]
     pub fn for_prompt(self: Arc<Self>, tokens: f64, table: &Table) -> Arc<Self> {
         if !self.has_prompt_bounds {
@@ -191,7 +190,7 @@ impl Candidates {
         Arc::new(rest)
     }
 
-    /// The decode endpoints that can take over from a prefill endpoint.
+    /// The decode endpoints that can take over from a prefill endpoint; empty where there is none.
     #[must_use]
     pub fn partners(&self, of: &Partner) -> &[EndpointIndex] {
         self.partners.get(of).map_or(&[], Vec::as_slice)

@@ -17,50 +17,52 @@ use crate::prefix::index::{EndpointIndex, PrefixIndex};
 use crate::time::Monotonic;
 use crate::wire::{Endpoint, EndpointId, Snapshot};
 
-/// Names an endpoint beyond its life: an index whose endpoint left the list does not resolve any more.
+/// Names an endpoint across changes of the list. It does not [resolve](Table::resolve) once the endpoint left the list, also
+/// where another endpoint has its index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EndpointRef {
-    /// Place in the table.
+    /// Index in the table.
     pub index: EndpointIndex,
     generation: u32,
     /// The endpoint's [`EndpointState::key`].
     pub(crate) key: u64,
 }
 
-/// The pushed list and its state.
+/// The endpoint list in force, and the state of each endpoint.
 #[derive(Debug, Default)]
 pub struct Table {
     states: Vec<Option<EndpointState>>,
     free: Vec<EndpointIndex>,
     by_id: HashMap<EndpointId, EndpointIndex>,
-    /// Every endpoint by [`EndpointState::key`], as of the last rebuild, and behind them those that came since.
+    /// Every endpoint, sorted by [`EndpointState::key`] at the last rebuild; behind them those that came since.
     by_key: Vec<(u64, EndpointIndex)>,
     fits: Vec<(String, FittedCost)>,
     sets: CandidateSets,
     generation: u32,
     epoch: String,
     version: u64,
-    /// What other Envoys have in flight, by [`EndpointState::key`], whether it is in the list or not.
+    /// What other Envoys have in flight, by [`EndpointState::key`], also at endpoints that are not in the list.
     elsewhere: HashMap<u64, Totals>,
-    /// The Envoys that there are.
+    /// Number of the Envoys that there are.
     pub fleet: Fleet,
 }
 
 /// What a snapshot did to the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Applied {
-    /// The table is now at the snapshot's version.
+    /// The table has the snapshot's version now.
     Changed,
-    /// It was there already (or, for a change, beyond it).
+    /// The table had that version already; for a change: that one or a later one.
     Unchanged,
-    /// The snapshot builds on a version that the table does not have: ask for the whole list.
+    /// The snapshot has the changes since a version that the table does not have. The whole list is needed.
     OutOfStep,
-    /// A whole but empty list: the last good one stays in force.
+    /// The snapshot is a whole list without endpoints. The last good one stays in force.
     Empty,
 }
 
 impl Table {
-    /// Applies a [validated](Snapshot::validate) snapshot. Endpoints that did not change keep their state.
+    /// Applies a [validated](Snapshot::validate) snapshot. Endpoints that stay keep their state. `prefixes` is the index of
+    /// the same worker: endpoints that leave are dropped there, and those that come get a cache.
     pub fn apply(&mut self, snapshot: &Snapshot, config: &Config, prefixes: &mut PrefixIndex) -> Applied {
         let same_epoch = snapshot.epoch == self.epoch;
         match snapshot.base {
@@ -93,7 +95,8 @@ impl Table {
         Applied::Changed
     }
 
-    /// Other Envoys have so much more in flight at the endpoint with this [`EndpointState::key`].
+    /// Adds to what other Envoys have in flight at the endpoint of this [`EndpointState::key`], which need not be in the
+    /// list.
     pub(crate) fn busy_elsewhere(&mut self, key: u64, by: Totals) {
         let sum = self.elsewhere.entry(key).or_default();
         *sum = sum.plus(by);
@@ -128,7 +131,7 @@ impl Table {
     /// Endpoints to choose from for a model.
     ///
     /// # Errors
-    /// [`NoCandidates`] says whether the model is unknown or everything is down.
+    /// Whether no endpoint serves the model, or none that serves it is ready.
     pub fn candidates(&self, model: &str) -> Result<Arc<Candidates>, NoCandidates> {
         match self.sets.of_model(model) {
             Some(candidates) if !candidates.is_empty() => Ok(Arc::clone(candidates)),
@@ -167,35 +170,35 @@ impl Table {
         self.by_id.is_empty()
     }
 
-    /// The endpoint at a place that a set of candidates names.
+    /// The endpoint of an index; `None` where there is none, or no longer.
     #[must_use]
     pub fn get(&self, index: EndpointIndex) -> Option<&EndpointState> {
         self.states.get(index as usize)?.as_ref()
     }
 
-    /// As [`get`](Self::get), to change its state.
+    /// As [`get`](Self::get), to change the state.
     pub fn get_mut(&mut self, index: EndpointIndex) -> Option<&mut EndpointState> {
         self.states.get_mut(index as usize)?.as_mut()
     }
 
-    /// A name for the endpoint that stays right when the list changes.
+    /// A name for the endpoint of an index that survives changes of the list.
     #[must_use]
     pub fn refer(&self, index: EndpointIndex) -> Option<EndpointRef> {
         self.get(index).map(|state| EndpointRef { index, generation: state.generation, key: state.key })
     }
 
-    /// The endpoint, if it is still the one that was [referred](Self::refer) to.
+    /// The endpoint that was [referred](Self::refer) to; `None` once it left the list.
     pub fn resolve(&mut self, reference: EndpointRef) -> Option<&mut EndpointState> {
         self.get_mut(reference.index).filter(|state| state.generation == reference.generation)
     }
 
-    /// Places, empty ones included: every [`EndpointIndex`] is below that.
+    /// Number of places, empty ones included: every [`EndpointIndex`] is below it.
     #[must_use]
     pub(crate) fn places(&self) -> usize {
         self.states.len()
     }
 
-    /// The endpoint with this [`EndpointState::key`].
+    /// Index of the endpoint with this [`EndpointState::key`].
     #[must_use]
     pub(crate) fn index_of_key(&self, key: u64) -> Option<EndpointIndex> {
         let position = self.by_key.partition_point(|(other, _)| *other < key);
@@ -207,47 +210,47 @@ impl Table {
         self.get_mut(self.index_of_key(key)?)
     }
 
-    /// The endpoint with this name.
+    /// Index of the endpoint with this id.
     #[must_use]
     pub fn find(&self, id: EndpointId) -> Option<EndpointIndex> {
         self.by_id.get(&id).copied()
     }
 
-    /// All endpoints.
+    /// All endpoints, by index.
     pub fn iter(&self) -> impl Iterator<Item = (EndpointIndex, &EndpointState)> {
         (0..).zip(&self.states).filter_map(|(index, state)| Some((index, state.as_ref()?)))
     }
 
-    /// Prefill seconds of an endpoint's pool, as fitted so far.
+    /// Fitted prefill cost of an endpoint's pool.
     #[must_use]
     pub fn cost(&self, state: &EndpointState) -> Option<Cost> {
         self.fits.get(state.fit).map(|(_, fit)| fit.cost())
     }
 
-    /// Bytes per token of a pool's prompts, as learnt so far.
+    /// Fitted bytes per token of a pool's prompts; `None` where no endpoint was ever of that pool.
     #[must_use]
     pub fn bytes_per_token(&self, pool: &str) -> Option<f64> {
         self.fits().find(|(name, _)| *name == pool).map(|(_, fit)| fit.bytes_per_token())
     }
 
-    /// What was learnt of each pool.
+    /// Fitted cost of each pool, by name.
     pub fn fits(&self) -> impl Iterator<Item = (&str, &FittedCost)> {
         self.fits.iter().map(|(name, fit)| (name.as_str(), fit))
     }
 
-    /// Gauges of the pools of which anything was learnt: name with the pool as a tag, value.
+    /// [Gauges](FittedCost::gauges) of pools with observations: name with the pool as a tag, and value.
     pub fn fitted_gauges(&self) -> impl Iterator<Item = (String, u64)> {
         let fits = self.fits().filter(|(_, fit)| fit.observations() > 0);
         fits.flat_map(|(pool, fit)| {
-            // Envoy and the tags' syntax take less than a pool's name may have.
+            // A pool's name may have characters that Envoy or the syntax of tags does not take.
             let plain = |c: char| if c.is_ascii_alphanumeric() || c == '-' || c == '_' { c } else { '_' };
             let pool: String = pool.chars().map(plain).collect();
             fit.gauges().map(|(name, value)| (format!("{name};pool={pool}"), value))
         })
     }
 
-    /// A prefill leg of an endpoint ended well: what it tells of its pool. `tokens` and `cached` are what was thought of
-    /// the prompt, `bytes` what it has, `seconds` what the endpoint took, where that is known.
+    /// Learns from a prefill leg that ended well: `bytes` of the prompt, and the estimates of its tokens and cached tokens;
+    /// `seconds` that the endpoint took, where they are known. Without effect where the endpoint left the list.
     pub fn saw_prefill(
         &mut self,
         reference: EndpointRef,
@@ -264,7 +267,7 @@ impl Table {
         if usage.is_some() {
             fit.saw_text(bytes, n);
         }
-        // A match is a guess, and where most of a prompt matches, a small error of it is a large one of the rest.
+        // The matched tokens are an estimate. Where most of a prompt matches, a small error there is a large one in the rest.
         let guess = Some(cached).filter(|cached| cached * 8.0 <= tokens);
         let p = usage.and_then(|usage| usage.cached_tokens).map(|cached| cached as f64).or(guess);
         if let (Some(p), Some(seconds)) = (p, seconds) {
@@ -272,18 +275,18 @@ impl Table {
         }
     }
 
-    /// Fits caches to the bytes per token that were learnt since they were [last](Self::apply) measured.
+    /// Sizes each endpoint's cache in the index by the bytes per token as learnt by now.
     pub fn resize_caches(&self, config: &Config, prefixes: &mut PrefixIndex) {
         for (index, state) in self.iter() {
             let units = self.cache_units(state, config);
-            // Small changes would only drop what is still there.
+            // A small change is not worth dropping blocks that the endpoint may still hold.
             if prefixes.capacity(index).abs_diff(units) > units / 16 {
                 prefixes.set_capacity(index, units);
             }
         }
     }
 
-    /// Size of an endpoint's cache in blocks of the smallest size.
+    /// Size of an endpoint's cache, in blocks of the smallest size.
     fn cache_units(&self, state: &EndpointState, config: &Config) -> usize {
         let pool = config.pool(&state.endpoint.pool);
         let bytes_per_token = self.fits.get(state.fit).map_or(pool.bytes_per_token, |(_, fit)| fit.bytes_per_token());
@@ -291,7 +294,7 @@ impl Table {
         (tokens as f64 * bytes_per_token / config.prefix.block_bytes as f64) as usize
     }
 
-    /// Place of a pool's fit.
+    /// Index of a pool's fitted cost, which is added where it is new.
     fn fit_of(&mut self, name: &str, pool: &Pool) -> usize {
         match self.fits.iter().position(|(known, _)| known == name) {
             Some(index) => index,
@@ -302,7 +305,7 @@ impl Table {
         }
     }
 
-    /// Drops ledger entries whose end was never told.
+    /// Drops prefill legs that expired, and ends probes without an end.
     pub fn prune(&mut self, now: Monotonic) {
         for state in self.states.iter_mut().flatten() {
             state.prefill.prune(now);
@@ -380,7 +383,7 @@ impl Table {
         let states = &self.states;
         let state_of = |index: EndpointIndex| states.get(index as usize)?.as_ref();
         self.by_key.retain(|(key, index)| state_of(*index).is_some_and(|state| state.key == *key));
-        // Stable, so a list with a few new ones at its end is sorted in one pass.
+        // The sort is stable and takes one pass over a sorted list with a few new endpoints at its end.
         self.by_key.sort();
         self.by_key.dedup();
         let sorted: Vec<_> = self.by_key.iter().filter_map(|(_, index)| Some((*index, state_of(*index)?))).collect();

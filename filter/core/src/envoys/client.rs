@@ -1,4 +1,4 @@
-//! The client of the exchange: one worker of each Envoy, its leader, exchanges with `pd-control`.
+//! The client of the exchange. Every worker has one; that of the leader calls the hub.
 
 use core::time::Duration;
 
@@ -13,49 +13,49 @@ use crate::time::Monotonic;
 use crate::workers::shared::Shared;
 use crate::workers::worker::Worker;
 
-/// How often the shell must call [`ExchangeClient::tick`] while [`Exchange::is_busy`].
+/// Time between two calls of [`ExchangeClient::tick`] while [`ExchangeClient::is_busy`].
 pub const TICK: Duration = Duration::from_millis(50);
-/// Time between two calls, a little less than a tick: ticks jitter.
+/// Least time between two calls of one kind: a little less than a tick, because ticks jitter.
 const PAUSE: Duration = Duration::from_millis(40);
-/// Time without anything new after which a gateway tells that it is there.
+/// Time without anything new after which an Envoy sends all the same, so that the hub knows that it is alive.
 const HEARTBEAT: Duration = Duration::from_secs(1);
-/// Time without an answer after which the others are not heard any more.
+/// Time without an answer after which an Envoy uses its own view alone.
 const PATIENCE: Duration = Duration::from_millis(2_500);
-/// How long `pd-control` may hold a question.
+/// How long the hub may hold a receiving call.
 const WAIT: Duration = Duration::from_secs(1);
-/// Time limit of a call beyond that.
+/// Time limit of a call, beyond the time for which the hub may hold it.
 const GRACE: Duration = Duration::from_millis(1_000);
 /// Pause after a call that failed.
 const FAILURE_PAUSE: Duration = Duration::from_millis(500);
-/// Gateways whose place in their logs is remembered.
+/// Most Envoys whose block logs the client remembers its position in.
 const MAX_KNOWN: usize = 1_024;
 
 /// Shared key of the number of this Envoy's latest leader. Workers of two releases share it.
 const LEADER_KEY: &str = "pd/voice";
 
-/// Which of the two calls.
+/// Kind of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CallKind {
-    /// Answered at once.
+    /// Sends what is new here. The hub answers at once.
     Send,
-    /// Answered when there is something new.
+    /// Receives what is new elsewhere. The hub answers when there is something, or after a second.
     Receive,
 }
 
-/// A call to start.
+/// A call that the shell should start: a POST to the configuration's `control`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExchangeCall {
-    /// Which.
+    /// Its kind, for [`ExchangeClient::answered`] and [`ExchangeClient::failed`].
     pub kind: CallKind,
     /// `:path`.
     pub path: String,
-    /// Body, of a POST.
+    /// Body: an [`ExchangeRequest`].
     pub body: Vec<u8>,
     /// Time limit.
     pub timeout: Duration,
 }
 
-/// One worker's part in the exchange.
+/// What one worker does for the exchange.
 #[derive(Debug, Default)]
 pub struct ExchangeClient {
     is_on: bool,
@@ -63,9 +63,11 @@ pub struct ExchangeClient {
     gateway: u64,
     replaces: u64,
     turn: u64,
-    /// Block events that the hub has.
+    /// Number of block events of this Envoy that the hub has.
     acked: u64,
+    /// For each other Envoy the number of its next block event.
     known: HashMap<u64, u64>,
+    /// Hub and state of the loads in `elsewhere`.
     known_state: (u64, u64),
     sent_loads: Option<Vec<(u64, Totals)>>,
     sent_at: Monotonic,
@@ -74,33 +76,34 @@ pub struct ExchangeClient {
     answered_at: Monotonic,
     is_sending: bool,
     is_receiving: bool,
-    /// Until when nothing is tried after a failure.
+    /// Until when the client calls nobody, after a failure.
     rest_until: Monotonic,
     fleet: Fleet,
-    /// What the workers were told that others have in flight.
+    /// What other Envoys have in flight, as the workers of this one know it.
     elsewhere: HashMap<u64, Totals>,
 }
 
 impl ExchangeClient {
-    /// Starts over with a configuration's `control`.
+    /// Starts over with a configuration's `control`: there is an exchange where it says so.
     pub fn configure(&mut self, worker: &mut Worker, control: Option<&Control>) {
         self.resign(worker);
         self.is_on = control.is_some_and(|control| control.exchange);
     }
 
-    /// Whether [`tick`](Self::tick) wants to be called every [`TICK`].
+    /// Whether other Envoys exchange with this worker. [`tick`](Self::tick) is then due every [`TICK`], and otherwise with
+    /// every tick of the push.
     #[must_use]
     pub fn is_busy(&self) -> bool {
         self.gateway != 0 && self.fleet.exchanging > 1
     }
 
-    /// Whether this worker should become its Envoy's leader of the exchange: call [`lead`](Self::lead) then.
+    /// Whether this worker should become the leader: there is an exchange, the worker holds the lease and does not lead.
     pub(super) fn should_lead(&self, holds_lease: bool) -> bool {
         self.is_on && holds_lease && self.gateway == 0
     }
 
-    /// Takes the lead where this worker should: it becomes the leader in place of the latest one of its Envoy, whose
-    /// number stands in shared data. `random` gives a number that no other leader has; 0 counts as 1.
+    /// Becomes the leader, where this worker holds the lease and does not lead yet. It replaces the latest leader of its
+    /// Envoy, whose number is in shared data. `random` makes a number that no other leader has; 0 counts as 1.
     pub fn take_lead(
         &mut self,
         worker: &mut Worker,
@@ -118,22 +121,23 @@ impl ExchangeClient {
         self.lead(worker, gateway, before.unwrap_or(0), now);
     }
 
-    /// Becomes the leader under a random number, in place of the leader before it (0: none).
+    /// Becomes the leader with the number `gateway`, above 0. The hub drops the loads of the leader `replaces`; 0: none.
     pub fn lead(&mut self, worker: &mut Worker, gateway: u64, replaces: u64, now: Monotonic) {
-        // The Envoys that the leader before it knew, until an answer says otherwise.
+        // The fleet that the leader before it knew, until an answer says otherwise.
         let fleet = worker.state.table.fleet;
         *self = Self { is_on: self.is_on, gateway, replaces, answered_at: now, fleet, ..Self::default() };
         worker.outbox = Some(Box::default());
     }
 
-    /// Is the leader no more.
+    /// Is the leader no more, and takes back what its workers know of other Envoys.
     pub fn resign(&mut self, worker: &mut Worker) {
         self.apply_loads(worker, &[]);
         worker.outbox = None;
         *self = Self { is_on: self.is_on, ..Self::default() };
     }
 
-    /// Calls that are due; `report` makes a [`Report`](super::report::Report) in JSON.
+    /// The calls that are due; none where this worker is not the leader. Without the lease it resigns. `report` makes a
+    /// [`Report`](super::report::Report) in JSON; it is called at most once a second.
     pub fn tick(
         &mut self,
         worker: &mut Worker,
@@ -149,7 +153,7 @@ impl ExchangeClient {
             return Vec::new();
         }
         if self.fleet.exchanging > 1 && now.saturating_sub(self.answered_at) > PATIENCE {
-            // Alone for all we know, among as many as there were.
+            // The other Envoys may be there as before, so the number of all of them stays.
             self.apply_loads(worker, &[]);
             self.apply_fleet(worker, Fleet { exchanging: 1, ..self.fleet });
             self.known_state = (0, 0);
@@ -219,7 +223,7 @@ impl ExchangeClient {
             blocks: log.from(first, MAX_BLOCKS_BYTES),
             report,
         };
-        // While a question waits, its answer brings what is new; the answer to this call brings who is there.
+        // Where other Envoys exchange, the receiving call brings what is new, and this one only the fleet.
         let wants = self.fleet.exchanging <= 1;
         let request = ExchangeRequest {
             from: self.gateway,
@@ -242,16 +246,17 @@ impl ExchangeClient {
         known
     }
 
-    /// A call could not be started, or was not answered as it should be.
+    /// A call could not be started, or has no usable answer. The client calls again after a pause.
     pub fn failed(&mut self, worker: &mut Worker, kind: CallKind, now: Monotonic) {
         self.ended(kind);
         worker.counts.count(Metric::ExchangesFailed);
         self.rest_until = now.saturating_add(FAILURE_PAUSE);
-        // Whoever answers next may know nothing of what was told.
+        // The next answer may come from another hub, which knows nothing of what was sent.
         self.sent_loads = None;
     }
 
-    /// A call was answered; `status` is `None` when there is no answer.
+    /// A call ended; `status` is `None` where no answer came. Any answer but a 200 with an [`ExchangeResponse`] counts as
+    /// [`failed`](Self::failed).
     pub fn answered(&mut self, worker: &mut Worker, kind: CallKind, status: Option<u16>, body: &[u8], now: Monotonic) {
         let response = ExchangeResponse::from_bytes(body).filter(|_| status == Some(200));
         let (Some(response), true) = (response, self.gateway != 0) else {
@@ -303,7 +308,7 @@ impl ExchangeClient {
         }
     }
 
-    /// Tells the workers how the loads elsewhere differ from what they know.
+    /// Passes on to all workers how the loads of other Envoys differ from those that they know.
     fn apply_loads(&mut self, worker: &mut Worker, loads: &[(u64, Totals)]) {
         let new: HashMap<u64, Totals> = loads.iter().copied().collect();
         let old = core::mem::replace(&mut self.elsewhere, new);
@@ -319,7 +324,7 @@ impl ExchangeClient {
     }
 }
 
-/// What is in flight from this Envoy, per endpoint, in the order of their keys.
+/// What this Envoy has in flight at each endpoint, sorted by the endpoints' keys; endpoints without anything are left out.
 fn loads(worker: &Worker, now: Monotonic) -> Vec<(u64, Totals)> {
     let totals = |state: &crate::endpoints::endpoint_state::EndpointState| Totals {
         work: (state.prefill.work(now) * 1e6) as u64,
@@ -332,6 +337,7 @@ fn loads(worker: &Worker, now: Monotonic) -> Vec<(u64, Totals)> {
     loads
 }
 
+/// Everything that block hashes depend on besides the prompt: the size of the first block in bytes.
 fn hash_scheme(worker: &Worker) -> u64 {
     worker.config.as_ref().map_or(0, |config| config.prefix.block_bytes) as u64
 }

@@ -1,4 +1,4 @@
-//! What Envoys and `pd-control` tell each other: words of 8 bytes, little endian, no padding.
+//! The messages of the exchange, in the format of [`codec`](crate::codec).
 //!
 //! ```text
 //! ExchangeRequest   version from hub state wants known:[gateway next]* records:[Record]*
@@ -8,56 +8,57 @@
 //! blocks            [endpoint count hash*]*
 //! Totals            work tokens requests
 //! ```
-//! A list stands behind its length, bytes stand behind theirs. An endpoint is its [key](crate::endpoints::endpoint_state::EndpointState::key). A
-//! reader takes a message whole or not at all; words behind what it knows are a newer writer's and are left alone.
+//! An endpoint is its [key](crate::endpoints::endpoint_state::EndpointState::key). A gateway is an Envoy, named by the
+//! number of its leader. A reader takes a message whole or not at all. It ignores words behind those that it knows: a newer
+//! writer may add some.
 
 use crate::codec::{Reader, Writer};
 use crate::endpoints::elsewhere::Totals;
 
-/// Path of `pd-control`'s answer to [`ExchangeRequest`].
+/// Path at `pd-control` that takes an [`ExchangeRequest`] by POST and answers with an [`ExchangeResponse`].
 pub const EXCHANGE_PATH: &str = "/v1/exchange";
 /// Version of these messages.
 pub const EXCHANGE_VERSION: u64 = 1;
-/// Bytes of a message at most.
+/// Most bytes of a message.
 pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
-/// Bytes of blocks in one message at most, so that reading it takes a worker no more than a few milliseconds.
+/// Most bytes of blocks in one message: a worker reads them in a few milliseconds. Larger messages are refused.
 pub const MAX_BLOCKS_BYTES: usize = 256 << 10;
 
-/// A question to `pd-control`, with what the asker has to tell.
+/// A request of a leader to the hub, or of a hub to another one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ExchangeRequest {
-    /// Who asks: a gateway, or another `pd-control`.
+    /// Number of the sender: a leader or a hub.
     pub from: u64,
-    /// [`ExchangeResponse::hub`] and [`ExchangeResponse::state`] of the last answer.
+    /// [`ExchangeResponse::hub`] and [`ExchangeResponse::state`] of the last answer with loads; `(0, 0)`: none.
     pub known_state: (u64, u64),
-    /// Whether the answer shall have loads and blocks.
+    /// Whether the sender wants loads and blocks in the answer.
     pub wants: bool,
-    /// Per gateway the number of the first block event that the asker does not have yet; in the order of the gateways.
+    /// For each gateway the number of the first block event that the sender does not have, sorted by gateway.
     pub known: Vec<(u64, u64)>,
-    /// What there is to tell: a gateway's own, or those of the gateways that a `pd-control` hears from.
+    /// The leader's own record, or the records of the leaders that called the hub.
     pub records: Vec<Record>,
 }
 
-/// What one gateway (all workers of an Envoy) does and knows.
+/// What one Envoy has in flight and which blocks it sent.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Record {
-    /// Random number of one worker's time as the gateway's leader.
+    /// Random number of the leader, above 0. A worker that becomes the leader again has another one.
     pub gateway: u64,
-    /// The leader before it, whose loads these are; 0: none.
+    /// The leader before, whose loads are in this record now; 0: none.
     pub replaces: u64,
-    /// Counts up: a record with a smaller one is old.
+    /// Number of the record, from 1 on. A record with a smaller one than the last is old.
     pub turn: u64,
-    /// What block hashes depend on besides the prompt; block events of another scheme are of no use.
+    /// Hash scheme of the blocks. Envoys with another scheme ignore them.
     pub hash_scheme: u64,
-    /// What is in flight from here, per endpoint; all of it.
+    /// Everything that the Envoy has in flight, by endpoint.
     pub loads: Vec<(u64, Totals)>,
-    /// Number of the oldest block event that the gateway still has.
+    /// Number of the oldest block event that the Envoy still has.
     pub oldest: u64,
     /// Number of the first block event in `blocks`.
     pub first: u64,
-    /// [Block events](super::blocks), at most [`MAX_BLOCKS_BYTES`] of them.
+    /// [Block events](crate::prefix::block_log), at most [`MAX_BLOCKS_BYTES`].
     pub blocks: Vec<u8>,
-    /// A [`Report`](super::report::Report) in JSON; empty: as before.
+    /// A [`Report`](super::report::Report) in JSON; empty: the last one stands.
     pub report: Vec<u8>,
 }
 
@@ -69,33 +70,33 @@ impl Record {
     }
 }
 
-/// `pd-control`'s answer.
+/// The hub's answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ExchangeResponse {
-    /// Random number of one run of one `pd-control`.
+    /// Random number of one run of a hub.
     pub hub: u64,
-    /// Counts changes of the loads of others.
+    /// Number of changes of the loads of other Envoys, for [`ExchangeRequest::known_state`].
     pub state: u64,
-    /// Per gateway that told something the number of its next block event.
+    /// For each record of the request the gateway, and the number of the block event that the hub expects next.
     pub have: Vec<(u64, u64)>,
-    /// Envoys that there are.
+    /// Number of Envoys that there are.
     pub gateways: u64,
-    /// Those of them that exchange, the asker included.
+    /// Number of Envoys that exchange, the sender included.
     pub exchanging: u64,
-    /// Sums over the other gateways, per endpoint with something in flight; `None`: as before.
+    /// Sums over all other Envoys, by endpoint, without endpoints that have nothing in flight; `None`: the last ones stand.
     pub loads: Option<Vec<(u64, Totals)>>,
-    /// What the asker does not have yet.
+    /// Block events that the sender does not have.
     pub batches: Vec<Batch>,
 }
 
-/// Block events of one gateway.
+/// Block events of one Envoy.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
-    /// Whose.
+    /// [`Record::gateway`].
     pub gateway: u64,
     /// [`Record::hash_scheme`].
     pub hash_scheme: u64,
-    /// Number of the first one.
+    /// Number of the first event; the others follow without a gap.
     pub first: u64,
     /// As in [`Record::blocks`].
     pub blocks: Vec<u8>,
@@ -121,7 +122,7 @@ impl ExchangeRequest {
         out.0
     }
 
-    /// Reads a message; `None` when it is none of [`EXCHANGE_VERSION`].
+    /// Reads a message; `None` where it has another version than [`EXCHANGE_VERSION`], is cut short or has too many blocks.
     #[must_use]
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let rest = &mut begin(bytes)?;
@@ -166,7 +167,7 @@ impl ExchangeResponse {
         out.0
     }
 
-    /// Reads a message; `None` when it is none of [`EXCHANGE_VERSION`].
+    /// Reads a message; `None` where it has another version than [`EXCHANGE_VERSION`], is cut short or has too many blocks.
     #[must_use]
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let rest = &mut begin(bytes)?;
@@ -186,7 +187,7 @@ impl ExchangeResponse {
     }
 }
 
-/// What stands behind the version, where it is ours.
+/// What follows the version; `None` where the version is another one.
 fn begin(bytes: &[u8]) -> Option<Reader<'_>> {
     let mut rest = Reader(bytes);
     (rest.word()? == EXCHANGE_VERSION).then_some(rest)

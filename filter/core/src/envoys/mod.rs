@@ -1,12 +1,15 @@
-//! Several Envoys, one view: each tells `pd-control` what it has in flight and which blocks it sent where, and hears
-//! the same of the others, about 50 ms later.
+//! Several Envoys: each learns through `pd-control` what the others have in flight and which blocks they sent where, about
+//! 50 ms later.
 //!
-//! The worker that holds the [lease](crate::workers::push) is its Envoy's leader. What it learns it passes on to the other workers
-//! through its [log](crate::workers::log), as its own part: when it dies, the next leader starts from nothing and hears all of
-//! it again. Without an answer for 2.5 s the view is that of this Envoy alone.
+//! The worker that holds the [lease](crate::workers::push) is its Envoy's leader, and the only one that exchanges. It
+//! passes what it learns on to the other workers as its own [events](crate::workers::event). When the leader dies, the
+//! others retract its ledger, and the next leader starts with nothing and receives everything again.
 //!
-//! Two calls: *tell*, when there is something new (or a second has passed), answered at once; and *hear*, which
-//! `pd-control` answers when there is something new. An Envoy that is alone tells once a second.
+//! The leader makes two calls, each with an exchange request that the [`hub`] answers:
+//! - The sending call goes out when there is something new, or after a second. The hub answers at once.
+//! - The receiving call goes out while other Envoys exchange. The hub answers when it has something new.
+//!
+//! An Envoy that is alone sends once a second. An Envoy without an answer for 2.5 s uses its own view alone.
 
 pub mod client;
 pub mod hub;

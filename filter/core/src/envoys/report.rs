@@ -1,4 +1,4 @@
-//! What an Envoy reports of itself once a second, for people.
+//! The report that an Envoy sends once a second, for people.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,26 +6,26 @@ use crate::time::{Clocks, Monotonic, UnixTime};
 use crate::workers::recent::{DecisionRecord, Generation};
 use crate::workers::worker::Worker;
 
-/// Bytes of a report at most; a longer one is not kept.
+/// Most bytes of a report. The hub does not keep a longer one.
 pub const MAX_REPORT_BYTES: usize = 64 << 10;
-/// Failing endpoints that a report names.
+/// Most failing endpoints that a report names.
 const MAX_FAILING: usize = 64;
 
-/// One Envoy's report. Newer filters may tell more; what is missing stands at its default.
+/// Report of one Envoy. A reader ignores fields that it does not know, and takes the default for fields that are missing.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Report {
-    /// What its workers run, a line per build and configuration: two or more while one is rolled out.
+    /// Generations of the Envoy's workers: two or more during a roll-out.
     pub generations: Vec<Generation>,
     /// Epoch of the endpoint list in force.
     pub epoch: String,
-    /// Its version.
+    /// Version of that list.
     pub version: u64,
-    /// Endpoints in it.
+    /// Number of endpoints in that list.
     pub endpoints: u64,
-    /// `ip:port` of those that did not answer last time.
+    /// `ip:port` of endpoints that did not answer the last time, 64 at most.
     pub failing: Vec<String>,
-    /// Some of the latest decisions, newest first.
+    /// Latest decisions, newest first.
     pub decisions: Vec<ReportedDecision>,
 }
 
@@ -41,8 +41,8 @@ pub struct ReportedDecision {
 }
 
 impl Report {
-    /// What there is to report of the Envoy of a worker: `generations` are what its workers run, `decisions` what they
-    /// decided.
+    /// The report of a worker's Envoy, whose workers run these generations and took these decisions. By `clocks`, the
+    /// times of now, decisions get a time of the day.
     #[must_use]
     pub fn of(
         worker: &Worker,
@@ -64,14 +64,14 @@ impl Report {
         }
     }
 
-    /// The bytes of [`Record::report`](super::message::Record::report).
+    /// As JSON, for [`Record::report`](super::message::Record::report).
     #[must_use]
     pub fn to_json(&self) -> Vec<u8> {
-        // Strings and integers only: serde_json has nothing to refuse here.
+        // serde_json refuses no strings and integers.
         serde_json::to_vec(self).unwrap_or_default()
     }
 
-    /// Reads what [`to_json`](Self::to_json) wrote, or a newer one.
+    /// Reads a report in JSON, also that of a newer filter; `None` where the bytes are none.
     #[must_use]
     pub fn from_json(bytes: &[u8]) -> Option<Self> {
         serde_json::from_slice(bytes).ok()

@@ -1,8 +1,8 @@
-//! Prefix index: which endpoint holds the KV cache of which prompt blocks, as far as our own routing tells.
+//! The prefix index: which endpoint holds the KV cache of which blocks, learnt from what this worker and others sent where.
 //!
-//! Per endpoint an LRU list of blocks, as long as the endpoint's real cache. A prompt's blocks are touched last block
-//! first, as vLLM frees them, so an endpoint that holds a block always holds every block before it: the length of a
-//! match is found by bisection.
+//! Each endpoint has an LRU list of blocks, as long as the endpoint's cache. A prompt's blocks are touched from the last to
+//! the first, as vLLM frees them, so an endpoint that holds a block holds every block before it. The length of a match is
+//! found by bisection.
 
 use hashbrown::HashTable;
 
@@ -11,33 +11,33 @@ use crate::prefix::lru::{List, Lru, NIL, NODE_BYTES, put};
 
 pub use crate::prefix::lru::EndpointIndex;
 
-/// Holders that a block remembers by name, newest first. Endpoints beyond them still match, when they are asked for.
-/// With five a block fills one cache line: what the index costs is lines that are in no cache.
+/// Endpoints that a block lists as its holders, newest first. Others match too, and are not found by the block alone. With
+/// five of them a block fills one cache line, and the index costs as much time as it misses lines.
 const RECENT_HOLDERS: usize = 5;
 /// Bytes of one place of the table of blocks, its control byte included.
 const PLACE_BYTES: usize = size_of::<u32>() + 1;
 /// Bytes of a block.
 const BLOCK_BYTES: usize = 64;
-/// Places of the table per (endpoint, block) pair: no fuller, it never grows to make room for what was removed.
+/// Places of the table for so many (endpoint, block) pairs. At that load the table does not grow because of removals.
 const PLACES: usize = 16;
 const PAIRS: usize = 7;
-/// Bytes per pair: its block, its node, the lists of free ones, the table and, where everybody holds the same blocks,
-/// the other holders. Vectors and tables double, so they may have twice what they need.
+/// Bytes of a pair: its block, its node, the lists of free ones, its part of the table, and the table of other holders
+/// where all endpoints hold the same blocks. Vectors and tables grow by doubling, so they may take twice what they need.
 const BYTES_PER_PAIR: usize =
     2 * (BLOCK_BYTES + NODE_BYTES + 4 * size_of::<u32>() + (PLACES * PLACE_BYTES).div_ceil(PAIRS));
-/// Requests over which a block's share of requests is averaged.
+/// Number of requests over which the share of requests with a block is averaged.
 const SHARE_WINDOW: f32 = 1_000.0;
 /// The index of one worker.
 #[derive(Debug)]
 pub struct PrefixIndex {
     lru: Lru,
-    /// A block that comes takes the room of the last one that went: what goes together lies side by side, and so does
-    /// what comes. (With the blocks in the table itself, memory was waited for twice a block.)
+    /// A new block takes the room of the one that was dropped last. Blocks of a prompt are dropped together, so the blocks
+    /// of the next prompt lie side by side. (With the blocks in the table itself, each cost two cache misses.)
     blocks: Vec<Block>,
     free_blocks: Vec<u32>,
     /// Numbers of the blocks, by hash.
     by_hash: HashTable<u32>,
-    /// Nodes of holders that their blocks do not remember by name.
+    /// Nodes of holders that their blocks do not list.
     others: HashTable<u32>,
     max_nodes: usize,
     requests: u32,
@@ -48,7 +48,7 @@ pub struct PrefixIndex {
 struct Block {
     hash: BlockHash,
     recent: [Holder; RECENT_HOLDERS],
-    /// Holders beyond the recent ones.
+    /// Number of holders that are not in `recent`.
     others: u32,
     seen: f32,
     seen_at: u32,
@@ -60,11 +60,11 @@ struct Holder {
     node: u32,
 }
 
-/// The place of a holder that is not there.
+/// An empty place for a holder.
 const NOBODY: Holder = Holder { endpoint: NIL, node: NIL };
 
 impl PrefixIndex {
-    /// An index of at most `bytes` bytes.
+    /// An empty index that takes at most `bytes` bytes of memory, beside a list head for each endpoint.
     #[must_use]
     pub fn new(bytes: usize) -> Self {
         Self {
@@ -78,13 +78,13 @@ impl PrefixIndex {
         }
     }
 
-    /// (endpoint, block) pairs held.
+    /// Number of (endpoint, block) pairs.
     #[must_use]
     pub fn len(&self) -> usize {
         self.lru.len()
     }
 
-    /// Whether nothing is held.
+    /// Whether no endpoint holds any block.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -93,7 +93,7 @@ impl PrefixIndex {
     /// Bytes of memory in use, at most what [`new`](Self::new) was given.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        // A table is at most 7/8 full, and as large as a power of two.
+        // A table has a power of two of places and is at most 7/8 full.
         let places = self.by_hash.capacity().saturating_mul(8).wrapping_div(7).next_power_of_two();
         let numbers = [self.others.capacity(), self.free_blocks.capacity()];
         let parts = [
@@ -105,13 +105,13 @@ impl PrefixIndex {
         parts.into_iter().fold(0, usize::saturating_add)
     }
 
-    /// How much an endpoint's cache holds, in units of the smallest block.
+    /// Size of an endpoint's cache, in units of the smallest block; 0 for an endpoint that the index does not know.
     #[must_use]
     pub fn capacity(&self, endpoint: EndpointIndex) -> usize {
         self.lru.list(endpoint).map_or(0, |list| list.capacity)
     }
 
-    /// Sets how much an endpoint's cache holds, in units of the smallest block; what is over is dropped, oldest first.
+    /// Sets the size of an endpoint's cache, in units of the smallest block. Blocks beyond it are dropped, oldest first.
     pub fn set_capacity(&mut self, endpoint: EndpointIndex, units: usize) {
         self.lru.set_capacity(endpoint, units);
         while self.lru.list(endpoint).is_some_and(|list| list.units > units) {
@@ -119,18 +119,19 @@ impl PrefixIndex {
         }
     }
 
-    /// Forgets an endpoint.
+    /// Drops all blocks of an endpoint. It takes none until it has a capacity again.
     pub fn remove_endpoint(&mut self, endpoint: EndpointIndex) {
         self.set_capacity(endpoint, 0);
     }
 
-    /// Leading blocks that `endpoint` holds.
+    /// Number of leading blocks that `endpoint` holds.
     #[must_use]
     pub fn matched(&self, endpoint: EndpointIndex, blocks: &[BlockHash]) -> usize {
         blocks.partition_point(|block| self.node_of(*block, endpoint).is_some())
     }
 
-    /// Endpoints that hold the most leading blocks, longest match first, at most `limit`, as far as blocks remember.
+    /// Endpoints that hold the most leading blocks, longest match first, at most `limit`. Endpoints that no block lists are
+    /// left out.
     #[must_use]
     pub fn holders(&self, blocks: &[BlockHash], limit: usize) -> Vec<EndpointIndex> {
         let known = blocks.partition_point(|block| self.block_of(*block).is_some());
@@ -142,7 +143,7 @@ impl PrefixIndex {
                     holders.push(endpoint);
                 }
             }
-            // Once every holder of this block is listed, the blocks before it add nothing but shorter matches.
+            // The blocks before this one add shorter matches only.
             if holders.len() >= limit {
                 break;
             }
@@ -150,14 +151,14 @@ impl PrefixIndex {
         holders
     }
 
-    /// Whether anybody holds this block.
+    /// Whether any endpoint holds this block.
     #[must_use]
     pub fn knows(&self, block: BlockHash) -> bool {
         self.block_of(block).is_some()
     }
 
-    /// Records that `endpoint` now holds these blocks. In a full index every endpoint has the same share for certain, and
-    /// what others leave of theirs.
+    /// Records that `endpoint` now holds these blocks, the first of a prompt first. Without effect for an endpoint without a
+    /// capacity. In a full index each endpoint has an equal share of the pairs, and what the others leave of theirs.
     pub fn insert(&mut self, endpoint: EndpointIndex, blocks: &[BlockHash]) {
         let room = self.max_nodes.checked_div(self.lru.lists()).unwrap_or(0);
         let Some(capacity) = self.lru.list(endpoint).map(|list| list.capacity) else { return };
@@ -190,7 +191,7 @@ impl PrefixIndex {
         }
     }
 
-    /// Blocks of an endpoint with their sizes in units, the one touched last first, at most `limit`.
+    /// Blocks of an endpoint with their sizes in units, at most `limit`, the one touched last first.
     pub(crate) fn newest(&self, endpoint: EndpointIndex, limit: usize) -> impl Iterator<Item = (BlockHash, usize)> {
         let blocks = self.lru.newest(endpoint).map_while(|node| {
             let block = self.blocks.get(node.block as usize)?;
@@ -199,13 +200,12 @@ impl PrefixIndex {
         blocks.take(limit)
     }
 
-    /// Changes whenever a block of the endpoint is touched.
+    /// Number of times that a block of the endpoint was touched.
     pub(crate) fn touches(&self, endpoint: EndpointIndex) -> u64 {
         self.lru.list(endpoint).map_or(0, |list| list.touches)
     }
 
-    /// Gives an endpoint the blocks that it had in an index before this one, as [`newest`](Self::newest) told them, as
-    /// far as there is room.
+    /// Gives an endpoint the blocks that [`newest`](Self::newest) of another index had for it, as far as there is room.
     pub(crate) fn restore(&mut self, endpoint: EndpointIndex, blocks: impl Iterator<Item = (BlockHash, usize)>) {
         let Some(list) = self.lru.list(endpoint).copied() else { return };
         let mut room = self.max_nodes.saturating_sub(self.len());
@@ -226,11 +226,11 @@ impl PrefixIndex {
         }
     }
 
-    /// Counts one request and returns its first block that is not hot: the block that says who should hold the prompt.
-    /// `None` when every block is hot, or there is none.
+    /// Counts a request, and returns its first block that is not hot. That block decides who should hold the prompt. `None`
+    /// where every block is hot, or there is none.
     ///
-    /// Hot blocks (a shared system prompt) stand in more than `hot_share` of recent requests. A block is in at least as
-    /// many requests as any block behind it, so counting up to the first that is not hot is enough.
+    /// A block is hot if it occurs in more than `hot_share` (0 to 1) of recent requests, as that of a shared system prompt
+    /// does. A block occurs at least as often as those behind it, so blocks behind the first that is not hot need no count.
     pub fn distinctive(&mut self, blocks: &[BlockHash], hot_share: f64) -> Option<BlockHash> {
         self.requests = self.requests.wrapping_add(1);
         let now = self.requests;
@@ -274,7 +274,7 @@ impl PrefixIndex {
         self.by_hash.find(hash.0, is_it).copied()
     }
 
-    /// The number of a block that is known or, from now on, is.
+    /// Number of a block, which is added where it is not known.
     fn find_or_add(&mut self, hash: BlockHash) -> Option<u32> {
         if let Some(number) = self.find(hash) {
             return Some(number);
@@ -334,12 +334,12 @@ impl PrefixIndex {
     }
 }
 
-/// Pairs for which `bytes` are enough whatever they are.
+/// Number of pairs for which so many bytes are enough in any case.
 fn max_pairs(bytes: usize) -> usize {
     bytes.wrapping_div(BYTES_PER_PAIR).min(NIL as usize)
 }
 
-/// Hash of an (endpoint, block) pair. Block hashes are well mixed, so one multiplication spreads the endpoint.
+/// Hash of an (endpoint, block) pair. Block hashes are well mixed, so one multiplication is enough to mix in the endpoint.
 fn pair_hash(hash: BlockHash, endpoint: EndpointIndex) -> u64 {
     hash.0 ^ u64::from(endpoint).wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }

@@ -1,11 +1,11 @@
-//! Per endpoint a list of the blocks that it holds, the one touched last first.
+//! LRU lists: for each endpoint the blocks that it holds, the one touched last first.
 
-/// Endpoint as the [table](crate::endpoints::table) numbers it.
+/// Index of an endpoint in the [table](crate::endpoints::table).
 pub type EndpointIndex = u32;
 
-/// Bytes of a node.
+/// Bytes of a [`Node`].
 pub(super) const NODE_BYTES: usize = 20;
-/// No node.
+/// Number of no node, no block and no endpoint.
 pub(super) const NIL: u32 = u32::MAX;
 
 /// The lists of all endpoints. Their nodes lie in one vector.
@@ -15,7 +15,7 @@ pub(super) struct Lru {
     free_nodes: Vec<u32>,
     lists: Vec<List>,
     len: usize,
-    /// Where the search for a list that is above its share goes on.
+    /// List at which the last search for one above its share ended.
     cursor: usize,
 }
 
@@ -37,19 +37,19 @@ pub(super) struct List {
     pub(super) nodes: usize,
     pub(super) units: usize,
     pub(super) capacity: usize,
-    /// Counts blocks that were touched.
+    /// Number of times that a block was touched.
     pub(super) touches: u64,
 }
 
 const EMPTY: List = List { newest: NIL, oldest: NIL, nodes: 0, units: 0, capacity: 0, touches: 0 };
 
 impl Lru {
-    /// Nodes in use.
+    /// Number of nodes in use.
     pub(super) fn len(&self) -> usize {
         self.len
     }
 
-    /// Lists, those of endpoints without a capacity included.
+    /// Number of lists, those of endpoints without a capacity included.
     pub(super) fn lists(&self) -> usize {
         self.lists.len()
     }
@@ -60,12 +60,12 @@ impl Lru {
         self.nodes.capacity().saturating_mul(NODE_BYTES).saturating_add(free)
     }
 
-    /// The node of a number.
+    /// The node of a number; `None` where there never was one.
     pub(super) fn get(&self, node: u32) -> Option<&Node> {
         self.nodes.get(node as usize)
     }
 
-    /// Sets how much an endpoint's cache holds. What is over stays until it is removed.
+    /// Sets the size of an endpoint's cache, in units. Nodes beyond it stay until they are removed.
     pub(super) fn set_capacity(&mut self, endpoint: EndpointIndex, units: usize) {
         let index = endpoint as usize;
         if self.lists.len() <= index {
@@ -76,7 +76,7 @@ impl Lru {
         }
     }
 
-    /// Adds a node that is in no list yet; its number.
+    /// Adds a node that is in no list yet, and returns its number; `None` where there is no number left.
     pub(super) fn add(&mut self, block: u32, endpoint: EndpointIndex, units: u32) -> Option<u32> {
         let node = Node { block, endpoint, units, newer: NIL, older: NIL };
         let number = put(&mut self.nodes, &mut self.free_nodes, node)?;
@@ -84,7 +84,7 @@ impl Lru {
         Some(number)
     }
 
-    /// Removes a node from its list and gives its place away.
+    /// Removes a node. Another one may get its number.
     pub(super) fn remove(&mut self, number: u32) -> Option<Node> {
         let node = self.get(number).copied()?;
         self.unlink(number);
@@ -103,7 +103,7 @@ impl Lru {
         })
     }
 
-    /// The next endpoint that has more than its share.
+    /// The next endpoint whose list has more than `room` nodes.
     pub(super) fn next_over(&mut self, room: usize) -> Option<EndpointIndex> {
         let lists = self.lists.len();
         let places = (1..=lists).filter_map(|step| self.cursor.saturating_add(step).checked_rem(lists));
@@ -116,7 +116,7 @@ impl Lru {
         self.lists.get(endpoint as usize)
     }
 
-    /// Takes a node out of its list; it keeps its place.
+    /// Takes a node out of its list; it keeps its number.
     pub(super) fn unlink(&mut self, number: u32) {
         let Some(node) = self.nodes.get(number as usize).copied() else { return };
         if let Some(newer) = self.nodes.get_mut(node.newer as usize) {
@@ -159,7 +159,7 @@ impl Lru {
     }
 }
 
-/// Puts something where something else went, or at the end; returns where it is.
+/// Puts an item at a free place, or at the end, and returns the place; `None` where there are too many.
 pub(super) fn put<T>(all: &mut Vec<T>, free: &mut Vec<u32>, new: T) -> Option<u32> {
     let Some(number) = free.pop() else {
         let number = u32::try_from(all.len()).ok()?;
