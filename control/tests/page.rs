@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use pd_control::access::token::Token;
 use pd_core::envoys::message::{ExchangeRequest, Record};
-use pd_core::envoys::report::Report;
+use pd_core::envoys::report::{Report, ReportedDecision};
+use pd_core::time::UnixTime;
 use pd_core::workers::recent::{DecisionRecord, Generation};
 use pd_sim::Role;
 use serde_json::Value;
@@ -34,7 +35,6 @@ fn reporting(address: SocketAddr, gateway: u64, workers: u64) -> JoinHandle<()> 
     let generation =
         Generation { version: "0.1.0".into(), build: "0123456789ab".into(), revision: "blue".into(), workers };
     let decision = DecisionRecord {
-        at_ms: 1_700_000_000_000,
         decision: "split".into(),
         reason: "prefilled".into(),
         model: "sim".into(),
@@ -43,6 +43,7 @@ fn reporting(address: SocketAddr, gateway: u64, workers: u64) -> JoinHandle<()> 
         prompt_tokens: 4_321,
         matched_tokens: 1_024,
     };
+    let decision = ReportedDecision { at_ms: UnixTime::from_millis(1_700_000_000_000), decision };
     let report = Report { generations: vec![generation], decisions: vec![decision], ..Report::default() }.to_json();
     tokio::spawn(async move {
         for turn in 1.. {

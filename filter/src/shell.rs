@@ -1,7 +1,6 @@
 //! Root context: configuration, ticks, the poll of `pd-control`, metrics. One per worker.
 
 use core::cell::{OnceCell, RefCell};
-use core::time::Duration;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
@@ -11,6 +10,7 @@ use pd_core::envoys::pace::Pace;
 use pd_core::envoys::report::Report;
 use pd_core::headers::Headers;
 use pd_core::metrics::{Level, Metric, MetricKind};
+use pd_core::time::{Clocks, Monotonic, UnixTime};
 use pd_core::wire::WIRE_VERSION;
 use pd_core::workers::log::WorkersLog;
 use pd_core::workers::push::{News, Poll, Push};
@@ -49,7 +49,7 @@ pub struct Shell {
 
 impl Shell {
     /// Takes over what other workers have learnt and decided. Before every decision.
-    pub fn catch_up(&mut self, now: Duration) {
+    pub fn catch_up(&mut self, now: Monotonic) {
         let announced = self.metrics.announced();
         let news = self.push.catch_up(&mut self.worker, &self.metrics, announced);
         self.log.catch_up(&mut self.worker, &self.metrics, announced, now);
@@ -57,7 +57,7 @@ impl Shell {
     }
 
     /// Tells the other workers what happened.
-    pub fn publish(&mut self, now: Duration) {
+    pub fn publish(&mut self, now: Monotonic) {
         self.log.publish(&mut self.worker, &self.metrics, now);
     }
 
@@ -186,7 +186,7 @@ impl Shell {
 }
 
 impl Shell {
-    fn whole_tick(&mut self, now: Duration) -> Option<Poll> {
+    fn whole_tick(&mut self, now: Monotonic) -> Option<Poll> {
         self.flush();
         let Self { worker, push, log, metrics, .. } = self;
         worker.prune(now);
@@ -198,17 +198,18 @@ impl Shell {
             }
         }
         if let Some(id) = metrics.seen {
-            let _ = host::record_metric(id, unix_seconds());
+            let _ = host::record_metric(id, unix_time().as_secs());
         }
         poll
     }
 
     /// Calls of the exchange that are due.
-    fn exchange(&mut self, now: Duration) -> Vec<ExchangeCall> {
+    fn exchange(&mut self, now: Monotonic) -> Vec<ExchangeCall> {
         let Self { worker, push, log, exchange, metrics, .. } = self;
         exchange.take_lead(worker, metrics, push.holds_lease(), random_number, now);
         exchange.tick(worker, push.holds_lease(), now, |worker| {
-            Report::of(worker, log.generations(metrics), log.decisions(worker, metrics)).to_json()
+            let clocks = Clocks { monotonic: now, unix: unix_time() };
+            Report::of(worker, log.generations(metrics), log.decisions(worker, metrics), clocks).to_json()
         })
     }
 
@@ -405,6 +406,8 @@ fn random_number() -> u64 {
     RandomState::new().hash_one(host::now())
 }
 
-fn unix_seconds() -> u64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_secs())
+fn unix_time() -> UnixTime {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or_else(|_| UnixTime::default(), UnixTime::new)
 }

@@ -1,13 +1,13 @@
 //! HTTP context: one request.
 
 use core::cell::RefCell;
-use core::time::Duration;
 use std::rc::Rc;
 
 use log::warn;
 use pd_core::headers::Headers;
 use pd_core::request::upstream::answering_host;
 use pd_core::request::{Effect, Flow, Outcome, PrefillAnswer, Request};
+use pd_core::time::Monotonic;
 use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
 
@@ -28,7 +28,7 @@ impl Stream {
     }
 
     /// Tells the request an event, does what comes of it and tells the other workers.
-    fn step(&mut self, now: Duration, event: impl FnOnce(&mut Request, &mut Shell) -> Outcome) -> Flow {
+    fn step(&mut self, now: Monotonic, event: impl FnOnce(&mut Request, &mut Shell) -> Outcome) -> Flow {
         let shell = Rc::clone(&self.shell);
         let Ok(mut shell) = shell.try_borrow_mut() else { return Flow::Continue };
         let outcome = event(&mut self.request, &mut shell);
@@ -45,7 +45,7 @@ impl Stream {
         self.carry_out(&mut shell, outcome).unwrap_or(Flow::Continue)
     }
 
-    fn carry_out_all(&mut self, shell: &mut Shell, mut outcome: Outcome, now: Duration) -> Flow {
+    fn carry_out_all(&mut self, shell: &mut Shell, mut outcome: Outcome, now: Monotonic) -> Flow {
         // A call-out that the host refuses is a prefill leg that failed; each turn tries another endpoint or ends.
         loop {
             match self.carry_out(shell, outcome) {

@@ -3,6 +3,8 @@
 use std::fmt::Write;
 use std::time::Duration;
 
+use pd_core::envoys::report::ReportedDecision;
+
 use crate::api::status::{EndpointView, StatusView};
 use crate::cli::client::Server;
 use crate::cli::output::print;
@@ -101,7 +103,7 @@ fn envoys(status: &StatusView) -> String {
     decisions.sort_by_key(|decision| std::cmp::Reverse(decision.at_ms));
     if !decisions.is_empty() {
         let mut rows = vec![["DECISION", "REASON", "PREFILL", "DECODE", "PROMPT", "MATCHED"].map(str::to_owned)];
-        rows.extend(decisions.into_iter().take(MAX_DECISIONS).map(|it| {
+        rows.extend(decisions.into_iter().take(MAX_DECISIONS).map(|ReportedDecision { decision: it, .. }| {
             let or_none = |text: &str| if text.is_empty() { "-".to_owned() } else { text.to_owned() };
             [
                 or_none(&it.decision),
@@ -210,6 +212,7 @@ mod tests {
         let generation = Generation { version: "0.1.0".into(), build: "b".into(), revision: "r".into(), workers: 3 };
         let decision =
             DecisionRecord { decision: "split".into(), reason: "prefilled".into(), ..DecisionRecord::default() };
+        let decision = ReportedDecision { decision, ..ReportedDecision::default() };
         let report = Report {
             generations: vec![generation],
             decisions: vec![decision],

@@ -10,6 +10,7 @@ use hashbrown::HashMap;
 use pd_core::envoys::hub::Hub;
 use pd_core::envoys::message::{ExchangeRequest, ExchangeResponse};
 use pd_core::envoys::report::Report;
+use pd_core::time::Monotonic;
 use tokio::sync::watch;
 use tokio::time::{Instant, interval, sleep, sleep_until};
 
@@ -43,8 +44,8 @@ impl SharedHub {
         self.hub.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn now(&self) -> Duration {
-        self.began.elapsed()
+    fn now(&self) -> Monotonic {
+        Monotonic::new(self.began.elapsed())
     }
 
     /// Takes the message of an Envoy or a replica, and answers when there is news for it or after `wait`.

@@ -10,6 +10,7 @@ use pd_core::headers::Headers;
 use pd_core::prefix::hash::{BlockHash, PromptHash, prompt_hash};
 use pd_core::prefix::index::PrefixIndex;
 use pd_core::request::{Effect, Flow, PrefillAnswer, Request};
+use pd_core::time::Monotonic;
 use pd_core::wire::{Endpoint, Role, Snapshot, WIRE_VERSION};
 use pd_core::workers::worker::Worker;
 
@@ -103,7 +104,7 @@ fn choose_both_endpoints(bencher: Bencher<'_, '_>, endpoints: u32) {
     let config = worker.config.clone().expect("there is a configuration");
     let candidates = worker.state.table.candidates("m").expect("there are endpoints");
     let prompt = Prompt { tokens: 4_000.0, block_tokens: 128.0, key: hash.head, hash, ..Prompt::default() };
-    let now = Duration::from_secs(1_000);
+    let now = Monotonic::from_secs(1_000);
     bencher.bench_local(|| {
         let scheduler =
             Scheduler { table: &worker.state.table, index: &worker.state.index, pool: config.pool("default"), now };
@@ -143,7 +144,7 @@ fn headers() -> Headers {
 /// Headers, body, the prefill answer if there is a leg, the answer, its end: all that core does for one request.
 fn serve(worker: &mut Worker, body: &[u8]) -> usize {
     let mut request = Request::default();
-    let mut now = Duration::from_secs(1_000);
+    let mut now = Monotonic::from_secs(1_000);
     let mut effects = request.headers(worker, headers(), false, now).effects.len();
     let outcome = request.body(worker, body, now);
     effects += outcome.effects.len();

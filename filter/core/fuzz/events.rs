@@ -8,6 +8,7 @@ use pd_core::body::{KeySet, scan};
 use pd_core::headers::Headers;
 use pd_core::metrics::Metric;
 use pd_core::request::{DESTINATION, Effect, Flow, Outcome, PrefillAnswer, Request};
+use pd_core::time::Monotonic;
 use pd_core::workers::worker::Worker;
 
 /// Bytes that drive everything: each choice takes from the front, and zeros follow the end.
@@ -102,7 +103,7 @@ pub fn run(input: &[u8]) {
     let _ = worker.configure(CONFIGS[usize::from(choices.below(8))].as_bytes());
     let mut known = addresses(&worker);
     let mut live: Vec<Live> = Vec::new();
-    let mut now = Duration::from_secs(1);
+    let mut now = Monotonic::from_secs(1);
     for _ in 0..256 {
         if choices.0.is_empty() {
             break;

@@ -9,7 +9,7 @@
 //! time   word: nanoseconds
 //! ```
 
-use core::time::Duration;
+use crate::time::Monotonic;
 
 /// Writes a message.
 #[derive(Default)]
@@ -22,8 +22,8 @@ impl Writer {
     }
 
     /// Writes a time in nanoseconds; a time beyond 584 years becomes the largest number.
-    pub(crate) fn time(&mut self, time: Duration) {
-        self.word(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+    pub(crate) fn time(&mut self, time: Monotonic) {
+        self.word(time.as_nanos());
     }
 
     /// Writes bytes behind their number.
@@ -51,8 +51,8 @@ impl Reader<'_> {
     }
 
     /// Reads a time.
-    pub(crate) fn time(&mut self) -> Option<Duration> {
-        self.word().map(Duration::from_nanos)
+    pub(crate) fn time(&mut self) -> Option<Monotonic> {
+        self.word().map(Monotonic::from_nanos)
     }
 
     /// Reads bytes.
@@ -82,11 +82,11 @@ mod tests {
     fn a_reader_reads_what_a_writer_wrote() {
         let mut out = Writer::default();
         out.word(7);
-        out.time(Duration::from_micros(3));
+        out.time(Monotonic::from_nanos(3_000));
         out.bytes("ä".as_bytes());
         out.list(&[1, 2], |out, item| out.word(*item));
         let mut rest = Reader(&out.0);
-        assert_eq!((rest.word(), rest.time()), (Some(7), Some(Duration::from_micros(3))));
+        assert_eq!((rest.word(), rest.time()), (Some(7), Some(Monotonic::from_nanos(3_000))));
         assert_eq!((rest.text().as_deref(), rest.list(Reader::word)), (Some("ä"), Some(vec![1, 2])));
         assert!(rest.0.is_empty() && rest.word().is_none());
     }

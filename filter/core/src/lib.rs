@@ -26,5 +26,6 @@ pub mod metrics;
 pub mod paths;
 pub mod prefix;
 pub mod request;
+pub mod time;
 pub mod wire;
 pub mod workers;

@@ -12,6 +12,7 @@ use pd_core::envoys::hub::Hub;
 use pd_core::envoys::message::ExchangeRequest;
 use pd_core::headers::Headers;
 use pd_core::request::{DECODE, Effect, Outcome, PrefillAnswer, Request};
+use pd_core::time::Monotonic;
 use pd_core::wire::{Endpoint, Role, Snapshot, WIRE_VERSION};
 use pd_core::workers::log::WorkersLog;
 use pd_core::workers::push::TICK;
@@ -54,13 +55,13 @@ pub struct Filter {
     logs: Vec<WorkersLog>,
     /// What those of one gateway share.
     stores: Vec<Store>,
-    ticked: Duration,
+    ticked: Monotonic,
     workers: usize,
     streams: HashMap<usize, Stream>,
     places: Places,
     gateways: Option<Gateways>,
     rng: fastrand::Rng,
-    pruned: Duration,
+    pruned: Monotonic,
 }
 
 /// Shared data of one gateway.
@@ -117,7 +118,7 @@ struct Gateways {
     /// Of each gateway's first worker, and its question that waits.
     gateways: Vec<(ExchangeClient, Option<ExchangeCall>)>,
     period: Duration,
-    ticked: Duration,
+    ticked: Monotonic,
 }
 
 impl Gateways {
@@ -126,15 +127,15 @@ impl Gateways {
             let config = worker.config.clone().ok();
             let mut exchange = ExchangeClient::default();
             exchange.configure(worker, config.as_ref().and_then(|config| config.control.as_ref()));
-            exchange.lead(worker, at as u64 + 1, 0, Duration::ZERO);
+            exchange.lead(worker, at as u64 + 1, 0, Monotonic::ZERO);
             (exchange, None)
         };
         let gateways = states.iter_mut().step_by(workers).enumerate().map(leader).collect();
-        Self { hub: Hub::new(u64::MAX), gateways, period, ticked: Duration::ZERO }
+        Self { hub: Hub::new(u64::MAX), gateways, period, ticked: Monotonic::ZERO }
     }
 
     /// One gateway's tick.
-    fn tick(&mut self, gateway: usize, worker: &mut Worker, now: Duration) {
+    fn tick(&mut self, gateway: usize, worker: &mut Worker, now: Monotonic) {
         let Self { hub, gateways, .. } = self;
         let Some((exchange, waiting)) = gateways.get_mut(gateway) else { return };
         let calls = exchange.tick(worker, true, now, |_| Vec::new());
@@ -227,7 +228,7 @@ impl Filter {
             worker.apply(&snapshot.to_json()).context("the list of endpoints")?;
             if workers > 1 {
                 let mut log = WorkersLog::default();
-                log.configure(&mut worker, &stores[at / workers], at as u64 + 1, Duration::ZERO);
+                log.configure(&mut worker, &stores[at / workers], at as u64 + 1, Monotonic::ZERO);
                 logs.push(log);
             }
             states.push(worker);
@@ -237,13 +238,13 @@ impl Filter {
             states,
             logs,
             stores,
-            ticked: Duration::ZERO,
+            ticked: Monotonic::ZERO,
             workers,
             streams: HashMap::new(),
             places,
             gateways,
             rng: fastrand::Rng::with_seed(seed),
-            pruned: Duration::ZERO,
+            pruned: Monotonic::ZERO,
         })
     }
 
@@ -262,6 +263,7 @@ impl Filter {
     /// # Errors
     /// When pd-core does anything but start a prefill leg.
     pub fn ask(&mut self, number: usize, path: &str, body: &[u8], tokens: u64, now: Duration) -> Result<usize> {
+        let now = Monotonic::new(now);
         self.catch_up(now);
         let at = if self.states.len() > 1 { self.rng.usize(..self.states.len()) } else { 0 };
         self.listen(at, now);
@@ -286,6 +288,7 @@ impl Filter {
     /// # Errors
     /// When pd-core chooses none.
     pub fn prefilled(&mut self, number: usize, now: Duration) -> Result<usize> {
+        let now = Monotonic::new(now);
         self.catch_up(now);
         let at = self.streams.get(&number).context("no such request")?.state;
         self.listen(at, now);
@@ -307,6 +310,7 @@ impl Filter {
 
     /// The first token is on its way to the client.
     pub fn first_token(&mut self, number: usize, now: Duration) {
+        let now = Monotonic::new(now);
         if let Some(stream) = self.streams.get_mut(&number)
             && let Some(state) = self.states.get_mut(stream.state)
         {
@@ -320,6 +324,7 @@ impl Filter {
 
     /// The request is over.
     pub fn done(&mut self, number: usize, now: Duration) {
+        let now = Monotonic::new(now);
         let Some(mut stream) = self.streams.remove(&number) else { return };
         if let Some(state) = self.states.get_mut(stream.state) {
             stream.request.done(state, now);
@@ -328,7 +333,7 @@ impl Filter {
     }
 
     /// A worker hears what the others of its gateway did.
-    fn listen(&mut self, at: usize, now: Duration) {
+    fn listen(&mut self, at: usize, now: Monotonic) {
         if let (Some(log), Some(state)) = (self.logs.get_mut(at), self.states.get_mut(at)) {
             let store = &self.stores[at / self.workers];
             log.catch_up(state, store, store.announced(), now);
@@ -336,14 +341,14 @@ impl Filter {
     }
 
     /// It tells them what it did.
-    fn publish(&mut self, at: usize, now: Duration) {
+    fn publish(&mut self, at: usize, now: Monotonic) {
         if let (Some(log), Some(state)) = (self.logs.get_mut(at), self.states.get_mut(at)) {
             log.publish(state, &self.stores[at / self.workers], now);
         }
     }
 
     /// Tells the gateways what others did, when its time has come.
-    fn catch_up(&mut self, now: Duration) {
+    fn catch_up(&mut self, now: Monotonic) {
         if now >= self.pruned + PRUNE_EVERY {
             self.pruned = now;
             self.states.iter_mut().for_each(|state| state.prune(now));
@@ -442,7 +447,7 @@ mod tests {
                 filter.arrive(number, &new, now).unwrap()
             };
         }
-        let now = Duration::from_secs(2);
+        let now = Monotonic::from_secs(2);
         filter.catch_up(now);
         let queues =
             |worker: &Worker| worker.state.table.iter().map(|(_, state)| state.prefill.work(now)).collect::<Vec<_>>();
@@ -459,17 +464,17 @@ mod tests {
         let text = prompt(&job(&[1, 2], 0));
         let blocks = prompt_hash(b"m", b"", &[&text], HASH_BLOCK_BYTES).blocks;
         // They find each other first.
-        filter.catch_up(Duration::from_secs(3));
+        filter.catch_up(Monotonic::from_secs(3));
         serve(&mut filter, 0, &job(&[1, 2], 3_010));
         let knowing =
             |filter: &Filter| filter.states.iter().filter(|worker| worker.state.index.knows(blocks[0])).count();
-        filter.catch_up(Duration::from_millis(3_049));
+        filter.catch_up(Monotonic::from_millis(3_049));
         assert_eq!(knowing(&filter), 1);
-        filter.catch_up(Duration::from_millis(3_100));
+        filter.catch_up(Monotonic::from_millis(3_100));
         assert_eq!(knowing(&filter), 2);
         for worker in &filter.states {
             assert!(
-                worker.state.table.iter().all(|(_, state)| state.work(Duration::from_secs(4)) == 0.0),
+                worker.state.table.iter().all(|(_, state)| state.work(Monotonic::from_secs(4)) == 0.0),
                 "what began is over"
             );
         }

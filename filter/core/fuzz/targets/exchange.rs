@@ -10,6 +10,7 @@ use pd_core::envoys::hub::Hub;
 use pd_core::envoys::message::{ExchangeResponse, MAX_MESSAGE_BYTES, ExchangeRequest};
 use pd_core::envoys::report::Report;
 use pd_core::envoys::client::{ExchangeClient, CallKind, TICK};
+use pd_core::time::Monotonic;
 use pd_core::workers::worker::Worker;
 
 const CONFIG: &[u8] = br#"{"control":{"cluster":"pd-control"},"endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#;
@@ -40,7 +41,7 @@ fn with_endpoints(message: &[u8], keys: &[u64]) -> Vec<u8> {
     response.to_bytes()
 }
 
-fn answer(hub: &mut Hub, request: &ExchangeRequest, now: Duration) -> ExchangeResponse {
+fn answer(hub: &mut Hub, request: &ExchangeRequest, now: Monotonic) -> ExchangeResponse {
     assert_eq!(ExchangeRequest::from_bytes(&request.to_bytes()).as_ref(), Some(request));
     hub.take(request, now);
     let _ = hub.has_news(request);
@@ -53,7 +54,7 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     let (mut worker, mut exchange, mut hub) = (Worker::default(), ExchangeClient::default(), Hub::new(9));
     let config = worker.configure(CONFIG).expect("a good configuration");
     let keys: Vec<u64> = worker.state.table.iter().map(|(_, state)| state.key).collect();
-    let mut now = Duration::from_secs(1);
+    let mut now = Monotonic::from_secs(1);
     exchange.configure(&mut worker, config.control.as_ref());
     exchange.lead(&mut worker, 1, 0, now);
     for (what, message) in steps(input) {

@@ -17,6 +17,7 @@ impl Scheduler<'_> {
             Decision::Split(pick) => (pick, "split: lowest W+wS", &candidates.compute),
             Decision::Whole(pick, why) => {
                 let why = match why {
+                    WholeReason::Short => "whole: shorter than the threshold",
                     WholeReason::Cached => "whole: lacks less than the threshold",
                     WholeReason::Never => "whole: never split, lowest W+wS",
                     WholeReason::NoPrefill => "whole: nobody to split with, lowest W+wS",
@@ -80,7 +81,7 @@ mod tests {
         );
         assert!(text.contains("match=2560") && text.contains("10.0.0.1:2 W=2.000"), "{text}");
         let short = fixture.scheduler().explain(&fixture.candidates, &prompt(1, 1));
-        assert!(short.starts_with("whole: lacks less than the threshold: 10.0.0.1:100"), "{short}");
+        assert!(short.starts_with("whole: shorter than the threshold: 10.0.0.1:100"), "{short}");
         assert!(fixture.scheduler().explain(&Candidates::default(), &prompt(1, 1)).starts_with("nobody"));
     }
 }

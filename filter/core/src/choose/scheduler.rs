@@ -9,8 +9,6 @@
 //!
 //! Of many endpoints a choice compares a [shortlist](super::shortlist).
 
-use core::time::Duration;
-
 use crate::choose::shortlist::HOLDERS;
 use crate::config::{Pool, Split};
 use crate::endpoints::candidates::Candidates;
@@ -18,6 +16,7 @@ use crate::endpoints::endpoint_state::EndpointState;
 use crate::endpoints::table::Table;
 use crate::prefix::hash::{BlockHash, PromptHash, prefix_units, rendezvous_weight};
 use crate::prefix::index::{EndpointIndex, PrefixIndex};
+use crate::time::Monotonic;
 use crate::wire::Role;
 
 /// What the scheduler needs to know of a prompt.
@@ -66,7 +65,9 @@ pub enum Decision {
 /// Why a request is served whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WholeReason {
-    /// The decode endpoint lacks fewer tokens than the threshold.
+    /// The prompt is shorter than the threshold.
+    Short,
+    /// The decode endpoint holds so much of the prompt that it lacks fewer tokens than the threshold.
     Cached,
     /// The pool never splits.
     Never,
@@ -83,6 +84,7 @@ impl WholeReason {
     #[must_use]
     pub fn code(self) -> &'static str {
         match self {
+            Self::Short => "short",
             Self::Cached => "cached",
             Self::Never => "never",
             Self::NoPrefill => "no_prefill_endpoint",
@@ -108,7 +110,7 @@ pub struct Scheduler<'a> {
     /// The pool's policy.
     pub pool: &'a Pool,
     /// Monotonic time.
-    pub now: Duration,
+    pub now: Monotonic,
 }
 
 impl Scheduler<'_> {
@@ -124,9 +126,9 @@ impl Scheduler<'_> {
             return alone(WholeReason::Never);
         }
         if let Split::Threshold { uncached_tokens } = self.pool.split
-            && let Some(pick) = self.pick_cached_decode(&candidates.whole, prompt, uncached_tokens as f64)
+            && let Some(whole) = self.below_threshold(&candidates.whole, prompt, uncached_tokens as f64)
         {
-            return Decision::Whole(pick, WholeReason::Cached);
+            return whole;
         }
         let among = if self.pool.split == Split::Always { &candidates.prefill } else { &candidates.compute };
         // Without a decode endpoint no prefill leg is sent.
@@ -201,12 +203,17 @@ impl Scheduler<'_> {
         ranked.into_iter().map(|ranked| ranked.index).collect()
     }
 
+    /// Serves a request whole where an endpoint has to compute fewer than `threshold` tokens of its prompt.
+    fn below_threshold(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Decision> {
+        if prompt.tokens < threshold {
+            return self.pick_decode(among, prompt, &[]).map(|(pick, _)| Decision::Whole(pick, WholeReason::Short));
+        }
+        self.pick_cached_decode(among, prompt, threshold).map(|pick| Decision::Whole(pick, WholeReason::Cached))
+    }
+
     /// The least loaded endpoint that lacks fewer than `threshold` tokens of the prompt; `None` where all those are
     /// ejected or overloaded.
     fn pick_cached_decode(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Pick> {
-        if prompt.tokens < threshold {
-            return self.pick_decode(among, prompt, &[]).map(|(pick, _)| pick);
-        }
         let usable = self.usable(among, prompt, &[]);
         let least = usable.into_iter().map(|(_, state)| decode_load(state)).reduce(f64::min)?;
         let bound = 2.0 * least + AFFINITY_SLACK_TOKENS;
@@ -318,8 +325,8 @@ pub(super) mod tests {
         pub(crate) candidates: std::sync::Arc<Candidates>,
     }
 
-    const NOW: Duration = Duration::from_secs(100);
-    const FAR: Duration = Duration::from_secs(1_000);
+    const NOW: Monotonic = Monotonic::from_secs(100);
+    const FAR: Monotonic = Monotonic::from_secs(1_000);
 
     pub(crate) fn fixture(prefill: u16, decode: u16, config: &str) -> Fixture {
         let config = Config::parse(config.as_bytes()).unwrap();
@@ -455,7 +462,7 @@ pub(super) mod tests {
     #[test]
     fn a_small_uncached_rest_skips_prefill() {
         let mut fixture = fixture(2, 2, r#"{"pools":{"default":{"split":{"uncached_tokens":300}}}}"#);
-        assert!(matches!(fixture.decide(&prompt(1, 2)), Decision::Whole(_, WholeReason::Cached)), "a short prompt");
+        assert!(matches!(fixture.decide(&prompt(1, 2)), Decision::Whole(_, WholeReason::Short)), "a short prompt");
         assert!(matches!(fixture.decide(&prompt(1, 3)), Decision::Split(_)));
         let decode = fixture.candidates.decode[1];
         fixture.index.insert(decode, &prompt(1, 20).hash.blocks);

@@ -103,7 +103,7 @@ impl Scheduler<'_> {
     fn sample(&self, among: &[EndpointIndex], prompt: &Prompt) -> Vec<EndpointIndex> {
         let mut sample = self.neighbours(among, prompt);
         let step = among.len().div_ceil(SAMPLE);
-        let salt = rendezvous_weight(prompt.hash.head, self.now.as_nanos() as u64) as usize >> 8;
+        let salt = rendezvous_weight(prompt.hash.head, self.now.as_nanos()) as usize >> 8;
         let places = (0..SAMPLE).map(|i| salt.saturating_add(i.saturating_mul(step)));
         sample.extend(places.filter_map(|place| among.get(place.checked_rem(among.len())?)));
         sample.sort_unstable();

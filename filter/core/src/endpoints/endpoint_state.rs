@@ -1,12 +1,12 @@
 //! One endpoint: what `pd-control` pushed, and what this worker knows of it.
 
 use core::net::SocketAddr;
-use core::time::Duration;
 use std::sync::Arc;
 
 use crate::endpoints::elsewhere::Totals;
 use crate::endpoints::health::Health;
 use crate::endpoints::load::{Load, PrefillQueue};
+use crate::time::Monotonic;
 use crate::wire::{Endpoint, Engine};
 
 /// One endpoint, and what this worker knows of it.
@@ -49,7 +49,7 @@ pub struct EndpointState {
 impl EndpointState {
     /// `W`: seconds of prefill work in flight here, from every Envoy that exchanges.
     #[must_use]
-    pub fn work(&self, now: Duration) -> f64 {
+    pub fn work(&self, now: Monotonic) -> f64 {
         self.prefill.work(now) + self.elsewhere_seconds()
     }
 

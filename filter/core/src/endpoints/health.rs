@@ -2,11 +2,13 @@
 
 use core::time::Duration;
 
+use crate::time::Monotonic;
+
 /// Health of one endpoint. Without any failure it is healthy.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Health {
     failures: u32,
-    out_until: Duration,
+    out_until: Monotonic,
     probing: bool,
 }
 
@@ -18,12 +20,12 @@ const MAX_PAUSE: Duration = Duration::from_secs(5);
 impl Health {
     /// Whether the endpoint may get a request: it is healthy, or its pause is over and no probe is under way.
     #[must_use]
-    pub fn is_usable(&self, now: Duration) -> bool {
+    pub fn is_usable(&self, now: Monotonic) -> bool {
         self.failures == 0 || (now >= self.out_until && !self.probing)
     }
 
     /// A request goes to the endpoint. After a failure that request is the probe, and the endpoint gets no other one.
-    pub fn sent(&mut self, now: Duration) {
+    pub fn sent(&mut self, now: Monotonic) {
         if self.failures > 0 {
             self.probing = true;
             // A probe without an end, because its client left, counts as over after the longest pause.
@@ -32,7 +34,7 @@ impl Health {
     }
 
     /// The endpoint could not be reached, reset the connection or answered that it is broken: it is ejected for a pause.
-    pub fn failed(&mut self, now: Duration) {
+    pub fn failed(&mut self, now: Monotonic) {
         let pause = FIRST_PAUSE.saturating_mul(1_u32.checked_shl(self.failures.min(8)).unwrap_or(1)).min(MAX_PAUSE);
         self.failures = self.failures.saturating_add(1);
         self.out_until = now.saturating_add(pause);
@@ -45,7 +47,7 @@ impl Health {
     }
 
     /// Ends a probe that has had no end for the longest pause.
-    pub fn prune(&mut self, now: Duration) {
+    pub fn prune(&mut self, now: Monotonic) {
         if self.probing && now.saturating_sub(self.out_until) > MAX_PAUSE {
             self.probing = false;
         }
@@ -62,8 +64,8 @@ impl Health {
 mod tests {
     use super::*;
 
-    fn ms(ms: u64) -> Duration {
-        Duration::from_millis(ms)
+    fn ms(ms: u64) -> Monotonic {
+        Monotonic::from_millis(ms)
     }
 
     #[test]
@@ -100,6 +102,6 @@ mod tests {
         for _ in 0..100 {
             health.failed(ms(0));
         }
-        assert!(health.is_usable(MAX_PAUSE));
+        assert!(health.is_usable(ms(0) + MAX_PAUSE));
     }
 }

@@ -4,6 +4,7 @@ use core::time::Duration;
 use std::collections::VecDeque;
 
 use crate::codec::{Reader, Writer};
+use crate::time::Monotonic;
 
 /// Prefill legs in flight at one endpoint, oldest first, in seconds of the endpoint's time. The endpoint is taken to work
 /// on the oldest one alone.
@@ -12,27 +13,27 @@ pub struct PrefillQueue {
     jobs: VecDeque<Job>,
     /// Sum over the jobs. It is read far more often than the jobs change.
     seconds: f64,
-    head_since: Duration,
+    head_since: Monotonic,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Job {
     id: u64,
     seconds: f64,
-    expires: Duration,
+    expires: Monotonic,
     /// Whether work of other Envoys was ahead of the leg: its time then says nothing of the endpoint's speed.
     is_behind: bool,
 }
 
 impl PrefillQueue {
     /// Adds a leg of so many seconds. It counts until [`remove`](Self::remove), and at most until `expires`.
-    pub fn add(&mut self, id: u64, seconds: f64, now: Duration, expires: Duration) {
+    pub fn add(&mut self, id: u64, seconds: f64, now: Monotonic, expires: Monotonic) {
         self.add_behind(0.0, id, seconds, now, expires);
     }
 
     /// As [`add`](Self::add), behind `ahead` seconds of work that is not in this queue. Where the queue is empty the leg
     /// makes no progress until that work is over.
-    pub fn add_behind(&mut self, ahead: f64, id: u64, seconds: f64, now: Duration, expires: Duration) {
+    pub fn add_behind(&mut self, ahead: f64, id: u64, seconds: f64, now: Monotonic, expires: Monotonic) {
         if self.jobs.is_empty() {
             self.head_since = now.saturating_add(self::seconds(ahead));
         }
@@ -43,13 +44,13 @@ impl PrefillQueue {
     /// Seconds that the endpoint has spent on a leg. `None` where the leg is not the oldest one, had work of other Envoys
     /// ahead of it, or is not here.
     #[must_use]
-    pub fn service_seconds(&self, id: u64, now: Duration) -> Option<f64> {
+    pub fn service_seconds(&self, id: u64, now: Monotonic) -> Option<f64> {
         let head = self.jobs.front().filter(|job| job.id == id && !job.is_behind)?;
         Some(now.saturating_sub(self.head_since).as_secs_f64()).filter(|seconds| head.seconds > 0.0 && *seconds > 0.0)
     }
 
     /// Removes a leg that ended; `false` where it is not here, or no longer.
-    pub fn remove(&mut self, id: u64, now: Duration) -> bool {
+    pub fn remove(&mut self, id: u64, now: Monotonic) -> bool {
         let Some(index) = self.jobs.iter().position(|job| job.id == id) else { return false };
         if index == 0 {
             self.head_since = now;
@@ -61,7 +62,7 @@ impl PrefillQueue {
 
     /// The client of a leg is gone, so its answer will not come; the endpoint may still compute it. The leg counts until
     /// the endpoint would have worked through the queue up to it.
-    pub fn abandon(&mut self, id: u64, now: Duration) {
+    pub fn abandon(&mut self, id: u64, now: Monotonic) {
         let mut left = -self.progress(now);
         for job in &mut self.jobs {
             left += job.seconds;
@@ -73,7 +74,7 @@ impl PrefillQueue {
     }
 
     /// Drops legs that have expired.
-    pub fn prune(&mut self, now: Duration) {
+    pub fn prune(&mut self, now: Monotonic) {
         let head = self.jobs.front().map(|job| job.id);
         self.jobs.retain(|job| job.expires > now);
         if self.jobs.front().map(|job| job.id) != head {
@@ -84,7 +85,7 @@ impl PrefillQueue {
 
     /// W: seconds of work in flight, minus the progress of the oldest leg. 0 or more.
     #[must_use]
-    pub fn work(&self, now: Duration) -> f64 {
+    pub fn work(&self, now: Monotonic) -> f64 {
         self.seconds - self.progress(now)
     }
 
@@ -104,7 +105,7 @@ impl PrefillQueue {
         self.seconds = self.jobs.iter().map(|job| job.seconds).sum();
     }
 
-    fn progress(&self, now: Duration) -> f64 {
+    fn progress(&self, now: Monotonic) -> f64 {
         let Some(head) = self.jobs.front() else { return 0.0 };
         now.saturating_sub(self.head_since).as_secs_f64().min(head.seconds)
     }
@@ -161,10 +162,10 @@ fn seconds(value: f64) -> Duration {
 mod tests {
     use super::*;
 
-    const FAR: Duration = Duration::from_secs(60);
+    const FAR: Monotonic = Monotonic::from_secs(60);
 
-    fn ms(ms: u64) -> Duration {
-        Duration::from_millis(ms)
+    fn ms(ms: u64) -> Monotonic {
+        Monotonic::from_millis(ms)
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! The endpoint table: the pushed list, each endpoint's state, and what was fitted of its pools.
 
 use core::net::SocketAddr;
-use core::time::Duration;
 use std::sync::Arc;
 
 use hashbrown::{HashMap, HashSet};
@@ -15,6 +14,7 @@ use crate::endpoints::health::Health;
 use crate::endpoints::load::{Load, PrefillQueue};
 use crate::endpoints::usage::Usage;
 use crate::prefix::index::{EndpointIndex, PrefixIndex};
+use crate::time::Monotonic;
 use crate::wire::{Endpoint, EndpointId, Snapshot};
 
 /// Names an endpoint across changes of the list. It does not [resolve](Table::resolve) once the endpoint left the list, also
@@ -306,7 +306,7 @@ impl Table {
     }
 
     /// Drops prefill legs that expired, and ends probes without an end.
-    pub fn prune(&mut self, now: Duration) {
+    pub fn prune(&mut self, now: Monotonic) {
         for state in self.states.iter_mut().flatten() {
             state.prefill.prune(now);
             state.health.prune(now);

@@ -9,6 +9,7 @@ use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::envoys::message::{EXCHANGE_PATH, ExchangeRequest, ExchangeResponse, MAX_BLOCKS_BYTES, Record};
 use crate::metrics::Metric;
 use crate::prefix::block_log::{read_event, split_events};
+use crate::time::Monotonic;
 use crate::workers::shared::Shared;
 use crate::workers::worker::Worker;
 
@@ -69,14 +70,14 @@ pub struct ExchangeClient {
     /// Hub and state of the loads in `elsewhere`.
     known_state: (u64, u64),
     sent_loads: Option<Vec<(u64, Totals)>>,
-    sent_at: Duration,
-    reported_at: Option<Duration>,
-    received_at: Duration,
-    answered_at: Duration,
+    sent_at: Monotonic,
+    reported_at: Option<Monotonic>,
+    received_at: Monotonic,
+    answered_at: Monotonic,
     is_sending: bool,
     is_receiving: bool,
     /// Until when the client calls nobody, after a failure.
-    rest_until: Duration,
+    rest_until: Monotonic,
     fleet: Fleet,
     /// What other Envoys have in flight, as the workers of this one know it.
     elsewhere: HashMap<u64, Totals>,
@@ -109,7 +110,7 @@ impl ExchangeClient {
         shared: &impl Shared,
         holds_lease: bool,
         random: impl FnOnce() -> u64,
-        now: Duration,
+        now: Monotonic,
     ) {
         if !self.should_lead(holds_lease) {
             return;
@@ -121,7 +122,7 @@ impl ExchangeClient {
     }
 
     /// Becomes the leader with the number `gateway`, above 0. The hub drops the loads of the leader `replaces`; 0: none.
-    pub fn lead(&mut self, worker: &mut Worker, gateway: u64, replaces: u64, now: Duration) {
+    pub fn lead(&mut self, worker: &mut Worker, gateway: u64, replaces: u64, now: Monotonic) {
         // The fleet that the leader before it knew, until an answer says otherwise.
         let fleet = worker.state.table.fleet;
         *self = Self { is_on: self.is_on, gateway, replaces, answered_at: now, fleet, ..Self::default() };
@@ -141,7 +142,7 @@ impl ExchangeClient {
         &mut self,
         worker: &mut Worker,
         holds_lease: bool,
-        now: Duration,
+        now: Monotonic,
         report: impl FnOnce(&Worker) -> Vec<u8>,
     ) -> Vec<ExchangeCall> {
         if self.gateway == 0 {
@@ -187,7 +188,7 @@ impl ExchangeClient {
     fn send(
         &mut self,
         worker: &Worker,
-        now: Duration,
+        now: Monotonic,
         report: impl FnOnce(&Worker) -> Vec<u8>,
     ) -> Option<ExchangeCall> {
         let log = worker.outbox.as_deref()?;
@@ -246,7 +247,7 @@ impl ExchangeClient {
     }
 
     /// A call could not be started, or has no usable answer. The client calls again after a pause.
-    pub fn failed(&mut self, worker: &mut Worker, kind: CallKind, now: Duration) {
+    pub fn failed(&mut self, worker: &mut Worker, kind: CallKind, now: Monotonic) {
         self.ended(kind);
         worker.counts.count(Metric::ExchangesFailed);
         self.rest_until = now.saturating_add(FAILURE_PAUSE);
@@ -256,7 +257,7 @@ impl ExchangeClient {
 
     /// A call ended; `status` is `None` where no answer came. Any answer but a 200 with an [`ExchangeResponse`] counts as
     /// [`failed`](Self::failed).
-    pub fn answered(&mut self, worker: &mut Worker, kind: CallKind, status: Option<u16>, body: &[u8], now: Duration) {
+    pub fn answered(&mut self, worker: &mut Worker, kind: CallKind, status: Option<u16>, body: &[u8], now: Monotonic) {
         let response = ExchangeResponse::from_bytes(body).filter(|_| status == Some(200));
         let (Some(response), true) = (response, self.gateway != 0) else {
             self.failed(worker, kind, now);
@@ -324,7 +325,7 @@ impl ExchangeClient {
 }
 
 /// What this Envoy has in flight at each endpoint, sorted by the endpoints' keys; endpoints without anything are left out.
-fn loads(worker: &Worker, now: Duration) -> Vec<(u64, Totals)> {
+fn loads(worker: &Worker, now: Monotonic) -> Vec<(u64, Totals)> {
     let totals = |state: &crate::endpoints::endpoint_state::EndpointState| Totals {
         work: (state.prefill.work(now) * 1e6) as u64,
         tokens: state.decode.tokens,

@@ -15,6 +15,7 @@ use super::message::{Batch, ExchangeRequest, ExchangeResponse, MAX_BLOCKS_BYTES,
 use super::report::MAX_REPORT_BYTES;
 use crate::endpoints::elsewhere::Totals;
 use crate::prefix::block_log::{BlockLog, split_events};
+use crate::time::Monotonic;
 
 /// Silence after which an Envoy counts as gone.
 pub const GATEWAY_LIFE: Duration = Duration::from_secs(3);
@@ -46,9 +47,9 @@ struct Gateway {
     turn: u64,
     hash_scheme: u64,
     /// When a message with its record came last, from the Envoy or from another hub.
-    last_seen: Duration,
+    last_seen: Monotonic,
     /// When a request came last from the Envoy itself.
-    last_request: Option<Duration>,
+    last_request: Option<Monotonic>,
     is_gone: bool,
     loads: Vec<(u64, Totals)>,
     changes: u64,
@@ -98,7 +99,7 @@ impl Hub {
     }
 
     /// Takes the records of a request, and says whether others should get an answer now.
-    pub fn take(&mut self, request: &ExchangeRequest, now: Duration) -> bool {
+    pub fn take(&mut self, request: &ExchangeRequest, now: Monotonic) -> bool {
         let before = (self.changes, self.total_next());
         for record in &request.records {
             self.take_record(record, request.from == record.gateway, now);
@@ -115,7 +116,7 @@ impl Hub {
         self.gateways.values().fold(0, |sum, gateway| sum.wrapping_add(gateway.log.next()))
     }
 
-    fn take_record(&mut self, record: &Record, is_own: bool, now: Duration) {
+    fn take_record(&mut self, record: &Record, is_own: bool, now: Monotonic) {
         if record.gateway == 0 || !self.make_room(record.gateway) {
             return;
         }
@@ -183,7 +184,7 @@ impl Hub {
     }
 
     /// Takes back what silent Envoys had in flight, and says whether there was any. Call it a few times a second.
-    pub fn prune(&mut self, now: Duration) -> bool {
+    pub fn prune(&mut self, now: Monotonic) -> bool {
         let mut has_changed = false;
         for gateway in self.gateways.values_mut() {
             if !gateway.is_gone && now.saturating_sub(gateway.last_seen) > GATEWAY_LIFE {
@@ -265,7 +266,7 @@ impl Hub {
     /// The messages for another hub: records of the Envoys that called this hub itself lately, with the block events that
     /// the other hub does not `have` by its last answer. Each message is short enough to be taken.
     #[must_use]
-    pub fn relay(&self, have: &HashMap<u64, u64>, now: Duration) -> Vec<ExchangeRequest> {
+    pub fn relay(&self, have: &HashMap<u64, u64>, now: Monotonic) -> Vec<ExchangeRequest> {
         let has_asked =
             |gateway: &Gateway| gateway.last_request.is_some_and(|at| now.saturating_sub(at) <= GATEWAY_LIFE);
         let mut messages: Vec<ExchangeRequest> = Vec::new();
@@ -302,7 +303,7 @@ impl Hub {
 
     /// The reports of the Envoys that are there: number of the Envoy, time since its last message, report in JSON, which is
     /// empty before the first one.
-    pub fn reports(&self, now: Duration) -> impl Iterator<Item = (u64, Duration, &[u8])> {
+    pub fn reports(&self, now: Monotonic) -> impl Iterator<Item = (u64, Duration, &[u8])> {
         let here = self.gateways.iter().filter(|(_, gateway)| !gateway.is_gone);
         here.map(move |(id, gateway)| (*id, now.saturating_sub(gateway.last_seen), gateway.report.as_slice()))
     }

@@ -3,6 +3,7 @@
 use core::time::Duration;
 
 use crate::envoys::client;
+use crate::time::Monotonic;
 use crate::workers::push;
 
 /// How much earlier than asked for a tick may come.
@@ -12,13 +13,13 @@ const SLACK: Duration = Duration::from_millis(20);
 #[derive(Debug, Default)]
 pub struct Pace {
     period: Duration,
-    last_whole: Duration,
+    last_whole: Monotonic,
 }
 
 impl Pace {
     /// Whether all that a worker does at a tick is due, or the exchange alone. Call it once a tick; `is_exchanging` is
     /// [`ExchangeClient::is_busy`](client::ExchangeClient::is_busy).
-    pub fn is_whole(&mut self, is_exchanging: bool, now: Duration) -> bool {
+    pub fn is_whole(&mut self, is_exchanging: bool, now: Monotonic) -> bool {
         let since = now.saturating_sub(self.last_whole).saturating_add(SLACK);
         let is_whole = !is_exchanging || since >= push::TICK;
         if is_whole {
@@ -40,8 +41,8 @@ impl Pace {
 mod tests {
     use super::*;
 
-    fn ms(ms: u64) -> Duration {
-        Duration::from_millis(ms)
+    fn ms(ms: u64) -> Monotonic {
+        Monotonic::from_millis(ms)
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::time::{Clocks, Monotonic, UnixTime};
 use crate::workers::recent::{DecisionRecord, Generation};
 use crate::workers::worker::Worker;
 
@@ -25,13 +26,31 @@ pub struct Report {
     /// `ip:port` of endpoints that did not answer the last time, 64 at most.
     pub failing: Vec<String>,
     /// Latest decisions, newest first.
-    pub decisions: Vec<DecisionRecord>,
+    pub decisions: Vec<ReportedDecision>,
+}
+
+/// A decision and when it was taken.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ReportedDecision {
+    /// Time of the day.
+    pub at_ms: UnixTime,
+    /// The decision.
+    #[serde(flatten)]
+    pub decision: DecisionRecord,
 }
 
 impl Report {
-    /// The report of a worker's Envoy, whose workers run these generations and took these decisions.
+    /// The report of a worker's Envoy, whose workers run these generations and took these decisions. `clocks` are the
+    /// times of now, by which decisions get a time of the day.
     #[must_use]
-    pub fn of(worker: &Worker, generations: Vec<Generation>, decisions: Vec<DecisionRecord>) -> Self {
+    pub fn of(
+        worker: &Worker,
+        generations: Vec<Generation>,
+        decisions: Vec<(Monotonic, DecisionRecord)>,
+        clocks: Clocks,
+    ) -> Self {
+        let reported = |(at, decision)| ReportedDecision { at_ms: clocks.unix_at(at), decision };
         let table = &worker.state.table;
         let (epoch, version) = table.version();
         let failing = table.iter().filter(|(_, state)| state.health.is_failing());
@@ -41,7 +60,7 @@ impl Report {
             version,
             endpoints: table.len() as u64,
             failing: failing.take(MAX_FAILING).map(|(_, state)| state.address.to_string()).collect(),
-            decisions,
+            decisions: decisions.into_iter().map(reported).collect(),
         }
     }
 

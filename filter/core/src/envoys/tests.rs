@@ -13,11 +13,12 @@ use crate::endpoints::elsewhere::Fleet;
 use crate::endpoints::table::EndpointRef;
 use crate::prefix::block_log::block_event;
 use crate::prefix::hash::BlockHash;
+use crate::time::{Clocks, Monotonic, UnixTime};
 use crate::workers::shared::testing::Store;
 use crate::workers::worker::Worker;
 
 const CONFIG: &[u8] = br#"{"control":{"cluster":"pd-control"},"endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.1:2","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#;
-const FAR: Duration = Duration::from_secs(3_600);
+const FAR: Monotonic = Monotonic::from_secs(3_600);
 
 struct Gateway {
     worker: Worker,
@@ -27,7 +28,7 @@ struct Gateway {
 }
 
 impl Gateway {
-    fn new(id: u64, now: Duration) -> Self {
+    fn new(id: u64, now: Monotonic) -> Self {
         let mut worker = Worker::default();
         let config = worker.configure(CONFIG).unwrap();
         worker.start_log(id);
@@ -46,14 +47,17 @@ impl Gateway {
     }
 
     /// What is in flight at a place, from everywhere.
-    fn view(&self, place: usize, now: Duration) -> (u64, u64) {
+    fn view(&self, place: usize, now: Monotonic) -> (u64, u64) {
         let state = self.worker.state.table.get(self.endpoint(place).index).unwrap();
         ((state.work(now) * 1e6).round() as u64, state.decode_tokens())
     }
 
     /// A tick with this hub; without one every call fails.
-    fn tick(&mut self, hub: Option<&mut Hub>, now: Duration) {
-        let report = |worker: &Worker| report::Report::of(worker, Vec::new(), Vec::new()).to_json();
+    fn tick(&mut self, hub: Option<&mut Hub>, now: Monotonic) {
+        let report = |worker: &Worker| {
+            let clocks = Clocks { monotonic: now, unix: UnixTime::default() };
+            report::Report::of(worker, Vec::new(), Vec::new(), clocks).to_json()
+        };
         let calls = self.exchange.tick(&mut self.worker, true, now, report);
         let Some(hub) = hub else {
             for call in calls.into_iter().chain(self.question.take()) {
@@ -75,7 +79,7 @@ impl Gateway {
     }
 }
 
-fn settle(gateways: &mut [Gateway], hub: &mut Hub, now: &mut Duration, ticks: u32) {
+fn settle(gateways: &mut [Gateway], hub: &mut Hub, now: &mut Monotonic, ticks: u32) {
     for _ in 0..ticks {
         *now += TICK;
         hub.prune(*now);
@@ -83,7 +87,7 @@ fn settle(gateways: &mut [Gateway], hub: &mut Hub, now: &mut Duration, ticks: u3
     }
 }
 
-fn fleet(count: u64, hub: &mut Hub, now: &mut Duration) -> Vec<Gateway> {
+fn fleet(count: u64, hub: &mut Hub, now: &mut Monotonic) -> Vec<Gateway> {
     let mut gateways: Vec<_> = (1..=count).map(|id| Gateway::new(id, *now)).collect();
     // Whoever is alone looks around once a second.
     settle(&mut gateways, hub, now, 45);
@@ -96,7 +100,7 @@ fn blocks(id: u64, len: u64) -> Vec<BlockHash> {
 
 #[test]
 fn a_decision_is_known_elsewhere_after_two_ticks() {
-    let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+    let (mut hub, mut now) = (Hub::new(9), Monotonic::from_secs(1));
     let mut gateways = fleet(3, &mut hub, &mut now);
     assert!(gateways.iter().all(|of| of.worker.state.table.fleet == Fleet { gateways: 3, exchanging: 3 }));
     let (prefill, decode) = (gateways[0].endpoint(0), gateways[0].endpoint(2));
@@ -126,7 +130,7 @@ fn the_same_is_told_in_the_same_order() {
         let record = Record { gateway, turn: 1, blocks, ..Record::default() };
         hub.take(
             &ExchangeRequest { from: gateway, records: vec![record], ..ExchangeRequest::default() },
-            Duration::ZERO,
+            Monotonic::ZERO,
         );
     }
     let response = hub.answer(&ExchangeRequest { from: 99, wants: true, ..ExchangeRequest::default() }, 0);
@@ -135,7 +139,7 @@ fn the_same_is_told_in_the_same_order() {
 
 #[test]
 fn a_leg_behind_work_from_elsewhere_makes_no_progress_until_that_is_over() {
-    let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+    let (mut hub, mut now) = (Hub::new(9), Monotonic::from_secs(1));
     let mut gateways = fleet(2, &mut hub, &mut now);
     let prefill = gateways[0].endpoint(0);
     gateways[0].worker.prefill_started(prefill, 1, 2.0, now, FAR);
@@ -151,7 +155,7 @@ fn a_leg_behind_work_from_elsewhere_makes_no_progress_until_that_is_over() {
 
 #[test]
 fn without_pd_control_an_envoy_has_its_own_view_and_hears_all_again_later() {
-    let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+    let (mut hub, mut now) = (Hub::new(9), Monotonic::from_secs(1));
     let mut gateways = fleet(2, &mut hub, &mut now);
     let decode = gateways[0].endpoint(2);
     gateways[0].worker.decode_started(decode, 500);
@@ -176,7 +180,7 @@ fn without_pd_control_an_envoy_has_its_own_view_and_hears_all_again_later() {
 
 #[test]
 fn an_envoy_that_is_gone_is_out_of_the_others_views() {
-    let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+    let (mut hub, mut now) = (Hub::new(9), Monotonic::from_secs(1));
     let mut gateways = fleet(3, &mut hub, &mut now);
     let decode = gateways[2].endpoint(2);
     gateways[2].worker.decode_started(decode, 500);
@@ -189,7 +193,7 @@ fn an_envoy_that_is_gone_is_out_of_the_others_views() {
 
 #[test]
 fn the_worker_with_the_lease_takes_the_lead_in_place_of_the_latest_leader() {
-    let (store, now) = (Store::default(), Duration::from_secs(1));
+    let (store, now) = (Store::default(), Monotonic::from_secs(1));
     let worker = || {
         let (mut worker, mut exchange) = (Worker::default(), ExchangeClient::default());
         let config = worker.configure(CONFIG).unwrap();
@@ -216,13 +220,13 @@ fn the_worker_with_the_lease_takes_the_lead_in_place_of_the_latest_leader() {
 fn without_an_exchange_nobody_leads() {
     let (mut worker, mut exchange) = (Worker::default(), ExchangeClient::default());
     exchange.configure(&mut worker, None);
-    exchange.take_lead(&mut worker, &Store::default(), true, || panic!("there is no exchange"), Duration::ZERO);
-    assert!(exchange.tick(&mut worker, true, Duration::ZERO, |_| Vec::new()).is_empty());
+    exchange.take_lead(&mut worker, &Store::default(), true, || panic!("there is no exchange"), Monotonic::ZERO);
+    assert!(exchange.tick(&mut worker, true, Monotonic::ZERO, |_| Vec::new()).is_empty());
 }
 
 #[test]
 fn a_new_leader_of_an_envoy_takes_the_old_ones_place_at_once() {
-    let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+    let (mut hub, mut now) = (Hub::new(9), Monotonic::from_secs(1));
     let mut gateways = fleet(2, &mut hub, &mut now);
     let decode = gateways[0].endpoint(2);
     gateways[0].worker.decode_started(decode, 500);
@@ -238,7 +242,7 @@ fn a_new_leader_of_an_envoy_takes_the_old_ones_place_at_once() {
 
 #[test]
 fn a_new_leader_without_an_answer_counts_on_those_that_the_old_one_knew() {
-    let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+    let (mut hub, mut now) = (Hub::new(9), Monotonic::from_secs(1));
     let mut gateways = fleet(2, &mut hub, &mut now);
     let first = &mut gateways[0];
     first.exchange.resign(&mut first.worker);
@@ -253,7 +257,7 @@ fn a_new_leader_without_an_answer_counts_on_those_that_the_old_one_knew() {
 
 #[test]
 fn hubs_pass_on_what_they_heard_and_one_that_restarts_catches_up() {
-    let mut now = Duration::from_secs(1);
+    let mut now = Monotonic::from_secs(1);
     let mut hubs = [Hub::new(8), Hub::new(9)];
     let mut gateways = [Gateway::new(1, now), Gateway::new(2, now)];
     let mut have = [HashMap::new(), HashMap::new()];
@@ -291,7 +295,7 @@ fn hubs_pass_on_what_they_heard_and_one_that_restarts_catches_up() {
 
 #[test]
 fn however_much_gateways_told_a_hub_passes_it_on_in_messages_that_are_taken() {
-    let now = Duration::from_secs(1);
+    let now = Monotonic::from_secs(1);
     let (mut full, mut empty) = (Hub::new(8), Hub::new(9));
     for id in 1..=40 {
         let blocks: Vec<_> =
@@ -340,7 +344,7 @@ proptest! {
     /// sees what everybody has in flight, and nothing else.
     #[test]
     fn views_agree_in_the_end(steps in prop::collection::vec(step(), 0..120)) {
-        let (mut hub, mut now, mut hubs) = (Hub::new(100), Duration::from_secs(1), 100);
+        let (mut hub, mut now, mut hubs) = (Hub::new(100), Monotonic::from_secs(1), 100);
         let mut gateways = fleet(3, &mut hub, &mut now);
         let mut running: Vec<(usize, usize, u64)> = Vec::new();
         for step in steps {

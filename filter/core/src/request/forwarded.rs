@@ -1,7 +1,5 @@
 //! A request that an engine endpoint serves: who answers, and the prefill leg that may run beside it.
 
-use core::time::Duration;
-
 use super::PrefillAnswer;
 use super::effect::{Effect, Flow, KV_HEADER, Outcome, SERVED_HEADER};
 use super::leg::{abandon, engines_reply, leg_ended, prefill_ms};
@@ -13,6 +11,7 @@ use crate::endpoints::table::EndpointRef;
 use crate::endpoints::usage::Usage;
 use crate::metrics::Metric;
 use crate::request::reply::Rejection;
+use crate::time::Monotonic;
 use crate::workers::worker::Worker;
 
 /// A request that an engine endpoint serves.
@@ -41,7 +40,7 @@ pub(super) struct Forwarded {
 pub(super) struct ConcurrentPrefill {
     pub(super) endpoint: EndpointRef,
     pub(super) leg: u64,
-    pub(super) started: Duration,
+    pub(super) started: Monotonic,
 }
 
 /// How far the response's headers are.
@@ -73,14 +72,14 @@ impl Assignment {
     }
 
     /// The prompt has been computed, or never will be.
-    fn end_own_prefill(&mut self, worker: &mut Worker, now: Duration) {
+    fn end_own_prefill(&mut self, worker: &mut Worker, now: Monotonic) {
         if let Some((endpoint, leg)) = self.own_prefill.take() {
             worker.prefill_ended(endpoint, leg, now);
         }
     }
 
     /// Another endpoint has the request.
-    fn move_to(&mut self, worker: &mut Worker, endpoint: EndpointRef, now: Duration) {
+    fn move_to(&mut self, worker: &mut Worker, endpoint: EndpointRef, now: Monotonic) {
         self.end_own_prefill(worker, now);
         worker.decode_ended(self.endpoint, self.tokens);
         worker.decode_started(endpoint, self.tokens);
@@ -88,7 +87,7 @@ impl Assignment {
     }
 
     /// No endpoint has the request any more.
-    fn end(&mut self, worker: &mut Worker, now: Duration) {
+    fn end(&mut self, worker: &mut Worker, now: Monotonic) {
         self.end_own_prefill(worker, now);
         worker.decode_ended(self.endpoint, self.tokens);
         worker.counts.add(Metric::DecodeInFlight, -1);
@@ -103,7 +102,7 @@ impl Forwarded {
         mut self: Box<Self>,
         worker: &mut Worker,
         answer: PrefillAnswer<'_>,
-        now: Duration,
+        now: Monotonic,
     ) -> Step {
         let Some(concurrent) = self.concurrent_prefill.take() else { return self.stay(Vec::new()) };
         leg_ended(worker, concurrent.endpoint, concurrent.leg, &answer, now);
@@ -144,7 +143,7 @@ impl Forwarded {
         worker: &mut Worker,
         upstream: Option<&[u8]>,
         status: Option<u16>,
-        now: Duration,
+        now: Monotonic,
     ) -> Outcome {
         self.answered_by(worker, upstream, now);
         let mut effects = Vec::new();
@@ -164,7 +163,7 @@ impl Forwarded {
     }
 
     /// Notes who answered: the endpoint that was chosen, the alternate that Envoy went on to, or nobody.
-    fn answered_by(&mut self, worker: &mut Worker, upstream: Option<&[u8]>, now: Duration) {
+    fn answered_by(&mut self, worker: &mut Worker, upstream: Option<&[u8]>, now: Monotonic) {
         let mut answers = |reference: &EndpointRef| {
             let slot = worker.state.table.resolve(*reference).filter(|slot| Some(slot.address.as_bytes()) == upstream);
             let is_it = slot.is_some();
@@ -191,7 +190,7 @@ impl Forwarded {
     }
 
     /// The first byte of the response's body is there: the prompt has been computed.
-    pub(super) fn first_byte(&mut self, worker: &mut Worker, now: Duration) {
+    pub(super) fn first_byte(&mut self, worker: &mut Worker, now: Monotonic) {
         self.has_first_byte = true;
         self.assignment.end_own_prefill(worker, now);
     }
@@ -214,7 +213,7 @@ impl Forwarded {
     }
 
     /// The stream ended.
-    pub(super) fn end(&mut self, worker: &mut Worker, now: Duration) {
+    pub(super) fn end(&mut self, worker: &mut Worker, now: Monotonic) {
         self.assignment.end(worker, now);
         if let Some(ConcurrentPrefill { endpoint, leg, .. }) = self.concurrent_prefill {
             abandon(worker, endpoint, leg, now);

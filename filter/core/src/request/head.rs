@@ -64,7 +64,7 @@ pub(crate) fn candidates(table: &Table, model: &str, subset: Option<&Subset>) ->
     let all = table.candidates(model)?;
     let Some(subset) = subset else { return Ok(all) };
     let mut some = Candidates::clone(&all);
-    some.retain(|at| table.get(at).is_some_and(|slot| subset.allows(slot)));
+    some.retain(|index| table.get(index).is_some_and(|slot| subset.allows(slot)));
     if some.is_empty() { Err(NoCandidates::NoEndpoint) } else { Ok(Arc::new(some)) }
 }
 

@@ -1,7 +1,5 @@
 //! One prefill leg: its call, its place in the ledger, and how it ended.
 
-use core::time::Duration;
-
 use super::PrefillAnswer;
 use super::effect::{Call, Effect, PREFILL_MS};
 use super::head::is_ours;
@@ -15,6 +13,7 @@ use crate::engine::{Pair, legs};
 use crate::headers::Headers;
 use crate::metrics::Metric;
 use crate::request::reply::Reply;
+use crate::time::Monotonic;
 use crate::workers::worker::Worker;
 
 /// A prefill leg as a call, and its number in the ledger.
@@ -27,7 +26,7 @@ pub(super) fn start_leg(
     pick: Pick,
     pair_id: Option<u64>,
     body: &ScannedBody<'_>,
-    now: Duration,
+    now: Monotonic,
 ) -> (Call, u64) {
     let leg = worker.next_leg();
     let parsed = &split.parsed;
@@ -80,7 +79,7 @@ pub(super) fn leg_ended(
     endpoint: EndpointRef,
     leg: u64,
     answer: &PrefillAnswer<'_>,
-    now: Duration,
+    now: Monotonic,
 ) -> Option<f64> {
     worker.counts.add(Metric::PrefillInFlight, -1);
     let fault = answer.fault();
@@ -106,14 +105,14 @@ pub(super) fn leg_ended(
 }
 
 /// Nobody waits for a prefill leg any more.
-pub(super) fn abandon(worker: &mut Worker, endpoint: EndpointRef, leg: u64, now: Duration) {
+pub(super) fn abandon(worker: &mut Worker, endpoint: EndpointRef, leg: u64, now: Monotonic) {
     worker.counts.add(Metric::PrefillInFlight, -1);
     worker.counts.count(Metric::KvStranded);
     worker.prefill_abandoned(endpoint, leg, now);
 }
 
 /// The time that a prefill leg took, as filter state.
-pub(super) fn prefill_ms(worker: &mut Worker, started: Duration, now: Duration) -> Effect {
+pub(super) fn prefill_ms(worker: &mut Worker, started: Monotonic, now: Monotonic) -> Effect {
     let ms = u64::try_from(now.saturating_sub(started).as_millis()).unwrap_or(u64::MAX);
     worker.counts.record(Metric::PrefillMs, ms);
     Effect::SetState(PREFILL_MS, ms.to_string().into_bytes())

@@ -16,15 +16,14 @@
 //! |---|---|
 //! | `step` | the states, and what an event leads to |
 //! | `new`, `reading`, `prefilling`, `forwarded` | one state each: what its events do |
-//! | `head`, `parsed`, `models`, `paths`, `clean` | what headers and body say |
+//! | `head`, `parsed`, `models`, `clean` | what headers and body say |
 //! | `serve`, `split`, `leg`, `route` | how a request is served: by two legs or by one, and where they go |
 //! | `response_editor` | what changes in the response |
 //! | `effect`, `reply`, `ready` | what the shell does, and what the filter answers itself |
 
-use core::time::Duration;
-
 use crate::headers::Headers;
 use crate::request::reply::Rejection;
+use crate::time::Monotonic;
 use crate::workers::worker::{Ticket, Worker};
 
 use forwarded::served_by;
@@ -84,7 +83,7 @@ pub struct Request {
 /// Events, in the order in which Envoy has them.
 impl Request {
     /// Request headers are there.
-    pub fn headers(&mut self, worker: &mut Worker, headers: Headers, end_of_stream: bool, now: Duration) -> Outcome {
+    pub fn headers(&mut self, worker: &mut Worker, headers: Headers, end_of_stream: bool, now: Monotonic) -> Outcome {
         self.enter(new::headers(worker, headers, end_of_stream, now))
     }
 
@@ -101,7 +100,7 @@ impl Request {
     }
 
     /// The body is complete.
-    pub fn body(&mut self, worker: &mut Worker, body: &[u8], now: Duration) -> Outcome {
+    pub fn body(&mut self, worker: &mut Worker, body: &[u8], now: Monotonic) -> Outcome {
         match core::mem::take(&mut self.state) {
             State::Reading(reading) => {
                 let step = reading.body(worker, &mut self.ticket, body, now);
@@ -118,7 +117,7 @@ impl Request {
         worker: &mut Worker,
         answer: PrefillAnswer<'_>,
         body: impl FnOnce() -> Option<B>,
-        now: Duration,
+        now: Monotonic,
     ) -> Outcome {
         match core::mem::take(&mut self.state) {
             State::Prefilling(prefilling) => {
@@ -137,7 +136,7 @@ impl Request {
         worker: &mut Worker,
         upstream: Option<&[u8]>,
         status: Option<u16>,
-        now: Duration,
+        now: Monotonic,
     ) -> Outcome {
         match &mut self.state {
             State::Forwarded(forwarded) => forwarded.response_headers(worker, upstream, status, now),
@@ -149,7 +148,7 @@ impl Request {
     }
 
     /// The first byte of the response's body is there.
-    pub fn first_byte(&mut self, worker: &mut Worker, now: Duration) {
+    pub fn first_byte(&mut self, worker: &mut Worker, now: Monotonic) {
         if let State::Forwarded(forwarded) = &mut self.state {
             forwarded.first_byte(worker, now);
         }
@@ -164,7 +163,7 @@ impl Request {
     }
 
     /// The stream is over, whatever way it ended. Everything that was counted for it is taken back.
-    pub fn done(&mut self, worker: &mut Worker, now: Duration) {
+    pub fn done(&mut self, worker: &mut Worker, now: Monotonic) {
         if let Some(ticket) = self.ticket.take() {
             worker.release(ticket);
         }

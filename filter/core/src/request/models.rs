@@ -54,10 +54,10 @@ pub(crate) fn resolve_model(
 fn target(alias: &Alias, is_served: impl Fn(&str) -> bool, bits: u64) -> Option<&str> {
     let served: Vec<_> = alias.targets.iter().filter(|target| target.weight > 0 && is_served(&target.model)).collect();
     let sum = served.iter().fold(0_u64, |sum, target| sum.saturating_add(u64::from(target.weight)));
-    let mut at = bits.checked_rem(sum).unwrap_or(0);
+    let mut left = bits.checked_rem(sum).unwrap_or(0);
     for target in &served {
-        match at.checked_sub(u64::from(target.weight)) {
-            Some(rest) => at = rest,
+        match left.checked_sub(u64::from(target.weight)) {
+            Some(rest) => left = rest,
             None => return Some(&target.model),
         }
     }

@@ -1,6 +1,5 @@
 //! A request whose headers come: they are classified, and freed of those that steer the filter.
 
-use core::time::Duration;
 use std::sync::Arc;
 
 use super::effect::{Effect, Flow};
@@ -16,6 +15,7 @@ use crate::config::{Config, PHASE_HEADER, PREFILLER_HEADER};
 use crate::headers::Headers;
 use crate::metrics::Metric;
 use crate::request::reply::Rejection;
+use crate::time::Monotonic;
 use crate::workers::worker::Worker;
 
 /// Path that lists models.
@@ -34,7 +34,7 @@ enum Class {
 }
 
 /// The request's headers are there.
-pub(super) fn headers(worker: &mut Worker, headers: Headers, end_of_stream: bool, now: Duration) -> Step {
+pub(super) fn headers(worker: &mut Worker, headers: Headers, end_of_stream: bool, now: Monotonic) -> Step {
     let config = match &worker.config {
         Ok(config) => Arc::clone(config),
         Err(error) => {

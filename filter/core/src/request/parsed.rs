@@ -1,6 +1,5 @@
 //! What a request's body says, and which endpoints may serve it.
 
-use core::time::Duration;
 use std::borrow::Cow;
 use std::sync::Arc;
 
@@ -14,6 +13,7 @@ use crate::prefix::hash::{BlockHash, prompt_hash, session_hash};
 use crate::request::head::RequestHead;
 use crate::request::models::{Served, resolve_model};
 use crate::request::reply::Rejection;
+use crate::time::Monotonic;
 use crate::workers::worker::Worker;
 
 /// Output tokens that a request is expected to add to its KV cache, unless it allows fewer. The traces' mean is 149 to 343.
@@ -67,7 +67,7 @@ impl ParsedRequest {
         head: RequestHead,
         api: Api,
         body: &ScannedBody<'_>,
-        now: Duration,
+        now: Monotonic,
     ) -> Result<Self, Rejection> {
         let (bytes, scan) = (body.bytes, &body.scan);
         let config = Arc::clone(&head.config);
@@ -114,7 +114,7 @@ impl ParsedRequest {
         self.head.config.pool(&self.served.candidates.pool)
     }
 
-    pub(super) fn scheduler<'a>(&'a self, worker: &'a Worker, now: Duration) -> Scheduler<'a> {
+    pub(super) fn scheduler<'a>(&'a self, worker: &'a Worker, now: Monotonic) -> Scheduler<'a> {
         Scheduler { table: &worker.state.table, index: &worker.state.index, pool: self.pool(), now }
     }
 

@@ -1,6 +1,5 @@
 //! A request that waits for its prefill leg: the leg's end, another try, and the way on.
 
-use core::time::Duration;
 use std::sync::Arc;
 
 use super::PrefillAnswer;
@@ -21,6 +20,7 @@ use crate::endpoints::usage::Usage;
 use crate::engine::{Handover, legs};
 use crate::metrics::Metric;
 use crate::request::reply::Rejection;
+use crate::time::Monotonic;
 use crate::workers::worker::Worker;
 
 /// Reason code of a split whose KV cache could not be handed over.
@@ -42,7 +42,7 @@ impl Prefilling {
         worker: &mut Worker,
         answer: PrefillAnswer<'_>,
         body: impl FnOnce() -> Option<B>,
-        now: Duration,
+        now: Monotonic,
     ) -> Result<Step, Rejection> {
         let Some(leg) = self.leg else {
             self.refresh_candidates(worker);
@@ -64,7 +64,7 @@ impl Prefilling {
     }
 
     /// The stream ended: nobody waits for the leg any more.
-    pub(super) fn end(&self, worker: &mut Worker, now: Duration) {
+    pub(super) fn end(&self, worker: &mut Worker, now: Monotonic) {
         if let Some(leg) = self.leg {
             abandon(worker, self.prefiller.endpoint, leg, now);
         }
@@ -86,7 +86,7 @@ impl Prefilling {
         worker: &mut Worker,
         answer: PrefillAnswer<'_>,
         body: impl FnOnce() -> Option<B>,
-        now: Duration,
+        now: Monotonic,
     ) -> Result<Step, Rejection> {
         let endpoint = self.prefiller.endpoint;
         if let PrefillAnswer::Answered { status: 200, body: answer, .. } = answer
@@ -109,7 +109,7 @@ impl Prefilling {
         mut self,
         worker: &mut Worker,
         body: impl FnOnce() -> Option<B>,
-        now: Duration,
+        now: Monotonic,
     ) -> Result<Step, Rejection> {
         self.split.tried.push(self.prefiller.endpoint);
         if let Some(pick) = self.pick_another(worker, now)
@@ -125,7 +125,7 @@ impl Prefilling {
         give_up(worker, &self.split.parsed, now)
     }
 
-    fn pick_another(&self, worker: &Worker, now: Duration) -> Option<Pick> {
+    fn pick_another(&self, worker: &Worker, now: Monotonic) -> Option<Pick> {
         let Split { parsed, tried, .. } = &self.split;
         if tried.len() >= parsed.pool().prefill_attempts as usize {
             return None;
@@ -142,7 +142,7 @@ impl Prefilling {
         answer: &Object<'_>,
         seconds: Option<f64>,
         body: impl FnOnce() -> Option<B>,
-        now: Duration,
+        now: Monotonic,
     ) -> Result<Step, Rejection> {
         let Self { split, prefiller, .. } = &self;
         let Prompt { bytes, tokens, .. } = split.parsed.prompt;
@@ -213,7 +213,7 @@ fn edit_with<B: AsRef<[u8]>>(
 }
 
 /// No prefill endpoint could be had: the pool's policy decides.
-fn give_up(worker: &mut Worker, parsed: &ParsedRequest, now: Duration) -> Result<Step, Rejection> {
+fn give_up(worker: &mut Worker, parsed: &ParsedRequest, now: Monotonic) -> Result<Step, Rejection> {
     worker.counts.count(Metric::PrefillGivenUp);
     let picked = match parsed.pool().on_prefill_failure {
         OnPrefillFailure::Fail => None,

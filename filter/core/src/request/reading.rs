@@ -1,7 +1,5 @@
 //! A request whose headers are there and whose body is not complete.
 
-use core::time::Duration;
-
 use super::clean::cleaned;
 use super::effect::Effect;
 use super::head::RequestHead;
@@ -12,6 +10,7 @@ use super::step::Step;
 use crate::choose::admission::Ask;
 use crate::config::Limits;
 use crate::request::reply::Rejection;
+use crate::time::Monotonic;
 use crate::workers::worker::{Ticket, Worker};
 
 /// The headers are there, the body is not complete.
@@ -40,7 +39,7 @@ impl Reading {
         worker: &mut Worker,
         ticket: &mut Option<Ticket>,
         body: &[u8],
-        now: Duration,
+        now: Monotonic,
     ) -> Result<Step, Rejection> {
         self.check_size(body.len())?;
         let Some(api) = self.head.api else {

@@ -86,18 +86,18 @@ impl ResponseEditor {
             part
         };
         let mut out = Vec::new();
-        let (mut copied, mut at, mut end) = (0, 0, text.len());
-        while let Some(quote) = text.get(at..).and_then(|rest| memchr::memchr(b'"', rest)) {
-            let quote = at.saturating_add(quote);
-            at = quote.saturating_add(1);
+        let (mut copied, mut index, mut end) = (0, 0, text.len());
+        while let Some(quote) = text.get(index..).and_then(|rest| memchr::memchr(b'"', rest)) {
+            let quote = index.saturating_add(quote);
+            index = quote.saturating_add(1);
             let before = quote.checked_sub(1).and_then(|before| text.get(before));
             if before.map_or(self.is_escaped, |byte| *byte == b'\\') {
                 continue;
             }
-            match self.member(text.get(at..).unwrap_or_default()) {
+            match self.member(text.get(index..).unwrap_or_default()) {
                 Found::Member(name, value) => {
-                    let value = at.saturating_add(value.start)..at.saturating_add(value.end);
-                    at = value.end;
+                    let value = index.saturating_add(value.start)..index.saturating_add(value.end);
+                    index = value.end;
                     if let Some(other) = self.read(name, text.get(value.clone()).unwrap_or_default()) {
                         out.extend_from_slice(text.get(copied..value.start).unwrap_or_default());
                         out.extend_from_slice(&other);
@@ -128,11 +128,11 @@ impl ResponseEditor {
             let begins = |name: &[u8]| name.len() > text.len() && name.starts_with(text);
             return if NAMES.iter().any(|(name, _)| begins(name)) { Found::Beginning } else { Found::Nothing };
         };
-        let behind = |at: usize| {
-            let rest = text.get(at..).unwrap_or_default();
+        let behind = |index: usize| {
+            let rest = text.get(index..).unwrap_or_default();
             let spaces = rest.iter().take(MAX_SPACE_BYTES).take_while(|byte| byte.is_ascii_whitespace()).count();
-            let at = at.saturating_add(spaces);
-            (at, text.get(at).copied())
+            let index = index.saturating_add(spaces);
+            (index, text.get(index).copied())
         };
         let (colon, is_colon) = behind(name.len());
         let (start, first) = match is_colon {
@@ -186,13 +186,13 @@ impl ResponseEditor {
 
 /// Length of the string that `text` begins with, quotes included; `None` if it does not end there.
 fn string_bytes(text: &[u8]) -> Option<usize> {
-    let mut at = 1_usize;
+    let mut index = 1_usize;
     loop {
-        let found = at.saturating_add(memchr::memchr2(b'"', b'\\', text.get(at..)?)?);
+        let found = index.saturating_add(memchr::memchr2(b'"', b'\\', text.get(index..)?)?);
         if text.get(found) == Some(&b'"') {
             return Some(found.saturating_add(1));
         }
-        at = found.saturating_add(2);
+        index = found.saturating_add(2);
     }
 }
 

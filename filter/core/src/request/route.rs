@@ -1,7 +1,5 @@
 //! Where a request goes: what Envoy is told of it, and what is counted there.
 
-use core::time::Duration;
-
 use super::effect::{
     DECODE, DESTINATION, Effect, Flow, MATCHED_TOKENS, PREFILL, PREFILLER, RANK, REASON, decision_name,
 };
@@ -19,6 +17,7 @@ use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
 use crate::request::reply::Rejection;
 use crate::request::response_editor::ResponseEditor;
+use crate::time::Monotonic;
 use crate::workers::recent::DecisionRecord;
 use crate::workers::worker::Worker;
 
@@ -50,7 +49,7 @@ pub(super) enum Prefill {
     Done {
         pick: Pick,
         endpoint: EndpointRef,
-        started: Duration,
+        started: Monotonic,
         /// What the leg's answer says it used.
         usage: Option<Usage>,
         /// Whether the KV cache could not be handed over, so that the prompt is computed a second time.
@@ -94,7 +93,7 @@ pub(super) fn forward(
     worker: &mut Worker,
     parsed: &ParsedRequest,
     route: Route,
-    now: Duration,
+    now: Monotonic,
 ) -> Result<Step, Rejection> {
     let assignment = account(worker, parsed, &route, now).ok_or(Rejection::NoEndpoint)?;
     let mut effects = describe(worker, &route, now);
@@ -118,7 +117,7 @@ pub(super) fn forward(
 }
 
 /// Counts the request at its endpoint; `None` if the endpoint is gone.
-fn account(worker: &mut Worker, parsed: &ParsedRequest, route: &Route, now: Duration) -> Option<Assignment> {
+fn account(worker: &mut Worker, parsed: &ParsedRequest, route: &Route, now: Monotonic) -> Option<Assignment> {
     let leg = worker.next_leg();
     let endpoint = worker.state.table.refer(route.pick.endpoint)?;
     worker.state.table.get_mut(route.pick.endpoint)?.health.sent(now);
@@ -143,7 +142,7 @@ fn account(worker: &mut Worker, parsed: &ParsedRequest, route: &Route, now: Dura
 }
 
 /// Filter states of a request that goes to an engine endpoint.
-fn describe(worker: &mut Worker, route: &Route, now: Duration) -> Vec<Effect> {
+fn describe(worker: &mut Worker, route: &Route, now: Monotonic) -> Vec<Effect> {
     let mut effects = vec![
         Effect::SetState(DESTINATION, destination_with_retries(worker, route).into_bytes()),
         Effect::decision(route.decision),
@@ -180,7 +179,6 @@ fn decision(worker: &Worker, parsed: &ParsedRequest, route: &Route) -> DecisionR
         decode: address(route.pick.endpoint),
         prompt_tokens: parsed.prompt.tokens as u64,
         matched_tokens: route.matched_tokens() as u64,
-        ..DecisionRecord::default()
     }
 }
 
@@ -256,7 +254,7 @@ pub(super) fn pass(
     worker: &mut Worker,
     config: &Config,
     subset: Option<&Subset>,
-    now: Duration,
+    now: Monotonic,
 ) -> Result<Step, Rejection> {
     let key = worker.next_leg();
     let prompt = Prompt { key: key.wrapping_mul(0x9e37_79b9_7f4a_7c15), ..Prompt::default() };

@@ -1,7 +1,5 @@
 //! How a request that was read is served: by two legs or by one, and where that one goes.
 
-use core::time::Duration;
-
 use super::effect::{EXPLAIN, Effect};
 use super::head::Phase;
 use super::parsed::{ParsedRequest, ScannedBody};
@@ -15,6 +13,7 @@ use crate::endpoints::candidates::Candidates;
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
 use crate::request::reply::Rejection;
+use crate::time::Monotonic;
 use crate::wire::EndpointId;
 use crate::workers::worker::Worker;
 
@@ -27,7 +26,7 @@ enum Legs {
 }
 
 /// Serves a request, and explains the choice to a caller who is trusted to ask.
-pub(super) fn serve(worker: &mut Worker, parsed: ParsedRequest, body: &ScannedBody<'_>, now: Duration) -> Step {
+pub(super) fn serve(worker: &mut Worker, parsed: ParsedRequest, body: &ScannedBody<'_>, now: Monotonic) -> Step {
     let is_asked = parsed.head.config.trusts(EXPLAIN_HEADER) && parsed.head.headers.get(EXPLAIN_HEADER).is_some();
     let explained = is_asked.then(|| parsed.scheduler(worker, now).explain(&parsed.served.candidates, &parsed.prompt));
     let started = match choose_legs(worker, &parsed, now) {
@@ -39,7 +38,7 @@ pub(super) fn serve(worker: &mut Worker, parsed: ParsedRequest, body: &ScannedBo
     step.after(explained.map(|text| Effect::SetState(EXPLAIN, text.into_bytes())))
 }
 
-fn choose_legs(worker: &mut Worker, parsed: &ParsedRequest, now: Duration) -> Result<Legs, Rejection> {
+fn choose_legs(worker: &mut Worker, parsed: &ParsedRequest, now: Monotonic) -> Result<Legs, Rejection> {
     let candidates = &parsed.served.candidates;
     let hint = parsed.head.prefiller.as_ref().map(|ids| hinted(worker, ids, candidates));
     if hint == Some(None) && parsed.head.phase.is_none() {

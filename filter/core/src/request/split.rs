@@ -16,6 +16,7 @@ use crate::engine::{EngineIdQuery, LegOrder};
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
 use crate::request::reply::Rejection;
+use crate::time::Monotonic;
 use crate::workers::worker::Worker;
 
 /// How long a bootstrap server may take to tell an engine's id, which it has in memory.
@@ -28,7 +29,7 @@ pub(super) struct Split {
     /// Prefill endpoints that failed.
     pub(super) tried: Vec<EndpointRef>,
     /// When the first endpoint was chosen.
-    pub(super) started: Duration,
+    pub(super) started: Monotonic,
 }
 
 /// The prefill endpoint that was chosen.
@@ -47,7 +48,7 @@ impl Split {
         worker: &mut Worker,
         pick: Pick,
         body: &ScannedBody<'_>,
-        now: Duration,
+        now: Monotonic,
     ) -> Result<Step, Rejection> {
         let (Some(endpoint), Some(slot)) =
             (worker.state.table.refer(pick.endpoint), worker.state.table.get(pick.endpoint))
@@ -101,7 +102,7 @@ impl Split {
         worker: &mut Worker,
         prefiller: &Prefiller,
         body: &ScannedBody<'_>,
-        now: Duration,
+        now: Monotonic,
     ) -> Result<Step, Rejection> {
         let parsed = &self.parsed;
         let (pick, alternates) = self.pick_decode(worker, &prefiller.partner, now)?;
@@ -122,7 +123,7 @@ impl Split {
     }
 
     /// The decode endpoint's sidecar runs the prefill leg.
-    fn leave_to_sidecar(self, worker: &mut Worker, prefiller: &Prefiller, now: Duration) -> Result<Step, Rejection> {
+    fn leave_to_sidecar(self, worker: &mut Worker, prefiller: &Prefiller, now: Monotonic) -> Result<Step, Rejection> {
         let (pick, alternates) = self.pick_decode(worker, &prefiller.partner, now)?;
         let prefill = Prefill::Sidecar(prefiller.pick, prefiller.endpoint);
         let (decision, edit) = (Metric::RequestsSplit, self.parsed.plain_edit());
@@ -136,7 +137,7 @@ impl Split {
         &self,
         worker: &Worker,
         partner: &Partner,
-        now: Duration,
+        now: Monotonic,
     ) -> Result<(Pick, Vec<EndpointIndex>), Rejection> {
         let partners = self.parsed.served.candidates.partners(partner);
         let picked = self.parsed.scheduler(worker, now).pick_decode(partners, &self.parsed.prompt, &[]);

@@ -4,7 +4,6 @@
 //! An event names its endpoint by [`EndpointState::key`](crate::endpoints::endpoint_state::EndpointState::key). Every worker
 //! computes the same key, so workers whose lists differ for a moment understand each other's events.
 
-use core::time::Duration;
 use std::borrow::Cow;
 
 use crate::codec::{Reader, Writer};
@@ -12,6 +11,7 @@ use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::endpoints::load::Load;
 use crate::prefix::hash::BlockHash;
 use crate::prefix::index::EndpointIndex;
+use crate::time::Monotonic;
 use crate::workers::state::State;
 
 /// Most blocks of an event, 4 MiB of prompt or more. The other workers take what lies behind as not held.
@@ -21,11 +21,11 @@ const MAX_EVENT_BLOCKS: usize = 2_048;
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Event<'a> {
     /// A prefill leg was sent to the endpoint, which needs `seconds` for it. Nobody counts it beyond `expires`.
-    PrefillStarted { leg: u64, seconds: f64, at: Duration, expires: Duration },
+    PrefillStarted { leg: u64, seconds: f64, at: Monotonic, expires: Monotonic },
     /// That leg ended.
-    PrefillEnded { leg: u64, at: Duration },
+    PrefillEnded { leg: u64, at: Monotonic },
     /// The client of that leg is gone, and the endpoint may still compute it.
-    PrefillAbandoned { leg: u64, at: Duration },
+    PrefillAbandoned { leg: u64, at: Monotonic },
     /// A request with so many KV tokens was assigned to the endpoint.
     DecodeStarted { tokens: u64 },
     /// That request ended.
@@ -33,7 +33,7 @@ pub(crate) enum Event<'a> {
     /// The endpoint holds these blocks now.
     Holds { blocks: Cow<'a, [BlockHash]> },
     /// The endpoint could not be reached or answered that it is broken.
-    Failed { at: Duration },
+    Failed { at: Monotonic },
     /// The endpoint answered after a failure.
     Healed,
     /// A pool let a request in. The key is that of the pool, `fairness` a hash of the fairness id.
@@ -221,7 +221,7 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     pub(crate) fn event() -> impl Strategy<Value = Event<'static>> {
-        let time = || any::<u64>().prop_map(Duration::from_nanos);
+        let time = || any::<u64>().prop_map(Monotonic::from_nanos);
         prop_oneof![
             (any::<u64>(), 0.0..1e3, time(), time()).prop_map(|(leg, seconds, at, expires)| Event::PrefillStarted {
                 leg,

@@ -9,6 +9,7 @@ use hashbrown::{HashMap, HashSet};
 
 use crate::codec::{Reader, Writer};
 use crate::prefix::hash::BlockHash;
+use crate::time::Monotonic;
 use crate::workers::shared::Shared;
 use crate::workers::worker::Worker;
 
@@ -22,7 +23,7 @@ const MAX_INHERITED: usize = 65_536;
 pub(super) struct Inheritance {
     /// This worker's hash scheme. It leaves out blocks of another one.
     hash_scheme: u64,
-    began: Duration,
+    began: Monotonic,
     /// Place of the endpoint that is written next.
     next_saved: usize,
     /// By place: the endpoint's key and touches when it was written.
@@ -33,7 +34,7 @@ pub(super) struct Inheritance {
 
 impl Inheritance {
     /// A worker that starts now.
-    pub(super) fn new(hash_scheme: u64, now: Duration) -> Self {
+    pub(super) fn new(hash_scheme: u64, now: Monotonic) -> Self {
         Self { hash_scheme, began: now, ..Self::default() }
     }
 
@@ -59,7 +60,7 @@ impl Inheritance {
     }
 
     /// Takes over the blocks of endpoints that this worker has in its list and has not read yet.
-    pub(super) fn inherit(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
+    pub(super) fn inherit(&mut self, worker: &mut Worker, shared: &impl Shared, now: Monotonic) {
         let is_new = |key: &u64| !self.inherited.contains(key);
         let is_young = now.saturating_sub(self.began) < INHERITANCE;
         if !is_young || !worker.state.table.iter().any(|(_, state)| is_new(&state.key)) {

@@ -1,13 +1,12 @@
 //! The ledger of one worker: what that worker has in flight, by its own events alone. When the worker is gone the others
 //! retract its ledger as a whole.
 
-use core::time::Duration;
-
 use hashbrown::HashMap;
 
 use crate::codec::{Reader, Writer};
 use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::endpoints::load::Load;
+use crate::time::Monotonic;
 use crate::workers::event::Event;
 use crate::workers::state::State;
 
@@ -16,8 +15,8 @@ use crate::workers::state::State;
 struct Leg {
     endpoint: u64,
     seconds: f64,
-    at: Duration,
-    expires: Duration,
+    at: Monotonic,
+    expires: Monotonic,
 }
 
 /// What one worker has in flight, and what it knows of other Envoys.
@@ -75,7 +74,7 @@ impl WorkerLedger {
     }
 
     /// Drops legs that expired without an end.
-    pub(crate) fn prune(&mut self, now: Duration) {
+    pub(crate) fn prune(&mut self, now: Monotonic) {
         self.legs.retain(|_, leg| leg.expires > now);
     }
 
@@ -105,7 +104,7 @@ impl WorkerLedger {
     }
 
     /// Takes the ledger out of a worker's state again, as far as it was [applied](Self::apply).
-    pub(crate) fn retract(&self, state: &mut State, now: Duration) {
+    pub(crate) fn retract(&self, state: &mut State, now: Monotonic) {
         for (leg, Leg { endpoint, .. }) in &self.legs {
             if let Some(endpoint_state) = state.table.by_key(*endpoint) {
                 endpoint_state.prefill.remove(*leg, now);

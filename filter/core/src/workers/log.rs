@@ -25,6 +25,7 @@
 use core::time::Duration;
 
 use crate::codec::{Reader, Writer};
+use crate::time::Monotonic;
 use crate::workers::event::Event;
 use crate::workers::inheritance::Inheritance;
 use crate::workers::ledger::WorkerLedger;
@@ -53,8 +54,8 @@ pub struct WorkersLog {
     /// The open segment, its head included, and its key.
     open: Vec<u8>,
     key: String,
-    published_at: Duration,
-    renewed: Duration,
+    published_at: Monotonic,
+    renewed: Monotonic,
     announced: Option<u64>,
     peers: Vec<PeerWorker>,
     inheritance: Inheritance,
@@ -90,8 +91,8 @@ impl WorkersLog {
         generations
     }
 
-    /// The latest decisions of all workers that recorded any, newest first, at most [`MAX_DECISIONS`].
-    pub fn decisions(&self, worker: &Worker, shared: &impl Shared) -> Vec<DecisionRecord> {
+    /// The latest decisions of all workers that recorded any, with their times, newest first, at most [`MAX_DECISIONS`].
+    pub fn decisions(&self, worker: &Worker, shared: &impl Shared) -> Vec<(Monotonic, DecisionRecord)> {
         let mut decisions: Vec<_> = worker.recent.iter().cloned().collect();
         for peer in &self.peers {
             let Some((bytes, _)) = shared.get(&recent_key(peer.slot)) else { continue };
@@ -100,7 +101,7 @@ impl WorkersLog {
                 decisions.extend(core::iter::from_fn(|| DecisionRecord::read(&mut rest)));
             }
         }
-        decisions.sort_unstable_by_key(|decision| core::cmp::Reverse(decision.at_ms));
+        decisions.sort_unstable_by_key(|(at, _)| core::cmp::Reverse(*at));
         decisions.truncate(MAX_DECISIONS);
         decisions
     }
@@ -108,7 +109,7 @@ impl WorkersLog {
     /// Starts over with the configuration that `worker` has in force: takes a slot, announces the worker and reads what
     /// the others have. `worker_id` is [`Push::worker_id`](crate::workers::push::Push::worker_id), above 0. Where all slots
     /// are taken the worker decides alone.
-    pub fn configure(&mut self, worker: &mut Worker, shared: &impl Shared, worker_id: u64, now: Duration) {
+    pub fn configure(&mut self, worker: &mut Worker, shared: &impl Shared, worker_id: u64, now: Monotonic) {
         let block_bytes = worker.config.as_ref().map_or(0, |config| config.prefix.block_bytes);
         let (slot, who) = (self.slot, core::mem::take(&mut self.who));
         let hash_scheme = block_bytes as u64;
@@ -120,7 +121,7 @@ impl WorkersLog {
     }
 
     /// Applies what the other workers did to `worker`. `announced` is [`Shared::announced`]. Call it before every decision.
-    pub fn catch_up(&mut self, worker: &mut Worker, shared: &impl Shared, announced: u64, now: Duration) {
+    pub fn catch_up(&mut self, worker: &mut Worker, shared: &impl Shared, announced: u64, now: Monotonic) {
         if self.announced != Some(announced) {
             self.announced = Some(announced);
             let (slots, _) = slots(shared);
@@ -136,14 +137,14 @@ impl WorkersLog {
     }
 
     /// Writes this worker's events for the others, unless they may wait. Call it after every event.
-    pub fn publish(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
+    pub fn publish(&mut self, worker: &mut Worker, shared: &impl Shared, now: Monotonic) {
         let may_wait = !worker.pending.is_urgent && now.saturating_sub(self.published_at) < PATIENCE;
         if !worker.pending.is_empty() && !may_wait {
             self.write_now(worker, shared, now);
         }
     }
 
-    fn write_now(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
+    fn write_now(&mut self, worker: &mut Worker, shared: &impl Shared, now: Monotonic) {
         // A worker that stood still may have lost its slot, and the log in that slot is another worker's.
         if now.saturating_sub(self.renewed) > RENEWAL {
             self.renew(worker, shared, now);
@@ -176,7 +177,7 @@ impl WorkersLog {
 
     /// Renews the slot, and writes and reads what changes less often than events. Call it every
     /// [`TICK`](crate::workers::push::TICK): a slot that is not renewed for 700 ms is free.
-    pub fn tick(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
+    pub fn tick(&mut self, worker: &mut Worker, shared: &impl Shared, now: Monotonic) {
         self.write_now(worker, shared, now);
         self.renew(worker, shared, now);
         self.save_ledger(worker, shared);
@@ -208,7 +209,7 @@ impl WorkersLog {
     }
 
     /// Keeps the slot, or takes a free one. Where none is free the worker has no slot.
-    fn renew(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
+    fn renew(&mut self, worker: &mut Worker, shared: &impl Shared, now: Monotonic) {
         for _ in 0..8 {
             let (mut slots, version) = slots(shared);
             let mine = |slot: &WorkerSlot| slot.worker_id == self.worker_id;
@@ -246,7 +247,7 @@ impl WorkersLog {
     }
 
     /// Retracts the ledgers of workers that are gone, and joins workers that are new.
-    fn meet(&mut self, worker: &mut Worker, shared: &impl Shared, slots: &[WorkerSlot], now: Duration) {
+    fn meet(&mut self, worker: &mut Worker, shared: &impl Shared, slots: &[WorkerSlot], now: Monotonic) {
         let is_here = |peer: &PeerWorker| {
             slots.get(peer.slot).is_some_and(|slot| slot.worker_id == peer.worker_id && slot.is_taken(now))
         };
@@ -283,7 +284,7 @@ impl WorkersLog {
         let Some(slot) = self.slot.filter(|_| core::mem::take(&mut worker.recent.is_new)) else { return };
         let mut out = Writer::default();
         out.word(self.worker_id);
-        worker.recent.iter().for_each(|decision| decision.write(&mut out));
+        worker.recent.write(&mut out);
         shared.set(&recent_key(slot), &out.0, None);
     }
 }

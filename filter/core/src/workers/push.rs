@@ -10,6 +10,7 @@ use core::time::Duration;
 use crate::config::Control;
 use crate::endpoints::table::Applied;
 use crate::metrics::{Level, Metric};
+use crate::time::Monotonic;
 use crate::wire::{Snapshot, WATCH_PATH, WireError};
 use crate::workers::shared::{ABSENT, Shared};
 use crate::workers::worker::Worker;
@@ -70,14 +71,14 @@ pub struct Push {
     polling: bool,
     holds_lease: bool,
     failures: u32,
-    next_poll: Duration,
-    last_answer: Duration,
+    next_poll: Monotonic,
+    last_answer: Monotonic,
 }
 
 impl Push {
     /// Starts over with a configuration's `control`; `None`: this worker polls nobody and takes no list. The worker gets
     /// its id at the first call.
-    pub fn configure(&mut self, control: Option<Control>, shared: &impl Shared, now: Duration) {
+    pub fn configure(&mut self, control: Option<Control>, shared: &impl Shared, now: Monotonic) {
         let id = if self.id == 0 { next_worker_id(shared) } else { self.id };
         let polling = self.polling;
         *self = Self { id, control, polling, last_answer: now, ..Self::default() };
@@ -111,14 +112,14 @@ impl Push {
     }
 
     /// Takes or renews the lease, and returns the poll that the leader should start. Call it every [`TICK`].
-    pub fn tick(&mut self, shared: &impl Shared, now: Duration) -> Option<Poll> {
+    pub fn tick(&mut self, shared: &impl Shared, now: Monotonic) -> Option<Poll> {
         self.holds_lease = self.control.is_some() && self.take_lease(shared, now);
         self.next_poll(now)
     }
 
     /// Levels to set at a tick. Only the leader sets [`Level::ListAgeMs`].
     #[must_use]
-    pub fn levels(&self, worker: &Worker, now: Duration) -> Vec<(Level, u64)> {
+    pub fn levels(&self, worker: &Worker, now: Monotonic) -> Vec<(Level, u64)> {
         let mut levels = vec![
             (Level::Endpoints, worker.state.table.len() as u64),
             (Level::ListVersion, worker.state.table.version().1),
@@ -131,7 +132,7 @@ impl Push {
     }
 
     /// The host could not start the poll.
-    pub fn not_started(&mut self, worker: &mut Worker, now: Duration) -> Option<News> {
+    pub fn not_started(&mut self, worker: &mut Worker, now: Monotonic) -> Option<News> {
         self.polling = false;
         self.failed(worker, now)
     }
@@ -143,7 +144,7 @@ impl Push {
         shared: &impl Shared,
         status: Option<u16>,
         body: &[u8],
-        now: Duration,
+        now: Monotonic,
     ) -> (Option<Poll>, Option<News>) {
         self.polling = false;
         let news = match status {
@@ -157,7 +158,7 @@ impl Push {
         (self.next_poll(now), news)
     }
 
-    fn take_list(&mut self, worker: &mut Worker, shared: &impl Shared, body: &[u8], now: Duration) -> Option<News> {
+    fn take_list(&mut self, worker: &mut Worker, shared: &impl Shared, body: &[u8], now: Monotonic) -> Option<News> {
         let applied = worker.apply(body);
         let found = match &applied {
             Ok(_) => {
@@ -198,14 +199,14 @@ impl Push {
         }
     }
 
-    fn succeeded(&mut self, now: Duration) -> Option<News> {
+    fn succeeded(&mut self, now: Monotonic) -> Option<News> {
         let found = (self.failures > 0).then_some(News::Found);
         self.failures = 0;
         self.last_answer = now;
         found
     }
 
-    fn failed(&mut self, worker: &mut Worker, now: Duration) -> Option<News> {
+    fn failed(&mut self, worker: &mut Worker, now: Monotonic) -> Option<News> {
         worker.counts.count(Metric::PollsFailed);
         let pause = FIRST_PAUSE.saturating_mul(1_u32.checked_shl(self.failures.min(8)).unwrap_or(1)).min(MAX_PAUSE);
         self.next_poll = now.saturating_add(pause);
@@ -213,7 +214,7 @@ impl Push {
         (self.failures == 1).then_some(News::Lost)
     }
 
-    fn next_poll(&mut self, now: Duration) -> Option<Poll> {
+    fn next_poll(&mut self, now: Monotonic) -> Option<Poll> {
         let control = self.control.as_ref().filter(|_| self.holds_lease && !self.polling && now >= self.next_poll)?;
         self.polling = true;
         let (epoch, version) = &self.list;
@@ -229,7 +230,7 @@ impl Push {
     }
 
     /// Takes or renews the lease. A younger worker whose configuration differs takes it from an older one, which drains.
-    fn take_lease(&self, shared: &impl Shared, now: Duration) -> bool {
+    fn take_lease(&self, shared: &impl Shared, now: Monotonic) -> bool {
         let until = now.saturating_add(LEASE);
         let current = shared.get(LEASE_KEY);
         let lease = current.as_ref().and_then(|(bytes, _)| Lease::from_bytes(bytes));
@@ -254,20 +255,20 @@ impl Push {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Lease {
     owner: u64,
-    until: Duration,
+    until: Monotonic,
     terms: u64,
 }
 
 impl Lease {
     fn to_bytes(self) -> Vec<u8> {
-        let until = u64::try_from(self.until.as_millis()).unwrap_or(u64::MAX);
+        let until = self.until.as_millis();
         [self.owner, until, self.terms].iter().flat_map(|word| word.to_le_bytes()).collect()
     }
 
     fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let word =
             |offset: usize| Some(u64::from_le_bytes(bytes.get(offset..offset.checked_add(8)?)?.try_into().ok()?));
-        Some(Self { owner: word(0)?, until: Duration::from_millis(word(8)?), terms: word(16)? })
+        Some(Self { owner: word(0)?, until: Monotonic::from_millis(word(8)?), terms: word(16)? })
     }
 }
 
@@ -298,7 +299,7 @@ mod tests {
         push: Push,
     }
 
-    fn node(store: &Store, config: &[u8], now: Duration) -> Node {
+    fn node(store: &Store, config: &[u8], now: Monotonic) -> Node {
         let (mut worker, mut push) = (Worker::default(), Push::default());
         let config = worker.configure(config).unwrap();
         push.configure(config.control.clone(), store, now);
@@ -310,8 +311,8 @@ mod tests {
         Snapshot { wire: 1, epoch: epoch.into(), version, base: None, endpoints, removed: vec![] }.to_json()
     }
 
-    fn ms(ms: u64) -> Duration {
-        Duration::from_millis(ms)
+    fn ms(ms: u64) -> Monotonic {
+        Monotonic::from_millis(ms)
     }
 
     #[test]
@@ -373,7 +374,7 @@ mod tests {
         for _ in 0..6 {
             let asked = now;
             while a.push.tick(&store, now).is_none() {
-                now += ms(10);
+                now += Duration::from_millis(10);
             }
             pauses.push((now - asked).as_millis());
             news.extend(a.push.answered(&mut a.worker, &store, Some(503), b"", now).1);
@@ -381,7 +382,7 @@ mod tests {
         assert_eq!(pauses, [0, 100, 200, 400, 800, 1_000]);
         assert_eq!(news, [News::Lost]);
         while a.push.tick(&store, now).is_none() {
-            now += ms(10);
+            now += Duration::from_millis(10);
         }
         assert_eq!(a.push.answered(&mut a.worker, &store, Some(304), b"", now).1, Some(News::Found));
     }

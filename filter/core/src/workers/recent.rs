@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use serde::{Deserialize, Serialize};
 
 use crate::codec::{Reader, Writer};
+use crate::time::Monotonic;
 
 /// Most decisions of a report.
 pub const MAX_DECISIONS: usize = 8;
@@ -43,8 +44,6 @@ impl Generation {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct DecisionRecord {
-    /// Milliseconds since 1970.
-    pub at_ms: u64,
     /// `split`, `decode_only`, `prefill_only`, `passed` or `rejected`.
     pub decision: String,
     /// Reason code.
@@ -62,46 +61,52 @@ pub struct DecisionRecord {
 }
 
 impl DecisionRecord {
-    /// Writes the record for the other workers.
-    pub(crate) fn write(&self, out: &mut Writer) {
-        [self.at_ms, self.prompt_tokens, self.matched_tokens].into_iter().for_each(|word| out.word(word));
+    /// Writes the record for the other workers, with the time of the decision in milliseconds.
+    fn write(&self, at: Monotonic, out: &mut Writer) {
+        [at.as_millis(), self.prompt_tokens, self.matched_tokens].into_iter().for_each(|word| out.word(word));
         let texts = [&self.decision, &self.reason, &self.model, &self.prefill, &self.decode];
         texts.into_iter().for_each(|text| out.bytes(text.as_bytes()));
     }
 
-    /// Reads a record; `None` where the bytes are not of that form.
-    pub(crate) fn read(rest: &mut Reader<'_>) -> Option<Self> {
+    /// Reads a record and its time; `None` where the bytes are not of that form.
+    pub(crate) fn read(rest: &mut Reader<'_>) -> Option<(Monotonic, Self)> {
         let (at_ms, prompt_tokens, matched_tokens) = (rest.word()?, rest.word()?, rest.word()?);
         let mut text = || rest.text();
         let [decision, reason, model, prefill, decode] = [text()?, text()?, text()?, text()?, text()?];
-        Some(Self { at_ms, decision, reason, model, prefill, decode, prompt_tokens, matched_tokens })
+        let record = Self { decision, reason, model, prefill, decode, prompt_tokens, matched_tokens };
+        Some((Monotonic::from_millis(at_ms), record))
     }
 }
 
 /// Latest decisions of one worker, at most [`MAX_DECISIONS`].
 #[derive(Debug, Default)]
 pub(crate) struct Recent {
-    decisions: VecDeque<(Duration, DecisionRecord)>,
+    decisions: VecDeque<(Monotonic, DecisionRecord)>,
     /// Whether there is a decision that is not in shared data yet.
     pub(crate) is_new: bool,
 }
 
 impl Recent {
     /// Whether the last decision was recorded long enough ago for another one.
-    pub(crate) fn is_due(&self, now: Duration) -> bool {
+    pub(crate) fn is_due(&self, now: Monotonic) -> bool {
         self.decisions.front().is_none_or(|(at, _)| now.saturating_sub(*at) >= DECISION_PAUSE)
     }
 
     /// Records a decision, and forgets the oldest one where there are too many.
-    pub(crate) fn push(&mut self, at: Duration, decision: DecisionRecord) {
+    pub(crate) fn push(&mut self, at: Monotonic, decision: DecisionRecord) {
         self.decisions.truncate(MAX_DECISIONS.saturating_sub(1));
         self.decisions.push_front((at, decision));
         self.is_new = true;
     }
 
-    /// The decisions, newest first.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &DecisionRecord> {
-        self.decisions.iter().map(|(_, decision)| decision)
+    /// The decisions and their times, newest first.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &(Monotonic, DecisionRecord)> {
+        self.decisions.iter()
+    }
+
+    /// Writes the decisions for the other workers.
+    pub(crate) fn write(&self, out: &mut Writer) {
+        self.iter().for_each(|(at, decision)| decision.write(*at, out));
     }
 }
 
@@ -113,18 +118,18 @@ mod tests {
     fn what_a_worker_writes_another_reads() {
         let generation = Generation { version: "1".into(), build: "b".into(), revision: "ä".into(), workers: 1 };
         let decision = DecisionRecord {
-            at_ms: 7,
             decision: "split".into(),
             model: "m".into(),
             matched_tokens: 3,
             ..DecisionRecord::default()
         };
+        let at = Monotonic::from_millis(7);
         let mut out = Writer::default();
         generation.write(&mut out);
-        decision.write(&mut out);
+        decision.write(at, &mut out);
         let mut rest = Reader(&out.0);
         assert_eq!(Generation::read(&mut rest), Some(generation));
-        assert_eq!(DecisionRecord::read(&mut rest), Some(decision));
+        assert_eq!(DecisionRecord::read(&mut rest), Some((at, decision)));
         for length in 0..out.0.len() {
             let mut rest = Reader(&out.0[..length]);
             assert!(Generation::read(&mut rest).is_none() || DecisionRecord::read(&mut rest).is_none());

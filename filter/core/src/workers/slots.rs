@@ -3,6 +3,7 @@
 use core::time::Duration;
 
 use crate::codec::{Reader, Writer};
+use crate::time::Monotonic;
 use crate::workers::shared::{ABSENT, Shared};
 
 /// Slots of one Envoy: two generations of 31 worker threads and the main thread. A worker without a slot decides alone.
@@ -16,12 +17,12 @@ pub(super) const SLOTS_KEY: &str = "pd/1/seats";
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct WorkerSlot {
     pub(super) worker_id: u64,
-    pub(super) renewed: Duration,
+    pub(super) renewed: Monotonic,
 }
 
 impl WorkerSlot {
     /// Whether a worker holds the slot.
-    pub(super) fn is_taken(&self, now: Duration) -> bool {
+    pub(super) fn is_taken(&self, now: Monotonic) -> bool {
         self.worker_id != 0 && now.saturating_sub(self.renewed) <= SLOT_LIFE
     }
 }
@@ -33,7 +34,7 @@ pub(super) fn slots(shared: &impl Shared) -> (Vec<WorkerSlot>, u32) {
     let mut rest = Reader(value.as_ref().map_or(&[], |(bytes, _)| bytes));
     for slot in &mut slots {
         if let (Some(worker_id), Some(renewed)) = (rest.word(), rest.word()) {
-            *slot = WorkerSlot { worker_id, renewed: Duration::from_millis(renewed) };
+            *slot = WorkerSlot { worker_id, renewed: Monotonic::from_millis(renewed) };
         }
     }
     (slots, value.map_or(ABSENT, |(_, version)| version))
@@ -44,7 +45,7 @@ pub(super) fn to_bytes(slots: &[WorkerSlot]) -> Vec<u8> {
     let mut out = Writer::default();
     for slot in slots {
         out.word(slot.worker_id);
-        out.word(u64::try_from(slot.renewed.as_millis()).unwrap_or(u64::MAX));
+        out.word(slot.renewed.as_millis());
     }
     out.0
 }

@@ -1,6 +1,5 @@
 //! One worker: its configuration, its state, the events it has to publish and its counts.
 
-use core::time::Duration;
 use std::sync::Arc;
 
 use crate::choose::admission::{Ask, Shed, pool_key};
@@ -13,6 +12,7 @@ use crate::metrics::{Counts, INDEX_BYTES, Metric};
 use crate::prefix::block_log::{BlockLog, block_event};
 use crate::prefix::hash::BlockHash;
 use crate::prefix::index::PrefixIndex;
+use crate::time::Monotonic;
 use crate::wire::{Snapshot, WireError};
 use crate::workers::event::Event;
 use crate::workers::pending::PendingEvents;
@@ -146,7 +146,7 @@ impl Worker {
 
     /// Drops ledger entries that expired without an end, and fits the caches to the learnt bytes per token. Call it a few
     /// times a second.
-    pub fn prune(&mut self, now: Duration) {
+    pub fn prune(&mut self, now: Monotonic) {
         self.state.table.prune(now);
         self.pending.own_ledger.prune(now);
         if let Ok(config) = &self.config {
@@ -198,19 +198,19 @@ impl Worker {
         endpoint: EndpointRef,
         leg: u64,
         seconds: f64,
-        at: Duration,
-        expires: Duration,
+        at: Monotonic,
+        expires: Monotonic,
     ) {
         self.happens(endpoint, &Event::PrefillStarted { leg, seconds, at, expires });
     }
 
     /// A prefill leg ended.
-    pub(crate) fn prefill_ended(&mut self, endpoint: EndpointRef, leg: u64, at: Duration) {
+    pub(crate) fn prefill_ended(&mut self, endpoint: EndpointRef, leg: u64, at: Monotonic) {
         self.happens(endpoint, &Event::PrefillEnded { leg, at });
     }
 
     /// The client of a prefill leg is gone, and the endpoint may still compute it.
-    pub(crate) fn prefill_abandoned(&mut self, endpoint: EndpointRef, leg: u64, at: Duration) {
+    pub(crate) fn prefill_abandoned(&mut self, endpoint: EndpointRef, leg: u64, at: Monotonic) {
         self.happens(endpoint, &Event::PrefillAbandoned { leg, at });
     }
 
@@ -261,7 +261,7 @@ impl Worker {
     }
 
     /// An endpoint could not be reached or answered that it is broken.
-    pub(crate) fn failed(&mut self, endpoint: EndpointRef, at: Duration) {
+    pub(crate) fn failed(&mut self, endpoint: EndpointRef, at: Monotonic) {
         self.happens(endpoint, &Event::Failed { at });
     }
 
@@ -274,14 +274,13 @@ impl Worker {
 
     /// Records a decision for the report. Without effect where the configuration has no exchange, or where a decision was
     /// recorded less than 200 ms ago: `decision` is then not called.
-    pub(crate) fn decided(&mut self, now: Duration, decision: impl FnOnce(&Self) -> DecisionRecord) {
+    pub(crate) fn decided(&mut self, now: Monotonic, decision: impl FnOnce(&Self) -> DecisionRecord) {
         let is_reported = || {
             let control = self.config.as_ref().ok().and_then(|config| config.control.as_ref());
             control.is_some_and(|control| control.exchange)
         };
         if self.recent.is_due(now) && is_reported() {
-            let at_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
-            let decision = DecisionRecord { at_ms, ..decision(self) };
+            let decision = decision(self);
             self.recent.push(now, decision);
         }
     }
@@ -294,7 +293,8 @@ impl Worker {
 
     /// A name for a pair of legs that no other pair in flight has, at any gateway: Envoy's random request id, this
     /// worker's clock and count.
-    pub(crate) fn pair_id(&mut self, request_id: &[u8], now: Duration) -> u64 {
+    pub(crate) fn pair_id(&mut self, request_id: &[u8], now: Monotonic) -> u64 {
+        let now = now.since_zero();
         let ours = [self.next_leg().to_le_bytes(), now.as_secs().to_le_bytes()].concat();
         let bits = [request_id, &ours, &now.subsec_nanos().to_le_bytes()].concat();
         pair_id(xxhash_rust::xxh3::xxh3_64(&bits))

@@ -45,7 +45,7 @@ fn a_short_prompt_is_served_whole_and_untouched() {
     let outcome = t.body(body);
     assert_eq!(
         (outcome.flow, state(&outcome, DECISION), state(&outcome, REASON)),
-        (Flow::Continue, "decode_only", "cached")
+        (Flow::Continue, "decode_only", "short")
     );
     assert_eq!(edited(&outcome, body), body);
     t.done();

@@ -7,6 +7,7 @@ use super::*;
 use crate::body::splice::HeadEdit;
 use crate::config::{PHASE_HEADER, PREFILLER_HEADER};
 use crate::metrics::Metric;
+use crate::time::Monotonic;
 
 mod admission;
 mod decisions;
@@ -33,7 +34,7 @@ const PARAMS: &str =
 struct Fixture {
     worker: Worker,
     request: Request,
-    now: Duration,
+    now: Monotonic,
 }
 
 fn fixture() -> Fixture {
@@ -43,7 +44,7 @@ fn fixture() -> Fixture {
 fn configured(config: &str) -> Fixture {
     let mut worker = Worker::default();
     worker.configure(config.as_bytes()).unwrap();
-    Fixture { worker, request: Request::default(), now: Duration::from_secs(5) }
+    Fixture { worker, request: Request::default(), now: Monotonic::from_secs(5) }
 }
 
 fn long_body() -> String {

@@ -1,13 +1,14 @@
 use super::*;
 use crate::endpoints::table::EndpointRef;
 use crate::prefix::hash::BlockHash;
+use crate::time::Monotonic;
 use crate::workers::shared::testing::Store;
 use crate::workers::slots::WORKER_SLOTS;
 use proptest::prelude::*;
 
 const CONFIG: &[u8] = br#"{"endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.1:2","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#;
 const TICK: Duration = Duration::from_millis(200);
-const FAR: Duration = Duration::from_secs(3_600);
+const FAR: Monotonic = Monotonic::from_secs(3_600);
 
 struct Node {
     worker: Worker,
@@ -15,7 +16,7 @@ struct Node {
 }
 
 impl Node {
-    fn new(store: &Store, id: u64, now: Duration) -> Self {
+    fn new(store: &Store, id: u64, now: Monotonic) -> Self {
         let mut worker = Worker::default();
         worker.configure(CONFIG).unwrap();
         let mut log = WorkersLog::default();
@@ -30,20 +31,20 @@ impl Node {
         self.worker.state.table.refer(all[place % all.len()].1).unwrap()
     }
 
-    fn tick(&mut self, store: &Store, now: Duration) {
+    fn tick(&mut self, store: &Store, now: Monotonic) {
         self.log.tick(&mut self.worker, store, now);
     }
 
-    fn publish(&mut self, store: &Store, now: Duration) {
+    fn publish(&mut self, store: &Store, now: Monotonic) {
         self.log.publish(&mut self.worker, store, now);
     }
 
-    fn catch_up(&mut self, store: &Store, now: Duration) {
+    fn catch_up(&mut self, store: &Store, now: Monotonic) {
         self.log.catch_up(&mut self.worker, store, store.announced(), now);
     }
 
     /// Per endpoint: legs, seconds of prefill work, decode tokens and requests.
-    fn ledger(&self, now: Duration) -> Vec<(usize, u64, u64, u32)> {
+    fn ledger(&self, now: Monotonic) -> Vec<(usize, u64, u64, u32)> {
         let states = self.worker.state.table.iter().map(|(_, state)| {
             let work = (state.prefill.work(now) * 1e6).round() as u64;
             (state.prefill.len(), work, state.decode.tokens, state.decode.requests)
@@ -56,7 +57,7 @@ impl Node {
     }
 }
 
-fn fleet(store: &Store, count: u64, now: Duration) -> Vec<Node> {
+fn fleet(store: &Store, count: u64, now: Monotonic) -> Vec<Node> {
     (1..=count).map(|id| Node::new(store, id, now)).collect()
 }
 
@@ -67,7 +68,7 @@ fn blocks(id: u64, len: u64) -> Vec<BlockHash> {
 #[test]
 fn a_decision_is_seen_before_the_next_one_of_any_worker() {
     for count in [2, 4, 16] {
-        let (store, now) = (Store::default(), Duration::from_secs(1));
+        let (store, now) = (Store::default(), Monotonic::from_secs(1));
         let mut nodes = fleet(&store, count, now);
         for i in 0..count as usize {
             let leg = nodes[i].worker.next_leg();
@@ -90,7 +91,7 @@ fn a_decision_is_seen_before_the_next_one_of_any_worker() {
 
 #[test]
 fn a_worker_that_died_is_out_of_the_ledger_within_a_second() {
-    let (store, mut now) = (Store::default(), Duration::from_secs(1));
+    let (store, mut now) = (Store::default(), Monotonic::from_secs(1));
     let mut nodes = fleet(&store, 3, now);
     let leg = nodes[2].worker.next_leg();
     let (prefill, decode) = (nodes[2].endpoint(0), nodes[2].endpoint(2));
@@ -117,7 +118,7 @@ fn a_worker_that_died_is_out_of_the_ledger_within_a_second() {
 
 #[test]
 fn a_worker_that_was_only_slow_is_back_with_all_it_has() {
-    let (store, mut now) = (Store::default(), Duration::from_secs(1));
+    let (store, mut now) = (Store::default(), Monotonic::from_secs(1));
     let mut nodes = fleet(&store, 2, now);
     let decode = nodes[1].endpoint(2);
     nodes[1].worker.decode_started(decode, 50);
@@ -135,7 +136,7 @@ fn a_worker_that_was_only_slow_is_back_with_all_it_has() {
 
 #[test]
 fn a_reader_that_fell_far_behind_catches_up_with_the_next_tick() {
-    let (store, mut now) = (Store::default(), Duration::from_secs(1));
+    let (store, mut now) = (Store::default(), Monotonic::from_secs(1));
     let mut nodes = fleet(&store, 2, now);
     let (prefill, decode) = (nodes[0].endpoint(0), nodes[0].endpoint(2));
     for id in 0..5_000 {
@@ -155,7 +156,7 @@ fn a_reader_that_fell_far_behind_catches_up_with_the_next_tick() {
 
 #[test]
 fn a_new_generation_begins_with_what_the_old_one_knew() {
-    let (store, mut now) = (Store::default(), Duration::from_secs(1));
+    let (store, mut now) = (Store::default(), Monotonic::from_secs(1));
     let mut old = fleet(&store, 2, now);
     for id in 0..40 {
         let held = old[1].endpoint(id as usize % 3);
@@ -186,7 +187,7 @@ fn a_new_generation_begins_with_what_the_old_one_knew() {
 
 #[test]
 fn ends_of_requests_wait_for_company_but_not_for_long() {
-    let (store, now) = (Store::default(), Duration::from_secs(1));
+    let (store, now) = (Store::default(), Monotonic::from_secs(1));
     let mut nodes = fleet(&store, 2, now);
     let decode = nodes[0].endpoint(2);
     nodes[0].worker.decode_started(decode, 10);
@@ -204,7 +205,7 @@ fn ends_of_requests_wait_for_company_but_not_for_long() {
 
 #[test]
 fn a_worker_without_a_slot_decides_for_itself_and_keeps_nothing() {
-    let (store, now) = (Store::default(), Duration::from_secs(1));
+    let (store, now) = (Store::default(), Monotonic::from_secs(1));
     let mut nodes = fleet(&store, WORKER_SLOTS as u64 + 1, now);
     let last = nodes.last_mut().unwrap();
     assert_eq!(last.log.slot, None);
@@ -247,7 +248,7 @@ proptest! {
     /// has ended they are empty.
     #[test]
     fn all_ledgers_become_equal_and_then_empty(steps in prop::collection::vec(step(), 1..120)) {
-        let (store, mut now) = (Store::default(), Duration::from_secs(1));
+        let (store, mut now) = (Store::default(), Monotonic::from_secs(1));
         let mut nodes = fleet(&store, 3, now);
         let mut open: Vec<Vec<(usize, u64, u64)>> = vec![Vec::new(); 3];
         let mut next_id = 4;
@@ -290,7 +291,7 @@ proptest! {
                 Step::Wait { ms } => now += Duration::from_millis(ms),
             }
         }
-        let settle = |nodes: &mut Vec<Node>, now: &mut Duration| {
+        let settle = |nodes: &mut Vec<Node>, now: &mut Monotonic| {
             for _ in 0..6 {
                 *now += TICK;
                 nodes.iter_mut().for_each(|node| node.tick(&store, *now));

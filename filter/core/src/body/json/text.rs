@@ -1,4 +1,4 @@
-//! The two tight loops of the scanner: through the text of a string, and through an array of token ids.
+//! The scanner's two inner loops: through the text of a string, and through an array of token ids.
 //!
 //! This is where a long body's time goes, so the filter has its own search in the 128-bit vectors that V8 maps to the
 //! processor's. (The compiler vectorises a test of a whole block by itself, but not the search for the byte in it, and
@@ -49,7 +49,7 @@ fn hex(byte: u8) -> u32 {
 /// `rest` is the byte before the text, which is no backslash, and what follows it. `non_ascii` becomes true for a byte
 /// that is not ASCII; perhaps for one of the 63 behind the text, which does no harm: they belong to the same document.
 #[inline]
-pub(super) fn text<'a>(mut rest: &'a [u8], non_ascii: &mut bool) -> &'a [u8] {
+pub(super) fn skip_text<'a>(mut rest: &'a [u8], non_ascii: &mut bool) -> &'a [u8] {
     let mut passed = vector::Passed::default();
     // Most strings of a body are names of a few bytes.
     if let Some([_, chunk @ ..]) = rest.first_chunk::<17>()
@@ -72,15 +72,15 @@ pub(super) fn text<'a>(mut rest: &'a [u8], non_ascii: &mut bool) -> &'a [u8] {
         let mut ends = passed.all_ends(block) & !u64::from(block.first() != Some(&b'\\'));
         let mut last = 63;
         while ends != 0 {
-            let at = ends.trailing_zeros();
-            let here = rest.get(at as usize..).unwrap_or_default();
+            let index = ends.trailing_zeros();
+            let here = rest.get(index as usize..).unwrap_or_default();
             let Some(after) = escape(here) else {
                 *non_ascii |= passed.non_ascii();
                 return here;
             };
             last = last.max(rest.len().wrapping_sub(after.len()).wrapping_sub(1));
             // Digits behind `\u` do not count as ends.
-            ends &= !3_u64.wrapping_shl(at);
+            ends &= !3_u64.wrapping_shl(index);
         }
         // A backslash that was passed must not be the byte before the next block: so one more byte is passed behind it.
         if rest.get(last) == Some(&b'\\') {
@@ -112,7 +112,7 @@ pub(super) fn text<'a>(mut rest: &'a [u8], non_ascii: &mut bool) -> &'a [u8] {
 }
 
 /// Passes over integers of up to eight digits as long as a comma follows each; returns what is behind the last comma.
-pub(super) fn integers(mut rest: &[u8]) -> &[u8] {
+pub(super) fn skip_integers(mut rest: &[u8]) -> &[u8] {
     loop {
         let number = rest.strip_prefix(b" ").unwrap_or(rest);
         let Some(word) = number.first_chunk().map(|word| u64::from_le_bytes(*word)) else { return rest };
@@ -280,28 +280,28 @@ mod tests {
     /// Length of the text, and whether something else than ASCII was seen.
     fn run(bytes: &[u8]) -> (usize, bool) {
         let mut non_ascii = false;
-        let rest = text(&[b"\"", bytes].concat(), &mut non_ascii).len();
+        let rest = skip_text(&[b"\"", bytes].concat(), &mut non_ascii).len();
         (bytes.len() - rest, non_ascii)
     }
 
     #[test]
     fn text_ends_at_the_first_byte_that_is_something_else() {
         for len in (0..20).chain(60..85).chain([130]) {
-            for at in 0..len {
+            for index in 0..len {
                 for byte in 0..=u8::MAX {
                     let mut bytes = vec![b'x'; len];
-                    bytes[at] = byte;
+                    bytes[index] = byte;
                     let non_ascii = !byte.is_ascii();
-                    let end = |otherwise: usize| if is_end(byte) { at } else { otherwise };
-                    assert_eq!(run(&bytes), (end(len), non_ascii), "{byte} at {at} of {len}");
+                    let end = |otherwise: usize| if is_end(byte) { index } else { otherwise };
+                    assert_eq!(run(&bytes), (end(len), non_ascii), "{byte} at {index} of {len}");
                     // A borrow must not hide the next byte, nor invent one.
-                    for (next, otherwise) in [(b'"', at + 1), (b'!', len), (b'#', len), (b'[', len), (b' ', len)] {
-                        if at + 1 < len && byte != b'\\' {
-                            bytes[at + 1] = next;
+                    for (next, otherwise) in [(b'"', index + 1), (b'!', len), (b'#', len), (b'[', len), (b' ', len)] {
+                        if index + 1 < len && byte != b'\\' {
+                            bytes[index + 1] = next;
                             assert_eq!(
                                 run(&bytes),
                                 (end(otherwise), non_ascii),
-                                "{byte} at {at} of {len}, then {next}"
+                                "{byte} at {index} of {len}, then {next}"
                             );
                         }
                     }
@@ -313,14 +313,14 @@ mod tests {
     #[test]
     fn text_passes_over_escapes_of_two_bytes() {
         for len in (2..20).chain(60..85).chain([130]) {
-            for at in 0..len - 1 {
+            for index in 0..len - 1 {
                 for byte in 0..=u8::MAX {
                     let mut bytes = vec![b'x'; len];
-                    bytes[at] = b'\\';
-                    bytes[at + 1] = byte;
+                    bytes[index] = b'\\';
+                    bytes[index + 1] = byte;
                     let escape = b"\"\\/bfnrt".contains(&byte);
-                    let expected = if escape { len } else { at };
-                    assert_eq!(run(&bytes).0, expected, "{byte} at {at} of {len}");
+                    let expected = if escape { len } else { index };
+                    assert_eq!(run(&bytes).0, expected, "{byte} at {index} of {len}");
                 }
             }
         }
@@ -391,19 +391,19 @@ mod tests {
             (",        ", 0),
             ("", 0),
         ] {
-            assert_eq!(bytes.len() - integers(bytes.as_bytes()).len(), end, "{bytes:?}");
+            assert_eq!(bytes.len() - skip_integers(bytes.as_bytes()).len(), end, "{bytes:?}");
         }
     }
 
     #[test]
     fn digits_are_counted() {
-        for at in 0..8 {
+        for index in 0..8 {
             for byte in 0..=u8::MAX {
                 for others in [b'0', b'9', b'5'] {
                     let mut bytes = [others; 8];
-                    bytes[at] = byte;
-                    let expected = if byte.is_ascii_digit() { 8 } else { at };
-                    assert_eq!(digits(u64::from_le_bytes(bytes)), expected, "{byte} at {at}");
+                    bytes[index] = byte;
+                    let expected = if byte.is_ascii_digit() { 8 } else { index };
+                    assert_eq!(digits(u64::from_le_bytes(bytes)), expected, "{byte} at {index}");
                 }
             }
         }
