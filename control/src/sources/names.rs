@@ -205,7 +205,7 @@ mod tests {
             (":80,role=both", "\":80\" is not host:port"),
             ("a:80", "missing field `role`"),
             ("a:80,role", "\"role\" is not key=value"),
-            ("a:80,role=both,role=both", "role stands twice"),
+            ("a:80,role=both,role=both", "role is given twice"),
             ("a:80,role=both,x=1", "x: unknown key"),
             ("a:80,role=both,weight=0", "endpoint 192.0.2.1:80: weight"),
             ("a:0,role=both", "endpoint 192.0.2.1:0: address"),

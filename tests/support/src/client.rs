@@ -148,12 +148,16 @@ impl Client {
     /// When method or path is none.
     #[must_use]
     pub fn request(&self, method: &str, path: &str) -> Request<Body> {
+        self.try_request(method, path).unwrap_or_else(|error| panic!("{method} {path}: {error}"))
+    }
+
+    fn try_request(&self, method: &str, path: &str) -> Result<Request<Body>, Broken> {
         let request = Request::builder().method(method);
         let request = match self.http {
             Http::One => request.uri(path).header("host", self.address.to_string()),
             Http::Two => request.uri(format!("http://{}{path}", self.address)),
         };
-        request.body(full(Bytes::new())).unwrap_or_else(|error| panic!("{method} {path}: {error}"))
+        request.body(full(Bytes::new())).map_err(broken)
     }
 
     /// Sends a request and reads the whole answer.
@@ -370,7 +374,7 @@ impl Feed {
 /// [`Broken`]
 pub async fn get(address: SocketAddr, path: &str) -> Result<Answer, Broken> {
     let mut client = Client::try_connect(address, Http::One).await?;
-    client.try_send(client.request("GET", path)).await
+    client.try_send(client.try_request("GET", path)?).await
 }
 
 /// A body of known length.

@@ -7,6 +7,7 @@ pub mod body;
 pub mod client;
 pub mod config;
 pub mod file;
+pub mod headers;
 pub mod places;
 pub mod port;
 pub mod process;

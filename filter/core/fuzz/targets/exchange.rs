@@ -5,12 +5,12 @@
 use core::time::Duration;
 
 use hashbrown::HashMap;
-use pd_core::time::Monotonic;
 use pd_core::prefix::block_log::{block_event, read_event, split_events};
 use pd_core::envoys::hub::Hub;
 use pd_core::envoys::message::{ExchangeResponse, MAX_MESSAGE_BYTES, ExchangeRequest};
 use pd_core::envoys::report::Report;
 use pd_core::envoys::client::{ExchangeClient, CallKind, TICK};
+use pd_core::time::Monotonic;
 use pd_core::workers::worker::Worker;
 
 const CONFIG: &[u8] = br#"{"control":{"cluster":"pd-control"},"endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#;

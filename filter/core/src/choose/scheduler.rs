@@ -65,7 +65,7 @@ pub enum Decision {
 /// Why a request is served whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WholeReason {
-    /// The whole prompt is shorter than the threshold.
+    /// The prompt is shorter than the threshold.
     Short,
     /// The decode endpoint holds so much of the prompt that it lacks fewer tokens than the threshold.
     Cached,
@@ -203,8 +203,7 @@ impl Scheduler<'_> {
         ranked.into_iter().map(|ranked| ranked.index).collect()
     }
 
-    /// Serves a prompt whole whose endpoint has to compute fewer than `threshold` tokens; `None` where there is no such
-    /// endpoint.
+    /// Serves a request whole where an endpoint has to compute fewer than `threshold` tokens of its prompt.
     fn below_threshold(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Decision> {
         if prompt.tokens < threshold {
             return self.pick_decode(among, prompt, &[]).map(|(pick, _)| Decision::Whole(pick, WholeReason::Short));
@@ -463,7 +462,7 @@ pub(super) mod tests {
     #[test]
     fn a_small_uncached_rest_skips_prefill() {
         let mut fixture = fixture(2, 2, r#"{"pools":{"default":{"split":{"uncached_tokens":300}}}}"#);
-        assert!(matches!(fixture.decide(&prompt(1, 2)), Decision::Whole(_, WholeReason::Short)));
+        assert!(matches!(fixture.decide(&prompt(1, 2)), Decision::Whole(_, WholeReason::Short)), "a short prompt");
         assert!(matches!(fixture.decide(&prompt(1, 3)), Decision::Split(_)));
         let decode = fixture.candidates.decode[1];
         fixture.index.insert(decode, &prompt(1, 20).hash.blocks);

@@ -41,8 +41,8 @@ pub struct ReportedDecision {
 }
 
 impl Report {
-    /// The report of a worker's Envoy, whose workers run these generations and took these decisions. By `clocks`, the
-    /// times of now, decisions get a time of the day.
+    /// The report of a worker's Envoy, whose workers run these generations and took these decisions. `clocks` are the
+    /// times of now, by which decisions get a time of the day.
     #[must_use]
     pub fn of(
         worker: &Worker,

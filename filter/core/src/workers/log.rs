@@ -91,7 +91,7 @@ impl WorkersLog {
         generations
     }
 
-    /// The latest decisions of all workers that recorded any, and their times, newest first, at most [`MAX_DECISIONS`].
+    /// The latest decisions of all workers that recorded any, with their times, newest first, at most [`MAX_DECISIONS`].
     pub fn decisions(&self, worker: &Worker, shared: &impl Shared) -> Vec<(Monotonic, DecisionRecord)> {
         let mut decisions: Vec<_> = worker.recent.iter().cloned().collect();
         for peer in &self.peers {

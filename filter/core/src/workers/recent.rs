@@ -68,7 +68,7 @@ impl DecisionRecord {
         texts.into_iter().for_each(|text| out.bytes(text.as_bytes()));
     }
 
-    /// Reads a record and the time of the decision; `None` where the bytes are not of that form.
+    /// Reads a record and its time; `None` where the bytes are not of that form.
     pub(crate) fn read(rest: &mut Reader<'_>) -> Option<(Monotonic, Self)> {
         let (at_ms, prompt_tokens, matched_tokens) = (rest.word()?, rest.word()?, rest.word()?);
         let mut text = || rest.text();
@@ -123,9 +123,9 @@ mod tests {
             matched_tokens: 3,
             ..DecisionRecord::default()
         };
+        let at = Monotonic::from_millis(7);
         let mut out = Writer::default();
         generation.write(&mut out);
-        let at = Monotonic::from_millis(7);
         decision.write(at, &mut out);
         let mut rest = Reader(&out.0);
         assert_eq!(Generation::read(&mut rest), Some(generation));

@@ -1,6 +1,7 @@
 //! What becomes of a request when nothing goes wrong.
 
 use pd_host::{Callout, Forwarded, Pairs, Request};
+use pd_support::headers;
 use serde_json::Value;
 
 use crate::gateway::*;
@@ -292,21 +293,9 @@ fn a_named_prefill_endpoint_counts_if_it_is_trusted_and_listed() {
 
 #[test]
 fn no_header_of_ours_reaches_an_engine() {
-    const OURS: &[&str] = &[
-        "x-pd-destination",
-        "x-pd-anything",
-        "x-prefiller-host-port",
-        "x-gateway-destination-endpoint",
-        "x-gateway-destination-endpoint-served",
-        "x-gateway-destination-endpoint-subset",
-        "test-epp-endpoint-selection",
-        "x-data-parallel-rank",
-        "x-data-parallel-host-port",
-        "target-pod",
-        "prefill-target-pod",
-    ];
     let hostile = |request: Request| {
-        OURS.iter().fold(request, |request, name| request.header(name, "203.0.113.1:1").header(name, "203.0.113.2:2"))
+        headers::all()
+            .fold(request, |request, name| request.header(name, "203.0.113.1:1").header(name, "203.0.113.2:2"))
     };
     let gateway = Gateway::new(&two_and_two());
     for request in [long_chat(1), short_chat(1), Request::get("/v1/models"), Request::post("/v1/embeddings", "{}")] {

@@ -6,11 +6,11 @@ use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use pd_host::{Callout, Fleet, Forwarded, Module, Request, SharedStore, Stream, Worker, WorkerConfig};
+pub use pd_support::body::CHAT;
 use pd_support::places;
 
 pub const ENGINES: &str = "engines";
 pub const CONTROL: &str = "pd-control";
-pub const CHAT: &str = "/v1/chat/completions";
 
 pub const P1: &str = "10.0.0.1:8000";
 pub const P2: &str = "10.0.0.2:8000";

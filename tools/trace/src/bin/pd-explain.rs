@@ -104,7 +104,7 @@ mod tests {
             let text = format!("{}{}", "word ".repeat(2_000), "more ".repeat(turns * 800));
             format!(r#"{{"model":"m","messages":[{{"role":"user","content":"{text}"}}]}}"#)
         };
-        let mut say = |turns, path| explain(&mut worker, path, body(turns).as_bytes(), Monotonic::from_secs(5));
+        let mut say = |turns, path| explain(&mut worker, path, body(turns).as_bytes(), Monotonic::from_millis(5_000));
         let chat = "/v1/chat/completions";
         let (first, second) = (say(0, chat).unwrap(), say(1, chat).unwrap());
         assert!(first.starts_with("split") && !first.contains("match=2"), "{first}");

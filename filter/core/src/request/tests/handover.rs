@@ -111,9 +111,9 @@ fn a_prompt_that_was_computed_twice_is_counted_each_time_and_said_once() {
                 .replacen('{', &pool, 1)
                 .replace(r#""10.0.0.2:2", "role": "decode""#, r#""10.0.0.2:2", "role": "prefill""#),
         );
-        let prefill = t.worker.state.table.iter().map(|(at, _)| at).collect::<Vec<_>>();
-        for at in prefill {
-            t.worker.state.table.get_mut(at).unwrap().engine_id = Some(br#""e""#[..].into());
+        let prefill = t.worker.state.table.iter().map(|(index, _)| index).collect::<Vec<_>>();
+        for index in prefill {
+            t.worker.state.table.get_mut(index).unwrap().engine_id = Some(br#""e""#[..].into());
         }
         let mut warnings = |decode, times: usize| {
             let each =
