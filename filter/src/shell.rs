@@ -30,7 +30,7 @@ const BUILD: &str = match option_env!("PD_BUILD") {
     Some(build) => build,
     None => "unknown",
 };
-/// What this build was made with.
+/// Target features that this build was made with.
 const FEATURES: &str = if cfg!(target_feature = "simd128") { "simd128" } else { "none" };
 
 const NOT_FOUND: HostError = HostError(1);
@@ -38,7 +38,7 @@ const NOT_FOUND: HostError = HostError(1);
 /// What the root context and the streams of a worker share.
 #[derive(Default)]
 pub struct Shell {
-    /// Decisions.
+    /// State and configuration of the worker.
     pub worker: Worker,
     push: Push,
     log: WorkersLog,
@@ -48,15 +48,15 @@ pub struct Shell {
 }
 
 impl Shell {
-    /// Takes over what other workers have learnt and decided. Before every decision.
+    /// Applies what other workers learnt and decided. Call it before every decision.
     pub fn catch_up(&mut self, now: Monotonic) {
         let announced = self.metrics.announced();
         let news = self.push.catch_up(&mut self.worker, &self.metrics, announced);
         self.log.catch_up(&mut self.worker, &self.metrics, announced, now);
-        self.tell(news);
+        self.log_news(news);
     }
 
-    /// Tells the other workers what happened.
+    /// Publishes this worker's events to the other workers.
     pub fn publish(&mut self, now: Monotonic) {
         self.log.publish(&mut self.worker, &self.metrics, now);
     }
@@ -71,7 +71,8 @@ impl Shell {
             .ok()
     }
 
-    fn tell(&self, news: Option<News>) {
+    /// Logs what an operator should know of the push.
+    fn log_news(&self, news: Option<News>) {
         let (epoch, version) = self.worker.state.table.version();
         let endpoints = self.worker.state.table.len();
         match news {
@@ -85,16 +86,16 @@ impl Shell {
     }
 }
 
-/// Numbers under which Envoy knows the metrics.
+/// Envoy's numbers of the metrics.
 #[derive(Default)]
 struct MetricIds {
     metrics: Vec<u32>,
     levels: Vec<u32>,
     seen: Option<u32>,
-    /// Gauges that are told when they change: number, and the value that Envoy has.
+    /// Gauges that are set when they change: number, and the value that Envoy has.
     gauges: BTreeMap<String, (u32, u64)>,
     announced: Option<u32>,
-    /// Gauges of the worker slots that were looked at.
+    /// Gauges of the worker slots, defined when one is first looked at.
     positions: Vec<OnceCell<Option<u32>>>,
 }
 
@@ -102,7 +103,7 @@ impl MetricIds {
     fn define() -> HostResult<Self> {
         let metrics = Metric::ALL.iter().map(|metric| host::define_metric(metric.kind(), metric.name()));
         let levels = Level::ALL.iter().map(|level| host::define_metric(MetricKind::Gauge, level.name()));
-        // The gauge of a version that no worker runs any more stops moving.
+        // Workers set the gauge of their own build at each tick, so that of a build that no worker runs stops moving.
         let seen = format!("pd_build_seen_seconds;version={VERSION};build={BUILD};wire={WIRE_VERSION}");
         Ok(Self {
             metrics: metrics.collect::<HostResult<_>>()?,
@@ -159,7 +160,7 @@ pub struct Root {
 }
 
 impl Shell {
-    /// Tells Envoy what was counted.
+    /// Passes counts and changed gauges on to Envoy.
     fn flush(&mut self) {
         let Self { worker, metrics, .. } = self;
         worker.counts.flush(|metric, value| {
@@ -170,14 +171,14 @@ impl Shell {
             };
         });
         for (name, value) in worker.gauges() {
-            let (id, told) = match metrics.gauges.get(&name) {
+            let (id, set) = match metrics.gauges.get(&name) {
                 Some(known) => *known,
                 None => match host::define_metric(MetricKind::Gauge, &name) {
                     Ok(id) => (id, !value),
                     Err(_) => continue,
                 },
             };
-            if told != value {
+            if set != value {
                 let _ = host::record_metric(id, value);
                 metrics.gauges.insert(name, (id, value));
             }
@@ -213,7 +214,7 @@ impl Shell {
         })
     }
 
-    /// Ticks more often while Envoys exchange.
+    /// Sets the time between two ticks, where it has changed.
     fn set_tick_period(&mut self) {
         let Some(period) = self.pace.new_period(self.exchange.is_busy()) else { return };
         if let Err(HostError(status)) = host::set_tick_period(period) {
@@ -251,7 +252,7 @@ impl Root {
                 if news.is_some() {
                     warn!("cluster {}: host status {status}", poll.cluster);
                 }
-                shell.tell(news);
+                shell.log_news(news);
             }
         }
     }
@@ -276,7 +277,7 @@ impl Root {
     fn exchanged(&mut self, kind: client::CallKind, has_answer: bool) {
         let Ok(mut shell) = self.shell.try_borrow_mut() else { return };
         let now = host::now();
-        // What the others of this Envoy told before is not news to them.
+        // The answer is compared with what all workers of this Envoy know.
         shell.catch_up(now);
         let status = if has_answer { host::status(Map::Call) } else { None };
         let body = host::buffer(Buffer::CallBody).unwrap_or_default();
@@ -335,13 +336,13 @@ impl Context for Root {
             let status = if num_headers > 0 { host::status(Map::Call) } else { None };
             let body = host::buffer(Buffer::CallBody).unwrap_or_default();
             let (poll, news) = shell.push.answered(&mut shell.worker, &shell.metrics, status, &body, host::now());
-            shell.tell(news);
+            shell.log_news(news);
             poll
         };
         self.start(poll);
     }
 
-    /// The root retires and ticks no more: gauges that its last requests lowered would stay up for good.
+    /// The root context ticks no more. Without this flush gauges that its last requests lowered would stay up.
     fn on_done(&mut self) -> bool {
         if let Ok(mut shell) = self.shell.try_borrow_mut() {
             shell.flush();
@@ -356,7 +357,7 @@ impl RootContext for Root {
         true
     }
 
-    /// Always true: a plugin that refuses its configuration through the host may fail closed until the next change.
+    /// Always true: where a plugin refuses its configuration, Envoy may fail every request until the next change.
     fn on_configure(&mut self, _: usize) -> bool {
         let Ok(mut shell) = self.shell.try_borrow_mut() else { return true };
         match MetricIds::define() {
@@ -380,7 +381,7 @@ impl RootContext for Root {
             shell.catch_up(now);
             let calls = shell.exchange(now);
             shell.publish(now);
-            // The exchange may want to be asked more often than the rest.
+            // The exchange may tick more often than the rest.
             let is_exchanging = shell.exchange.is_busy();
             let is_whole = shell.pace.is_whole(is_exchanging, now);
             let poll = if is_whole { shell.whole_tick(now) } else { None };
@@ -400,7 +401,7 @@ impl RootContext for Root {
     }
 }
 
-/// Of the host's making.
+/// A random number of the host.
 fn random_number() -> u64 {
     use std::hash::{BuildHasher, RandomState};
     RandomState::new().hash_one(host::now())

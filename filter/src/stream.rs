@@ -22,12 +22,12 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// A request that has not begun.
+    /// A request of which nothing has come yet.
     pub fn new(shell: Rc<RefCell<Shell>>) -> Self {
         Self { shell, request: Request::default(), call: None }
     }
 
-    /// Tells the request an event, does what comes of it and tells the other workers.
+    /// Passes an event to the request, carries out its effects and publishes what happened.
     fn step(&mut self, now: Monotonic, event: impl FnOnce(&mut Request, &mut Shell) -> Outcome) -> Flow {
         let shell = Rc::clone(&self.shell);
         let Ok(mut shell) = shell.try_borrow_mut() else { return Flow::Continue };
@@ -37,7 +37,7 @@ impl Stream {
         flow
     }
 
-    /// As [`step`](Self::step), of a part of a body: no call comes of it, and nothing that others must know at once.
+    /// As [`step`](Self::step), for a part of a body. It leads to no call-out, and to no event that others need at once.
     fn part(&mut self, event: impl FnOnce(&mut Request, &mut Shell) -> Outcome) -> Flow {
         let shell = Rc::clone(&self.shell);
         let Ok(mut shell) = shell.try_borrow_mut() else { return Flow::Continue };
@@ -46,7 +46,7 @@ impl Stream {
     }
 
     fn carry_out_all(&mut self, shell: &mut Shell, mut outcome: Outcome, now: Monotonic) -> Flow {
-        // A call-out that the host refuses is a prefill leg that failed; each turn tries another endpoint or ends.
+        // A call-out that the host refuses is a failed prefill leg. Each round tries another endpoint, or ends.
         loop {
             match self.carry_out(shell, outcome) {
                 Ok(flow) => return flow,
@@ -135,7 +135,7 @@ impl Context for Stream {
         self.call = None;
         let now = host::now();
         let status = if num_headers > 0 { host::status(Map::Call) } else { None };
-        // Only what is passed on to the client needs its type.
+        // pd-core passes answers other than 200 on to the client, with their type.
         let is_passed_on = status.is_some_and(|status| status != 200);
         let content_type = if is_passed_on { host::header(Map::Call, "content-type").ok() } else { None };
         let answer_body = host::buffer(Buffer::CallBody).unwrap_or_default();
