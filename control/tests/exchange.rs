@@ -7,10 +7,10 @@ use axum::http::{Response, StatusCode};
 use bytes::Bytes;
 use pd_control::envoys::relay::Peers;
 use pd_core::endpoints::elsewhere::Totals;
-use pd_core::exchange::message::{Heard, Record, Told};
-use pd_core::exchange::report::Report;
-use pd_core::hash::BlockHash;
+use pd_core::envoys::message::{ExchangeRequest, ExchangeResponse, Record};
+use pd_core::envoys::report::Report;
 use pd_core::prefix::block_log::{block_event, split_events};
+use pd_core::prefix::hash::BlockHash;
 use pd_core::workers::recent::Generation;
 
 use crate::support::*;
@@ -36,35 +36,49 @@ impl Gateway {
         self.client.send("POST", &format!("/v1/exchange?wait_ms={}", wait.as_millis()), body).await.unwrap()
     }
 
-    async fn ask(&self, told: &Told, wait: Duration) -> Heard {
+    async fn ask(&self, told: &ExchangeRequest, wait: Duration) -> ExchangeResponse {
         let answer = self.post(told.to_bytes(), wait).await;
         assert_eq!(answer.status(), StatusCode::OK);
-        Heard::from_bytes(answer.body()).unwrap()
+        ExchangeResponse::from_bytes(answer.body()).unwrap()
     }
 
     /// Tells of so many tokens at endpoint 5, and of a block there.
-    async fn tell(&mut self, tokens: u64) -> Heard {
+    async fn tell(&mut self, tokens: u64) -> ExchangeResponse {
         self.turn += 1;
         let generation = Generation { version: "0.1.0".into(), build: "b".into(), revision: "r".into(), workers: 4 };
         let record = Record {
             gateway: self.id,
             turn: self.turn,
-            epoch: 512,
+            hash_scheme: 512,
             loads: vec![(5, Totals { work: 0, tokens, requests: 1 })],
             blocks: block_event(5, &[BlockHash(self.id)]).into_vec(),
             report: Report { generations: vec![generation], ..Report::default() }.to_json(),
             ..Record::default()
         };
-        self.ask(&Told { from: self.id, records: vec![record], ..Told::default() }, Duration::ZERO).await
+        self.ask(
+            &ExchangeRequest { from: self.id, records: vec![record], ..ExchangeRequest::default() },
+            Duration::ZERO,
+        )
+        .await
     }
 
     /// What others have in flight at endpoint 5, when that is something new.
-    async fn hear(&self, at: (u64, u64), known: &[(u64, u64)], wait: Duration) -> Heard {
-        self.ask(&Told { from: self.id, at, wants: true, known: known.to_vec(), ..Told::default() }, wait).await
+    async fn receive(&self, known_state: (u64, u64), known: &[(u64, u64)], wait: Duration) -> ExchangeResponse {
+        self.ask(
+            &ExchangeRequest {
+                from: self.id,
+                known_state,
+                wants: true,
+                known: known.to_vec(),
+                ..ExchangeRequest::default()
+            },
+            wait,
+        )
+        .await
     }
 }
 
-fn tokens(heard: &Heard) -> Option<u64> {
+fn tokens(heard: &ExchangeResponse) -> Option<u64> {
     Some(heard.loads.as_ref()?.iter().find(|(endpoint, _)| *endpoint == 5)?.1.tokens)
 }
 
@@ -73,11 +87,11 @@ async fn what_one_envoy_tells_answers_the_question_of_another() {
     let rig = Rig::start(&four(1.0)).await;
     let (mut a, b) = (Gateway::new(1, rig.client.address), Gateway::new(2, rig.client.address));
     assert_eq!(a.tell(10).await.have, [(1, 1)]);
-    let first = b.hear((0, 0), &[], PATIENCE).await;
+    let first = b.receive((0, 0), &[], PATIENCE).await;
     assert_eq!((tokens(&first), first.exchanging, first.batches.len()), (Some(10), 1, 1));
     assert_eq!(split_events(&first.batches[0].blocks).count(), 1);
     let question = tokio::spawn(async move {
-        let heard = b.hear((first.hub, first.state), &[(1, 1)], PATIENCE).await;
+        let heard = b.receive((first.hub, first.state), &[(1, 1)], PATIENCE).await;
         (heard, Instant::now(), b)
     });
     tokio::time::sleep(Duration::from_millis(50)).await;
@@ -89,7 +103,7 @@ async fn what_one_envoy_tells_answers_the_question_of_another() {
     assert_eq!((tokens(&second), second.batches.len()), (Some(30), 0));
     // Its own load is not news to it, nor is it in what it hears.
     b.tell(7).await;
-    let third = b.hear((second.hub, second.state), &[(1, 1)], Duration::from_millis(50)).await;
+    let third = b.receive((second.hub, second.state), &[(1, 1)], Duration::from_millis(50)).await;
     assert_eq!((third.loads, third.exchanging, third.gateways), (None, 2, 2));
     let status: serde_json::Value = serde_json::from_str(&rig.client.get("/v1/status").await.body).unwrap();
     assert_eq!(status["gateways"][0]["id"], "0000000000000001");
@@ -101,10 +115,10 @@ async fn an_envoy_that_is_silent_is_forgotten_and_its_blocks_are_not() {
     let rig = Rig::start(&four(1.0)).await;
     let (mut a, b) = (Gateway::new(1, rig.client.address), Gateway::new(2, rig.client.address));
     a.tell(10).await;
-    let first = b.hear((0, 0), &[], PATIENCE).await;
-    let second = b.hear((first.hub, first.state), &[(1, 1)], Duration::from_secs(5)).await;
+    let first = b.receive((0, 0), &[], PATIENCE).await;
+    let second = b.receive((first.hub, first.state), &[(1, 1)], Duration::from_secs(5)).await;
     assert_eq!((second.loads, second.exchanging), (Some(vec![]), 0));
-    let late = b.hear((0, 0), &[], Duration::ZERO).await;
+    let late = b.receive((0, 0), &[], Duration::ZERO).await;
     assert_eq!(late.batches.len(), 1, "for whoever comes later");
     until_true("its metric is down", || async { rig.client.metric("pd_control_gateways").await == 0.0 }).await;
 }
@@ -126,10 +140,10 @@ async fn replicas_pass_on_what_they_are_told() {
     let (mut a, b) = (gateway(1, first), gateway(2, second));
     a.tell(10).await;
     let told = Instant::now();
-    let mut heard = b.hear((0, 0), &[], PATIENCE).await;
+    let mut heard = b.receive((0, 0), &[], PATIENCE).await;
     while tokens(&heard) != Some(10) {
         assert!(told.elapsed() < PATIENCE);
-        heard = b.hear((heard.hub, heard.state), &[], PATIENCE).await;
+        heard = b.receive((heard.hub, heard.state), &[], PATIENCE).await;
     }
     println!("from replica to replica: {:?}", told.elapsed());
     assert_eq!(heard.batches.len(), 1);
@@ -139,7 +153,7 @@ async fn replicas_pass_on_what_they_are_told() {
     let restarted = Instant::now();
     loop {
         a.tell(20).await;
-        let heard = b.hear((0, 0), &[], Duration::ZERO).await;
+        let heard = b.receive((0, 0), &[], Duration::ZERO).await;
         if tokens(&heard) == Some(20) && heard.batches.len() == 1 {
             break;
         }
@@ -174,8 +188,11 @@ async fn messages_that_are_none_are_refused_and_change_nothing() {
     let mut a = Gateway::new(1, rig.client.address).with_token();
     a.tell(10).await;
     let stranger = Gateway::new(2, rig.client.address);
-    assert_eq!(stranger.post(Told::default().to_bytes(), Duration::ZERO).await.status(), StatusCode::UNAUTHORIZED);
-    let good = Told { from: 1, records: vec![Record::default()], ..Told::default() }.to_bytes();
+    assert_eq!(
+        stranger.post(ExchangeRequest::default().to_bytes(), Duration::ZERO).await.status(),
+        StatusCode::UNAUTHORIZED
+    );
+    let good = ExchangeRequest { from: 1, records: vec![Record::default()], ..ExchangeRequest::default() }.to_bytes();
     let newer = [&9_u64.to_le_bytes(), &good[8..]].concat();
     let endless = [&good[..48], &u64::MAX.to_le_bytes()].concat();
     for bad in [vec![], b"{}".to_vec(), good[..good.len() - 1].to_vec(), newer, endless] {
@@ -183,5 +200,5 @@ async fn messages_that_are_none_are_refused_and_change_nothing() {
     }
     assert_eq!(a.post(vec![0; 5 << 20], Duration::ZERO).await.status(), StatusCode::PAYLOAD_TOO_LARGE);
     let b = Gateway::new(2, rig.client.address).with_token();
-    assert_eq!(tokens(&b.hear((0, 0), &[], Duration::ZERO).await), Some(10));
+    assert_eq!(tokens(&b.receive((0, 0), &[], Duration::ZERO).await), Some(10));
 }

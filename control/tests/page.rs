@@ -4,10 +4,10 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use pd_control::access::token::Token;
-use pd_core::exchange::message::{Record, Told};
-use pd_core::exchange::report::{Report, ReportedDecision};
+use pd_core::envoys::message::{ExchangeRequest, Record};
+use pd_core::envoys::report::{Report, ReportedDecision};
 use pd_core::time::UnixTime;
-use pd_core::workers::recent::{Decision, Generation};
+use pd_core::workers::recent::{DecisionRecord, Generation};
 use pd_sim::Role;
 use serde_json::Value;
 use tokio::task::JoinHandle;
@@ -34,7 +34,7 @@ fn reporting(address: SocketAddr, gateway: u64, workers: u64) -> JoinHandle<()> 
     let client = HttpClient { token: Some("secret"), ..HttpClient::new(address) };
     let generation =
         Generation { version: "0.1.0".into(), build: "0123456789ab".into(), revision: "blue".into(), workers };
-    let decision = Decision {
+    let decision = DecisionRecord {
         decision: "split".into(),
         reason: "prefilled".into(),
         model: "sim".into(),
@@ -48,7 +48,7 @@ fn reporting(address: SocketAddr, gateway: u64, workers: u64) -> JoinHandle<()> 
     tokio::spawn(async move {
         for turn in 1.. {
             let record = Record { gateway, turn, report: report.clone(), ..Record::default() };
-            let told = Told { from: gateway, records: vec![record], ..Told::default() };
+            let told = ExchangeRequest { from: gateway, records: vec![record], ..ExchangeRequest::default() };
             // In the end there is nobody to tell.
             let _ = client.send("POST", "/v1/exchange?wait_ms=0", told.to_bytes()).await;
             tokio::time::sleep(Duration::from_millis(300)).await;

@@ -6,8 +6,8 @@ use std::process::{Command, Output, Stdio};
 use pd_control::access::tls::TlsFiles;
 use pd_control::envoys::relay::{Peers, PeersTls};
 use pd_control::{Config, Control};
-use pd_core::exchange::message::{Record, Told};
-use pd_core::exchange::report::Report;
+use pd_core::envoys::message::{ExchangeRequest, Record};
+use pd_core::envoys::report::Report;
 use tokio::net::TcpStream;
 
 use crate::support::*;
@@ -111,9 +111,9 @@ async fn replicas_speak_tls_to_each_other_and_trust_whom_they_are_told_to() {
     let tell = async |address, id| {
         let report = Report::default().to_json();
         let record = Record { gateway: id, turn: 1, report, ..Record::default() };
-        let told = Told { from: id, records: vec![record], ..Told::default() };
+        let request = ExchangeRequest { from: id, records: vec![record], ..ExchangeRequest::default() };
         let body = directory.path().join(format!("told{id}"));
-        std::fs::write(&body, told.to_bytes()).unwrap();
+        std::fs::write(&body, request.to_bytes()).unwrap();
         let mut arguments = trusting(address, "/v1/exchange");
         arguments.extend(["--fail".into(), "--data-binary".into(), format!("@{}", body.display())]);
         assert!(curl(arguments).await.status.success());
@@ -123,13 +123,13 @@ async fn replicas_speak_tls_to_each_other_and_trust_whom_they_are_told_to() {
         tell(first, 1).await;
         tell(third, 3).await;
         let text = async |address, path| String::from_utf8(curl(trusting(address, path)).await.stdout).unwrap();
-        let heard = text(second, "/v1/status").await.contains(r#""id":"0000000000000001""#);
+        let is_known = text(second, "/v1/status").await.contains(r#""id":"0000000000000001""#);
         let refused = "pd_control_relays_total{result=\"failed\"} ";
         let failed = text(third, "/metrics")
             .await
             .lines()
             .any(|line| line.strip_prefix(refused).is_some_and(|count| count != "0"));
-        heard && failed
+        is_known && failed
     })
     .await;
     let text = String::from_utf8(curl(trusting(first, "/v1/status")).await.stdout).unwrap();

@@ -7,12 +7,12 @@ use std::time::SystemTime;
 use pd_control::list::EndpointList;
 use pd_control::publish::registry::Registry;
 use pd_core::endpoints::elsewhere::Totals;
-use pd_core::exchange::message::{Batch, Heard, Record, Told};
-use pd_core::hash::BlockHash;
+use pd_core::endpoints::table::Applied;
+use pd_core::envoys::message::{Batch, ExchangeRequest, ExchangeResponse, Record};
 use pd_core::prefix::block_log::block_event;
-use pd_core::table::Applied;
+use pd_core::prefix::hash::BlockHash;
 use pd_core::wire::{Endpoint, Engine, Role, Snapshot, State};
-use pd_core::worker::Worker;
+use pd_core::workers::worker::Worker;
 use serde_json::{Value, json};
 
 use crate::support::*;
@@ -85,23 +85,24 @@ fn this_version_writes_its_goldens() {
 }
 
 /// A message of each kind with something in every place.
-fn messages() -> (Told, Heard) {
+fn messages() -> (ExchangeRequest, ExchangeResponse) {
     let loads = vec![(5, Totals { work: 1_500_000, tokens: 2_000, requests: 3 })];
     let blocks = block_event(5, &[BlockHash(0xfeed), BlockHash(u64::MAX)]).into_vec();
     let record = Record {
         gateway: 0x1234_5678_9abc_def0,
         replaces: 7,
         turn: 9,
-        epoch: 512,
+        hash_scheme: 512,
         loads: loads.clone(),
         oldest: 2,
         first: 3,
         blocks: blocks.clone(),
         report: br#"{"version":1}"#.to_vec(),
     };
-    let told = Told { from: 1, at: (2, 3), wants: true, known: vec![(4, 5)], records: vec![record] };
-    let batch = Batch { gateway: 4, epoch: 512, first: 3, blocks };
-    let heard = Heard {
+    let request =
+        ExchangeRequest { from: 1, known_state: (2, 3), wants: true, known: vec![(4, 5)], records: vec![record] };
+    let batch = Batch { gateway: 4, hash_scheme: 512, first: 3, blocks };
+    let response = ExchangeResponse {
         hub: 2,
         state: 4,
         have: vec![(1, 4)],
@@ -110,7 +111,7 @@ fn messages() -> (Told, Heard) {
         loads: Some(loads),
         batches: vec![batch],
     };
-    (told, heard)
+    (request, response)
 }
 
 fn to_hex(bytes: &[u8]) -> String {
@@ -126,21 +127,21 @@ fn from_hex(text: &str) -> Vec<u8> {
 
 #[test]
 fn messages_of_the_exchange_of_every_version_are_read() {
-    let (told, heard) = messages();
+    let (request, response) = messages();
     let folder = goldens().join(VERSION);
-    for (name, text) in [("told.hex", to_hex(&told.to_bytes())), ("heard.hex", to_hex(&heard.to_bytes()))] {
+    for (name, text) in [("told.hex", to_hex(&request.to_bytes())), ("heard.hex", to_hex(&response.to_bytes()))] {
         if std::env::var_os("PD_WRITE_GOLDENS").is_some() {
             fs::write(folder.join(name), &text).unwrap();
         }
         assert_eq!(read(&folder.join(name)), text, "{VERSION}/{name}: {WHAT_TO_DO}");
     }
     for folder in versions().iter().filter(|folder| folder.join("told.hex").exists()) {
-        let [told_bytes, heard_bytes] = ["told.hex", "heard.hex"].map(|name| from_hex(&read(&folder.join(name))));
-        assert_eq!(Told::from_bytes(&told_bytes), Some(told.clone()), "{}", folder.display());
-        assert_eq!(Heard::from_bytes(&heard_bytes), Some(heard.clone()), "{}", folder.display());
+        let [request_bytes, response_bytes] = ["told.hex", "heard.hex"].map(|name| from_hex(&read(&folder.join(name))));
+        assert_eq!(ExchangeRequest::from_bytes(&request_bytes), Some(request.clone()), "{}", folder.display());
+        assert_eq!(ExchangeResponse::from_bytes(&response_bytes), Some(response.clone()), "{}", folder.display());
         // A newer one may add words behind.
-        assert_eq!(Told::from_bytes(&[told_bytes, vec![1; 8]].concat()), Some(told.clone()));
-        assert_eq!(Heard::from_bytes(&[heard_bytes, vec![1; 8]].concat()), Some(heard.clone()));
+        assert_eq!(ExchangeRequest::from_bytes(&[request_bytes, vec![1; 8]].concat()), Some(request.clone()));
+        assert_eq!(ExchangeResponse::from_bytes(&[response_bytes, vec![1; 8]].concat()), Some(response.clone()));
     }
 }
 

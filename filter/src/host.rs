@@ -1,13 +1,14 @@
-//! Host calls, total: whatever status the host answers is a value.
+//! Host calls. Every status that the host answers is a value.
 //!
-//! The SDK's own calls panic on a status that they do not expect, and a panic takes the worker's VM down until the next
-//! configuration change. So this module declares the imports itself, with plain integers for the status. Only the
-//! call-out goes through the SDK, which must know its token to find the context again.
+//! The SDK's own calls panic on a status that they do not expect, and a panic ends the worker's VM until the next change of
+//! the configuration. So this module declares the imports itself, with plain integers for the status. Only the call-out
+//! goes through the SDK, which needs its token to find the context again.
 
 use core::time::Duration;
 use std::ptr::{null_mut, slice_from_raw_parts_mut};
 
 use pd_core::headers::Headers;
+use pd_core::metrics::MetricKind;
 use pd_core::time::Monotonic;
 
 /// Status of a host call that did not succeed, as the ABI numbers it.
@@ -23,9 +24,9 @@ pub type HostResult<T> = Result<T, HostError>;
 pub enum Map {
     /// Request headers; gone once the headers phase is over.
     Request = 0,
-    /// Response headers, while they are told.
+    /// Response headers, in the callback that has them.
     Response = 2,
-    /// Headers of a call-out's answer, while it is told.
+    /// Headers of a call-out's answer, in the callback that has it.
     Call = 6,
 }
 
@@ -33,26 +34,14 @@ pub enum Map {
 #[derive(Clone, Copy)]
 #[repr(u32)]
 pub enum Buffer {
-    /// Request body as far as it is buffered.
+    /// Request body, as far as it is buffered.
     RequestBody = 0,
-    /// The part of the response body that is told.
+    /// The part of the response body that the callback has.
     ResponseBody = 1,
-    /// Body of a call-out's answer, while it is told.
+    /// Body of a call-out's answer, in the callback that has it.
     CallBody = 4,
-    /// Plugin configuration, while it is told.
+    /// Plugin configuration, in the callback that has it.
     PluginConfiguration = 7,
-}
-
-/// Kinds of metrics, as the ABI numbers them.
-#[derive(Clone, Copy)]
-#[repr(u32)]
-pub enum MetricKind {
-    /// Only grows.
-    Counter = 0,
-    /// Goes up and down.
-    Gauge = 1,
-    /// Distribution.
-    Histogram = 2,
 }
 
 mod abi {
@@ -127,7 +116,7 @@ fn check(status: u32) -> HostResult<()> {
     if status == 0 { Ok(()) } else { Err(HostError(status)) }
 }
 
-/// Takes over a buffer that the host had allocated in this VM.
+/// Takes over a buffer that the host allocated in this VM.
 fn returned(status: u32, data: *mut u8, size: usize) -> HostResult<Vec<u8>> {
     check(status)?;
     if data.is_null() || size == 0 {
@@ -138,8 +127,7 @@ fn returned(status: u32, data: *mut u8, size: usize) -> HostResult<Vec<u8>> {
     Ok(unsafe { Box::from_raw(slice_from_raw_parts_mut(data, size)) }.into_vec())
 }
 
-/// Time since an arbitrary point that all workers of the process share; never goes back. WASI's monotonic clock: the
-/// ABI's own clock is wall-clock time.
+/// Time of WASI's monotonic clock, which all workers of the process share. The ABI's own clock is wall-clock time.
 pub fn now() -> Monotonic {
     const MONOTONIC: u32 = 1;
     let mut nanos = 0;
@@ -165,7 +153,7 @@ pub fn header(map: Map, name: &str) -> HostResult<Vec<u8>> {
     returned(status, data, size)
 }
 
-/// The status that a map of response headers tells.
+/// HTTP status in a map of response headers; `None` where it has none.
 pub fn status(map: Map) -> Option<u16> {
     let value = header(map, ":status").ok()?;
     core::str::from_utf8(&value).ok()?.parse().ok()
@@ -214,7 +202,7 @@ pub fn set_property(path: &str, value: &[u8]) -> HostResult<()> {
     check(unsafe { abi::proxy_set_property(path.as_ptr(), path.len(), value.as_ptr(), value.len()) })
 }
 
-/// Answers the client. Do it as the last act of a callback.
+/// Answers the client. Call it as the last act of a callback.
 pub fn reply(status: u16, details: &str, headers: &[(&'static str, String)], body: &[u8]) -> HostResult<()> {
     let headers = Headers::from_pairs(headers.iter().map(|(name, value)| (*name, value.as_str()))).into_wire();
     // SAFETY: pointers and lengths are of one slice each.
@@ -232,25 +220,30 @@ pub fn reply(status: u16, details: &str, headers: &[(&'static str, String)], bod
     })
 }
 
-/// Lets a paused request go on. Do it as the last act of a callback.
+/// Lets a paused request go on. Call it as the last act of a callback.
 pub fn resume_request() -> HostResult<()> {
     const HTTP_REQUEST: u32 = 0;
     // SAFETY: no pointers.
     check(unsafe { abi::proxy_continue_stream(HTTP_REQUEST) })
 }
 
-/// Lets a response go on whose headers were held back. Do it as the last act of a callback.
+/// Lets a response go on whose headers were held back. Call it as the last act of a callback.
 pub fn resume_response() -> HostResult<()> {
     const HTTP_RESPONSE: u32 = 1;
     // SAFETY: no pointers.
     check(unsafe { abi::proxy_continue_stream(HTTP_RESPONSE) })
 }
 
-/// Defines a metric, or finds the one of that name.
+/// Defines a metric, or finds the one with that name; its number.
 pub fn define_metric(kind: MetricKind, name: &str) -> HostResult<u32> {
+    let kind = match kind {
+        MetricKind::Counter => 0,
+        MetricKind::Gauge => 1,
+        MetricKind::Histogram => 2,
+    };
     let mut id = 0;
     // SAFETY: pointer and length are of one string, the out-pointer outlives the call.
-    check(unsafe { abi::proxy_define_metric(kind as u32, name.as_ptr(), name.len(), &mut id) }).map(|()| id)
+    check(unsafe { abi::proxy_define_metric(kind, name.as_ptr(), name.len(), &mut id) }).map(|()| id)
 }
 
 /// Adds to a counter or gauge.
@@ -272,7 +265,7 @@ pub fn metric(id: u32) -> HostResult<u64> {
     check(unsafe { abi::proxy_get_metric(id, &mut value) }).map(|()| value)
 }
 
-/// Value and version of a shared key.
+/// Value and version of a key in shared data.
 pub fn shared_data(key: &str) -> HostResult<(Vec<u8>, u32)> {
     let (mut data, mut size, mut version) = (null_mut(), 0, 0);
     // SAFETY: pointer and length are of one string, the out-pointers outlive the call.
@@ -280,14 +273,14 @@ pub fn shared_data(key: &str) -> HostResult<(Vec<u8>, u32)> {
     returned(status, data, size).map(|value| (value, version))
 }
 
-/// Writes a shared key; with a version, only if it is still that one.
+/// Writes a key in shared data; with a version only if the key still has it.
 pub fn set_shared_data(key: &str, value: &[u8], version: Option<u32>) -> HostResult<()> {
     let cas = version.unwrap_or(0);
     // SAFETY: pointers and lengths are of one slice each.
     check(unsafe { abi::proxy_set_shared_data(key.as_ptr(), key.len(), value.as_ptr(), value.len(), cas) })
 }
 
-/// How often the root context's tick is called.
+/// Sets the time between two ticks of the root context.
 pub fn set_tick_period(period: Duration) -> HostResult<()> {
     let period = u32::try_from(period.as_millis()).unwrap_or(u32::MAX);
     // SAFETY: no pointers.
@@ -301,8 +294,8 @@ pub fn call(cluster: &str, headers: &Headers, body: Option<&[u8]>, timeout: Dura
         .map_err(|status| HostError(status as u32))
 }
 
-/// Header bytes as the SDK wants them. It takes `&str` and reads nothing but their bytes and lengths, while header
-/// values may be any bytes.
+/// Header bytes in the type that the SDK takes. Header values may be any bytes; the SDK reads only the bytes and lengths of
+/// its `&str`.
 fn as_str(bytes: &[u8]) -> &str {
     // SAFETY: the string goes to `dispatch_http_call` alone, which (in 0.2.5, the version that is pinned) copies its
     // bytes into the serialised map and calls no method that relies on UTF-8.

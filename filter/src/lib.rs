@@ -1,4 +1,5 @@
-//! The filter as Envoy loads it: callbacks become events of pd-core, effects become host calls. Nothing is decided here.
+//! The filter as Envoy loads it. It turns Envoy's callbacks into events of pd-core, and effects into host calls. pd-core
+//! takes every decision.
 #![allow(missing_docs, reason = "the entry point that the SDK's macro makes has none")]
 
 mod host;

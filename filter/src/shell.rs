@@ -1,24 +1,26 @@
 //! Root context: configuration, ticks, the poll of `pd-control`, metrics. One per worker.
 
 use core::cell::{OnceCell, RefCell};
-use core::time::Duration;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use log::{error, info, warn};
-use pd_core::exchange::report::Report;
-use pd_core::exchange::{self, Call, Exchange};
+use pd_core::envoys::client::{self, ExchangeCall, ExchangeClient};
+use pd_core::envoys::pace::Pace;
+use pd_core::envoys::report::Report;
 use pd_core::headers::Headers;
-use pd_core::metrics::{Kind, Level, Metric};
-use pd_core::push::{News, Poll, Push, TICK};
-use pd_core::share::{SEATS, Share, Shared};
+use pd_core::metrics::{Level, Metric, MetricKind};
 use pd_core::time::{Clocks, Monotonic, UnixTime};
 use pd_core::wire::WIRE_VERSION;
-use pd_core::worker::Worker;
+use pd_core::workers::log::WorkersLog;
+use pd_core::workers::push::{News, Poll, Push};
+use pd_core::workers::shared::Shared;
+use pd_core::workers::slots::WORKER_SLOTS;
+use pd_core::workers::worker::{Configured, Worker};
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::ContextType;
 
-use crate::host::{self, Buffer, HostError, HostResult, Map, MetricKind};
+use crate::host::{self, Buffer, HostError, HostResult, Map};
 use crate::stream::Stream;
 
 /// Release.
@@ -28,47 +30,35 @@ const BUILD: &str = match option_env!("PD_BUILD") {
     Some(build) => build,
     None => "unknown",
 };
-/// What this build was made with.
+/// Target features that this build was made with.
 const FEATURES: &str = if cfg!(target_feature = "simd128") { "simd128" } else { "none" };
 
-const LAST_GOOD_CONFIG_KEY: &str = "pd/config";
-/// Number of the worker's time as this Envoy's voice that was the last to begin.
-const VOICE_KEY: &str = "pd/voice";
-/// How much earlier than asked for a tick may come.
-const TICK_SLACK: Duration = Duration::from_millis(20);
 const NOT_FOUND: HostError = HostError(1);
 
 /// What the root context and the streams of a worker share.
 #[derive(Default)]
 pub struct Shell {
-    /// Decisions.
+    /// State and configuration of the worker.
     pub worker: Worker,
     push: Push,
-    share: Share,
-    exchange: Exchange,
+    log: WorkersLog,
+    exchange: ExchangeClient,
     metrics: MetricIds,
-    ticks: Ticks,
-}
-
-/// When the host ticks, and when the last whole tick was.
-#[derive(Default)]
-struct Ticks {
-    period: Duration,
-    whole: Monotonic,
+    pace: Pace,
 }
 
 impl Shell {
-    /// Takes over what other workers have learnt and decided. Before every decision.
+    /// Applies what other workers learnt and decided. Call it before every decision.
     pub fn catch_up(&mut self, now: Monotonic) {
         let announced = self.metrics.announced();
         let news = self.push.catch_up(&mut self.worker, &self.metrics, announced);
-        self.share.catch_up(&mut self.worker, &self.metrics, announced, now);
-        self.tell(news);
+        self.log.catch_up(&mut self.worker, &self.metrics, announced, now);
+        self.log_news(news);
     }
 
-    /// Tells the other workers what happened.
+    /// Publishes this worker's events to the other workers.
     pub fn publish(&mut self, now: Monotonic) {
-        self.share.publish(&mut self.worker, &self.metrics, now);
+        self.log.publish(&mut self.worker, &self.metrics, now);
     }
 
     /// Counts a host call that failed where none should.
@@ -81,7 +71,8 @@ impl Shell {
             .ok()
     }
 
-    fn tell(&self, news: Option<News>) {
+    /// Logs what an operator should know of the push.
+    fn log_news(&self, news: Option<News>) {
         let (epoch, version) = self.worker.state.table.version();
         let endpoints = self.worker.state.table.len();
         match news {
@@ -95,29 +86,24 @@ impl Shell {
     }
 }
 
-/// Numbers under which Envoy knows the metrics.
+/// Envoy's numbers of the metrics.
 #[derive(Default)]
 struct MetricIds {
     metrics: Vec<u32>,
     levels: Vec<u32>,
     seen: Option<u32>,
-    /// Gauges that are told when they change: number, and the value that Envoy has.
+    /// Gauges that are set when they change: number, and the value that Envoy has.
     gauges: BTreeMap<String, (u32, u64)>,
     announced: Option<u32>,
-    /// Gauges of the seats that were looked at.
+    /// Gauges of the worker slots, defined when one is first looked at.
     positions: Vec<OnceCell<Option<u32>>>,
 }
 
 impl MetricIds {
     fn define() -> HostResult<Self> {
-        let kind = |metric: &Metric| match metric.kind() {
-            Kind::Counter => MetricKind::Counter,
-            Kind::Gauge => MetricKind::Gauge,
-            Kind::Histogram => MetricKind::Histogram,
-        };
-        let metrics = Metric::ALL.iter().map(|metric| host::define_metric(kind(metric), metric.name()));
+        let metrics = Metric::ALL.iter().map(|metric| host::define_metric(metric.kind(), metric.name()));
         let levels = Level::ALL.iter().map(|level| host::define_metric(MetricKind::Gauge, level.name()));
-        // The gauge of a version that no worker runs any more stops moving.
+        // Workers set the gauge of their own build at each tick, so that of a build that no worker runs stops moving.
         let seen = format!("pd_build_seen_seconds;version={VERSION};build={BUILD};wire={WIRE_VERSION}");
         Ok(Self {
             metrics: metrics.collect::<HostResult<_>>()?,
@@ -125,13 +111,13 @@ impl MetricIds {
             seen: Some(host::define_metric(MetricKind::Gauge, &seen)?),
             gauges: BTreeMap::new(),
             announced: Some(host::define_metric(MetricKind::Counter, "pd_announced_total")?),
-            positions: vec![OnceCell::new(); SEATS],
+            positions: vec![OnceCell::new(); WORKER_SLOTS],
         })
     }
 
-    fn position(&self, seat: usize) -> Option<u32> {
-        let define = || host::define_metric(MetricKind::Gauge, &format!("pd_log_position;seat={seat}")).ok();
-        *self.positions.get(seat)?.get_or_init(define)
+    fn position(&self, slot: usize) -> Option<u32> {
+        let define = || host::define_metric(MetricKind::Gauge, &format!("pd_log_position;seat={slot}")).ok();
+        *self.positions.get(slot)?.get_or_init(define)
     }
 }
 
@@ -154,12 +140,12 @@ impl Shared for MetricIds {
         }
     }
 
-    fn position(&self, seat: usize) -> u64 {
-        self.position(seat).and_then(|id| host::metric(id).ok()).unwrap_or(0)
+    fn position(&self, slot: usize) -> u64 {
+        self.position(slot).and_then(|id| host::metric(id).ok()).unwrap_or(0)
     }
 
-    fn set_position(&self, seat: usize, position: u64) {
-        if let Some(id) = self.position(seat) {
+    fn set_position(&self, slot: usize, position: u64) {
+        if let Some(id) = self.position(slot) {
             let _ = host::record_metric(id, position);
         }
     }
@@ -170,29 +156,29 @@ impl Shared for MetricIds {
 pub struct Root {
     shell: Rc<RefCell<Shell>>,
     poll: Option<u32>,
-    calls: Vec<(u32, exchange::Kind)>,
+    calls: Vec<(u32, client::CallKind)>,
 }
 
 impl Shell {
-    /// Tells Envoy what was counted.
+    /// Passes counts and changed gauges on to Envoy.
     fn flush(&mut self) {
         let Self { worker, metrics, .. } = self;
         worker.counts.flush(|metric, value| {
             let Some(id) = metrics.metrics.get(metric as usize) else { return };
             let _ = match metric.kind() {
-                Kind::Histogram => host::record_metric(*id, value.unsigned_abs()),
-                Kind::Counter | Kind::Gauge => host::increment_metric(*id, value),
+                MetricKind::Histogram => host::record_metric(*id, value.unsigned_abs()),
+                MetricKind::Counter | MetricKind::Gauge => host::increment_metric(*id, value),
             };
         });
         for (name, value) in worker.gauges() {
-            let (id, told) = match metrics.gauges.get(&name) {
+            let (id, set) = match metrics.gauges.get(&name) {
                 Some(known) => *known,
                 None => match host::define_metric(MetricKind::Gauge, &name) {
                     Ok(id) => (id, !value),
                     Err(_) => continue,
                 },
             };
-            if told != value {
+            if set != value {
                 let _ = host::record_metric(id, value);
                 metrics.gauges.insert(name, (id, value));
             }
@@ -202,11 +188,10 @@ impl Shell {
 
 impl Shell {
     fn whole_tick(&mut self, now: Monotonic) -> Option<Poll> {
-        self.ticks.whole = now;
         self.flush();
-        let Self { worker, push, share, metrics, .. } = self;
+        let Self { worker, push, log, metrics, .. } = self;
         worker.prune(now);
-        share.tick(worker, metrics, now);
+        log.tick(worker, metrics, now);
         let poll = push.tick(metrics, now);
         for (level, value) in push.levels(worker, now) {
             if let Some(id) = metrics.levels.get(level as usize) {
@@ -220,27 +205,18 @@ impl Shell {
     }
 
     /// Calls of the exchange that are due.
-    fn exchange(&mut self, now: Monotonic) -> Vec<Call> {
-        let Self { worker, push, share, exchange, metrics, .. } = self;
-        if exchange.wants_to_speak(push.holds_lease()) {
-            let before = metrics.get(VOICE_KEY).and_then(|(bytes, _)| Some(u64::from_le_bytes(*bytes.first_chunk()?)));
-            let voice = random_number();
-            metrics.set(VOICE_KEY, &voice.to_le_bytes(), None);
-            exchange.speak(worker, voice, before.unwrap_or(0), now);
-        }
+    fn exchange(&mut self, now: Monotonic) -> Vec<ExchangeCall> {
+        let Self { worker, push, log, exchange, metrics, .. } = self;
+        exchange.take_lead(worker, metrics, push.holds_lease(), random_number, now);
         exchange.tick(worker, push.holds_lease(), now, |worker| {
             let clocks = Clocks { monotonic: now, unix: unix_time() };
-            Report::of(worker, share.generations(metrics), share.decisions(worker, metrics), clocks).to_json()
+            Report::of(worker, log.generations(metrics), log.decisions(worker, metrics), clocks).to_json()
         })
     }
 
-    /// Ticks more often while Envoys exchange.
+    /// Sets the time between two ticks, where it has changed.
     fn set_tick_period(&mut self) {
-        let period = if self.exchange.is_busy() { exchange::TICK } else { TICK };
-        if self.ticks.period == period {
-            return;
-        }
-        self.ticks.period = period;
+        let Some(period) = self.pace.new_period(self.exchange.is_busy()) else { return };
         if let Err(HostError(status)) = host::set_tick_period(period) {
             error!("no ticks, so no poll of pd-control: host status {status}");
         }
@@ -276,16 +252,16 @@ impl Root {
                 if news.is_some() {
                     warn!("cluster {}: host status {status}", poll.cluster);
                 }
-                shell.tell(news);
+                shell.log_news(news);
             }
         }
     }
 
     /// Starts calls of the exchange.
-    fn exchange(&mut self, calls: Vec<Call>) {
+    fn exchange(&mut self, calls: Vec<ExchangeCall>) {
         let Ok(mut shell) = self.shell.try_borrow_mut() else { return };
         let shell = &mut *shell;
-        for Call { kind, path, body, timeout } in calls {
+        for ExchangeCall { kind, path, body, timeout } in calls {
             let control = shell.worker.config.as_ref().ok().and_then(|config| config.control.clone());
             let started = control.ok_or(NOT_FOUND).and_then(|control| {
                 let headers = shell.control_headers("POST", path, control.authority);
@@ -298,10 +274,10 @@ impl Root {
         }
     }
 
-    fn exchanged(&mut self, kind: exchange::Kind, has_answer: bool) {
+    fn exchanged(&mut self, kind: client::CallKind, has_answer: bool) {
         let Ok(mut shell) = self.shell.try_borrow_mut() else { return };
         let now = host::now();
-        // What the others of this Envoy told before is not news to them.
+        // The answer is compared with what all workers of this Envoy know.
         shell.catch_up(now);
         let status = if has_answer { host::status(Map::Call) } else { None };
         let body = host::buffer(Buffer::CallBody).unwrap_or_default();
@@ -315,28 +291,24 @@ impl Root {
 
     /// Puts a configuration in force, or the last good one that any worker of this policy had.
     fn configure(shell: &mut Shell, text: &[u8]) {
-        let configured = match shell.worker.configure(text) {
-            Ok(config) => {
-                if host::set_shared_data(LAST_GOOD_CONFIG_KEY, text, None).is_err() {
-                    shell.worker.counts.count(Metric::HostErrors);
-                }
-                Ok(config)
-            }
-            Err(refusal) => {
+        let config = match shell.worker.configure_or_last_good(text, &shell.metrics) {
+            Configured::New(config) => config,
+            Configured::LastGood(config, refusal) => {
                 error!("plugin configuration refused: {refusal}");
-                host::shared_data(LAST_GOOD_CONFIG_KEY).map_err(|_| refusal).and_then(|(last_good, _)| {
-                    warn!("the last good plugin configuration stays in force");
-                    shell.worker.configure(&last_good)
-                })
+                warn!("the last good plugin configuration stays in force");
+                config
+            }
+            Configured::Refused(refusal) => {
+                error!("plugin configuration refused: {refusal}");
+                return;
             }
         };
-        let Ok(config) = configured else { return };
         let now = host::now();
         shell.push.configure(config.control.clone(), &shell.metrics, now);
         let worker_id = shell.push.worker_id();
         shell.exchange.configure(&mut shell.worker, config.control.as_ref());
-        shell.share.introduce(VERSION, BUILD, &config.revision);
-        shell.share.configure(&mut shell.worker, &shell.metrics, worker_id, now);
+        shell.log.introduce(VERSION, BUILD, &config.revision);
+        shell.log.configure(&mut shell.worker, &shell.metrics, worker_id, now);
         info!(
             "worker {}: revision {:?}, {} static endpoints, pd-control: {}",
             shell.push.worker_id(),
@@ -364,13 +336,13 @@ impl Context for Root {
             let status = if num_headers > 0 { host::status(Map::Call) } else { None };
             let body = host::buffer(Buffer::CallBody).unwrap_or_default();
             let (poll, news) = shell.push.answered(&mut shell.worker, &shell.metrics, status, &body, host::now());
-            shell.tell(news);
+            shell.log_news(news);
             poll
         };
         self.start(poll);
     }
 
-    /// The root retires and ticks no more: gauges that its last requests lowered would stay up for good.
+    /// The root context ticks no more. Without this flush gauges that its last requests lowered would stay up.
     fn on_done(&mut self) -> bool {
         if let Ok(mut shell) = self.shell.try_borrow_mut() {
             shell.flush();
@@ -385,7 +357,7 @@ impl RootContext for Root {
         true
     }
 
-    /// Always true: a plugin that refuses its configuration through the host may fail closed until the next change.
+    /// Always true: where a plugin refuses its configuration, Envoy may fail every request until the next change.
     fn on_configure(&mut self, _: usize) -> bool {
         let Ok(mut shell) = self.shell.try_borrow_mut() else { return true };
         match MetricIds::define() {
@@ -409,9 +381,9 @@ impl RootContext for Root {
             shell.catch_up(now);
             let calls = shell.exchange(now);
             shell.publish(now);
-            // The exchange may want to be asked more often than the rest.
-            let is_whole =
-                !shell.exchange.is_busy() || now.saturating_sub(shell.ticks.whole).saturating_add(TICK_SLACK) >= TICK;
+            // The exchange may tick more often than the rest.
+            let is_exchanging = shell.exchange.is_busy();
+            let is_whole = shell.pace.is_whole(is_exchanging, now);
             let poll = if is_whole { shell.whole_tick(now) } else { None };
             shell.set_tick_period();
             (poll, calls)
@@ -429,10 +401,10 @@ impl RootContext for Root {
     }
 }
 
-/// Of the host's making, and never 0.
+/// A random number of the host.
 fn random_number() -> u64 {
     use std::hash::{BuildHasher, RandomState};
-    RandomState::new().hash_one(host::now()).max(1)
+    RandomState::new().hash_one(host::now())
 }
 
 fn unix_time() -> UnixTime {

@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use log::warn;
 use pd_core::headers::Headers;
+use pd_core::request::upstream::answering_host;
 use pd_core::request::{Effect, Flow, Outcome, PrefillAnswer, Request};
 use pd_core::time::Monotonic;
 use proxy_wasm::traits::{Context, HttpContext};
@@ -21,12 +22,12 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// A request that has not begun.
+    /// A request of which nothing has come yet.
     pub fn new(shell: Rc<RefCell<Shell>>) -> Self {
         Self { shell, request: Request::default(), call: None }
     }
 
-    /// Tells the request an event, does what comes of it and tells the other workers.
+    /// Passes an event to the request, carries out its effects and publishes what happened.
     fn step(&mut self, now: Monotonic, event: impl FnOnce(&mut Request, &mut Shell) -> Outcome) -> Flow {
         let shell = Rc::clone(&self.shell);
         let Ok(mut shell) = shell.try_borrow_mut() else { return Flow::Continue };
@@ -36,7 +37,7 @@ impl Stream {
         flow
     }
 
-    /// As [`step`](Self::step), of a part of a body: no call comes of it, and nothing that others must know at once.
+    /// As [`step`](Self::step), for a part of a body. It leads to no call-out, and to no event that others need at once.
     fn part(&mut self, event: impl FnOnce(&mut Request, &mut Shell) -> Outcome) -> Flow {
         let shell = Rc::clone(&self.shell);
         let Ok(mut shell) = shell.try_borrow_mut() else { return Flow::Continue };
@@ -45,7 +46,7 @@ impl Stream {
     }
 
     fn carry_out_all(&mut self, shell: &mut Shell, mut outcome: Outcome, now: Monotonic) -> Flow {
-        // A call-out that the host refuses is a prefill leg that failed; each turn tries another endpoint or ends.
+        // A call-out that the host refuses is a failed prefill leg. Each round tries another endpoint, or ends.
         loop {
             match self.carry_out(shell, outcome) {
                 Ok(flow) => return flow,
@@ -134,7 +135,7 @@ impl Context for Stream {
         self.call = None;
         let now = host::now();
         let status = if num_headers > 0 { host::status(Map::Call) } else { None };
-        // Only what is passed on to the client needs its type.
+        // pd-core passes answers other than 200 on to the client, with their type.
         let is_passed_on = status.is_some_and(|status| status != 200);
         let content_type = if is_passed_on { host::header(Map::Call, "content-type").ok() } else { None };
         let answer_body = host::buffer(Buffer::CallBody).unwrap_or_default();
@@ -183,10 +184,8 @@ impl HttpContext for Stream {
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
         if self.request.is_forwarded() {
             let status = host::status(Map::Response);
-            // Envoy names the host that it tried last, also where none answered and the answer, an error, is its own.
-            let is_error = status.is_none_or(|status| status >= 400);
-            let is_envoys = || host::property("response\0code_details").is_ok_and(|details| details != b"via_upstream");
-            let upstream = if is_error && is_envoys() { None } else { host::property("upstream\0address").ok() };
+            let property = |path| move || host::property(path).ok();
+            let upstream = answering_host(status, property("response\0code_details"), property("upstream\0address"));
             let now = host::now();
             return action(self.step(now, |request, shell| {
                 request.response_headers(&mut shell.worker, upstream.as_deref(), status, now)

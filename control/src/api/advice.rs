@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use pd_core::exchange::report::Report;
+use pd_core::envoys::report::Report;
 use pd_core::workers::recent::Generation;
 
 /// Compares reports, each with the name of its Envoy. Returns one line for each finding, the gravest first; empty when

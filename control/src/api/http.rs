@@ -25,7 +25,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Extension, Json, Router};
 use bytes::Bytes;
-use pd_core::exchange::message::{EXCHANGE_PATH, MAX_MESSAGE_BYTES, Told};
+use pd_core::envoys::message::{EXCHANGE_PATH, ExchangeRequest, MAX_MESSAGE_BYTES};
 use pd_core::wire::{Endpoint, WATCH_PATH};
 use prometheus_client::metrics::gauge::Gauge;
 use serde::{Deserialize, Serialize};
@@ -153,7 +153,7 @@ async fn watch(
 }
 
 async fn exchange(State(app): State<App>, query: Result<Query<Exchanged>, QueryRejection>, body: Bytes) -> Response {
-    let request = query.ok().and_then(|Query(query)| Some((query, Told::from_bytes(&body)?)));
+    let request = query.ok().and_then(|Query(query)| Some((query, ExchangeRequest::from_bytes(&body)?)));
     let answer = match request {
         None => failure(StatusCode::BAD_REQUEST, "no message of the exchange"),
         Some((query, request)) => {

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use pd_core::exchange::report::Report;
+use pd_core::envoys::report::Report;
 use pd_core::wire::Endpoint;
 use serde::{Deserialize, Serialize};
 

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use pd_core::exchange::report::ReportedDecision;
+use pd_core::envoys::report::ReportedDecision;
 
 use crate::api::status::{EndpointView, StatusView};
 use crate::cli::client::Server;
@@ -201,8 +201,8 @@ fn table<const N: usize>(rows: &[[String; N]]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use pd_core::exchange::report::Report;
-    use pd_core::workers::recent::{Decision, Generation};
+    use pd_core::envoys::report::Report;
+    use pd_core::workers::recent::{DecisionRecord, Generation};
 
     use super::*;
     use crate::api::status::GatewayView;
@@ -210,7 +210,8 @@ mod tests {
     #[test]
     fn top_shows_envoys_their_decisions_and_what_to_do() {
         let generation = Generation { version: "0.1.0".into(), build: "b".into(), revision: "r".into(), workers: 3 };
-        let decision = Decision { decision: "split".into(), reason: "prefilled".into(), ..Decision::default() };
+        let decision =
+            DecisionRecord { decision: "split".into(), reason: "prefilled".into(), ..DecisionRecord::default() };
         let decision = ReportedDecision { decision, ..ReportedDecision::default() };
         let report = Report {
             generations: vec![generation],

@@ -1,15 +1,15 @@
 //! The hub of the exchange between Envoys, shared by the HTTP handlers and the relay.
 //!
-//! [`pd_core::exchange::hub`] decides; this module adds the lock, the clock and waiting.
+//! [`pd_core::envoys::hub`] decides; this module adds the lock, the clock and waiting.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hashbrown::HashMap;
-use pd_core::exchange::hub::Hub;
-use pd_core::exchange::message::{Heard, Told};
-use pd_core::exchange::report::Report;
+use pd_core::envoys::hub::Hub;
+use pd_core::envoys::message::{ExchangeRequest, ExchangeResponse};
+use pd_core::envoys::report::Report;
 use pd_core::time::Monotonic;
 use tokio::sync::watch;
 use tokio::time::{Instant, interval, sleep, sleep_until};
@@ -53,11 +53,11 @@ impl SharedHub {
     /// `watching` is the number of Envoys that follow the list. When `stopping` becomes true, it answers at once.
     pub async fn answer(
         &self,
-        request: &Told,
+        request: &ExchangeRequest,
         wait: Duration,
         watching: u64,
         mut stopping: watch::Receiver<bool>,
-    ) -> Heard {
+    ) -> ExchangeResponse {
         if self.hub().take(request, self.now()) {
             self.news.send_modify(|count| *count += 1);
         }
@@ -82,7 +82,7 @@ impl SharedHub {
 
     /// Messages for a replica that has these records: for each gateway, the newest one.
     #[must_use]
-    pub fn messages(&self, have: &HashMap<u64, u64>) -> Vec<Told> {
+    pub fn messages(&self, have: &HashMap<u64, u64>) -> Vec<ExchangeRequest> {
         self.hub().relay(have, self.now())
     }
 

@@ -19,7 +19,7 @@ use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
-use pd_core::exchange::message::{EXCHANGE_PATH, Heard, MAX_MESSAGE_BYTES, Told};
+use pd_core::envoys::message::{EXCHANGE_PATH, ExchangeRequest, ExchangeResponse, MAX_MESSAGE_BYTES};
 use tokio::net::lookup_host;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep, timeout};
@@ -180,7 +180,7 @@ impl Replica {
     async fn send_all(
         &self,
         client: &mut Option<PeerClient>,
-        messages: &[Told],
+        messages: &[ExchangeRequest],
     ) -> anyhow::Result<Option<HashMap<u64, u64>>> {
         let client = match client {
             Some(client) => client,
@@ -197,7 +197,7 @@ impl Replica {
         Ok(Some(have))
     }
 
-    async fn send(&self, client: &PeerClient, message: &Told) -> anyhow::Result<Heard> {
+    async fn send(&self, client: &PeerClient, message: &ExchangeRequest) -> anyhow::Result<ExchangeResponse> {
         let scheme = if self.peers.tls.is_some() { "https" } else { "http" };
         let mut request = Request::post(format!("{scheme}://{}{EXCHANGE_PATH}", self.address));
         if let Some(token) = &self.peers.token {
@@ -213,14 +213,14 @@ impl Replica {
                 .collect()
                 .await
                 .map_err(anyhow::Error::from_boxed)?;
-            Heard::from_bytes(&body.to_bytes()).context("its answer is no message of the exchange")
+            ExchangeResponse::from_bytes(&body.to_bytes()).context("its answer is no message of the exchange")
         };
         timeout(RELAY_TIMEOUT, answer).await.context("no answer in time")?
     }
 }
 
 /// Gateway and number of each record in the messages.
-fn turns_of(messages: &[Told]) -> Vec<(u64, u64)> {
+fn turns_of(messages: &[ExchangeRequest]) -> Vec<(u64, u64)> {
     let records = messages.iter().flat_map(|message| &message.records);
     let mut turns: Vec<_> = records.map(|record| (record.gateway, record.turn)).collect();
     turns.sort_unstable();

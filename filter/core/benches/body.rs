@@ -2,8 +2,8 @@
 
 use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
+use pd_core::body::splice::{Edits, head_edit, rewrite};
 use pd_core::body::{Key, KeySet, scan};
-use pd_core::splice::{Edits, head_edit, rewrite};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 

@@ -6,13 +6,13 @@ use std::net::{Ipv4Addr, SocketAddr};
 use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
 use pd_core::choose::scheduler::{Prompt, Scheduler};
-use pd_core::hash::{BlockHash, PromptHash, prompt_hash};
 use pd_core::headers::Headers;
-use pd_core::index::PrefixIndex;
+use pd_core::prefix::hash::{BlockHash, PromptHash, prompt_hash};
+use pd_core::prefix::index::PrefixIndex;
 use pd_core::request::{Effect, Flow, PrefillAnswer, Request};
 use pd_core::time::Monotonic;
 use pd_core::wire::{Endpoint, Role, Snapshot, WIRE_VERSION};
-use pd_core::worker::Worker;
+use pd_core::workers::worker::Worker;
 
 fn main() {
     divan::main();

@@ -9,7 +9,7 @@ use pd_core::headers::Headers;
 use pd_core::metrics::Metric;
 use pd_core::request::{DESTINATION, Effect, Flow, Outcome, PrefillAnswer, Request};
 use pd_core::time::Monotonic;
-use pd_core::worker::Worker;
+use pd_core::workers::worker::Worker;
 
 /// Bytes that drive everything: each choice takes from the front, and zeros follow the end.
 pub struct Choices<'a>(pub &'a [u8]);
@@ -200,9 +200,9 @@ pub fn run(input: &[u8]) {
         request.done(&mut worker, now);
     }
     worker.prune(now + Duration::from_secs(7_200));
-    for (_, slot) in worker.state.table.iter() {
-        assert!(slot.prefill.is_empty(), "prefill work is left at {}", slot.address);
-        assert_eq!((slot.decode.requests, slot.decode.tokens), (0, 0), "decode work is left at {}", slot.address);
+    for (_, state) in worker.state.table.iter() {
+        assert!(state.prefill.is_empty(), "prefill work is left at {}", state.address);
+        assert_eq!((state.decode.requests, state.decode.tokens), (0, 0), "decode work is left at {}", state.address);
     }
     for gauge in [Metric::PrefillInFlight, Metric::DecodeInFlight, Metric::DecodeTokensInFlight] {
         assert_eq!(worker.counts.pending(gauge), 0, "{gauge:?}");
@@ -210,8 +210,10 @@ pub fn run(input: &[u8]) {
 }
 
 fn addresses(worker: &Worker) -> HashSet<String> {
-    let both = |slot: &pd_core::endpoints::endpoint_state::Slot| [slot.address.to_string(), slot.bootstrap.to_string()];
-    worker.state.table.iter().flat_map(|(_, slot)| both(slot)).collect()
+    let both = |state: &pd_core::endpoints::endpoint_state::EndpointState| {
+        [state.address.to_string(), state.bootstrap.to_string()]
+    };
+    worker.state.table.iter().flat_map(|(_, state)| both(state)).collect()
 }
 
 /// Endpoints come from a list, nothing forbidden leaves, and a paused request has somebody to wait for.

@@ -4,9 +4,9 @@
 use core::fmt;
 
 use pd_core::body::form;
+use pd_core::body::json::{self, ErrorKind, ScanError};
+use pd_core::body::splice::{Edits, HeadPlan, head_edit, rewrite};
 use pd_core::body::{self, FORBIDDEN, Key, KeySet, Scan, is_content};
-use pd_core::json::{self, ErrorKind, ScanError};
-use pd_core::splice::{Edits, HeadPlan, head_edit, rewrite};
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 
 /// A document with its duplicates. (Not `serde_json::Value`, which drops them, and which takes one magic key as an

@@ -155,7 +155,7 @@ pub struct Pool {
     /// β: share of a prompt that its rendezvous endpoint is costed as holding, 0 to 1, when this worker has not seen
     /// the prefix but others may have. Right where Envoys know of each other's decisions within 50 ms: 0, a prompt
     /// that is new to all of them would wait for nothing (+16 % p99 at 0.6). Without any exchange 0.3 to 0.6 keeps hits.
-    /// `None`: 0.6 times the share of the other Envoys that are [not heard](crate::envoys::Fleet::unheard).
+    /// `None`: 0.6 times the share of the other Envoys that [do not exchange](crate::endpoints::elsewhere::Fleet::not_exchanging).
     pub rendezvous_share: Option<f64>,
     /// Tokens of an endpoint's prefix cache where the endpoint does not say.
     pub cache_tokens: u64,

@@ -4,12 +4,9 @@
 //! label again (see `envoy/local.yaml`). Counts are kept in the worker and flushed at its tick: a request pays for an
 //! addition, not for a host call each.
 
-use crate::endpoints::fitted_cost::GAUGES;
-use crate::workers::worker::INDEX_BYTES;
-
 /// What Envoy calls the kind of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum MetricKind {
     /// Only grows.
     Counter,
     /// Goes up and down; workers add their changes, so the value is the sum over workers.
@@ -44,8 +41,8 @@ macro_rules! metrics {
 
             /// Kind.
             #[must_use]
-            pub const fn kind(self) -> Kind {
-                match self { $(Self::$variant => Kind::$kind,)* }
+            pub const fn kind(self) -> MetricKind {
+                match self { $(Self::$variant => MetricKind::$kind,)* }
             }
         }
     };
@@ -129,13 +126,20 @@ impl Level {
     }
 }
 
+/// Name of the gauge of the prefix index's bytes.
+pub const INDEX_BYTES: &str = "pd_index_bytes";
+/// Names of the gauges of a pool's [fitted cost](crate::endpoints::fitted_cost::FittedCost::gauges), each with a `pool`
+/// label.
+pub const FITTED_GAUGES: [&str; 4] =
+    ["pd_prefill_cost_a_us", "pd_prefill_cost_b_ns", "pd_prefill_cost_c_fs", "pd_bytes_per_token_milli"];
+
 /// A metric whose name or labels are made at run time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Family {
     /// Name, without tags.
     pub name: &'static str,
     /// Kind.
-    pub kind: Kind,
+    pub kind: MetricKind,
     /// Labels.
     pub labels: &'static [&'static str],
     /// One line for an operator.
@@ -146,49 +150,49 @@ pub struct Family {
 pub const FAMILIES: &[Family] = &[
     Family {
         name: "pd_announced_total",
-        kind: Kind::Counter,
+        kind: MetricKind::Counter,
         labels: &[],
         help: "Endpoint lists and new workers that the workers of this Envoy announced to each other",
     },
     Family {
         name: "pd_log_position",
-        kind: Kind::Gauge,
+        kind: MetricKind::Gauge,
         labels: &["seat"],
-        help: "Position in the log of that number in the workers' log; the other workers read it up to there before they decide",
+        help: "Position in the log of the worker in that slot; the other workers read the log up to there before they decide",
     },
     Family {
         name: INDEX_BYTES,
-        kind: Kind::Gauge,
+        kind: MetricKind::Gauge,
         labels: &[],
         help: "Bytes of the prefix index of the worker that reported last; near `prefix.index_bytes` the index forgets blocks that endpoints still hold",
     },
     Family {
-        name: GAUGES[0],
-        kind: Kind::Gauge,
+        name: FITTED_GAUGES[0],
+        kind: MetricKind::Gauge,
         labels: &["pool"],
         help: "Fitted prefill cost: a, microseconds per request",
     },
     Family {
-        name: GAUGES[1],
-        kind: Kind::Gauge,
+        name: FITTED_GAUGES[1],
+        kind: MetricKind::Gauge,
         labels: &["pool"],
         help: "Fitted prefill cost: b, nanoseconds per uncached token",
     },
     Family {
-        name: GAUGES[2],
-        kind: Kind::Gauge,
+        name: FITTED_GAUGES[2],
+        kind: MetricKind::Gauge,
         labels: &["pool"],
         help: "Fitted prefill cost: c, femtoseconds per token²",
     },
     Family {
-        name: GAUGES[3],
-        kind: Kind::Gauge,
+        name: FITTED_GAUGES[3],
+        kind: MetricKind::Gauge,
         labels: &["pool"],
         help: "Bytes of JSON per 1,000 prompt tokens, fitted to the `usage` of prefill answers",
     },
     Family {
         name: "pd_build_seen_seconds",
-        kind: Kind::Gauge,
+        kind: MetricKind::Gauge,
         labels: &["version", "build", "wire"],
         help: "Unix time at which a worker of that build last ticked: the builds whose value still moves are those that run",
     },
@@ -258,7 +262,7 @@ mod tests {
         let mut names: Vec<_> = Metric::ALL.iter().map(|metric| metric.name()).collect();
         for metric in Metric::ALL {
             let counts = metric.name().split(';').next().is_some_and(|name| name.ends_with("_total"));
-            assert_eq!(counts, metric.kind() == Kind::Counter, "{}", metric.name());
+            assert_eq!(counts, metric.kind() == MetricKind::Counter, "{}", metric.name());
         }
         names.sort_unstable();
         names.dedup();

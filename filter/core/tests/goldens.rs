@@ -8,7 +8,7 @@ use pd_core::headers::Headers;
 use pd_core::request::{Call, DECISION, DESTINATION, Effect, Outcome, PREFILLER, PrefillAnswer, RANK, REASON, Request};
 use pd_core::time::Monotonic;
 use pd_core::wire::Engine;
-use pd_core::worker::Worker;
+use pd_core::workers::worker::Worker;
 
 /// Client requests: name, path, body. Key order, white space, numbers and unknown members are what a client may send.
 const REQUESTS: &[(&str, &str, &str)] = &[

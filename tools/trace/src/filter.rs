@@ -7,16 +7,17 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use hashbrown::HashMap;
 use pd_bench::trace::BLOCK_TOKENS;
-use pd_core::exchange::hub::Hub;
-use pd_core::exchange::message::Told;
-use pd_core::exchange::{Call, Exchange, Kind};
+use pd_core::envoys::client::{CallKind, ExchangeCall, ExchangeClient};
+use pd_core::envoys::hub::Hub;
+use pd_core::envoys::message::ExchangeRequest;
 use pd_core::headers::Headers;
-use pd_core::push::TICK;
 use pd_core::request::{DECODE, Effect, Outcome, PrefillAnswer, Request};
-use pd_core::share::{Share, Shared};
 use pd_core::time::Monotonic;
 use pd_core::wire::{Endpoint, Role, Snapshot, WIRE_VERSION};
-use pd_core::worker::Worker;
+use pd_core::workers::log::WorkersLog;
+use pd_core::workers::push::TICK;
+use pd_core::workers::shared::Shared;
+use pd_core::workers::worker::Worker;
 use pd_support::config::merge;
 
 use crate::load::{Job, Pods};
@@ -51,14 +52,14 @@ pub struct Filter {
     /// Every worker of every gateway.
     states: Vec<Worker>,
     /// How each talks to the others of its gateway, where there are any.
-    shares: Vec<Share>,
+    logs: Vec<WorkersLog>,
     /// What those of one gateway share.
     stores: Vec<Store>,
     ticked: Monotonic,
     workers: usize,
     streams: HashMap<usize, Stream>,
     places: Places,
-    voices: Option<Voices>,
+    gateways: Option<Gateways>,
     rng: fastrand::Rng,
     pruned: Monotonic,
 }
@@ -95,12 +96,12 @@ impl Shared for Store {
         self.announced.set(self.announced.get() + 1);
     }
 
-    fn position(&self, seat: usize) -> u64 {
-        self.positions.borrow().get(&seat).copied().unwrap_or(0)
+    fn position(&self, slot: usize) -> u64 {
+        self.positions.borrow().get(&slot).copied().unwrap_or(0)
     }
 
-    fn set_position(&self, seat: usize, position: u64) {
-        self.positions.borrow_mut().insert(seat, position);
+    fn set_position(&self, slot: usize, position: u64) {
+        self.positions.borrow_mut().insert(slot, position);
     }
 }
 
@@ -112,24 +113,24 @@ struct Stream {
 }
 
 /// What the gateways tell each other: pd-core's own exchange, with calls that take no time.
-struct Voices {
+struct Gateways {
     hub: Hub,
     /// Of each gateway's first worker, and its question that waits.
-    gateways: Vec<(Exchange, Option<Call>)>,
+    gateways: Vec<(ExchangeClient, Option<ExchangeCall>)>,
     period: Duration,
     ticked: Monotonic,
 }
 
-impl Voices {
+impl Gateways {
     fn new(period: Duration, states: &mut [Worker], workers: usize) -> Self {
-        let voice = |(at, worker): (usize, &mut Worker)| {
+        let leader = |(at, worker): (usize, &mut Worker)| {
             let config = worker.config.clone().ok();
-            let mut exchange = Exchange::default();
+            let mut exchange = ExchangeClient::default();
             exchange.configure(worker, config.as_ref().and_then(|config| config.control.as_ref()));
-            exchange.speak(worker, at as u64 + 1, 0, Monotonic::ZERO);
+            exchange.lead(worker, at as u64 + 1, 0, Monotonic::ZERO);
             (exchange, None)
         };
-        let gateways = states.iter_mut().step_by(workers).enumerate().map(voice).collect();
+        let gateways = states.iter_mut().step_by(workers).enumerate().map(leader).collect();
         Self { hub: Hub::new(u64::MAX), gateways, period, ticked: Monotonic::ZERO }
     }
 
@@ -139,14 +140,14 @@ impl Voices {
         let Some((exchange, waiting)) = gateways.get_mut(gateway) else { return };
         let calls = exchange.tick(worker, true, now, |_| Vec::new());
         for call in calls.into_iter().chain(waiting.take()) {
-            let Some(told) = Told::from_bytes(&call.body) else { continue };
-            hub.take(&told, now);
-            if call.kind == Kind::Hear && !hub.has_news(&told) {
+            let Some(request) = ExchangeRequest::from_bytes(&call.body) else { continue };
+            hub.take(&request, now);
+            if call.kind == CallKind::Receive && !hub.has_news(&request) {
                 *waiting = Some(call);
                 continue;
             }
-            let heard = hub.answer(&told, 0).to_bytes();
-            exchange.answered(worker, call.kind, Some(200), &heard, now);
+            let response = hub.answer(&request, 0).to_bytes();
+            exchange.answered(worker, call.kind, Some(200), &response, now);
         }
     }
 }
@@ -218,7 +219,7 @@ impl Filter {
             endpoints: prefill.chain(decode).collect(),
             removed: Vec::new(),
         };
-        let (mut states, mut shares) = (Vec::new(), Vec::new());
+        let (mut states, mut logs) = (Vec::new(), Vec::new());
         let (gateways, workers) = (brains.count.max(1), brains.workers.max(1));
         let stores: Vec<_> = (0..gateways).map(|_| Store::default()).collect();
         for at in 0..gateways * workers {
@@ -226,22 +227,22 @@ impl Filter {
             worker.configure(config.to_string().as_bytes()).context("pd-core's configuration")?;
             worker.apply(&snapshot.to_json()).context("the list of endpoints")?;
             if workers > 1 {
-                let mut share = Share::default();
-                share.configure(&mut worker, &stores[at / workers], at as u64 + 1, Monotonic::ZERO);
-                shares.push(share);
+                let mut log = WorkersLog::default();
+                log.configure(&mut worker, &stores[at / workers], at as u64 + 1, Monotonic::ZERO);
+                logs.push(log);
             }
             states.push(worker);
         }
-        let voices = brains.exchange.map(|period| Voices::new(period, &mut states, workers));
+        let gateways = brains.exchange.map(|period| Gateways::new(period, &mut states, workers));
         Ok(Self {
             states,
-            shares,
+            logs,
             stores,
             ticked: Monotonic::ZERO,
             workers,
             streams: HashMap::new(),
             places,
-            voices,
+            gateways,
             rng: fastrand::Rng::with_seed(seed),
             pruned: Monotonic::ZERO,
         })
@@ -333,16 +334,16 @@ impl Filter {
 
     /// A worker hears what the others of its gateway did.
     fn listen(&mut self, at: usize, now: Monotonic) {
-        if let (Some(share), Some(state)) = (self.shares.get_mut(at), self.states.get_mut(at)) {
+        if let (Some(log), Some(state)) = (self.logs.get_mut(at), self.states.get_mut(at)) {
             let store = &self.stores[at / self.workers];
-            share.catch_up(state, store, store.announced(), now);
+            log.catch_up(state, store, store.announced(), now);
         }
     }
 
     /// It tells them what it did.
     fn publish(&mut self, at: usize, now: Monotonic) {
-        if let (Some(share), Some(state)) = (self.shares.get_mut(at), self.states.get_mut(at)) {
-            share.publish(state, &self.stores[at / self.workers], now);
+        if let (Some(log), Some(state)) = (self.logs.get_mut(at), self.states.get_mut(at)) {
+            log.publish(state, &self.stores[at / self.workers], now);
         }
     }
 
@@ -352,21 +353,24 @@ impl Filter {
             self.pruned = now;
             self.states.iter_mut().for_each(|state| state.prune(now));
         }
-        while !self.shares.is_empty() && now >= self.ticked + TICK {
+        while !self.logs.is_empty() && now >= self.ticked + TICK {
             self.ticked += TICK;
-            for (at, (share, state)) in self.shares.iter_mut().zip(&mut self.states).enumerate() {
+            for (at, (log, state)) in self.logs.iter_mut().zip(&mut self.states).enumerate() {
                 let store = &self.stores[at / self.workers];
-                share.catch_up(state, store, store.announced(), self.ticked);
-                share.tick(state, store, self.ticked);
+                log.catch_up(state, store, store.announced(), self.ticked);
+                log.tick(state, store, self.ticked);
             }
         }
-        while let Some(due) = self.voices.as_ref().map(|voices| voices.ticked + voices.period).filter(|due| *due <= now)
+        while let Some(due) =
+            self.gateways.as_ref().map(|gateways| gateways.ticked + gateways.period).filter(|due| *due <= now)
         {
             for gateway in 0..self.stores.len() {
                 self.listen(gateway * self.workers, due);
-                if let (Some(voices), Some(worker)) = (&mut self.voices, self.states.get_mut(gateway * self.workers)) {
-                    voices.ticked = due;
-                    voices.tick(gateway, worker, due);
+                if let (Some(gateways), Some(worker)) =
+                    (&mut self.gateways, self.states.get_mut(gateway * self.workers))
+                {
+                    gateways.ticked = due;
+                    gateways.tick(gateway, worker, due);
                 }
                 self.publish(gateway * self.workers, due);
             }
@@ -390,7 +394,7 @@ fn prompt(job: &Job) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use pd_core::hash::prompt_hash;
+    use pd_core::prefix::hash::prompt_hash;
 
     use super::*;
 
@@ -446,7 +450,7 @@ mod tests {
         let now = Monotonic::from_secs(2);
         filter.catch_up(now);
         let queues =
-            |worker: &Worker| worker.state.table.iter().map(|(_, slot)| slot.prefill.work(now)).collect::<Vec<_>>();
+            |worker: &Worker| worker.state.table.iter().map(|(_, state)| state.prefill.work(now)).collect::<Vec<_>>();
         let all: Vec<_> = filter.states.iter().map(queues).collect();
         let is_like = |queues: &Vec<f64>| queues.iter().zip(&all[0]).all(|(a, b)| (a - b).abs() < 1e-3);
         assert!(all.iter().all(is_like), "{all:?}");
@@ -470,7 +474,7 @@ mod tests {
         assert_eq!(knowing(&filter), 2);
         for worker in &filter.states {
             assert!(
-                worker.state.table.iter().all(|(_, slot)| slot.work(Monotonic::from_secs(4)) == 0.0),
+                worker.state.table.iter().all(|(_, state)| state.work(Monotonic::from_secs(4)) == 0.0),
                 "what began is over"
             );
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use fastrand::Rng;
 use pd_bench::trace::BLOCK_TOKENS;
-use pd_core::hash::rendezvous_weight;
+use pd_core::prefix::hash::rendezvous_weight;
 use pd_sim::Timing;
 
 use crate::cache::Lru;

@@ -2,7 +2,7 @@
 #![no_main]
 
 use pd_core::config::Config;
-use pd_core::worker::Worker;
+use pd_core::workers::worker::Worker;
 
 libfuzzer_sys::fuzz_target!(|text: &[u8]| {
     match Config::parse(text) {

@@ -5,13 +5,13 @@
 use core::time::Duration;
 
 use hashbrown::HashMap;
-use pd_core::time::Monotonic;
 use pd_core::prefix::block_log::{block_event, read_event, split_events};
-use pd_core::exchange::hub::Hub;
-use pd_core::exchange::message::{Heard, MAX_MESSAGE_BYTES, Told};
-use pd_core::exchange::report::Report;
-use pd_core::exchange::{Exchange, Kind, TICK};
-use pd_core::worker::Worker;
+use pd_core::envoys::hub::Hub;
+use pd_core::envoys::message::{ExchangeResponse, MAX_MESSAGE_BYTES, ExchangeRequest};
+use pd_core::envoys::report::Report;
+use pd_core::envoys::client::{ExchangeClient, CallKind, TICK};
+use pd_core::time::Monotonic;
+use pd_core::workers::worker::Worker;
 
 const CONFIG: &[u8] = br#"{"control":{"cluster":"pd-control"},"endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#;
 
@@ -29,62 +29,62 @@ fn steps(input: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
 
 /// The message with endpoints that the worker knows in place of the numbers 0 and 1: nobody guesses 64 bits.
 fn with_endpoints(message: &[u8], keys: &[u64]) -> Vec<u8> {
-    let Some(mut heard) = Heard::from_bytes(message) else { return message.to_vec() };
+    let Some(mut response) = ExchangeResponse::from_bytes(message) else { return message.to_vec() };
     let key = |number: u64| usize::try_from(number).ok().and_then(|at| keys.get(at)).copied().unwrap_or(number);
-    for (endpoint, _) in heard.loads.iter_mut().flatten() {
+    for (endpoint, _) in response.loads.iter_mut().flatten() {
         *endpoint = key(*endpoint);
     }
-    for batch in &mut heard.batches {
+    for batch in &mut response.batches {
         let events = split_events(&batch.blocks).filter_map(read_event);
         batch.blocks = events.flat_map(|(endpoint, blocks)| block_event(key(endpoint), &blocks)).collect();
     }
-    heard.to_bytes()
+    response.to_bytes()
 }
 
-fn answer(hub: &mut Hub, told: &Told, now: Monotonic) -> Heard {
-    assert_eq!(Told::from_bytes(&told.to_bytes()).as_ref(), Some(told));
-    hub.take(told, now);
-    let _ = hub.has_news(told);
-    let heard = hub.answer(told, 3);
-    assert_eq!(Heard::from_bytes(&heard.to_bytes()).as_ref(), Some(&heard));
-    heard
+fn answer(hub: &mut Hub, request: &ExchangeRequest, now: Monotonic) -> ExchangeResponse {
+    assert_eq!(ExchangeRequest::from_bytes(&request.to_bytes()).as_ref(), Some(request));
+    hub.take(request, now);
+    let _ = hub.has_news(request);
+    let response = hub.answer(request, 3);
+    assert_eq!(ExchangeResponse::from_bytes(&response.to_bytes()).as_ref(), Some(&response));
+    response
 }
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
-    let (mut worker, mut exchange, mut hub) = (Worker::default(), Exchange::default(), Hub::new(9));
+    let (mut worker, mut exchange, mut hub) = (Worker::default(), ExchangeClient::default(), Hub::new(9));
     let config = worker.configure(CONFIG).expect("a good configuration");
-    let keys: Vec<u64> = worker.state.table.iter().map(|(_, slot)| slot.key).collect();
+    let keys: Vec<u64> = worker.state.table.iter().map(|(_, state)| state.key).collect();
     let mut now = Monotonic::from_secs(1);
     exchange.configure(&mut worker, config.control.as_ref());
-    exchange.speak(&mut worker, 1, 0, now);
+    exchange.lead(&mut worker, 1, 0, now);
     for (what, message) in steps(input) {
         now += TICK;
         match what % 4 {
-            0 => exchange.answered(&mut worker, Kind::Hear, Some(200), &with_endpoints(message, &keys), now),
+            0 => exchange.answered(&mut worker, CallKind::Receive, Some(200), &with_endpoints(message, &keys), now),
             1 => {
-                if let Some(told) = Told::from_bytes(message) {
-                    answer(&mut hub, &told, now);
+                if let Some(request) = ExchangeRequest::from_bytes(message) {
+                    answer(&mut hub, &request, now);
                 }
             }
             2 => {
                 for call in exchange.tick(&mut worker, true, now, |_| Report::default().to_json()) {
-                    let told = Told::from_bytes(&call.body).expect("what an Envoy tells can be read");
-                    let heard = answer(&mut hub, &told, now).to_bytes();
-                    exchange.answered(&mut worker, call.kind, Some(200), &heard, now);
+                    let request = ExchangeRequest::from_bytes(&call.body).expect("what an Envoy tells can be read");
+                    let response = answer(&mut hub, &request, now).to_bytes();
+                    exchange.answered(&mut worker, call.kind, Some(200), &response, now);
                 }
             }
             _ => {
                 now += Duration::from_secs(4);
                 hub.prune(now);
-                exchange.failed(&mut worker, Kind::Tell, now);
+                exchange.failed(&mut worker, CallKind::Send, now);
             }
         }
     }
-    for told in hub.relay(&HashMap::new(), now) {
-        assert!(told.to_bytes().len() <= MAX_MESSAGE_BYTES);
+    for request in hub.relay(&HashMap::new(), now) {
+        assert!(request.to_bytes().len() <= MAX_MESSAGE_BYTES);
     }
-    exchange.fall_silent(&mut worker);
-    for (_, slot) in worker.state.table.iter() {
-        assert_eq!((slot.work(now), slot.decode_tokens()), (0.0, 0));
+    exchange.resign(&mut worker);
+    for (_, state) in worker.state.table.iter() {
+        assert_eq!((state.work(now), state.decode_tokens()), (0.0, 0));
     }
 });

@@ -1,5 +1,5 @@
-//! Who is let in when a pool has as much as it may have: limits on what is in flight, less for those who can wait, and a
-//! fair share for each.
+//! Admission: whether a pool with limits lets a request in. Under pressure it sheds sheddable requests, and those whose
+//! fairness id has its fair share in flight already.
 
 use hashbrown::HashMap;
 
@@ -7,30 +7,30 @@ use crate::config::Limits;
 use crate::endpoints::load::Load;
 use crate::metrics::Metric;
 
-/// Share of a limit from which on there is pressure: sheddable requests wait, and everybody keeps to a fair share.
+/// Part of a limit in flight beyond which a pool is under pressure.
 pub const PRESSURE: f64 = 0.8;
 
-/// A request that wants in.
+/// A request that a pool may let in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ask {
-    /// KV tokens.
+    /// KV tokens: the prompt and the expected output.
     pub tokens: u64,
-    /// Below 0: sheddable.
+    /// Priority; below 0: sheddable.
     pub priority: i64,
-    /// Who asks: requests of one id share alike with those of another.
+    /// Hash of the fairness id.
     pub fairness: u64,
 }
 
-/// Why a request is not let in.
+/// Why a request is shed. The filter answers 429.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shed {
-    /// The pool has all it may have.
+    /// The request would exceed the pool's limit.
     Saturated,
-    /// There is pressure, and the request is sheddable.
+    /// The pool is under pressure, and the request is sheddable.
     Sheddable,
-    /// There is pressure, and whoever asks has a fair share already.
+    /// The pool is under pressure, and the request's fairness id has its fair share in flight.
     FairShare,
-    /// The prompt cannot be computed by the time the client names.
+    /// No endpoint can compute the prompt by the client's deadline.
     Deadline,
 }
 
@@ -41,7 +41,7 @@ impl Shed {
         self.metric().name().rsplit('=').next().unwrap_or_default()
     }
 
-    /// What counts it.
+    /// Counter of requests that were shed for this reason.
     #[must_use]
     pub fn metric(self) -> Metric {
         match self {
@@ -53,13 +53,13 @@ impl Shed {
     }
 }
 
-/// Key of a pool, alike for all workers.
+/// Key of a pool in events. All workers compute the same one.
 #[must_use]
 pub fn pool_key(name: &str) -> u64 {
     xxhash_rust::xxh3::xxh3_64(name.as_bytes())
 }
 
-/// What each pool with limits has in flight, by this worker and the others.
+/// What each pool with limits has in flight, from all workers of this Envoy.
 #[derive(Debug, Default)]
 pub struct Admission {
     pools: HashMap<u64, InFlight>,
@@ -68,16 +68,16 @@ pub struct Admission {
 #[derive(Debug, Default)]
 struct InFlight {
     all: Load,
-    /// By who asks.
+    /// By fairness id.
     by_id: HashMap<u64, Load>,
 }
 
 impl Admission {
-    /// Whether a pool lets a request in: nothing, or why not. A pool that has nothing takes any request, however large.
-    /// What is let in has to be [added](Self::add).
+    /// Whether a pool lets a request in. A pool with nothing in flight lets any request in, however large. The caller
+    /// [adds](Self::add) the request then.
     ///
     /// # Errors
-    /// [`Shed`]
+    /// Why the pool sheds the request.
     pub fn check(&self, pool: u64, limits: Limits, ask: Ask) -> Result<(), Shed> {
         let Some(has) = self.pools.get(&pool) else { return Ok(()) };
         let share = |used: u64, limit: u64| if limit == 0 { 0.0 } else { used as f64 / limit as f64 };
@@ -98,14 +98,14 @@ impl Admission {
         }
     }
 
-    /// A pool has more in flight for whoever asks by that id.
+    /// Adds to what a pool has in flight for a fairness id.
     pub fn add(&mut self, pool: u64, id: u64, load: &Load) {
         let has = self.pools.entry(pool).or_default();
         has.all.merge(load);
         has.by_id.entry(id).or_default().merge(load);
     }
 
-    /// A pool has less in flight: what was [added](Self::add) is over.
+    /// Takes back what was [added](Self::add). Without effect where the pool has nothing in flight.
     pub fn subtract(&mut self, pool: u64, id: u64, load: &Load) {
         let Some(has) = self.pools.get_mut(&pool) else { return };
         has.all.subtract(load);
@@ -120,7 +120,7 @@ impl Admission {
         }
     }
 
-    /// Whether nothing is in flight.
+    /// Whether no pool has anything in flight.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.pools.is_empty()

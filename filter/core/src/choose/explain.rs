@@ -1,16 +1,17 @@
-//! Explanation of a choice, for people.
+//! Description of a choice, for people.
 
 use crate::choose::scheduler::{Decision, Prompt, Scheduler, WholeReason};
 use crate::endpoints::candidates::Candidates;
 use crate::prefix::index::EndpointIndex;
 
 impl Scheduler<'_> {
-    /// Says in one line what [`decide`](Self::decide) chooses, and from what: for people, its form may change.
+    /// Describes in one line what [`decide`](Self::decide) chooses, and among which endpoints. Its form may change.
     ///
-    /// Seconds of work ahead `W`, seconds for the prompt `S`, what counts `W+wS`, tokens thought to be cached.
+    /// The line has for each endpoint that was compared: W, S and W + w·S in seconds, matched tokens, assigned tokens, and
+    /// whether it is the rendezvous endpoint, the holder of the session, or ejected.
     #[must_use]
     pub fn explain(&self, candidates: &Candidates, prompt: &Prompt) -> String {
-        let name = |at: EndpointIndex| self.table.get(at).map_or("?", |slot| slot.address.as_ref());
+        let name = |index: EndpointIndex| self.table.get(index).map_or("?", |state| state.address.as_ref());
         let (pick, choice, among) = match self.decide(candidates, prompt) {
             Decision::Nobody => return "nobody: no endpoint is ready".to_owned(),
             Decision::Split(pick) => (pick, "split: lowest W+wS", &candidates.compute),
@@ -28,12 +29,14 @@ impl Scheduler<'_> {
         };
         let (mut shortlist, owner) = self.shortlist(among, prompt, &[]);
         let session = self.session_holder(among, prompt);
-        shortlist.extend(self.table.get(pick.endpoint).map(|slot| (pick.endpoint, slot)));
-        shortlist.sort_unstable_by_key(|(at, _)| *at);
-        shortlist.dedup_by_key(|(at, _)| *at);
+        shortlist.extend(self.table.get(pick.endpoint).map(|state| (pick.endpoint, state)));
+        shortlist.sort_unstable_by_key(|(index, _)| *index);
+        shortlist.dedup_by_key(|(index, _)| *index);
         let mut costs: Vec<_> = shortlist
             .into_iter()
-            .map(|(at, slot)| (self.cost(at, slot, prompt, (owner == Some(at), session == Some(at))), at, slot))
+            .map(|(index, state)| {
+                (self.cost(index, state, prompt, (owner == Some(index), session == Some(index))), index, state)
+            })
             .collect();
         costs.sort_by(|a, b| a.0.1.total_cmp(&b.0.1));
         let mut text = format!(
@@ -44,16 +47,16 @@ impl Scheduler<'_> {
             costs.len(),
             among.len(),
         );
-        for ((of, cost), at, slot) in costs {
-            let (work, decode) = (slot.work(self.now), slot.decode_tokens());
+        for ((of, cost), index, state) in costs {
+            let (work, decode) = (state.work(self.now), state.decode_tokens());
             text.push_str(&format!(
                 "; {} W={work:.3} S={:.3} W+wS={cost:.3} match={:.0} decode={decode}{}{}{}",
-                slot.address,
+                state.address,
                 of.seconds,
                 of.matched_tokens,
-                if owner == Some(at) { " owner" } else { "" },
-                if session == Some(at) { " session" } else { "" },
-                if self.is_usable(slot) { "" } else { " failing" },
+                if owner == Some(index) { " owner" } else { "" },
+                if session == Some(index) { " session" } else { "" },
+                if self.is_usable(state) { "" } else { " failing" },
             ));
         }
         text

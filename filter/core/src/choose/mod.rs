@@ -1,4 +1,8 @@
-//! Which requests are let in, and which endpoints serve them.
+//! Choosing: which requests a pool lets in, and which endpoints serve them.
+//!
+//! - [`admission`]: limits of a pool, shedding and fair shares.
+//! - [`scheduler`]: split or whole, and the endpoint of each leg. `shortlist` has the endpoints that it compares, `explain`
+//!   describes its choice.
 
 pub mod admission;
 mod explain;

@@ -1,42 +1,42 @@
-//! Who computes the prompt, who generates, and whether those are two.
+//! The scheduler: whether to split a request, and which endpoint serves each leg.
 //!
-//! - **Prefill**: the endpoint with the lowest `W + w·S`: seconds of work ahead of the prompt, plus `w` times the seconds
-//!   of the prompt itself given what the endpoint has cached.
+//! - **Prefill**: the endpoint with the lowest W + w·S. W are the seconds of work ahead of the prompt, S the seconds of the
+//!   prompt itself, given what the endpoint holds.
 //! - **Decode**: the endpoint with the fewest assigned KV tokens.
-//! - **Decider**: a prefill leg is worth it when the best decode endpoint lacks more tokens than a threshold (llm-d's
+//! - **Decider**: a request is split if the best decode endpoint lacks at least a threshold of tokens (llm-d's
 //!   `prefix-based-pd-decider`).
-//! - Ties and unknown prefixes go by rendezvous hash, which every worker and replica computes alike.
+//! - Ties and unseen prompts go by rendezvous hash, which every worker of every Envoy computes alike.
 //!
-//! Of many endpoints a choice looks at a [shortlist](super::shortlist).
+//! Of many endpoints a choice compares a [shortlist](super::shortlist).
 
 use crate::choose::shortlist::HOLDERS;
 use crate::config::{Pool, Split};
 use crate::endpoints::candidates::Candidates;
-use crate::endpoints::endpoint_state::Slot;
+use crate::endpoints::endpoint_state::EndpointState;
 use crate::endpoints::table::Table;
 use crate::prefix::hash::{BlockHash, PromptHash, prefix_units, rendezvous_weight};
 use crate::prefix::index::{EndpointIndex, PrefixIndex};
 use crate::time::Monotonic;
 use crate::wire::Role;
 
-/// A prompt as the scheduler sees it.
+/// What the scheduler needs to know of a prompt.
 #[derive(Clone, Debug, Default)]
 pub struct Prompt {
-    /// Bytes of JSON.
+    /// Bytes of the prompt's JSON.
     pub bytes: usize,
-    /// Estimated tokens.
+    /// Estimated tokens, 0 or more.
     pub tokens: f64,
-    /// Estimated tokens of the smallest hashed block.
+    /// Estimated tokens of a block of the smallest size.
     pub block_tokens: f64,
-    /// Prefix hashes.
+    /// Block hashes.
     pub hash: PromptHash,
-    /// The client's session, where a header names it, as a block of its own: who holds it served the session last.
+    /// The session that a header names, as a block of its own. The endpoint that holds that block served the session last.
     pub session: Option<BlockHash>,
-    /// Key that names who should hold the prompt: its first block that is not hot.
+    /// Key for rendezvous hashing: the prompt's first block that is not hot.
     pub key: u64,
-    /// Whether this worker has routed no prompt with that block, and so cannot know who else has.
+    /// Whether this worker never routed a prompt with that block. Another Envoy may have.
     pub is_unseen: bool,
-    /// Whether more than one sequence is asked for: a batch of prompts, or more answers than one.
+    /// Whether the request wants more than one sequence: a batch of prompts, or several answers.
     pub is_several: bool,
 }
 
@@ -45,37 +45,37 @@ pub struct Prompt {
 pub struct Pick {
     /// The endpoint.
     pub endpoint: EndpointIndex,
-    /// Prompt tokens that it is thought to hold.
+    /// Matched tokens, by the index.
     pub matched_tokens: f64,
-    /// Seconds that it needs for the prompt.
+    /// S: seconds that the endpoint needs for the prompt.
     pub seconds: f64,
 }
 
 /// How a request is served.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Decision {
-    /// A prefill leg first; the decode endpoint is chosen when it is through.
+    /// Two legs, the prefill leg at this endpoint. The decode endpoint is chosen later.
     Split(Pick),
     /// One endpoint serves the whole request.
     Whole(Pick, WholeReason),
-    /// There is nobody.
+    /// No endpoint can serve the request.
     Nobody,
 }
 
 /// Why a request is served whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WholeReason {
-    /// The whole prompt is shorter than the threshold.
+    /// The prompt is shorter than the threshold.
     Short,
     /// The decode endpoint holds so much of the prompt that it lacks fewer tokens than the threshold.
     Cached,
     /// The pool never splits.
     Never,
-    /// No prefill endpoint is ready, or nobody to hand over to.
+    /// No prefill endpoint is ready, or no decode endpoint that could take over.
     NoPrefill,
-    /// An aggregated endpoint is done soonest.
+    /// The endpoint with the lowest W + w·S is an aggregated one.
     Aggregated,
-    /// More than one sequence is asked for, and the engine hands over one.
+    /// The request wants several sequences, and the engine hands over one.
     Several,
 }
 
@@ -97,31 +97,31 @@ impl WholeReason {
 /// How many tokens more than the least loaded decode endpoint one may have assigned and still get a request because it
 /// holds the prefix: about the KV cache of one long prompt.
 const AFFINITY_SLACK_TOKENS: f64 = 32_768.0;
-/// β where no other Envoy is heard: four gateways that do not exchange keep their hits with it, in the trace simulator.
-const UNHEARD_SHARE: f64 = 0.6;
+/// β where no other Envoy exchanges. In the trace simulator four Envoys that do not exchange keep their hits with it.
+const NO_EXCHANGE_SHARE: f64 = 0.6;
 
-/// View over what the scheduler reads.
+/// What the scheduler reads: the state of one worker, and the policy of one pool.
 #[derive(Clone, Copy)]
 pub struct Scheduler<'a> {
     /// Endpoints.
     pub table: &'a Table,
-    /// Who holds which prefix.
+    /// Which endpoint holds which blocks.
     pub index: &'a PrefixIndex,
-    /// Policy.
+    /// The pool's policy.
     pub pool: &'a Pool,
-    /// Now.
+    /// Monotonic time.
     pub now: Monotonic,
 }
 
 impl Scheduler<'_> {
-    /// Decides how to serve a prompt.
+    /// Decides whether to split a request, and chooses the endpoint of its first leg.
     #[must_use]
     pub fn decide(&self, candidates: &Candidates, prompt: &Prompt) -> Decision {
         let alone = |reason| {
             let pick = self.pick_by_cost(&candidates.whole, prompt, &[]);
             pick.map_or(Decision::Nobody, |pick| Decision::Whole(pick, reason))
         };
-        // Where nobody serves alone, everything is split.
+        // Where no endpoint serves whole requests, everything is split.
         if self.pool.split == Split::Never && !candidates.whole.is_empty() {
             return alone(WholeReason::Never);
         }
@@ -131,30 +131,30 @@ impl Scheduler<'_> {
             return whole;
         }
         let among = if self.pool.split == Split::Always { &candidates.prefill } else { &candidates.compute };
-        // No prompt is computed that nobody could generate from.
+        // Without a decode endpoint no prefill leg is sent.
         let pick = if candidates.decode.is_empty() { None } else { self.pick_by_cost(among, prompt, &[]) };
-        let Some((pick, slot)) = pick.and_then(|pick| Some((pick, self.table.get(pick.endpoint)?))) else {
+        let Some((pick, state)) = pick.and_then(|pick| Some((pick, self.table.get(pick.endpoint)?))) else {
             return alone(WholeReason::NoPrefill);
         };
-        if slot.endpoint.role == Role::Both {
+        if state.endpoint.role == Role::Both {
             return Decision::Whole(pick, WholeReason::Aggregated);
         }
-        if prompt.is_several && !slot.engine.protocol().hands_over_several {
+        if prompt.is_several && !state.engine.protocol().hands_over_several {
             return alone(WholeReason::Several);
         }
         Decision::Split(pick)
     }
 
-    /// The endpoint with the lowest `W + w·S`, leaving out `tried`. When no endpoint is healthy, any will do: a pool is
-    /// never ejected whole.
+    /// The endpoint with the lowest W + w·S among these, without those that were `tried`. Where no endpoint is healthy it
+    /// picks among all: a pool is never ejected as a whole. `None` where there is none left.
     #[must_use]
     pub fn pick_by_cost(&self, among: &[EndpointIndex], prompt: &Prompt, tried: &[EndpointIndex]) -> Option<Pick> {
         let (shortlist, owner) = self.shortlist(among, prompt, tried);
         let session = self.session_holder(among, prompt);
         let mut best: Option<(f64, u64, Pick)> = None;
-        for (at, slot) in shortlist {
-            let (pick, cost) = self.cost(at, slot, prompt, (owner == Some(at), session == Some(at)));
-            let rendezvous = rendezvous_weight(prompt.key, slot.key);
+        for (index, state) in shortlist {
+            let (pick, cost) = self.cost(index, state, prompt, (owner == Some(index), session == Some(index)));
+            let rendezvous = rendezvous_weight(prompt.key, state.key);
             let better = |(lowest, weight, _): &(f64, u64, Pick)| (cost, *weight) < (*lowest, rendezvous);
             if best.as_ref().is_none_or(better) {
                 best = Some((cost, rendezvous, pick));
@@ -163,7 +163,8 @@ impl Scheduler<'_> {
         best.map(|(_, _, pick)| pick)
     }
 
-    /// The endpoint with the fewest assigned KV tokens, and alternates in the same order.
+    /// The endpoint with the fewest assigned KV tokens among these, without those that were `tried`, and its alternates,
+    /// those with the fewest tokens first. `None` where there is none left.
     #[must_use]
     pub fn pick_decode(
         &self,
@@ -172,25 +173,26 @@ impl Scheduler<'_> {
         tried: &[EndpointIndex],
     ) -> Option<(Pick, Vec<EndpointIndex>)> {
         let suited = self.usable(among, prompt, tried).into_iter();
-        let mut ranked: Vec<Ranked> = suited.map(|(at, slot)| Ranked::new(at, slot, prompt)).collect();
+        let mut ranked: Vec<Ranked> = suited.map(|(index, state)| Ranked::new(index, state, prompt)).collect();
         let first = ranked.iter().copied().min_by(Ranked::order)?;
-        // One header names the rank, whichever of them Envoy reaches.
-        ranked.retain(|other| other.rank == first.rank && other.at != first.at);
-        Some((self.pick(first.at, prompt), self.least(ranked)))
+        // One header names the rank for all of them, so alternates have the same rank.
+        ranked.retain(|other| other.rank == first.rank && other.index != first.index);
+        Some((self.pick(first.index, prompt), self.least(ranked)))
     }
 
-    /// Healthy alternates for an endpoint that was chosen for what it holds. They understand the same request.
+    /// Healthy alternates of an endpoint, those with the fewest assigned tokens first. They have the same engine and rank,
+    /// so the same request suits them.
     #[must_use]
     pub fn alternates(&self, among: &[EndpointIndex], prompt: &Prompt, chosen: EndpointIndex) -> Vec<EndpointIndex> {
         let Some(first) = self.table.get(chosen) else { return Vec::new() };
-        let stands_in = |slot: &Slot| {
-            self.is_usable(slot) && slot.engine == first.engine && slot.endpoint.rank == first.endpoint.rank
+        let stands_in = |state: &EndpointState| {
+            self.is_usable(state) && state.engine == first.engine && state.endpoint.rank == first.endpoint.rank
         };
-        let others = self.usable(among, prompt, &[chosen]).into_iter().filter(|(_, slot)| stands_in(slot));
-        self.least(others.map(|(at, slot)| Ranked::new(at, slot, prompt)).collect())
+        let others = self.usable(among, prompt, &[chosen]).into_iter().filter(|(_, state)| stands_in(state));
+        self.least(others.map(|(index, state)| Ranked::new(index, state, prompt)).collect())
     }
 
-    /// As many alternates as the pool has, those with the fewest tokens first.
+    /// As many as the pool wants alternates, those with the fewest tokens first.
     fn least(&self, mut ranked: Vec<Ranked>) -> Vec<EndpointIndex> {
         let wanted = self.pool.alternates;
         if ranked.len() > wanted {
@@ -198,10 +200,10 @@ impl Scheduler<'_> {
             ranked.truncate(wanted);
         }
         ranked.sort_unstable_by(Ranked::order);
-        ranked.into_iter().map(|ranked| ranked.at).collect()
+        ranked.into_iter().map(|ranked| ranked.index).collect()
     }
 
-    /// Who serves a prompt whole because its endpoint has to compute fewer than `threshold` tokens.
+    /// Serves a request whole where an endpoint has to compute fewer than `threshold` tokens of its prompt.
     fn below_threshold(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Decision> {
         if prompt.tokens < threshold {
             return self.pick_decode(among, prompt, &[]).map(|(pick, _)| Decision::Whole(pick, WholeReason::Short));
@@ -209,20 +211,21 @@ impl Scheduler<'_> {
         self.pick_cached_decode(among, prompt, threshold).map(|pick| Decision::Whole(pick, WholeReason::Cached))
     }
 
-    /// A decode endpoint that lacks fewer than `threshold` tokens of the prompt, unless all those are overloaded.
+    /// The least loaded endpoint that lacks fewer than `threshold` tokens of the prompt; `None` where all those are
+    /// ejected or overloaded.
     fn pick_cached_decode(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Pick> {
         let usable = self.usable(among, prompt, &[]);
-        let least = usable.into_iter().map(|(_, slot)| decode_load(slot)).reduce(f64::min)?;
+        let least = usable.into_iter().map(|(_, state)| decode_load(state)).reduce(f64::min)?;
         let bound = 2.0 * least + AFFINITY_SLACK_TOKENS;
         let holders = self.index.holders(&prompt.hash.blocks, HOLDERS);
-        let cached = holders.into_iter().filter_map(|at| {
-            let slot = self.table.get(at).filter(|slot| self.is_among(among, slot))?;
-            let pick = self.pick(at, prompt);
-            // The block in which the match ends has the benefit of the doubt: it is 1/32 of the prompt at most.
-            let blocks = self.index.matched(at, &prompt.hash.blocks);
+        let cached = holders.into_iter().filter_map(|index| {
+            let state = self.table.get(index).filter(|state| self.is_among(among, state))?;
+            let pick = self.pick(index, prompt);
+            // The block in which the match ends counts as held: it is 1/32 of the prompt at most.
+            let blocks = self.index.matched(index, &prompt.hash.blocks);
             let at_most = prefix_units(blocks.saturating_add(1)) as f64 * prompt.block_tokens;
-            let load = decode_load(slot);
-            let fits = self.is_usable(slot) && load <= bound && prompt.tokens - at_most < threshold;
+            let load = decode_load(state);
+            let fits = self.is_usable(state) && load <= bound && prompt.tokens - at_most < threshold;
             fits.then_some((load, pick))
         });
         cached.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, pick)| pick)
@@ -230,40 +233,43 @@ impl Scheduler<'_> {
 
     fn pick(&self, endpoint: EndpointIndex, prompt: &Prompt) -> Pick {
         let matched_tokens = self.matched_tokens(endpoint, prompt);
-        let seconds = self.table.get(endpoint).map_or(0.0, |slot| self.seconds(slot, prompt, matched_tokens));
+        let seconds = self.table.get(endpoint).map_or(0.0, |state| self.seconds(state, prompt, matched_tokens));
         Pick { endpoint, matched_tokens, seconds }
     }
 
-    /// `S`: seconds of this endpoint for the prompt, `held` tokens of which it has.
-    fn seconds(&self, slot: &Slot, prompt: &Prompt, held: f64) -> f64 {
-        let cost = self.table.cost(slot).filter(|_| self.pool.fit).unwrap_or(self.pool.cost);
-        cost.seconds(prompt.tokens, held) / slot.endpoint.weight
+    /// S: seconds that this endpoint needs for the prompt, of which it holds `held` tokens.
+    fn seconds(&self, state: &EndpointState, prompt: &Prompt, held: f64) -> f64 {
+        let cost = self.table.cost(state).filter(|_| self.pool.fit).unwrap_or(self.pool.cost);
+        cost.seconds(prompt.tokens, held) / state.endpoint.weight
     }
 
-    /// `W + w·S`. When this worker has not seen the prefix, another one may have: the rendezvous endpoint, where they
-    /// would all have sent it, is costed as holding a share of what misses. The endpoint of the prompt's session is
-    /// costed as holding it all: the session goes before the prefix, until `w` times the prompt's seconds wait there.
+    /// W + w·S of an endpoint; `owner`: it is the rendezvous endpoint, `session`: it served the session last.
+    ///
+    /// - An unseen prompt may have been routed by another Envoy, to the rendezvous endpoint. That endpoint counts as holding
+    ///   the part β of the tokens that it lacks.
+    /// - The endpoint of the session counts as holding all: a session stays where it was, until w times the prompt's seconds
+    ///   wait there.
     pub(super) fn cost(
         &self,
-        at: EndpointIndex,
-        slot: &Slot,
+        index: EndpointIndex,
+        state: &EndpointState,
         prompt: &Prompt,
         (owner, session): (bool, bool),
     ) -> (Pick, f64) {
-        let pick = self.pick(at, prompt);
+        let pick = self.pick(index, prompt);
         let mut held = pick.matched_tokens;
         if session {
             held = prompt.tokens;
         } else if owner && prompt.is_unseen {
             held += self.rendezvous_share() * (prompt.tokens - held).max(0.0);
         }
-        let own = self.seconds(slot, prompt, held);
-        (pick, slot.work(self.now) + self.pool.affinity_weight * own)
+        let own = self.seconds(state, prompt, held);
+        (pick, state.work(self.now) + self.pool.affinity_weight * own)
     }
 
-    /// β: as configured, or by how many of the other Envoys are not heard.
+    /// β: as configured, or by the share of the other Envoys that do not exchange.
     fn rendezvous_share(&self) -> f64 {
-        self.pool.rendezvous_share.unwrap_or_else(|| UNHEARD_SHARE * self.table.fleet.unheard())
+        self.pool.rendezvous_share.unwrap_or_else(|| NO_EXCHANGE_SHARE * self.table.fleet.not_exchanging())
     }
 
     fn matched_tokens(&self, endpoint: EndpointIndex, prompt: &Prompt) -> f64 {
@@ -272,26 +278,31 @@ impl Scheduler<'_> {
     }
 }
 
-/// Assigned KV tokens in proportion to the endpoint's weight.
-fn decode_load(slot: &Slot) -> f64 {
-    slot.decode_tokens() as f64 / slot.endpoint.weight
+/// Assigned KV tokens, divided by the endpoint's weight.
+fn decode_load(state: &EndpointState) -> f64 {
+    state.decode_tokens() as f64 / state.endpoint.weight
 }
 
-/// An endpoint among others that could take a decode leg.
+/// An endpoint that could take a decode leg, with what it is compared by.
 #[derive(Clone, Copy)]
 struct Ranked {
-    /// Assigned KV tokens, by the endpoint's speed.
+    /// [`decode_load`].
     tokens: f64,
-    /// Breaks ties by rendezvous.
+    /// Inverse of the rendezvous weight, for ties.
     tie: u64,
     /// Data-parallel rank.
     rank: Option<u32>,
-    at: EndpointIndex,
+    index: EndpointIndex,
 }
 
 impl Ranked {
-    fn new(at: EndpointIndex, slot: &Slot, prompt: &Prompt) -> Self {
-        Self { tokens: decode_load(slot), tie: !rendezvous_weight(prompt.key, slot.key), rank: slot.endpoint.rank, at }
+    fn new(index: EndpointIndex, state: &EndpointState, prompt: &Prompt) -> Self {
+        Self {
+            tokens: decode_load(state),
+            tie: !rendezvous_weight(prompt.key, state.key),
+            rank: state.endpoint.rank,
+            index,
+        }
     }
 
     fn order(a: &Self, b: &Self) -> core::cmp::Ordering {
@@ -342,8 +353,8 @@ pub(super) mod tests {
             self.scheduler().decide(&self.candidates, prompt)
         }
 
-        pub(crate) fn busy(&mut self, at: EndpointIndex, seconds: f64) {
-            self.table.get_mut(at).unwrap().prefill.add(0, seconds, NOW, FAR);
+        pub(crate) fn busy(&mut self, index: EndpointIndex, seconds: f64) {
+            self.table.get_mut(index).unwrap().prefill.add(0, seconds, NOW, FAR);
         }
     }
 
@@ -369,11 +380,11 @@ pub(super) mod tests {
     #[test]
     fn a_prompt_goes_where_its_prefix_is() {
         let mut fixture = fixture(4, 1, "");
-        for at in fixture.candidates.prefill.clone() {
-            fixture.index.insert(at, &prompt(1, 20).hash.blocks);
-            assert_eq!(fixture.prefill(&prompt(1, 40)).endpoint, at);
+        for index in fixture.candidates.prefill.clone() {
+            fixture.index.insert(index, &prompt(1, 20).hash.blocks);
+            assert_eq!(fixture.prefill(&prompt(1, 40)).endpoint, index);
             assert_eq!(fixture.prefill(&prompt(1, 40)).matched_tokens, 20.0 * 128.0);
-            fixture.index.remove_endpoint(at);
+            fixture.index.remove_endpoint(index);
         }
     }
 
@@ -407,8 +418,8 @@ pub(super) mod tests {
     fn unknown_prefixes_spread_and_stick() {
         let fixture = fixture(4, 1, "");
         let picks: Vec<_> = (0..400).map(|id| fixture.prefill(&prompt(id, 8)).endpoint).collect();
-        for at in 0..4 {
-            let share = picks.iter().filter(|pick| **pick == at).count();
+        for index in 0..4 {
+            let share = picks.iter().filter(|pick| **pick == index).count();
             assert!((60..140).contains(&share), "{share}");
         }
         assert_eq!(fixture.prefill(&prompt(7, 8)), fixture.prefill(&prompt(7, 8)));
@@ -441,8 +452,8 @@ pub(super) mod tests {
     fn decode_goes_to_the_fewest_assigned_tokens() {
         let mut fixture = fixture(1, 4, "");
         let decode = fixture.candidates.decode.clone();
-        for (at, tokens) in decode.iter().zip([50, 10, 30, 40]) {
-            fixture.table.get_mut(*at).unwrap().decode.add(tokens);
+        for (index, tokens) in decode.iter().zip([50, 10, 30, 40]) {
+            fixture.table.get_mut(*index).unwrap().decode.add(tokens);
         }
         let (pick, alternates) = fixture.scheduler().pick_decode(&decode, &prompt(1, 8), &[]).unwrap();
         assert_eq!((pick.endpoint, alternates), (decode[1], vec![decode[2], decode[3]]));
@@ -451,7 +462,7 @@ pub(super) mod tests {
     #[test]
     fn a_small_uncached_rest_skips_prefill() {
         let mut fixture = fixture(2, 2, r#"{"pools":{"default":{"split":{"uncached_tokens":300}}}}"#);
-        assert!(matches!(fixture.decide(&prompt(1, 2)), Decision::Whole(_, WholeReason::Short)));
+        assert!(matches!(fixture.decide(&prompt(1, 2)), Decision::Whole(_, WholeReason::Short)), "a short prompt");
         assert!(matches!(fixture.decide(&prompt(1, 3)), Decision::Split(_)));
         let decode = fixture.candidates.decode[1];
         fixture.index.insert(decode, &prompt(1, 20).hash.blocks);
@@ -496,16 +507,16 @@ pub(super) mod tests {
         let mut fixture = fixture(500, 300, "");
         fixture.index.insert(77, &prompt(1, 20).hash.blocks);
         assert_eq!(fixture.prefill(&prompt(1, 22)).endpoint, 77);
-        for at in 0..500 {
-            if at % 4 != 0 {
-                fixture.busy(at, 5.0);
+        for index in 0..500 {
+            if index % 4 != 0 {
+                fixture.busy(index, 5.0);
             }
         }
         for id in 2..200 {
             assert_eq!(fixture.prefill(&prompt(id, 8)).endpoint % 4, 0);
         }
-        for at in fixture.candidates.decode.clone().into_iter().filter(|at| at % 4 != 0) {
-            fixture.table.get_mut(at).unwrap().decode.add(9);
+        for index in fixture.candidates.decode.clone().into_iter().filter(|index| index % 4 != 0) {
+            fixture.table.get_mut(index).unwrap().decode.add(9);
         }
         let pick = fixture.scheduler().pick_decode(&fixture.candidates.decode, &prompt(1, 8), &[]);
         assert_eq!(pick.unwrap().0.endpoint % 4, 0);
@@ -514,8 +525,8 @@ pub(super) mod tests {
     #[test]
     fn the_last_healthy_endpoint_of_many_is_found() {
         let mut fixture = fixture(500, 1, "");
-        for at in (0..500).filter(|at| *at != 123) {
-            fixture.table.get_mut(at).unwrap().health.failed(NOW);
+        for index in (0..500).filter(|index| *index != 123) {
+            fixture.table.get_mut(index).unwrap().health.failed(NOW);
         }
         assert_eq!(fixture.prefill(&prompt(1, 8)).endpoint, 123);
     }
@@ -527,18 +538,18 @@ pub(super) mod tests {
             held in prop::collection::vec((0_usize..12, 1_u64..30), 0..6),
         ) {
             let mut fixture = fixture(work.len() as u16, 1, "");
-            for (at, seconds) in work.iter().enumerate() {
-                fixture.busy(at as u32, *seconds);
+            for (index, seconds) in work.iter().enumerate() {
+                fixture.busy(index as u32, *seconds);
             }
-            for (at, blocks) in held {
-                fixture.index.insert((at % work.len()) as u32, &prompt(1, blocks).hash.blocks);
+            for (index, blocks) in held {
+                fixture.index.insert((index % work.len()) as u32, &prompt(1, blocks).hash.blocks);
             }
             let prompt = prompt(1, 30);
             let scheduler = fixture.scheduler();
             let among = &fixture.candidates.prefill;
-            let owner = among.iter().copied().max_by_key(|at| rendezvous_weight(prompt.key, fixture.table.get(*at).unwrap().key));
-            let cost = |at: u32| scheduler.cost(at, fixture.table.get(at).unwrap(), &prompt, (owner == Some(at), false)).1;
-            let lowest = among.iter().map(|at| cost(*at)).fold(f64::INFINITY, f64::min);
+            let owner = among.iter().copied().max_by_key(|index| rendezvous_weight(prompt.key, fixture.table.get(*index).unwrap().key));
+            let cost = |index: u32| scheduler.cost(index, fixture.table.get(index).unwrap(), &prompt, (owner == Some(index), false)).1;
+            let lowest = among.iter().map(|index| cost(*index)).fold(f64::INFINITY, f64::min);
             prop_assert_eq!(cost(fixture.prefill(&prompt).endpoint), lowest);
         }
     }

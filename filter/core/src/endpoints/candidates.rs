@@ -5,56 +5,55 @@ use std::sync::Arc;
 
 use hashbrown::{HashMap, HashSet};
 
-use crate::endpoints::endpoint_state::Slot;
+use crate::endpoints::endpoint_state::EndpointState;
 use crate::endpoints::table::Table;
 use crate::prefix::index::EndpointIndex;
 use crate::wire::{Endpoint, Engine, Role, State};
 
-/// What a decode endpoint must have to take over from a prefill endpoint.
+/// What a decode endpoint and a prefill endpoint must have in common for a hand-over.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Partner {
-    /// Hand-over protocol.
+    /// Engine, and so the hand-over protocol.
     pub engine: Engine,
-    /// Pairing group; none: any.
+    /// Group; `None`: endpoints of any group.
     pub group: Option<String>,
 }
 
 impl Partner {
-    /// The partner of a prefill endpoint.
+    /// What a decode endpoint must have to take over from this prefill endpoint.
     #[must_use]
-    pub fn of(prefill: &Slot) -> Self {
+    pub fn of(prefill: &EndpointState) -> Self {
         Self { engine: prefill.engine, group: prefill.endpoint.group.clone() }
     }
 }
 
-/// Endpoints of one pool that serve one model.
+/// Candidates of one model: ready endpoints of one pool that serve it. Each set is sorted by [`EndpointState::key`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Candidates {
-    /// Pool whose policy applies.
+    /// Name of the pool, whose policy applies.
     pub pool: Arc<str>,
-    /// Ready endpoints that take prefill legs and nothing else, sorted by [`Slot::key`]. Those of a group without a
-    /// decode endpoint are left out: nobody could take their work over.
+    /// Endpoints of role `prefill`. Those of a group without a decode endpoint are left out: no endpoint could take over
+    /// from them.
     pub prefill: Vec<EndpointIndex>,
-    /// Ready endpoints that take decode legs, sorted by [`Slot::key`].
+    /// Endpoints of role `decode`.
     pub decode: Vec<EndpointIndex>,
-    /// Ready endpoints that can serve a request whole: those of role `both`, and decode endpoints whose engine computes
-    /// a prompt by itself. Sorted alike.
+    /// Endpoints that can serve a whole request: those of role `both`, and decode endpoints whose engine computes a prompt
+    /// by itself.
     pub whole: Vec<EndpointIndex>,
-    /// Ready endpoints that a long prompt is computed at: prefill endpoints, and those of role `both`. Sorted
-    /// alike, and with the same ones left out.
+    /// Endpoints that can compute a long prompt: those of `prefill`, and those of role `both`.
     pub compute: Vec<EndpointIndex>,
-    /// The decode endpoints by what prefill endpoints they take over from, sorted alike.
+    /// The decode endpoints, by what they have in common with prefill endpoints.
     pub(crate) partners: HashMap<Partner, Vec<EndpointIndex>>,
-    /// Whether one of them has bounds for the length of a prompt.
+    /// Whether any endpoint has bounds for the length of a prompt.
     pub(crate) has_prompt_bounds: bool,
 }
 
-/// Why there is nothing to choose from.
+/// Why a model has no candidates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NoCandidates {
-    /// The list is empty, or nothing in it is ready.
+    /// No endpoint is ready that serves the model, or the list is empty.
     NoEndpoint,
-    /// There are endpoints, but none serves this model.
+    /// There are endpoints, and none of them serves the model.
     UnknownModel,
 }
 
@@ -67,28 +66,28 @@ pub(super) struct CandidateSets {
 }
 
 impl CandidateSets {
-    /// The sets of these endpoints, which are sorted by [`Slot::key`].
+    /// The sets of these endpoints, which are sorted by [`EndpointState::key`].
     ///
-    /// A model belongs to one pool: when endpoints of several pools serve it, the first pool by name that can generate.
-    /// Endpoints without models serve every model of their pool, and those that no endpoint names.
+    /// A model belongs to one pool. Where endpoints of several pools serve the model, its pool is the first one by name
+    /// that can generate. Endpoints without models serve every model of their pool, and models that no endpoint names.
     pub(super) fn new<'a>(
-        sorted: &[(EndpointIndex, &'a Slot)],
-        slot_of: impl Fn(EndpointIndex) -> Option<&'a Slot>,
+        sorted: &[(EndpointIndex, &'a EndpointState)],
+        state_of: impl Fn(EndpointIndex) -> Option<&'a EndpointState>,
     ) -> Self {
         let mut named: BTreeMap<&str, BTreeMap<&str, Candidates>> = BTreeMap::new();
         let mut unnamed: BTreeMap<&str, Candidates> = BTreeMap::new();
         let (mut generating, mut prefilling) = (Vec::new(), Vec::new());
-        for (index, slot) in sorted {
-            let Endpoint { pool, models, role, state, .. } = &slot.endpoint;
+        for (index, of) in sorted {
+            let Endpoint { pool, models, role, state, .. } = &of.endpoint;
             let ready = *state == State::Ready;
             if ready {
                 if *role == Role::Prefill { &mut prefilling } else { &mut generating }.push(*index);
             }
             for model in models {
-                named.entry(model).or_default().entry(pool).or_default().push(*index, *role, slot.engine, ready);
+                named.entry(model).or_default().entry(pool).or_default().push(*index, *role, of.engine, ready);
             }
             if models.is_empty() {
-                unnamed.entry(pool).or_default().push(*index, *role, slot.engine, ready);
+                unnamed.entry(pool).or_default().push(*index, *role, of.engine, ready);
             }
         }
         let models = named
@@ -97,18 +96,18 @@ impl CandidateSets {
                 for (pool, candidates) in &mut pools {
                     if let Some(others) = unnamed.get(pool) {
                         candidates.extend(others);
-                        let key = |index: &EndpointIndex| slot_of(*index).map(|slot| slot.key);
+                        let key = |index: &EndpointIndex| state_of(*index).map(|state| state.key);
                         candidates.sets().into_iter().for_each(|set| set.sort_by_key(key));
                     }
                 }
-                Some((model.to_owned(), first_that_generates(pools, &slot_of)?))
+                Some((model.to_owned(), first_that_generates(pools, &state_of)?))
             })
             .collect();
         let without_model = if generating.is_empty() { prefilling } else { generating };
-        Self { models, any_model: first_that_generates(unnamed, &slot_of), without_model }
+        Self { models, any_model: first_that_generates(unnamed, &state_of), without_model }
     }
 
-    /// The candidates of a model; `None` where no endpoint serves it.
+    /// The candidates of a model; `None` where no endpoint serves it. The sets may be empty.
     pub(super) fn of_model(&self, model: &str) -> Option<&Arc<Candidates>> {
         self.models.get(model).or(self.any_model.as_ref())
     }
@@ -126,14 +125,14 @@ impl CandidateSets {
     }
 
     /// For requests that name no model: every ready endpoint that does more than prefill, whatever its pool and models, or
-    /// where there is none, every ready endpoint. Sorted by [`Slot::key`].
+    /// where there is none, every ready endpoint. Sorted by [`EndpointState::key`].
     pub(super) fn without_model(&self) -> &[EndpointIndex] {
         &self.without_model
     }
 }
 
 impl Candidates {
-    /// Whether nobody can do anything.
+    /// Whether no endpoint takes any leg.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.prefill.is_empty() && !self.can_generate()
@@ -143,20 +142,20 @@ impl Candidates {
         !self.decode.is_empty() || !self.whole.is_empty()
     }
 
-    fn push(&mut self, at: EndpointIndex, role: Role, engine: Engine, ready: bool) {
+    fn push(&mut self, index: EndpointIndex, role: Role, engine: Engine, ready: bool) {
         if !ready {
             return;
         }
         match role {
-            Role::Prefill => self.prefill.push(at),
-            Role::Decode => self.decode.push(at),
+            Role::Prefill => self.prefill.push(index),
+            Role::Decode => self.decode.push(index),
             Role::Both => {}
         }
         if role == Role::Both || (role == Role::Decode && engine.protocol().decodes_alone) {
-            self.whole.push(at);
+            self.whole.push(index);
         }
         if role != Role::Decode {
-            self.compute.push(at);
+            self.compute.push(index);
         }
     }
 
@@ -168,20 +167,20 @@ impl Candidates {
         }
     }
 
-    /// Leaves out everybody else.
+    /// Keeps only endpoints that stay.
     pub fn retain(&mut self, stays: impl Fn(EndpointIndex) -> bool) {
-        self.sets().into_iter().for_each(|set| set.retain(|at| stays(*at)));
-        self.partners.values_mut().for_each(|set| set.retain(|at| stays(*at)));
+        self.sets().into_iter().for_each(|set| set.retain(|index| stays(*index)));
+        self.partners.values_mut().for_each(|set| set.retain(|index| stays(*index)));
     }
 
-    /// Those whose bounds have room for a prompt of this length; of a set where none has, all. Endpoints without bounds
-    /// cost nothing here, otherwise it is a pass over them all.
+    /// Endpoints whose bounds have room for a prompt of so many tokens. A set in which no endpoint has room stays whole.
+    /// Without any bounds this costs nothing; otherwise it is a pass over all candidates.
     #[must_use]
     pub fn for_prompt(self: Arc<Self>, tokens: f64, table: &Table) -> Arc<Self> {
         if !self.has_prompt_bounds {
             return self;
         }
-        let takes = |at: &EndpointIndex| table.get(*at).is_some_and(|slot| slot.endpoint.takes_prompt(tokens));
+        let takes = |index: &EndpointIndex| table.get(*index).is_some_and(|state| state.endpoint.takes_prompt(tokens));
         let mut rest = Self::clone(&self);
         let keep = |set: &mut Vec<EndpointIndex>| {
             if set.iter().any(takes) {
@@ -200,7 +199,7 @@ impl Candidates {
         sets.into_iter().find(|set| !set.is_empty()).map_or(&[], Vec::as_slice)
     }
 
-    /// The decode endpoints that can take over from a prefill endpoint.
+    /// The decode endpoints that can take over from a prefill endpoint; empty where there is none.
     #[must_use]
     pub fn partners(&self, of: &Partner) -> &[EndpointIndex] {
         self.partners.get(of).map_or(&[], Vec::as_slice)
@@ -213,29 +212,30 @@ impl Candidates {
 
 fn first_that_generates<'a>(
     pools: BTreeMap<&str, Candidates>,
-    slot_of: &impl Fn(EndpointIndex) -> Option<&'a Slot>,
+    state_of: &impl Fn(EndpointIndex) -> Option<&'a EndpointState>,
 ) -> Option<Arc<Candidates>> {
     let generating = pools.iter().find(|(_, candidates)| candidates.can_generate());
     let (pool, candidates) = generating.or_else(|| pools.iter().next())?;
     let mut candidates = Candidates { pool: (*pool).into(), ..candidates.clone() };
-    let group_of = |at: &EndpointIndex| slot_of(*at)?.endpoint.group.as_deref();
+    let group_of = |index: &EndpointIndex| state_of(*index)?.endpoint.group.as_deref();
     let groups: HashSet<&str> = candidates.decode.iter().filter_map(group_of).collect();
-    let is_whole = |at: &EndpointIndex| slot_of(*at).is_some_and(|slot| slot.endpoint.role == Role::Both);
-    let has_partner = |at: &EndpointIndex| is_whole(at) || group_of(at).is_none_or(|group| groups.contains(group));
+    let is_whole = |index: &EndpointIndex| state_of(*index).is_some_and(|state| state.endpoint.role == Role::Both);
+    let has_partner =
+        |index: &EndpointIndex| is_whole(index) || group_of(index).is_none_or(|group| groups.contains(group));
     if !candidates.decode.is_empty() {
         candidates.prefill.retain(has_partner);
         candidates.compute.retain(has_partner);
     }
-    let is_bounded = |at: &EndpointIndex| slot_of(*at).is_some_and(|slot| slot.endpoint.has_prompt_bounds());
+    let is_bounded = |index: &EndpointIndex| state_of(*index).is_some_and(|state| state.endpoint.has_prompt_bounds());
     let has_prompt_bounds = candidates.sets().into_iter().any(|set| set.iter().any(is_bounded));
     candidates.has_prompt_bounds = has_prompt_bounds;
-    for at in &candidates.decode {
-        let Some(partner) = slot_of(*at).map(Partner::of) else { continue };
+    for index in &candidates.decode {
+        let Some(partner) = state_of(*index).map(Partner::of) else { continue };
         if partner.group.is_some() {
             let any = Partner { group: None, ..partner };
-            candidates.partners.entry(any).or_default().push(*at);
+            candidates.partners.entry(any).or_default().push(*index);
         }
-        candidates.partners.entry(partner).or_default().push(*at);
+        candidates.partners.entry(partner).or_default().push(*index);
     }
     Some(Arc::new(candidates))
 }
@@ -321,7 +321,7 @@ mod tests {
                 ..endpoint(port, [Role::Prefill, Role::Decode, Role::Both][usize::from(*role)], &[])
             });
             let fixture = Fixture::new(endpoints.collect());
-            let takes = |at: &EndpointIndex| fixture.table.get(*at).unwrap().endpoint.takes_prompt(tokens);
+            let takes = |index: &EndpointIndex| fixture.table.get(*index).unwrap().endpoint.takes_prompt(tokens);
             let before = fixture.table.candidates("m").unwrap();
             let after = Arc::clone(&before).for_prompt(tokens, &fixture.table);
             let (mut before, mut after) = (Candidates::clone(&before), Candidates::clone(&after));

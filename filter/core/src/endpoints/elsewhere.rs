@@ -2,19 +2,19 @@
 
 use crate::codec::{Reader, Writer};
 
-/// What is in flight at one endpoint.
+/// What is in flight at one endpoint, or a difference of that. Numbers wrap around: a difference may be below zero.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Prefill work, microseconds of the endpoint's time.
+    /// Prefill work in microseconds of the endpoint's time.
     pub work: u64,
-    /// KV tokens assigned for decoding.
+    /// Assigned KV tokens.
     pub tokens: u64,
-    /// Requests that decode.
+    /// Decode legs.
     pub requests: u64,
 }
 
 impl Totals {
-    /// Adds, around the end of the numbers: a difference may be below zero.
+    /// The sum.
     #[must_use]
     pub fn plus(self, other: Self) -> Self {
         Self {
@@ -24,7 +24,7 @@ impl Totals {
         }
     }
 
-    /// Subtracts, around zero.
+    /// The difference.
     #[must_use]
     pub fn minus(self, other: Self) -> Self {
         Self {
@@ -43,22 +43,22 @@ impl Totals {
     }
 }
 
-/// Envoys that there are, and those of them that exchange.
+/// Number of Envoys that follow the same `pd-control`. All 0 where there is no exchange.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Fleet {
-    /// All.
+    /// All of them, as far as `pd-control` knows.
     pub gateways: u64,
-    /// Those that are heard, this one included.
+    /// Those that exchange, this one included.
     pub exchanging: u64,
 }
 
 impl Fleet {
-    /// Share of the other Envoys whose decisions are not heard, 0 to 1.
+    /// Share of the other Envoys that do not exchange, 0 to 1; 0 where there is no other.
     #[must_use]
-    pub fn unheard(self) -> f64 {
+    pub fn not_exchanging(self) -> f64 {
         let others = self.gateways.saturating_sub(1);
-        let unheard = self.gateways.saturating_sub(self.exchanging.max(1));
-        if others == 0 { 0.0 } else { unheard as f64 / others as f64 }
+        let not_exchanging = self.gateways.saturating_sub(self.exchanging.max(1));
+        if others == 0 { 0.0 } else { not_exchanging as f64 / others as f64 }
     }
 
     pub(crate) fn write(self, out: &mut Writer) {

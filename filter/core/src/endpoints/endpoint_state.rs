@@ -9,49 +9,51 @@ use crate::endpoints::load::{Load, PrefillQueue};
 use crate::time::Monotonic;
 use crate::wire::{Endpoint, Engine};
 
-/// One endpoint and what we know of it.
+/// One endpoint, and what this worker knows of it.
 #[derive(Debug)]
-pub struct Slot {
-    /// As pushed.
+pub struct EndpointState {
+    /// The endpoint as it was pushed.
     pub endpoint: Endpoint,
     /// `ip:port`, as the destination header names it.
     pub address: Arc<str>,
-    /// Key for rendezvous hashing: equal on every worker and replica.
+    /// Hash of the endpoint's id: the key for rendezvous hashing, and its name in events. Every worker of every Envoy
+    /// computes the same one.
     pub key: u64,
-    /// Engine in force: the endpoint's, else its pool's.
+    /// Engine in force: the endpoint's own, or else its pool's.
     pub engine: Engine,
-    /// Where its bootstrap server listens, if it has one.
+    /// Address of the endpoint's bootstrap server, for engines that have one.
     pub bootstrap: SocketAddr,
-    /// Mooncake's id of the engine as its bootstrap server told it: a JSON string. Forgotten when the endpoint fails,
-    /// for a new process has a new one.
+    /// Mooncake's id of the engine, as its bootstrap server gave it: a JSON string. `None` before the first answer, and
+    /// after a failure of the endpoint, because a new process has a new id.
     pub engine_id: Option<Arc<[u8]>>,
-    /// Whether its last prefill answer had no usable KV parameters.
+    /// Whether the endpoint's last prefill answer had no usable KV parameters.
     pub is_kv_missing: bool,
-    /// Answers of split requests that must show a KV cache that came, until it is believed again; above 0 once one
-    /// showed a prompt that was computed twice.
+    /// 0 while hand-overs to this endpoint are believed. After an answer that shows a prompt computed twice: answers that
+    /// must show a KV cache that came until they are believed again.
     pub kv_doubts: u8,
-    /// Prefill legs in flight.
+    /// Prefill legs that this Envoy has in flight here.
     pub prefill: PrefillQueue,
-    /// Decode work in flight.
+    /// Decode legs that this Envoy has in flight here.
     pub decode: Load,
-    /// What other Envoys have in flight here, as far as they are heard.
+    /// What other Envoys have in flight here, as far as they exchange.
     pub(super) elsewhere: Totals,
-    /// Whether it answered lately.
+    /// Whether the endpoint answered the last time.
     pub health: Health,
-    /// Counts the endpoints that the table has had: tells this one from others at its index.
+    /// Number of this endpoint among those that the table has had: it differs from that of an earlier endpoint at the
+    /// same index.
     pub(super) generation: u32,
     /// Index of its pool's fitted cost.
     pub(super) fit: usize,
 }
 
-impl Slot {
-    /// `W`: seconds of prefill work in flight here, from every Envoy that is heard.
+impl EndpointState {
+    /// `W`: seconds of prefill work in flight here, from every Envoy that exchanges.
     #[must_use]
     pub fn work(&self, now: Monotonic) -> f64 {
         self.prefill.work(now) + self.elsewhere_seconds()
     }
 
-    /// KV tokens assigned to this endpoint, by every Envoy that is heard.
+    /// KV tokens assigned to this endpoint, by every Envoy that exchanges.
     #[must_use]
     pub fn decode_tokens(&self) -> u64 {
         self.decode.tokens.saturating_add(above_zero(self.elsewhere.tokens))
@@ -64,7 +66,7 @@ impl Slot {
     }
 }
 
-/// A sum of differences; one that is missing still makes it small, not huge.
+/// A sum of differences as a number from 0 on. While a difference is missing the sum may be below zero, and counts as 0.
 fn above_zero(sum: u64) -> u64 {
     u64::try_from(sum.cast_signed()).unwrap_or(0)
 }

@@ -1,28 +1,30 @@
 //! Fitted cost of one pool: prefill seconds and bytes per token, fitted while the pool serves.
 //!
 //! Prefill seconds are `a + b·(n − p) + c·(n² − p²)`. The fit is a factor on each configured term, found by least squares
-//! on relative errors with exponential forgetting (recursive least squares, Ljung 1999, chapter 11), drawn towards 1 by a
-//! ridge, with Huber's weights against outliers (a prompt that waited behind work of which we do not know), and bounded.
+//! on relative errors with exponential forgetting (recursive least squares, Ljung 1999, chapter 11). A ridge draws the
+//! factors towards 1, and bounds hold them. Huber's weights limit outliers, such as a prompt that waited behind work of
+//! which this Envoy does not know.
 
 use crate::config::{Cost, Pool};
+use crate::metrics::FITTED_GAUGES;
 
-/// What an observation still counts after each further one: a window of about 200.
+/// Factor on the weight of an observation at each further one: a window of about 200 observations.
 const FORGETTING: f64 = 0.995;
-/// What the configured coefficients are worth, in observations that one term alone explains.
+/// Weight of the configured coefficients, in observations that one term alone explains.
 const RIDGE: f64 = 0.05;
-/// Relative error beyond which an observation pulls no harder.
+/// Relative error beyond which the pull of an observation grows no further.
 const HUBER: f64 = 0.5;
 /// Largest factor on a configured coefficient; the smallest is its inverse.
 const MAX_FACTOR: f64 = 10.0;
 /// Largest factor on the configured bytes per token; the smallest is its inverse. Text of one language and tokenizer
 /// varies by less.
 const MAX_TEXT_FACTOR: f64 = 4.0;
-/// Tokens that the configured bytes per token are worth.
+/// Weight of the configured bytes per token, in tokens.
 const TEXT_RIDGE: f64 = 20_000.0;
 
-/// Fitted figures of one pool.
+/// Prefill cost and bytes per token of one pool, as learnt so far.
 #[derive(Clone, Debug)]
-pub struct Fit {
+pub struct FittedCost {
     configured: Cost,
     cost: Cost,
     factors: [f64; 3],
@@ -35,8 +37,8 @@ pub struct Fit {
     observations: u64,
 }
 
-impl Fit {
-    /// A pool of which nothing is known but its configuration.
+impl FittedCost {
+    /// The configured figures of a pool, before any observation.
     #[must_use]
     pub fn new(pool: &Pool) -> Self {
         Self {
@@ -52,13 +54,13 @@ impl Fit {
         }
     }
 
-    /// Prefill seconds as of now.
+    /// Coefficients of the prefill cost in seconds, each 0.1 to 10 times the configured one.
     #[must_use]
     pub fn cost(&self) -> Cost {
         self.cost
     }
 
-    /// Bytes of a prompt's JSON per token, as of now.
+    /// Bytes of a prompt's JSON per token, 0.25 to 4 times the configured ones.
     #[must_use]
     pub fn bytes_per_token(&self) -> f64 {
         let configured = self.configured_bytes_per_token;
@@ -66,13 +68,14 @@ impl Fit {
         ratio.clamp(configured / MAX_TEXT_FACTOR, configured * MAX_TEXT_FACTOR)
     }
 
-    /// Prefills that were seen.
+    /// Number of prefills that were observed.
     #[must_use]
     pub fn observations(&self) -> u64 {
         self.observations
     }
 
-    /// A prefill of `n` tokens of which `p` were cached took so many seconds on an endpoint of weight 1.
+    /// Observes a prefill of `n` tokens, `p` of them cached, that took so many seconds on an endpoint of weight 1. Without
+    /// effect where the numbers are not finite or not above 0.
     pub fn saw_prefill(&mut self, n: f64, p: f64, seconds: f64) {
         let p = p.clamp(0.0, n.max(0.0));
         let terms = [self.configured.a, self.configured.b * (n - p), self.configured.c * (n * n - p * p)];
@@ -95,7 +98,7 @@ impl Fit {
         self.solve();
     }
 
-    /// A prompt of so many bytes had so many tokens.
+    /// Observes a prompt of so many bytes and tokens. Without effect where one of them is not finite or not above 0.
     pub fn saw_text(&mut self, bytes: f64, tokens: f64) {
         if bytes > 0.0 && tokens > 0.0 && bytes.is_finite() && tokens.is_finite() {
             self.text_bytes = FORGETTING * self.text_bytes + bytes;
@@ -124,22 +127,18 @@ impl Fit {
         }
     }
 
-    /// The fitted figures as gauges: name without labels, and value in the unit that the name says.
+    /// The figures as gauges: name without labels, and value in the unit that the name says.
     #[must_use]
     pub fn gauges(&self) -> [(&'static str, u64); 4] {
         let Cost { a, b, c } = self.cost;
         [
-            (GAUGES[0], (a * 1e6) as u64),
-            (GAUGES[1], (b * 1e9) as u64),
-            (GAUGES[2], (c * 1e15) as u64),
-            (GAUGES[3], (self.bytes_per_token() * 1e3) as u64),
+            (FITTED_GAUGES[0], (a * 1e6) as u64),
+            (FITTED_GAUGES[1], (b * 1e9) as u64),
+            (FITTED_GAUGES[2], (c * 1e15) as u64),
+            (FITTED_GAUGES[3], (self.bytes_per_token() * 1e3) as u64),
         ]
     }
 }
-
-/// Names of the [gauges](Fit::gauges), each with a `pool` label.
-pub const GAUGES: [&str; 4] =
-    ["pd_prefill_cost_a_us", "pd_prefill_cost_b_ns", "pd_prefill_cost_c_fs", "pd_bytes_per_token_milli"];
 
 #[cfg(test)]
 mod tests {
@@ -147,8 +146,8 @@ mod tests {
     use crate::config::Config;
     use proptest::prelude::*;
 
-    fn fit() -> Fit {
-        Fit::new(Config::parse(b"").unwrap().pool("default"))
+    fn fit() -> FittedCost {
+        FittedCost::new(Config::parse(b"").unwrap().pool("default"))
     }
 
     /// Lengths as in traces: short and long, cached and not.
@@ -157,7 +156,7 @@ mod tests {
         (n, n * [0.0, 0.3, 0.9][(i % 3) as usize])
     }
 
-    fn error(fit: &Fit, truth: Cost) -> f64 {
+    fn error(fit: &FittedCost, truth: Cost) -> f64 {
         let of = |(n, p)| (fit.cost().seconds(n, p) / truth.seconds(n, p) - 1.0).abs();
         (0..51).map(lengths).map(of).fold(0.0, f64::max)
     }

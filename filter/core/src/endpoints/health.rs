@@ -4,7 +4,7 @@ use core::time::Duration;
 
 use crate::time::Monotonic;
 
-/// Whether an endpoint answered lately.
+/// Health of one endpoint. Without any failure it is healthy.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Health {
     failures: u32,
@@ -14,7 +14,7 @@ pub struct Health {
 
 /// First pause after a failure; each further one doubles it up to [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
-/// Longest pause: a healed endpoint is back within this time and one probe.
+/// Longest pause: an endpoint that works again gets requests within this time and one probe.
 const MAX_PAUSE: Duration = Duration::from_secs(5);
 
 impl Health {
@@ -24,16 +24,16 @@ impl Health {
         self.failures == 0 || (now >= self.out_until && !self.probing)
     }
 
-    /// A request goes to the endpoint: after a failure it is the probe, and others wait for its end.
+    /// A request goes to the endpoint. After a failure that request is the probe, and the endpoint gets no other one.
     pub fn sent(&mut self, now: Monotonic) {
         if self.failures > 0 {
             self.probing = true;
-            // A probe whose end is never told (its client left) counts as over after the longest pause.
+            // A probe without an end, because its client left, counts as over after the longest pause.
             self.out_until = now;
         }
     }
 
-    /// The endpoint could not be reached, reset the connection or answered that it is broken.
+    /// The endpoint could not be reached, reset the connection or answered that it is broken: it is ejected for a pause.
     pub fn failed(&mut self, now: Monotonic) {
         let pause = FIRST_PAUSE.saturating_mul(1_u32.checked_shl(self.failures.min(8)).unwrap_or(1)).min(MAX_PAUSE);
         self.failures = self.failures.saturating_add(1);
@@ -41,19 +41,19 @@ impl Health {
         self.probing = false;
     }
 
-    /// The endpoint answered.
+    /// The endpoint answered: it is healthy.
     pub fn answered(&mut self) {
         *self = Self::default();
     }
 
-    /// Ends a probe that nobody reported on.
+    /// Ends a probe that has had no end for the longest pause.
     pub fn prune(&mut self, now: Monotonic) {
         if self.probing && now.saturating_sub(self.out_until) > MAX_PAUSE {
             self.probing = false;
         }
     }
 
-    /// Whether the last thing known is a failure.
+    /// Whether the endpoint failed the last time.
     #[must_use]
     pub fn is_failing(&self) -> bool {
         self.failures > 0

@@ -1,4 +1,4 @@
-//! What we know to be in flight at one endpoint: the ledger's entry for it.
+//! What this Envoy has in flight at one endpoint: the ledger's entry for it.
 
 use core::time::Duration;
 use std::collections::VecDeque;
@@ -6,11 +6,12 @@ use std::collections::VecDeque;
 use crate::codec::{Reader, Writer};
 use crate::time::Monotonic;
 
-/// Prefill work in flight, oldest first, in seconds of the endpoint's time.
+/// Prefill legs in flight at one endpoint, oldest first, in seconds of the endpoint's time. The endpoint is taken to work
+/// on the oldest one alone.
 #[derive(Clone, Debug, Default)]
 pub struct PrefillQueue {
     jobs: VecDeque<Job>,
-    /// Sum over the jobs: asked for far more often than they change.
+    /// Sum over the jobs. It is read far more often than the jobs change.
     seconds: f64,
     head_since: Monotonic,
 }
@@ -20,17 +21,18 @@ struct Job {
     id: u64,
     seconds: f64,
     expires: Monotonic,
-    /// Whether work that other Envoys sent was ahead of it: how long it takes then says nothing of the endpoint's speed.
+    /// Whether work of other Envoys was ahead of the leg: its time then says nothing of the endpoint's speed.
     is_behind: bool,
 }
 
 impl PrefillQueue {
-    /// Adds a leg of `seconds`; it counts until [`remove`](Self::remove), or at the latest until `expires`.
+    /// Adds a leg of so many seconds. It counts until [`remove`](Self::remove), and at most until `expires`.
     pub fn add(&mut self, id: u64, seconds: f64, now: Monotonic, expires: Monotonic) {
         self.add_behind(0.0, id, seconds, now, expires);
     }
 
-    /// The same, behind so many seconds of work that is not in this queue: it makes no progress until they are over.
+    /// As [`add`](Self::add), behind `ahead` seconds of work that is not in this queue. Where the queue is empty the leg
+    /// makes no progress until that work is over.
     pub fn add_behind(&mut self, ahead: f64, id: u64, seconds: f64, now: Monotonic, expires: Monotonic) {
         if self.jobs.is_empty() {
             self.head_since = now.saturating_add(self::seconds(ahead));
@@ -39,26 +41,27 @@ impl PrefillQueue {
         self.add_up();
     }
 
-    /// Seconds that the endpoint has spent on this leg, if it is the one under way as far as we know.
+    /// Seconds that the endpoint has spent on a leg. `None` where the leg is not the oldest one, had work of other Envoys
+    /// ahead of it, or is not here.
     #[must_use]
     pub fn service_seconds(&self, id: u64, now: Monotonic) -> Option<f64> {
         let head = self.jobs.front().filter(|job| job.id == id && !job.is_behind)?;
         Some(now.saturating_sub(self.head_since).as_secs_f64()).filter(|seconds| head.seconds > 0.0 && *seconds > 0.0)
     }
 
-    /// Removes a leg that ended; `false` when it is not there (any more).
+    /// Removes a leg that ended; `false` where it is not here, or no longer.
     pub fn remove(&mut self, id: u64, now: Monotonic) -> bool {
-        let Some(at) = self.jobs.iter().position(|job| job.id == id) else { return false };
-        if at == 0 {
+        let Some(index) = self.jobs.iter().position(|job| job.id == id) else { return false };
+        if index == 0 {
             self.head_since = now;
         }
-        let is_removed = self.jobs.remove(at).is_some();
+        let is_removed = self.jobs.remove(index).is_some();
         self.add_up();
         is_removed
     }
 
-    /// The client of this leg is gone and its answer will not be seen, but the endpoint goes on computing: it counts
-    /// until the queue as we know it would have reached its end.
+    /// The client of a leg is gone, so its answer will not come; the endpoint may still compute it. The leg counts until
+    /// the endpoint would have worked through the queue up to it.
     pub fn abandon(&mut self, id: u64, now: Monotonic) {
         let mut left = -self.progress(now);
         for job in &mut self.jobs {
@@ -70,7 +73,7 @@ impl PrefillQueue {
         }
     }
 
-    /// Drops what has expired.
+    /// Drops legs that have expired.
     pub fn prune(&mut self, now: Monotonic) {
         let head = self.jobs.front().map(|job| job.id);
         self.jobs.retain(|job| job.expires > now);
@@ -80,7 +83,7 @@ impl PrefillQueue {
         self.add_up();
     }
 
-    /// `W`: seconds of work in flight minus the progress of the head.
+    /// W: seconds of work in flight, minus the progress of the oldest leg. 0 or more.
     #[must_use]
     pub fn work(&self, now: Monotonic) -> f64 {
         self.seconds - self.progress(now)
@@ -92,7 +95,7 @@ impl PrefillQueue {
         self.jobs.len()
     }
 
-    /// Whether nothing is in flight.
+    /// Whether no leg is in flight.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.jobs.is_empty()
@@ -108,7 +111,7 @@ impl PrefillQueue {
     }
 }
 
-/// Requests in flight somewhere, and their KV tokens.
+/// Requests in flight at an endpoint or in a pool, and their KV tokens. Sums stop at the largest number and at 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Load {
     /// KV tokens: prompts and expected output of the requests in flight.
@@ -118,13 +121,13 @@ pub struct Load {
 }
 
 impl Load {
-    /// A request was sent here.
+    /// Adds a request.
     pub fn add(&mut self, tokens: u64) {
         self.tokens = self.tokens.saturating_add(tokens);
         self.requests = self.requests.saturating_add(1);
     }
 
-    /// A request that was [added](Self::add) with the same `tokens` ended.
+    /// Removes a request that was [added](Self::add) with the same `tokens`.
     pub fn remove(&mut self, tokens: u64) {
         self.subtract(&Self { tokens, requests: 1 });
     }
@@ -135,7 +138,7 @@ impl Load {
         self.requests = self.requests.saturating_add(other.requests);
     }
 
-    /// Takes it out again.
+    /// Removes what another worker had in flight.
     pub(crate) fn subtract(&mut self, other: &Self) {
         self.tokens = self.tokens.saturating_sub(other.tokens);
         self.requests = self.requests.saturating_sub(other.requests);

@@ -1,4 +1,9 @@
-//! The endpoints: the pushed list, what is in flight at each, how healthy it is, and what a prefill costs there.
+//! The endpoints: the list that `pd-control` pushed, and what a worker knows of each endpoint.
+//!
+//! - [`table`]: the list in force; [`endpoint_state`]: one endpoint; [`candidates`]: the sets that a choice picks from.
+//! - [`load`]: what this Envoy has in flight; [`elsewhere`]: what other Envoys have in flight.
+//! - [`health`]: ejection and probe; [`retry_budget`]: how many prefill legs may be run again.
+//! - [`fitted_cost`]: what a prefill costs, learnt from [`usage`] and times.
 
 pub mod candidates;
 pub mod elsewhere;

@@ -1,17 +1,16 @@
 //! Retry budget: retries cannot multiply the load of a pool that fails.
 
-/// What retries a worker may still make, so that they cannot multiply the load of a pool that is failing: a share of
-/// its legs, and some to begin with.
+/// Prefill legs that one worker may still run again: some at the start, and a share of its first tries.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RetryBudget {
     retries: f64,
 }
 
-/// Retries that each first try earns (linkerd's and Envoy's usual share).
+/// Retries that each first try earns: the default share of linkerd and Envoy.
 const RETRIES_PER_TRY: f64 = 0.2;
-/// Retries that a worker has at the start: a quiet gateway retries at once.
+/// Retries that a worker has at the start, so that an Envoy with few requests can retry.
 const FIRST_RETRIES: f64 = 10.0;
-/// Most that are saved up.
+/// Most retries that a worker saves.
 const MOST_RETRIES: f64 = 100.0;
 
 impl Default for RetryBudget {
@@ -21,12 +20,12 @@ impl Default for RetryBudget {
 }
 
 impl RetryBudget {
-    /// A first try was made.
+    /// A request made its first try.
     pub fn earn(&mut self) {
         self.retries = (self.retries + RETRIES_PER_TRY).min(MOST_RETRIES);
     }
 
-    /// Whether another retry may be made; it counts as made.
+    /// Takes one retry from the budget; `false` where there is none.
     pub fn spend(&mut self) -> bool {
         let is_left = self.retries >= 1.0;
         if is_left {

@@ -8,8 +8,8 @@ use hashbrown::{HashMap, HashSet};
 use crate::config::{Config, Cost, Pool};
 use crate::endpoints::candidates::{CandidateSets, Candidates, NoCandidates};
 use crate::endpoints::elsewhere::{Fleet, Totals};
-use crate::endpoints::endpoint_state::Slot;
-use crate::endpoints::fitted_cost::Fit;
+use crate::endpoints::endpoint_state::EndpointState;
+use crate::endpoints::fitted_cost::FittedCost;
 use crate::endpoints::health::Health;
 use crate::endpoints::load::{Load, PrefillQueue};
 use crate::endpoints::usage::Usage;
@@ -17,51 +17,53 @@ use crate::prefix::index::{EndpointIndex, PrefixIndex};
 use crate::time::Monotonic;
 use crate::wire::{Endpoint, EndpointId, Snapshot};
 
-/// Names an endpoint beyond its life: an index whose endpoint left the list does not resolve any more.
+/// Names an endpoint across changes of the list. It does not [resolve](Table::resolve) once the endpoint left the list, also
+/// where another endpoint has its index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EndpointRef {
-    /// Place in the table.
+    /// Index in the table.
     pub index: EndpointIndex,
     generation: u32,
-    /// The endpoint's [`Slot::key`].
+    /// The endpoint's [`EndpointState::key`].
     pub(crate) key: u64,
 }
 
-/// The pushed list and its state.
+/// The endpoint list in force, and the state of each endpoint.
 #[derive(Debug, Default)]
 pub struct Table {
-    slots: Vec<Option<Slot>>,
+    states: Vec<Option<EndpointState>>,
     free: Vec<EndpointIndex>,
     by_id: HashMap<EndpointId, EndpointIndex>,
-    /// Every endpoint by [`Slot::key`], as of the last rebuild, and behind them those that came since.
+    /// Every endpoint, sorted by [`EndpointState::key`] at the last rebuild; behind them those that came since.
     by_key: Vec<(u64, EndpointIndex)>,
-    fits: Vec<(String, Fit)>,
+    fits: Vec<(String, FittedCost)>,
     sets: CandidateSets,
     generation: u32,
     epoch: String,
     version: u64,
-    /// What other Envoys have in flight, by [`Slot::key`], whether it is in the list or not.
+    /// What other Envoys have in flight, by [`EndpointState::key`], also at endpoints that are not in the list.
     elsewhere: HashMap<u64, Totals>,
-    /// The Envoys that there are.
+    /// Number of the Envoys that there are.
     pub fleet: Fleet,
 }
 
 /// What a snapshot did to the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Applied {
-    /// The table is now at the snapshot's version.
+    /// The table has the snapshot's version now.
     Changed,
-    /// It was there already (or, for a change, beyond it).
+    /// The table had that version already; for a change: that one or a later one.
     Unchanged,
-    /// The snapshot builds on a version that the table does not have: ask for the whole list.
+    /// The snapshot has the changes since a version that the table does not have. The whole list is needed.
     OutOfStep,
-    /// A whole but empty list: the last good one stays in force.
+    /// The snapshot is a whole list without endpoints. The last good one stays in force.
     Empty,
 }
 
 impl Table {
-    /// Applies a [validated](Snapshot::validate) snapshot. Endpoints that did not change keep their state.
-    pub fn apply(&mut self, snapshot: &Snapshot, config: &Config, index: &mut PrefixIndex) -> Applied {
+    /// Applies a [validated](Snapshot::validate) snapshot. Endpoints that stay keep their state. `prefixes` is the index of
+    /// the same worker: endpoints that leave are dropped there, and those that come get a cache.
+    pub fn apply(&mut self, snapshot: &Snapshot, config: &Config, prefixes: &mut PrefixIndex) -> Applied {
         let same_epoch = snapshot.epoch == self.epoch;
         match snapshot.base {
             None if same_epoch && snapshot.version == self.version => return Applied::Unchanged,
@@ -70,19 +72,19 @@ impl Table {
                 let listed: HashSet<EndpointId> = snapshot.endpoints.iter().map(Endpoint::id).collect();
                 let gone: Vec<EndpointId> = self.by_id.keys().filter(|id| !listed.contains(*id)).copied().collect();
                 for id in gone {
-                    self.remove(id, index);
+                    self.remove(id, prefixes);
                 }
             }
             Some(_) if same_epoch && snapshot.version <= self.version => return Applied::Unchanged,
             Some(base) if !same_epoch || base != self.version => return Applied::OutOfStep,
             Some(_) => {
                 for id in snapshot.removed.iter().filter_map(|id| id.parse().ok()) {
-                    self.remove(id, index);
+                    self.remove(id, prefixes);
                 }
             }
         }
         for endpoint in &snapshot.endpoints {
-            self.upsert(endpoint, config, index);
+            self.upsert(endpoint, config, prefixes);
         }
         self.epoch.clone_from(&snapshot.epoch);
         self.version = snapshot.version;
@@ -93,7 +95,8 @@ impl Table {
         Applied::Changed
     }
 
-    /// Other Envoys have so much more in flight at the endpoint with this [`Slot::key`].
+    /// Adds to what other Envoys have in flight at the endpoint of this [`EndpointState::key`], which need not be in the
+    /// list.
     pub(crate) fn busy_elsewhere(&mut self, key: u64, by: Totals) {
         let sum = self.elsewhere.entry(key).or_default();
         *sum = sum.plus(by);
@@ -101,8 +104,8 @@ impl Table {
         if sum == Totals::default() {
             self.elsewhere.remove(&key);
         }
-        if let Some(slot) = self.by_key(key) {
-            slot.elsewhere = sum;
+        if let Some(state) = self.by_key(key) {
+            state.elsewhere = sum;
         }
     }
 
@@ -120,7 +123,7 @@ impl Table {
             epoch: self.epoch.clone(),
             version: self.version,
             base: None,
-            endpoints: self.iter().map(|(_, slot)| slot.endpoint.clone()).collect(),
+            endpoints: self.iter().map(|(_, state)| state.endpoint.clone()).collect(),
             removed: Vec::new(),
         }
     }
@@ -128,7 +131,7 @@ impl Table {
     /// Endpoints to choose from for a model.
     ///
     /// # Errors
-    /// [`NoCandidates`] says whether the model is unknown or everything is down.
+    /// Whether no endpoint serves the model, or none that serves it is ready.
     pub fn candidates(&self, model: &str) -> Result<Arc<Candidates>, NoCandidates> {
         match self.sets.of_model(model) {
             Some(candidates) if !candidates.is_empty() => Ok(Arc::clone(candidates)),
@@ -150,7 +153,7 @@ impl Table {
     }
 
     /// For requests that name no model: every ready endpoint that does more than prefill, whatever its pool and models, or
-    /// where there is none, every ready endpoint. Sorted by [`Slot::key`].
+    /// where there is none, every ready endpoint. Sorted by [`EndpointState::key`].
     #[must_use]
     pub fn without_model(&self) -> &[EndpointIndex] {
         self.sets.without_model()
@@ -168,87 +171,87 @@ impl Table {
         self.by_id.is_empty()
     }
 
-    /// The endpoint at a place that a set of candidates names.
+    /// The endpoint of an index; `None` where there is none, or no longer.
     #[must_use]
-    pub fn get(&self, index: EndpointIndex) -> Option<&Slot> {
-        self.slots.get(index as usize)?.as_ref()
+    pub fn get(&self, index: EndpointIndex) -> Option<&EndpointState> {
+        self.states.get(index as usize)?.as_ref()
     }
 
-    /// As [`get`](Self::get), to change its state.
-    pub fn get_mut(&mut self, index: EndpointIndex) -> Option<&mut Slot> {
-        self.slots.get_mut(index as usize)?.as_mut()
+    /// As [`get`](Self::get), to change the state.
+    pub fn get_mut(&mut self, index: EndpointIndex) -> Option<&mut EndpointState> {
+        self.states.get_mut(index as usize)?.as_mut()
     }
 
-    /// A name for the endpoint that stays right when the list changes.
+    /// A name for the endpoint of an index that survives changes of the list.
     #[must_use]
     pub fn refer(&self, index: EndpointIndex) -> Option<EndpointRef> {
-        self.get(index).map(|slot| EndpointRef { index, generation: slot.generation, key: slot.key })
+        self.get(index).map(|state| EndpointRef { index, generation: state.generation, key: state.key })
     }
 
-    /// The endpoint, if it is still the one that was [referred](Self::refer) to.
-    pub fn resolve(&mut self, reference: EndpointRef) -> Option<&mut Slot> {
-        self.get_mut(reference.index).filter(|slot| slot.generation == reference.generation)
+    /// The endpoint that was [referred](Self::refer) to; `None` once it left the list.
+    pub fn resolve(&mut self, reference: EndpointRef) -> Option<&mut EndpointState> {
+        self.get_mut(reference.index).filter(|state| state.generation == reference.generation)
     }
 
-    /// Places, empty ones included: every [`EndpointIndex`] is below that.
+    /// Number of places, empty ones included: every [`EndpointIndex`] is below it.
     #[must_use]
     pub(crate) fn places(&self) -> usize {
-        self.slots.len()
+        self.states.len()
     }
 
-    /// The endpoint with this [`Slot::key`].
+    /// Index of the endpoint with this [`EndpointState::key`].
     #[must_use]
     pub(crate) fn index_of_key(&self, key: u64) -> Option<EndpointIndex> {
-        let at = self.by_key.partition_point(|(other, _)| *other < key);
-        self.by_key.get(at).filter(|(found, _)| *found == key).map(|(_, index)| *index)
+        let position = self.by_key.partition_point(|(other, _)| *other < key);
+        self.by_key.get(position).filter(|(found, _)| *found == key).map(|(_, index)| *index)
     }
 
-    /// The endpoint with this [`Slot::key`].
-    pub(crate) fn by_key(&mut self, key: u64) -> Option<&mut Slot> {
+    /// The endpoint with this [`EndpointState::key`].
+    pub(crate) fn by_key(&mut self, key: u64) -> Option<&mut EndpointState> {
         self.get_mut(self.index_of_key(key)?)
     }
 
-    /// The endpoint with this name.
+    /// Index of the endpoint with this id.
     #[must_use]
     pub fn find(&self, id: EndpointId) -> Option<EndpointIndex> {
         self.by_id.get(&id).copied()
     }
 
-    /// All endpoints.
-    pub fn iter(&self) -> impl Iterator<Item = (EndpointIndex, &Slot)> {
-        (0..).zip(&self.slots).filter_map(|(index, slot)| Some((index, slot.as_ref()?)))
+    /// All endpoints, by index.
+    pub fn iter(&self) -> impl Iterator<Item = (EndpointIndex, &EndpointState)> {
+        (0..).zip(&self.states).filter_map(|(index, state)| Some((index, state.as_ref()?)))
     }
 
-    /// Prefill seconds of an endpoint's pool, as fitted so far.
+    /// Fitted prefill cost of an endpoint's pool.
     #[must_use]
-    pub fn cost(&self, slot: &Slot) -> Option<Cost> {
-        self.fits.get(slot.fit).map(|(_, fit)| fit.cost())
+    pub fn cost(&self, state: &EndpointState) -> Option<Cost> {
+        self.fits.get(state.fit).map(|(_, fit)| fit.cost())
     }
 
-    /// Bytes per token of a pool's prompts, as learnt so far.
+    /// Fitted bytes per token of a pool's prompts; `None` where no endpoint was ever of that pool.
     #[must_use]
     pub fn bytes_per_token(&self, pool: &str) -> Option<f64> {
         self.fits().find(|(name, _)| *name == pool).map(|(_, fit)| fit.bytes_per_token())
     }
 
-    /// What was learnt of each pool.
-    pub fn fits(&self) -> impl Iterator<Item = (&str, &Fit)> {
+    /// Fitted cost of each pool, by name.
+    pub fn fits(&self) -> impl Iterator<Item = (&str, &FittedCost)> {
         self.fits.iter().map(|(name, fit)| (name.as_str(), fit))
     }
 
-    /// Gauges of the pools of which anything was learnt: name with the pool as a tag, value.
+    /// [Gauges](FittedCost::gauges) of pools with observations: name with the pool as a tag, and value.
     pub fn fitted_gauges(&self) -> impl Iterator<Item = (String, u64)> {
         let fits = self.fits().filter(|(_, fit)| fit.observations() > 0);
         fits.flat_map(|(pool, fit)| {
-            // Envoy and the tags' syntax take less than a pool's name may have.
+            // A pool's name may have characters that Envoy or the syntax of tags does not take.
             let plain = |c: char| if c.is_ascii_alphanumeric() || c == '-' || c == '_' { c } else { '_' };
             let pool: String = pool.chars().map(plain).collect();
             fit.gauges().map(|(name, value)| (format!("{name};pool={pool}"), value))
         })
     }
 
-    /// A prefill leg of an endpoint ended well: what it tells of its pool. `tokens` and `cached` are what was thought of
-    /// the prompt, `bytes` what it has, `seconds` what the endpoint took, where that is known.
+    /// Learns from a prefill leg that ended well: `bytes` of the prompt, and the estimates of its tokens and cached tokens;
+    /// `seconds` that the endpoint took, where they are known. Without effect where the endpoint left the list.
     pub fn saw_prefill(
         &mut self,
         reference: EndpointRef,
@@ -256,16 +259,16 @@ impl Table {
         seconds: Option<f64>,
         usage: Option<Usage>,
     ) {
-        let Some(slot) = self.get(reference.index).filter(|slot| slot.generation == reference.generation) else {
+        let Some(state) = self.get(reference.index).filter(|state| state.generation == reference.generation) else {
             return;
         };
-        let (at, weight) = (slot.fit, slot.endpoint.weight);
-        let Some((_, fit)) = self.fits.get_mut(at) else { return };
+        let (fit_index, weight) = (state.fit, state.endpoint.weight);
+        let Some((_, fit)) = self.fits.get_mut(fit_index) else { return };
         let n = usage.map_or(tokens, |usage| usage.prompt_tokens as f64);
         if usage.is_some() {
             fit.saw_text(bytes, n);
         }
-        // A match is a guess, and where most of a prompt matches, a small error of it is a large one of the rest.
+        // The matched tokens are an estimate. Where most of a prompt matches, a small error there is a large one in the rest.
         let guess = Some(cached).filter(|cached| cached * 8.0 <= tokens);
         let p = usage.and_then(|usage| usage.cached_tokens).map(|cached| cached as f64).or(guess);
         if let (Some(p), Some(seconds)) = (p, seconds) {
@@ -273,73 +276,73 @@ impl Table {
         }
     }
 
-    /// Fits caches to the bytes per token that were learnt since they were [last](Self::apply) measured.
-    pub fn resize_caches(&self, config: &Config, index: &mut PrefixIndex) {
-        for (at, slot) in self.iter() {
-            let units = self.cache_units(slot, config);
-            // Small changes would only drop what is still there.
-            if index.capacity(at).abs_diff(units) > units / 16 {
-                index.set_capacity(at, units);
+    /// Sizes each endpoint's cache in the index by the bytes per token as learnt by now.
+    pub fn resize_caches(&self, config: &Config, prefixes: &mut PrefixIndex) {
+        for (index, state) in self.iter() {
+            let units = self.cache_units(state, config);
+            // A small change is not worth dropping blocks that the endpoint may still hold.
+            if prefixes.capacity(index).abs_diff(units) > units / 16 {
+                prefixes.set_capacity(index, units);
             }
         }
     }
 
-    /// Size of an endpoint's cache in blocks of the smallest size.
-    fn cache_units(&self, slot: &Slot, config: &Config) -> usize {
-        let pool = config.pool(&slot.endpoint.pool);
-        let bytes_per_token = self.fits.get(slot.fit).map_or(pool.bytes_per_token, |(_, fit)| fit.bytes_per_token());
-        let tokens = slot.endpoint.cache_tokens.unwrap_or(pool.cache_tokens);
+    /// Size of an endpoint's cache, in blocks of the smallest size.
+    fn cache_units(&self, state: &EndpointState, config: &Config) -> usize {
+        let pool = config.pool(&state.endpoint.pool);
+        let bytes_per_token = self.fits.get(state.fit).map_or(pool.bytes_per_token, |(_, fit)| fit.bytes_per_token());
+        let tokens = state.endpoint.cache_tokens.unwrap_or(pool.cache_tokens);
         (tokens as f64 * bytes_per_token / config.prefix.block_bytes as f64) as usize
     }
 
-    /// Place of a pool's fit.
+    /// Index of a pool's fitted cost, which is added where it is new.
     fn fit_of(&mut self, name: &str, pool: &Pool) -> usize {
         match self.fits.iter().position(|(known, _)| known == name) {
-            Some(at) => at,
+            Some(index) => index,
             None => {
-                self.fits.push((name.to_owned(), Fit::new(pool)));
+                self.fits.push((name.to_owned(), FittedCost::new(pool)));
                 self.fits.len().saturating_sub(1)
             }
         }
     }
 
-    /// Drops ledger entries whose end was never told.
+    /// Drops prefill legs that expired, and ends probes without an end.
     pub fn prune(&mut self, now: Monotonic) {
-        for slot in self.slots.iter_mut().flatten() {
-            slot.prefill.prune(now);
-            slot.health.prune(now);
+        for state in self.states.iter_mut().flatten() {
+            state.prefill.prune(now);
+            state.health.prune(now);
         }
     }
 
-    fn upsert(&mut self, endpoint: &Endpoint, config: &Config, index: &mut PrefixIndex) {
+    fn upsert(&mut self, endpoint: &Endpoint, config: &Config, prefixes: &mut PrefixIndex) {
         let pool = config.pool(&endpoint.pool);
         let fit = self.fit_of(&endpoint.pool, pool);
         let engine = endpoint.engine.unwrap_or(pool.engine);
         let bootstrap_port = endpoint.bootstrap_port.unwrap_or(pool.bootstrap_port);
         let bootstrap = SocketAddr::new(endpoint.address.ip(), bootstrap_port);
-        let at = match self.by_id.get(&endpoint.id()).copied() {
-            Some(at) => {
-                if let Some(slot) = self.get_mut(at) {
-                    slot.endpoint.clone_from(endpoint);
-                    if (slot.engine, slot.bootstrap) != (engine, bootstrap) {
-                        slot.engine_id = None;
+        let index = match self.by_id.get(&endpoint.id()).copied() {
+            Some(index) => {
+                if let Some(state) = self.get_mut(index) {
+                    state.endpoint.clone_from(endpoint);
+                    if (state.engine, state.bootstrap) != (engine, bootstrap) {
+                        state.engine_id = None;
                     }
-                    slot.engine = engine;
-                    slot.bootstrap = bootstrap;
-                    slot.fit = fit;
+                    state.engine = engine;
+                    state.bootstrap = bootstrap;
+                    state.fit = fit;
                 }
-                at
+                index
             }
             None => {
-                let next = EndpointIndex::try_from(self.slots.len());
-                let Some(at) = self.free.pop().or(next.ok()) else { return };
-                if at as usize == self.slots.len() {
-                    self.slots.push(None);
+                let next = EndpointIndex::try_from(self.states.len());
+                let Some(index) = self.free.pop().or(next.ok()) else { return };
+                if index as usize == self.states.len() {
+                    self.states.push(None);
                 }
                 self.generation = self.generation.wrapping_add(1);
                 let key = xxhash_rust::xxh3::xxh3_64(endpoint.id().to_string().as_bytes());
-                self.by_key.push((key, at));
-                let slot = Slot {
+                self.by_key.push((key, index));
+                let state = EndpointState {
                     endpoint: endpoint.clone(),
                     address: endpoint.address.to_string().into(),
                     key,
@@ -355,37 +358,37 @@ impl Table {
                     generation: self.generation,
                     fit,
                 };
-                if let Some(place) = self.slots.get_mut(at as usize) {
-                    *place = Some(slot);
+                if let Some(place) = self.states.get_mut(index as usize) {
+                    *place = Some(state);
                 }
-                self.by_id.insert(endpoint.id(), at);
-                at
+                self.by_id.insert(endpoint.id(), index);
+                index
             }
         };
-        if let Some(slot) = self.get(at) {
-            index.set_capacity(at, self.cache_units(slot, config));
+        if let Some(state) = self.get(index) {
+            prefixes.set_capacity(index, self.cache_units(state, config));
         }
     }
 
-    fn remove(&mut self, id: EndpointId, index: &mut PrefixIndex) {
-        let Some(at) = self.by_id.remove(&id) else { return };
-        if let Some(slot) = self.slots.get_mut(at as usize) {
-            *slot = None;
-            self.free.push(at);
+    fn remove(&mut self, id: EndpointId, prefixes: &mut PrefixIndex) {
+        let Some(index) = self.by_id.remove(&id) else { return };
+        if let Some(state) = self.states.get_mut(index as usize) {
+            *state = None;
+            self.free.push(index);
         }
-        index.remove_endpoint(at);
+        prefixes.remove_endpoint(index);
     }
 
     /// Sorts the endpoints and makes the sets of candidates from them.
     fn rebuild(&mut self) {
-        let slots = &self.slots;
-        let slot_of = |index: EndpointIndex| slots.get(index as usize)?.as_ref();
-        self.by_key.retain(|(key, index)| slot_of(*index).is_some_and(|slot| slot.key == *key));
-        // Stable, so a list with a few new ones at its end is sorted in one pass.
+        let states = &self.states;
+        let state_of = |index: EndpointIndex| states.get(index as usize)?.as_ref();
+        self.by_key.retain(|(key, index)| state_of(*index).is_some_and(|state| state.key == *key));
+        // The sort is stable and takes one pass over a sorted list with a few new endpoints at its end.
         self.by_key.sort();
         self.by_key.dedup();
-        let sorted: Vec<_> = self.by_key.iter().filter_map(|(_, index)| Some((*index, slot_of(*index)?))).collect();
-        self.sets = CandidateSets::new(&sorted, slot_of);
+        let sorted: Vec<_> = self.by_key.iter().filter_map(|(_, index)| Some((*index, state_of(*index)?))).collect();
+        self.sets = CandidateSets::new(&sorted, state_of);
     }
 }
 
@@ -426,7 +429,7 @@ pub(super) mod tests {
 
         pub(crate) fn ports(&self, indexes: &[EndpointIndex]) -> Vec<u16> {
             let mut ports: Vec<u16> =
-                indexes.iter().map(|at| self.table.get(*at).unwrap().endpoint.address.port()).collect();
+                indexes.iter().map(|index| self.table.get(*index).unwrap().endpoint.address.port()).collect();
             ports.sort_unstable();
             ports
         }
@@ -446,7 +449,7 @@ pub(super) mod tests {
         fixture.apply(&change(3, &[], vec![9, 60, 61]));
         for model in ["m", "other"] {
             let candidates = fixture.table.candidates(model).unwrap();
-            let key = |at: &EndpointIndex| fixture.table.get(*at).unwrap().key;
+            let key = |index: &EndpointIndex| fixture.table.get(*index).unwrap().key;
             assert!(candidates.whole.is_sorted_by_key(key));
             let mut all = candidates.whole.clone();
             all.dedup();
@@ -468,16 +471,16 @@ pub(super) mod tests {
     fn endpoints_that_stay_keep_their_state() {
         let (a, b) = (endpoint(1, Role::Both, &[]), endpoint(2, Role::Both, &[]));
         let mut fixture = Fixture::new(vec![a.clone(), b.clone()]);
-        let at = fixture.table.find(a.id()).unwrap();
-        fixture.table.get_mut(at).unwrap().decode.add(7);
-        fixture.index.insert(at, &[BlockHash(1)]);
-        let kept = fixture.table.refer(at).unwrap();
+        let index = fixture.table.find(a.id()).unwrap();
+        fixture.table.get_mut(index).unwrap().decode.add(7);
+        fixture.index.insert(index, &[BlockHash(1)]);
+        let kept = fixture.table.refer(index).unwrap();
         let left = fixture.table.refer(fixture.table.find(b.id()).unwrap()).unwrap();
         let c = endpoint(3, Role::Both, &[]);
         assert_eq!(fixture.apply(&whole(2, vec![c.clone(), Endpoint { weight: 2.0, ..a.clone() }])), Applied::Changed);
         assert_eq!(fixture.table.resolve(kept).unwrap().decode.tokens, 7);
         assert_eq!(fixture.table.resolve(kept).unwrap().endpoint.weight, 2.0);
-        assert_eq!(fixture.index.matched(at, &[BlockHash(1)]), 1);
+        assert_eq!(fixture.index.matched(index, &[BlockHash(1)]), 1);
         assert!(fixture.table.resolve(left).is_none(), "its place was taken by another endpoint");
         assert_eq!(fixture.table.len(), 2);
     }

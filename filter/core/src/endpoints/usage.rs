@@ -2,18 +2,18 @@
 
 use crate::body::json::{self, Object};
 
-/// Token counts that an answer reports.
+/// Token counts in an engine's answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Tokens of the prompt.
+    /// Tokens of the prompt, above 0.
     pub prompt_tokens: u64,
-    /// Of these, tokens found in the prefix cache, where the engine says.
+    /// Of these, tokens that the engine found in its prefix cache; `None` where the answer does not say.
     pub cached_tokens: Option<u64>,
 }
 
 impl Usage {
-    /// Reads `usage.prompt_tokens` and `usage.prompt_tokens_details.cached_tokens`, or `input_…` as `/v1/responses` has
-    /// it; `None` without the first.
+    /// Reads `usage.prompt_tokens` and `usage.prompt_tokens_details.cached_tokens`, or the same with `input_` as
+    /// `/v1/responses` has them. `None` where the prompt's tokens are missing, not a number or 0.
     #[must_use]
     pub fn of_answer(answer: &Object<'_>) -> Option<Self> {
         let usage = answer.get("usage")?;

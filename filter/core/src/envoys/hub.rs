@@ -1,53 +1,55 @@
-//! The middle of the exchange: takes what gateways tell and has it for the others. `pd-control` serves it, the trace
-//! simulator runs it.
+//! The hub of the exchange: collects what Envoys send, and answers each with what the others sent. `pd-control` and the
+//! trace simulator run it.
 //!
-//! Loads are states: the newest record of a gateway counts, so an answer that is lost or late does no harm, and a
-//! gateway that is silent for [`GATEWAY_LIFE`] has nothing in flight. Block events are a log per gateway; what a hub
-//! lacks of it the gateway tells again, as far as it still has it. So hubs may come and go.
+//! - Loads are states. The newest record of an Envoy counts, so a lost or late message does no harm. An Envoy that is
+//!   silent for [`GATEWAY_LIFE`] has nothing in flight.
+//! - Blocks are a numbered log for each Envoy. The hub says in its answer which number it expects next, and the Envoy sends
+//!   from there on what it still has. So a hub may be replaced by one that knows nothing.
 
 use core::time::Duration;
 use std::collections::BTreeMap;
 
 use hashbrown::HashMap;
 
-use super::message::{Batch, Heard, MAX_BLOCKS_BYTES, MAX_MESSAGE_BYTES, Record, Told};
+use super::message::{Batch, ExchangeRequest, ExchangeResponse, MAX_BLOCKS_BYTES, MAX_MESSAGE_BYTES, Record};
 use super::report::MAX_REPORT_BYTES;
 use crate::endpoints::elsewhere::Totals;
 use crate::prefix::block_log::{BlockLog, split_events};
 use crate::time::Monotonic;
 
-/// Silence after which a gateway counts as gone.
+/// Silence after which an Envoy counts as gone.
 pub const GATEWAY_LIFE: Duration = Duration::from_secs(3);
-/// Gateways that are remembered, with those that are gone but for their blocks.
+/// Most Envoys that a hub remembers. Those that are gone count as long as the hub keeps their blocks.
 const MAX_GATEWAYS: usize = 1_024;
-/// Bytes of block events that are kept of all gateways together.
+/// Most bytes of block events of all Envoys together.
 const MAX_LOG_BYTES: usize = 32 << 20;
-/// Bytes of records in a message to another hub; a single record may be longer.
+/// Most bytes of records in a message to another hub. A single record may be longer.
 const RELAY_BYTES: usize = MAX_MESSAGE_BYTES / 4;
-/// Endpoints that one record may speak of.
+/// Most endpoints of one record; the hub ignores further ones.
 const MAX_LOADS: usize = crate::wire::MAX_ENDPOINTS;
 
-/// What the hub knows of the gateways.
+/// A hub.
 #[derive(Debug)]
 pub struct Hub {
     id: u64,
-    /// In order: the same messages have the same answers.
+    /// By number, sorted, so that equal messages get equal answers.
     gateways: BTreeMap<u64, Gateway>,
-    /// Changes of loads.
+    /// Number of changes of loads.
     changes: u64,
-    /// Loads of all gateways together.
+    /// Sums of the loads of all Envoys, by endpoint.
     sums: HashMap<u64, Totals>,
 }
 
+/// What the hub knows of one Envoy.
 #[derive(Debug, Default)]
 struct Gateway {
     replaces: u64,
     turn: u64,
-    epoch: u64,
-    /// When it was last heard of, by itself or by another hub.
-    heard: Monotonic,
-    /// When it was last heard itself.
-    asked: Option<Monotonic>,
+    hash_scheme: u64,
+    /// When a message with its record came last, from the Envoy or from another hub.
+    last_seen: Monotonic,
+    /// When a request came last from the Envoy itself.
+    last_request: Option<Monotonic>,
     is_gone: bool,
     loads: Vec<(u64, Totals)>,
     changes: u64,
@@ -56,13 +58,14 @@ struct Gateway {
 }
 
 impl Gateway {
-    fn leave(&mut self, sums: &mut HashMap<u64, Totals>) {
+    /// Takes back what the Envoy had in flight; its blocks stay.
+    fn retract(&mut self, sums: &mut HashMap<u64, Totals>) {
         self.is_gone = true;
         self.load(sums, Vec::new());
         self.report.clear();
     }
 
-    /// Changes what is in flight from here, and the sums with it.
+    /// Replaces what the Envoy has in flight, and changes the sums accordingly.
     fn load(&mut self, sums: &mut HashMap<u64, Totals>, loads: Vec<(u64, Totals)>) {
         for (endpoint, totals) in &self.loads {
             if let Some(sum) = sums.get_mut(endpoint) {
@@ -83,28 +86,28 @@ impl Gateway {
 }
 
 impl Hub {
-    /// A hub that knows nothing; `id` is not that of any other.
+    /// A hub that knows nothing. `id` must differ from that of any other hub.
     #[must_use]
     pub fn new(id: u64) -> Self {
         Self { id, gateways: BTreeMap::new(), changes: 0, sums: HashMap::new() }
     }
 
-    /// [`Heard::hub`].
+    /// Number of this hub, for [`ExchangeResponse::hub`].
     #[must_use]
     pub fn id(&self) -> u64 {
         self.id
     }
 
-    /// Takes what somebody told; whether it matters to others.
-    pub fn take(&mut self, told: &Told, now: Monotonic) -> bool {
+    /// Takes the records of a request, and says whether others should get an answer now.
+    pub fn take(&mut self, request: &ExchangeRequest, now: Monotonic) -> bool {
         let before = (self.changes, self.total_next());
-        for record in &told.records {
-            self.take_record(record, told.from == record.gateway, now);
+        for record in &request.records {
+            self.take_record(record, request.from == record.gateway, now);
         }
-        // A gateway that only listens is there as well.
-        if let Some(gateway) = self.gateways.get_mut(&told.from) {
-            gateway.heard = now;
-            gateway.asked = Some(now);
+        // A receiving call has no record, and shows that the Envoy is alive.
+        if let Some(gateway) = self.gateways.get_mut(&request.from) {
+            gateway.last_seen = now;
+            gateway.last_request = Some(now);
         }
         before != (self.changes, self.total_next())
     }
@@ -120,19 +123,19 @@ impl Hub {
         if record.replaces != 0
             && let Some(before) = self.gateways.get_mut(&record.replaces).filter(|before| !before.is_gone)
         {
-            before.leave(&mut self.sums);
+            before.retract(&mut self.sums);
             self.changes = self.changes.wrapping_add(1);
         }
         let gateway = self.gateways.entry(record.gateway).or_default();
         gateway.replaces = record.replaces;
         if is_own {
-            gateway.asked = Some(now);
+            gateway.last_request = Some(now);
         }
-        gateway.heard = now;
+        gateway.last_seen = now;
         gateway.is_gone = false;
         if record.turn > gateway.turn {
             gateway.turn = record.turn;
-            gateway.epoch = record.epoch;
+            gateway.hash_scheme = record.hash_scheme;
             if gateway.loads != record.loads {
                 let loads = record.loads.iter().take(MAX_LOADS).copied().collect();
                 gateway.load(&mut self.sums, loads);
@@ -143,7 +146,7 @@ impl Hub {
                 gateway.report.clone_from(&record.report);
             }
         }
-        // What is missing in front comes with the next record, unless nobody has it any more.
+        // Where events are missing in front, the Envoy sends them next; it no longer has those before its oldest one.
         if record.first > gateway.log.next() && record.first == record.oldest {
             gateway.log.restart(record.first);
         }
@@ -157,13 +160,15 @@ impl Hub {
         self.shorten_logs();
     }
 
-    /// Forgets the gateway that was heard of longest ago, where there are too many; whether there is room.
+    /// Makes room for an Envoy that the hub does not know: forgets the one that has been gone longest. `false` where there
+    /// are too many and none is gone.
     fn make_room(&mut self, gateway: u64) -> bool {
         if self.gateways.len() < MAX_GATEWAYS || self.gateways.contains_key(&gateway) {
             return true;
         }
         let gone = self.gateways.iter().filter(|(_, gateway)| gateway.is_gone);
-        let Some((oldest, _)) = gone.min_by_key(|(_, gateway)| gateway.heard).map(|(id, of)| (*id, of.heard)) else {
+        let Some((oldest, _)) = gone.min_by_key(|(_, gateway)| gateway.last_seen).map(|(id, of)| (*id, of.last_seen))
+        else {
             return false;
         };
         self.gateways.remove(&oldest).is_some()
@@ -178,12 +183,12 @@ impl Hub {
         }
     }
 
-    /// Lets go of gateways that are silent; whether that matters to the others. Call it a few times a second.
+    /// Takes back what silent Envoys had in flight, and says whether there was any. Call it a few times a second.
     pub fn prune(&mut self, now: Monotonic) -> bool {
         let mut has_changed = false;
         for gateway in self.gateways.values_mut() {
-            if !gateway.is_gone && now.saturating_sub(gateway.heard) > GATEWAY_LIFE {
-                gateway.leave(&mut self.sums);
+            if !gateway.is_gone && now.saturating_sub(gateway.last_seen) > GATEWAY_LIFE {
+                gateway.retract(&mut self.sums);
                 has_changed = true;
             }
         }
@@ -193,38 +198,40 @@ impl Hub {
         has_changed
     }
 
-    /// Counts changes of what others than `from` have in flight.
+    /// Number of changes of what Envoys other than `from` have in flight.
     fn state(&self, from: u64) -> u64 {
         let own = self.gateways.get(&from).map_or(0, |gateway| gateway.changes);
         self.changes.wrapping_sub(own)
     }
 
-    /// Whether there is something that the asker has not heard.
+    /// Whether an answer to the request would bring anything new.
     #[must_use]
-    pub fn has_news(&self, told: &Told) -> bool {
+    pub fn has_news(&self, request: &ExchangeRequest) -> bool {
         let is_new = |id: &u64, gateway: &Gateway| {
-            let known = told.known.binary_search_by_key(id, |(known, _)| *known).ok();
-            let known = known.and_then(|at| told.known.get(at)).map_or(0, |(_, next)| *next);
-            *id != told.from && gateway.log.next() > known.max(gateway.log.oldest())
+            let known = request.known.binary_search_by_key(id, |(known, _)| *known).ok();
+            let known = known.and_then(|at| request.known.get(at)).map_or(0, |(_, next)| *next);
+            *id != request.from && gateway.log.next() > known.max(gateway.log.oldest())
         };
-        told.wants
-            && (told.at != (self.id, self.state(told.from)) || self.gateways.iter().any(|(id, of)| is_new(id, of)))
+        request.wants
+            && (request.known_state != (self.id, self.state(request.from))
+                || self.gateways.iter().any(|(id, of)| is_new(id, of)))
     }
 
-    /// The answer to somebody; `watching` is the number of Envoys that are known to follow the endpoint list.
+    /// The answer to a request. `watching` is the number of Envoys that follow the endpoint list, as far as known; 0 where
+    /// nobody counts them.
     #[must_use]
-    pub fn answer(&self, told: &Told, watching: u64) -> Heard {
+    pub fn answer(&self, request: &ExchangeRequest, watching: u64) -> ExchangeResponse {
         let have = |record: &Record| (record.gateway, self.gateways.get(&record.gateway).map_or(0, |of| of.log.next()));
-        let state = self.state(told.from);
+        let state = self.state(request.from);
         let exchanging = self.gateways.values().filter(|gateway| !gateway.is_gone).count() as u64;
-        Heard {
+        ExchangeResponse {
             hub: self.id,
             state,
-            have: told.records.iter().map(have).collect(),
+            have: request.records.iter().map(have).collect(),
             gateways: watching.max(exchanging),
             exchanging,
-            loads: (told.wants && told.at != (self.id, state)).then(|| self.loads_but(told.from)),
-            batches: if told.wants { self.batches(told) } else { Vec::new() },
+            loads: (request.wants && request.known_state != (self.id, state)).then(|| self.loads_but(request.from)),
+            batches: if request.wants { self.batches(request) } else { Vec::new() },
         }
     }
 
@@ -240,36 +247,37 @@ impl Hub {
         others
     }
 
-    fn batches(&self, told: &Told) -> Vec<Batch> {
-        let known: HashMap<u64, u64> = told.known.iter().copied().collect();
+    fn batches(&self, request: &ExchangeRequest) -> Vec<Batch> {
+        let known: HashMap<u64, u64> = request.known.iter().copied().collect();
         let mut room = MAX_BLOCKS_BYTES;
         let mut batches = Vec::new();
         for (id, gateway) in &self.gateways {
             let first = known.get(id).copied().unwrap_or(0).max(gateway.log.oldest());
-            let blocks = if *id == told.from { Vec::new() } else { gateway.log.from(first, room) };
+            let blocks = if *id == request.from { Vec::new() } else { gateway.log.from(first, room) };
             if blocks.is_empty() {
                 continue;
             }
             room = room.saturating_sub(blocks.len());
-            batches.push(Batch { gateway: *id, epoch: gateway.epoch, first, blocks });
+            batches.push(Batch { gateway: *id, hash_scheme: gateway.hash_scheme, first, blocks });
         }
         batches
     }
 
-    /// What another hub is told, in messages that it takes: the gateways that were heard here lately, with the block
-    /// events that it does not `have`.
+    /// The messages for another hub: records of the Envoys that called this hub itself lately, with the block events that
+    /// the other hub does not `have` by its last answer. Each message is short enough to be taken.
     #[must_use]
-    pub fn relay(&self, have: &HashMap<u64, u64>, now: Monotonic) -> Vec<Told> {
-        let is_heard = |gateway: &Gateway| gateway.asked.is_some_and(|at| now.saturating_sub(at) <= GATEWAY_LIFE);
-        let mut messages: Vec<Told> = Vec::new();
+    pub fn relay(&self, have: &HashMap<u64, u64>, now: Monotonic) -> Vec<ExchangeRequest> {
+        let has_asked =
+            |gateway: &Gateway| gateway.last_request.is_some_and(|at| now.saturating_sub(at) <= GATEWAY_LIFE);
+        let mut messages: Vec<ExchangeRequest> = Vec::new();
         let mut room = 0;
-        for (id, gateway) in self.gateways.iter().filter(|(_, gateway)| !gateway.is_gone && is_heard(gateway)) {
+        for (id, gateway) in self.gateways.iter().filter(|(_, gateway)| !gateway.is_gone && has_asked(gateway)) {
             let first = have.get(id).copied().unwrap_or(0).clamp(gateway.log.oldest(), gateway.log.next());
             let record = Record {
                 gateway: *id,
                 replaces: gateway.replaces,
                 turn: gateway.turn,
-                epoch: gateway.epoch,
+                hash_scheme: gateway.hash_scheme,
                 loads: gateway.loads.clone(),
                 oldest: gateway.log.oldest(),
                 first,
@@ -281,7 +289,11 @@ impl Hub {
                 Some(message) => message.records.push(record),
                 None => {
                     room = RELAY_BYTES;
-                    messages.push(Told { from: self.id, records: vec![record], ..Told::default() });
+                    messages.push(ExchangeRequest {
+                        from: self.id,
+                        records: vec![record],
+                        ..ExchangeRequest::default()
+                    });
                 }
             }
             room = room.saturating_sub(length);
@@ -289,9 +301,10 @@ impl Hub {
         messages
     }
 
-    /// Reports of the gateways that are there: number, how long ago it was heard of, the report.
+    /// The reports of the Envoys that are there: number of the Envoy, time since its last message, report in JSON, which is
+    /// empty before the first one.
     pub fn reports(&self, now: Monotonic) -> impl Iterator<Item = (u64, Duration, &[u8])> {
         let here = self.gateways.iter().filter(|(_, gateway)| !gateway.is_gone);
-        here.map(move |(id, gateway)| (*id, now.saturating_sub(gateway.heard), gateway.report.as_slice()))
+        here.map(move |(id, gateway)| (*id, now.saturating_sub(gateway.last_seen), gateway.report.as_slice()))
     }
 }

@@ -1,63 +1,64 @@
-//! What Envoys and `pd-control` tell each other: words of 8 bytes, little endian, no padding.
+//! The messages of the exchange, in the format of [`codec`](crate::codec).
 //!
 //! ```text
-//! Told    version from hub state wants known:[gateway next]* records:[Record]*
-//! Record  gateway replaces turn epoch loads:[endpoint Totals]* oldest first blocks:bytes report:bytes
-//! Heard   version hub state have:[gateway next]* gateways exchanging has_loads loads:[endpoint Totals]*
-//!         batches:[gateway epoch first blocks:bytes]*
-//! blocks  [endpoint count hash*]*
-//! Totals  work tokens requests
+//! ExchangeRequest   version from hub state wants known:[gateway next]* records:[Record]*
+//! Record            gateway replaces turn hash_scheme loads:[endpoint Totals]* oldest first blocks:bytes report:bytes
+//! ExchangeResponse  version hub state have:[gateway next]* gateways exchanging has_loads loads:[endpoint Totals]*
+//!                   batches:[gateway hash_scheme first blocks:bytes]*
+//! blocks            [endpoint count hash*]*
+//! Totals            work tokens requests
 //! ```
-//! A list stands behind its length, bytes stand behind theirs. An endpoint is its [key](crate::endpoints::endpoint_state::Slot::key). A
-//! reader takes a message whole or not at all; words behind what it knows are a newer writer's and are left alone.
+//! An endpoint is its [key](crate::endpoints::endpoint_state::EndpointState::key). A gateway is an Envoy, named by the
+//! number of its leader. A reader takes a message whole or not at all. It ignores words behind those that it knows: a newer
+//! writer may add some.
 
 use crate::codec::{Reader, Writer};
 use crate::endpoints::elsewhere::Totals;
 
-/// Path of `pd-control`'s answer to [`Told`].
+/// Path at `pd-control` that takes an [`ExchangeRequest`] by POST and answers with an [`ExchangeResponse`].
 pub const EXCHANGE_PATH: &str = "/v1/exchange";
 /// Version of these messages.
 pub const EXCHANGE_VERSION: u64 = 1;
-/// Bytes of a message at most.
+/// Most bytes of a message.
 pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
-/// Bytes of blocks in one message at most, so that reading it takes a worker no more than a few milliseconds.
+/// Most bytes of blocks in one message: a worker reads them in a few milliseconds. Larger messages are refused.
 pub const MAX_BLOCKS_BYTES: usize = 256 << 10;
 
-/// A question to `pd-control`, with what the asker has to tell.
+/// A request of a leader to the hub, or of a hub to another one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Told {
-    /// Who asks: a gateway, or another `pd-control`.
+pub struct ExchangeRequest {
+    /// Number of the sender: a leader or a hub.
     pub from: u64,
-    /// [`Heard::hub`] and [`Heard::state`] of the last answer.
-    pub at: (u64, u64),
-    /// Whether the answer shall have loads and blocks.
+    /// [`ExchangeResponse::hub`] and [`ExchangeResponse::state`] of the last answer with loads; `(0, 0)`: none.
+    pub known_state: (u64, u64),
+    /// Whether the sender wants loads and blocks in the answer.
     pub wants: bool,
-    /// Per gateway the number of the first block event that the asker does not have yet; in the order of the gateways.
+    /// For each gateway the number of the first block event that the sender does not have, sorted by gateway.
     pub known: Vec<(u64, u64)>,
-    /// What there is to tell: a gateway's own, or those of the gateways that a `pd-control` hears from.
+    /// The leader's own record, or the records of the leaders that called the hub.
     pub records: Vec<Record>,
 }
 
-/// What one gateway (all workers of an Envoy) does and knows.
+/// What one Envoy has in flight and which blocks it sent.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Record {
-    /// Random number of one worker's time as the gateway's voice.
+    /// Random number of the leader, above 0. A worker that becomes the leader again has another one.
     pub gateway: u64,
-    /// The voice before it, whose loads are these; 0: none.
+    /// The leader before, whose loads are in this record now; 0: none.
     pub replaces: u64,
-    /// Counts up: a record with a smaller one is old.
+    /// Number of the record, from 1 on. A record with a smaller one than the last is old.
     pub turn: u64,
-    /// What block hashes depend on besides the prompt; those of another epoch are of no use.
-    pub epoch: u64,
-    /// What is in flight from here, per endpoint; all of it.
+    /// Hash scheme of the blocks. Envoys with another scheme ignore them.
+    pub hash_scheme: u64,
+    /// Everything that the Envoy has in flight, by endpoint.
     pub loads: Vec<(u64, Totals)>,
-    /// Number of the oldest block event that the gateway still has.
+    /// Number of the oldest block event that the Envoy still has.
     pub oldest: u64,
     /// Number of the first block event in `blocks`.
     pub first: u64,
-    /// [Block events](super::blocks), at most [`MAX_BLOCKS_BYTES`] of them.
+    /// [Block events](crate::prefix::block_log), at most [`MAX_BLOCKS_BYTES`].
     pub blocks: Vec<u8>,
-    /// A [`Report`](super::report::Report) in JSON; empty: as before.
+    /// A [`Report`](super::report::Report) in JSON; empty: the last one stands.
     pub report: Vec<u8>,
 }
 
@@ -69,48 +70,48 @@ impl Record {
     }
 }
 
-/// `pd-control`'s answer.
+/// The hub's answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Heard {
-    /// Random number of one run of one `pd-control`.
+pub struct ExchangeResponse {
+    /// Random number of one run of a hub.
     pub hub: u64,
-    /// Counts changes of the loads of others.
+    /// Number of changes of the loads of other Envoys, for [`ExchangeRequest::known_state`].
     pub state: u64,
-    /// Per gateway that told something the number of its next block event.
+    /// For each record of the request the gateway, and the number of the block event that the hub expects next.
     pub have: Vec<(u64, u64)>,
-    /// Envoys that there are.
+    /// Number of Envoys that there are.
     pub gateways: u64,
-    /// Those of them that exchange, the asker included.
+    /// Number of Envoys that exchange, the sender included.
     pub exchanging: u64,
-    /// Sums over the other gateways, per endpoint with something in flight; `None`: as before.
+    /// Sums over all other Envoys, by endpoint, without endpoints that have nothing in flight; `None`: the last ones stand.
     pub loads: Option<Vec<(u64, Totals)>>,
-    /// What the asker does not have yet.
+    /// Block events that the sender does not have.
     pub batches: Vec<Batch>,
 }
 
-/// Block events of one gateway.
+/// Block events of one Envoy.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
-    /// Whose.
+    /// [`Record::gateway`].
     pub gateway: u64,
-    /// [`Record::epoch`].
-    pub epoch: u64,
-    /// Number of the first one.
+    /// [`Record::hash_scheme`].
+    pub hash_scheme: u64,
+    /// Number of the first event; the others follow without a gap.
     pub first: u64,
     /// As in [`Record::blocks`].
     pub blocks: Vec<u8>,
 }
 
-impl Told {
+impl ExchangeRequest {
     /// The bytes that go over the wire.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut out = Writer::default();
-        let head = [EXCHANGE_VERSION, self.from, self.at.0, self.at.1, u64::from(self.wants)];
+        let head = [EXCHANGE_VERSION, self.from, self.known_state.0, self.known_state.1, u64::from(self.wants)];
         head.into_iter().for_each(|word| out.word(word));
         write_pairs(&mut out, &self.known);
         out.list(&self.records, |out, record| {
-            let head = [record.gateway, record.replaces, record.turn, record.epoch];
+            let head = [record.gateway, record.replaces, record.turn, record.hash_scheme];
             head.into_iter().for_each(|word| out.word(word));
             write_loads(out, &record.loads);
             out.word(record.oldest);
@@ -121,16 +122,16 @@ impl Told {
         out.0
     }
 
-    /// Reads a message; `None` when it is none of [`EXCHANGE_VERSION`].
+    /// Reads a message; `None` where it has another version than [`EXCHANGE_VERSION`], is cut short or has too many blocks.
     #[must_use]
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let rest = &mut begin(bytes)?;
-        let (from, at, wants) = (rest.word()?, (rest.word()?, rest.word()?), rest.word()? != 0);
+        let (from, known_state, wants) = (rest.word()?, (rest.word()?, rest.word()?), rest.word()? != 0);
         let mut known = read_pairs(rest)?;
         known.sort_unstable();
         Some(Self {
             from,
-            at,
+            known_state,
             wants,
             known,
             records: rest.list(|rest| {
@@ -138,7 +139,7 @@ impl Told {
                     gateway: rest.word()?,
                     replaces: rest.word()?,
                     turn: rest.word()?,
-                    epoch: rest.word()?,
+                    hash_scheme: rest.word()?,
                     loads: read_loads(rest)?,
                     oldest: rest.word()?,
                     first: rest.word()?,
@@ -150,7 +151,7 @@ impl Told {
     }
 }
 
-impl Heard {
+impl ExchangeResponse {
     /// The bytes that go over the wire.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
@@ -160,13 +161,13 @@ impl Heard {
         [self.gateways, self.exchanging, u64::from(self.loads.is_some())].into_iter().for_each(|word| out.word(word));
         write_loads(&mut out, self.loads.as_deref().unwrap_or_default());
         out.list(&self.batches, |out, batch| {
-            [batch.gateway, batch.epoch, batch.first].into_iter().for_each(|word| out.word(word));
+            [batch.gateway, batch.hash_scheme, batch.first].into_iter().for_each(|word| out.word(word));
             out.bytes(&batch.blocks);
         });
         out.0
     }
 
-    /// Reads a message; `None` when it is none of [`EXCHANGE_VERSION`].
+    /// Reads a message; `None` where it has another version than [`EXCHANGE_VERSION`], is cut short or has too many blocks.
     #[must_use]
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let rest = &mut begin(bytes)?;
@@ -175,13 +176,18 @@ impl Heard {
         let (gateways, exchanging, has_loads) = (rest.word()?, rest.word()?, rest.word()? != 0);
         let loads = read_loads(rest)?;
         let batches = rest.list(|rest| {
-            Some(Batch { gateway: rest.word()?, epoch: rest.word()?, first: rest.word()?, blocks: read_blocks(rest)? })
+            Some(Batch {
+                gateway: rest.word()?,
+                hash_scheme: rest.word()?,
+                first: rest.word()?,
+                blocks: read_blocks(rest)?,
+            })
         })?;
         Some(Self { hub, state, have, gateways, exchanging, loads: has_loads.then_some(loads), batches })
     }
 }
 
-/// What stands behind the version, where it is ours.
+/// What follows the version; `None` where the version is another one.
 fn begin(bytes: &[u8]) -> Option<Reader<'_>> {
     let mut rest = Reader(bytes);
     (rest.word()? == EXCHANGE_VERSION).then_some(rest)
@@ -233,8 +239,8 @@ mod tests {
     fn record() -> impl Strategy<Value = Record> {
         let loads = prop::collection::vec((any::<u64>(), totals()), 0..4);
         (any::<[u64; 6]>(), loads, bytes(), bytes()).prop_map(|(words, loads, blocks, report)| {
-            let [gateway, replaces, turn, epoch, oldest, first] = words;
-            Record { gateway, replaces, turn, epoch, loads, oldest, first, blocks, report }
+            let [gateway, replaces, turn, hash_scheme, oldest, first] = words;
+            Record { gateway, replaces, turn, hash_scheme, loads, oldest, first, blocks, report }
         })
     }
 
@@ -242,26 +248,29 @@ mod tests {
     fn a_message_has_no_more_blocks_than_a_reader_has_time_for() {
         for over in [0, 1] {
             let blocks = vec![0; MAX_BLOCKS_BYTES + over];
-            let told =
-                Told { records: vec![Record { blocks: blocks.clone(), ..Record::default() }], ..Told::default() };
-            assert_eq!(Told::from_bytes(&told.to_bytes()).is_some(), over == 0);
-            let heard = Heard { batches: vec![Batch { blocks, ..Batch::default() }], ..Heard::default() };
-            assert_eq!(Heard::from_bytes(&heard.to_bytes()).is_some(), over == 0);
+            let request = ExchangeRequest {
+                records: vec![Record { blocks: blocks.clone(), ..Record::default() }],
+                ..ExchangeRequest::default()
+            };
+            assert_eq!(ExchangeRequest::from_bytes(&request.to_bytes()).is_some(), over == 0);
+            let response =
+                ExchangeResponse { batches: vec![Batch { blocks, ..Batch::default() }], ..ExchangeResponse::default() };
+            assert_eq!(ExchangeResponse::from_bytes(&response.to_bytes()).is_some(), over == 0);
         }
     }
 
     proptest! {
         #[test]
         fn what_is_told_is_heard(
-            from: u64, at: (u64, u64), wants: bool, known in pairs(), records in prop::collection::vec(record(), 0..3),
+            from: u64, known_state: (u64, u64), wants: bool, known in pairs(), records in prop::collection::vec(record(), 0..3),
         ) {
             let mut known = known;
             known.sort_unstable();
-            let told = Told { from, at, wants, known, records };
-            let head = Told { records: Vec::new(), ..told.clone() }.to_bytes().len();
-            let length = told.records.iter().map(Record::byte_len).sum::<usize>();
-            prop_assert_eq!(told.to_bytes().len(), head + length);
-            prop_assert_eq!(Told::from_bytes(&told.to_bytes()), Some(told));
+            let request = ExchangeRequest { from, known_state, wants, known, records };
+            let head = ExchangeRequest { records: Vec::new(), ..request.clone() }.to_bytes().len();
+            let length = request.records.iter().map(Record::byte_len).sum::<usize>();
+            prop_assert_eq!(request.to_bytes().len(), head + length);
+            prop_assert_eq!(ExchangeRequest::from_bytes(&request.to_bytes()), Some(request));
         }
 
         #[test]
@@ -271,19 +280,19 @@ mod tests {
             batches in prop::collection::vec((any::<[u64; 3]>(), bytes()), 0..3),
         ) {
             let [hub, state, gateways, exchanging] = words;
-            let batch = |([gateway, epoch, first], blocks): ([u64; 3], Vec<u8>)| Batch { gateway, epoch, first, blocks };
+            let batch = |([gateway, hash_scheme, first], blocks): ([u64; 3], Vec<u8>)| Batch { gateway, hash_scheme, first, blocks };
             let batches = batches.into_iter().map(batch).collect();
-            let heard = Heard { hub, state, have, gateways, exchanging, loads, batches };
-            prop_assert_eq!(Heard::from_bytes(&heard.to_bytes()), Some(heard));
+            let response = ExchangeResponse { hub, state, have, gateways, exchanging, loads, batches };
+            prop_assert_eq!(ExchangeResponse::from_bytes(&response.to_bytes()), Some(response));
         }
 
         #[test]
         fn any_bytes_are_read_without_harm(bytes in prop::collection::vec(any::<u8>(), 0..300), words: [u64; 20]) {
-            let _ = (Told::from_bytes(&bytes), Heard::from_bytes(&bytes));
+            let _ = (ExchangeRequest::from_bytes(&bytes), ExchangeResponse::from_bytes(&bytes));
             let mut near = vec![1_u64];
             near.extend(words.map(|word| word % 7));
             let near: Vec<u8> = near.iter().flat_map(|word| word.to_le_bytes()).collect();
-            let _ = (Told::from_bytes(&near), Heard::from_bytes(&near));
+            let _ = (ExchangeRequest::from_bytes(&near), ExchangeResponse::from_bytes(&near));
         }
     }
 }

@@ -1,31 +1,31 @@
-//! What an Envoy reports of itself once a second, for people.
+//! The report that an Envoy sends once a second, for people.
 
 use serde::{Deserialize, Serialize};
 
 use crate::time::{Clocks, Monotonic, UnixTime};
-use crate::workers::recent::{Decision, Generation};
+use crate::workers::recent::{DecisionRecord, Generation};
 use crate::workers::worker::Worker;
 
-/// Bytes of a report at most; a longer one is not kept.
+/// Most bytes of a report. The hub does not keep a longer one.
 pub const MAX_REPORT_BYTES: usize = 64 << 10;
-/// Failing endpoints that a report names.
+/// Most failing endpoints that a report names.
 const MAX_FAILING: usize = 64;
 
-/// One Envoy's report. Newer filters may tell more; what is missing stands at its default.
+/// Report of one Envoy. A reader ignores fields that it does not know, and takes the default for fields that are missing.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Report {
-    /// What its workers run, a line per build and configuration: two or more while one is rolled out.
+    /// Generations of the Envoy's workers: two or more during a roll-out.
     pub generations: Vec<Generation>,
     /// Epoch of the endpoint list in force.
     pub epoch: String,
-    /// Its version.
+    /// Version of that list.
     pub version: u64,
-    /// Endpoints in it.
+    /// Number of endpoints in that list.
     pub endpoints: u64,
-    /// `ip:port` of those that did not answer last time.
+    /// `ip:port` of endpoints that did not answer the last time, 64 at most.
     pub failing: Vec<String>,
-    /// Some of the latest decisions, newest first.
+    /// Latest decisions, newest first.
     pub decisions: Vec<ReportedDecision>,
 }
 
@@ -37,41 +37,41 @@ pub struct ReportedDecision {
     pub at_ms: UnixTime,
     /// The decision.
     #[serde(flatten)]
-    pub decision: Decision,
+    pub decision: DecisionRecord,
 }
 
 impl Report {
-    /// The report of the Envoy of a worker: `generations` are what its workers run, `decisions` what they decided and
-    /// when. `clocks` are the times of now, by which decisions get a time of the day.
+    /// The report of a worker's Envoy, whose workers run these generations and took these decisions. `clocks` are the
+    /// times of now, by which decisions get a time of the day.
     #[must_use]
     pub fn of(
         worker: &Worker,
         generations: Vec<Generation>,
-        decisions: Vec<(Monotonic, Decision)>,
+        decisions: Vec<(Monotonic, DecisionRecord)>,
         clocks: Clocks,
     ) -> Self {
         let reported = |(at, decision)| ReportedDecision { at_ms: clocks.unix_at(at), decision };
         let table = &worker.state.table;
         let (epoch, version) = table.version();
-        let failing = table.iter().filter(|(_, slot)| slot.health.is_failing());
+        let failing = table.iter().filter(|(_, state)| state.health.is_failing());
         Self {
             generations,
             epoch: epoch.to_owned(),
             version,
             endpoints: table.len() as u64,
-            failing: failing.take(MAX_FAILING).map(|(_, slot)| slot.address.to_string()).collect(),
+            failing: failing.take(MAX_FAILING).map(|(_, state)| state.address.to_string()).collect(),
             decisions: decisions.into_iter().map(reported).collect(),
         }
     }
 
-    /// The bytes of [`Record::report`](super::message::Record::report).
+    /// As JSON, for [`Record::report`](super::message::Record::report).
     #[must_use]
     pub fn to_json(&self) -> Vec<u8> {
-        // Strings and integers only: serde_json has nothing to refuse here.
+        // serde_json refuses no strings and integers.
         serde_json::to_vec(self).unwrap_or_default()
     }
 
-    /// Reads what [`to_json`](Self::to_json) wrote, or a newer one.
+    /// Reads a report in JSON, also that of a newer filter; `None` where the bytes are none.
     #[must_use]
     pub fn from_json(bytes: &[u8]) -> Option<Self> {
         serde_json::from_slice(bytes).ok()

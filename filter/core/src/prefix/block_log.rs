@@ -1,12 +1,12 @@
-//! Block events: which prompt blocks a gateway sent to which endpoint. Each gateway numbers its own from 0 on, and keeps
-//! the latest to tell them again.
+//! The block log: which blocks an Envoy sent to which endpoint, for the other Envoys. The events of a log have numbers from
+//! 0 on. The leader keeps the log of its Envoy, and the hub one for each Envoy.
 
 use std::collections::VecDeque;
 
 use crate::codec::{Reader, Writer};
 use crate::prefix::hash::BlockHash;
 
-/// Block events of one gateway, oldest first.
+/// Latest block events of one Envoy, oldest first.
 #[derive(Debug, Default)]
 pub struct BlockLog {
     events: VecDeque<Box<[u8]>>,
@@ -15,45 +15,45 @@ pub struct BlockLog {
 }
 
 impl BlockLog {
-    /// Adds an [event](block_event) behind the others.
+    /// Adds an [event](block_event) with the next number.
     pub fn push(&mut self, event: Box<[u8]>) {
         self.bytes = self.bytes.saturating_add(event.len());
         self.next = self.next.saturating_add(1);
         self.events.push_back(event);
     }
 
-    /// Forgets the oldest event; `false` where there is none.
+    /// Forgets the oldest event; `false` where there is none. The numbers of the others stay.
     pub fn forget_oldest(&mut self) -> bool {
         let Some(event) = self.events.pop_front() else { return false };
         self.bytes = self.bytes.saturating_sub(event.len());
         true
     }
 
-    /// Forgets all; the next event has the number `next`.
+    /// Forgets all events. The next one gets the number `next`.
     pub fn restart(&mut self, next: u64) {
         *self = Self { next, ..Self::default() };
     }
 
-    /// Number of the oldest event that is still here; that of the next one, where none is.
+    /// Number of the oldest event that is kept; that of the next one where none is.
     #[must_use]
     pub fn oldest(&self) -> u64 {
         self.next.saturating_sub(self.events.len() as u64)
     }
 
-    /// Number of the next event.
+    /// Number that the next event gets.
     #[must_use]
     pub fn next(&self) -> u64 {
         self.next
     }
 
-    /// Bytes of the events.
+    /// Bytes of the events that are kept.
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// The events from number `first` on, as many as fit into `room` bytes: an event is no larger than a part of a
-    /// message, so where there is any room the first one fits.
+    /// The events from number `first` on, joined, as many as fit into `room` bytes. Where `room` is above 0 the first event
+    /// counts as fitting: it is smaller than a message may be. Starts with the oldest event where `first` is older.
     #[must_use]
     pub fn from(&self, first: u64, room: usize) -> Vec<u8> {
         let skip = usize::try_from(first.saturating_sub(self.oldest())).unwrap_or(usize::MAX);
@@ -69,7 +69,7 @@ impl BlockLog {
     }
 }
 
-/// Encodes a block event.
+/// Encodes the event that the endpoint of this key got these blocks.
 #[must_use]
 pub fn block_event(endpoint: u64, blocks: &[BlockHash]) -> Box<[u8]> {
     let mut out = Writer(Vec::with_capacity(blocks.len().saturating_add(2).saturating_mul(8)));
@@ -79,7 +79,7 @@ pub fn block_event(endpoint: u64, blocks: &[BlockHash]) -> Box<[u8]> {
     out.0.into_boxed_slice()
 }
 
-/// The block events in `bytes`, each as its bytes, up to the first that is none.
+/// Splits joined events, up to the first piece that is none.
 pub fn split_events(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     let mut rest = bytes;
     core::iter::from_fn(move || {
@@ -91,7 +91,7 @@ pub fn split_events(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     })
 }
 
-/// Endpoint and blocks of one event.
+/// The endpoint's key and the blocks of one event; `None` where the bytes are no event.
 #[must_use]
 pub fn read_event(event: &[u8]) -> Option<(u64, Vec<BlockHash>)> {
     let mut rest = Reader(event);
@@ -111,8 +111,8 @@ mod tests {
             events in prop::collection::vec((any::<u64>(), prop::collection::vec(any::<u64>(), 0..5)), 0..5),
         ) {
             let hashes = |blocks: Vec<u64>| blocks.into_iter().map(BlockHash).collect::<Vec<_>>();
-            let events: Vec<_> = events.into_iter().map(|(at, blocks)| (at, hashes(blocks))).collect();
-            let joined: Vec<u8> = events.iter().flat_map(|(at, blocks)| block_event(*at, blocks)).collect();
+            let events: Vec<_> = events.into_iter().map(|(endpoint, blocks)| (endpoint, hashes(blocks))).collect();
+            let joined: Vec<u8> = events.iter().flat_map(|(endpoint, blocks)| block_event(*endpoint, blocks)).collect();
             let read: Vec<_> = split_events(&joined).filter_map(read_event).collect();
             prop_assert_eq!(read, events);
         }

@@ -1,35 +1,35 @@
-//! Prefix hashes: equal chains mean equal prompts up to and including that block.
+//! Block hashes. Two prompts with equal hashes of a block are equal up to the end of that block.
 //!
-//! Blocks are bytes of the request body as they stand (no tokenizer, no rendering), hashed by XXH3-64 with the hash of
-//! the block before as the seed. The first seed is the model and the `cache_salt`, so that equal text under another
-//! model, adapter or tenant never matches. The approach is the approximate prefix index of the Gateway API Inference
+//! A block is a piece of the request body as it stands, without a tokenizer or a template. Its hash is XXH3-64 with the hash
+//! of the block before as the seed. The first seed is made of the model and the `cache_salt`, so equal text under another
+//! model, adapter or tenant does not match. The approach is the approximate prefix index of the Gateway API Inference
 //! Extension (64-token blocks, chained xxhash), on bytes in place of estimated tokens.
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-/// Chained hash of a prompt up to and including one block.
+/// Hash of a prompt up to the end of one block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockHash(pub u64);
 
 /// Seed of every chain. Changing it, or the order of what is hashed, makes every prefix unknown on upgrade.
 const CHAIN_SEED: u64 = 0x7064_2d70_7265_6669;
-/// Seed of session hashes: a session is no prompt.
+/// Seed of session hashes: it keeps them apart from those of prompts.
 const SESSION_SEED: u64 = 0x7064_2d73_6573_7369;
-/// Blocks of one size before the next size, which is twice as large. Changing it remaps affinity on upgrade.
+/// Number of blocks of one size; those behind them are twice as large. Changing it remaps affinity on upgrade.
 const BLOCKS_PER_SIZE: usize = 32;
-/// Doublings after which blocks grow no more: 4 times the smallest. Agents add a few hundred tokens to a hundred
-/// thousand, so a block that grows with the prompt hides most of what they share: with 64 times the smallest the
-/// trace simulator's agents had 3.2 times the oracle's p90 TTFT, with 4 times none more. Changing it remaps affinity on
-/// upgrade.
+/// Number of doublings: the largest blocks have 4 times the size of the smallest. Agents add a few hundred tokens to a
+/// hundred thousand, so larger blocks hide most of what two turns share. With blocks of 64 times the smallest size the
+/// agents of the trace simulator had 3.2 times the oracle's p90 TTFT, with 4 times the oracle's. Changing it remaps
+/// affinity on upgrade.
 const MAX_DOUBLINGS: usize = 2;
-/// Blocks that one prompt may have; what lies behind is not hashed and counts as not cached. With blocks of 512 bytes
-/// at the front this is 16 MiB of prompt.
+/// Most blocks of one prompt, 16 MiB of prompt with blocks of 512 bytes at the front. What lies behind is not hashed and
+/// counts as not held.
 pub const MAX_BLOCKS: usize = 8_192;
 
-/// Size of the block at a position, in units of the smallest block.
+/// Size of the block at a position, from 0 on, in units of the smallest block.
 ///
-/// Blocks behind the front are larger, so that hashing and indexing a long prompt costs little and the last block that
-/// does not match is still a small part of what does: 1/32 of it or less.
+/// Blocks behind the front are larger, so a long prompt has few of them. The block in which a match ends is still at most
+/// 1/32 of what matches.
 #[must_use]
 pub fn block_units(position: usize) -> usize {
     1_usize.wrapping_shl(position.checked_div(BLOCKS_PER_SIZE).unwrap_or(0).min(MAX_DOUBLINGS) as u32)
@@ -48,17 +48,17 @@ pub fn prefix_units(blocks: usize) -> usize {
 /// Hashes of one prompt.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PromptHash {
-    /// Chain over the whole blocks, first block first.
+    /// Hash of each whole block, in order.
     pub blocks: Vec<BlockHash>,
-    /// Hash of the prompt's first bytes, at most one block: names prompts that are too short for a whole block.
+    /// Hash of the first block, whole or not: it names a prompt that is too short for a whole block.
     pub head: u64,
 }
 
-/// Hashes what the engine puts in front (`parts`: tools and system text, then the prompt) in blocks of `block_bytes`
-/// and, further back, [multiples](block_units) of it.
+/// Hashes `parts` in the order in which the engine reads them: tools and system text, then the prompt. Blocks have
+/// `block_bytes` bytes and, further back, [multiples](block_units) of that.
 ///
-/// Every part but the last ends its last block early, so that the parts behind start on a block of their own; the last
-/// part's trailing piece, which the next turn of the conversation would extend, is left out.
+/// - The last block of every part but the last may be short, so the next part starts with a block of its own.
+/// - The piece behind the last whole block of the last part is left out: the next turn of the conversation would extend it.
 #[must_use]
 pub fn prompt_hash(model: &[u8], cache_salt: &[u8], parts: &[&[u8]], block_bytes: usize) -> PromptHash {
     let block_bytes = block_bytes.max(1);
@@ -90,17 +90,18 @@ pub fn prompt_hash(model: &[u8], cache_salt: &[u8], parts: &[&[u8]], block_bytes
     PromptHash { blocks, head: head.unwrap_or(seed) }
 }
 
-/// A session as a block of its own: what the client sent as its id, under the model.
+/// A session as a block of its own: the hash of the model and the session's id.
 #[must_use]
 pub fn session_hash(model: &str, id: &[u8]) -> BlockHash {
     BlockHash(xxh3_64_with_seed(id, xxh3_64_with_seed(model.as_bytes(), SESSION_SEED)))
 }
 
-/// Weight of an endpoint for a key under rendezvous hashing (highest random weight, Thaler and Ravishankar 1998): the
-/// endpoint with the highest weight owns the key, and only its keys move when it leaves.
+/// Weight of the endpoint with the key `endpoint` for a prompt's key, under rendezvous hashing (highest random weight,
+/// Thaler and Ravishankar 1998). The endpoint with the highest weight owns the prompt's key. Only its keys move when it
+/// leaves.
 #[must_use]
 pub fn rendezvous_weight(key: u64, endpoint: u64) -> u64 {
-    // Two multiply-xorshift rounds (SplitMix64's finaliser) on the pair: enough mixing for a choice, at two nanoseconds.
+    // Two multiply-xorshift rounds (SplitMix64's finaliser) on the pair. They mix well enough for a choice and take 2 ns.
     let mut x = key ^ endpoint.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

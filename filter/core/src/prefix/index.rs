@@ -1,65 +1,46 @@
-//! Prefix index: which endpoint holds the KV cache of which prompt blocks, as far as our own routing tells.
+//! The prefix index: which endpoint holds the KV cache of which blocks, learnt from what this worker and others sent where.
 //!
-//! Per endpoint an LRU list of blocks, as long as the endpoint's real cache. A prompt's blocks are touched last block
-//! first, as vLLM frees them, so an endpoint that holds a block always holds every block before it: the length of a
-//! match is found by bisection.
+//! Each endpoint has an LRU list of blocks, as long as the endpoint's cache. A prompt's blocks are touched from the last to
+//! the first, as vLLM frees them, so an endpoint that holds a block holds every block before it. The length of a match is
+//! found by bisection.
 
 use hashbrown::HashTable;
 
 use crate::prefix::hash::{BlockHash, block_units, prefix_units};
+use crate::prefix::lru::{List, Lru, NIL, NODE_BYTES, put};
 
-/// Endpoint as the [table](crate::endpoints::table) numbers it.
-pub type EndpointIndex = u32;
+pub use crate::prefix::lru::EndpointIndex;
 
-/// Holders that a block remembers by name, newest first. Endpoints beyond them still match, when they are asked for.
-/// With five a block fills one cache line: what the index costs is lines that are in no cache.
+/// Endpoints that a block lists as its holders, newest first. Others match too, and are not found by the block alone. With
+/// five of them a block fills one cache line, and the index costs as much time as it misses lines.
 const RECENT_HOLDERS: usize = 5;
 /// Bytes of one place of the table of blocks, its control byte included.
 const PLACE_BYTES: usize = size_of::<u32>() + 1;
 /// Bytes of a block.
 const BLOCK_BYTES: usize = 64;
-/// Bytes of a node.
-const NODE_BYTES: usize = 20;
-/// Places of the table per (endpoint, block) pair: no fuller, it never grows to make room for what was removed.
+/// Places of the table for so many (endpoint, block) pairs. At that load the table does not grow because of removals.
 const PLACES: usize = 16;
 const PAIRS: usize = 7;
-/// Bytes per pair: its block, its node, the lists of free ones, the table and, where everybody holds the same blocks,
-/// the other holders. Vectors and tables double, so they may have twice what they need.
+/// Bytes of a pair: its block, its node, the lists of free ones, its part of the table, and the table of other holders
+/// where all endpoints hold the same blocks. Vectors and tables grow by doubling, so they may take twice what they need.
 const BYTES_PER_PAIR: usize =
     2 * (BLOCK_BYTES + NODE_BYTES + 4 * size_of::<u32>() + (PLACES * PLACE_BYTES).div_ceil(PAIRS));
-/// Requests over which a block's share of requests is averaged.
+/// Number of requests over which the share of requests with a block is averaged.
 const SHARE_WINDOW: f32 = 1_000.0;
-/// No node.
-const NIL: u32 = u32::MAX;
-
 /// The index of one worker.
 #[derive(Debug)]
 pub struct PrefixIndex {
-    nodes: Vec<Node>,
-    free_nodes: Vec<u32>,
-    /// A block that comes takes the room of the last one that went: what goes together lies side by side, and so does
-    /// what comes. (With the blocks in the table itself, memory was waited for twice a block.)
+    lru: Lru,
+    /// A new block takes the room of the one that was dropped last. Blocks of a prompt are dropped together, so the blocks
+    /// of the next prompt lie side by side. (With the blocks in the table itself, each cost two cache misses.)
     blocks: Vec<Block>,
     free_blocks: Vec<u32>,
     /// Numbers of the blocks, by hash.
     by_hash: HashTable<u32>,
-    /// Nodes of holders that their blocks do not remember by name.
+    /// Nodes of holders that their blocks do not list.
     others: HashTable<u32>,
-    lists: Vec<List>,
-    len: usize,
     max_nodes: usize,
-    /// Where the search for a list that is above its share goes on.
-    cursor: usize,
     requests: u32,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Node {
-    block: u32,
-    endpoint: EndpointIndex,
-    units: u32,
-    newer: u32,
-    older: u32,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -67,7 +48,7 @@ struct Node {
 struct Block {
     hash: BlockHash,
     recent: [Holder; RECENT_HOLDERS],
-    /// Holders beyond the recent ones.
+    /// Number of holders that are not in `recent`.
     others: u32,
     seen: f32,
     seen_at: u32,
@@ -79,100 +60,78 @@ struct Holder {
     node: u32,
 }
 
-/// The place of a holder that is not there.
+/// An empty place for a holder.
 const NOBODY: Holder = Holder { endpoint: NIL, node: NIL };
 
-#[derive(Clone, Copy, Debug)]
-struct List {
-    newest: u32,
-    oldest: u32,
-    nodes: usize,
-    units: usize,
-    capacity: usize,
-    /// Counts blocks that were touched.
-    touches: u64,
-}
-
-const EMPTY: List = List { newest: NIL, oldest: NIL, nodes: 0, units: 0, capacity: 0, touches: 0 };
-
 impl PrefixIndex {
-    /// An index of at most `bytes` bytes.
+    /// An empty index that takes at most `bytes` bytes of memory, beside a list head for each endpoint.
     #[must_use]
     pub fn new(bytes: usize) -> Self {
         Self {
-            nodes: Vec::new(),
-            free_nodes: Vec::new(),
+            lru: Lru::default(),
             blocks: Vec::new(),
             free_blocks: Vec::new(),
             by_hash: HashTable::new(),
             others: HashTable::new(),
-            lists: Vec::new(),
-            len: 0,
             max_nodes: max_pairs(bytes),
-            cursor: 0,
             requests: 0,
         }
     }
 
-    /// (endpoint, block) pairs held.
+    /// Number of (endpoint, block) pairs.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.len
+        self.lru.len()
     }
 
-    /// Whether nothing is held.
+    /// Whether no endpoint holds any block.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.len() == 0
     }
 
     /// Bytes of memory in use, at most what [`new`](Self::new) was given.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        // A table is at most 7/8 full, and as large as a power of two.
+        // A table has a power of two of places and is at most 7/8 full.
         let places = self.by_hash.capacity().saturating_mul(8).wrapping_div(7).next_power_of_two();
-        let numbers = [self.others.capacity(), self.free_nodes.capacity(), self.free_blocks.capacity()];
+        let numbers = [self.others.capacity(), self.free_blocks.capacity()];
         let parts = [
             places.saturating_mul(PLACE_BYTES),
             self.blocks.capacity().saturating_mul(BLOCK_BYTES),
-            self.nodes.capacity().saturating_mul(NODE_BYTES),
+            self.lru.bytes(),
             numbers.into_iter().fold(0, usize::saturating_add).saturating_mul(size_of::<u32>()),
         ];
         parts.into_iter().fold(0, usize::saturating_add)
     }
 
-    /// How much an endpoint's cache holds, in units of the smallest block.
+    /// Size of an endpoint's cache, in units of the smallest block; 0 for an endpoint that the index does not know.
     #[must_use]
     pub fn capacity(&self, endpoint: EndpointIndex) -> usize {
-        self.list(endpoint).map_or(0, |list| list.capacity)
+        self.lru.list(endpoint).map_or(0, |list| list.capacity)
     }
 
-    /// Sets how much an endpoint's cache holds, in units of the smallest block; what is over is dropped, oldest first.
+    /// Sets the size of an endpoint's cache, in units of the smallest block. Blocks beyond it are dropped, oldest first.
     pub fn set_capacity(&mut self, endpoint: EndpointIndex, units: usize) {
-        let at = endpoint as usize;
-        if self.lists.len() <= at {
-            self.lists.resize(at.saturating_add(1), EMPTY);
-        }
-        if let Some(list) = self.lists.get_mut(at) {
-            list.capacity = units;
-        }
-        while self.list(endpoint).is_some_and(|list| list.units > units) {
+        self.lru.set_capacity(endpoint, units);
+        while self.lru.list(endpoint).is_some_and(|list| list.units > units) {
             self.drop_oldest(endpoint);
         }
     }
 
-    /// Forgets an endpoint.
+    /// Drops all blocks of an endpoint. It takes none until it has a capacity again.
     pub fn remove_endpoint(&mut self, endpoint: EndpointIndex) {
         self.set_capacity(endpoint, 0);
     }
 
-    /// Leading blocks that `endpoint` holds.
+    /// Number of leading blocks that `endpoint` holds.
     #[must_use]
     pub fn matched(&self, endpoint: EndpointIndex, blocks: &[BlockHash]) -> usize {
         blocks.partition_point(|block| self.node_of(*block, endpoint).is_some())
     }
 
-    /// Endpoints that hold the most leading blocks, longest match first, at most `limit`, as far as blocks remember.
+    /// Endpoints that hold the most leading blocks, longest match first, at most `limit`. Endpoints that no block lists are
+    /// left out.
     #[must_use]
     pub fn holders(&self, blocks: &[BlockHash], limit: usize) -> Vec<EndpointIndex> {
         let known = blocks.partition_point(|block| self.block_of(*block).is_some());
@@ -184,7 +143,7 @@ impl PrefixIndex {
                     holders.push(endpoint);
                 }
             }
-            // Once every holder of this block is listed, the blocks before it add nothing but shorter matches.
+            // The blocks before this one add shorter matches only.
             if holders.len() >= limit {
                 break;
             }
@@ -192,17 +151,17 @@ impl PrefixIndex {
         holders
     }
 
-    /// Whether anybody holds this block.
+    /// Whether any endpoint holds this block.
     #[must_use]
     pub fn knows(&self, block: BlockHash) -> bool {
         self.block_of(block).is_some()
     }
 
-    /// Records that `endpoint` now holds these blocks. In a full index every endpoint has the same share for certain, and
-    /// what others leave of theirs.
+    /// Records that `endpoint` now holds these blocks, the first of a prompt first. Without effect for an endpoint without a
+    /// capacity. In a full index each endpoint has an equal share of the pairs, and what the others leave of theirs.
     pub fn insert(&mut self, endpoint: EndpointIndex, blocks: &[BlockHash]) {
-        let room = self.max_nodes.checked_div(self.lists.len()).unwrap_or(0);
-        let Some(capacity) = self.list(endpoint).map(|list| list.capacity) else { return };
+        let room = self.max_nodes.checked_div(self.lru.lists()).unwrap_or(0);
+        let Some(capacity) = self.lru.list(endpoint).map(|list| list.capacity) else { return };
         let blocks = blocks.get(..room).unwrap_or(blocks);
         for (position, hash) in blocks.iter().enumerate().rev() {
             if prefix_units(position.saturating_add(1)) > capacity {
@@ -210,49 +169,46 @@ impl PrefixIndex {
             }
             let node = match self.node_of(*hash, endpoint) {
                 Some(node) => {
-                    self.unlink(node);
+                    self.lru.unlink(node);
                     node
                 }
                 None => {
                     let units = block_units(position);
                     let full = |list: &List| list.units.saturating_add(units) > capacity;
-                    while self.list(endpoint).is_some_and(full) {
+                    while self.lru.list(endpoint).is_some_and(full) {
                         self.drop_oldest(endpoint);
                     }
                     if self.len() >= self.max_nodes {
-                        let is_below = self.list(endpoint).is_some_and(|list| list.nodes < room);
-                        let over = is_below.then(|| self.next_over(room)).flatten().unwrap_or(endpoint);
+                        let is_below = self.lru.list(endpoint).is_some_and(|list| list.nodes < room);
+                        let over = is_below.then(|| self.lru.next_over(room)).flatten().unwrap_or(endpoint);
                         self.drop_oldest(over);
                     }
                     let Some(node) = self.add_node(*hash, endpoint, units) else { return };
                     node
                 }
             };
-            self.link_newest(node);
+            self.lru.link_newest(node);
         }
     }
 
-    /// Blocks of an endpoint with their sizes in units, the one touched last first, at most `limit`.
+    /// Blocks of an endpoint with their sizes in units, at most `limit`, the one touched last first.
     pub(crate) fn newest(&self, endpoint: EndpointIndex, limit: usize) -> impl Iterator<Item = (BlockHash, usize)> {
-        let mut at = self.list(endpoint).map_or(NIL, |list| list.newest);
-        let next = move || {
-            let node = self.nodes.get(at as usize)?;
-            at = node.older;
-            Some((self.blocks.get(node.block as usize)?.hash, node.units as usize))
-        };
-        core::iter::from_fn(next).take(limit)
+        let blocks = self.lru.newest(endpoint).map_while(|node| {
+            let block = self.blocks.get(node.block as usize)?;
+            Some((block.hash, node.units as usize))
+        });
+        blocks.take(limit)
     }
 
-    /// Changes whenever a block of the endpoint is touched.
+    /// Number of times that a block of the endpoint was touched.
     pub(crate) fn touches(&self, endpoint: EndpointIndex) -> u64 {
-        self.list(endpoint).map_or(0, |list| list.touches)
+        self.lru.list(endpoint).map_or(0, |list| list.touches)
     }
 
-    /// Gives an endpoint the blocks that it had in an index before this one, as [`newest`](Self::newest) told them, as
-    /// far as there is room.
+    /// Gives an endpoint the blocks that [`newest`](Self::newest) of another index had for it, as far as there is room.
     pub(crate) fn restore(&mut self, endpoint: EndpointIndex, blocks: impl Iterator<Item = (BlockHash, usize)>) {
-        let Some(list) = self.list(endpoint).copied() else { return };
-        let mut room = self.max_nodes.saturating_sub(self.len);
+        let Some(list) = self.lru.list(endpoint).copied() else { return };
+        let mut room = self.max_nodes.saturating_sub(self.len());
         let mut units = list.capacity.saturating_sub(list.units);
         let fits = |(_, size): &(BlockHash, usize)| {
             let fits = room > 0 && *size <= units;
@@ -265,22 +221,22 @@ impl PrefixIndex {
             if self.node_of(hash, endpoint).is_none()
                 && let Some(node) = self.add_node(hash, endpoint, size)
             {
-                self.link_newest(node);
+                self.lru.link_newest(node);
             }
         }
     }
 
-    /// Counts one request and returns its first block that is not hot: the block that says who should hold the prompt.
-    /// `None` when every block is hot, or there is none.
+    /// Counts a request, and returns its first block that is not hot. That block decides who should hold the prompt. `None`
+    /// where every block is hot, or there is none.
     ///
-    /// Hot blocks (a shared system prompt) stand in more than `hot_share` of recent requests. A block is in at least as
-    /// many requests as any block behind it, so counting up to the first that is not hot is enough.
+    /// A block is hot if it occurs in more than `hot_share` (0 to 1) of recent requests, as that of a shared system prompt
+    /// does. A block occurs at least as often as those behind it, so blocks behind the first that is not hot need no count.
     pub fn distinctive(&mut self, blocks: &[BlockHash], hot_share: f64) -> Option<BlockHash> {
         self.requests = self.requests.wrapping_add(1);
         let now = self.requests;
         for hash in blocks {
-            let at = self.find(*hash).unwrap_or(NIL);
-            let Some(block) = self.blocks.get_mut(at as usize) else { return Some(*hash) };
+            let number = self.find(*hash).unwrap_or(NIL);
+            let Some(block) = self.blocks.get_mut(number as usize) else { return Some(*hash) };
             let age = now.wrapping_sub(block.seen_at) as f32;
             block.seen = block.seen * (-age / SHARE_WINDOW).exp() + 1.0;
             block.seen_at = now;
@@ -291,19 +247,6 @@ impl PrefixIndex {
         None
     }
 
-    /// The next endpoint that has more than its share.
-    fn next_over(&mut self, room: usize) -> Option<EndpointIndex> {
-        let lists = self.lists.len();
-        let places = (1..=lists).filter_map(|step| self.cursor.saturating_add(step).checked_rem(lists));
-        let over = places.into_iter().find(|at| self.lists.get(*at).is_some_and(|list| list.nodes > room))?;
-        self.cursor = over;
-        EndpointIndex::try_from(over).ok()
-    }
-
-    fn list(&self, endpoint: EndpointIndex) -> Option<&List> {
-        self.lists.get(endpoint as usize)
-    }
-
     fn node_of(&self, hash: BlockHash, endpoint: EndpointIndex) -> Option<u32> {
         let block = self.block_of(hash)?;
         if let Some(holder) = block.recent.iter().find(|holder| holder.endpoint == endpoint) {
@@ -312,13 +255,13 @@ impl PrefixIndex {
         if block.others == 0 {
             return None;
         }
-        let is_pair = |at: &u32| self.pair(*at) == Some((hash, endpoint));
+        let is_pair = |number: &u32| self.pair(*number) == Some((hash, endpoint));
         self.others.find(pair_hash(hash, endpoint), is_pair).copied()
     }
 
     /// The block and the endpoint of a node.
     fn pair(&self, node: u32) -> Option<(BlockHash, EndpointIndex)> {
-        let node = self.nodes.get(node as usize)?;
+        let node = self.lru.get(node)?;
         Some((self.blocks.get(node.block as usize)?.hash, node.endpoint))
     }
 
@@ -327,62 +270,58 @@ impl PrefixIndex {
     }
 
     fn find(&self, hash: BlockHash) -> Option<u32> {
-        let is_it = |at: &u32| self.blocks.get(*at as usize).is_some_and(|block| block.hash == hash);
+        let is_it = |number: &u32| self.blocks.get(*number as usize).is_some_and(|block| block.hash == hash);
         self.by_hash.find(hash.0, is_it).copied()
     }
 
-    /// The number of a block that is known or, from now on, is.
+    /// Number of a block, which is added where it is not known.
     fn find_or_add(&mut self, hash: BlockHash) -> Option<u32> {
-        if let Some(at) = self.find(hash) {
-            return Some(at);
+        if let Some(number) = self.find(hash) {
+            return Some(number);
         }
         let block = Block { hash, recent: [NOBODY; RECENT_HOLDERS], others: 0, seen: 1.0, seen_at: self.requests };
-        let at = put(&mut self.blocks, &mut self.free_blocks, block)?;
+        let number = put(&mut self.blocks, &mut self.free_blocks, block)?;
         let blocks = &self.blocks;
-        self.by_hash.insert_unique(hash.0, at, |at| blocks.get(*at as usize).map_or(0, |block| block.hash.0));
-        Some(at)
+        self.by_hash
+            .insert_unique(hash.0, number, |number| blocks.get(*number as usize).map_or(0, |block| block.hash.0));
+        Some(number)
     }
 
     fn add_node(&mut self, hash: BlockHash, endpoint: EndpointIndex, units: usize) -> Option<u32> {
         let units = u32::try_from(units).unwrap_or(u32::MAX);
-        let number = self.find_or_add(hash)?;
-        let at = put(
-            &mut self.nodes,
-            &mut self.free_nodes,
-            Node { block: number, endpoint, units, newer: NIL, older: NIL },
-        )?;
-        self.len = self.len.saturating_add(1);
-        let block = self.blocks.get_mut(number as usize)?;
-        let places =
-            block.recent.iter().position(|holder| *holder == NOBODY).map_or(RECENT_HOLDERS, |at| at.wrapping_add(1));
+        let block_number = self.find_or_add(hash)?;
+        let node_number = self.lru.add(block_number, endpoint, units)?;
+        let block = self.blocks.get_mut(block_number as usize)?;
+        let places = block
+            .recent
+            .iter()
+            .position(|holder| *holder == NOBODY)
+            .map_or(RECENT_HOLDERS, |place| place.wrapping_add(1));
         if let Some(places) = block.recent.get_mut(..places) {
             places.rotate_right(1);
         }
-        let named = Holder { endpoint, node: at };
+        let named = Holder { endpoint, node: node_number };
         let pushed_out = block.recent.first_mut().map_or(named, |newest| core::mem::replace(newest, named));
         if pushed_out != NOBODY {
             block.others = block.others.saturating_add(1);
-            let (nodes, blocks) = (&self.nodes, &self.blocks);
-            self.others.insert_unique(pair_hash(hash, pushed_out.endpoint), pushed_out.node, |at| {
-                let node = nodes.get(*at as usize);
+            let (lru, blocks) = (&self.lru, &self.blocks);
+            self.others.insert_unique(pair_hash(hash, pushed_out.endpoint), pushed_out.node, |number| {
+                let node = lru.get(*number);
                 let block = node.and_then(|node| blocks.get(node.block as usize));
                 node.zip(block).map_or(0, |(node, block)| pair_hash(block.hash, node.endpoint))
             });
         }
-        Some(at)
+        Some(node_number)
     }
 
     fn drop_oldest(&mut self, endpoint: EndpointIndex) {
-        let Some(at) = self.list(endpoint).map(|list| list.oldest) else { return };
-        let Some(node) = self.nodes.get(at as usize).copied() else { return };
-        self.unlink(at);
-        self.free_nodes.push(at);
-        self.len = self.len.saturating_sub(1);
+        let Some(number) = self.lru.list(endpoint).map(|list| list.oldest) else { return };
+        let Some(node) = self.lru.remove(number) else { return };
         let Some(block) = self.blocks.get_mut(node.block as usize) else { return };
         let hash = block.hash;
-        if let Some(holder) = block.recent.iter_mut().find(|holder| holder.node == at) {
+        if let Some(holder) = block.recent.iter_mut().find(|holder| holder.node == number) {
             *holder = NOBODY;
-        } else if let Ok(other) = self.others.find_entry(pair_hash(hash, endpoint), |other| *other == at) {
+        } else if let Ok(other) = self.others.find_entry(pair_hash(hash, endpoint), |other| *other == number) {
             other.remove();
             block.others = block.others.saturating_sub(1);
         }
@@ -393,65 +332,14 @@ impl PrefixIndex {
             }
         }
     }
-
-    fn unlink(&mut self, at: u32) {
-        let Some(node) = self.nodes.get(at as usize).copied() else { return };
-        if let Some(newer) = self.nodes.get_mut(node.newer as usize) {
-            newer.older = node.older;
-        }
-        if let Some(older) = self.nodes.get_mut(node.older as usize) {
-            older.newer = node.newer;
-        }
-        if let Some(list) = self.lists.get_mut(node.endpoint as usize) {
-            if list.newest == at {
-                list.newest = node.older;
-            }
-            if list.oldest == at {
-                list.oldest = node.newer;
-            }
-            list.nodes = list.nodes.saturating_sub(1);
-            list.units = list.units.saturating_sub(node.units as usize);
-        }
-    }
-
-    fn link_newest(&mut self, at: u32) {
-        let Some(Node { endpoint, units, .. }) = self.nodes.get(at as usize).copied() else { return };
-        let Some(list) = self.lists.get_mut(endpoint as usize) else { return };
-        list.touches = list.touches.wrapping_add(1);
-        let second = list.newest;
-        list.newest = at;
-        if list.oldest == NIL {
-            list.oldest = at;
-        }
-        list.nodes = list.nodes.saturating_add(1);
-        list.units = list.units.saturating_add(units as usize);
-        if let Some(node) = self.nodes.get_mut(at as usize) {
-            node.newer = NIL;
-            node.older = second;
-        }
-        if let Some(node) = self.nodes.get_mut(second as usize) {
-            node.newer = at;
-        }
-    }
 }
 
-/// Pairs for which `bytes` are enough whatever they are.
+/// Number of pairs for which so many bytes are enough in any case.
 fn max_pairs(bytes: usize) -> usize {
     bytes.wrapping_div(BYTES_PER_PAIR).min(NIL as usize)
 }
 
-/// Puts something where something else went, or at the end; returns where it is.
-fn put<T>(all: &mut Vec<T>, free: &mut Vec<u32>, new: T) -> Option<u32> {
-    let Some(at) = free.pop() else {
-        let at = u32::try_from(all.len()).ok()?;
-        all.push(new);
-        return Some(at);
-    };
-    *all.get_mut(at as usize)? = new;
-    Some(at)
-}
-
-/// Hash of an (endpoint, block) pair. Block hashes are well mixed, so one multiplication spreads the endpoint.
+/// Hash of an (endpoint, block) pair. Block hashes are well mixed, so one multiplication is enough to mix in the endpoint.
 fn pair_hash(hash: BlockHash, endpoint: EndpointIndex) -> u64 {
     hash.0 ^ u64::from(endpoint).wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
@@ -531,7 +419,7 @@ mod tests {
 
     #[test]
     fn memory_stays_within_its_bound() {
-        assert_eq!((size_of::<Block>(), size_of::<Node>()), (BLOCK_BYTES, NODE_BYTES));
+        assert_eq!(size_of::<Block>(), BLOCK_BYTES);
         for bytes in [65_536, 300_000, 1 << 20] {
             // Prompts of one endpoint each, and prompts that all of them hold.
             for holders in [1, 16] {
@@ -557,14 +445,14 @@ mod tests {
         for endpoint in 0..4 {
             index.set_capacity(endpoint, 1_000_000);
         }
-        let held = |index: &PrefixIndex| [0, 1, 2, 3].map(|at| index.list(at).unwrap().nodes);
+        let held = |index: &PrefixIndex| [0, 1, 2, 3].map(|number| index.lru.list(number).unwrap().nodes);
         for id in 0..9 {
             index.insert(0, &chain(id, 10));
         }
         assert_eq!(held(&index), [90, 0, 0, 0]);
         for id in 10..30 {
             index.insert(1 + (id % 3) as u32, &chain(id, 10));
-            assert!(index.len() <= 100 && index.nodes.len() <= 100);
+            assert!(index.len() <= 100 && index.lru.nodes() <= 100);
         }
         assert_eq!(held(&index), [25; 4]);
         assert_eq!(index.matched(0, &chain(8, 10)), 10, "its newest are still there");
@@ -591,8 +479,8 @@ mod tests {
         fn insert(&mut self, endpoint: u32, blocks: &[BlockHash], capacity: usize) {
             let queue = self.0.entry(endpoint).or_default();
             for block in blocks.iter().take(capacity).rev() {
-                if let Some(at) = queue.iter().position(|held| held == block) {
-                    queue.remove(at);
+                if let Some(number) = queue.iter().position(|held| held == block) {
+                    queue.remove(number);
                 } else if queue.len() >= capacity {
                     queue.pop_front();
                 }
@@ -614,7 +502,7 @@ mod tests {
                     let held = oracle.0.get(&endpoint);
                     let matched = blocks.iter().take_while(|block| held.is_some_and(|held| held.contains(block))).count();
                     prop_assert_eq!(index.matched(endpoint, &blocks), matched);
-                    prop_assert_eq!(index.list(endpoint).unwrap().nodes, held.map_or(0, VecDeque::len));
+                    prop_assert_eq!(index.lru.list(endpoint).unwrap().nodes, held.map_or(0, VecDeque::len));
                 }
                 prop_assert_eq!(index.len(), oracle.0.values().map(VecDeque::len).sum::<usize>());
             }

@@ -9,7 +9,7 @@ use crate::body::form::Encoding;
 use crate::body::{Api, decode_percent};
 use crate::config::{Config, PREFILLER_HEADER, SUBSET_HEADER, TEST_SELECTION_HEADER};
 use crate::endpoints::candidates::{Candidates, NoCandidates};
-use crate::endpoints::endpoint_state::Slot;
+use crate::endpoints::endpoint_state::EndpointState;
 use crate::endpoints::table::Table;
 use crate::headers::Headers;
 use crate::wire::EndpointId;
@@ -67,7 +67,7 @@ impl Subset {
         Some(Self(text.split(',').filter_map(|name| read(name.trim())).collect()))
     }
 
-    pub(crate) fn allows(&self, slot: &Slot) -> bool {
+    pub(crate) fn allows(&self, slot: &EndpointState) -> bool {
         let address = slot.endpoint.address;
         self.0.iter().any(|(ip, port)| *ip == address.ip() && port.is_none_or(|port| port == address.port()))
     }
@@ -78,7 +78,7 @@ pub(crate) fn candidates(table: &Table, model: &str, subset: Option<&Subset>) ->
     let all = table.candidates(model)?;
     let Some(subset) = subset else { return Ok(all) };
     let mut some = Candidates::clone(&all);
-    some.retain(|index| table.get(index).is_some_and(|slot| subset.allows(slot)));
+    some.retain(|at| table.get(at).is_some_and(|slot| subset.allows(slot)));
     if some.is_empty() { Err(NoCandidates::NoEndpoint) } else { Ok(Arc::new(some)) }
 }
 

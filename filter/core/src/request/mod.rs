@@ -16,7 +16,7 @@
 //! |---|---|
 //! | `step` | the states, and what an event leads to |
 //! | `new`, `reading`, `prefilling`, `forwarded` | one state each: what its events do |
-//! | `head`, `parsed`, `models`, `clean` | what headers and body say |
+//! | `head`, `parsed`, `models`, `paths`, `clean` | what headers and body say |
 //! | `serve`, `split`, `leg`, `route` | how a request is served: by two legs or by one, and where they go |
 //! | `response_editor` | what changes in the response |
 //! | `effect`, `reply`, `ready` | what the shell does, and what the filter answers itself |
@@ -46,6 +46,7 @@ mod route;
 mod serve;
 mod split;
 mod step;
+pub mod upstream;
 
 pub use effect::{
     Call, DECISION, DECODE, DESTINATION, EXPLAIN, Effect, Flow, KV_HEADER, MATCHED_TOKENS, Outcome, PREFILL,

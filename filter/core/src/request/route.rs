@@ -19,7 +19,7 @@ use crate::request::models::Served;
 use crate::request::reply::Rejection;
 use crate::request::response_editor::ResponseEditor;
 use crate::time::Monotonic;
-use crate::workers::recent::Decision;
+use crate::workers::recent::DecisionRecord;
 use crate::workers::worker::Worker;
 
 /// How often Envoy tries to connect: once, and the route's `num_retries`. With fewer names in [`DESTINATION`] the last
@@ -170,9 +170,9 @@ fn describe(worker: &mut Worker, route: &Route, now: Monotonic) -> Vec<Effect> {
 }
 
 /// The request for the report to pd-control.
-fn decision(worker: &Worker, parsed: &ParsedRequest, route: &Route) -> Decision {
+fn decision(worker: &Worker, parsed: &ParsedRequest, route: &Route) -> DecisionRecord {
     let address = |endpoint| worker.state.table.get(endpoint).map_or_else(String::new, |slot| slot.address.to_string());
-    Decision {
+    DecisionRecord {
         decision: decision_name(route.decision).to_owned(),
         reason: route.reason.to_owned(),
         model: parsed.served.model.clone(),

@@ -1,7 +1,8 @@
-//! What happens at the endpoints, as events: a worker applies its own at once, and the others' when it reads them.
+//! Events: what a worker does or sees at the endpoints. A worker applies its own events at once, and those of the other
+//! workers when it reads them.
 //!
-//! An event names its endpoint by [`Slot::key`](crate::endpoints::endpoint_state::Slot::key), which every worker computes alike, so workers
-//! whose lists differ for a moment understand each other.
+//! An event names its endpoint by [`EndpointState::key`](crate::endpoints::endpoint_state::EndpointState::key). Every worker
+//! computes the same key, so workers whose lists differ for a moment understand each other's events.
 
 use std::borrow::Cow;
 
@@ -13,43 +14,42 @@ use crate::prefix::index::EndpointIndex;
 use crate::time::Monotonic;
 use crate::workers::state::State;
 
-/// Blocks of a prompt that the other workers hear of; the rest counts as not cached there. 4 MiB and more of prompt.
-const MAX_TOLD_BLOCKS: usize = 2_048;
+/// Most blocks of an event, 4 MiB of prompt or more. The other workers take what lies behind as not held.
+const MAX_EVENT_BLOCKS: usize = 2_048;
 
 /// Something that one worker did or saw.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Event<'a> {
-    /// A prefill leg was sent.
+    /// A prefill leg was sent to the endpoint, which needs `seconds` for it. Nobody counts it beyond `expires`.
     PrefillStarted { leg: u64, seconds: f64, at: Monotonic, expires: Monotonic },
-    /// It ended.
+    /// That leg ended.
     PrefillEnded { leg: u64, at: Monotonic },
-    /// Nobody waits for its end any more.
+    /// The client of that leg is gone, and the endpoint may still compute it.
     PrefillAbandoned { leg: u64, at: Monotonic },
-    /// KV tokens were assigned.
+    /// A request with so many KV tokens was assigned to the endpoint.
     DecodeStarted { tokens: u64 },
-    /// They are free again.
+    /// That request ended.
     DecodeEnded { tokens: u64 },
     /// The endpoint holds these blocks now.
     Holds { blocks: Cow<'a, [BlockHash]> },
-    /// It could not be reached.
+    /// The endpoint could not be reached or answered that it is broken.
     Failed { at: Monotonic },
-    /// It answered after a failure.
+    /// The endpoint answered after a failure.
     Healed,
-    /// A pool (in place of an endpoint) let a request in, from whom the hash says.
+    /// A pool let a request in. The key is that of the pool, `fairness` a hash of the fairness id.
     Admitted { fairness: u64, tokens: u64 },
-    /// That request is over.
+    /// A request that a pool let in is over.
     Released { fairness: u64, tokens: u64 },
-    /// What other Envoys have in flight at the endpoint differs by so much from before.
+    /// What other Envoys have in flight at the endpoint has changed by so much.
     BusyElsewhere { by: Totals },
     /// Another Envoy sent these blocks to the endpoint.
     HoldsByOthers { blocks: Cow<'a, [BlockHash]> },
-    /// Which Envoys there are; no endpoint is meant.
+    /// Number of the Envoys. The key has no meaning.
     FleetIs { fleet: Fleet },
 }
 
 impl<'a> Event<'a> {
-    /// Does to a worker's state what the event says of the endpoint, or pool, of that key. An endpoint that is not in the
-    /// list is passed over.
+    /// Applies the event at the endpoint, or pool, of that key. Without effect where the list has no such endpoint.
     pub(crate) fn apply(&self, key: u64, state: &mut State) {
         match *self {
             Self::Admitted { fairness, tokens } => state.admission.add(key, fairness, &Load { tokens, requests: 1 }),
@@ -59,32 +59,32 @@ impl<'a> Event<'a> {
             Self::BusyElsewhere { by } => state.table.busy_elsewhere(key, by),
             Self::FleetIs { fleet } => state.table.fleet = fleet,
             _ => {
-                if let Some(at) = state.table.index_of_key(key) {
-                    self.apply_at(at, state);
+                if let Some(index) = state.table.index_of_key(key) {
+                    self.apply_at(index, state);
                 }
             }
         }
     }
 
-    /// Does to a worker's table and index what the event says of the endpoint at a place.
-    pub(crate) fn apply_at(&self, at: EndpointIndex, state: &mut State) {
+    /// Applies the event at the endpoint of that index. Without effect for events of pools, other Envoys and the fleet.
+    pub(crate) fn apply_at(&self, index: EndpointIndex, state: &mut State) {
         if let Self::Holds { blocks } | Self::HoldsByOthers { blocks } = self {
-            state.index.insert(at, blocks);
+            state.index.insert(index, blocks);
             return;
         }
-        let Some(slot) = state.table.get_mut(at) else { return };
+        let Some(endpoint_state) = state.table.get_mut(index) else { return };
         match *self {
             Self::PrefillStarted { leg, seconds, at, expires } => {
-                slot.prefill.add_behind(slot.elsewhere_seconds(), leg, seconds, at, expires);
+                endpoint_state.prefill.add_behind(endpoint_state.elsewhere_seconds(), leg, seconds, at, expires);
             }
             Self::PrefillEnded { leg, at } => {
-                slot.prefill.remove(leg, at);
+                endpoint_state.prefill.remove(leg, at);
             }
-            Self::PrefillAbandoned { leg, at } => slot.prefill.abandon(leg, at),
-            Self::DecodeStarted { tokens } => slot.decode.add(tokens),
-            Self::DecodeEnded { tokens } => slot.decode.remove(tokens),
-            Self::Failed { at } => slot.health.failed(at),
-            Self::Healed => slot.health.answered(),
+            Self::PrefillAbandoned { leg, at } => endpoint_state.prefill.abandon(leg, at),
+            Self::DecodeStarted { tokens } => endpoint_state.decode.add(tokens),
+            Self::DecodeEnded { tokens } => endpoint_state.decode.remove(tokens),
+            Self::Failed { at } => endpoint_state.health.failed(at),
+            Self::Healed => endpoint_state.health.answered(),
             Self::Holds { .. }
             | Self::HoldsByOthers { .. }
             | Self::Admitted { .. }
@@ -94,7 +94,7 @@ impl<'a> Event<'a> {
         }
     }
 
-    /// One event: its length, its kind, the endpoint (or pool), what belongs to the kind; little endian.
+    /// Appends the event, little endian: its length in bytes (4), its kind (1), the key (8), what the kind has.
     pub(crate) fn write(&self, endpoint: u64, into: &mut Vec<u8>) {
         let start = into.len();
         let mut out = Writer(core::mem::take(into));
@@ -131,7 +131,7 @@ impl<'a> Event<'a> {
             }
             Self::Holds { blocks } => {
                 head(6);
-                blocks.iter().take(MAX_TOLD_BLOCKS).for_each(|block| out.word(block.0));
+                blocks.iter().take(MAX_EVENT_BLOCKS).for_each(|block| out.word(block.0));
             }
             Self::Failed { at } => {
                 head(7);
@@ -154,7 +154,7 @@ impl<'a> Event<'a> {
             }
             Self::HoldsByOthers { blocks } => {
                 head(12);
-                blocks.iter().take(MAX_TOLD_BLOCKS).for_each(|block| out.word(block.0));
+                blocks.iter().take(MAX_EVENT_BLOCKS).for_each(|block| out.word(block.0));
             }
             Self::FleetIs { fleet } => {
                 head(13);
@@ -168,14 +168,13 @@ impl<'a> Event<'a> {
         }
     }
 
-    /// Takes the first event off encoded ones.
+    /// Splits encoded events behind the first one; `None` where there is none.
     pub(crate) fn split_first(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
         let length = u32::from_le_bytes(*bytes.first_chunk()?) as usize;
         bytes.split_at_checked(length).filter(|(event, _)| !event.is_empty())
     }
 
-    /// The events that `bytes` hold, each with its endpoint; those that a newer filter writes and this one does not know
-    /// are left out.
+    /// The events in `bytes`, each with its key. Kinds that only a newer filter knows are left out.
     pub(crate) fn read(bytes: &[u8]) -> impl Iterator<Item = (u64, Self)> {
         let mut rest = bytes;
         core::iter::from_fn(move || {

@@ -1,5 +1,5 @@
-//! The ledger of one worker: what it has in flight, by its own events alone. The others can take it out as a whole when
-//! the worker is gone.
+//! The ledger of one worker: what that worker has in flight, by its own events alone. When the worker is gone the others
+//! retract its ledger as a whole.
 
 use hashbrown::HashMap;
 
@@ -19,20 +19,20 @@ struct Leg {
     expires: Monotonic,
 }
 
-/// The part of the ledger that one worker has put there.
+/// What one worker has in flight, and what it knows of other Envoys.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct Part {
+pub(crate) struct WorkerLedger {
     legs: HashMap<u64, Leg>,
     decode: HashMap<u64, Load>,
-    /// What was let in, by pool and by whom.
+    /// Requests that pools with limits let in, by pool and fairness id.
     admitted: HashMap<(u64, u64), Load>,
-    /// What the worker heard of other Envoys.
+    /// What other Envoys have in flight, where this worker is or was the leader.
     elsewhere: HashMap<u64, Totals>,
     fleet: Fleet,
 }
 
-impl Part {
-    /// Keeps the books; the table is somebody else's.
+impl WorkerLedger {
+    /// Enters an event at the endpoint, or pool, of that key.
     pub(crate) fn note(&mut self, endpoint: u64, event: &Event<'_>) {
         match *event {
             Event::PrefillStarted { leg, seconds, at, expires } => {
@@ -73,18 +73,18 @@ impl Part {
         }
     }
 
-    /// Drops legs whose end was never told.
+    /// Drops legs that expired without an end.
     pub(crate) fn prune(&mut self, now: Monotonic) {
         self.legs.retain(|_, leg| leg.expires > now);
     }
 
-    /// Adds the part to a worker's table.
+    /// Adds the ledger to a worker's state.
     pub(crate) fn apply(&self, state: &mut State) {
         let mut legs: Vec<_> = self.legs.iter().collect();
         legs.sort_unstable_by_key(|(leg, of)| (of.at, **leg));
         for (leg, Leg { endpoint, seconds, at, expires }) in legs {
-            if let Some(slot) = state.table.by_key(*endpoint) {
-                slot.prefill.add_behind(slot.elsewhere_seconds(), *leg, *seconds, *at, *expires);
+            if let Some(endpoint_state) = state.table.by_key(*endpoint) {
+                endpoint_state.prefill.add_behind(endpoint_state.elsewhere_seconds(), *leg, *seconds, *at, *expires);
             }
         }
         for (endpoint, totals) in &self.elsewhere {
@@ -94,8 +94,8 @@ impl Part {
             state.table.fleet = self.fleet;
         }
         for (endpoint, load) in &self.decode {
-            if let Some(slot) = state.table.by_key(*endpoint) {
-                slot.decode.merge(load);
+            if let Some(endpoint_state) = state.table.by_key(*endpoint) {
+                endpoint_state.decode.merge(load);
             }
         }
         for ((pool, fairness), load) in &self.admitted {
@@ -103,16 +103,16 @@ impl Part {
         }
     }
 
-    /// Takes the part out of a worker's table again.
+    /// Takes the ledger out of a worker's state again, as far as it was [applied](Self::apply).
     pub(crate) fn retract(&self, state: &mut State, now: Monotonic) {
         for (leg, Leg { endpoint, .. }) in &self.legs {
-            if let Some(slot) = state.table.by_key(*endpoint) {
-                slot.prefill.remove(*leg, now);
+            if let Some(endpoint_state) = state.table.by_key(*endpoint) {
+                endpoint_state.prefill.remove(*leg, now);
             }
         }
         for (endpoint, load) in &self.decode {
-            if let Some(slot) = state.table.by_key(*endpoint) {
-                slot.decode.subtract(load);
+            if let Some(endpoint_state) = state.table.by_key(*endpoint) {
+                endpoint_state.decode.subtract(load);
             }
         }
         for ((pool, fairness), load) in &self.admitted {
@@ -154,65 +154,24 @@ impl Part {
 
     pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let mut rest = Reader(bytes);
-        let mut part = Self::default();
+        let mut ledger = Self::default();
         for _ in 0..rest.word()? {
             let leg = rest.word()?;
             let endpoint = rest.word()?;
             let seconds = f64::from_bits(rest.word()?);
-            part.legs.insert(leg, Leg { endpoint, seconds, at: rest.time()?, expires: rest.time()? });
+            ledger.legs.insert(leg, Leg { endpoint, seconds, at: rest.time()?, expires: rest.time()? });
         }
         for _ in 0..rest.word()? {
-            part.decode.insert(rest.word()?, Load::read(&mut rest)?);
+            ledger.decode.insert(rest.word()?, Load::read(&mut rest)?);
         }
-        part.fleet = Fleet::read(&mut rest)?;
+        ledger.fleet = Fleet::read(&mut rest)?;
         for _ in 0..rest.word()? {
-            part.elsewhere.insert(rest.word()?, Totals::read(&mut rest)?);
+            ledger.elsewhere.insert(rest.word()?, Totals::read(&mut rest)?);
         }
         while !rest.0.is_empty() {
-            part.admitted.insert((rest.word()?, rest.word()?), Load::read(&mut rest)?);
+            ledger.admitted.insert((rest.word()?, rest.word()?), Load::read(&mut rest)?);
         }
-        Some(part)
-    }
-}
-
-/// What this worker did since it last told the others, and what it has in flight.
-#[derive(Debug, Default)]
-pub(crate) struct Log {
-    /// Events to tell, encoded; `None` where nobody listens.
-    pub(crate) untold: Option<Vec<u8>>,
-    /// Whether one of them matters to the next decision; the end of something may wait for company.
-    pub(crate) is_pressing: bool,
-    /// This worker's own part.
-    pub(crate) own: Part,
-    /// Whether it has changed since it was last written down.
-    pub(crate) is_own_new: bool,
-}
-
-impl Log {
-    pub(crate) fn push(&mut self, endpoint: u64, event: &Event<'_>) {
-        let Some(untold) = &mut self.untold else { return };
-        event.write(endpoint, untold);
-        let is_end = matches!(event, Event::PrefillEnded { .. } | Event::DecodeEnded { .. } | Event::Released { .. });
-        self.is_pressing |= !is_end;
-        self.own.note(endpoint, event);
-        self.is_own_new = true;
-    }
-
-    /// Whether there is nothing to tell.
-    pub(crate) fn is_told(&self) -> bool {
-        self.untold.as_ref().is_none_or(Vec::is_empty)
-    }
-
-    /// Takes the events that are to be told.
-    pub(crate) fn take(&mut self) -> Vec<u8> {
-        self.is_pressing = false;
-        self.untold.as_mut().map(core::mem::take).unwrap_or_default()
-    }
-
-    /// Gives the memory of events that were [taken](Self::take) back.
-    pub(crate) fn reuse(&mut self, mut told: Vec<u8>) {
-        told.clear();
-        self.untold = Some(told);
+        Some(ledger)
     }
 }
 
@@ -225,14 +184,14 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_written_is_read(events in prop::collection::vec((any::<u64>(), event()), 0..9)) {
-            let mut part = Part::default();
-            events.iter().for_each(|(endpoint, event)| part.note(*endpoint, event));
-            prop_assert_eq!(Part::from_bytes(&part.to_bytes()), Some(part));
+            let mut ledger = WorkerLedger::default();
+            events.iter().for_each(|(endpoint, event)| ledger.note(*endpoint, event));
+            prop_assert_eq!(WorkerLedger::from_bytes(&ledger.to_bytes()), Some(ledger));
         }
 
         #[test]
         fn any_bytes_are_read_without_harm(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-            let _ = Part::from_bytes(&bytes);
+            let _ = WorkerLedger::from_bytes(&bytes);
         }
     }
 }

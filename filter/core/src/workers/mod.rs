@@ -1,9 +1,19 @@
-//! One Envoy: the state of a worker, and what its workers tell each other.
+//! The workers of one Envoy: the state of each, and the log through which each learns what the others did.
+//!
+//! - [`worker`]: configuration, [`state`] and counts of one worker.
+//! - [`event`]: what a worker does or sees, and how it changes the state; [`ledger`]: what one worker has in flight.
+//! - [`log`]: a worker publishes its events and reads those of the others; [`slots`]: which workers there are.
+//! - [`push`]: one worker polls `pd-control` for the endpoint list, and every worker gets it.
 
 pub(crate) mod event;
+mod inheritance;
 pub(crate) mod ledger;
+pub mod log;
+mod peer;
+mod pending;
 pub mod push;
 pub mod recent;
-pub mod share;
+pub mod shared;
+pub mod slots;
 pub mod state;
 pub mod worker;

@@ -1,8 +1,9 @@
-//! How the endpoint list reaches every worker of an Envoy.
+//! The push: how the endpoint list reaches every worker of an Envoy.
 //!
-//! One worker holds a lease in shared data and keeps one long poll at `pd-control` open. What it learns it applies, puts
-//! into shared data and announces by a counter that is process-wide; every worker reads that counter before it decides
-//! (90 ns) and fetches the list when it has moved. So a change is in force for the next request on any worker.
+//! One worker, the leader, holds a lease in shared data and keeps one long poll at `pd-control` open. It applies the list
+//! that it receives, writes it to shared data and announces it by a counter that all workers see. Every worker reads the
+//! counter before each decision (90 ns), and the list when the counter has moved. So a change is in force for the next
+//! request on any worker.
 
 use core::time::Duration;
 
@@ -11,20 +12,21 @@ use crate::endpoints::table::Applied;
 use crate::metrics::{Level, Metric};
 use crate::time::Monotonic;
 use crate::wire::{Snapshot, WATCH_PATH, WireError};
-use crate::workers::share::{ABSENT, Shared};
+use crate::workers::shared::{ABSENT, Shared};
 use crate::workers::worker::Worker;
 
-/// How often the shell must call [`Push::tick`].
+/// Time between two calls of [`Push::tick`].
 pub const TICK: Duration = Duration::from_millis(200);
-/// How long a lease lasts without renewal: a few ticks, so that a worker that died is replaced within a second or two.
+/// How long a lease lasts without renewal: five ticks, so that another worker replaces a dead leader within two seconds.
 const LEASE: Duration = Duration::from_millis(1_000);
-/// Pause after a failed poll; each further failure doubles it up to [`MAX_PAUSE`].
+/// Pause after a failed poll. Each further failure doubles it, up to [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
-/// Longest pause between polls: a restarted `pd-control` is found within it.
+/// Longest pause between polls: the leader finds a restarted `pd-control` within it.
 const MAX_PAUSE: Duration = Duration::from_secs(1);
-/// Time beyond `wait` that a poll may take.
+/// Time limit of a poll beyond the time for which `pd-control` may hold it.
 const GRACE: Duration = Duration::from_secs(5);
 
+/// Keys of the lease, of the list and of the number of workers so far. Workers of two releases share them.
 const LEASE_KEY: &str = "pd/lease";
 const LIST_KEY: &str = "pd/list";
 const WORKERS_KEY: &str = "pd/workers";
@@ -32,7 +34,7 @@ const WORKERS_KEY: &str = "pd/workers";
 /// A long poll to start.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Poll {
-    /// Envoy cluster.
+    /// Envoy cluster of `pd-control`.
     pub cluster: String,
     /// `:authority`.
     pub authority: String,
@@ -42,30 +44,30 @@ pub struct Poll {
     pub timeout: Duration,
 }
 
-/// What came of an event, for the log.
+/// What an operator should know of the push.
 #[derive(Clone, Debug, PartialEq)]
 pub enum News {
-    /// A list is in force.
+    /// A new list is in force.
     Applied,
     /// A list was refused; the last good one stays in force.
     Refused(WireError),
     /// `pd-control` sent an empty list; the last good one stays in force.
     Empty,
-    /// `pd-control` does not answer (any more).
+    /// `pd-control` does not answer. Reported once, until it answers again.
     Lost,
     /// `pd-control` answers again.
     Found,
 }
 
-/// One worker's part in the push.
+/// What one worker does for the push.
 #[derive(Debug, Default)]
 pub struct Push {
     id: u64,
     control: Option<Control>,
     /// Announcements seen; `None` before the first look.
     seen: Option<u64>,
-    /// List that the last answer brought: what the next poll asks to be told changes of.
-    at: (String, u64),
+    /// Epoch and version of the list in the last answer. The next poll asks for the changes since.
+    list: (String, u64),
     polling: bool,
     holds_lease: bool,
     failures: u32,
@@ -74,46 +76,48 @@ pub struct Push {
 }
 
 impl Push {
-    /// Starts over with a configuration's `control`.
+    /// Starts over with a configuration's `control`; `None`: this worker polls nobody and takes no list. The worker gets
+    /// its id at the first call.
     pub fn configure(&mut self, control: Option<Control>, shared: &impl Shared, now: Monotonic) {
         let id = if self.id == 0 { next_worker_id(shared) } else { self.id };
         let polling = self.polling;
         *self = Self { id, control, polling, last_answer: now, ..Self::default() };
     }
 
-    /// A number that no other worker of this Envoy has had.
+    /// Number of this worker among all workers that this Envoy has had, from 1 on; 0 before the first
+    /// [`configure`](Self::configure).
     #[must_use]
     pub fn worker_id(&self) -> u64 {
         self.id
     }
 
-    /// Whether this worker speaks for its Envoy with `pd-control`.
+    /// Whether this worker is the leader, by the last [`tick`](Self::tick).
     #[must_use]
     pub fn holds_lease(&self) -> bool {
         self.holds_lease
     }
 
-    /// Takes over a list that another worker announced; `announced` is [`Shared::announced`]. Call it before every decision.
+    /// Applies a list that another worker announced. `announced` is [`Shared::announced`]. Call it before every decision.
     pub fn catch_up(&mut self, worker: &mut Worker, shared: &impl Shared, announced: u64) -> Option<News> {
         if self.control.is_none() || self.seen == Some(announced) {
             return None;
         }
         self.seen = Some(announced);
-        let (list, _) = shared.get(LIST_KEY)?;
-        match worker.apply(&list) {
+        let (listed, _) = shared.get(LIST_KEY)?;
+        match worker.apply(&listed) {
             Ok(Applied::Changed) => Some(News::Applied),
             Ok(_) => None,
             Err(error) => Some(News::Refused(error)),
         }
     }
 
-    /// Call it every [`TICK`].
+    /// Takes or renews the lease, and returns the poll that the leader should start. Call it every [`TICK`].
     pub fn tick(&mut self, shared: &impl Shared, now: Monotonic) -> Option<Poll> {
         self.holds_lease = self.control.is_some() && self.take_lease(shared, now);
         self.next_poll(now)
     }
 
-    /// Levels to set at a tick.
+    /// Levels to set at a tick. Only the leader sets [`Level::ListAgeMs`].
     #[must_use]
     pub fn levels(&self, worker: &Worker, now: Monotonic) -> Vec<(Level, u64)> {
         let mut levels = vec![
@@ -127,13 +131,13 @@ impl Push {
         levels
     }
 
-    /// The poll could not be started.
+    /// The host could not start the poll.
     pub fn not_started(&mut self, worker: &mut Worker, now: Monotonic) -> Option<News> {
         self.polling = false;
         self.failed(worker, now)
     }
 
-    /// The poll was answered; `status` is `None` when there is no answer. Returns the next poll to start at once.
+    /// The poll ended; `status` is `None` where no answer came. Returns the next poll, to start at once, where one is due.
     pub fn answered(
         &mut self,
         worker: &mut Worker,
@@ -169,25 +173,25 @@ impl Push {
         match applied {
             Ok(Applied::Changed) => {
                 let (epoch, version) = worker.state.table.version();
-                self.at = (epoch.to_owned(), version);
+                self.list = (epoch.to_owned(), version);
                 shared.set(LIST_KEY, &worker.state.table.snapshot().to_json(), None);
                 shared.announce();
                 self.seen = Some(shared.announced());
                 Some(News::Applied)
             }
             Ok(Applied::Empty) => {
-                // Asking again from the same place would be answered at once, and again.
-                self.at = Snapshot::parse(body).map(|empty| (empty.epoch, empty.version)).unwrap_or_default();
+                // A poll from the same version would get the same empty list at once, again and again.
+                self.list = Snapshot::parse(body).map(|empty| (empty.epoch, empty.version)).unwrap_or_default();
                 Some(News::Empty)
             }
             Ok(Applied::OutOfStep) => {
-                self.at = Default::default();
+                self.list = Default::default();
                 self.next_poll = now.saturating_add(FIRST_PAUSE);
                 found
             }
             Ok(Applied::Unchanged) => {
                 let (epoch, version) = worker.state.table.version();
-                self.at = (epoch.to_owned(), version);
+                self.list = (epoch.to_owned(), version);
                 self.next_poll = now.saturating_add(FIRST_PAUSE);
                 found
             }
@@ -213,8 +217,8 @@ impl Push {
     fn next_poll(&mut self, now: Monotonic) -> Option<Poll> {
         let control = self.control.as_ref().filter(|_| self.holds_lease && !self.polling && now >= self.next_poll)?;
         self.polling = true;
-        let (epoch, version) = &self.at;
-        // What else an epoch may hold would need escapes; without it the answer is the whole list.
+        let (epoch, version) = &self.list;
+        // Other characters would need escapes. Without them the epoch is unknown, and the answer is the whole list.
         let plain = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
         let epoch: String = epoch.chars().filter(plain).collect();
         Some(Poll {
@@ -225,7 +229,7 @@ impl Push {
         })
     }
 
-    /// Takes or renews the lease. A younger worker with another configuration takes it from an older one, which drains.
+    /// Takes or renews the lease. A younger worker whose configuration differs takes it from an older one, which drains.
     fn take_lease(&self, shared: &impl Shared, now: Monotonic) -> bool {
         let until = now.saturating_add(LEASE);
         let current = shared.get(LEASE_KEY);
@@ -241,7 +245,7 @@ impl Push {
         free && shared.set(LEASE_KEY, &mine.to_bytes(), Some(current.map_or(ABSENT, |(_, version)| version)))
     }
 
-    /// What a lease is held for: two workers of one configuration have the same.
+    /// Hash of the `pd-control` that a lease is for. Workers with the same configuration have the same.
     fn terms(&self) -> u64 {
         let control = self.control.as_ref().map(|control| format!("{}\n{}", control.cluster, control.authority));
         xxhash_rust::xxh3::xxh3_64(control.unwrap_or_default().as_bytes())
@@ -262,13 +266,14 @@ impl Lease {
     }
 
     fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let word = |at: usize| Some(u64::from_le_bytes(bytes.get(at..at.checked_add(8)?)?.try_into().ok()?));
+        let word =
+            |offset: usize| Some(u64::from_le_bytes(bytes.get(offset..offset.checked_add(8)?)?.try_into().ok()?));
         Some(Self { owner: word(0)?, until: Monotonic::from_millis(word(8)?), terms: word(16)? })
     }
 }
 
-/// Tries to count up in shared data; with endless bad luck a worker is number 1 once more, which costs a shared lease
-/// and thus a second poll, nothing else.
+/// The next number of a worker, counted in shared data. If 64 writes in a row fail the number is 1: two workers may then
+/// hold one lease, and `pd-control` gets a second poll.
 fn next_worker_id(shared: &impl Shared) -> u64 {
     for _ in 0..64 {
         let current = shared.get(WORKERS_KEY);
@@ -285,7 +290,7 @@ fn next_worker_id(shared: &impl Shared) -> u64 {
 mod tests {
     use super::*;
     use crate::wire::{Endpoint, Role, Snapshot};
-    use crate::workers::share::testing::Store;
+    use crate::workers::shared::testing::Store;
 
     const CONFIG: &[u8] = br#"{"control":{"cluster":"pd-control"}}"#;
 

@@ -1,4 +1,4 @@
-//! What a worker runs and what it decided lately, for the report of its Envoy.
+//! What a worker runs and what it decided lately: parts of the report of its Envoy.
 
 use core::time::Duration;
 use std::collections::VecDeque;
@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::codec::{Reader, Writer};
 use crate::time::Monotonic;
 
-/// Decisions that a report may hold.
+/// Most decisions of a report.
 pub const MAX_DECISIONS: usize = 8;
-/// Time between two decisions of a report.
+/// Least time between two decisions of a worker that are recorded.
 const DECISION_PAUSE: Duration = Duration::from_millis(200);
 
 /// Workers that run one build with one configuration.
@@ -28,24 +28,25 @@ pub struct Generation {
 }
 
 impl Generation {
-    /// For the other workers; [`workers`](Self::workers) is one.
+    /// Writes what one worker runs; [`workers`](Self::workers) is not written.
     pub(crate) fn write(&self, out: &mut Writer) {
         [&self.version, &self.build, &self.revision].into_iter().for_each(|text| out.bytes(text.as_bytes()));
     }
 
+    /// Reads what one worker runs, with one worker; `None` where the bytes are not of that form.
     pub(crate) fn read(rest: &mut Reader<'_>) -> Option<Self> {
         let mut text = || rest.text();
         Some(Self { version: text()?, build: text()?, revision: text()?, workers: 1 })
     }
 }
 
-/// Where a request went. The words are those of the access log.
+/// Where a request went, in the words of the access log. An empty text means: none.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Decision {
-    /// `split`, `decode_only` …
+pub struct DecisionRecord {
+    /// `split`, `decode_only`, `prefill_only`, `passed` or `rejected`.
     pub decision: String,
-    /// Why.
+    /// Reason code.
     pub reason: String,
     /// Model that served.
     pub model: String,
@@ -55,54 +56,55 @@ pub struct Decision {
     pub decode: String,
     /// Estimated tokens of the prompt.
     pub prompt_tokens: u64,
-    /// Those that the endpoint which computed it held.
+    /// Of these, tokens that the endpoint held that computed the prompt.
     pub matched_tokens: u64,
 }
 
-impl Decision {
-    /// For the other workers, with the time of the decision in milliseconds.
+impl DecisionRecord {
+    /// Writes the record for the other workers, with the time of the decision in milliseconds.
     fn write(&self, at: Monotonic, out: &mut Writer) {
         [at.as_millis(), self.prompt_tokens, self.matched_tokens].into_iter().for_each(|word| out.word(word));
         let texts = [&self.decision, &self.reason, &self.model, &self.prefill, &self.decode];
         texts.into_iter().for_each(|text| out.bytes(text.as_bytes()));
     }
 
-    /// Reads what another worker wrote.
+    /// Reads a record and its time; `None` where the bytes are not of that form.
     pub(crate) fn read(rest: &mut Reader<'_>) -> Option<(Monotonic, Self)> {
         let (at_ms, prompt_tokens, matched_tokens) = (rest.word()?, rest.word()?, rest.word()?);
         let mut text = || rest.text();
         let [decision, reason, model, prefill, decode] = [text()?, text()?, text()?, text()?, text()?];
-        let decision = Self { decision, reason, model, prefill, decode, prompt_tokens, matched_tokens };
-        Some((Monotonic::from_millis(at_ms), decision))
+        let record = Self { decision, reason, model, prefill, decode, prompt_tokens, matched_tokens };
+        Some((Monotonic::from_millis(at_ms), record))
     }
 }
 
-/// Some of the latest decisions of a worker.
+/// Latest decisions of one worker, at most [`MAX_DECISIONS`].
 #[derive(Debug, Default)]
 pub(crate) struct Recent {
-    decisions: VecDeque<(Monotonic, Decision)>,
-    /// Whether there is one that the other workers do not know.
+    decisions: VecDeque<(Monotonic, DecisionRecord)>,
+    /// Whether there is a decision that is not in shared data yet.
     pub(crate) is_new: bool,
 }
 
 impl Recent {
-    /// Whether it is time for another one.
+    /// Whether the last decision was recorded long enough ago for another one.
     pub(crate) fn is_due(&self, now: Monotonic) -> bool {
         self.decisions.front().is_none_or(|(at, _)| now.saturating_sub(*at) >= DECISION_PAUSE)
     }
 
-    pub(crate) fn push(&mut self, at: Monotonic, decision: Decision) {
+    /// Records a decision, and forgets the oldest one where there are too many.
+    pub(crate) fn push(&mut self, at: Monotonic, decision: DecisionRecord) {
         self.decisions.truncate(MAX_DECISIONS.saturating_sub(1));
         self.decisions.push_front((at, decision));
         self.is_new = true;
     }
 
-    /// Newest first.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &(Monotonic, Decision)> {
+    /// The decisions and their times, newest first.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &(Monotonic, DecisionRecord)> {
         self.decisions.iter()
     }
 
-    /// For the other workers.
+    /// Writes the decisions for the other workers.
     pub(crate) fn write(&self, out: &mut Writer) {
         self.iter().for_each(|(at, decision)| decision.write(*at, out));
     }
@@ -113,20 +115,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_worker_writes_the_voice_reads() {
+    fn what_a_worker_writes_another_reads() {
         let generation = Generation { version: "1".into(), build: "b".into(), revision: "ä".into(), workers: 1 };
-        let decision =
-            Decision { decision: "split".into(), model: "m".into(), matched_tokens: 3, ..Decision::default() };
+        let decision = DecisionRecord {
+            decision: "split".into(),
+            model: "m".into(),
+            matched_tokens: 3,
+            ..DecisionRecord::default()
+        };
         let at = Monotonic::from_millis(7);
         let mut out = Writer::default();
         generation.write(&mut out);
         decision.write(at, &mut out);
         let mut rest = Reader(&out.0);
         assert_eq!(Generation::read(&mut rest), Some(generation));
-        assert_eq!(Decision::read(&mut rest), Some((at, decision)));
+        assert_eq!(DecisionRecord::read(&mut rest), Some((at, decision)));
         for length in 0..out.0.len() {
             let mut rest = Reader(&out.0[..length]);
-            assert!(Generation::read(&mut rest).is_none() || Decision::read(&mut rest).is_none());
+            assert!(Generation::read(&mut rest).is_none() || DecisionRecord::read(&mut rest).is_none());
         }
     }
 }

@@ -1,16 +1,16 @@
-//! What a worker knows of the endpoints, of who holds which prefix, and of what pools with limits have in flight.
+//! What a worker knows of the endpoints, of the prefixes that they hold, and of what pools with limits have in flight.
 //! [Events](super::event) change it.
 
 use crate::choose::admission::Admission;
 use crate::endpoints::table::Table;
 use crate::prefix::index::PrefixIndex;
 
-/// State that decisions are taken from. All of it may be lost and built again.
+/// What decisions are taken from. All of it may be lost and built again.
 #[derive(Debug)]
 pub struct State {
-    /// Endpoints.
+    /// The endpoint list, and the state of each endpoint.
     pub table: Table,
-    /// Who holds which prefix.
+    /// Which endpoint holds which blocks.
     pub index: PrefixIndex,
     /// What pools with limits have in flight.
     pub admission: Admission,

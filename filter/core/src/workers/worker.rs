@@ -1,4 +1,4 @@
-//! What one Envoy worker knows: configuration, endpoints, index, counts.
+//! One worker: its configuration, its state, the events it has to publish and its counts.
 
 use std::sync::Arc;
 
@@ -8,39 +8,41 @@ use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::endpoints::retry_budget::RetryBudget;
 use crate::endpoints::table::{Applied, EndpointRef};
 use crate::engine::pair_id;
-use crate::metrics::{Counts, Metric};
+use crate::metrics::{Counts, INDEX_BYTES, Metric};
 use crate::prefix::block_log::{BlockLog, block_event};
 use crate::prefix::hash::BlockHash;
 use crate::prefix::index::PrefixIndex;
 use crate::time::Monotonic;
 use crate::wire::{Snapshot, WireError};
 use crate::workers::event::Event;
-use crate::workers::ledger::Log;
-use crate::workers::recent::{Decision, Recent};
+use crate::workers::pending::PendingEvents;
+use crate::workers::recent::{DecisionRecord, Recent};
+use crate::workers::shared::Shared;
 use crate::workers::state::State;
 
-/// Name of the gauge of the prefix index's bytes, in the worker that told last.
-pub const INDEX_BYTES: &str = "pd_index_bytes";
+/// Key of the last configuration that a worker of this Envoy put in force. Workers of two releases share it.
+const LAST_GOOD_CONFIG_KEY: &str = "pd/config";
 
-/// Bytes of block events that are kept to be told to other Envoys again.
+/// Bytes of block events that the leader keeps for the other Envoys.
 const OUTBOX_BYTES: usize = 1 << 20;
 
-/// State of one worker. All of it may be lost and built again.
+/// One worker. All of it may be lost and built again.
 #[derive(Debug)]
 pub struct Worker {
-    /// Configuration in force; the error that refused the newest one, when there was none before it.
+    /// Configuration in force. The error of the latest refusal as long as no configuration was accepted: requests then
+    /// get 503.
     pub config: Result<Arc<Config>, ConfigError>,
-    /// Endpoints, prefixes and admission, by the events of all workers.
+    /// Endpoints, index and admission, as the events of all workers made them.
     pub state: State,
-    /// Counts that wait for the tick.
+    /// Counts that the shell flushes to Envoy at the tick.
     pub counts: Counts,
-    /// What to tell the other workers.
-    pub(crate) log: Log,
-    /// What to tell the other Envoys, where this worker is its Envoy's voice.
+    /// Events for the other workers.
+    pub(crate) pending: PendingEvents,
+    /// Blocks for the other Envoys; `None` where this worker is not its Envoy's leader.
     pub(crate) outbox: Option<Box<BlockLog>>,
-    /// What to report of its decisions.
+    /// Latest decisions, for the report.
     pub(crate) recent: Recent,
-    /// Prefill legs that may be run again.
+    /// Prefill legs that this worker may run again.
     pub retries: RetryBudget,
     legs: u64,
 }
@@ -51,7 +53,7 @@ impl Default for Worker {
             config: Err(ConfigError::none_yet()),
             state: State::default(),
             counts: Counts::default(),
-            log: Log::default(),
+            pending: PendingEvents::default(),
             outbox: None,
             recent: Recent::default(),
             retries: RetryBudget::default(),
@@ -60,7 +62,18 @@ impl Default for Worker {
     }
 }
 
-/// A request that was let in.
+/// What came of a configuration.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Configured {
+    /// The configuration is in force.
+    New(Arc<Config>),
+    /// The configuration was refused. The last good one, named first, is in force.
+    LastGood(Arc<Config>, ConfigError),
+    /// The configuration was refused, and no worker of this Envoy had a good one.
+    Refused(ConfigError),
+}
+
+/// A request that a pool with limits let in; [`Worker::release`] takes it back.
 #[derive(Debug)]
 pub(crate) struct Ticket {
     pool: u64,
@@ -69,11 +82,11 @@ pub(crate) struct Ticket {
 }
 
 impl Worker {
-    /// Puts a configuration in force. A refused one changes nothing but the counts and, when no configuration was in
-    /// force before, the answer that requests get.
+    /// Puts a configuration in force, as JSON; empty: all defaults. The state starts anew, with the endpoints that the
+    /// configuration names.
     ///
     /// # Errors
-    /// The refusal, for the log.
+    /// Why the configuration is refused. The one before stays in force; where there was none, requests get the refusal.
     pub fn configure(&mut self, text: &[u8]) -> Result<Arc<Config>, ConfigError> {
         match Config::parse(text) {
             Ok(config) => {
@@ -95,10 +108,30 @@ impl Worker {
         }
     }
 
-    /// Applies pushed bytes; anything but a good snapshot leaves the list as it is.
+    /// As [`configure`](Self::configure), or else puts the last good configuration in force that a worker of this Envoy
+    /// had: a worker that starts while the configuration is bad serves with the one before it.
+    pub fn configure_or_last_good(&mut self, text: &[u8], shared: &impl Shared) -> Configured {
+        match self.configure(text) {
+            Ok(config) => {
+                if !shared.set(LAST_GOOD_CONFIG_KEY, text, None) {
+                    self.counts.count(Metric::HostErrors);
+                }
+                Configured::New(config)
+            }
+            Err(refusal) => {
+                let last_good = shared.get(LAST_GOOD_CONFIG_KEY);
+                match last_good.and_then(|(last_good, _)| self.configure(&last_good).ok()) {
+                    Some(config) => Configured::LastGood(config, refusal),
+                    None => Configured::Refused(refusal),
+                }
+            }
+        }
+    }
+
+    /// Applies a snapshot in JSON, whole or not at all. Changes nothing where no configuration is in force.
     ///
     /// # Errors
-    /// The refusal, for the log.
+    /// Why the snapshot is refused. The list before it stays in force.
     pub fn apply(&mut self, bytes: &[u8]) -> Result<Applied, WireError> {
         let Ok(config) = self.config.clone() else { return Ok(Applied::Unchanged) };
         let applied =
@@ -111,31 +144,33 @@ impl Worker {
         applied
     }
 
-    /// Drops ledger entries whose end was never told. Call it a few times a second.
+    /// Drops ledger entries that expired without an end, and fits the caches to the learnt bytes per token. Call it a few
+    /// times a second.
     pub fn prune(&mut self, now: Monotonic) {
         self.state.table.prune(now);
-        self.log.own.prune(now);
+        self.pending.own_ledger.prune(now);
         if let Ok(config) = &self.config {
             self.state.table.resize_caches(config, &mut self.state.index);
         }
     }
 
-    /// Gauges that change now and then, by name and tags: [`INDEX_BYTES`] and what was [fitted](crate::endpoints::fitted_cost::GAUGES).
+    /// Gauges that change now and then, by name and tags, each with its value: [`INDEX_BYTES`] and the
+    /// [`FITTED_GAUGES`](crate::metrics::FITTED_GAUGES) of each pool.
     pub fn gauges(&self) -> impl Iterator<Item = (String, u64)> {
         core::iter::once((INDEX_BYTES.to_owned(), self.state.index.bytes() as u64))
             .chain(self.state.table.fitted_gauges())
     }
 
-    /// Tells the other workers from now on what happens; legs are numbered apart from theirs.
-    pub(crate) fn tell_others(&mut self, worker_id: u64) {
-        self.log.untold.get_or_insert_default();
+    /// Keeps events for the other workers from now on, and numbers legs apart from theirs.
+    pub(crate) fn start_log(&mut self, worker_id: u64) {
+        self.pending.unpublished.get_or_insert_default();
         self.legs = self.legs.max(worker_id.wrapping_shl(40));
     }
 
-    /// Lets a request into a pool with limits, or says why not; [`release`](Self::release) the ticket.
+    /// Lets a request into a pool with limits. Call [`release`](Self::release) with the ticket at the request's end.
     ///
     /// # Errors
-    /// [`Shed`]
+    /// Why the pool does not let the request in.
     pub(crate) fn admit(&mut self, pool: &str, limits: Limits, ask: Ask) -> Result<Ticket, Shed> {
         let ticket = Ticket { pool: pool_key(pool), fairness: ask.fairness, tokens: ask.tokens };
         self.state.admission.check(ticket.pool, limits, ask)?;
@@ -143,20 +178,21 @@ impl Worker {
         Ok(ticket)
     }
 
-    /// A request that was let in is over.
+    /// Takes back a request that was let in.
     pub(crate) fn release(&mut self, Ticket { pool, fairness, tokens }: Ticket) {
         self.happens_at(pool, &Event::Released { fairness, tokens });
     }
 
-    /// Something happens at an endpoint, by this worker's doing.
+    /// Applies an event of this worker at an endpoint, and keeps it for the others. An endpoint that left the list is
+    /// passed over here; the others may still have it.
     fn happens(&mut self, endpoint: EndpointRef, event: &Event<'_>) {
         if self.state.table.resolve(endpoint).is_some() {
             event.apply_at(endpoint.index, &mut self.state);
         }
-        self.log.push(endpoint.key, event);
+        self.pending.push(endpoint.key, event);
     }
 
-    /// A prefill leg of an endpoint starts: `seconds` of its time, told to have ended until `expires`.
+    /// A prefill leg starts at an endpoint, which needs `seconds` for it. It counts until its end, or until `expires`.
     pub(crate) fn prefill_started(
         &mut self,
         endpoint: EndpointRef,
@@ -168,34 +204,35 @@ impl Worker {
         self.happens(endpoint, &Event::PrefillStarted { leg, seconds, at, expires });
     }
 
-    /// It ended.
+    /// A prefill leg ended.
     pub(crate) fn prefill_ended(&mut self, endpoint: EndpointRef, leg: u64, at: Monotonic) {
         self.happens(endpoint, &Event::PrefillEnded { leg, at });
     }
 
-    /// Nobody waits for its end any more.
+    /// The client of a prefill leg is gone, and the endpoint may still compute it.
     pub(crate) fn prefill_abandoned(&mut self, endpoint: EndpointRef, leg: u64, at: Monotonic) {
         self.happens(endpoint, &Event::PrefillAbandoned { leg, at });
     }
 
-    /// An endpoint gets a request of so many KV tokens.
+    /// A request of so many KV tokens is assigned to an endpoint.
     pub(crate) fn decode_started(&mut self, endpoint: EndpointRef, tokens: u64) {
         self.happens(endpoint, &Event::DecodeStarted { tokens });
     }
 
-    /// That request ended.
+    /// A request that was assigned with so many KV tokens ended.
     pub(crate) fn decode_ended(&mut self, endpoint: EndpointRef, tokens: u64) {
         self.happens(endpoint, &Event::DecodeEnded { tokens });
     }
 
-    /// An endpoint will hold a prompt's KV cache.
+    /// An endpoint gets a prompt, and will hold its blocks.
     pub(crate) fn holds(&mut self, endpoint: EndpointRef, blocks: &[BlockHash]) {
         self.happens(endpoint, &Event::Holds { blocks: blocks.into() });
-        self.tell_gateways(endpoint.key, blocks);
+        self.queue_for_gateways(endpoint.key, blocks);
     }
 
-    /// Other Envoys shall hear which blocks a worker of this one sent to the endpoint of that key.
-    pub(crate) fn tell_gateways(&mut self, endpoint: u64, blocks: &[BlockHash]) {
+    /// Keeps for the other Envoys which blocks the endpoint of that key got. Without effect where this worker is not its
+    /// Envoy's leader.
+    pub(crate) fn queue_for_gateways(&mut self, endpoint: u64, blocks: &[BlockHash]) {
         if let Some(outbox) = self.outbox.as_mut().filter(|_| !blocks.is_empty()) {
             outbox.push(block_event(endpoint, blocks));
             while outbox.bytes() > OUTBOX_BYTES && outbox.forget_oldest() {}
@@ -207,36 +244,37 @@ impl Worker {
         self.happens_at(endpoint, &Event::HoldsByOthers { blocks: blocks.into() });
     }
 
-    /// Other Envoys have so much more in flight there.
+    /// What other Envoys have in flight at the endpoint of that key has changed by so much.
     pub(crate) fn busy_elsewhere(&mut self, endpoint: u64, by: Totals) {
         self.happens_at(endpoint, &Event::BusyElsewhere { by });
     }
 
-    /// The Envoys that there are.
+    /// Number of the Envoys that there are.
     pub(crate) fn fleet_is(&mut self, fleet: Fleet) {
         self.happens_at(0, &Event::FleetIs { fleet });
     }
 
-    /// The same at the endpoint, or pool, of that key, which may not be in the list.
+    /// Applies an event of this worker at the endpoint, or pool, of that key, and keeps it for the others.
     fn happens_at(&mut self, key: u64, event: &Event<'_>) {
         event.apply(key, &mut self.state);
-        self.log.push(key, event);
+        self.pending.push(key, event);
     }
 
-    /// An endpoint could not be reached.
+    /// An endpoint could not be reached or answered that it is broken.
     pub(crate) fn failed(&mut self, endpoint: EndpointRef, at: Monotonic) {
         self.happens(endpoint, &Event::Failed { at });
     }
 
-    /// An endpoint answered. The others hear of it when they hold it for broken.
+    /// An endpoint answered. That is an event only where the endpoint had failed.
     pub(crate) fn answered(&mut self, endpoint: EndpointRef) {
-        if self.state.table.resolve(endpoint).is_some_and(|slot| slot.health.is_failing()) {
+        if self.state.table.resolve(endpoint).is_some_and(|state| state.health.is_failing()) {
             self.happens(endpoint, &Event::Healed);
         }
     }
 
-    /// Notes a decision for the next report, where there are reports and it has not just noted another.
-    pub(crate) fn decided(&mut self, now: Monotonic, decision: impl FnOnce(&Self) -> Decision) {
+    /// Records a decision for the report. Without effect where the configuration has no exchange, or where a decision was
+    /// recorded less than 200 ms ago: `decision` is then not called.
+    pub(crate) fn decided(&mut self, now: Monotonic, decision: impl FnOnce(&Self) -> DecisionRecord) {
         let is_reported = || {
             let control = self.config.as_ref().ok().and_then(|config| config.control.as_ref());
             control.is_some_and(|control| control.exchange)
@@ -260,5 +298,50 @@ impl Worker {
         let ours = [self.next_leg().to_le_bytes(), now.as_secs().to_le_bytes()].concat();
         let bits = [request_id, &ours, &now.subsec_nanos().to_le_bytes()].concat();
         pair_id(xxhash_rust::xxh3::xxh3_64(&bits))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::workers::shared::testing::Store;
+
+    const GOOD: &[u8] = br#"{"revision":"1"}"#;
+    const BAD: &[u8] = br#"{"unknown":1}"#;
+
+    fn revision(worker: &Worker) -> Option<&str> {
+        worker.config.as_ref().ok().map(|config| config.revision.as_str())
+    }
+
+    #[test]
+    fn a_worker_that_starts_with_a_bad_configuration_takes_the_last_good_one() {
+        let store = Store::default();
+        let (mut first, mut second) = (Worker::default(), Worker::default());
+        assert!(matches!(first.configure_or_last_good(GOOD, &store), Configured::New(_)));
+        let configured = second.configure_or_last_good(BAD, &store);
+        assert!(matches!(configured, Configured::LastGood(..)), "{configured:?}");
+        assert_eq!(revision(&second), Some("1"));
+        let counted = [Metric::ConfigRefused, Metric::ConfigAccepted].map(|metric| second.counts.pending(metric));
+        assert_eq!(counted, [1, 1]);
+    }
+
+    #[test]
+    fn without_a_good_configuration_requests_get_the_refusal() {
+        let store = Store::default();
+        let mut worker = Worker::default();
+        let Configured::Refused(refusal) = worker.configure_or_last_good(BAD, &store) else { panic!() };
+        assert!(refusal.to_string().contains("unknown"), "{refusal}");
+        assert_eq!(worker.config, Err(refusal));
+        assert_eq!(store.get(LAST_GOOD_CONFIG_KEY), None);
+    }
+
+    #[test]
+    fn a_refused_configuration_is_not_the_last_good_one() {
+        let store = Store::default();
+        let mut worker = Worker::default();
+        worker.configure_or_last_good(GOOD, &store);
+        worker.configure_or_last_good(BAD, &store);
+        assert_eq!(store.get(LAST_GOOD_CONFIG_KEY).map(|(text, _)| text).as_deref(), Some(GOOD));
+        assert_eq!(revision(&worker), Some("1"));
     }
 }

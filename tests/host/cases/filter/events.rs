@@ -8,7 +8,7 @@ use std::fmt;
 use std::time::Duration;
 
 use pd_core::endpoints::elsewhere::Totals;
-use pd_core::exchange::message::{Batch, Heard, Told};
+use pd_core::envoys::message::{Batch, ExchangeRequest, ExchangeResponse};
 use pd_core::prefix::block_log::{read_event, split_events};
 use pd_host::{Callout, ClusterState, Fleet, SharedStore, Stream, Violation, Worker, random_chunks};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
@@ -317,28 +317,31 @@ impl Run {
             return;
         }
         let (worker, call) = self.random.pick(&waiting).clone();
-        let told = Told::from_bytes(&call.body).unwrap();
+        let request = ExchangeRequest::from_bytes(&call.body).unwrap();
         // The newest blocks of ours, as if another Envoy had sent them: keys and hashes that mean something here.
-        if let Some(record) = told.records.iter().find(|record| !record.blocks.is_empty()) {
+        if let Some(record) = request.records.iter().find(|record| !record.blocks.is_empty()) {
             self.blocks.clone_from(&record.blocks);
         }
         let endpoints: Vec<u64> = split_events(&self.blocks).filter_map(read_event).map(|(at, _)| at).collect();
-        let epoch = *self.random.pick(&[BLOCK_BYTES, BLOCK_BYTES, 0]);
+        let hash_scheme = *self.random.pick(&[BLOCK_BYTES, BLOCK_BYTES, 0]);
         let mut number = || self.random.below(3) as u64 * 1_000;
         let mut totals = || Totals { work: number() * 1_000, tokens: number(), requests: number() };
         let loads: Vec<(u64, Totals)> = endpoints.into_iter().map(|at| (at, totals())).collect();
-        let batch = Batch { gateway: 5, epoch, first: number(), blocks: self.blocks.clone() };
-        let heard = Heard {
+        let batch = Batch { gateway: 5, hash_scheme, first: number(), blocks: self.blocks.clone() };
+        let response = ExchangeResponse {
             hub: *self.random.pick(&[1, 1, 2]),
             state: self.random.below(5) as u64,
-            have: vec![(told.from, self.random.below(9) as u64)],
+            have: vec![(request.from, self.random.below(9) as u64)],
             gateways: self.random.below(4) as u64,
             exchanging: self.random.below(4) as u64,
             loads: (!self.random.one_in(4)).then_some(loads),
             batches: vec![batch],
         };
-        let (kind, mut bytes) = (self.random.below(12), heard.to_bytes());
-        self.log(format_args!("exchange {}: kind {kind}, {} of {}", call.token, heard.exchanging, heard.gateways));
+        let (kind, mut bytes) = (self.random.below(12), response.to_bytes());
+        self.log(format_args!(
+            "exchange {}: kind {kind}, {} of {}",
+            call.token, response.exchanging, response.gateways
+        ));
         match kind {
             0 => return worker.fail(call.token).unwrap(),
             1 => return worker.refuse(call.token).unwrap(),
@@ -350,7 +353,7 @@ impl Run {
             _ => {}
         }
         if kind > 4 {
-            *self.counts.entry("exchange/heard".into()).or_default() += 1;
+            *self.counts.entry("exchange/answered".into()).or_default() += 1;
         }
         let status = if kind == 4 { "503" } else { "200" };
         worker.answer(call.token, [(":status", status)], bytes).unwrap();
@@ -720,7 +723,7 @@ fn whatever_happens_nothing_breaks_and_nothing_is_left_behind() {
         "split/kv_missing",
         "decode_only/prefill_failed",
         "prefill_only/phase_header",
-        "exchange/heard",
+        "exchange/answered",
     ] {
         let count = decisions.get(reached).copied().unwrap_or(0);
         assert!(only.is_some() || count > 100, "{reached} was hardly reached: {decisions:?}");

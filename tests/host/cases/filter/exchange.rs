@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use pd_core::endpoints::elsewhere::Totals;
-use pd_core::exchange::hub::Hub;
-use pd_core::exchange::message::{Batch, Heard, Told};
-use pd_core::exchange::report::Report;
-use pd_core::hash::BlockHash;
+use pd_core::envoys::hub::Hub;
+use pd_core::envoys::message::{Batch, ExchangeRequest, ExchangeResponse};
+use pd_core::envoys::report::Report;
 use pd_core::prefix::block_log::{block_event, read_event, split_events};
+use pd_core::prefix::hash::BlockHash;
 use pd_core::time::Monotonic;
 use pd_host::{Callout, ClusterState, Fleet, Request, SharedStore, Stream, Worker, WorkerConfig};
 
@@ -27,12 +27,12 @@ struct Envoys {
     now: Monotonic,
     fleets: Vec<Fleet>,
     /// What was told, oldest first.
-    told: Vec<Told>,
+    requests: Vec<ExchangeRequest>,
 }
 
 impl Envoys {
     fn new(count: usize, workers: usize, plugin_configuration: &str) -> Self {
-        let mut envoys = Self { hub: Hub::new(7), now: Monotonic::ZERO, fleets: Vec::new(), told: Vec::new() };
+        let mut envoys = Self { hub: Hub::new(7), now: Monotonic::ZERO, fleets: Vec::new(), requests: Vec::new() };
         for _ in 0..count {
             envoys.start(workers, plugin_configuration);
         }
@@ -59,21 +59,21 @@ impl Envoys {
     }
 
     fn serve(&mut self, worker: &Worker, call: &Callout) {
-        let told = Told::from_bytes(&call.body).unwrap();
-        self.hub.take(&told, self.now);
+        let request = ExchangeRequest::from_bytes(&call.body).unwrap();
+        self.hub.take(&request, self.now);
         let is_question = path(call) == "/v1/exchange?wait_ms=1000";
         let age = Duration::from_nanos(worker.clock().now_ns() - call.at_ns);
-        if is_question && !self.hub.has_news(&told) && age < HELD {
+        if is_question && !self.hub.has_news(&request) && age < HELD {
             return;
         }
-        let heard = self.hub.answer(&told, 0).to_bytes();
-        worker.answer(call.token, [(":status", "200")], heard).unwrap();
-        self.told.push(told);
+        let response = self.hub.answer(&request, 0).to_bytes();
+        worker.answer(call.token, [(":status", "200")], response).unwrap();
+        self.requests.push(request);
     }
 
     /// What all Envoys together have in flight, as the hub has it.
     fn in_flight(&self) -> Vec<(u64, Totals)> {
-        self.hub.answer(&Told { wants: true, ..Told::default() }, 0).loads.unwrap()
+        self.hub.answer(&ExchangeRequest { wants: true, ..ExchangeRequest::default() }, 0).loads.unwrap()
     }
 
     fn workers(&self, envoy: usize) -> &[Worker] {
@@ -160,24 +160,24 @@ fn what_one_envoy_routed_every_envoy_knows() {
 }
 
 #[test]
-fn one_worker_speaks_for_its_envoy_more_often_where_there_are_others() {
+fn one_worker_leads_the_exchange_and_calls_more_often_where_there_are_others() {
     let mut envoys = Envoys::new(1, 4, &controlled());
     let periods = |envoys: &Envoys, envoy: usize| -> Vec<Duration> {
         let mut periods: Vec<_> = envoys.workers(envoy).iter().filter_map(Worker::tick_period).collect();
         periods.sort_unstable();
         periods
     };
-    envoys.told.clear();
+    envoys.requests.clear();
     envoys.pass(Duration::from_secs(10));
-    assert!((9..=11).contains(&envoys.told.len()), "once a second: {}", envoys.told.len());
+    assert!((9..=11).contains(&envoys.requests.len()), "once a second: {}", envoys.requests.len());
     assert_eq!(periods(&envoys, 0), [IDLE_TICK; 4]);
     envoys.start(4, &controlled());
     envoys.pass(Duration::from_secs(3));
     for envoy in 0..2 {
         assert_eq!(periods(&envoys, envoy), [TICK, IDLE_TICK, IDLE_TICK, IDLE_TICK]);
     }
-    let voices: BTreeSet<u64> = envoys.told.iter().map(|told| told.from).collect();
-    assert_eq!(voices.len(), 2);
+    let leaders: BTreeSet<u64> = envoys.requests.iter().map(|request| request.from).collect();
+    assert_eq!(leaders.len(), 2);
     let metric = |envoy: usize, name: &str| envoys.fleets[envoy].shared().counter(name);
     assert!(metric(0, "pd_exchanges_total;result=ok") > 10);
     assert_eq!(metric(0, "pd_exchanges_total;result=failed"), 0);
@@ -189,20 +189,20 @@ fn one_worker_speaks_for_its_envoy_more_often_where_there_are_others() {
 }
 
 #[test]
-fn a_voice_that_dies_is_replaced_and_its_loads_count_once() {
+fn a_leader_that_dies_is_replaced_and_its_loads_count_once() {
     let mut envoys = Envoys::new(2, 3, &always_split());
     for round in 0..3 {
-        let voice = envoys.workers(0).iter().position(|worker| worker.tick_period() == Some(TICK)).unwrap();
-        let survivor = (voice + 1) % 3;
+        let leader = envoys.workers(0).iter().position(|worker| worker.tick_period() == Some(TICK)).unwrap();
+        let survivor = (leader + 1) % 3;
         let (stream, at) = waiting(&envoys.workers(0)[survivor], 10 + round);
         envoys.pass(2 * TICK);
-        envoys.fleets[0].replace(voice).unwrap();
-        envoys.told.clear();
+        envoys.fleets[0].replace(leader).unwrap();
+        envoys.requests.clear();
         envoys.pass(Duration::from_secs(2));
-        let records = || envoys.told.iter().flat_map(|told| &told.records);
-        let new = records().find(|record| record.replaces != 0 && record.turn == 1).expect("another voice");
+        let records = || envoys.requests.iter().flat_map(|request| &request.records);
+        let new = records().find(|record| record.replaces != 0 && record.turn == 1).expect("another leader");
         assert_ne!(new.gateway, new.replaces);
-        // The surviving worker's leg is in flight once, whatever became of the voice that told it first.
+        // The surviving worker's leg is in flight once, whatever became of the leader that sent it first.
         assert_eq!(envoys.in_flight().len(), 1);
         let (other, free) = waiting(&envoys.workers(1)[0], 20 + round);
         assert_ne!(free, at);
@@ -233,17 +233,17 @@ fn a_generation_that_takes_over_takes_the_exchange_with_it() {
 }
 
 /// A good answer to a gateway.
-pub fn heard(told: &Told) -> Heard {
-    Heard {
+pub fn response(request: &ExchangeRequest) -> ExchangeResponse {
+    ExchangeResponse {
         hub: 7,
         state: 1,
-        have: told.records.iter().map(|record| (record.gateway, 0)).collect(),
+        have: request.records.iter().map(|record| (record.gateway, 0)).collect(),
         gateways: 2,
         exchanging: 2,
         loads: Some(vec![(1, Totals { work: 1, tokens: 1, requests: 1 })]),
         batches: vec![Batch {
             gateway: 3,
-            epoch: told.records.first().map_or(0, |record| record.epoch),
+            hash_scheme: request.records.first().map_or(0, |record| record.hash_scheme),
             first: 0,
             blocks: block_event(1, &[BlockHash(1), BlockHash(2)]).into_vec(),
         }],
@@ -251,8 +251,8 @@ pub fn heard(told: &Told) -> Heard {
 }
 
 /// Answers that are none, by name.
-fn bad_answers(told: &Told) -> Vec<(&'static str, &'static str, Vec<u8>)> {
-    let good = heard(told).to_bytes();
+fn bad_answers(request: &ExchangeRequest) -> Vec<(&'static str, &'static str, Vec<u8>)> {
+    let good = response(request).to_bytes();
     let mut another_version = good.clone();
     another_version[0] = 9;
     let mut too_long = good.clone();
@@ -272,8 +272,8 @@ fn bad_answers(told: &Told) -> Vec<(&'static str, &'static str, Vec<u8>)> {
 
 #[test]
 fn bad_answers_are_counted_and_change_nothing() {
-    let told = Told::default();
-    for at in 0..bad_answers(&told).len() + 2 {
+    let request = ExchangeRequest::default();
+    for at in 0..bad_answers(&request).len() + 2 {
         let gateway = Gateway::pushed(FOUR_AND_ONE);
         // Counters are told every 200 ms.
         let counter = |result: &str| {
@@ -282,8 +282,8 @@ fn bad_answers_are_counted_and_change_nothing() {
         };
         gateway.tick();
         let call = exchanges(&gateway).remove(0);
-        let told = Told::from_bytes(&call.body).unwrap();
-        let bad = bad_answers(&told);
+        let request = ExchangeRequest::from_bytes(&call.body).unwrap();
+        let bad = bad_answers(&request);
         let name = bad.get(at).map_or("none at all", |(name, ..)| name);
         match bad.get(at) {
             Some((_, status, body)) => gateway.answer(call.token, [(":status", *status)], body).unwrap(),
@@ -296,9 +296,9 @@ fn bad_answers_are_counted_and_change_nothing() {
         assert_eq!(exchanges(&gateway), [], "{name}");
         gateway.advance(Duration::from_secs(1));
         let call = exchanges(&gateway).remove(0);
-        let told = Told::from_bytes(&call.body).unwrap();
-        assert!(!told.records.is_empty(), "{name}");
-        gateway.answer(call.token, [(":status", "200")], heard(&told).to_bytes()).unwrap();
+        let request = ExchangeRequest::from_bytes(&call.body).unwrap();
+        assert!(!request.records.is_empty(), "{name}");
+        gateway.answer(call.token, [(":status", "200")], response(&request).to_bytes()).unwrap();
         assert_eq!(counter("ok"), 1, "{name}");
         assert_eq!(counter("failed"), 1, "{name}");
         assert_eq!(gateway.tick_period(), Some(TICK), "{name}");
@@ -316,8 +316,8 @@ fn a_call_that_the_host_refuses_is_tried_again() {
         gateway.set_cluster(CONTROL, Some(ClusterState::Ready));
         gateway.advance(Duration::from_secs(1));
         let call = exchanges(&gateway).remove(0);
-        let told = Told::from_bytes(&call.body).unwrap();
-        gateway.answer(call.token, [(":status", "200")], heard(&told).to_bytes()).unwrap();
+        let request = ExchangeRequest::from_bytes(&call.body).unwrap();
+        gateway.answer(call.token, [(":status", "200")], response(&request).to_bytes()).unwrap();
         gateway.advance(IDLE_TICK);
         // Once a pause while there was nobody to tell.
         let failed = gateway.shared.counter("pd_exchanges_total;result=failed");
@@ -331,38 +331,49 @@ fn a_call_that_the_host_refuses_is_tried_again() {
 fn whatever_the_hub_says_requests_are_served() {
     let most = Totals { work: u64::MAX, tokens: u64::MAX, requests: u64::MAX };
     let mut gateway = Gateway::pushed(FOUR_AND_ONE);
-    // The next tick makes it its Envoy's voice, and the one after that tells.
+    // The next tick makes it its Envoy's leader, and the one after that sends.
     gateway.tick();
     run_split(&gateway, &long_chat(1));
     gateway.advance(Duration::from_secs(2));
     let call = exchanges(&gateway).remove(0);
-    let told = Told::from_bytes(&call.body).unwrap();
+    let request = ExchangeRequest::from_bytes(&call.body).unwrap();
     // The endpoints' own keys, as this gateway told them.
-    let events: Vec<u8> = told.records[0].blocks.clone();
+    let events: Vec<u8> = request.records[0].blocks.clone();
     let keys: BTreeSet<u64> = split_events(&events).filter_map(read_event).map(|(endpoint, _)| endpoint).collect();
     assert!(!keys.is_empty());
     let loads = |totals: Totals| Some(keys.iter().map(|key| (*key, totals)).collect::<Vec<_>>());
     let twice = loads(most).into_iter().chain(loads(most)).flatten().collect();
     let torn = [&events[..], &[0xff; 24], &events[..]].concat();
-    let two = Heard { gateways: 2, exchanging: 2, ..Heard::default() };
+    let two = ExchangeResponse { gateways: 2, exchanging: 2, ..ExchangeResponse::default() };
     let below_zero = Totals::default().minus(Totals { work: 1, tokens: 1, requests: 1 });
-    let batch = |gateway: u64, first: u64| Batch { gateway, epoch: told.records[0].epoch, first, blocks: torn.clone() };
-    for (name, heard) in [
-        ("as many as can be counted", Heard { gateways: u64::MAX, exchanging: u64::MAX, ..Heard::default() }),
-        ("fewer than one", Heard { loads: loads(most), ..Heard::default() }),
-        ("more than there are", Heard { gateways: 1, exchanging: 9, loads: loads(most), ..Heard::default() }),
-        ("the most", Heard { loads: loads(most), ..two.clone() }),
-        ("the most twice", Heard { loads: Some(twice), ..two.clone() }),
-        ("below zero", Heard { loads: loads(below_zero), ..two.clone() }),
-        ("more of ours than there is", Heard { have: vec![(told.from, u64::MAX)], ..two.clone() }),
-        ("the last number", Heard { batches: vec![batch(3, u64::MAX)], ..two.clone() }),
-        ("our own events", Heard { batches: vec![batch(told.from, 0), batch(0, 0)], ..two.clone() }),
+    let batch = |gateway: u64, first: u64| Batch {
+        gateway,
+        hash_scheme: request.records[0].hash_scheme,
+        first,
+        blocks: torn.clone(),
+    };
+    for (name, response) in [
+        (
+            "as many as can be counted",
+            ExchangeResponse { gateways: u64::MAX, exchanging: u64::MAX, ..ExchangeResponse::default() },
+        ),
+        ("fewer than one", ExchangeResponse { loads: loads(most), ..ExchangeResponse::default() }),
+        (
+            "more than there are",
+            ExchangeResponse { gateways: 1, exchanging: 9, loads: loads(most), ..ExchangeResponse::default() },
+        ),
+        ("the most", ExchangeResponse { loads: loads(most), ..two.clone() }),
+        ("the most twice", ExchangeResponse { loads: Some(twice), ..two.clone() }),
+        ("below zero", ExchangeResponse { loads: loads(below_zero), ..two.clone() }),
+        ("more of ours than there is", ExchangeResponse { have: vec![(request.from, u64::MAX)], ..two.clone() }),
+        ("the last number", ExchangeResponse { batches: vec![batch(3, u64::MAX)], ..two.clone() }),
+        ("our own events", ExchangeResponse { batches: vec![batch(request.from, 0), batch(0, 0)], ..two.clone() }),
     ] {
         gateway = Gateway::pushed(FOUR_AND_ONE);
         gateway.tick();
         for round in 0..4 {
             for call in exchanges(&gateway) {
-                gateway.answer(call.token, [(":status", "200")], heard.to_bytes()).unwrap();
+                gateway.answer(call.token, [(":status", "200")], response.to_bytes()).unwrap();
             }
             let stream = run_split(&gateway, &long_chat(10 + round));
             assert_eq!(decision(&stream).0, "split", "{name}");

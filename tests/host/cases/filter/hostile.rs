@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use pd_core::exchange::message::Told;
+use pd_core::envoys::message::ExchangeRequest;
 use pd_host::{Fault, Request, SharedStore, Status, Stream, Violation};
 
-use crate::exchange::heard;
+use crate::exchange::response;
 use crate::gateway::*;
 
 /// Within this time every worker does all that it does now and then.
@@ -36,8 +36,9 @@ fn everything(gateway: &Gateway) -> Vec<Stream> {
             gateway.answer(poll.token, [(":status", status)], list).unwrap();
         }
         for call in exchanges(gateway) {
-            let heard = Told::from_bytes(&call.body).map(|told| heard(&told).to_bytes()).unwrap();
-            gateway.answer(call.token, [(":status", status)], heard).unwrap();
+            let response =
+                ExchangeRequest::from_bytes(&call.body).map(|request| response(&request).to_bytes()).unwrap();
+            gateway.answer(call.token, [(":status", status)], response).unwrap();
         }
     };
     answer_polls("200", &list("e", 1, TWO_AND_TWO));

@@ -19,7 +19,7 @@ use pd_control::sources::kubernetes::pod::PodName;
 use pd_control::sources::kubernetes::pods::{Pods, PodsView, WatchView};
 use pd_core::body::{self, FORBIDDEN};
 use pd_core::config::keys::{ENDPOINT, Entry, Key, REQUIRED, Values};
-use pd_core::metrics::{FAMILIES, Kind, Level, Metric};
+use pd_core::metrics::{FAMILIES, Level, Metric, MetricKind};
 use pd_core::paths::INFERENCE;
 use pd_core::wire::{Endpoint, Role};
 
@@ -118,9 +118,9 @@ fn metrics(rows: &[Row]) -> String {
 
 fn filter_metrics() -> Vec<Row> {
     let kind = |kind| match kind {
-        Kind::Counter => "counter",
-        Kind::Gauge => "gauge",
-        Kind::Histogram => "histogram",
+        MetricKind::Counter => "counter",
+        MetricKind::Gauge => "gauge",
+        MetricKind::Histogram => "histogram",
     };
     let counted = Metric::ALL.iter().map(|metric| {
         let (name, tag) = metric.name().split_once(';').unwrap_or((metric.name(), ""));

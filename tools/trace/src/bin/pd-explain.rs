@@ -11,7 +11,7 @@ use pd_core::config::EXPLAIN_HEADER;
 use pd_core::headers::Headers;
 use pd_core::request::{EXPLAIN, Effect, PrefillAnswer, Request};
 use pd_core::time::Monotonic;
-use pd_core::worker::Worker;
+use pd_core::workers::worker::Worker;
 
 /// Says why pd-core would send requests where it would.
 ///

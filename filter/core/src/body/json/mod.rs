@@ -200,11 +200,11 @@ pub fn validate(json: &[u8]) -> Result<(), ScanError> {
 /// with the same key counts. `None` when there is no such value; an empty path names the document itself.
 ///
 /// ```
-/// use pd_core::json::raw_member;
+/// use pd_core::body::json::raw_member;
 /// let answer = br#"{"choices":[{"disaggregated_params": {"a":9007199254740993}}]}"#;
 /// let params = raw_member(answer, &["choices", "0", "disaggregated_params"])?;
 /// assert_eq!(params, Some(&br#"{"a":9007199254740993}"#[..]));
-/// # Ok::<(), pd_core::json::ScanError>(())
+/// # Ok::<(), pd_core::body::json::ScanError>(())
 /// ```
 ///
 /// # Errors

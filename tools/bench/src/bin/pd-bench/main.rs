@@ -283,7 +283,7 @@ async fn memory(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Many workers that have nothing to do but to renew their seats, beside plain Envoy's at the same time.
+/// Many workers that have nothing to do but to renew their worker slots, beside plain Envoy's at the same time.
 async fn idle(args: &Args) -> Result<()> {
     let (_engines, filter, plain) = rig::idle(args).await?;
     // They meet each other first.

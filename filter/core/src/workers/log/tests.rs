@@ -1,0 +1,322 @@
+use super::*;
+use crate::endpoints::table::EndpointRef;
+use crate::prefix::hash::BlockHash;
+use crate::time::Monotonic;
+use crate::workers::shared::testing::Store;
+use crate::workers::slots::WORKER_SLOTS;
+use proptest::prelude::*;
+
+const CONFIG: &[u8] = br#"{"endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.1:2","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#;
+const TICK: Duration = Duration::from_millis(200);
+const FAR: Monotonic = Monotonic::from_secs(3_600);
+
+struct Node {
+    worker: Worker,
+    log: WorkersLog,
+}
+
+impl Node {
+    fn new(store: &Store, id: u64, now: Monotonic) -> Self {
+        let mut worker = Worker::default();
+        worker.configure(CONFIG).unwrap();
+        let mut log = WorkersLog::default();
+        log.configure(&mut worker, store, id, now);
+        Self { worker, log }
+    }
+
+    fn endpoint(&self, place: usize) -> EndpointRef {
+        let mut all: Vec<_> =
+            self.worker.state.table.iter().map(|(endpoint, state)| (state.address.clone(), endpoint)).collect();
+        all.sort();
+        self.worker.state.table.refer(all[place % all.len()].1).unwrap()
+    }
+
+    fn tick(&mut self, store: &Store, now: Monotonic) {
+        self.log.tick(&mut self.worker, store, now);
+    }
+
+    fn publish(&mut self, store: &Store, now: Monotonic) {
+        self.log.publish(&mut self.worker, store, now);
+    }
+
+    fn catch_up(&mut self, store: &Store, now: Monotonic) {
+        self.log.catch_up(&mut self.worker, store, store.announced(), now);
+    }
+
+    /// Per endpoint: legs, seconds of prefill work, decode tokens and requests.
+    fn ledger(&self, now: Monotonic) -> Vec<(usize, u64, u64, u32)> {
+        let states = self.worker.state.table.iter().map(|(_, state)| {
+            let work = (state.prefill.work(now) * 1e6).round() as u64;
+            (state.prefill.len(), work, state.decode.tokens, state.decode.requests)
+        });
+        states.collect()
+    }
+
+    fn is_idle(&self) -> bool {
+        self.ledger(FAR).iter().all(|(legs, _, tokens, requests)| (*legs, *tokens, *requests) == (0, 0, 0))
+    }
+}
+
+fn fleet(store: &Store, count: u64, now: Monotonic) -> Vec<Node> {
+    (1..=count).map(|id| Node::new(store, id, now)).collect()
+}
+
+fn blocks(id: u64, len: u64) -> Vec<BlockHash> {
+    (0..len).map(|i| BlockHash((id * 1_000_003 + i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))).collect()
+}
+
+#[test]
+fn a_decision_is_seen_before_the_next_one_of_any_worker() {
+    for count in [2, 4, 16] {
+        let (store, now) = (Store::default(), Monotonic::from_secs(1));
+        let mut nodes = fleet(&store, count, now);
+        for i in 0..count as usize {
+            let leg = nodes[i].worker.next_leg();
+            let (prefill, decode) = (nodes[i].endpoint(i % 2), nodes[i].endpoint(2));
+            nodes[i].worker.prefill_started(prefill, leg, 0.5, now, FAR);
+            nodes[i].worker.holds(prefill, &blocks(i as u64, 9));
+            nodes[i].worker.decode_started(decode, 100);
+            nodes[i].publish(&store, now);
+            for other in &mut nodes {
+                other.catch_up(&store, now);
+                let place = other.endpoint(i % 2).index;
+                assert_eq!(other.worker.state.index.matched(place, &blocks(i as u64, 9)), 9);
+            }
+            let expected = nodes[i].ledger(now);
+            assert!(nodes.iter().all(|node| node.ledger(now) == expected), "{count} workers");
+            assert_eq!(expected.iter().map(|of| of.3).sum::<u32>() as usize, i + 1);
+        }
+    }
+}
+
+#[test]
+fn a_worker_that_died_is_out_of_the_ledger_within_a_second() {
+    let (store, mut now) = (Store::default(), Monotonic::from_secs(1));
+    let mut nodes = fleet(&store, 3, now);
+    let leg = nodes[2].worker.next_leg();
+    let (prefill, decode) = (nodes[2].endpoint(0), nodes[2].endpoint(2));
+    nodes[2].worker.prefill_started(prefill, leg, 9.0, now, FAR);
+    nodes[2].worker.decode_started(decode, 7_000);
+    nodes[2].publish(&store, now);
+    nodes.truncate(2);
+    nodes.iter_mut().for_each(|node| node.catch_up(&store, now));
+    assert!(nodes.iter().all(|node| !node.is_idle()));
+    for _ in 0..5 {
+        now += TICK;
+        nodes.iter_mut().for_each(|node| node.tick(&store, now));
+    }
+    assert!(nodes.iter().all(|node| node.is_idle() && node.log.peers.len() == 1));
+    // Its slot is given to the next one.
+    let mut next = Node::new(&store, 9, now);
+    assert_eq!(next.log.slot, Some(2));
+    let decode = next.endpoint(2);
+    next.worker.decode_started(decode, 5);
+    next.publish(&store, now);
+    nodes.iter_mut().for_each(|node| node.catch_up(&store, now));
+    assert!(nodes.iter().all(|node| node.ledger(now) == next.ledger(now)));
+}
+
+#[test]
+fn a_worker_that_was_only_slow_is_back_with_all_it_has() {
+    let (store, mut now) = (Store::default(), Monotonic::from_secs(1));
+    let mut nodes = fleet(&store, 2, now);
+    let decode = nodes[1].endpoint(2);
+    nodes[1].worker.decode_started(decode, 50);
+    nodes[1].tick(&store, now);
+    for _ in 0..10 {
+        now += TICK;
+        nodes[0].tick(&store, now);
+    }
+    assert!(nodes[0].is_idle());
+    nodes[1].tick(&store, now);
+    nodes[0].tick(&store, now);
+    assert_eq!(nodes[0].ledger(now), nodes[1].ledger(now));
+    assert!(!nodes[0].is_idle());
+}
+
+#[test]
+fn a_reader_that_fell_far_behind_catches_up_with_the_next_tick() {
+    let (store, mut now) = (Store::default(), Monotonic::from_secs(1));
+    let mut nodes = fleet(&store, 2, now);
+    let (prefill, decode) = (nodes[0].endpoint(0), nodes[0].endpoint(2));
+    for id in 0..5_000 {
+        nodes[0].worker.decode_started(decode, 10);
+        nodes[0].worker.holds(prefill, &blocks(id, 20));
+        nodes[0].publish(&store, now);
+    }
+    now += TICK;
+    nodes[1].catch_up(&store, now);
+    nodes[0].tick(&store, now);
+    nodes[1].tick(&store, now);
+    assert_eq!(nodes[1].ledger(now), nodes[0].ledger(now));
+    assert_eq!(nodes[1].ledger(now).iter().map(|of| of.3).sum::<u32>(), 5_000);
+    let store = store.data.borrow();
+    assert!(store.values().map(|(value, _)| value.len()).sum::<usize>() < 400_000, "what is shared is bounded");
+}
+
+#[test]
+fn a_new_generation_begins_with_what_the_old_one_knew() {
+    let (store, mut now) = (Store::default(), Monotonic::from_secs(1));
+    let mut old = fleet(&store, 2, now);
+    for id in 0..40 {
+        let held = old[1].endpoint(id as usize % 3);
+        old[1].worker.holds(held, &blocks(id, 12));
+        let decode = old[1].endpoint(2);
+        old[1].worker.decode_started(decode, 10);
+        old[1].publish(&store, now);
+    }
+    for _ in 0..4 {
+        now += TICK;
+        old.iter_mut().for_each(|node| node.tick(&store, now));
+    }
+    let mut new = Node::new(&store, 3, now);
+    for id in 0..40 {
+        assert_eq!(new.worker.state.index.matched(new.endpoint(id as usize % 3).index, &blocks(id, 12)), 12, "{id}");
+    }
+    assert_eq!(new.ledger(now), old[0].ledger(now), "the old generation's work counts once");
+    // The old one drains: its work ends, and the new one hears of it.
+    for _ in 0..40 {
+        let decode = old[1].endpoint(2);
+        old[1].worker.decode_ended(decode, 10);
+    }
+    now += PATIENCE;
+    old[1].publish(&store, now);
+    new.catch_up(&store, now);
+    assert!(new.is_idle());
+}
+
+#[test]
+fn ends_of_requests_wait_for_company_but_not_for_long() {
+    let (store, now) = (Store::default(), Monotonic::from_secs(1));
+    let mut nodes = fleet(&store, 2, now);
+    let decode = nodes[0].endpoint(2);
+    nodes[0].worker.decode_started(decode, 10);
+    nodes[0].publish(&store, now);
+    nodes[0].worker.decode_ended(decode, 10);
+    let node = &mut nodes[0];
+    node.log.publish(&mut node.worker, &store, now + Duration::from_millis(3));
+    nodes[1].catch_up(&store, now);
+    assert!(!nodes[1].is_idle());
+    let node = &mut nodes[0];
+    node.log.publish(&mut node.worker, &store, now + PATIENCE);
+    nodes[1].catch_up(&store, now);
+    assert!(nodes[1].is_idle());
+}
+
+#[test]
+fn a_worker_without_a_slot_decides_for_itself_and_keeps_nothing() {
+    let (store, now) = (Store::default(), Monotonic::from_secs(1));
+    let mut nodes = fleet(&store, WORKER_SLOTS as u64 + 1, now);
+    let last = nodes.last_mut().unwrap();
+    assert_eq!(last.log.slot, None);
+    let decode = last.endpoint(2);
+    last.worker.decode_started(decode, 10);
+    last.publish(&store, now);
+    assert_eq!(last.worker.pending.unpublished.as_ref().map(Vec::len), Some(0));
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Start { node: usize, place: usize, tokens: u64 },
+    End { node: usize },
+    Hold { node: usize, place: usize, id: u64 },
+    Publish { node: usize },
+    CatchUp { node: usize },
+    Tick { node: usize },
+    Kill { node: usize },
+    Join,
+    Wait { ms: u64 },
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let node = || 0_usize..6;
+    prop_oneof![
+        4 => (node(), 0_usize..3, 1_u64..99).prop_map(|(node, place, tokens)| Step::Start { node, place, tokens }),
+        4 => node().prop_map(|node| Step::End { node }),
+        2 => (node(), 0_usize..3, 0_u64..9).prop_map(|(node, place, id)| Step::Hold { node, place, id }),
+        4 => node().prop_map(|node| Step::Publish { node }),
+        4 => node().prop_map(|node| Step::CatchUp { node }),
+        2 => node().prop_map(|node| Step::Tick { node }),
+        1 => node().prop_map(|node| Step::Kill { node }),
+        1 => Just(Step::Join),
+        1 => (1_u64..400).prop_map(|ms| Step::Wait { ms }),
+    ]
+}
+
+proptest! {
+    /// Whatever the order: once everybody has told and heard everything, all ledgers are equal, and once everything
+    /// has ended they are empty.
+    #[test]
+    fn all_ledgers_become_equal_and_then_empty(steps in prop::collection::vec(step(), 1..120)) {
+        let (store, mut now) = (Store::default(), Monotonic::from_secs(1));
+        let mut nodes = fleet(&store, 3, now);
+        let mut open: Vec<Vec<(usize, u64, u64)>> = vec![Vec::new(); 3];
+        let mut next_id = 4;
+        for step in steps {
+            let count = nodes.len();
+            match step {
+                Step::Start { node, place, tokens } => {
+                    let node = node % count;
+                    let leg = nodes[node].worker.next_leg();
+                    let endpoint = nodes[node].endpoint(place);
+                    nodes[node].worker.prefill_started(endpoint, leg, tokens as f64, now, FAR);
+                    nodes[node].worker.decode_started(endpoint, tokens);
+                    open[node].push((place, tokens, leg));
+                }
+                Step::End { node } => {
+                    let node = node % count;
+                    if let Some((place, tokens, leg)) = open[node].pop() {
+                        let endpoint = nodes[node].endpoint(place);
+                        nodes[node].worker.prefill_ended(endpoint, leg, now);
+                        nodes[node].worker.decode_ended(endpoint, tokens);
+                    }
+                }
+                Step::Hold { node, place, id } => {
+                    let endpoint = nodes[node % count].endpoint(place);
+                    nodes[node % count].worker.holds(endpoint, &blocks(id, 30));
+                }
+                Step::Publish { node } => nodes[node % count].publish(&store, now),
+                Step::CatchUp { node } => nodes[node % count].catch_up(&store, now),
+                Step::Tick { node } => nodes[node % count].tick(&store, now),
+                Step::Kill { node } if count > 1 => {
+                    nodes.remove(node % count);
+                    open.remove(node % count);
+                }
+                Step::Kill { .. } => {}
+                Step::Join => {
+                    nodes.push(Node::new(&store, next_id, now));
+                    open.push(Vec::new());
+                    next_id += 1;
+                }
+                Step::Wait { ms } => now += Duration::from_millis(ms),
+            }
+        }
+        let settle = |nodes: &mut Vec<Node>, now: &mut Monotonic| {
+            for _ in 0..6 {
+                *now += TICK;
+                nodes.iter_mut().for_each(|node| node.tick(&store, *now));
+            }
+        };
+        settle(&mut nodes, &mut now);
+        let totals = |node: &Node| {
+            node.ledger(FAR).iter().map(|(legs, _, tokens, requests)| (*legs, *tokens, *requests)).collect::<Vec<_>>()
+        };
+        let expected = totals(&nodes[0]);
+        prop_assert_eq!(expected.iter().map(|of| of.2 as usize).sum::<usize>(), open.iter().map(Vec::len).sum::<usize>());
+        for node in &nodes {
+            prop_assert_eq!(totals(node), expected.clone());
+        }
+        for (node, open) in nodes.iter_mut().zip(&open) {
+            for (place, tokens, leg) in open {
+                let endpoint = node.endpoint(*place);
+                node.worker.prefill_ended(endpoint, *leg, now);
+                node.worker.decode_ended(endpoint, *tokens);
+            }
+        }
+        settle(&mut nodes, &mut now);
+        for node in &nodes {
+            prop_assert!(node.is_idle());
+            prop_assert_eq!(node.log.peers.len(), nodes.len() - 1);
+        }
+    }
+}
