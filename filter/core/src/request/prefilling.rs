@@ -12,7 +12,8 @@ use super::split::{Prefiller, Split};
 use super::step::Step;
 use crate::body::json::Object;
 use crate::body::splice::HeadEdit;
-use crate::choose::scheduler::{Pick, Prompt};
+use crate::choose::prompt::Prompt;
+use crate::choose::scheduler::Pick;
 use crate::config::OnPrefillFailure;
 use crate::endpoints::candidates::Candidates;
 use crate::endpoints::table::EndpointRef;
@@ -77,7 +78,7 @@ impl Prefilling {
         let current = current.unwrap_or_else(|_| {
             Arc::new(Candidates { pool: Arc::clone(&parsed.served.candidates.pool), ..Candidates::default() })
         });
-        parsed.served.candidates = current.for_prompt(parsed.prompt.tokens, &worker.state.table);
+        parsed.served.candidates = worker.state.table.with_room(current, parsed.prompt.tokens);
     }
 
     /// The bootstrap server told the engine's id, or failed to.
