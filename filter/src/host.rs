@@ -56,6 +56,13 @@ mod abi {
             size: *mut usize,
         ) -> u32;
         pub fn proxy_remove_header_map_value(map: u32, key: *const u8, key_size: usize) -> u32;
+        pub fn proxy_replace_header_map_value(
+            map: u32,
+            key: *const u8,
+            key_size: usize,
+            value: *const u8,
+            value_size: usize,
+        ) -> u32;
         pub fn proxy_add_header_map_value(
             map: u32,
             key: *const u8,
@@ -163,6 +170,14 @@ pub fn status(map: Map) -> Option<u16> {
 pub fn remove_header(map: Map, name: &[u8]) -> HostResult<()> {
     // SAFETY: pointer and length are of one slice.
     check(unsafe { abi::proxy_remove_header_map_value(map as u32, name.as_ptr(), name.len()) })
+}
+
+/// Sets a header, in place of all of that name.
+pub fn set_header(map: Map, name: &str, value: &[u8]) -> HostResult<()> {
+    // SAFETY: pointers and lengths are of one string or slice each.
+    check(unsafe {
+        abi::proxy_replace_header_map_value(map as u32, name.as_ptr(), name.len(), value.as_ptr(), value.len())
+    })
 }
 
 /// Adds a header.

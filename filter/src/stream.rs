@@ -65,6 +65,9 @@ impl Stream {
                     let removed = host::remove_header(Map::Request, &name);
                     shell.expect_ok("remove header", removed);
                 }
+                Effect::SetPath(path) => {
+                    shell.expect_ok(":path", host::set_header(Map::Request, ":path", &path));
+                }
                 Effect::SetState(path, value) => {
                     shell.expect_ok(path, host::set_property(path, &value));
                 }

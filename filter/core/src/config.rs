@@ -61,6 +61,9 @@ pub struct Config {
     pub trusted_headers: Vec<String>,
     /// Paths that a client may reach beside those of inference APIs; see [`crate::paths::matches`].
     pub allowed_paths: Vec<String>,
+    /// Prefixes that the gateway's routes take away from a path after the filter has seen it; see
+    /// [`crate::paths::engines_path`].
+    pub path_prefixes: Vec<String>,
     /// Request headers that name a client's session, the first one present counts: its requests stay together.
     pub session_headers: Vec<String>,
     /// Largest request body, bytes, the spliced parameters included; above it clients get 413. Must not be above the
@@ -231,6 +234,7 @@ struct Raw {
     endpoints: Vec<Map<String, Value>>,
     trusted_headers: Vec<String>,
     allowed_paths: Vec<String>,
+    path_prefixes: Vec<String>,
     session_headers: Vec<String>,
     max_body_bytes: usize,
     prefix: RawPrefix,
@@ -250,6 +254,7 @@ impl Default for Raw {
             endpoints: Vec::new(),
             trusted_headers: Vec::new(),
             allowed_paths: Vec::new(),
+            path_prefixes: Vec::new(),
             session_headers: vec!["x-session-id".to_owned()],
             max_body_bytes: 16 << 20,
             prefix: RawPrefix::default(),
@@ -467,6 +472,12 @@ impl Config {
                 return Err(ConfigError::new(&format!("allowed_paths[{i}]"), why));
             }
         }
+        for (i, prefix) in raw.path_prefixes.iter().enumerate() {
+            if !prefix.starts_with('/') || prefix.ends_with('/') || prefix.contains(['*', '?', '#', '%']) {
+                let why = "must be a path such as `/team`, without a slash at its end";
+                return Err(ConfigError::new(&format!("path_prefixes[{i}]"), why));
+            }
+        }
         for (i, header) in raw.session_headers.iter().enumerate() {
             check_header_name(&format!("session_headers[{i}]"), header)?;
         }
@@ -498,6 +509,7 @@ impl Config {
             endpoints,
             trusted_headers: raw.trusted_headers,
             allowed_paths: raw.allowed_paths,
+            path_prefixes: raw.path_prefixes,
             session_headers: raw.session_headers,
             max_body_bytes: raw.max_body_bytes,
             prefix: Prefix {

@@ -55,6 +55,20 @@ pub const INFERENCE: &[&str] = &[
     "/version",
 ];
 
+/// The path that an engine knows: without a prefix that the gateway's route takes away later, and without a slash at its
+/// end. Of several prefixes the longest counts.
+///
+/// `path` has its percent-encoding undone and no query. A prefix stands for whole segments: `/team` is none of `/teams/v1`.
+#[must_use]
+pub fn engines_path<'a>(path: &'a [u8], prefixes: &[String]) -> &'a [u8] {
+    let without = |prefix: &String| path.strip_prefix(prefix.as_bytes()).filter(|rest| rest.first() == Some(&b'/'));
+    let path = prefixes.iter().filter_map(without).min_by_key(|rest| rest.len()).unwrap_or(path);
+    match path {
+        [rest @ .., b'/'] if !rest.is_empty() => rest,
+        path => path,
+    }
+}
+
 /// Whether a path, percent-encoding undone and without a query, is one of an inference API.
 #[must_use]
 pub fn is_inference(path: &[u8]) -> bool {
@@ -77,6 +91,24 @@ pub fn matches(pattern: &str, path: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn prefixes_of_routes_and_a_slash_at_the_end_are_seen_through() {
+        let prefixes = ["/team".to_owned(), "/team/a".to_owned(), "/openai".to_owned()];
+        for (path, expected) in [
+            ("/team/v1/chat/completions", "/v1/chat/completions"),
+            ("/team/a/v1/chat/completions/", "/v1/chat/completions"),
+            ("/openai/v1/models", "/v1/models"),
+            ("/teams/v1/models", "/teams/v1/models"),
+            ("/team", "/team"),
+            ("/v1/team/a", "/v1/team/a"),
+            ("/team/", "/"),
+            ("/", "/"),
+            ("", ""),
+        ] {
+            assert_eq!(engines_path(path.as_bytes(), &prefixes), expected.as_bytes(), "{path}");
+        }
+    }
 
     #[test]
     fn inference_paths_are_known_and_administration_is_not() {

@@ -15,6 +15,7 @@ mod list;
 mod models;
 mod observe;
 mod pass;
+mod paths;
 mod phase;
 mod plugin;
 mod prefill_failure;

@@ -50,6 +50,18 @@ pub enum Api {
 }
 
 impl Api {
+    /// The path at which engines have the API.
+    #[must_use]
+    pub const fn path(self) -> &'static str {
+        match self {
+            Self::Chat => "/v1/chat/completions",
+            Self::Completions => "/v1/completions",
+            Self::Responses => "/v1/responses",
+            Self::Messages => "/v1/messages",
+            Self::Generate => "/inference/v1/generate",
+        }
+    }
+
     /// The API that a `:path` names: exactly, but for a query string.
     #[must_use]
     pub fn of_path(path: &[u8]) -> Option<Self> {

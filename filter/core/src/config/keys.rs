@@ -111,6 +111,8 @@ keys! {
         "Headers that a client may set. The filter removes the others."
     AllowedPaths "allowed_paths" "[]", Values::Described("list of paths without a query; a path that ends in `/*` stands for all paths below it"),
         "Paths that a client may reach beside [those of inference APIs](#paths). Requests to other paths get 404, because engines serve their administration on the same port."
+    PathPrefixes "path_prefixes" "[]", Values::Described("list of paths such as `/team`, without a slash at the end"),
+        "Prefixes that the gateway's routes take away from a path after the filter has seen it. The filter reads `/team/v1/chat/completions` as `/v1/chat/completions`, and its prefill leg has the path without the prefix."
     SessionHeaders "session_headers" r#"["x-session-id"]"#, Values::Described("list of header names in lower case"),
         "Headers that name a client's session. The first header that the request has counts. The filter sends a session's prompts to the endpoint that served the session last, until too much work waits there."
     MaxBodyBytes "max_body_bytes" "16777216", Values::between(1_024.0, 1_073_741_824.0, "bytes"),

@@ -78,7 +78,10 @@ impl ReadBody {
 fn is_json(head: &RequestHead) -> bool {
     let content_type = head.headers.get("content-type").unwrap_or_default();
     let essence = content_type.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii();
-    let is_allowed_only = head.headers.get(":path").is_none_or(|path| !paths::is_inference(&decoded_path(path)));
+    let is_allowed_only = head.headers.get(":path").is_none_or(|path| {
+        let path = decoded_path(path);
+        !paths::is_inference(paths::engines_path(&path, &head.config.path_prefixes))
+    });
     !is_allowed_only || essence.is_empty() || essence.to_ascii_lowercase().ends_with(b"json")
 }
 

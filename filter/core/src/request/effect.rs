@@ -52,6 +52,8 @@ pub enum Flow {
 pub enum Effect {
     /// Remove a request header. Headers phase only.
     RemoveHeader(Vec<u8>),
+    /// Set the request's `:path`. Headers phase only.
+    SetPath(Vec<u8>),
     /// Set a filter state.
     SetState(&'static str, Vec<u8>),
     /// Edit the front of the buffered request body.

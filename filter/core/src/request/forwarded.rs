@@ -125,12 +125,12 @@ impl Forwarded {
         }
         self.assignment.end(worker, now);
         // The decision was counted when the request was forwarded.
-        Step::answer(match answer {
+        match answer {
             PrefillAnswer::Answered { status, content_type, body } if answer.fault().is_none() => {
-                engines_reply(status, content_type, body)
+                Step::answer(engines_reply(status, content_type, body))
             }
-            _ => Rejection::PrefillFailed.reply(),
-        })
+            _ => Step::refuse(Rejection::PrefillFailed),
+        }
     }
 
     fn stay(self: Box<Self>, effects: Vec<Effect>) -> Step {

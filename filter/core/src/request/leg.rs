@@ -56,7 +56,8 @@ pub(super) fn start_leg(
     }
     remember_prompt(worker, pick.endpoint, &parsed.prompt);
     worker.counts.add(Metric::PrefillInFlight, 1);
-    let headers = leg_headers(&parsed.head.headers, config, destination.as_bytes(), rank);
+    let path = leg_path(parsed);
+    let headers = leg_headers(&parsed.head.headers, config, &path, destination.as_bytes(), rank);
     (Call { cluster: config.cluster.clone(), headers, body, timeout: pool.prefill_timeout }, leg)
 }
 
@@ -172,9 +173,16 @@ const NOT_FORWARDED: &[&[u8]] = &[
 /// Header that tells the ranks behind one address apart.
 const RANK_HEADER: &[u8] = b"x-data-parallel-rank";
 
-/// Headers of the prefill leg: the client's, the destination, and the rank there if it has one.
-fn leg_headers(headers: &Headers, config: &Config, destination: &[u8], rank: Option<u32>) -> Headers {
-    const PSEUDO: &[&[u8]] = &[b":method", b":path", b":authority", b":scheme"];
+/// The path at which engines have the request's API, with the client's query: no route rewrites a call's path.
+fn leg_path(parsed: &ParsedRequest) -> Vec<u8> {
+    let path = parsed.head.headers.get(":path").unwrap_or_default();
+    let query = path.iter().position(|byte| *byte == b'?').and_then(|start| path.get(start..)).unwrap_or_default();
+    [parsed.api.path().as_bytes(), query].concat()
+}
+
+/// Headers of the prefill leg: the client's, the leg's path, the destination, and the rank there if it has one.
+fn leg_headers(headers: &Headers, config: &Config, path: &[u8], destination: &[u8], rank: Option<u32>) -> Headers {
+    const PSEUDO: &[&[u8]] = &[b":method", b":authority", b":scheme"];
     let forwarded = |name: &[u8]| {
         PSEUDO.contains(&name)
             || !(name.starts_with(b":")
@@ -182,10 +190,12 @@ fn leg_headers(headers: &Headers, config: &Config, destination: &[u8], rank: Opt
                 || NOT_FORWARDED.contains(&name)
                 || is_ours(name, config))
     };
+    let path: (&[u8], &[u8]) = (b":path", path);
     let own = (config.destination_header.as_bytes(), destination);
     let rank = rank.map(|rank| rank.to_string());
     let rank = rank.as_ref().map(|rank| (RANK_HEADER, rank.as_bytes()));
-    Headers::from_pairs(headers.iter().filter(|(name, _)| forwarded(name)).chain([own]).chain(rank))
+    let kept = headers.iter().filter(|(name, _)| forwarded(name));
+    Headers::from_pairs([path].into_iter().chain(kept).chain([own]).chain(rank))
 }
 
 /// Headers of a question to a bootstrap server.
@@ -217,13 +227,13 @@ mod tests {
             ("x-custom", "evil"),
             ("x-prefiller-host-port", "evil"),
         ];
-        let leg = leg_headers(&Headers::from_pairs(headers), &config, b"10.0.0.1:1", Some(3));
+        let leg = leg_headers(&Headers::from_pairs(headers), &config, b"/v1/x", b"10.0.0.1:1", Some(3));
         let names: Vec<_> = leg.iter().map(|(name, _)| core::str::from_utf8(name).unwrap()).collect();
         assert_eq!(
             names,
             [
-                ":method",
                 ":path",
+                ":method",
                 ":authority",
                 ":scheme",
                 "authorization",

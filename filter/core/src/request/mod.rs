@@ -22,11 +22,13 @@
 //! | `effect`, `reply`, `ready` | what the shell does, and what the filter answers itself |
 
 use crate::headers::Headers;
-use crate::request::reply::Rejection;
+use crate::paths::engines_path;
+use crate::request::reply::{ErrorForm, Rejection};
 use crate::time::Monotonic;
 use crate::workers::worker::{Ticket, Worker};
 
 use forwarded::served_by;
+use head::decoded_path;
 use step::{State, Step};
 
 mod clean;
@@ -76,6 +78,8 @@ pub enum PrefillAnswer<'a> {
 #[derive(Debug, Default)]
 pub struct Request {
     state: State,
+    /// How the filter's own errors are spelt.
+    error_form: ErrorForm,
     /// Given back at the end, whatever way the stream ended.
     ticket: Option<Ticket>,
 }
@@ -84,6 +88,9 @@ pub struct Request {
 impl Request {
     /// Request headers are there.
     pub fn headers(&mut self, worker: &mut Worker, headers: Headers, end_of_stream: bool, now: Monotonic) -> Outcome {
+        let path = decoded_path(headers.get(":path").unwrap_or_default());
+        let prefixes = worker.config.as_ref().map_or(&[][..], |config| &config.path_prefixes);
+        self.error_form = ErrorForm::of_path(engines_path(&path, prefixes));
         self.enter(new::headers(worker, headers, end_of_stream, now))
     }
 
@@ -92,7 +99,7 @@ impl Request {
         match &self.state {
             State::Reading(reading) => match reading.check_size(bytes) {
                 Ok(()) => Outcome::WAIT,
-                Err(rejection) => self.enter(Step::reject(worker, &rejection)),
+                Err(rejection) => self.enter(Step::reject(worker, rejection)),
             },
             State::Prefilling(_) => Outcome::WAIT,
             State::New | State::Forwarded(_) | State::Watched | State::Over => Outcome::GO_ON,
@@ -175,8 +182,10 @@ impl Request {
     }
 
     fn enter(&mut self, step: Step) -> Outcome {
-        self.state = step.next;
-        step.outcome
+        let Step { next, mut outcome, rejection } = step;
+        self.state = next;
+        outcome.effects.extend(rejection.map(|rejection| Effect::Reply(rejection.reply(self.error_form))));
+        outcome
     }
 
     fn enter_or_reject(&mut self, worker: &mut Worker, step: Result<Step, Rejection>) -> Outcome {

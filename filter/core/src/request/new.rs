@@ -14,6 +14,7 @@ use crate::body::form::Encoding;
 use crate::config::{Config, PHASE_HEADER, PREFILLER_HEADER};
 use crate::headers::Headers;
 use crate::metrics::Metric;
+use crate::paths::engines_path;
 use crate::request::reply::Rejection;
 use crate::time::Monotonic;
 use crate::workers::worker::Worker;
@@ -39,7 +40,7 @@ pub(super) fn headers(worker: &mut Worker, headers: Headers, end_of_stream: bool
         Ok(config) => Arc::clone(config),
         Err(error) => {
             let rejection = Rejection::NotConfigured(error.to_string());
-            return Step::reject(worker, &rejection);
+            return Step::reject(worker, rejection);
         }
     };
     let ours = headers.iter().map(|(name, _)| name).filter(|name| is_ours(name, &config));
@@ -54,11 +55,21 @@ pub(super) fn headers(worker: &mut Worker, headers: Headers, end_of_stream: bool
                 // The body may change; the buffer filter puts the right length back.
                 removed.push(Effect::RemoveHeader(b"content-length".to_vec()));
             }
+            removed.extend(head.api.and_then(|_| without_last_slash(&head.headers)).map(Effect::SetPath));
             Step::new(State::Reading(Box::new(Reading::new(head))), Flow::Continue, Vec::new())
         }
-        Err(rejection) => Step::reject(worker, &rejection),
+        Err(rejection) => Step::reject(worker, rejection),
     };
     step.after(removed)
+}
+
+/// The path and query without the slash at the end of the path, where one is there: engines answer such a path with a
+/// redirect, which clients do not follow with a body.
+fn without_last_slash(headers: &Headers) -> Option<Vec<u8>> {
+    let path = headers.get(":path")?;
+    let end = path.iter().position(|byte| *byte == b'?').unwrap_or(path.len());
+    let (path, query) = path.split_at_checked(end)?;
+    Some([path.strip_suffix(b"/")?, query].concat())
 }
 
 fn classify(worker: &Worker, config: &Arc<Config>, headers: Headers, end_of_stream: bool) -> Result<Class, Rejection> {
@@ -67,13 +78,14 @@ fn classify(worker: &Worker, config: &Arc<Config>, headers: Headers, end_of_stre
         return Ok(Class::Readiness);
     }
     let path = decoded_path(path);
-    if !config.allows(&path) {
+    let path = engines_path(&path, &config.path_prefixes);
+    if !config.allows(path) {
         return Err(Rejection::UnknownPath);
     }
     if method == Some(b"GET") && worker.state.table.names_all_models() && path == MODELS_PATH {
         return Ok(Class::Models);
     }
-    let api = Api::of_path(&path).filter(|_| method == Some(b"POST"));
+    let api = Api::of_path(path).filter(|_| method == Some(b"POST"));
     let subset = Subset::read(&headers, config);
     if api.is_none() && end_of_stream {
         return Ok(Class::NoBody(subset));

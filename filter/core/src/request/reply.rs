@@ -44,6 +44,39 @@ pub enum Rejection {
     NotConfigured(String),
 }
 
+/// How an API spells errors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ErrorForm {
+    /// `{"error": {"message", "type", "param", "code"}}`
+    #[default]
+    OpenAi,
+    /// `{"type": "error", "error": {"type", "message"}}`, on `/v1/messages` and below.
+    Anthropic,
+}
+
+impl ErrorForm {
+    /// The form on a path, percent-encoding undone and without a query.
+    #[must_use]
+    pub fn of_path(path: &[u8]) -> Self {
+        match path.strip_prefix(b"/v1/messages") {
+            Some([] | [b'/', ..]) => Self::Anthropic,
+            _ => Self::OpenAi,
+        }
+    }
+}
+
+/// The error type that Anthropic's API has for a status.
+fn anthropic_type(status: u16) -> &'static str {
+    match status {
+        404 => "not_found_error",
+        413 => "request_too_large",
+        429 => "rate_limit_error",
+        503 => "overloaded_error",
+        500.. => "api_error",
+        _ => "invalid_request_error",
+    }
+}
+
 /// A whole answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reply {
@@ -98,13 +131,24 @@ impl Rejection {
         }
     }
 
-    /// The answer.
+    /// The reason code.
     #[must_use]
-    pub fn reply(&self) -> Reply {
+    pub fn reason(&self) -> &'static str {
+        self.parts().3
+    }
+
+    /// The answer, as clients of that API read errors.
+    #[must_use]
+    pub fn reply(&self, form: ErrorForm) -> Reply {
         let (status, kind, param, reason) = self.parts();
-        let body = serde_json::json!({
-            "error": {"message": self.message(), "type": kind, "param": param, "code": reason}
-        });
+        let body = match form {
+            ErrorForm::OpenAi => serde_json::json!({
+                "error": {"message": self.message(), "type": kind, "param": param, "code": reason}
+            }),
+            ErrorForm::Anthropic => serde_json::json!({
+                "type": "error", "error": {"type": anthropic_type(status), "message": self.message()}
+            }),
+        };
         let mut headers = vec![("content-type", "application/json".to_owned()), (REASON_HEADER, reason.to_owned())];
         if matches!(status, 429 | 503) {
             headers.push(("retry-after", "1".to_owned()));

@@ -31,31 +31,42 @@ pub(super) enum State {
 pub(super) struct Step {
     pub(super) next: State,
     pub(super) outcome: Outcome,
+    /// What the client is refused for, where it is: the answer follows the effects, in the form of the client's API.
+    pub(super) rejection: Option<Rejection>,
 }
 
 impl Step {
     pub(super) fn new(next: State, flow: Flow, effects: Vec<Effect>) -> Self {
-        Self { next, outcome: Outcome { flow, effects } }
+        Self { next, outcome: Outcome { flow, effects }, rejection: None }
     }
 
     /// The step, or the answer of the filter in its place.
     pub(super) fn or_reject(result: Result<Self, Rejection>, worker: &mut Worker) -> Self {
-        result.unwrap_or_else(|rejection| Self::reject(worker, &rejection))
+        result.unwrap_or_else(|rejection| Self::reject(worker, rejection))
     }
 
     /// The filter refuses the request.
-    pub(super) fn reject(worker: &mut Worker, rejection: &Rejection) -> Self {
+    pub(super) fn reject(worker: &mut Worker, rejection: Rejection) -> Self {
         worker.counts.count(Metric::RequestsRejected);
-        if let Rejection::Shed(shed) = rejection {
+        if let Rejection::Shed(shed) = &rejection {
             worker.counts.count(shed.metric());
         }
-        Self::answer(rejection.reply())
+        Self::refuse(rejection)
     }
 
-    /// The client gets an error answer, which the caller has counted.
+    /// As [`reject`](Self::reject), of a request that was counted already.
+    pub(super) fn refuse(rejection: Rejection) -> Self {
+        let effects = Self::of_refusal(rejection.reason());
+        Self { rejection: Some(rejection), ..Self::new(State::Over, Flow::Pause, effects) }
+    }
+
+    /// The client gets an engine's error answer, which the caller has counted.
     pub(super) fn answer(reply: Reply) -> Self {
-        let reason = Effect::SetState(REASON, reply.reason.into());
-        Self::reply(vec![Effect::decision(Metric::RequestsRejected), reason], reply)
+        Self::reply(Self::of_refusal(reply.reason), reply)
+    }
+
+    fn of_refusal(reason: &str) -> Vec<Effect> {
+        vec![Effect::decision(Metric::RequestsRejected), Effect::SetState(REASON, reason.into())]
     }
 
     /// The client gets an answer, and the request is over.

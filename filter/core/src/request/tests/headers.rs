@@ -94,3 +94,54 @@ fn a_trusted_subset_restricts_both_legs_and_the_answer_says_who_served() {
         assert_eq!(t.body(&long_body()).flow, Flow::Pause);
     }
 }
+
+#[test]
+fn a_prefix_of_the_route_and_a_slash_at_the_end_are_understood() {
+    let config = CONFIG.replacen('{', r#"{"path_prefixes":["/team","/openai"],"#, 1);
+    for (path, leg_path, set) in [
+        ("/team/v1/chat/completions", "/v1/chat/completions", None),
+        ("/openai/v1/chat/completions?a=/", "/v1/chat/completions?a=/", None),
+        ("/v1/chat/completions/", "/v1/chat/completions", Some("/v1/chat/completions")),
+        ("/team/v1/chat/completions/?a", "/v1/chat/completions?a", Some("/team/v1/chat/completions?a")),
+        ("/%74eam/v1/chat/completions", "/v1/chat/completions", None),
+    ] {
+        let mut t = configured(&config);
+        let pairs = [(":method", "POST"), (":path", path)];
+        let outcome = t.request.headers(&mut t.worker, Headers::from_pairs(pairs), false, t.now);
+        let set_path = outcome.effects.iter().find_map(|effect| match effect {
+            Effect::SetPath(path) => Some(text(path)),
+            _ => None,
+        });
+        assert_eq!(set_path, set, "{path}");
+        let outcome = t.body(&long_body());
+        assert_eq!(call(&outcome).headers.get(":path").map(text), Some(leg_path), "{path}");
+    }
+    let mut t = configured(&config);
+    let pairs = [(":method", "POST"), (":path", "/teams/v1/chat/completions")];
+    let outcome = t.request.headers(&mut t.worker, Headers::from_pairs(pairs), false, t.now);
+    assert_eq!(reply(&outcome), (404, "unknown_path"));
+}
+
+#[test]
+fn errors_have_the_form_of_the_clients_api() {
+    let config = CONFIG.replacen('{', r#"{"path_prefixes":["/anthropic"],"#, 1);
+    for (path, is_anthropic) in [
+        ("/v1/messages", true),
+        ("/v1/messages/count_tokens", true),
+        ("/anthropic/v1/messages", true),
+        ("/v1/chat/completions", false),
+        ("/v1/messagesx", false),
+    ] {
+        let mut t = configured(&config);
+        let pairs = [(":method", "POST"), (":path", path)];
+        let mut outcome = t.request.headers(&mut t.worker, Headers::from_pairs(pairs), false, t.now);
+        if t.request.wants_body() {
+            outcome = t.body(r#"{"model":"nobodys"}"#);
+        }
+        let Some(Effect::Reply(answer)) = outcome.effects.last() else { panic!("{path}: {outcome:?}") };
+        let body: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
+        assert_eq!(body["type"] == "error", is_anthropic, "{path} {body}");
+        assert_eq!(body["error"]["type"], "not_found_error", "{path}");
+        assert_eq!(body["error"]["code"].is_string(), !is_anthropic, "{path}");
+    }
+}
