@@ -1,6 +1,6 @@
 //! Description of a choice, for people.
 
-use crate::choose::scheduler::{Decision, Prompt, Scheduler, WholeReason};
+use crate::choose::scheduler::{CostedPick, Decision, Prompt, Scheduler, WholeReason};
 use crate::endpoints::candidates::Candidates;
 use crate::prefix::index::EndpointIndex;
 
@@ -38,7 +38,7 @@ impl Scheduler<'_> {
                 (self.cost(index, state, prompt, (owner == Some(index), session == Some(index))), index, state)
             })
             .collect();
-        costs.sort_by(|a, b| a.0.1.total_cmp(&b.0.1));
+        costs.sort_by(|a, b| a.0.cost.total_cmp(&b.0.cost));
         let mut text = format!(
             "{choice}: {}; {:.0} tokens, w={}, {} of {} candidates",
             name(pick.endpoint),
@@ -47,7 +47,7 @@ impl Scheduler<'_> {
             costs.len(),
             among.len(),
         );
-        for ((of, cost), index, state) in costs {
+        for (CostedPick { pick: of, cost }, index, state) in costs {
             let (work, decode) = (state.work(self.now), state.decode_tokens());
             text.push_str(&format!(
                 "; {} W={work:.3} S={:.3} W+wS={cost:.3} match={:.0} decode={decode}{}{}{}",

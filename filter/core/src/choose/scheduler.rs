@@ -51,6 +51,14 @@ pub struct Pick {
     pub seconds: f64,
 }
 
+/// An endpoint that may be chosen, and what the choice compares.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct CostedPick {
+    pub(super) pick: Pick,
+    /// W + w·S, weighted seconds.
+    pub(super) cost: f64,
+}
+
 /// How a request is served.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Decision {
@@ -153,7 +161,8 @@ impl Scheduler<'_> {
         let session = self.session_holder(among, prompt);
         let mut best: Option<(f64, u64, Pick)> = None;
         for (index, state) in shortlist {
-            let (pick, cost) = self.cost(index, state, prompt, (owner == Some(index), session == Some(index)));
+            let CostedPick { pick, cost } =
+                self.cost(index, state, prompt, (owner == Some(index), session == Some(index)));
             let rendezvous = rendezvous_weight(prompt.key, state.key);
             let better = |(lowest, weight, _): &(f64, u64, Pick)| (cost, *weight) < (*lowest, rendezvous);
             if best.as_ref().is_none_or(better) {
@@ -255,7 +264,7 @@ impl Scheduler<'_> {
         state: &EndpointState,
         prompt: &Prompt,
         (owner, session): (bool, bool),
-    ) -> (Pick, f64) {
+    ) -> CostedPick {
         let pick = self.pick(index, prompt);
         let mut held = pick.matched_tokens;
         if session {
@@ -264,7 +273,7 @@ impl Scheduler<'_> {
             held += self.rendezvous_share() * (prompt.tokens - held).max(0.0);
         }
         let own = self.seconds(state, prompt, held);
-        (pick, state.work(self.now) + self.pool.affinity_weight * own)
+        CostedPick { pick, cost: state.work(self.now) + self.pool.affinity_weight * own }
     }
 
     /// β: as configured, or by the share of the other Envoys that do not exchange.
@@ -548,7 +557,7 @@ pub(super) mod tests {
             let scheduler = fixture.scheduler();
             let among = &fixture.candidates.prefill;
             let owner = among.iter().copied().max_by_key(|index| rendezvous_weight(prompt.key, fixture.table.get(*index).unwrap().key));
-            let cost = |index: u32| scheduler.cost(index, fixture.table.get(index).unwrap(), &prompt, (owner == Some(index), false)).1;
+            let cost = |index: u32| scheduler.cost(index, fixture.table.get(index).unwrap(), &prompt, (owner == Some(index), false)).cost;
             let lowest = among.iter().map(|index| cost(*index)).fold(f64::INFINITY, f64::min);
             prop_assert_eq!(cost(fixture.prefill(&prompt).endpoint), lowest);
         }
