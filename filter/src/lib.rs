@@ -3,13 +3,16 @@
 #![allow(missing_docs, reason = "the entry point that the SDK's macro makes has none")]
 
 mod host;
+mod metrics;
+mod root;
 mod shell;
 mod stream;
+mod version;
 
 use proxy_wasm::traits::RootContext;
 use proxy_wasm::types::LogLevel;
 
 proxy_wasm::main! {{
     proxy_wasm::set_log_level(LogLevel::Info);
-    proxy_wasm::set_root_context(|_| -> Box<dyn RootContext> { Box::new(shell::Root::default()) });
+    proxy_wasm::set_root_context(|_| -> Box<dyn RootContext> { Box::new(root::Root::default()) });
 }}

@@ -5,7 +5,8 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
-use pd_core::choose::scheduler::{Prompt, Scheduler};
+use pd_core::choose::prompt::Prompt;
+use pd_core::choose::scheduler::Scheduler;
 use pd_core::headers::Headers;
 use pd_core::prefix::hash::{BlockHash, PromptHash, prompt_hash};
 use pd_core::prefix::index::PrefixIndex;

@@ -1,6 +1,7 @@
 //! Description of a choice, for people.
 
-use crate::choose::scheduler::{CostedPick, Decision, Prompt, Scheduler, WholeReason};
+use crate::choose::prompt::Prompt;
+use crate::choose::scheduler::{CostedPick, Decision, Scheduler, WholeReason};
 use crate::endpoints::candidates::Candidates;
 use crate::prefix::index::EndpointIndex;
 
@@ -27,8 +28,8 @@ impl Scheduler<'_> {
                 (pick, why, &candidates.whole)
             }
         };
-        let (mut shortlist, owner) = self.shortlist(among, prompt, &[]);
-        let session = self.session_holder(among, prompt);
+        let (mut shortlist, owner) = self.view().shortlist(among, prompt, &[]);
+        let session = self.view().session_holder(among, prompt);
         shortlist.extend(self.table.get(pick.endpoint).map(|state| (pick.endpoint, state)));
         shortlist.sort_unstable_by_key(|(index, _)| *index);
         shortlist.dedup_by_key(|(index, _)| *index);
@@ -56,7 +57,7 @@ impl Scheduler<'_> {
                 of.matched_tokens,
                 if owner == Some(index) { " owner" } else { "" },
                 if session == Some(index) { " session" } else { "" },
-                if self.is_usable(state) { "" } else { " failing" },
+                if self.view().is_usable(state) { "" } else { " failing" },
             ));
         }
         text

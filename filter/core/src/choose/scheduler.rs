@@ -9,36 +9,16 @@
 //!
 //! Of many endpoints a choice compares a [shortlist](super::shortlist).
 
-use crate::choose::shortlist::HOLDERS;
+use crate::choose::prompt::Prompt;
+use crate::choose::shortlist::{HOLDERS, View};
 use crate::config::{Pool, Split};
 use crate::endpoints::candidates::Candidates;
 use crate::endpoints::endpoint_state::EndpointState;
 use crate::endpoints::table::Table;
-use crate::prefix::hash::{BlockHash, PromptHash, prefix_units, rendezvous_weight};
+use crate::prefix::hash::{prefix_units, rendezvous_weight};
 use crate::prefix::index::{EndpointIndex, PrefixIndex};
 use crate::time::Monotonic;
 use crate::wire::Role;
-
-/// What the scheduler needs to know of a prompt.
-#[derive(Clone, Debug, Default)]
-pub struct Prompt {
-    /// Bytes of the prompt's JSON.
-    pub bytes: usize,
-    /// Estimated tokens, 0 or more.
-    pub tokens: f64,
-    /// Estimated tokens of a block of the smallest size.
-    pub block_tokens: f64,
-    /// Block hashes.
-    pub hash: PromptHash,
-    /// The session that a header names, as a block of its own. The endpoint that holds that block served the session last.
-    pub session: Option<BlockHash>,
-    /// Key for rendezvous hashing: the prompt's first block that is not hot.
-    pub key: u64,
-    /// Whether this worker never routed a prompt with that block. Another Envoy may have.
-    pub is_unseen: bool,
-    /// Whether the request wants more than one sequence: a batch of prompts, or several answers.
-    pub is_several: bool,
-}
 
 /// A chosen endpoint.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -121,7 +101,11 @@ pub struct Scheduler<'a> {
     pub now: Monotonic,
 }
 
-impl Scheduler<'_> {
+impl<'a> Scheduler<'a> {
+    pub(super) fn view(&self) -> View<'a> {
+        View { table: self.table, index: self.index, now: self.now }
+    }
+
     /// Decides whether to split a request, and chooses the endpoint of its first leg.
     #[must_use]
     pub fn decide(&self, candidates: &Candidates, prompt: &Prompt) -> Decision {
@@ -157,8 +141,8 @@ impl Scheduler<'_> {
     /// picks among all: a pool is never ejected as a whole. `None` where there is none left.
     #[must_use]
     pub fn pick_by_cost(&self, among: &[EndpointIndex], prompt: &Prompt, tried: &[EndpointIndex]) -> Option<Pick> {
-        let (shortlist, owner) = self.shortlist(among, prompt, tried);
-        let session = self.session_holder(among, prompt);
+        let (shortlist, owner) = self.view().shortlist(among, prompt, tried);
+        let session = self.view().session_holder(among, prompt);
         let mut best: Option<(f64, u64, Pick)> = None;
         for (index, state) in shortlist {
             let CostedPick { pick, cost } =
@@ -181,7 +165,7 @@ impl Scheduler<'_> {
         prompt: &Prompt,
         tried: &[EndpointIndex],
     ) -> Option<(Pick, Vec<EndpointIndex>)> {
-        let suited = self.usable(among, prompt, tried).into_iter();
+        let suited = self.view().usable(among, prompt, tried).into_iter();
         let mut ranked: Vec<Ranked> = suited.map(|(index, state)| Ranked::new(index, state, prompt)).collect();
         let first = ranked.iter().copied().min_by(Ranked::order)?;
         // One header names the rank for all of them, so alternates have the same rank.
@@ -195,9 +179,9 @@ impl Scheduler<'_> {
     pub fn alternates(&self, among: &[EndpointIndex], prompt: &Prompt, chosen: EndpointIndex) -> Vec<EndpointIndex> {
         let Some(first) = self.table.get(chosen) else { return Vec::new() };
         let stands_in = |state: &EndpointState| {
-            self.is_usable(state) && state.engine == first.engine && state.endpoint.rank == first.endpoint.rank
+            self.view().is_usable(state) && state.engine == first.engine && state.endpoint.rank == first.endpoint.rank
         };
-        let others = self.usable(among, prompt, &[chosen]).into_iter().filter(|(_, state)| stands_in(state));
+        let others = self.view().usable(among, prompt, &[chosen]).into_iter().filter(|(_, state)| stands_in(state));
         self.least(others.map(|(index, state)| Ranked::new(index, state, prompt)).collect())
     }
 
@@ -223,18 +207,18 @@ impl Scheduler<'_> {
     /// The least loaded endpoint that lacks fewer than `threshold` tokens of the prompt; `None` where all those are
     /// ejected or overloaded.
     fn pick_cached_decode(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Pick> {
-        let usable = self.usable(among, prompt, &[]);
+        let usable = self.view().usable(among, prompt, &[]);
         let least = usable.into_iter().map(|(_, state)| decode_load(state)).reduce(f64::min)?;
         let bound = 2.0 * least + AFFINITY_SLACK_TOKENS;
         let holders = self.index.holders(&prompt.hash.blocks, HOLDERS);
         let cached = holders.into_iter().filter_map(|index| {
-            let state = self.table.get(index).filter(|state| self.is_among(among, state))?;
+            let state = self.table.get(index).filter(|state| self.view().is_among(among, state))?;
             let pick = self.pick(index, prompt);
             // The block in which the match ends counts as held: it is 1/32 of the prompt at most.
             let blocks = self.index.matched(index, &prompt.hash.blocks);
             let at_most = prefix_units(blocks.saturating_add(1)) as f64 * prompt.block_tokens;
             let load = decode_load(state);
-            let fits = self.is_usable(state) && load <= bound && prompt.tokens - at_most < threshold;
+            let fits = self.view().is_usable(state) && load <= bound && prompt.tokens - at_most < threshold;
             fits.then_some((load, pick))
         });
         cached.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, pick)| pick)
@@ -323,7 +307,7 @@ impl Ranked {
 pub(super) mod tests {
     use super::*;
     use crate::config::Config;
-    use crate::prefix::hash::BlockHash;
+    use crate::prefix::hash::{BlockHash, PromptHash};
     use crate::wire::{Endpoint, Snapshot};
     use proptest::prelude::*;
 

@@ -4,10 +4,12 @@
 //! others. The lowest of some tens of random queues is hardly longer than the lowest of all (Mitzenmacher 2001), so the
 //! time of a choice stays flat.
 
-use crate::choose::scheduler::{Prompt, Scheduler};
+use crate::choose::prompt::Prompt;
 use crate::endpoints::endpoint_state::EndpointState;
+use crate::endpoints::table::Table;
 use crate::prefix::hash::rendezvous_weight;
-use crate::prefix::index::EndpointIndex;
+use crate::prefix::index::{EndpointIndex, PrefixIndex};
+use crate::time::Monotonic;
 
 /// Number of least loaded endpoints on the shortlist, beside the holders of the prefix.
 const LEAST_LOADED: usize = 4;
@@ -19,9 +21,18 @@ const ALL: usize = 64;
 const NEIGHBOURS: usize = 8;
 /// Of more endpoints: number of those in the sample. At a load of 70 % all of 24 are busy once in 5,000 requests.
 const SAMPLE: usize = 24;
-impl Scheduler<'_> {
+
+/// What a choice looks at: the state of one worker at one time.
+#[derive(Clone, Copy)]
+pub(super) struct View<'a> {
+    pub(super) table: &'a Table,
+    pub(super) index: &'a PrefixIndex,
+    pub(super) now: Monotonic,
+}
+
+impl<'a> View<'a> {
     /// The endpoint that served the prompt's session last, where it is among these.
-    pub(super) fn session_holder(&self, among: &[EndpointIndex], prompt: &Prompt) -> Option<EndpointIndex> {
+    pub(super) fn session_holder(self, among: &[EndpointIndex], prompt: &Prompt) -> Option<EndpointIndex> {
         let holders = self.index.holders(prompt.session.as_slice(), HOLDERS);
         holders.into_iter().find(|index| self.table.get(*index).is_some_and(|state| self.is_among(among, state)))
     }
@@ -29,11 +40,11 @@ impl Scheduler<'_> {
     /// The least loaded endpoints, the rendezvous endpoint, those that hold most of the prompt, and that of its session;
     /// an endpoint may be there twice. Beside them the rendezvous endpoint alone.
     pub(super) fn shortlist(
-        &self,
+        self,
         among: &[EndpointIndex],
         prompt: &Prompt,
         tried: &[EndpointIndex],
-    ) -> (Vec<(EndpointIndex, &EndpointState)>, Option<EndpointIndex>) {
+    ) -> (Vec<(EndpointIndex, &'a EndpointState)>, Option<EndpointIndex>) {
         let usable = self.usable(among, prompt, tried);
         let any_healthy = usable.first().is_some_and(|(_, state)| self.is_usable(state));
         let weight = |state: &EndpointState| rendezvous_weight(prompt.key, state.key);
@@ -61,23 +72,23 @@ impl Scheduler<'_> {
         (shortlist, owner.map(|(index, _)| index))
     }
 
-    pub(super) fn is_usable(&self, state: &EndpointState) -> bool {
+    pub(super) fn is_usable(self, state: &EndpointState) -> bool {
         state.health.is_usable(self.now)
     }
 
     /// Whether an endpoint is among candidates, which are sorted by key.
-    pub(super) fn is_among(&self, among: &[EndpointIndex], state: &EndpointState) -> bool {
+    pub(super) fn is_among(self, among: &[EndpointIndex], state: &EndpointState) -> bool {
         among.binary_search_by_key(&Some(state.key), |index| self.table.get(*index).map(|state| state.key)).is_ok()
     }
 
     /// Endpoints that may be chosen: the healthy ones that were not tried; where there is none, all that were not tried. Of
     /// many endpoints it is a part, unless none in that part is healthy.
     pub(super) fn usable(
-        &self,
+        self,
         among: &[EndpointIndex],
         prompt: &Prompt,
         tried: &[EndpointIndex],
-    ) -> Vec<(EndpointIndex, &EndpointState)> {
+    ) -> Vec<(EndpointIndex, &'a EndpointState)> {
         if among.len() > ALL {
             let part = self.healthy(&self.sample(among, prompt), tried);
             if !part.is_empty() {
@@ -92,7 +103,7 @@ impl Scheduler<'_> {
         untried.filter_map(|index| Some((*index, self.table.get(*index)?))).collect()
     }
 
-    fn healthy(&self, among: &[EndpointIndex], tried: &[EndpointIndex]) -> Vec<(EndpointIndex, &EndpointState)> {
+    fn healthy(self, among: &[EndpointIndex], tried: &[EndpointIndex]) -> Vec<(EndpointIndex, &'a EndpointState)> {
         let untried = among.iter().filter(|index| !tried.contains(index));
         let states = untried.filter_map(|index| Some((*index, self.table.get(*index)?)));
         states.filter(|(_, state)| self.is_usable(state)).collect()
@@ -100,7 +111,7 @@ impl Scheduler<'_> {
 
     /// Some of many endpoints: the neighbours of the prompt's key, and every n-th of all, from a place on that differs from
     /// request to request. Candidates are sorted by a hash, so that is a random sample.
-    fn sample(&self, among: &[EndpointIndex], prompt: &Prompt) -> Vec<EndpointIndex> {
+    fn sample(self, among: &[EndpointIndex], prompt: &Prompt) -> Vec<EndpointIndex> {
         let mut sample = self.neighbours(among, prompt);
         let step = among.len().div_ceil(SAMPLE);
         let salt = rendezvous_weight(prompt.hash.head, self.now.as_nanos()) as usize >> 8;
@@ -112,7 +123,7 @@ impl Scheduler<'_> {
     }
 
     /// Endpoints whose keys follow the prompt's key. Every worker of every Envoy finds the same ones.
-    fn neighbours(&self, among: &[EndpointIndex], prompt: &Prompt) -> Vec<EndpointIndex> {
+    fn neighbours(self, among: &[EndpointIndex], prompt: &Prompt) -> Vec<EndpointIndex> {
         let key_of = |index: &EndpointIndex| self.table.get(*index).map(|state| state.key);
         let first = among.partition_point(|index| key_of(index) < Some(prompt.key));
         among.iter().cycle().skip(first).take(NEIGHBOURS.min(among.len())).copied().collect()

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use hashbrown::{HashMap, HashSet};
 
 use crate::endpoints::endpoint_state::EndpointState;
-use crate::endpoints::table::Table;
 use crate::prefix::index::EndpointIndex;
 use crate::wire::{Endpoint, Engine, Role, State};
 
@@ -171,18 +170,17 @@ impl Candidates {
         self.partners.values_mut().for_each(|set| set.retain(|index| stays(*index)));
     }
 
-    /// Endpoints whose bounds have room for a prompt of so many tokens. A set in which no endpoint has room stays whole.
-    /// Without any bounds this costs nothing; otherwise it is a pass over all candidates.
+    /// Keeps the endpoints that `takes` says take the prompt. A set in which no endpoint takes it stays whole. Without any
+    /// bounds this costs nothing; otherwise it is a pass over all candidates.
     #[must_use]
-    pub fn for_prompt(self: Arc<Self>, tokens: f64, table: &Table) -> Arc<Self> {
+    pub(super) fn with_room(self: Arc<Self>, takes: impl Fn(&EndpointIndex) -> bool) -> Arc<Self> {
         if !self.has_prompt_bounds {
             return self;
         }
-        let takes = |index: &EndpointIndex| table.get(*index).is_some_and(|state| state.endpoint.takes_prompt(tokens));
         let mut rest = Self::clone(&self);
         let keep = |set: &mut Vec<EndpointIndex>| {
-            if set.iter().any(takes) {
-                set.retain(takes);
+            if set.iter().any(&takes) {
+                set.retain(&takes);
             }
         };
         rest.sets().into_iter().for_each(keep);
@@ -289,7 +287,7 @@ mod tests {
         let candidates = fixture.table.candidates("m").unwrap();
         let sets = |tokens: f64| {
             let Candidates { prefill, decode, whole, compute, partners, .. } =
-                &*Arc::clone(&candidates).for_prompt(tokens, &fixture.table);
+                &*fixture.table.with_room(Arc::clone(&candidates), tokens);
             let partners = partners.values().next().unwrap();
             [prefill, decode, whole, compute, partners].map(|set| fixture.ports(set))
         };
@@ -300,7 +298,7 @@ mod tests {
         assert_eq!(sets(1e9), [vec![1, 2], vec![3], vec![4], vec![4], vec![3]]);
         let unbounded = Fixture::new(vec![endpoint(1, Role::Both, &[])]);
         let candidates = unbounded.table.candidates("m").unwrap();
-        assert!(Arc::ptr_eq(&Arc::clone(&candidates).for_prompt(1.0, &unbounded.table), &candidates));
+        assert!(Arc::ptr_eq(&unbounded.table.with_room(Arc::clone(&candidates), 1.0), &candidates));
     }
 
     proptest! {
@@ -314,7 +312,7 @@ mod tests {
             let fixture = Fixture::new(endpoints.collect());
             let takes = |index: &EndpointIndex| fixture.table.get(*index).unwrap().endpoint.takes_prompt(tokens);
             let before = fixture.table.candidates("m").unwrap();
-            let after = Arc::clone(&before).for_prompt(tokens, &fixture.table);
+            let after = fixture.table.with_room(Arc::clone(&before), tokens);
             let (mut before, mut after) = (Candidates::clone(&before), Candidates::clone(&after));
             for (set, kept) in before.sets().into_iter().zip(after.sets()) {
                 let fitting: Vec<_> = set.iter().copied().filter(takes).collect();

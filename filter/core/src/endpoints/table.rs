@@ -151,6 +151,12 @@ impl Table {
         }
     }
 
+    /// Candidates whose bounds have room for a prompt of so many tokens. A set in which no endpoint has room stays whole.
+    #[must_use]
+    pub fn with_room(&self, candidates: Arc<Candidates>, tokens: f64) -> Arc<Candidates> {
+        candidates.with_room(|index| self.get(*index).is_some_and(|state| state.endpoint.takes_prompt(tokens)))
+    }
+
     /// Models that endpoints name, sorted.
     #[must_use]
     pub fn model_names(&self) -> Vec<&str> {

@@ -89,7 +89,7 @@ fn settle(gateways: &mut [Gateway], hub: &mut Hub, now: &mut Monotonic, ticks: u
 
 fn fleet(count: u64, hub: &mut Hub, now: &mut Monotonic) -> Vec<Gateway> {
     let mut gateways: Vec<_> = (1..=count).map(|id| Gateway::new(id, *now)).collect();
-    // Whoever is alone looks around once a second.
+    // An Envoy that is alone sends once a second.
     settle(&mut gateways, hub, now, 45);
     gateways
 }
@@ -123,7 +123,7 @@ fn a_decision_is_known_elsewhere_after_two_ticks() {
 }
 
 #[test]
-fn the_same_is_told_in_the_same_order() {
+fn equal_requests_get_equal_answers() {
     let mut hub = Hub::new(9);
     for gateway in (1..=20).rev() {
         let blocks = block_event(1, &blocks(gateway, 1)).into_vec();
@@ -154,7 +154,7 @@ fn a_leg_behind_work_from_elsewhere_makes_no_progress_until_that_is_over() {
 }
 
 #[test]
-fn without_pd_control_an_envoy_has_its_own_view_and_hears_all_again_later() {
+fn without_pd_control_an_envoy_has_its_own_view_and_receives_all_again_later() {
     let (mut hub, mut now) = (Hub::new(9), Monotonic::from_secs(1));
     let mut gateways = fleet(2, &mut hub, &mut now);
     let decode = gateways[0].endpoint(2);
@@ -168,7 +168,7 @@ fn without_pd_control_an_envoy_has_its_own_view_and_hears_all_again_later() {
     assert_eq!(gateways[1].view(2, now).1, 0);
     assert_eq!(gateways[1].worker.state.table.fleet, Fleet { gateways: 2, exchanging: 1 });
     assert!((gateways[1].worker.state.table.fleet.not_exchanging() - 1.0).abs() < 1e-9);
-    // Another one in its place, which knows nothing; what happened meanwhile is told to it in full.
+    // Another hub in its place, which knows nothing, receives everything that happened meanwhile.
     let prefill = gateways[0].endpoint(1);
     gateways[0].worker.holds(prefill, &blocks(5, 9));
     let mut hub = Hub::new(10);
@@ -256,7 +256,7 @@ fn a_new_leader_without_an_answer_counts_on_those_that_the_old_one_knew() {
 }
 
 #[test]
-fn hubs_pass_on_what_they_heard_and_one_that_restarts_catches_up() {
+fn hubs_relay_what_they_received_and_one_that_restarts_catches_up() {
     let mut now = Monotonic::from_secs(1);
     let mut hubs = [Hub::new(8), Hub::new(9)];
     let mut gateways = [Gateway::new(1, now), Gateway::new(2, now)];
@@ -284,7 +284,7 @@ fn hubs_pass_on_what_they_heard_and_one_that_restarts_catches_up() {
     let now = run(&mut hubs, &mut gateways, 4);
     assert_eq!(gateways[1].view(2, now).1, 40);
     assert_eq!(gateways[1].worker.state.index.matched(prefill.index, &blocks(3, 20)), 20);
-    // The second hub dies with all it has, and its gateway with it; who comes after them hears it all.
+    // The second hub dies with all it has, and its gateway with it; those that replace them receive it all.
     hubs[1] = Hub::new(10);
     gateways[1] = Gateway::new(3, now);
     let now = run(&mut hubs, &mut gateways, 90);
@@ -294,7 +294,7 @@ fn hubs_pass_on_what_they_heard_and_one_that_restarts_catches_up() {
 }
 
 #[test]
-fn however_much_gateways_told_a_hub_passes_it_on_in_messages_that_are_taken() {
+fn however_much_gateways_sent_a_hub_relays_it_in_messages_that_are_taken() {
     let now = Monotonic::from_secs(1);
     let (mut full, mut empty) = (Hub::new(8), Hub::new(9));
     for id in 1..=40 {

@@ -165,8 +165,9 @@ impl Forwarded {
     /// Notes who answered: the endpoint that was chosen, the alternate that Envoy went on to, or nobody.
     fn answered_by(&mut self, worker: &mut Worker, upstream: Option<&[u8]>, now: Monotonic) {
         let mut answers = |reference: &EndpointRef| {
-            let slot = worker.state.table.resolve(*reference).filter(|slot| Some(slot.address.as_bytes()) == upstream);
-            let is_it = slot.is_some();
+            let state =
+                worker.state.table.resolve(*reference).filter(|state| Some(state.address.as_bytes()) == upstream);
+            let is_it = state.is_some();
             if is_it {
                 worker.answered(*reference);
             }
@@ -243,15 +244,15 @@ fn judge(worker: &mut Worker, endpoint: EndpointRef, usage: Usage) -> Option<Eff
     if !is_moved {
         worker.counts.count(Metric::KvNotMoved);
     }
-    let slot = worker.state.table.resolve(endpoint)?;
-    let is_news = !is_moved && slot.kv_doubts == 0;
-    slot.kv_doubts = if is_moved { slot.kv_doubts.saturating_sub(1) } else { KV_DOUBTS };
+    let state = worker.state.table.resolve(endpoint)?;
+    let is_news = !is_moved && state.kv_doubts == 0;
+    state.kv_doubts = if is_moved { state.kv_doubts.saturating_sub(1) } else { KV_DOUBTS };
     is_news.then(|| {
         let Usage { prompt_tokens, .. } = usage;
         Effect::Warn(format!(
             "{} had {cached} of the {prompt_tokens} tokens of a split prompt: KV caches do not reach it, prompts are \
              computed twice",
-            slot.address
+            state.address
         ))
     })
 }

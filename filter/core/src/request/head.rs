@@ -53,8 +53,8 @@ impl Subset {
         Some(Self(text.split(',').filter_map(|name| read(name.trim())).collect()))
     }
 
-    pub(crate) fn allows(&self, slot: &EndpointState) -> bool {
-        let address = slot.endpoint.address;
+    pub(crate) fn allows(&self, state: &EndpointState) -> bool {
+        let address = state.endpoint.address;
         self.0.iter().any(|(ip, port)| *ip == address.ip() && port.is_none_or(|port| port == address.port()))
     }
 }
@@ -64,7 +64,7 @@ pub(crate) fn candidates(table: &Table, model: &str, subset: Option<&Subset>) ->
     let all = table.candidates(model)?;
     let Some(subset) = subset else { return Ok(all) };
     let mut some = Candidates::clone(&all);
-    some.retain(|at| table.get(at).is_some_and(|slot| subset.allows(slot)));
+    some.retain(|index| table.get(index).is_some_and(|state| subset.allows(state)));
     if some.is_empty() { Err(NoCandidates::NoEndpoint) } else { Ok(Arc::new(some)) }
 }
 

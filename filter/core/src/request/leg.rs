@@ -41,15 +41,15 @@ pub(super) fn start_leg(
     }
     let destination = destination(worker, pick.endpoint, alternates.into_iter());
     let id = pair_id.unwrap_or_else(|| worker.pair_id(parsed.head.request_id(), now));
-    let protocol = worker.state.table.get(pick.endpoint).map_or(pool.engine, |slot| slot.engine).protocol();
+    let protocol = worker.state.table.get(pick.endpoint).map_or(pool.engine, |state| state.engine).protocol();
     let model = parsed.served.rewrite.as_deref();
     let body = with_pair(worker, parsed, pick, id, |pair| {
         legs::prefill_body(protocol, parsed.api, body.bytes, &body.scan, pair, model)
     });
     let mut rank = None;
-    if let Some(slot) = worker.state.table.get_mut(pick.endpoint) {
-        slot.health.sent(now);
-        rank = slot.endpoint.rank;
+    if let Some(state) = worker.state.table.get_mut(pick.endpoint) {
+        state.health.sent(now);
+        rank = state.endpoint.rank;
     }
     if let Some(endpoint) = worker.state.table.refer(pick.endpoint) {
         worker.prefill_started(endpoint, leg, pick.seconds, now, now.saturating_add(pool.prefill_timeout));
@@ -68,9 +68,9 @@ pub(super) fn with_pair<T: Default>(
     id: u64,
     make: impl FnOnce(&Pair<'_>) -> T,
 ) -> T {
-    let Some(slot) = worker.state.table.get(pick.endpoint) else { return T::default() };
-    let engine_id = slot.engine_id.as_deref().unwrap_or_default();
-    make(&Pair { bootstrap: slot.bootstrap, rank: slot.endpoint.rank, engine_id, id, batch: parsed.batch })
+    let Some(state) = worker.state.table.get(pick.endpoint) else { return T::default() };
+    let engine_id = state.engine_id.as_deref().unwrap_or_default();
+    make(&Pair { bootstrap: state.bootstrap, rank: state.endpoint.rank, engine_id, id, batch: parsed.batch })
 }
 
 /// Takes a prefill leg out of the ledger and notes how it went; the seconds that the endpoint spent on it, where known.
@@ -89,13 +89,13 @@ pub(super) fn leg_ended(
         (None, PrefillAnswer::Answered { status: 200, .. }) => Metric::PrefillOk,
         (None, _) => Metric::PrefillClientError,
     });
-    let seconds = worker.state.table.resolve(endpoint).and_then(|slot| slot.prefill.service_seconds(leg, now));
+    let seconds = worker.state.table.resolve(endpoint).and_then(|state| state.prefill.service_seconds(leg, now));
     worker.prefill_ended(endpoint, leg, now);
     match fault {
         Some(Fault::Unreachable) => {
             worker.failed(endpoint, now);
-            if let Some(slot) = worker.state.table.resolve(endpoint) {
-                slot.engine_id = None;
+            if let Some(state) = worker.state.table.resolve(endpoint) {
+                state.engine_id = None;
             }
         }
         Some(Fault::NotStarted) => {}

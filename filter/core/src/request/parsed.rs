@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use crate::body::splice::{HeadEdit, HeadPlan};
 use crate::body::{Api, Key, KeySet, Scan, json, scan};
-use crate::choose::scheduler::{Prompt, Scheduler};
+use crate::choose::prompt::Prompt;
+use crate::choose::scheduler::Scheduler;
 use crate::config::{Config, Pool};
 use crate::engine::legs;
 use crate::metrics::Metric;
@@ -85,7 +86,7 @@ impl ParsedRequest {
         let batch = batch(api, body);
         let mut prompt = prompt(worker, &config, &served, api, body, session);
         prompt.is_several |= batch.is_some_and(|batch| batch > 1);
-        served.candidates = served.candidates.for_prompt(prompt.tokens, &worker.state.table);
+        served.candidates = worker.state.table.with_room(served.candidates, prompt.tokens);
         worker.counts.add(Metric::PromptTokens, prompt.tokens as i64);
         let plan = legs::decode_plan(bytes, scan, KeySet::EMPTY, served.rewrite.as_deref());
         // Envoy does not survive a body that an edit makes larger than the buffer filter's limit.

@@ -12,7 +12,8 @@ use super::split::{Prefiller, Split};
 use super::step::Step;
 use crate::body::json::Object;
 use crate::body::splice::HeadEdit;
-use crate::choose::scheduler::{Pick, Prompt};
+use crate::choose::prompt::Prompt;
+use crate::choose::scheduler::Pick;
 use crate::config::OnPrefillFailure;
 use crate::endpoints::candidates::Candidates;
 use crate::endpoints::table::{EndpointRef, PromptEstimate};
@@ -77,7 +78,7 @@ impl Prefilling {
         let current = current.unwrap_or_else(|_| {
             Arc::new(Candidates { pool: Arc::clone(&parsed.served.candidates.pool), ..Candidates::default() })
         });
-        parsed.served.candidates = current.for_prompt(parsed.prompt.tokens, &worker.state.table);
+        parsed.served.candidates = worker.state.table.with_room(current, parsed.prompt.tokens);
     }
 
     /// The bootstrap server told the engine's id, or failed to.
@@ -175,19 +176,19 @@ impl Prefilling {
 
 /// Notes the id of an endpoint's engine out of its bootstrap server's answer; `None` if the answer has none.
 fn note_engine_id(worker: &mut Worker, endpoint: EndpointRef, answer: &[u8]) -> Option<()> {
-    let slot = worker.state.table.resolve(endpoint)?;
-    let query = slot.engine.protocol().engine_id.as_ref()?;
-    slot.engine_id = Some((query.read)(answer, slot.endpoint.rank)?.into());
+    let state = worker.state.table.resolve(endpoint)?;
+    let query = state.engine.protocol().engine_id.as_ref()?;
+    state.engine_id = Some((query.read)(answer, state.endpoint.rank)?.into());
     Some(())
 }
 
 /// Notes whether an endpoint's answers lack usable KV parameters; a warning when that begins.
 fn note_kv_missing(worker: &mut Worker, endpoint: EndpointRef, is_missing: bool) -> Option<Effect> {
-    let slot = worker.state.table.resolve(endpoint)?;
-    let begins = is_missing && !slot.is_kv_missing;
-    slot.is_kv_missing = is_missing;
+    let state = worker.state.table.resolve(endpoint)?;
+    let begins = is_missing && !state.is_kv_missing;
+    state.is_kv_missing = is_missing;
     begins.then(|| {
-        let address = &slot.address;
+        let address = &state.address;
         Effect::Warn(format!("{address} gives no usable KV parameters: its prompts are computed twice"))
     })
 }

@@ -9,7 +9,8 @@ use super::leg::prefill_ms;
 use super::parsed::ParsedRequest;
 use super::step::{State, Step};
 use crate::body::splice::HeadEdit;
-use crate::choose::scheduler::{Pick, Prompt, Scheduler};
+use crate::choose::prompt::Prompt;
+use crate::choose::scheduler::{Pick, Scheduler};
 use crate::config::{Config, Split};
 use crate::endpoints::table::EndpointRef;
 use crate::endpoints::usage::Usage;
@@ -148,21 +149,21 @@ fn describe(worker: &mut Worker, route: &Route, now: Monotonic) -> Vec<Effect> {
         Effect::decision(route.decision),
         Effect::SetState(REASON, route.reason.into()),
     ];
-    if let Some(slot) = worker.state.table.get(route.pick.endpoint) {
-        effects.push(Effect::SetState(DECODE, slot.address.as_bytes().to_vec()));
+    if let Some(state) = worker.state.table.get(route.pick.endpoint) {
+        effects.push(Effect::SetState(DECODE, state.address.as_bytes().to_vec()));
         let matched_tokens = route.matched_tokens() as u64;
         effects.push(Effect::SetState(MATCHED_TOKENS, matched_tokens.to_string().into_bytes()));
-        effects.extend(slot.endpoint.rank.map(|rank| Effect::SetState(RANK, rank.to_string().into_bytes())));
+        effects.extend(state.endpoint.rank.map(|rank| Effect::SetState(RANK, rank.to_string().into_bytes())));
     }
     if let Prefill::Done { started, .. } = route.prefill {
         effects.push(prefill_ms(worker, started, now));
     }
     if let Some((_, endpoint)) = route.prefill.endpoint()
-        && let Some(slot) = worker.state.table.resolve(endpoint)
+        && let Some(state) = worker.state.table.resolve(endpoint)
     {
-        effects.push(Effect::SetState(PREFILL, slot.address.as_bytes().to_vec()));
+        effects.push(Effect::SetState(PREFILL, state.address.as_bytes().to_vec()));
         if matches!(route.prefill, Prefill::Sidecar(..)) {
-            effects.push(Effect::SetState(PREFILLER, slot.address.as_bytes().to_vec()));
+            effects.push(Effect::SetState(PREFILLER, state.address.as_bytes().to_vec()));
         }
     }
     effects
@@ -170,7 +171,8 @@ fn describe(worker: &mut Worker, route: &Route, now: Monotonic) -> Vec<Effect> {
 
 /// The request for the report to pd-control.
 fn decision(worker: &Worker, parsed: &ParsedRequest, route: &Route) -> DecisionRecord {
-    let address = |endpoint| worker.state.table.get(endpoint).map_or_else(String::new, |slot| slot.address.to_string());
+    let address =
+        |endpoint| worker.state.table.get(endpoint).map_or_else(String::new, |state| state.address.to_string());
     DecisionRecord {
         decision: decision_name(route.decision).to_owned(),
         reason: route.reason.to_owned(),
@@ -198,11 +200,11 @@ pub(super) fn destination(
     others: impl Iterator<Item = EndpointIndex>,
 ) -> String {
     let mut text = String::with_capacity(64);
-    for slot in core::iter::once(first).chain(others).filter_map(|index| worker.state.table.get(index)) {
+    for state in core::iter::once(first).chain(others).filter_map(|index| worker.state.table.get(index)) {
         if !text.is_empty() {
             text.push(',');
         }
-        text.push_str(&slot.address);
+        text.push_str(&state.address);
     }
     text
 }
@@ -222,7 +224,11 @@ pub(super) fn remember_prompt(worker: &mut Worker, endpoint: EndpointIndex, prom
 fn is_judged(worker: &Worker, parsed: &ParsedRequest, route: &Route) -> bool {
     route.prefill.hands_over()
         && parsed.prompt.tokens as u64 >= JUDGED_TOKENS / 2
-        && worker.state.table.get(route.pick.endpoint).is_some_and(|slot| slot.engine.protocol().counts_fetched_tokens)
+        && worker
+            .state
+            .table
+            .get(route.pick.endpoint)
+            .is_some_and(|state| state.engine.protocol().counts_fetched_tokens)
 }
 
 /// Editor of the response to a request: of the model's name where it is put back, and of the usage where the response
@@ -261,7 +267,7 @@ pub(super) fn pass(
     let scheduler =
         Scheduler { table: &worker.state.table, index: &worker.state.index, pool: config.pool("default"), now };
     let is_allowed = |index: &EndpointIndex| {
-        worker.state.table.get(*index).is_some_and(|slot| subset.is_none_or(|subset| subset.allows(slot)))
+        worker.state.table.get(*index).is_some_and(|state| subset.is_none_or(|subset| subset.allows(state)))
     };
     let restricted: Vec<EndpointIndex>;
     let mut among = worker.state.table.all_ready();

@@ -79,8 +79,8 @@ fn by_content(
     let hinted = hint.and_then(|endpoint| scheduler.pick_by_cost(&[endpoint], prompt, &[]));
     let decision = hinted.map_or_else(|| scheduler.decide(candidates, prompt), Decision::Split);
     if let (Some(deadline), Decision::Split(pick) | Decision::Whole(pick, _)) = (parsed.head.claims.deadline, decision)
-        && let Some(slot) = scheduler.table.get(pick.endpoint)
-        && slot.work(scheduler.now) + pick.seconds > deadline.as_secs_f64()
+        && let Some(state) = scheduler.table.get(pick.endpoint)
+        && state.work(scheduler.now) + pick.seconds > deadline.as_secs_f64()
     {
         return Err(Rejection::Shed(Shed::Deadline));
     }
@@ -107,7 +107,7 @@ fn one_leg(
 /// The prefill endpoint that a trusted peer names, if it is one of the candidates. A name without a rank is any rank's.
 fn hinted(worker: &Worker, ids: &[EndpointId], candidates: &Candidates) -> Option<EndpointIndex> {
     let is_meant = |id: &EndpointId, index: EndpointIndex| {
-        let found = worker.state.table.get(index).map(|slot| slot.endpoint.id());
+        let found = worker.state.table.get(index).map(|state| state.endpoint.id());
         found.is_some_and(|found| found.address == id.address && (id.rank.is_none() || id.rank == found.rank))
     };
     ids.iter().find_map(|id| candidates.prefill.iter().copied().find(|index| is_meant(id, *index)))

@@ -50,20 +50,20 @@ impl Split {
         body: &ScannedBody<'_>,
         now: Monotonic,
     ) -> Result<Step, Rejection> {
-        let (Some(endpoint), Some(slot)) =
+        let (Some(endpoint), Some(state)) =
             (worker.state.table.refer(pick.endpoint), worker.state.table.get(pick.endpoint))
         else {
             return Err(Rejection::NoEndpoint);
         };
-        let prefiller = Prefiller { pick, endpoint, partner: Partner::of(slot) };
-        let protocol = slot.engine.protocol();
+        let prefiller = Prefiller { pick, endpoint, partner: Partner::of(state) };
+        let protocol = state.engine.protocol();
         if let (Some(batch), Some(most)) = (self.parsed.batch, protocol.max_sequences)
             && batch > most
         {
             return Err(Rejection::TooManySequences(most));
         }
-        if let Some(query) = protocol.engine_id.as_ref().filter(|_| slot.engine_id.is_none()) {
-            let server = slot.bootstrap.to_string();
+        if let Some(query) = protocol.engine_id.as_ref().filter(|_| state.engine_id.is_none()) {
+            let server = state.bootstrap.to_string();
             return Ok(self.ask_engine_id(prefiller, query, &server));
         }
         if self.tried.is_empty() {

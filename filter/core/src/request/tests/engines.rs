@@ -79,7 +79,7 @@ fn a_sidecar_is_told_the_prefill_endpoint() {
     assert!(state(&outcome, PREFILLER).starts_with("10.0.0.1:") && state(&outcome, DECODE).starts_with("10.0.0.2:"));
     assert_eq!(edited(&outcome, &long_body()), long_body());
     assert!(!t.request.awaits_call());
-    let work = |t: &Fixture| t.worker.state.table.iter().map(|(_, slot)| slot.prefill.len()).sum::<usize>();
+    let work = |t: &Fixture| t.worker.state.table.iter().map(|(_, state)| state.prefill.len()).sum::<usize>();
     assert_eq!(work(&t), 1);
     t.request.first_byte(&mut t.worker, t.now);
     assert_eq!(work(&t), 0);

@@ -61,8 +61,8 @@ fn envoys_retry_to_an_alternate_moves_the_load() {
     let addresses: Vec<_> = state(&outcome, DESTINATION).split(',').map(str::to_owned).collect();
     t.request.response_headers(&mut t.worker, Some(addresses[1].as_bytes()), None, t.now);
     let load = |t: &Fixture, address: &str| {
-        let (_, slot) = t.worker.state.table.iter().find(|(_, slot)| &*slot.address == address).unwrap();
-        (slot.decode.requests, slot.health.is_failing())
+        let (_, state) = t.worker.state.table.iter().find(|(_, state)| &*state.address == address).unwrap();
+        (state.decode.requests, state.health.is_failing())
     };
     assert_eq!(load(&t, &addresses[0]), (0, true));
     assert_eq!(load(&t, &addresses[1]), (1, false));

@@ -76,7 +76,7 @@ impl Fixture {
     fn is_idle(&self) -> bool {
         let gauges = [Metric::PrefillInFlight, Metric::DecodeInFlight, Metric::DecodeTokensInFlight];
         gauges.iter().all(|gauge| self.worker.counts.pending(*gauge) == 0)
-            && self.worker.state.table.iter().all(|(_, slot)| slot.prefill.is_empty() && slot.decode.requests == 0)
+            && self.worker.state.table.iter().all(|(_, state)| state.prefill.is_empty() && state.decode.requests == 0)
     }
 }
 

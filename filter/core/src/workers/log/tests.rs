@@ -174,7 +174,7 @@ fn a_new_generation_begins_with_what_the_old_one_knew() {
         assert_eq!(new.worker.state.index.matched(new.endpoint(id as usize % 3).index, &blocks(id, 12)), 12, "{id}");
     }
     assert_eq!(new.ledger(now), old[0].ledger(now), "the old generation's work counts once");
-    // The old one drains: its work ends, and the new one hears of it.
+    // The old one drains: its work ends, and the new one learns of it.
     for _ in 0..40 {
         let decode = old[1].endpoint(2);
         old[1].worker.decode_ended(decode, 10);
@@ -186,7 +186,7 @@ fn a_new_generation_begins_with_what_the_old_one_knew() {
 }
 
 #[test]
-fn ends_of_requests_wait_for_company_but_not_for_long() {
+fn ends_of_requests_wait_for_a_decision_but_not_for_long() {
     let (store, now) = (Store::default(), Monotonic::from_secs(1));
     let mut nodes = fleet(&store, 2, now);
     let decode = nodes[0].endpoint(2);
@@ -244,7 +244,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    /// Whatever the order: once everybody has told and heard everything, all ledgers are equal, and once everything
+    /// Whatever the order: once every worker has published and read everything, all ledgers are equal, and once everything
     /// has ended they are empty.
     #[test]
     fn all_ledgers_become_equal_and_then_empty(steps in prop::collection::vec(step(), 1..120)) {

@@ -1,0 +1,24 @@
+//! The prompt as a choice sees it.
+
+use crate::prefix::hash::{BlockHash, PromptHash};
+
+/// What the scheduler needs to know of a prompt.
+#[derive(Clone, Debug, Default)]
+pub struct Prompt {
+    /// Bytes of the prompt's JSON.
+    pub bytes: usize,
+    /// Estimated tokens, 0 or more.
+    pub tokens: f64,
+    /// Estimated tokens of a block of the smallest size.
+    pub block_tokens: f64,
+    /// Block hashes.
+    pub hash: PromptHash,
+    /// The session that a header names, as a block of its own. The endpoint that holds that block served the session last.
+    pub session: Option<BlockHash>,
+    /// Key for rendezvous hashing: the prompt's first block that is not hot.
+    pub key: u64,
+    /// Whether this worker never routed a prompt with that block. Another Envoy may have.
+    pub is_unseen: bool,
+    /// Whether the request wants more than one sequence: a batch of prompts, or several answers.
+    pub is_several: bool,
+}
