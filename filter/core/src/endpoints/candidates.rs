@@ -61,7 +61,7 @@ pub enum NoCandidates {
 pub(super) struct CandidateSets {
     models: HashMap<String, Arc<Candidates>>,
     any_model: Option<Arc<Candidates>>,
-    all_ready: Vec<EndpointIndex>,
+    without_model: Vec<EndpointIndex>,
 }
 
 impl CandidateSets {
@@ -75,12 +75,12 @@ impl CandidateSets {
     ) -> Self {
         let mut named: BTreeMap<&str, BTreeMap<&str, Candidates>> = BTreeMap::new();
         let mut unnamed: BTreeMap<&str, Candidates> = BTreeMap::new();
-        let mut all_ready = Vec::new();
+        let (mut generating, mut prefilling) = (Vec::new(), Vec::new());
         for (index, of) in sorted {
             let Endpoint { pool, models, role, state, .. } = &of.endpoint;
             let ready = *state == State::Ready;
             if ready {
-                all_ready.push(*index);
+                if *role == Role::Prefill { &mut prefilling } else { &mut generating }.push(*index);
             }
             for model in models {
                 named.entry(model).or_default().entry(pool).or_default().push(*index, *role, of.engine, ready);
@@ -102,7 +102,8 @@ impl CandidateSets {
                 Some((model.to_owned(), first_that_generates(pools, &state_of)?))
             })
             .collect();
-        Self { models, any_model: first_that_generates(unnamed, &state_of), all_ready }
+        let without_model = if generating.is_empty() { prefilling } else { generating };
+        Self { models, any_model: first_that_generates(unnamed, &state_of), without_model }
     }
 
     /// The candidates of a model; `None` where no endpoint serves it. The sets may be empty.
@@ -122,9 +123,10 @@ impl CandidateSets {
         self.any_model.is_none() && !self.models.is_empty()
     }
 
-    /// Every ready endpoint, whatever its pool, role and models, sorted by [`EndpointState::key`].
-    pub(super) fn all_ready(&self) -> &[EndpointIndex] {
-        &self.all_ready
+    /// For requests that name no model: every ready endpoint that does more than prefill, whatever its pool and models, or
+    /// where there is none, every ready endpoint. Sorted by [`EndpointState::key`].
+    pub(super) fn without_model(&self) -> &[EndpointIndex] {
+        &self.without_model
     }
 }
 
@@ -186,6 +188,13 @@ impl Candidates {
         rest.sets().into_iter().for_each(keep);
         rest.partners.values_mut().for_each(keep);
         Arc::new(rest)
+    }
+
+    /// For requests that have a model and no prompt: endpoints that generate, or where there is none, those that prefill.
+    #[must_use]
+    pub fn without_prompt(&self) -> &[EndpointIndex] {
+        let sets = [&self.whole, &self.decode, &self.prefill];
+        sets.into_iter().find(|set| !set.is_empty()).map_or(&[], Vec::as_slice)
     }
 
     /// The decode endpoints that can take over from a prefill endpoint; empty where there is none.
@@ -253,7 +262,7 @@ mod tests {
         assert_eq!((fixture.ports(&n.decode), fixture.ports(&n.whole)), (vec![2, 4], vec![2, 3, 4]));
         assert_eq!(fixture.ports(&fixture.table.candidates("other").unwrap().whole), [3]);
         assert_eq!(fixture.table.model_names(), ["m", "n"]);
-        assert_eq!(fixture.table.all_ready().len(), 4);
+        assert_eq!(fixture.ports(fixture.table.without_model()), [2, 3, 4]);
     }
 
     #[test]

@@ -169,10 +169,11 @@ impl Table {
         self.sets.names_all_models()
     }
 
-    /// Every ready endpoint, whatever its pool, role and models, sorted by [`EndpointState::key`].
+    /// For requests that name no model: every ready endpoint that does more than prefill, whatever its pool and models, or
+    /// where there is none, every ready endpoint. Sorted by [`EndpointState::key`].
     #[must_use]
-    pub fn all_ready(&self) -> &[EndpointIndex] {
-        self.sets.all_ready()
+    pub fn without_model(&self) -> &[EndpointIndex] {
+        self.sets.without_model()
     }
 
     /// Endpoints in the table.

@@ -1,33 +1,76 @@
-//! Bodies without a prompt: they are forwarded without the members that no client may send.
+//! Bodies without a prompt: which model they name, and what goes on of them.
+
+use std::borrow::Cow;
 
 use super::head::{RequestHead, decoded_path};
 use crate::body::form::{Form, without};
-use crate::body::json::ScanError;
+use crate::body::json::{ScanError, Span};
 use crate::body::splice::HeadEdit;
-use crate::body::{self, KeySet};
+use crate::body::{self, Key, KeySet, Scan};
 use crate::engine::legs;
 use crate::paths;
+use crate::request::models::Served;
 use crate::request::reply::Rejection;
 
-/// The edit that frees a body of [`FORBIDDEN`](body::FORBIDDEN) members.
-///
-/// # Errors
-/// [`Rejection`] of a body that an engine could read and this filter cannot.
-pub(super) fn cleaned(head: &RequestHead, body: &[u8]) -> Result<HeadEdit, Rejection> {
-    let whole = |edited| HeadEdit { drain: u32::try_from(body.len()).unwrap_or(u32::MAX), head: edited };
-    if let Some(encoding) = &head.form {
-        let form = Form::read(body, encoding.clone()).and_then(|form| form.edited(body, None));
-        return form.map(|edited| edited.map(whole).unwrap_or_default()).map_err(Rejection::InvalidForm);
-    }
-    let refused = |error: ScanError| Rejection::InvalidJson(error.to_string());
-    match body::scan(body) {
-        Ok(scan) => Ok(legs::decode_plan(body, &scan, KeySet::EMPTY, None).with_insert(b"")),
-        Err(_) if body.trim_ascii_start().first() == Some(&b'[') && is_json(head) => {
-            let cuts = body::cuts(body).map_err(refused)?;
-            Ok(if cuts.is_empty() { HeadEdit::default() } else { whole(without(body, &cuts)) })
+/// A body without a prompt that was read.
+pub(super) enum ReadBody {
+    /// An object.
+    Object(Scan),
+    /// An array of JSON, with what is to be cut out of it.
+    Array(Vec<Span>),
+    /// A form.
+    Form(Form),
+    /// No JSON that an engine could read as an object, and no form.
+    Other,
+}
+
+impl ReadBody {
+    /// # Errors
+    /// [`Rejection`] of a body that an engine could read and this filter cannot.
+    pub(super) fn read(head: &RequestHead, body: &[u8]) -> Result<Self, Rejection> {
+        if let Some(encoding) = &head.form {
+            return Form::read(body, encoding.clone()).map(Self::Form).map_err(Rejection::InvalidForm);
         }
-        Err(error) if may_be_object(head, body) => Err(refused(error)),
-        Err(_) => Ok(HeadEdit::default()),
+        let refused = |error: ScanError| Rejection::InvalidJson(error.to_string());
+        match body::scan(body) {
+            Ok(scan) => Ok(Self::Object(scan)),
+            Err(_) if body.trim_ascii_start().first() == Some(&b'[') && is_json(head) => {
+                body::cuts(body).map(Self::Array).map_err(refused)
+            }
+            Err(error) if may_be_object(head, body) => Err(refused(error)),
+            Err(_) => Ok(Self::Other),
+        }
+    }
+
+    /// The model that the body names; `None` where it names none, or not by a string.
+    pub(super) fn model<'a>(&self, body: &'a [u8]) -> Option<Cow<'a, str>> {
+        match self {
+            Self::Object(scan) => scan.str(body, Key::Model),
+            Self::Form(form) => form.text(body, Key::Model.name()),
+            Self::Array(_) | Self::Other => None,
+        }
+    }
+
+    /// The edit that frees the body of [`FORBIDDEN`](body::FORBIDDEN) members and writes another model into it where one
+    /// serves in place of the named one.
+    ///
+    /// # Errors
+    /// [`Rejection::InvalidForm`] of a form with a field that an engine could read as JSON and this filter cannot.
+    pub(super) fn edit(&self, body: &[u8], served: Option<&Served>) -> Result<HeadEdit, Rejection> {
+        let whole = |edited| HeadEdit { drain: u32::try_from(body.len()).unwrap_or(u32::MAX), head: edited };
+        let other = served.filter(|served| served.rewrite.is_some());
+        Ok(match self {
+            Self::Object(scan) => {
+                let model = other.and_then(|served| served.rewrite.as_deref());
+                legs::decode_plan(body, scan, KeySet::EMPTY, model).with_insert(b"")
+            }
+            Self::Array(cuts) if !cuts.is_empty() => whole(without(body, cuts)),
+            Self::Form(form) => {
+                let edited = form.edited(body, other.map(|served| served.model.as_str()));
+                edited.map_err(Rejection::InvalidForm)?.map(whole).unwrap_or_default()
+            }
+            Self::Array(_) | Self::Other => HeadEdit::default(),
+        })
     }
 }
 

@@ -31,6 +31,20 @@ pub(crate) struct RequestHead {
 }
 
 impl RequestHead {
+    /// The model that the body names, or else a header.
+    pub(crate) fn model<'a>(&self, named: Option<Cow<'a, str>>) -> Option<Cow<'a, str>> {
+        let of_header = || {
+            let name = self.headers.get("x-ai-eg-model").or_else(|| self.headers.get("x-gateway-model-name"))?;
+            Some(Cow::Owned(core::str::from_utf8(name).ok()?.to_owned()))
+        };
+        named.or_else(of_header)
+    }
+
+    /// The client's name for its session; `None` where no configured header has one.
+    pub(crate) fn session(&self) -> Option<&[u8]> {
+        self.config.session_headers.iter().find_map(|name| self.headers.get(name))
+    }
+
     /// Envoy's id of the request; empty if there is none.
     pub(crate) fn request_id(&self) -> &[u8] {
         self.headers.get("x-request-id").unwrap_or_default()

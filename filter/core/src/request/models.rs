@@ -8,8 +8,9 @@ use crate::config::{Alias, Config};
 use crate::endpoints::candidates::{Candidates, NoCandidates};
 use crate::endpoints::table::Table;
 use crate::metrics::Metric;
-use crate::request::head::{Subset, candidates};
+use crate::request::head::{RequestHead, Subset, candidates};
 use crate::request::reply::{Rejection, Reply};
+use crate::time::Monotonic;
 use crate::workers::worker::Worker;
 
 /// The model that serves a request.
@@ -24,9 +25,27 @@ pub(crate) struct Served {
     pub(crate) is_put_back: bool,
 }
 
+/// The model that serves what a client asks. All requests of a session get the same target of an alias.
+///
+/// # Errors
+/// [`Rejection::UnknownModel`], [`Rejection::NoEndpoint`]
+pub(super) fn serving_model(
+    worker: &mut Worker,
+    head: &RequestHead,
+    asked: &str,
+    now: Monotonic,
+) -> Result<Served, Rejection> {
+    let bits = match head.session() {
+        _ if !head.config.models.contains_key(asked) => 0,
+        Some(id) => xxhash_rust::xxh3::xxh3_64(id),
+        None => worker.pair_id(head.request_id(), now),
+    };
+    resolve_model(&head.config, &worker.state.table, head.subset.as_ref(), asked, bits)
+}
+
 /// Finds the model for what a client asks, and its endpoints. An alias goes to one of its targets by their weights among
 /// those that are served; equal `bits`, to be spread evenly, go to the same one.
-pub(crate) fn resolve_model(
+fn resolve_model(
     config: &Config,
     table: &Table,
     subset: Option<&Subset>,

@@ -48,7 +48,7 @@ pub(super) fn headers(worker: &mut Worker, headers: Headers, end_of_stream: bool
     let step = match classify(worker, &config, headers, end_of_stream) {
         Ok(Class::Readiness) => return Step::reply(Vec::new(), readiness(worker, &config)),
         Ok(Class::Models) => list_models(worker, &config),
-        Ok(Class::NoBody(subset)) => Step::or_reject(pass(worker, &config, subset.as_ref(), now), worker),
+        Ok(Class::NoBody(subset)) => Step::or_reject(pass(worker, &config, None, subset.as_ref(), now), worker),
         Ok(Class::Body(head)) => {
             if head.headers.get("content-length").is_some() {
                 // The body may change; the buffer filter puts the right length back.

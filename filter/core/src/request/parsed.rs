@@ -1,6 +1,5 @@
 //! What a request's body says, and which endpoints may serve it.
 
-use std::borrow::Cow;
 use std::sync::Arc;
 
 use crate::body::splice::{HeadEdit, HeadPlan};
@@ -12,7 +11,7 @@ use crate::engine::legs;
 use crate::metrics::Metric;
 use crate::prefix::hash::{BlockHash, prompt_hash, session_hash};
 use crate::request::head::RequestHead;
-use crate::request::models::{Served, resolve_model};
+use crate::request::models::{Served, serving_model};
 use crate::request::reply::Rejection;
 use crate::time::Monotonic;
 use crate::workers::worker::Worker;
@@ -72,17 +71,11 @@ impl ParsedRequest {
     ) -> Result<Self, Rejection> {
         let (bytes, scan) = (body.bytes, &body.scan);
         let config = Arc::clone(&head.config);
-        let model = model(&head, body).ok_or(Rejection::MissingModel)?;
-        let session = config.session_headers.iter().find_map(|name| head.headers.get(name));
-        let bits = match session {
-            _ if !config.models.contains_key(&*model) => 0,
-            // A conversation stays with its model.
-            Some(id) => xxhash_rust::xxh3::xxh3_64(id),
-            None => worker.pair_id(head.request_id(), now),
-        };
-        let mut served = resolve_model(&config, &worker.state.table, head.subset.as_ref(), &model, bits)?;
+        let model = if scan.has(Key::Model) { scan.str(bytes, Key::Model) } else { head.model(None) };
+        let model = model.ok_or(Rejection::MissingModel)?;
+        let mut served = serving_model(worker, &head, &model, now)?;
         let put_back = served.is_put_back.then(|| model.into_owned());
-        let session = session.map(|id| session_hash(&served.model, id));
+        let session = head.session().map(|id| session_hash(&served.model, id));
         let batch = batch(api, body);
         let mut prompt = prompt(worker, &config, &served, api, body, session);
         prompt.is_several |= batch.is_some_and(|batch| batch > 1);
@@ -128,15 +121,6 @@ impl ParsedRequest {
     pub(super) fn plain_edit(&self) -> HeadEdit {
         self.plan.with_insert(b"")
     }
-}
-
-/// The model that the body names, or else a header.
-fn model<'a>(head: &RequestHead, body: &ScannedBody<'a>) -> Option<Cow<'a, str>> {
-    if body.scan.has(Key::Model) {
-        return body.scan.str(body.bytes, Key::Model);
-    }
-    let named = head.headers.get("x-ai-eg-model").or_else(|| head.headers.get("x-gateway-model-name"))?;
-    Some(Cow::Owned(core::str::from_utf8(named).ok()?.to_owned()))
 }
 
 /// Output tokens that the request is expected to add to its KV cache.

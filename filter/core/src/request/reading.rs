@@ -1,8 +1,9 @@
 //! A request whose headers are there and whose body is not complete.
 
-use super::clean::cleaned;
+use super::clean::ReadBody;
 use super::effect::Effect;
 use super::head::RequestHead;
+use super::models::serving_model;
 use super::parsed::{ParsedRequest, ScannedBody};
 use super::route::pass;
 use super::serve::serve;
@@ -42,25 +43,47 @@ impl Reading {
         now: Monotonic,
     ) -> Result<Step, Rejection> {
         self.check_size(body.len())?;
-        let Some(api) = self.head.api else {
-            let edit = cleaned(&self.head, body)?;
-            let step = Step::or_reject(pass(worker, &self.head.config, self.head.subset.as_ref(), now), worker);
-            return Ok(step.after(Effect::edit_body(edit)));
-        };
+        let Some(api) = self.head.api else { return self.body_without_prompt(worker, ticket, body, now) };
         let body = ScannedBody::read(body)?;
         let parsed = ParsedRequest::read(worker, self.head, api, &body, now)?;
-        *ticket = admit(worker, &parsed)?;
+        *ticket = admit(worker, &parsed.head, &parsed.served.candidates.pool, parsed.kv_tokens())?;
         Ok(serve(worker, parsed, &body, now))
+    }
+
+    /// The complete body is not one that is split. It goes to an endpoint of the model that it names, or else to any.
+    fn body_without_prompt(
+        self,
+        worker: &mut Worker,
+        ticket: &mut Option<Ticket>,
+        body: &[u8],
+        now: Monotonic,
+    ) -> Result<Step, Rejection> {
+        let Self { head } = self;
+        let read = ReadBody::read(&head, body)?;
+        let served = match head.model(read.model(body)) {
+            Some(model) => Some(serving_model(worker, &head, &model, now)?),
+            None => None,
+        };
+        let edit = read.edit(body, served.as_ref())?;
+        if edit.edited_bytes(body.len()) > head.config.max_body_bytes {
+            return Err(Rejection::TooLarge(head.config.max_body_bytes));
+        }
+        if let Some(served) = &served {
+            let pool = head.config.pool(&served.candidates.pool);
+            let tokens = body.len() as f64 / pool.bytes_per_token;
+            *ticket = admit(worker, &head, &served.candidates.pool, tokens as u64)?;
+        }
+        let step = pass(worker, &head.config, served.as_ref(), head.subset.as_ref(), now)?;
+        Ok(step.after(Effect::edit_body(edit)))
     }
 }
 
 /// Lets the request in, where its pool has limits.
-fn admit(worker: &mut Worker, parsed: &ParsedRequest) -> Result<Option<Ticket>, Rejection> {
-    let limits = parsed.pool().limits;
+fn admit(worker: &mut Worker, head: &RequestHead, pool: &str, tokens: u64) -> Result<Option<Ticket>, Rejection> {
+    let limits = head.config.pool(pool).limits;
     if limits == Limits::default() {
         return Ok(None);
     }
-    let claims = parsed.head.claims;
-    let ask = Ask { tokens: parsed.kv_tokens(), priority: claims.priority, fairness: claims.fairness };
-    worker.admit(&parsed.served.candidates.pool, limits, ask).map(Some).map_err(Rejection::Shed)
+    let ask = Ask { tokens, priority: head.claims.priority, fairness: head.claims.fairness };
+    worker.admit(pool, limits, ask).map(Some).map_err(Rejection::Shed)
 }

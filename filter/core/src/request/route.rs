@@ -16,6 +16,7 @@ use crate::endpoints::table::EndpointRef;
 use crate::endpoints::usage::Usage;
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
+use crate::request::models::Served;
 use crate::request::reply::Rejection;
 use crate::request::response_editor::ResponseEditor;
 use crate::time::Monotonic;
@@ -255,22 +256,31 @@ fn response_editor(parsed: &ParsedRequest, prefill: &Prefill, is_judged: bool) -
     Some(editor)
 }
 
-/// Sends a request without a prompt to the endpoint that has the least to do.
+/// Sends a request without a prompt to the endpoint that has the least to do: of those that serve its model, or of all
+/// where it names none. An endpoint that only prefills gets it where no other could.
 pub(super) fn pass(
     worker: &mut Worker,
     config: &Config,
+    served: Option<&Served>,
     subset: Option<&Subset>,
     now: Monotonic,
 ) -> Result<Step, Rejection> {
     let key = worker.next_leg();
     let prompt = Prompt { key: key.wrapping_mul(0x9e37_79b9_7f4a_7c15), ..Prompt::default() };
-    let scheduler =
-        Scheduler { table: &worker.state.table, index: &worker.state.index, pool: config.pool("default"), now };
+    let scheduler = Scheduler {
+        table: &worker.state.table,
+        index: &worker.state.index,
+        pool: config.pool(served.map_or("default", |served| &served.candidates.pool)),
+        now,
+    };
     let is_allowed = |index: &EndpointIndex| {
         worker.state.table.get(*index).is_some_and(|state| subset.is_none_or(|subset| subset.allows(state)))
     };
     let restricted: Vec<EndpointIndex>;
-    let mut among = worker.state.table.all_ready();
+    let mut among = match served {
+        Some(Served { candidates, .. }) => candidates.without_prompt(),
+        None => worker.state.table.without_model(),
+    };
     if subset.is_some() {
         restricted = among.iter().copied().filter(is_allowed).collect();
         among = &restricted;

@@ -126,3 +126,85 @@ fn a_rewrite_never_makes_a_body_larger_than_the_limit() {
         t.done();
     }
 }
+
+/// A request without a prompt, up to its end.
+fn without_prompt(t: &mut Fixture, path: &str, content_type: &str, body: &str) -> Outcome {
+    t.request = Request::default();
+    let pairs = [(":method", "POST"), (":path", path), ("content-type", content_type)];
+    let outcome = t.request.headers(&mut t.worker, Headers::from_pairs(pairs), false, t.now);
+    let outcome = if t.request.wants_body() { t.body(body) } else { outcome };
+    t.done();
+    outcome
+}
+
+const OTHER_PATHS: [&str; 12] = [
+    "/v1/embeddings",
+    "/pooling",
+    "/score",
+    "/rerank",
+    "/classify",
+    "/tokenize",
+    "/detokenize",
+    "/v1/messages/count_tokens",
+    "/v1/chat/completions/batch",
+    "/v1/images/generations",
+    "/generate",
+    "/invocations",
+];
+
+#[test]
+fn the_model_decides_on_every_path() {
+    let config = CONFIG.replace(
+        r#"{"address":"10.0.0.2:1","role":"decode"}"#,
+        r#"{"address":"10.0.0.2:1","role":"decode","models":["other"]}"#,
+    );
+    let mut t = configured(&config);
+    let form =
+        |model: &str| format!("--b\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\n{model}\r\n--b--\r\n");
+    for path in OTHER_PATHS {
+        let outcome = without_prompt(&mut t, path, "application/json", r#"{"model":"nobodys"}"#);
+        assert_eq!(reply(&outcome), (404, "unknown_model"), "{path}");
+        for i in 0..8 {
+            let outcome = without_prompt(&mut t, path, "application/json", &format!(r#"{{"model":"m","i":{i}}}"#));
+            assert!(state(&outcome, DESTINATION).starts_with("10.0.0.2:"), "{path}: never one that only prefills");
+            let outcome = without_prompt(&mut t, path, "application/json", &format!(r#"{{"i":{i}}}"#));
+            assert!(state(&outcome, DESTINATION).starts_with("10.0.0.2:"), "{path}: without a model neither");
+        }
+    }
+    for path in ["/v1/audio/transcriptions", "/v1/images/edits"] {
+        let outcome = without_prompt(&mut t, path, "multipart/form-data; boundary=b", &form("nobodys"));
+        assert_eq!(reply(&outcome), (404, "unknown_model"), "{path}");
+        let outcome = without_prompt(&mut t, path, "multipart/form-data; boundary=b", &form("m"));
+        assert!(state(&outcome, DESTINATION).starts_with("10.0.0.2:"), "{path}");
+    }
+    assert!(t.is_idle());
+}
+
+#[test]
+fn an_alias_is_rewritten_on_every_path() {
+    let mut t = aliased();
+    for path in OTHER_PATHS {
+        let body = r#"{"input":"a", "model" : "gpt"}"#;
+        let outcome = without_prompt(&mut t, path, "application/json", body);
+        assert_eq!(edited(&outcome, body), r#"{"input":"a", "model" : "m"}"#, "{path}");
+    }
+    let body = "--b\r\ncontent-disposition: form-data; name=model\r\n\r\ngpt\r\n--b--\r\n";
+    let outcome = without_prompt(&mut t, "/v1/audio/translations", "multipart/form-data; boundary=b", body);
+    assert_eq!(edited(&outcome, body), body.replace("gpt", "m"));
+}
+
+#[test]
+fn requests_without_a_prompt_count_in_a_pools_limits() {
+    let mut t = configured(&CONFIG.replacen('{', r#"{"pools":{"default":{"max_requests":1}},"#, 1));
+    let headers = [(":method", "POST"), (":path", "/v1/embeddings")];
+    t.request.headers(&mut t.worker, Headers::from_pairs(headers), false, t.now);
+    assert_eq!(t.body(r#"{"model":"m","input":"a"}"#).flow, Flow::Continue);
+    let mut second = Request::default();
+    second.headers(&mut t.worker, Headers::from_pairs(headers), false, t.now);
+    let outcome = second.body(&mut t.worker, br#"{"model":"m","input":"b"}"#, t.now);
+    assert_eq!(reply(&outcome).0, 429);
+    t.done();
+    let mut third = Request::default();
+    third.headers(&mut t.worker, Headers::from_pairs(headers), false, t.now);
+    assert_eq!(third.body(&mut t.worker, br#"{"model":"m","input":"b"}"#, t.now).flow, Flow::Continue);
+}
