@@ -45,7 +45,7 @@ fn the_tour_of_readme_goes_as_it_says() {
     for (command, expected) in [
         (chat, r#""decision":"split""#),
         (chat, r#""reason":"cached""#),
-        (&short, r#""decision":"decode_only""#),
+        (&short, r#""reason":"short""#),
         (&format!("{chat} -H 'x-pd-phase: decode'"), r#""reason":"phase_header""#),
     ] {
         let answer = launcher.run(command);

@@ -154,10 +154,8 @@ const OTHER_PATHS: [&str; 12] = [
 
 #[test]
 fn the_model_decides_on_every_path() {
-    let config = CONFIG.replace(
-        r#"{"address":"10.0.0.2:1","role":"decode"}"#,
-        r#"{"address":"10.0.0.2:1","role":"decode","models":["other"]}"#,
-    );
+    let of = |model: &str| format!(r#""10.0.0.2:1", "role": "decode", "models": ["{model}"]"#);
+    let config = CONFIG.replace(&of("m"), &of("other"));
     let mut t = configured(&config);
     let form =
         |model: &str| format!("--b\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\n{model}\r\n--b--\r\n");
@@ -166,7 +164,7 @@ fn the_model_decides_on_every_path() {
         assert_eq!(reply(&outcome), (404, "unknown_model"), "{path}");
         for i in 0..8 {
             let outcome = without_prompt(&mut t, path, "application/json", &format!(r#"{{"model":"m","i":{i}}}"#));
-            assert!(state(&outcome, DESTINATION).starts_with("10.0.0.2:"), "{path}: never one that only prefills");
+            assert_eq!(state(&outcome, DESTINATION), "10.0.0.2:2", "{path}: it serves the model and generates");
             let outcome = without_prompt(&mut t, path, "application/json", &format!(r#"{{"i":{i}}}"#));
             assert!(state(&outcome, DESTINATION).starts_with("10.0.0.2:"), "{path}: without a model neither");
         }
@@ -175,7 +173,7 @@ fn the_model_decides_on_every_path() {
         let outcome = without_prompt(&mut t, path, "multipart/form-data; boundary=b", &form("nobodys"));
         assert_eq!(reply(&outcome), (404, "unknown_model"), "{path}");
         let outcome = without_prompt(&mut t, path, "multipart/form-data; boundary=b", &form("m"));
-        assert!(state(&outcome, DESTINATION).starts_with("10.0.0.2:"), "{path}");
+        assert_eq!(state(&outcome, DESTINATION), "10.0.0.2:2", "{path}");
     }
     assert!(t.is_idle());
 }
