@@ -1,22 +1,22 @@
 //! Description of a choice, for people.
 
 use crate::choose::prompt::Prompt;
-use crate::choose::scheduler::{CostedPick, Decision, Scheduler, WholeReason};
+use crate::choose::scheduler::{CostedPick, Schedule, Scheduler, WholeReason};
 use crate::endpoints::candidates::Candidates;
 use crate::prefix::index::EndpointIndex;
 
 impl Scheduler<'_> {
-    /// Describes in one line what [`decide`](Self::decide) chooses, and among which endpoints. Its form may change.
+    /// Describes in one line what [`schedule`](Self::schedule) chooses, and among which endpoints. Its form may change.
     ///
     /// The line has for each endpoint that was compared: W, S and W + w·S in seconds, matched tokens, assigned tokens, and
     /// whether it is the rendezvous endpoint, the holder of the session, or ejected.
     #[must_use]
     pub fn explain(&self, candidates: &Candidates, prompt: &Prompt) -> String {
         let name = |index: EndpointIndex| self.table.get(index).map_or("?", |state| state.address.as_ref());
-        let (pick, choice, among) = match self.decide(candidates, prompt) {
-            Decision::Nobody => return "nobody: no endpoint is ready".to_owned(),
-            Decision::Split(pick) => (pick, "split: lowest W+wS", &candidates.compute),
-            Decision::Whole(pick, why) => {
+        let (pick, choice, among) = match self.schedule(candidates, prompt) {
+            Schedule::Nobody => return "nobody: no endpoint is ready".to_owned(),
+            Schedule::Split(pick) => (pick, "split: lowest W+wS", &candidates.compute),
+            Schedule::Whole(pick, why) => {
                 let why = match why {
                     WholeReason::Short => "whole: shorter than the threshold",
                     WholeReason::Cached => "whole: lacks less than the threshold",

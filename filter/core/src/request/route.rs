@@ -99,7 +99,7 @@ pub(super) fn forward(
 ) -> Result<Step, Rejection> {
     let assignment = account(worker, parsed, &route, now).ok_or(Rejection::NoEndpoint)?;
     let mut effects = describe(worker, &route, now);
-    worker.decided(now, |worker| decision(worker, parsed, &route));
+    worker.record_decision(now, |worker| decision_record(worker, parsed, &route));
     let concurrent_prefill =
         if let Prefill::Concurrent(_, concurrent) = route.prefill { Some(concurrent) } else { None };
     let is_judged = is_judged(worker, parsed, &route);
@@ -171,7 +171,7 @@ fn describe(worker: &mut Worker, route: &Route, now: Monotonic) -> Vec<Effect> {
 }
 
 /// The request for the report to pd-control.
-fn decision(worker: &Worker, parsed: &ParsedRequest, route: &Route) -> DecisionRecord {
+fn decision_record(worker: &Worker, parsed: &ParsedRequest, route: &Route) -> DecisionRecord {
     let address =
         |endpoint| worker.state.table.get(endpoint).map_or_else(String::new, |state| state.address.to_string());
     DecisionRecord {
