@@ -109,8 +109,8 @@ fn choose_both_endpoints(bencher: Bencher<'_, '_>, endpoints: u32) {
     bencher.bench_local(|| {
         let scheduler =
             Scheduler { table: &worker.state.table, index: &worker.state.index, pool: config.pool("default"), now };
-        let decision = scheduler.decide(black_box(&candidates), black_box(&prompt));
-        (decision, scheduler.pick_decode(&candidates.decode, &prompt, &[]))
+        let schedule = scheduler.schedule(black_box(&candidates), black_box(&prompt));
+        (schedule, scheduler.pick_decode(&candidates.decode, &prompt, &[]))
     });
 }
 

@@ -10,8 +10,8 @@
 use super::{Key, KeySet, MAX_MEMBERS};
 use crate::body::json::{self, ErrorKind, RawMember, ScanError, Scanner, Span};
 
-/// Members that no client may send to an engine: they name another server's memory or address, or make an engine wait
-/// for a part that never comes. One of them can end a decode server's process.
+/// Members that no client may send to an engine. They name memory or addresses of other servers, or make an engine wait for
+/// a part that never comes. `kv_transfer_params` can end a decode server's process.
 pub const FORBIDDEN: KeySet = KeySet::of(&[
     Key::KvTransferParams,
     Key::EcTransferParams,
@@ -32,8 +32,8 @@ pub const FORBIDDEN: KeySet = KeySet::of(&[
     Key::DisaggPrefillResp,
 ]);
 
-/// Whether the value of a member of that (decoded) name is content: a prompt, a schema, or a note of the client. No
-/// engine reads parameters of a request there.
+/// Whether a member of this name (without escapes) has content as its value: a prompt, a schema, or a note of the client.
+/// Engines read no parameters of a request there.
 #[must_use]
 pub fn is_content(name: &str) -> bool {
     matches!(
@@ -76,10 +76,11 @@ pub(super) fn find(body: &[u8], member: &RawMember, key: Option<Key>, cuts: &mut
     Search { json: value, base: member.value.start, cuts }.value(&mut scanner).map_err(|error| error.kind)
 }
 
-/// What is to be cut out of a whole document, in its order: forbidden members of every object that is no content.
+/// Spans to cut out of a whole document, in its order: forbidden members of every object that is not content. Empty where
+/// there are none.
 ///
 /// # Errors
-/// [`ScanError`] when the document is not valid JSON, or has more than [`MAX_MEMBERS`] of them.
+/// [`ScanError`] where the document is not valid JSON, or has more than [`MAX_MEMBERS`] forbidden members.
 pub fn cuts(json: &[u8]) -> Result<Vec<Span>, ScanError> {
     json::validate(json)?;
     let mut cuts = Vec::new();

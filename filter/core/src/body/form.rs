@@ -1,8 +1,8 @@
-//! Forms as a request's body: their fields, and a form without what no client may send.
+//! Forms as bodies of requests: their fields, and the form without members that no client may send.
 //!
-//! Multipart forms carry audio and images, with parameters beside them; engines read a field `vllm_xargs` as JSON. A
-//! form is read strictly: where two parsers could find different fields, it is refused. Sources: RFC 7578, RFC 2046, the
-//! URL standard, and what Starlette with python-multipart reads.
+//! Multipart forms carry audio and images, with parameters beside them; engines read a field `vllm_xargs` as JSON. The
+//! filter refuses a form in which two parsers could find different fields. Sources: RFC 7578, RFC 2046, the URL standard,
+//! and what Starlette with python-multipart reads.
 
 use core::fmt;
 use std::borrow::Cow;
@@ -13,7 +13,7 @@ use super::forbidden::{FORBIDDEN, cuts, is_content};
 use super::{Key, decode_percent};
 use crate::body::json::Span;
 
-/// Fields that one form may have; more is refused.
+/// Most fields of one form; a form with more is refused.
 const MAX_FIELDS: usize = 1_024;
 
 /// How a form is written.
@@ -30,11 +30,11 @@ pub enum Encoding {
 pub enum FormError {
     /// The content type names no usable boundary, or another character set than UTF-8.
     ContentType,
-    /// The parts are not where the boundary says, or have headers that are not readable in one way only.
+    /// The parts are not where the boundary says, or parsers could read their headers differently.
     Malformed,
-    /// A field that looks like JSON is not.
+    /// A field begins as JSON and is not valid JSON.
     FieldNotJson,
-    /// Fields beyond all reason.
+    /// The form has more than 1,024 fields.
     TooManyFields,
 }
 
@@ -50,7 +50,7 @@ impl fmt::Display for FormError {
 }
 
 impl Encoding {
-    /// The form's encoding that a `content-type` names; `None` for what is no form.
+    /// The encoding of the form that a `content-type` names; `None` where it names something else.
     ///
     /// # Errors
     /// [`FormError::ContentType`] for a form that parsers could split differently.
@@ -131,7 +131,7 @@ struct Field {
     is_file: bool,
 }
 
-/// Where the fields of a form stand.
+/// Where the fields of a form are. Offsets count bytes of the body that was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Form {
     encoding: Encoding,
@@ -142,7 +142,7 @@ impl Form {
     /// Reads a whole form.
     ///
     /// # Errors
-    /// [`FormError`] where it is not a form that every parser reads alike.
+    /// [`FormError`] where parsers could read the body differently.
     pub fn read(body: &[u8], encoding: Encoding) -> Result<Self, FormError> {
         let fields = match &encoding {
             Encoding::Multipart(boundary) => multipart(body, boundary)?,
@@ -151,7 +151,7 @@ impl Form {
         Ok(Self { encoding, fields })
     }
 
-    /// The value of a field that is text; the last one of several. `None` where there is none or it is not UTF-8.
+    /// The value of a field with text; the last one of several. `None` where there is no such field or it is not UTF-8.
     #[must_use]
     pub fn text<'a>(&self, body: &'a [u8], name: &str) -> Option<Cow<'a, str>> {
         let field = self.fields.iter().rev().find(|field| field.name == name && !field.is_file)?;
@@ -169,11 +169,11 @@ impl Form {
         }
     }
 
-    /// The form without forbidden fields, without forbidden members in fields that hold JSON, and with another model
-    /// where one is given; `None` where nothing changes.
+    /// The form without forbidden fields, without forbidden members in fields that hold JSON, and with another model where
+    /// `model` is given. `None` where nothing changes.
     ///
     /// # Errors
-    /// [`FormError::FieldNotJson`] for a field that an engine could read as JSON and this cannot.
+    /// [`FormError::FieldNotJson`] for a field that an engine could read as JSON and this parser cannot.
     pub fn edited(&self, body: &[u8], model: Option<&str>) -> Result<Option<Vec<u8>>, FormError> {
         let mut out: Vec<u8> = Vec::new();
         let (mut copied, mut changed) = (0, false);

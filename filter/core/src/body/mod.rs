@@ -1,6 +1,7 @@
-//! What the filter needs to know of a request's body: its API, and where its top-level members stand.
+//! Bodies of requests: where their members are, and how bytes change.
 //!
-//! [`scan`] is one pass that checks the whole body and keeps offsets only; a [`Scan`] outlives the bytes it describes.
+//! [`scan`] checks the whole body in one pass and keeps the offsets of its top-level members. A [`Scan`] borrows nothing: it
+//! outlives the bytes that it describes.
 
 use std::borrow::Cow;
 
@@ -13,8 +14,8 @@ pub mod splice;
 
 pub use forbidden::{FORBIDDEN, cuts, is_content};
 
-/// Known members that one body may hold, duplicates included, and nested members that are cut out of it; more of either
-/// is refused. Bounds a [`Scan`] to 44 kB: there are some fifty keys, and no client repeats one for a reason.
+/// Most known members of one body, duplicates included, and most nested members that are cut out of one; a body with more
+/// of either is refused. It bounds a [`Scan`] to 44 kB. There are some fifty keys, and no client repeats one for a reason.
 pub const MAX_MEMBERS: usize = 1_024;
 
 /// Percent-encoding undone; an escape that is none stays as it stands.
@@ -34,7 +35,7 @@ pub(crate) fn decode_percent(text: &[u8]) -> Vec<u8> {
     decoded
 }
 
-/// API that a request speaks.
+/// API of a request with a prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Api {
     /// `/v1/chat/completions`
@@ -62,7 +63,8 @@ impl Api {
         }
     }
 
-    /// The API that a `:path` names: exactly, but for a query string.
+    /// The API that a `:path` names, without its query string; `None` for every other path. The path must be spelt exactly:
+    /// percent-encoding is not undone.
     #[must_use]
     pub fn of_path(path: &[u8]) -> Option<Self> {
         match path.split(|&byte| byte == b'?').next()? {
@@ -78,7 +80,7 @@ impl Api {
 
 macro_rules! keys {
     ($($name:literal $key:ident,)*) => {
-        /// Top-level members that mean something to the filter; all others pass through unseen.
+        /// Keys of the top-level members that the filter knows. All other members pass through unseen.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum Key {
             $(#[doc = concat!("`", $name, "`")] $key,)*
@@ -88,7 +90,7 @@ macro_rules! keys {
             /// All of them.
             pub const ALL: &[Self] = &[$(Self::$key,)*];
 
-            /// The key as JSON has it, without quotes. None of them needs an escape.
+            /// The key's name, without quotes. No name needs an escape in JSON.
             #[must_use]
             pub const fn name(self) -> &'static str {
                 match self {
@@ -96,7 +98,7 @@ macro_rules! keys {
                 }
             }
 
-            /// The key of that (decoded) name.
+            /// The key of a name without escapes; `None` for a name that the filter does not know.
             #[must_use]
             pub fn of_name(name: &str) -> Option<Self> {
                 match name {
@@ -210,25 +212,25 @@ impl KeySet {
         Self(self.0 | key.bit())
     }
 
-    /// Keys of either set.
+    /// The keys that are in either set.
     #[must_use]
     pub const fn union(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
 
-    /// Keys of both sets.
+    /// The keys that are in both sets.
     #[must_use]
     pub const fn intersection(self, other: Self) -> Self {
         Self(self.0 & other.0)
     }
 
-    /// Whether the key is in it.
+    /// Whether the key is in the set.
     #[must_use]
     pub const fn contains(self, key: Key) -> bool {
         self.0 & key.bit() != 0
     }
 
-    /// Whether there is none.
+    /// Whether the set has no key.
     #[must_use]
     pub const fn is_empty(self) -> bool {
         self.0 == 0
@@ -248,13 +250,13 @@ pub struct Member {
     pub span: Span,
     /// The value.
     pub value: Span,
-    /// Offset of the comma before it; for the first member, just past the object's opening brace.
+    /// Offset of the comma before the member; for the first member, the offset just past the object's opening brace.
     pub before: u32,
-    /// Offset of the comma behind it; for the last member, of the object's closing brace.
+    /// Offset of the comma behind the member; for the last member, the offset of the object's closing brace.
     pub after: u32,
 }
 
-/// Where the known members of a body stand.
+/// Where the known members of a body are. Offsets count bytes of the body that was scanned.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Scan {
     /// Bytes of the body.
@@ -273,7 +275,7 @@ pub struct Scan {
 /// Accepts exactly the objects that `serde_json` parses as a `Value`, except that [`MAX_MEMBERS`] bounds repetition.
 ///
 /// # Errors
-/// [`ScanError`] says what is wrong and where, in words for the client.
+/// [`ScanError`] where the body is not such an object.
 pub fn scan(body: &[u8]) -> Result<Scan, ScanError> {
     let mut scanner = Scanner::new(body)?;
     scanner.white_space();
@@ -330,38 +332,39 @@ impl Scan {
         self.known.contains(key)
     }
 
-    /// The keys that are there.
+    /// The keys of the known members.
     #[must_use]
     pub fn keys(&self) -> KeySet {
         self.known
     }
 
-    /// All known members in their order, duplicates included.
+    /// The known members in the order of the body, duplicates included.
     #[must_use]
     pub fn members(&self) -> &[Member] {
         &self.members
     }
 
-    /// What every edit of the body leaves out, in its order: [`FORBIDDEN`] members of objects inside other members'
-    /// values, each with one of the commas beside it.
+    /// Spans that every edit leaves out, in the order of the body: [`FORBIDDEN`] members of objects inside the values of
+    /// other members, each with one of the commas beside it.
     #[must_use]
     pub fn cuts(&self) -> &[Span] {
         &self.cuts
     }
 
-    /// The bytes of a member's value.
+    /// The bytes of a member's value; `None` where the body has no such member.
     #[must_use]
     pub fn raw<'a>(&self, body: &'a [u8], key: Key) -> Option<&'a [u8]> {
         self.get(key).map(|member| member.value.get(body))
     }
 
-    /// A string, borrowed unless it holds escapes; `None` when there is none or it is something else.
+    /// A member's value as a string, borrowed unless it has escapes; `None` where there is no such member or the value is
+    /// not a string.
     #[must_use]
     pub fn str<'a>(&self, body: &'a [u8], key: Key) -> Option<Cow<'a, str>> {
         json::string(self.raw(body, key)?)
     }
 
-    /// `true` or `false`; `None` when there is none or it is something else.
+    /// A member's value as a Boolean; `None` where there is no such member or the value is neither `true` nor `false`.
     #[must_use]
     pub fn bool(&self, body: &[u8], key: Key) -> Option<bool> {
         match self.raw(body, key)? {
@@ -371,7 +374,8 @@ impl Scan {
         }
     }
 
-    /// An integer; `None` when there is none, or it is something else (negative, `1.0`, `1e3`, beyond 64 bits).
+    /// A member's value as an integer; `None` where there is no such member or the value is anything else (negative, `1.0`,
+    /// `1e3`, beyond 64 bits).
     #[must_use]
     pub fn u64(&self, body: &[u8], key: Key) -> Option<u64> {
         let raw = self.raw(body, key)?;

@@ -1,15 +1,15 @@
-//! Edits the bytes of a scanned body: members dropped, values replaced, members put in front.
+//! Edits of the bytes of a scanned body: drop members, replace values, put members in front.
 //!
-//! Everything else stays as the client wrote it: key order, white space, number spelling, unknown members.
+//! All other bytes stay as the client wrote them: key order, white space, spelling of numbers, unknown members.
 //!
 //! - Inserted members come first in the object. Parsers take the last of several members with the same key, so a caller
-//!   that inserts a key also drops it.
-//! - Dropping and replacing concern every occurrence of a key. A key in both is dropped.
-//! - What [`Scan::cuts`] names is left out of values that stay.
+//!   that inserts a key must also drop it.
+//! - An edit drops or replaces every occurrence of a key. It drops a key that is in both lists.
+//! - Every edit leaves out the [`Scan::cuts`] of values that stay.
 //! - A dropped member goes with the comma before it; the first ones of an object go with the comma behind them.
 //!
-//! [`rewrite`] makes a whole new body. [`head_edit`] makes the shortest edit of the front, for a buffer that can only be
-//! drained and prepended to. [`HeadPlan`] is the same when what to insert is known only after the body is gone.
+//! [`rewrite`] makes a whole new body. [`head_edit`] makes the shortest edit of the front, for a buffer of which only the
+//! front can be replaced. [`HeadPlan`] is such an edit whose inserted members are known only after the body is gone.
 
 use crate::body::json::slice;
 use crate::body::{Key, KeySet, Scan};
@@ -19,13 +19,13 @@ use crate::body::{Key, KeySet, Scan};
 pub struct Edits<'a> {
     /// Members to drop.
     pub drop: KeySet,
-    /// Values to replace by other JSON values. Keys that the body does not have are passed over.
+    /// Values to replace by other JSON values. A key that the body does not have changes nothing.
     pub replace: &'a [(Key, &'a [u8])],
     /// Members to put in front, without the braces: `"a":1,"b":2`. May be empty.
     pub insert: &'a [u8],
 }
 
-/// An edit of the front of a body.
+/// An edit of the front of a body. The default changes nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HeadEdit {
     /// First bytes of the body to remove.
@@ -35,7 +35,7 @@ pub struct HeadEdit {
 }
 
 impl HeadEdit {
-    /// Bytes of a body of `bytes` bytes once it is edited.
+    /// The length of an edited body that had `bytes` bytes.
     #[must_use]
     pub fn edited_bytes(&self, bytes: usize) -> usize {
         bytes.saturating_sub(self.drain as usize).saturating_add(self.head.len())
@@ -65,7 +65,8 @@ pub struct HeadPlan {
 }
 
 impl HeadPlan {
-    /// Plans the edit; what is known already stands in [`Edits::insert`].
+    /// Plans the edit. [`Edits::insert`] has the members that are known already; they come behind the ones that are inserted
+    /// later.
     #[must_use]
     pub fn new(body: &[u8], scan: &Scan, edits: &Edits<'_>) -> Self {
         let front = slice(body, 0, scan.open).to_vec();
@@ -78,7 +79,7 @@ impl HeadPlan {
         Self { drain: walk.drain, front, rest, follow: walk.follow || inserts, changed: walk.changed || inserts }
     }
 
-    /// Bytes that a body of `bytes` bytes has with these members in front.
+    /// The length of the edited body with these members in front, of a body that had `bytes` bytes.
     #[must_use]
     pub fn edited_bytes(&self, insert: &[u8], bytes: usize) -> usize {
         if insert.is_empty() && !self.changed {
@@ -101,7 +102,7 @@ impl HeadPlan {
 
 /// The edited body, in a buffer of exactly its size.
 ///
-/// `body` must be the one that was scanned: another one gives a wrong, but not a dangerous result.
+/// `body` must be the body that was scanned. For another one the result is wrong; nothing panics.
 #[must_use]
 pub fn rewrite(body: &[u8], scan: &Scan, edits: &Edits<'_>) -> Vec<u8> {
     let mut edited_bytes = 0_usize;
@@ -119,7 +120,7 @@ pub fn rewrite(body: &[u8], scan: &Scan, edits: &Edits<'_>) -> Vec<u8> {
     out
 }
 
-/// The shortest edit of the front of `body` that makes the edited body; nothing if there is nothing to change.
+/// The shortest edit of the front of `body` that makes the edited body. It is none where nothing changes.
 #[must_use]
 pub fn head_edit(body: &[u8], scan: &Scan, edits: &Edits<'_>) -> HeadEdit {
     HeadPlan::new(body, scan, edits).with_insert(b"")

@@ -1,22 +1,22 @@
 //! Description of a choice, for people.
 
 use crate::choose::prompt::Prompt;
-use crate::choose::scheduler::{Decision, Scheduler, WholeReason};
+use crate::choose::scheduler::{CostedPick, Schedule, Scheduler, WholeReason};
 use crate::endpoints::candidates::Candidates;
 use crate::prefix::index::EndpointIndex;
 
 impl Scheduler<'_> {
-    /// Describes in one line what [`decide`](Self::decide) chooses, and among which endpoints. Its form may change.
+    /// Describes in one line what [`schedule`](Self::schedule) chooses, and among which endpoints. Its form may change.
     ///
     /// The line has for each endpoint that was compared: W, S and W + w·S in seconds, matched tokens, assigned tokens, and
     /// whether it is the rendezvous endpoint, the holder of the session, or ejected.
     #[must_use]
     pub fn explain(&self, candidates: &Candidates, prompt: &Prompt) -> String {
         let name = |index: EndpointIndex| self.table.get(index).map_or("?", |state| state.address.as_ref());
-        let (pick, choice, among) = match self.decide(candidates, prompt) {
-            Decision::Nobody => return "nobody: no endpoint is ready".to_owned(),
-            Decision::Split(pick) => (pick, "split: lowest W+wS", &candidates.compute),
-            Decision::Whole(pick, why) => {
+        let (pick, choice, among) = match self.schedule(candidates, prompt) {
+            Schedule::Nobody => return "nobody: no endpoint is ready".to_owned(),
+            Schedule::Split(pick) => (pick, "split: lowest W+wS", &candidates.compute),
+            Schedule::Whole(pick, why) => {
                 let why = match why {
                     WholeReason::Short => "whole: shorter than the threshold",
                     WholeReason::Cached => "whole: lacks less than the threshold",
@@ -39,7 +39,7 @@ impl Scheduler<'_> {
                 (self.cost(index, state, prompt, (owner == Some(index), session == Some(index))), index, state)
             })
             .collect();
-        costs.sort_by(|a, b| a.0.1.total_cmp(&b.0.1));
+        costs.sort_by(|a, b| a.0.cost.total_cmp(&b.0.cost));
         let mut text = format!(
             "{choice}: {}; {:.0} tokens, w={}, {} of {} candidates",
             name(pick.endpoint),
@@ -48,7 +48,7 @@ impl Scheduler<'_> {
             costs.len(),
             among.len(),
         );
-        for ((of, cost), index, state) in costs {
+        for (CostedPick { pick: of, cost }, index, state) in costs {
             let (work, decode) = (state.work(self.now), state.decode_tokens());
             text.push_str(&format!(
                 "; {} W={work:.3} S={:.3} W+wS={cost:.3} match={:.0} decode={decode}{}{}{}",

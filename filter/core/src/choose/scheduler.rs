@@ -31,9 +31,17 @@ pub struct Pick {
     pub seconds: f64,
 }
 
+/// An endpoint that may be chosen, and what the choice compares.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct CostedPick {
+    pub(super) pick: Pick,
+    /// W + w·S, weighted seconds.
+    pub(super) cost: f64,
+}
+
 /// How a request is served.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Decision {
+pub enum Schedule {
     /// Two legs, the prefill leg at this endpoint. The decode endpoint is chosen later.
     Split(Pick),
     /// One endpoint serves the whole request.
@@ -100,10 +108,10 @@ impl<'a> Scheduler<'a> {
 
     /// Decides whether to split a request, and chooses the endpoint of its first leg.
     #[must_use]
-    pub fn decide(&self, candidates: &Candidates, prompt: &Prompt) -> Decision {
+    pub fn schedule(&self, candidates: &Candidates, prompt: &Prompt) -> Schedule {
         let alone = |reason| {
             let pick = self.pick_by_cost(&candidates.whole, prompt, &[]);
-            pick.map_or(Decision::Nobody, |pick| Decision::Whole(pick, reason))
+            pick.map_or(Schedule::Nobody, |pick| Schedule::Whole(pick, reason))
         };
         // Where no endpoint serves whole requests, everything is split.
         if self.pool.split == Split::Never && !candidates.whole.is_empty() {
@@ -121,12 +129,12 @@ impl<'a> Scheduler<'a> {
             return alone(WholeReason::NoPrefill);
         };
         if state.endpoint.role == Role::Both {
-            return Decision::Whole(pick, WholeReason::Aggregated);
+            return Schedule::Whole(pick, WholeReason::Aggregated);
         }
         if prompt.is_several && !state.engine.protocol().hands_over_several {
             return alone(WholeReason::Several);
         }
-        Decision::Split(pick)
+        Schedule::Split(pick)
     }
 
     /// The endpoint with the lowest W + w·S among these, without those that were `tried`. Where no endpoint is healthy it
@@ -137,7 +145,8 @@ impl<'a> Scheduler<'a> {
         let session = self.view().session_holder(among, prompt);
         let mut best: Option<(f64, u64, Pick)> = None;
         for (index, state) in shortlist {
-            let (pick, cost) = self.cost(index, state, prompt, (owner == Some(index), session == Some(index)));
+            let CostedPick { pick, cost } =
+                self.cost(index, state, prompt, (owner == Some(index), session == Some(index)));
             let rendezvous = rendezvous_weight(prompt.key, state.key);
             let better = |(lowest, weight, _): &(f64, u64, Pick)| (cost, *weight) < (*lowest, rendezvous);
             if best.as_ref().is_none_or(better) {
@@ -188,11 +197,11 @@ impl<'a> Scheduler<'a> {
     }
 
     /// Serves a request whole where an endpoint has to compute fewer than `threshold` tokens of its prompt.
-    fn below_threshold(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Decision> {
+    fn below_threshold(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Schedule> {
         if prompt.tokens < threshold {
-            return self.pick_decode(among, prompt, &[]).map(|(pick, _)| Decision::Whole(pick, WholeReason::Short));
+            return self.pick_decode(among, prompt, &[]).map(|(pick, _)| Schedule::Whole(pick, WholeReason::Short));
         }
-        self.pick_cached_decode(among, prompt, threshold).map(|pick| Decision::Whole(pick, WholeReason::Cached))
+        self.pick_cached_decode(among, prompt, threshold).map(|pick| Schedule::Whole(pick, WholeReason::Cached))
     }
 
     /// The least loaded endpoint that lacks fewer than `threshold` tokens of the prompt; `None` where all those are
@@ -239,7 +248,7 @@ impl<'a> Scheduler<'a> {
         state: &EndpointState,
         prompt: &Prompt,
         (owner, session): (bool, bool),
-    ) -> (Pick, f64) {
+    ) -> CostedPick {
         let pick = self.pick(index, prompt);
         let mut held = pick.matched_tokens;
         if session {
@@ -248,7 +257,7 @@ impl<'a> Scheduler<'a> {
             held += self.rendezvous_share() * (prompt.tokens - held).max(0.0);
         }
         let own = self.seconds(state, prompt, held);
-        (pick, state.work(self.now) + self.pool.affinity_weight * own)
+        CostedPick { pick, cost: state.work(self.now) + self.pool.affinity_weight * own }
     }
 
     /// β: as configured, or by the share of the other Envoys that do not exchange.
@@ -333,8 +342,8 @@ pub(super) mod tests {
             self.scheduler().pick_by_cost(&self.candidates.prefill, prompt, &[]).unwrap()
         }
 
-        fn decide(&self, prompt: &Prompt) -> Decision {
-            self.scheduler().decide(&self.candidates, prompt)
+        fn schedule(&self, prompt: &Prompt) -> Schedule {
+            self.scheduler().schedule(&self.candidates, prompt)
         }
 
         pub(crate) fn busy(&mut self, index: EndpointIndex, seconds: f64) {
@@ -356,8 +365,8 @@ pub(super) mod tests {
     fn no_prompt_is_computed_without_a_decode_endpoint() {
         for split in ["always", "never", "threshold"] {
             let fixture = fixture(2, 0, &format!(r#"{{"pools":{{"default":{{"split":{{"mode":"{split}"}}}}}}}}"#));
-            assert_eq!(fixture.decide(&prompt(1, 20)), Decision::Nobody, "{split}");
-            assert_eq!(fixture.decide(&prompt(1, 0)), Decision::Nobody, "{split}");
+            assert_eq!(fixture.schedule(&prompt(1, 20)), Schedule::Nobody, "{split}");
+            assert_eq!(fixture.schedule(&prompt(1, 0)), Schedule::Nobody, "{split}");
         }
     }
 
@@ -446,31 +455,34 @@ pub(super) mod tests {
     #[test]
     fn a_small_uncached_rest_skips_prefill() {
         let mut fixture = fixture(2, 2, r#"{"pools":{"default":{"split":{"uncached_tokens":300}}}}"#);
-        assert!(matches!(fixture.decide(&prompt(1, 2)), Decision::Whole(_, WholeReason::Short)), "a short prompt");
-        assert!(matches!(fixture.decide(&prompt(1, 3)), Decision::Split(_)));
+        assert!(matches!(fixture.schedule(&prompt(1, 2)), Schedule::Whole(_, WholeReason::Short)), "a short prompt");
+        assert!(matches!(fixture.schedule(&prompt(1, 3)), Schedule::Split(_)));
         let decode = fixture.candidates.decode[1];
         fixture.index.insert(decode, &prompt(1, 20).hash.blocks);
-        let Decision::Whole(pick, WholeReason::Cached) = fixture.decide(&prompt(1, 22)) else { panic!() };
+        let Schedule::Whole(pick, WholeReason::Cached) = fixture.schedule(&prompt(1, 22)) else { panic!() };
         assert_eq!((pick.endpoint, pick.matched_tokens), (decode, 20.0 * 128.0));
-        assert!(matches!(fixture.decide(&prompt(1, 23)), Decision::Whole(..)), "a match may end behind its last block");
-        assert!(matches!(fixture.decide(&prompt(1, 24)), Decision::Split(_)));
+        assert!(
+            matches!(fixture.schedule(&prompt(1, 23)), Schedule::Whole(..)),
+            "a match may end behind its last block"
+        );
+        assert!(matches!(fixture.schedule(&prompt(1, 24)), Schedule::Split(_)));
         fixture.table.get_mut(decode).unwrap().decode.add(100_000);
-        assert!(matches!(fixture.decide(&prompt(1, 22)), Decision::Split(_)), "the holder is overloaded");
+        assert!(matches!(fixture.schedule(&prompt(1, 22)), Schedule::Split(_)), "the holder is overloaded");
     }
 
     #[test]
     fn without_prefill_endpoints_decode_serves_whole() {
         let fixture = fixture(0, 2, "");
-        assert!(matches!(fixture.decide(&prompt(1, 50)), Decision::Whole(_, WholeReason::NoPrefill)));
-        assert_eq!(fixture.scheduler().decide(&Candidates::default(), &prompt(1, 50)), Decision::Nobody);
+        assert!(matches!(fixture.schedule(&prompt(1, 50)), Schedule::Whole(_, WholeReason::NoPrefill)));
+        assert_eq!(fixture.scheduler().schedule(&Candidates::default(), &prompt(1, 50)), Schedule::Nobody);
     }
 
     #[test]
     fn the_split_mode_of_the_pool_rules() {
         let always = fixture(1, 1, r#"{"pools":{"default":{"split":{"mode":"always"}}}}"#);
-        assert!(matches!(always.decide(&prompt(1, 0)), Decision::Split(_)));
+        assert!(matches!(always.schedule(&prompt(1, 0)), Schedule::Split(_)));
         let never = fixture(1, 1, r#"{"pools":{"default":{"split":{"mode":"never"}}}}"#);
-        assert!(matches!(never.decide(&prompt(1, 50)), Decision::Whole(_, WholeReason::Never)));
+        assert!(matches!(never.schedule(&prompt(1, 50)), Schedule::Whole(_, WholeReason::Never)));
     }
 
     #[test]
@@ -532,7 +544,7 @@ pub(super) mod tests {
             let scheduler = fixture.scheduler();
             let among = &fixture.candidates.prefill;
             let owner = among.iter().copied().max_by_key(|index| rendezvous_weight(prompt.key, fixture.table.get(*index).unwrap().key));
-            let cost = |index: u32| scheduler.cost(index, fixture.table.get(index).unwrap(), &prompt, (owner == Some(index), false)).1;
+            let cost = |index: u32| scheduler.cost(index, fixture.table.get(index).unwrap(), &prompt, (owner == Some(index), false)).cost;
             let lowest = among.iter().map(|index| cost(*index)).fold(f64::INFINITY, f64::min);
             prop_assert_eq!(cost(fixture.prefill(&prompt).endpoint), lowest);
         }

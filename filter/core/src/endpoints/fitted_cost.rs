@@ -37,6 +37,17 @@ pub struct FittedCost {
     observations: u64,
 }
 
+/// A prefill that ended.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SeenPrefill {
+    /// Tokens of the prompt.
+    pub tokens: f64,
+    /// Of these, tokens that the endpoint had cached; above `tokens` it counts as `tokens`.
+    pub cached_tokens: f64,
+    /// Seconds that an endpoint of weight 1 would have taken.
+    pub seconds: f64,
+}
+
 impl FittedCost {
     /// The configured figures of a pool, before any observation.
     #[must_use]
@@ -74,10 +85,10 @@ impl FittedCost {
         self.observations
     }
 
-    /// Observes a prefill of `n` tokens, `p` of them cached, that took so many seconds on an endpoint of weight 1. Without
-    /// effect where the numbers are not finite or not above 0.
-    pub fn saw_prefill(&mut self, n: f64, p: f64, seconds: f64) {
-        let p = p.clamp(0.0, n.max(0.0));
+    /// Observes a prefill. Without effect where the numbers are not finite or not above 0.
+    pub fn saw_prefill(&mut self, seen: SeenPrefill) {
+        let SeenPrefill { tokens: n, cached_tokens, seconds } = seen;
+        let p = cached_tokens.clamp(0.0, n.max(0.0));
         let terms = [self.configured.a, self.configured.b * (n - p), self.configured.c * (n * n - p * p)];
         let [fa, fb, fc] = self.factors;
         let [ta, tb, tc] = terms;
@@ -161,13 +172,17 @@ mod tests {
         (0..51).map(lengths).map(of).fold(0.0, f64::max)
     }
 
+    fn seen(tokens: f64, cached_tokens: f64, seconds: f64) -> SeenPrefill {
+        SeenPrefill { tokens, cached_tokens, seconds }
+    }
+
     #[test]
     fn a_pool_that_is_slower_than_configured_is_learnt() {
         let mut fit = fit();
         let truth = Cost { a: 0.030, b: 60e-6, c: 1.5e-9 };
         assert!(error(&fit, truth) > 0.5);
         for (n, p) in (0..300).map(lengths) {
-            fit.saw_prefill(n, p, truth.seconds(n, p));
+            fit.saw_prefill(seen(n, p, truth.seconds(n, p)));
         }
         assert!(error(&fit, truth) < 0.05, "{:?}", fit.cost());
     }
@@ -179,7 +194,7 @@ mod tests {
             let Cost { a, b, c } = fit.configured;
             let truth = Cost { a: a * factor, b: b * factor, c: c * factor };
             for (n, p) in (0..1_500).map(lengths) {
-                fit.saw_prefill(n, p, truth.seconds(n, p));
+                fit.saw_prefill(seen(n, p, truth.seconds(n, p)));
             }
             assert!(error(&fit, truth) < 0.1, "{factor}: {:?}", fit.cost());
         }
@@ -192,7 +207,7 @@ mod tests {
         for i in 0..500 {
             let (n, p) = lengths(i);
             let waited = if i % 10 == 0 { 30.0 } else { 0.0 };
-            fit.saw_prefill(n, p, truth.seconds(n, p) + waited);
+            fit.saw_prefill(seen(n, p, truth.seconds(n, p) + waited));
         }
         assert!(error(&fit, truth) < 0.35, "{} {:?}", error(&fit, truth), fit.cost());
     }
@@ -216,7 +231,7 @@ mod tests {
             let mut fit = fit();
             for (n, p, seconds) in seen {
                 // Lengths come from counts, which are neither negative nor endless; seconds from a clock.
-                fit.saw_prefill(n.abs().min(1e9), p.abs().min(1e9), seconds);
+                fit.saw_prefill(self::seen(n.abs().min(1e9), p.abs().min(1e9), seconds));
                 fit.saw_text(n, p);
             }
             let (cost, configured) = (fit.cost(), fit.configured);

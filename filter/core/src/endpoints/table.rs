@@ -9,7 +9,7 @@ use crate::config::{Config, Cost, Pool};
 use crate::endpoints::candidates::{CandidateSets, Candidates, NoCandidates};
 use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::endpoints::endpoint_state::EndpointState;
-use crate::endpoints::fitted_cost::FittedCost;
+use crate::endpoints::fitted_cost::{FittedCost, SeenPrefill};
 use crate::endpoints::health::Health;
 use crate::endpoints::load::{Load, PrefillQueue};
 use crate::endpoints::usage::Usage;
@@ -58,6 +58,17 @@ pub enum Applied {
     OutOfStep,
     /// The snapshot is a whole list without endpoints. The last good one stays in force.
     Empty,
+}
+
+/// What was estimated of a prompt before its prefill.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PromptEstimate {
+    /// Bytes of the prompt's JSON, which are known.
+    pub bytes: f64,
+    /// Tokens of the prompt.
+    pub tokens: f64,
+    /// Of these, tokens that the endpoint held by the index.
+    pub matched_tokens: f64,
 }
 
 impl Table {
@@ -256,12 +267,12 @@ impl Table {
         })
     }
 
-    /// Learns from a prefill leg that ended well: `bytes` of the prompt, and the estimates of its tokens and cached tokens;
-    /// `seconds` that the endpoint took, where they are known. Without effect where the endpoint left the list.
+    /// Learns from a prefill leg that ended well, by what was estimated before it, what its answer says, and the `seconds`
+    /// that the endpoint took, where they are known. Without effect where the endpoint left the list.
     pub fn saw_prefill(
         &mut self,
         reference: EndpointRef,
-        (bytes, tokens, cached): (f64, f64, f64),
+        estimate: PromptEstimate,
         seconds: Option<f64>,
         usage: Option<Usage>,
     ) {
@@ -270,15 +281,15 @@ impl Table {
         };
         let (fit_index, weight) = (state.fit, state.endpoint.weight);
         let Some((_, fit)) = self.fits.get_mut(fit_index) else { return };
-        let n = usage.map_or(tokens, |usage| usage.prompt_tokens as f64);
+        let tokens = usage.map_or(estimate.tokens, |usage| usage.prompt_tokens as f64);
         if usage.is_some() {
-            fit.saw_text(bytes, n);
+            fit.saw_text(estimate.bytes, tokens);
         }
         // The matched tokens are an estimate. Where most of a prompt matches, a small error there is a large one in the rest.
-        let guess = Some(cached).filter(|cached| cached * 8.0 <= tokens);
-        let p = usage.and_then(|usage| usage.cached_tokens).map(|cached| cached as f64).or(guess);
-        if let (Some(p), Some(seconds)) = (p, seconds) {
-            fit.saw_prefill(n, p, seconds * weight);
+        let guess = Some(estimate.matched_tokens).filter(|matched| matched * 8.0 <= estimate.tokens);
+        let cached_tokens = usage.and_then(|usage| usage.cached_tokens).map(|cached| cached as f64).or(guess);
+        if let (Some(cached_tokens), Some(seconds)) = (cached_tokens, seconds) {
+            fit.saw_prefill(SeenPrefill { tokens, cached_tokens, seconds: seconds * weight });
         }
     }
 

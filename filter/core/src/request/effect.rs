@@ -1,4 +1,4 @@
-//! What the filter does for a request: effects, which the shell carries out in their order.
+//! Effects: acts that core asks the shell to do for a request, in their order.
 
 use core::time::Duration;
 
@@ -9,69 +9,74 @@ use crate::request::reply::Reply;
 
 /// Filter state that the route copies into the destination header: `ip:port[,ip:port…]`.
 pub const DESTINATION: &str = "pd.destination";
-/// Filter state that the route copies into `x-data-parallel-rank`: the rank behind the destination, if it has one.
+/// Filter state that the route copies into `x-data-parallel-rank`: the rank of the chosen endpoint. Unset where the
+/// endpoint has no rank.
 pub const RANK: &str = "pd.rank";
-/// Filter state that the route copies into `x-prefiller-host-port`, for a routing sidecar that runs the prefill leg.
+/// Filter state that the route copies into `x-prefiller-host-port`: `ip:port` of the prefill endpoint, for a routing sidecar
+/// that runs the prefill leg. Unset for other engines.
 pub const PREFILLER: &str = "pd.prefiller";
 /// Filter state for the access log: `split`, `decode_only`, `prefill_only`, `passed` or `rejected`.
 pub const DECISION: &str = "pd.decision";
-/// Filter state for the access log: why, as a reason code.
+/// Filter state for the access log: the reason code of the decision or of the error. Unset for `passed`, except for the
+/// filter's own list of models.
 pub const REASON: &str = "pd.reason";
-/// Filter state for the access log: prefill endpoint.
+/// Filter state for the access log: `ip:port` of the prefill endpoint. Unset where no prefill leg was sent.
 pub const PREFILL: &str = "pd.prefill";
-/// Filter state for the access log: decode endpoint that was chosen first.
+/// Filter state for the access log: `ip:port` of the endpoint that was chosen to generate. Envoy may have gone on to an
+/// alternate.
 pub const DECODE: &str = "pd.decode";
-/// Filter state for the access log: prompt tokens thought to be cached where the prompt was computed.
+/// Filter state for the access log: matched tokens of the endpoint that computed the prompt, by the index.
 pub const MATCHED_TOKENS: &str = "pd.matched_tokens";
-/// Filter state for the access log: milliseconds from the first prefill leg to the decode leg.
+/// Filter state for the access log: milliseconds from the choice of the first prefill endpoint to the end of the prefill leg
+/// that ended well. Unset without one.
 pub const PREFILL_MS: &str = "pd.prefill_ms";
-/// Filter state for an answer header: the candidates and why one of them was chosen, where a caller who is trusted to
-/// asked by [`EXPLAIN_HEADER`](crate::config::EXPLAIN_HEADER).
+/// Filter state for a response header: a line for people with the candidates and the reason of the choice. Set where the
+/// request has [`EXPLAIN_HEADER`](crate::config::EXPLAIN_HEADER) and the configuration trusts that header.
 pub const EXPLAIN: &str = "pd.explain";
-/// Every filter state that a request may get.
+/// All filter states that a request may get.
 pub const STATES: &[&str] =
     &[DESTINATION, RANK, PREFILLER, DECISION, REASON, PREFILL, DECODE, MATCHED_TOKENS, PREFILL_MS, EXPLAIN];
 
-/// Answer header of a request whose prompt was computed twice, because the prefill leg's KV cache could not be handed
-/// over: `missing`.
+/// Response header with the value `missing`: the prefill answer had no usable KV parameters, so that the decode endpoint
+/// computed the prompt a second time.
 pub const KV_HEADER: &str = "x-pd-kv";
-/// Answer header of a request whose endpoints a peer restricted: who served it.
+/// Response header with `ip:port` of the endpoint that answered, for a request that a trusted header restricted to a subset.
 pub const SERVED_HEADER: &str = "x-gateway-destination-endpoint-served";
 
-/// What becomes of the callback that an event came with.
+/// What the shell returns from the callback that brought an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flow {
     /// The stream goes on.
     Continue,
-    /// The stream waits: for more of the body, for an answer, or for its end after a reply.
+    /// The stream waits: for more of the body, for the end of a call, or for its own end after a reply.
     Pause,
 }
 
-/// Something for the shell to do, in order.
+/// An act of the shell.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
-    /// Remove a request header. Headers phase only.
+    /// Remove a request header. Only [`Request::headers`](super::Request::headers) asks for it.
     RemoveHeader(Vec<u8>),
-    /// Set the request's `:path`. Headers phase only.
+    /// Set the request's `:path`. Only [`Request::headers`](super::Request::headers) asks for it.
     SetPath(Vec<u8>),
-    /// Set a filter state.
+    /// Set the filter state of this name, one of [`STATES`].
     SetState(&'static str, Vec<u8>),
-    /// Edit the front of the buffered request body.
+    /// Edit the front of the buffered request body, which is complete.
     EditBody(HeadEdit),
-    /// Run a prefill leg, or ask a bootstrap server what the leg needs to know; the end of the call comes back as
-    /// [`Request::prefill_answer`](super::Request::prefill_answer).
+    /// Start a call. When the call ends, the shell calls [`Request::prefill_answer`](super::Request::prefill_answer); it
+    /// also does so at once, with `NotStarted`, where the host refuses to start the call.
     Call(Call),
-    /// Remove a header of the response whose headers are there.
+    /// Remove a response header. Only [`Request::response_headers`](super::Request::response_headers) asks for it.
     RemoveResponseHeader(&'static str),
-    /// Edit the part of the response's body that is there.
+    /// Edit the part of the response's body that the callback has.
     EditResponse(HeadEdit),
-    /// Add a header to the response whose headers are there.
+    /// Add a response header. Only [`Request::response_headers`](super::Request::response_headers) asks for it.
     AddResponseHeader(&'static str, String),
-    /// Warn the operator that something is degraded: once per change.
+    /// Log a warning. Core asks for it once per change.
     Warn(String),
-    /// Let the response go on that [`Request::response_headers`](super::Request::response_headers) held back.
+    /// Let the response go on whose headers [`Request::response_headers`](super::Request::response_headers) held back.
     ResumeResponse,
-    /// Answer the client.
+    /// Answer the client. It is the last effect.
     Reply(Reply),
 }
 
@@ -92,14 +97,14 @@ pub(super) fn decision_name(decision: Metric) -> &'static str {
     decision.name().rsplit('=').next().unwrap_or_default()
 }
 
-/// A prefill leg, or the question before it.
+/// An HTTP call of the filter: a prefill leg, or the question for an engine's id before it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Call {
-    /// Envoy cluster.
+    /// Envoy cluster that the call goes to.
     pub cluster: String,
     /// Headers, pseudo-headers included.
     pub headers: Headers,
-    /// Body; empty: none.
+    /// Body; empty where the call has none.
     pub body: Vec<u8>,
     /// Time limit.
     pub timeout: Duration,
@@ -108,9 +113,9 @@ pub struct Call {
 /// What an event leads to.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Outcome {
-    /// What becomes of the callback. In an answer's callback `Continue` means: resume the request.
+    /// What the shell returns from the callback. After the end of a call, `Continue` means: resume the request.
     pub flow: Flow,
-    /// What to do first.
+    /// What the shell does before it returns.
     pub effects: Vec<Effect>,
 }
 

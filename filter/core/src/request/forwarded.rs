@@ -1,4 +1,4 @@
-//! A request that an engine endpoint serves: who answers, and the prefill leg that may run beside it.
+//! A request that an engine endpoint has: the endpoint that answers, and the prefill leg that may run beside it.
 
 use super::PrefillAnswer;
 use super::effect::{Effect, Flow, KV_HEADER, Outcome, SERVED_HEADER};
@@ -14,24 +14,24 @@ use crate::request::reply::Rejection;
 use crate::time::Monotonic;
 use crate::workers::worker::Worker;
 
-/// A request that an engine endpoint serves.
+/// A request that an engine endpoint has.
 #[derive(Debug)]
 pub(super) struct Forwarded {
     pub(super) assignment: Assignment,
     /// Endpoints that Envoy may go on to.
     pub(super) alternates: Vec<EndpointRef>,
-    /// The prefill leg, where it goes out with this one.
+    /// The prefill leg, where the engine wants both legs at once and the leg is in flight.
     pub(super) concurrent_prefill: Option<ConcurrentPrefill>,
-    /// Whether the prompt is computed a second time.
+    /// Whether the decode endpoint computes the prompt a second time.
     pub(super) is_kv_missing: bool,
-    /// What to look for in the response's body.
+    /// Editor of the response's body; `None` where the body is not read.
     pub(super) editor: Option<Box<ResponseEditor>>,
     /// Whether the usage in the response shows that the KV cache came.
     pub(super) is_judged: bool,
     /// Whether a peer restricted the endpoints, and wants to know who served.
     pub(super) is_restricted: bool,
     pub(super) response: Response,
-    /// Whether the response's body has begun: the prompt has been computed.
+    /// Whether the response's body has begun.
     pub(super) has_first_byte: bool,
 }
 
@@ -47,18 +47,18 @@ pub(super) struct ConcurrentPrefill {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Response {
     Awaited,
-    /// They wait for the prefill leg.
+    /// The filter holds them until the prefill leg ends.
     Held,
     /// The client has them.
     Passed,
 }
 
-/// What a request is counted for at its endpoint.
+/// What the ledger has of a request.
 #[derive(Debug)]
 pub(super) struct Assignment {
     endpoint: EndpointRef,
     tokens: u64,
-    /// The prompt's own computation and where it is done, counted until the first byte; none where a leg of ours does it.
+    /// The prefill that no leg of the filter does: its endpoint, and its number in the ledger. `None` from the first byte on.
     pub(super) own_prefill: Option<(EndpointRef, u64)>,
 }
 
@@ -232,12 +232,13 @@ fn to_i64(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
-/// Shortest prompt whose usage is judged, tokens: engines hand over whole blocks and keep the last token for themselves.
+/// Shortest prompt whose usage is judged, in tokens. In a shorter one, the part that engines compute again in any case (the
+/// last block) is too large a share.
 pub(super) const JUDGED_TOKENS: u64 = 256;
-/// Answers in a row that show a KV cache that came before the next one that does not is news.
+/// Responses in a row that must show a KV cache that came, before the next one without it is worth a warning again.
 const KV_DOUBTS: u8 = 32;
 
-/// Compares what the decode endpoint had of a split prompt with all of it; a warning where that is news.
+/// Counts a split prompt of which the decode endpoint had less than half cached; a warning where that begins.
 fn judge(worker: &mut Worker, endpoint: EndpointRef, usage: Usage) -> Option<Effect> {
     let cached = usage.cached_tokens.filter(|_| usage.prompt_tokens >= JUDGED_TOKENS)?;
     let is_moved = cached >= usage.prompt_tokens / 2;

@@ -1,4 +1,4 @@
-//! What a request's headers say, and which of its headers go on.
+//! What a request's headers say.
 
 use core::net::{IpAddr, SocketAddr};
 use core::time::Duration;
@@ -14,12 +14,12 @@ use crate::endpoints::table::Table;
 use crate::headers::Headers;
 use crate::wire::EndpointId;
 
-/// What the headers said.
+/// What a request's headers say.
 #[derive(Debug)]
 pub(crate) struct RequestHead {
     pub(crate) config: Arc<Config>,
     pub(crate) headers: Headers,
-    /// `None`: a path whose body is only freed of what no client may send.
+    /// The API that the path names; `None` for a request without a prompt.
     pub(crate) api: Option<Api>,
     /// How the body is written if it is a form and its path is not one of an [`Api`].
     pub(crate) form: Option<Encoding>,
@@ -51,7 +51,7 @@ impl RequestHead {
     }
 }
 
-/// Endpoints to which a trusted peer restricts a request: addresses, or all ports of one.
+/// Endpoints to which a trusted header restricts a request: `ip:port`, or an IP address with all its ports.
 #[derive(Clone, Debug)]
 pub(crate) struct Subset(Vec<(IpAddr, Option<u16>)>);
 
@@ -82,14 +82,14 @@ pub(crate) fn candidates(table: &Table, model: &str, subset: Option<&Subset>) ->
     if some.is_empty() { Err(NoCandidates::NoEndpoint) } else { Ok(Arc::new(some)) }
 }
 
-/// What a client says of its request's standing.
+/// What a client claims for admission.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Claims {
     /// Below 0: sheddable.
     pub(crate) priority: i64,
-    /// Whose request it is: a hash, equal for all who say nothing.
+    /// Hash of the fairness id; 0 where the request has none.
     pub(crate) fairness: u64,
-    /// Time within which the prompt must be computed.
+    /// Time within which the prompt must be computed; `None` without a limit.
     pub(crate) deadline: Option<Duration>,
 }
 

@@ -18,8 +18,8 @@ use crate::workers::worker::Worker;
 
 /// A prefill leg as a call, and its number in the ledger.
 ///
-/// A `pair_id` names the pair of legs where the decode leg was told the endpoint already; otherwise the leg gets an id of
-/// its own, and alternates.
+/// A `pair_id` is given where the decode leg names the endpoint already. Without one, the leg gets an id of its own and
+/// alternates.
 pub(super) fn start_leg(
     worker: &mut Worker,
     split: &Split,
@@ -33,8 +33,8 @@ pub(super) fn start_leg(
     let (pool, config) = (parsed.pool(), &parsed.head.config);
     let mut alternates = Vec::new();
     if pair_id.is_none() {
-        // A host that Envoy does not know yet is skipped: the next one must be a prefill endpoint too. Where the decode
-        // leg has been told which one it is, no other will do.
+        // Envoy skips a host that it does not know yet, so the next name must be a prefill endpoint too. Where the decode
+        // leg names the endpoint, no other endpoint will do.
         let scheduler = parsed.scheduler(worker, now);
         alternates = scheduler.alternates(&parsed.served.candidates.prefill, &parsed.prompt, pick.endpoint);
         alternates.retain(|index| worker.state.table.refer(*index).is_some_and(|it| !split.tried.contains(&it)));
@@ -61,7 +61,7 @@ pub(super) fn start_leg(
     (Call { cluster: config.cluster.clone(), headers, body, timeout: pool.prefill_timeout }, leg)
 }
 
-/// Makes what depends on the prefill endpoint and the pairing of the legs; the default where the endpoint is gone.
+/// Makes bytes that depend on the prefill endpoint and the pairing of the legs; the default where the endpoint is gone.
 pub(super) fn with_pair<T: Default>(
     worker: &Worker,
     parsed: &ParsedRequest,
@@ -105,7 +105,7 @@ pub(super) fn leg_ended(
     seconds
 }
 
-/// Nobody waits for a prefill leg any more.
+/// The request ended before its prefill leg did.
 pub(super) fn abandon(worker: &mut Worker, endpoint: EndpointRef, leg: u64, now: Monotonic) {
     worker.counts.add(Metric::PrefillInFlight, -1);
     worker.counts.count(Metric::KvStranded);
@@ -131,9 +131,9 @@ pub(super) fn engines_reply(status: u16, content_type: Option<&[u8]>, body: &[u8
 pub(super) enum Fault {
     /// The host would not send it: too many headers, an open circuit breaker, no cluster.
     NotStarted,
-    /// The endpoint did not answer: it is out for its next requests.
+    /// The endpoint did not answer. It is ejected.
     Unreachable,
-    /// It answered that it cannot now. Overload is no reason to stay away from it.
+    /// The endpoint answered that it cannot compute the prompt now. It is not ejected for that.
     ServerError,
 }
 

@@ -56,25 +56,27 @@ pub use effect::{
 };
 pub use ready::READY_PATH;
 
-/// How a prefill leg ended.
+/// How a call ended: a prefill leg, or the question for an engine's id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PrefillAnswer<'a> {
-    /// The host refused to start it, which says nothing about the endpoint.
+    /// The host refused to start the call. That says nothing about the endpoint.
     NotStarted,
-    /// It ended without an answer.
+    /// The call ended without an answer.
     None,
     /// An answer came, from the engine or from Envoy.
     Answered {
         /// HTTP status.
         status: u16,
-        /// `content-type`, if there is one.
+        /// `content-type`; `None` where the answer has none, or where the shell knows that nobody reads it (status 200).
         content_type: Option<&'a [u8]>,
         /// Body.
         body: &'a [u8],
     },
 }
 
-/// One request.
+/// One request: its state, and what it is counted for.
+///
+/// [`done`](Self::done) must be called at the end of the stream; it takes back everything that was counted.
 #[derive(Debug, Default)]
 pub struct Request {
     state: State,
@@ -86,7 +88,7 @@ pub struct Request {
 
 /// Events, in the order in which Envoy has them.
 impl Request {
-    /// Request headers are there.
+    /// The request's headers came. `end_of_stream`: no body follows.
     pub fn headers(&mut self, worker: &mut Worker, headers: Headers, end_of_stream: bool, now: Monotonic) -> Outcome {
         let path = decoded_path(headers.get(":path").unwrap_or_default());
         let prefixes = worker.config.as_ref().map_or(&[][..], |config| &config.path_prefixes);
@@ -94,7 +96,7 @@ impl Request {
         self.enter(new::headers(worker, headers, end_of_stream, now))
     }
 
-    /// A part of the body came, `bytes` are there, more will come.
+    /// A part of the body came: `bytes` of the body are buffered, and more will come.
     pub fn body_part(&mut self, worker: &mut Worker, bytes: usize) -> Outcome {
         match &self.state {
             State::Reading(reading) => match reading.check_size(bytes) {
@@ -106,7 +108,7 @@ impl Request {
         }
     }
 
-    /// The body is complete.
+    /// The body is complete. An empty `body` is a body of no bytes.
     pub fn body(&mut self, worker: &mut Worker, body: &[u8], now: Monotonic) -> Outcome {
         match core::mem::take(&mut self.state) {
             State::Reading(reading) => {
@@ -117,8 +119,7 @@ impl Request {
         }
     }
 
-    /// A call ended: a prefill leg, or the question before one. `body` is the client's body, read again where another
-    /// leg needs it.
+    /// A call ended. `body` reads the client's body again; it is called where another leg needs the body.
     pub fn prefill_answer<B: AsRef<[u8]>>(
         &mut self,
         worker: &mut Worker,
@@ -136,8 +137,8 @@ impl Request {
         }
     }
 
-    /// Response headers are there; `upstream` is the address of the endpoint that answered, if one did, `status` the
-    /// response's.
+    /// The response's headers came. `upstream` is `ip:port` of the endpoint that answered, `None` where the answer is
+    /// Envoy's own (see [`upstream`]); `status` is `None` where the response has no valid one.
     pub fn response_headers(
         &mut self,
         worker: &mut Worker,
@@ -154,14 +155,14 @@ impl Request {
         }
     }
 
-    /// The first byte of the response's body is there.
+    /// The first byte of the response's body came: the prompt has been computed.
     pub fn first_byte(&mut self, worker: &mut Worker, now: Monotonic) {
         if let State::Forwarded(forwarded) = &mut self.state {
             forwarded.first_byte(worker, now);
         }
     }
 
-    /// A part of the response's body is there.
+    /// A part of the response's body came, as the client would get it; `is_last`: the response ends with it.
     pub fn response_part(&mut self, worker: &mut Worker, part: &[u8], is_last: bool) -> Outcome {
         match &mut self.state {
             State::Forwarded(forwarded) => forwarded.response_part(worker, part, is_last),
@@ -169,7 +170,7 @@ impl Request {
         }
     }
 
-    /// The stream is over, whatever way it ended. Everything that was counted for it is taken back.
+    /// The stream ended, for whatever reason. A second call changes nothing.
     pub fn done(&mut self, worker: &mut Worker, now: Monotonic) {
         if let Some(ticket) = self.ticket.take() {
             worker.release(ticket);
@@ -198,9 +199,9 @@ impl Request {
     }
 }
 
-/// What the shell asks before it reads what an event needs.
+/// Questions of the shell before it reads what an event needs.
 impl Request {
-    /// Whether [`body`](Self::body) wants the body once it is complete.
+    /// Whether [`body`](Self::body) needs the complete body.
     #[must_use]
     pub fn wants_body(&self) -> bool {
         matches!(self.state, State::Reading(_))
@@ -212,7 +213,7 @@ impl Request {
         matches!(self.state, State::Prefilling(_))
     }
 
-    /// Whether the end of a call is awaited, with the request held back or under way.
+    /// Whether a call is in flight, while the request is held or an endpoint has it.
     #[must_use]
     pub fn awaits_call(&self) -> bool {
         match &self.state {
@@ -222,20 +223,19 @@ impl Request {
         }
     }
 
-    /// Whether an engine endpoint has the request, so that [`response_headers`](Self::response_headers) wants to know
-    /// who answered.
+    /// Whether an engine endpoint has the request. Otherwise [`response_headers`](Self::response_headers) does nothing.
     #[must_use]
     pub fn is_forwarded(&self) -> bool {
         matches!(self.state, State::Forwarded(_) | State::Watched)
     }
 
-    /// Whether [`first_byte`](Self::first_byte) is still to come.
+    /// Whether [`first_byte`](Self::first_byte) was not called yet for a request that an engine endpoint has.
     #[must_use]
     pub fn awaits_first_byte(&self) -> bool {
         matches!(&self.state, State::Forwarded(forwarded) if !forwarded.has_first_byte)
     }
 
-    /// Whether [`response_part`](Self::response_part) wants the response's body.
+    /// Whether [`response_part`](Self::response_part) needs the response's body.
     #[must_use]
     pub fn wants_response_body(&self) -> bool {
         matches!(&self.state, State::Forwarded(forwarded) if forwarded.editor.is_some())

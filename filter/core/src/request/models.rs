@@ -1,4 +1,4 @@
-//! Which model serves a request: names of the configuration that stand for others, by weight.
+//! Which model serves a request: aliases of the configuration stand for other models, by weight.
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ pub(crate) struct Served {
     pub(crate) candidates: Arc<Candidates>,
     /// The name as a JSON string, where both legs must say another one than the client.
     pub(crate) rewrite: Option<Vec<u8>>,
-    /// Whether the answer is to name what the client asked for.
+    /// Whether the response names the model that the client asked for.
     pub(crate) is_put_back: bool,
 }
 

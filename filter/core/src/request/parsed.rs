@@ -16,7 +16,8 @@ use crate::request::reply::Rejection;
 use crate::time::Monotonic;
 use crate::workers::worker::Worker;
 
-/// Output tokens that a request is expected to add to its KV cache, unless it allows fewer. The traces' mean is 149 to 343.
+/// Output tokens that a request is expected to add to its KV cache, unless its limit is lower. The means of the traces are
+/// 149 to 343. More makes long prompts count for less in the choice of a decode endpoint.
 const EXPECTED_OUTPUT_TOKENS: u64 = 256;
 
 /// A body that was scanned.
@@ -46,14 +47,14 @@ pub(super) struct ParsedRequest {
     pub(super) put_back: Option<String>,
     /// Whether the response is a stream.
     pub(super) is_stream: bool,
-    /// Whether the response will tell what it used.
+    /// Whether the response will have a usage.
     pub(super) shows_usage: bool,
     pub(super) prompt: Prompt,
     pub(super) output_tokens: u64,
     /// Sequences, where the body asks for a batch of them.
     pub(super) batch: Option<u32>,
     pub(super) body_bytes: usize,
-    /// How the body becomes an engine's, when it is known what to put in front.
+    /// The edit that makes the client's body the decode leg's, once the members to put in front are known.
     pub(super) plan: HeadPlan,
 }
 
@@ -117,7 +118,7 @@ impl ParsedRequest {
         (self.prompt.tokens as u64).saturating_add(self.output_tokens)
     }
 
-    /// How the body becomes an engine's where nothing is put in front.
+    /// The edit of the body where nothing is put in front.
     pub(super) fn plain_edit(&self) -> HeadEdit {
         self.plan.with_insert(b"")
     }

@@ -16,7 +16,7 @@ use crate::choose::prompt::Prompt;
 use crate::choose::scheduler::Pick;
 use crate::config::OnPrefillFailure;
 use crate::endpoints::candidates::Candidates;
-use crate::endpoints::table::EndpointRef;
+use crate::endpoints::table::{EndpointRef, PromptEstimate};
 use crate::endpoints::usage::Usage;
 use crate::engine::{Handover, legs};
 use crate::metrics::Metric;
@@ -147,9 +147,10 @@ impl Prefilling {
     ) -> Result<Step, Rejection> {
         let Self { split, prefiller, .. } = &self;
         let Prompt { bytes, tokens, .. } = split.parsed.prompt;
-        let thought = (bytes as f64, tokens, prefiller.pick.matched_tokens);
+        let matched_tokens = prefiller.pick.matched_tokens;
+        let estimate = PromptEstimate { bytes: bytes as f64, tokens, matched_tokens };
         let usage = Usage::of_answer(answer);
-        worker.state.table.saw_prefill(prefiller.endpoint, thought, seconds, usage);
+        worker.state.table.saw_prefill(prefiller.endpoint, estimate, seconds, usage);
         let handover = (prefiller.partner.engine.protocol().handover)(split.parsed.api, answer);
         let warning = note_kv_missing(worker, prefiller.endpoint, handover == Handover::Missing);
         let edit = edit_with(&split.parsed, &handover, body);

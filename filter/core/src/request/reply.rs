@@ -3,44 +3,44 @@
 use crate::body::form::FormError;
 use crate::choose::admission::Shed;
 
-/// llm-d's answer header that says why a request was not let in.
+/// llm-d's response header with the reason code of a request that admission refused.
 pub const DROPPED_HEADER: &str = "x-llm-d-request-dropped-reason";
-/// Answer header that says why the filter answered.
+/// Response header with the reason code of an answer of the filter's own.
 pub const REASON_HEADER: &str = "x-pd-reason";
 
-/// Why the filter answers in place of an engine.
+/// Why the filter answers in place of an engine. The client gets an error with a message and the reason code.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Rejection {
-    /// The body is no JSON object.
+    /// The body is not a JSON object. 400; the text is the message.
     InvalidJson(String),
-    /// The body is a form that parsers could read differently.
+    /// The body is a form that two parsers could read differently. 400.
     InvalidForm(FormError),
-    /// A path that no client may reach.
+    /// The path is neither one of an inference API nor allowed by the configuration. 404.
     UnknownPath,
-    /// The body is compressed.
+    /// The body is compressed. 415.
     ContentEncoding,
-    /// No `model`, or not a string.
+    /// The request names no model, or names it by something else than a string. 400.
     MissingModel,
-    /// A model that no endpoint serves.
+    /// No endpoint serves the model. 404.
     UnknownModel {
-        /// As asked.
+        /// The model that the client named.
         model: String,
-        /// What is served.
+        /// Models that endpoints serve, and aliases of them.
         known: Vec<String>,
     },
-    /// A phase header with another value than `prefill` or `decode`.
+    /// The phase header has another value than `prefill` or `decode`. 400.
     InvalidPhase,
-    /// The body is larger than this many bytes.
+    /// The body, or the body after the filter's edits, is larger than this many bytes. 413.
     TooLarge(usize),
-    /// One request asks for more than this many sequences of an engine that is told of each.
+    /// The request wants more sequences than this from an engine whose legs name each sequence. 400.
     TooManySequences(u32),
-    /// The request is not let in now.
+    /// Admission refused the request. 429.
     Shed(Shed),
-    /// No endpoint of the needed role is ready.
+    /// No endpoint of the needed role is ready. 503.
     NoEndpoint,
-    /// Prefill failed on every endpoint tried, and the pool's policy is `fail`.
+    /// Prefill failed at every endpoint that was tried, and the pool's policy is `fail`. 503.
     PrefillFailed,
-    /// The plugin configuration was refused and there is no earlier one.
+    /// The plugin configuration was refused, and there is no earlier one. 503; the text is the refusal.
     NotConfigured(String),
 }
 
@@ -77,12 +77,12 @@ fn anthropic_type(status: u16) -> &'static str {
     }
 }
 
-/// A whole answer.
+/// An answer of the filter's own to the client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reply {
     /// HTTP status.
     pub status: u16,
-    /// Headers besides `content-type`, which is JSON.
+    /// Headers, `content-type` included.
     pub headers: Vec<(&'static str, String)>,
     /// Body.
     pub body: Vec<u8>,

@@ -1,9 +1,8 @@
-//! Reads and edits an answer on its way to the client, part by part: what it used, and what it says of that and of the
-//! model.
+//! Reads and edits the body of a response on its way to the client, part by part: the usage, and the model's name.
 //!
-//! Whole answers and events of streams alike are searched for a few members by name, at any depth; nothing is parsed or
-//! held back but the beginning of such a member at the end of a part. A quote inside a JSON string has a backslash before
-//! it, so text that a model wrote is never taken for a member.
+//! The editor searches whole bodies and events of streams alike for a few members, by name and at any depth. It parses
+//! nothing else. It holds nothing back except the beginning of such a member at the end of a part. A quote inside a JSON
+//! string has a backslash before it, so the editor never takes text that a model wrote for a member.
 
 use core::ops::Range;
 

@@ -1,4 +1,4 @@
-//! Where a request goes: what Envoy is told of it, and what is counted there.
+//! Forwarding: the filter state that tells Envoy where a request goes, and what is counted there.
 
 use super::effect::{
     DECODE, DESTINATION, Effect, Flow, MATCHED_TOKENS, PREFILL, PREFILLER, RANK, REASON, decision_name,
@@ -47,7 +47,7 @@ pub(super) struct Route {
 pub(super) enum Prefill {
     /// The endpoint that generates.
     Own,
-    /// A leg that is through.
+    /// A prefill leg that ended well.
     Done {
         pick: Pick,
         endpoint: EndpointRef,
@@ -57,9 +57,9 @@ pub(super) enum Prefill {
         /// Whether the KV cache could not be handed over, so that the prompt is computed a second time.
         is_kv_missing: bool,
     },
-    /// A leg that goes out now.
+    /// A prefill leg that starts with the decode leg.
     Concurrent(Pick, ConcurrentPrefill),
-    /// A leg that the decode endpoint's sidecar runs.
+    /// A prefill leg that the decode endpoint's sidecar runs.
     Sidecar(Pick, EndpointRef),
 }
 
@@ -99,7 +99,7 @@ pub(super) fn forward(
 ) -> Result<Step, Rejection> {
     let assignment = account(worker, parsed, &route, now).ok_or(Rejection::NoEndpoint)?;
     let mut effects = describe(worker, &route, now);
-    worker.decided(now, |worker| decision(worker, parsed, &route));
+    worker.record_decision(now, |worker| decision_record(worker, parsed, &route));
     let concurrent_prefill =
         if let Prefill::Concurrent(_, concurrent) = route.prefill { Some(concurrent) } else { None };
     let is_judged = is_judged(worker, parsed, &route);
@@ -135,7 +135,7 @@ fn account(worker: &mut Worker, parsed: &ParsedRequest, route: &Route, now: Mono
         (endpoint, leg)
     });
     if assignment.own_prefill.is_some() || parsed.pool().split != Split::Always {
-        // Where everything is split, nobody asks what decode endpoints hold.
+        // Where everything is split, what decode endpoints hold decides nothing.
         remember_prompt(worker, route.pick.endpoint, &parsed.prompt);
     }
     worker.counts.count(route.decision);
@@ -171,7 +171,7 @@ fn describe(worker: &mut Worker, route: &Route, now: Monotonic) -> Vec<Effect> {
 }
 
 /// The request for the report to pd-control.
-fn decision(worker: &Worker, parsed: &ParsedRequest, route: &Route) -> DecisionRecord {
+fn decision_record(worker: &Worker, parsed: &ParsedRequest, route: &Route) -> DecisionRecord {
     let address =
         |endpoint| worker.state.table.get(endpoint).map_or_else(String::new, |state| state.address.to_string());
     DecisionRecord {

@@ -7,7 +7,7 @@ use super::route::{Prefill, Route, forward};
 use super::split::Split;
 use super::step::Step;
 use crate::choose::admission::Shed;
-use crate::choose::scheduler::{Decision, Pick, Scheduler};
+use crate::choose::scheduler::{Pick, Schedule, Scheduler};
 use crate::config::EXPLAIN_HEADER;
 use crate::endpoints::candidates::Candidates;
 use crate::metrics::Metric;
@@ -77,17 +77,17 @@ fn by_content(
 ) -> Result<Option<Legs>, Rejection> {
     let (candidates, prompt) = (&parsed.served.candidates, &parsed.prompt);
     let hinted = hint.and_then(|endpoint| scheduler.pick_by_cost(&[endpoint], prompt, &[]));
-    let decision = hinted.map_or_else(|| scheduler.decide(candidates, prompt), Decision::Split);
-    if let (Some(deadline), Decision::Split(pick) | Decision::Whole(pick, _)) = (parsed.head.claims.deadline, decision)
+    let schedule = hinted.map_or_else(|| scheduler.schedule(candidates, prompt), Schedule::Split);
+    if let (Some(deadline), Schedule::Split(pick) | Schedule::Whole(pick, _)) = (parsed.head.claims.deadline, schedule)
         && let Some(state) = scheduler.table.get(pick.endpoint)
         && state.work(scheduler.now) + pick.seconds > deadline.as_secs_f64()
     {
         return Err(Rejection::Shed(Shed::Deadline));
     }
-    Ok(match decision {
-        Decision::Nobody => None,
-        Decision::Split(pick) => Some(Legs::Two(pick)),
-        Decision::Whole(pick, reason) => {
+    Ok(match schedule {
+        Schedule::Nobody => None,
+        Schedule::Split(pick) => Some(Legs::Two(pick)),
+        Schedule::Whole(pick, reason) => {
             let alternates = scheduler.alternates(&candidates.whole, prompt, pick.endpoint);
             Some(Legs::One(one_leg(parsed, (Metric::RequestsDecodeOnly, reason.code()), pick, alternates)))
         }

@@ -274,7 +274,7 @@ impl Worker {
 
     /// Records a decision for the report. Without effect where the configuration has no exchange, or where a decision was
     /// recorded less than 200 ms ago: `decision` is then not called.
-    pub(crate) fn decided(&mut self, now: Monotonic, decision: impl FnOnce(&Self) -> DecisionRecord) {
+    pub(crate) fn record_decision(&mut self, now: Monotonic, decision: impl FnOnce(&Self) -> DecisionRecord) {
         let is_reported = || {
             let control = self.config.as_ref().ok().and_then(|config| config.control.as_ref());
             control.is_some_and(|control| control.exchange)

@@ -1,8 +1,8 @@
-//! A validating scanner over JSON bytes: it finds where values begin and end, and builds nothing.
+//! A validating scanner of JSON bytes. It finds where values begin and end, and builds no values.
 //!
-//! It accepts what `serde_json::from_slice::<serde_json::Value>` accepts and refuses the rest, so what passes here is
-//! JSON to every engine: UTF-8, control characters, escapes and surrogate pairs in strings, number grammar and range
-//! (`1e999` is refused), at most [`MAX_DEPTH`] open containers, nothing but white space behind the value.
+//! The scanner accepts what `serde_json::from_slice::<serde_json::Value>` accepts and refuses everything else, so every
+//! engine reads as JSON what passes here. It checks UTF-8, control characters, escapes and surrogate pairs in strings, the
+//! grammar and range of numbers (`1e999` is refused), the depth ([`MAX_DEPTH`]), and that only white space follows the value.
 //!
 //! The work is one forward pass. Strings, which are nearly all of a long body, are passed over in blocks of 64 bytes.
 
@@ -14,7 +14,7 @@ mod text;
 
 pub(crate) use scanner::{RawMember, Scanner};
 
-/// Objects and arrays that may be open at once; one more is refused. `serde_json`'s own limit.
+/// Most objects and arrays that may be open at once; a document with more is refused. `serde_json` has the same limit.
 pub const MAX_DEPTH: u32 = 127;
 
 /// Bytes of a document that lie between two offsets.
@@ -44,7 +44,7 @@ impl Span {
         self.end.saturating_sub(self.start) as usize
     }
 
-    /// Whether there are none.
+    /// Whether the span has no bytes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -61,14 +61,14 @@ fn to_offset(offset: usize) -> u32 {
     u32::try_from(offset).unwrap_or(u32::MAX)
 }
 
-/// What is wrong with a document. The filter answers all of them with 400, [`ErrorKind::TooLarge`] with 413.
+/// What is wrong with a document. The filter answers 400 to a request with such a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
-    /// 4 GiB or more.
+    /// The document has 4 GiB or more.
     TooLarge,
-    /// The body of a request is something else than an object.
+    /// The document is valid or not, but does not begin as an object. Only [`crate::body::scan`] wants one.
     NotAnObject,
-    /// Ends inside a value.
+    /// The document ends inside a value.
     Truncated,
     /// A value should stand here.
     ExpectedValue,
@@ -86,13 +86,13 @@ pub enum ErrorKind {
     BadNumber,
     /// A number beyond what a 64-bit float holds.
     NumberOutOfRange,
-    /// Not UTF-8.
+    /// A string is not UTF-8.
     BadUtf8,
     /// More than [`MAX_DEPTH`] objects and arrays inside each other.
     TooDeep,
     /// Something follows the document.
     Trailing,
-    /// Known members are repeated beyond all reason (see [`crate::body::MAX_MEMBERS`]).
+    /// An object has more members than [`crate::body::MAX_MEMBERS`] or [`Object::MAX_MEMBERS`] allow.
     TooManyMembers,
 }
 
@@ -101,7 +101,7 @@ pub enum ErrorKind {
 pub struct ScanError {
     /// What is wrong.
     pub kind: ErrorKind,
-    /// Byte at which it was noticed.
+    /// Offset of the byte at which the scanner noticed it.
     pub offset: u32,
 }
 
@@ -187,7 +187,7 @@ pub fn string(value: &[u8]) -> Option<Cow<'_, str>> {
 /// Checks a whole document, of any type.
 ///
 /// # Errors
-/// [`ScanError`] as for [`crate::body::scan`], except that any value will do.
+/// [`ScanError`] where the document is not valid JSON.
 pub fn validate(json: &[u8]) -> Result<(), ScanError> {
     let mut scanner = Scanner::new(json)?;
     scanner.value(0)?;
@@ -227,7 +227,7 @@ pub fn raw_member<'a>(json: &'a [u8], path: &[&str]) -> Result<Option<&'a [u8]>,
     Ok(Some(found))
 }
 
-/// The members of a checked JSON object, by key.
+/// A checked JSON document and, if it is an object, its members. The default is an empty document without members.
 #[derive(Debug, Default)]
 pub struct Object<'a> {
     json: &'a [u8],
@@ -236,10 +236,10 @@ pub struct Object<'a> {
 }
 
 impl<'a> Object<'a> {
-    /// Members beyond which an object is refused.
+    /// Most members of an object; an object with more is refused.
     pub const MAX_MEMBERS: usize = 1_024;
 
-    /// Checks a whole document and notes its members; those of a document that is no object are none.
+    /// Checks a whole document and notes its members. A document that is not an object has none.
     ///
     /// # Errors
     /// [`ScanError`] when the document is not valid JSON, or an object of too many members.
@@ -271,7 +271,7 @@ impl<'a> Object<'a> {
         self.json.trim_ascii()
     }
 
-    /// The value of that key as it stands; the last one of several.
+    /// The bytes of the value of a key; of several, the last one. `None` where there is no such key.
     #[must_use]
     pub fn get(&self, key: &str) -> Option<&'a [u8]> {
         let is_meant = |(found, _): &&(Span, Span)| means(found.get(self.json), key);
@@ -281,8 +281,8 @@ impl<'a> Object<'a> {
 
 /// The members of a JSON object in their order, duplicates included: decoded key and the bytes of the value.
 ///
-/// Meant for what [`raw_member`] or a scan returned. It ends at the first byte that is not valid, at once if `object`
-/// is no object.
+/// `object` should be a value that [`raw_member`] or a scan returned. The iterator ends at the first byte that is not valid,
+/// and at once where `object` is not an object.
 pub fn members(object: &[u8]) -> impl Iterator<Item = (Cow<'_, str>, &[u8])> {
     let mut scanner = Scanner::new(object).ok().filter(|_| object.first() == Some(&b'{'));
     if let Some(scanner) = &mut scanner {
@@ -299,8 +299,8 @@ pub fn members(object: &[u8]) -> impl Iterator<Item = (Cow<'_, str>, &[u8])> {
     })
 }
 
-/// A JSON object with another value for every member of one (decoded) key, or with that member in front if it has none;
-/// all else stays as it stands. `None` if `object` is no valid object.
+/// A JSON object with another value for every member of one key (without escapes), or with that member in front where it has
+/// none. All other bytes stay. `None` where `object` is not a valid object.
 #[must_use]
 pub fn with_member(object: &[u8], key: &str, value: &[u8]) -> Option<Vec<u8>> {
     let mut scanner = Scanner::new(object).ok().filter(|_| object.first() == Some(&b'{'))?;
@@ -327,7 +327,7 @@ pub fn with_member(object: &[u8], key: &str, value: &[u8]) -> Option<Vec<u8>> {
     Some(out)
 }
 
-/// The elements of a JSON array as [`members`] gives those of an object.
+/// The elements of a JSON array in their order, as [`members`] has those of an object.
 pub fn elements(array: &[u8]) -> impl Iterator<Item = &[u8]> {
     let mut scanner = Scanner::new(array).ok().filter(|_| array.first() == Some(&b'['));
     if let Some(scanner) = &mut scanner {
