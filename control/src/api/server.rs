@@ -4,24 +4,31 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::{Extension, Router};
-use hyper::server::conn::http1;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
+use hyper::server::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{sleep, timeout};
 
-use crate::access::tls::Tls;
+use crate::access::tls::{Protocol, Tls};
 use crate::api::app::Peer;
 use crate::counters::Counters;
 
 /// Connections open at a time; each filter holds one, probes and people a few.
 pub const MAX_CONNECTIONS: usize = 4_096;
+/// The same for KEDA, which holds a connection for each of its replicas.
+pub const MAX_SCALER_CONNECTIONS: usize = 64;
 /// How long a connection may take over the head of its next request, idle time included. Longer than any pause between
 /// a filter's polls, so that only forgotten connections are closed.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Pause after which an HTTP/2 connection is asked for a sign of life, and how long that may take.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(30);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Requests of one HTTP/2 connection at a time: KEDA has one stream for each ScaledObject, and short questions.
+const MAX_STREAMS: u32 = 1_024;
 /// How long TLS may take to stand.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of a request head; a poll needs a few hundred.
@@ -31,15 +38,27 @@ const STOP_TIMEOUT: Duration = Duration::from_millis(800);
 /// Pause after a failed accept, such as for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// What is served on an address.
+#[derive(Debug)]
+pub struct Serving {
+    /// What is spoken there.
+    pub protocol: Protocol,
+    /// Certificate; none: no TLS.
+    pub tls: Option<Arc<Tls>>,
+    /// What answers.
+    pub router: Router,
+    /// Connections open at a time; more are closed at once.
+    pub max_connections: usize,
+}
+
 /// Serves connections until `stopping`, then answers the open ones.
 pub async fn serve(
     listener: TcpListener,
-    tls: Option<Arc<Tls>>,
-    router: Router,
+    serving: Serving,
     counters: Arc<Counters>,
     mut stopping: watch::Receiver<bool>,
-    max_connections: usize,
 ) {
+    let Serving { protocol, tls, router, max_connections } = serving;
     let slots = Arc::new(Semaphore::new(max_connections));
     let graceful = GracefulShutdown::new();
     loop {
@@ -67,9 +86,9 @@ pub async fn serve(
             // Answers are single writes; waiting to fill a segment would only delay them.
             let _ = stream.set_nodelay(true);
             let outcome = match tls {
-                None => watcher.watch(connection(stream, router)).await,
+                None => drive(protocol, stream, router, watcher).await,
                 Some(tls) => match timeout(HANDSHAKE_TIMEOUT, tls.acceptor().accept(stream)).await {
-                    Ok(Ok(stream)) => watcher.watch(connection(stream, router)).await,
+                    Ok(Ok(stream)) => drive(protocol, stream, router, watcher).await,
                     Ok(Err(error)) => {
                         tracing::debug!("TLS: {error}");
                         Ok(())
@@ -90,14 +109,29 @@ pub async fn serve(
     }
 }
 
-type Connection<S> = http1::Connection<TokioIo<S>, TowerToHyperService<Router>>;
-
-fn connection<S: AsyncRead + AsyncWrite + Unpin>(stream: S, router: Router) -> Connection<S> {
-    http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_TIMEOUT)
-        .max_buf_size(MAX_HEAD_BYTES)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
+/// Answers what comes over one connection, until it ends.
+async fn drive<S>(protocol: Protocol, stream: S, router: Router, watcher: Watcher) -> hyper::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (stream, service) = (TokioIo::new(stream), TowerToHyperService::new(router));
+    match protocol {
+        Protocol::Http1 => {
+            let mut builder = http1::Builder::new();
+            builder.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_buf_size(MAX_HEAD_BYTES);
+            watcher.watch(builder.serve_connection(stream, service)).await
+        }
+        Protocol::Http2 => {
+            let mut builder = http2::Builder::new(TokioExecutor::new());
+            builder
+                .timer(TokioTimer::new())
+                .keep_alive_interval(KEEP_ALIVE_INTERVAL)
+                .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+                .max_concurrent_streams(MAX_STREAMS)
+                .max_header_list_size(MAX_HEAD_BYTES as u32);
+            watcher.watch(builder.serve_connection(stream, service)).await
+        }
+    }
 }
 
 #[cfg(test)]
@@ -128,7 +162,8 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let counters = Arc::new(Counters::default());
         let (stop, stopping) = watch::channel(false);
-        let server = tokio::spawn(serve(listener, None, Router::new(), Arc::clone(&counters), stopping, 2));
+        let serving = Serving { protocol: Protocol::Http1, tls: None, router: Router::new(), max_connections: 2 };
+        let server = tokio::spawn(serve(listener, serving, Arc::clone(&counters), stopping));
         let (mut first, mut second) =
             (TcpStream::connect(address).await.unwrap(), TcpStream::connect(address).await.unwrap());
         assert!(ask(&mut first).await && ask(&mut second).await);

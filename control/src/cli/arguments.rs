@@ -109,6 +109,9 @@ pub(super) struct ServeArgs {
     /// Address to listen on
     #[arg(long, env = "PD_CONTROL_LISTEN", value_name = "IP:PORT", default_value = "127.0.0.1:9000")]
     listen: SocketAddr,
+    /// Address to answer KEDA on, as an external scaler over gRPC
+    #[arg(long, env = "PD_CONTROL_SCALER_LISTEN", value_name = "IP:PORT")]
+    scaler_listen: Option<SocketAddr>,
     /// Keep this file for a plain Envoy: the hosts of its cluster, as EDS over the file system
     #[arg(long, env = "PD_CONTROL_EDS_FILE", value_name = "FILE")]
     eds_file: Option<PathBuf>,
@@ -200,6 +203,7 @@ impl ServeArgs {
             tls,
             log: None,
             listen: self.listen,
+            scaler: self.scaler_listen,
             eds,
             token,
             poll: DEFAULT_POLL,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use hashbrown::HashMap;
 use pd_core::exchange::hub::Hub;
-use pd_core::exchange::message::{Heard, Told};
+use pd_core::exchange::message::{Heard, Told, Totals};
 use pd_core::exchange::report::Report;
 use tokio::sync::watch;
 use tokio::time::{Instant, interval, sleep, sleep_until};
@@ -90,6 +90,15 @@ impl SharedHub {
             hub.reports(now).map(|(id, age, text)| (id, age, Report::from_json(text).unwrap_or_default())).collect();
         reports.sort_unstable_by_key(|(id, ..)| *id);
         reports
+    }
+
+    /// What all Envoys together have in flight, by endpoint key. `None`: no Envoy exchanges.
+    #[must_use]
+    pub fn loads(&self) -> Option<HashMap<u64, Totals>> {
+        // The answer to somebody who has told nothing and heard nothing.
+        let listener = Told { wants: true, ..Told::default() };
+        let heard = self.hub().answer(&listener, 0);
+        (heard.exchanging > 0).then(|| heard.loads.unwrap_or_default().into_iter().collect())
     }
 
     /// Lets go of gateways that are silent, for good.
