@@ -175,12 +175,15 @@ lint: toolchain deps-check ## Formatting, clippy for native and wasm, pd-core's 
 	$(call say,clippy)
 	@# What ships: with the disallowed lists of filter/clippy.toml and filter/core/clippy.toml.
 	cargo clippy $(LOCKED) -p pd-core -p pd-filter --target wasm32-wasip1 -- -D warnings
-	cargo clippy $(LOCKED) -p pd-filter --examples --target wasm32-wasip1 -- -D warnings
+	cargo clippy $(LOCKED) -p pd-least --target wasm32-wasip1 -- -D warnings
 	@# Everything else, and core's tests, which may use what core may not.
 	CLIPPY_CONF_DIR=$(CURDIR) cargo clippy $(LOCKED) --workspace --exclude pd-filter --all-targets -- -D warnings
 
 fmt: toolchain ## Format the sources
 	cargo fmt --all
+
+docs: toolchain ## Write the tables of docs/ that are generated from the code
+	PD_DOCS=write cargo test $(LOCKED) --quiet -p pd-run --test docs generated_tables
 
 soak: build envoy ## Many requests at 64 concurrent with random faults at every engine: answers, ledger, memory
 #> SOAK_REQUESTS=100000 SOAK_ENGINE=sglang   how many over all engines; one engine only
@@ -201,8 +204,8 @@ bench: build envoy ## Measure: stages of pd-core, module size, Envoy with and wi
 	$(call say,a request in the module)
 	cargo run $(LOCKED) --quiet -p pd-host --example cost
 	$(call say,Envoy with and without the filter)
-	cargo build $(LOCKED) --quiet -p pd-filter --example least --target wasm32-wasip1 --profile filter $(FILTER_FLAGS)
-	cargo run $(LOCKED) --quiet -p pd-bench --bin pd-bench -- --least target/wasm32-wasip1/filter/examples/least.wasm $(ARGS)
+	cargo build $(LOCKED) --quiet -p pd-least --target wasm32-wasip1 --profile filter $(FILTER_FLAGS)
+	cargo run $(LOCKED) --quiet -p pd-bench --bin pd-bench -- --least target/wasm32-wasip1/filter/pd_least.wasm $(ARGS)
 	$(call say,a change of the list and pd-control)
 	cargo run $(LOCKED) --quiet -p pd-bench --bin pd-bench-push
 
@@ -234,4 +237,4 @@ fuzz-all:
 	    done; \
 	fi
 
-.PHONY: help run replay sim sim-agree bench-serve explain build wasm image push image-control push-control image-bench release release-verify programs toolchain envoy vllm test test-vllm test-cluster lint fmt soak fuzz bench schemas deps clean deps-check fuzz-all
+.PHONY: help docs run replay sim sim-agree bench-serve explain build wasm image push image-control push-control image-bench release release-verify programs toolchain envoy vllm test test-vllm test-cluster lint fmt soak fuzz bench schemas deps clean deps-check fuzz-all

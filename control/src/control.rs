@@ -24,7 +24,7 @@ use crate::envoys::hub::SharedHub;
 use crate::envoys::relay::Peers;
 use crate::list::EndpointList;
 use crate::publish::eds::EdsFile;
-use crate::publish::publisher::{Publisher, Status};
+use crate::publish::publisher::{ListHealth, Publisher};
 use crate::publish::registry::Registry;
 use crate::publish::updates::Updates;
 use crate::scaling::history::{DemandSource, History};
@@ -36,48 +36,48 @@ use crate::sources::kubernetes::pods::Pods;
 use crate::sources::kubernetes::{KubernetesConfig, KubernetesSource};
 use crate::sources::names::{self, NamedEndpoint, NamesSource};
 
-/// How often the endpoints file is looked at where the kernel reports no changes.
+/// How often pd-control compares the endpoints file where the kernel reports no changes, as on network file systems.
 pub const DEFAULT_POLL: Duration = Duration::from_secs(2);
 
-/// Everything that one `pd-control` is told at its start.
+/// Configuration of one pd-control.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The endpoints file, if any.
+    /// The endpoints file; none: no file source.
     pub endpoints: Option<PathBuf>,
-    /// The cluster, if any.
+    /// The Kubernetes cluster; none: no Kubernetes source.
     pub kubernetes: Option<Kubernetes>,
     /// Endpoints named on the command line.
     pub named: Vec<NamedEndpoint>,
-    /// Networks that addresses may be in which DNS tells.
+    /// Allow-list for the addresses of DNS names. Addresses from files and of the command line are not checked.
     pub networks: AllowedNetworks,
-    /// How often to ask each engine for its metrics; none: never.
+    /// Time between two requests to an engine for its metrics; none: pd-control asks no engine.
     pub scrape: Option<Duration>,
-    /// Other replicas, which are told what the Envoys exchange; none: there are none.
+    /// Other replicas, to which pd-control relays the exchange of the Envoys; none: pd-control relays nothing.
     pub peers: Option<Peers>,
-    /// Certificate and key; none: no TLS.
+    /// Certificate and key of the server; none: the server speaks plain HTTP.
     pub tls: Option<TlsFiles>,
-    /// What changes the level of the log, if anything.
+    /// Sets the log level for `PUT /v1/log-level`; none: that path answers 404.
     pub log: Option<LogLevel>,
     /// Address to listen on; port 0 picks one.
     pub listen: SocketAddr,
-    /// Address to answer KEDA on, if any; port 0 picks one.
+    /// Address of KEDA's external scaler; port 0 picks one. `None`: pd-control serves none.
     pub scaler: Option<SocketAddr>,
-    /// The EDS file to keep, if any.
+    /// The EDS file to write; none: pd-control writes none.
     pub eds: Option<EdsFile>,
-    /// Token that filters have to show, if any.
+    /// Bearer token that `/v1/…` requires; none: anyone may ask.
     pub token: Option<Token>,
-    /// How often to look at the file where the kernel reports no changes.
+    /// How often to compare the file where the kernel reports no changes.
     pub poll: Duration,
 }
 
-/// The cluster to follow.
+/// The Kubernetes cluster to follow.
 #[derive(Clone, Debug)]
 pub struct Kubernetes {
-    /// What to follow there.
+    /// Namespaces, selectors and InferencePools to follow.
     pub config: KubernetesConfig,
-    /// How to reach it; none: as `KUBECONFIG` or the pod's own service account says.
+    /// How to reach the API server; none: as `KUBECONFIG` or the pod's service account says.
     pub cluster: Option<kube::Config>,
-    /// How long requests to it may take.
+    /// Time limits of requests to the API server.
     pub limits: Limits,
 }
 
@@ -92,10 +92,10 @@ pub struct Control {
 }
 
 impl Control {
-    /// Starts listening, loads the list, writes the EDS file, then serves. Nothing is written when the address is taken.
+    /// Listens, reads the list, writes the EDS file, then serves. When the address is in use, nothing is written.
     ///
     /// # Errors
-    /// One line when the address is taken, the endpoints file is bad or the EDS file cannot be written.
+    /// One line when the address is in use, the endpoints file is refused or the EDS file cannot be written.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
         let Config {
             endpoints,
@@ -137,12 +137,12 @@ impl Control {
         };
         let names = file.iter().map(|(source, _)| source.name());
         let names = names.chain(named.iter().map(NamesSource::name)).chain(cluster.iter().map(KubernetesSource::name));
-        let status = Arc::new(Status::new(names.collect::<Vec<_>>().join(", ")));
+        let health = Arc::new(ListHealth::new(names.collect::<Vec<_>>().join(", ")));
 
         let scrapes = Arc::new(Scrapes::default());
         let registry = Arc::new(Registry::new(&new_epoch(), SystemTime::now()));
         let counters = Arc::new(Counters::default());
-        let mut publisher = Publisher::new(Arc::clone(&registry), Arc::clone(&counters), Arc::clone(&status), eds);
+        let mut publisher = Publisher::new(Arc::clone(&registry), Arc::clone(&counters), Arc::clone(&health), eds);
         let (sender, updates) = mpsc::channel(1);
         let mut tasks = JoinSet::new();
         if let Some((source, list)) = file {
@@ -181,10 +181,10 @@ impl Control {
             registry,
             counters: Arc::clone(&counters),
             metrics: Arc::new(metrics),
-            status,
+            health,
             pods,
             scrapes,
-            filters: Arc::default(),
+            polls: Arc::default(),
             hub,
             log,
             token,
@@ -213,19 +213,19 @@ impl Control {
         Ok(Self { address, scaler: scaler_address, stop, servers, tasks })
     }
 
-    /// Where it listens.
+    /// The address that pd-control listens on.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Where it answers KEDA, if it does.
+    /// The address of KEDA's external scaler. `None`: pd-control serves none.
     #[must_use]
     pub fn scaler_address(&self) -> Option<SocketAddr> {
         self.scaler
     }
 
-    /// Answers the open polls, closes every connection and ends, within a second.
+    /// Answers the open polls, closes every connection and stops all tasks, within a second.
     pub async fn stop(mut self) {
         self.stop.send_replace(true);
         for server in self.servers {
@@ -246,7 +246,7 @@ impl Kubernetes {
     }
 }
 
-/// Names one run, for people in the order of time: the millisecond of its start and something random.
+/// Names one run: the millisecond of its start, so that names sort by time, and a random number.
 fn new_epoch() -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let random = RandomState::new().build_hasher().finish();

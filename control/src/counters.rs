@@ -1,38 +1,38 @@
-//! What the parts of pd-control count. Names and help texts stand where they are shown, in [`crate::api::metrics`].
+//! Counters and gauges of all parts. Their names and help texts are in [`crate::api::metrics`].
 
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 
-/// Values of labels.
+/// Names and values of a metric's labels.
 pub type Labels<const N: usize> = [(&'static str, String); N];
 
-/// Counters and gauges; all begin at zero.
+/// Counters and gauges. All begin at zero.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Lists refused, by source.
+    /// Lists that pd-control refused.
     pub refusals: Counter,
-    /// 1 while the newest list was refused and an older one is in force.
+    /// 1 while an older list is in force because the newest one was refused, else 0.
     pub degraded: Gauge,
-    /// Long polls that wait now.
+    /// Long polls that wait for a change now.
     pub pollers: Gauge,
     /// Times the EDS file was written.
     pub eds_writes: Counter,
-    /// Times it could not be written.
+    /// Times the EDS file could not be written.
     pub eds_errors: Counter,
     /// Connections open now.
     pub connections: Gauge,
-    /// Connections closed because too many were open.
+    /// Connections that pd-control closed at once because too many were open.
     pub connections_refused: Counter,
-    /// Envoys that exchange.
+    /// Envoys that exchange loads and prefix blocks.
     pub gateways: Gauge,
     /// Long polls answered, by `code`.
     pub watch_requests: Family<Labels<1>, Counter>,
-    /// Messages of the exchange answered, by `code`.
+    /// Messages of Envoys and replicas answered, by `code`.
     pub exchanges: Family<Labels<1>, Counter>,
-    /// Messages to other replicas, by `result`.
+    /// Messages sent to other replicas, by `result`.
     pub relays: Family<Labels<1>, Counter>,
-    /// Engines asked, by `result`.
+    /// Requests to engines for their metrics, by `result`.
     pub scrapes: Family<Labels<1>, Counter>,
 }
 
@@ -52,7 +52,7 @@ impl Counters {
         self.watch_requests.get_or_create(&[("code", status.to_string())]).inc();
     }
 
-    /// Counts an engine that was asked.
+    /// Counts a request to an engine for its metrics.
     pub fn scraped(&self, is_ok: bool) {
         let result = if is_ok { "ok" } else { "failed" };
         self.scrapes.get_or_create(&[("result", result.to_owned())]).inc();

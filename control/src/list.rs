@@ -1,8 +1,11 @@
-//! A list of endpoints that may be put into force, and how people read it.
+//! The endpoint list: valid, sorted, each endpoint once; and its names for people.
 
 use pd_core::wire::{Endpoint, EndpointId, Role, Snapshot, State, WIRE_VERSION, WireError};
 
-/// A list that may be published: every endpoint valid, no name twice, sorted by name.
+/// A list that may be published.
+///
+/// Every endpoint is valid, no endpoint is listed twice, and they are sorted by name (address and rank). A list may be
+/// empty.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct EndpointList(Vec<Endpoint>);
 
@@ -10,7 +13,7 @@ impl EndpointList {
     /// Checks and sorts a list.
     ///
     /// # Errors
-    /// The first [`WireError`] that a filter would refuse the list for.
+    /// The first [`WireError`] for which a filter would refuse the list.
     pub fn new(mut endpoints: Vec<Endpoint>) -> Result<Self, WireError> {
         endpoints.sort_by_key(Endpoint::id);
         let snapshot = Snapshot {
@@ -31,7 +34,7 @@ impl EndpointList {
         &self.0
     }
 
-    /// The endpoint of that name, if it is in the list.
+    /// The endpoint of this name; `None` when the list has none.
     #[must_use]
     pub fn get(&self, id: EndpointId) -> Option<&Endpoint> {
         let index = self.0.binary_search_by_key(&id, Endpoint::id).ok()?;
@@ -39,7 +42,7 @@ impl EndpointList {
     }
 }
 
-/// `4 endpoints (2 prefill, 2 decode)`.
+/// Counts a list for people: `4 endpoints (2 prefill, 2 decode)`.
 #[must_use]
 pub fn summary(endpoints: &[Endpoint]) -> String {
     let counts = [(Role::Prefill, "prefill"), (Role::Decode, "decode"), (Role::Both, "both")]
@@ -50,7 +53,7 @@ pub fn summary(endpoints: &[Endpoint]) -> String {
     format!("{} endpoint{plural}{roles}", endpoints.len())
 }
 
-/// A role as in the list.
+/// A role as endpoints files write it.
 #[must_use]
 pub fn role(role: Role) -> &'static str {
     match role {
@@ -60,7 +63,7 @@ pub fn role(role: Role) -> &'static str {
     }
 }
 
-/// A state as in the list.
+/// A state as endpoints files write it.
 #[must_use]
 pub fn state(state: State) -> &'static str {
     match state {

@@ -50,11 +50,6 @@ fn start(rig: &Rig, kubeconfig: &Path, directory: &Path) -> Process {
     Process::start("pd-control", directory, Path::new("/usr/bin/env"), &arguments)
 }
 
-fn signal(process: &Process, name: &str) {
-    let done = std::process::Command::new("kill").args([&format!("-{name}"), &process.pid().to_string()]).status();
-    assert!(done.unwrap().success());
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn the_api_server_and_pd_control_die_under_load() {
     let Some(mut cluster) = cluster().await else { return };
@@ -84,10 +79,10 @@ async fn the_api_server_and_pd_control_die_under_load() {
                 control = start(&rig, &kubeconfig, directory.path());
             }
             2 => {
-                signal(&control, "STOP");
+                control.signal("STOP");
                 only_without(&cluster, out).await;
                 traffic.more(100).await;
-                signal(&control, "CONT");
+                control.signal("CONT");
             }
             3 => {
                 cluster.stop_api_server();

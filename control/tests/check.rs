@@ -220,11 +220,14 @@ fn configuration_maps_are_read_where_pd_control_reads_them() {
 #[test]
 fn versions_that_do_not_know_each_other_are_stopped() {
     let unknown = replaced(&manifests(), "version: '0.1.0'", "version: '9.0.0'");
-    assert!(fault(&unknown).contains("spec.wasm[0].code: its version 9.0.0 is not known to pd-control"));
+    assert!(fault(&unknown).contains("spec.wasm[0].code: pd-control 0.1.0 does not know its version 9.0.0"));
     let control = with("image: registry.example/pd-control:0.1.0", "image: registry.example/pd-control:v9.0.0");
-    assert!(fault(&control).starts_with("Deployment llm/pd-control: spec.template: its version 9.0.0 is not known"));
+    assert!(
+        fault(&control)
+            .starts_with("Deployment llm/pd-control: spec.template: pd-control 0.1.0 does not know its version 9.0.0")
+    );
     let unsaid = check(&manifests().replace(", version: '0.1.0'", ""));
-    assert!(unsaid.is_good && unsaid.said.contains("which version it is stands nowhere"), "{}", unsaid.said);
+    assert!(unsaid.is_good && unsaid.said.contains("no ConfigMap has its version"), "{}", unsaid.said);
     // A part of an installation is checked as far as it goes.
     let part = manifests().split("\n---\n").find(|text| text.contains("EnvoyExtensionPolicy")).unwrap().to_owned();
     let part = check(&part);
@@ -238,10 +241,10 @@ fn what_follows_on_what_is_in_force_is_told() {
     assert!(checked.is_good, "{}", checked.faults);
     let before = manifests().replace(", version: '0.1.0'", "");
     let checked = check_after(&new, Some(&before));
-    assert!(checked.is_good && checked.said.contains("which version runs now stands nowhere"), "{}", checked.said);
+    assert!(checked.is_good && checked.said.contains("no ConfigMap has the version that runs now"), "{}", checked.said);
     let checked = check_after(&new, Some(&with("pd-control:0.1.0", "pd-control:0.0.1")));
     assert!(
-        checked.faults.contains("applied.yaml:") && checked.faults.contains("0.0.1 is not known"),
+        checked.faults.contains("applied.yaml:") && checked.faults.contains("does not know its version 0.0.1"),
         "{}",
         checked.faults
     );

@@ -28,6 +28,7 @@ pub struct Cluster {
     directory: TempDir,
     binaries: PathBuf,
     ports: [u16; 3],
+    _reserved: [Port; 3],
     _etcd: Process,
     api_server: Option<Process>,
 }
@@ -50,10 +51,8 @@ pub async fn cluster() -> Option<Cluster> {
         return None;
     };
     let directory = tempfile::tempdir().unwrap();
-    // Held together until all are known, so that they differ.
-    let listeners = [0; 3].map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
-    let ports = listeners.each_ref().map(|listener| listener.local_addr().unwrap().port());
-    drop(listeners);
+    let reserved = [Port::reserve(), Port::reserve(), Port::reserve()];
+    let ports = reserved.each_ref().map(|port| port.address().port());
     let [client, peer, _] = ports.map(|port| format!("http://127.0.0.1:{port}"));
     let etcd = start(
         &binaries.join("etcd"),
@@ -71,7 +70,7 @@ pub async fn cluster() -> Option<Cluster> {
     let key = directory.path().join("sa.key");
     let made = Command::new("openssl").args(["genrsa", "-out"]).arg(&key).stderr(Stdio::null()).status().unwrap();
     assert!(made.success());
-    let mut cluster = Cluster { directory, binaries, ports, _etcd: etcd, api_server: None };
+    let mut cluster = Cluster { directory, binaries, ports, _reserved: reserved, _etcd: etcd, api_server: None };
     cluster.start_api_server().await;
     Some(cluster)
 }
@@ -244,7 +243,7 @@ async fn a_real_api_server_is_followed_with_exactly_the_shipped_role() {
     let (config, follow) = (KubernetesConfig::default(), cluster.config(&token).await);
     let rig = Rig::start_without_file(|it| it.kubernetes = Some(Kubernetes { config, cluster: Some(follow), limits }));
     let rig = rig.await;
-    until("both pods are listed", || async { rig.client.get("/readyz").await.body == "ok\n" }).await;
+    until_true("both pods are listed", || async { rig.client.get("/readyz").await.body == "ok\n" }).await;
     let mut filter = rig.filter().await;
     assert_eq!(filter.table.keys().collect::<Vec<_>>(), ["10.244.0.1:8000", "10.244.0.2:8000"]);
 
@@ -258,7 +257,7 @@ async fn a_real_api_server_is_followed_with_exactly_the_shipped_role() {
             let snapshot = next.poll(&client, PATIENCE).await.unwrap();
             (next, snapshot, Instant::now())
         });
-        until("the poll waits", || async { rig.client.metric("pd_control_pollers").await == 1.0 }).await;
+        until_true("the poll waits", || async { rig.client.metric("pd_control_pollers").await == 1.0 }).await;
         let start = Instant::now();
         set_status(&admin, "decode-0", &status).await;
         let (next, snapshot, end) = poll.await.unwrap();
@@ -272,24 +271,24 @@ async fn a_real_api_server_is_followed_with_exactly_the_shipped_role() {
 
     // The server dies and comes back; what it is told then is followed.
     cluster.api_server = None;
-    until("the loss is said", || async { rig.client.metric("pd_control_degraded").await == 1.0 }).await;
+    until_true("the loss is said", || async { rig.client.metric("pd_control_degraded").await == 1.0 }).await;
     assert_eq!(rig.filter().await.table.len(), 2, "the last list is kept");
     cluster.start_api_server().await;
     let admin = cluster.client(ADMIN_TOKEN).await;
     create_pod(&admin, "decode-1", "decode", "10.244.0.3").await;
-    until("the new pod is listed", || async { rig.filter().await.table.contains_key("10.244.0.3:8000") }).await;
-    until("all is well", || async { rig.client.metric("pd_control_degraded").await == 0.0 }).await;
+    until_true("the new pod is listed", || async { rig.filter().await.table.contains_key("10.244.0.3:8000") }).await;
+    until_true("all is well", || async { rig.client.metric("pd_control_degraded").await == 0.0 }).await;
 
     // Pods that are deleted without a node to end them are gone at once.
     let parameters = DeleteParams { grace_period_seconds: Some(0), ..DeleteParams::default() };
     Api::<Pod>::namespaced(admin.clone(), "inference").delete("decode-0", &parameters).await.unwrap();
-    until("it is gone", || async { !rig.filter().await.table.contains_key("10.244.0.2:8000") }).await;
+    until_true("it is gone", || async { !rig.filter().await.table.contains_key("10.244.0.2:8000") }).await;
 
     // Without the Role it is told what is missing.
     let bindings = Api::<RoleBinding>::namespaced(admin, "inference");
     bindings.delete("pd-control", &DeleteParams::default()).await.unwrap();
     let is_said = || async { rig.client.get("/readyz").await.body.contains("cannot watch resource \"pods\"") };
-    until("the missing right is said", is_said).await;
+    until_true("the missing right is said", is_said).await;
     assert_eq!(rig.filter().await.table.len(), 2);
 }
 
@@ -304,5 +303,6 @@ async fn the_command_follows_the_cluster_that_kubeconfig_names() {
     let variables = [("KUBECONFIG", path.to_str().unwrap())];
     let (child, client) = crate::process::spawn_with(&["--kubernetes"], &variables);
     let _child = Process(child);
-    until("the pod is listed", || async { client.get("/v1/endpoints").await.body.contains("10.244.0.2:8000") }).await;
+    until_true("the pod is listed", || async { client.get("/v1/endpoints").await.body.contains("10.244.0.2:8000") })
+        .await;
 }

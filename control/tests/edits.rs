@@ -18,7 +18,7 @@ async fn writing_in_place_renaming_over_and_saving_like_an_editor_are_seen() {
     let mut filter = rig.filter().await;
     fs::write(rig.file(), four(2.0)).unwrap();
     filter.until_weight(&rig.client, 2.0).await;
-    replace(&rig.file(), &four(3.0));
+    replace(&rig.file(), &four(3.0)).unwrap();
     filter.until_weight(&rig.client, 3.0).await;
     // vim with a backup: the old file moves away, a new one takes its place.
     fs::rename(rig.file(), rig.directory.path().join("endpoints.yaml~")).unwrap();
@@ -26,7 +26,7 @@ async fn writing_in_place_renaming_over_and_saving_like_an_editor_are_seen() {
     filter.until_weight(&rig.client, 4.0).await;
     // sed -i, several times in a row.
     for weight in [5.0, 6.0, 7.0] {
-        replace(&rig.file(), &four(weight));
+        replace(&rig.file(), &four(weight)).unwrap();
     }
     filter.until_weight(&rig.client, 7.0).await;
     assert_eq!(rig.client.metric("pd_control_refusals_total").await, 0.0);
@@ -98,7 +98,7 @@ async fn a_broken_file_is_refused_with_its_line_and_the_old_list_stays() {
     let rig = Rig::start(&four(1.0)).await;
     let mut filter = rig.filter().await;
     fs::write(rig.file(), four(1000.0)).unwrap();
-    until("the file is refused", || async { rig.client.metric("pd_control_refusals_total").await == 1.0 }).await;
+    until_true("the file is refused", || async { rig.client.metric("pd_control_refusals_total").await == 1.0 }).await;
     let reason = format!("{}:2:46: endpoints[0].weight: must be between 0.01 and 100", rig.file().display());
     let ready = rig.client.get("/readyz").await;
     assert_eq!((ready.status, ready.body), (StatusCode::OK, format!("degraded: {reason}\n")));
@@ -111,11 +111,11 @@ async fn a_broken_file_is_refused_with_its_line_and_the_old_list_stays() {
     // The same content once more is no second refusal, other bad content is.
     fs::write(rig.file(), four(1000.0)).unwrap();
     fs::write(rig.file(), "endpoints: [").unwrap();
-    until("the file is refused", || async { rig.client.metric("pd_control_refusals_total").await == 2.0 }).await;
+    until_true("the file is refused", || async { rig.client.metric("pd_control_refusals_total").await == 2.0 }).await;
 
     // Back to what is in force: nothing to push, but all is well.
     fs::write(rig.file(), four(1.0)).unwrap();
-    until("all is well", || async { rig.client.get("/readyz").await.body == "ok\n" }).await;
+    until_true("all is well", || async { rig.client.get("/readyz").await.body == "ok\n" }).await;
     assert_eq!(rig.client.metric("pd_control_degraded").await, 0.0);
     assert_eq!(filter.poll(&rig.client, Duration::ZERO).await, None);
     fs::write(rig.file(), four(2.0)).unwrap();
@@ -141,7 +141,8 @@ async fn a_deleted_file_leaves_the_list_in_force_until_it_is_back() {
     let rig = Rig::start(&four(1.0)).await;
     let mut filter = rig.filter().await;
     fs::remove_file(rig.file()).unwrap();
-    until("the loss is noticed", || async { rig.client.get("/readyz").await.body.contains("cannot be read") }).await;
+    until_true("the loss is noticed", || async { rig.client.get("/readyz").await.body.contains("cannot be read") })
+        .await;
     assert_eq!(filter.poll(&rig.client, Duration::ZERO).await, None);
     fs::write(rig.file(), four(2.0)).unwrap();
     filter.until_weight(&rig.client, 2.0).await;
@@ -162,9 +163,9 @@ async fn an_empty_list_is_published_when_the_file_says_so() {
 async fn comments_and_order_are_no_change() {
     let rig = Rig::start(&endpoints(&[(1, 1.0), (2, 1.0), (3, 1.0)])).await;
     let mut filter = rig.filter().await;
-    replace(&rig.file(), &format!("# sorted\n{}", endpoints(&[(3, 1.0), (2, 1.0), (1, 1.0)])));
+    replace(&rig.file(), &format!("# sorted\n{}", endpoints(&[(3, 1.0), (2, 1.0), (1, 1.0)]))).unwrap();
     assert_eq!(filter.poll(&rig.client, MOMENT).await, None);
-    replace(&rig.file(), &endpoints(&[(3, 1.0), (2, 1.0), (1, 5.0)]));
+    replace(&rig.file(), &endpoints(&[(3, 1.0), (2, 1.0), (1, 5.0)])).unwrap();
     filter.until_weight(&rig.client, 5.0).await;
     assert_eq!(filter.version, 2);
 }
@@ -198,6 +199,6 @@ async fn a_directory_that_is_replaced_is_followed() {
     fs::rename(root.join("etc"), root.join("old")).unwrap();
     fs::rename(root.join("new"), root.join("etc")).unwrap();
     filter.until_weight(&rig.client, 2.0).await;
-    replace(rig.config.endpoints.as_ref().unwrap(), &four(3.0));
+    replace(rig.config.endpoints.as_ref().unwrap(), &four(3.0)).unwrap();
     filter.until_weight(&rig.client, 3.0).await;
 }

@@ -38,7 +38,7 @@ async fn models_and_cache_of_engines_come_into_the_list_and_silent_ones_are_down
     let addresses: Vec<_> = engines.iter().map(pd_sim::Handle::addr).collect();
     let rig = Rig::start_with(&list(&addresses), |config, _| often(config)).await;
     for address in &addresses {
-        until("models and cache are known", || async {
+        until_true("models and cache are known", || async {
             let endpoint = endpoint(&rig, *address).await;
             endpoint.models == ["a", "m"] && endpoint.cache_tokens.is_some_and(|tokens| tokens > 0)
         })
@@ -47,27 +47,27 @@ async fn models_and_cache_of_engines_come_into_the_list_and_silent_ones_are_down
         assert_eq!(rig.client.metric(&up).await, 1.0);
     }
     engines[0].set_refuse(true);
-    until("it is down", || async { endpoint(&rig, addresses[0]).await.state == State::Down }).await;
+    until_true("it is down", || async { endpoint(&rig, addresses[0]).await.state == State::Down }).await;
     assert_eq!(endpoint(&rig, addresses[1]).await.state, State::Ready);
     engines[0].set_refuse(false);
-    until("it is back", || async { endpoint(&rig, addresses[0]).await.state == State::Ready }).await;
+    until_true("it is back", || async { endpoint(&rig, addresses[0]).await.state == State::Ready }).await;
 
     for engine in &engines[..2] {
         engine.set_refuse(true);
     }
     let failed = format!("pd_control_engine_up{{address=\"{}\"}}", addresses[1]);
-    until("the second fails", || async { rig.client.metric(&failed).await == 0.0 }).await;
+    until_true("the second fails", || async { rig.client.metric(&failed).await == 0.0 }).await;
     let scrapes = "pd_control_scrapes_total{result=\"failed\"}";
     let before = rig.client.metric(scrapes).await;
-    until("they fail for long", || async { rig.client.metric(scrapes).await > before + 10.0 }).await;
+    until_true("they fail for long", || async { rig.client.metric(scrapes).await > before + 10.0 }).await;
     for address in &addresses {
         let state = endpoint(&rig, *address).await.state;
         assert_eq!(state, State::Ready, "most of them cannot be gone at once");
     }
 
-    replace(&rig.file(), &list(&addresses[..1]));
+    replace(&rig.file(), &list(&addresses[..1])).unwrap();
     let is_gone = || async { !rig.client.get("/metrics").await.body.contains(&addresses[2].to_string()) };
-    until("its series leave with it", is_gone).await;
+    until_true("its series leave with it", is_gone).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -80,7 +80,7 @@ async fn tensorrt_llms_metrics_are_found_where_it_has_them() {
     let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
     let rig = Rig::start_with(&list(&[address]), |config, _| often(config)).await;
     let waiting = format!("pd_control_engine_waiting{{address=\"{address}\"}}");
-    until("its queue is known", || async { rig.client.metric(&waiting).await == 7.0 }).await;
+    until_true("its queue is known", || async { rig.client.metric(&waiting).await == 7.0 }).await;
     server.abort();
 }
 
@@ -96,7 +96,7 @@ async fn an_engine_without_end_is_cut_off() {
     let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
     let rig = Rig::start_with(&list(&[address]), |config, _| often(config)).await;
     let failed = "pd_control_scrapes_total{result=\"failed\"}";
-    until("it is cut off", || async { rig.client.metric(failed).await >= 2.0 }).await;
+    until_true("it is cut off", || async { rig.client.metric(failed).await >= 2.0 }).await;
     assert_eq!(rig.client.metric("pd_control_scrapes_total{result=\"ok\"}").await, 0.0);
     server.abort();
 }

@@ -3,17 +3,15 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use axum::http::{Request, StatusCode};
+use axum::http::{Response, StatusCode};
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
 use pd_control::envoys::relay::Peers;
-use pd_core::exchange::blocks::{block_event, split_events};
-use pd_core::exchange::message::{Heard, Record, Told, Totals};
-use pd_core::exchange::report::{Generation, Report};
+use pd_core::endpoints::elsewhere::Totals;
+use pd_core::exchange::message::{Heard, Record, Told};
+use pd_core::exchange::report::Report;
 use pd_core::hash::BlockHash;
+use pd_core::prefix::block_log::{block_event, split_events};
+use pd_core::workers::recent::Generation;
 
 use crate::support::*;
 
@@ -21,30 +19,27 @@ use crate::support::*;
 struct Gateway {
     id: u64,
     turn: u64,
-    address: SocketAddr,
-    token: Option<&'static str>,
-    client: Client<HttpConnector, Full<Bytes>>,
+    client: HttpClient,
 }
 
 impl Gateway {
     fn new(id: u64, address: SocketAddr) -> Self {
-        Self { id, turn: 0, address, token: None, client: Client::builder(TokioExecutor::new()).build_http() }
+        Self { id, turn: 0, client: HttpClient::new(address) }
     }
 
-    async fn post(&self, body: Vec<u8>, wait: Duration) -> (StatusCode, Bytes) {
-        let uri = format!("http://{}/v1/exchange?wait_ms={}", self.address, wait.as_millis());
-        let mut request = Request::post(uri);
-        if let Some(token) = self.token {
-            request = request.header("authorization", format!("Bearer {token}"));
-        }
-        let answer = self.client.request(request.body(Full::from(body)).unwrap()).await.unwrap();
-        (answer.status(), answer.into_body().collect().await.unwrap().to_bytes())
+    fn with_token(mut self) -> Self {
+        self.client.token = Some("secret");
+        self
+    }
+
+    async fn post(&self, body: Vec<u8>, wait: Duration) -> Response<Bytes> {
+        self.client.send("POST", &format!("/v1/exchange?wait_ms={}", wait.as_millis()), body).await.unwrap()
     }
 
     async fn ask(&self, told: &Told, wait: Duration) -> Heard {
-        let (status, body) = self.post(told.to_bytes(), wait).await;
-        assert_eq!(status, StatusCode::OK);
-        Heard::from_bytes(&body).unwrap()
+        let answer = self.post(told.to_bytes(), wait).await;
+        assert_eq!(answer.status(), StatusCode::OK);
+        Heard::from_bytes(answer.body()).unwrap()
     }
 
     /// Tells of so many tokens at endpoint 5, and of a block there.
@@ -111,12 +106,13 @@ async fn an_envoy_that_is_silent_is_forgotten_and_its_blocks_are_not() {
     assert_eq!((second.loads, second.exchanging), (Some(vec![]), 0));
     let late = b.hear((0, 0), &[], Duration::ZERO).await;
     assert_eq!(late.batches.len(), 1, "for whoever comes later");
-    until("its metric is down", || async { rig.client.metric("pd_control_gateways").await == 0.0 }).await;
+    until_true("its metric is down", || async { rig.client.metric("pd_control_gateways").await == 0.0 }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_pass_on_what_they_are_told() {
-    let (first, second) = (free_address(), free_address());
+    let ports = [Port::reserve(), Port::reserve()];
+    let [first, second] = ports.each_ref().map(Port::address);
     let start = |own: SocketAddr, other: SocketAddr| async move {
         Rig::start_with(&four(1.0), |config, directory| {
             with_token(config, directory);
@@ -126,7 +122,7 @@ async fn replicas_pass_on_what_they_are_told() {
         .await
     };
     let mut rigs = vec![start(first, second).await, start(second, first).await];
-    let gateway = |id, address| Gateway { token: Some("secret"), ..Gateway::new(id, address) };
+    let gateway = |id, address| Gateway::new(id, address).with_token();
     let (mut a, b) = (gateway(1, first), gateway(2, second));
     a.tell(10).await;
     let told = Instant::now();
@@ -155,7 +151,8 @@ async fn replicas_pass_on_what_they_are_told() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replica_that_finds_itself_among_the_others_lets_itself_be() {
-    let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let port = Port::reserve();
+    let address = port.address();
     let rig = Rig::start_with(&four(1.0), |config, _| {
         config.listen = address;
         config.peers = Some(Peers { name: address.to_string(), token: None, tls: None });
@@ -174,17 +171,17 @@ async fn a_replica_that_finds_itself_among_the_others_lets_itself_be() {
 #[tokio::test(flavor = "multi_thread")]
 async fn messages_that_are_none_are_refused_and_change_nothing() {
     let rig = Rig::start_with(&four(1.0), with_token).await;
-    let mut a = Gateway { token: Some("secret"), ..Gateway::new(1, rig.client.address) };
+    let mut a = Gateway::new(1, rig.client.address).with_token();
     a.tell(10).await;
     let stranger = Gateway::new(2, rig.client.address);
-    assert_eq!(stranger.post(Told::default().to_bytes(), Duration::ZERO).await.0, StatusCode::UNAUTHORIZED);
+    assert_eq!(stranger.post(Told::default().to_bytes(), Duration::ZERO).await.status(), StatusCode::UNAUTHORIZED);
     let good = Told { from: 1, records: vec![Record::default()], ..Told::default() }.to_bytes();
     let newer = [&9_u64.to_le_bytes(), &good[8..]].concat();
     let endless = [&good[..48], &u64::MAX.to_le_bytes()].concat();
     for bad in [vec![], b"{}".to_vec(), good[..good.len() - 1].to_vec(), newer, endless] {
-        assert_eq!(a.post(bad, Duration::ZERO).await.0, StatusCode::BAD_REQUEST);
+        assert_eq!(a.post(bad, Duration::ZERO).await.status(), StatusCode::BAD_REQUEST);
     }
-    assert_eq!(a.post(vec![0; 5 << 20], Duration::ZERO).await.0, StatusCode::PAYLOAD_TOO_LARGE);
-    let b = Gateway { token: Some("secret"), ..Gateway::new(2, rig.client.address) };
+    assert_eq!(a.post(vec![0; 5 << 20], Duration::ZERO).await.status(), StatusCode::PAYLOAD_TOO_LARGE);
+    let b = Gateway::new(2, rig.client.address).with_token();
     assert_eq!(tokens(&b.hear((0, 0), &[], Duration::ZERO).await), Some(10));
 }

@@ -24,13 +24,13 @@ async fn a_new_host_is_in_the_file_before_filters_hear_of_it_and_a_gone_one_afte
     let eds = rig.directory.path().join("eds.json");
     assert_eq!(ports(&eds), [1, 2].into());
     let mut filter = rig.filter().await;
-    replace(&rig.file(), &endpoints(&[(1, 1.0), (3, 1.0)]));
+    replace(&rig.file(), &endpoints(&[(1, 1.0), (3, 1.0)])).unwrap();
     filter.poll(&rig.client, PATIENCE).await.unwrap();
     assert!(!filter.table.contains_key("127.0.0.1:2"));
     assert_eq!(ports(&eds), [1, 2, 3].into());
-    until("the host that left is gone", || async { ports(&eds) == [1, 3].into() }).await;
+    until_true("the host that left is gone", || async { ports(&eds) == [1, 3].into() }).await;
     // A write is counted once it is done.
-    until("three writes", || async { rig.client.metric("pd_control_eds_writes_total").await == 3.0 }).await;
+    until_true("three writes", || async { rig.client.metric("pd_control_eds_writes_total").await == 3.0 }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -39,7 +39,7 @@ async fn the_file_is_left_alone_while_the_hosts_stay_the_same() {
     let mut filter = rig.filter().await;
     let inode = || fs::metadata(rig.directory.path().join("eds.json")).unwrap().ino();
     let before = inode();
-    replace(&rig.file(), &four(2.0));
+    replace(&rig.file(), &four(2.0)).unwrap();
     filter.until_weight(&rig.client, 2.0).await;
     assert_eq!((inode(), rig.client.metric("pd_control_eds_writes_total").await), (before, 1.0));
 }
@@ -68,11 +68,11 @@ async fn a_file_that_cannot_be_written_delays_no_filter_and_is_tried_again() {
     let mut filter = rig.filter().await;
     let directory = rig.directory.path().join("envoy");
     fs::remove_dir_all(&directory).unwrap();
-    replace(&rig.file(), &endpoints(&[(1, 2.0), (7, 1.0)]));
+    replace(&rig.file(), &endpoints(&[(1, 2.0), (7, 1.0)])).unwrap();
     filter.until_weight(&rig.client, 2.0).await;
     assert_eq!(rig.client.metric("pd_control_eds_errors_total").await, 1.0);
     fs::create_dir(&directory).unwrap();
-    until("the file is back", || async { directory.join("eds.json").exists() }).await;
+    until_true("the file is back", || async { directory.join("eds.json").exists() }).await;
     assert_eq!(ports(&directory.join("eds.json")), [1, 7].into());
 }
 

@@ -52,16 +52,16 @@ async fn addresses(rig: &Rig) -> Vec<String> {
 }
 
 async fn until_addresses(rig: &Rig, expected: &[&str]) {
-    until(&format!("{expected:?}"), || async { addresses(rig).await == expected }).await;
+    until_true(&format!("{expected:?}"), || async { addresses(rig).await == expected }).await;
 }
 
 async fn until_degraded(rig: &Rig, part: &str) {
     let is_said = || async { view(rig).await["degraded"].as_str().is_some_and(|reason| reason.contains(part)) };
-    until(&format!("degraded: {part}"), is_said).await;
+    until_true(&format!("degraded: {part}"), is_said).await;
 }
 
 async fn until_good(rig: &Rig) {
-    until("all is well", || async { view(rig).await["degraded"].is_null() }).await;
+    until_true("all is well", || async { view(rig).await["degraded"].is_null() }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -97,10 +97,10 @@ async fn nothing_is_published_before_every_namespace_is_listed() {
         let answer = rig.client.get("/readyz").await;
         answer.status == 503 && answer.body.contains("pods in m: Forbidden says the test (403); they were never listed")
     };
-    until("the reason is said", not_ready).await;
+    until_true("the reason is said", not_ready).await;
     assert_eq!(rig.client.metric("pd_control_watch_up{watch=\"pods in n\"}").await, 0.0);
     server.set_fault(Fault::None);
-    until("it is ready", || async { rig.client.get("/readyz").await.body == "ok\n" }).await;
+    until_true("it is ready", || async { rig.client.get("/readyz").await.body == "ok\n" }).await;
     assert_eq!((view(&rig).await["version"].clone(), addresses(&rig).await), (1.into(), vec!["10.0.0.1:8000".into()]));
 }
 
@@ -111,7 +111,7 @@ async fn a_forgotten_version_is_listed_anew_and_nobody_is_lost_meanwhile() {
         server.set_fault(fault);
         server.cut_watches();
         let lists = server.lists();
-        until("it is listed again", || async { server.lists() > lists }).await;
+        until_true("it is listed again", || async { server.lists() > lists }).await;
         // Seen by the lists alone.
         server.apply("n", "d2", pod("decode", "10.0.0.3"));
         server.delete("n", "d");
@@ -128,7 +128,7 @@ async fn a_restart_of_the_server_is_survived_and_a_long_one_is_said() {
     let (server, listening, rig) = two_pods().await;
     drop(listening);
     server.cut_watches();
-    until_degraded(&rig, "the last list of them is kept").await;
+    until_degraded(&rig, "pd-control keeps the last list of them").await;
     assert_eq!(addresses(&rig).await.len(), 2);
     let ready = rig.client.get("/readyz").await;
     assert!(ready.status == 200 && ready.body.starts_with("degraded: pods in n: "), "{}", ready.body);
@@ -159,7 +159,7 @@ async fn watches_that_are_cut_at_once_are_paced() {
     server.set_fault(Fault::Cut);
     server.cut_watches();
     let (before, start) = (server.watches() + server.lists(), Instant::now());
-    until("the storm goes on", || async { server.watches() + server.lists() >= before + 8 }).await;
+    until_true("the storm goes on", || async { server.watches() + server.lists() >= before + 8 }).await;
     // Doubled from 0.1 s, each at least half of it.
     assert!(start.elapsed() > Duration::from_secs(3), "eight attempts in {:?}", start.elapsed());
     assert_eq!(addresses(&rig).await.len(), 2);
@@ -171,7 +171,7 @@ async fn watches_that_are_cut_at_once_are_paced() {
 #[tokio::test(flavor = "multi_thread")]
 async fn watches_that_end_in_time_are_no_problem() {
     let (server, _listening, rig) = two_pods().await;
-    until("some watches have ended", || async { server.watches() > 3 }).await;
+    until_true("some watches have ended", || async { server.watches() > 3 }).await;
     assert_eq!((server.lists(), view(&rig).await["version"].clone()), (1, 1.into()));
     assert_eq!(view(&rig).await["degraded"], Value::Null);
 }
@@ -193,7 +193,7 @@ async fn one_bad_pod_is_named_and_loses_none_of_the_others() {
         server.delete("n", name);
     }
     let is_gone = || async { !rig.client.get("/metrics").await.body.contains("pd_control_pod_refused{") };
-    until("the series leave with the pods", is_gone).await;
+    until_true("the series leave with the pods", is_gone).await;
     assert_eq!(view(&rig).await["degraded"], Value::Null);
 }
 
@@ -208,7 +208,7 @@ async fn an_address_that_was_given_to_a_new_pod_is_the_new_ones() {
         let list = endpoints_in_force(&rig).await;
         list.len() == 2 && list[1].role == pd_core::wire::Role::Prefill && list[1].state == State::Ready
     };
-    until("the new pod has the address", is_prefill).await;
+    until_true("the new pod has the address", is_prefill).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -219,7 +219,7 @@ async fn long_lists_come_in_pages_and_an_expired_page_begins_them_anew() {
     }
     server.set_fault(Fault::ExpiredPage);
     let rig = Rig::start_without_file(|config| follow(config, &server, namespaces(&["n"]))).await;
-    until("all are listed", || async { addresses(&rig).await.len() == 1_200 }).await;
+    until_true("all are listed", || async { addresses(&rig).await.len() == 1_200 }).await;
     // One page before it expired, three after.
     assert_eq!((server.lists(), view(&rig).await["version"].clone()), (5, 1.into()));
 }
@@ -276,7 +276,7 @@ selectors:
 ";
     let config = KubernetesConfig::parse("k.yaml".as_ref(), text.as_bytes()).unwrap();
     let rig = Rig::start_without_file(|it| follow(it, &server, config)).await;
-    until("there is a list", || async { view(&rig).await["version"] == 1 }).await;
+    until_true("there is a list", || async { view(&rig).await["version"] == 1 }).await;
     let expected = json!([{"address": "10.0.0.1:9000", "role": "prefill", "pool": "big", "engine": "sglang",
                            "group": "7", "weight": 2.0}]);
     assert_eq!(view(&rig).await["endpoints"], expected);

@@ -3,14 +3,11 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use axum::http::Request;
-use bytes::Bytes;
-use http_body_util::Full;
-use hyper_util::client::legacy::Client;
-use hyper_util::rt::TokioExecutor;
 use pd_control::access::token::Token;
 use pd_core::exchange::message::{Record, Told};
-use pd_core::exchange::report::{Decision, Generation, Report};
+use pd_core::exchange::report::{Report, ReportedDecision};
+use pd_core::time::UnixTime;
+use pd_core::workers::recent::{Decision, Generation};
 use pd_sim::Role;
 use serde_json::Value;
 use tokio::task::JoinHandle;
@@ -34,11 +31,10 @@ fn until_shown(browser: &mut Browser, text: &str) {
 
 /// An Envoy with so many workers, which reports as long as this runs.
 fn reporting(address: SocketAddr, gateway: u64, workers: u64) -> JoinHandle<()> {
-    let client = Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>();
+    let client = HttpClient { token: Some("secret"), ..HttpClient::new(address) };
     let generation =
         Generation { version: "0.1.0".into(), build: "0123456789ab".into(), revision: "blue".into(), workers };
     let decision = Decision {
-        at_ms: 1_700_000_000_000,
         decision: "split".into(),
         reason: "prefilled".into(),
         model: "sim".into(),
@@ -47,17 +43,14 @@ fn reporting(address: SocketAddr, gateway: u64, workers: u64) -> JoinHandle<()> 
         prompt_tokens: 4_321,
         matched_tokens: 1_024,
     };
+    let decision = ReportedDecision { at_ms: UnixTime::from_millis(1_700_000_000_000), decision };
     let report = Report { generations: vec![generation], decisions: vec![decision], ..Report::default() }.to_json();
     tokio::spawn(async move {
         for turn in 1.. {
             let record = Record { gateway, turn, report: report.clone(), ..Record::default() };
             let told = Told { from: gateway, records: vec![record], ..Told::default() };
-            let request = Request::post(format!("http://{address}/v1/exchange?wait_ms=0"))
-                .header("authorization", "Bearer secret")
-                .body(Full::from(told.to_bytes()))
-                .unwrap();
             // In the end there is nobody to tell.
-            let _ = client.request(request).await;
+            let _ = client.send("POST", "/v1/exchange?wait_ms=0", told.to_bytes()).await;
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
     })
@@ -71,7 +64,8 @@ async fn the_status_page_shows_all_that_is_known() {
     for role in [Role::Prefill, Role::Decode] {
         engines.push(pd_sim::start(pd_sim::Config::of(role)).await.unwrap());
     }
-    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let port = Port::reserve();
+    let silent = port.address();
     let text = format!(
         "endpoints:\n- {{address: '{}', role: prefill}}\n- {{address: '{}', role: decode, max_prompt_tokens: 8000}}\n\
          - {{address: '{silent}', role: both, pool: big, models: ['<img src=x onerror=alert(1)>'], state: draining}}\n",
@@ -92,7 +86,7 @@ async fn the_status_page_shows_all_that_is_known() {
     // Without the token it shows nothing and asks for it.
     let page = format!("http://{}/", rig.client.address);
     browser.go(&page);
-    until_shown(&mut browser, "a token is needed");
+    until_shown(&mut browser, "pd-control requires a token");
     assert!(!browser.evaluate("document.body?.innerText ?? ''").as_str().unwrap().contains("127.0.0.1:"));
     until_true(&mut browser, "!document.getElementById('login').hidden");
     browser.complaints.clear();
@@ -127,13 +121,13 @@ async fn the_status_page_shows_all_that_is_known() {
     assert_eq!(browser.evaluate(outside), Value::Bool(false), "no assets from elsewhere");
 
     // What goes wrong is said, and that it is over.
-    replace(&rig.file(), "endpoints: [broken]");
+    replace(&rig.file(), "endpoints: [broken]").unwrap();
     until_true(&mut browser, "!document.getElementById('degraded').hidden");
     until_shown(&mut browser, "endpoints[0]: must be a mapping of keys");
     if let Some(path) = std::env::var_os("PD_SCREENSHOT") {
         std::fs::write(path, browser.screenshot()).unwrap();
     }
-    replace(&rig.file(), &text);
+    replace(&rig.file(), &text).unwrap();
     until_true(&mut browser, "document.getElementById('degraded').hidden");
     assert_eq!(browser.complaints, Vec::<String>::new());
 

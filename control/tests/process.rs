@@ -6,10 +6,9 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use axum::http::{Request, StatusCode};
-use http_body_util::Full;
-use hyper_util::client::legacy::Client;
-use hyper_util::rt::TokioExecutor;
+use axum::http::StatusCode;
+use pd_support::port::Port;
+use pd_support::process;
 
 use crate::support::*;
 
@@ -76,15 +75,15 @@ fn spawn_logged(arguments: &[&str], variables: &[(&str, &str)]) -> (Child, HttpC
 async fn a_signal_answers_open_polls_and_ends_it_within_a_second() {
     let directory = tempfile::tempdir().unwrap();
     let file = write(directory.path(), "endpoints.yaml", &four(1.0));
-    for signal in ["-TERM", "-INT"] {
+    for signal in ["TERM", "INT"] {
         let (mut child, client) = spawn(&["--endpoints", &file]);
         let mut filter = Filter::default();
         filter.poll(&client, PATIENCE).await.unwrap();
         let poller = client.clone();
         let poll = tokio::spawn(async move { filter.request(&poller, PATIENCE).await.status });
-        until("the poll waits", || async { client.metric("pd_control_pollers").await == 1.0 }).await;
+        until_true("the poll waits", || async { client.metric("pd_control_pollers").await == 1.0 }).await;
         let start = Instant::now();
-        assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+        process::signal(child.id(), signal);
         assert_eq!(poll.await.unwrap(), StatusCode::NOT_MODIFIED);
         assert!(child.wait().unwrap().success());
         assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
@@ -103,7 +102,7 @@ fn what_hinders_the_start_is_one_line_and_exit_code_1() {
             format!("cannot listen on {address}: Address already in use"),
         ),
         (vec!["--endpoints", "none.yaml", "--listen", "127.0.0.1:0"], "none.yaml: cannot be read: No such file".into()),
-        (vec!["--endpoints", &file, "--token-env", "T"], "--token-env T: it is not set".into()),
+        (vec!["--endpoints", &file, "--token-env", "T"], "--token-env T: the variable is not set".into()),
         (vec!["--endpoints", &file, "--log-level", "x=y"], "--log-level x=y: error parsing level filter".into()),
         (vec![], "--endpoints FILE, --endpoint or --kubernetes is needed".into()),
     ] {
@@ -135,13 +134,9 @@ async fn a_terminal_shows_what_a_running_one_knows() {
     assert!(shown(&["top", "--once"]).contains("127.0.0.1:3  both  ready  -"));
     assert!(shown(&["explain", "127.0.0.1:2"]).starts_with("127.0.0.1:2 is in the list: both, ready\n"));
     let unknown = run(&["explain", "nobody", "--server", &server]);
-    assert_eq!(text(&unknown.stderr), "pd-control: nobody: no endpoint, and no pod that is followed\n");
+    assert_eq!(text(&unknown.stderr), "pd-control: nobody: no endpoint and no followed pod has this name\n");
 
-    let sender = Client::builder(TokioExecutor::new()).build_http::<Full<bytes::Bytes>>();
-    let put = async |level: &str| {
-        let request = Request::put(format!("{server}/v1/log-level")).body(Full::from(level.to_owned())).unwrap();
-        sender.request(request).await.unwrap().status()
-    };
+    let put = async |level: &str| client.send("PUT", "/v1/log-level", level.to_owned()).await.unwrap().status();
     assert_eq!(put("debug").await, StatusCode::NO_CONTENT);
     assert_eq!(put("x=y").await, StatusCode::BAD_REQUEST);
     assert_eq!(put(&"x".repeat(2_000)).await, StatusCode::PAYLOAD_TOO_LARGE);
@@ -155,15 +150,13 @@ async fn a_json_log_has_an_object_a_line_at_every_level_and_in_failure() {
     let directory = tempfile::tempdir().unwrap();
     let file = write(directory.path(), "endpoints.yaml", &four(1.0));
     let (mut child, client, log) = spawn_logged(&["--endpoints", &file, "--log-format", "json"], &[]);
-    let server = format!("http://{}", client.address);
-    let sender = Client::builder(TokioExecutor::new()).build_http::<Full<bytes::Bytes>>();
-    let request = Request::put(format!("{server}/v1/log-level")).body(Full::from("trace")).unwrap();
-    assert_eq!(sender.request(request).await.unwrap().status(), StatusCode::NO_CONTENT);
-    replace(Path::new(&file), "endpoints: [\"a\\tb\"]");
-    until("it is refused", || async { client.metric("pd_control_refusals_total").await == 1.0 }).await;
-    replace(Path::new(&file), &four(2.0));
-    until("it is good again", || async { client.metric("pd_control_degraded").await == 0.0 }).await;
-    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    let put = client.send("PUT", "/v1/log-level", "trace").await.unwrap();
+    assert_eq!(put.status(), StatusCode::NO_CONTENT);
+    replace(Path::new(&file), "endpoints: [\"a\\tb\"]").unwrap();
+    until_true("it is refused", || async { client.metric("pd_control_refusals_total").await == 1.0 }).await;
+    replace(Path::new(&file), &four(2.0)).unwrap();
+    until_true("it is good again", || async { client.metric("pd_control_degraded").await == 0.0 }).await;
+    process::signal(child.id(), "TERM");
     assert!(child.wait().unwrap().success());
     let lines: Vec<serde_json::Value> =
         log.join().unwrap().lines().map(|line| serde_json::from_str(line).expect(line)).collect();
@@ -413,15 +406,16 @@ async fn a_reader_that_leaves_ends_a_command_quietly() {
 async fn a_log_that_nobody_reads_any_longer_disturbs_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let file = write(directory.path(), "endpoints.yaml", &four(1.0));
-    let address = free_address();
+    let port = Port::reserve();
+    let address = port.address();
     let mut child =
         command(&["--endpoints", &file, "--listen", &address.to_string()]).stderr(closed_pipe()).spawn().unwrap();
     let client = HttpClient::new(address);
-    until("it listens", || async { client.request("GET", "/healthz").await.is_ok() }).await;
-    replace(Path::new(&file), "endpoints: 7");
-    until("the refusal is logged", || async { client.metric("pd_control_refusals_total").await == 1.0 }).await;
-    replace(Path::new(&file), &four(2.0));
-    until("it goes on", || async { client.metric("pd_control_snapshot_version").await == 2.0 }).await;
+    until_true("it listens", || async { client.request("GET", "/healthz").await.is_ok() }).await;
+    replace(Path::new(&file), "endpoints: 7").unwrap();
+    until_true("the refusal is logged", || async { client.metric("pd_control_refusals_total").await == 1.0 }).await;
+    replace(Path::new(&file), &four(2.0)).unwrap();
+    until_true("it goes on", || async { client.metric("pd_control_snapshot_version").await == 2.0 }).await;
     child.kill().unwrap();
     child.wait().unwrap();
 }

@@ -37,8 +37,8 @@ async fn an_edit_answers_the_open_poll_with_what_changed() {
         let snapshot = filter.poll(&client, PATIENCE).await.unwrap();
         (filter, snapshot)
     });
-    until("the poll waits", || async { rig.client.metric("pd_control_pollers").await == 1.0 }).await;
-    replace(&file, &endpoints(&[(1, 2.0), (2, 1.0), (3, 1.0), (5, 1.0), (6, 1.0)]));
+    until_true("the poll waits", || async { rig.client.metric("pd_control_pollers").await == 1.0 }).await;
+    replace(&file, &endpoints(&[(1, 2.0), (2, 1.0), (3, 1.0), (5, 1.0), (6, 1.0)])).unwrap();
     let (filter, snapshot) = poll.await.unwrap();
     assert_eq!((snapshot.base, snapshot.version), (Some(1), 2));
     let names: Vec<_> = snapshot.endpoints.iter().map(|endpoint| endpoint.address.port()).collect();
@@ -57,10 +57,10 @@ async fn edits_reach_an_open_poll_within_milliseconds() {
             next.poll(&client, PATIENCE).await.unwrap();
             (next, Instant::now())
         });
-        until("the poll waits", || async { waiting.metric("pd_control_pollers").await == 1.0 }).await;
+        until_true("the poll waits", || async { waiting.metric("pd_control_pollers").await == 1.0 }).await;
         let start = Instant::now();
         if round % 2 == 0 {
-            replace(&rig.file(), &four(round.into()))
+            replace(&rig.file(), &four(round.into())).unwrap()
         } else {
             std::fs::write(rig.file(), four(round.into())).unwrap()
         }
@@ -81,7 +81,7 @@ async fn a_filter_that_missed_versions_gets_them_in_one() {
     let old = rig.filter().await;
     let mut new = old.clone();
     for weight in [2.0, 3.0, 4.0] {
-        replace(&rig.file(), &four(weight));
+        replace(&rig.file(), &four(weight)).unwrap();
         new.until_weight(&rig.client, weight).await;
     }
     let mut late = old.clone();
@@ -106,14 +106,14 @@ async fn hundreds_of_polls_wait_and_are_all_answered() {
             })
         })
         .collect();
-    until("all polls wait", || async { rig.client.metric("pd_control_pollers").await == FILTERS as f64 }).await;
+    until_true("all polls wait", || async { rig.client.metric("pd_control_pollers").await == FILTERS as f64 }).await;
     let start = Instant::now();
-    replace(&rig.file(), &four(2.0));
+    replace(&rig.file(), &four(2.0)).unwrap();
     for poll in polls {
         assert_eq!(poll.await.unwrap()["127.0.0.1:1"], 2.0);
     }
     println!("edit to the last of {FILTERS} answers: {:?}", start.elapsed());
-    until("no poll waits", || async { rig.client.metric("pd_control_pollers").await == 0.0 }).await;
+    until_true("no poll waits", || async { rig.client.metric("pd_control_pollers").await == 0.0 }).await;
     assert_eq!(rig.client.metric("pd_control_watch_requests_total{code=\"200\"}").await, FILTERS as f64 + 1.0);
 }
 
@@ -123,9 +123,9 @@ async fn a_filter_that_leaves_is_not_counted_any_longer() {
     let filter = rig.filter().await;
     let client = HttpClient::new(rig.client.address);
     let poll = tokio::spawn(async move { filter.request(&client, PATIENCE).await.status });
-    until("the poll waits", || async { rig.client.metric("pd_control_pollers").await == 1.0 }).await;
+    until_true("the poll waits", || async { rig.client.metric("pd_control_pollers").await == 1.0 }).await;
     poll.abort();
-    until("the poll is gone", || async { rig.client.metric("pd_control_pollers").await == 0.0 }).await;
+    until_true("the poll is gone", || async { rig.client.metric("pd_control_pollers").await == 0.0 }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -150,7 +150,7 @@ async fn stopping_answers_the_open_polls() {
             tokio::spawn(async move { filter.request(&client, PATIENCE).await.status })
         })
         .collect();
-    until("the polls wait", || async { rig.client.metric("pd_control_pollers").await == 20.0 }).await;
+    until_true("the polls wait", || async { rig.client.metric("pd_control_pollers").await == 20.0 }).await;
     let start = Instant::now();
     rig.control.stop().await;
     println!("stopped in {:?}", start.elapsed());

@@ -1,4 +1,4 @@
-//! What scales each role: in `/metrics`, and as KEDA hears it over gRPC.
+//! What scales each role: in `/metrics`, and as KEDA asks for it by gRPC.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -39,7 +39,7 @@ fn with_scaler(config: &mut Config, _: &Path) {
     config.scaler = Some(([127, 0, 0, 1], 0).into());
 }
 
-/// An Envoy that tells, as often as it must to be believed, what it has in flight.
+/// An Envoy that sends what it has in flight, often enough to count as present.
 struct Envoy {
     loads: watch::Sender<Vec<(u64, Totals)>>,
     task: JoinHandle<()>,
@@ -150,7 +150,7 @@ async fn each_role_has_its_demand_in_metrics() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn keda_hears_the_mean_of_a_window_and_nothing_before() {
+async fn keda_gets_the_mean_of_a_window_and_nothing_before() {
     let rig = Rig::start_with(LIST, with_scaler).await;
     let keda = Keda::new(rig.control.scaler_address().unwrap());
     let specs: GetMetricSpecResponse = keda.ask("GetMetricSpec", object(&[("role", "decode")])).await.unwrap();

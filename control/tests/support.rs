@@ -3,21 +3,22 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use axum::http::{HeaderMap, Request, StatusCode};
-use http_body_util::{BodyExt, Empty};
-use hyper_util::client::legacy::Client;
+use axum::http::{HeaderMap, Request, Response, StatusCode};
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
 use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::client::legacy::{Client, Error};
 use hyper_util::rt::TokioExecutor;
 use pd_control::access::token::Token;
 use pd_control::publish::eds::EdsFile;
 use pd_control::{Config, Control};
 use pd_core::wire::Snapshot;
+pub use pd_support::file::replace;
+pub use pd_support::port::Port;
+pub use pd_support::wait::{PATIENCE, until_true};
 use tempfile::TempDir;
-
-/// Far above what anything here takes, below what a person waits for.
-pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A running pd-control, its directory, and a client.
 pub struct Rig {
@@ -31,7 +32,7 @@ pub struct Rig {
 pub struct HttpClient {
     pub address: SocketAddr,
     pub token: Option<&'static str>,
-    pub client: Client<HttpConnector, Empty<bytes::Bytes>>,
+    pub client: Client<HttpConnector, Full<Bytes>>,
 }
 
 #[derive(Debug)]
@@ -58,22 +59,6 @@ pub fn endpoints(ports_and_weights: &[(u16, f64)]) -> String {
 /// Four endpoints, the first of this weight.
 pub fn four(weight: f64) -> String {
     endpoints(&[(1, weight), (2, 1.0), (3, 1.0), (4, 1.0)])
-}
-
-/// Replaces a file as a careful writer does.
-pub fn replace(path: &Path, text: &str) {
-    let aside = path.with_extension("aside");
-    std::fs::write(&aside, text).unwrap();
-    std::fs::rename(&aside, path).unwrap();
-}
-
-/// Waits until a condition holds.
-pub async fn until<F: Future<Output = bool>>(what: &str, condition: impl Fn() -> F) {
-    let start = Instant::now();
-    while !condition().await {
-        assert!(start.elapsed() < PATIENCE, "{what} did not come true");
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
 }
 
 impl Rig {
@@ -129,11 +114,6 @@ impl Rig {
     }
 }
 
-/// An address that nobody has: for what is named to others before it runs.
-pub fn free_address() -> SocketAddr {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
-}
-
 pub fn with_eds(config: &mut Config, directory: &Path) {
     config.eds = Some(EdsFile::new(directory.join("eds.json"), "engines".into()));
 }
@@ -151,15 +131,20 @@ impl HttpClient {
         self.request("GET", path).await.unwrap()
     }
 
-    pub async fn request(&self, method: &str, path: &str) -> Result<Answer, hyper_util::client::legacy::Error> {
+    pub async fn request(&self, method: &str, path: &str) -> Result<Answer, Error> {
+        let (parts, body) = self.send(method, path, Bytes::new()).await?.into_parts();
+        let body = String::from_utf8(body.into()).unwrap();
+        Ok(Answer { status: parts.status, headers: parts.headers, body })
+    }
+
+    pub async fn send(&self, method: &str, path: &str, body: impl Into<Bytes>) -> Result<Response<Bytes>, Error> {
         let mut request = Request::builder().method(method).uri(format!("http://{}{path}", self.address));
         if let Some(token) = self.token {
             request = request.header("authorization", format!("Bearer {token}"));
         }
-        let response = self.client.request(request.body(Empty::new()).unwrap()).await?;
+        let response = self.client.request(request.body(Full::new(body.into())).unwrap()).await?;
         let (parts, body) = response.into_parts();
-        let body = String::from_utf8(body.collect().await.unwrap().to_bytes().into()).unwrap();
-        Ok(Answer { status: parts.status, headers: parts.headers, body })
+        Ok(Response::from_parts(parts, body.collect().await.unwrap().to_bytes()))
     }
 
     /// The value of one line of `/metrics`.

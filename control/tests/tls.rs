@@ -87,7 +87,8 @@ async fn with_a_certificate_only_tls_is_spoken() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_speak_tls_to_each_other_and_trust_whom_they_are_told_to() {
-    let (first, second, third) = (free_address(), free_address(), free_address());
+    let ports = [Port::reserve(), Port::reserve(), Port::reserve()];
+    let [first, second, third] = ports.each_ref().map(Port::address);
     let directory = tempfile::tempdir().unwrap();
     let files = made(directory.path(), "IP:127.0.0.1");
     let stranger = tempfile::tempdir().unwrap();
@@ -117,7 +118,7 @@ async fn replicas_speak_tls_to_each_other_and_trust_whom_they_are_told_to() {
         arguments.extend(["--fail".into(), "--data-binary".into(), format!("@{}", body.display())]);
         assert!(curl(arguments).await.status.success());
     };
-    until("the second one hears what the first was told, and the third is not believed", async || {
+    until_true("the second one hears what the first was told, and the third is not believed", async || {
         // They are silent for good after a few seconds.
         tell(first, 1).await;
         tell(third, 3).await;
@@ -137,7 +138,8 @@ async fn replicas_speak_tls_to_each_other_and_trust_whom_they_are_told_to() {
     // What it could never trust, it says before it serves.
     let tls = Some(PeersTls { ca_file: Some(stranger.path().join("none")) });
     let peers = Some(Peers { name: "pd-control-peers:1".into(), token: None, tls });
-    let refused = Control::start(Config { listen: free_address(), peers, ..running.config.clone() }).await;
+    let port = Port::reserve();
+    let refused = Control::start(Config { listen: port.address(), peers, ..running.config.clone() }).await;
     let error = format!("{:#}", refused.expect_err("no such file"));
     assert!(error.starts_with("--peers-ca-file ") && !error.contains('\n'), "{error}");
 }

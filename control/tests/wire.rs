@@ -6,9 +6,10 @@ use std::time::SystemTime;
 
 use pd_control::list::EndpointList;
 use pd_control::publish::registry::Registry;
-use pd_core::exchange::blocks::block_event;
-use pd_core::exchange::message::{Batch, Heard, Record, Told, Totals};
+use pd_core::endpoints::elsewhere::Totals;
+use pd_core::exchange::message::{Batch, Heard, Record, Told};
 use pd_core::hash::BlockHash;
+use pd_core::prefix::block_log::block_event;
 use pd_core::table::Applied;
 use pd_core::wire::{Endpoint, Engine, Role, Snapshot, State};
 use pd_core::worker::Worker;
@@ -180,14 +181,14 @@ fn a_filter_follows_the_lists_of_every_version_and_keeps_its_own_where_one_is_re
         let mut worker = Worker::default();
         worker.configure(b"{}").unwrap();
         assert_eq!(worker.apply(read(&folder.join("whole.json")).as_bytes()), Ok(Applied::Changed));
-        assert_eq!(worker.table.len(), 4);
+        assert_eq!(worker.state.table.len(), 4);
         assert_eq!(worker.apply(read(&folder.join("delta.json")).as_bytes()), Ok(Applied::Changed));
-        assert_eq!((worker.table.len(), worker.table.version()), (3, ("golden", 2)));
+        assert_eq!((worker.state.table.len(), worker.state.table.version()), (3, ("golden", 2)));
         for refused in fs::read_dir(folder.join("refused")).unwrap().map(|entry| entry.unwrap().path()) {
             assert!(worker.apply(read(&refused).as_bytes()).is_err(), "{}", refused.display());
         }
         assert_eq!(worker.apply(read(&folder.join("empty.json")).as_bytes()), Ok(Applied::Empty));
-        assert_eq!((worker.table.len(), worker.table.version()), (3, ("golden", 2)));
+        assert_eq!((worker.state.table.len(), worker.state.table.version()), (3, ("golden", 2)));
     }
 }
 
@@ -215,9 +216,11 @@ fn what_a_newer_version_adds_is_ignored() {
 async fn filters_of_every_version_are_answered() {
     let rig = Rig::start(&four(1.0)).await;
     let epoch = rig.filter().await.epoch;
-    replace(&rig.file(), &four(2.0));
-    until("the second version is there", || async { rig.client.metric("pd_control_snapshot_version").await == 2.0 })
-        .await;
+    replace(&rig.file(), &four(2.0)).unwrap();
+    until_true("the second version is there", || async {
+        rig.client.metric("pd_control_snapshot_version").await == 2.0
+    })
+    .await;
     for folder in versions() {
         for line in read(&folder.join("polls.txt")).lines() {
             let mut words = line.split(' ');

@@ -8,6 +8,7 @@ use core::time::Duration;
 use std::ptr::{null_mut, slice_from_raw_parts_mut};
 
 use pd_core::headers::Headers;
+use pd_core::time::Monotonic;
 
 /// Status of a host call that did not succeed, as the ABI numbers it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,12 +140,12 @@ fn returned(status: u32, data: *mut u8, size: usize) -> HostResult<Vec<u8>> {
 
 /// Time since an arbitrary point that all workers of the process share; never goes back. WASI's monotonic clock: the
 /// ABI's own clock is wall-clock time.
-pub fn now() -> Duration {
+pub fn now() -> Monotonic {
     const MONOTONIC: u32 = 1;
     let mut nanos = 0;
     // SAFETY: `nanos` outlives the call.
     unsafe { abi::clock_time_get(MONOTONIC, 0, &mut nanos) };
-    Duration::from_nanos(nanos)
+    Monotonic::from_nanos(nanos)
 }
 
 /// All headers of a map.

@@ -6,11 +6,13 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use log::{error, info, warn};
+use pd_core::exchange::report::Report;
 use pd_core::exchange::{self, Call, Exchange};
 use pd_core::headers::Headers;
 use pd_core::metrics::{Kind, Level, Metric};
 use pd_core::push::{News, Poll, Push, TICK};
 use pd_core::share::{SEATS, Share, Shared};
+use pd_core::time::{Clocks, Monotonic, UnixTime};
 use pd_core::wire::WIRE_VERSION;
 use pd_core::worker::Worker;
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
@@ -52,12 +54,12 @@ pub struct Shell {
 #[derive(Default)]
 struct Ticks {
     period: Duration,
-    whole: Duration,
+    whole: Monotonic,
 }
 
 impl Shell {
     /// Takes over what other workers have learnt and decided. Before every decision.
-    pub fn catch_up(&mut self, now: Duration) {
+    pub fn catch_up(&mut self, now: Monotonic) {
         let announced = self.metrics.announced();
         let news = self.push.catch_up(&mut self.worker, &self.metrics, announced);
         self.share.catch_up(&mut self.worker, &self.metrics, announced, now);
@@ -65,7 +67,7 @@ impl Shell {
     }
 
     /// Tells the other workers what happened.
-    pub fn publish(&mut self, now: Duration) {
+    pub fn publish(&mut self, now: Monotonic) {
         self.share.publish(&mut self.worker, &self.metrics, now);
     }
 
@@ -80,8 +82,8 @@ impl Shell {
     }
 
     fn tell(&self, news: Option<News>) {
-        let (epoch, version) = self.worker.table.version();
-        let endpoints = self.worker.table.len();
+        let (epoch, version) = self.worker.state.table.version();
+        let endpoints = self.worker.state.table.len();
         match news {
             None => {}
             Some(News::Applied) => info!("list {epoch}/{version} in force: {endpoints} endpoints"),
@@ -199,7 +201,7 @@ impl Shell {
 }
 
 impl Shell {
-    fn whole_tick(&mut self, now: Duration) -> Option<Poll> {
+    fn whole_tick(&mut self, now: Monotonic) -> Option<Poll> {
         self.ticks.whole = now;
         self.flush();
         let Self { worker, push, share, metrics, .. } = self;
@@ -212,13 +214,13 @@ impl Shell {
             }
         }
         if let Some(id) = metrics.seen {
-            let _ = host::record_metric(id, unix_seconds());
+            let _ = host::record_metric(id, unix_time().as_secs());
         }
         poll
     }
 
     /// Calls of the exchange that are due.
-    fn exchange(&mut self, now: Duration) -> Vec<Call> {
+    fn exchange(&mut self, now: Monotonic) -> Vec<Call> {
         let Self { worker, push, share, exchange, metrics, .. } = self;
         if exchange.wants_to_speak(push.holds_lease()) {
             let before = metrics.get(VOICE_KEY).and_then(|(bytes, _)| Some(u64::from_le_bytes(*bytes.first_chunk()?)));
@@ -227,7 +229,8 @@ impl Shell {
             exchange.speak(worker, voice, before.unwrap_or(0), now);
         }
         exchange.tick(worker, push.holds_lease(), now, |worker| {
-            worker.report(share.generations(metrics), share.decisions(worker, metrics)).to_json()
+            let clocks = Clocks { monotonic: now, unix: unix_time() };
+            Report::of(worker, share.generations(metrics), share.decisions(worker, metrics), clocks).to_json()
         })
     }
 
@@ -432,6 +435,8 @@ fn random_number() -> u64 {
     RandomState::new().hash_one(host::now()).max(1)
 }
 
-fn unix_seconds() -> u64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_secs())
+fn unix_time() -> UnixTime {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or_else(|_| UnixTime::default(), UnixTime::new)
 }

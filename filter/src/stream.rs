@@ -1,12 +1,12 @@
 //! HTTP context: one request.
 
 use core::cell::RefCell;
-use core::time::Duration;
 use std::rc::Rc;
 
 use log::warn;
 use pd_core::headers::Headers;
 use pd_core::request::{Effect, Flow, Outcome, PrefillAnswer, Request};
+use pd_core::time::Monotonic;
 use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
 
@@ -27,7 +27,7 @@ impl Stream {
     }
 
     /// Tells the request an event, does what comes of it and tells the other workers.
-    fn step(&mut self, now: Duration, event: impl FnOnce(&mut Request, &mut Shell) -> Outcome) -> Flow {
+    fn step(&mut self, now: Monotonic, event: impl FnOnce(&mut Request, &mut Shell) -> Outcome) -> Flow {
         let shell = Rc::clone(&self.shell);
         let Ok(mut shell) = shell.try_borrow_mut() else { return Flow::Continue };
         let outcome = event(&mut self.request, &mut shell);
@@ -44,7 +44,7 @@ impl Stream {
         self.carry_out(&mut shell, outcome).unwrap_or(Flow::Continue)
     }
 
-    fn carry_out_all(&mut self, shell: &mut Shell, mut outcome: Outcome, now: Duration) -> Flow {
+    fn carry_out_all(&mut self, shell: &mut Shell, mut outcome: Outcome, now: Monotonic) -> Flow {
         // A call-out that the host refuses is a prefill leg that failed; each turn tries another endpoint or ends.
         loop {
             match self.carry_out(shell, outcome) {
@@ -181,7 +181,7 @@ impl HttpContext for Stream {
     }
 
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
-        if self.request.is_sent() {
+        if self.request.is_forwarded() {
             let status = host::status(Map::Response);
             // Envoy names the host that it tried last, also where none answered and the answer, an error, is its own.
             let is_error = status.is_none_or(|status| status >= 400);
@@ -202,11 +202,11 @@ impl HttpContext for Stream {
         {
             self.request.first_byte(&mut shell.worker, host::now());
         }
-        if self.request.reads_answer() {
+        if self.request.wants_response_body() {
             let part = if bytes > 0 { host::buffer(Buffer::ResponseBody) } else { Ok(Vec::new()) };
             return action(self.part(|request, shell| {
                 let part = shell.expect_ok("response body", part).unwrap_or_default();
-                request.answer_part(&mut shell.worker, &part, end_of_stream)
+                request.response_part(&mut shell.worker, &part, end_of_stream)
             }));
         }
         Action::Continue

@@ -36,7 +36,7 @@ if [ -z "${PD_CLUSTER_BIN:-}" ]; then
 fi
 
 # The programs are built with the tests of their packages: pd-cluster, pd-control, pd-sim.
-tests --quiet --test gateway --test lifetime --test control --test it --no-run
+tests --quiet --test gateway --test lifetime --test control --test sim --no-run
 # However the harness ends, it leaves nothing behind.
 PD_CLUSTER_BIN=$PD_CLUSTER_BIN tests --quiet --test lifetime -- --nocapture
 # The program itself, which the Python package's `envoy` starts.

@@ -1,4 +1,4 @@
-//! Who may connect, as a server and as a client: the bearer token, and certificates.
+//! Authentication: the bearer token and TLS certificates, of the server and of its clients.
 
 pub mod tls;
 pub mod token;

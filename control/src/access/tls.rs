@@ -1,5 +1,5 @@
-//! TLS: a certificate and its key from files, read again when they change, for whoever connects; and whom to trust when
-//! another pd-control is asked.
+//! TLS: the server's certificate and key, which are read again when the files change, and the certificates that clients
+//! of other servers trust.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,7 +14,7 @@ use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
 
-/// How old what was read of the files may be. Certificates are replaced days before they expire.
+/// Time after which the files are read again. Operators replace certificates days before they expire.
 const MAX_AGE: Duration = Duration::from_secs(30);
 
 /// What is spoken on an address.
@@ -26,12 +26,12 @@ pub enum Protocol {
     Http2,
 }
 
-/// Where certificate and key are.
+/// Files of the server's certificate and key.
 #[derive(Clone, Debug)]
 pub struct TlsFiles {
-    /// PEM, the server's own certificate first.
+    /// Certificate chain, PEM, the server's own certificate first.
     pub certificate: PathBuf,
-    /// PEM.
+    /// Private key, PEM.
     pub key: PathBuf,
 }
 
@@ -47,19 +47,22 @@ impl Tls {
     /// Reads the files.
     ///
     /// # Errors
-    /// When one is missing, is no PEM, or they do not belong together.
+    /// When a file is missing or is no PEM, or the key is not the certificate's.
     pub fn open(files: TlsFiles, protocol: Protocol) -> anyhow::Result<Self> {
         let config = files.read(protocol)?;
         Ok(Self { files, protocol, present: Mutex::new((config, Instant::now())) })
     }
 
-    /// What the next connection is accepted with. Files that have become bad leave the last good ones in force.
+    /// The acceptor for the next connection. When the files have become unreadable, the last good certificate stays in
+    /// force.
     pub fn acceptor(&self) -> TlsAcceptor {
         let mut present = self.present.lock().unwrap_or_else(PoisonError::into_inner);
         if present.1.elapsed() >= MAX_AGE {
             match self.files.read(self.protocol) {
                 Ok(config) => present.0 = config,
-                Err(error) => tracing::error!("the last good certificate stays in force: {error:#}"),
+                Err(error) => {
+                    tracing::error!("cannot read the new certificate, the last good one stays in force: {error:#}")
+                }
             }
             present.1 = Instant::now();
         }
@@ -67,18 +70,20 @@ impl Tls {
     }
 }
 
-/// What vouches for a server.
+/// Certificates that a client trusts.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Trust<'a> {
-    /// No server is spoken to over TLS.
+    /// None: the client connects over plain HTTP only.
     Nobody,
     /// The system's certificates.
     System,
-    /// Those of a file, PEM, that an option names.
+    /// Those of a PEM file, which an option of the command line names.
     File { option: &'static str, path: &'a Path },
 }
 
-/// Connects over HTTP, and over TLS to servers with a certificate for `name`, else for the host that is asked.
+/// A connector for HTTP and HTTPS.
+///
+/// A server's certificate must be for `name`; without `name`, for the host in the URL.
 ///
 /// # Errors
 /// When the certificates cannot be read.
@@ -111,7 +116,7 @@ pub(crate) fn connector(
 fn certificates(file: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
     let certificates = CertificateDer::pem_file_iter(file).and_then(Iterator::collect::<Result<Vec<_>, _>>)?;
     if certificates.is_empty() {
-        anyhow::bail!("there is no certificate in it");
+        anyhow::bail!("the file has no certificate");
     }
     Ok(certificates)
 }

@@ -1,29 +1,29 @@
-//! The bearer token that filters, people and replicas show.
+//! The bearer token that filters, people and replicas send.
 
 use std::sync::Arc;
 
 use axum::http::HeaderValue;
 use subtle::ConstantTimeEq;
 
-/// A bearer token; neither shown nor compared in a time that depends on it.
+/// A bearer token. `Debug` hides it, and comparing takes the same time for every text of its length.
 #[derive(Clone)]
 pub struct Token(Arc<str>);
 
 impl Token {
-    /// A token; `None` when it is empty or cannot stand in a header.
+    /// A token; `None` when the text is empty or has bytes other than printable ASCII without spaces.
     #[must_use]
     pub fn new(text: &str) -> Option<Self> {
         let is_usable = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic());
         is_usable.then(|| Self(text.into()))
     }
 
-    /// The `authorization` header that carries it.
+    /// The value of the `authorization` header that carries this token.
     #[must_use]
     pub fn header(&self) -> String {
         format!("Bearer {}", self.0)
     }
 
-    /// Whether an `authorization` header carries it. Only its length may show in the time this takes.
+    /// Whether an `authorization` header carries this token. The time that this takes depends on the length alone.
     #[must_use]
     pub fn is_in(&self, authorization: Option<&HeaderValue>) -> bool {
         let Some((scheme, given)) = authorization.and_then(|value| value.as_bytes().split_at_checked(7)) else {

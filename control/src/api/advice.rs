@@ -1,11 +1,13 @@
-//! What the reports of all Envoys say together that one alone does not: a worker that is missing, a rollout that took no
-//! effect, an engine that many cannot reach. Each with what to do.
+//! Advice for the operator, from the reports of all Envoys compared: a worker without the filter, a rollout that did
+//! not take effect, an engine that several Envoys cannot reach. Each line says what to do.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use pd_core::exchange::report::{Generation, Report};
+use pd_core::exchange::report::Report;
+use pd_core::workers::recent::Generation;
 
-/// One line each, the gravest first; empty when all is as it should be. Names are those of the Envoys.
+/// Compares reports, each with the name of its Envoy. Returns one line for each finding, the gravest first; empty when
+/// there is none.
 #[must_use]
 pub fn advice(reports: &[(&str, &Report)]) -> Vec<String> {
     let mut lines = missing_workers(reports);
@@ -19,33 +21,33 @@ fn workers(report: &Report) -> u64 {
     report.generations.iter().fold(0, |sum, generation| sum.saturating_add(generation.workers))
 }
 
-/// Envoys of one fleet have equally many workers; where one has fewer, the filter has ended there.
+/// Envoys of one fleet have equally many workers. Where one has fewer, the filter has trapped in a worker.
 fn missing_workers(reports: &[(&str, &Report)]) -> Vec<String> {
     let most = reports.iter().map(|(_, report)| workers(report)).max().unwrap_or(0);
     let fewer = reports.iter().map(|(name, report)| (name, workers(report))).filter(|(_, workers)| *workers < most);
     let line = |(name, workers): (&&str, u64)| {
         format!(
-            "Envoy {name} has {workers} of {most} workers with the filter. Where one has trapped, its requests get 503 until \
+            "Envoy {name} has {workers} of {most} workers with the filter. A worker whose filter trapped answers 503 until \
              the plugin configuration changes: set another `revision` and apply, or restart that Envoy. Its log says why"
         )
     };
     fewer.map(line).collect()
 }
 
-/// An Envoy that runs two builds or configurations for long has refused the newer one.
+/// An Envoy that keeps running two builds or configurations has refused the newer one.
 fn mixed(reports: &[(&str, &Report)]) -> Vec<String> {
     let line = |(name, report): &(&str, &Report)| {
         let all: Vec<_> = report.generations.iter().map(named).collect();
         format!(
             "Envoy {name} runs {} at once, as it does for some seconds while one replaces the other. If that stays, workers \
-             refused the newer one: pd_configs_total{{result=\"refused\"}}, and its log names the key",
+             refused the newer one: pd_configs_total{{result=\"refused\"}} counts them, and the log names the key",
             all.join(" and ")
         )
     };
     reports.iter().filter(|(_, report)| report.generations.len() > 1).map(line).collect()
 }
 
-/// Envoys that differ are in the midst of a rollout, or it did not reach some.
+/// Envoys differ during a rollout, or when the rollout did not reach some of them.
 fn differing(reports: &[(&str, &Report)]) -> Vec<String> {
     let of = |read: fn(&Generation) -> String| {
         let mut found: BTreeMap<String, BTreeSet<&str>> = BTreeMap::new();
@@ -59,20 +61,20 @@ fn differing(reports: &[(&str, &Report)]) -> Vec<String> {
     };
     let builds = of(|generation| format!("{} ({})", generation.version, generation.build)).map(|counts| {
         format!(
-            "Envoys run different builds of the filter: {counts}. If that stays, the old ones' pods are old: new code needs \
-             new pods, which come with their annotation `pd-filter-image`"
+            "Envoys run different builds of the filter: {counts}. If that stays, the pods with the old build were not \
+             replaced: set their annotation `pd-filter-image` to the new image"
         )
     });
     let revisions = of(|generation| format!("{:?}", generation.revision)).map(|counts| {
         format!(
-            "Envoys have different configurations in force: revision {counts}. If that stays, some refused the new one: their \
-             logs name the key, and `pd-control check` finds it beforehand"
+            "Envoys have different configurations in force: revision {counts}. If that stays, some Envoys refused the new \
+             one: their logs name the key, and `pd-control check` finds it before you apply it"
         )
     });
     builds.into_iter().chain(revisions).collect()
 }
 
-/// An engine that fails one Envoy may be out of its reach; one that fails most of them is ill.
+/// An engine that does not answer one Envoy may be out of its reach; one that answers few Envoys has a fault.
 fn failing(reports: &[(&str, &Report)]) -> Vec<String> {
     let mut failed: BTreeMap<&str, usize> = BTreeMap::new();
     for address in
@@ -82,8 +84,8 @@ fn failing(reports: &[(&str, &Report)]) -> Vec<String> {
     }
     let line = |(address, count): (&str, usize)| {
         format!(
-            "{address} did not answer {count} of {} Envoys. They go round it and look again; if that stays, its process or \
-             its network is ill",
+            "{address} did not answer {count} of {} Envoys. The Envoys avoid it and probe it. If that stays, check its \
+             process and its network",
             reports.len()
         )
     };

@@ -1,4 +1,4 @@
-//! What the handlers of the API read.
+//! State that the handlers of the API share.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -10,59 +10,59 @@ use crate::api::metrics::Metrics;
 use crate::counters::Counters;
 use crate::engines::answers::Scrapes;
 use crate::envoys::hub::SharedHub;
-use crate::envoys::polls::Filters;
-use crate::publish::publisher::Status;
+use crate::envoys::polls::Polls;
+use crate::publish::publisher::ListHealth;
 use crate::publish::registry::Registry;
 use crate::sources::kubernetes::pods::Pods;
 
-/// What the handlers read.
+/// State that the handlers share.
 #[derive(Clone, Debug)]
 pub struct App {
     /// The list in force.
     pub registry: Arc<Registry>,
-    /// What is counted.
+    /// Counters of all parts.
     pub counters: Arc<Counters>,
-    /// What `/metrics` says.
+    /// The metrics of `/metrics`.
     pub metrics: Arc<Metrics>,
     /// Whether the newest list is in force.
-    pub status: Arc<Status>,
-    /// What became of each pod.
+    pub health: Arc<ListHealth>,
+    /// The class of each pod.
     pub pods: Arc<Pods>,
-    /// What every engine said last.
+    /// The last answer of every engine.
     pub scrapes: Arc<Scrapes>,
-    /// Who polls.
-    pub filters: Arc<Filters>,
-    /// What the Envoys tell each other.
+    /// The last poll of every Envoy.
+    pub polls: Arc<Polls>,
+    /// The hub of the exchange between Envoys.
     pub hub: Arc<SharedHub>,
-    /// What is logged.
+    /// Sets the log level; none: the log is not pd-control's own.
     pub log: Option<LogLevel>,
-    /// Bearer token that `/v1/…` asks for, if any.
+    /// Bearer token that `/v1/…` requires; none: anyone may ask.
     pub token: Option<Token>,
-    /// Becomes true when open polls have to be answered.
+    /// Becomes true when pd-control stops and has to answer open polls.
     pub stopping: watch::Receiver<bool>,
 }
 
-/// Changes what is logged.
+/// Sets the log level while pd-control runs.
 #[derive(Clone)]
 pub struct LogLevel(Arc<SetLevel>);
 
 type SetLevel = dyn Fn(&str) -> Result<(), String> + Send + Sync;
 
-/// Who is at the other end of a connection.
+/// Address of the client of a connection.
 #[derive(Clone, Copy, Debug)]
-pub struct Peer(pub IpAddr);
+pub struct ClientAddress(pub IpAddr);
 
 impl LogLevel {
-    /// What is called with a new level or filter.
+    /// `set` is called with the new level, or with a filter such as `info,pd_control=debug`.
     #[must_use]
     pub fn new(set: impl Fn(&str) -> Result<(), String> + Send + Sync + 'static) -> Self {
         Self(Arc::new(set))
     }
 
-    /// Logs this level, or what this filter names, from now on.
+    /// Sets the level or the filter.
     ///
     /// # Errors
-    /// What is wrong with it, in one line.
+    /// One line when it is no level and no filter.
     pub fn set(&self, level: &str) -> Result<(), String> {
         (self.0)(level)
     }

@@ -2,17 +2,17 @@
 //!
 //! | path | answer |
 //! |---|---|
-//! | `GET /v1/watch` | 200 snapshot, 304 nothing changed in time, 400 bad query, 401 bad token |
-//! | `POST /v1/exchange` | 200 what other Envoys told, 400 no message of ours, 401 bad token, 413 too large |
+//! | `GET /v1/watch` | 200 snapshot, 304 no change in time, 400 bad query, 401 bad token |
+//! | `POST /v1/exchange` | 200 records of other Envoys, 400 no message of the exchange, 401 bad token, 413 too large |
 //! | `GET /v1/endpoints` | 200 the list in force for people, 401 bad token |
-//! | `GET /v1/status` | 200 all that is known, for the status page and the terminal, 401 bad token |
-//! | `PUT /v1/log-level` | 204 what the body says is logged from now on, 400 no such level, 401 bad token |
-//! | `GET /` | 200 the status page, which asks for the token itself |
+//! | `GET /v1/status` | 200 list, pods, engines and Envoys, for the status page and the terminal, 401 bad token |
+//! | `PUT /v1/log-level` | 204 the body is the log level from now on, 400 no such level, 401 bad token |
+//! | `GET /` | 200 status page, which asks the person for the token |
 //! | `GET /healthz` | 200 while the process answers |
 //! | `GET /readyz` | 200 once a list is in force (`degraded: …` while the newest one is refused), else 503 |
 //! | `GET /metrics` | 200 OpenMetrics text |
 //!
-//! A refused list leaves `/readyz` at 200: filters are served the last good list, and a restart would lose it.
+//! `/readyz` stays at 200 while pd-control refuses a list: it serves the last good one, which a restart would lose.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,19 +31,19 @@ use prometheus_client::metrics::gauge::Gauge;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use crate::api::app::{App, Peer};
+use crate::api::app::{App, ClientAddress};
 use crate::api::metrics;
 use crate::api::status;
 
-/// How long a poll waits that does not say.
+/// Time that a poll without `wait_ms` waits.
 const DEFAULT_WAIT: Duration = Duration::from_secs(30);
-/// How long a poll waits at most. Proxies on the way cut longer ones.
+/// Longest time that a poll waits. Proxies cut longer requests.
 pub const MAX_WAIT: Duration = Duration::from_secs(60);
-/// Bytes that a log level may have.
+/// Longest body of `PUT /v1/log-level`, in bytes.
 const MAX_LEVEL_BYTES: usize = 1 << 10;
-/// The status page; nothing in it comes from elsewhere.
+/// The status page. It loads nothing from elsewhere.
 const PAGE: &str = include_str!("page.html");
-/// What the page may do: ask where it came from.
+/// Content security policy of the status page: it may ask pd-control alone.
 const PAGE_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; \
                            connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'";
 
@@ -57,7 +57,7 @@ struct Watch {
     wait_ms: Option<u64>,
 }
 
-/// Query of the exchange.
+/// Query of `POST /v1/exchange`.
 #[derive(Debug, Deserialize)]
 struct Exchanged {
     wait_ms: Option<u64>,
@@ -78,7 +78,7 @@ struct Failure<'a> {
     error: &'a str,
 }
 
-/// Counts a waiting poll for as long as it waits, also when its client leaves.
+/// Counts a poll while it waits. Dropping it ends the count, also when the client disconnects.
 struct Waiting<'a>(&'a Gauge);
 
 impl<'a> Waiting<'a> {
@@ -94,7 +94,7 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// The routes.
+/// The routes of the API.
 pub fn router(app: App) -> Router {
     let v1 = Router::new()
         .route(WATCH_PATH, get(watch))
@@ -129,15 +129,15 @@ async fn authorize(State(app): State<App>, request: Request, next: Next) -> Resp
 
 async fn watch(
     State(app): State<App>,
-    peer: Option<Extension<Peer>>,
+    peer: Option<Extension<ClientAddress>>,
     query: Result<Query<Watch>, QueryRejection>,
 ) -> Response {
     let answer = match query {
         Err(rejection) => failure(StatusCode::BAD_REQUEST, &rejection.body_text()),
         Ok(Query(query)) => {
-            if let Some(Extension(Peer(address))) = peer {
+            if let Some(Extension(ClientAddress(address))) = peer {
                 let is_ours = query.epoch == app.registry.current().epoch();
-                app.filters.seen(address, if is_ours { query.since } else { 0 });
+                app.polls.seen(address, if is_ours { query.since } else { 0 });
             }
             match next_answer(&app, &query).await {
                 Some(snapshot) => {
@@ -153,20 +153,20 @@ async fn watch(
 }
 
 async fn exchange(State(app): State<App>, query: Result<Query<Exchanged>, QueryRejection>, body: Bytes) -> Response {
-    let told = query.ok().and_then(|Query(query)| Some((query, Told::from_bytes(&body)?)));
-    let answer = match told {
+    let request = query.ok().and_then(|Query(query)| Some((query, Told::from_bytes(&body)?)));
+    let answer = match request {
         None => failure(StatusCode::BAD_REQUEST, "no message of the exchange"),
-        Some((query, told)) => {
+        Some((query, request)) => {
             let wait = query.wait_ms.map_or(Duration::ZERO, Duration::from_millis);
-            let heard = app.hub.answer(&told, wait, app.filters.watching(), app.stopping.clone()).await;
-            ([(header::CONTENT_TYPE, "application/octet-stream")], heard.to_bytes()).into_response()
+            let response = app.hub.answer(&request, wait, app.polls.watching(), app.stopping.clone()).await;
+            ([(header::CONTENT_TYPE, "application/octet-stream")], response.to_bytes()).into_response()
         }
     };
     app.counters.exchanged(answer.status().as_u16());
     answer
 }
 
-/// What the filter has to learn, as soon as there is something; `None` when its time is over or ours is.
+/// The answer to a poll, as soon as there is a change; `None` when the poll's time is over or pd-control stops.
 async fn next_answer(app: &App, query: &Watch) -> Option<Bytes> {
     let wait = query.wait_ms.map_or(DEFAULT_WAIT, Duration::from_millis).min(MAX_WAIT);
     let deadline = Instant::now() + wait;
@@ -193,11 +193,11 @@ async fn endpoints(State(app): State<App>) -> Response {
         epoch: published.epoch(),
         version: published.version(),
         age_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
-        source: app.status.source(),
-        degraded: app.status.degraded(),
+        source: app.health.source(),
+        degraded: app.health.degraded(),
         endpoints: published.endpoints(),
     };
-    // Strings, integers and finite floats only: serde_json has nothing to refuse here.
+    // serde_json cannot fail on strings, integers and finite floats.
     let text = serde_json::to_string_pretty(&view).unwrap_or_default() + "\n";
     ([(header::CONTENT_TYPE, "application/json")], text).into_response()
 }
@@ -210,7 +210,7 @@ async fn log_level(State(app): State<App>, body: String) -> Response {
     let level = body.trim();
     match app.log.as_ref().map(|log| log.set(level)) {
         Some(Ok(())) => {
-            tracing::warn!("logs {level} from now on");
+            tracing::warn!("the log level is {level} from now on");
             StatusCode::NO_CONTENT.into_response()
         }
         Some(Err(error)) => failure(StatusCode::BAD_REQUEST, &error),
@@ -230,10 +230,10 @@ async fn page() -> Response {
 
 async fn readyz(State(app): State<App>) -> Response {
     if app.registry.current().version() == 0 {
-        let why = app.status.degraded().map_or(String::new(), |reason| format!(": {reason}"));
+        let why = app.health.degraded().map_or(String::new(), |reason| format!(": {reason}"));
         return (StatusCode::SERVICE_UNAVAILABLE, format!("no endpoint list yet{why}\n")).into_response();
     }
-    match app.status.degraded() {
+    match app.health.degraded() {
         None => "ok\n".into_response(),
         Some(reason) => format!("degraded: {reason}\n").into_response(),
     }

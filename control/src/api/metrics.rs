@@ -1,4 +1,4 @@
-//! What `/metrics` says. Names and help texts stand here and nowhere else.
+//! The metrics of `/metrics`. Their names and help texts are defined here only.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -29,31 +29,33 @@ pub struct Metrics {
     families: Families,
 }
 
-/// The metrics of the list in force.
+/// Collects the metrics of the list in force.
 #[derive(Debug)]
 struct ListCollector(Arc<Registry>);
 
-/// The metrics of the pods that the list comes from; none where it does not.
+/// Collects the metrics of the followed pods; none without a Kubernetes source.
 #[derive(Debug)]
 struct PodsCollector(Arc<Pods>);
 
-/// The metrics of the engines themselves.
+/// Collects the last answers of the engines.
 #[derive(Debug)]
 struct EnginesCollector(Arc<Scrapes>);
 
 impl Metrics {
-    /// What is counted, the list of `registry` and the pods; of the engines, too, where they are asked.
+    /// Metrics of `counters`, of the list of `registry` and of `pods`.
+    ///
+    /// `scrapes` is `None` when pd-control asks no engines; then there are no metrics of engines.
     #[must_use]
     pub fn new(counters: &Counters, registry: Arc<Registry>, pods: Arc<Pods>, scrapes: Option<Arc<Scrapes>>) -> Self {
         let mut families = Families::with_prefix("pd_control");
         let build = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
-        families.register("build", "The build that runs", build);
+        families.register("build", "Version of the pd-control that runs; always 1", build);
         families.register_collector(Box::new(ListCollector(registry)));
         families.register_collector(Box::new(PodsCollector(pods)));
         register(counters, &mut families);
         if let Some(scrapes) = scrapes {
             families.register_collector(Box::new(EnginesCollector(scrapes)));
-            families.register("scrapes", "Engines asked for their metrics, by result", counters.scrapes.clone());
+            families.register("scrapes", "Scrapes of engines, by result", counters.scrapes.clone());
         }
         Self { families }
     }
@@ -75,7 +77,7 @@ impl Metrics {
     }
 }
 
-/// Names what is counted.
+/// Registers the counters with their names and help texts.
 fn register(counters: &Counters, families: &mut Families) {
     families.register(
         "refusals",
@@ -84,13 +86,17 @@ fn register(counters: &Counters, families: &mut Families) {
     );
     let help = "1 while the newest endpoint list is refused and an older one is in force";
     families.register("degraded", help, counters.degraded.clone());
-    families.register("watch_requests", "Long polls answered, by status", counters.watch_requests.clone());
-    let help = "Messages of the exchange between Envoys answered, by status";
+    families.register("watch_requests", "Polls answered, by status", counters.watch_requests.clone());
+    let help = "Exchange requests answered, by status";
     families.register("exchange_requests", help, counters.exchanges.clone());
-    let help = "Messages passed on to other replicas of pd-control, by result";
+    let help = "Exchange requests relayed to other replicas of pd-control, by result";
     families.register("relays", help, counters.relays.clone());
-    families.register("gateways", "Envoys that exchange loads and prefix blocks", counters.gateways.clone());
-    families.register("pollers", "Long polls that wait for a change", counters.pollers.clone());
+    families.register(
+        "gateways",
+        "Envoys that exchange what is in flight and which endpoint got which blocks",
+        counters.gateways.clone(),
+    );
+    families.register("pollers", "Polls that wait for a change of the list", counters.pollers.clone());
     families.register("eds_writes", "Times the EDS file was written", counters.eds_writes.clone());
     families.register("eds_errors", "Times the EDS file could not be written", counters.eds_errors.clone());
     families.register("connections", "Connections open", counters.connections.clone());
@@ -132,19 +138,19 @@ impl Collector for PodsCollector {
         if view.watches.is_empty() {
             return Ok(());
         }
-        let help = "1 while what is known of these objects is up to date";
+        let help = "1 while the view of these objects is up to date";
         let mut family = encoder.encode_descriptor("watch_up", help, None, MetricType::Gauge)?;
         for watch in &view.watches {
             let is_up = watch.is_listed && watch.problem.is_none();
             ConstGauge::new(i64::from(is_up)).encode(family.encode_family(&[("watch", watch.name.as_str())])?)?;
         }
-        let help = "Pods left out because they say something wrong; the log says what";
+        let help = "1 for each pod that is left out because it says something wrong; the log says what";
         let mut family = encoder.encode_descriptor("pod_refused", help, None, MetricType::Gauge)?;
         for pod in view.refused.keys() {
             let labels = [("namespace", pod.namespace.as_str()), ("pod", pod.name.as_str())];
             ConstGauge::new(1_i64).encode(family.encode_family(&labels)?)?;
         }
-        let help = "Engines' pods without an address yet";
+        let help = "Pods of engines that have no address yet";
         let metric = encoder.encode_descriptor("pods_pending", help, None, MetricType::Gauge)?;
         ConstGauge::new(i64::try_from(view.pending).unwrap_or(i64::MAX)).encode(metric)
     }
@@ -158,14 +164,16 @@ impl Collector for EnginesCollector {
                 Some(if it.has_answered && it.failures == 0 { 1.0 } else { 0.0 })
             }),
             ("engine_waiting", "Requests that wait in the engine", |it| it.load.waiting),
-            ("engine_running", "Requests that the engine computes", |it| it.load.running),
+            ("engine_running", "Requests that run in the engine", |it| it.load.running),
             ("engine_kv_usage_ratio", "Share of the engine's KV cache in use", |it| it.load.kv_usage),
             ("engine_cache_tokens", "Tokens that the engine's KV cache holds", |it| {
                 it.load.cache_tokens.map(|tokens| tokens as f64)
             }),
-            ("engine_prefix_hit_ratio", "Share of prompt tokens found in the engine's prefix cache, ever", |it| {
-                it.load.hit_ratio()
-            }),
+            (
+                "engine_prefix_hit_ratio",
+                "Share of prompt tokens that the engine found in its prefix cache since its start",
+                |it| it.load.hit_ratio(),
+            ),
         ];
         let view = self.0.view();
         for (name, help, read) in families {

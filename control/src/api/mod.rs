@@ -1,4 +1,4 @@
-//! The HTTP server: long polls of the filters, the exchange, the status page, probes and metrics.
+//! The HTTP API: long polls of the filters, the exchange between Envoys, status page, probes and metrics.
 
 pub mod advice;
 pub mod app;

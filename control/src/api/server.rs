@@ -1,4 +1,4 @@
-//! Accepts connections within bounds, and ends them in order.
+//! Accepts connections, up to a bound, and closes them when pd-control stops.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,28 +14,29 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::{sleep, timeout};
 
 use crate::access::tls::{Protocol, Tls};
-use crate::api::app::Peer;
+use crate::api::app::ClientAddress;
 use crate::counters::Counters;
 
-/// Connections open at a time; each filter holds one, probes and people a few.
+/// Connections open at a time. Each Envoy holds two, probes and people a few.
 pub const MAX_CONNECTIONS: usize = 4_096;
-/// The same for KEDA, which holds a connection for each of its replicas.
+/// Connections of KEDA open at a time. Each replica of its operator holds one.
 pub const MAX_SCALER_CONNECTIONS: usize = 64;
-/// How long a connection may take over the head of its next request, idle time included. Longer than any pause between
-/// a filter's polls, so that only forgotten connections are closed.
+/// Time limit for the head of the next request of a connection, idle time included. Longer than any pause between the
+/// polls of a filter, so that the server closes only abandoned connections.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
-/// Pause after which an HTTP/2 connection is asked for a sign of life, and how long that may take.
+/// Idle time after which the server pings an HTTP/2 connection.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(30);
+/// Time limit for the answer to a ping.
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Requests of one HTTP/2 connection at a time: KEDA has one stream for each ScaledObject, and short questions.
+/// Open requests of one HTTP/2 connection. KEDA has one stream for each ScaledObject, and short requests.
 const MAX_STREAMS: u32 = 1_024;
-/// How long TLS may take to stand.
+/// Time limit of a TLS handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Bytes of a request head; a poll needs a few hundred.
+/// Longest request head, in bytes. A poll has a few hundred.
 const MAX_HEAD_BYTES: usize = 16 << 10;
-/// How long answers may take after the signal to stop.
+/// Time limit for open answers after the signal to stop.
 const STOP_TIMEOUT: Duration = Duration::from_millis(800);
-/// Pause after a failed accept, such as for want of file descriptors.
+/// Pause after a failed accept, such as for lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// What is served on an address.
@@ -51,7 +52,9 @@ pub struct Serving {
     pub max_connections: usize,
 }
 
-/// Serves connections until `stopping`, then answers the open ones.
+/// Serves connections until `stopping` becomes true, then ends the open ones in order.
+///
+/// It closes connections beyond [`Serving::max_connections`] at once, and counts them.
 pub async fn serve(
     listener: TcpListener,
     serving: Serving,
@@ -79,11 +82,11 @@ pub async fn serve(
             continue;
         };
         let (watcher, router, tls) =
-            (graceful.watcher(), router.clone().layer(Extension(Peer(peer.ip()))), tls.clone());
+            (graceful.watcher(), router.clone().layer(Extension(ClientAddress(peer.ip()))), tls.clone());
         let open = counters.connections.clone();
         open.inc();
         tokio::spawn(async move {
-            // Answers are single writes; waiting to fill a segment would only delay them.
+            // Answers are single writes, which Nagle's algorithm would only delay.
             let _ = stream.set_nodelay(true);
             let outcome = match tls {
                 None => drive(protocol, stream, router, watcher).await,
@@ -105,7 +108,7 @@ pub async fn serve(
     }
     drop(listener);
     if timeout(STOP_TIMEOUT, graceful.shutdown()).await.is_err() {
-        tracing::warn!("some connections did not end in {STOP_TIMEOUT:?}");
+        tracing::warn!("closing connections that did not end in {STOP_TIMEOUT:?}");
     }
 }
 

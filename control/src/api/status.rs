@@ -1,4 +1,4 @@
-//! What `/v1/status` says, which the status page and the commands in a terminal show.
+//! The answer of `/v1/status`, which the status page and the commands in a terminal show.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -9,95 +9,95 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::advice::advice;
 use crate::api::app::App;
-use crate::envoys::polls::FilterView;
+use crate::envoys::polls::PollView;
 
-/// All of it.
+/// The answer of `/v1/status`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StatusView {
-    /// Of pd-control.
+    /// Version of pd-control.
     pub build: String,
-    /// Names this run.
+    /// Name of this run of pd-control.
     pub epoch: String,
-    /// Of the list in force; 0: there is none yet.
+    /// Version of the list in force; 0: there is no list yet.
     pub version: u64,
-    /// Since it came into force.
+    /// Milliseconds since the list came into force.
     pub age_ms: u64,
-    /// Where lists come from.
+    /// Names of the sources.
     pub source: String,
-    /// Why the newest one is not in force or may be old.
+    /// Why the newest list is not in force or may be old; none: it is in force.
     pub degraded: Option<String>,
     /// Who polls.
-    pub filters: Vec<FilterView>,
-    /// What the Envoys report of themselves.
+    pub filters: Vec<PollView>,
+    /// The last report of every Envoy.
     pub gateways: Vec<GatewayView>,
-    /// What is amiss among them, and what to do.
+    /// Findings about the Envoys, each with what to do.
     #[serde(default)]
     pub advice: Vec<String>,
-    /// What is followed in the cluster.
+    /// Watches of the Kubernetes API.
     pub watches: Vec<Watch>,
-    /// Pods that were left out.
+    /// Pods that pd-control refused.
     pub refused: Vec<Refused>,
-    /// Engines' pods without an address yet.
+    /// Number of engine pods without an address.
     pub pending: usize,
     /// The list in force.
     pub endpoints: Vec<EndpointView>,
 }
 
-/// What one Envoy reports of itself.
+/// The last report of one Envoy.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GatewayView {
-    /// Random number of its process, or of one worker's time as its voice.
+    /// Random id, which changes when another worker becomes the leader.
     pub id: String,
-    /// Since it was heard of.
+    /// Milliseconds since its last message.
     pub seen_ms: u64,
     /// The report.
     #[serde(flatten)]
     pub report: Report,
 }
 
-/// One kind of object in one namespace.
+/// The watch of one kind of object in one namespace.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Watch {
     /// `pods in NAMESPACE`.
     pub name: String,
-    /// Whether what is known of them is up to date.
+    /// Whether pd-control's view of these objects is up to date.
     pub up: bool,
-    /// Why not.
+    /// Why the view is not up to date.
     pub problem: Option<String>,
 }
 
-/// A pod that was left out.
+/// A pod that pd-control refused.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Refused {
-    /// `namespace/name`.
+    /// The pod, as `namespace/name`.
     pub pod: String,
-    /// Why.
+    /// Why pd-control refused it.
     pub reason: String,
 }
 
-/// One endpoint.
+/// One endpoint and the load of its engine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EndpointView {
-    /// As the filters know it.
+    /// The endpoint as the filters have it.
     #[serde(flatten)]
     pub endpoint: Endpoint,
-    /// `namespace/name`.
+    /// Pod of the endpoint, as `namespace/name`; none: it comes from another source.
     pub pod: Option<String>,
-    /// Whether the engine answers; none: it is not asked.
+    /// Whether the engine answers pd-control; none: pd-control does not ask it.
     pub answers: Option<bool>,
-    /// Why it does not, or that it did not answer Envoys.
+    /// Why the engine does not answer pd-control, or how many Envoys it did not answer.
     pub problem: Option<String>,
-    /// Requests that wait in the engine.
+    /// Requests that wait in the engine; none: unknown, as all loads.
     pub waiting: Option<f64>,
-    /// Requests that it computes.
+    /// Requests that the engine computes.
     pub running: Option<f64>,
-    /// Share of its KV cache in use.
+    /// Share of its KV cache in use, 0 to 1.
     pub kv_usage: Option<f64>,
-    /// Share of prompt tokens that its prefix cache had.
+    /// Share of prompt tokens that its prefix cache had, 0 to 1.
     pub hit_ratio: Option<f64>,
 }
 
-/// Everything, as of now.
+/// The status as of now.
 #[must_use]
 pub fn view(app: &App) -> StatusView {
     let published = app.registry.current();
@@ -129,9 +129,9 @@ pub fn view(app: &App) -> StatusView {
         epoch: published.epoch().to_owned(),
         version: published.version(),
         age_ms: millis(published.changed_at().elapsed().unwrap_or_default()),
-        source: app.status.source().to_owned(),
-        degraded: app.status.degraded(),
-        filters: app.filters.view(),
+        source: app.health.source().to_owned(),
+        degraded: app.health.degraded(),
+        filters: app.polls.view(),
         watches: pods
             .watches
             .iter()

@@ -1,4 +1,4 @@
-//! The command line and what it says to run.
+//! The command line, and the configuration that it stands for.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -21,12 +21,12 @@ use crate::sources::kubernetes::follow::Limits;
 use crate::sources::names::NamedEndpoint;
 use crate::sources::yaml;
 
-/// Environment variable that holds the token unless another one is named.
+/// Environment variable with the token, unless `--token-env` names another one.
 pub(crate) const TOKEN_VARIABLE: &str = "PD_CONTROL_TOKEN";
 
 /// Tells every Envoy's prefill/decode filter which endpoints there are.
 ///
-/// Follows a cluster's pods, a file of endpoints or both, and pushes every change to the filters that poll.
+/// It follows the pods of a cluster, a file of endpoints or both, and pushes every change to the filters that poll.
 #[derive(Debug, Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
 pub struct Cli {
@@ -38,13 +38,13 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Say whether files would be taken, and what is wrong with them, without running anything
+    /// Check files before they are applied: names every fault, and warns of lists that cannot serve
     Check {
-        /// Endpoints files, files for --kubernetes-config, plugin configurations (JSON), Kubernetes manifests such as
-        /// `kubectl kustomize` prints; - for standard input
+        /// Endpoints files, files for --kubernetes-config, plugin configurations (JSON), Kubernetes manifests; - for
+        /// standard input
         #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
-        /// Manifests that are in force now, which the new ones must follow on: `kubectl get -o yaml` of the same kinds
+        /// Manifests in force now, to check the rollout from them: `kubectl get -o yaml` of the same kinds
         #[arg(long, value_name = "FILE")]
         applied: Option<PathBuf>,
     },
@@ -53,18 +53,18 @@ pub(super) enum Command {
         #[command(flatten)]
         server: Server,
     },
-    /// Say why a pod or an endpoint is in its list as it is, or is not in it
+    /// Explain why a pod or an endpoint is in the list as it is, or is not in it
     Explain {
         #[command(flatten)]
         server: Server,
-        /// Address, or name of a pod with or without its namespace
+        /// Address of an endpoint, or name of a pod with or without its namespace
         name: String,
     },
     /// Show the busiest endpoints
     Top {
         #[command(flatten)]
         server: Server,
-        /// Once, instead of every two seconds
+        /// Print once, instead of every two seconds
         #[arg(long)]
         once: bool,
     },
@@ -75,56 +75,56 @@ pub(super) struct ServeArgs {
     /// Endpoints file to serve and follow, YAML or JSON
     #[arg(long, env = "PD_CONTROL_ENDPOINTS", value_name = "FILE")]
     endpoints: Option<PathBuf>,
-    /// Follow the pods of a cluster: its own by its service account, else the one that KUBECONFIG names
+    /// Follow the pods of pd-control's own cluster, or of the cluster that KUBECONFIG names
     #[arg(long, env = "PD_CONTROL_KUBERNETES")]
     kubernetes: bool,
-    /// Namespace to follow, one or several [default: its own]
+    /// Namespaces to follow, separated by commas [default: its own]
     #[arg(long, value_name = "NS", value_delimiter = ',', env = "PD_CONTROL_NAMESPACE")]
     namespace: Vec<String>,
-    /// What to follow in the cluster and how to read it: selectors, InferencePools, networks. Implies --kubernetes
+    /// File with the selectors, InferencePools and networks to follow. Implies --kubernetes
     #[arg(long, env = "PD_CONTROL_KUBERNETES_CONFIG", value_name = "FILE")]
     kubernetes_config: Option<PathBuf>,
-    /// An endpoint by address or DNS name: host:port,role=ROLE and other keys of an endpoint. May be repeated
+    /// Endpoint by address or DNS name, with role=ROLE and other keys of an endpoint. May be repeated
     #[arg(long, value_name = "HOST:PORT,KEY=VALUE,…")]
     endpoint: Vec<NamedEndpoint>,
-    /// Networks that addresses of pods and DNS names may be in [default: all but loopback, link-local and metadata]
+    /// Allow-list for the addresses of pods and DNS names [default: all but loopback, link-local and metadata]
     #[arg(long, value_name = "CIDR", value_delimiter = ',', env = "PD_CONTROL_ALLOWED_CIDR")]
     allowed_cidr: Vec<IpNet>,
-    /// Seconds between two looks at an engine's metrics; 0: none [default: 5 with --kubernetes, else 0]
+    /// Seconds between two requests to an engine for its metrics; 0: none [default: 5 with --kubernetes, else 0]
     #[arg(long, value_name = "SECONDS", env = "PD_CONTROL_SCRAPE_INTERVAL")]
     scrape_interval: Option<f64>,
-    /// Name that resolves to every replica of pd-control (a headless Service): they pass on what Envoys exchange
+    /// Name that resolves to every replica of pd-control (a headless Service): replicas relay what Envoys exchange
     #[arg(long, value_name = "HOST:PORT", env = "PD_CONTROL_PEERS")]
     peers: Option<String>,
-    /// Certificates, PEM, that replicas are trusted by; with --tls-cert they speak TLS, and each one's certificate is for
+    /// Certificates to trust replicas by, PEM. With --tls-cert, replicas speak TLS, and each one's certificate is for
     /// the host that --peers names [default: the system's]
     #[arg(long, value_name = "FILE", env = "PD_CONTROL_PEERS_CA_FILE", requires = "peers", requires = "tls_cert")]
     peers_ca_file: Option<PathBuf>,
-    /// Certificate for TLS, PEM; read again when it changes
+    /// Certificate for TLS, PEM. pd-control reads it again when it changes
     #[arg(long, value_name = "FILE", env = "PD_CONTROL_TLS_CERT", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
-    /// Its key, PEM
+    /// Key of the certificate, PEM
     #[arg(long, value_name = "FILE", env = "PD_CONTROL_TLS_KEY", requires = "tls_cert")]
     tls_key: Option<PathBuf>,
     /// Address to listen on
     #[arg(long, env = "PD_CONTROL_LISTEN", value_name = "IP:PORT", default_value = "127.0.0.1:9000")]
     listen: SocketAddr,
-    /// Address to answer KEDA on, as an external scaler over gRPC
+    /// Address to serve KEDA's external scaler on, by gRPC
     #[arg(long, env = "PD_CONTROL_SCALER_LISTEN", value_name = "IP:PORT")]
     scaler_listen: Option<SocketAddr>,
-    /// Keep this file for a plain Envoy: the hosts of its cluster, as EDS over the file system
+    /// EDS file to write for a plain Envoy: the hosts of its cluster
     #[arg(long, env = "PD_CONTROL_EDS_FILE", value_name = "FILE")]
     eds_file: Option<PathBuf>,
-    /// Cluster that the EDS file is for
+    /// Envoy cluster of the EDS file
     #[arg(long, env = "PD_CONTROL_EDS_CLUSTER", value_name = "NAME", default_value = "engines")]
     eds_cluster: String,
-    /// Environment variable with the bearer token that /v1/ paths ask for [default: PD_CONTROL_TOKEN where that is set]
+    /// Environment variable with the bearer token that /v1/ paths require [default: PD_CONTROL_TOKEN, if set]
     #[arg(long, value_name = "NAME")]
     token_env: Option<String>,
-    /// What to log: error, warn, info, debug, trace, or a filter such as info,pd_control=debug
+    /// Log level: error, warn, info, debug, trace, or a filter such as info,pd_control=debug
     #[arg(long, env = "PD_CONTROL_LOG_LEVEL", value_name = "LEVEL", default_value = "info")]
     pub(super) log_level: String,
-    /// How to log: lines for people, or a JSON object a line
+    /// How to log: lines for people, or one JSON object a line
     #[arg(long, env = "PD_CONTROL_LOG_FORMAT", value_name = "FORMAT", default_value = "text")]
     pub(super) log_format: LogFormat,
 }
@@ -135,17 +135,17 @@ pub(super) enum LogFormat {
     Json,
 }
 
-/// Files that a command line names.
+/// Files that the command line names.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Files {
     pub(crate) endpoints: Option<PathBuf>,
     pub(crate) kubernetes_config: Option<PathBuf>,
 }
 
-/// Reads arguments and environment variables as a container has them.
+/// Reads the arguments and environment variables of a container.
 ///
 /// # Errors
-/// What is wrong with them, in one line.
+/// One line for the first fault.
 pub(crate) fn files_of(arguments: &[&str], variables: &[(&str, &str)]) -> Result<Files, String> {
     let mut line = vec!["pd-control".to_owned()];
     for argument in ServeArgs::augment_args(clap::Command::new("pd-control")).get_arguments() {
@@ -162,7 +162,7 @@ pub(crate) fn files_of(arguments: &[&str], variables: &[(&str, &str)]) -> Result
     let first = |text: String| text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
     let cli = Cli::try_parse_from(line).map_err(|error| first(error.to_string()))?;
     if cli.command.is_some() {
-        return Err("they run a command that ends".to_owned());
+        return Err("the arguments run a command that ends, not the server".to_owned());
     }
     Ok(Files { endpoints: cli.serve.endpoints, kubernetes_config: cli.serve.kubernetes_config })
 }
@@ -174,7 +174,7 @@ impl ServeArgs {
             bail!("--endpoints FILE, --endpoint or --kubernetes is needed (see --help)");
         }
         let text = match &self.token_env {
-            Some(name) => Some(variable(name).with_context(|| format!("--token-env {name}: it is not set"))?),
+            Some(name) => Some(variable(name).with_context(|| format!("--token-env {name}: the variable is not set"))?),
             None => variable(TOKEN_VARIABLE).filter(|text| !text.is_empty()),
         };
         let name = self.token_env.as_deref().unwrap_or(TOKEN_VARIABLE);
@@ -182,7 +182,10 @@ impl ServeArgs {
             .map(|text| Token::new(&text).with_context(|| format!("{name}: a token is printable ASCII without spaces")))
             .transpose()?;
         if token.is_none() && !self.listen.ip().is_loopback() {
-            tracing::warn!("{} is open to others and no token is set: anyone may read the endpoints", self.listen);
+            tracing::warn!(
+                "pd-control listens on {} and requires no token: anyone may read the endpoints",
+                self.listen
+            );
         }
         let eds = self.eds_file.map(|path| EdsFile::new(path, self.eds_cluster));
         let scrape = match self.scrape_interval {
@@ -255,7 +258,7 @@ mod tests {
         assert!(config(line, |name| (name == "PD_CONTROL_TOKEN").then(|| "t".into())).unwrap().token.is_some());
         let named = format!("{line} --token-env T");
         assert!(config(&named, |name| (name == "T").then(|| "t".into())).unwrap().token.is_some());
-        assert_eq!(config(&named, |_| None).unwrap_err(), "--token-env T: it is not set");
+        assert_eq!(config(&named, |_| None).unwrap_err(), "--token-env T: the variable is not set");
         assert_eq!(config(&named, |_| Some("a b".into())).unwrap_err(), "T: a token is printable ASCII without spaces");
     }
 

@@ -1,4 +1,4 @@
-//! Asks a running pd-control.
+//! The HTTP client for a running pd-control.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -17,36 +17,36 @@ use tokio_rustls::rustls::pki_types::ServerName;
 use crate::access::tls::{self, Trust};
 use crate::api::status::StatusView;
 
-/// Bytes of an answer; as many endpoints as the wire takes fit.
+/// Longest answer, in bytes: as many endpoints as a list may have fit.
 const MAX_BYTES: usize = 256 << 20;
-/// How long an answer may take.
+/// Time limit of an answer.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Which pd-control.
+/// The pd-control to ask.
 #[derive(Debug, Args)]
 pub struct Server {
-    /// Where it listens
+    /// URL of pd-control
     #[arg(long, env = "PD_CONTROL_SERVER", value_name = "URL", default_value = "http://127.0.0.1:9000")]
     server: Uri,
-    /// Certificates, PEM, that vouch for it over https [default: the system's]
+    /// Certificates to trust pd-control by, PEM [default: the system's]
     #[arg(long, env = "PD_CONTROL_CA_FILE", value_name = "FILE")]
     ca_file: Option<PathBuf>,
-    /// Name that its certificate has, where it is reached by another one, as through a forwarded port
+    /// Name in its certificate, if that is not the host of the URL, as through a forwarded port
     #[arg(long, env = "PD_CONTROL_TLS_SERVER_NAME", value_name = "NAME")]
     tls_server_name: Option<String>,
-    /// Environment variable with its token
+    /// Environment variable with the bearer token
     #[arg(long, value_name = "NAME", default_value = "PD_CONTROL_TOKEN")]
     token_env: String,
-    /// File with its token, in place of the variable
+    /// File with the bearer token, in place of the variable
     #[arg(long, env = "PD_CONTROL_TOKEN_FILE", value_name = "FILE")]
     token_file: Option<PathBuf>,
 }
 
 impl Server {
-    /// Asks it for all it knows.
+    /// Asks for `/v1/status`.
     ///
     /// # Errors
-    /// One line.
+    /// One line that says why there is no answer.
     pub async fn status(&self) -> anyhow::Result<StatusView> {
         let Some(scheme @ ("http" | "https")) = self.server.scheme_str() else {
             bail!("--server {}: must begin with http:// or https://", self.server);
@@ -58,12 +58,12 @@ impl Server {
         }
         let client = Client::builder(TokioExecutor::new()).build(self.connector(scheme == "https")?);
         let answer = tokio::time::timeout(TIMEOUT, client.request(request.body(Empty::<Bytes>::new())?));
-        let answer = answer.await.with_context(|| format!("no answer in {TIMEOUT:?}"))?;
+        let answer = answer.await.with_context(|| format!("{} did not answer in {TIMEOUT:?}", self.server))?;
         let answer = answer.with_context(|| format!("cannot reach {}", self.server))?;
         match answer.status() {
             StatusCode::OK => {}
-            StatusCode::UNAUTHORIZED => bail!("it asks for a token: set {} or --token-file", self.token_env),
-            other => bail!("it answers with {other}"),
+            StatusCode::UNAUTHORIZED => bail!("pd-control requires a token: set {} or --token-file", self.token_env),
+            other => bail!("pd-control answers {other}"),
         }
         let body = Limited::new(answer.into_body(), MAX_BYTES).collect().await.map_err(anyhow::Error::from_boxed)?;
         Ok(serde_json::from_slice(&body.to_bytes())?)
@@ -78,7 +78,7 @@ impl Server {
     fn connector(&self, is_tls: bool) -> anyhow::Result<HttpsConnector<HttpConnector>> {
         let trust = match &self.ca_file {
             Some(path) => Trust::File { option: "--ca-file", path },
-            // A machine without certificates of its own can still speak plain HTTP.
+            // A machine without system certificates can still speak plain HTTP.
             None if !is_tls => Trust::Nobody,
             None => Trust::System,
         };

@@ -1,4 +1,4 @@
-//! The `pd-control` command: arguments, `check`, and the commands that show a running pd-control in a terminal.
+//! The `pd-control` command: arguments, the server, `check`, and commands that show a running pd-control in a terminal.
 
 pub mod arguments;
 pub mod check;

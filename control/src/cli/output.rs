@@ -1,26 +1,26 @@
-//! Standard output of commands, which a reader such as `head` may leave before its end.
+//! Output of commands. A reader such as `head` may close it before the end.
 
 use std::fmt;
 use std::io::{ErrorKind, Write};
 
 use anyhow::Context;
 
-/// Nobody reads standard output any longer: the command has nothing left to do, and nothing to complain of.
+/// The reader has closed standard output. The command ends without an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Closed;
 
 impl fmt::Display for Closed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("nobody reads standard output")
+        f.write_str("standard output is closed")
     }
 }
 
 impl std::error::Error for Closed {}
 
-/// Prints a text as it stands.
+/// Writes a text to standard output and flushes it.
 ///
 /// # Errors
-/// [`Closed`], or why it cannot be written, such as a full disk.
+/// [`Closed`] when the reader has closed it; otherwise why the text cannot be written, such as a full disk.
 pub fn print(text: &str) -> anyhow::Result<()> {
     let mut output = std::io::stdout().lock();
     match output.write_all(text.as_bytes()).and_then(|()| output.flush()) {
@@ -29,7 +29,7 @@ pub fn print(text: &str) -> anyhow::Result<()> {
     }
 }
 
-/// Prints a line for people to standard error. Where nobody reads that, there is nobody left to tell.
-pub fn complain(line: &str) {
+/// Prints a line to standard error. A closed standard error is no fault.
+pub fn print_error(line: &str) {
     let _ = writeln!(std::io::stderr(), "pd-control: {line}");
 }

@@ -1,4 +1,4 @@
-//! Does what the command line says.
+//! Runs the command of the command line.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -12,15 +12,16 @@ use tracing_subscriber::{EnvFilter, Layer, reload};
 use crate::api::app::LogLevel;
 use crate::cli::arguments::{Cli, Command, LogFormat, ServeArgs};
 use crate::cli::check::check;
-use crate::cli::output::{Closed, complain, print};
+use crate::cli::output::{Closed, print, print_error};
 use crate::cli::terminal;
 use crate::control::{Config, Control};
 
-/// Does what the command line says; returns when that is done or a signal ends it. A reader that leaves standard output
-/// ends a command without an error.
+/// Runs the command; returns when it is done or a signal ends it.
+///
+/// When the reader closes standard output, the command ends without an error.
 ///
 /// # Errors
-/// The one line to print.
+/// The error to print, one line for each fault.
 pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match run_command(cli) {
         Err(error) if error.is::<Closed>() => Ok(ExitCode::SUCCESS),
@@ -36,14 +37,14 @@ fn run_command(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Some(Command::Explain { server, name }) => {
             let text = terminal::explain(&wait_for(server.status())?, &name);
-            print(&text.with_context(|| format!("{name}: no endpoint, and no pod that is followed"))?)?;
+            print(&text.with_context(|| format!("{name}: no endpoint and no followed pod has this name"))?)?;
         }
         Some(Command::Top { server, once }) => wait_for(terminal::follow_top(&server, once))?,
         None => {
             let log = start_log(&cli.serve.log_level, cli.serve.log_format)?;
             let is_json = cli.serve.log_format == LogFormat::Json;
             return match serve(cli.serve, log) {
-                // Whoever reads objects gets this as one, too.
+                // With --log-format json, the error is an object, too.
                 Err(error) if is_json => {
                     tracing::error!("{error:#}");
                     Ok(ExitCode::FAILURE)
@@ -63,8 +64,8 @@ fn check_all(files: &[PathBuf], applied: Option<&Path>) -> anyhow::Result<()> {
     let report = check(files, applied);
     let said: String = report.said.iter().map(|line| format!("{line}\n")).collect();
     let printed = print(&said);
-    report.warnings.iter().for_each(|line| complain(&format!("warning: {line}")));
-    // Who does not read what is good still gets the exit code of what is not.
+    report.warnings.iter().for_each(|line| print_error(&format!("warning: {line}")));
+    // Also with standard output closed, a fault decides the exit code.
     if report.faults.is_empty() { printed } else { bail!("{}", report.faults.join("\npd-control: ")) }
 }
 
@@ -72,7 +73,7 @@ fn serve(args: ServeArgs, log: LogLevel) -> anyhow::Result<()> {
     let config = Config { log: Some(log), ..args.config(|name| std::env::var(name).ok())? };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
-        // Before anything else, so that no signal is missed.
+        // First of all, so that no signal is missed.
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let control = Control::start(config).await?;

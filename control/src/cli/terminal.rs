@@ -1,22 +1,24 @@
-//! `pd-control endpoints`, `explain` and `top`: what a running pd-control knows, in a terminal.
+//! The output of `pd-control endpoints`, `explain` and `top`.
 
 use std::fmt::Write;
 use std::time::Duration;
+
+use pd_core::exchange::report::ReportedDecision;
 
 use crate::api::status::{EndpointView, StatusView};
 use crate::cli::client::Server;
 use crate::cli::output::print;
 use crate::list::{role, state};
 
-/// Decisions that `top` shows.
+/// Most decisions that `top` shows.
 const MAX_DECISIONS: usize = 8;
-/// How often `top` looks again.
+/// Time between two refreshes of `top`.
 const REFRESH: Duration = Duration::from_secs(2);
 
-/// Shows the busiest endpoints, again and again unless `once`.
+/// Shows the busiest endpoints, and refreshes them every two seconds unless `once`.
 ///
 /// # Errors
-/// One line.
+/// One line that says why there is no status, or [`Closed`](crate::cli::output::Closed).
 pub async fn follow_top(server: &Server, once: bool) -> anyhow::Result<()> {
     loop {
         let text = top(&server.status().await?);
@@ -32,7 +34,7 @@ pub async fn follow_top(server: &Server, once: bool) -> anyhow::Result<()> {
     }
 }
 
-/// One line for each endpoint.
+/// A table of all endpoints.
 #[must_use]
 pub fn endpoints(status: &StatusView) -> String {
     let mut rows = vec![["ENDPOINT", "ROLE", "STATE", "POOL", "ENGINE", "GROUP", "MODELS", "POD"].map(str::to_owned)];
@@ -51,7 +53,7 @@ pub fn endpoints(status: &StatusView) -> String {
     head(status) + &table(&rows)
 }
 
-/// The busiest first.
+/// A table of all endpoints with their loads, the busiest first; then the Envoys, decisions and advice.
 #[must_use]
 pub fn top(status: &StatusView) -> String {
     let number = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.0}"));
@@ -75,7 +77,7 @@ pub fn top(status: &StatusView) -> String {
     head(status) + &table(&rows) + &envoys(status)
 }
 
-/// What the Envoys report, the latest decisions, and what to do.
+/// Tables of Envoys and their latest decisions, and the advice.
 fn envoys(status: &StatusView) -> String {
     let mut text = String::new();
     if !status.gateways.is_empty() {
@@ -101,7 +103,7 @@ fn envoys(status: &StatusView) -> String {
     decisions.sort_by_key(|decision| std::cmp::Reverse(decision.at_ms));
     if !decisions.is_empty() {
         let mut rows = vec![["DECISION", "REASON", "PREFILL", "DECODE", "PROMPT", "MATCHED"].map(str::to_owned)];
-        rows.extend(decisions.into_iter().take(MAX_DECISIONS).map(|it| {
+        rows.extend(decisions.into_iter().take(MAX_DECISIONS).map(|ReportedDecision { decision: it, .. }| {
             let or_none = |text: &str| if text.is_empty() { "-".to_owned() } else { text.to_owned() };
             [
                 or_none(&it.decision),
@@ -123,7 +125,8 @@ fn envoys(status: &StatusView) -> String {
     text
 }
 
-/// Why a pod or an endpoint is in the list as it is, or is not in it; `None` when nothing here has that name.
+/// Explains why a pod or an endpoint is in the list as it is, or is not in it; `None` when no endpoint and no refused
+/// pod has the name.
 #[must_use]
 pub fn explain(status: &StatusView, name: &str) -> Option<String> {
     let is_named = |pod: &str| pod == name || pod.split_once('/').is_some_and(|(_, short)| short == name);
@@ -142,7 +145,7 @@ pub fn explain(status: &StatusView, name: &str) -> Option<String> {
         let _ = writeln!(text, "  pool    {}", it.endpoint.pool);
         let _ = writeln!(text, "  engine  {}", engine(it));
         if let Some(group) = &it.endpoint.group {
-            let _ = writeln!(text, "  group   {group}: paired with the same group only");
+            let _ = writeln!(text, "  group   {group}: pairs with this group only");
         }
         match (it.endpoint.min_prompt_tokens, it.endpoint.max_prompt_tokens) {
             (None, None) => {}
@@ -152,15 +155,15 @@ pub fn explain(status: &StatusView, name: &str) -> Option<String> {
         let models = if it.endpoint.models.is_empty() { "any".to_owned() } else { it.endpoint.models.join(", ") };
         let _ = writeln!(text, "  models  {models}");
         match (it.answers, &it.problem) {
-            (Some(true), None) => drop(writeln!(text, "  it answers")),
-            (Some(true), Some(problem)) => drop(writeln!(text, "  it answers pd-control, but there is {problem}")),
-            (Some(false), Some(problem)) => drop(writeln!(text, "  it does not answer: {problem}")),
+            (Some(true), None) => drop(writeln!(text, "  the engine answers")),
+            (Some(true), Some(problem)) => drop(writeln!(text, "  the engine answers pd-control; {problem}")),
+            (Some(false), Some(problem)) => drop(writeln!(text, "  the engine does not answer: {problem}")),
             (None, Some(problem)) => drop(writeln!(text, "  {problem}")),
             (_, None) => {}
         }
     }
     for refused in status.refused.iter().filter(|refused| is_named(&refused.pod)) {
-        let _ = writeln!(text, "{} is left out: {}", refused.pod, refused.reason);
+        let _ = writeln!(text, "pd-control refused {}: {}", refused.pod, refused.reason);
     }
     (!text.is_empty()).then_some(text)
 }
@@ -198,7 +201,8 @@ fn table<const N: usize>(rows: &[[String; N]]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use pd_core::exchange::report::{Decision, Generation, Report};
+    use pd_core::exchange::report::Report;
+    use pd_core::workers::recent::{Decision, Generation};
 
     use super::*;
     use crate::api::status::GatewayView;
@@ -207,6 +211,7 @@ mod tests {
     fn top_shows_envoys_their_decisions_and_what_to_do() {
         let generation = Generation { version: "0.1.0".into(), build: "b".into(), revision: "r".into(), workers: 3 };
         let decision = Decision { decision: "split".into(), reason: "prefilled".into(), ..Decision::default() };
+        let decision = ReportedDecision { decision, ..ReportedDecision::default() };
         let report = Report {
             generations: vec![generation],
             decisions: vec![decision],

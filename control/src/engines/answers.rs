@@ -1,4 +1,4 @@
-//! What every engine answered last, and what of it belongs in the list.
+//! The last answer of every engine, and the facts that the list takes from it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -7,35 +7,41 @@ use std::sync::{PoisonError, RwLock};
 use crate::engines::metrics::EngineLoad;
 use crate::publish::updates::{Fact, Facts};
 
-/// The models are asked for with every so many metrics.
+/// pd-control asks an engine for its models with every sixth request for its metrics.
 const MODELS_EVERY: u32 = 6;
-/// Failures in a row after which an engine that answered before is taken to be down.
+/// Failures in a row after which an engine that answered before counts as down.
 const FAILURES: u32 = 3;
-/// Tokens of a cache that are believed; the range of `cache_tokens`.
+/// Upper end of the range of `cache_tokens`.
 const MAX_CACHE_TOKENS: u64 = 1_000_000_000;
 
-/// What every engine said last.
+/// The last answer of every engine.
 #[derive(Debug, Default)]
 pub struct Scrapes(RwLock<BTreeMap<SocketAddr, Scraped>>);
 
-/// Metrics, and models where they were asked for; else why there is no answer.
+/// Metrics, and models where they were requested; or why there is no answer.
 pub type Outcome = Result<(EngineLoad, Option<Vec<String>>), String>;
 
-/// What one engine said.
+/// The last answer of one engine.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Scraped {
-    /// Its metrics, as of the last time it answered.
+    /// Its metrics, of its last answer.
     pub load: EngineLoad,
-    /// Its models, base and adapters; none: not told.
+    /// Its models, base models and adapters; empty: the engine has not named any.
     pub models: Vec<String>,
-    /// Whether it ever answered.
+    /// Whether the engine ever answered.
     pub has_answered: bool,
-    /// Failures since then.
+    /// Failed requests since the last answer.
     pub failures: u32,
-    /// Of the last one.
+    /// Why the last request failed; none: it did not fail.
     pub error: Option<String>,
-    /// Times it was asked.
+    /// Requests sent to it.
     pub asked: u32,
+}
+
+impl FromIterator<(SocketAddr, Scraped)> for Scrapes {
+    fn from_iter<I: IntoIterator<Item = (SocketAddr, Scraped)>>(scraped: I) -> Self {
+        Self(RwLock::new(scraped.into_iter().collect()))
+    }
 }
 
 impl Scrapes {
@@ -45,7 +51,7 @@ impl Scrapes {
         self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Forgets all but these, and expects these.
+    /// Keeps the answers of these engines and drops the others.
     pub fn follow(&self, addresses: &BTreeSet<SocketAddr>) {
         let mut scraped = self.0.write().unwrap_or_else(PoisonError::into_inner);
         scraped.retain(|address, _| addresses.contains(address));
@@ -54,14 +60,14 @@ impl Scrapes {
         }
     }
 
-    /// Whether it is time to ask for its models.
+    /// Whether the next request to an engine asks for its models, too.
     #[must_use]
     pub fn wants_models(&self, address: SocketAddr) -> bool {
         let scraped = self.0.read().unwrap_or_else(PoisonError::into_inner);
         scraped.get(&address).is_none_or(|known| known.asked.is_multiple_of(MODELS_EVERY))
     }
 
-    /// Takes an answer; returns all facts where it changed what they are made of.
+    /// Takes an answer; returns the facts of all engines when the answer may have changed them.
     pub fn take(&self, address: SocketAddr, outcome: Outcome) -> Option<Facts> {
         let mut scraped = self.0.write().unwrap_or_else(PoisonError::into_inner);
         let known = scraped.get_mut(&address)?;
@@ -89,19 +95,20 @@ impl Scraped {
         }
     }
 
-    /// What facts are made of.
+    /// The values that [`facts`] depends on.
     fn basis(&self) -> (Vec<String>, Option<u64>, bool, bool) {
         (self.models.clone(), self.load.cache_tokens, self.has_answered, self.is_silent())
     }
 
-    /// Whether it answered before and does not any longer.
+    /// Whether the engine answered before and has stopped answering.
     #[must_use]
     pub fn is_silent(&self) -> bool {
         self.has_answered && self.failures >= FAILURES
     }
 }
 
-/// What of all answers belongs in the list.
+/// The facts of all engines. When half of the engines or more stopped answering, none counts as down: the fault is more
+/// likely in pd-control's network.
 fn facts(scraped: &BTreeMap<SocketAddr, Scraped>) -> Facts {
     let answered = scraped.values().filter(|it| it.has_answered).count();
     let silent = scraped.values().filter(|it| it.is_silent()).count();
@@ -109,7 +116,7 @@ fn facts(scraped: &BTreeMap<SocketAddr, Scraped>) -> Facts {
     let fact = |scraped: &Scraped| Fact {
         models: scraped.models.clone(),
         cache_tokens: scraped.load.cache_tokens.map(|tokens| tokens.min(MAX_CACHE_TOKENS)),
-        is_dead: is_believed && scraped.is_silent(),
+        is_down: is_believed && scraped.is_silent(),
     };
     scraped
         .iter()
@@ -131,7 +138,7 @@ mod tests {
     }
 
     fn dead(failures: &[u32]) -> usize {
-        facts(&all(failures)).values().filter(|fact| fact.is_dead).count()
+        facts(&all(failures)).values().filter(|fact| fact.is_down).count()
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! One engine's answers over HTTP: its metrics and its models.
+//! Fetches the metrics and the models of one engine over HTTP.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -16,14 +16,14 @@ use tokio::time::timeout;
 use crate::engines::answers::Outcome;
 use crate::engines::metrics::{EngineLoad, Reader};
 
-/// How long one answer may take.
+/// Time limit of one request, and of connecting.
 const TIMEOUT: Duration = Duration::from_secs(2);
-/// Bytes of metrics that are read; vLLM's are a hundred thousand.
+/// Bytes of metrics that pd-control reads; vLLM sends a hundred thousand.
 const MAX_METRICS_BYTES: usize = 8 << 20;
-/// Bytes of a list of models.
+/// Bytes of a list of models that pd-control reads.
 const MAX_MODELS_BYTES: usize = 1 << 20;
 
-/// Connections to engines, kept open between two looks.
+/// A client that keeps one connection to each engine open.
 pub type EngineClient = Client<HttpConnector, Empty<Bytes>>;
 
 #[derive(Deserialize)]
@@ -36,7 +36,7 @@ struct Model {
     id: String,
 }
 
-/// A client without connections yet.
+/// A client without open connections.
 #[must_use]
 pub fn client() -> EngineClient {
     let mut connector = HttpConnector::new();
@@ -45,18 +45,18 @@ pub fn client() -> EngineClient {
     Client::builder(TokioExecutor::new()).pool_timer(TokioTimer::new()).pool_max_idle_per_host(1).build(connector)
 }
 
-/// Asks one engine for its metrics, and for its models where they are wanted.
+/// Asks one engine for its metrics, and for its models if `wants_models`.
 pub async fn ask(client: EngineClient, address: SocketAddr, wants_models: bool) -> (SocketAddr, Outcome) {
     let outcome = timeout(TIMEOUT, async {
         let load = metrics_of(&client, address).await?;
-        // An engine may hide its models behind a key; that is no failure.
+        // An engine may require an API key for its models. That is no failure.
         let models = if wants_models { models_of(&client, address).await.ok() } else { None };
         Ok((load, models))
     });
     (address, outcome.await.unwrap_or_else(|_| Err(format!("no answer in {TIMEOUT:?}"))))
 }
 
-/// TensorRT-LLM has its metrics at a path of their own, and something else where the others have them.
+/// TensorRT-LLM serves its metrics at a path of its own; at `/metrics` it serves other data.
 async fn metrics_of(client: &EngineClient, address: SocketAddr) -> Result<EngineLoad, String> {
     let usual = metrics_at(client, address, "/metrics").await;
     if usual.as_ref().is_ok_and(EngineLoad::is_known) {
@@ -104,6 +104,6 @@ async fn get(client: &EngineClient, address: SocketAddr, path: &str) -> Result<h
     })?;
     match response.status() {
         StatusCode::OK => Ok(response.into_body()),
-        other => Err(format!("{path} is answered with {other}")),
+        other => Err(format!("{path} answers {other}")),
     }
 }

@@ -1,13 +1,13 @@
-//! What engines say of themselves at `/metrics`, under the names of vLLM, SGLang and TensorRT-LLM.
+//! Reads the metrics of vLLM, SGLang and TensorRT-LLM.
 //!
-//! Read line by line as it arrives: a page of a hundred kilobytes is never held, and lines that do not matter cost a look
-//! at their name.
+//! The reader takes a page line by line as it arrives, so it never holds a page of a hundred kilobytes. Of lines with
+//! other metrics it reads only the name.
 
 use memchr::{memchr_iter, memchr3};
 
-/// Longest line that is read; a longer one is skipped.
+/// Longest line that is read. The reader skips longer ones.
 const MAX_LINE_BYTES: usize = 16 << 10;
-/// What is read.
+/// Metrics that are read.
 const NAMES: &[&[u8]] = &[
     b"vllm:num_requests_waiting",
     b"sglang:num_queue_reqs",
@@ -25,20 +25,20 @@ const NAMES: &[&[u8]] = &[
     b"sglang:max_total_num_tokens",
 ];
 
-/// One engine server, all of its data-parallel ranks together.
+/// Load of one engine server, over all of its data-parallel ranks.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct EngineLoad {
-    /// Requests that wait.
+    /// Requests that wait in the engine.
     pub waiting: Option<f64>,
-    /// Requests that are computed.
+    /// Requests that the engine computes.
     pub running: Option<f64>,
-    /// Share of the KV cache in use, 0 to 1; of ranks the fullest.
+    /// Share of the KV cache in use, 0 to 1; the fullest rank's.
     pub kv_usage: Option<f64>,
-    /// Tokens that the KV cache holds; of ranks the largest.
+    /// Tokens that the KV cache can hold; the largest rank's.
     pub cache_tokens: Option<u64>,
-    /// Prompt tokens that were looked up in the prefix cache, ever.
+    /// Prompt tokens looked up in the prefix cache since the engine started.
     pub prefix_queries: Option<f64>,
-    /// Those of them that were found.
+    /// Prompt tokens found in the prefix cache since the engine started.
     pub prefix_hits: Option<f64>,
 }
 
@@ -51,14 +51,14 @@ pub struct Reader {
 }
 
 impl EngineLoad {
-    /// Share of prompt tokens that were found in the prefix cache.
+    /// Share of prompt tokens found in the prefix cache, 0 to 1; `None` before the first look-up.
     #[must_use]
     pub fn hit_ratio(&self) -> Option<f64> {
         let (queries, hits) = (self.prefix_queries?, self.prefix_hits?);
         (queries > 0.0).then(|| hits / queries)
     }
 
-    /// Whether the page was an engine's.
+    /// Whether the page had a metric of an engine.
     #[must_use]
     pub fn is_known(&self) -> bool {
         *self != Self::default()
@@ -66,13 +66,13 @@ impl EngineLoad {
 }
 
 impl Reader {
-    /// The next bytes of the page.
+    /// Reads the next bytes of the page.
     pub fn push(&mut self, bytes: &[u8]) {
         let mut start = 0;
         for end in memchr_iter(b'\n', bytes) {
             let head = bytes.get(start..end).unwrap_or_default();
             start = end + 1;
-            // Most lines are whole in one piece.
+            // Most lines are whole in one chunk.
             if self.line.is_empty() && !self.is_too_long && head.len() <= MAX_LINE_BYTES {
                 self.load.take(head);
                 continue;
@@ -83,7 +83,7 @@ impl Reader {
         self.extend(bytes.get(start..).unwrap_or_default());
     }
 
-    /// The page's end.
+    /// Ends the page and returns the load.
     #[must_use]
     pub fn finish(mut self) -> EngineLoad {
         self.end_line();
@@ -108,7 +108,7 @@ impl Reader {
 
 impl EngineLoad {
     fn take(&mut self, line: &[u8]) {
-        // Of a thousand lines some ten matter: nothing else is read of the others.
+        // Some ten of a thousand lines matter. Of the others, only the name is read.
         let name = line.get(..memchr3(b'{', b' ', b'\t', line).unwrap_or(0)).unwrap_or_default();
         if !NAMES.contains(&name) {
             return;
@@ -150,7 +150,8 @@ impl EngineLoad {
     }
 }
 
-/// Name, text between the braces, value of a line that is a finite sample.
+/// Name, labels (the text between the braces) and value of a sample; `None` for other lines and for values that are not
+/// finite.
 fn sample(line: &str) -> Option<(&str, &str, f64)> {
     let end = line.find(['{', ' ', '\t'])?;
     let (name, rest) = line.split_at_checked(end)?;
@@ -162,11 +163,11 @@ fn sample(line: &str) -> Option<(&str, &str, f64)> {
     value.is_finite().then_some((name, labels, value))
 }
 
-/// A label's value, for values without escapes.
+/// The value of a label. It must have no escapes.
 fn label<'a>(labels: &'a str, key: &str) -> Option<&'a str> {
-    labels.match_indices(key).find_map(|(at, _)| {
-        let is_start = at == 0 || labels.as_bytes().get(at - 1).is_some_and(|byte| matches!(byte, b',' | b' '));
-        let value = labels.get(at + key.len()..)?.strip_prefix("=\"").filter(|_| is_start)?;
+    labels.match_indices(key).find_map(|(start, _)| {
+        let is_start = start == 0 || labels.as_bytes().get(start - 1).is_some_and(|byte| matches!(byte, b',' | b' '));
+        let value = labels.get(start + key.len()..)?.strip_prefix("=\"").filter(|_| is_start)?;
         value.split('"').next()
     })
 }

@@ -1,4 +1,4 @@
-//! What the engines themselves answer: their metrics and their models.
+//! Asks the engines for their metrics and their models.
 
 pub mod answers;
 pub mod fetch;

@@ -1,8 +1,8 @@
-//! Asks the engines for their metrics and models, and tells the publisher what of it belongs in the list.
+//! Asks every engine for its metrics and models at intervals, and sends facts to the publisher.
 //!
-//! Each engine is asked once per interval, at a moment of its own, so that a hundred of them are no burst. An engine that
-//! answered before and now refuses several times in a row is taken to be down; when half of them do, the fault is more
-//! likely on this side, and nobody is.
+//! Each engine has a time of its own within the interval, so that requests to a hundred engines do not come in a burst.
+//! An engine that answered before counts as down after several failures in a row. When half of the engines fail, none
+//! counts as down: the fault is more likely in pd-control's network.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -19,12 +19,12 @@ use crate::engines::fetch::{self, EngineClient, ask};
 use crate::publish::registry::Registry;
 use crate::publish::updates::{Facts, Updates};
 
-/// How often each engine is asked unless told otherwise.
+/// Default of the interval between two requests to an engine.
 pub const DEFAULT_INTERVAL: Duration = Duration::from_secs(5);
-/// Engines that are asked at the same time.
+/// Requests that run at the same time.
 const MAX_CONCURRENT: usize = 16;
 
-/// Asks.
+/// Asks the engines of the list in force.
 pub struct Scraper {
     registry: Arc<Registry>,
     counters: Arc<Counters>,
@@ -34,18 +34,18 @@ pub struct Scraper {
 }
 
 impl Scraper {
-    /// Asks the engines of the list in force every `interval`.
+    /// A scraper that asks each engine of the list in force every `interval`.
     #[must_use]
     pub fn new(registry: Arc<Registry>, counters: Arc<Counters>, scrapes: Arc<Scrapes>, interval: Duration) -> Self {
         Self { registry, counters, scrapes, interval, client: fetch::client() }
     }
 
-    /// Asks until the publisher is gone.
+    /// Asks until the publisher has ended.
     pub async fn run(self, updates: Updates) {
         let mut published = self.registry.subscribe();
         let mut due: BTreeMap<SocketAddr, Instant> = BTreeMap::new();
         let mut asking: JoinSet<(SocketAddr, Outcome)> = JoinSet::new();
-        let mut told = Facts::new();
+        let mut sent = Facts::new();
         let mut is_new = true;
         loop {
             if is_new {
@@ -71,16 +71,16 @@ impl Scraper {
                 Some(Ok((address, outcome))) = asking.join_next(), if !asking.is_empty() => {
                     self.counters.scraped(outcome.is_ok());
                     let Some(facts) = self.scrapes.take(address, outcome) else { continue };
-                    if facts != told {
+                    if facts != sent {
                         for (address, fact) in &facts {
-                            if fact.is_dead && !told.get(address).is_some_and(|fact| fact.is_dead) {
-                                tracing::warn!(%address, "does not answer any longer: it is down until it does");
+                            if fact.is_down && !sent.get(address).is_some_and(|fact| fact.is_down) {
+                                tracing::warn!(%address, "the engine stopped answering: its endpoints are down until it answers");
                             }
                         }
                         if updates.send_facts(facts.clone()).await.is_err() {
                             return;
                         }
-                        told = facts;
+                        sent = facts;
                     }
                 }
                 () = async { if let Some((_, at)) = next { sleep_until(at).await } },
@@ -95,10 +95,11 @@ impl Scraper {
         }
     }
 
-    /// Intervals differ by up to an eighth from address to address, so that those that begin together drift apart.
+    /// Intervals differ by up to an eighth between addresses, so that engines that are first asked together drift
+    /// apart.
     fn next_turn(&self, address: SocketAddr, last: Instant) -> Instant {
         let share = (xxh3_64(address.to_string().as_bytes()) % 1_024) as f64 / 4_096.0;
-        // Late turns are not made up for.
+        // A late request does not move later ones closer together.
         last.max(Instant::now()) + self.interval.mul_f64(0.875 + share)
     }
 }

@@ -1,4 +1,6 @@
-//! The exchange between Envoys: [`pd_core::exchange::hub`] behind HTTP.
+//! The hub of the exchange between Envoys, shared by the HTTP handlers and the relay.
+//!
+//! [`pd_core::exchange::hub`] decides; this module adds the lock, the clock and waiting.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,23 +10,24 @@ use hashbrown::HashMap;
 use pd_core::exchange::hub::Hub;
 use pd_core::exchange::message::{Heard, Told, Totals};
 use pd_core::exchange::report::Report;
+use pd_core::time::Monotonic;
 use tokio::sync::watch;
 use tokio::time::{Instant, interval, sleep, sleep_until};
 
 use crate::counters::Counters;
 
-/// How long a question waits at most.
+/// Longest time that a request waits for news.
 const MAX_WAIT: Duration = Duration::from_secs(5);
-/// Time that news waits for company before a question is answered.
-const COMPANY: Duration = Duration::from_millis(5);
-/// How often to look for gateways that are gone.
+/// Time between the first news and the response, in which more news may arrive.
+const GATHER: Duration = Duration::from_millis(5);
+/// How often the hub drops gateways that no longer send.
 const PRUNE_EVERY: Duration = Duration::from_millis(500);
 
-/// The hub, and who waits for it.
+/// The hub behind a lock, and a counter of news for requests that wait.
 #[derive(Debug)]
 pub struct SharedHub {
     hub: Mutex<Hub>,
-    /// Counts what mattered to somebody.
+    /// Counts messages with news.
     news: watch::Sender<u64>,
     began: Instant,
 }
@@ -41,48 +44,49 @@ impl SharedHub {
         self.hub.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn now(&self) -> Duration {
-        self.began.elapsed()
+    fn now(&self) -> Monotonic {
+        Monotonic::new(self.began.elapsed())
     }
 
-    /// Takes what somebody tells and answers when there is something new, or after `wait`. `watching` is the number of
-    /// Envoys that follow the list.
+    /// Takes the message of an Envoy or a replica, and answers when there is news for it or after `wait`.
+    ///
+    /// `watching` is the number of Envoys that follow the list. When `stopping` becomes true, it answers at once.
     pub async fn answer(
         &self,
-        told: &Told,
+        request: &Told,
         wait: Duration,
         watching: u64,
         mut stopping: watch::Receiver<bool>,
     ) -> Heard {
-        if self.hub().take(told, self.now()) {
+        if self.hub().take(request, self.now()) {
             self.news.send_modify(|count| *count += 1);
         }
         let deadline = Instant::now() + wait.min(MAX_WAIT);
         let mut news = self.news.subscribe();
-        while Instant::now() < deadline && !self.hub().has_news(told) {
+        while Instant::now() < deadline && !self.hub().has_news(request) {
             tokio::select! {
                 _ = news.changed() => {}
                 _ = stopping.wait_for(|is_stopping| *is_stopping) => break,
                 () = sleep_until(deadline) => break,
             }
-            sleep(COMPANY).await;
+            sleep(GATHER).await;
         }
-        self.hub().answer(told, watching)
+        self.hub().answer(request, watching)
     }
 
-    /// Becomes another number whenever there is news.
+    /// A receiver that changes whenever there is news.
     #[must_use]
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.news.subscribe()
     }
 
-    /// What another replica has to be told that has these records of each gateway.
+    /// Messages for a replica that has these records: for each gateway, the newest one.
     #[must_use]
     pub fn messages(&self, have: &HashMap<u64, u64>) -> Vec<Told> {
         self.hub().relay(have, self.now())
     }
 
-    /// What the gateways report of themselves: number, time since it was heard of, the report.
+    /// The reports of all gateways, sorted by id: id, time since its last message, report.
     #[must_use]
     pub fn reports(&self) -> Vec<(u64, Duration, Report)> {
         let (hub, now) = (self.hub(), self.now());
@@ -95,13 +99,13 @@ impl SharedHub {
     /// What all Envoys together have in flight, by endpoint key. `None`: no Envoy exchanges.
     #[must_use]
     pub fn loads(&self) -> Option<HashMap<u64, Totals>> {
-        // The answer to somebody who has told nothing and heard nothing.
+        // The answer to an Envoy that has nothing in flight and has received nothing yet.
         let listener = Told { wants: true, ..Told::default() };
         let heard = self.hub().answer(&listener, 0);
         (heard.exchanging > 0).then(|| heard.loads.unwrap_or_default().into_iter().collect())
     }
 
-    /// Lets go of gateways that are silent, for good.
+    /// Drops gateways that no longer send. Never returns.
     pub async fn prune(self: Arc<Self>, counters: Arc<Counters>) {
         let mut ticks = interval(PRUNE_EVERY);
         loop {

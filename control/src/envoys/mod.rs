@@ -1,4 +1,5 @@
-//! What several Envoys tell each other through pd-control, and its replicas among themselves; which Envoys poll.
+//! Several Envoys and several replicas of pd-control: the exchange between Envoys, the relay between replicas, and
+//! which Envoys poll.
 
 pub mod hub;
 pub mod polls;

@@ -1,7 +1,8 @@
-//! What replicas of `pd-control` pass on to each other.
+//! The relay between replicas of pd-control.
 //!
-//! Every replica tells every other what the Envoys told it (and nothing that it heard from another replica), so each has
-//! all of it, whichever an Envoy asks. A replica that starts hears it again; one that dies is missed by nobody.
+//! Each replica sends the records of its own Envoys to every other replica, so every replica has the records of all
+//! Envoys. It does not send on what another replica sent. A replica that starts gets all records again; when one ends,
+//! the Envoys turn to the others.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -29,44 +30,44 @@ use crate::access::token::Token;
 use crate::counters::Counters;
 use crate::envoys::hub::SharedHub;
 
-/// Time between two messages to another replica.
+/// Pause between two messages to a replica.
 const RELAY_PAUSE: Duration = Duration::from_millis(25);
-/// Time without anything new after which a replica is told that the gateways are there.
+/// Time without news after which a replica gets a message all the same, so that it keeps the gateways.
 const RELAY_HEARTBEAT: Duration = Duration::from_secs(1);
-/// How long another replica may take.
+/// Time limit of one message.
 const RELAY_TIMEOUT: Duration = Duration::from_secs(2);
-/// Pause after it did not answer.
+/// Pause after a replica did not answer.
 const RELAY_FAILURE_PAUSE: Duration = Duration::from_secs(1);
-/// How often the name of the replicas is resolved.
+/// How often pd-control resolves the name of the replicas.
 const RESOLVE_EVERY: Duration = Duration::from_secs(5);
-/// Replicas that are told.
+/// Replicas that get messages; further addresses of the name are ignored.
 const MAX_PEERS: usize = 32;
 
-/// Other replicas of `pd-control`.
+/// The other replicas of pd-control.
 #[derive(Clone, Debug)]
 pub struct Peers {
-    /// `host:port` that resolves to all of them, this one included.
+    /// `host:port` that resolves to all replicas, this one included.
     pub name: String,
-    /// Token that they ask for.
+    /// Bearer token that the replicas require.
     pub token: Option<Token>,
-    /// Set where they speak TLS.
+    /// Set when the replicas speak TLS.
     pub tls: Option<PeersTls>,
 }
 
-/// How replicas that speak TLS are known: they have a certificate for the host of [`Peers::name`].
+/// TLS of the replicas. Each one's certificate must be for the host of [`Peers::name`].
 #[derive(Clone, Debug, Default)]
 pub struct PeersTls {
-    /// Certificates that vouch for theirs, PEM; read again when a replica cannot be reached. Else the system's.
+    /// Trusted certificates, PEM; read again when a replica cannot be reached. None: the system's certificates.
     pub ca_file: Option<PathBuf>,
 }
 
 type PeerClient = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
 
 impl Peers {
-    /// Whether they can be asked at all.
+    /// Checks name and certificates without connecting.
     ///
     /// # Errors
-    /// A bad name, or certificates that cannot be read; one line.
+    /// One line when the name has no port or is no host name, or the certificates cannot be read.
     pub fn check(&self) -> anyhow::Result<()> {
         self.client().map(drop)
     }
@@ -90,7 +91,7 @@ impl Peers {
         Ok(builder.build(connector?))
     }
 
-    /// Passes on what the Envoys tell, for good.
+    /// Relays the records of the Envoys. Never returns.
     pub async fn relay(self, hub: Arc<SharedHub>, counters: Arc<Counters>) {
         let mut tasks = JoinSet::new();
         let mut running: BTreeMap<SocketAddr, AbortHandle> = BTreeMap::new();
@@ -109,14 +110,14 @@ impl Peers {
                     for address in addresses {
                         running.entry(address).or_insert_with(|| {
                             let (peers, hub, counters) = (self.clone(), Arc::clone(&hub), Arc::clone(&counters));
-                            tasks.spawn(Peer { address, peers, hub, counters }.run())
+                            tasks.spawn(Replica { address, peers, hub, counters }.run())
                         });
                     }
                     was_resolved = true;
                 }
                 Err(error) => {
                     if was_resolved {
-                        tracing::warn!("--peers {}: {error}", self.name);
+                        tracing::warn!("cannot resolve --peers {}: {error}", self.name);
                     }
                     was_resolved = false;
                 }
@@ -128,43 +129,44 @@ impl Peers {
 }
 
 /// One other replica.
-struct Peer {
+struct Replica {
     address: SocketAddr,
     peers: Peers,
     hub: Arc<SharedHub>,
     counters: Arc<Counters>,
 }
 
-impl Peer {
-    /// Tells it everything new; ends when it turns out to be this process itself.
+impl Replica {
+    /// Sends all news. Returns when the address turns out to be this process itself.
     async fn run(self) {
         let mut have: HashMap<u64, u64> = HashMap::new();
         let mut news = self.hub.subscribe();
-        let (mut turns, mut told_at, mut is_lost) = (Vec::new(), None::<Instant>, false);
+        let (mut turns, mut sent_at, mut is_lost) = (Vec::new(), None::<Instant>, false);
         let mut client = None;
         loop {
             let _ = timeout(RELAY_HEARTBEAT, news.changed()).await;
             let messages = self.hub.messages(&have);
-            let has_blocks = messages.iter().flat_map(|told| &told.records).any(|record| !record.blocks.is_empty());
+            let has_blocks =
+                messages.iter().flat_map(|message| &message.records).any(|record| !record.blocks.is_empty());
             let is_new = has_blocks || turns_of(&messages) != turns;
-            if messages.is_empty() || (!is_new && told_at.is_some_and(|at| at.elapsed() < RELAY_HEARTBEAT)) {
+            if messages.is_empty() || (!is_new && sent_at.is_some_and(|at| at.elapsed() < RELAY_HEARTBEAT)) {
                 continue;
             }
-            match self.tell_all(&mut client, &messages).await {
+            match self.send_all(&mut client, &messages).await {
                 Ok(None) => return,
                 Ok(Some(now_has)) => {
                     self.counters.relayed("ok");
                     have = now_has;
-                    (turns, told_at) = (turns_of(&messages), Some(Instant::now()));
+                    (turns, sent_at) = (turns_of(&messages), Some(Instant::now()));
                     if core::mem::take(&mut is_lost) {
-                        tracing::info!("replica {} is back", self.address);
+                        tracing::info!("replica {} answers again", self.address);
                     }
                     sleep(RELAY_PAUSE).await;
                 }
                 Err(error) => {
                     self.counters.relayed("failed");
                     if !core::mem::replace(&mut is_lost, true) {
-                        tracing::warn!("replica {}: {error:#}", self.address);
+                        tracing::warn!("cannot relay to replica {}: {error:#}", self.address);
                     }
                     (have, turns, client) = (HashMap::new(), Vec::new(), None);
                     sleep(RELAY_FAILURE_PAUSE).await;
@@ -173,8 +175,9 @@ impl Peer {
         }
     }
 
-    /// What the replica has of each gateway then; `None`: it is this process itself.
-    async fn tell_all(
+    /// Sends messages; returns the newest record of each gateway that the replica then has. `None`: the replica is this
+    /// process.
+    async fn send_all(
         &self,
         client: &mut Option<PeerClient>,
         messages: &[Told],
@@ -184,41 +187,41 @@ impl Peer {
             None => client.insert(self.peers.client()?),
         };
         let mut have = HashMap::new();
-        for told in messages {
-            let heard = self.tell(client, told).await?;
-            if heard.hub == told.from {
+        for message in messages {
+            let response = self.send(client, message).await?;
+            if response.hub == message.from {
                 return Ok(None);
             }
-            have.extend(heard.have);
+            have.extend(response.have);
         }
         Ok(Some(have))
     }
 
-    async fn tell(&self, client: &PeerClient, told: &Told) -> anyhow::Result<Heard> {
+    async fn send(&self, client: &PeerClient, message: &Told) -> anyhow::Result<Heard> {
         let scheme = if self.peers.tls.is_some() { "https" } else { "http" };
         let mut request = Request::post(format!("{scheme}://{}{EXCHANGE_PATH}", self.address));
         if let Some(token) = &self.peers.token {
             request = request.header(header::AUTHORIZATION, token.header());
         }
-        let request = request.body(Full::from(told.to_bytes()))?;
+        let request = request.body(Full::from(message.to_bytes()))?;
         let answer = async {
             let answer = client.request(request).await?;
             if answer.status() != StatusCode::OK {
-                bail!("status {}", answer.status().as_u16());
+                bail!("it answers status {}", answer.status().as_u16());
             }
             let body = Limited::new(answer.into_body(), MAX_MESSAGE_BYTES)
                 .collect()
                 .await
                 .map_err(anyhow::Error::from_boxed)?;
-            Heard::from_bytes(&body.to_bytes()).context("its answer is none")
+            Heard::from_bytes(&body.to_bytes()).context("its answer is no message of the exchange")
         };
         timeout(RELAY_TIMEOUT, answer).await.context("no answer in time")?
     }
 }
 
-/// Which record of each gateway the messages have.
+/// Gateway and number of each record in the messages.
 fn turns_of(messages: &[Told]) -> Vec<(u64, u64)> {
-    let records = messages.iter().flat_map(|told| &told.records);
+    let records = messages.iter().flat_map(|message| &message.records);
     let mut turns: Vec<_> = records.map(|record| (record.gateway, record.turn)).collect();
     turns.sort_unstable();
     turns

@@ -1,7 +1,7 @@
-//! The file from which a plain Envoy learns the hosts of its cluster (EDS over the file system).
+//! The EDS file, from which a plain Envoy reads the hosts of its cluster.
 //!
-//! Every address of the list is in it, whatever its state: draining endpoints have to finish, and which host gets work
-//! is the filter's decision. Ranks behind one address are one host.
+//! The file has every address of the list, whatever the endpoint's state: draining endpoints have to finish their
+//! requests, and the filter decides which host gets a request. Data-parallel ranks behind one address are one host.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -17,7 +17,7 @@ const CLUSTER_LOAD_ASSIGNMENT: &str = "type.googleapis.com/envoy.config.endpoint
 /// Addresses of a cluster's hosts.
 pub type Hosts = BTreeSet<SocketAddr>;
 
-/// The file of one cluster.
+/// The EDS file of one Envoy cluster.
 #[derive(Clone, Debug)]
 pub struct EdsFile {
     path: PathBuf,
@@ -71,17 +71,19 @@ impl EdsFile {
         Self { path, cluster }
     }
 
-    /// Where it is.
+    /// Path of the file.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Makes the file hold `hosts`: written aside, then renamed, because Envoy watches for the move and must never see
-    /// half a file. Says whether anything had to be written.
+    /// Writes the file unless it holds `hosts` already; returns whether it was written.
+    ///
+    /// The text goes into a file beside it, which is then renamed: Envoy watches for the rename and must never read
+    /// half a file.
     ///
     /// # Errors
-    /// When the directory cannot be written; the old file is then unharmed.
+    /// When the directory cannot be written. The old file then stays as it was.
     pub fn write(&self, hosts: &Hosts) -> io::Result<bool> {
         let content = render(&self.cluster, hosts);
         if std::fs::read(&self.path).is_ok_and(|present| present == content.as_bytes()) {
@@ -91,21 +93,23 @@ impl EdsFile {
         let aside = self.path.with_file_name(format!(".{name}.new"));
         let outcome = std::fs::write(&aside, content).and_then(|()| std::fs::rename(&aside, &self.path));
         if outcome.is_err() {
-            // It may not exist; the first error is the one that counts.
+            // It may not exist. The first error is the one to report.
             let _ = std::fs::remove_file(&aside);
         }
         outcome.map(|()| true)
     }
 }
 
-/// The addresses of a list.
+/// The addresses of a list, each once.
 #[must_use]
 pub fn hosts(endpoints: &[Endpoint]) -> Hosts {
     endpoints.iter().map(|endpoint| endpoint.address).collect()
 }
 
-/// The file's text. Its `version_info` is a hash of the hosts, so that the text depends on nothing else and a restart
-/// writes nothing new.
+/// The file's text.
+///
+/// Its `version_info` is a hash of the hosts: the text depends on cluster and hosts alone, so a restart writes no new
+/// file.
 #[must_use]
 pub fn render(cluster: &str, hosts: &Hosts) -> String {
     let names: Vec<String> = hosts.iter().map(ToString::to_string).collect();
@@ -121,7 +125,7 @@ pub fn render(cluster: &str, hosts: &Hosts) -> String {
             endpoints: [Locality { lb_endpoints: lb_endpoints.collect() }],
         }],
     };
-    // Strings and integers only: serde_json has nothing to refuse here.
+    // serde_json cannot fail on strings and integers.
     serde_json::to_string_pretty(&response).unwrap_or_default() + "\n"
 }
 

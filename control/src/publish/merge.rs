@@ -1,7 +1,7 @@
-//! Makes one list of what several sources list.
+//! Merges the lists of several sources into one.
 //!
-//! Nothing is published before each source has listed once: the filters hold a list already, and a part of it would take
-//! the rest out of service. An endpoint that two sources list is as the first of them says.
+//! There is no merged list before each source has sent one: the filters hold a list already, and a partial one would
+//! take the other endpoints out of service. When two sources list an endpoint, the first source decides its keys.
 
 use std::collections::BTreeMap;
 
@@ -10,35 +10,37 @@ use pd_core::wire::{Endpoint, State};
 use crate::list::EndpointList;
 use crate::publish::updates::{Facts, Update};
 
-/// What every source said last.
+/// The last list and the last problem of every source, and the last facts of the engines.
 #[derive(Debug, Default)]
 pub struct Merge {
-    parts: Vec<Part>,
+    sources: Vec<SourceState>,
     facts: Facts,
 }
 
 #[derive(Debug)]
-struct Part {
+struct SourceState {
     list: Option<EndpointList>,
     problem: Option<String>,
 }
 
 impl Merge {
-    /// Adds a source that has said nothing yet; returns its place.
+    /// Adds a source without a list; returns its index.
     pub fn add(&mut self) -> usize {
-        self.parts.push(Part { list: None, problem: None });
-        self.parts.len() - 1
+        self.sources.push(SourceState { list: None, problem: None });
+        self.sources.len() - 1
     }
 
-    /// Takes what a source says; returns what is to be said of all of them.
+    /// Takes an update of one source; returns the merged list and the problems of all sources.
+    ///
+    /// The merged list is `None` when this update had no list, or when another source has not sent one yet.
     pub fn take(&mut self, source: usize, update: Update) -> Update {
         let mut is_new = false;
-        if let Some(part) = self.parts.get_mut(source) {
+        if let Some(part) = self.sources.get_mut(source) {
             is_new = update.list.is_some();
             part.list = update.list.or(part.list.take());
             part.problem = update.problem;
         }
-        let problems: Vec<&str> = self.parts.iter().filter_map(|part| part.problem.as_deref()).collect();
+        let problems: Vec<&str> = self.sources.iter().filter_map(|source| source.problem.as_deref()).collect();
         let problem = (!problems.is_empty()).then(|| problems.join("; "));
         match self.list().filter(|_| is_new).transpose() {
             Ok(list) => Update { list, problem },
@@ -46,10 +48,13 @@ impl Merge {
         }
     }
 
-    /// The list of all sources, once each has one; an error where it would be refused.
+    /// The merged list; `None` until each source has sent a list.
+    ///
+    /// # Errors
+    /// When filters would refuse the merged list, such as for too many endpoints.
     #[must_use]
     pub fn list(&self) -> Option<Result<EndpointList, String>> {
-        let lists: Option<Vec<&EndpointList>> = self.parts.iter().map(|part| part.list.as_ref()).collect();
+        let lists: Option<Vec<&EndpointList>> = self.sources.iter().map(|source| source.list.as_ref()).collect();
         let lists = lists.filter(|lists| !lists.is_empty())?;
         if let ([only], true) = (lists.as_slice(), self.facts.is_empty()) {
             return Some(Ok((*only).clone()));
@@ -61,20 +66,20 @@ impl Merge {
         Some(EndpointList::new(endpoints.into_values().collect()).map_err(|error| error.to_string()))
     }
 
-    /// Takes what the engines say; returns the list, if there is one.
+    /// Takes the facts of all engines; returns the merged list as [`Merge::list`] does.
     pub fn take_facts(&mut self, facts: Facts) -> Option<Result<EndpointList, String>> {
         self.facts = facts;
         self.list()
     }
 
-    /// What is said of an endpoint wins over what it says; only that it does not answer counts in any case.
+    /// Fills in keys that the sources leave open. An engine that does not answer is down, whatever the sources say.
     fn with_fact(&self, mut endpoint: Endpoint) -> Endpoint {
         if let Some(fact) = self.facts.get(&endpoint.address) {
             if endpoint.models.is_empty() {
                 endpoint.models.clone_from(&fact.models);
             }
             endpoint.cache_tokens = endpoint.cache_tokens.or(fact.cache_tokens);
-            if fact.is_dead && endpoint.state == State::Ready {
+            if fact.is_down && endpoint.state == State::Ready {
                 endpoint.state = State::Down;
             }
         }
@@ -142,7 +147,7 @@ mod tests {
         let mut merge = Merge::default();
         let source = merge.add();
         merge.take(source, list(&[(1, 1.0), (2, 1.0)]));
-        let fact = Fact { models: vec!["m".into()], cache_tokens: Some(9), is_dead: true };
+        let fact = Fact { models: vec!["m".into()], cache_tokens: Some(9), is_down: true };
         let merged = merge.take_facts(Facts::from([(([10, 0, 0, 1], 80).into(), fact)])).unwrap().unwrap();
         let [first, second] = merged.as_slice() else { panic!() };
         assert_eq!(

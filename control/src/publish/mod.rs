@@ -1,4 +1,4 @@
-//! From what the sources send to the one list in force: merged, versioned, written for Envoy, published.
+//! Makes one list of what the sources send, writes its hosts for Envoy, and publishes it to the filters.
 
 pub mod eds;
 pub mod merge;

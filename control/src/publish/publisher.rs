@@ -1,7 +1,7 @@
-//! Puts lists into force: first Envoy's hosts, then the filters' list.
+//! Publishes lists: first the hosts to the EDS file, then the list to the filters.
 //!
-//! A host that Envoy does not know is skipped by `override_host`, so a new host is in the EDS file before any filter
-//! hears of it, and a host that left stays there until every filter has heard of that.
+//! Envoy's `override_host` skips a host that Envoy does not know. So pd-control writes a new host into the EDS file
+//! before it publishes the endpoint, and keeps a removed host there until every filter has the new list.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -17,31 +17,30 @@ use crate::publish::merge::Merge;
 use crate::publish::registry::{Change, Registry};
 use crate::publish::updates::{Message, Update};
 
-/// How long a host that left the list stays in the EDS file: filters act within 50 ms, and one that just reconnects
-/// needs a moment more.
+/// How long a removed host stays in the EDS file. Filters act within 50 ms; one that reconnects takes longer.
 pub const EDS_LINGER: Duration = Duration::from_secs(1);
-/// How long until an EDS file that could not be written is tried again.
+/// Pause before pd-control tries again to write the EDS file.
 const EDS_RETRY: Duration = Duration::from_secs(2);
 
-/// Whether the newest list is the one in force; shared with whoever reports it.
+/// Whether the newest list is in force; the API and the metrics report it.
 #[derive(Debug)]
-pub struct Status {
+pub struct ListHealth {
     source: String,
     degraded: Mutex<Option<String>>,
 }
 
-/// The one writer of registry and EDS file.
+/// The only writer of the registry and of the EDS file.
 #[derive(Debug)]
 pub struct Publisher {
     registry: Arc<Registry>,
     counters: Arc<Counters>,
-    status: Arc<Status>,
+    health: Arc<ListHealth>,
     eds: Option<Eds>,
     merge: Merge,
     has_started: bool,
 }
 
-/// The EDS file and what is to become of it.
+/// The EDS file, its present hosts and the wanted ones.
 #[derive(Debug)]
 struct Eds {
     file: EdsFile,
@@ -50,26 +49,26 @@ struct Eds {
     due: Option<Instant>,
 }
 
-impl Status {
-    /// Lists come from `source`, and all is well.
+impl ListHealth {
+    /// `source` names the sources for people; nothing is degraded.
     #[must_use]
     pub fn new(source: String) -> Self {
         Self { source, degraded: Mutex::default() }
     }
 
-    /// Where lists come from, as the operator named it.
+    /// Names of the sources, as the operator wrote them.
     #[must_use]
     pub fn source(&self) -> &str {
         &self.source
     }
 
-    /// Why the newest list is not in force, if it is not.
+    /// Why the newest list is not in force; `None` when it is.
     #[must_use]
     pub fn degraded(&self) -> Option<String> {
         self.degraded.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Says whether it was another reason before.
+    /// Sets the reason; returns whether it changed.
     fn set(&self, reason: Option<&str>) -> bool {
         let mut degraded = self.degraded.lock().unwrap_or_else(PoisonError::into_inner);
         let is_new = degraded.as_deref() != reason;
@@ -79,15 +78,21 @@ impl Status {
 }
 
 impl Publisher {
-    /// A publisher to `registry`, and to an EDS file where there is one.
+    /// A publisher to `registry` and, where there is one, to an EDS file.
     #[must_use]
-    pub fn new(registry: Arc<Registry>, counters: Arc<Counters>, status: Arc<Status>, eds: Option<EdsFile>) -> Self {
+    pub fn new(
+        registry: Arc<Registry>,
+        counters: Arc<Counters>,
+        health: Arc<ListHealth>,
+        eds: Option<EdsFile>,
+    ) -> Self {
         let eds = eds.map(|file| Eds { file, written: Hosts::new(), wanted: Hosts::new(), due: None });
-        Self { registry, counters, status, eds, merge: Merge::default(), has_started: false }
+        Self { registry, counters, health, eds, merge: Merge::default(), has_started: false }
     }
 
-    /// Adds a source, with its list where it has one at the start; returns its place. The first one that is added says
-    /// what an endpoint is that several list.
+    /// Adds a source, with its list if it has one at the start; returns its index.
+    ///
+    /// When several sources list an endpoint, the one that was added first decides its keys.
     pub fn add(&mut self, list: Option<EndpointList>) -> usize {
         let source = self.merge.add();
         if let Some(list) = list {
@@ -96,11 +101,11 @@ impl Publisher {
         source
     }
 
-    /// Publishes the list of the start, if all sources have one. Hosts that an earlier run left in the EDS file are gone
-    /// afterwards.
+    /// Publishes the first list if all sources have one. This removes hosts that an earlier run left in the EDS file.
     ///
     /// # Errors
-    /// When the EDS file cannot be written: later that is only logged and tried again, at the start it is a mistake.
+    /// When the EDS file cannot be written. Later, pd-control logs that and tries again; at the start it is a mistake
+    /// of the configuration.
     pub fn start(&mut self) -> anyhow::Result<()> {
         let Some(list) = self.merge.list().transpose().map_err(anyhow::Error::msg)? else { return Ok(()) };
         self.has_started = true;
@@ -113,7 +118,7 @@ impl Publisher {
         Ok(())
     }
 
-    /// Publishes every list that arrives, until the sources are gone.
+    /// Publishes every list that arrives, until all sources have ended.
     pub async fn run(mut self, mut updates: mpsc::Receiver<Message>) {
         loop {
             let due = self.eds.as_ref().and_then(|eds| eds.due);
@@ -122,7 +127,7 @@ impl Publisher {
                     Some(Message::Update(source, update)) => self.take(source, update),
                     Some(Message::Facts(facts)) => match self.merge.take_facts(facts) {
                         Some(Ok(list)) => self.publish(list),
-                        // Facts are checked where they are made.
+                        // `engines` has checked the facts.
                         Some(Err(error)) => tracing::error!("{error}"),
                         None => {}
                     },
@@ -158,14 +163,14 @@ impl Publisher {
             self.publish(list);
         }
         self.counters.degraded.set(i64::from(problem.is_some()));
-        let is_new = self.status.set(problem.as_deref());
+        let is_new = self.health.set(problem.as_deref());
         match problem {
-            None if is_new => tracing::info!(source = self.status.source(), "good again"),
+            None if is_new => tracing::info!(source = self.health.source(), "the newest list is in force again"),
             None => {}
             Some(reason) if is_refused && self.has_started => {
                 self.counters.refusals.inc();
                 let version = self.registry.current().version();
-                tracing::warn!(version, reason, "refused, an older snapshot stays in force");
+                tracing::warn!(version, reason, "refused the new list, an older snapshot stays in force");
             }
             Some(reason) if is_new => tracing::warn!(reason, "degraded"),
             Some(_) => {}
@@ -175,12 +180,15 @@ impl Publisher {
     fn put_into_force(&self, list: EndpointList) {
         let Some(change) = self.registry.publish(list, SystemTime::now()) else { return };
         let published = self.registry.current();
-        let (version, source) = (published.version(), self.status.source());
+        let (version, source) = (published.version(), self.health.source());
         let Change { total, added, changed, removed } = change;
         tracing::info!(version, endpoints = total, added, removed, changed, source, "snapshot");
         tracing::debug!(version, "{}", summary(published.endpoints()));
         if change.total == 0 {
-            tracing::warn!(source, "no endpoint is listed: the filters keep the last list, new ones refuse requests");
+            tracing::warn!(
+                source,
+                "the list is empty: filters keep their last list, a filter without one refuses requests"
+            );
         }
     }
 }
@@ -204,7 +212,7 @@ impl Eds {
     fn try_write(&mut self, hosts: Hosts, counters: &Counters) {
         if let Err(error) = self.write(hosts, counters) {
             let path = self.file.path().display();
-            tracing::error!("cannot write {path} ({error}), trying again in {EDS_RETRY:?}");
+            tracing::error!("cannot write the EDS file {path}, trying again in {EDS_RETRY:?}: {error}");
             self.due = Some(Instant::now() + EDS_RETRY);
         }
     }

@@ -1,4 +1,4 @@
-//! The endpoint list in force, its versions, and what changed between them.
+//! The list in force, its version, and the changes since earlier versions.
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, VecDeque};
@@ -12,37 +12,37 @@ use tokio::sync::watch;
 
 use crate::list::EndpointList;
 
-/// Endpoint names that the history keeps at least, however short the list. A longer list keeps as many names as it has
-/// endpoints: a delta that touches more would not be shorter than the list itself.
+/// Endpoint names that the history keeps at least. For a longer list, the history keeps as many names as the list has
+/// endpoints: a delta with more names would be no shorter than the list.
 const HISTORY_IDS: usize = 256;
 
-/// Endpoints that one publication touched.
+/// How many endpoints one publication changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Change {
     /// Endpoints of the new list.
     pub total: usize,
     /// Endpoints that were not in the list before.
     pub added: usize,
-    /// Endpoints that were in it with other values.
+    /// Endpoints whose values changed.
     pub changed: usize,
-    /// Endpoints that left.
+    /// Endpoints that the new list no longer has.
     pub removed: usize,
 }
 
-/// One version of the list, with the steps that led to it.
+/// One version of the list, with the last changes that led to it.
 #[derive(Debug)]
 pub struct Published {
     epoch: Arc<str>,
     version: u64,
     changed_at: SystemTime,
     endpoints: EndpointList,
-    /// Steps to versions `version - history.len() + 1 ..= version`.
+    /// Changes that led to versions `version - history.len() + 1 ..= version`, oldest first.
     history: VecDeque<Arc<Step>>,
-    /// Answers by base; `None` is the whole list. Encoded once, however many filters ask.
+    /// Encoded answers by base version; `None` is the whole list. Each is encoded once for all filters.
     encoded: Mutex<BTreeMap<Option<u64>, Bytes>>,
 }
 
-/// What one version touched.
+/// Names that one version added, changed or removed.
 #[derive(Debug, Default)]
 struct Step(Vec<Touch>);
 
@@ -56,7 +56,7 @@ struct Touch {
 #[derive(Debug)]
 pub struct Registry {
     published: watch::Sender<Arc<Published>>,
-    /// Serialises publications; readers never wait for it.
+    /// Held while a list is published. Readers do not take it.
     publishing: Mutex<()>,
 }
 
@@ -69,7 +69,7 @@ impl fmt::Display for Change {
 }
 
 impl Published {
-    /// Version 0 of an epoch: no list yet. Nobody is answered with it.
+    /// Version 0 of an epoch: there is no list yet, and polls wait.
     #[must_use]
     pub fn nothing(epoch: &str, now: SystemTime) -> Self {
         Self {
@@ -82,13 +82,13 @@ impl Published {
         }
     }
 
-    /// Names this run of the registry.
+    /// Name of this run; versions of different epochs do not compare.
     #[must_use]
     pub fn epoch(&self) -> &str {
         &self.epoch
     }
 
-    /// Changes since the epoch began; 0 before the first list.
+    /// Number of publications in this epoch; 0 before the first list.
     #[must_use]
     pub fn version(&self) -> u64 {
         self.version
@@ -133,14 +133,16 @@ impl Published {
         Some((next, change))
     }
 
-    /// What a filter that holds version `since` of `epoch` has to learn: `None` when it is up to date, what changed
-    /// where that is shorter, otherwise the whole list.
+    /// The snapshot for a filter that holds version `since` of `epoch`.
+    ///
+    /// `None` when the filter is up to date. The changes since `since` when they are shorter than the list, otherwise
+    /// the whole list: also for another epoch, for `since` 0 and for a version that the history no longer has.
     #[must_use]
     pub fn snapshot(&self, epoch: &str, since: u64) -> Option<Snapshot> {
         self.base(epoch, since).map(|base| self.snapshot_from(base))
     }
 
-    /// [`Published::snapshot`] as the bytes of an answer.
+    /// [`Published::snapshot`] as JSON.
     #[must_use]
     pub fn answer(&self, epoch: &str, since: u64) -> Option<Bytes> {
         let base = self.base(epoch, since)?;
@@ -148,7 +150,7 @@ impl Published {
         Some(encoded.entry(base).or_insert_with(|| self.snapshot_from(base).to_json().into()).clone())
     }
 
-    /// The base of the answer to such a filter; the outer `None` says that there is nothing to answer.
+    /// The base version of the snapshot for such a filter: `Some(None)` for the whole list, `None` for no snapshot.
     fn base(&self, epoch: &str, since: u64) -> Option<Option<u64>> {
         if self.version == 0 {
             return None;
@@ -176,7 +178,7 @@ impl Published {
                 match self.endpoints.get(id) {
                     Some(endpoint) => endpoints.push(endpoint.clone()),
                     None if existed => removed.push(id.to_string()),
-                    // Came and went since: the filter never heard of it.
+                    // Added and removed since: the filter never had it.
                     None => {}
                 }
             }
@@ -186,10 +188,10 @@ impl Published {
         Snapshot { wire: WIRE_VERSION, epoch: self.epoch.to_string(), version: self.version, base, endpoints, removed }
     }
 
-    /// Names that changed since a version, each with whether that version had it; `None` when it is too old to tell.
+    /// Names that changed since a version, each with whether that version had it; `None` when the history is too short.
     fn touched_since(&self, since: u64) -> Option<BTreeMap<EndpointId, bool>> {
         let steps = usize::try_from(self.version.checked_sub(since)?).ok()?;
-        // Version 0 is no list, so nothing can be a change of it.
+        // Version 0 is no list, so there are no changes of it.
         let first = self.history.len().checked_sub(steps).filter(|_| since > 0)?;
         let mut touched = BTreeMap::new();
         for touch in self.history.range(first..).flat_map(|step| &step.0) {
@@ -207,7 +209,7 @@ impl Registry {
         Self { published, publishing: Mutex::new(()) }
     }
 
-    /// Puts a list into force and wakes every watcher; `None` when it is in force already.
+    /// Publishes a list and wakes every watcher; `None` when the list in force is the same.
     pub fn publish(&self, list: EndpointList, now: SystemTime) -> Option<Change> {
         let _guard = self.publishing.lock().unwrap_or_else(PoisonError::into_inner);
         let (next, change) = self.current().advance(list, now)?;
@@ -221,7 +223,7 @@ impl Registry {
         Arc::clone(&self.published.borrow())
     }
 
-    /// Sees every later version, or the last of them.
+    /// A receiver that sees the newest version. It may miss versions in between.
     #[must_use]
     pub fn subscribe(&self) -> watch::Receiver<Arc<Published>> {
         self.published.subscribe()

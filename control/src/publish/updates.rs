@@ -1,7 +1,7 @@
-//! What a source of endpoint lists tells the publisher.
+//! Messages to the publisher: from sources of endpoint lists, and from the scraper of engines.
 //!
-//! A source is a task that owns the sending half: it sends a list whenever it has one, and why it has none, or why what
-//! it has may be old, when that is so. It never decides what is in force.
+//! A source is a task with a sender. It sends a list whenever it has a new one, and a problem when it has no list or
+//! its list may be old. It does not decide which list is in force.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -10,46 +10,46 @@ use tokio::sync::mpsc;
 
 use crate::list::EndpointList;
 
-/// What a source has to say.
+/// What a source sends.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Update {
-    /// A whole list; none: the source's last one stays.
+    /// A whole list; none: the source's last list stays.
     pub list: Option<EndpointList>,
-    /// One line saying why there is no new list, or why it may be old; none: all is well.
+    /// One line that says why there is no new list, or why the list may be old; none: the list is up to date.
     pub problem: Option<String>,
 }
 
-/// What of an engine's answers belongs in the list.
+/// What the answers of one engine add to the list.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Fact {
-    /// Models, where the list says none.
+    /// Models, for an endpoint whose models the sources leave open.
     pub models: Vec<String>,
-    /// Cache size, where the list says none.
+    /// Tokens of the KV cache, for an endpoint whose `cache_tokens` the sources leave open.
     pub cache_tokens: Option<u64>,
-    /// Whether it does not answer any longer.
-    pub is_dead: bool,
+    /// Whether the engine stopped answering.
+    pub is_down: bool,
 }
 
 /// Facts by address.
 pub type Facts = BTreeMap<SocketAddr, Fact>;
 
-/// What arrives at the publisher.
+/// A message to the publisher.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Message {
-    /// A source, by its place among all, says something.
+    /// An update of the source with this index.
     Update(usize, Update),
-    /// What the engines themselves say.
+    /// The facts of all engines.
     Facts(Facts),
 }
 
-/// Where a source sends its lists. It waits while the publisher is busy.
+/// The sender of one source. Sending waits while the publisher is busy.
 #[derive(Clone, Debug)]
 pub struct Updates {
     source: usize,
     sender: mpsc::Sender<Message>,
 }
 
-/// The publisher is gone.
+/// The publisher has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Closed;
 
@@ -63,29 +63,29 @@ impl From<Result<EndpointList, String>> for Update {
 }
 
 impl Updates {
-    /// The sending half of a source, known to the publisher by its place among all sources.
+    /// The sender of the source with this index.
     #[must_use]
     pub fn new(source: usize, sender: mpsc::Sender<Message>) -> Self {
         Self { source, sender }
     }
 
-    /// Hands an update over.
+    /// Sends an update.
     ///
     /// # Errors
-    /// When the publisher is gone.
+    /// [`Closed`] when the publisher has ended.
     pub async fn send(&self, update: Update) -> Result<(), Closed> {
         self.sender.send(Message::Update(self.source, update)).await.map_err(|_| Closed)
     }
 
-    /// Hands facts over.
+    /// Sends the facts of all engines.
     ///
     /// # Errors
-    /// When the publisher is gone.
+    /// [`Closed`] when the publisher has ended.
     pub async fn send_facts(&self, facts: Facts) -> Result<(), Closed> {
         self.sender.send(Message::Facts(facts)).await.map_err(|_| Closed)
     }
 
-    /// Ends when the publisher is gone.
+    /// Returns when the publisher has ended.
     pub async fn closed(&self) {
         self.sender.closed().await;
     }

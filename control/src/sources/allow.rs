@@ -1,14 +1,15 @@
-//! Which addresses may be pushed that an API or a name server told, not an operator.
+//! Allow-list for addresses that pd-control learns from Kubernetes or DNS. Addresses from files and of the command line
+//! are not checked.
 //!
-//! Whoever may write a pod's status or a DNS record could otherwise point the filter, and with it clients' prompts, at
-//! the node itself or at a cloud's metadata server.
+//! Without it, anyone who may write a pod's status or a DNS record could direct requests, with the prompts of clients,
+//! to the node itself or to a cloud's metadata server.
 
 use std::net::IpAddr;
 use std::sync::LazyLock;
 
 use ipnet::IpNet;
 
-/// Addresses that are no engine's: refused unless a network inside of them is allowed by name.
+/// Networks without engines. Their addresses are refused unless the operator allows a network inside of them.
 const SPECIAL: &[&str] = &[
     // This host.
     "0.0.0.0/8",
@@ -32,29 +33,29 @@ const SPECIAL: &[&str] = &[
 static SPECIAL_NETWORKS: LazyLock<Vec<IpNet>> =
     LazyLock::new(|| SPECIAL.iter().filter_map(|text| text.parse().ok()).collect());
 
-/// The networks that endpoints may be in.
+/// The networks that the operator allows.
 #[derive(Clone, Debug, Default)]
 pub struct AllowedNetworks(Vec<IpNet>);
 
 impl AllowedNetworks {
-    /// These networks; with none, every address that is not special.
+    /// Allows these networks; with none, every address outside the special ones.
     #[must_use]
     pub fn new(networks: Vec<IpNet>) -> Self {
         Self(networks)
     }
 
-    /// Whether an address may be pushed.
+    /// Checks whether an address may be an endpoint's.
     ///
     /// # Errors
-    /// Why not.
+    /// One line that says why the address is refused.
     pub fn check(&self, address: IpAddr) -> Result<(), String> {
-        // An IPv4 address written as IPv6 reaches the same host.
+        // An IPv4-mapped IPv6 address reaches the same host.
         let address = address.to_canonical();
         let named: Vec<_> = self.0.iter().filter(|network| network.contains(&address)).collect();
         if let Some(special) = SPECIAL_NETWORKS.iter().find(|network| network.contains(&address))
             && !named.iter().any(|network| special.contains(*network))
         {
-            return Err(format!("{address} is in {special}, which no engine is in"));
+            return Err(format!("{address} is in {special}, where no engine is"));
         }
         if !self.0.is_empty() && named.is_empty() {
             return Err(format!("{address} is in none of the allowed networks"));

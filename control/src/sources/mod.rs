@@ -1,4 +1,5 @@
-//! Where endpoints come from. Each source sends whole lists; none decides what is in force.
+//! Sources of endpoints: a file, the command line, Kubernetes. Each sends whole lists to the publisher, which decides
+//! what is in force.
 
 pub mod allow;
 pub mod file;

@@ -1,4 +1,5 @@
-//! Endpoints named on the command line: `host:port,role=…`, by address (static) or by a name that DNS resolves.
+//! Endpoints of the command line: `host:port,role=…`. The host is an address, or a name that DNS resolves again and
+//! again.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -12,30 +13,30 @@ use crate::list::EndpointList;
 use crate::publish::updates::{Update, Updates};
 use crate::sources::allow::AllowedNetworks;
 
-/// How often names are resolved. Resolvers hold answers for their time to live; this is what comes on top.
+/// How often pd-control resolves names, on top of the time to live for which resolvers keep answers.
 pub const DEFAULT_INTERVAL: Duration = Duration::from_secs(5);
-/// How long one name may take.
+/// Time limit of resolving one name.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(3);
-/// Addresses of one name that are taken.
+/// Addresses of one name; further ones are ignored.
 const MAX_ADDRESSES: usize = 1_000;
 
-/// `--endpoint`.
+/// The value of one `--endpoint`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NamedEndpoint {
     host: String,
     port: u16,
-    /// With an address of zeros.
+    /// The endpoint with an address that stands for the resolved ones.
     template: Endpoint,
 }
 
 /// Endpoints named on the command line.
 #[derive(Clone, Debug)]
 pub struct NamesSource {
-    /// What was named.
+    /// Values of `--endpoint`.
     pub endpoints: Vec<NamedEndpoint>,
-    /// Networks that resolved addresses may be in.
+    /// Allow-list for resolved addresses.
     pub networks: AllowedNetworks,
-    /// How often to resolve.
+    /// Time between two look-ups.
     pub interval: Duration,
 }
 
@@ -60,7 +61,7 @@ impl std::str::FromStr for NamedEndpoint {
                 Err(_) => text.parse::<f64>().map_or_else(|_| text.into(), Value::from),
             };
             let typed: Value = match key {
-                "address" => return Err("the address stands first".to_owned()),
+                "address" => return Err("address is no key: the address is the first part".to_owned()),
                 "models" => text.split('+').collect(),
                 "rank" | "weight" | "cache_tokens" | "bootstrap_port" | "min_prompt_tokens" | "max_prompt_tokens" => {
                     text_value()
@@ -68,7 +69,7 @@ impl std::str::FromStr for NamedEndpoint {
                 _ => text.into(),
             };
             if value.insert(key.to_owned(), typed).is_some() {
-                return Err(format!("{key} stands twice"));
+                return Err(format!("{key} is given twice"));
             }
         }
         if let Some(key) = wire::unknown_endpoint_key(&value) {
@@ -81,33 +82,33 @@ impl std::str::FromStr for NamedEndpoint {
 }
 
 impl NamedEndpoint {
-    /// Its address, where it was named by one.
+    /// The address, if the host is one.
     fn address(&self) -> Option<IpAddr> {
         self.host.parse().ok()
     }
 
-    fn at(&self, ip: IpAddr) -> Endpoint {
+    fn with_address(&self, ip: IpAddr) -> Endpoint {
         Endpoint { address: SocketAddr::new(ip, self.port), ..self.template.clone() }
     }
 }
 
 impl NamesSource {
-    /// For people.
+    /// Name of the source, for people.
     #[must_use]
     pub fn name(&self) -> String {
         "--endpoint".to_owned()
     }
 
-    /// The list, where every endpoint was named by its address.
+    /// The endpoints, if each host is an address; `None` when there is a name to resolve.
     #[must_use]
     pub fn fixed(&self) -> Option<Vec<Endpoint>> {
-        self.endpoints.iter().map(|named| Some(named.at(named.address()?))).collect()
+        self.endpoints.iter().map(|named| Some(named.with_address(named.address()?))).collect()
     }
 
-    /// Resolves the names until the publisher is gone.
+    /// Resolves the names until the publisher has ended.
     pub async fn run(self, updates: Updates) {
         if self.fixed().is_some() {
-            // Nothing can change.
+            // The list cannot change.
             return updates.closed().await;
         }
         let mut known: BTreeMap<String, Vec<IpAddr>> = BTreeMap::new();
@@ -125,7 +126,8 @@ impl NamesSource {
                         known.insert(named.host.clone(), addresses);
                     }
                     Err(reason) => {
-                        let kept = if known.contains_key(&named.host) { "; its last addresses are kept" } else { "" };
+                        let kept =
+                            if known.contains_key(&named.host) { "; pd-control keeps its last addresses" } else { "" };
                         problems.push(format!("{}: {reason}{kept}", named.host));
                     }
                 }
@@ -141,8 +143,8 @@ impl NamesSource {
         let mut is_complete = true;
         for named in &self.endpoints {
             if let Some(ip) = named.address() {
-                // An operator wrote it; nothing is to be doubted.
-                endpoints.entry(named.at(ip).id()).or_insert_with(|| named.at(ip));
+                // An operator wrote the address, so it is not checked against the networks.
+                endpoints.entry(named.with_address(ip).id()).or_insert_with(|| named.with_address(ip));
                 continue;
             }
             let Some(addresses) = known.get(&named.host) else {
@@ -152,7 +154,7 @@ impl NamesSource {
             for ip in addresses {
                 match self.networks.check(*ip) {
                     Ok(()) => {
-                        endpoints.entry(named.at(*ip).id()).or_insert_with(|| named.at(*ip));
+                        endpoints.entry(named.with_address(*ip).id()).or_insert_with(|| named.with_address(*ip));
                     }
                     Err(reason) => problems.push(format!("{}: {reason}", named.host)),
                 }
@@ -172,7 +174,7 @@ async fn resolve(host: &str, port: u16) -> Result<Vec<IpAddr>, String> {
     let mut addresses: Vec<_> = found.map(|address| address.ip().to_canonical()).take(MAX_ADDRESSES).collect();
     addresses.sort_unstable();
     addresses.dedup();
-    if addresses.is_empty() { Err("it has no address".to_owned()) } else { Ok(addresses) }
+    if addresses.is_empty() { Err("the name has no address".to_owned()) } else { Ok(addresses) }
 }
 
 #[cfg(test)]
@@ -192,7 +194,7 @@ mod tests {
             weight: 2.0,
             ..Endpoint::new("[fd01::1]:8000".parse().unwrap(), Role::Prefill)
         };
-        assert_eq!(named.at(named.address().unwrap()), expected);
+        assert_eq!(named.with_address(named.address().unwrap()), expected);
     }
 
     #[test]
@@ -203,7 +205,7 @@ mod tests {
             (":80,role=both", "\":80\" is not host:port"),
             ("a:80", "missing field `role`"),
             ("a:80,role", "\"role\" is not key=value"),
-            ("a:80,role=both,role=both", "role stands twice"),
+            ("a:80,role=both,role=both", "role is given twice"),
             ("a:80,role=both,x=1", "x: unknown key"),
             ("a:80,role=both,weight=0", "endpoint 192.0.2.1:80: weight"),
             ("a:0,role=both", "endpoint 192.0.2.1:0: address"),

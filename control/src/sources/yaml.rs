@@ -1,4 +1,4 @@
-//! Files that an operator writes, as YAML or JSON: read whole and within bounds, every error with its line.
+//! Reads YAML and JSON files of an operator, within bounds. Every error has its line and column.
 
 use std::fmt;
 use std::io::Read;
@@ -9,20 +9,20 @@ use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 use serde_saphyr::{Location, Spanned};
 
-/// Bytes that an endpoints file may have: [`pd_core::wire::MAX_ENDPOINTS`] endpoints with every key fit.
+/// Longest file, in bytes: [`pd_core::wire::MAX_ENDPOINTS`] endpoints with every key fit.
 pub const MAX_FILE_BYTES: u64 = 64 << 20;
 /// Parser events that a file may cause, aliases included: [`pd_core::wire::MAX_ENDPOINTS`] endpoints of ten keys and a few
 /// models fit.
 pub const MAX_EVENTS: usize = 4_000_000;
-/// Nesting that an endpoints file needs, with room to spare.
+/// Deepest nesting; an endpoints file has four levels.
 pub const MAX_DEPTH: usize = 16;
-/// Nesting of Kubernetes objects: definitions of resources, which stand beside ours, go deepest.
+/// Deepest nesting of Kubernetes objects. CustomResourceDefinitions, which may be in the same file, nest deepest.
 const MAX_MANIFEST_DEPTH: usize = 256;
 
 /// Why a file is refused: one line, `path:line:column: what`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileError {
-    /// The file as the operator named it.
+    /// Path of the file, as the operator wrote it.
     pub path: PathBuf,
     /// Line and column, from 1; absent when the file could not be read.
     pub position: Option<(u64, u64)>,
@@ -30,7 +30,7 @@ pub struct FileError {
     pub message: String,
 }
 
-/// What is wrong, and where, in text whose file is not known yet.
+/// A fault in a text: a [`FileError`] without the path.
 pub struct Problem {
     /// Line and column, from 1.
     pub position: (u64, u64),
@@ -38,13 +38,13 @@ pub struct Problem {
     pub message: String,
 }
 
-/// A YAML node that knows where each part of it stands.
+/// A YAML node with the position of each part.
 pub enum Node {
-    /// Text, number, truth or nothing.
+    /// A string, number, boolean or null.
     Leaf(Value),
     /// A list.
     Sequence(Vec<Spanned<Node>>),
-    /// Keys and values.
+    /// A mapping: keys and values.
     Mapping(Vec<(Spanned<String>, Spanned<Node>)>),
 }
 
@@ -61,13 +61,13 @@ impl fmt::Display for FileError {
 impl std::error::Error for FileError {}
 
 impl Problem {
-    /// At a place of the text.
+    /// A fault at this location.
     #[must_use]
     pub fn at(location: Location, message: impl Into<String>) -> Self {
         Self { position: (location.line(), location.column()), message: message.into() }
     }
 
-    /// With the file's name.
+    /// Adds the path.
     #[must_use]
     pub fn of(self, path: &Path) -> FileError {
         FileError { path: path.to_owned(), position: Some(self.position), message: self.message }
@@ -75,7 +75,7 @@ impl Problem {
 }
 
 impl Node {
-    /// Without places.
+    /// The node as JSON, without positions.
     #[must_use]
     pub fn to_value(&self) -> Value {
         match self {
@@ -87,7 +87,7 @@ impl Node {
         }
     }
 
-    /// What it is, for people.
+    /// The kind of node, for error messages.
     #[must_use]
     pub fn kind(&self) -> &'static str {
         match self {
@@ -153,10 +153,10 @@ impl<'de> Visitor<'de> for NodeVisitor {
     }
 }
 
-/// Reads a file whole; `-` is standard input.
+/// Reads a whole file; `-` is standard input.
 ///
 /// # Errors
-/// [`FileError`] without a position when it cannot be read or is longer than [`MAX_FILE_BYTES`].
+/// [`FileError`] without a position when the file cannot be read or is longer than [`MAX_FILE_BYTES`].
 pub fn read(path: &Path) -> Result<Vec<u8>, FileError> {
     let refuse = |message| FileError { path: path.to_owned(), position: None, message };
     let mut bytes = Vec::new();
@@ -172,10 +172,10 @@ pub fn read(path: &Path) -> Result<Vec<u8>, FileError> {
     Ok(bytes)
 }
 
-/// Reads a file's bytes strictly; `path` is for the error only.
+/// Parses a file's bytes. `path` is for the error only.
 ///
 /// # Errors
-/// [`FileError`] with line and column of the first thing that is wrong.
+/// [`FileError`] for the first fault.
 pub fn parse<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, FileError> {
     let budget = serde_saphyr::budget! { max_events: MAX_EVENTS, max_nodes: MAX_EVENTS, max_depth: MAX_DEPTH };
     let options = serde_saphyr::options! { budget: budget };
@@ -184,7 +184,7 @@ pub fn parse<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) -> Resul
     parsed.map_err(|problem| problem.of(path))
 }
 
-/// Reads a file of several documents; empty ones are left out. `path` is for the error only.
+/// Parses a file of several documents and skips empty ones. `path` is for the error only.
 ///
 /// # Errors
 /// [`FileError`] with line and column of the first thing that is wrong.
@@ -197,10 +197,10 @@ pub fn parse_documents<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]
     parsed.map_err(|problem| problem.of(path))
 }
 
-/// The text of a file.
+/// The bytes as text.
 ///
 /// # Errors
-/// Where it is not UTF-8.
+/// Position of the first byte that is not UTF-8.
 pub fn text_of(bytes: &[u8]) -> Result<&str, Problem> {
     std::str::from_utf8(bytes).map_err(|error| {
         let before = bytes.get(..error.valid_up_to()).unwrap_or_default();
@@ -211,12 +211,13 @@ pub fn text_of(bytes: &[u8]) -> Result<&str, Problem> {
     })
 }
 
-/// What the YAML reader says.
+/// The fault that the YAML parser reports.
 #[must_use]
 pub fn syntax_problem(error: &serde_saphyr::Error) -> Problem {
     let position = error.location().map_or((1, 1), |location| (location.line(), location.column()));
     let text = error.without_snippet().to_string();
-    // The position stands in front of the message already, and the hint names a setting of the parser, not of ours.
+    // The position is in front of the message already, and the hint names a setting of the parser, which operators
+    // cannot set.
     let message = text.strip_suffix(&format!(" at line {}, column {}", position.0, position.1)).unwrap_or(&text);
     let message = message.split(", set DuplicateKeyPolicy").next().unwrap_or(message);
     Problem { position, message: message.replace('\n', " ") }

@@ -5,11 +5,12 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
+use pd_core::choose::scheduler::{Prompt, Scheduler};
 use pd_core::hash::{BlockHash, PromptHash, prompt_hash};
 use pd_core::headers::Headers;
 use pd_core::index::PrefixIndex;
 use pd_core::request::{Effect, Flow, PrefillAnswer, Request};
-use pd_core::schedule::{Prompt, Scheduler};
+use pd_core::time::Monotonic;
 use pd_core::wire::{Endpoint, Role, Snapshot, WIRE_VERSION};
 use pd_core::worker::Worker;
 
@@ -98,14 +99,15 @@ fn choose_both_endpoints(bencher: Bencher<'_, '_>, endpoints: u32) {
     let hash = hashed(7, 16_000);
     for i in 0..4 {
         let held = hash.blocks.len() / (i as usize + 1);
-        worker.index.insert(i * (endpoints / 5), hash.blocks.get(..held).unwrap_or_default());
+        worker.state.index.insert(i * (endpoints / 5), hash.blocks.get(..held).unwrap_or_default());
     }
     let config = worker.config.clone().expect("there is a configuration");
-    let candidates = worker.table.candidates("m").expect("there are endpoints");
+    let candidates = worker.state.table.candidates("m").expect("there are endpoints");
     let prompt = Prompt { tokens: 4_000.0, block_tokens: 128.0, key: hash.head, hash, ..Prompt::default() };
-    let now = Duration::from_secs(1_000);
+    let now = Monotonic::from_secs(1_000);
     bencher.bench_local(|| {
-        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: config.pool("default"), now };
+        let scheduler =
+            Scheduler { table: &worker.state.table, index: &worker.state.index, pool: config.pool("default"), now };
         let decision = scheduler.decide(black_box(&candidates), black_box(&prompt));
         (decision, scheduler.pick_decode(&candidates.decode, &prompt, &[]))
     });
@@ -142,7 +144,7 @@ fn headers() -> Headers {
 /// Headers, body, the prefill answer if there is a leg, the answer, its end: all that core does for one request.
 fn serve(worker: &mut Worker, body: &[u8]) -> usize {
     let mut request = Request::default();
-    let mut now = Duration::from_secs(1_000);
+    let mut now = Monotonic::from_secs(1_000);
     let mut effects = request.headers(worker, headers(), false, now).effects.len();
     let outcome = request.body(worker, body, now);
     effects += outcome.effects.len();

@@ -8,6 +8,7 @@ use pd_core::body::{KeySet, scan};
 use pd_core::headers::Headers;
 use pd_core::metrics::Metric;
 use pd_core::request::{DESTINATION, Effect, Flow, Outcome, PrefillAnswer, Request};
+use pd_core::time::Monotonic;
 use pd_core::worker::Worker;
 
 /// Bytes that drive everything: each choice takes from the front, and zeros follow the end.
@@ -102,7 +103,7 @@ pub fn run(input: &[u8]) {
     let _ = worker.configure(CONFIGS[usize::from(choices.below(8))].as_bytes());
     let mut known = addresses(&worker);
     let mut live: Vec<Live> = Vec::new();
-    let mut now = Duration::from_secs(1);
+    let mut now = Monotonic::from_secs(1);
     for _ in 0..256 {
         if choices.0.is_empty() {
             break;
@@ -176,8 +177,8 @@ pub fn run(input: &[u8]) {
                     0 => choices.bytes(),
                     n => ANSWERS[usize::from(n) % 6].as_bytes(),
                 };
-                let reads = request.reads_answer();
-                let outcome = request.answer_part(&mut worker, text, choices.below(2) == 0);
+                let reads = request.wants_response_body();
+                let outcome = request.response_part(&mut worker, text, choices.below(2) == 0);
                 assert!(reads || outcome.effects.is_empty());
             }
             8 => {
@@ -199,7 +200,7 @@ pub fn run(input: &[u8]) {
         request.done(&mut worker, now);
     }
     worker.prune(now + Duration::from_secs(7_200));
-    for (_, slot) in worker.table.iter() {
+    for (_, slot) in worker.state.table.iter() {
         assert!(slot.prefill.is_empty(), "prefill work is left at {}", slot.address);
         assert_eq!((slot.decode.requests, slot.decode.tokens), (0, 0), "decode work is left at {}", slot.address);
     }
@@ -209,8 +210,8 @@ pub fn run(input: &[u8]) {
 }
 
 fn addresses(worker: &Worker) -> HashSet<String> {
-    let both = |slot: &pd_core::table::Slot| [slot.address.to_string(), slot.bootstrap.to_string()];
-    worker.table.iter().flat_map(|(_, slot)| both(slot)).collect()
+    let both = |slot: &pd_core::endpoints::endpoint_state::Slot| [slot.address.to_string(), slot.bootstrap.to_string()];
+    worker.state.table.iter().flat_map(|(_, slot)| both(slot)).collect()
 }
 
 /// Endpoints come from a list, nothing forbidden leaves, and a paused request has somebody to wait for.

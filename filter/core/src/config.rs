@@ -18,9 +18,12 @@ use hashbrown::HashMap;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::choose::admission::Limits;
-use crate::request::paths::{is_inference, matches};
+use crate::paths::{is_inference, matches};
 use crate::wire::{Endpoint, Engine, Snapshot, WIRE_VERSION, WireError, unknown_endpoint_key};
+
+use keys::{Key, Values};
+
+pub mod keys;
 
 /// Epoch of the endpoints that stand in the configuration.
 pub const STATIC_EPOCH: &str = "static";
@@ -56,7 +59,7 @@ pub struct Config {
     pub endpoints: Vec<Endpoint>,
     /// Of [`TRUSTABLE_HEADERS`], those a client may set. The others are stripped.
     pub trusted_headers: Vec<String>,
-    /// Paths that a client may reach beside those of inference APIs; see [`crate::request::paths::matches`].
+    /// Paths that a client may reach beside those of inference APIs; see [`crate::paths::matches`].
     pub allowed_paths: Vec<String>,
     /// Request headers that name a client's session, the first one present counts: its requests stay together.
     pub session_headers: Vec<String>,
@@ -162,6 +165,15 @@ pub struct Pool {
     pub tells_prefills_cached_tokens: bool,
     /// What may be in flight.
     pub limits: Limits,
+}
+
+/// Limits of one pool, all workers of an Envoy together. 0: none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Requests in flight.
+    pub requests: u64,
+    /// KV tokens in flight: prompts and expected output.
+    pub tokens: u64,
 }
 
 /// Prefill seconds `a + b·(n − p) + c·(n² − p²)` of `n` prompt tokens of which `p` are cached.
@@ -458,15 +470,15 @@ impl Config {
         for (i, header) in raw.session_headers.iter().enumerate() {
             check_header_name(&format!("session_headers[{i}]"), header)?;
         }
-        check_range("max_body_bytes", raw.max_body_bytes as f64, 1_024.0, (1_u64 << 30) as f64)?;
-        check_range("prefix.block_bytes", raw.prefix.block_bytes as f64, 64.0, 65_536.0)?;
-        check_range("prefix.index_bytes", raw.prefix.index_bytes as f64, 65_536.0, (512_u64 << 20) as f64)?;
-        check_range("prefix.hot_share", raw.prefix.hot_share, 0.0, 1.0)?;
+        check_number(Key::MaxBodyBytes, raw.max_body_bytes as f64)?;
+        check_number(Key::PrefixBlockBytes, raw.prefix.block_bytes as f64)?;
+        check_number(Key::PrefixIndexBytes, raw.prefix.index_bytes as f64)?;
+        check_number(Key::PrefixHotShare, raw.prefix.hot_share)?;
         let control = raw.control.map(Control::check).transpose()?;
         let endpoints = check_endpoints(raw.endpoints)?;
         let mut pools = HashMap::with_capacity(raw.pools.len());
         for (name, pool) in &raw.pools {
-            pools.insert(name.clone(), Pool::check(&format!("pools.{name}"), pool)?);
+            pools.insert(name.clone(), Pool::check(name, pool)?);
         }
         let mut models = BTreeMap::new();
         for (name, alias) in raw.models {
@@ -475,7 +487,7 @@ impl Config {
         }
         let default_pool = match pools.get("default") {
             Some(pool) => pool.clone(),
-            None => Pool::check("pools.default", &RawPool::default())?,
+            None => Pool::check("default", &RawPool::default())?,
         };
         Ok(Self {
             revision: raw.revision,
@@ -554,7 +566,7 @@ impl Control {
     fn check(raw: RawControl) -> Result<Self, ConfigError> {
         check_name("control.cluster", &raw.cluster)?;
         check_name("control.authority", &raw.authority)?;
-        check_range("control.wait_ms", raw.wait_ms as f64, 100.0, 600_000.0)?;
+        check_number(Key::ControlWaitMs, raw.wait_ms as f64)?;
         Ok(Self {
             cluster: raw.cluster,
             authority: raw.authority,
@@ -566,19 +578,23 @@ impl Control {
 }
 
 impl Pool {
-    fn check(key: &str, raw: &RawPool) -> Result<Self, ConfigError> {
-        let at = |name: &str| format!("{key}.{name}");
-        check_range(&at("prefill_attempts"), f64::from(raw.prefill_attempts), 1.0, 8.0)?;
-        check_range(&at("prefill_timeout_ms"), raw.prefill_timeout_ms as f64, 1.0, 3_600_000.0)?;
-        check_range(&at("bootstrap_port"), f64::from(raw.bootstrap_port), 1.0, 65_535.0)?;
-        check_range(&at("alternates"), raw.alternates as f64, 0.0, 4.0)?;
-        check_range(&at("cost.a_ms"), raw.cost.a_ms, 0.0, 60_000.0)?;
-        check_range(&at("cost.b_us"), raw.cost.b_us, 0.0, 1e6)?;
-        check_range(&at("cost.c_ns"), raw.cost.c_ns, 0.0, 1e6)?;
-        check_range(&at("affinity_weight"), raw.affinity_weight, 0.0, 100.0)?;
-        check_range(&at("rendezvous_share"), raw.rendezvous_share.unwrap_or(0.0), 0.0, 1.0)?;
-        check_range(&at("cache_tokens"), raw.cache_tokens as f64, 0.0, 1e9)?;
-        check_range(&at("bytes_per_token"), raw.bytes_per_token, 0.5, 64.0)?;
+    fn check(name: &str, raw: &RawPool) -> Result<Self, ConfigError> {
+        let numbers = [
+            (Key::PoolsPrefillAttempts, f64::from(raw.prefill_attempts)),
+            (Key::PoolsPrefillTimeoutMs, raw.prefill_timeout_ms as f64),
+            (Key::PoolsBootstrapPort, f64::from(raw.bootstrap_port)),
+            (Key::PoolsAlternates, raw.alternates as f64),
+            (Key::PoolsCostA, raw.cost.a_ms),
+            (Key::PoolsCostB, raw.cost.b_us),
+            (Key::PoolsCostC, raw.cost.c_ns),
+            (Key::PoolsAffinityWeight, raw.affinity_weight),
+            (Key::PoolsRendezvousShare, raw.rendezvous_share.unwrap_or(0.0)),
+            (Key::PoolsCacheTokens, raw.cache_tokens as f64),
+            (Key::PoolsBytesPerToken, raw.bytes_per_token),
+        ];
+        for (key, value) in numbers {
+            check_range(&key.path().replacen("NAME", name, 1), key, value)?;
+        }
         Ok(Self::unchecked(raw))
     }
 
@@ -639,11 +655,17 @@ fn check_header_name(key: &str, value: &str) -> Result<(), ConfigError> {
     Ok(())
 }
 
-fn check_range(key: &str, value: f64, low: f64, high: f64) -> Result<(), ConfigError> {
-    if (low..=high).contains(&value) {
-        return Ok(());
+fn check_number(key: Key, value: f64) -> Result<(), ConfigError> {
+    check_range(key.path(), key, value)
+}
+
+fn check_range(path: &str, key: Key, value: f64) -> Result<(), ConfigError> {
+    match key.values() {
+        Values::Between { low, high, .. } if !key.values().allows(value) => {
+            Err(ConfigError::new(path, format_args!("must be between {low} and {high}, is {value}")))
+        }
+        _ => Ok(()),
     }
-    Err(ConfigError::new(key, format_args!("must be between {low} and {high}, is {value}")))
 }
 
 #[cfg(test)]

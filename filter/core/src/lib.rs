@@ -16,20 +16,23 @@
 
 pub mod body;
 pub mod choose;
+mod codec;
 pub mod config;
 pub mod endpoints;
 pub mod engine;
 pub mod envoys;
 pub mod headers;
 pub mod metrics;
+pub mod paths;
 pub mod prefix;
 pub mod request;
+pub mod time;
 pub mod wire;
 pub mod workers;
 
 pub use body::{json, splice};
-pub use choose::{admission, schedule};
-pub use endpoints::{fit, load, table};
+pub use choose::{admission, scheduler};
+pub use endpoints::{load, table};
 pub use envoys as exchange;
 pub use prefix::{hash, index};
 pub use request::reply;

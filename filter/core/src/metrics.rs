@@ -4,6 +4,9 @@
 //! label again (see `envoy/local.yaml`). Counts are kept in the worker and flushed at its tick: a request pays for an
 //! addition, not for a host call each.
 
+use crate::endpoints::fitted_cost::GAUGES;
+use crate::workers::worker::INDEX_BYTES;
+
 /// What Envoy calls the kind of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -49,45 +52,45 @@ macro_rules! metrics {
 }
 
 metrics! {
-    RequestsSplit Counter "pd_requests_total;decision=split" "Requests that ran a prefill leg and a decode leg",
-    RequestsDecodeOnly Counter "pd_requests_total;decision=decode_only" "Requests that a decode endpoint served whole",
-    RequestsPrefillOnly Counter "pd_requests_total;decision=prefill_only" "Requests that were marked as prefill work",
-    RequestsPassed Counter "pd_requests_total;decision=passed" "Requests without a prompt, sent to any endpoint",
-    RequestsRejected Counter "pd_requests_total;decision=rejected" "Requests answered by the filter with an error",
-    ShedSaturated Counter "pd_requests_shed_total;reason=saturated" "Requests answered with 429: their pool has all it may have",
-    ShedSheddable Counter "pd_requests_shed_total;reason=sheddable" "Requests answered with 429: sheddable, under pressure",
-    ShedFairShare Counter "pd_requests_shed_total;reason=fair_share" "Requests answered with 429: more than a fair share, under pressure",
-    ShedDeadline Counter "pd_requests_shed_total;reason=deadline" "Requests answered with 429: their prompt cannot be computed in time",
+    RequestsSplit Counter "pd_requests_total;decision=split" "Requests with a prefill leg and a decode leg",
+    RequestsDecodeOnly Counter "pd_requests_total;decision=decode_only" "Requests that one endpoint served whole",
+    RequestsPrefillOnly Counter "pd_requests_total;decision=prefill_only" "Requests that `x-pd-phase: prefill` marked as prefill work",
+    RequestsPassed Counter "pd_requests_total;decision=passed" "Requests without a prompt, which any endpoint may get, and lists of models",
+    RequestsRejected Counter "pd_requests_total;decision=rejected" "Requests that the filter answered with an error",
+    ShedSaturated Counter "pd_requests_shed_total;reason=saturated" "Requests answered with 429 because the pool was at its limit",
+    ShedSheddable Counter "pd_requests_shed_total;reason=sheddable" "Requests answered with 429 because they were sheddable and the pool was at 80 % of its limit",
+    ShedFairShare Counter "pd_requests_shed_total;reason=fair_share" "Requests answered with 429 because their fairness id had more than its share and the pool was at 80 % of its limit",
+    ShedDeadline Counter "pd_requests_shed_total;reason=deadline" "Requests answered with 429 because no endpoint could compute the prompt by the client's deadline",
     PromptTokens Counter "pd_prompt_tokens_total" "Prompt tokens, estimated from bytes",
-    MatchedTokens Counter "pd_matched_tokens_total" "Prompt tokens that the index held at the endpoint that computed the prompt",
+    MatchedTokens Counter "pd_matched_tokens_total" "Prompt tokens that the prefix index held at the endpoint that computed the prompt",
     PrefillOk Counter "pd_prefill_legs_total;result=ok" "Prefill legs answered with 200",
     PrefillRefused Counter "pd_prefill_legs_total;result=unreachable" "Prefill legs that reached no endpoint, were reset or timed out",
     PrefillServerError Counter "pd_prefill_legs_total;result=server_error" "Prefill legs answered with 5xx or 429",
-    PrefillClientError Counter "pd_prefill_legs_total;result=client_error" "Prefill legs answered with another status, passed on to the client",
-    PrefillRetries Counter "pd_prefill_retries_total" "Prefill legs run again on another endpoint",
-    RetriesDenied Counter "pd_prefill_retries_denied_total" "Prefill legs that were not run again because the retry budget is spent",
+    PrefillClientError Counter "pd_prefill_legs_total;result=client_error" "Prefill legs answered with another status, which the filter passed on to the client",
+    PrefillRetries Counter "pd_prefill_retries_total" "Prefill legs that the filter ran again on another endpoint",
+    RetriesDenied Counter "pd_prefill_retries_denied_total" "Prefill legs that the filter did not run again because the retry budget, a fifth of the legs, was spent",
     PrefillGivenUp Counter "pd_prefill_given_up_total" "Requests whose prefill failed on every endpoint tried",
     PrefillMs Histogram "pd_prefill_ms" "Milliseconds from the first prefill leg to the decode leg",
-    KvMissing Counter "pd_kv_missing_total" "Prefill answers whose KV parameters are missing, unusable or too large to splice: the prompt was computed twice",
-    KvNotMoved Counter "pd_kv_not_moved_total" "Answers of split requests that show a prompt computed twice: the decode endpoint had less than half of it cached",
-    KvStranded Counter "pd_kv_stranded_total" "Clients that left between the legs: KV blocks stay pinned until the engine's lease ends",
+    KvMissing Counter "pd_kv_missing_total" "Prefill answers with KV parameters that are missing, unusable or too large to insert: the decode endpoint computed the prompt again",
+    KvNotMoved Counter "pd_kv_not_moved_total" "Split requests whose answer shows that the decode endpoint had less than half of the prompt: it computed the prompt again",
+    KvStranded Counter "pd_kv_stranded_total" "Requests whose client left between the legs: the prefill server keeps the KV blocks until its own time limit",
     DecodeMoved Counter "pd_decode_moved_total" "Requests that Envoy's retry moved to an alternate decode endpoint",
     DecodeUnanswered Counter "pd_decode_unanswered_total" "Requests that no decode endpoint answered",
     PrefillInFlight Gauge "pd_prefill_in_flight" "Prefill legs in flight",
     DecodeInFlight Gauge "pd_decode_in_flight" "Requests in flight at decode endpoints",
     DecodeTokensInFlight Gauge "pd_decode_tokens_in_flight" "KV tokens assigned to decode endpoints",
-    HeadersStripped Counter "pd_headers_stripped_total" "Client headers of ours that were removed",
-    HintsIgnored Counter "pd_hints_ignored_total" "Trusted headers that named an endpoint which is not in the list",
+    HeadersStripped Counter "pd_headers_stripped_total" "Request headers that the filter removed because clients may not set them",
+    HintsIgnored Counter "pd_hints_ignored_total" "Trusted headers that named an endpoint outside of the list",
     Polls200 Counter "pd_polls_total;result=changed" "Polls that pd-control answered with a snapshot",
     Polls304 Counter "pd_polls_total;result=unchanged" "Polls that pd-control answered with 304",
     PollsFailed Counter "pd_polls_total;result=failed" "Polls without a usable answer",
-    ExchangesOk Counter "pd_exchanges_total;result=ok" "Calls of the exchange with other Envoys that pd-control answered",
+    ExchangesOk Counter "pd_exchanges_total;result=ok" "Calls of the exchange that pd-control answered",
     ExchangesFailed Counter "pd_exchanges_total;result=failed" "Calls of the exchange without a usable answer",
-    SnapshotsApplied Counter "pd_snapshots_total;result=applied" "Snapshots applied, per worker",
-    SnapshotsRefused Counter "pd_snapshots_total;result=refused" "Snapshots refused as malformed or empty; the last good list stays",
-    ConfigAccepted Counter "pd_configs_total;result=accepted" "Plugin configurations accepted, per worker",
-    ConfigRefused Counter "pd_configs_total;result=refused" "Plugin configurations refused, per worker; the last good one stays in force",
-    HostErrors Counter "pd_host_errors_total" "Host calls that failed where none should",
+    SnapshotsApplied Counter "pd_snapshots_total;result=applied" "Snapshots that a worker applied",
+    SnapshotsRefused Counter "pd_snapshots_total;result=refused" "Snapshots that a worker refused as malformed or empty; the last good list stays in force",
+    ConfigAccepted Counter "pd_configs_total;result=accepted" "Plugin configurations that a worker accepted",
+    ConfigRefused Counter "pd_configs_total;result=refused" "Plugin configurations that a worker refused; the last good one stays in force",
+    HostErrors Counter "pd_host_errors_total" "Host calls of Envoy that failed where none should",
 }
 
 /// Values that a worker sets as they are, not as changes: every worker knows the same ones.
@@ -125,6 +128,71 @@ impl Level {
         }
     }
 }
+
+/// A metric whose name or labels are made at run time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Family {
+    /// Name, without tags.
+    pub name: &'static str,
+    /// Kind.
+    pub kind: Kind,
+    /// Labels.
+    pub labels: &'static [&'static str],
+    /// One line for an operator.
+    pub help: &'static str,
+}
+
+/// Every metric beside [`Metric`] and [`Level`].
+pub const FAMILIES: &[Family] = &[
+    Family {
+        name: "pd_announced_total",
+        kind: Kind::Counter,
+        labels: &[],
+        help: "Endpoint lists and new workers that the workers of this Envoy announced to each other",
+    },
+    Family {
+        name: "pd_log_position",
+        kind: Kind::Gauge,
+        labels: &["seat"],
+        help: "Position in the log of that number in the workers' log; the other workers read it up to there before they decide",
+    },
+    Family {
+        name: INDEX_BYTES,
+        kind: Kind::Gauge,
+        labels: &[],
+        help: "Bytes of the prefix index of the worker that reported last; near `prefix.index_bytes` the index forgets blocks that endpoints still hold",
+    },
+    Family {
+        name: GAUGES[0],
+        kind: Kind::Gauge,
+        labels: &["pool"],
+        help: "Fitted prefill cost: a, microseconds per request",
+    },
+    Family {
+        name: GAUGES[1],
+        kind: Kind::Gauge,
+        labels: &["pool"],
+        help: "Fitted prefill cost: b, nanoseconds per uncached token",
+    },
+    Family {
+        name: GAUGES[2],
+        kind: Kind::Gauge,
+        labels: &["pool"],
+        help: "Fitted prefill cost: c, femtoseconds per token²",
+    },
+    Family {
+        name: GAUGES[3],
+        kind: Kind::Gauge,
+        labels: &["pool"],
+        help: "Bytes of JSON per 1,000 prompt tokens, fitted to the `usage` of prefill answers",
+    },
+    Family {
+        name: "pd_build_seen_seconds",
+        kind: Kind::Gauge,
+        labels: &["version", "build", "wire"],
+        help: "Unix time at which a worker of that build last ticked: the builds whose value still moves are those that run",
+    },
+];
 
 /// Counts that wait for the next flush.
 #[derive(Debug)]

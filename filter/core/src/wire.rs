@@ -14,6 +14,8 @@ use std::net::SocketAddr;
 use hashbrown::HashSet;
 use serde::{Deserialize, Serialize};
 
+pub use crate::engine::Engine;
+
 /// Version of this format, in every snapshot. A filter refuses a snapshot of another one and keeps its last good list.
 pub const WIRE_VERSION: u32 = 1;
 /// Path of the long poll on `pd-control`.
@@ -35,32 +37,6 @@ pub enum Role {
     Decode,
     /// Serves whole requests (an aggregated server).
     Both,
-}
-
-/// How a pair of engines hands the KV cache over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Engine {
-    /// vLLM with its NIXL connector, pull or push (which pairs the legs by `x-request-id`).
-    VllmNixl,
-    /// vLLM with a connector over shared storage (LMCache, a shared directory).
-    VllmShared,
-    /// SGLang: both legs at once, paired by bootstrap room.
-    Sglang,
-    /// TensorRT-LLM.
-    Trtllm,
-    /// vLLM with the Mooncake connector.
-    Mooncake,
-    /// AWS Neuron (AIBrix calls it `nixl`).
-    Neuron,
-    /// llm-d's routing sidecar beside the decode endpoint: it runs the prefill leg at the endpoint that a header names.
-    Sidecar,
-}
-
-impl Engine {
-    /// All of them.
-    pub const ALL: &[Self] =
-        &[Self::VllmNixl, Self::VllmShared, Self::Sglang, Self::Trtllm, Self::Mooncake, Self::Neuron, Self::Sidecar];
 }
 
 /// Whether an endpoint may get work.

@@ -3,10 +3,10 @@
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use pd_core::headers::Headers;
 use pd_core::request::{Call, DECISION, DESTINATION, Effect, Outcome, PREFILLER, PrefillAnswer, RANK, REASON, Request};
+use pd_core::time::Monotonic;
 use pd_core::wire::Engine;
 use pd_core::worker::Worker;
 
@@ -137,7 +137,7 @@ fn text(bytes: &[u8]) -> &str {
 }
 
 fn legs(engine: Engine, path: &str, body: &str) -> String {
-    let now = Duration::from_secs(1);
+    let now = Monotonic::from_secs(1);
     let mut worker = Worker::default();
     let name = serde_json::to_value(engine).unwrap();
     worker.configure(CONFIG.replace("ENGINE", name.as_str().unwrap()).as_bytes()).unwrap();

@@ -9,6 +9,8 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use pd_support::process;
+use pd_support::wait::block_until;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
 /// How long a cluster may take to come, and to go.
@@ -39,12 +41,8 @@ fn start(programs: &str, state: &Path) -> Cluster {
         .process_group(0)
         .spawn()
         .unwrap();
-    let begin = Instant::now();
-    while !up.exists() {
-        assert!(begin.elapsed() < TO_COME, "the cluster did not come up");
-        sleep(Duration::from_millis(100));
-    }
-    let [unshare] = children(pid(outer.id())).try_into().unwrap();
+    block_until(TO_COME, "the cluster comes up", || up.exists());
+    let [unshare] = process::children(outer.id()).try_into().unwrap();
     let [inner] = children(unshare).try_into().unwrap();
     let processes = fs::read_link(format!("/proc/{inner}/ns/pid")).unwrap();
     assert_ne!(processes, fs::read_link("/proc/self/ns/pid").unwrap());
@@ -55,9 +53,8 @@ fn pid(number: u32) -> Pid {
     Pid::from_raw(number.try_into().unwrap()).unwrap()
 }
 
-fn children(of: Pid) -> Vec<Pid> {
-    let text = fs::read_to_string(format!("/proc/{of}/task/{of}/children")).unwrap();
-    text.split_whitespace().map(|number| pid(number.parse().unwrap())).collect()
+fn children(of: u32) -> Vec<Pid> {
+    process::children(of).into_iter().map(pid).collect()
 }
 
 /// Processes of a namespace.
@@ -99,10 +96,7 @@ fn nothing_is_left_whatever_ends_it() {
         let at = Instant::now();
         end(&cluster);
         assert!(!cluster.outer.wait().unwrap().success(), "{what}");
-        while !inside(&cluster.processes).is_empty() {
-            assert!(at.elapsed() < TO_GO, "{what}: left are {:?}", inside(&cluster.processes));
-            sleep(Duration::from_millis(10));
-        }
+        block_until(TO_GO, format_args!("nothing is left after {what}"), || inside(&cluster.processes).is_empty());
         assert_eq!(interfaces(), before, "{what}");
         assert_eq!(mounts(&state), Vec::<String>::new(), "{what}");
         eprintln!("{what}: {running} processes gone after {:?}", at.elapsed());

@@ -1,8 +1,7 @@
 //! Namespaces of the cluster: its own network, mounts and processes, gone with the process that has them.
 
-use std::fs;
-
 use anyhow::Context as _;
+use pd_support::process::children;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::Command;
 use tokio::signal::unix::{SignalKind, signal};
@@ -50,8 +49,7 @@ pub async fn enter() -> anyhow::Result<u8> {
 
 /// `unshare` itself does not listen while its child runs.
 fn pass_on(unshare: u32) {
-    let children = fs::read_to_string(format!("/proc/{unshare}/task/{unshare}/children")).unwrap_or_default();
-    for pid in children.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)) {
+    for pid in children(unshare).into_iter().filter_map(|pid| Pid::from_raw(pid.try_into().ok()?)) {
         // It may have ended at this moment.
         let _ = kill_process(pid, Signal::TERM);
     }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pd_support::config::replace_file;
+use pd_support::file::replace;
 use pd_tests::rig::{Rig, endpoints_file, entries, run};
 use pd_tests::traffic::Traffic;
 
@@ -24,7 +24,7 @@ fn pd_control_is_killed_paused_and_restarted_under_load() {
         let mut longest = Duration::ZERO;
         for round in 0..9 {
             let out = round % 2;
-            let edit = |rig: &Rig| replace_file(&rig.endpoints_path(), &without(rig, out));
+            let edit = |rig: &Rig| replace(&rig.endpoints_path(), &without(rig, out)).expect("replaced");
             match round % 3 {
                 // Killed while it reads the new list, or before.
                 0 => {

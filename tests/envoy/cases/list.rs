@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use futures::future::join_all;
 use pd_support::body::CHAT;
 use pd_support::client::{BOTH, Client, Http, Streaming};
-use pd_support::config::replace_file;
+use pd_support::file::replace;
 use pd_support::wait::until;
 use pd_tests::answer::is_done;
 use pd_tests::rig::{Rig, WORKERS, endpoints_file, entries, run};
@@ -46,7 +46,7 @@ async fn change(rig: &Rig, to: usize, in_place: bool) -> Duration {
         if in_place {
             std::fs::write(rig.endpoints_path(), endpoints_file(&list)).unwrap();
         } else {
-            replace_file(&rig.endpoints_path(), &endpoints_file(&list));
+            replace(&rig.endpoints_path(), &endpoints_file(&list)).expect("replaced");
         }
         let requests = rig.decode[to].stats().requests;
         rig.decode[to].wait_for(|stats| stats.requests > requests + 100).await;
@@ -109,7 +109,7 @@ fn without_pd_control_traffic_goes_on_and_a_new_one_takes_over() {
         assert_eq!(rig.metric("pd_endpoints").await, 4.0);
         rig.until_metric("pd_list_age_ms", |value| value >= 500.0).await;
         let list: Vec<Value> = entries(&rig.prefill, "prefill").chain(entries([&rig.decode[1]], "decode")).collect();
-        replace_file(&rig.endpoints_path(), &endpoints_file(&list));
+        replace(&rig.endpoints_path(), &endpoints_file(&list)).expect("replaced");
         rig.start_control().await;
         rig.until_metric("pd_endpoints", |value| value == 3.0).await;
         rig.until_hosts(&list).await;
@@ -131,7 +131,7 @@ fn a_broken_file_is_refused_and_the_old_list_stays() {
     run(async {
         let rig = Rig::start().await;
         let broken = "endpoints:\n- address: 127.0.0.1:1\n  role: decode\n- adress: 127.0.0.1:2\n  role: decode\n";
-        replace_file(&rig.endpoints_path(), broken);
+        replace(&rig.endpoints_path(), broken).expect("replaced");
         until("pd-control says what is wrong, and where", async || {
             let ready = rig.ask_control("/readyz").await?;
             (ready.contains("degraded") && ready.contains("adress") && ready.contains(":4")).then_some(())
@@ -155,7 +155,7 @@ fn a_broken_file_is_refused_and_the_old_list_stays() {
 fn an_empty_list_does_not_take_the_endpoints_away() {
     run(async {
         let rig = Rig::start().await;
-        replace_file(&rig.endpoints_path(), "endpoints: []\n");
+        replace(&rig.endpoints_path(), "endpoints: []\n").expect("replaced");
         rig.until_metric("pd_snapshots_total{result=\"refused\"}", |value| value >= 1.0).await;
         assert_eq!(rig.metric("pd_endpoints").await, 4.0);
         let list: Vec<Value> = entries(&rig.decode, "decode").collect();

@@ -38,7 +38,7 @@ fn the_access_log_explains_every_decision() {
             let (request, path) = logged_chat(&client, &short_chat(), &[]);
             client.send(request).await;
             let entry = rig.access_log_of(&path).await;
-            assert_eq!((&entry["decision"], &entry["reason"]), (&json!("decode_only"), &json!("cached")));
+            assert_eq!((&entry["decision"], &entry["reason"]), (&json!("decode_only"), &json!("short")));
             assert!(entry["prefill"].is_null() && entry["prefill_ms"].is_null(), "{entry}");
 
             let (request, path) = logged_chat(&client, "{}", &[]);

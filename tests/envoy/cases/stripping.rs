@@ -3,29 +3,17 @@
 use pd_sim::{Config, Role};
 use pd_support::body::CHAT;
 use pd_support::client::{BOTH, Client};
+use pd_support::headers;
 use pd_tests::rig::{Rig, run};
 use pd_tests::shared::shared;
 use serde_json::json;
 
 use crate::support::{assert_right, long_chat, recorded, short_chat, sum};
 
-/// `envoy/local.yaml` trusts `x-pd-phase`, which is not among them.
-const OURS: [&str; 14] = [
-    "x-pd-destination",
-    "x-pd-anything",
-    "x-prefiller-host-port",
-    "x-gateway-destination-endpoint",
-    "x-gateway-destination-endpoint-served",
-    "x-gateway-destination-endpoint-subset",
-    "test-epp-endpoint-selection",
-    "x-data-parallel-rank",
-    "x-data-parallel-host-port",
-    "x-encoder-hosts-ports",
-    "x-kv-cache-source-host-port",
-    "target-pod",
-    "prefill-target-pod",
-    "X-Pd-Destination",
-];
+/// All headers that name an endpoint, with this value, and one of them twice.
+fn forge(value: &[u8]) -> Vec<(&'static str, &[u8])> {
+    headers::all().chain(["X-Pd-Destination"]).map(|name| (name, value)).collect()
+}
 
 /// Requests of every kind that reaches an engine: method, path, body, phase.
 fn every_kind() -> Vec<(&'static str, &'static str, String, Option<&'static str>)> {
@@ -67,7 +55,7 @@ fn none_of_our_headers_reaches_an_engine_from_a_client() {
         for http in BOTH {
             let mut client = rig.client(http).await;
             for kind in every_kind() {
-                let forged: Vec<(&str, &[u8])> = OURS.iter().map(|name| (*name, &b"10.66.66.66:6666"[..])).collect();
+                let forged = forge(b"10.66.66.66:6666");
                 let before = sum(rig.engines(), |stats| stats.requests);
                 send(&mut client, &kind, &forged).await;
                 assert!(sum(rig.engines(), |stats| stats.requests) > before, "{kind:?} reaches an engine");
@@ -77,8 +65,8 @@ fn none_of_our_headers_reaches_an_engine_from_a_client() {
             for (name, value) in &request.headers {
                 assert!(!value.as_bytes().starts_with(b"10.66."), "{name} of {} {}", request.method, request.path);
             }
-            for name in &OURS[2..13] {
-                assert!(!request.headers.contains_key(*name), "{name} of {} {}", request.method, request.path);
+            for name in headers::OTHERS {
+                assert!(!request.headers.contains_key(name), "{name} of {} {}", request.method, request.path);
             }
         }
     });
@@ -94,7 +82,7 @@ fn a_forged_destination_has_no_effect() {
             let mut client = rig.client(http).await;
             for address in forged {
                 let value = address.to_string();
-                let headers: Vec<(&str, &[u8])> = OURS.iter().map(|name| (*name, value.as_bytes())).collect();
+                let headers = forge(value.as_bytes());
                 for kind in every_kind() {
                     send(&mut client, &kind, &headers).await;
                 }
@@ -132,7 +120,7 @@ fn error_answers_do_not_depend_on_forged_headers() {
         for http in BOTH {
             let mut client = rig.client(http).await;
             let value = rig.prefill[0].addr().to_string();
-            let headers: Vec<(&str, &[u8])> = OURS.iter().map(|name| (*name, value.as_bytes())).collect();
+            let headers = forge(value.as_bytes());
             for (body, status) in [("{", 400), ("{}", 400), (r#"{"model":1}"#, 400), ("", 400)] {
                 let request = client.json(CHAT, body, &headers);
                 assert_eq!(client.send(request).await.status, status, "{body}");

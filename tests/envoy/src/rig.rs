@@ -11,11 +11,12 @@ use tokio::runtime::Runtime;
 
 use pd_support::admin::{Admin, Metrics};
 use pd_support::client::{Client, Http};
-use pd_support::config::{Config, eds_file, merge, replace_file};
+use pd_support::config::{Config, eds_file, merge};
+use pd_support::file::replace;
 use pd_support::places;
 use pd_support::port::Port;
-use pd_support::process::Process;
-use pd_support::wait::until;
+use pd_support::process::{self, Process};
+use pd_support::wait::{PATIENCE, until, until_true};
 
 /// Workers of every Envoy here: what one knows, the other must learn.
 pub const WORKERS: usize = 2;
@@ -196,9 +197,9 @@ impl Builder {
         }
         let places = Places { control_options: self.control, ..Places::new() };
         let others = self.others.iter().map(|(address, _)| *address);
-        let hosts = prefill.iter().chain(&decode).map(Handle::addr).chain(others);
-        replace_file(&places.endpoints(), &endpoints_file(&list));
-        replace_file(&places.eds(), &eds_file(hosts));
+        let hosts: Vec<_> = prefill.iter().chain(&decode).map(Handle::addr).chain(others).collect();
+        replace(&places.endpoints(), &endpoints_file(&list)).expect("replaced");
+        replace(&places.eds(), &eds_file(&hosts)).expect("replaced");
         let control = if self.is_pushed { Some(places.start_control().await) } else { None };
 
         let mut config = Config::shipped();
@@ -219,11 +220,11 @@ impl Builder {
         }
         let running = config.clone();
         if self.has_lds {
-            replace_file(&places.lds(), &config.listener_file());
+            replace(&places.lds(), &config.listener_file()).expect("replaced");
             config.set_lds(&places.lds());
         }
         let file = places.file("envoy.json");
-        replace_file(&file, &config.root.to_string());
+        replace(&file, &config.root.to_string()).expect("replaced");
         let envoy = places.start_envoy(&file);
         let admin = Admin { address: places.admin.address() };
         let rig = Rig { prefill, decode, admin, envoy, config: running, control, places };
@@ -251,7 +252,7 @@ impl Rig {
         config.set_admin(places.admin.address());
         config.set_listener(places.listener.address());
         let file = places.file("envoy.json");
-        replace_file(&file, &config.root.to_string());
+        replace(&file, &config.root.to_string()).expect("replaced");
         let envoy = places.start_envoy(&file);
         let admin = Admin { address: places.admin.address() };
         let beside = Self { prefill: Vec::new(), decode: Vec::new(), admin, envoy, config, control: None, places };
@@ -311,10 +312,10 @@ impl Rig {
 
     /// Waits until nothing is in flight, by the filter's gauges and by the engines' own.
     pub async fn until_idle(&self) {
-        until("nothing is in flight", async || {
+        until_true("nothing is in flight", async || {
             let metrics = self.metrics().await;
             let gauges = ["pd_prefill_in_flight", "pd_decode_in_flight", "pd_decode_tokens_in_flight"];
-            gauges.iter().all(|gauge| metrics.get(*gauge).is_none_or(|value| *value == 0.0)).then_some(())
+            gauges.iter().all(|gauge| metrics.get(*gauge).is_none_or(|value| *value == 0.0))
         })
         .await;
     }
@@ -343,10 +344,10 @@ impl Rig {
     pub async fn refuse(&self, engine: &Handle) {
         engine.set_refuse(true);
         let gone = format!("engines::{}::cx_active::0", engine.addr());
-        until(format_args!("{} refuses", engine.addr()), async || {
+        until_true(format_args!("{} refuses", engine.addr()), async || {
             let connected = tokio::net::TcpStream::connect(engine.addr()).await.is_ok();
             let clusters = self.admin.get("/clusters").await.unwrap_or_default();
-            (!connected && clusters.lines().any(|line| line == gone)).then_some(())
+            !connected && clusters.lines().any(|line| line == gone)
         })
         .await;
     }
@@ -354,8 +355,8 @@ impl Rig {
     /// Makes an engine accept connections again; when this returns, it does.
     pub async fn accept(&self, engine: &Handle) {
         engine.set_refuse(false);
-        until(format_args!("{} accepts", engine.addr()), async || {
-            tokio::net::TcpStream::connect(engine.addr()).await.ok().map(drop)
+        until_true(format_args!("{} accepts", engine.addr()), async || {
+            tokio::net::TcpStream::connect(engine.addr()).await.is_ok()
         })
         .await;
     }
@@ -378,7 +379,7 @@ impl Rig {
     pub async fn relist(&self, list: &[Value]) {
         let applied = "pd_snapshots_total{result=\"applied\"}";
         let before = self.metric(applied).await;
-        replace_file(&self.endpoints_path(), &endpoints_file(list));
+        replace(&self.endpoints_path(), &endpoints_file(list)).expect("replaced");
         self.until_metric(applied, |value| value >= before + WORKERS as f64).await;
         self.until_hosts(list).await;
     }
@@ -387,10 +388,10 @@ impl Rig {
     pub async fn until_hosts(&self, list: &[Value]) {
         let mut wanted: Vec<&str> = list.iter().filter_map(|entry| entry["address"].as_str()).collect();
         wanted.sort_unstable();
-        until(format_args!("hosts {wanted:?}"), async || {
+        until_true(format_args!("hosts {wanted:?}"), async || {
             let mut hosts = self.admin.hosts("engines").await;
             hosts.sort_unstable();
-            (hosts == wanted).then_some(())
+            hosts == wanted
         })
         .await;
     }
@@ -416,9 +417,7 @@ impl Rig {
     /// # Panics
     /// When it does not run.
     pub fn signal_control(&self, signal: &str) {
-        let pid = self.control.as_ref().expect("a pd-control").pid();
-        let sent = std::process::Command::new("kill").args([&format!("-{signal}"), &pid.to_string()]).status();
-        assert!(sent.is_ok_and(|status| status.success()), "kill -{signal} {pid}");
+        self.control.as_ref().expect("a pd-control").signal(signal);
     }
 
     /// Starts pd-control again, where it was.
@@ -428,15 +427,12 @@ impl Rig {
 
     /// Replaces the listener by the one of another configuration; see [`Builder::with_listener_file`].
     pub fn replace_listener(&self, mut config: Config) {
-        replace_file(&self.places.lds(), &config.listener_file());
+        replace(&self.places.lds(), &config.listener_file()).expect("replaced");
     }
 
     async fn until_ready(&self, endpoints: Option<usize>) {
-        until("Envoy is ready", async || {
-            assert!(self.envoy.is_running(), "Envoy has ended");
-            self.admin.get("/ready").await
-        })
-        .await;
+        let ready = process::ready(&self.envoy, self.admin.address, "/ready", PATIENCE).await;
+        ready.unwrap_or_else(|error| panic!("{error}"));
         if let Some(endpoints) = endpoints {
             self.until_metric("pd_endpoints", |value| value == endpoints as f64).await;
         }
@@ -501,11 +497,8 @@ impl Places {
         ];
         let arguments = [&own[..], &self.control_options].concat();
         let control = Process::start("pd-control", self.directory.path(), &places::control(), &arguments);
-        until("pd-control is ready", async || {
-            assert!(control.is_running(), "pd-control has ended: {}", control.log());
-            Admin { address: self.control.address() }.get("/readyz").await
-        })
-        .await;
+        let ready = process::ready(&control, self.control.address(), "/readyz", PATIENCE).await;
+        ready.unwrap_or_else(|error| panic!("{error}"));
         control
     }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use pd_host::{Module, ModuleOptions, Request, SharedStore, Stream, Worker, WorkerConfig};
+use pd_support::places;
 
 const ENDPOINTS: [usize; 5] = [2, 10, 100, 1_000, 10_000];
 const PROMPT_BYTES: [usize; 3] = [4_000, 16_000, 220_000];
@@ -16,9 +17,7 @@ const CHOOSING: [&str; 2] = ["proxy_on_request_body", "proxy_on_http_call_respon
 const ANSWER: &[u8] = br#"{"id":"c","choices":[{"index":0,"message":{"role":"assistant","content":"a"},"finish_reason":"length"}],"kv_transfer_params":{"do_remote_prefill":true,"do_remote_decode":false,"remote_block_ids":[[1,2,3]],"remote_engine_id":"e","remote_request_id":"r","remote_host":"10.0.0.1","remote_port":5600}}"#;
 
 fn main() -> Result<()> {
-    let path = std::env::args().nth(1).unwrap_or_else(|| {
-        concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/wasm32-wasip1/filter/pd_filter.wasm").to_owned()
-    });
+    let path = std::env::args().nth(1).unwrap_or_else(|| places::wasm_path().display().to_string());
     instructions(&path)?;
     let module = Module::load(&path).with_context(|| format!("{path}: run `make wasm`"))?;
     let workers = ENDPOINTS.map(|endpoints| worker(&module, endpoints));

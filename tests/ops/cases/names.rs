@@ -1,7 +1,6 @@
 //! Metrics that the code has, and those that an expression names.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -11,7 +10,7 @@ use pd_control::engines::answers::Scrapes;
 use pd_control::publish::registry::Registry;
 use pd_control::scaling::metrics::GAUGES;
 use pd_control::sources::kubernetes::pods::{Pods, PodsView, WatchView};
-use pd_core::metrics::{Level, Metric};
+use pd_core::metrics::{FAMILIES, Level, Metric};
 use pd_support::places;
 
 use crate::files::text;
@@ -19,12 +18,9 @@ use crate::files::text;
 /// Names without labels, as Prometheus has them; a histogram's without suffix.
 pub fn known() -> BTreeSet<String> {
     let of_filter = Metric::ALL.iter().map(|metric| metric.name()).chain(Level::ALL.iter().map(|level| level.name()));
-    let mut names: BTreeSet<String> =
-        of_filter.map(|name| name.split(';').next().unwrap_or_default().to_owned()).collect();
-    // Metrics whose names have labels only at run time.
-    ["filter/src", "filter/core/src"].into_iter().for_each(|folder| literals(&places::root().join(folder), &mut names));
-    names.extend(of_control());
-    names
+    let of_filter = of_filter.chain(FAMILIES.iter().map(|family| family.name));
+    let of_filter = of_filter.map(|name| name.split(';').next().unwrap_or_default().to_owned());
+    of_filter.chain(of_control()).collect()
 }
 
 fn of_control() -> Vec<String> {
@@ -38,21 +34,6 @@ fn of_control() -> Vec<String> {
     let suffix = BTreeMap::from([("counter", "_total"), ("info", "_info")]);
     let families = families.map(|(name, kind)| format!("{name}{}", suffix.get(kind).unwrap_or(&"")));
     families.chain(GAUGES.iter().map(|(name, ..)| format!("pd_control_{name}"))).collect()
-}
-
-/// Texts in the code that begin as a metric's name does.
-fn literals(folder: &Path, names: &mut BTreeSet<String>) {
-    for entry in std::fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            literals(&path, names);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            let text = text(&path);
-            for (at, _) in text.match_indices("\"pd_") {
-                names.insert(text[at + 1..].chars().take_while(|c| is_name(*c)).collect());
-            }
-        }
-    }
 }
 
 fn is_name(c: char) -> bool {

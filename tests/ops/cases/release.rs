@@ -8,7 +8,7 @@ use pd_image::manifest::Image;
 use pd_support::places;
 use tempfile::TempDir;
 
-use crate::files::text;
+use crate::files::{array, text, yaml};
 
 /// Header and one program header of a static program.
 fn program(machine: u8) -> Vec<u8> {
@@ -147,4 +147,28 @@ fn whatever_is_changed_is_found() {
         let done = verify(&release, &public(&input));
         assert!(!done.status.success() && said(&done).contains(finding), "{finding}: {}", said(&done));
     }
+}
+
+#[test]
+fn the_workflows_are_yaml_and_call_targets_and_scripts_that_exist() {
+    let makefile = text(&places::root().join("Makefile"));
+    let mut count = 0;
+    for name in ["ci", "release"] {
+        let path = places::root().join(format!(".github/workflows/{name}.yaml"));
+        let jobs = yaml(&path)["jobs"].clone();
+        let steps = jobs.as_object().unwrap().values().flat_map(|job| array(&job["steps"]).to_vec());
+        let commands: Vec<String> = steps.filter_map(|step| Some(step["run"].as_str()?.to_owned())).collect();
+        for line in commands.iter().flat_map(|command| command.lines()) {
+            let words: Vec<_> = line.split_whitespace().collect();
+            if let Some(at) = words.iter().position(|word| *word == "make") {
+                assert!(makefile.contains(&format!("\n{}:", words[at + 1])), "{line}");
+                count += 1;
+            }
+            for script in words.iter().filter(|word| word.starts_with("tools/") || word.starts_with(".ci/")) {
+                assert!(places::root().join(script).is_file(), "{line}");
+                count += 1;
+            }
+        }
+    }
+    assert_eq!(count, 4);
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use crate::client::{Client, Http};
+use crate::client;
 
 /// Metrics by name and labels as Prometheus writes them: `pd_requests_total{decision="split"}`, `pd_endpoints`.
 pub type Metrics = BTreeMap<String, f64>;
@@ -18,9 +18,7 @@ pub struct Admin {
 impl Admin {
     /// Body of a 200, `None` where there is no such answer.
     pub async fn get(&self, path: &str) -> Option<String> {
-        let mut client = Client::try_connect(self.address, Http::One).await.ok()?;
-        let answer = client.try_send(client.request("GET", path)).await.ok()?;
-        (answer.status == 200).then(|| answer.text())
+        Some(client::get(self.address, path).await.ok()?.ok().ok()?.text())
     }
 
     /// All metrics; none while Envoy is not there.

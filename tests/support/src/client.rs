@@ -148,12 +148,16 @@ impl Client {
     /// When method or path is none.
     #[must_use]
     pub fn request(&self, method: &str, path: &str) -> Request<Body> {
+        self.try_request(method, path).unwrap_or_else(|error| panic!("{method} {path}: {error}"))
+    }
+
+    fn try_request(&self, method: &str, path: &str) -> Result<Request<Body>, Broken> {
         let request = Request::builder().method(method);
         let request = match self.http {
             Http::One => request.uri(path).header("host", self.address.to_string()),
             Http::Two => request.uri(format!("http://{}{path}", self.address)),
         };
-        request.body(full(Bytes::new())).unwrap_or_else(|error| panic!("{method} {path}: {error}"))
+        request.body(full(Bytes::new())).map_err(broken)
     }
 
     /// Sends a request and reads the whole answer.
@@ -185,9 +189,17 @@ impl Client {
     /// # Panics
     /// When they do not come.
     pub async fn open(&mut self, request: Request<Body>) -> Streaming {
-        let response = tokio::time::timeout(PATIENCE, self.start(request)).await.expect("an answer in time");
-        let (parts, body) = response.unwrap_or_else(|error| panic!("{error}")).into_parts();
-        Streaming { status: parts.status.as_u16(), headers: parts.headers, body, read: BytesMut::new() }
+        self.try_open(request).await.unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// Sends a request and returns once the answer's headers are there.
+    ///
+    /// # Errors
+    /// [`Broken`]
+    pub async fn try_open(&mut self, request: Request<Body>) -> Result<Streaming, Broken> {
+        let response = tokio::time::timeout(PATIENCE, self.start(request)).await.map_err(broken)?;
+        let (parts, body) = response?.into_parts();
+        Ok(Streaming { status: parts.status.as_u16(), headers: parts.headers, body, read: BytesMut::new() })
     }
 
     /// `GET path`.
@@ -255,6 +267,18 @@ impl Drop for Client {
 }
 
 impl Answer {
+    /// This answer, if its status is 200.
+    ///
+    /// # Errors
+    /// [`Broken`] with another status.
+    pub fn ok(self) -> Result<Self, Broken> {
+        if self.status == 200 {
+            Ok(self)
+        } else {
+            Err(Broken(format!("status {} {}", self.status, self.text().trim())))
+        }
+    }
+
     /// Body as text.
     #[must_use]
     pub fn text(&self) -> String {
@@ -342,6 +366,15 @@ impl Feed {
     pub fn break_off(self) {
         let _ = self.0.unbounded_send(Err(io::ErrorKind::BrokenPipe.into()));
     }
+}
+
+/// The answer to a `GET`, over a connection of its own.
+///
+/// # Errors
+/// [`Broken`]
+pub async fn get(address: SocketAddr, path: &str) -> Result<Answer, Broken> {
+    let mut client = Client::try_connect(address, Http::One).await?;
+    client.try_send(client.try_request("GET", path)?).await
 }
 
 /// A body of known length.

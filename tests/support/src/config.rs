@@ -1,37 +1,101 @@
 //! The shipped Envoy configuration, with other addresses and paths in it.
 
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 
+use anyhow::Context as _;
 use serde_json::{Value, json};
 
 use crate::places;
 
-/// An Envoy configuration: `envoy/local.yaml` at first.
+/// An Envoy configuration of the shape of `envoy/local.yaml`: [`Config::read`] refuses any other, so that what this reads
+/// and sets is there.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// All of it.
     pub root: Value,
 }
 
+const ADMIN: &str = "/admin/address";
+const LISTENERS: &str = "/static_resources/listeners";
+const LISTENER: &str = "/static_resources/listeners/0";
+const MANAGER: &str = "/filter_chains/0/filters/0/typed_config";
+const CLUSTERS: &str = "/static_resources/clusters";
+const CONTROL: &str = "/load_assignment/endpoints/0/lb_endpoints/0/endpoint/address";
+const EDS_SOURCE: &str = "/eds_cluster_config/eds_config/path_config_source";
+const MODULE: &str = "/vm_config/code/local/filename";
+const PLUGIN_CONFIGURATION: &str = "/configuration/value";
+
 impl Config {
+    /// Reads a YAML file.
+    ///
+    /// # Errors
+    /// Names the file, and what it lacks.
+    pub fn read(path: &Path) -> anyhow::Result<Self> {
+        let file = || path.display().to_string();
+        let text = std::fs::read_to_string(path).with_context(file)?;
+        let root = serde_saphyr::from_str(&text).map_err(|error| anyhow::anyhow!("{}: {error}", file()))?;
+        let config = Self { root };
+        config.check().with_context(file)?;
+        Ok(config)
+    }
+
+    fn check(&self) -> anyhow::Result<()> {
+        self.find(LISTENER)
+            .and_then(|listener| address(listener.get("address")?))
+            .context("it has no first listener")?;
+        self.find(ADMIN).and_then(address).context("it has no admin address")?;
+        let control = self.named(CLUSTERS, "pd-control").and_then(|cluster| address(self.find(&(cluster + CONTROL))?));
+        control.context("it has no pd-control")?;
+        let engines = self.named(CLUSTERS, "engines").and_then(|cluster| self.find(&(cluster + EDS_SOURCE)));
+        engines.context("cluster engines has no EDS file")?;
+        let plugin = self.plugin_place().context("it has no filter")?;
+        self.find(&format!("{plugin}{MODULE}")).and_then(Value::as_str).context("it names no module")?;
+        let text = self.find(&format!("{plugin}{PLUGIN_CONFIGURATION}")).and_then(Value::as_str);
+        let text = text.context("the filter has no plugin configuration")?;
+        serde_json::from_str::<Value>(text).context("plugin configuration")?;
+        Ok(())
+    }
+
     /// The shipped file, with the module's path made absolute.
     ///
     /// # Panics
     /// When it cannot be read.
     #[must_use]
     pub fn shipped() -> Self {
-        let path = places::local_yaml();
-        let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        let root = serde_saphyr::from_str(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        let mut config = Self { root };
-        *at(config.plugin(), "/vm_config/code/local/filename") = path_value(&places::wasm());
+        let mut config = Self::read(&places::local_yaml()).unwrap_or_else(|error| panic!("{error:#}"));
+        config.set_module(&places::wasm());
         config
+    }
+
+    /// Where clients connect.
+    #[must_use]
+    pub fn gateway(&self) -> SocketAddr {
+        self.address_at(&format!("{LISTENER}/address"))
+    }
+
+    /// Where Envoy's own pages are.
+    #[must_use]
+    pub fn admin(&self) -> SocketAddr {
+        self.address_at(ADMIN)
+    }
+
+    /// Where Envoy looks for pd-control.
+    #[must_use]
+    pub fn control(&self) -> SocketAddr {
+        self.address_at(&(self.cluster_place("pd-control") + CONTROL))
+    }
+
+    /// The module that the filter runs.
+    #[must_use]
+    pub fn module(&self) -> &str {
+        let place = self.plugin_place().unwrap_or_default() + MODULE;
+        self.find(&place).and_then(Value::as_str).unwrap_or_else(|| missing(&place))
     }
 
     /// Sets where the admin interface listens.
     pub fn set_admin(&mut self, address: SocketAddr) {
-        *at(&mut self.root, "/admin/address") = socket_address(address);
+        *at(&mut self.root, ADMIN) = socket_address(address);
     }
 
     /// Sets where clients connect.
@@ -41,15 +105,30 @@ impl Config {
 
     /// Sets where pd-control is.
     pub fn set_control(&mut self, address: SocketAddr) {
-        let cluster = self.cluster("pd-control");
-        *at(cluster, "/load_assignment/endpoints/0/lb_endpoints/0/endpoint/address") = socket_address(address);
+        *at(self.cluster("pd-control"), CONTROL) = socket_address(address);
     }
 
     /// Sets the file of the engines' hosts; Envoy watches its directory.
     pub fn set_eds(&mut self, file: &Path) {
         let directory = file.parent().map(path_value);
-        *at(self.cluster("engines"), "/eds_cluster_config/eds_config/path_config_source") =
+        *at(self.cluster("engines"), EDS_SOURCE) =
             json!({"path": path_value(file), "watched_directory": {"path": directory}});
+    }
+
+    /// Sets the engines' hosts for good, in place of a file.
+    ///
+    /// # Panics
+    /// When the cluster is no object.
+    pub fn set_engines(&mut self, hosts: &[SocketAddr]) {
+        let cluster = self.cluster("engines").as_object_mut().expect("an object");
+        cluster.remove("eds_cluster_config");
+        cluster.insert("type".to_owned(), "STATIC".into());
+        cluster.insert("load_assignment".to_owned(), load_assignment("engines", hosts));
+    }
+
+    /// Sets the module that the filter runs.
+    pub fn set_module(&mut self, path: &Path) {
+        *at(self.plugin(), MODULE) = path_value(path);
     }
 
     /// The plugin configuration.
@@ -57,13 +136,13 @@ impl Config {
     /// # Panics
     /// When it is no JSON.
     pub fn plugin_configuration(&mut self) -> Value {
-        let value = at(self.plugin(), "/configuration/value");
+        let value = at(self.plugin(), PLUGIN_CONFIGURATION);
         serde_json::from_str(value.as_str().unwrap_or_default()).expect("the plugin configuration is JSON")
     }
 
     /// Sets the plugin configuration, any text.
     pub fn set_plugin_configuration(&mut self, text: &str) {
-        *at(self.plugin(), "/configuration/value") = text.into();
+        *at(self.plugin(), PLUGIN_CONFIGURATION) = text.into();
     }
 
     /// Takes the listener out, as the text of a file for Envoy's listener discovery.
@@ -76,7 +155,7 @@ impl Config {
 
     /// Reads listeners from a file whose directory Envoy watches, in place of its own.
     pub fn set_lds(&mut self, file: &Path) {
-        at(&mut self.root, "/static_resources/listeners").as_array_mut().expect("a list").clear();
+        list(&mut self.root, LISTENERS).clear();
         let directory = file.parent().map(path_value);
         self.root["dynamic_resources"]["lds_config"] = json!({
             "path_config_source": {"path": path_value(file), "watched_directory": {"path": directory}},
@@ -86,37 +165,63 @@ impl Config {
 
     /// The listener's HTTP connection manager.
     pub fn http(&mut self) -> &mut Value {
-        at(self.listener(), "/filter_chains/0/filters/0/typed_config")
+        at(self.listener(), MANAGER)
     }
 
-    fn listener(&mut self) -> &mut Value {
-        at(&mut self.root, "/static_resources/listeners/0")
-    }
-
-    fn plugin(&mut self) -> &mut Value {
-        at(named(at(self.http(), "/http_filters"), "pd"), "/typed_config/config")
+    /// The HTTP filters.
+    pub fn http_filters(&mut self) -> &mut Vec<Value> {
+        list(self.http(), "/http_filters")
     }
 
     /// Adds a cluster of fixed hosts that are chosen as the engines' are.
-    ///
-    /// # Panics
-    /// When the list of clusters is no list.
     pub fn add_cluster(&mut self, name: &str, hosts: &[SocketAddr]) {
         let policy = self.cluster("engines")["load_balancing_policy"].clone();
-        let hosts = hosts.iter().map(|host| json!({"endpoint": {"address": socket_address(*host)}}));
         let cluster = json!({
             "name": name,
             "type": "STATIC",
             "connect_timeout": "1s",
             "load_balancing_policy": policy,
-            "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": hosts.collect::<Vec<_>>()}]},
+            "load_assignment": load_assignment(name, hosts),
         });
-        at(&mut self.root, "/static_resources/clusters").as_array_mut().expect("a list").push(cluster);
+        list(&mut self.root, CLUSTERS).push(cluster);
     }
 
     /// A cluster.
     pub fn cluster(&mut self, name: &str) -> &mut Value {
-        named(at(&mut self.root, "/static_resources/clusters"), name)
+        let place = self.cluster_place(name);
+        at(&mut self.root, &place)
+    }
+
+    fn listener(&mut self) -> &mut Value {
+        at(&mut self.root, LISTENER)
+    }
+
+    fn plugin(&mut self) -> &mut Value {
+        let place = self.plugin_place().unwrap_or_else(|| missing("filter pd"));
+        at(&mut self.root, &place)
+    }
+
+    /// Pointer to the configuration of the filter's plugin.
+    fn plugin_place(&self) -> Option<String> {
+        Some(self.named(&format!("{LISTENER}{MANAGER}/http_filters"), "pd")? + "/typed_config/config")
+    }
+
+    fn cluster_place(&self, name: &str) -> String {
+        self.named(CLUSTERS, name).unwrap_or_else(|| missing(&format!("cluster {name}")))
+    }
+
+    /// Pointer to the member of a list that has this name.
+    fn named(&self, list: &str, name: &str) -> Option<String> {
+        let index = self.find(list)?.as_array()?.iter().position(|item| item["name"] == name)?;
+        Some(format!("{list}/{index}"))
+    }
+
+    fn find(&self, place: &str) -> Option<&Value> {
+        self.root.pointer(place)
+    }
+
+    fn address_at(&self, place: &str) -> SocketAddr {
+        self.find(place).and_then(address).unwrap_or_else(|| missing(place))
     }
 }
 
@@ -141,41 +246,83 @@ pub fn merge(target: &mut Value, patch: &Value) {
 
 /// The file of Envoy's endpoint discovery for hosts that no pd-control keeps.
 #[must_use]
-pub fn eds_file(hosts: impl IntoIterator<Item = SocketAddr>) -> String {
-    let hosts = hosts.into_iter().map(|host| json!({"endpoint": {"address": socket_address(host)}}));
-    json!({
-        "resources": [{
-            "@type": "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
-            "cluster_name": "engines",
-            "endpoints": [{"lb_endpoints": hosts.collect::<Vec<_>>()}],
-        }],
-    })
-    .to_string()
+pub fn eds_file(hosts: &[SocketAddr]) -> String {
+    let mut assignment = load_assignment("engines", hosts);
+    assignment["@type"] = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment".into();
+    json!({"resources": [assignment]}).to_string()
 }
 
-/// Writes a file aside and renames it, as whoever is watched must.
-///
-/// # Panics
-/// When the directory cannot be written.
-pub fn replace_file(path: &Path, text: &str) {
-    let aside = PathBuf::from(format!("{}.aside", path.display()));
-    let replaced = std::fs::write(&aside, text).and_then(|()| std::fs::rename(&aside, path));
-    replaced.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+fn load_assignment(cluster: &str, hosts: &[SocketAddr]) -> Value {
+    let hosts = hosts.iter().map(|host| json!({"endpoint": {"address": socket_address(*host)}}));
+    json!({"cluster_name": cluster, "endpoints": [{"lb_endpoints": hosts.collect::<Vec<_>>()}]})
 }
 
 fn socket_address(address: SocketAddr) -> Value {
     json!({"socket_address": {"address": address.ip().to_string(), "port_value": address.port()}})
 }
 
+fn address(value: &Value) -> Option<SocketAddr> {
+    let socket = value.get("socket_address")?;
+    let ip: IpAddr = socket.get("address")?.as_str()?.parse().ok()?;
+    Some((ip, u16::try_from(socket.get("port_value")?.as_u64()?).ok()?).into())
+}
+
 fn path_value(path: &Path) -> Value {
     path.to_string_lossy().into()
 }
 
-fn at<'a>(value: &'a mut Value, pointer: &str) -> &'a mut Value {
-    value.pointer_mut(pointer).unwrap_or_else(|| panic!("envoy/local.yaml has no {pointer}"))
+fn at<'a>(value: &'a mut Value, place: &str) -> &'a mut Value {
+    value.pointer_mut(place).unwrap_or_else(|| missing(place))
 }
 
-fn named<'a>(list: &'a mut Value, name: &str) -> &'a mut Value {
-    let mut items = list.as_array_mut().into_iter().flatten();
-    items.find(|item| item["name"] == name).unwrap_or_else(|| panic!("envoy/local.yaml has no {name}"))
+fn list<'a>(value: &'a mut Value, place: &str) -> &'a mut Vec<Value> {
+    at(value, place).as_array_mut().unwrap_or_else(|| missing(place))
+}
+
+fn missing(place: &str) -> ! {
+    panic!("Envoy's configuration has no {place}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_lacks_something_is_refused() {
+        let whole = Config::read(&places::local_yaml()).unwrap();
+        for (place, why) in [
+            ("/admin", "it has no admin address"),
+            ("/static_resources/listeners", "it has no first listener"),
+            ("/static_resources/clusters", "it has no pd-control"),
+            ("/static_resources/clusters/0/eds_cluster_config", "cluster engines has no EDS file"),
+            ("/static_resources/listeners/0/filter_chains/0/filters/0/typed_config/http_filters", "it has no filter"),
+        ] {
+            let mut config = whole.clone();
+            *at(&mut config.root, place) = Value::Null;
+            assert_eq!(config.check().unwrap_err().to_string(), why, "{place}");
+        }
+        let mut config = whole.clone();
+        config.set_plugin_configuration("no JSON");
+        assert_eq!(config.check().unwrap_err().to_string(), "plugin configuration");
+    }
+
+    #[test]
+    fn what_is_set_is_read() {
+        let mut config = Config::read(&places::local_yaml()).unwrap();
+        let addresses = [1, 2, 3].map(|port| SocketAddr::from(([10, 0, 0, 1], port)));
+        config.set_listener(addresses[0]);
+        config.set_admin(addresses[1]);
+        config.set_control(addresses[2]);
+        config.set_module(Path::new("/m.wasm"));
+        assert_eq!([config.gateway(), config.admin(), config.control()], addresses);
+        assert_eq!(config.module(), "/m.wasm");
+        config.check().unwrap();
+    }
+
+    #[test]
+    fn objects_merge_null_removes_and_the_rest_is_replaced() {
+        let mut config = json!({"a": {"b": 1, "c": [1, 2]}, "d": 2, "g": 3});
+        merge(&mut config, &json!({"a": {"c": [3], "e": {"f": 4}}, "g": null}));
+        assert_eq!(config, json!({"a": {"b": 1, "c": [3], "e": {"f": 4}}, "d": 2}));
+    }
 }

@@ -6,6 +6,8 @@ pub mod admin;
 pub mod body;
 pub mod client;
 pub mod config;
+pub mod file;
+pub mod headers;
 pub mod places;
 pub mod port;
 pub mod process;

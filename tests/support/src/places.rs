@@ -9,35 +9,56 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap_or(Path::new("."))
 }
 
-/// The Envoy binary.
+/// The Envoy binary, which exists.
 ///
 /// # Panics
 /// When it is not there.
 #[must_use]
 pub fn envoy() -> PathBuf {
-    part("PD_ENVOY", "make envoy", || {
-        let pinned = || std::fs::read_to_string(root().join("envoy/version")).unwrap_or_default();
-        let version = std::env::var("PD_ENVOY_VERSION").unwrap_or_else(|_| pinned());
-        root().join(format!(".cache/envoy-{}/bin/envoy", version.trim()))
-    })
+    existing(envoy_path(), "PD_ENVOY", "make envoy")
 }
 
-/// The filter.
+/// Where the Envoy binary should be: `PD_ENVOY`, or the installed one of version `PD_ENVOY_VERSION`, or of the pinned one.
+#[must_use]
+pub fn envoy_path() -> PathBuf {
+    named("PD_ENVOY").unwrap_or_else(|| installed_envoy(root(), std::env::var("PD_ENVOY_VERSION").ok()))
+}
+
+/// Where `envoy/fetch.sh` installs a version of Envoy in a workspace; without one, the version in `envoy/version`.
+#[must_use]
+pub fn installed_envoy(root: &Path, version: Option<String>) -> PathBuf {
+    let pinned = || std::fs::read_to_string(root.join("envoy/version")).unwrap_or_default();
+    root.join(format!(".cache/envoy-{}/bin/envoy", version.unwrap_or_else(pinned).trim()))
+}
+
+/// The filter's module, which exists.
 ///
 /// # Panics
 /// When it is not there.
 #[must_use]
 pub fn wasm() -> PathBuf {
-    part("PD_WASM", "make wasm", || root().join("target/wasm32-wasip1/filter/pd_filter.wasm"))
+    existing(wasm_path(), "PD_WASM", "make wasm")
 }
 
-/// The pd-control binary.
+/// Where the filter's module should be: `PD_WASM`, or what the `filter` profile builds.
+#[must_use]
+pub fn wasm_path() -> PathBuf {
+    named("PD_WASM").unwrap_or_else(|| root().join("target/wasm32-wasip1/filter/pd_filter.wasm"))
+}
+
+/// The pd-control binary, which exists.
 ///
 /// # Panics
 /// When it is not there.
 #[must_use]
 pub fn control() -> PathBuf {
-    part("PD_CONTROL", "make build", || root().join("target/debug/pd-control"))
+    existing(control_path(), "PD_CONTROL", "make build")
+}
+
+/// Where the pd-control binary should be: `PD_CONTROL`, or what `make build` builds.
+#[must_use]
+pub fn control_path() -> PathBuf {
+    named("PD_CONTROL").unwrap_or_else(|| root().join("target/debug/pd-control"))
 }
 
 /// The Envoy configuration that is shipped and tested.
@@ -62,9 +83,11 @@ pub fn program(name: &str, what: &str) -> Option<PathBuf> {
     found
 }
 
-fn part(variable: &str, target: &str, default: impl FnOnce() -> PathBuf) -> PathBuf {
-    let named = std::env::var_os(variable).filter(|value| !value.is_empty());
-    let path = named.map_or_else(default, PathBuf::from);
+fn named(variable: &str) -> Option<PathBuf> {
+    std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
+fn existing(path: PathBuf, variable: &str, target: &str) -> PathBuf {
     match path.canonicalize() {
         Ok(path) => path,
         Err(_) => panic!("{} is missing: run `{target}`, or name another one in {variable}", path.display()),

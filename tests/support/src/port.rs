@@ -1,6 +1,6 @@
-//! Ports that stay ours.
+//! Free ports, and ports that stay ours.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 
 use tokio::net::TcpSocket;
 
@@ -33,4 +33,10 @@ impl Port {
     pub fn address(&self) -> SocketAddr {
         self.address
     }
+}
+
+/// Whether nobody listens on a loopback port.
+#[must_use]
+pub fn is_free(port: u16) -> bool {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
 }

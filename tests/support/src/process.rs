@@ -2,8 +2,18 @@
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::ensure;
+
+use crate::client;
+use crate::wait::PAUSE;
+
+/// Lines of a log that say why its program is not ready.
+const LOG_LINES: usize = 40;
 
 /// A shell stands between: it kills its child, and what that one has started, by the child's process group once the pipe
 /// from here closes, also when this process is killed, or at a signal.
@@ -24,6 +34,7 @@ wait "$child"
 pub struct Process {
     keeper: Child,
     pid: u32,
+    program: String,
     out: PathBuf,
     log: PathBuf,
 }
@@ -55,7 +66,7 @@ impl Process {
             let _ = BufReader::new(stdout).read_line(&mut line);
         }
         let pid = line.trim().parse().unwrap_or_else(|_| panic!("{} did not start", program.display()));
-        Self { keeper, pid, out, log }
+        Self { keeper, pid, program: name.to_owned(), out, log }
     }
 
     /// Process id.
@@ -79,9 +90,7 @@ impl Process {
     /// Whether it has not ended by itself.
     #[must_use]
     pub fn is_running(&self) -> bool {
-        // An ended child stays a zombie until its keeper waits for it.
-        let stat = read(Path::new(&format!("/proc/{}/stat", self.pid)));
-        !stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z'))
+        is_running(self.pid)
     }
 
     /// Memory that it has in RAM, bytes.
@@ -90,10 +99,15 @@ impl Process {
     /// When the system does not tell.
     #[must_use]
     pub fn resident_bytes(&self) -> u64 {
-        let status = read(Path::new(&format!("/proc/{}/status", self.pid)));
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS in /proc");
-        let kilobytes: u64 = line.trim().trim_end_matches("kB").trim().parse().expect("a number of kB");
-        kilobytes * 1_024
+        resident_bytes(self.pid).expect("VmRSS in /proc")
+    }
+
+    /// Sends it a signal by its name: `TERM`.
+    ///
+    /// # Panics
+    /// When it has ended and is forgotten.
+    pub fn signal(&self, name: &str) {
+        signal(self.pid, name);
     }
 
     /// Last lines of what it wrote to standard error.
@@ -111,6 +125,68 @@ impl Drop for Process {
         drop(self.keeper.stdin.take());
         let _ = self.keeper.wait();
     }
+}
+
+/// Waits until a program answers `GET path` with 200, and returns the answer's body.
+///
+/// # Errors
+/// When it ends before, or `limit` is over: with the last lines of its log.
+pub async fn ready(process: &Process, address: SocketAddr, path: &str, limit: Duration) -> anyhow::Result<String> {
+    let start = Instant::now();
+    loop {
+        if let Ok(answer) = client::get(address, path).await.and_then(client::Answer::ok) {
+            return Ok(answer.text());
+        }
+        let Process { program, .. } = process;
+        ensure!(process.is_running(), "{program} has ended:\n{}", process.log_tail(LOG_LINES));
+        ensure!(start.elapsed() < limit, "{program} was not ready after {limit:?}:\n{}", process.log_tail(LOG_LINES));
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+/// Sends a process a signal by its name: `TERM`.
+///
+/// # Panics
+/// When there is no such process.
+pub fn signal(pid: u32, name: &str) {
+    let sent = Command::new("kill").args(["-s", name, &pid.to_string()]).status();
+    assert!(sent.is_ok_and(|status| status.success()), "kill -s {name} {pid}");
+}
+
+/// Whether a process runs; one that only waits to be reaped does not.
+#[must_use]
+pub fn is_running(pid: u32) -> bool {
+    let stat = read(Path::new(&format!("/proc/{pid}/stat")));
+    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
+}
+
+/// Memory that a process has in RAM, bytes; `None` where there is no such process.
+#[must_use]
+pub fn resident_bytes(pid: u32) -> Option<u64> {
+    let status = read(Path::new(&format!("/proc/{pid}/status")));
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kilobytes: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
+    Some(kilobytes * 1_024)
+}
+
+/// Processes that a process has started and not reaped.
+#[must_use]
+pub fn children(pid: u32) -> Vec<u32> {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let lists: Vec<String> = threads.map(|thread| read(&thread.path().join("children"))).collect();
+    lists.iter().flat_map(|list| list.split_whitespace()).filter_map(|child| child.parse().ok()).collect()
+}
+
+/// A process and all that it and they have started.
+#[must_use]
+pub fn tree(pid: u32) -> Vec<u32> {
+    let mut all = vec![pid];
+    let mut index = 0;
+    while let Some(pid) = all.get(index).copied() {
+        index += 1;
+        all.extend(children(pid));
+    }
+    all
 }
 
 /// Log files may hold any bytes.

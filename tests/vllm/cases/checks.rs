@@ -10,7 +10,7 @@ use pd_tests::answer::{is_done, text};
 use serde_json::{Value, json};
 
 use crate::Pair;
-use crate::servers::{Connector, client};
+use crate::servers::{Connector, client, until_ready};
 
 /// Tokens of a block, which is what the shared directory moves.
 const BLOCK: u64 = 32;
@@ -175,6 +175,55 @@ pub async fn many_at_once_are_right(pair: &Pair) {
         lengths.map(|bytes| question(pair, if bytes % 100 == 0 { CHAT } else { COMPLETIONS }, bytes, bytes % 3 == 0));
     let questions = futures::future::join_all(questions).await;
     ask_all(pair, &format!("{CONCURRENT} at once"), &questions, true).await;
+}
+
+/// Values that end a real engine, or say where it connects, in every place that vLLM copies parameters from.
+pub async fn a_clients_parameters_end_no_server(pair: &Pair) {
+    let places = [
+        json!({"vllm_xargs": {"kv_transfer_params": 0}}),
+        json!({"vllm_xargs": {"kv_transfer_params": ""}}),
+        json!({"vllm_xargs": {"kv_transfer_params": [], "other": 1}}),
+        json!({"kv_transfer_params": {"do_remote_prefill": true}}),
+        json!({"ec_transfer_params": {"x": {"peer_host": "127.0.0.1", "peer_port": 1}}}),
+    ];
+    let message = json!([{"role": "user", "content": "hi"}]);
+    let of_generate =
+        [json!(0), json!(""), json!({"do_remote_prefill": true, "remote_block_ids": null})].map(|value| {
+            let extra = json!({"kv_transfer_params": value});
+            json!({"token_ids": [1, 2, 3], "sampling_params": {"max_tokens": 4, "extra_args": extra}})
+        });
+    let apis = [
+        (CHAT, json!({"messages": message, "max_tokens": 4})),
+        (COMPLETIONS, json!({"prompt": "hi", "max_tokens": 4})),
+        ("/v1/responses", json!({"input": "hi", "max_output_tokens": 4, "store": false})),
+        ("/v1/messages", json!({"messages": message, "max_tokens": 4})),
+        ("/v1/chat/completions/batch", json!({"messages": [message, message], "max_tokens": 4})),
+        ("/invocations", json!({"messages": message, "max_tokens": 4})),
+    ];
+    let mut sent = 0;
+    let mut client = client(pair.rig.address()).await;
+    let with_places = apis.iter().flat_map(|(path, body)| places.iter().map(move |place| (*path, body, place)));
+    let generate = of_generate.iter().map(|body| ("/inference/v1/generate", body, &Value::Null));
+    for (path, body, place) in with_places.chain(generate) {
+        for phase in [None, Some("prefill"), Some("decode")] {
+            let mut body = body.clone();
+            body["model"] = json!("tiny");
+            for (key, value) in place.as_object().into_iter().flatten() {
+                body[key] = value.clone();
+            }
+            let phase = phase.map(|phase| ("x-pd-phase", phase.as_bytes()));
+            let answer = client.send(client.json(path, body.to_string(), phase.as_slice())).await;
+            // What an API does not know it may refuse; nothing may hang or end.
+            assert!(answer.status < 500, "{path} {body}: {} {}", answer.status, answer.text());
+            sent += 1;
+        }
+    }
+    for path in ["/reset_prefix_cache", "/server_info", "/sleep", "/collective_rpc", "/v1/load_lora_adapter"] {
+        assert_eq!(client.post(path, "{}").await.status, 404, "{path}");
+    }
+    until_ready(&[&pair.aggregated, &pair.prefill, &pair.decode]).await;
+    println!("vllm: {:?}: {sent} requests with parameters of their own, both servers live", pair.connector);
+    the_next_is_right(pair).await;
 }
 
 /// Kills the prefill server when the decode leg is on its way, asks, and returns the answer; the next question is answered

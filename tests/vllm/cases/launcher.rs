@@ -1,13 +1,14 @@
 //! `make run ENGINE=vllm`.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use pd_support::admin::Admin;
 use pd_support::places::{envoy, root};
-use pd_support::process::Process;
+use pd_support::port::is_free;
+use pd_support::process::{Process, tree};
 
-use crate::servers::{Connector, START_LIMIT, gone, prompt_tokens, tree, within};
+use crate::servers::{Connector, START_LIMIT, gone, prompt_tokens, within};
 
 /// Ports of a run, before its offset.
 const PORTS: [u16; 7] = [5600, 5700, 8080, 8100, 8200, 9000, 9901];
@@ -16,7 +17,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(60);
 
 /// The printed command is split between two vLLM servers, and the launcher's end is theirs, also when it is killed.
 pub async fn runs_a_pair(signal: &str) {
-    let offset = (1..400).map(|i| i * 100 + 7).find(|offset| is_free(*offset)).expect("free ports");
+    let offset = (1..400).map(|i| i * 100 + 7).find(|offset| are_free(*offset)).expect("free ports");
     let directory = crate::directory("run");
     let mut arguments = vec!["--vllm".to_owned(), format!("--port-offset={offset}")];
     arguments.push(format!("--directory={}", directory.display()));
@@ -44,17 +45,16 @@ pub async fn runs_a_pair(signal: &str) {
 
     let processes = tree(launcher.pid());
     assert!(processes.len() > 5, "{processes:?}");
-    let stopped = std::process::Command::new("kill").args(["-s", signal, &launcher.pid().to_string()]).status();
-    assert!(stopped.is_ok_and(|status| status.success()));
+    launcher.signal(signal);
     within(STOP_LIMIT, "the launcher ends", async || (!launcher.is_running()).then_some(())).await;
     gone(&processes).await;
-    assert!(is_free(offset), "a port is still taken");
+    assert!(are_free(offset), "a port is still taken");
     println!(
         "vllm: {:?} by the launcher: split, {moved} tokens moved, nothing left after SIG{signal}",
         Connector::Pull
     );
 }
 
-fn is_free(offset: u16) -> bool {
-    PORTS.iter().all(|port| TcpListener::bind(("127.0.0.1", port + offset)).is_ok())
+fn are_free(offset: u16) -> bool {
+    PORTS.iter().all(|port| is_free(port + offset))
 }

@@ -12,12 +12,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, Once};
 use std::time::Duration;
 
+use pd_support::process::tree;
 use pd_tests::rig::{Rig, run};
 use serde_json::json;
 use tokio::sync::{Mutex, MutexGuard};
 
 use gate::Gate;
-use servers::{Connector, Server, gone, tree, until_ready};
+use servers::{Connector, Server, gone, until_ready};
 
 /// The aggregated server, and what keeps the tests from running at once. It ends with this process.
 static AGGREGATED: Mutex<Option<Arc<Server>>> = Mutex::const_new(None);
@@ -105,6 +106,7 @@ fn nixl_pull() {
         checks::answers_are_those_of_one_server(&pair).await;
         checks::a_second_turn_is_right(&pair).await;
         checks::many_at_once_are_right(&pair).await;
+        checks::a_clients_parameters_end_no_server(&pair).await;
         checks::a_prefill_server_killed_between_the_legs_is_an_error(&pair, 500).await;
         pair.stop().await;
     });

@@ -8,12 +8,15 @@ use pd_support::admin::{Admin, metrics};
 use pd_support::client::{Client, Http};
 use pd_support::places::root;
 use pd_support::port::Port;
-use pd_support::process::Process;
+use pd_support::process::{self, Process};
+use pd_support::wait::{self, until_true};
 
 /// How long servers may take to start: three of them take 100 s on two cores.
 pub const START_LIMIT: Duration = Duration::from_secs(420);
 /// Between two signs of life while they start.
 const NEWS: Duration = Duration::from_secs(15);
+/// Between two looks at what takes long.
+const PAUSE: Duration = Duration::from_millis(100);
 /// How long an answer may take: NIXL's first meeting of two servers takes seconds.
 const ANSWER_LIMIT: Duration = Duration::from_secs(150);
 
@@ -98,40 +101,14 @@ pub async fn prompt_tokens(server: &Admin, source: &str) -> u64 {
 }
 
 /// Waits until `look` finds something, which may take long.
-pub async fn within<T>(limit: Duration, what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
-    let start = Instant::now();
-    loop {
-        if let Some(found) = look().await {
-            return found;
-        }
-        assert!(start.elapsed() < limit, "not within {limit:?}: {what}");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-}
-
-/// A process and all that it and they have started.
-pub fn tree(pid: u32) -> Vec<u32> {
-    let mut all = vec![pid];
-    let mut at = 0;
-    while let Some(pid) = all.get(at).copied() {
-        at += 1;
-        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-        for task in tasks {
-            let children = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
-            all.extend(children.split_whitespace().filter_map(|child| child.parse::<u32>().ok()));
-        }
-    }
-    all
+pub async fn within<T>(limit: Duration, what: &str, look: impl AsyncFnMut() -> Option<T>) -> T {
+    wait::within(limit, PAUSE, what, look).await
 }
 
 /// Waits until none of these processes runs.
 pub async fn gone(processes: &[u32]) {
-    let runs = |pid: &u32| {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
-    };
-    within(Duration::from_secs(20), &format!("processes {processes:?} are gone"), async || {
-        (!processes.iter().any(runs)).then_some(())
+    until_true(format_args!("processes {processes:?} are gone"), async || {
+        !processes.iter().any(|pid| process::is_running(*pid))
     })
     .await;
 }

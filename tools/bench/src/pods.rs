@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use anyhow::{Context as _, Result};
 use pd_sim::Stats;
 
-use crate::envoy::get;
+use pd_support::client::{Answer, get};
 
 /// One engine and its counters.
 #[derive(Clone, Debug)]
@@ -23,8 +23,9 @@ pub struct Pod {
 pub async fn ask(addresses: &[SocketAddr]) -> Result<Vec<Pod>> {
     let mut pods = Vec::with_capacity(addresses.len());
     for &address in addresses {
-        let text = get(address, "/stats").await.with_context(|| format!("engine {address}"))?;
-        let stats = serde_json::from_str(&text).with_context(|| format!("engine {address} is no simulator"))?;
+        let answer = get(address, "/stats").await.and_then(Answer::ok).with_context(|| format!("engine {address}"))?;
+        let stats =
+            serde_json::from_slice(&answer.body).with_context(|| format!("engine {address} is no simulator"))?;
         pods.push(Pod { address, stats });
     }
     Ok(pods)

@@ -51,10 +51,7 @@ pub fn usage(pid: u32) -> Result<Usage> {
 /// # Errors
 /// When there is no such process.
 pub fn resident_kb(pid: u32) -> Result<u64> {
-    let path = format!("/proc/{pid}/status");
-    let text = fs::read_to_string(&path).with_context(|| path.clone())?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-    Ok(line.trim().trim_end_matches(" kB").parse()?)
+    Ok(pd_support::process::resident_bytes(pid).with_context(|| format!("no process {pid}"))? / 1_024)
 }
 
 /// One line about the machine and how busy it is.

@@ -2,14 +2,15 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
-use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use pd_support::places;
+use pd_support::port::Port;
+
 /// User pd, bcrypt of "secret".
 const HTPASSWD: &str = "pd:$2b$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n";
-/// The filter as it was built.
-const FILTER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/wasm32-wasip1/filter/pd_filter.wasm");
+
 /// A module that Envoy takes, with its answer to the start.
 fn module(start: &str) -> Vec<u8> {
     let text = format!(
@@ -21,19 +22,24 @@ fn module(start: &str) -> Vec<u8> {
     wat::parse_str(text).unwrap()
 }
 
-struct Registry(Child, String);
+struct Registry {
+    process: Child,
+    address: String,
+    _port: Port,
+}
 
 impl Drop for Registry {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.process.kill();
+        let _ = self.process.wait();
     }
 }
 
 /// `None` where no registry is installed.
 fn start(directory: &Path) -> Option<Registry> {
     let program = std::env::var("PD_REGISTRY_BIN").unwrap_or_else(|_| "docker-registry".to_owned());
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let reserved = Port::reserve();
+    let port = reserved.address().port();
     let htpasswd = directory.join("htpasswd");
     fs::write(&htpasswd, HTPASSWD).unwrap();
     let config = directory.join("registry.yml");
@@ -47,7 +53,7 @@ fn start(directory: &Path) -> Option<Registry> {
     let mut child =
         Command::new(program).arg("serve").arg(&config).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().ok()?;
     let mut log = BufReader::new(child.stderr.take().unwrap());
-    let registry = Registry(child, format!("127.0.0.1:{port}"));
+    let registry = Registry { process: child, address: format!("127.0.0.1:{port}"), _port: reserved };
     let mut line = String::new();
     while !line.contains("listening on") {
         line.clear();
@@ -99,18 +105,20 @@ fn an_image_is_pushed_pinned_and_pulled_back() {
     let (docker, stranger) = (directory.path().join("docker"), directory.path().join("nobody"));
     fs::create_dir(&docker).unwrap();
     // base64 of pd:secret, as `docker login` writes it.
-    let auths = format!(r#"{{"auths": {{"{}": {{"auth": "cGQ6c2VjcmV0"}}}}}}"#, registry.1);
+    let auths = format!(r#"{{"auths": {{"{}": {{"auth": "cGQ6c2VjcmV0"}}}}}}"#, registry.address);
     fs::write(docker.join("config.json"), auths).unwrap();
-    let filter = fs::read(FILTER).expect("make wasm builds it");
-    let digest = image(&docker, &["make", "--module", FILTER, "--layout", &at("layout")]).unwrap();
-    assert_eq!(digest, image(&docker, &["make", "--module", FILTER, "--layout", &at("again")]).unwrap());
+    let module = places::wasm();
+    let filter = fs::read(&module).expect("the module");
+    let module = module.display().to_string();
+    let digest = image(&docker, &["make", "--module", &module, "--layout", &at("layout")]).unwrap();
+    assert_eq!(digest, image(&docker, &["make", "--module", &module, "--layout", &at("again")]).unwrap());
 
-    let tagged = format!("{}/pd/filter:1", registry.1);
+    let tagged = format!("{}/pd/filter:1", registry.address);
     let refused = image(&stranger, &["push", &tagged, "--layout", &at("layout")]).unwrap_err();
     assert!(refused.starts_with(&format!("pd-image: {tagged}: ")), "{refused}");
 
     let pinned = image(&docker, &["push", &tagged, "--layout", &at("layout"), "--pin", &at("pin")]).unwrap();
-    assert_eq!(pinned, format!("{}/pd/filter@{digest}", registry.1));
+    assert_eq!(pinned, format!("{}/pd/filter@{digest}", registry.address));
     assert_eq!(
         fs::read_to_string(at("pin")).unwrap(),
         format!("image={pinned}\nversion={}\n", env!("CARGO_PKG_VERSION"))
@@ -119,7 +127,7 @@ fn an_image_is_pushed_pinned_and_pulled_back() {
 
     let checked = image(&docker, &["check", &at("pin")]).unwrap();
     assert_eq!(checked, format!("{pinned}: ok, {} bytes of module", filter.len()));
-    fs::write(at("pin"), format!("image={}/pd/filter@sha256:{}\n", registry.1, "1".repeat(64))).unwrap();
+    fs::write(at("pin"), format!("image={}/pd/filter@sha256:{}\n", registry.address, "1".repeat(64))).unwrap();
     assert!(image(&docker, &["check", &at("pin")]).is_err(), "an image that does not exist");
     fs::write(at("pin"), format!("image={tagged}\n")).unwrap();
     assert!(image(&docker, &["check", &at("pin")]).unwrap_err().contains("name it by digest"));

@@ -8,14 +8,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use pd_core::wire::Endpoint;
-use serde_json::Value;
+use pd_support::config::Config;
+use pd_support::places;
 use tokio::process::Command;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::Args;
 use crate::banner::Banner;
 use crate::engines::{self, Origin, role_name};
-use crate::envoy::EnvoyConfig;
+use crate::envoy::render;
 use crate::ports;
 use crate::probe;
 use crate::process::{Output, Processes};
@@ -97,8 +98,8 @@ impl Plan {
         let local = Path::new("envoy/local.yaml");
         ensure!(local.exists(), "envoy/local.yaml is not here: run it from the repository's root");
         ensure!(args.speed.is_finite() && args.speed >= 0.0, "--speed must be 0 or more");
-        let template = EnvoyConfig::read(local)?;
-        let module = template.module().context("envoy/local.yaml names no module")?;
+        let template = Config::read(local)?;
+        let module = template.module();
         ensure!(Path::new(module).exists(), "{module} is not built: run `make build`");
 
         let (origin, engines, meetings) = if args.vllm {
@@ -119,8 +120,9 @@ impl Plan {
             std::fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
             let [config_file, endpoints_file, eds_file] =
                 ["local.json", "endpoints.yaml", "eds.json"].map(|name| directory.join(name));
-            let config = template.render(args.port_offset, &engines, &eds_file)?;
-            std::fs::write(&config_file, config.to_json())?;
+            let config = render(&template, args.port_offset, &engines, &eds_file)?;
+            // Envoy reads JSON too.
+            std::fs::write(&config_file, format!("{:#}\n", config.root))?;
             std::fs::write(&endpoints_file, engines::endpoints_file(&engines))?;
             (config, config_file, endpoints_file, eds_file)
         };
@@ -134,9 +136,9 @@ impl Plan {
             eds_file,
             envoy: args.envoy.clone().map_or_else(fetched_envoy, Ok)?,
             envoy_config,
-            gateway: config.gateway()?,
-            admin: config.admin()?,
-            control: config.control()?,
+            gateway: config.gateway(),
+            admin: config.admin(),
+            control: config.control(),
         })
     }
 
@@ -236,7 +238,7 @@ impl Plan {
             Some(engine) => probe::get(engine.address, "/v1/models").await.ok(),
             None => None,
         };
-        let models = asked.and_then(|(_, body)| serde_json::from_str::<Value>(&body).ok());
+        let models = asked.map(|answer| answer.json());
         let first = models.as_ref().and_then(|models| models.pointer("/data/0/id")?.as_str());
         first.unwrap_or("MODEL").to_owned()
     }
@@ -294,8 +296,7 @@ async fn envoy_version(envoy: &Path) -> anyhow::Result<String> {
 
 /// The Envoy that `envoy/fetch.sh` installs.
 fn fetched_envoy() -> anyhow::Result<PathBuf> {
-    let version = std::fs::read_to_string("envoy/version").context("envoy/version")?;
-    let path = PathBuf::from(format!(".cache/envoy-{}/bin/envoy", version.trim()));
+    let path = places::installed_envoy(Path::new(""), None);
     ensure!(path.exists(), "{} is not there: run `make envoy`", path.display());
     Ok(path)
 }

@@ -4,29 +4,19 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::Context;
-use bytes::Bytes;
-use http_body_util::{BodyExt, Empty};
-use hyper_util::client::legacy::Client;
-use hyper_util::rt::TokioExecutor;
+use pd_support::client::{self, Answer};
 
 /// How long one question may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 /// Pause between two questions.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Status and body of a GET.
+/// The answer to a GET.
 ///
 /// # Errors
 /// When there is no whole answer in time.
-pub async fn get(address: SocketAddr, path: &str) -> anyhow::Result<(u16, String)> {
-    let client = Client::builder(TokioExecutor::new()).build_http::<Empty<Bytes>>();
-    let answer = async {
-        let response = client.get(format!("http://{address}{path}").parse()?).await?;
-        let status = response.status().as_u16();
-        let body = response.into_body().collect().await?.to_bytes();
-        anyhow::Ok((status, String::from_utf8_lossy(&body).into_owned()))
-    };
-    tokio::time::timeout(ANSWER_LIMIT, answer).await.context("no answer in time")?
+pub async fn get(address: SocketAddr, path: &str) -> anyhow::Result<Answer> {
+    Ok(tokio::time::timeout(ANSWER_LIMIT, client::get(address, path)).await.context("no answer in time")??)
 }
 
 /// Asks until the answer is a 200 whose body is as wanted.
@@ -43,8 +33,8 @@ pub async fn wait(
     let asked = async {
         loop {
             last = match get(address, path).await {
-                Ok((200, body)) if is_wanted(&body) => return,
-                Ok((status, body)) => format!("status {status} {}", body.trim()),
+                Ok(answer) if answer.status == 200 && is_wanted(&answer.text()) => return,
+                Ok(answer) => format!("status {} {}", answer.status, answer.text().trim()),
                 Err(error) => format!("{error:#}"),
             };
             tokio::time::sleep(PAUSE).await;

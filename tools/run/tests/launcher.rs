@@ -1,13 +1,16 @@
 //! One run of the launcher, on ports and in a directory of its own.
 
 use std::io::{BufRead, BufReader, Read};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use pd_support::port::is_free;
+use pd_support::wait::block_until;
+use pd_support::{places, process};
 use tempfile::TempDir;
 
 /// How long anything may take here; a broken run ends in this time, a good one in a fraction of it.
@@ -40,10 +43,10 @@ impl Launcher {
     pub fn start_at(offset: u16, arguments: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_pd-run"));
-        command.current_dir(root()).arg("--directory").arg(directory.path());
+        command.current_dir(places::root()).arg("--directory").arg(directory.path());
         command.args(["--speed", "0", "--port-offset", &offset.to_string()]);
         if !arguments.contains(&"--envoy") {
-            command.arg("--envoy").arg(envoy());
+            command.arg("--envoy").arg(places::envoy());
         }
         command.args(arguments).env_remove("PD_CONTROL_TOKEN");
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
@@ -85,18 +88,26 @@ impl Launcher {
         line
     }
 
+    /// Runs a command of a document, which names the usual ports, against this run. Returns what it prints.
+    pub fn run(&self, command: &str) -> String {
+        let ports = PORTS.iter().fold(command.to_owned(), |command, port| {
+            command.replace(&format!("127.0.0.1:{port}"), &format!("127.0.0.1:{}", port + self.offset))
+        });
+        let output = Command::new("bash").args(["-euo", "pipefail", "-c", &ports]).output().unwrap();
+        assert!(output.status.success(), "{ports}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
     pub fn children(&self) -> Vec<u32> {
-        let id = self.child.id();
-        let text = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
-        text.split_whitespace().map(|child| child.parse().unwrap()).collect()
+        process::children(self.child.id())
     }
 
     pub fn signal(&self, name: &str) {
-        signal(name, self.child.id());
+        process::signal(self.child.id(), name);
     }
 
     pub fn wait_end(&mut self) -> Ended {
-        wait_until("the launcher ends", || self.child.try_wait().unwrap().is_some());
+        block_until(LIMIT, "the launcher ends", || self.child.try_wait().unwrap().is_some());
         let mut stderr = String::new();
         self.child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
         let rest: Vec<String> = self.lines.try_iter().collect();
@@ -105,8 +116,8 @@ impl Launcher {
     }
 
     pub fn assert_ports_free(&self) {
-        for port in PORTS {
-            TcpListener::bind(("127.0.0.1", port + self.offset)).unwrap();
+        for port in PORTS.map(|port| port + self.offset) {
+            assert!(is_free(port), "port {port} is still taken");
         }
     }
 
@@ -133,51 +144,31 @@ impl Drop for Launcher {
 pub fn port_offset() -> u16 {
     let mut taken = TAKEN.lock().unwrap();
     let start = u16::try_from(std::process::id() % 1_000).unwrap() * 10;
-    let is_free = |port: u16| !taken.contains(&port) && TcpListener::bind(("127.0.0.1", port)).is_ok();
+    let is_ours = |port: u16| !taken.contains(&port) && is_free(port);
     let offset = (0..1_000).map(|i| 2_000 + (start + i * 7) % 18_000);
-    let offset = offset.into_iter().find(|offset| PORTS.iter().all(|port| is_free(port + offset))).unwrap();
+    let offset = offset.into_iter().find(|offset| PORTS.iter().all(|port| is_ours(port + offset))).unwrap();
     taken.extend(PORTS.map(|port| port + offset));
     offset
 }
 
-pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
 pub fn wait_listening(port: u16) {
-    wait_until("a port is listened on", || TcpStream::connect(SocketAddr::from(([127, 0, 0, 1], port))).is_ok());
-}
-
-pub fn kill(id: u32) {
-    signal("KILL", id);
-}
-
-fn signal(name: &str, id: u32) {
-    assert!(Command::new("kill").args(["-s", name, &id.to_string()]).status().unwrap().success());
+    block_until(LIMIT, "a port is listened on", || {
+        TcpStream::connect(SocketAddr::from(([127, 0, 0, 1], port))).is_ok()
+    });
 }
 
 pub fn assert_gone(children: &[u32]) {
     for id in children {
-        assert!(!is_running(*id), "process {id} is still there");
+        assert!(!process::is_running(*id), "process {id} is still there");
     }
+}
+
+pub fn wait(what: &str, is_so: impl FnMut() -> bool) {
+    block_until(LIMIT, what, is_so);
 }
 
 pub fn wait_gone(children: &[u32]) {
-    wait_until("the launcher's children are gone", || !children.iter().any(|id| is_running(*id)));
-}
-
-/// Whether a process runs; one that only waits to be reaped does not.
-fn is_running(id: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
-    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
-}
-
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !is_so() {
-        assert!(began.elapsed() < LIMIT, "waited in vain until {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    block_until(LIMIT, "the launcher's children are gone", || !children.iter().any(|id| process::is_running(*id)));
 }
 
 /// A program that `make build` puts beside the launcher.
@@ -185,17 +176,4 @@ pub fn sibling(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_BIN_EXE_pd-run")).with_file_name(name);
     assert!(path.exists(), "{} is missing: run `make build`", path.display());
     path
-}
-
-fn envoy() -> PathBuf {
-    let pinned = || std::fs::read_to_string(root().join("envoy/version")).unwrap();
-    let version = std::env::var("PD_ENVOY_VERSION").unwrap_or_else(|_| pinned());
-    let named = std::env::var_os("PD_ENVOY").filter(|path| !path.is_empty());
-    let path = named.map_or_else(|| root().join(format!(".cache/envoy-{}/bin/envoy", version.trim())), PathBuf::from);
-    assert!(path.exists(), "{} is missing: run `make envoy`", path.display());
-    path
-}
-
-fn root() -> &'static Path {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }

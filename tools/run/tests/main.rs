@@ -5,7 +5,9 @@ mod launcher;
 use std::net::TcpListener;
 use std::process::Command;
 
-use launcher::{Launcher, free_port, port_offset};
+use launcher::{Launcher, port_offset};
+use pd_support::port::Port;
+use pd_support::process;
 
 #[test]
 fn the_printed_command_is_split_and_ctrl_c_leaves_nothing() {
@@ -28,6 +30,40 @@ fn the_printed_command_is_split_and_ctrl_c_leaves_nothing() {
 }
 
 #[test]
+fn the_tour_of_readme_goes_as_it_says() {
+    let readme = std::fs::read_to_string(pd_support::places::root().join("README.md")).unwrap();
+    let tour = readme.split("\n## Tour\n").nth(1).unwrap().split("\n## ").next().unwrap();
+    let text: String = tour.split("```sh\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+    let text = text.replace("\\\n", " ");
+    let commands: Vec<_> = text.lines().filter(|line| line.starts_with("curl ")).collect();
+    let [chat, endpoints, metrics, legs] = commands[..] else { panic!("{commands:?}") };
+    let short = chat.replace("seq -s ' ' 800", "seq -s ' ' 8");
+    assert_ne!(short, chat);
+
+    let mut launcher = Launcher::start(&[]);
+    launcher.wait_ready();
+    for (command, expected) in [
+        (chat, r#""decision":"split""#),
+        (chat, r#""reason":"cached""#),
+        (&short, r#""decision":"decode_only""#),
+        (&format!("{chat} -H 'x-pd-phase: decode'"), r#""reason":"phase_header""#),
+    ] {
+        let answer = launcher.run(command);
+        assert!(answer.contains("\"finish_reason\""), "{command}\n{answer}");
+        let line = launcher.wait_line("\"decision\"");
+        assert!(line.contains(expected), "{command}\n{line}");
+    }
+    for (command, expected) in
+        [(endpoints, "\"role\": \"prefill\""), (metrics, "decision=\"split\""), (legs, "\"decode")]
+    {
+        // The filter sends its counts to Envoy at its next tick.
+        launcher::wait(command, || launcher.run(command).contains(expected));
+    }
+    launcher.signal("INT");
+    assert!(launcher.wait_end().success);
+}
+
+#[test]
 fn a_killed_launcher_leaves_no_process() {
     let mut launcher = Launcher::start(&[]);
     launcher.wait_ready();
@@ -42,7 +78,7 @@ fn a_child_that_dies_is_one_line_and_the_end() {
     let mut launcher = Launcher::start(&[]);
     launcher.wait_ready();
     let children = launcher.children();
-    launcher::kill(children[0]);
+    process::signal(children[0], "KILL");
     let ended = launcher.wait_end();
     assert!(!ended.success);
     let line = ended.stderr.trim_end();
@@ -88,7 +124,8 @@ fn what_cannot_be_run_is_one_line_before_anything_starts() {
 
 #[test]
 fn own_engines_take_the_place_of_simulators() {
-    let ports = [free_port(), free_port()];
+    let reserved = [Port::reserve(), Port::reserve()];
+    let ports = reserved.each_ref().map(|port| port.address().port());
     let mut engines = ports.map(|port| {
         let listen = format!("127.0.0.1:{port}");
         Command::new(launcher::sibling("pd-sim"))

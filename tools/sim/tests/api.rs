@@ -2,8 +2,8 @@
 
 use bytes::Bytes;
 use http::{HeaderValue, Request};
-use http_body_util::Full;
 use pd_sim::{Config, expected_text, expected_texts, start};
+use pd_support::client::Http;
 use serde_json::{Value, json};
 
 use crate::client::{CHAT, COMPLETIONS, ask, chat, exchange, get, post, send};
@@ -98,7 +98,7 @@ async fn bad_requests_get_openai_errors() {
     ] {
         let answer = ask(&sim, path, body).await;
         let error = &answer.json()["error"];
-        assert_eq!((answer.status.as_u16(), &error["code"], &error["type"]), (status, &json!(status), &json!(kind)));
+        assert_eq!((answer.status, &error["code"], &error["type"]), (status, &json!(status), &json!(kind)));
         assert!(error["message"].as_str().is_some_and(|message| !message.is_empty()), "{body}");
         assert!(error.get("param").is_some());
     }
@@ -119,7 +119,7 @@ async fn the_other_endpoints_answer() {
     assert_eq!(send(get(&sim, "/health")).await.unwrap().text, "");
     assert!(send(get(&sim, "/version")).await.unwrap().json()["version"].is_string());
     let missing = send(get(&sim, "/nope")).await.unwrap();
-    assert_eq!((missing.status.as_u16(), missing.text.as_str()), (404, r#"{"detail":"Not Found"}"#));
+    assert_eq!((missing.status, missing.text.as_str()), (404, r#"{"detail":"Not Found"}"#));
     assert_eq!(send(get(&sim, CHAT)).await.unwrap().status, 405);
     let body = r#"{"model":"l","prompt":"a prompt of at least sixteen tokens, which is 64 bytes of text here"}"#;
     assert_eq!(ask(&sim, COMPLETIONS, body).await.choice(0), expected_text("l", body));
@@ -166,7 +166,7 @@ async fn requests_are_recorded_byte_for_byte() {
     let odd = HeaderValue::from_bytes(b"caf\xe9").unwrap();
     for path in ["/health", "/first", "/odd?a=b%20c", CHAT] {
         let body = Bytes::from_static(b"\xff\x00 {\"a\" : 1}");
-        let request = Request::post(format!("{}{path}", sim.url())).header("x-odd", &odd).body(Full::new(body));
+        let request = Request::post(format!("{}{path}", sim.url())).header("x-odd", &odd).body(body);
         send(request.unwrap()).await.unwrap();
     }
     let requests = sim.requests();
@@ -184,7 +184,7 @@ async fn speaks_http2_with_prior_knowledge() {
     let sim = start(Config::default()).await.unwrap();
     for stream in [false, true] {
         let body = chat("x", &format!(r#","stream":{stream}"#));
-        let answer = exchange(post(&sim, CHAT, &body), true).await.0.unwrap();
+        let answer = exchange(post(&sim, CHAT, &body), Http::Two).await.0.unwrap();
         assert_eq!(answer.choice(0), expected_text("sim", &body));
     }
     assert_eq!(sim.requests()[0].version, http::Version::HTTP_2);

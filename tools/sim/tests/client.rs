@@ -3,23 +3,20 @@
 use std::net::SocketAddr;
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, StatusCode};
-use http_body_util::{BodyExt as _, Full};
-use hyper_util::client::legacy::{Client, Error};
-use hyper_util::rt::TokioExecutor;
+use http::{HeaderMap, Request};
 use pd_sim::Handle;
+use pd_support::body;
+pub use pd_support::body::{CHAT, COMPLETIONS};
+use pd_support::client::{Broken, Client, Http, Streaming, full};
 use serde_json::Value;
 use serde_json::value::RawValue;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 
-pub const CHAT: &str = "/v1/chat/completions";
-pub const COMPLETIONS: &str = "/v1/completions";
-
 /// An answer that ended properly.
 #[derive(Debug)]
 pub struct Answer {
-    pub status: StatusCode,
+    pub status: u16,
     pub headers: HeaderMap,
     pub text: String,
 }
@@ -67,46 +64,52 @@ impl Answer {
 }
 
 /// Sends a request and reads the answer to its end.
-pub async fn send(request: Request<Full<Bytes>>) -> Result<Answer, Error> {
-    exchange(request, false).await.0
+pub async fn send(request: Request<Bytes>) -> Result<Answer, Broken> {
+    exchange(request, Http::One).await.0
 }
 
 /// As [`send`], and what of the body came before an error.
-pub async fn exchange(request: Request<Full<Bytes>>, http2: bool) -> (Result<Answer, Error>, Option<String>) {
-    let client = Client::builder(TokioExecutor::new()).http2_only(http2).build_http();
-    let response = match client.request(request).await {
-        Ok(response) => response,
+pub async fn exchange(request: Request<Bytes>, http: Http) -> (Result<Answer, Broken>, Option<String>) {
+    let (parts, body) = request.into_parts();
+    let address = parts.uri.authority().expect("an address").as_str().parse().expect("an address");
+    let mut client = match Client::try_connect(address, http).await {
+        Ok(client) => client,
         Err(error) => return (Err(error), None),
     };
-    let (parts, mut body) = response.into_parts();
+    let path = parts.uri.path_and_query().expect("a path").as_str();
+    let mut request = client.request(parts.method.as_str(), path);
+    request.headers_mut().extend(parts.headers);
+    *request.body_mut() = full(body);
+    let mut streaming = match client.try_open(request).await {
+        Ok(streaming) => streaming,
+        Err(error) => return (Err(error), None),
+    };
     let mut text = Vec::new();
-    let mut whole = true;
-    while let Some(frame) = body.frame().await {
-        match frame {
-            Ok(frame) => text.extend_from_slice(&frame.into_data().unwrap_or_default()),
-            Err(_) => {
-                whole = false;
-                break;
-            }
+    let whole = loop {
+        match streaming.piece().await {
+            Ok(Some(piece)) => text.extend_from_slice(&piece),
+            Ok(None) => break true,
+            Err(_) => break false,
         }
-    }
+    };
     let text = String::from_utf8(text).expect("text");
+    let Streaming { status, headers, .. } = streaming;
     if whole {
-        (Ok(Answer { status: parts.status, headers: parts.headers, text }), None)
+        (Ok(Answer { status, headers, text }), None)
     } else {
         // Callers that expect a broken body look at the second value only.
-        (Ok(Answer { status: parts.status, headers: parts.headers, text: String::new() }), Some(text))
+        (Ok(Answer { status, headers, text: String::new() }), Some(text))
     }
 }
 
-pub fn get(handle: &Handle, path: &str) -> Request<Full<Bytes>> {
-    Request::get(format!("{}{path}", handle.url())).body(Full::default()).unwrap()
+pub fn get(handle: &Handle, path: &str) -> Request<Bytes> {
+    Request::get(format!("{}{path}", handle.url())).body(Bytes::new()).unwrap()
 }
 
-pub fn post(handle: &Handle, path: &str, body: &str) -> Request<Full<Bytes>> {
+pub fn post(handle: &Handle, path: &str, body: &str) -> Request<Bytes> {
     Request::post(format!("{}{path}", handle.url()))
         .header("content-type", "application/json")
-        .body(Full::new(Bytes::copy_from_slice(body.as_bytes())))
+        .body(Bytes::copy_from_slice(body.as_bytes()))
         .unwrap()
 }
 
@@ -116,7 +119,7 @@ pub async fn ask(handle: &Handle, path: &str, body: &str) -> Answer {
 }
 
 /// As [`ask`], with a fault for this request.
-pub async fn ask_with_fault(handle: &Handle, fault: &str, body: &str) -> Result<Answer, Error> {
+pub async fn ask_with_fault(handle: &Handle, fault: &str, body: &str) -> Result<Answer, Broken> {
     let mut request = post(handle, CHAT, body);
     request.headers_mut().insert(pd_sim::FAULT_HEADER, fault.parse().unwrap());
     send(request).await
@@ -124,8 +127,7 @@ pub async fn ask_with_fault(handle: &Handle, fault: &str, body: &str) -> Result<
 
 /// A chat body: one user message and other fields.
 pub fn chat(content: &str, fields: &str) -> String {
-    let content = serde_json::to_string(content).unwrap();
-    format!(r#"{{"model":"sim","messages":[{{"role":"user","content":{content}}}]{fields}}}"#)
+    body::chat(&[content], fields)
 }
 
 /// The prefill leg of a chat.

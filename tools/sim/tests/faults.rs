@@ -4,6 +4,7 @@ use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
 use pd_sim::{Config, Handle, Role, expected_text, start};
+use pd_support::client::{BOTH, Http};
 use serde_json::json;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
@@ -19,7 +20,7 @@ async fn statuses_are_errors_of_vllms_form() {
     let sim = sim(Role::Both).await;
     for status in [400, 429, 500, 503] {
         let answer = ask_with_fault(&sim, &status.to_string(), &chat("x", "")).await.unwrap();
-        assert_eq!((answer.status.as_u16(), &answer.json()["error"]["code"]), (status, &json!(status)));
+        assert_eq!((answer.status, &answer.json()["error"]["code"]), (status, &json!(status)));
         assert_eq!(answer.headers.contains_key("retry-after"), matches!(status, 429 | 503));
         assert_eq!(sim.stats().faults_injected[&status.to_string()], 1);
     }
@@ -74,14 +75,14 @@ async fn hang_lasts_until_the_client_goes() {
 async fn die_closes_a_stream_after_so_many_tokens() {
     let sim = sim(Role::Both).await;
     sim.set_faults("die=3").unwrap();
-    for http2 in [false, true] {
-        let (answer, part) = exchange(post(&sim, CHAT, &chat("x", r#","stream":true"#)), http2).await;
+    for http in BOTH {
+        let (answer, part) = exchange(post(&sim, CHAT, &chat("x", r#","stream":true"#)), http).await;
         assert_eq!(answer.unwrap().status, 200);
         let part = part.expect("the body is cut");
         assert_eq!(part.matches("data: ").count(), 4, "{part}");
     }
     // An answer that is no stream is cut in its middle.
-    let (answer, part) = exchange(post(&sim, CHAT, &chat("x", "")), false).await;
+    let (answer, part) = exchange(post(&sim, CHAT, &chat("x", "")), Http::One).await;
     assert_eq!(answer.unwrap().status, 200);
     assert!(part.is_some_and(|part| part.starts_with('{') && !part.ends_with('}')));
     assert_eq!(sim.wait_for(|stats| stats.in_flight == 0).await.client_disconnects, 0);
@@ -93,7 +94,7 @@ async fn an_error_event_ends_a_stream_of_status_200() {
     sim.set_faults("error_event=2").unwrap();
     let answer = ask(&sim, CHAT, &chat("x", r#","stream":true"#)).await;
     let events = answer.events();
-    assert_eq!((answer.status.as_u16(), events.len(), events[4]), (200, 5, "[DONE]"));
+    assert_eq!((answer.status, events.len(), events[4]), (200, 5, "[DONE]"));
     assert!(events[3].starts_with(r#"{"error":{"message":"#), "{}", events[3]);
     assert_eq!(ask(&sim, CHAT, &chat("x", "")).await.status, 500);
 }

@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use pd_bench::blocks::chat_body;
 use pd_bench::drive::{Answer, Gateway};
-use pd_bench::envoy::{self, Config, Envoy};
+use pd_bench::envoy::{self, Envoy};
 use pd_bench::trace::{BLOCK_TOKENS, Entry};
 use pd_sim::{Handle, Role};
+use pd_support::config::merge;
 use serde_json::json;
 use tokio::task::JoinHandle;
 
@@ -163,11 +164,11 @@ impl Reality {
             engines.iter().map(|engine| json!({"address": engine.addr(), "role": role})).collect()
         };
         let endpoints = [list(&prefill, "prefill"), list(&decode, "decode")].concat();
-        let mut envoy_config = Config::local(&setup.wasm, &engines)?;
-        envoy_config.edit_filter(|filter| {
-            envoy::merge(filter, config);
+        let mut envoy_config = envoy::local(&setup.wasm, &engines)?;
+        envoy::edit_filter(&mut envoy_config, |filter| {
+            merge(filter, config);
             filter["endpoints"] = json!(endpoints);
-        })?;
+        });
         let envoy = Envoy::start(&setup.envoy, &envoy_config, &setup.out, setup.workers).await?;
         let gateway = Gateway::new(&format!("http://{}", envoy.gateway));
         Ok(Self { gateway, prefill, decode, open: VecDeque::new(), _envoy: envoy })

@@ -14,8 +14,10 @@ use pd_core::headers::Headers;
 use pd_core::push::TICK;
 use pd_core::request::{DECODE, Effect, Outcome, PrefillAnswer, Request};
 use pd_core::share::{Share, Shared};
+use pd_core::time::Monotonic;
 use pd_core::wire::{Endpoint, Role, Snapshot, WIRE_VERSION};
 use pd_core::worker::Worker;
+use pd_support::config::merge;
 
 use crate::load::{Job, Pods};
 
@@ -40,7 +42,7 @@ pub struct Brains {
     pub workers: usize,
     /// How often gateways exchange what they know, as they do through pd-control; `None`: never.
     pub exchange: Option<Duration>,
-    /// Members to put over those of the plugin configuration, objects by member.
+    /// Members to merge into those of the plugin configuration; none where this is `null`.
     pub config: serde_json::Value,
 }
 
@@ -52,13 +54,13 @@ pub struct Filter {
     shares: Vec<Share>,
     /// What those of one gateway share.
     stores: Vec<Store>,
-    ticked: Duration,
+    ticked: Monotonic,
     workers: usize,
     streams: HashMap<usize, Stream>,
     places: Places,
     voices: Option<Voices>,
     rng: fastrand::Rng,
-    pruned: Duration,
+    pruned: Monotonic,
 }
 
 /// Shared data of one gateway.
@@ -115,7 +117,7 @@ struct Voices {
     /// Of each gateway's first worker, and its question that waits.
     gateways: Vec<(Exchange, Option<Call>)>,
     period: Duration,
-    ticked: Duration,
+    ticked: Monotonic,
 }
 
 impl Voices {
@@ -124,15 +126,15 @@ impl Voices {
             let config = worker.config.clone().ok();
             let mut exchange = Exchange::default();
             exchange.configure(worker, config.as_ref().and_then(|config| config.control.as_ref()));
-            exchange.speak(worker, at as u64 + 1, 0, Duration::ZERO);
+            exchange.speak(worker, at as u64 + 1, 0, Monotonic::ZERO);
             (exchange, None)
         };
         let gateways = states.iter_mut().step_by(workers).enumerate().map(voice).collect();
-        Self { hub: Hub::new(u64::MAX), gateways, period, ticked: Duration::ZERO }
+        Self { hub: Hub::new(u64::MAX), gateways, period, ticked: Monotonic::ZERO }
     }
 
     /// One gateway's tick.
-    fn tick(&mut self, gateway: usize, worker: &mut Worker, now: Duration) {
+    fn tick(&mut self, gateway: usize, worker: &mut Worker, now: Monotonic) {
         let Self { hub, gateways, .. } = self;
         let Some((exchange, waiting)) = gateways.get_mut(gateway) else { return };
         let calls = exchange.tick(worker, true, now, |_| Vec::new());
@@ -185,7 +187,9 @@ pub fn configuration(pods: &Pods, brains: &Brains) -> serde_json::Value {
     if brains.exchange.is_some() {
         merge(&mut config, &serde_json::json!({"control": {"cluster": "pd-control"}}));
     }
-    merge(&mut config, &brains.config);
+    if !brains.config.is_null() {
+        merge(&mut config, &brains.config);
+    }
     config
 }
 
@@ -223,7 +227,7 @@ impl Filter {
             worker.apply(&snapshot.to_json()).context("the list of endpoints")?;
             if workers > 1 {
                 let mut share = Share::default();
-                share.configure(&mut worker, &stores[at / workers], at as u64 + 1, Duration::ZERO);
+                share.configure(&mut worker, &stores[at / workers], at as u64 + 1, Monotonic::ZERO);
                 shares.push(share);
             }
             states.push(worker);
@@ -233,13 +237,13 @@ impl Filter {
             states,
             shares,
             stores,
-            ticked: Duration::ZERO,
+            ticked: Monotonic::ZERO,
             workers,
             streams: HashMap::new(),
             places,
             voices,
             rng: fastrand::Rng::with_seed(seed),
-            pruned: Duration::ZERO,
+            pruned: Monotonic::ZERO,
         })
     }
 
@@ -258,6 +262,7 @@ impl Filter {
     /// # Errors
     /// When pd-core does anything but start a prefill leg.
     pub fn ask(&mut self, number: usize, path: &str, body: &[u8], tokens: u64, now: Duration) -> Result<usize> {
+        let now = Monotonic::new(now);
         self.catch_up(now);
         let at = if self.states.len() > 1 { self.rng.usize(..self.states.len()) } else { 0 };
         self.listen(at, now);
@@ -282,6 +287,7 @@ impl Filter {
     /// # Errors
     /// When pd-core chooses none.
     pub fn prefilled(&mut self, number: usize, now: Duration) -> Result<usize> {
+        let now = Monotonic::new(now);
         self.catch_up(now);
         let at = self.streams.get(&number).context("no such request")?.state;
         self.listen(at, now);
@@ -303,6 +309,7 @@ impl Filter {
 
     /// The first token is on its way to the client.
     pub fn first_token(&mut self, number: usize, now: Duration) {
+        let now = Monotonic::new(now);
         if let Some(stream) = self.streams.get_mut(&number)
             && let Some(state) = self.states.get_mut(stream.state)
         {
@@ -316,6 +323,7 @@ impl Filter {
 
     /// The request is over.
     pub fn done(&mut self, number: usize, now: Duration) {
+        let now = Monotonic::new(now);
         let Some(mut stream) = self.streams.remove(&number) else { return };
         if let Some(state) = self.states.get_mut(stream.state) {
             stream.request.done(state, now);
@@ -324,7 +332,7 @@ impl Filter {
     }
 
     /// A worker hears what the others of its gateway did.
-    fn listen(&mut self, at: usize, now: Duration) {
+    fn listen(&mut self, at: usize, now: Monotonic) {
         if let (Some(share), Some(state)) = (self.shares.get_mut(at), self.states.get_mut(at)) {
             let store = &self.stores[at / self.workers];
             share.catch_up(state, store, store.announced(), now);
@@ -332,14 +340,14 @@ impl Filter {
     }
 
     /// It tells them what it did.
-    fn publish(&mut self, at: usize, now: Duration) {
+    fn publish(&mut self, at: usize, now: Monotonic) {
         if let (Some(share), Some(state)) = (self.shares.get_mut(at), self.states.get_mut(at)) {
             share.publish(state, &self.stores[at / self.workers], now);
         }
     }
 
     /// Tells the gateways what others did, when its time has come.
-    fn catch_up(&mut self, now: Duration) {
+    fn catch_up(&mut self, now: Monotonic) {
         if now >= self.pruned + PRUNE_EVERY {
             self.pruned = now;
             self.states.iter_mut().for_each(|state| state.prune(now));
@@ -363,18 +371,6 @@ impl Filter {
                 self.publish(gateway * self.workers, due);
             }
         }
-    }
-}
-
-fn merge(config: &mut serde_json::Value, over: &serde_json::Value) {
-    match (config, over) {
-        (serde_json::Value::Object(config), serde_json::Value::Object(over)) => {
-            for (key, value) in over {
-                merge(config.entry(key).or_insert(serde_json::Value::Null), value);
-            }
-        }
-        (_, serde_json::Value::Null) => {}
-        (config, over) => config.clone_from(over),
     }
 }
 
@@ -447,9 +443,10 @@ mod tests {
                 filter.arrive(number, &new, now).unwrap()
             };
         }
-        let now = Duration::from_secs(2);
+        let now = Monotonic::from_secs(2);
         filter.catch_up(now);
-        let queues = |state: &Worker| state.table.iter().map(|(_, slot)| slot.prefill.work(now)).collect::<Vec<_>>();
+        let queues =
+            |worker: &Worker| worker.state.table.iter().map(|(_, slot)| slot.prefill.work(now)).collect::<Vec<_>>();
         let all: Vec<_> = filter.states.iter().map(queues).collect();
         let is_like = |queues: &Vec<f64>| queues.iter().zip(&all[0]).all(|(a, b)| (a - b).abs() < 1e-3);
         assert!(all.iter().all(is_like), "{all:?}");
@@ -463,15 +460,19 @@ mod tests {
         let text = prompt(&job(&[1, 2], 0));
         let blocks = prompt_hash(b"m", b"", &[&text], HASH_BLOCK_BYTES).blocks;
         // They find each other first.
-        filter.catch_up(Duration::from_secs(3));
+        filter.catch_up(Monotonic::from_secs(3));
         serve(&mut filter, 0, &job(&[1, 2], 3_010));
-        let knowing = |filter: &Filter| filter.states.iter().filter(|state| state.index.knows(blocks[0])).count();
-        filter.catch_up(Duration::from_millis(3_049));
+        let knowing =
+            |filter: &Filter| filter.states.iter().filter(|worker| worker.state.index.knows(blocks[0])).count();
+        filter.catch_up(Monotonic::from_millis(3_049));
         assert_eq!(knowing(&filter), 1);
-        filter.catch_up(Duration::from_millis(3_100));
+        filter.catch_up(Monotonic::from_millis(3_100));
         assert_eq!(knowing(&filter), 2);
-        for state in &filter.states {
-            assert!(state.table.iter().all(|(_, slot)| slot.work(Duration::from_secs(4)) == 0.0), "what began is over");
+        for worker in &filter.states {
+            assert!(
+                worker.state.table.iter().all(|(_, slot)| slot.work(Monotonic::from_secs(4)) == 0.0),
+                "what began is over"
+            );
         }
     }
 }

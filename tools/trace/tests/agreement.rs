@@ -1,6 +1,6 @@
 //! A real Envoy takes the decisions that the simulation takes; `make sim-agree` has the large runs.
 
-use pd_bench::envoy;
+use pd_support::places;
 use pd_trace::agree::{self, Setup};
 use pd_trace::generate::Shape;
 use pd_trace::load::Pods;
@@ -17,9 +17,9 @@ async fn envoy_decides_as_the_simulation() {
             pods: Pods { prefill: 4, decode: 4, cache_tokens, fast_tokens: cache_tokens },
             open: 10,
             workers: 1,
-            envoy: envoy::default_binary(),
-            wasm: envoy::default_module(),
-            out: envoy::root().join("target/agree"),
+            envoy: places::envoy_path(),
+            wasm: places::wasm_path(),
+            out: places::root().join("target/agree"),
         };
         let found = agree::run(&entries, &setup, || ()).await.unwrap_or_else(|error| panic!("{shape:?}: {error:#}"));
         assert!(found.requests == requests && found.percent() >= 99.0, "{shape:?}: {found:?}");

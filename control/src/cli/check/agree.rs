@@ -1,4 +1,4 @@
-//! Names that the filter's configuration and Envoy Gateway's objects must have alike.
+//! Checks names that the filter's configuration and Envoy Gateway's objects must share.
 
 use pd_core::config::Config;
 use serde_json::Value;
@@ -9,19 +9,20 @@ use super::images::digest;
 use super::manifests::{Manifests, Object, items, text};
 use super::report::Report;
 
-/// What the route writes into the destination header.
+/// Value of the destination header that the route sets.
 const DESTINATION: &str = "%FILTER_STATE(wasm.pd.destination:PLAIN)%";
-/// The filter that holds the headers until ours has chosen, and ours.
+/// The filter that holds the headers until the Wasm filter has chosen, and the Wasm filter.
 const BUFFER: &str = "envoy.filters.http.buffer";
 const WASM: &str = "envoy.filters.http.wasm";
-/// Annotation of Envoy's pods.
+/// Annotation of Envoy's pods with the image of the filter.
 const IMAGE_ANNOTATION: &str = "pd-filter-image";
 
-/// Checks a filter against the objects around it; what is not among them is not checked.
+/// Checks a filter against the objects that its policy is attached to. Objects that are in none of the files are not
+/// checked.
 pub(super) fn check(filter: &Filter<'_>, config: &Config, all: &Manifests, report: &mut Report) {
-    // Without any, the files are a part of an installation.
+    // Files without an HTTPRoute are a part of an installation.
     if all.of_kind("HTTPRoute").next().is_none() {
-        report.note(filter.says("config", "there is no HTTPRoute here, so names that must agree were not checked"));
+        report.note(filter.says("config", "the files have no HTTPRoute, so names that must agree were not checked"));
         return;
     }
     check_cluster(filter, "cluster", &config.cluster, all, report);
@@ -38,7 +39,8 @@ pub(super) fn check(filter: &Filter<'_>, config: &Config, all: &Manifests, repor
     }
 }
 
-/// `httproute/NAMESPACE/NAME/rule/N` is the cluster of a rule of a route; other names are not Envoy Gateway's.
+/// Checks a cluster that is named as Envoy Gateway names that of a rule of a route: `httproute/NAMESPACE/NAME/rule/N`.
+/// Other names are not checked.
 fn check_cluster(filter: &Filter<'_>, key: &str, cluster: &str, all: &Manifests, report: &mut Report) {
     let parts: Vec<_> = cluster.split('/').collect();
     let ["httproute", namespace, name, "rule", rule] = parts.as_slice() else { return };
@@ -71,7 +73,7 @@ fn check_cluster(filter: &Filter<'_>, key: &str, cluster: &str, all: &Manifests,
     }
 }
 
-/// Where pd-control asks for a token, Envoy's environment and the module's must have it.
+/// Checks that the module gets the token, if pd-control requires one.
 fn check_token(filter: &Filter<'_>, variable: &str, all: &Manifests, report: &mut Report) {
     if !has_token(all) {
         return;
@@ -99,7 +101,7 @@ fn check_destination_is_set(filter: &Filter<'_>, config: &Config, route: &Object
     }
 }
 
-/// Policies of the route or of its Gateways.
+/// Checks the traffic policies of the route, or else of its Gateways.
 fn check_traffic(filter: &Filter<'_>, config: &Config, route: &Object, all: &Manifests, report: &mut Report) {
     let gateways: Vec<_> = gateways(route, all).collect();
     let mut policies: Vec<_> = all.of_kind("BackendTrafficPolicy").filter(|it| it.targets(route)).collect();
@@ -152,7 +154,7 @@ fn gateways<'a>(route: &'a Object, all: &'a Manifests) -> impl Iterator<Item = &
     })
 }
 
-/// Envoy's settings for a route: those of its Gateways, else of their classes.
+/// The EnvoyProxies of a route: those of its Gateways, else of their GatewayClasses.
 fn proxies<'a>(route: &'a Object, all: &'a Manifests) -> impl Iterator<Item = &'a Object> {
     gateways(route, all).filter_map(|gateway| {
         let name = text(&gateway.value, "/spec/infrastructure/parametersRef/name");
@@ -172,7 +174,9 @@ fn check_proxy(filter: &Filter<'_>, config: &Config, proxy: &Object, report: &mu
             || (of("/name").starts_with(WASM) && of("/before") == BUFFER)
     });
     if !is_ordered {
-        let what = format!("must have {{name: {BUFFER}, after: {WASM}}}: the buffer holds what the filter has changed");
+        let what = format!(
+            "must have {{name: {BUFFER}, after: {WASM}}}: the buffer filter must get the body that the Wasm filter edits"
+        );
         report.fault(proxy.says("spec.filterOrder", what));
     }
     let deployment = "/spec/provider/kubernetes/envoyDeployment";
@@ -191,13 +195,13 @@ fn check_proxy(filter: &Filter<'_>, config: &Config, proxy: &Object, report: &mu
         let is_passed_on = items(filter.entry, "/env/hostKeys").iter().any(|key| key == variable);
         let is_there = items(envoys, "/container/env").iter().any(|env| text(env, "/name") == variable);
         if is_passed_on && !is_there {
-            let what = format!("must have {variable}, which {} takes from it", filter.policy.title());
+            let what = format!("must have {variable}: {} passes it on to the filter", filter.policy.title());
             report.fault(proxy.says("spec.provider.kubernetes.envoyDeployment.container.env", what));
         }
     }
 }
 
-/// Bytes of a Kubernetes quantity.
+/// The bytes of a Kubernetes quantity; `None` when it is none.
 fn quantity(value: &Value) -> Option<f64> {
     if let Some(number) = value.as_f64() {
         return Some(number);

@@ -1,4 +1,4 @@
-//! Containers that run pd-control.
+//! Finds the containers that run pd-control.
 
 use serde_json::Value;
 
@@ -6,9 +6,9 @@ use super::images;
 use super::manifests::{Manifests, Object, items, text};
 use crate::cli::arguments::TOKEN_VARIABLE;
 
-/// Label that says a program's version.
+/// Label with the version of a program.
 const VERSION_LABEL: &str = "app.kubernetes.io/version";
-/// Label that says which program it is.
+/// Label with the name of a program.
 pub(super) const NAME_LABEL: &str = "app.kubernetes.io/name";
 
 /// A container that runs pd-control.
@@ -20,7 +20,8 @@ pub(super) struct Container<'a> {
 }
 
 impl<'m> Container<'m> {
-    /// What its labels say, else the ConfigMap that names its image, else the image's tag.
+    /// Its version: from the workload's labels, else from the ConfigMap that names its image, else the image's tag.
+    /// `None` when none of them is a version.
     pub(super) fn version(&self, all: &'m Manifests) -> Option<&'m str> {
         let labels = ["/spec/template/metadata/labels", "/metadata/labels"];
         let labelled = labels.iter().find_map(|at| self.workload.value.pointer(at)?.get(VERSION_LABEL)?.as_str());
@@ -32,18 +33,18 @@ impl<'m> Container<'m> {
         (version.split('.').count() == 3 && version.split('.').take(2).all(is_number)).then_some(version)
     }
 
-    /// One line about a key of it.
+    /// One line about a key of the container.
     pub(super) fn says(&self, key: &str, what: impl std::fmt::Display) -> String {
         self.workload.says(&format!("{}.{key}", self.key), what)
     }
 }
 
-/// Which versions of pd-control the workloads run, where they say it.
+/// The workloads that run pd-control, with their versions. Workloads without a version are left out.
 pub(super) fn versions(all: &Manifests) -> impl Iterator<Item = (&Object, &str)> {
     containers(all).filter_map(|container| Some((container.workload, container.version(all)?)))
 }
 
-/// Whether a pd-control is given a token.
+/// Whether a container passes a token to pd-control.
 pub(super) fn has_token(all: &Manifests) -> bool {
     containers(all).any(|container| {
         let names_one = items(container.value, "/args").iter().any(|arg| text(arg, "").starts_with("--token-env"));
@@ -51,7 +52,7 @@ pub(super) fn has_token(all: &Manifests) -> bool {
     })
 }
 
-/// The containers of all workloads.
+/// The pd-control containers of all workloads.
 pub(super) fn containers(all: &Manifests) -> impl Iterator<Item = Container<'_>> {
     let kinds = ["Deployment", "StatefulSet", "DaemonSet"];
     kinds.into_iter().flat_map(|kind| all.of_kind(kind)).flat_map(|workload| {
@@ -61,7 +62,7 @@ pub(super) fn containers(all: &Manifests) -> impl Iterator<Item = Container<'_>>
     })
 }
 
-/// The last part of the image's name.
+/// The last part of the image's name, without tag and digest.
 fn image(container: &Value) -> &str {
     let name = text(container, "/image").split('@').next().unwrap_or_default();
     let name = name.rsplit('/').next().unwrap_or_default();

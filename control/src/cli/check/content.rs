@@ -1,4 +1,4 @@
-//! Files that stand for themselves: what each is for, and whether pd-control would take it.
+//! Checks files that are no manifests: endpoints files, files of `--kubernetes-config`, plugin configurations.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,33 +16,33 @@ use crate::sources::file::endpoints;
 use crate::sources::kubernetes::KubernetesConfig;
 use crate::sources::yaml::{self, FileError, Node};
 
-/// What a file is for, as its keys tell.
+/// The kind of a file.
 pub(super) enum Kind {
-    /// `--endpoints`.
+    /// A file of `--endpoints`.
     Endpoints,
-    /// `--kubernetes-config`.
+    /// A file of `--kubernetes-config`.
     Kubernetes,
-    /// The filter's configuration, which is JSON.
+    /// The filter's configuration, as JSON.
     Plugin,
-    /// Objects for a cluster.
+    /// Kubernetes objects.
     Manifests,
 }
 
-/// Keys that `--kubernetes-config` alone has.
+/// Keys that only a file of `--kubernetes-config` has.
 const KUBERNETES_KEYS: &[&str] = &["allowed_cidrs", "inference_pools", "labels", "namespaces", "selectors"];
 
-/// A file that would be taken.
+/// The findings on a valid file.
 pub(super) struct Good {
-    /// What it is, in a few words.
+    /// Kind and size of its content, for people.
     pub(super) what: String,
-    /// Why what it says would not serve.
+    /// Why its endpoints cannot serve.
     pub(super) warnings: Vec<String>,
 }
 
-/// Checks a file that stands for itself: no manifests.
+/// Checks a file that is no manifest.
 ///
 /// # Errors
-/// All that is wrong with it, at least one fault, in the order of the file.
+/// All faults, at least one, in the order of the file.
 pub(super) fn check(kind: &Kind, path: &Path, bytes: &[u8]) -> Result<Good, Vec<FileError>> {
     read(kind, path, bytes).map_err(|mut errors| {
         errors.sort_by_key(|error| error.position);
@@ -67,7 +67,7 @@ fn read(kind: &Kind, path: &Path, bytes: &[u8]) -> Result<Good, Vec<FileError>> 
             let config = Config::parse(bytes).map_err(|error| plugin_faults(path, bytes, &error.to_string()))?;
             let endpoints = config.static_snapshot().endpoints;
             let what = format!("plugin configuration with {}", summary(&endpoints));
-            // Without endpoints of its own, pd-control sends them.
+            // Without endpoints in the configuration, pd-control sends them.
             let is_own = !endpoints.is_empty() || config.control.is_none();
             let engine_of = |endpoint: &Endpoint| Some(endpoint.engine.unwrap_or(config.pool(&endpoint.pool).engine));
             let warnings = if is_own { serving::warnings(&endpoints, engine_of) } else { Vec::new() };
@@ -76,7 +76,7 @@ fn read(kind: &Kind, path: &Path, bytes: &[u8]) -> Result<Good, Vec<FileError>> 
     }
 }
 
-/// Everything that is wrong with a `--kubernetes-config`, of which its reader names the first.
+/// All faults of a file of `--kubernetes-config`; its parser returns `first`.
 fn kubernetes_faults(path: &Path, bytes: &[u8], first: FileError) -> Vec<FileError> {
     let Ok(root) = yaml::parse::<Spanned<Node>>(path, bytes) else { return vec![first] };
     let read = |text: &str| {
@@ -95,11 +95,11 @@ fn kubernetes_faults(path: &Path, bytes: &[u8], first: FileError) -> Vec<FileErr
     if found.is_empty() { vec![first] } else { found }
 }
 
-/// Everything that is wrong with a plugin configuration, of which its reader names the first.
+/// All faults of a plugin configuration; its parser returns `first`.
 fn plugin_faults(path: &Path, bytes: &[u8], first: &str) -> Vec<FileError> {
     let error = |position, message| FileError { path: path.to_owned(), position, message };
     let Ok(value) = serde_json::from_slice::<Value>(bytes) else { return vec![error(None, first.to_owned())] };
-    // The YAML reader knows the lines, but not all that is JSON.
+    // The YAML parser has positions, but refuses some JSON.
     let root = yaml::parse::<Spanned<Node>>(path, bytes).ok();
     let named = |fault: &Fault| {
         let position = root.as_ref().map(|root| fault.position(root));
@@ -110,12 +110,12 @@ fn plugin_faults(path: &Path, bytes: &[u8], first: &str) -> Vec<FileError> {
     if found.is_empty() { vec![error(None, first.to_owned())] } else { found }
 }
 
-/// Everything that is wrong with a plugin configuration.
+/// All faults of a plugin configuration.
 pub(super) fn config_faults(config: &Value) -> Vec<Fault> {
     faults::all(config, |text| Some(config_error(&Config::parse(text.as_bytes()).err()?.to_string())))
 }
 
-/// The line that serde names at the end of a message: "… at line 3 column 7".
+/// Takes the line from the end of serde's messages: "… at line 3 column 7".
 fn config_error(error: &str) -> faults::Error {
     let Some((what, place)) = error.rsplit_once(" at line ") else {
         return faults::Error { line: None, message: error.to_owned() };
@@ -125,7 +125,7 @@ fn config_error(error: &str) -> faults::Error {
     faults::Error { line, message: what.to_owned() }
 }
 
-/// Tells from its keys what a file is for.
+/// Tells the kind of a file from its keys.
 pub(super) fn kind(path: &Path, bytes: &[u8]) -> Kind {
     type Keys = BTreeMap<String, IgnoredAny>;
     let is_manifest = |keys: &Keys| keys.contains_key("apiVersion") && keys.contains_key("kind");
@@ -139,14 +139,14 @@ pub(super) fn kind(path: &Path, bytes: &[u8]) -> Kind {
             _ => Kind::Plugin,
         };
     }
-    // Of several documents only the kind is looked at here.
+    // Files of several documents are manifests.
     let text = String::from_utf8_lossy(bytes);
     if text.lines().any(|line| line.starts_with("apiVersion:")) && text.lines().any(|line| line.starts_with("kind:")) {
         return Kind::Manifests;
     }
     match yaml::parse::<Keys>(path, bytes) {
         Ok(keys) if keys.keys().any(|key| KUBERNETES_KEYS.contains(&key.as_str())) => Kind::Kubernetes,
-        // What is wrong with it is told where it is read.
+        // Its parser names the fault.
         _ => Kind::Endpoints,
     }
 }

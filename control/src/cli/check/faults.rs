@@ -1,4 +1,6 @@
-//! Finds every fault of a configuration with a reader that names one: what it names is left out, and it reads again.
+//! Finds all faults of a configuration with a parser that names the first one.
+//!
+//! It leaves out the part that the parser names and parses again, until the rest is valid.
 
 use std::collections::HashSet;
 use std::fmt::Write;
@@ -8,7 +10,7 @@ use serde_saphyr::Spanned;
 
 use crate::sources::yaml::Node;
 
-/// Faults of one file that are named.
+/// Most faults of one file that are named.
 pub(super) const MAX_FAULTS: usize = 100;
 
 /// A step from the root of a value to a part of it.
@@ -18,36 +20,36 @@ pub(super) enum Step {
     Index(usize),
 }
 
-/// What a reader says of the first thing that is wrong.
+/// The first fault, as the parser names it.
 pub(super) struct Error {
-    /// Line of the text that it was given, from 1; none: the message begins with the key.
+    /// Line of the parsed text, from 1; none: the message begins with the key.
     pub(super) line: Option<usize>,
     pub(super) message: String,
 }
 
-/// One fault.
+/// A fault and its place.
 #[derive(Debug, PartialEq)]
 pub(super) struct Fault {
-    /// Where it is; empty: in the whole.
+    /// Path to the part with the fault; empty: the whole value.
     pub(super) steps: Vec<Step>,
     pub(super) what: String,
 }
 
-/// A value of which parts can be left out without moving the others.
+/// A value from which parts can be left out while the others keep their index.
 enum Tree {
     Leaf(Value),
     List(Vec<(usize, Tree)>),
     Map(Vec<(String, Tree)>),
 }
 
-/// Text of a tree that has one key or item a line, and what is in each line.
+/// The JSON text of a tree, with one key or item a line, and the path of each line.
 #[derive(Default)]
 struct Lines {
     text: String,
     steps: Vec<Vec<Step>>,
 }
 
-/// Everything that is wrong with a value, up to [`MAX_FAULTS`] and one more; `read` is given it as JSON.
+/// All faults of a value, at most [`MAX_FAULTS`] and one more. `read` parses JSON text and returns its first fault.
 pub(super) fn all(value: &Value, read: impl Fn(&str) -> Option<Error>) -> Vec<Fault> {
     let mut tree = Tree::new(value);
     let mut left_out = HashSet::new();
@@ -62,7 +64,7 @@ pub(super) fn all(value: &Value, read: impl Fn(&str) -> Option<Error>) -> Vec<Fa
                 (steps, rest.to_owned())
             }
         };
-        // A key that is missing because it was left out is no fault of the file.
+        // A key that is missing because it was left out is no fault.
         let missing = what.strip_prefix("missing field `").and_then(|rest| rest.split('`').next());
         let missing = missing.map(|key| [steps.as_slice(), &[Step::Key(key.to_owned())]].concat());
         if missing.is_none_or(|missing| !left_out.contains(&missing)) {
@@ -77,7 +79,7 @@ pub(super) fn all(value: &Value, read: impl Fn(&str) -> Option<Error>) -> Vec<Fa
 }
 
 impl Fault {
-    /// `pools.a.split`, `endpoints[3].role`.
+    /// The path as people write it: `pools.a.split`, `endpoints[3].role`.
     pub(super) fn key(&self) -> String {
         let mut text = String::new();
         for step in &self.steps {
@@ -91,7 +93,7 @@ impl Fault {
         text
     }
 
-    /// Line and column in the file that the value was read from.
+    /// Line and column of the fault in the file of the value.
     pub(super) fn position(&self, root: &Spanned<Node>) -> (u64, u64) {
         let mut place = (root.defined.line(), root.defined.column());
         let mut node = root;
@@ -123,7 +125,7 @@ impl Tree {
         }
     }
 
-    /// The longest path that a message begins with, and what follows it.
+    /// The longest path at the beginning of a message, and the rest of the message.
     fn resolve<'a>(&self, message: &'a str) -> (Vec<Step>, &'a str) {
         let (mut tree, mut rest, mut steps) = (self, message, Vec::new());
         loop {
@@ -131,7 +133,7 @@ impl Tree {
                 Self::Leaf(_) => None,
                 Self::List(items) => rest.strip_prefix('[').and_then(|inner| {
                     let (number, after) = inner.split_once(']')?;
-                    // The reader counts the items that are left.
+                    // The parser counts the items that are left.
                     let (index, item) = items.get(number.parse::<usize>().ok()?)?;
                     Some((Step::Index(*index), item, after))
                 }),
@@ -152,25 +154,25 @@ impl Tree {
         (steps, rest.strip_prefix(": ").unwrap_or(rest))
     }
 
-    /// Leaves a part out; says whether it was there.
+    /// Leaves a part out; returns whether it was there.
     fn leave_out(&mut self, steps: &[Step]) -> bool {
         let Some((step, rest)) = steps.split_first() else { return false };
         match (self, step) {
             (Self::Map(members), Step::Key(key)) => {
-                let Some(at) = members.iter().position(|(known, _)| known == key) else { return false };
+                let Some(index) = members.iter().position(|(known, _)| known == key) else { return false };
                 if rest.is_empty() {
-                    members.remove(at);
+                    members.remove(index);
                     return true;
                 }
-                members.get_mut(at).is_some_and(|(_, member)| member.leave_out(rest))
+                members.get_mut(index).is_some_and(|(_, member)| member.leave_out(rest))
             }
-            (Self::List(items), Step::Index(index)) => {
-                let Some(at) = items.iter().position(|(known, _)| known == index) else { return false };
+            (Self::List(items), Step::Index(wanted)) => {
+                let Some(index) = items.iter().position(|(known, _)| known == wanted) else { return false };
                 if rest.is_empty() {
-                    items.remove(at);
+                    items.remove(index);
                     return true;
                 }
-                items.get_mut(at).is_some_and(|(_, item)| item.leave_out(rest))
+                items.get_mut(index).is_some_and(|(_, item)| item.leave_out(rest))
             }
             _ => false,
         }

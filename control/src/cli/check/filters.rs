@@ -1,4 +1,4 @@
-//! The filter in Envoy Gateway's policies, and its configuration.
+//! Finds the filter in Envoy Gateway's policies, and parses its configuration.
 
 use pd_core::config::Config;
 use serde_json::Value;
@@ -8,10 +8,10 @@ use super::faults::MAX_FAULTS;
 use super::manifests::{Manifests, Object, items, text};
 use super::report::Report;
 
-/// Keys that tell a configuration of ours, also one with mistakes in it.
+/// Keys by which a configuration of this filter is known, also one with faults.
 const OUR_KEYS: &[&str] = &["bootstrap_cluster", "control", "destination_header", "pools", "prefix", "trusted_headers"];
 
-/// One entry of a policy's `wasm` list that is ours.
+/// An entry of a policy's `wasm` list with this filter.
 pub(super) struct Filter<'a> {
     pub(super) policy: &'a Object,
     /// `spec.wasm[0]`.
@@ -35,7 +35,7 @@ impl Filter<'_> {
         is_named || self.image().contains("pd-filter") || OUR_KEYS.iter().any(has_key)
     }
 
-    /// Where the module comes from.
+    /// Image or URL of the module; empty when there is none.
     pub(super) fn image(&self) -> &str {
         match text(self.entry, "/code/image/url") {
             "" => text(self.entry, "/code/http/url"),
@@ -48,12 +48,12 @@ impl Filter<'_> {
         self.policy.says(&format!("{}.{key}", self.key), what)
     }
 
-    /// The configuration as it stands there.
+    /// The configuration, not parsed; null when there is none.
     pub(super) fn raw_config(&self) -> &Value {
         self.entry.get("config").unwrap_or(&Value::Null)
     }
 
-    /// The configuration, as the filter reads it.
+    /// The configuration, parsed as the filter does. Reports all faults and returns `None` when there are any.
     pub(super) fn config(&self, report: &mut Report) -> Option<Config> {
         let raw = self.raw_config();
         let text = if raw.is_null() { String::new() } else { raw.to_string() };

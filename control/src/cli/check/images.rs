@@ -1,14 +1,14 @@
-//! Images as manifests name them.
+//! Digests and versions of images.
 
 use super::manifests::{Manifests, text};
 
-/// The digest that an image is named by.
+/// The sha256 digest of an image's name; `None` when it has none or an incomplete one.
 pub(super) fn digest(image: &str) -> Option<&str> {
     let (_, digest) = image.split_once("@sha256:")?;
     (digest.len() == 64 && digest.bytes().all(|byte| byte.is_ascii_hexdigit())).then_some(digest)
 }
 
-/// The version of an image, as the ConfigMap says that names it.
+/// The version of an image, from the ConfigMap that names the image.
 pub(super) fn version<'a>(manifests: &'a Manifests, image: &str) -> Option<&'a str> {
     let of_image = manifests.of_kind("ConfigMap").filter(|map| text(&map.value, "/data/image") == image);
     of_image.map(|map| text(&map.value, "/data/version")).find(|version| !version.is_empty())

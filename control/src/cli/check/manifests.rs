@@ -11,11 +11,11 @@ use crate::sources::yaml::{self, FileError};
 #[derive(Debug, Default)]
 pub(super) struct Manifests(Vec<Object>);
 
-/// One object and where it stands.
+/// An object and its place in a file.
 #[derive(Debug)]
 pub(super) struct Object {
     pub(super) file: PathBuf,
-    /// Line in which its document begins, from 1.
+    /// First line of its document, from 1.
     line: u64,
     pub(super) kind: String,
     pub(super) namespace: String,
@@ -24,7 +24,7 @@ pub(super) struct Object {
 }
 
 impl Manifests {
-    /// Takes over a file's objects; those of a `List` one by one.
+    /// Adds the objects of a file, those of a `List` one by one.
     pub(super) fn read(&mut self, path: &Path, bytes: &[u8]) -> Result<(), FileError> {
         for document in yaml::parse_documents::<Spanned<Value>>(path, bytes)? {
             self.take(path, document.defined.line(), document.value);
@@ -48,7 +48,7 @@ impl Manifests {
         self.0.is_empty()
     }
 
-    /// Objects of a file.
+    /// Number of objects of a file.
     pub(super) fn count(&self, path: &Path) -> usize {
         self.0.iter().filter(|object| object.file == path).count()
     }
@@ -63,7 +63,7 @@ impl Manifests {
 }
 
 impl Object {
-    /// `Deployment llm/pd-control`.
+    /// Kind, namespace and name: `Deployment llm/pd-control`.
     pub(super) fn title(&self) -> String {
         match self.namespace.as_str() {
             "" => format!("{} {}", self.kind, self.name),
@@ -71,12 +71,12 @@ impl Object {
         }
     }
 
-    /// One line about a key of it.
+    /// One line about a key of the object.
     pub(super) fn says(&self, key: &str, what: impl std::fmt::Display) -> String {
         format!("{}:{}: {}: {key}: {what}", self.file.display(), self.line, self.title())
     }
 
-    /// Whether its `targetRefs` name an object, or its selectors may.
+    /// Whether the object's `targetRefs` name `other`. With selectors, any object of the namespace counts as named.
     pub(super) fn targets(&self, other: &Self) -> bool {
         let refs = items(&self.value, "/spec/targetRefs").iter().chain(self.value.pointer("/spec/targetRef"));
         let is_it = |target: &Value| text(target, "/kind") == other.kind && text(target, "/name") == other.name;
@@ -85,12 +85,12 @@ impl Object {
     }
 }
 
-/// The text of a member, or nothing.
+/// The string at a JSON pointer; empty when there is none.
 pub(super) fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
     value.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
 }
 
-/// The items of a list, or none.
+/// The items of the list at a JSON pointer; none when there is no list.
 pub(super) fn items<'a>(value: &'a Value, pointer: &str) -> &'a [Value] {
     value.pointer(pointer).and_then(Value::as_array).map_or(&[], Vec::as_slice)
 }

@@ -1,7 +1,8 @@
-//! `pd-control check`: says whether files would be taken, before anyone applies them.
+//! `pd-control check`: checks files before they are applied.
 //!
-//! Each file by itself: endpoints, `--kubernetes-config`, plugin configuration. Kubernetes manifests of all files together:
-//! what is ours in them, and the names that must agree.
+//! Endpoints files, files of `--kubernetes-config` and plugin configurations are checked one by one. Kubernetes
+//! manifests of all files are checked together: the objects that pd-control and the filter use, and the names that must
+//! agree.
 
 mod agree;
 mod containers;
@@ -26,7 +27,7 @@ use content::{Good, Kind, kind};
 use faults::MAX_FAULTS;
 use manifests::Manifests;
 
-/// Checks files; `-` is standard input. `applied` has the manifests that are in force, which new ones must follow on.
+/// Checks files; `-` is standard input. `applied` has the manifests in force, to check the rollout from them.
 #[must_use]
 pub fn check(files: &[PathBuf], applied: Option<&Path>) -> Report {
     let mut report = Report::default();
@@ -65,7 +66,7 @@ pub fn check(files: &[PathBuf], applied: Option<&Path>) -> Report {
     report
 }
 
-/// Checks a file that stands for itself; `None` for manifests, which are taken over.
+/// Checks a file that is no manifest. Adds manifests to `manifests` and returns `None`.
 fn check_file(path: &Path, manifests: &mut Manifests) -> Result<Option<Good>, Vec<FileError>> {
     let bytes = yaml::read(path).map_err(|error| vec![error])?;
     match kind(path, &bytes) {

@@ -8,13 +8,13 @@ use super::manifests::{Manifests, Object, text};
 use super::report::Report;
 use super::{agree, rollout};
 
-/// Checks every filter; returns their policies. `old` is in force now.
+/// Checks every filter; returns their policies. `old` has the manifests in force now.
 pub(super) fn check<'a>(new: &'a Manifests, old: &Manifests, report: &mut Report) -> Vec<&'a Object> {
     let mut policies = Vec::new();
     for filter in filters(new) {
         policies.push(filter.policy);
         check_entry(&filter, report);
-        // Without a configuration it serves nobody: it is there for its image.
+        // An entry without a configuration is there to load the image. It handles no requests.
         if filter.raw_config().is_null() {
             continue;
         }
@@ -29,12 +29,14 @@ pub(super) fn check<'a>(new: &'a Manifests, old: &Manifests, report: &mut Report
 
 fn check_entry(filter: &Filter<'_>, report: &mut Report) {
     if filter.entry.get("failOpen") == Some(&Value::Bool(true)) {
-        report.fault(filter.says("failOpen", "true sends requests to any engine while the filter is not there"));
+        report
+            .fault(filter.says("failOpen", "true sends requests to any engine while Envoy has not loaded the filter"));
     }
     let key = if filter.entry.pointer("/code/http").is_some() { "code.http" } else { "code.image.url" };
     let is_pinned = text(filter.entry, "/code/http/sha256").len() == 64 || digest(filter.image()).is_some();
     if !is_pinned {
-        let what = format!("{:?} has no sha256 digest; by a tag Envoy may go on with the code it has", filter.image());
+        let what =
+            format!("{:?} has no sha256 digest: with a tag, Envoy may keep the code that it has", filter.image());
         report.fault(filter.says(key, what));
     }
 }
@@ -82,7 +84,9 @@ mod tests {
         let back = faults(&manifests("0.0.1", "1", "{cluster: a, revision: b}"), &Manifests::default());
         assert_eq!(
             back,
-            [format!("{place}.config.revision: filter 0.0.1 does not know this key and would refuse the whole")]
+            [format!(
+                "{place}.config.revision: filter 0.0.1 does not know this key and would refuse the configuration"
+            )]
         );
     }
 }

@@ -1,11 +1,11 @@
-//! What each release of the filter and of pd-control knows.
+//! Releases of filter and pd-control: wire version and configuration keys of each.
 
 use serde_json::Value;
 
-/// A release, filter and pd-control alike.
+/// A release of filter and pd-control.
 #[derive(Debug)]
 pub(super) struct Release {
-    /// As in `Cargo.toml`.
+    /// Version of the workspace in `Cargo.toml`.
     pub(super) version: &'static str,
     /// Version of the wire format.
     pub(super) wire: u32,
@@ -13,33 +13,33 @@ pub(super) struct Release {
     keys: &'static str,
 }
 
-/// All of them, the present one last. A new version of the workspace gets a line here and a file of keys, which the test
-/// below prints; the lines of released versions stay as they are.
+/// All releases, the present one last. A new version of the workspace gets a line here and a file of keys, which the
+/// test below writes. The lines of released versions do not change.
 const RELEASES: &[Release] = &[
     #[cfg(test)]
     Release { version: "0.0.1", wire: 0, keys: "cluster" },
     Release { version: "0.1.0", wire: 1, keys: include_str!("releases/0.1.0.keys") },
 ];
 
-/// The one that this is.
+/// The release of this pd-control.
 pub(super) fn own() -> &'static Release {
     static UNKNOWN: Release = Release { version: env!("CARGO_PKG_VERSION"), wire: 0, keys: "" };
     RELEASES.last().unwrap_or(&UNKNOWN)
 }
 
-/// The one with this name.
+/// The release of this version; `None` when it is unknown.
 pub(super) fn named(version: &str) -> Option<&'static Release> {
     RELEASES.iter().find(|release| release.version == version)
 }
 
-/// Whether one follows the other, or they are the same.
+/// Whether two releases are the same or adjacent.
 pub(super) fn are_neighbours(one: &Release, other: &Release) -> bool {
     let place = |of: &Release| RELEASES.iter().position(|release| release.version == of.version);
     place(one).zip(place(other)).is_some_and(|(one, other)| one.abs_diff(other) <= 1)
 }
 
 impl Release {
-    /// Keys of a configuration that this release does not have, the outermost of each.
+    /// Keys of a configuration that this release does not have. Of nested keys, the outermost.
     pub(super) fn unknown_keys(&self, config: &Value) -> Vec<String> {
         let mut unknown = Vec::new();
         self.walk(config, "", "", &mut unknown);

@@ -1,4 +1,4 @@
-//! Versions of filter and pd-control that must know each other's keys and lists, while one replaces the other.
+//! Checks versions: filter and pd-control must understand each other, also while one release replaces another.
 
 use super::containers;
 use super::filters::{Filter, filters};
@@ -7,13 +7,14 @@ use super::manifests::{Manifests, Object};
 use super::release::{self, Release};
 use super::report::Report;
 
-/// What the release that the image is of knows, and the one that runs until its pods are gone.
+/// Checks a filter's configuration against the release of its image, and against the release that runs until its pods
+/// are replaced.
 pub(super) fn check(filter: &Filter<'_>, new: &Manifests, old: &Manifests, report: &mut Report) {
     let own = release::own();
     let of_image = match version(new, filter.image()) {
         None => {
             let what = format!(
-                "which version it is stands nowhere (`make push … PIN=` writes it), so it was checked as {}",
+                "no ConfigMap has its version (`make push … PIN=` writes one), so it was checked as {}",
                 own.version
             );
             report.note(filter.says("code", what));
@@ -23,7 +24,7 @@ pub(super) fn check(filter: &Filter<'_>, new: &Manifests, old: &Manifests, repor
             Some(release) => release,
             None => {
                 let what = format!(
-                    "its version {version} is not known to pd-control {}: check with the pd-control of that version",
+                    "pd-control {} does not know its version {version}: check with the pd-control of that version",
                     own.version
                 );
                 report.fault(filter.says("code", what));
@@ -32,7 +33,7 @@ pub(super) fn check(filter: &Filter<'_>, new: &Manifests, old: &Manifests, repor
         },
     };
     for key in of_image.unknown_keys(filter.raw_config()) {
-        let what = format!("filter {} does not know this key and would refuse the whole", of_image.version);
+        let what = format!("filter {} does not know this key and would refuse the configuration", of_image.version);
         report.fault(filter.says(&format!("config.{key}"), what));
     }
     let of_control = |manifests| containers::versions(manifests);
@@ -51,7 +52,7 @@ pub(super) fn check(filter: &Filter<'_>, new: &Manifests, old: &Manifests, repor
         return;
     }
     let Some(version) = version(old, before.image()) else {
-        let what = "which version runs now stands nowhere, so whether it knows the new configuration was not checked";
+        let what = "no ConfigMap has the version that runs now, so the new configuration was not checked against it";
         report.note(filter.says("code", what));
         return;
     };
@@ -67,7 +68,7 @@ pub(super) fn check(filter: &Filter<'_>, new: &Manifests, old: &Manifests, repor
 
 fn check_pair(filter: &Filter<'_>, release: &Release, deployment: &Object, version: &str, report: &mut Report) {
     let Some(control) = release::named(version) else {
-        let what = format!("its version {version} is not known to pd-control {}", release::own().version);
+        let what = format!("pd-control {} does not know its version {version}", release::own().version);
         report.fault(deployment.says("spec.template", what));
         return;
     };

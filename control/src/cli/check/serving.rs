@@ -1,12 +1,14 @@
-//! Warns of lists that would be taken and cannot serve.
+//! Warns of valid lists that cannot serve.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use pd_core::wire::{Endpoint, Engine, Role, State};
 
-/// One line for each reason why endpoints of a list serve nothing; empty when each can be used.
+/// One line for each reason why endpoints of a list serve nothing; empty when every endpoint is of use. Only ready
+/// endpoints count.
 ///
-/// `engine_of` is the engine of an endpoint, `None` where only a pool's policy says it, which is not known here.
+/// `engine_of` returns the engine of an endpoint; `None` when the pool's policy decides, which an endpoints file does
+/// not have. Warnings about engines then are left out.
 pub(super) fn warnings(endpoints: &[Endpoint], engine_of: impl Fn(&Endpoint) -> Option<Engine>) -> Vec<String> {
     if endpoints.is_empty() {
         return vec!["the list has no endpoint: every request gets 503".to_owned()];
@@ -35,7 +37,7 @@ impl Member<'_> {
         self.endpoint.role == role
     }
 
-    /// Whether it serves a model by name, or every model of its pool.
+    /// Whether it serves a model, by name or as every model of its pool.
     fn serves(self, model: &str) -> bool {
         self.endpoint.models.is_empty() || self.endpoint.models.iter().any(|known| known == model)
     }
@@ -59,20 +61,20 @@ fn pool_warnings(pool: &str, members: &[Member<'_>]) -> Vec<String> {
     lines
 }
 
-/// What is missing beside endpoints of one role.
+/// What is missing when all endpoints have one role.
 fn role_warning(members: &[Member<'_>], outcome: &str) -> Option<String> {
     let all_have = |role| members.iter().all(|member| member.has(role));
     if all_have(Role::Prefill) {
         return Some(format!("prefill endpoints only: nothing generates, {outcome}"));
     }
     let engine = members.first().and_then(|member| member.engine)?;
-    let is_needy = members.iter().all(|member| member.engine.is_some_and(|engine| !engine.decodes_alone()));
+    let is_needy = members.iter().all(|member| member.engine.is_some_and(|engine| !engine.protocol().decodes_alone));
     (all_have(Role::Decode) && is_needy).then(|| {
         format!("decode endpoints only, and {}'s serve no request without a prefill endpoint", engine_name(engine))
     })
 }
 
-/// Why an endpoint never has a partner for its leg.
+/// Why an endpoint has no partner for its leg.
 fn pair_warning(member: Member<'_>, members: &[Member<'_>]) -> Option<String> {
     let id = member.endpoint.id();
     let group = member.endpoint.group.as_ref();
@@ -94,7 +96,7 @@ fn pair_warning(member: Member<'_>, members: &[Member<'_>]) -> Option<String> {
         }
         Role::Decode => {
             let prefill: Vec<_> = members.iter().filter(|it| it.has(Role::Prefill)).collect();
-            let needs_prefill = member.engine.is_some_and(|engine| !engine.decodes_alone());
+            let needs_prefill = member.engine.is_some_and(|engine| !engine.protocol().decodes_alone);
             if prefill.is_empty() {
                 return needs_prefill
                     .then(|| format!("there is no prefill endpoint, so decode endpoint {id} is never used"));
@@ -118,18 +120,18 @@ fn pair_warning(member: Member<'_>, members: &[Member<'_>]) -> Option<String> {
     }
 }
 
-/// A prefill endpoint without a group pairs with any decode endpoint.
+/// Whether groups let two endpoints pair. A prefill endpoint without a group pairs with any decode endpoint.
 fn pairs_by_group(prefill: &Member<'_>, decode: &Member<'_>) -> bool {
     prefill.endpoint.group.is_none() || prefill.endpoint.group == decode.endpoint.group
 }
 
-/// The engine of an endpoint, where it is known to be none of its partners'.
+/// The engine of an endpoint when all of its partners have another one; `None` when an engine is unknown.
 fn mismatch(member: Member<'_>, partners: &[&Member<'_>]) -> Option<String> {
     let engine = member.engine?;
     partners.iter().all(|it| it.engine.is_some_and(|other| other != engine)).then(|| engine_name(engine))
 }
 
-/// An engine as in the list.
+/// An engine as endpoints files write it.
 fn engine_name(engine: Engine) -> String {
     serde_json::to_value(engine).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }

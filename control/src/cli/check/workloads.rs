@@ -1,4 +1,4 @@
-//! pd-control in manifests: its arguments and the files that ConfigMaps hold for it.
+//! Checks pd-control in manifests: its arguments, and the files that it reads from ConfigMaps.
 
 use std::path::Path;
 
@@ -13,14 +13,14 @@ use super::report::Report;
 use crate::cli::arguments::files_of;
 use crate::sources::yaml::FileError;
 
-/// Checks every pd-control; returns the objects that are looked at.
+/// Checks every pd-control; returns the objects that were checked.
 pub(super) fn check<'a>(all: &'a Manifests, report: &mut Report) -> Vec<&'a Object> {
     let mut seen = Vec::new();
     for container in containers(all) {
         seen.push(container.workload);
         seen.extend(check_container(&container, all, report));
     }
-    // Those that nothing here mounts are known by their name.
+    // ConfigMaps that no workload of the files mounts are known by their name.
     for map in all.of_kind("ConfigMap").filter(|map| is_named(&map.name, &map.value)) {
         if seen.iter().any(|known| std::ptr::eq(*known, map)) {
             continue;
@@ -40,19 +40,21 @@ fn is_named(name: &str, value: &Value) -> bool {
     name.starts_with("pd-control") || value.pointer("/metadata/labels").is_some_and(|it| it[NAME_LABEL] == "pd-control")
 }
 
-/// Checks its arguments and the files that they name; returns the ConfigMaps.
+/// Checks a container's arguments and the files that they name; returns the ConfigMaps of the files.
 fn check_container<'a>(container: &Container<'_>, all: &'a Manifests, report: &mut Report) -> Vec<&'a Object> {
     let own = release::own().version;
     if container.version(all).is_some_and(|version| version != own) {
-        report.note(container.says("args", format!("it is not of version {own}, so its arguments were not checked")));
+        report.note(
+            container.says("args", format!("the container is not of version {own}, so its arguments were not checked")),
+        );
         return Vec::new();
     }
     let arguments: Vec<&str> = items(container.value, "/args").iter().map(|argument| text(argument, "")).collect();
     let variables = items(container.value, "/env").iter();
     let variables: Vec<_> = variables.map(|env| (text(env, "/name"), text(env, "/value"))).collect();
-    // What the cluster fills in is not known here.
+    // The values of variables are known in the cluster only.
     if arguments.iter().chain(variables.iter().map(|(_, value)| value)).any(|text| text.contains("$(")) {
-        report.note(container.says("args", "they have variables, so they were not checked"));
+        report.note(container.says("args", "the arguments have variables, so they were not checked"));
         return Vec::new();
     }
     let files = match files_of(&arguments, &variables) {
@@ -76,28 +78,30 @@ fn check_mounted<'a>(
 ) -> Option<&'a Object> {
     let of_mount = items(container.value, "/volumeMounts").iter().find_map(|mount| {
         let rest = path.strip_prefix(text(mount, "/mountPath")).ok()?.to_str()?;
-        // A mount of one file is named by its subPath.
+        // A mount of one file has the file's name in its subPath.
         let file = if rest.is_empty() { text(mount, "/subPath") } else { rest };
         Some((text(mount, "/name"), file))
     });
     let Some((volume, file)) = of_mount else {
-        report.fault(container.says("args", format!("{}: no volumeMount has it", path.display())));
+        report.fault(container.says("args", format!("{}: no volumeMount has this file", path.display())));
         return None;
     };
     let volumes = items(&container.workload.value, "/spec/template/spec/volumes");
     let volume = volumes.iter().find(|it| text(it, "/name") == volume)?;
     let name = text(volume, "/configMap/name");
     if name.is_empty() {
-        report
-            .note(container.says("args", format!("{}: it is in no ConfigMap, so it was not checked", path.display())));
+        report.note(
+            container.says("args", format!("{}: the file is in no ConfigMap, so it was not checked", path.display())),
+        );
         return None;
     }
     let moved = items(volume, "/configMap/items").iter().find(|item| text(item, "/path") == file);
     let key = moved.map_or(file, |item| text(item, "/key"));
     let Some(map) = all.find("ConfigMap", &container.workload.namespace, name) else {
-        report.note(
-            container.says("args", format!("{}: ConfigMap {name} is not here, so it was not checked", path.display())),
-        );
+        report.note(container.says(
+            "args",
+            format!("{}: ConfigMap {name} is in none of the files, so it was not checked", path.display()),
+        ));
         return None;
     };
     match map.value.get("data").and_then(|data| data.get(key)).and_then(Value::as_str) {

@@ -1,4 +1,4 @@
-//! The endpoints file: YAML or JSON text to a checked list, every error with its line.
+//! The endpoints file: parses YAML or JSON into a checked list.
 //!
 //! ```yaml
 //! endpoints:
@@ -21,10 +21,10 @@ use serde_saphyr::{Location, Spanned};
 use crate::list::EndpointList;
 use crate::sources::yaml::{FileError, MAX_DEPTH, MAX_EVENTS, Node, Problem, syntax_problem, text_of};
 
-/// Turns a file's bytes into a list; `path` is for the error only.
+/// Parses a file's bytes. `path` is for the error only.
 ///
 /// # Errors
-/// [`FileError`] with line and column of the first thing that is wrong.
+/// [`FileError`] with line and column of the first fault.
 pub fn parse(path: &Path, bytes: &[u8]) -> Result<EndpointList, FileError> {
     let first = |problems: Vec<Problem>| problems.into_iter().next();
     parse_bytes(bytes, 1).map_err(|problems| match first(problems) {
@@ -33,17 +33,17 @@ pub fn parse(path: &Path, bytes: &[u8]) -> Result<EndpointList, FileError> {
     })
 }
 
-/// The same; names everything that is wrong, up to `limit` faults.
+/// Parses a file's bytes and names every fault, up to `limit`.
 ///
 /// # Errors
-/// At least one [`FileError`] with line and column. Text that is no YAML has one only: what follows it cannot be read.
+/// At least one [`FileError`] with line and column. For a syntax error it is the only one: the parser cannot read on.
 pub fn parse_all(path: &Path, bytes: &[u8], limit: usize) -> Result<EndpointList, Vec<FileError>> {
     parse_bytes(bytes, limit).map_err(|problems| problems.into_iter().map(|problem| problem.of(path)).collect())
 }
 
 fn parse_bytes(bytes: &[u8], limit: usize) -> Result<EndpointList, Vec<Problem>> {
     let text = text_of(bytes).map_err(|problem| vec![problem])?;
-    // What is wrong with JSON is told by the YAML reader: it knows the lines.
+    // The YAML parser reports faults in JSON, too: it knows the lines.
     if let Some(list) = text.trim_start().starts_with('{').then(|| parse_json(text)).flatten() {
         return Ok(list);
     }
@@ -53,7 +53,7 @@ fn parse_bytes(bytes: &[u8], limit: usize) -> Result<EndpointList, Vec<Problem>>
         max_depth: MAX_DEPTH,
         max_merge_keys: wire::MAX_ENDPOINTS,
         max_aliases: wire::MAX_ENDPOINTS,
-        // One anchor that every endpoint merges is the usual way to write defaults; the other limits bound the work.
+        // Operators write defaults as one anchor that every endpoint merges. The other limits bound the work.
         enforce_alias_anchor_ratio: false,
     };
     let options = serde_saphyr::options! { budget: budget };
@@ -66,7 +66,7 @@ fn parse_bytes(bytes: &[u8], limit: usize) -> Result<EndpointList, Vec<Problem>>
     }
 }
 
-/// Reads a good list that is JSON, as what programs write usually is, many times faster than as YAML.
+/// Reads a valid JSON list, as programs write it, many times faster than the YAML parser.
 fn parse_json(text: &str) -> Option<EndpointList> {
     #[derive(Deserialize)]
     struct Root {
@@ -79,7 +79,7 @@ fn parse_json(text: &str) -> Option<EndpointList> {
     EndpointList::new(root.endpoints).ok().filter(|_| !has_unknown_key)
 }
 
-/// Reads a list and collects what is wrong with it.
+/// Reads a list and collects its faults.
 struct Reader {
     problems: Vec<Problem>,
     limit: usize,
@@ -140,7 +140,7 @@ impl Reader {
         list.map_err(|error| self.refuse(node.defined, format!("endpoints: {error}"))).ok()
     }
 
-    /// An endpoint, without the values that are wrong; `None` where its address is.
+    /// Reads an endpoint and leaves wrong values out; `None` when its address is wrong.
     fn endpoint(&mut self, index: usize, item: &Spanned<Node>) -> Option<Endpoint> {
         let Node::Mapping(entries) = &item.value else {
             let message = format!("endpoints[{index}]: must be a mapping of keys, not {}", item.value.kind());
@@ -162,7 +162,7 @@ impl Reader {
             self.refuse(location, message);
             draft.leave_out("address");
         }
-        // Each round names one fault and leaves its key out, until what is left is good.
+        // Each round names one fault and leaves its key out, until the rest is valid.
         loop {
             if self.is_full() {
                 return None;
@@ -188,7 +188,7 @@ impl Reader {
         }
     }
 
-    /// Says what is wrong with a value; returns its key, also where the key is missing.
+    /// Names the fault of a value; returns its key, or the key that is missing.
     fn refuse_value(
         &mut self,
         index: usize,
@@ -209,10 +209,10 @@ impl Reader {
     }
 }
 
-/// Keys of an endpoint of which wrong ones are left out, so that the others can be read.
+/// The keys of an endpoint. The reader leaves wrong ones out to read the others.
 struct Draft {
     value: Value,
-    /// Whether its address is the one of the file.
+    /// Whether the address is the one of the file.
     has_address: bool,
 }
 
@@ -238,7 +238,7 @@ fn value_of<'a>(item: &'a Spanned<Node>, wanted: &str) -> Option<&'a Spanned<Nod
     }
 }
 
-/// Where the deepest part of a path stands that the text has.
+/// Location of the deepest part of a path that the text has.
 fn locate(item: &Spanned<Node>, path: &serde_path_to_error::Path) -> Location {
     let mut node = item;
     for segment in path {

@@ -1,4 +1,4 @@
-//! The file source: its format, and how an edit is noticed.
+//! The file source: the format of the endpoints file, and how pd-control notices an edit.
 
 pub mod endpoints;
 pub mod source;

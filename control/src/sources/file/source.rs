@@ -1,9 +1,9 @@
-//! The file source: notices an edit within milliseconds and never takes half a file.
+//! The file source: notices an edit within milliseconds and never publishes half a file.
 //!
-//! The kernel reports changes in the file's directory (so that a rename over the file, an editor's way of saving and the
-//! link swap of a mounted ConfigMap are all seen). A finished change (a rename, a closed file) is read at once; an
-//! unfinished one (written to, not closed) is left to settle, because the half that is there may parse. Where the kernel
-//! reports nothing, such as on network file systems, a slow poll notices.
+//! The kernel reports changes in the file's directory, so pd-control sees a rename over the file, the way an editor
+//! saves, and the link swap of a mounted ConfigMap. It reads a finished change (a rename, a closed file) at once. It
+//! waits for an unfinished one (written, not closed) to settle, because half a file may parse. Where the kernel reports
+//! nothing, as on network file systems, pd-control polls.
 
 use std::fs::Metadata;
 use std::future::pending;
@@ -20,10 +20,9 @@ use crate::sources::file::endpoints;
 use crate::sources::file::watch::{Progress, Reports, Seen, Watches};
 use crate::sources::yaml::{self, FileError};
 
-/// How long a file that is being written, or that vanished, gets before it is read as it stands.
+/// Time after which pd-control reads a file that is being written or that vanished.
 const SETTLE: Duration = Duration::from_secs(1);
-/// How long a file that was refused gets to be corrected by its next write before anyone is told: saving in two steps
-/// is no operator's mistake.
+/// Time for the next write after which pd-control reports a refused file: some programs save in two steps.
 const REFUSAL_SETTLE: Duration = Duration::from_millis(100);
 
 /// One endpoints file.
@@ -31,19 +30,19 @@ const REFUSAL_SETTLE: Duration = Duration::from_millis(100);
 pub struct FileSource {
     path: PathBuf,
     poll: Duration,
-    /// What the publisher knows of.
+    /// The content that the publisher has.
     reported: Arc<Reading>,
     stamp: Option<Stamp>,
 }
 
-/// What was in the file.
+/// The content of the file.
 #[derive(Debug, PartialEq)]
 enum Reading {
     Bytes(Vec<u8>),
     Unreadable(FileError),
 }
 
-/// Tells that a file is not the one that was read, without reading it.
+/// Identity, length and time of a file, to notice a change without reading it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Stamp {
     device: u64,
@@ -52,13 +51,13 @@ struct Stamp {
     modified: (i64, i64),
 }
 
-/// What became of the file since it was read.
+/// How the file differs from the one that was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Look {
+enum Change {
     Same,
-    /// Another file stands in its place, or none. Whoever renames or links one there has finished it.
+    /// Another file is in its place, or none. A file that was renamed or linked there is finished.
     Replaced,
-    /// The same file holds something else; its writer may not have finished.
+    /// The same file has other content. Its writer may not have finished.
     Rewritten,
 }
 
@@ -74,29 +73,29 @@ impl Stamp {
 }
 
 impl FileSource {
-    /// Reads the file for the first time. `poll` is how often to look where the kernel reports nothing.
+    /// Reads the file for the first time. `poll` is the interval of polling where the kernel reports nothing.
     ///
     /// # Errors
-    /// [`FileError`] when there is no good list in it.
+    /// [`FileError`] when the file has no valid list.
     pub fn open(path: PathBuf, poll: Duration) -> Result<(Self, EndpointList), FileError> {
-        // Taken before reading: a change in between then counts as one.
+        // Taken before reading, so that a change in between is noticed.
         let stamp = Stamp::of(&path);
         let bytes = yaml::read(&path)?;
         let list = endpoints::parse(&path, &bytes)?;
         Ok((Self { path, poll, reported: Arc::new(Reading::Bytes(bytes)), stamp }, list))
     }
 
-    /// The file as the operator named it.
+    /// Path of the file, as the operator wrote it.
     #[must_use]
     pub fn name(&self) -> String {
         self.path.display().to_string()
     }
 
-    /// Follows the file until the publisher is gone.
+    /// Follows the file until the publisher has ended.
     pub async fn run(mut self, updates: Updates) {
         let reports = Arc::new(Reports::default());
         let mut watches = Watches::new(&reports)
-            .inspect_err(|error| tracing::warn!("the kernel reports no file changes ({error}), polling instead"))
+            .inspect_err(|error| tracing::warn!("cannot watch files, polling instead: {error}"))
             .ok();
         let mut poll = interval(self.poll);
         poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -110,10 +109,10 @@ impl FileSource {
                         due = Some(Instant::now() + SETTLE);
                         continue;
                     }
-                    Seen { file: None, .. } => match self.look() {
-                        Look::Same => continue,
-                        Look::Replaced => false,
-                        Look::Rewritten => {
+                    Seen { file: None, .. } => match self.compare() {
+                        Change::Same => continue,
+                        Change::Replaced => false,
+                        Change::Rewritten => {
                             due = due.or(Some(Instant::now() + SETTLE));
                             continue;
                         }
@@ -124,8 +123,8 @@ impl FileSource {
                     if let Some(watches) = &mut watches {
                         watches.follow(&self.path);
                     }
-                    if self.look() != Look::Same {
-                        // Nobody says whether it is finished.
+                    if self.compare() != Change::Same {
+                        // The writer may not have finished.
                         due = due.or(Some(Instant::now() + SETTLE));
                     }
                     continue;
@@ -141,16 +140,16 @@ impl FileSource {
         }
     }
 
-    fn look(&self) -> Look {
+    fn compare(&self) -> Change {
         let identity = |stamp: Option<Stamp>| stamp.map(|stamp| (stamp.device, stamp.inode));
         match Stamp::of(&self.path) {
-            now if now == self.stamp => Look::Same,
-            now if identity(now) == identity(self.stamp) => Look::Rewritten,
-            _ => Look::Replaced,
+            now if now == self.stamp => Change::Same,
+            now if identity(now) == identity(self.stamp) => Change::Rewritten,
+            _ => Change::Replaced,
         }
     }
 
-    /// Reads the file and reports it if it holds anything new; a refusal is reported only when confirmed.
+    /// Reads the file and sends new content to the publisher. A refusal is sent only when `is_confirmed`.
     async fn read(&mut self, is_confirmed: bool, updates: &Updates) -> Result<(), Unconfirmed> {
         let path = self.path.clone();
         let reported = Arc::clone(&self.reported);
@@ -167,7 +166,7 @@ impl FileSource {
             (stamp, reading, list)
         });
         let Ok((stamp, reading, list)) = outcome.await else {
-            tracing::error!("reading {} failed inside pd-control", self.path.display());
+            tracing::error!("the thread that reads {} panicked", self.path.display());
             return Ok(());
         };
         self.stamp = stamp;
@@ -176,13 +175,13 @@ impl FileSource {
             return Err(Unconfirmed);
         }
         self.reported = reading;
-        // Fails only when the publisher is gone, which ends the loop.
+        // Fails only when the publisher has ended, which ends the loop.
         let _ = updates.send(list.map_err(|error| error.to_string()).into()).await;
         Ok(())
     }
 }
 
-/// The file is bad, but may only be half written.
+/// The file is refused, but may be half written.
 struct Unconfirmed;
 
 async fn sleep_until_some(due: Option<Instant>) {

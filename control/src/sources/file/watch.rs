@@ -1,4 +1,4 @@
-//! What the kernel reports of a file and of the directories on the way to it.
+//! Changes of a file, and of the directories on the way to it, that the kernel reports.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -10,23 +10,23 @@ use notify::event::{AccessKind, AccessMode, CreateKind, EventKind, ModifyKind, R
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::Notify;
 
-/// What the kernel has reported since the last look; shared with the thread that it reports to.
+/// Reports since the last look, shared with the thread of the watcher.
 #[derive(Debug, Default)]
 pub struct Reports {
     seen: Mutex<Seen>,
     arrived: Notify,
 }
 
-/// What has been seen at once.
+/// The reports of one look.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Seen {
-    /// The last thing that happened to the file itself.
+    /// The last change of the file itself.
     pub file: Option<Progress>,
-    /// Something else moved in a directory on the way to the file, such as a link.
+    /// Whether another entry of a directory on the way to the file changed, such as a link.
     pub beside: bool,
 }
 
-/// How far a writer of the file is.
+/// Whether the writer of the file has finished.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
     /// It may write more.
@@ -35,7 +35,7 @@ pub enum Progress {
     Finished,
 }
 
-/// Directories under watch, and what keeps them there.
+/// The watched directories and their watcher.
 pub struct Watches {
     watcher: RecommendedWatcher,
     reports: Arc<Reports>,
@@ -46,13 +46,13 @@ pub struct Watches {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Target {
     directory: PathBuf,
-    /// The directory may be replaced by another of its name.
+    /// Identity of the directory: another one may take its name.
     device_inode: (u64, u64),
     name: OsString,
 }
 
 impl Reports {
-    /// What has been reported, as soon as there is something.
+    /// Waits for reports and takes them.
     pub async fn next(&self) -> Seen {
         loop {
             let seen = std::mem::take(&mut *self.seen.lock().unwrap_or_else(PoisonError::into_inner));
@@ -73,7 +73,7 @@ impl Reports {
         self.arrived.notify_one();
     }
 
-    /// Sorts one report of the kernel.
+    /// Takes one report of the kernel.
     fn take(&self, event: &notify::Event, targets: &BTreeSet<Target>) {
         if event.need_rescan() {
             return self.beside();
@@ -83,7 +83,7 @@ impl Reports {
                 path.parent() == Some(&target.directory) && path.file_name() == Some(target.name.as_os_str())
             })
         };
-        // A rename arrives in two halves and then once more as a whole; the halves say which of its ends is ours.
+        // The kernel reports a rename as two halves and as a whole. The halves say which end is the file's.
         let moved_from = EventKind::Modify(ModifyKind::Name(RenameMode::From));
         let moved_to = EventKind::Modify(ModifyKind::Name(RenameMode::To));
         let is_link = || event.paths.first().is_some_and(|path| path.is_symlink());
@@ -104,16 +104,16 @@ impl Reports {
 }
 
 impl Watches {
-    /// Nothing is watched yet.
+    /// A watcher without directories.
     ///
     /// # Errors
-    /// When the kernel has no watch to give.
+    /// When the kernel gives no more watches.
     pub fn new(reports: &Arc<Reports>) -> notify::Result<Self> {
         let targets = Arc::new(Mutex::new(BTreeSet::new()));
-        let (told, known) = (Arc::clone(reports), Arc::clone(&targets));
+        let (for_thread, known) = (Arc::clone(reports), Arc::clone(&targets));
         let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| match event {
-            Ok(event) => told.take(&event, &known.lock().unwrap_or_else(PoisonError::into_inner)),
-            Err(_) => told.beside(),
+            Ok(event) => for_thread.take(&event, &known.lock().unwrap_or_else(PoisonError::into_inner)),
+            Err(_) => for_thread.beside(),
         })?;
         Ok(Self { watcher, reports: Arc::clone(reports), targets })
     }
@@ -127,18 +127,18 @@ impl Watches {
             return;
         }
         let before = std::mem::replace(&mut *targets, wanted.clone());
-        // Not held any longer: the watcher's thread takes it too.
+        // Released first: the watcher's thread locks it, too.
         drop(targets);
         for gone in before.difference(&wanted) {
-            // Fails when the directory was removed, which is what is wanted.
+            // Fails when the directory was removed, which needs no handling.
             let _ = self.watcher.unwatch(&gone.directory);
         }
         for target in &wanted {
             if let Err(error) = self.watcher.watch(&target.directory, RecursiveMode::NonRecursive) {
-                tracing::warn!("cannot watch {} ({error}), polling it instead", target.directory.display());
+                tracing::warn!("cannot watch {}, polling it instead: {error}", target.directory.display());
             }
         }
-        // What happened before the new watches stood was not reported.
+        // Changes before the new watches were set up were not reported.
         self.reports.beside();
     }
 }

@@ -1,4 +1,4 @@
-//! Labels and annotations of AIBrix.
+//! Labels and annotations that AIBrix puts on pods.
 
 use std::collections::BTreeMap;
 
@@ -8,25 +8,26 @@ use crate::sources::kubernetes::pod::Pod;
 
 /// Role of the pod in its role set.
 pub const ROLE: &str = "role-name";
-/// The role set, whose pods belong together.
+/// Role set of the pod; pods of one role set are a group.
 pub const ROLESET: &str = "roleset-name";
 /// The model that the pod serves.
 pub const MODEL: &str = "model.aibrix.ai/name";
-/// The port that it serves at, as label or annotation.
+/// The port that the engine serves, as a label or an annotation.
 pub const PORT: &str = "model.aibrix.ai/port";
-/// The engine that it runs.
+/// The engine that the pod runs.
 pub const ENGINE: &str = "model.aibrix.ai/engine";
-/// What moves its KV cache.
+/// The connector that moves its KV cache.
 pub const CONNECTOR: &str = "model.aibrix.ai/kv-connector-type";
-/// Profiles of a pod as JSON; the one named `defaultProfile`, else `default`, says of which length prompts should be.
+/// Profiles of a pod as JSON. The profile that `defaultProfile` names, else `default`, has bounds for the length of
+/// prompts.
 const CONFIG: &str = "model.aibrix.ai/config";
-/// Where AIBrix had them before.
+/// Labels in which older versions have these bounds.
 const MIN_LENGTH: &str = "prompt-len-bucket-min-length";
 const MAX_LENGTH: &str = "prompt-len-bucket-max-length";
-/// Place of a pod in a group of several nodes; the first one takes the requests.
+/// Index of a pod in a group of several nodes. Pod 0 takes the requests of the group.
 pub const GROUP_INDEX: &str = "stormservice.orchestration.aibrix.ai/pod-group-index";
 
-/// The part of AIBrix's configuration of a pod that is read here.
+/// The part of [`CONFIG`] that pd-control reads.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Config {
@@ -40,7 +41,7 @@ struct Config {
 #[serde(rename_all = "camelCase")]
 struct Profile {
     routing_config: Option<Bounds>,
-    /// Older ones have them outside.
+    /// Older versions have the bounds outside of `routingConfig`.
     #[serde(flatten)]
     bounds: Bounds,
 }
@@ -61,10 +62,12 @@ fn profile_of(text: &str) -> serde_json::Result<Option<Profile>> {
     Ok(profiles.get(&default_profile).or_else(|| profiles.get("default")).cloned())
 }
 
-/// The prompt lengths that a pod is for: the fewest tokens, the most.
+/// Bounds for the length of prompts, in tokens, both included: fewest and most. 0 and absent are none.
+///
+/// The annotation wins over the labels.
 ///
 /// # Errors
-/// What is wrong with the annotation or the label, which it names.
+/// One line that begins with the label or annotation.
 pub fn prompt_bounds(pod: &Pod) -> Result<(Option<u64>, Option<u64>), String> {
     let bound = |value: Option<u64>| value.filter(|tokens| *tokens > 0);
     if let Some(text) = pod.annotations.get(CONFIG) {

@@ -1,4 +1,4 @@
-//! What is known of a cluster, and the endpoints that its pods are.
+//! The view of a cluster: its pods and InferencePools, and the endpoints that result.
 
 use std::collections::BTreeMap;
 
@@ -7,15 +7,15 @@ use kube::core::SelectorExt;
 use pd_core::wire::{Endpoint, EndpointId, State};
 
 use crate::sources::allow::AllowedNetworks;
+use crate::sources::kubernetes::classify::{PodClass, classify};
 use crate::sources::kubernetes::config::{KubernetesConfig, PoolGroup, PoolReference};
 use crate::sources::kubernetes::follow::Event;
-use crate::sources::kubernetes::meaning::{Meaning, meaning};
 use crate::sources::kubernetes::pod::{Pod, PodName};
 use crate::sources::kubernetes::pods::{PodsView, WatchView};
 use crate::sources::kubernetes::pools;
 use crate::sources::kubernetes::rule::Rule;
 
-/// What one watch follows.
+/// The objects that one watch follows.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Watched {
     /// Pods of a namespace.
@@ -24,7 +24,7 @@ pub enum Watched {
     Pools(PoolGroup, String),
 }
 
-/// Everything that is known of the cluster.
+/// The view of the cluster.
 pub struct Cluster {
     networks: AllowedNetworks,
     by_labels: bool,
@@ -35,13 +35,13 @@ pub struct Cluster {
     watches: BTreeMap<Watched, Health>,
 }
 
-/// One pod.
+/// A pod and its class.
 struct Known {
     pod: Result<Pod, String>,
-    meaning: Meaning,
+    class: PodClass,
 }
 
-/// What is known of a watch.
+/// The state of a watch.
 #[derive(Default)]
 struct Health {
     is_listed: bool,
@@ -58,7 +58,7 @@ impl std::fmt::Display for Watched {
 }
 
 impl Cluster {
-    /// Nothing is known yet of what `config` names; `rules` are those of its selectors.
+    /// An empty view. `rules` are those of the selectors of `config`.
     #[must_use]
     pub fn new(config: &KubernetesConfig, rules: Vec<Rule>) -> Self {
         Self {
@@ -72,18 +72,18 @@ impl Cluster {
         }
     }
 
-    /// What is to be watched.
+    /// The watches that the view needs.
     pub fn watched(&self) -> impl Iterator<Item = &Watched> {
         self.watches.keys()
     }
 
-    /// Takes what a watch tells.
+    /// Takes an event of a watch.
     pub fn take(&mut self, watched: &Watched, event: Event) {
         if let Some(health) = self.watches.get_mut(watched) {
             match &event {
                 Event::Listed(_) => *health = Health { is_listed: true, problem: None },
-                Event::Found | Event::Applied(_) | Event::Deleted(_) => health.problem = None,
-                Event::Lost(reason) => health.problem = Some(reason.clone()),
+                Event::Current | Event::Applied(_) | Event::Deleted(_) => health.problem = None,
+                Event::Stale(reason) => health.problem = Some(reason.clone()),
             }
         }
         match watched {
@@ -106,15 +106,15 @@ impl Cluster {
                     self.pods.remove(&name);
                 }
             }
-            Event::Found | Event::Lost(_) => {}
+            Event::Current | Event::Stale(_) => {}
         }
     }
 
     fn apply_pod(&mut self, object: DynamicObject) {
         let Some(name) = PodName::of(&object) else { return };
         let pod = Pod::read(object);
-        let meaning = self.meaning(&name, &pod);
-        self.pods.insert(name, Known { pod, meaning });
+        let class = self.classify(&name, &pod);
+        self.pods.insert(name, Known { pod, class });
     }
 
     fn take_pool(&mut self, group: PoolGroup, namespace: &str, event: Event) {
@@ -132,12 +132,12 @@ impl Cluster {
                     self.pools.remove(&(group, name));
                 }
             }
-            Event::Found | Event::Lost(_) => return,
+            Event::Current | Event::Stale(_) => return,
         }
-        // Pools are few and change rarely; pods may have become others'.
+        // A pool may select other pods now. Pools are few and change rarely, so all pods are classified again.
         let mut pods = std::mem::take(&mut self.pods);
         for (name, known) in &mut pods {
-            known.meaning = self.meaning(name, &known.pod);
+            known.class = self.classify(name, &known.pod);
         }
         self.pods = pods;
     }
@@ -155,10 +155,10 @@ impl Cluster {
         }
     }
 
-    fn meaning(&self, name: &PodName, pod: &Result<Pod, String>) -> Meaning {
+    fn classify(&self, name: &PodName, pod: &Result<Pod, String>) -> PodClass {
         let pod = match pod {
             Ok(pod) => pod,
-            Err(reason) => return Meaning::Refused(reason.clone()),
+            Err(reason) => return PodClass::Refused(reason.clone()),
         };
         let selects = |rule: &&Rule| {
             rule.namespace.as_ref().is_none_or(|namespace| *namespace == name.namespace)
@@ -166,21 +166,22 @@ impl Cluster {
         };
         let pools = self.pools.values().filter_map(|rule| rule.as_ref().ok());
         let rule = self.rules.iter().chain(pools).find(selects);
-        meaning(pod, rule, self.by_labels, &self.networks)
+        classify(pod, rule, self.by_labels, &self.networks)
     }
 
-    /// Whether everything has been listed once.
+    /// Whether every watch has listed its objects.
     #[must_use]
     pub fn is_listed(&self) -> bool {
         self.watches.values().all(|health| health.is_listed)
     }
 
-    /// What may be old or missing.
+    /// Why the view may be old or incomplete; `None` when it is up to date.
     #[must_use]
     pub fn problem(&self) -> Option<String> {
         let lost = self.watches.iter().filter_map(|(watched, health)| {
             let problem = health.problem.as_ref()?;
-            let kept = if health.is_listed { "the last list of them is kept" } else { "they were never listed" };
+            let kept =
+                if health.is_listed { "pd-control keeps the last list of them" } else { "they were never listed" };
             Some(format!("{watched}: {problem}; {kept}"))
         });
         let refused = self.pools.iter().filter_map(|((_, name), rule)| {
@@ -191,7 +192,10 @@ impl Cluster {
         (!problems.is_empty()).then(|| problems.join("; "))
     }
 
-    /// The endpoints of all pods, each name once, and what became of each pod.
+    /// The endpoints of all pods, each name once, and the class of each pod.
+    ///
+    /// When two pods have the same address, the endpoint is the one that is ready, else the one that drains, else the
+    /// newer pod's.
     #[must_use]
     pub fn endpoints(&self) -> (Vec<Endpoint>, PodsView) {
         let mut owners: BTreeMap<EndpointId, (&PodName, &Endpoint, i64)> = BTreeMap::new();
@@ -202,13 +206,13 @@ impl Cluster {
             State::Down => 0,
         };
         for (name, known) in &self.pods {
-            match &known.meaning {
-                Meaning::Other => {}
-                Meaning::Pending => view.pending += 1,
-                Meaning::Refused(reason) => {
+            match &known.class {
+                PodClass::Other => {}
+                PodClass::Pending => view.pending += 1,
+                PodClass::Refused(reason) => {
                     view.refused.insert(name.clone(), reason.clone());
                 }
-                Meaning::Endpoints(endpoints) => {
+                PodClass::Endpoints(endpoints) => {
                     let created = known.pod.as_ref().map_or(0, |pod| pod.created);
                     for endpoint in endpoints {
                         let (id, candidate) = (endpoint.id(), (name, endpoint, created));
@@ -216,12 +220,12 @@ impl Cluster {
                             owners.insert(id, candidate);
                             continue;
                         };
-                        // An address may be given to a new pod before the old one is gone.
+                        // Kubernetes may give an address to a new pod before the old one is deleted.
                         let key = |(_, endpoint, created): &(_, &Endpoint, i64)| (rank(endpoint.state), *created);
                         let (winner, loser) =
                             if key(&candidate) > key(present) { (candidate, *present) } else { (*present, candidate) };
                         if loser.1.state == State::Ready {
-                            let reason = format!("{id} is pod {}'s already", winner.0);
+                            let reason = format!("pod {} has the address {id} already", winner.0);
                             view.refused.insert(loser.0.clone(), reason);
                         }
                         owners.insert(id, winner);
@@ -243,7 +247,7 @@ impl Cluster {
     }
 }
 
-/// What there is to watch.
+/// The watches for a configuration.
 fn watches(config: &KubernetesConfig) -> Vec<Watched> {
     let mut watches: Vec<_> = config.namespaces.iter().cloned().map(Watched::Pods).collect();
     for reference in &config.inference_pools {

@@ -1,4 +1,4 @@
-//! `--kubernetes-config`: what to follow, and how to read pods that have labels of their own.
+//! The file of `--kubernetes-config`: what to follow, and how to read pods with other labels.
 //!
 //! ```yaml
 //! namespaces: [inference]              # else --namespace, else the pod's own
@@ -11,7 +11,7 @@
 //!     pool: big
 //! allowed_cidrs: [10.244.0.0/16]
 //! ```
-//! The first selector that matches a pod says what it is, then the first InferencePool, then its labels.
+//! A pod is read by the first selector that matches it, else by the first InferencePool, else by its labels.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -28,10 +28,10 @@ use crate::sources::kubernetes::rule::{PortSource, Rule, Source};
 use crate::sources::kubernetes::vocabulary::{engine_named, role_named};
 use crate::sources::yaml::{self, FileError};
 
-/// Entries that a list of this file may have.
+/// Longest list of the file, in entries.
 const MAX_ENTRIES: usize = 1_000;
 
-/// The file.
+/// The content of the file.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct KubernetesConfig {
@@ -41,19 +41,19 @@ pub struct KubernetesConfig {
     pub labels: bool,
     /// InferencePools to follow.
     pub inference_pools: Vec<PoolReference>,
-    /// Selectors of one's own.
+    /// Selectors of the operator, in order.
     pub selectors: Vec<SelectorConfig>,
-    /// Networks that endpoints may be in; empty: all but special ones.
+    /// Allow-list for the addresses of pods; empty: all but special networks.
     pub allowed_cidrs: Vec<IpNet>,
 }
 
-/// InferencePools by name.
+/// InferencePools to follow.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PoolReference {
-    /// Name of one, or `*`.
+    /// Name of an InferencePool, or `*` for all.
     pub name: String,
-    /// Its namespace; absent: each that is followed.
+    /// Its namespace; absent: all namespaces that pd-control follows.
     pub namespace: Option<String>,
     /// Its API group.
     #[serde(default)]
@@ -72,7 +72,7 @@ pub enum PoolGroup {
     Alpha,
 }
 
-/// A selector and what its pods are.
+/// A selector, and how to read the pods that it selects.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SelectorConfig {
@@ -125,7 +125,7 @@ enum PortConfig {
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Found {
-    /// Of a container port.
+    /// Name of a container port.
     name: Option<String>,
     label: Option<String>,
     annotation: Option<String>,
@@ -146,10 +146,10 @@ impl Default for KubernetesConfig {
 }
 
 impl KubernetesConfig {
-    /// Reads a file's bytes; `path` is for the error only.
+    /// Parses a file's bytes. `path` is for the error only.
     ///
     /// # Errors
-    /// [`FileError`] with line and column.
+    /// [`FileError`] for the first fault, with line and column where the parser found it.
     pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self, FileError> {
         let config: Self = yaml::parse(path, bytes)?;
         let refuse = |message| FileError { path: path.to_owned(), position: None, message };
@@ -173,7 +173,7 @@ impl KubernetesConfig {
     /// The rules of its selectors, in order.
     ///
     /// # Errors
-    /// What is wrong with one of them, beginning with its key.
+    /// One line for the first wrong selector; it begins with the key.
     pub fn rules(&self) -> Result<Vec<Rule>, String> {
         let named = |(index, selector): (usize, &SelectorConfig)| {
             selector.rule().map_err(|error| format!("selectors[{index}].{error}"))
@@ -183,7 +183,7 @@ impl KubernetesConfig {
 }
 
 impl PoolGroup {
-    /// Group, version.
+    /// API group and version.
     #[must_use]
     pub fn group_version(self) -> (&'static str, &'static str) {
         match self {
@@ -242,7 +242,7 @@ impl SelectorConfig {
     }
 }
 
-// Not derived: an untagged enum would read the keys of `values` as YAML likes, `no` as false and `1` as a number.
+// Not derived: an untagged enum would read the keys of `values` as booleans and numbers, such as `no` and `1`.
 impl<'de> Deserialize<'de> for SourceConfig {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct SourceVisitor;

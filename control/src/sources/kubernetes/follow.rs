@@ -1,7 +1,7 @@
-//! Follows all objects of a kind in one namespace: lists them, then watches from there on, for as long as it takes.
+//! Follows all objects of a kind in one namespace: lists them, then watches their changes.
 //!
-//! kube-runtime has a watcher too. This one also tells when a watch stands again after it was lost, and gives every
-//! request a time limit: a network that swallows packets is noticed, and the list that is kept meanwhile is called old.
+//! kube-runtime has a watcher, too. This one also reports when a watch works again, and every request has a time limit:
+//! it notices a network that drops packets, and reports that the view may be old.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::Duration;
@@ -12,49 +12,49 @@ use kube::api::{DynamicObject, ListParams, WatchEvent, WatchParams};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
-/// Objects per page of a list.
+/// Objects in a page of a list.
 const PAGE: u32 = 500;
-/// Objects that one namespace may have; with more, nothing of it is taken.
+/// Most objects of one namespace. With more, pd-control takes none of them.
 const MAX_OBJECTS: usize = 100_000;
 /// Pauses between attempts: doubled from the first to the last, and drawn at random from the upper half, so that many
-/// of us do not come back in step.
+/// replicas do not return at the same time.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(5);
-/// A watch that ended sooner was no success.
+/// A watch that ends sooner counts as a failure.
 const SHORT_WATCH: Duration = Duration::from_secs(1);
-/// Attempts in a row that may fail before it is said: servers restart and close watches all the time.
+/// Failures in a row that are not reported: API servers restart and close watches all the time.
 const QUIET_FAILURES: u32 = 1;
-/// Attempts in a row that may fail before everything is listed again: what the server sends from that version on may be
-/// what cannot be read.
+/// Failures in a row after which all objects are listed again: an event after this version may be one that pd-control
+/// cannot read.
 const FAILURES_BEFORE_LIST: u32 = 4;
 
-/// How long requests may take.
+/// Time limits of requests to the API server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// A page of a list, or the head of a watch.
     pub request: Duration,
     /// One watch, by the server's clock.
     pub watch_seconds: u32,
-    /// What its end may take to arrive. A network that swallows packets is noticed when both are over.
+    /// Extra time for the end of a watch to arrive. After both times, the network is taken to drop packets.
     pub margin: Duration,
 }
 
-/// What happened to the objects.
+/// What happened to the followed objects.
 #[derive(Debug)]
 pub enum Event {
-    /// These are all.
+    /// All objects, from a list.
     Listed(Vec<DynamicObject>),
-    /// This one is new or changed.
+    /// A new or changed object.
     Applied(Box<DynamicObject>),
-    /// This one is gone.
+    /// A deleted object.
     Deleted(Box<DynamicObject>),
-    /// What is known is up to date again.
-    Found,
-    /// What is known may be old, for this reason.
-    Lost(String),
+    /// The view is up to date again.
+    Current,
+    /// The view may be old, for this reason.
+    Stale(String),
 }
 
-/// All objects of a kind in one namespace.
+/// Follows all objects of a kind in one namespace.
 #[derive(Debug)]
 pub struct Follower {
     api: Api<DynamicObject>,
@@ -62,21 +62,21 @@ pub struct Follower {
     limits: Limits,
 }
 
-/// Why a watch has to be started anew.
+/// Why a watch ended.
 enum End {
-    /// Its time was over.
+    /// Its time limit was reached.
     Done,
-    /// The server has forgotten the version: everything has to be listed again.
+    /// The server no longer has the version: all objects have to be listed again.
     Expired,
-    /// Servers restart and close watches all the time: this is told when it happens again.
+    /// The server closed it. Servers restart and close watches all the time, so the first failure is not reported.
     Failed(String),
-    /// Nothing came for too long, the end of the watch included.
+    /// Neither an event nor the end of the watch arrived in time.
     Silent(String),
-    /// Nobody listens.
+    /// The receiver of events is closed.
     Closed,
 }
 
-/// Counts what goes wrong in a row.
+/// Counts failures in a row.
 struct Failures {
     random: RandomState,
     in_a_row: u32,
@@ -89,25 +89,25 @@ impl Default for Limits {
 }
 
 impl Follower {
-    /// Nothing is asked yet.
+    /// A follower that has sent no request yet.
     #[must_use]
     pub fn new(api: Api<DynamicObject>, field_selector: Option<&str>, limits: Limits) -> Self {
         Self { api, field_selector: field_selector.map(str::to_owned), limits }
     }
 
-    /// Tells `tell` what happens until nobody listens.
-    pub async fn run<T>(self, events: mpsc::Sender<T>, tell: impl Fn(Event) -> T) {
+    /// Sends each event, wrapped by `wrap`, until the receiver is closed.
+    pub async fn run<T>(self, events: mpsc::Sender<T>, wrap: impl Fn(Event) -> T) {
         let mut failures = Failures { random: RandomState::new(), in_a_row: 0 };
         loop {
             let mut version = match self.list().await {
                 Ok((objects, version)) => {
-                    if events.send(tell(Event::Listed(objects))).await.is_err() {
+                    if events.send(wrap(Event::Listed(objects))).await.is_err() {
                         return;
                     }
                     version
                 }
                 Err(reason) => {
-                    if events.send(tell(Event::Lost(reason))).await.is_err() {
+                    if events.send(wrap(Event::Stale(reason))).await.is_err() {
                         return;
                     }
                     failures.pause().await;
@@ -116,7 +116,7 @@ impl Follower {
             };
             loop {
                 let start = tokio::time::Instant::now();
-                let end = self.watch(&mut version, &events, &tell).await;
+                let end = self.watch(&mut version, &events, &wrap).await;
                 if start.elapsed() >= SHORT_WATCH {
                     failures.in_a_row = 0;
                 }
@@ -132,7 +132,7 @@ impl Follower {
                         tracing::debug!("a watch ended: {reason}")
                     }
                     End::Failed(reason) | End::Silent(reason) => {
-                        if events.send(tell(Event::Lost(reason))).await.is_err() {
+                        if events.send(wrap(Event::Stale(reason))).await.is_err() {
                             return;
                         }
                     }
@@ -171,7 +171,7 @@ impl Follower {
         }
     }
 
-    async fn watch<T>(&self, version: &mut String, events: &mpsc::Sender<T>, tell: &impl Fn(Event) -> T) -> End {
+    async fn watch<T>(&self, version: &mut String, events: &mpsc::Sender<T>, wrap: &impl Fn(Event) -> T) -> End {
         let parameters = WatchParams {
             field_selector: self.field_selector.clone(),
             timeout: Some(self.limits.watch_seconds),
@@ -188,7 +188,7 @@ impl Follower {
             Ok(Err(error)) => return End::Failed(reason(&error)),
             Err(_) => return End::Silent(format!("no watch in {:?}", self.limits.request)),
         };
-        if events.send(tell(Event::Found)).await.is_err() {
+        if events.send(wrap(Event::Current)).await.is_err() {
             return End::Closed;
         }
         let limit = Duration::from_secs(self.limits.watch_seconds.into()) + self.limits.margin;
@@ -219,7 +219,7 @@ impl Follower {
                     Event::Deleted(Box::new(object))
                 }
             };
-            if events.send(tell(event)).await.is_err() {
+            if events.send(wrap(event)).await.is_err() {
                 return End::Closed;
             }
         }
@@ -243,12 +243,12 @@ fn advance(version: &mut String, object: &DynamicObject) {
     }
 }
 
-/// 410 Gone is what compaction looks like.
+/// The API server answers 410 Gone for a version that it has compacted.
 fn is_expired(code: u16) -> bool {
     code == 410
 }
 
-/// One line without the error's debug text, which would repeat all of it.
+/// One line with the causes of an error, each once.
 fn reason(error: &kube::Error) -> String {
     match error {
         kube::Error::Api(status) => format!("{} ({})", status.message, status.code),

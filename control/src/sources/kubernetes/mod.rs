@@ -1,11 +1,12 @@
-//! The Kubernetes source: pods of some namespaces, and what makes endpoints of them.
+//! The Kubernetes source: follows pods and InferencePools and makes endpoints of the pods.
 
 pub mod aibrix;
 pub mod annotations;
+pub mod classify;
 pub mod cluster;
 pub mod config;
 pub mod follow;
-pub mod meaning;
+pub mod keys;
 pub mod pod;
 pub mod pods;
 pub mod pools;

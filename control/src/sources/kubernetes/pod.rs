@@ -1,4 +1,4 @@
-//! What is read of a pod object.
+//! Reads pod objects.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -7,7 +7,7 @@ use kube::api::DynamicObject;
 use pd_core::wire::State;
 use serde::Deserialize;
 
-/// Names a pod for as long as it exists.
+/// Namespace and name of a pod.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PodName {
     /// Its namespace.
@@ -16,7 +16,7 @@ pub struct PodName {
     pub name: String,
 }
 
-/// What matters of a pod.
+/// The parts of a pod that pd-control reads.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pod {
     /// Its labels.
@@ -27,11 +27,11 @@ pub struct Pod {
     pub ip: Option<IpAddr>,
     /// Name and number of its containers' TCP ports.
     pub ports: Vec<(Option<String>, u16)>,
-    /// What its endpoints may do.
+    /// State of its endpoints: draining when it is being deleted, down when it is not ready.
     pub state: State,
     /// Whether all of its containers have ended for good.
     pub is_finished: bool,
-    /// Seconds of Unix time when it was made.
+    /// Time of its creation, in seconds of Unix time.
     pub created: i64,
 }
 
@@ -80,7 +80,7 @@ struct Condition {
 }
 
 impl PodName {
-    /// The name of an object; `None` when it has none.
+    /// The name of an object; `None` when the object has none.
     #[must_use]
     pub fn of(object: &DynamicObject) -> Option<Self> {
         let name = object.metadata.name.clone()?;
@@ -98,7 +98,7 @@ impl Pod {
     /// Reads an object.
     ///
     /// # Errors
-    /// What is not as in a pod.
+    /// One line when the object is no pod or its address is none.
     pub fn read(object: DynamicObject) -> Result<Self, String> {
         let DynamicObject { metadata, data, .. } = object;
         let Body { spec, status } = serde_json::from_value(data).map_err(|error| format!("no pod: {error}"))?;

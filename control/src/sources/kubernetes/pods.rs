@@ -1,4 +1,5 @@
-//! Which pod each endpoint is, and which pods were left out: for people and metrics, not for filters.
+//! The pod of each endpoint and the pods that pd-control refused, for the status page and the metrics. Filters do not
+//! get it.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -7,31 +8,31 @@ use pd_core::wire::EndpointId;
 
 use crate::sources::kubernetes::pod::PodName;
 
-/// The newest view.
+/// The newest view of the pods.
 #[derive(Debug, Default)]
 pub struct Pods(RwLock<Arc<PodsView>>);
 
-/// What became of each pod.
+/// A view of the pods.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct PodsView {
     /// The pod of each endpoint.
     pub names: BTreeMap<EndpointId, PodName>,
-    /// Pods that say something wrong, and what.
+    /// Pods that pd-control refused, with the reason.
     pub refused: BTreeMap<PodName, String>,
-    /// Engines without an address yet.
+    /// Number of engine pods without an address.
     pub pending: usize,
-    /// What is followed.
+    /// The watches.
     pub watches: Vec<WatchView>,
 }
 
-/// One kind of object in one namespace.
+/// A watch of one kind of object in one namespace.
 #[derive(Clone, Debug, PartialEq)]
 pub struct WatchView {
     /// `pods in NAMESPACE`.
     pub name: String,
-    /// Whether they were listed once.
+    /// Whether the objects were listed.
     pub is_listed: bool,
-    /// Why what is known of them may be old.
+    /// Why the view of the objects may be old; none: it is up to date.
     pub problem: Option<String>,
 }
 
@@ -42,7 +43,7 @@ impl Pods {
         Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Takes a view; returns the pods that are refused for a reason that is new.
+    /// Replaces the view; returns the refused pods whose reason is new.
     pub fn set(&self, view: PodsView) -> Vec<(PodName, String)> {
         let mut present = self.0.write().unwrap_or_else(PoisonError::into_inner);
         let is_new = |(name, reason): &(&PodName, &String)| present.refused.get(name) != Some(reason);

@@ -1,4 +1,4 @@
-//! `InferencePool`: a selector and ports, in both versions that are in use.
+//! Reads InferencePools, in both versions of the API.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use serde::Deserialize;
 use crate::sources::kubernetes::config::PoolGroup;
 use crate::sources::kubernetes::rule::{PortSource, Rule, Source};
 
-/// Target ports that the API allows.
+/// Most target ports that the API allows.
 const MAX_PORTS: usize = 8;
 
 #[derive(Deserialize)]
@@ -47,13 +47,14 @@ struct AlphaSpec {
     target_port_number: u16,
 }
 
-/// What a pool says of pods. Its name is their pool; the role is theirs to say.
+/// The rule for the pods of an InferencePool. The pool's name is the pool of their endpoints; the pods state their
+/// role.
 ///
 /// # Errors
-/// What is not as in an InferencePool, or would select every pod.
+/// One line when the object is no InferencePool, or would select every pod.
 pub fn rule(group: PoolGroup, object: DynamicObject) -> Result<Rule, String> {
     let DynamicObject { metadata, data, .. } = object;
-    let name = metadata.name.ok_or("it has no name")?;
+    let name = metadata.name.ok_or("the object has no name")?;
     let (labels, ports) = match group {
         PoolGroup::V1 => {
             let V1 { spec } = serde_json::from_value(data).map_err(|error| error.to_string())?;
@@ -65,10 +66,10 @@ pub fn rule(group: PoolGroup, object: DynamicObject) -> Result<Rule, String> {
         }
     };
     if labels.is_empty() {
-        return Err("its selector is empty".to_owned());
+        return Err("spec.selector: is empty and would select every pod".to_owned());
     }
     if ports.is_empty() || ports.len() > MAX_PORTS || ports.contains(&0) {
-        return Err(format!("it has to have 1 to {MAX_PORTS} target ports above 0"));
+        return Err(format!("the pool must have 1 to {MAX_PORTS} target ports above 0"));
     }
     Ok(Rule {
         namespace: metadata.namespace,

@@ -1,4 +1,4 @@
-//! Which pods are engines, and what their endpoints are.
+//! Rules: which pods are engines, and where the values of their endpoints come from.
 
 use std::collections::BTreeMap;
 
@@ -8,48 +8,48 @@ use pd_core::wire::{Engine, Role};
 /// Labels or annotations of a pod.
 pub type Texts = BTreeMap<String, String>;
 
-/// Where a value of an endpoint comes from.
+/// The source of a value of an endpoint.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Source<T> {
-    /// It is this.
+    /// This value.
     Fixed(T),
-    /// A label's text, translated by the table where it is in there.
+    /// The text of this label, or the table's entry for it.
     Label(String, BTreeMap<String, String>),
-    /// The same of an annotation.
+    /// The text of this annotation, or the table's entry for it.
     Annotation(String, BTreeMap<String, String>),
 }
 
-/// Where ports come from.
+/// The source of an endpoint's port.
 #[derive(Clone, Debug, PartialEq)]
 pub enum PortSource {
-    /// These, one endpoint each.
+    /// These ports, with an endpoint for each.
     Numbers(Vec<u16>),
-    /// The container port of that name.
+    /// The container port of this name.
     Named(String),
-    /// A label or an annotation.
+    /// A label or an annotation with the number.
     Text(Source<u16>),
-    /// The pod's labels or its first container port.
+    /// Not stated: AIBrix's label, else the container port named `http`, else the first one, else 8000.
     Unsaid,
 }
 
-/// Which pods are ours and what their endpoints are.
+/// A rule: the pods that it selects, and the values of their endpoints.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rule {
-    /// Namespace of the pods; none: any that is followed.
+    /// Namespace of the pods; none: all that pd-control follows.
     pub namespace: Option<String>,
     /// Labels of the pods.
     pub selector: Selector,
-    /// Role; none: the pod's labels say, else it is aggregated.
+    /// Role; none: from the pod's labels, else `both`.
     pub role: Option<Source<Role>>,
-    /// Pool; none: the default one.
+    /// Pool; none: `default`.
     pub pool: Option<Source<String>>,
-    /// Hand-over protocol; none: the pod's labels say, else its pool.
+    /// Hand-over protocol; none: from the pod's labels, else the pool's.
     pub engine: Option<Source<Engine>>,
     /// Pairing group.
     pub group: Option<Source<String>>,
     /// Ports.
     pub ports: PortSource,
-    /// Models; none: the pod's labels say.
+    /// Models; none: from the pod's labels.
     pub models: Option<Vec<String>>,
     /// Speed relative to the pool's others.
     pub weight: Option<f64>,
@@ -57,16 +57,17 @@ pub struct Rule {
     pub cache_tokens: Option<u64>,
     /// Port of the bootstrap server.
     pub bootstrap_port: Option<u16>,
-    /// Prompts of fewer tokens go elsewhere, where they can.
+    /// Fewest tokens of a prompt. Shorter prompts go to other endpoints, if there are any.
     pub min_prompt_tokens: Option<u64>,
-    /// Prompts of more tokens go elsewhere, where they can.
+    /// Most tokens of a prompt. Longer prompts go to other endpoints, if there are any.
     pub max_prompt_tokens: Option<u64>,
     /// Data-parallel ranks behind each port.
     pub ranks: Option<u32>,
 }
 
 impl<T> Source<T> {
-    /// Where these labels and annotations say it, and what; `None` for a fixed one and where they say nothing.
+    /// Key and text of the label or annotation; `None` for a fixed value and when the pod has no such label or
+    /// annotation.
     #[must_use]
     pub fn find<'a>(&'a self, labels: &'a Texts, annotations: &'a Texts) -> Option<(&'a str, &'a str)> {
         let (key, texts, values) = match self {

@@ -1,7 +1,7 @@
-//! Turns what the API server tells into lists.
+//! The Kubernetes source: follows a cluster and sends lists of endpoints.
 //!
-//! The first list is sent when everything has been listed once: a list with half of the pods would take the others out
-//! of service. After that every change is sent at once, and changes that arrive together are sent together.
+//! It sends the first list when every watch has listed its objects: a list with half of the pods would take the others
+//! out of service. Then it sends every change at once, and changes that arrive together in one list.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,16 +22,16 @@ use crate::sources::kubernetes::follow::{Follower, Limits};
 use crate::sources::kubernetes::pods::Pods;
 use crate::sources::kubernetes::rule::Rule;
 
-/// Events that may wait; the watches are read no faster than that.
+/// Events that may wait. When as many wait, the watches pause.
 const EVENTS: usize = 256;
-/// Events that are taken before a list is made of them.
+/// Most events that one list takes in.
 const MAX_BATCH: usize = 10_000;
-/// How long a connection to the API server may take to stand.
+/// Time limit of connecting to the API server.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Pods that have ended need not be told of.
+/// Field selector that leaves out pods that have ended.
 const UNFINISHED: &str = "status.phase!=Succeeded,status.phase!=Failed";
 
-/// One cluster.
+/// The source of one cluster.
 pub struct KubernetesSource {
     client: Client,
     config: KubernetesConfig,
@@ -41,18 +41,20 @@ pub struct KubernetesSource {
 }
 
 impl KubernetesSource {
-    /// Connects to nothing yet. Without namespaces in the configuration it is the cluster's default one: the pod's own,
-    /// or the kubeconfig's.
+    /// A source that has not connected yet.
+    ///
+    /// Without namespaces in the configuration, it follows the default namespace of `cluster`: the pod's own, or the
+    /// kubeconfig's.
     ///
     /// # Errors
-    /// When no client can be made of what is said of the cluster, or a selector is wrong.
+    /// When `cluster` is no valid configuration of a client, or a selector is wrong.
     pub fn new(
         mut cluster: kube::Config,
         mut config: KubernetesConfig,
         limits: Limits,
         pods: Arc<Pods>,
     ) -> anyhow::Result<Self> {
-        // Attempts are paced and told here.
+        // `follow` paces and reports attempts.
         cluster.default_retry = false;
         cluster.connect_timeout = Some(CONNECT_TIMEOUT);
         if config.namespaces.is_empty() {
@@ -62,13 +64,13 @@ impl KubernetesSource {
         Ok(Self { client: Client::try_from(cluster)?, config, rules, limits, pods })
     }
 
-    /// The namespaces, for people.
+    /// Name of the source with its namespaces, for people.
     #[must_use]
     pub fn name(&self) -> String {
         format!("kubernetes ({})", self.config.namespaces.join(", "))
     }
 
-    /// Follows the cluster until the publisher is gone.
+    /// Follows the cluster until the publisher has ended.
     pub async fn run(self, updates: Updates) {
         let mut cluster = Cluster::new(&self.config, self.rules);
         let (sender, mut events) = mpsc::channel(EVENTS);
@@ -93,7 +95,7 @@ impl KubernetesSource {
             }
             let (endpoints, view) = cluster.endpoints();
             for (pod, reason) in self.pods.set(view) {
-                tracing::warn!(%pod, reason, "left out");
+                tracing::warn!(%pod, reason, "refused a pod");
             }
             let now = (cluster.is_listed().then_some(endpoints), cluster.problem());
             if sent.as_ref() == Some(&now) {

@@ -1,9 +1,9 @@
-//! Roles and engines by the names that llm-d, AIBrix and pd-control's own annotations have for them.
+//! Names of roles and engines in llm-d, AIBrix and pd-control's annotations.
 
 use pd_core::wire::{Engine, Role};
 use serde_json::Value;
 
-/// The role that llm-d, AIBrix and we call by a name.
+/// The role of this name; `None` when there is none.
 #[must_use]
 pub fn role_named(text: &str) -> Option<Role> {
     match text {
@@ -14,14 +14,14 @@ pub fn role_named(text: &str) -> Option<Role> {
     }
 }
 
-/// No engine here has that name.
+/// The name is no engine's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UnknownEngine;
 
-/// The protocol that an engine's name stands for; none for plain vLLM, whose connector the pool's policy says.
+/// The hand-over protocol of the engine of this name. `None` for plain vLLM: its connector is in the pool's policy.
 ///
 /// # Errors
-/// [`UnknownEngine`].
+/// [`UnknownEngine`] when the name is no engine's.
 pub fn engine_named(text: &str) -> Result<Option<Engine>, UnknownEngine> {
     match text {
         "vllm" => Ok(None),

@@ -11,7 +11,7 @@ libfuzzer_sys::fuzz_target!(|text: &[u8]| {
             assert!(cost.seconds(1e6, 1e3).is_finite());
             let mut worker = Worker::default();
             worker.configure(text).unwrap();
-            assert_eq!(worker.table.len(), config.endpoints.len());
+            assert_eq!(worker.state.table.len(), config.endpoints.len());
             assert!(worker.configure(b"{\"unknown\":1}").is_err());
             assert_eq!(worker.config.unwrap().as_ref(), &config, "a refused configuration changes nothing");
         }

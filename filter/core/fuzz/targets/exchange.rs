@@ -5,7 +5,8 @@
 use core::time::Duration;
 
 use hashbrown::HashMap;
-use pd_core::exchange::blocks::{block_event, read_event, split_events};
+use pd_core::time::Monotonic;
+use pd_core::prefix::block_log::{block_event, read_event, split_events};
 use pd_core::exchange::hub::Hub;
 use pd_core::exchange::message::{Heard, MAX_MESSAGE_BYTES, Told};
 use pd_core::exchange::report::Report;
@@ -40,7 +41,7 @@ fn with_endpoints(message: &[u8], keys: &[u64]) -> Vec<u8> {
     heard.to_bytes()
 }
 
-fn answer(hub: &mut Hub, told: &Told, now: Duration) -> Heard {
+fn answer(hub: &mut Hub, told: &Told, now: Monotonic) -> Heard {
     assert_eq!(Told::from_bytes(&told.to_bytes()).as_ref(), Some(told));
     hub.take(told, now);
     let _ = hub.has_news(told);
@@ -52,8 +53,8 @@ fn answer(hub: &mut Hub, told: &Told, now: Duration) -> Heard {
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     let (mut worker, mut exchange, mut hub) = (Worker::default(), Exchange::default(), Hub::new(9));
     let config = worker.configure(CONFIG).expect("a good configuration");
-    let keys: Vec<u64> = worker.table.iter().map(|(_, slot)| slot.key).collect();
-    let mut now = Duration::from_secs(1);
+    let keys: Vec<u64> = worker.state.table.iter().map(|(_, slot)| slot.key).collect();
+    let mut now = Monotonic::from_secs(1);
     exchange.configure(&mut worker, config.control.as_ref());
     exchange.speak(&mut worker, 1, 0, now);
     for (what, message) in steps(input) {
@@ -83,7 +84,7 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
         assert!(told.to_bytes().len() <= MAX_MESSAGE_BYTES);
     }
     exchange.fall_silent(&mut worker);
-    for (_, slot) in worker.table.iter() {
+    for (_, slot) in worker.state.table.iter() {
         assert_eq!((slot.work(now), slot.decode_tokens()), (0.0, 0));
     }
 });

@@ -125,7 +125,7 @@ impl Search<'_> {
     fn object(&mut self, scanner: &mut Scanner<'_>) -> Result<(), ScanError> {
         // Where a cut begins: at the comma before the member or, as long as all members so far were cut, behind what
         // stood before it. Those take the comma behind them along.
-        let mut start = scanner.at();
+        let mut start = scanner.offset();
         let mut is_first_left = true;
         scanner.white_space();
         if scanner.eat(b'}') {
@@ -140,16 +140,16 @@ impl Search<'_> {
             } else {
                 self.value(scanner)?;
             }
-            let end = scanner.at();
+            let end = scanner.offset();
             scanner.white_space();
-            let comma = scanner.at();
+            let comma = scanner.offset();
             let more = scanner.eat(b',');
             if !more && !scanner.eat(b'}') {
                 return Err(scanner.error(ErrorKind::ExpectedComma));
             }
             if is_cut {
                 let end = match (is_first_left, more) {
-                    (true, true) => scanner.at(),
+                    (true, true) => scanner.offset(),
                     (true, false) => comma,
                     (false, _) => end,
                 };
@@ -160,7 +160,7 @@ impl Search<'_> {
                 self.cuts.push(Span { start: self.base.saturating_add(start), end: self.base.saturating_add(end) });
             }
             is_first_left &= is_cut;
-            start = if is_first_left { scanner.at() } else { comma };
+            start = if is_first_left { scanner.offset() } else { comma };
             if !more {
                 return Ok(());
             }

@@ -238,7 +238,7 @@ pub fn without(json: &[u8], cuts: &[Span]) -> Vec<u8> {
 fn multipart(body: &[u8], boundary: &[u8]) -> Result<Vec<Field>, FormError> {
     let delimiter = [b"\r\n--", boundary].concat();
     let finder = memmem::Finder::new(&delimiter);
-    let rest_of = |at: usize| body.get(at..).unwrap_or_default();
+    let rest_of = |offset: usize| body.get(offset..).unwrap_or_default();
     // Line breaks before the first delimiter are passed over by every parser, other text by some.
     let mut start = body.iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
     if !rest_of(start).starts_with(delimiter.get(2..).unwrap_or_default()) {
@@ -246,17 +246,17 @@ fn multipart(body: &[u8], boundary: &[u8]) -> Result<Vec<Field>, FormError> {
     }
     let mut fields = Vec::new();
     loop {
-        let mut at = start.saturating_add(delimiter.len()).saturating_sub(2);
-        let rest = rest_of(at);
+        let mut offset = start.saturating_add(delimiter.len()).saturating_sub(2);
+        let rest = rest_of(offset);
         if rest.starts_with(b"--") {
             return Ok(fields);
         }
         if !rest.starts_with(b"\r\n") {
             return Err(FormError::Malformed);
         }
-        at = at.saturating_add(2);
-        let (name, is_file, header_bytes) = part_headers(rest_of(at))?;
-        let value_start = at.saturating_add(header_bytes);
+        offset = offset.saturating_add(2);
+        let (name, is_file, header_bytes) = part_headers(rest_of(offset))?;
+        let value_start = offset.saturating_add(header_bytes);
         let found = finder.find(rest_of(value_start)).ok_or(FormError::Malformed)?;
         let value_end = value_start.saturating_add(found);
         let next = value_end.saturating_add(2);

@@ -22,7 +22,7 @@ pub(crate) fn decode_percent(text: &[u8]) -> Vec<u8> {
     let mut decoded = Vec::with_capacity(text.len());
     let mut rest = text;
     while let Some((first, tail)) = rest.split_first() {
-        let digit = |at: usize| char::from(*tail.get(at)?).to_digit(16);
+        let digit = |index: usize| char::from(*tail.get(index)?).to_digit(16);
         let hex = digit(0).zip(digit(1)).and_then(|(high, low)| u8::try_from(high.wrapping_shl(4) | low).ok());
         let (byte, next) = match (first, hex, tail.get(2..)) {
             (b'%', Some(byte), Some(next)) => (byte, next),
@@ -268,7 +268,7 @@ pub fn scan(body: &[u8]) -> Result<Scan, ScanError> {
     if !scanner.eat(b'{') {
         return Err(scanner.error(ErrorKind::NotAnObject));
     }
-    let open = Span::new(scanner.at(), scanner.at()).start;
+    let open = Span::new(scanner.offset(), scanner.offset()).start;
     let mut scan = Scan {
         len: Span::new(0, body.len()).end,
         open,

@@ -3,20 +3,12 @@
 
 use hashbrown::HashMap;
 
+use crate::config::Limits;
 use crate::endpoints::load::Load;
 use crate::metrics::Metric;
 
 /// Share of a limit from which on there is pressure: sheddable requests wait, and everybody keeps to a fair share.
 pub const PRESSURE: f64 = 0.8;
-
-/// Limits of one pool, all workers of an Envoy together. 0: none.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Limits {
-    /// Requests in flight.
-    pub requests: u64,
-    /// KV tokens in flight: prompts and expected output.
-    pub tokens: u64,
-}
 
 /// A request that wants in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

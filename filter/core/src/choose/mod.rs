@@ -1,4 +1,6 @@
 //! Which requests are let in, and which endpoints serve them.
 
 pub mod admission;
-pub mod schedule;
+mod explain;
+pub mod scheduler;
+mod shortlist;

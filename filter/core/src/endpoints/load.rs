@@ -3,32 +3,35 @@
 use core::time::Duration;
 use std::collections::VecDeque;
 
+use crate::codec::{Reader, Writer};
+use crate::time::Monotonic;
+
 /// Prefill work in flight, oldest first, in seconds of the endpoint's time.
 #[derive(Clone, Debug, Default)]
 pub struct PrefillQueue {
     jobs: VecDeque<Job>,
     /// Sum over the jobs: asked for far more often than they change.
     seconds: f64,
-    head_since: Duration,
+    head_since: Monotonic,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Job {
     id: u64,
     seconds: f64,
-    expires: Duration,
+    expires: Monotonic,
     /// Whether work that other Envoys sent was ahead of it: how long it takes then says nothing of the endpoint's speed.
     is_behind: bool,
 }
 
 impl PrefillQueue {
     /// Adds a leg of `seconds`; it counts until [`remove`](Self::remove), or at the latest until `expires`.
-    pub fn add(&mut self, id: u64, seconds: f64, now: Duration, expires: Duration) {
+    pub fn add(&mut self, id: u64, seconds: f64, now: Monotonic, expires: Monotonic) {
         self.add_behind(0.0, id, seconds, now, expires);
     }
 
     /// The same, behind so many seconds of work that is not in this queue: it makes no progress until they are over.
-    pub fn add_behind(&mut self, ahead: f64, id: u64, seconds: f64, now: Duration, expires: Duration) {
+    pub fn add_behind(&mut self, ahead: f64, id: u64, seconds: f64, now: Monotonic, expires: Monotonic) {
         if self.jobs.is_empty() {
             self.head_since = now.saturating_add(self::seconds(ahead));
         }
@@ -38,13 +41,13 @@ impl PrefillQueue {
 
     /// Seconds that the endpoint has spent on this leg, if it is the one under way as far as we know.
     #[must_use]
-    pub fn service_seconds(&self, id: u64, now: Duration) -> Option<f64> {
+    pub fn service_seconds(&self, id: u64, now: Monotonic) -> Option<f64> {
         let head = self.jobs.front().filter(|job| job.id == id && !job.is_behind)?;
         Some(now.saturating_sub(self.head_since).as_secs_f64()).filter(|seconds| head.seconds > 0.0 && *seconds > 0.0)
     }
 
     /// Removes a leg that ended; `false` when it is not there (any more).
-    pub fn remove(&mut self, id: u64, now: Duration) -> bool {
+    pub fn remove(&mut self, id: u64, now: Monotonic) -> bool {
         let Some(at) = self.jobs.iter().position(|job| job.id == id) else { return false };
         if at == 0 {
             self.head_since = now;
@@ -56,7 +59,7 @@ impl PrefillQueue {
 
     /// The client of this leg is gone and its answer will not be seen, but the endpoint goes on computing: it counts
     /// until the queue as we know it would have reached its end.
-    pub fn abandon(&mut self, id: u64, now: Duration) {
+    pub fn abandon(&mut self, id: u64, now: Monotonic) {
         let mut left = -self.progress(now);
         for job in &mut self.jobs {
             left += job.seconds;
@@ -68,7 +71,7 @@ impl PrefillQueue {
     }
 
     /// Drops what has expired.
-    pub fn prune(&mut self, now: Duration) {
+    pub fn prune(&mut self, now: Monotonic) {
         let head = self.jobs.front().map(|job| job.id);
         self.jobs.retain(|job| job.expires > now);
         if self.jobs.front().map(|job| job.id) != head {
@@ -79,7 +82,7 @@ impl PrefillQueue {
 
     /// `W`: seconds of work in flight minus the progress of the head.
     #[must_use]
-    pub fn work(&self, now: Duration) -> f64 {
+    pub fn work(&self, now: Monotonic) -> f64 {
         self.seconds - self.progress(now)
     }
 
@@ -99,7 +102,7 @@ impl PrefillQueue {
         self.seconds = self.jobs.iter().map(|job| job.seconds).sum();
     }
 
-    fn progress(&self, now: Duration) -> f64 {
+    fn progress(&self, now: Monotonic) -> f64 {
         let Some(head) = self.jobs.front() else { return 0.0 };
         now.saturating_sub(self.head_since).as_secs_f64().min(head.seconds)
     }
@@ -137,97 +140,14 @@ impl Load {
         self.tokens = self.tokens.saturating_sub(other.tokens);
         self.requests = self.requests.saturating_sub(other.requests);
     }
-}
 
-/// Whether an endpoint answered lately.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Health {
-    failures: u32,
-    out_until: Duration,
-    probing: bool,
-}
-
-/// First pause after a failure; each further one doubles it up to [`MAX_PAUSE`].
-const FIRST_PAUSE: Duration = Duration::from_millis(500);
-/// Longest pause: a healed endpoint is back within this time and one probe.
-const MAX_PAUSE: Duration = Duration::from_secs(5);
-
-impl Health {
-    /// Whether the endpoint may get a request: it is healthy, or its pause is over and no probe is under way.
-    #[must_use]
-    pub fn is_usable(&self, now: Duration) -> bool {
-        self.failures == 0 || (now >= self.out_until && !self.probing)
+    pub(crate) fn write(&self, out: &mut Writer) {
+        out.word(self.tokens);
+        out.word(u64::from(self.requests));
     }
 
-    /// A request goes to the endpoint: after a failure it is the probe, and others wait for its end.
-    pub fn sent(&mut self, now: Duration) {
-        if self.failures > 0 {
-            self.probing = true;
-            // A probe whose end is never told (its client left) counts as over after the longest pause.
-            self.out_until = now;
-        }
-    }
-
-    /// The endpoint could not be reached, reset the connection or answered that it is broken.
-    pub fn failed(&mut self, now: Duration) {
-        let pause = FIRST_PAUSE.saturating_mul(1_u32.checked_shl(self.failures.min(8)).unwrap_or(1)).min(MAX_PAUSE);
-        self.failures = self.failures.saturating_add(1);
-        self.out_until = now.saturating_add(pause);
-        self.probing = false;
-    }
-
-    /// The endpoint answered.
-    pub fn answered(&mut self) {
-        *self = Self::default();
-    }
-
-    /// Ends a probe that nobody reported on.
-    pub fn prune(&mut self, now: Duration) {
-        if self.probing && now.saturating_sub(self.out_until) > MAX_PAUSE {
-            self.probing = false;
-        }
-    }
-
-    /// Whether the last thing known is a failure.
-    #[must_use]
-    pub fn is_failing(&self) -> bool {
-        self.failures > 0
-    }
-}
-
-/// What retries a worker may still make, so that they cannot multiply the load of a pool that is failing: a share of
-/// its legs, and some to begin with.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct RetryBudget {
-    retries: f64,
-}
-
-/// Retries that each first try earns (linkerd's and Envoy's usual share).
-const RETRIES_PER_TRY: f64 = 0.2;
-/// Retries that a worker has at the start: a quiet gateway retries at once.
-const FIRST_RETRIES: f64 = 10.0;
-/// Most that are saved up.
-const MOST_RETRIES: f64 = 100.0;
-
-impl Default for RetryBudget {
-    fn default() -> Self {
-        Self { retries: FIRST_RETRIES }
-    }
-}
-
-impl RetryBudget {
-    /// A first try was made.
-    pub fn earn(&mut self) {
-        self.retries = (self.retries + RETRIES_PER_TRY).min(MOST_RETRIES);
-    }
-
-    /// Whether another retry may be made; it counts as made.
-    pub fn spend(&mut self) -> bool {
-        let is_left = self.retries >= 1.0;
-        if is_left {
-            self.retries -= 1.0;
-        }
-        is_left
+    pub(crate) fn read(rest: &mut Reader<'_>) -> Option<Self> {
+        Some(Self { tokens: rest.word()?, requests: u32::try_from(rest.word()?).ok()? })
     }
 }
 
@@ -239,10 +159,10 @@ fn seconds(value: f64) -> Duration {
 mod tests {
     use super::*;
 
-    const FAR: Duration = Duration::from_secs(60);
+    const FAR: Monotonic = Monotonic::from_secs(60);
 
-    fn ms(ms: u64) -> Duration {
-        Duration::from_millis(ms)
+    fn ms(ms: u64) -> Monotonic {
+        Monotonic::from_millis(ms)
     }
 
     #[test]
@@ -281,56 +201,5 @@ mod tests {
         load.remove(u64::MAX);
         load.remove(10);
         assert_eq!(load, Load::default());
-    }
-
-    #[test]
-    fn a_failing_endpoint_pauses_is_probed_once_and_returns() {
-        let mut health = Health::default();
-        assert!(health.is_usable(ms(0)));
-        health.failed(ms(0));
-        assert!(!health.is_usable(ms(499)));
-        assert!(health.is_usable(ms(500)));
-        health.sent(ms(500));
-        assert!(!health.is_usable(ms(501)), "one probe at a time");
-        health.failed(ms(510));
-        assert!(!health.is_usable(ms(1_509)));
-        assert!(health.is_usable(ms(1_510)));
-        health.sent(ms(1_510));
-        health.answered();
-        assert_eq!(health, Health::default());
-    }
-
-    #[test]
-    fn a_probe_without_an_end_does_not_lock_an_endpoint_out() {
-        let mut health = Health::default();
-        health.failed(ms(0));
-        health.sent(ms(600));
-        health.prune(ms(700));
-        assert!(!health.is_usable(ms(700)));
-        health.prune(ms(6_000));
-        assert!(health.is_usable(ms(6_000)));
-    }
-
-    #[test]
-    fn pauses_grow_to_a_bound() {
-        let mut health = Health::default();
-        for _ in 0..100 {
-            health.failed(ms(0));
-        }
-        assert!(health.is_usable(MAX_PAUSE));
-    }
-
-    #[test]
-    fn retries_are_a_share_of_the_tries() {
-        let mut budget = RetryBudget::default();
-        assert_eq!((0..100).filter(|_| budget.spend()).count(), 10);
-        let mut retries = 0;
-        for _ in 0..1_000 {
-            budget.earn();
-            retries += u32::from(budget.spend());
-        }
-        assert!((195..=200).contains(&retries), "{retries}");
-        (0..10_000).for_each(|_| budget.earn());
-        assert_eq!((0..1_000).filter(|_| budget.spend()).count(), 100);
     }
 }

@@ -1,19 +1,21 @@
-//! Endpoint table: the pushed list, with what we know of each endpoint, and the sets that a model's requests choose from.
+//! The endpoint table: the pushed list, each endpoint's state, and what was fitted of its pools.
 
 use core::net::SocketAddr;
-use core::time::Duration;
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use hashbrown::{HashMap, HashSet};
 
 use crate::config::{Config, Cost, Pool};
-use crate::endpoints::fit::{Fit, Usage};
-use crate::endpoints::load::{Health, Load, PrefillQueue};
-use crate::envoys::Fleet;
-use crate::envoys::message::Totals;
+use crate::endpoints::candidates::{CandidateSets, Candidates, NoCandidates};
+use crate::endpoints::elsewhere::{Fleet, Totals};
+use crate::endpoints::endpoint_state::Slot;
+use crate::endpoints::fitted_cost::Fit;
+use crate::endpoints::health::Health;
+use crate::endpoints::load::{Load, PrefillQueue};
+use crate::endpoints::usage::Usage;
 use crate::prefix::index::{EndpointIndex, PrefixIndex};
-use crate::wire::{Endpoint, EndpointId, Engine, Role, Snapshot, State};
+use crate::time::Monotonic;
+use crate::wire::{Endpoint, EndpointId, Snapshot};
 
 /// Names an endpoint beyond its life: an index whose endpoint left the list does not resolve any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,113 +27,6 @@ pub struct EndpointRef {
     pub(crate) key: u64,
 }
 
-/// One endpoint and what we know of it.
-#[derive(Debug)]
-pub struct Slot {
-    /// As pushed.
-    pub endpoint: Endpoint,
-    /// `ip:port`, as the destination header names it.
-    pub address: Arc<str>,
-    /// Key for rendezvous hashing: equal on every worker and replica.
-    pub key: u64,
-    /// Engine in force: the endpoint's, else its pool's.
-    pub engine: Engine,
-    /// Where its bootstrap server listens, if it has one.
-    pub bootstrap: SocketAddr,
-    /// Mooncake's id of the engine as its bootstrap server told it: a JSON string. Forgotten when the endpoint fails,
-    /// for a new process has a new one.
-    pub engine_id: Option<Arc<[u8]>>,
-    /// Whether its last prefill answer had no usable KV parameters.
-    pub is_kv_missing: bool,
-    /// Answers of split requests that must show a KV cache that came, until it is believed again; above 0 once one
-    /// showed a prompt that was computed twice.
-    pub kv_doubts: u8,
-    /// Prefill legs in flight.
-    pub prefill: PrefillQueue,
-    /// Decode work in flight.
-    pub decode: Load,
-    /// What other Envoys have in flight here, as far as they are heard.
-    elsewhere: Totals,
-    /// Whether it answered lately.
-    pub health: Health,
-    generation: u32,
-    /// Place of its pool's fit.
-    fit: usize,
-}
-
-impl Slot {
-    /// `W`: seconds of prefill work in flight here, from every Envoy that is heard.
-    #[must_use]
-    pub fn work(&self, now: Duration) -> f64 {
-        self.prefill.work(now) + self.elsewhere_seconds()
-    }
-
-    /// KV tokens assigned to this endpoint, by every Envoy that is heard.
-    #[must_use]
-    pub fn decode_tokens(&self) -> u64 {
-        self.decode.tokens.saturating_add(above_zero(self.elsewhere.tokens))
-    }
-
-    /// Seconds of prefill work that other Envoys have in flight here.
-    #[must_use]
-    pub(crate) fn elsewhere_seconds(&self) -> f64 {
-        above_zero(self.elsewhere.work) as f64 * 1e-6
-    }
-}
-
-/// A sum of differences; one that is missing still makes it small, not huge.
-fn above_zero(sum: u64) -> u64 {
-    u64::try_from(sum.cast_signed()).unwrap_or(0)
-}
-
-/// What a decode endpoint must have to take over from a prefill endpoint.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Partner {
-    /// Hand-over protocol.
-    pub engine: Engine,
-    /// Pairing group; none: any.
-    pub group: Option<String>,
-}
-
-impl Partner {
-    /// The partner of a prefill endpoint.
-    #[must_use]
-    pub fn of(prefill: &Slot) -> Self {
-        Self { engine: prefill.engine, group: prefill.endpoint.group.clone() }
-    }
-}
-
-/// Endpoints of one pool that serve one model.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Candidates {
-    /// Pool whose policy applies.
-    pub pool: Arc<str>,
-    /// Ready endpoints that take prefill legs and nothing else, sorted by [`Slot::key`]. Those of a group without a
-    /// decode endpoint are left out: nobody could take their work over.
-    pub prefill: Vec<EndpointIndex>,
-    /// Ready endpoints that take decode legs, sorted by [`Slot::key`].
-    pub decode: Vec<EndpointIndex>,
-    /// Ready endpoints that can serve a request whole: those of role `both`, and decode endpoints whose engine computes
-    /// a prompt by itself. Sorted alike.
-    pub whole: Vec<EndpointIndex>,
-    /// Ready endpoints that a long prompt is computed at: prefill endpoints, and those of role `both`. Sorted
-    /// alike, and with the same ones left out.
-    pub compute: Vec<EndpointIndex>,
-    /// The decode endpoints by what prefill endpoints they take over from, sorted alike.
-    pub(crate) partners: HashMap<Partner, Vec<EndpointIndex>>,
-    /// Whether one of them has bounds for the length of a prompt.
-    pub(crate) has_prompt_bounds: bool,
-}
-
-/// Why there is nothing to choose from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NoCandidates {
-    /// The list is empty, or nothing in it is ready.
-    NoEndpoint,
-    /// There are endpoints, but none serves this model.
-    UnknownModel,
-}
-
 /// The pushed list and its state.
 #[derive(Debug, Default)]
 pub struct Table {
@@ -141,9 +36,7 @@ pub struct Table {
     /// Every endpoint by [`Slot::key`], as of the last rebuild, and behind them those that came since.
     by_key: Vec<(u64, EndpointIndex)>,
     fits: Vec<(String, Fit)>,
-    models: HashMap<String, Arc<Candidates>>,
-    any_model: Option<Arc<Candidates>>,
-    all_ready: Vec<EndpointIndex>,
+    sets: CandidateSets,
     generation: u32,
     epoch: String,
     version: u64,
@@ -237,7 +130,7 @@ impl Table {
     /// # Errors
     /// [`NoCandidates`] says whether the model is unknown or everything is down.
     pub fn candidates(&self, model: &str) -> Result<Arc<Candidates>, NoCandidates> {
-        match self.models.get(model).or(self.any_model.as_ref()) {
+        match self.sets.of_model(model) {
             Some(candidates) if !candidates.is_empty() => Ok(Arc::clone(candidates)),
             None if !self.by_id.is_empty() => Err(NoCandidates::UnknownModel),
             _ => Err(NoCandidates::NoEndpoint),
@@ -247,21 +140,19 @@ impl Table {
     /// Models that endpoints name, sorted.
     #[must_use]
     pub fn model_names(&self) -> Vec<&str> {
-        let mut names: Vec<&str> = self.models.keys().map(String::as_str).collect();
-        names.sort_unstable();
-        names
+        self.sets.model_names()
     }
 
     /// Whether every endpoint says which models it serves.
     #[must_use]
     pub fn names_all_models(&self) -> bool {
-        self.any_model.is_none() && !self.models.is_empty()
+        self.sets.names_all_models()
     }
 
     /// Every ready endpoint, whatever its pool, role and models, sorted by [`Slot::key`].
     #[must_use]
     pub fn all_ready(&self) -> &[EndpointIndex] {
-        &self.all_ready
+        self.sets.all_ready()
     }
 
     /// Endpoints in the table.
@@ -412,7 +303,7 @@ impl Table {
     }
 
     /// Drops ledger entries whose end was never told.
-    pub fn prune(&mut self, now: Duration) {
+    pub fn prune(&mut self, now: Monotonic) {
         for slot in self.slots.iter_mut().flatten() {
             slot.prefill.prune(now);
             slot.health.prune(now);
@@ -484,214 +375,60 @@ impl Table {
         index.remove_endpoint(at);
     }
 
-    /// Makes the sets of candidates from the slots.
-    ///
-    /// A model belongs to one pool: when endpoints of several pools serve it, the first pool by name that can generate.
-    /// Endpoints without models serve every model of their pool, and those that no endpoint names.
+    /// Sorts the endpoints and makes the sets of candidates from them.
     fn rebuild(&mut self) {
-        let mut named: BTreeMap<&str, BTreeMap<&str, Candidates>> = BTreeMap::new();
-        let mut unnamed: BTreeMap<&str, Candidates> = BTreeMap::new();
-        let mut all_ready = Vec::new();
         let slots = &self.slots;
-        let slot_of = |at: EndpointIndex| slots.get(at as usize)?.as_ref();
-        self.by_key.retain(|(key, at)| slot_of(*at).is_some_and(|slot| slot.key == *key));
+        let slot_of = |index: EndpointIndex| slots.get(index as usize)?.as_ref();
+        self.by_key.retain(|(key, index)| slot_of(*index).is_some_and(|slot| slot.key == *key));
         // Stable, so a list with a few new ones at its end is sorted in one pass.
         self.by_key.sort();
         self.by_key.dedup();
-        for (at, slot) in self.by_key.iter().filter_map(|(_, at)| Some((*at, slot_of(*at)?))) {
-            let Endpoint { pool, models, role, state, .. } = &slot.endpoint;
-            let ready = *state == State::Ready;
-            if ready {
-                all_ready.push(at);
-            }
-            for model in models {
-                named.entry(model).or_default().entry(pool).or_default().push(at, *role, slot.engine, ready);
-            }
-            if models.is_empty() {
-                unnamed.entry(pool).or_default().push(at, *role, slot.engine, ready);
-            }
-        }
-        let models = named
-            .into_iter()
-            .filter_map(|(model, mut pools)| {
-                for (pool, candidates) in &mut pools {
-                    if let Some(others) = unnamed.get(pool) {
-                        candidates.extend(others);
-                        let key = |at: &EndpointIndex| slot_of(*at).map(|slot| slot.key);
-                        candidates.sets().into_iter().for_each(|set| set.sort_by_key(key));
-                    }
-                }
-                Some((model.to_owned(), first_that_generates(pools, &slot_of)?))
-            })
-            .collect();
-        let any_model = first_that_generates(unnamed, &slot_of);
-        self.models = models;
-        self.any_model = any_model;
-        self.all_ready = all_ready;
+        let sorted: Vec<_> = self.by_key.iter().filter_map(|(_, index)| Some((*index, slot_of(*index)?))).collect();
+        self.sets = CandidateSets::new(&sorted, slot_of);
     }
-}
-
-impl Candidates {
-    /// Whether nobody can do anything.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.prefill.is_empty() && !self.can_generate()
-    }
-
-    fn can_generate(&self) -> bool {
-        !self.decode.is_empty() || !self.whole.is_empty()
-    }
-
-    fn push(&mut self, at: EndpointIndex, role: Role, engine: Engine, ready: bool) {
-        if !ready {
-            return;
-        }
-        match role {
-            Role::Prefill => self.prefill.push(at),
-            Role::Decode => self.decode.push(at),
-            Role::Both => {}
-        }
-        if role == Role::Both || (role == Role::Decode && engine.decodes_alone()) {
-            self.whole.push(at);
-        }
-        if role != Role::Decode {
-            self.compute.push(at);
-        }
-    }
-
-    fn extend(&mut self, others: &Self) {
-        for (set, more) in
-            self.sets().into_iter().zip([&others.prefill, &others.decode, &others.whole, &others.compute])
-        {
-            set.extend(more);
-        }
-    }
-
-    /// Leaves out everybody else.
-    pub fn retain(&mut self, stays: impl Fn(EndpointIndex) -> bool) {
-        self.sets().into_iter().for_each(|set| set.retain(|at| stays(*at)));
-        self.partners.values_mut().for_each(|set| set.retain(|at| stays(*at)));
-    }
-
-    /// Those whose bounds have room for a prompt of this length; of a set where none has, all. Endpoints without bounds
-    /// cost nothing here, otherwise it is a pass over them all.
-    #[must_use]
-    pub fn for_prompt(self: Arc<Self>, tokens: f64, table: &Table) -> Arc<Self> {
-        if !self.has_prompt_bounds {
-            return self;
-        }
-        let takes = |at: &EndpointIndex| table.get(*at).is_some_and(|slot| slot.endpoint.takes_prompt(tokens));
-        let mut rest = Self::clone(&self);
-        let keep = |set: &mut Vec<EndpointIndex>| {
-            if set.iter().any(takes) {
-                set.retain(takes);
-            }
-        };
-        rest.sets().into_iter().for_each(keep);
-        rest.partners.values_mut().for_each(keep);
-        Arc::new(rest)
-    }
-
-    /// The decode endpoints that can take over from a prefill endpoint.
-    #[must_use]
-    pub fn partners(&self, of: &Partner) -> &[EndpointIndex] {
-        self.partners.get(of).map_or(&[], Vec::as_slice)
-    }
-
-    fn sets(&mut self) -> [&mut Vec<EndpointIndex>; 4] {
-        [&mut self.prefill, &mut self.decode, &mut self.whole, &mut self.compute]
-    }
-}
-
-fn first_that_generates<'a>(
-    pools: BTreeMap<&str, Candidates>,
-    slot_of: &impl Fn(EndpointIndex) -> Option<&'a Slot>,
-) -> Option<Arc<Candidates>> {
-    let generating = pools.iter().find(|(_, candidates)| candidates.can_generate());
-    let (pool, candidates) = generating.or_else(|| pools.iter().next())?;
-    let mut candidates = Candidates { pool: (*pool).into(), ..candidates.clone() };
-    let group_of = |at: &EndpointIndex| slot_of(*at)?.endpoint.group.as_deref();
-    let groups: HashSet<&str> = candidates.decode.iter().filter_map(group_of).collect();
-    let is_whole = |at: &EndpointIndex| slot_of(*at).is_some_and(|slot| slot.endpoint.role == Role::Both);
-    let has_partner = |at: &EndpointIndex| is_whole(at) || group_of(at).is_none_or(|group| groups.contains(group));
-    if !candidates.decode.is_empty() {
-        candidates.prefill.retain(has_partner);
-        candidates.compute.retain(has_partner);
-    }
-    let is_bounded = |at: &EndpointIndex| slot_of(*at).is_some_and(|slot| slot.endpoint.has_prompt_bounds());
-    let has_prompt_bounds = candidates.sets().into_iter().any(|set| set.iter().any(is_bounded));
-    candidates.has_prompt_bounds = has_prompt_bounds;
-    for at in &candidates.decode {
-        let Some(partner) = slot_of(*at).map(Partner::of) else { continue };
-        if partner.group.is_some() {
-            let any = Partner { group: None, ..partner };
-            candidates.partners.entry(any).or_default().push(*at);
-        }
-        candidates.partners.entry(partner).or_default().push(*at);
-    }
-    Some(Arc::new(candidates))
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::prefix::hash::BlockHash;
+    use crate::wire::{Role, State};
     use proptest::prelude::*;
+    use std::collections::BTreeMap;
 
-    fn endpoint(port: u16, role: Role, models: &[&str]) -> Endpoint {
+    pub(crate) fn endpoint(port: u16, role: Role, models: &[&str]) -> Endpoint {
         let models = models.iter().map(|model| (*model).to_owned()).collect();
         Endpoint { models, ..Endpoint::new(([10, 0, 0, 1], port).into(), role) }
     }
 
-    fn whole(version: u64, endpoints: Vec<Endpoint>) -> Snapshot {
+    pub(crate) fn whole(version: u64, endpoints: Vec<Endpoint>) -> Snapshot {
         Snapshot { wire: 1, epoch: "e".into(), version, base: None, endpoints, removed: vec![] }
     }
 
-    struct Fixture {
-        table: Table,
+    pub(crate) struct Fixture {
+        pub(crate) table: Table,
         index: PrefixIndex,
         config: Config,
     }
 
     impl Fixture {
-        fn new(endpoints: Vec<Endpoint>) -> Self {
+        pub(crate) fn new(endpoints: Vec<Endpoint>) -> Self {
             let mut new =
                 Self { table: Table::default(), index: PrefixIndex::new(1 << 20), config: Config::parse(b"").unwrap() };
             assert_eq!(new.apply(&whole(1, endpoints)), Applied::Changed);
             new
         }
 
-        fn apply(&mut self, snapshot: &Snapshot) -> Applied {
+        pub(crate) fn apply(&mut self, snapshot: &Snapshot) -> Applied {
             self.table.apply(snapshot, &self.config, &mut self.index)
         }
 
-        fn ports(&self, indexes: &[EndpointIndex]) -> Vec<u16> {
+        pub(crate) fn ports(&self, indexes: &[EndpointIndex]) -> Vec<u16> {
             let mut ports: Vec<u16> =
                 indexes.iter().map(|at| self.table.get(*at).unwrap().endpoint.address.port()).collect();
             ports.sort_unstable();
             ports
         }
-    }
-
-    #[test]
-    fn roles_and_models_decide_who_is_a_candidate() {
-        let mut down = endpoint(5, Role::Decode, &["m"]);
-        down.state = State::Draining;
-        let fixture = Fixture::new(vec![
-            endpoint(1, Role::Prefill, &["m"]),
-            endpoint(2, Role::Decode, &["m", "n"]),
-            endpoint(3, Role::Both, &[]),
-            endpoint(4, Role::Decode, &["n"]),
-            down,
-        ]);
-        let m = fixture.table.candidates("m").unwrap();
-        assert_eq!((fixture.ports(&m.prefill), fixture.ports(&m.decode)), (vec![1], vec![2]));
-        assert_eq!((fixture.ports(&m.whole), fixture.ports(&m.compute)), (vec![2, 3], vec![1, 3]));
-        let n = fixture.table.candidates("n").unwrap();
-        assert_eq!((fixture.ports(&n.decode), fixture.ports(&n.whole)), (vec![2, 4], vec![2, 3, 4]));
-        assert_eq!(fixture.ports(&fixture.table.candidates("other").unwrap().whole), [3]);
-        assert_eq!(fixture.table.model_names(), ["m", "n"]);
-        assert_eq!(fixture.table.all_ready().len(), 4);
     }
 
     #[test]
@@ -714,21 +451,6 @@ mod tests {
             all.dedup();
             assert_eq!(all.len(), if model == "m" { 39 - 3 + 3 } else { 39 - 13 - 1 + 1 });
         }
-    }
-
-    #[test]
-    fn a_prefill_endpoint_whose_group_cannot_generate_is_no_candidate() {
-        let grouped = |port, role, group: &str| Endpoint { group: Some(group.into()), ..endpoint(port, role, &[]) };
-        let mut down = grouped(4, Role::Decode, "b");
-        down.state = State::Draining;
-        let fixture = Fixture::new(vec![
-            grouped(1, Role::Prefill, "a"),
-            grouped(2, Role::Prefill, "b"),
-            grouped(3, Role::Decode, "a"),
-            down,
-            endpoint(5, Role::Prefill, &[]),
-        ]);
-        assert_eq!(fixture.ports(&fixture.table.candidates("m").unwrap().prefill), [1, 5]);
     }
 
     #[test]
@@ -777,55 +499,7 @@ mod tests {
         assert_eq!(fixture.table.version(), ("f", 1));
     }
 
-    #[test]
-    fn prompts_go_to_endpoints_whose_bounds_have_room_while_there_are_some() {
-        let bounded = |port, role, min, max| Endpoint {
-            min_prompt_tokens: min,
-            max_prompt_tokens: max,
-            ..endpoint(port, role, &[])
-        };
-        let fixture = Fixture::new(vec![
-            bounded(1, Role::Prefill, None, Some(2_000)),
-            bounded(2, Role::Prefill, Some(2_000), Some(8_000)),
-            bounded(3, Role::Decode, None, Some(8_000)),
-            bounded(4, Role::Both, Some(2_001), None),
-        ]);
-        let candidates = fixture.table.candidates("m").unwrap();
-        let sets = |tokens: f64| {
-            let Candidates { prefill, decode, whole, compute, partners, .. } =
-                &*Arc::clone(&candidates).for_prompt(tokens, &fixture.table);
-            let partners = partners.values().next().unwrap();
-            [prefill, decode, whole, compute, partners].map(|set| fixture.ports(set))
-        };
-        assert_eq!(sets(100.0), [vec![1], vec![3], vec![3], vec![1], vec![3]]);
-        assert_eq!(sets(2_000.0), [vec![1, 2], vec![3], vec![3], vec![1, 2], vec![3]]);
-        assert_eq!(sets(5_000.0), [vec![2], vec![3], vec![3, 4], vec![2, 4], vec![3]]);
-        // Of those that take a prefill leg or a decode leg nobody has room, so all are candidates.
-        assert_eq!(sets(1e9), [vec![1, 2], vec![3], vec![4], vec![4], vec![3]]);
-        let unbounded = Fixture::new(vec![endpoint(1, Role::Both, &[])]);
-        let candidates = unbounded.table.candidates("m").unwrap();
-        assert!(Arc::ptr_eq(&Arc::clone(&candidates).for_prompt(1.0, &unbounded.table), &candidates));
-    }
-
     proptest! {
-        #[test]
-        fn a_set_keeps_those_with_room_or_all(list in prop::collection::vec((0_u8..3, 0_u64..4, 0_u64..4), 1..12), tokens in 0.0..6.0) {
-            let endpoints = (1_u16..).zip(&list).map(|(port, (role, min, over))| Endpoint {
-                min_prompt_tokens: Some(*min).filter(|min| *min > 0),
-                max_prompt_tokens: Some(min + over).filter(|_| *over < 3),
-                ..endpoint(port, [Role::Prefill, Role::Decode, Role::Both][usize::from(*role)], &[])
-            });
-            let fixture = Fixture::new(endpoints.collect());
-            let takes = |at: &EndpointIndex| fixture.table.get(*at).unwrap().endpoint.takes_prompt(tokens);
-            let before = fixture.table.candidates("m").unwrap();
-            let after = Arc::clone(&before).for_prompt(tokens, &fixture.table);
-            let (mut before, mut after) = (Candidates::clone(&before), Candidates::clone(&after));
-            for (set, kept) in before.sets().into_iter().zip(after.sets()) {
-                let fitting: Vec<_> = set.iter().copied().filter(takes).collect();
-                prop_assert_eq!(kept, if fitting.is_empty() { set } else { &fitting });
-            }
-        }
-
         #[test]
         fn changes_lead_to_the_same_table_as_the_whole_list(lists in prop::collection::vec(prop::collection::btree_map(1_u16..12, 0_u8..3, 1..8), 1..8)) {
             let make = |list: &BTreeMap<u16, u8>| -> Vec<Endpoint> {

@@ -10,9 +10,11 @@ use std::collections::BTreeMap;
 
 use hashbrown::HashMap;
 
-use super::blocks::{BlockLog, split_events};
-use super::message::{Batch, Heard, MAX_BLOCKS_BYTES, MAX_MESSAGE_BYTES, Record, Told, Totals};
+use super::message::{Batch, Heard, MAX_BLOCKS_BYTES, MAX_MESSAGE_BYTES, Record, Told};
 use super::report::MAX_REPORT_BYTES;
+use crate::endpoints::elsewhere::Totals;
+use crate::prefix::block_log::{BlockLog, split_events};
+use crate::time::Monotonic;
 
 /// Silence after which a gateway counts as gone.
 pub const GATEWAY_LIFE: Duration = Duration::from_secs(3);
@@ -43,9 +45,9 @@ struct Gateway {
     turn: u64,
     epoch: u64,
     /// When it was last heard of, by itself or by another hub.
-    heard: Duration,
+    heard: Monotonic,
     /// When it was last heard itself.
-    asked: Option<Duration>,
+    asked: Option<Monotonic>,
     is_gone: bool,
     loads: Vec<(u64, Totals)>,
     changes: u64,
@@ -94,7 +96,7 @@ impl Hub {
     }
 
     /// Takes what somebody told; whether it matters to others.
-    pub fn take(&mut self, told: &Told, now: Duration) -> bool {
+    pub fn take(&mut self, told: &Told, now: Monotonic) -> bool {
         let before = (self.changes, self.total_next());
         for record in &told.records {
             self.take_record(record, told.from == record.gateway, now);
@@ -111,7 +113,7 @@ impl Hub {
         self.gateways.values().fold(0, |sum, gateway| sum.wrapping_add(gateway.log.next()))
     }
 
-    fn take_record(&mut self, record: &Record, is_own: bool, now: Duration) {
+    fn take_record(&mut self, record: &Record, is_own: bool, now: Monotonic) {
         if record.gateway == 0 || !self.make_room(record.gateway) {
             return;
         }
@@ -177,7 +179,7 @@ impl Hub {
     }
 
     /// Lets go of gateways that are silent; whether that matters to the others. Call it a few times a second.
-    pub fn prune(&mut self, now: Duration) -> bool {
+    pub fn prune(&mut self, now: Monotonic) -> bool {
         let mut has_changed = false;
         for gateway in self.gateways.values_mut() {
             if !gateway.is_gone && now.saturating_sub(gateway.heard) > GATEWAY_LIFE {
@@ -257,7 +259,7 @@ impl Hub {
     /// What another hub is told, in messages that it takes: the gateways that were heard here lately, with the block
     /// events that it does not `have`.
     #[must_use]
-    pub fn relay(&self, have: &HashMap<u64, u64>, now: Duration) -> Vec<Told> {
+    pub fn relay(&self, have: &HashMap<u64, u64>, now: Monotonic) -> Vec<Told> {
         let is_heard = |gateway: &Gateway| gateway.asked.is_some_and(|at| now.saturating_sub(at) <= GATEWAY_LIFE);
         let mut messages: Vec<Told> = Vec::new();
         let mut room = 0;
@@ -288,7 +290,7 @@ impl Hub {
     }
 
     /// Reports of the gateways that are there: number, how long ago it was heard of, the report.
-    pub fn reports(&self, now: Duration) -> impl Iterator<Item = (u64, Duration, &[u8])> {
+    pub fn reports(&self, now: Monotonic) -> impl Iterator<Item = (u64, Duration, &[u8])> {
         let here = self.gateways.iter().filter(|(_, gateway)| !gateway.is_gone);
         here.map(move |(id, gateway)| (*id, now.saturating_sub(gateway.heard), gateway.report.as_slice()))
     }

@@ -8,10 +8,11 @@
 //! blocks  [endpoint count hash*]*
 //! Totals  work tokens requests
 //! ```
-//! A list stands behind its length, bytes stand behind theirs. An endpoint is its [key](crate::endpoints::table::Slot::key). A
+//! A list stands behind its length, bytes stand behind theirs. An endpoint is its [key](crate::endpoints::endpoint_state::Slot::key). A
 //! reader takes a message whole or not at all; words behind what it knows are a newer writer's and are left alone.
 
-use crate::workers::ledger::{Reader, Writer};
+use crate::codec::{Reader, Writer};
+use crate::endpoints::elsewhere::Totals;
 
 /// Path of `pd-control`'s answer to [`Told`].
 pub const EXCHANGE_PATH: &str = "/v1/exchange";
@@ -21,47 +22,6 @@ pub const EXCHANGE_VERSION: u64 = 1;
 pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
 /// Bytes of blocks in one message at most, so that reading it takes a worker no more than a few milliseconds.
 pub const MAX_BLOCKS_BYTES: usize = 256 << 10;
-
-/// What is in flight at one endpoint.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Totals {
-    /// Prefill work, microseconds of the endpoint's time.
-    pub work: u64,
-    /// KV tokens assigned for decoding.
-    pub tokens: u64,
-    /// Requests that decode.
-    pub requests: u64,
-}
-
-impl Totals {
-    /// Adds, around the end of the numbers: a difference may be below zero.
-    #[must_use]
-    pub fn plus(self, other: Self) -> Self {
-        Self {
-            work: self.work.wrapping_add(other.work),
-            tokens: self.tokens.wrapping_add(other.tokens),
-            requests: self.requests.wrapping_add(other.requests),
-        }
-    }
-
-    /// Subtracts, around zero.
-    #[must_use]
-    pub fn minus(self, other: Self) -> Self {
-        Self {
-            work: self.work.wrapping_sub(other.work),
-            tokens: self.tokens.wrapping_sub(other.tokens),
-            requests: self.requests.wrapping_sub(other.requests),
-        }
-    }
-
-    pub(crate) fn write(self, out: &mut Writer) {
-        [self.work, self.tokens, self.requests].into_iter().for_each(|word| out.word(word));
-    }
-
-    pub(crate) fn read(rest: &mut Reader<'_>) -> Option<Self> {
-        Some(Self { work: rest.word()?, tokens: rest.word()?, requests: rest.word()? })
-    }
-}
 
 /// A question to `pd-control`, with what the asker has to tell.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -149,14 +109,14 @@ impl Told {
         let head = [EXCHANGE_VERSION, self.from, self.at.0, self.at.1, u64::from(self.wants)];
         head.into_iter().for_each(|word| out.word(word));
         write_pairs(&mut out, &self.known);
-        write_list(&mut out, &self.records, |out, record| {
+        out.list(&self.records, |out, record| {
             let head = [record.gateway, record.replaces, record.turn, record.epoch];
             head.into_iter().for_each(|word| out.word(word));
             write_loads(out, &record.loads);
             out.word(record.oldest);
             out.word(record.first);
-            write_bytes(out, &record.blocks);
-            write_bytes(out, &record.report);
+            out.bytes(&record.blocks);
+            out.bytes(&record.report);
         });
         out.0
     }
@@ -173,7 +133,7 @@ impl Told {
             at,
             wants,
             known,
-            records: read_list(rest, |rest| {
+            records: rest.list(|rest| {
                 Some(Record {
                     gateway: rest.word()?,
                     replaces: rest.word()?,
@@ -183,7 +143,7 @@ impl Told {
                     oldest: rest.word()?,
                     first: rest.word()?,
                     blocks: read_blocks(rest)?,
-                    report: read_bytes(rest)?,
+                    report: rest.bytes()?,
                 })
             })?,
         })
@@ -199,9 +159,9 @@ impl Heard {
         write_pairs(&mut out, &self.have);
         [self.gateways, self.exchanging, u64::from(self.loads.is_some())].into_iter().for_each(|word| out.word(word));
         write_loads(&mut out, self.loads.as_deref().unwrap_or_default());
-        write_list(&mut out, &self.batches, |out, batch| {
+        out.list(&self.batches, |out, batch| {
             [batch.gateway, batch.epoch, batch.first].into_iter().for_each(|word| out.word(word));
-            write_bytes(out, &batch.blocks);
+            out.bytes(&batch.blocks);
         });
         out.0
     }
@@ -214,7 +174,7 @@ impl Heard {
         let have = read_pairs(rest)?;
         let (gateways, exchanging, has_loads) = (rest.word()?, rest.word()?, rest.word()? != 0);
         let loads = read_loads(rest)?;
-        let batches = read_list(rest, |rest| {
+        let batches = rest.list(|rest| {
             Some(Batch { gateway: rest.word()?, epoch: rest.word()?, first: rest.word()?, blocks: read_blocks(rest)? })
         })?;
         Some(Self { hub, state, have, gateways, exchanging, loads: has_loads.then_some(loads), batches })
@@ -227,52 +187,30 @@ fn begin(bytes: &[u8]) -> Option<Reader<'_>> {
     (rest.word()? == EXCHANGE_VERSION).then_some(rest)
 }
 
-fn write_list<T>(out: &mut Writer, list: &[T], mut write: impl FnMut(&mut Writer, &T)) {
-    out.word(list.len() as u64);
-    list.iter().for_each(|item| write(out, item));
-}
-
 fn write_pairs(out: &mut Writer, pairs: &[(u64, u64)]) {
-    write_list(out, pairs, |out, (gateway, next)| {
+    out.list(pairs, |out, (gateway, next)| {
         out.word(*gateway);
         out.word(*next);
     });
 }
 
 fn write_loads(out: &mut Writer, loads: &[(u64, Totals)]) {
-    write_list(out, loads, |out, (endpoint, totals)| {
+    out.list(loads, |out, (endpoint, totals)| {
         out.word(*endpoint);
         totals.write(out);
     });
 }
 
-pub(super) fn write_bytes(out: &mut Writer, bytes: &[u8]) {
-    out.word(bytes.len() as u64);
-    out.0.extend_from_slice(bytes);
-}
-
-/// A length is believed item by item: no memory is taken for what is not there.
-fn read_list<T>(rest: &mut Reader<'_>, mut read: impl FnMut(&mut Reader<'_>) -> Option<T>) -> Option<Vec<T>> {
-    (0..rest.word()?).map(|_| read(rest)).collect()
-}
-
 fn read_pairs(rest: &mut Reader<'_>) -> Option<Vec<(u64, u64)>> {
-    read_list(rest, |rest| Some((rest.word()?, rest.word()?)))
+    rest.list(|rest| Some((rest.word()?, rest.word()?)))
 }
 
 fn read_loads(rest: &mut Reader<'_>) -> Option<Vec<(u64, Totals)>> {
-    read_list(rest, |rest| Some((rest.word()?, Totals::read(rest)?)))
+    rest.list(|rest| Some((rest.word()?, Totals::read(rest)?)))
 }
 
 fn read_blocks(rest: &mut Reader<'_>) -> Option<Vec<u8>> {
-    read_bytes(rest).filter(|blocks| blocks.len() <= MAX_BLOCKS_BYTES)
-}
-
-pub(super) fn read_bytes(rest: &mut Reader<'_>) -> Option<Vec<u8>> {
-    let length = usize::try_from(rest.word()?).ok()?;
-    let (bytes, behind) = rest.0.split_at_checked(length)?;
-    rest.0 = behind;
-    Some(bytes.to_vec())
+    rest.bytes().filter(|blocks| blocks.len() <= MAX_BLOCKS_BYTES)
 }
 
 #[cfg(test)]

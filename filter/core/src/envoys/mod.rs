@@ -8,23 +8,21 @@
 //! Two calls: *tell*, when there is something new (or a second has passed), answered at once; and *hear*, which
 //! `pd-control` answers when there is something new. An Envoy that is alone tells once a second.
 
-pub mod blocks;
 pub mod hub;
 pub mod message;
 pub mod report;
 
 use core::time::Duration;
-use std::collections::VecDeque;
 
 use hashbrown::HashMap;
 
 use crate::config::Control;
+use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::metrics::Metric;
-use crate::prefix::hash::BlockHash;
+use crate::prefix::block_log::{read_event, split_events};
+use crate::time::Monotonic;
 use crate::workers::worker::Worker;
-use blocks::{BlockLog, block_event, read_event, split_events};
-use message::{EXCHANGE_PATH, Heard, MAX_BLOCKS_BYTES, Record, Told, Totals};
-use report::{Decision, MAX_DECISIONS};
+use message::{EXCHANGE_PATH, Heard, MAX_BLOCKS_BYTES, Record, Told};
 
 /// How often the shell must call [`Exchange::tick`] while [`Exchange::is_busy`].
 pub const TICK: Duration = Duration::from_millis(50);
@@ -40,69 +38,8 @@ const WAIT: Duration = Duration::from_secs(1);
 const GRACE: Duration = Duration::from_millis(1_000);
 /// Pause after a call that failed.
 const FAILURE_PAUSE: Duration = Duration::from_millis(500);
-/// Bytes of block events that are kept to be told again.
-const OUTBOX_BYTES: usize = 1 << 20;
 /// Gateways whose place in their logs is remembered.
 const MAX_KNOWN: usize = 1_024;
-/// Time between two decisions of a report.
-const DECISION_PAUSE: Duration = Duration::from_millis(200);
-
-/// Envoys that there are, and those of them that exchange.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Fleet {
-    /// All.
-    pub gateways: u64,
-    /// Those that are heard, this one included.
-    pub exchanging: u64,
-}
-
-impl Fleet {
-    /// Share of the other Envoys whose decisions are not heard, 0 to 1.
-    #[must_use]
-    pub fn unheard(self) -> f64 {
-        let others = self.gateways.saturating_sub(1);
-        let unheard = self.gateways.saturating_sub(self.exchanging.max(1));
-        if others == 0 { 0.0 } else { unheard as f64 / others as f64 }
-    }
-}
-
-/// Block events that others have not heard, or may have to hear again.
-#[derive(Debug, Default)]
-pub(crate) struct Outbox(BlockLog);
-
-impl Outbox {
-    pub(crate) fn push(&mut self, endpoint: u64, blocks: &[BlockHash]) {
-        self.0.push(block_event(endpoint, blocks));
-        while self.0.bytes() > OUTBOX_BYTES && self.0.forget_oldest() {}
-    }
-}
-
-/// Some of the latest decisions of a worker.
-#[derive(Debug, Default)]
-pub(crate) struct Recent {
-    decisions: VecDeque<(Duration, Decision)>,
-    /// Whether there is one that the other workers do not know.
-    pub(crate) is_new: bool,
-}
-
-impl Recent {
-    /// Whether it is time for another one.
-    pub(crate) fn is_due(&self, now: Duration) -> bool {
-        self.decisions.front().is_none_or(|(at, _)| now.saturating_sub(*at) >= DECISION_PAUSE)
-    }
-
-    pub(crate) fn push(&mut self, at: Duration, decision: Decision) {
-        self.decisions.truncate(MAX_DECISIONS.saturating_sub(1));
-        self.decisions.push_front((at, decision));
-        self.is_new = true;
-    }
-
-    /// Newest first.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Decision> {
-        self.decisions.iter().map(|(_, decision)| decision)
-    }
-}
-
 /// Which of the two calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -138,14 +75,14 @@ pub struct Exchange {
     known: HashMap<u64, u64>,
     at: (u64, u64),
     told: Option<Vec<(u64, Totals)>>,
-    told_at: Duration,
-    reported_at: Option<Duration>,
-    asked_at: Duration,
-    answered_at: Duration,
+    told_at: Monotonic,
+    reported_at: Option<Monotonic>,
+    asked_at: Monotonic,
+    answered_at: Monotonic,
     is_telling: bool,
     is_asking: bool,
     /// Until when nothing is tried after a failure.
-    rest_until: Duration,
+    rest_until: Monotonic,
     fleet: Fleet,
     /// What the workers were told that others have in flight.
     elsewhere: HashMap<u64, Totals>,
@@ -171,9 +108,9 @@ impl Exchange {
     }
 
     /// Becomes the voice under a random number, in place of the one before it (0: none).
-    pub fn speak(&mut self, worker: &mut Worker, gateway: u64, replaces: u64, now: Duration) {
+    pub fn speak(&mut self, worker: &mut Worker, gateway: u64, replaces: u64, now: Monotonic) {
         // Those that the voice before it heard, until it turns out otherwise.
-        let fleet = worker.table.fleet;
+        let fleet = worker.state.table.fleet;
         *self = Self { is_on: self.is_on, gateway, replaces, answered_at: now, fleet, ..Self::default() };
         worker.outbox = Some(Box::default());
     }
@@ -190,7 +127,7 @@ impl Exchange {
         &mut self,
         worker: &mut Worker,
         holds_lease: bool,
-        now: Duration,
+        now: Monotonic,
         report: impl FnOnce(&Worker) -> Vec<u8>,
     ) -> Vec<Call> {
         if self.gateway == 0 {
@@ -227,8 +164,8 @@ impl Exchange {
         calls
     }
 
-    fn tell(&mut self, worker: &Worker, now: Duration, report: impl FnOnce(&Worker) -> Vec<u8>) -> Option<Call> {
-        let Outbox(log) = worker.outbox.as_deref()?;
+    fn tell(&mut self, worker: &Worker, now: Monotonic, report: impl FnOnce(&Worker) -> Vec<u8>) -> Option<Call> {
+        let log = worker.outbox.as_deref()?;
         let since = now.saturating_sub(self.told_at);
         let is_first = self.told.is_none();
         let pause = if self.fleet.exchanging > 1 { PAUSE } else { HEARTBEAT };
@@ -273,7 +210,7 @@ impl Exchange {
     }
 
     /// A call could not be started, or was not answered as it should be.
-    pub fn failed(&mut self, worker: &mut Worker, kind: Kind, now: Duration) {
+    pub fn failed(&mut self, worker: &mut Worker, kind: Kind, now: Monotonic) {
         self.ended(kind);
         worker.counts.count(Metric::ExchangesFailed);
         self.rest_until = now.saturating_add(FAILURE_PAUSE);
@@ -282,7 +219,7 @@ impl Exchange {
     }
 
     /// A call was answered; `status` is `None` when there is no answer.
-    pub fn answered(&mut self, worker: &mut Worker, kind: Kind, status: Option<u16>, body: &[u8], now: Duration) {
+    pub fn answered(&mut self, worker: &mut Worker, kind: Kind, status: Option<u16>, body: &[u8], now: Monotonic) {
         let heard = Heard::from_bytes(body).filter(|_| status == Some(200));
         let (Some(heard), true) = (heard, self.gateway != 0) else {
             self.failed(worker, kind, now);
@@ -350,13 +287,13 @@ impl Exchange {
 }
 
 /// What is in flight from this Envoy, per endpoint, in the order of their keys.
-fn loads(worker: &Worker, now: Duration) -> Vec<(u64, Totals)> {
-    let totals = |slot: &crate::endpoints::table::Slot| Totals {
+fn loads(worker: &Worker, now: Monotonic) -> Vec<(u64, Totals)> {
+    let totals = |slot: &crate::endpoints::endpoint_state::Slot| Totals {
         work: (slot.prefill.work(now) * 1e6) as u64,
         tokens: slot.decode.tokens,
         requests: u64::from(slot.decode.requests),
     };
-    let slots = worker.table.iter().map(|(_, slot)| (slot.key, totals(slot)));
+    let slots = worker.state.table.iter().map(|(_, slot)| (slot.key, totals(slot)));
     let mut loads: Vec<_> = slots.filter(|(_, totals)| *totals != Totals::default()).collect();
     loads.sort_unstable_by_key(|(endpoint, _)| *endpoint);
     loads
@@ -373,10 +310,13 @@ mod tests {
     use super::report::MAX_REPORT_BYTES;
     use super::*;
     use crate::endpoints::table::EndpointRef;
+    use crate::prefix::block_log::block_event;
+    use crate::prefix::hash::BlockHash;
+    use crate::time::{Clocks, UnixTime};
     use proptest::prelude::*;
 
     const CONFIG: &[u8] = br#"{"control":{"cluster":"pd-control"},"endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.1:2","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#;
-    const FAR: Duration = Duration::from_secs(3_600);
+    const FAR: Monotonic = Monotonic::from_secs(3_600);
 
     struct Gateway {
         worker: Worker,
@@ -386,7 +326,7 @@ mod tests {
     }
 
     impl Gateway {
-        fn new(id: u64, now: Duration) -> Self {
+        fn new(id: u64, now: Monotonic) -> Self {
             let mut worker = Worker::default();
             let config = worker.configure(CONFIG).unwrap();
             worker.tell_others(id);
@@ -398,20 +338,23 @@ mod tests {
         }
 
         fn at(&self, place: usize) -> EndpointRef {
-            let mut all: Vec<_> = self.worker.table.iter().map(|(at, slot)| (slot.address.clone(), at)).collect();
+            let mut all: Vec<_> = self.worker.state.table.iter().map(|(at, slot)| (slot.address.clone(), at)).collect();
             all.sort();
-            self.worker.table.refer(all[place % all.len()].1).unwrap()
+            self.worker.state.table.refer(all[place % all.len()].1).unwrap()
         }
 
         /// What is in flight at a place, from everywhere.
-        fn view(&self, place: usize, now: Duration) -> (u64, u64) {
-            let slot = self.worker.table.get(self.at(place).index).unwrap();
+        fn view(&self, place: usize, now: Monotonic) -> (u64, u64) {
+            let slot = self.worker.state.table.get(self.at(place).index).unwrap();
             ((slot.work(now) * 1e6).round() as u64, slot.decode_tokens())
         }
 
         /// A tick with this hub; without one every call fails.
-        fn tick(&mut self, hub: Option<&mut Hub>, now: Duration) {
-            let report = |worker: &Worker| worker.report(Vec::new(), Vec::new()).to_json();
+        fn tick(&mut self, hub: Option<&mut Hub>, now: Monotonic) {
+            let report = |worker: &Worker| {
+                let clocks = Clocks { monotonic: now, unix: UnixTime::default() };
+                report::Report::of(worker, Vec::new(), Vec::new(), clocks).to_json()
+            };
             let calls = self.exchange.tick(&mut self.worker, true, now, report);
             let Some(hub) = hub else {
                 for call in calls.into_iter().chain(self.question.take()) {
@@ -433,7 +376,7 @@ mod tests {
         }
     }
 
-    fn settle(gateways: &mut [Gateway], hub: &mut Hub, now: &mut Duration, ticks: u32) {
+    fn settle(gateways: &mut [Gateway], hub: &mut Hub, now: &mut Monotonic, ticks: u32) {
         for _ in 0..ticks {
             *now += TICK;
             hub.prune(*now);
@@ -441,7 +384,7 @@ mod tests {
         }
     }
 
-    fn fleet(count: u64, hub: &mut Hub, now: &mut Duration) -> Vec<Gateway> {
+    fn fleet(count: u64, hub: &mut Hub, now: &mut Monotonic) -> Vec<Gateway> {
         let mut gateways: Vec<_> = (1..=count).map(|id| Gateway::new(id, *now)).collect();
         // Whoever is alone looks around once a second.
         settle(&mut gateways, hub, now, 45);
@@ -454,9 +397,9 @@ mod tests {
 
     #[test]
     fn a_decision_is_known_elsewhere_after_two_ticks() {
-        let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+        let (mut hub, mut now) = (Hub::new(9), Monotonic::from_secs(1));
         let mut gateways = fleet(3, &mut hub, &mut now);
-        assert!(gateways.iter().all(|of| of.worker.table.fleet == Fleet { gateways: 3, exchanging: 3 }));
+        assert!(gateways.iter().all(|of| of.worker.state.table.fleet == Fleet { gateways: 3, exchanging: 3 }));
         let (prefill, decode) = (gateways[0].at(0), gateways[0].at(2));
         gateways[0].worker.prefill_started(prefill, 7, 5.0, now, FAR);
         gateways[0].worker.decode_started(decode, 1_000);
@@ -466,7 +409,7 @@ mod tests {
             let (work, tokens) = other.view(0, now);
             assert!((4_800_000..=5_000_000).contains(&work) && tokens == 0, "{work} {tokens}");
             assert_eq!(other.view(2, now).1, 1_000);
-            assert_eq!(other.worker.index.matched(other.at(0).index, &blocks(1, 12)), 12);
+            assert_eq!(other.worker.state.index.matched(other.at(0).index, &blocks(1, 12)), 12);
         }
         gateways[0].worker.prefill_ended(prefill, 7, now);
         gateways[0].worker.decode_ended(decode, 1_000);
@@ -482,7 +425,7 @@ mod tests {
         for gateway in (1..=20).rev() {
             let blocks = block_event(1, &blocks(gateway, 1)).into_vec();
             let record = Record { gateway, turn: 1, blocks, ..Record::default() };
-            hub.take(&Told { from: gateway, records: vec![record], ..Told::default() }, Duration::ZERO);
+            hub.take(&Told { from: gateway, records: vec![record], ..Told::default() }, Monotonic::ZERO);
         }
         let heard = hub.answer(&Told { from: 99, wants: true, ..Told::default() }, 0);
         assert!(heard.batches.iter().map(|batch| batch.gateway).eq(1..=20), "{:?}", heard.batches);
@@ -490,7 +433,7 @@ mod tests {
 
     #[test]
     fn a_leg_behind_work_from_elsewhere_makes_no_progress_until_that_is_over() {
-        let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+        let (mut hub, mut now) = (Hub::new(9), Monotonic::from_secs(1));
         let mut gateways = fleet(2, &mut hub, &mut now);
         let prefill = gateways[0].at(0);
         gateways[0].worker.prefill_started(prefill, 1, 2.0, now, FAR);
@@ -500,13 +443,13 @@ mod tests {
         // One second later one of three is done, not two.
         let (work, _) = gateways[1].view(0, now);
         assert!((1_850_000..=2_000_000).contains(&work), "{work}");
-        let slot = gateways[1].worker.table.get(prefill.index).unwrap();
+        let slot = gateways[1].worker.state.table.get(prefill.index).unwrap();
         assert_eq!(slot.prefill.service_seconds(2, now + Duration::from_secs(2)), None, "that was waiting as well");
     }
 
     #[test]
     fn without_pd_control_an_envoy_has_its_own_view_and_hears_all_again_later() {
-        let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+        let (mut hub, mut now) = (Hub::new(9), Monotonic::from_secs(1));
         let mut gateways = fleet(2, &mut hub, &mut now);
         let decode = gateways[0].at(2);
         gateways[0].worker.decode_started(decode, 500);
@@ -517,21 +460,21 @@ mod tests {
             gateways[1].tick(None, now);
         }
         assert_eq!(gateways[1].view(2, now).1, 0);
-        assert_eq!(gateways[1].worker.table.fleet, Fleet { gateways: 2, exchanging: 1 });
-        assert!((gateways[1].worker.table.fleet.unheard() - 1.0).abs() < 1e-9);
+        assert_eq!(gateways[1].worker.state.table.fleet, Fleet { gateways: 2, exchanging: 1 });
+        assert!((gateways[1].worker.state.table.fleet.unheard() - 1.0).abs() < 1e-9);
         // Another one in its place, which knows nothing; what happened meanwhile is told to it in full.
         let prefill = gateways[0].at(1);
         gateways[0].worker.holds(prefill, &blocks(5, 9));
         let mut hub = Hub::new(10);
         settle(&mut gateways, &mut hub, &mut now, 45);
         assert_eq!(gateways[1].view(2, now).1, 500);
-        assert_eq!(gateways[1].worker.index.matched(prefill.index, &blocks(5, 9)), 9);
-        assert_eq!(gateways[1].worker.table.fleet.unheard(), 0.0);
+        assert_eq!(gateways[1].worker.state.index.matched(prefill.index, &blocks(5, 9)), 9);
+        assert_eq!(gateways[1].worker.state.table.fleet.unheard(), 0.0);
     }
 
     #[test]
     fn an_envoy_that_is_gone_is_out_of_the_others_views() {
-        let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+        let (mut hub, mut now) = (Hub::new(9), Monotonic::from_secs(1));
         let mut gateways = fleet(3, &mut hub, &mut now);
         let decode = gateways[2].at(2);
         gateways[2].worker.decode_started(decode, 500);
@@ -539,12 +482,12 @@ mod tests {
         gateways.truncate(2);
         let ticks = (GATEWAY_LIFE.as_millis() / TICK.as_millis()) as u32 + 30;
         settle(&mut gateways, &mut hub, &mut now, ticks);
-        assert!(gateways.iter().all(|of| of.view(2, now).1 == 0 && of.worker.table.fleet.exchanging == 2));
+        assert!(gateways.iter().all(|of| of.view(2, now).1 == 0 && of.worker.state.table.fleet.exchanging == 2));
     }
 
     #[test]
     fn a_new_voice_of_an_envoy_takes_the_old_ones_place_at_once() {
-        let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+        let (mut hub, mut now) = (Hub::new(9), Monotonic::from_secs(1));
         let mut gateways = fleet(2, &mut hub, &mut now);
         let decode = gateways[0].at(2);
         gateways[0].worker.decode_started(decode, 500);
@@ -555,12 +498,12 @@ mod tests {
         first.question = None;
         settle(&mut gateways, &mut hub, &mut now, 3);
         assert_eq!(gateways[1].view(2, now).1, 500);
-        assert_eq!(gateways[1].worker.table.fleet, Fleet { gateways: 2, exchanging: 2 });
+        assert_eq!(gateways[1].worker.state.table.fleet, Fleet { gateways: 2, exchanging: 2 });
     }
 
     #[test]
     fn a_new_voice_that_hears_nobody_counts_on_those_the_old_one_heard() {
-        let (mut hub, mut now) = (Hub::new(9), Duration::from_secs(1));
+        let (mut hub, mut now) = (Hub::new(9), Monotonic::from_secs(1));
         let mut gateways = fleet(2, &mut hub, &mut now);
         let first = &mut gateways[0];
         first.exchange.fall_silent(&mut first.worker);
@@ -570,12 +513,12 @@ mod tests {
             now += TICK;
             first.tick(None, now);
         }
-        assert_eq!(first.worker.table.fleet, Fleet { gateways: 2, exchanging: 1 });
+        assert_eq!(first.worker.state.table.fleet, Fleet { gateways: 2, exchanging: 1 });
     }
 
     #[test]
     fn hubs_pass_on_what_they_heard_and_one_that_restarts_catches_up() {
-        let mut now = Duration::from_secs(1);
+        let mut now = Monotonic::from_secs(1);
         let mut hubs = [Hub::new(8), Hub::new(9)];
         let mut gateways = [Gateway::new(1, now), Gateway::new(2, now)];
         let mut have = [HashMap::new(), HashMap::new()];
@@ -601,19 +544,19 @@ mod tests {
         gateways[0].worker.decode_started(decode, 40);
         let now = run(&mut hubs, &mut gateways, 4);
         assert_eq!(gateways[1].view(2, now).1, 40);
-        assert_eq!(gateways[1].worker.index.matched(prefill.index, &blocks(3, 20)), 20);
+        assert_eq!(gateways[1].worker.state.index.matched(prefill.index, &blocks(3, 20)), 20);
         // The second hub dies with all it has, and its gateway with it; who comes after them hears it all.
         hubs[1] = Hub::new(10);
         gateways[1] = Gateway::new(3, now);
         let now = run(&mut hubs, &mut gateways, 90);
         assert_eq!(gateways[1].view(2, now).1, 40);
-        assert_eq!(gateways[1].worker.index.matched(prefill.index, &blocks(3, 20)), 20);
-        assert!(gateways.iter().all(|of| of.worker.table.fleet == Fleet { gateways: 2, exchanging: 2 }));
+        assert_eq!(gateways[1].worker.state.index.matched(prefill.index, &blocks(3, 20)), 20);
+        assert!(gateways.iter().all(|of| of.worker.state.table.fleet == Fleet { gateways: 2, exchanging: 2 }));
     }
 
     #[test]
     fn however_much_gateways_told_a_hub_passes_it_on_in_messages_that_are_taken() {
-        let now = Duration::from_secs(1);
+        let now = Monotonic::from_secs(1);
         let (mut full, mut empty) = (Hub::new(8), Hub::new(9));
         for id in 1..=40 {
             let blocks: Vec<_> = (0..20).flat_map(|at| block_event(at, &blocks(id, 1_000)).into_vec()).collect();
@@ -661,7 +604,7 @@ mod tests {
         /// sees what everybody has in flight, and nothing else.
         #[test]
         fn views_agree_in_the_end(steps in prop::collection::vec(step(), 0..120)) {
-            let (mut hub, mut now, mut hubs) = (Hub::new(100), Duration::from_secs(1), 100);
+            let (mut hub, mut now, mut hubs) = (Hub::new(100), Monotonic::from_secs(1), 100);
             let mut gateways = fleet(3, &mut hub, &mut now);
             let mut running: Vec<(usize, usize, u64)> = Vec::new();
             for step in steps {
@@ -704,7 +647,7 @@ mod tests {
             }
             for prompt in 0..20 {
                 for place in 0..3 {
-                    let held: Vec<_> = gateways.iter().map(|of| of.worker.index.matched(of.at(place).index, &blocks(prompt, 9))).collect();
+                    let held: Vec<_> = gateways.iter().map(|of| of.worker.state.index.matched(of.at(place).index, &blocks(prompt, 9))).collect();
                     prop_assert!(held.iter().all(|of| *of == held[0]), "{prompt} at {place}: {held:?}");
                 }
             }

@@ -2,13 +2,14 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::message::{read_bytes, write_bytes};
-use crate::workers::ledger::{Reader, Writer};
+use crate::time::{Clocks, Monotonic, UnixTime};
+use crate::workers::recent::{Decision, Generation};
+use crate::workers::worker::Worker;
 
-/// Decisions that a report may hold.
-pub const MAX_DECISIONS: usize = 8;
 /// Bytes of a report at most; a longer one is not kept.
 pub const MAX_REPORT_BYTES: usize = 64 << 10;
+/// Failing endpoints that a report names.
+const MAX_FAILING: usize = 64;
 
 /// One Envoy's report. Newer filters may tell more; what is missing stands at its default.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -25,10 +26,44 @@ pub struct Report {
     /// `ip:port` of those that did not answer last time.
     pub failing: Vec<String>,
     /// Some of the latest decisions, newest first.
-    pub decisions: Vec<Decision>,
+    pub decisions: Vec<ReportedDecision>,
+}
+
+/// A decision and when it was taken.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ReportedDecision {
+    /// Time of the day.
+    pub at_ms: UnixTime,
+    /// The decision.
+    #[serde(flatten)]
+    pub decision: Decision,
 }
 
 impl Report {
+    /// The report of the Envoy of a worker: `generations` are what its workers run, `decisions` what they decided and
+    /// when. `clocks` are the times of now, by which decisions get a time of the day.
+    #[must_use]
+    pub fn of(
+        worker: &Worker,
+        generations: Vec<Generation>,
+        decisions: Vec<(Monotonic, Decision)>,
+        clocks: Clocks,
+    ) -> Self {
+        let reported = |(at, decision)| ReportedDecision { at_ms: clocks.unix_at(at), decision };
+        let table = &worker.state.table;
+        let (epoch, version) = table.version();
+        let failing = table.iter().filter(|(_, slot)| slot.health.is_failing());
+        Self {
+            generations,
+            epoch: epoch.to_owned(),
+            version,
+            endpoints: table.len() as u64,
+            failing: failing.take(MAX_FAILING).map(|(_, slot)| slot.address.to_string()).collect(),
+            decisions: decisions.into_iter().map(reported).collect(),
+        }
+    }
+
     /// The bytes of [`Record::report`](super::message::Record::report).
     #[must_use]
     pub fn to_json(&self) -> Vec<u8> {
@@ -43,99 +78,9 @@ impl Report {
     }
 }
 
-/// Workers that run one build with one configuration.
-#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Generation {
-    /// Release.
-    pub version: String,
-    /// Source revision.
-    pub build: String,
-    /// `revision` of the plugin configuration in force.
-    pub revision: String,
-    /// Workers alive.
-    pub workers: u64,
-}
-
-impl Generation {
-    /// For the other workers; [`workers`](Self::workers) is one.
-    pub(crate) fn write(&self, out: &mut Writer) {
-        [&self.version, &self.build, &self.revision].into_iter().for_each(|text| write_bytes(out, text.as_bytes()));
-    }
-
-    pub(crate) fn read(rest: &mut Reader<'_>) -> Option<Self> {
-        let mut text = || read_text(rest);
-        Some(Self { version: text()?, build: text()?, revision: text()?, workers: 1 })
-    }
-}
-
-/// Where a request went. The words are those of the access log.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Decision {
-    /// Milliseconds since 1970.
-    pub at_ms: u64,
-    /// `split`, `decode_only` …
-    pub decision: String,
-    /// Why.
-    pub reason: String,
-    /// Model that served.
-    pub model: String,
-    /// `ip:port` of the prefill endpoint, where there was one.
-    pub prefill: String,
-    /// `ip:port` of the decode endpoint.
-    pub decode: String,
-    /// Estimated tokens of the prompt.
-    pub prompt_tokens: u64,
-    /// Those that the endpoint which computed it held.
-    pub matched_tokens: u64,
-}
-
-impl Decision {
-    /// For the other workers.
-    pub(crate) fn write(&self, out: &mut Writer) {
-        [self.at_ms, self.prompt_tokens, self.matched_tokens].into_iter().for_each(|word| out.word(word));
-        let texts = [&self.decision, &self.reason, &self.model, &self.prefill, &self.decode];
-        texts.into_iter().for_each(|text| write_bytes(out, text.as_bytes()));
-    }
-
-    pub(crate) fn read(rest: &mut Reader<'_>) -> Option<Self> {
-        let (at_ms, prompt_tokens, matched_tokens) = (rest.word()?, rest.word()?, rest.word()?);
-        let mut text = || read_text(rest);
-        let [decision, reason, model, prefill, decode] = [text()?, text()?, text()?, text()?, text()?];
-        Some(Self { at_ms, decision, reason, model, prefill, decode, prompt_tokens, matched_tokens })
-    }
-}
-
-fn read_text(rest: &mut Reader<'_>) -> Option<String> {
-    String::from_utf8(read_bytes(rest)?).ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_a_worker_writes_the_voice_reads() {
-        let generation = Generation { version: "1".into(), build: "b".into(), revision: "ä".into(), workers: 1 };
-        let decision = Decision {
-            at_ms: 7,
-            decision: "split".into(),
-            model: "m".into(),
-            matched_tokens: 3,
-            ..Decision::default()
-        };
-        let mut out = Writer::default();
-        generation.write(&mut out);
-        decision.write(&mut out);
-        let mut rest = Reader(&out.0);
-        assert_eq!(Generation::read(&mut rest), Some(generation));
-        assert_eq!(Decision::read(&mut rest), Some(decision));
-        for length in 0..out.0.len() {
-            let mut rest = Reader(&out.0[..length]);
-            assert!(Generation::read(&mut rest).is_none() || Decision::read(&mut rest).is_none());
-        }
-    }
 
     #[test]
     fn a_newer_filters_report_is_read_and_rubbish_is_none() {

@@ -1,70 +1,76 @@
 //! One prefill leg: its call, its place in the ledger, and how it ended.
 
-use core::time::Duration;
-
-use super::route::{destination, enter};
-use super::{Call, Effect, PREFILL_MS, PrefillAnswer};
-use crate::body::Scan;
-use crate::choose::schedule::{Pick, Scheduler};
+use super::PrefillAnswer;
+use super::effect::{Call, Effect, PREFILL_MS};
+use super::head::is_ours;
+use super::parsed::{ParsedRequest, ScannedBody};
+use super::route::{destination, remember_prompt};
+use super::split::Split;
+use crate::choose::scheduler::Pick;
+use crate::config::Config;
 use crate::endpoints::table::EndpointRef;
-use crate::engine::{self, Pair};
+use crate::engine::{Pair, legs};
+use crate::headers::Headers;
 use crate::metrics::Metric;
-use crate::request::intake::{Work, leg_headers};
 use crate::request::reply::Reply;
+use crate::time::Monotonic;
 use crate::workers::worker::Worker;
 
 /// A prefill leg as a call, and its number in the ledger.
+///
+/// A `pair_id` names the pair of legs where the decode leg was told the endpoint already; otherwise the leg gets an id of
+/// its own, and alternates.
 pub(super) fn start_leg(
     worker: &mut Worker,
-    work: &Work,
-    tried: &[EndpointRef],
+    split: &Split,
     pick: Pick,
     pair_id: Option<u64>,
-    (body, scan): (&[u8], &Scan),
-    now: Duration,
+    body: &ScannedBody<'_>,
+    now: Monotonic,
 ) -> (Call, u64) {
     let leg = worker.next_leg();
-    let pool = work.pool();
+    let parsed = &split.parsed;
+    let (pool, config) = (parsed.pool(), &parsed.head.config);
     let mut alternates = Vec::new();
     if pair_id.is_none() {
         // A host that Envoy does not know yet is skipped: the next one must be a prefill endpoint too. Where the decode
         // leg has been told which one it is, no other will do.
-        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool, now };
-        alternates = scheduler.alternates(&work.served.candidates.prefill, &work.prompt, pick.endpoint);
-        alternates.retain(|at| worker.table.refer(*at).is_some_and(|at| !tried.contains(&at)));
+        let scheduler = parsed.scheduler(worker, now);
+        alternates = scheduler.alternates(&parsed.served.candidates.prefill, &parsed.prompt, pick.endpoint);
+        alternates.retain(|index| worker.state.table.refer(*index).is_some_and(|it| !split.tried.contains(&it)));
     }
     let destination = destination(worker, pick.endpoint, alternates.into_iter());
-    let id = pair_id.unwrap_or_else(|| worker.pair_id(work.headers.get("x-request-id").unwrap_or_default(), now));
-    let engine = worker.table.get(pick.endpoint).map_or(pool.engine, |slot| slot.engine);
-    let model = work.served.rewrite.as_deref();
-    let body =
-        with_pair(worker, work, pick, id, |pair| engine::prefill_body(engine, work.api, body, scan, pair, model));
+    let id = pair_id.unwrap_or_else(|| worker.pair_id(parsed.head.request_id(), now));
+    let protocol = worker.state.table.get(pick.endpoint).map_or(pool.engine, |slot| slot.engine).protocol();
+    let model = parsed.served.rewrite.as_deref();
+    let body = with_pair(worker, parsed, pick, id, |pair| {
+        legs::prefill_body(protocol, parsed.api, body.bytes, &body.scan, pair, model)
+    });
     let mut rank = None;
-    if let Some(slot) = worker.table.get_mut(pick.endpoint) {
+    if let Some(slot) = worker.state.table.get_mut(pick.endpoint) {
         slot.health.sent(now);
         rank = slot.endpoint.rank;
     }
-    if let Some(endpoint) = worker.table.refer(pick.endpoint) {
+    if let Some(endpoint) = worker.state.table.refer(pick.endpoint) {
         worker.prefill_started(endpoint, leg, pick.seconds, now, now.saturating_add(pool.prefill_timeout));
     }
-    enter(worker, pick.endpoint, &work.prompt);
+    remember_prompt(worker, pick.endpoint, &parsed.prompt);
     worker.counts.add(Metric::PrefillInFlight, 1);
-    let headers = leg_headers(&work.headers, &work.config, destination.as_bytes(), rank);
-    let timeout = pool.prefill_timeout;
-    (Call { cluster: work.config.cluster.clone(), headers, body, timeout }, leg)
+    let headers = leg_headers(&parsed.head.headers, config, destination.as_bytes(), rank);
+    (Call { cluster: config.cluster.clone(), headers, body, timeout: pool.prefill_timeout }, leg)
 }
 
-/// What is made of that which both legs are told of the prefill endpoint.
+/// Makes what depends on the prefill endpoint and the pairing of the legs; the default where the endpoint is gone.
 pub(super) fn with_pair<T: Default>(
     worker: &Worker,
-    work: &Work,
+    parsed: &ParsedRequest,
     pick: Pick,
     id: u64,
     make: impl FnOnce(&Pair<'_>) -> T,
 ) -> T {
-    let Some(slot) = worker.table.get(pick.endpoint) else { return T::default() };
+    let Some(slot) = worker.state.table.get(pick.endpoint) else { return T::default() };
     let engine_id = slot.engine_id.as_deref().unwrap_or_default();
-    make(&Pair { bootstrap: slot.bootstrap, rank: slot.endpoint.rank, engine_id, id, batch: work.batch })
+    make(&Pair { bootstrap: slot.bootstrap, rank: slot.endpoint.rank, engine_id, id, batch: parsed.batch })
 }
 
 /// Takes a prefill leg out of the ledger and notes how it went; the seconds that the endpoint spent on it, where known.
@@ -73,7 +79,7 @@ pub(super) fn leg_ended(
     endpoint: EndpointRef,
     leg: u64,
     answer: &PrefillAnswer<'_>,
-    now: Duration,
+    now: Monotonic,
 ) -> Option<f64> {
     worker.counts.add(Metric::PrefillInFlight, -1);
     let fault = answer.fault();
@@ -83,12 +89,12 @@ pub(super) fn leg_ended(
         (None, PrefillAnswer::Answered { status: 200, .. }) => Metric::PrefillOk,
         (None, _) => Metric::PrefillClientError,
     });
-    let seconds = worker.table.resolve(endpoint).and_then(|slot| slot.prefill.service_seconds(leg, now));
+    let seconds = worker.state.table.resolve(endpoint).and_then(|slot| slot.prefill.service_seconds(leg, now));
     worker.prefill_ended(endpoint, leg, now);
     match fault {
         Some(Fault::Unreachable) => {
             worker.failed(endpoint, now);
-            if let Some(slot) = worker.table.resolve(endpoint) {
+            if let Some(slot) = worker.state.table.resolve(endpoint) {
                 slot.engine_id = None;
             }
         }
@@ -99,14 +105,14 @@ pub(super) fn leg_ended(
 }
 
 /// Nobody waits for a prefill leg any more.
-pub(super) fn abandon(worker: &mut Worker, endpoint: EndpointRef, leg: u64, now: Duration) {
+pub(super) fn abandon(worker: &mut Worker, endpoint: EndpointRef, leg: u64, now: Monotonic) {
     worker.counts.add(Metric::PrefillInFlight, -1);
     worker.counts.count(Metric::KvStranded);
     worker.prefill_abandoned(endpoint, leg, now);
 }
 
 /// The time that a prefill leg took, as filter state.
-pub(super) fn prefill_ms(worker: &mut Worker, started: Duration, now: Duration) -> Effect {
+pub(super) fn prefill_ms(worker: &mut Worker, started: Monotonic, now: Monotonic) -> Effect {
     let ms = u64::try_from(now.saturating_sub(started).as_millis()).unwrap_or(u64::MAX);
     worker.counts.record(Metric::PrefillMs, ms);
     Effect::SetState(PREFILL_MS, ms.to_string().into_bytes())
@@ -131,6 +137,7 @@ pub(super) enum Fault {
 }
 
 impl PrefillAnswer<'_> {
+    /// Whether the call failed in a way that another endpoint may not; `None` for an engine's own answer.
     pub(super) fn fault(&self) -> Option<Fault> {
         match self {
             PrefillAnswer::NotStarted => Some(Fault::NotStarted),
@@ -146,4 +153,87 @@ impl PrefillAnswer<'_> {
 pub(super) fn is_envoys(body: &[u8]) -> bool {
     const OWN: [&[u8]; 3] = [b"upstream connect error", b"upstream request timeout", b"no healthy upstream"];
     body.is_empty() || OWN.iter().any(|text| body.starts_with(text))
+}
+
+/// Headers of the client's request that do not belong on another one, beside pseudo-headers.
+const NOT_FORWARDED: &[&[u8]] = &[
+    b"accept-encoding", // the answer must be readable
+    b"connection",
+    b"content-length",
+    b"expect",
+    b"keep-alive",
+    b"proxy-connection",
+    b"te",
+    b"trailer",
+    b"transfer-encoding",
+    b"upgrade",
+];
+
+/// Header that tells the ranks behind one address apart.
+const RANK_HEADER: &[u8] = b"x-data-parallel-rank";
+
+/// Headers of the prefill leg: the client's, the destination, and the rank there if it has one.
+fn leg_headers(headers: &Headers, config: &Config, destination: &[u8], rank: Option<u32>) -> Headers {
+    const PSEUDO: &[&[u8]] = &[b":method", b":path", b":authority", b":scheme"];
+    let forwarded = |name: &[u8]| {
+        PSEUDO.contains(&name)
+            || !(name.starts_with(b":")
+                || name.starts_with(b"x-envoy-")
+                || NOT_FORWARDED.contains(&name)
+                || is_ours(name, config))
+    };
+    let own = (config.destination_header.as_bytes(), destination);
+    let rank = rank.map(|rank| rank.to_string());
+    let rank = rank.as_ref().map(|rank| (RANK_HEADER, rank.as_bytes()));
+    Headers::from_pairs(headers.iter().filter(|(name, _)| forwarded(name)).chain([own]).chain(rank))
+}
+
+/// Headers of a question to a bootstrap server.
+pub(super) fn question_headers(config: &Config, path: &str, server: &str) -> Headers {
+    let own = [(":method", "GET"), (":path", path), (":authority", server), (":scheme", "http")];
+    Headers::from_pairs(own.into_iter().chain([(config.destination_header.as_str(), server)]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_leg_carries_the_clients_headers_and_none_of_ours() {
+        let config = Config::parse(br#"{"destination_header":"x-custom"}"#).unwrap();
+        let headers = [
+            (":method", "POST"),
+            (":path", "/p"),
+            (":authority", "a"),
+            (":scheme", "http"),
+            (":protocol", "x"),
+            ("authorization", "Bearer t"),
+            ("x-request-id", "1"),
+            ("x-request-id", "2"),
+            ("content-length", "5"),
+            ("accept-encoding", "gzip"),
+            ("x-envoy-retry-on", "5xx"),
+            ("x-pd-phase", "decode"),
+            ("x-custom", "evil"),
+            ("x-prefiller-host-port", "evil"),
+        ];
+        let leg = leg_headers(&Headers::from_pairs(headers), &config, b"10.0.0.1:1", Some(3));
+        let names: Vec<_> = leg.iter().map(|(name, _)| core::str::from_utf8(name).unwrap()).collect();
+        assert_eq!(
+            names,
+            [
+                ":method",
+                ":path",
+                ":authority",
+                ":scheme",
+                "authorization",
+                "x-request-id",
+                "x-request-id",
+                "x-custom",
+                "x-data-parallel-rank"
+            ]
+        );
+        assert_eq!(leg.get("x-data-parallel-rank"), Some(&b"3"[..]));
+        assert_eq!(leg.get("x-custom"), Some(&b"10.0.0.1:1"[..]));
+    }
 }

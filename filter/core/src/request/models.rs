@@ -2,10 +2,15 @@
 
 use std::sync::Arc;
 
+use super::effect::{Effect, REASON};
+use super::step::Step;
 use crate::config::{Alias, Config};
-use crate::endpoints::table::{Candidates, NoCandidates, Table};
-use crate::request::intake::{Subset, candidates};
-use crate::request::reply::Rejection;
+use crate::endpoints::candidates::{Candidates, NoCandidates};
+use crate::endpoints::table::Table;
+use crate::metrics::Metric;
+use crate::request::head::{Subset, candidates};
+use crate::request::reply::{Rejection, Reply};
+use crate::workers::worker::Worker;
 
 /// The model that serves a request.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,7 +26,7 @@ pub(crate) struct Served {
 
 /// Finds the model for what a client asks, and its endpoints. An alias goes to one of its targets by their weights among
 /// those that are served; equal `bits`, to be spread evenly, go to the same one.
-pub(crate) fn serve(
+pub(crate) fn resolve_model(
     config: &Config,
     table: &Table,
     subset: Option<&Subset>,
@@ -49,10 +54,10 @@ pub(crate) fn serve(
 fn target(alias: &Alias, is_served: impl Fn(&str) -> bool, bits: u64) -> Option<&str> {
     let served: Vec<_> = alias.targets.iter().filter(|target| target.weight > 0 && is_served(&target.model)).collect();
     let sum = served.iter().fold(0_u64, |sum, target| sum.saturating_add(u64::from(target.weight)));
-    let mut at = bits.checked_rem(sum).unwrap_or(0);
+    let mut left = bits.checked_rem(sum).unwrap_or(0);
     for target in &served {
-        match at.checked_sub(u64::from(target.weight)) {
-            Some(rest) => at = rest,
+        match left.checked_sub(u64::from(target.weight)) {
+            Some(rest) => left = rest,
             None => return Some(&target.model),
         }
     }
@@ -67,6 +72,20 @@ pub(crate) fn known(config: &Config, table: &Table) -> Vec<String> {
     names.sort_unstable();
     names.dedup();
     names
+}
+
+/// Reason code of the filter's own list of models.
+const MODELS: &str = "models";
+
+/// Lists the models of all endpoints and their aliases, where each endpoint names its models: no engine knows them all.
+pub(super) fn list_models(worker: &mut Worker, config: &Config) -> Step {
+    worker.counts.count(Metric::RequestsPassed);
+    let card = |name: String| serde_json::json!({"id": name, "object": "model", "created": 0, "owned_by": "envoy-pd"});
+    let data: Vec<_> = known(config, &worker.state.table).into_iter().map(card).collect();
+    let body = serde_json::json!({"object": "list", "data": data}).to_string().into_bytes();
+    let headers = vec![("content-type", "application/json".to_owned())];
+    let effects = vec![Effect::decision(Metric::RequestsPassed), Effect::SetState(REASON, MODELS.into())];
+    Step::reply(effects, Reply { status: 200, headers, body, reason: MODELS })
 }
 
 #[cfg(test)]

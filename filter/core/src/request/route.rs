@@ -1,205 +1,194 @@
 //! Where a request goes: what Envoy is told of it, and what is counted there.
 
-use core::time::Duration;
-use std::sync::Arc;
-
-use super::leg::prefill_ms;
-use super::sent::{Companion, JUDGED_TOKENS, Response, Sent};
-use super::{
-    DECISION, DECODE, DESTINATION, Effect, Flow, KV_MISSING, MATCHED_TOKENS, Outcome, PREFILL, PREFILLER, RANK, REASON,
-    Request, State, TRIES, decision_name, to_i64,
+use super::effect::{
+    DECODE, DESTINATION, Effect, Flow, MATCHED_TOKENS, PREFILL, PREFILLER, RANK, REASON, decision_name,
 };
-use crate::body::splice::HeadPlan;
-use crate::choose::schedule::{Pick, Prompt, Scheduler};
+use super::forwarded::{Assignment, ConcurrentPrefill, Forwarded, JUDGED_TOKENS, Response};
+use super::head::Subset;
+use super::leg::prefill_ms;
+use super::parsed::ParsedRequest;
+use super::step::{State, Step};
+use crate::body::splice::HeadEdit;
+use crate::choose::scheduler::{Pick, Prompt, Scheduler};
 use crate::config::{Config, Split};
-use crate::endpoints::fit::Usage;
 use crate::endpoints::table::EndpointRef;
-use crate::envoys::report::Decision;
+use crate::endpoints::usage::Usage;
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
-use crate::request::answer::Passage;
-use crate::request::intake::{Subset, Work};
 use crate::request::reply::Rejection;
+use crate::request::response_editor::ResponseEditor;
+use crate::time::Monotonic;
+use crate::workers::recent::Decision;
 use crate::workers::worker::Worker;
 
+/// How often Envoy tries to connect: once, and the route's `num_retries`. With fewer names in [`DESTINATION`] the last
+/// tries would go to hosts of other pools.
+pub(super) const TRIES: usize = 3;
+
 /// Where a request goes, and why.
-pub(super) struct Route<'a> {
+#[derive(Debug)]
+pub(super) struct Route {
+    /// The metric that counts the decision, whose name it also has in the access log.
     pub(super) decision: Metric,
+    /// Reason code.
     pub(super) reason: &'static str,
     pub(super) pick: Pick,
     pub(super) alternates: Vec<EndpointIndex>,
     /// Who computes the prompt.
     pub(super) prefill: Prefill,
-    /// How the body becomes this leg's, and the members to put in front.
-    pub(super) plan: &'a HeadPlan,
-    pub(super) insert: &'a [u8],
+    /// How the client's body becomes this leg's.
+    pub(super) edit: HeadEdit,
 }
 
 /// Who computes a prompt.
+#[derive(Debug)]
 pub(super) enum Prefill {
-    /// Whoever generates.
+    /// The endpoint that generates.
     Own,
     /// A leg that is through.
-    Done(Pick, EndpointRef, Duration, Option<Usage>),
+    Done {
+        pick: Pick,
+        endpoint: EndpointRef,
+        started: Monotonic,
+        /// What the leg's answer says it used.
+        usage: Option<Usage>,
+        /// Whether the KV cache could not be handed over, so that the prompt is computed a second time.
+        is_kv_missing: bool,
+    },
     /// A leg that goes out now.
-    Beside(Pick, Companion),
-    /// A sidecar sees to it.
+    Concurrent(Pick, ConcurrentPrefill),
+    /// A leg that the decode endpoint's sidecar runs.
     Sidecar(Pick, EndpointRef),
 }
 
 impl Prefill {
-    pub(super) fn endpoint(&self) -> Option<(Pick, EndpointRef)> {
+    /// The prefill endpoint, where another one than the decode endpoint computes the prompt.
+    fn endpoint(&self) -> Option<(Pick, EndpointRef)> {
         match self {
             Self::Own => None,
-            Self::Done(pick, endpoint, ..) | Self::Sidecar(pick, endpoint) => Some((*pick, *endpoint)),
-            Self::Beside(pick, companion) => Some((*pick, companion.endpoint)),
+            Self::Done { pick, endpoint, .. } | Self::Sidecar(pick, endpoint) => Some((*pick, *endpoint)),
+            Self::Concurrent(pick, concurrent) => Some((*pick, concurrent.endpoint)),
         }
+    }
+
+    fn is_kv_missing(&self) -> bool {
+        matches!(self, Self::Done { is_kv_missing: true, .. })
+    }
+
+    /// Whether the decode endpoint gets the KV cache of a prefill endpoint.
+    fn hands_over(&self) -> bool {
+        !matches!(self, Self::Own) && !self.is_kv_missing()
     }
 }
 
-impl Request {
-    /// Sends the request to an engine endpoint.
-    pub(super) fn send(&mut self, worker: &mut Worker, work: &Work, route: Route<'_>, now: Duration) -> Outcome {
-        let Route { decision, reason, pick, alternates, prefill, plan, insert } = route;
-        // Named often enough for every try of Envoy's: beyond the last name it would take any host of the cluster.
-        let others = core::iter::repeat_n(core::iter::once(pick.endpoint).chain(alternates.iter().copied()), TRIES);
-        let others = others.flatten().skip(1).take(alternates.len().max(TRIES.saturating_sub(1)));
-        let destination = destination(worker, pick.endpoint, others);
-        let alternates = alternates.iter().filter_map(|at| worker.table.refer(*at)).collect();
-        let tokens = (work.prompt.tokens as u64).saturating_add(work.output_tokens);
-        let leg = worker.next_leg();
-        let (Some(endpoint), Some(slot)) = (worker.table.refer(pick.endpoint), worker.table.get_mut(pick.endpoint))
-        else {
-            return self.reject(worker, Vec::new(), &Rejection::NoEndpoint);
-        };
-        slot.health.sent(now);
-        let (decode, rank) = (Arc::clone(&slot.address), slot.endpoint.rank);
-        let own = match &prefill {
-            Prefill::Own => Some((pick, endpoint)),
-            Prefill::Sidecar(pick, endpoint) => Some((*pick, *endpoint)),
-            Prefill::Done(..) | Prefill::Beside(..) => None,
-        };
-        worker.decode_started(endpoint, tokens);
-        let own = own.map(|(pick, endpoint)| {
-            let expires = now.saturating_add(work.pool().prefill_timeout);
-            worker.prefill_started(endpoint, leg, pick.seconds, now, expires);
-            (endpoint, leg)
-        });
-        if own.is_some() || work.pool().split != Split::Always {
-            // Where everything is split, nobody asks what decode endpoints hold.
-            enter(worker, pick.endpoint, &work.prompt);
-        }
-        worker.counts.count(decision);
-        worker.counts.add(Metric::DecodeInFlight, 1);
-        worker.counts.add(Metric::DecodeTokensInFlight, to_i64(tokens));
-
-        let matched_tokens = prefill.endpoint().map_or(pick, |(pick, _)| pick).matched_tokens;
-        worker.counts.add(Metric::MatchedTokens, matched_tokens as i64);
-        let mut effects = vec![
-            Effect::SetState(DESTINATION, destination.into_bytes()),
-            Effect::SetState(DECISION, decision_name(decision).into()),
-            Effect::SetState(REASON, reason.into()),
-            Effect::SetState(DECODE, decode.as_bytes().to_vec()),
-            Effect::SetState(MATCHED_TOKENS, (matched_tokens as u64).to_string().into_bytes()),
-        ];
-        if let Some(rank) = rank {
-            effects.push(Effect::SetState(RANK, rank.to_string().into_bytes()));
-        }
-        if let Prefill::Done(_, _, started, _) = prefill {
-            effects.push(prefill_ms(worker, started, now));
-        }
-        if let Some((_, endpoint)) = prefill.endpoint()
-            && let Some(slot) = worker.table.resolve(endpoint)
-        {
-            effects.push(Effect::SetState(PREFILL, slot.address.as_bytes().to_vec()));
-            if matches!(prefill, Prefill::Sidecar(..)) {
-                effects.push(Effect::SetState(PREFILLER, slot.address.as_bytes().to_vec()));
-            }
-        }
-        worker.decided(now, |worker| Decision {
-            decision: decision_name(decision).to_owned(),
-            reason: reason.to_owned(),
-            model: work.served.model.clone(),
-            prefill: prefill
-                .endpoint()
-                .and_then(|(pick, _)| worker.table.get(pick.endpoint))
-                .map_or_else(String::new, |slot| slot.address.to_string()),
-            decode: decode.to_string(),
-            prompt_tokens: work.prompt.tokens as u64,
-            matched_tokens: matched_tokens as u64,
-            ..Decision::default()
-        });
-        let edit = plan.with_insert(insert);
-        if !edit.is_none() {
-            effects.push(Effect::EditBody(edit));
-        }
-        let is_kv_missing = reason == KV_MISSING;
-        let is_split = !matches!(prefill, Prefill::Own) && !is_kv_missing;
-        // An answer is read for that only if the prompt may be long enough, were its estimate half of what it is.
-        let is_judged = is_split
-            && work.prompt.tokens as u64 >= JUDGED_TOKENS / 2
-            && worker.table.get(pick.endpoint).is_some_and(|slot| slot.engine.counts_fetched_tokens());
-        let passage = passage(work, &prefill, is_split, is_judged).map(Box::new);
-        let companion = if let Prefill::Beside(_, companion) = prefill { Some(companion) } else { None };
-        let (response, is_restricted) = (Response::Awaited, work.subset.is_some());
-        let sent = Sent {
-            endpoint,
-            alternates,
-            tokens,
-            own,
-            companion,
-            is_kv_missing,
-            passage,
-            is_judged,
-            is_restricted,
-            response,
-            answered: false,
-        };
-        self.state = State::Sent(Box::new(sent));
-        Outcome { flow: Flow::Continue, effects }
-    }
-
-    /// Sends a request without a prompt to whoever has the least to do.
-    pub(super) fn pass(
-        &mut self,
-        worker: &mut Worker,
-        config: &Config,
-        subset: Option<&Subset>,
-        mut effects: Vec<Effect>,
-        now: Duration,
-    ) -> Outcome {
-        let key = worker.next_leg();
-        let prompt = Prompt { key: key.wrapping_mul(0x9e37_79b9_7f4a_7c15), ..Prompt::default() };
-        let scheduler = Scheduler { table: &worker.table, index: &worker.index, pool: config.pool("default"), now };
-        let is_allowed = |at: &EndpointIndex| {
-            worker.table.get(*at).is_some_and(|slot| subset.is_none_or(|subset| subset.allows(slot)))
-        };
-        let restricted: Vec<EndpointIndex>;
-        let mut among = worker.table.all_ready();
-        if subset.is_some() {
-            restricted = among.iter().copied().filter(is_allowed).collect();
-            among = &restricted;
-        }
-        let Some((pick, alternates)) = scheduler.pick_decode(among, &prompt, &[]) else {
-            return self.reject(worker, effects, &Rejection::NoEndpoint);
-        };
-        let destination = destination(worker, pick.endpoint, alternates.iter().copied());
-        effects.push(Effect::SetState(DESTINATION, destination.into_bytes()));
-        effects.push(Effect::SetState(DECISION, decision_name(Metric::RequestsPassed).into()));
-        worker.counts.count(Metric::RequestsPassed);
-        self.state = if subset.is_some() { State::Watched } else { State::Over };
-        Outcome { flow: Flow::Continue, effects }
+impl Route {
+    /// Prompt tokens thought to be cached where the prompt is computed.
+    fn matched_tokens(&self) -> f64 {
+        self.prefill.endpoint().map_or(self.pick, |(pick, _)| pick).matched_tokens
     }
 }
 
-/// Records that an endpoint has the prompt, and its session.
-pub(super) fn enter(worker: &mut Worker, endpoint: EndpointIndex, prompt: &Prompt) {
-    if let Some(endpoint) = worker.table.refer(endpoint) {
-        worker.holds(endpoint, &prompt.hash.blocks);
-        if prompt.session.is_some() {
-            worker.holds(endpoint, prompt.session.as_slice());
+/// Sends the request to an engine endpoint.
+pub(super) fn forward(
+    worker: &mut Worker,
+    parsed: &ParsedRequest,
+    route: Route,
+    now: Monotonic,
+) -> Result<Step, Rejection> {
+    let assignment = account(worker, parsed, &route, now).ok_or(Rejection::NoEndpoint)?;
+    let mut effects = describe(worker, &route, now);
+    worker.decided(now, |worker| decision(worker, parsed, &route));
+    let concurrent_prefill =
+        if let Prefill::Concurrent(_, concurrent) = route.prefill { Some(concurrent) } else { None };
+    let is_judged = is_judged(worker, parsed, &route);
+    let forwarded = Forwarded {
+        assignment,
+        alternates: route.alternates.iter().filter_map(|index| worker.state.table.refer(*index)).collect(),
+        concurrent_prefill,
+        is_kv_missing: route.prefill.is_kv_missing(),
+        editor: response_editor(parsed, &route.prefill, is_judged).map(Box::new),
+        is_judged,
+        is_restricted: parsed.head.subset.is_some(),
+        response: Response::Awaited,
+        has_first_byte: false,
+    };
+    effects.extend(Effect::edit_body(route.edit));
+    Ok(Step::new(State::Forwarded(Box::new(forwarded)), Flow::Continue, effects))
+}
+
+/// Counts the request at its endpoint; `None` if the endpoint is gone.
+fn account(worker: &mut Worker, parsed: &ParsedRequest, route: &Route, now: Monotonic) -> Option<Assignment> {
+    let leg = worker.next_leg();
+    let endpoint = worker.state.table.refer(route.pick.endpoint)?;
+    worker.state.table.get_mut(route.pick.endpoint)?.health.sent(now);
+    let mut assignment = Assignment::start(worker, endpoint, parsed.kv_tokens());
+    let own = match &route.prefill {
+        Prefill::Own => Some((route.pick, endpoint)),
+        Prefill::Sidecar(pick, endpoint) => Some((*pick, *endpoint)),
+        Prefill::Done { .. } | Prefill::Concurrent(..) => None,
+    };
+    assignment.own_prefill = own.map(|(pick, endpoint)| {
+        let expires = now.saturating_add(parsed.pool().prefill_timeout);
+        worker.prefill_started(endpoint, leg, pick.seconds, now, expires);
+        (endpoint, leg)
+    });
+    if assignment.own_prefill.is_some() || parsed.pool().split != Split::Always {
+        // Where everything is split, nobody asks what decode endpoints hold.
+        remember_prompt(worker, route.pick.endpoint, &parsed.prompt);
+    }
+    worker.counts.count(route.decision);
+    worker.counts.add(Metric::MatchedTokens, route.matched_tokens() as i64);
+    Some(assignment)
+}
+
+/// Filter states of a request that goes to an engine endpoint.
+fn describe(worker: &mut Worker, route: &Route, now: Monotonic) -> Vec<Effect> {
+    let mut effects = vec![
+        Effect::SetState(DESTINATION, destination_with_retries(worker, route).into_bytes()),
+        Effect::decision(route.decision),
+        Effect::SetState(REASON, route.reason.into()),
+    ];
+    if let Some(slot) = worker.state.table.get(route.pick.endpoint) {
+        effects.push(Effect::SetState(DECODE, slot.address.as_bytes().to_vec()));
+        let matched_tokens = route.matched_tokens() as u64;
+        effects.push(Effect::SetState(MATCHED_TOKENS, matched_tokens.to_string().into_bytes()));
+        effects.extend(slot.endpoint.rank.map(|rank| Effect::SetState(RANK, rank.to_string().into_bytes())));
+    }
+    if let Prefill::Done { started, .. } = route.prefill {
+        effects.push(prefill_ms(worker, started, now));
+    }
+    if let Some((_, endpoint)) = route.prefill.endpoint()
+        && let Some(slot) = worker.state.table.resolve(endpoint)
+    {
+        effects.push(Effect::SetState(PREFILL, slot.address.as_bytes().to_vec()));
+        if matches!(route.prefill, Prefill::Sidecar(..)) {
+            effects.push(Effect::SetState(PREFILLER, slot.address.as_bytes().to_vec()));
         }
     }
+    effects
+}
+
+/// The request for the report to pd-control.
+fn decision(worker: &Worker, parsed: &ParsedRequest, route: &Route) -> Decision {
+    let address = |endpoint| worker.state.table.get(endpoint).map_or_else(String::new, |slot| slot.address.to_string());
+    Decision {
+        decision: decision_name(route.decision).to_owned(),
+        reason: route.reason.to_owned(),
+        model: parsed.served.model.clone(),
+        prefill: route.prefill.endpoint().map_or_else(String::new, |(pick, _)| address(pick.endpoint)),
+        decode: address(route.pick.endpoint),
+        prompt_tokens: parsed.prompt.tokens as u64,
+        matched_tokens: route.matched_tokens() as u64,
+    }
+}
+
+/// The chosen endpoint and its alternates, named often enough for every try of Envoy's: beyond the last name Envoy would
+/// take any host of the cluster.
+fn destination_with_retries(worker: &Worker, route: &Route) -> String {
+    let Route { pick, alternates, .. } = route;
+    let others = core::iter::repeat_n(core::iter::once(pick.endpoint).chain(alternates.iter().copied()), TRIES);
+    let others = others.flatten().skip(1).take(alternates.len().max(TRIES.saturating_sub(1)));
+    destination(worker, pick.endpoint, others)
 }
 
 /// `ip:port[,ip:port…]`.
@@ -209,7 +198,7 @@ pub(super) fn destination(
     others: impl Iterator<Item = EndpointIndex>,
 ) -> String {
     let mut text = String::with_capacity(64);
-    for slot in core::iter::once(first).chain(others).filter_map(|at| worker.table.get(at)) {
+    for slot in core::iter::once(first).chain(others).filter_map(|index| worker.state.table.get(index)) {
         if !text.is_empty() {
             text.push(',');
         }
@@ -218,25 +207,73 @@ pub(super) fn destination(
     text
 }
 
-/// What to look for in the answer of a request: the model's name where it is to be put back, and what was used where
-/// that will be told. A stream is read for its cached tokens only where they are to be put right, for it has many parts.
-fn passage(work: &Work, prefill: &Prefill, is_split: bool, is_judged: bool) -> Option<Passage> {
+/// Records that an endpoint has the prompt, and its session.
+pub(super) fn remember_prompt(worker: &mut Worker, endpoint: EndpointIndex, prompt: &Prompt) {
+    if let Some(endpoint) = worker.state.table.refer(endpoint) {
+        worker.holds(endpoint, &prompt.hash.blocks);
+        if prompt.session.is_some() {
+            worker.holds(endpoint, prompt.session.as_slice());
+        }
+    }
+}
+
+/// Whether the usage in the response shows that the KV cache came. A response is read for that only if the prompt may be
+/// long enough, were its estimate half of what it is.
+fn is_judged(worker: &Worker, parsed: &ParsedRequest, route: &Route) -> bool {
+    route.prefill.hands_over()
+        && parsed.prompt.tokens as u64 >= JUDGED_TOKENS / 2
+        && worker.state.table.get(route.pick.endpoint).is_some_and(|slot| slot.engine.protocol().counts_fetched_tokens)
+}
+
+/// Editor of the response to a request: of the model's name where it is put back, and of the usage where the response
+/// will tell it. A stream is read for its cached tokens only where they are corrected, for it has many parts.
+fn response_editor(parsed: &ParsedRequest, prefill: &Prefill, is_judged: bool) -> Option<ResponseEditor> {
     let (tells_cached_tokens, cached_tokens) = match prefill {
-        Prefill::Done(.., usage) => {
+        Prefill::Done { usage, .. } => {
             let cached = usage.and_then(|usage| usage.cached_tokens);
             (cached.is_some(), cached)
         }
-        Prefill::Beside(..) => (true, None),
+        Prefill::Concurrent(..) => (true, None),
         Prefill::Own | Prefill::Sidecar(..) => (false, None),
     };
-    let tells_cached_tokens = tells_cached_tokens && is_split && work.pool().tells_prefills_cached_tokens;
-    let reads_usage = work.shows_usage && is_split && (tells_cached_tokens || is_judged && !work.is_stream);
-    if !reads_usage && work.put_back.is_none() {
+    let is_split = prefill.hands_over();
+    let tells_cached_tokens = tells_cached_tokens && is_split && parsed.pool().tells_prefills_cached_tokens;
+    let reads_usage = parsed.shows_usage && is_split && (tells_cached_tokens || is_judged && !parsed.is_stream);
+    if !reads_usage && parsed.put_back.is_none() {
         return None;
     }
-    let mut passage = Passage::new(tells_cached_tokens, cached_tokens);
-    if let Some(asked) = &work.put_back {
-        passage.rename(&work.served.model, asked);
+    let mut editor = ResponseEditor::new(tells_cached_tokens, cached_tokens);
+    if let Some(asked) = &parsed.put_back {
+        editor.rename(&parsed.served.model, asked);
     }
-    Some(passage)
+    Some(editor)
+}
+
+/// Sends a request without a prompt to the endpoint that has the least to do.
+pub(super) fn pass(
+    worker: &mut Worker,
+    config: &Config,
+    subset: Option<&Subset>,
+    now: Monotonic,
+) -> Result<Step, Rejection> {
+    let key = worker.next_leg();
+    let prompt = Prompt { key: key.wrapping_mul(0x9e37_79b9_7f4a_7c15), ..Prompt::default() };
+    let scheduler =
+        Scheduler { table: &worker.state.table, index: &worker.state.index, pool: config.pool("default"), now };
+    let is_allowed = |index: &EndpointIndex| {
+        worker.state.table.get(*index).is_some_and(|slot| subset.is_none_or(|subset| subset.allows(slot)))
+    };
+    let restricted: Vec<EndpointIndex>;
+    let mut among = worker.state.table.all_ready();
+    if subset.is_some() {
+        restricted = among.iter().copied().filter(is_allowed).collect();
+        among = &restricted;
+    }
+    let (pick, alternates) = scheduler.pick_decode(among, &prompt, &[]).ok_or(Rejection::NoEndpoint)?;
+    let destination = destination(worker, pick.endpoint, alternates.iter().copied());
+    worker.counts.count(Metric::RequestsPassed);
+    let next = if subset.is_some() { State::Watched } else { State::Over };
+    let effects =
+        vec![Effect::SetState(DESTINATION, destination.into_bytes()), Effect::decision(Metric::RequestsPassed)];
+    Ok(Step::new(next, Flow::Continue, effects))
 }

@@ -9,6 +9,7 @@ use core::time::Duration;
 use crate::config::Control;
 use crate::endpoints::table::Applied;
 use crate::metrics::{Level, Metric};
+use crate::time::Monotonic;
 use crate::wire::{Snapshot, WATCH_PATH, WireError};
 use crate::workers::share::{ABSENT, Shared};
 use crate::workers::worker::Worker;
@@ -68,13 +69,13 @@ pub struct Push {
     polling: bool,
     holds_lease: bool,
     failures: u32,
-    next_poll: Duration,
-    last_answer: Duration,
+    next_poll: Monotonic,
+    last_answer: Monotonic,
 }
 
 impl Push {
     /// Starts over with a configuration's `control`.
-    pub fn configure(&mut self, control: Option<Control>, shared: &impl Shared, now: Duration) {
+    pub fn configure(&mut self, control: Option<Control>, shared: &impl Shared, now: Monotonic) {
         let id = if self.id == 0 { next_worker_id(shared) } else { self.id };
         let polling = self.polling;
         *self = Self { id, control, polling, last_answer: now, ..Self::default() };
@@ -107,16 +108,18 @@ impl Push {
     }
 
     /// Call it every [`TICK`].
-    pub fn tick(&mut self, shared: &impl Shared, now: Duration) -> Option<Poll> {
+    pub fn tick(&mut self, shared: &impl Shared, now: Monotonic) -> Option<Poll> {
         self.holds_lease = self.control.is_some() && self.take_lease(shared, now);
         self.next_poll(now)
     }
 
     /// Levels to set at a tick.
     #[must_use]
-    pub fn levels(&self, worker: &Worker, now: Duration) -> Vec<(Level, u64)> {
-        let mut levels =
-            vec![(Level::Endpoints, worker.table.len() as u64), (Level::ListVersion, worker.table.version().1)];
+    pub fn levels(&self, worker: &Worker, now: Monotonic) -> Vec<(Level, u64)> {
+        let mut levels = vec![
+            (Level::Endpoints, worker.state.table.len() as u64),
+            (Level::ListVersion, worker.state.table.version().1),
+        ];
         if self.holds_lease {
             let age = now.saturating_sub(self.last_answer).as_millis();
             levels.push((Level::ListAgeMs, u64::try_from(age).unwrap_or(u64::MAX)));
@@ -125,7 +128,7 @@ impl Push {
     }
 
     /// The poll could not be started.
-    pub fn not_started(&mut self, worker: &mut Worker, now: Duration) -> Option<News> {
+    pub fn not_started(&mut self, worker: &mut Worker, now: Monotonic) -> Option<News> {
         self.polling = false;
         self.failed(worker, now)
     }
@@ -137,7 +140,7 @@ impl Push {
         shared: &impl Shared,
         status: Option<u16>,
         body: &[u8],
-        now: Duration,
+        now: Monotonic,
     ) -> (Option<Poll>, Option<News>) {
         self.polling = false;
         let news = match status {
@@ -151,7 +154,7 @@ impl Push {
         (self.next_poll(now), news)
     }
 
-    fn take_list(&mut self, worker: &mut Worker, shared: &impl Shared, body: &[u8], now: Duration) -> Option<News> {
+    fn take_list(&mut self, worker: &mut Worker, shared: &impl Shared, body: &[u8], now: Monotonic) -> Option<News> {
         let applied = worker.apply(body);
         let found = match &applied {
             Ok(_) => {
@@ -165,9 +168,9 @@ impl Push {
         };
         match applied {
             Ok(Applied::Changed) => {
-                let (epoch, version) = worker.table.version();
+                let (epoch, version) = worker.state.table.version();
                 self.at = (epoch.to_owned(), version);
-                shared.set(LIST_KEY, &worker.table.snapshot().to_json(), None);
+                shared.set(LIST_KEY, &worker.state.table.snapshot().to_json(), None);
                 shared.announce();
                 self.seen = Some(shared.announced());
                 Some(News::Applied)
@@ -183,7 +186,7 @@ impl Push {
                 found
             }
             Ok(Applied::Unchanged) => {
-                let (epoch, version) = worker.table.version();
+                let (epoch, version) = worker.state.table.version();
                 self.at = (epoch.to_owned(), version);
                 self.next_poll = now.saturating_add(FIRST_PAUSE);
                 found
@@ -192,14 +195,14 @@ impl Push {
         }
     }
 
-    fn succeeded(&mut self, now: Duration) -> Option<News> {
+    fn succeeded(&mut self, now: Monotonic) -> Option<News> {
         let found = (self.failures > 0).then_some(News::Found);
         self.failures = 0;
         self.last_answer = now;
         found
     }
 
-    fn failed(&mut self, worker: &mut Worker, now: Duration) -> Option<News> {
+    fn failed(&mut self, worker: &mut Worker, now: Monotonic) -> Option<News> {
         worker.counts.count(Metric::PollsFailed);
         let pause = FIRST_PAUSE.saturating_mul(1_u32.checked_shl(self.failures.min(8)).unwrap_or(1)).min(MAX_PAUSE);
         self.next_poll = now.saturating_add(pause);
@@ -207,7 +210,7 @@ impl Push {
         (self.failures == 1).then_some(News::Lost)
     }
 
-    fn next_poll(&mut self, now: Duration) -> Option<Poll> {
+    fn next_poll(&mut self, now: Monotonic) -> Option<Poll> {
         let control = self.control.as_ref().filter(|_| self.holds_lease && !self.polling && now >= self.next_poll)?;
         self.polling = true;
         let (epoch, version) = &self.at;
@@ -223,7 +226,7 @@ impl Push {
     }
 
     /// Takes or renews the lease. A younger worker with another configuration takes it from an older one, which drains.
-    fn take_lease(&self, shared: &impl Shared, now: Duration) -> bool {
+    fn take_lease(&self, shared: &impl Shared, now: Monotonic) -> bool {
         let until = now.saturating_add(LEASE);
         let current = shared.get(LEASE_KEY);
         let lease = current.as_ref().and_then(|(bytes, _)| Lease::from_bytes(bytes));
@@ -248,19 +251,19 @@ impl Push {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Lease {
     owner: u64,
-    until: Duration,
+    until: Monotonic,
     terms: u64,
 }
 
 impl Lease {
     fn to_bytes(self) -> Vec<u8> {
-        let until = u64::try_from(self.until.as_millis()).unwrap_or(u64::MAX);
+        let until = self.until.as_millis();
         [self.owner, until, self.terms].iter().flat_map(|word| word.to_le_bytes()).collect()
     }
 
     fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let word = |at: usize| Some(u64::from_le_bytes(bytes.get(at..at.checked_add(8)?)?.try_into().ok()?));
-        Some(Self { owner: word(0)?, until: Duration::from_millis(word(8)?), terms: word(16)? })
+        Some(Self { owner: word(0)?, until: Monotonic::from_millis(word(8)?), terms: word(16)? })
     }
 }
 
@@ -291,7 +294,7 @@ mod tests {
         push: Push,
     }
 
-    fn node(store: &Store, config: &[u8], now: Duration) -> Node {
+    fn node(store: &Store, config: &[u8], now: Monotonic) -> Node {
         let (mut worker, mut push) = (Worker::default(), Push::default());
         let config = worker.configure(config).unwrap();
         push.configure(config.control.clone(), store, now);
@@ -303,8 +306,8 @@ mod tests {
         Snapshot { wire: 1, epoch: epoch.into(), version, base: None, endpoints, removed: vec![] }.to_json()
     }
 
-    fn ms(ms: u64) -> Duration {
-        Duration::from_millis(ms)
+    fn ms(ms: u64) -> Monotonic {
+        Monotonic::from_millis(ms)
     }
 
     #[test]
@@ -320,7 +323,7 @@ mod tests {
         assert_eq!(news, Some(News::Applied));
         assert_eq!(next.unwrap().path, "/v1/watch?epoch=e-1&since=3&wait_ms=30000");
         assert_eq!(b.push.catch_up(&mut b.worker, &store, store.announced()), Some(News::Applied));
-        assert_eq!(b.worker.table.len(), 2);
+        assert_eq!(b.worker.state.table.len(), 2);
         assert_eq!(b.push.catch_up(&mut b.worker, &store, store.announced()), None);
         assert_eq!(a.push.catch_up(&mut a.worker, &store, store.announced()), None);
     }
@@ -366,7 +369,7 @@ mod tests {
         for _ in 0..6 {
             let asked = now;
             while a.push.tick(&store, now).is_none() {
-                now += ms(10);
+                now += Duration::from_millis(10);
             }
             pauses.push((now - asked).as_millis());
             news.extend(a.push.answered(&mut a.worker, &store, Some(503), b"", now).1);
@@ -374,7 +377,7 @@ mod tests {
         assert_eq!(pauses, [0, 100, 200, 400, 800, 1_000]);
         assert_eq!(news, [News::Lost]);
         while a.push.tick(&store, now).is_none() {
-            now += ms(10);
+            now += Duration::from_millis(10);
         }
         assert_eq!(a.push.answered(&mut a.worker, &store, Some(304), b"", now).1, Some(News::Found));
     }
@@ -394,7 +397,7 @@ mod tests {
         );
         let (next, _) = a.push.answered(&mut a.worker, &store, Some(200), &list("e", 1, &[1]), ms(300));
         assert!(next.is_none(), "the same list again is answered with a pause");
-        assert_eq!(a.worker.table.len(), 1);
+        assert_eq!(a.worker.state.table.len(), 1);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! One brain per Envoy: what a worker decides is in every other worker's ledger and index before those decide.
 //!
-//! Each worker has a seat: a log of [events](crate::workers::ledger) in shared data that only it writes, a gauge that says how far
+//! Each worker has a seat: a log of [events](crate::workers::event) in shared data that only it writes, a gauge that says how far
 //! the log goes, and, renewed at each tick, its part of the ledger as a whole. Before a worker decides it looks at the
 //! gauges (90 ns each) and reads what is new. All that a worker has in flight is known to be its own, so when it stops
 //! renewing its seat (its VM was reloaded, its thread died) the others take that part out.
@@ -21,9 +21,12 @@ use core::time::Duration;
 
 use hashbrown::{HashMap, HashSet};
 
-use crate::envoys::report::{Decision, Generation, MAX_DECISIONS};
+use crate::codec::{Reader, Writer};
 use crate::prefix::hash::BlockHash;
-use crate::workers::ledger::{Event, Part, Reader, Writer};
+use crate::time::Monotonic;
+use crate::workers::event::Event;
+use crate::workers::ledger::Part;
+use crate::workers::recent::{Decision, Generation, MAX_DECISIONS};
 use crate::workers::worker::Worker;
 
 /// Data that the workers of one Envoy share.
@@ -79,9 +82,9 @@ pub struct Share {
     /// The segment's bytes so far, its head included, and its key.
     open: Vec<u8>,
     key: String,
-    told: Duration,
-    renewed: Duration,
-    began: Duration,
+    told: Monotonic,
+    renewed: Monotonic,
+    began: Monotonic,
     announced: Option<u64>,
     peers: Vec<Peer>,
     /// Endpoint whose blocks are written next, and what each looked like when it was.
@@ -104,11 +107,11 @@ struct Peer {
 #[derive(Clone, Copy, Debug, Default)]
 struct Seat {
     worker_id: u64,
-    renewed: Duration,
+    renewed: Monotonic,
 }
 
 impl Seat {
-    fn is_taken(&self, now: Duration) -> bool {
+    fn is_taken(&self, now: Monotonic) -> bool {
         self.worker_id != 0 && now.saturating_sub(self.renewed) <= SEAT_LIFE
     }
 }
@@ -141,8 +144,8 @@ impl Share {
         generations
     }
 
-    /// Some of the workers' latest decisions, newest first.
-    pub fn decisions(&self, worker: &Worker, shared: &impl Shared) -> Vec<Decision> {
+    /// Some of the workers' latest decisions with their times, newest first.
+    pub fn decisions(&self, worker: &Worker, shared: &impl Shared) -> Vec<(Monotonic, Decision)> {
         let mut decisions: Vec<_> = worker.recent.iter().cloned().collect();
         for peer in &self.peers {
             let Some((bytes, _)) = shared.get(&recent_key(peer.seat)) else { continue };
@@ -151,13 +154,13 @@ impl Share {
                 decisions.extend(core::iter::from_fn(|| Decision::read(&mut rest)));
             }
         }
-        decisions.sort_unstable_by_key(|decision| core::cmp::Reverse(decision.at_ms));
+        decisions.sort_unstable_by_key(|(at, _)| core::cmp::Reverse(*at));
         decisions.truncate(MAX_DECISIONS);
         decisions
     }
 
     /// Starts over with a configuration.
-    pub fn configure(&mut self, worker: &mut Worker, shared: &impl Shared, worker_id: u64, now: Duration) {
+    pub fn configure(&mut self, worker: &mut Worker, shared: &impl Shared, worker_id: u64, now: Monotonic) {
         let block_bytes = worker.config.as_ref().map_or(0, |config| config.prefix.block_bytes);
         let (seat, who) = (self.seat, core::mem::take(&mut self.who));
         *self = Self { worker_id, who, epoch: block_bytes as u64, began: now, seat, ..Self::default() };
@@ -167,7 +170,7 @@ impl Share {
     }
 
     /// Takes over what the other workers did; `announced` is [`Shared::announced`]. Call it before every decision.
-    pub fn catch_up(&mut self, worker: &mut Worker, shared: &impl Shared, announced: u64, now: Duration) {
+    pub fn catch_up(&mut self, worker: &mut Worker, shared: &impl Shared, announced: u64, now: Monotonic) {
         if self.announced != Some(announced) {
             self.announced = Some(announced);
             let (seats, _) = seats(shared);
@@ -183,14 +186,14 @@ impl Share {
     }
 
     /// Tells the others what this worker did. Call it after every event.
-    pub fn publish(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
+    pub fn publish(&mut self, worker: &mut Worker, shared: &impl Shared, now: Monotonic) {
         let may_wait = !worker.log.is_pressing && now.saturating_sub(self.told) < PATIENCE;
         if !worker.log.is_told() && !may_wait {
             self.tell(worker, shared, now);
         }
     }
 
-    fn tell(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
+    fn tell(&mut self, worker: &mut Worker, shared: &impl Shared, now: Monotonic) {
         // A worker that stood still may have lost its seat, and the log there is somebody else's.
         if now.saturating_sub(self.renewed) > RENEWAL {
             self.renew(worker, shared, now);
@@ -222,7 +225,7 @@ impl Share {
     }
 
     /// Call it a few times a second, more often than [`SEAT_LIFE`].
-    pub fn tick(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
+    pub fn tick(&mut self, worker: &mut Worker, shared: &impl Shared, now: Monotonic) {
         self.tell(worker, shared, now);
         self.renew(worker, shared, now);
         self.save_part(worker, shared);
@@ -230,7 +233,7 @@ impl Share {
         for peer in &mut self.peers {
             peer.part.prune(now);
             if peer.is_behind {
-                peer.part.leave(worker, now);
+                peer.part.retract(&mut worker.state, now);
                 peer.join(worker, shared);
             }
         }
@@ -252,7 +255,7 @@ impl Share {
     }
 
     /// Keeps the seat, or takes one that is free.
-    fn renew(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
+    fn renew(&mut self, worker: &mut Worker, shared: &impl Shared, now: Monotonic) {
         for _ in 0..8 {
             let (mut seats, version) = seats(shared);
             let mine = |seat: &Seat| seat.worker_id == self.worker_id;
@@ -290,12 +293,12 @@ impl Share {
     }
 
     /// Parts from workers that are gone and joins those that are new.
-    fn meet(&mut self, worker: &mut Worker, shared: &impl Shared, seats: &[Seat], now: Duration) {
+    fn meet(&mut self, worker: &mut Worker, shared: &impl Shared, seats: &[Seat], now: Monotonic) {
         let is_here = |peer: &Peer| {
             seats.get(peer.seat).is_some_and(|seat| seat.worker_id == peer.worker_id && seat.is_taken(now))
         };
         for gone in self.peers.extract_if(.., |peer| !is_here(peer)) {
-            gone.part.leave(worker, now);
+            gone.part.retract(&mut worker.state, now);
         }
         for (at, seat) in seats.iter().enumerate() {
             let is_known = self.peers.iter().any(|peer| peer.seat == at);
@@ -322,7 +325,7 @@ impl Share {
         let Some(seat) = self.seat.filter(|_| core::mem::take(&mut worker.recent.is_new)) else { return };
         let mut out = Writer::default();
         out.word(self.worker_id);
-        worker.recent.iter().for_each(|decision| decision.write(&mut out));
+        worker.recent.write(&mut out);
         shared.set(&recent_key(seat), &out.0, None);
     }
 
@@ -331,19 +334,19 @@ impl Share {
         if self.seat.is_none_or(|mine| self.peers.iter().any(|peer| peer.seat < mine)) {
             return;
         }
-        let places = worker.table.places();
+        let places = worker.state.table.places();
         let at = self.next_saved.checked_rem(places).unwrap_or(0);
         self.next_saved = at.wrapping_add(1);
         let Ok(index) = u32::try_from(at) else { return };
         // An empty place is written too: what stood there before is nobody's any more.
-        let key = worker.table.get(index).map_or(0, |slot| slot.key);
-        let looks = (key, worker.index.touches(index));
+        let key = worker.state.table.get(index).map_or(0, |slot| slot.key);
+        let looks = (key, worker.state.index.touches(index));
         if self.saved.insert(index, looks) == Some(looks) {
             return;
         }
         let mut out = Writer::default();
         [self.epoch, key, places as u64].into_iter().for_each(|word| out.word(word));
-        for (hash, units) in worker.index.newest(index, MAX_INHERITED) {
+        for (hash, units) in worker.state.index.newest(index, MAX_INHERITED) {
             out.word(hash.0);
             out.word(units as u64);
         }
@@ -351,10 +354,10 @@ impl Share {
     }
 
     /// A worker that begins takes over what the ones before it knew of its endpoints.
-    fn inherit(&mut self, worker: &mut Worker, shared: &impl Shared, now: Duration) {
+    fn inherit(&mut self, worker: &mut Worker, shared: &impl Shared, now: Monotonic) {
         let is_new = |key: &u64| !self.inherited.contains(key);
         let is_young = now.saturating_sub(self.began) < INHERITANCE;
-        if !is_young || !worker.table.iter().any(|(_, slot)| is_new(&slot.key)) {
+        if !is_young || !worker.state.table.iter().any(|(_, slot)| is_new(&slot.key)) {
             return;
         }
         let (mut at, mut places) = (0, 1);
@@ -364,14 +367,16 @@ impl Share {
             let (epoch, key, count) = (rest.word(), rest.word(), rest.word());
             places = count.and_then(|count| usize::try_from(count).ok()).unwrap_or(0);
             at = at.wrapping_add(1);
-            let Some((index, key)) = key.and_then(|key| Some((worker.table.index_of_key(key)?, key))) else { continue };
+            let Some((index, key)) = key.and_then(|key| Some((worker.state.table.index_of_key(key)?, key))) else {
+                continue;
+            };
             if epoch != Some(self.epoch) || !self.inherited.insert(key) {
                 continue;
             }
             let blocks = core::iter::from_fn(|| Some((BlockHash(rest.word()?), usize::try_from(rest.word()?).ok()?)));
-            worker.index.restore(index, blocks);
+            worker.state.index.restore(index, blocks);
         }
-        self.inherited.extend(worker.table.iter().map(|(_, slot)| slot.key));
+        self.inherited.extend(worker.state.table.iter().map(|(_, slot)| slot.key));
     }
 }
 
@@ -390,7 +395,7 @@ impl Peer {
         }
         if let (Some(position), Some(part)) = (rest.word(), Part::from_bytes(rest.0)) {
             self.position = position;
-            part.enter(worker);
+            part.apply(&mut worker.state);
             self.part = part;
         }
     }
@@ -414,7 +419,7 @@ impl Peer {
             for (endpoint, event) in Event::read(events) {
                 let is_blocks = matches!(event, Event::Holds { .. } | Event::HoldsByOthers { .. });
                 if !is_blocks || of == Some(epoch) {
-                    event.enter_by_key(endpoint, worker);
+                    event.apply(endpoint, &mut worker.state);
                     if let Event::Holds { blocks } = &event {
                         worker.tell_gateways(endpoint, blocks);
                     }
@@ -455,7 +460,7 @@ fn seats(shared: &impl Shared) -> (Vec<Seat>, u32) {
     let mut rest = Reader(value.as_ref().map_or(&[], |(bytes, _)| bytes));
     for seat in &mut seats {
         if let (Some(worker_id), Some(renewed)) = (rest.word(), rest.word()) {
-            *seat = Seat { worker_id, renewed: Duration::from_millis(renewed) };
+            *seat = Seat { worker_id, renewed: Monotonic::from_millis(renewed) };
         }
     }
     (seats, value.map_or(ABSENT, |(_, version)| version))
@@ -465,7 +470,7 @@ fn to_bytes(seats: &[Seat]) -> Vec<u8> {
     let mut out = Writer::default();
     for seat in seats {
         out.word(seat.worker_id);
-        out.word(u64::try_from(seat.renewed.as_millis()).unwrap_or(u64::MAX));
+        out.word(seat.renewed.as_millis());
     }
     out.0
 }
@@ -521,7 +526,7 @@ mod tests {
 
     const CONFIG: &[u8] = br#"{"endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.1:2","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#;
     const TICK: Duration = Duration::from_millis(200);
-    const FAR: Duration = Duration::from_secs(3_600);
+    const FAR: Monotonic = Monotonic::from_secs(3_600);
 
     struct Node {
         worker: Worker,
@@ -529,7 +534,7 @@ mod tests {
     }
 
     impl Node {
-        fn new(store: &Store, id: u64, now: Duration) -> Self {
+        fn new(store: &Store, id: u64, now: Monotonic) -> Self {
             let mut worker = Worker::default();
             worker.configure(CONFIG).unwrap();
             let mut share = Share::default();
@@ -538,26 +543,26 @@ mod tests {
         }
 
         fn at(&self, place: usize) -> EndpointRef {
-            let mut all: Vec<_> = self.worker.table.iter().map(|(at, slot)| (slot.address.clone(), at)).collect();
+            let mut all: Vec<_> = self.worker.state.table.iter().map(|(at, slot)| (slot.address.clone(), at)).collect();
             all.sort();
-            self.worker.table.refer(all[place % all.len()].1).unwrap()
+            self.worker.state.table.refer(all[place % all.len()].1).unwrap()
         }
 
-        fn tick(&mut self, store: &Store, now: Duration) {
+        fn tick(&mut self, store: &Store, now: Monotonic) {
             self.share.tick(&mut self.worker, store, now);
         }
 
-        fn publish(&mut self, store: &Store, now: Duration) {
+        fn publish(&mut self, store: &Store, now: Monotonic) {
             self.share.publish(&mut self.worker, store, now);
         }
 
-        fn catch_up(&mut self, store: &Store, now: Duration) {
+        fn catch_up(&mut self, store: &Store, now: Monotonic) {
             self.share.catch_up(&mut self.worker, store, store.announced(), now);
         }
 
         /// Per endpoint: legs, seconds of prefill work, decode tokens and requests.
-        fn ledger(&self, now: Duration) -> Vec<(usize, u64, u64, u32)> {
-            let slots = self.worker.table.iter().map(|(_, slot)| {
+        fn ledger(&self, now: Monotonic) -> Vec<(usize, u64, u64, u32)> {
+            let slots = self.worker.state.table.iter().map(|(_, slot)| {
                 let work = (slot.prefill.work(now) * 1e6).round() as u64;
                 (slot.prefill.len(), work, slot.decode.tokens, slot.decode.requests)
             });
@@ -569,7 +574,7 @@ mod tests {
         }
     }
 
-    fn fleet(store: &Store, count: u64, now: Duration) -> Vec<Node> {
+    fn fleet(store: &Store, count: u64, now: Monotonic) -> Vec<Node> {
         (1..=count).map(|id| Node::new(store, id, now)).collect()
     }
 
@@ -580,7 +585,7 @@ mod tests {
     #[test]
     fn a_decision_is_seen_before_the_next_one_of_any_worker() {
         for count in [2, 4, 16] {
-            let (store, now) = (Store::default(), Duration::from_secs(1));
+            let (store, now) = (Store::default(), Monotonic::from_secs(1));
             let mut nodes = fleet(&store, count, now);
             for i in 0..count as usize {
                 let leg = nodes[i].worker.next_leg();
@@ -592,7 +597,7 @@ mod tests {
                 for other in &mut nodes {
                     other.catch_up(&store, now);
                     let place = other.at(i % 2).index;
-                    assert_eq!(other.worker.index.matched(place, &blocks(i as u64, 9)), 9);
+                    assert_eq!(other.worker.state.index.matched(place, &blocks(i as u64, 9)), 9);
                 }
                 let expected = nodes[i].ledger(now);
                 assert!(nodes.iter().all(|node| node.ledger(now) == expected), "{count} workers");
@@ -603,7 +608,7 @@ mod tests {
 
     #[test]
     fn a_worker_that_died_is_out_of_the_ledger_within_a_second() {
-        let (store, mut now) = (Store::default(), Duration::from_secs(1));
+        let (store, mut now) = (Store::default(), Monotonic::from_secs(1));
         let mut nodes = fleet(&store, 3, now);
         let leg = nodes[2].worker.next_leg();
         let (prefill, decode) = (nodes[2].at(0), nodes[2].at(2));
@@ -630,7 +635,7 @@ mod tests {
 
     #[test]
     fn a_worker_that_was_only_slow_is_back_with_all_it_has() {
-        let (store, mut now) = (Store::default(), Duration::from_secs(1));
+        let (store, mut now) = (Store::default(), Monotonic::from_secs(1));
         let mut nodes = fleet(&store, 2, now);
         let decode = nodes[1].at(2);
         nodes[1].worker.decode_started(decode, 50);
@@ -648,7 +653,7 @@ mod tests {
 
     #[test]
     fn a_reader_that_fell_far_behind_catches_up_with_the_next_tick() {
-        let (store, mut now) = (Store::default(), Duration::from_secs(1));
+        let (store, mut now) = (Store::default(), Monotonic::from_secs(1));
         let mut nodes = fleet(&store, 2, now);
         let (prefill, decode) = (nodes[0].at(0), nodes[0].at(2));
         for id in 0..5_000 {
@@ -668,7 +673,7 @@ mod tests {
 
     #[test]
     fn a_new_generation_begins_with_what_the_old_one_knew() {
-        let (store, mut now) = (Store::default(), Duration::from_secs(1));
+        let (store, mut now) = (Store::default(), Monotonic::from_secs(1));
         let mut old = fleet(&store, 2, now);
         for id in 0..40 {
             let held = old[1].at(id as usize % 3);
@@ -683,7 +688,7 @@ mod tests {
         }
         let mut new = Node::new(&store, 3, now);
         for id in 0..40 {
-            assert_eq!(new.worker.index.matched(new.at(id as usize % 3).index, &blocks(id, 12)), 12, "{id}");
+            assert_eq!(new.worker.state.index.matched(new.at(id as usize % 3).index, &blocks(id, 12)), 12, "{id}");
         }
         assert_eq!(new.ledger(now), old[0].ledger(now), "the old generation's work counts once");
         // The old one drains: its work ends, and the new one hears of it.
@@ -699,7 +704,7 @@ mod tests {
 
     #[test]
     fn ends_of_requests_wait_for_company_but_not_for_long() {
-        let (store, now) = (Store::default(), Duration::from_secs(1));
+        let (store, now) = (Store::default(), Monotonic::from_secs(1));
         let mut nodes = fleet(&store, 2, now);
         let decode = nodes[0].at(2);
         nodes[0].worker.decode_started(decode, 10);
@@ -717,7 +722,7 @@ mod tests {
 
     #[test]
     fn a_worker_without_a_seat_decides_for_itself_and_keeps_nothing() {
-        let (store, now) = (Store::default(), Duration::from_secs(1));
+        let (store, now) = (Store::default(), Monotonic::from_secs(1));
         let mut nodes = fleet(&store, SEATS as u64 + 1, now);
         let last = nodes.last_mut().unwrap();
         assert_eq!(last.share.seat, None);
@@ -760,7 +765,7 @@ mod tests {
         /// has ended they are empty.
         #[test]
         fn all_ledgers_become_equal_and_then_empty(steps in prop::collection::vec(step(), 1..120)) {
-            let (store, mut now) = (Store::default(), Duration::from_secs(1));
+            let (store, mut now) = (Store::default(), Monotonic::from_secs(1));
             let mut nodes = fleet(&store, 3, now);
             let mut open: Vec<Vec<(usize, u64, u64)>> = vec![Vec::new(); 3];
             let mut next_id = 4;
@@ -803,7 +808,7 @@ mod tests {
                     Step::Wait { ms } => now += Duration::from_millis(ms),
                 }
             }
-            let settle = |nodes: &mut Vec<Node>, now: &mut Duration| {
+            let settle = |nodes: &mut Vec<Node>, now: &mut Monotonic| {
                 for _ in 0..6 {
                     *now += TICK;
                     nodes.iter_mut().for_each(|node| node.tick(&store, *now));

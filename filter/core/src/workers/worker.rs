@@ -1,47 +1,45 @@
 //! What one Envoy worker knows: configuration, endpoints, index, counts.
 
-use core::time::Duration;
 use std::sync::Arc;
 
-use crate::choose::admission::{Admission, Ask, Limits, Shed, pool_key};
-use crate::config::{Config, ConfigError};
-use crate::endpoints::load::RetryBudget;
-use crate::endpoints::table::{Applied, EndpointRef, Table};
+use crate::choose::admission::{Ask, Shed, pool_key};
+use crate::config::{Config, ConfigError, Limits};
+use crate::endpoints::elsewhere::{Fleet, Totals};
+use crate::endpoints::retry_budget::RetryBudget;
+use crate::endpoints::table::{Applied, EndpointRef};
 use crate::engine::pair_id;
-use crate::envoys::message::Totals;
-use crate::envoys::report::{Decision, Generation, Report};
-use crate::envoys::{Fleet, Outbox, Recent};
 use crate::metrics::{Counts, Metric};
+use crate::prefix::block_log::{BlockLog, block_event};
 use crate::prefix::hash::BlockHash;
 use crate::prefix::index::PrefixIndex;
+use crate::time::Monotonic;
 use crate::wire::{Snapshot, WireError};
-use crate::workers::ledger::{Event, Log};
+use crate::workers::event::Event;
+use crate::workers::ledger::Log;
+use crate::workers::recent::{Decision, Recent};
+use crate::workers::state::State;
 
 /// Name of the gauge of the prefix index's bytes, in the worker that told last.
 pub const INDEX_BYTES: &str = "pd_index_bytes";
 
-/// Failing endpoints that a report names.
-const MAX_FAILING: usize = 64;
+/// Bytes of block events that are kept to be told to other Envoys again.
+const OUTBOX_BYTES: usize = 1 << 20;
 
 /// State of one worker. All of it may be lost and built again.
 #[derive(Debug)]
 pub struct Worker {
     /// Configuration in force; the error that refused the newest one, when there was none before it.
     pub config: Result<Arc<Config>, ConfigError>,
-    /// Endpoints.
-    pub table: Table,
-    /// Who holds which prefix.
-    pub index: PrefixIndex,
+    /// Endpoints, prefixes and admission, by the events of all workers.
+    pub state: State,
     /// Counts that wait for the tick.
     pub counts: Counts,
     /// What to tell the other workers.
     pub(crate) log: Log,
     /// What to tell the other Envoys, where this worker is its Envoy's voice.
-    pub(crate) outbox: Option<Box<Outbox>>,
+    pub(crate) outbox: Option<Box<BlockLog>>,
     /// What to report of its decisions.
     pub(crate) recent: Recent,
-    /// What pools with limits have in flight.
-    pub admission: Admission,
     /// Prefill legs that may be run again.
     pub retries: RetryBudget,
     legs: u64,
@@ -51,13 +49,11 @@ impl Default for Worker {
     fn default() -> Self {
         Self {
             config: Err(ConfigError::none_yet()),
-            table: Table::default(),
-            index: PrefixIndex::new(0),
+            state: State::default(),
             counts: Counts::default(),
             log: Log::default(),
             outbox: None,
             recent: Recent::default(),
-            admission: Admission::default(),
             retries: RetryBudget::default(),
             legs: 0,
         }
@@ -83,10 +79,9 @@ impl Worker {
             Ok(config) => {
                 let config = Arc::new(config);
                 self.counts.count(Metric::ConfigAccepted);
-                self.index = PrefixIndex::new(config.prefix.index_bytes);
-                self.table = Table::default();
-                self.admission = Admission::default();
-                self.table.apply(&config.static_snapshot(), &config, &mut self.index);
+                let index = PrefixIndex::new(config.prefix.index_bytes);
+                self.state = State { index, ..State::default() };
+                self.state.table.apply(&config.static_snapshot(), &config, &mut self.state.index);
                 self.config = Ok(Arc::clone(&config));
                 Ok(config)
             }
@@ -106,7 +101,8 @@ impl Worker {
     /// The refusal, for the log.
     pub fn apply(&mut self, bytes: &[u8]) -> Result<Applied, WireError> {
         let Ok(config) = self.config.clone() else { return Ok(Applied::Unchanged) };
-        let applied = Snapshot::parse(bytes).map(|snapshot| self.table.apply(&snapshot, &config, &mut self.index));
+        let applied =
+            Snapshot::parse(bytes).map(|snapshot| self.state.table.apply(&snapshot, &config, &mut self.state.index));
         match applied {
             Ok(Applied::Changed) => self.counts.count(Metric::SnapshotsApplied),
             Ok(Applied::Unchanged | Applied::OutOfStep) => {}
@@ -116,17 +112,18 @@ impl Worker {
     }
 
     /// Drops ledger entries whose end was never told. Call it a few times a second.
-    pub fn prune(&mut self, now: Duration) {
-        self.table.prune(now);
+    pub fn prune(&mut self, now: Monotonic) {
+        self.state.table.prune(now);
         self.log.own.prune(now);
         if let Ok(config) = &self.config {
-            self.table.resize_caches(config, &mut self.index);
+            self.state.table.resize_caches(config, &mut self.state.index);
         }
     }
 
-    /// Gauges that change now and then, by name and tags: [`INDEX_BYTES`] and what was [fitted](crate::endpoints::fit::GAUGES).
+    /// Gauges that change now and then, by name and tags: [`INDEX_BYTES`] and what was [fitted](crate::endpoints::fitted_cost::GAUGES).
     pub fn gauges(&self) -> impl Iterator<Item = (String, u64)> {
-        core::iter::once((INDEX_BYTES.to_owned(), self.index.bytes() as u64)).chain(self.table.fitted_gauges())
+        core::iter::once((INDEX_BYTES.to_owned(), self.state.index.bytes() as u64))
+            .chain(self.state.table.fitted_gauges())
     }
 
     /// Tells the other workers from now on what happens; legs are numbered apart from theirs.
@@ -141,7 +138,7 @@ impl Worker {
     /// [`Shed`]
     pub(crate) fn admit(&mut self, pool: &str, limits: Limits, ask: Ask) -> Result<Ticket, Shed> {
         let ticket = Ticket { pool: pool_key(pool), fairness: ask.fairness, tokens: ask.tokens };
-        self.admission.check(ticket.pool, limits, ask)?;
+        self.state.admission.check(ticket.pool, limits, ask)?;
         self.happens_at(ticket.pool, &Event::Admitted { fairness: ticket.fairness, tokens: ticket.tokens });
         Ok(ticket)
     }
@@ -153,8 +150,8 @@ impl Worker {
 
     /// Something happens at an endpoint, by this worker's doing.
     fn happens(&mut self, endpoint: EndpointRef, event: &Event<'_>) {
-        if self.table.resolve(endpoint).is_some() {
-            event.enter(endpoint.index, self);
+        if self.state.table.resolve(endpoint).is_some() {
+            event.apply_at(endpoint.index, &mut self.state);
         }
         self.log.push(endpoint.key, event);
     }
@@ -165,19 +162,19 @@ impl Worker {
         endpoint: EndpointRef,
         leg: u64,
         seconds: f64,
-        at: Duration,
-        expires: Duration,
+        at: Monotonic,
+        expires: Monotonic,
     ) {
         self.happens(endpoint, &Event::PrefillStarted { leg, seconds, at, expires });
     }
 
     /// It ended.
-    pub(crate) fn prefill_ended(&mut self, endpoint: EndpointRef, leg: u64, at: Duration) {
+    pub(crate) fn prefill_ended(&mut self, endpoint: EndpointRef, leg: u64, at: Monotonic) {
         self.happens(endpoint, &Event::PrefillEnded { leg, at });
     }
 
     /// Nobody waits for its end any more.
-    pub(crate) fn prefill_abandoned(&mut self, endpoint: EndpointRef, leg: u64, at: Duration) {
+    pub(crate) fn prefill_abandoned(&mut self, endpoint: EndpointRef, leg: u64, at: Monotonic) {
         self.happens(endpoint, &Event::PrefillAbandoned { leg, at });
     }
 
@@ -200,7 +197,8 @@ impl Worker {
     /// Other Envoys shall hear which blocks a worker of this one sent to the endpoint of that key.
     pub(crate) fn tell_gateways(&mut self, endpoint: u64, blocks: &[BlockHash]) {
         if let Some(outbox) = self.outbox.as_mut().filter(|_| !blocks.is_empty()) {
-            outbox.push(endpoint, blocks);
+            outbox.push(block_event(endpoint, blocks));
+            while outbox.bytes() > OUTBOX_BYTES && outbox.forget_oldest() {}
         }
     }
 
@@ -221,47 +219,31 @@ impl Worker {
 
     /// The same at the endpoint, or pool, of that key, which may not be in the list.
     fn happens_at(&mut self, key: u64, event: &Event<'_>) {
-        event.enter_by_key(key, self);
+        event.apply(key, &mut self.state);
         self.log.push(key, event);
     }
 
     /// An endpoint could not be reached.
-    pub(crate) fn failed(&mut self, endpoint: EndpointRef, at: Duration) {
+    pub(crate) fn failed(&mut self, endpoint: EndpointRef, at: Monotonic) {
         self.happens(endpoint, &Event::Failed { at });
     }
 
     /// An endpoint answered. The others hear of it when they hold it for broken.
     pub(crate) fn answered(&mut self, endpoint: EndpointRef) {
-        if self.table.resolve(endpoint).is_some_and(|slot| slot.health.is_failing()) {
+        if self.state.table.resolve(endpoint).is_some_and(|slot| slot.health.is_failing()) {
             self.happens(endpoint, &Event::Healed);
         }
     }
 
     /// Notes a decision for the next report, where there are reports and it has not just noted another.
-    pub(crate) fn decided(&mut self, now: Duration, decision: impl FnOnce(&Self) -> Decision) {
+    pub(crate) fn decided(&mut self, now: Monotonic, decision: impl FnOnce(&Self) -> Decision) {
         let is_reported = || {
             let control = self.config.as_ref().ok().and_then(|config| config.control.as_ref());
             control.is_some_and(|control| control.exchange)
         };
         if self.recent.is_due(now) && is_reported() {
-            let at_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
-            let decision = Decision { at_ms, ..decision(self) };
+            let decision = decision(self);
             self.recent.push(now, decision);
-        }
-    }
-
-    /// What there is to report of this Envoy, whose workers run these and decided those.
-    #[must_use]
-    pub fn report(&self, generations: Vec<Generation>, decisions: Vec<Decision>) -> Report {
-        let (epoch, version) = self.table.version();
-        let failing = self.table.iter().filter(|(_, slot)| slot.health.is_failing());
-        Report {
-            generations,
-            epoch: epoch.to_owned(),
-            version,
-            endpoints: self.table.len() as u64,
-            failing: failing.take(MAX_FAILING).map(|(_, slot)| slot.address.to_string()).collect(),
-            decisions,
         }
     }
 
@@ -273,7 +255,8 @@ impl Worker {
 
     /// A name for a pair of legs that no other pair in flight has, at any gateway: Envoy's random request id, this
     /// worker's clock and count.
-    pub(crate) fn pair_id(&mut self, request_id: &[u8], now: Duration) -> u64 {
+    pub(crate) fn pair_id(&mut self, request_id: &[u8], now: Monotonic) -> u64 {
+        let now = now.since_zero();
         let ours = [self.next_leg().to_le_bytes(), now.as_secs().to_le_bytes()].concat();
         let bits = [request_id, &ours, &now.subsec_nanos().to_le_bytes()].concat();
         pair_id(xxhash_rust::xxh3::xxh3_64(&bits))

@@ -3,7 +3,7 @@
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use http::Request;
 use k8s_openapi::api::apps::v1::Deployment;
@@ -16,6 +16,7 @@ use pd_image::registry::Registry;
 use pd_sim::Stats;
 use pd_support::client::{self, Http};
 use pd_support::places;
+use pd_support::wait::within;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -258,15 +259,8 @@ pub async fn served(address: SocketAddr) {
 }
 
 /// Waits until `look` finds something.
-pub async fn until<T>(what: impl std::fmt::Display, mut look: impl AsyncFnMut() -> Option<T>) -> T {
-    let start = Instant::now();
-    loop {
-        if let Some(found) = look().await {
-            return found;
-        }
-        assert!(start.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}");
-        tokio::time::sleep(PAUSE).await;
-    }
+pub async fn until<T>(what: impl std::fmt::Display, look: impl AsyncFnMut() -> Option<T>) -> T {
+    within(PATIENCE, PAUSE, what, look).await
 }
 
 fn registry() -> String {

@@ -3,12 +3,9 @@
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
-use bytes::Bytes;
-use http_body_util::{BodyExt as _, Empty};
-use hyper_util::client::legacy::Client;
-use hyper_util::rt::TokioExecutor;
 use k8s_openapi::api::core::v1::{Container, HTTPGetAction, Probe};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use pd_support::client;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -29,15 +26,8 @@ pub async fn succeeds(probe: &Probe, container: &Container, address: Ipv4Addr) -
 pub async fn get(get: &HTTPGetAction, container: &Container, address: Ipv4Addr, limit: Duration) -> bool {
     let Some(port) = port(&get.port, container) else { return false };
     let path = get.path.as_deref().unwrap_or("/");
-    let Ok(uri) = format!("http://{address}:{port}{path}").parse() else { return false };
-    let client: Client<_, Empty<Bytes>> = Client::builder(TokioExecutor::new()).build_http();
-    let answer = async {
-        let answer = client.get(uri).await.ok()?;
-        let is_good = answer.status().is_success() || answer.status().is_redirection();
-        answer.into_body().collect().await.ok()?;
-        Some(is_good)
-    };
-    timeout(limit, answer).await.ok().flatten().unwrap_or(false)
+    let answer = timeout(limit, client::get((address, port).into(), path)).await;
+    answer.is_ok_and(|answer| answer.is_ok_and(|answer| (200..400).contains(&answer.status)))
 }
 
 fn port(port: &IntOrString, container: &Container) -> Option<u16> {

@@ -7,8 +7,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::time::Duration;
 
-use pd_core::exchange::blocks::{read_event, split_events};
-use pd_core::exchange::message::{Batch, Heard, Told, Totals};
+use pd_core::endpoints::elsewhere::Totals;
+use pd_core::exchange::message::{Batch, Heard, Told};
+use pd_core::prefix::block_log::{read_event, split_events};
 use pd_host::{Callout, ClusterState, Fleet, SharedStore, Stream, Violation, Worker, random_chunks};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;

@@ -3,10 +3,13 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use pd_core::exchange::blocks::{block_event, read_event, split_events};
+use pd_core::endpoints::elsewhere::Totals;
 use pd_core::exchange::hub::Hub;
-use pd_core::exchange::message::{Batch, Heard, Told, Totals};
+use pd_core::exchange::message::{Batch, Heard, Told};
+use pd_core::exchange::report::Report;
 use pd_core::hash::BlockHash;
+use pd_core::prefix::block_log::{block_event, read_event, split_events};
+use pd_core::time::Monotonic;
 use pd_host::{Callout, ClusterState, Fleet, Request, SharedStore, Stream, Worker, WorkerConfig};
 
 use crate::gateway::*;
@@ -21,7 +24,7 @@ const HELD: Duration = Duration::from_secs(1);
 /// Envoys and their hub.
 struct Envoys {
     hub: Hub,
-    now: Duration,
+    now: Monotonic,
     fleets: Vec<Fleet>,
     /// What was told, oldest first.
     told: Vec<Told>,
@@ -29,7 +32,7 @@ struct Envoys {
 
 impl Envoys {
     fn new(count: usize, workers: usize, plugin_configuration: &str) -> Self {
-        let mut envoys = Self { hub: Hub::new(7), now: Duration::ZERO, fleets: Vec::new(), told: Vec::new() };
+        let mut envoys = Self { hub: Hub::new(7), now: Monotonic::ZERO, fleets: Vec::new(), told: Vec::new() };
         for _ in 0..count {
             envoys.start(workers, plugin_configuration);
         }
@@ -375,4 +378,22 @@ fn whatever_the_hub_says_requests_are_served() {
         run_split(&gateway, &long_chat(20));
         gateway.assert_idle();
     }
+}
+
+#[test]
+fn a_reported_decision_has_the_time_of_the_day() {
+    let mut envoys = Envoys::new(1, 2, &always_split());
+    // The clocks of a host differ by more than half a century.
+    let unix_ms = |worker: &Worker| worker.clock().now_ns() / 1_000_000;
+    let mut expected = Vec::new();
+    for worker in envoys.workers(0).to_vec() {
+        run_split(&worker, &long_chat(1));
+        expected.push(unix_ms(&worker));
+        envoys.pass(Duration::from_millis(1_300));
+    }
+    expected.reverse();
+    let reports: Vec<_> = envoys.hub.reports(envoys.now).filter_map(|(.., json)| Report::from_json(json)).collect();
+    let [report] = &reports[..] else { panic!("{reports:?}") };
+    let times: Vec<_> = report.decisions.iter().map(|decision| decision.at_ms.as_millis()).collect();
+    assert_eq!(times, expected, "newest first");
 }

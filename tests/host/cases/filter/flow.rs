@@ -1,6 +1,7 @@
 //! What becomes of a request when nothing goes wrong.
 
 use pd_host::{Callout, Forwarded, Pairs, Request};
+use pd_support::headers;
 use serde_json::Value;
 
 use crate::gateway::*;
@@ -158,7 +159,7 @@ fn a_short_prompt_goes_to_decode_byte_for_byte() {
     assert_eq!(String::from_utf8(decode.body.clone()).unwrap(), body);
     assert_eq!(decode.header("content-length"), Some(body.len().to_string().as_bytes()));
     assert!(set(&[D1, D2]).contains(&destinations(&decode)[0]));
-    assert_eq!(decision(&stream), ("decode_only".into(), "cached".into()));
+    assert_eq!(decision(&stream), ("decode_only".into(), "short".into()));
     assert_eq!(state(&stream, "prefill"), "");
     respond(&stream);
     gateway.assert_idle();
@@ -292,21 +293,9 @@ fn a_named_prefill_endpoint_counts_if_it_is_trusted_and_listed() {
 
 #[test]
 fn no_header_of_ours_reaches_an_engine() {
-    const OURS: &[&str] = &[
-        "x-pd-destination",
-        "x-pd-anything",
-        "x-prefiller-host-port",
-        "x-gateway-destination-endpoint",
-        "x-gateway-destination-endpoint-served",
-        "x-gateway-destination-endpoint-subset",
-        "test-epp-endpoint-selection",
-        "x-data-parallel-rank",
-        "x-data-parallel-host-port",
-        "target-pod",
-        "prefill-target-pod",
-    ];
     let hostile = |request: Request| {
-        OURS.iter().fold(request, |request, name| request.header(name, "203.0.113.1:1").header(name, "203.0.113.2:2"))
+        headers::all()
+            .fold(request, |request, name| request.header(name, "203.0.113.1:1").header(name, "203.0.113.2:2"))
     };
     let gateway = Gateway::new(&two_and_two());
     for request in [long_chat(1), short_chat(1), Request::get("/v1/models"), Request::post("/v1/embeddings", "{}")] {

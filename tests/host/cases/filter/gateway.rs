@@ -2,15 +2,15 @@
 
 use std::collections::BTreeSet;
 use std::ops::Deref;
-use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use pd_host::{Callout, Fleet, Forwarded, Module, Request, SharedStore, Stream, Worker, WorkerConfig};
+pub use pd_support::body::CHAT;
+use pd_support::places;
 
 pub const ENGINES: &str = "engines";
 pub const CONTROL: &str = "pd-control";
-pub const CHAT: &str = "/v1/chat/completions";
 
 pub const P1: &str = "10.0.0.1:8000";
 pub const P2: &str = "10.0.0.2:8000";
@@ -43,19 +43,9 @@ pub const GAUGES: &[&str] = &["pd_prefill_in_flight", "pd_decode_in_flight", "pd
 /// # Panics
 /// It was not built.
 pub fn module() -> &'static Module {
-    static MODULE: OnceLock<Result<Module, String>> = OnceLock::new();
-    let load = || {
-        let built = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/wasm32-wasip1/filter/pd_filter.wasm");
-        let path = std::env::var("PD_WASM").unwrap_or_else(|_| built.to_owned());
-        if !Path::new(&path).exists() {
-            return Err(format!("{path} is missing: run `make wasm`, or set PD_WASM"));
-        }
-        Module::load(&path).map_err(|error| format!("{error:#}"))
-    };
-    match MODULE.get_or_init(load) {
-        Ok(module) => module,
-        Err(error) => panic!("{error}"),
-    }
+    static MODULE: LazyLock<Module> =
+        LazyLock::new(|| Module::load(places::wasm()).unwrap_or_else(|error| panic!("{error:#}")));
+    &MODULE
 }
 
 /// Envoy around the filter, as `envoy/local.yaml` has it.

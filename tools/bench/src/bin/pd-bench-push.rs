@@ -4,14 +4,18 @@ use std::fmt::Write as _;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser;
 use pd_bench::engine::head_length;
 use pd_bench::figures::percentile;
-use pd_bench::{envoy, process};
+use pd_bench::process;
+use pd_support::client::{Answer, get};
+use pd_support::file::replace;
+use pd_support::places;
+use pd_support::port::Port;
+use pd_support::process::{Process, ready};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
@@ -43,7 +47,7 @@ struct Args {
     #[arg(long, default_value_t = 30)]
     idle_seconds: u64,
     /// pd-control
-    #[arg(long, default_value_os_t = envoy::root().join("target/debug/pd-control"))]
+    #[arg(long, default_value_os_t = places::control_path())]
     control: PathBuf,
 }
 
@@ -54,7 +58,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 async fn main() -> Result<()> {
     let args = Args::parse();
     println!("{}", process::machine());
-    let directory = envoy::root().join("target/bench-push");
+    let directory = places::root().join("target/bench-push");
     fs::create_dir_all(&directory)?;
     push(&args, &directory).await?;
     if args.engines > 0 {
@@ -69,7 +73,7 @@ async fn push(args: &Args, directory: &Path) -> Result<()> {
         (0..args.endpoints).map(|n| ([10, 0, (n >> 8) as u8, n as u8], 8_000).into()).collect();
     let file = directory.join("endpoints.json");
     replace(&file, &list(&addresses, 0))?;
-    let control = Control::start(args, &file, 0.0).await?;
+    let control = Control::start(args, &file, directory, 0.0).await?;
     let (seen, mut answers) = mpsc::channel(args.pollers);
     for _ in 0..args.pollers {
         tokio::spawn(poll(control.address, seen.clone()));
@@ -77,7 +81,7 @@ async fn push(args: &Args, directory: &Path) -> Result<()> {
     // The first answers are the whole list.
     next(&mut answers, args.pollers, 0).await?;
     let (mut each, mut all) = (Vec::new(), Vec::new());
-    let (before, start) = (process::usage(control.child.id())?, Instant::now());
+    let (before, start) = (process::usage(control.process.pid())?, Instant::now());
     for change in 1..=args.changes {
         // Everybody waits again.
         sleep(Duration::from_millis(20)).await;
@@ -89,7 +93,7 @@ async fn push(args: &Args, directory: &Path) -> Result<()> {
         each.extend(times.iter().map(millis));
         all.extend(times.iter().map(millis).max());
     }
-    let cost = process::usage(control.child.id())?.since(before).cpu;
+    let cost = process::usage(control.process.pid())?.since(before).cpu;
     println!("\n{} changes of a list of {} endpoints, {} long polls", args.changes, args.endpoints, args.pollers);
     show("until one Envoy has it", &mut each);
     show("until all have it", &mut all);
@@ -112,16 +116,16 @@ async fn idle(args: &Args, directory: &Path) -> Result<()> {
     }
     let file = directory.join("engines.json");
     replace(&file, &list(&addresses, 0))?;
-    let control = Control::start(args, &file, args.scrape_interval).await?;
+    let control = Control::start(args, &file, directory, args.scrape_interval).await?;
     // The first round opens connections.
     sleep(Duration::from_secs_f64(args.scrape_interval + 1.0)).await;
-    let (before, start) = (process::usage(control.child.id())?, Instant::now());
+    let (before, start) = (process::usage(control.process.pid())?, Instant::now());
     sleep(Duration::from_secs(args.idle_seconds)).await;
-    let cost = process::usage(control.child.id())?.since(before).cpu;
-    let (kilobytes, rss) = (page.len() / 1_000, process::resident_kb(control.child.id())? / 1_000);
+    let cost = process::usage(control.process.pid())?.since(before).cpu;
+    let (kilobytes, rss) = (page.len() / 1_000, process::resident_kb(control.process.pid())? / 1_000);
     println!("\n{} engines with {kilobytes} kB of metrics, asked every {} s", args.engines, args.scrape_interval);
     println!("pd-control: {:.2} % of a core, {rss} MB", share(cost, start.elapsed()));
-    let text = envoy::get(control.address, "/metrics").await?;
+    let text = get(control.address, "/metrics").await.and_then(Answer::ok)?.text();
     let up = text.lines().filter(|line| line.starts_with("pd_control_engine_up{") && line.ends_with(" 1.0")).count();
     if up != args.engines {
         bail!("{up} of {} engines answered", args.engines);
@@ -131,37 +135,25 @@ async fn idle(args: &Args, directory: &Path) -> Result<()> {
 
 /// A running pd-control, which ends with this.
 struct Control {
-    child: Child,
+    process: Process,
     address: SocketAddr,
+    _port: Port,
 }
 
 impl Control {
-    async fn start(args: &Args, file: &Path, scrape_interval: f64) -> Result<Self> {
-        let address = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-        let child = Command::new(&args.control)
-            .arg("--endpoints")
-            .arg(file)
-            .args(["--listen", &address.to_string(), "--scrape-interval", &scrape_interval.to_string()])
-            .args(["--log-level", "warn"])
-            .stdin(Stdio::null())
-            .spawn()
-            .with_context(|| args.control.display().to_string())?;
-        let control = Self { child, address };
-        let ready = async {
-            while !envoy::get(address, "/readyz").await.is_ok_and(|text| text == "ok\n") {
-                sleep(Duration::from_millis(10)).await;
-            }
-        };
-        timeout(PATIENCE, ready).await.context("pd-control is not ready")?;
-        Ok(control)
-    }
-}
-
-impl Drop for Control {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+    async fn start(args: &Args, file: &Path, directory: &Path, scrape_interval: f64) -> Result<Self> {
+        ensure!(args.control.exists(), "{} is missing: run `make build`", args.control.display());
+        let port = Port::reserve();
+        let address = port.address();
+        let arguments = [
+            format!("--endpoints={}", file.display()),
+            format!("--listen={address}"),
+            format!("--scrape-interval={scrape_interval}"),
+            "--log-level=warn".to_owned(),
+        ];
+        let process = Process::start("pd-control", directory, &args.control, &arguments);
+        ready(&process, address, "/readyz", PATIENCE).await?;
+        Ok(Self { process, address, _port: port })
     }
 }
 
@@ -184,12 +176,6 @@ fn list(addresses: &[SocketAddr], change: usize) -> String {
         let _ = write!(text, r#"{comma}{{"address":"{address}","role":"decode","weight":{weight}}}"#);
     }
     text + "]}"
-}
-
-fn replace(file: &Path, text: &str) -> Result<()> {
-    let aside = file.with_extension("aside");
-    fs::write(&aside, text)?;
-    Ok(fs::rename(aside, file)?)
 }
 
 /// When each poller had the change, in no order.

@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use anyhow::{Result, ensure};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
-use pd_bench::envoy;
 use pd_bench::trace::{self, Entry, Spread};
+use pd_support::places;
 use pd_trace::agree::{self, Setup};
 use pd_trace::generate::Shape;
 use pd_trace::load::Pods;
@@ -47,13 +47,13 @@ struct Args {
     #[arg(long, value_name = "PERCENT", default_value_t = 99.0)]
     least: f64,
     /// The filter's module
-    #[arg(long, default_value_os_t = envoy::default_module())]
+    #[arg(long, default_value_os_t = places::wasm_path())]
     wasm: PathBuf,
     /// Envoy
-    #[arg(long, default_value_os_t = envoy::default_binary())]
+    #[arg(long, default_value_os_t = places::envoy_path())]
     envoy: PathBuf,
     /// Where Envoy's files go
-    #[arg(long, default_value_os_t = envoy::root().join("target/agree"))]
+    #[arg(long, default_value_os_t = places::root().join("target/agree"))]
     out: PathBuf,
 }
 

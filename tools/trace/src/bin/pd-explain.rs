@@ -10,6 +10,7 @@ use clap::Parser;
 use pd_core::config::EXPLAIN_HEADER;
 use pd_core::headers::Headers;
 use pd_core::request::{EXPLAIN, Effect, PrefillAnswer, Request};
+use pd_core::time::Monotonic;
 use pd_core::worker::Worker;
 
 /// Says why pd-core would send requests where it would.
@@ -61,7 +62,7 @@ fn config(args: &Args) -> Result<Vec<u8>> {
 fn run(args: &Args) -> Result<()> {
     let mut worker = Worker::default();
     worker.configure(&config(args)?).context("plugin configuration")?;
-    let mut now = Duration::ZERO;
+    let mut now = Monotonic::ZERO;
     for path in &args.bodies {
         let body = std::fs::read(path).with_context(|| path.display().to_string())?;
         now += Duration::from_secs(1);
@@ -71,7 +72,7 @@ fn run(args: &Args) -> Result<()> {
 }
 
 /// Lets a request through from begin to end; what is said of its way.
-fn explain(worker: &mut Worker, path: &str, body: &[u8], now: Duration) -> Result<String> {
+fn explain(worker: &mut Worker, path: &str, body: &[u8], now: Monotonic) -> Result<String> {
     let headers = [(":method", "POST"), (":path", path), (":authority", "gateway"), (EXPLAIN_HEADER, "1")];
     let mut request = Request::default();
     let mut effects = request.headers(worker, Headers::from_pairs(headers), false, now).effects;
@@ -103,7 +104,7 @@ mod tests {
             let text = format!("{}{}", "word ".repeat(2_000), "more ".repeat(turns * 800));
             format!(r#"{{"model":"m","messages":[{{"role":"user","content":"{text}"}}]}}"#)
         };
-        let mut say = |turns, path| explain(&mut worker, path, body(turns).as_bytes(), Duration::from_secs(5));
+        let mut say = |turns, path| explain(&mut worker, path, body(turns).as_bytes(), Monotonic::from_millis(5_000));
         let chat = "/v1/chat/completions";
         let (first, second) = (say(0, chat).unwrap(), say(1, chat).unwrap());
         assert!(first.starts_with("split") && !first.contains("match=2"), "{first}");

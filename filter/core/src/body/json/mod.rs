@@ -10,7 +10,7 @@ use core::fmt;
 use std::borrow::Cow;
 
 mod scanner;
-mod tight;
+mod text;
 
 pub(crate) use scanner::{RawMember, Scanner};
 
@@ -29,7 +29,7 @@ pub struct Span {
 impl Span {
     /// A span of offsets that fit in 32 bits, as those of a scanned document do.
     pub(crate) fn new(start: usize, end: usize) -> Self {
-        Self { start: offset(start), end: offset(end) }
+        Self { start: to_offset(start), end: to_offset(end) }
     }
 
     /// The bytes of `body` in this span; empty when `body` is shorter than the document that was scanned.
@@ -57,8 +57,8 @@ pub(crate) fn slice(body: &[u8], start: u32, end: u32) -> &[u8] {
 }
 
 /// An offset of a document whose length was checked to fit.
-fn offset(at: usize) -> u32 {
-    u32::try_from(at).unwrap_or(u32::MAX)
+fn to_offset(offset: usize) -> u32 {
+    u32::try_from(offset).unwrap_or(u32::MAX)
 }
 
 /// What is wrong with a document. The filter answers all of them with 400, [`ErrorKind::TooLarge`] with 413.
@@ -106,8 +106,8 @@ pub struct ScanError {
 }
 
 impl ScanError {
-    pub(crate) fn new(kind: ErrorKind, at: usize) -> Self {
-        Self { kind, offset: offset(at) }
+    pub(crate) fn new(kind: ErrorKind, offset: usize) -> Self {
+        Self { kind, offset: to_offset(offset) }
     }
 }
 
@@ -155,7 +155,7 @@ pub(crate) fn unescape(raw: &[u8]) -> Option<Cow<'_, str>> {
             'u' => {
                 let mut scanner = Scanner::new(chars.as_str().as_bytes()).ok()?;
                 let decoded = scanner.unicode_escape()?;
-                rest = chars.as_str().get(scanner.at()..)?;
+                rest = chars.as_str().get(scanner.offset()..)?;
                 text.push(decoded);
                 continue;
             }

@@ -1,6 +1,6 @@
 //! A position in a document that moves forward over what is there.
 
-use super::{ErrorKind, MAX_DEPTH, ScanError, Span, offset, tight};
+use super::{ErrorKind, MAX_DEPTH, ScanError, Span, text, to_offset};
 
 /// One member of an object.
 #[derive(Clone, Copy, Debug)]
@@ -47,7 +47,7 @@ impl Open {
 /// A position in a document and what has been seen up to there.
 pub(crate) struct Scanner<'a> {
     bytes: &'a [u8],
-    at: usize,
+    offset: usize,
     /// Whether a string so far may hold something else than ASCII.
     non_ascii: bool,
 }
@@ -56,27 +56,27 @@ impl<'a> Scanner<'a> {
     /// A scanner at the start of a document.
     pub(crate) fn new(bytes: &'a [u8]) -> Result<Self, ScanError> {
         match u32::try_from(bytes.len()) {
-            Ok(len) if len < u32::MAX => Ok(Self { bytes, at: 0, non_ascii: false }),
+            Ok(len) if len < u32::MAX => Ok(Self { bytes, offset: 0, non_ascii: false }),
             _ => Err(ScanError { kind: ErrorKind::TooLarge, offset: u32::MAX }),
         }
     }
 
-    pub(crate) fn at(&self) -> usize {
-        self.at
+    pub(crate) fn offset(&self) -> usize {
+        self.offset
     }
 
     fn peek(&self) -> Option<u8> {
-        self.bytes.get(self.at).copied()
+        self.bytes.get(self.offset).copied()
     }
 
     pub(super) fn advance(&mut self, bytes: usize) {
-        self.at = self.at.wrapping_add(bytes);
+        self.offset = self.offset.wrapping_add(bytes);
     }
 
     /// An error here, or [`ErrorKind::Truncated`] when there is nothing here.
     pub(crate) fn error(&self, kind: ErrorKind) -> ScanError {
-        let kind = if self.at < self.bytes.len() { kind } else { ErrorKind::Truncated };
-        ScanError::new(kind, self.at)
+        let kind = if self.offset < self.bytes.len() { kind } else { ErrorKind::Truncated };
+        ScanError::new(kind, self.offset)
     }
 
     /// Passes over `byte` if it stands here.
@@ -95,7 +95,7 @@ impl<'a> Scanner<'a> {
     /// Checks that nothing but white space is left and that all of it was UTF-8.
     pub(crate) fn finish(mut self) -> Result<(), ScanError> {
         self.white_space();
-        if self.at < self.bytes.len() {
+        if self.offset < self.bytes.len() {
             return Err(self.error(ErrorKind::Trailing));
         }
         if self.non_ascii && simdutf8::basic::from_utf8(self.bytes).is_err() {
@@ -108,7 +108,7 @@ impl<'a> Scanner<'a> {
     /// Passes over one value, white space before it included, with `outer` containers open around it.
     pub(crate) fn value(&mut self, outer: u32) -> Result<Span, ScanError> {
         self.white_space();
-        let start = self.at;
+        let start = self.offset;
         let mut open = Open { kinds: 0, count: 0, limit: MAX_DEPTH.saturating_sub(outer) };
         loop {
             // Here a value begins.
@@ -131,7 +131,7 @@ impl<'a> Scanner<'a> {
                         if object {
                             self.key()?;
                         } else {
-                            self.go_to(tight::integers(self.rest()));
+                            self.go_to(text::skip_integers(self.rest()));
                             self.white_space();
                         }
                         continue;
@@ -143,7 +143,7 @@ impl<'a> Scanner<'a> {
             // Here a value has ended, and with it perhaps the containers it was the last one of.
             loop {
                 if open.count == 0 {
-                    return Ok(Span::new(start, self.at));
+                    return Ok(Span::new(start, self.offset));
                 }
                 self.white_space();
                 match (self.peek(), open.in_object()) {
@@ -176,7 +176,7 @@ impl<'a> Scanner<'a> {
         let key = self.key()?;
         let value = self.value(outer)?;
         self.white_space();
-        let next = offset(self.at);
+        let next = to_offset(self.offset);
         let more = self.eat(b',');
         if more || self.eat(b'}') {
             return Ok(Some(RawMember { key, value, next, more }));
@@ -216,26 +216,26 @@ impl<'a> Scanner<'a> {
 
     /// The bytes from here on.
     fn rest(&self) -> &'a [u8] {
-        self.bytes.get(self.at..).unwrap_or_default()
+        self.bytes.get(self.offset..).unwrap_or_default()
     }
 
     /// Goes on where `rest`, an end of the document, begins.
     fn go_to(&mut self, rest: &[u8]) {
-        self.at = self.bytes.len().wrapping_sub(rest.len());
+        self.offset = self.bytes.len().wrapping_sub(rest.len());
     }
 
     /// Passes over a string, of which the opening quote is here; what lies between its quotes.
     fn string(&mut self) -> Result<Span, ScanError> {
         self.advance(1);
-        let start = self.at;
+        let start = self.offset;
         loop {
             // The byte before is the opening quote or the last digit of an escape.
-            let from = self.bytes.get(self.at.wrapping_sub(1)..).unwrap_or_default();
-            let behind = tight::text(from, &mut self.non_ascii);
+            let from = self.bytes.get(self.offset.wrapping_sub(1)..).unwrap_or_default();
+            let behind = text::skip_text(from, &mut self.non_ascii);
             self.go_to(behind);
             match self.peek() {
                 Some(b'"') => {
-                    let span = Span::new(start, self.at);
+                    let span = Span::new(start, self.offset);
                     self.advance(1);
                     return Ok(span);
                 }
@@ -247,7 +247,7 @@ impl<'a> Scanner<'a> {
 
     /// Passes over `\u` and what belongs to it, or an error. The backslash is here.
     fn long_escape(&mut self) -> Result<(), ScanError> {
-        let start = self.at;
+        let start = self.offset;
         self.advance(1);
         if self.eat(b'u') {
             return self.unicode_escape().map(|_| ()).ok_or(ScanError::new(ErrorKind::BadEscape, start));
@@ -286,7 +286,7 @@ impl<'a> Scanner<'a> {
 
     /// Passes over a number, of which the first byte is here.
     fn number(&mut self) -> Result<(), ScanError> {
-        let start = self.at;
+        let start = self.offset;
         self.eat(b'-');
         if self.eat(b'0') {
             if let Some(b'0'..=b'9') = self.peek() {
@@ -306,9 +306,9 @@ impl<'a> Scanner<'a> {
             exponent_digits = self.digits()?;
         }
         // Below these lengths nothing comes near 1e308. Above, the edge is where serde_json's arithmetic puts it.
-        let long = self.at.wrapping_sub(start) > 200;
+        let long = self.offset.wrapping_sub(start) > 200;
         if (long || exponent_digits > 2)
-            && let Some(number) = self.bytes.get(start..self.at)
+            && let Some(number) = self.bytes.get(start..self.offset)
             && serde_json::from_slice::<f64>(number).is_err()
         {
             return Err(ScanError::new(ErrorKind::NumberOutOfRange, start));

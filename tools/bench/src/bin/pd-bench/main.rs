@@ -13,10 +13,11 @@ use anyhow::{Context as _, Result};
 use clap::Parser;
 use pd_bench::client::{self, Until};
 use pd_bench::engine::{LEG_HEADER, TOKEN_INTERVAL, TOKENS_HEADER};
-use pd_bench::envoy::{self, Envoy};
+use pd_bench::envoy::Envoy;
 use pd_bench::figures::{Sample, table};
 use pd_bench::process;
 use pd_bench::prompt::{Sharing, Template};
+use pd_support::places;
 use serde_json::Value;
 
 use rig::Rig;
@@ -73,7 +74,7 @@ struct Args {
     #[arg(long)]
     floor_without_retries: bool,
     /// The filter's module
-    #[arg(long, default_value_os_t = envoy::default_module())]
+    #[arg(long, default_value_os_t = places::wasm_path())]
     wasm: PathBuf,
     /// Another build of it, measured beside it
     #[arg(long)]
@@ -85,10 +86,10 @@ struct Args {
     #[arg(long, value_name = "JSON", value_parser = |text: &str| serde_json::from_str::<Value>(text))]
     filter: Option<Value>,
     /// Envoy
-    #[arg(long, default_value_os_t = envoy::default_binary())]
+    #[arg(long, default_value_os_t = places::envoy_path())]
     envoy: PathBuf,
     /// Where the CSV goes
-    #[arg(long, default_value_os_t = envoy::root().join("target/bench"))]
+    #[arg(long, default_value_os_t = places::root().join("target/bench"))]
     out: PathBuf,
 }
 

@@ -8,8 +8,9 @@ use std::rc::Rc;
 use anyhow::{Context as _, Result};
 use pd_bench::client::{self, Outcome, Until};
 use pd_bench::engine::{Engine, Kind, LEG_HEADER};
-use pd_bench::envoy::{Config, Envoy, merge};
+use pd_bench::envoy::{self, Envoy};
 use pd_bench::prompt::Template;
+use pd_support::config::{Config, merge};
 use serde_json::json;
 
 use crate::Args;
@@ -47,8 +48,8 @@ impl Rig {
             let envoy = match (variant, &plain) {
                 (Variant::Plain | Variant::PlainTwice, Some(envoy)) => Rc::clone(envoy),
                 (Variant::Plain | Variant::PlainTwice, None) => {
-                    let mut config = Config::local(&args.wasm, asked)?;
-                    config.make_plain(!args.floor_without_retries)?;
+                    let mut config = envoy::local(&args.wasm, asked)?;
+                    envoy::make_plain(&mut config, !args.floor_without_retries)?;
                     let envoy = Rc::new(Envoy::start(&args.envoy, &config, &args.out.join("plain"), 1).await?);
                     plain = Some(Rc::clone(&envoy));
                     envoy
@@ -97,8 +98,8 @@ pub async fn idle(args: &Args) -> Result<(Vec<Engine>, Envoy, Envoy)> {
     let addresses: Vec<_> = engines.iter().map(|engine| engine.address).collect();
     let config = filter_config(args, Variant::TwoLegs, &addresses)?;
     let filter = Envoy::start(&args.envoy, &config, &args.out.join("idle"), args.idle_workers).await?;
-    let mut config = Config::local(&args.wasm, &addresses)?;
-    config.make_plain(!args.floor_without_retries)?;
+    let mut config = envoy::local(&args.wasm, &addresses)?;
+    envoy::make_plain(&mut config, !args.floor_without_retries)?;
     let plain = Envoy::start(&args.envoy, &config, &args.out.join("idle-plain"), args.idle_workers).await?;
     Ok((engines, filter, plain))
 }
@@ -106,8 +107,8 @@ pub async fn idle(args: &Args) -> Result<(Vec<Engine>, Envoy, Envoy)> {
 fn filter_config(args: &Args, variant: Variant, endpoints: &[SocketAddr]) -> Result<Config> {
     let wasm = args.module(variant).with_context(|| format!("no module is named for `{}`", variant.name()))?;
     let mode = if matches!(variant, Variant::OneLeg | Variant::OneLegBeside) { "never" } else { "always" };
-    let mut config = Config::local(wasm, endpoints)?;
-    config.edit_filter(|filter| {
+    let mut config = envoy::local(wasm, endpoints)?;
+    envoy::edit_filter(&mut config, |filter| {
         let list: Vec<_> = endpoints
             .iter()
             .enumerate()
@@ -118,6 +119,6 @@ fn filter_config(args: &Args, variant: Variant, endpoints: &[SocketAddr]) -> Res
         if let Some(more) = &args.filter {
             merge(filter, more);
         }
-    })?;
+    });
     Ok(config)
 }

@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
+use pd_bench::blocks;
 use pd_bench::drive::Gateway;
 use pd_bench::trace::{self, Conversations, Entries, Spread, Summary};
-use pd_bench::{blocks, envoy};
+use pd_support::places;
 use tokio::sync::{Semaphore, mpsc};
 
 use report::Record;
@@ -85,13 +86,13 @@ struct Args {
     #[arg(long, default_value = "sim")]
     model: String,
     /// The filter's module
-    #[arg(long, default_value_os_t = envoy::default_module())]
+    #[arg(long, default_value_os_t = places::wasm_path())]
     wasm: PathBuf,
     /// Envoy
-    #[arg(long, default_value_os_t = envoy::default_binary())]
+    #[arg(long, default_value_os_t = places::envoy_path())]
     envoy: PathBuf,
     /// Where the CSV and the picture go
-    #[arg(long, default_value_os_t = envoy::root().join("target/replay"))]
+    #[arg(long, default_value_os_t = places::root().join("target/replay"))]
     out: PathBuf,
 }
 

@@ -5,9 +5,10 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use pd_bench::envoy::{Config, Envoy, get};
+use pd_bench::envoy::{self, Envoy};
 use pd_bench::pods::{self, Pod};
 use pd_sim::{Handle, Role};
+use pd_support::client::{Answer, get};
 use serde_json::json;
 
 use crate::report::Record;
@@ -60,8 +61,8 @@ impl Setup {
             }
         }
         let engines: Vec<_> = simulators.iter().map(Handle::addr).collect();
-        let mut config = Config::local(&args.wasm, &engines)?;
-        config.edit_filter(|filter| {
+        let mut config = envoy::local(&args.wasm, &engines)?;
+        envoy::edit_filter(&mut config, |filter| {
             filter["endpoints"] = json!(endpoints);
             let pool = &mut filter["pools"]["default"];
             pool["cache_tokens"] = json!(args.cache_tokens);
@@ -78,7 +79,7 @@ impl Setup {
                     SplitMode::Never => "never",
                 });
             }
-        })?;
+        });
         let envoy = Envoy::start(&args.envoy, &config, &args.out.join("envoy"), args.workers).await?;
         let (gateway, admin) = (format!("http://{}", envoy.gateway), Some(envoy.admin));
         Ok(Self { gateway, engines, admin, _envoy: Some(envoy), _simulators: simulators })
@@ -89,8 +90,9 @@ impl Setup {
         let pods = pods::ask(&self.engines).await?;
         let mut filter = BTreeMap::new();
         if let Some(admin) = self.admin {
-            let text = get(admin, "/stats?filter=pd_").await.context("Envoy's admin interface")?;
-            for line in text.lines() {
+            let answer =
+                get(admin, "/stats?filter=pd_").await.and_then(Answer::ok).context("Envoy's admin interface")?;
+            for line in answer.text().lines() {
                 let Some((name, value)) = line.split_once(": ") else { continue };
                 let name = name.rsplit('.').next().unwrap_or(name);
                 if let Ok(value) = value.trim().parse() {

@@ -1,0 +1,545 @@
+//! Who computes the prompt, who generates, and whether those are two.
+//!
+//! - **Prefill**: the endpoint with the lowest `W + w·S`: seconds of work ahead of the prompt, plus `w` times the seconds
+//!   of the prompt itself given what the endpoint has cached.
+//! - **Decode**: the endpoint with the fewest assigned KV tokens.
+//! - **Decider**: a prefill leg is worth it when the best decode endpoint lacks more tokens than a threshold (llm-d's
+//!   `prefix-based-pd-decider`).
+//! - Ties and unknown prefixes go by rendezvous hash, which every worker and replica computes alike.
+//!
+//! Of many endpoints a choice looks at a [shortlist](super::shortlist).
+
+use crate::choose::shortlist::HOLDERS;
+use crate::config::{Pool, Split};
+use crate::endpoints::candidates::Candidates;
+use crate::endpoints::endpoint_state::Slot;
+use crate::endpoints::table::Table;
+use crate::prefix::hash::{BlockHash, PromptHash, prefix_units, rendezvous_weight};
+use crate::prefix::index::{EndpointIndex, PrefixIndex};
+use crate::time::Monotonic;
+use crate::wire::Role;
+
+/// A prompt as the scheduler sees it.
+#[derive(Clone, Debug, Default)]
+pub struct Prompt {
+    /// Bytes of JSON.
+    pub bytes: usize,
+    /// Estimated tokens.
+    pub tokens: f64,
+    /// Estimated tokens of the smallest hashed block.
+    pub block_tokens: f64,
+    /// Prefix hashes.
+    pub hash: PromptHash,
+    /// The client's session, where a header names it, as a block of its own: who holds it served the session last.
+    pub session: Option<BlockHash>,
+    /// Key that names who should hold the prompt: its first block that is not hot.
+    pub key: u64,
+    /// Whether this worker has routed no prompt with that block, and so cannot know who else has.
+    pub is_unseen: bool,
+    /// Whether more than one sequence is asked for: a batch of prompts, or more answers than one.
+    pub is_several: bool,
+}
+
+/// A chosen endpoint.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pick {
+    /// The endpoint.
+    pub endpoint: EndpointIndex,
+    /// Prompt tokens that it is thought to hold.
+    pub matched_tokens: f64,
+    /// Seconds that it needs for the prompt.
+    pub seconds: f64,
+}
+
+/// How a request is served.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Decision {
+    /// A prefill leg first; the decode endpoint is chosen when it is through.
+    Split(Pick),
+    /// One endpoint serves the whole request.
+    Whole(Pick, WholeReason),
+    /// There is nobody.
+    Nobody,
+}
+
+/// Why a request is served whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WholeReason {
+    /// The whole prompt is shorter than the threshold.
+    Short,
+    /// The decode endpoint holds so much of the prompt that it lacks fewer tokens than the threshold.
+    Cached,
+    /// The pool never splits.
+    Never,
+    /// No prefill endpoint is ready, or nobody to hand over to.
+    NoPrefill,
+    /// An aggregated endpoint is done soonest.
+    Aggregated,
+    /// More than one sequence is asked for, and the engine hands over one.
+    Several,
+}
+
+impl WholeReason {
+    /// Reason code for the access log.
+    #[must_use]
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::Short => "short",
+            Self::Cached => "cached",
+            Self::Never => "never",
+            Self::NoPrefill => "no_prefill_endpoint",
+            Self::Aggregated => "aggregated",
+            Self::Several => "several_sequences",
+        }
+    }
+}
+
+/// How many tokens more than the least loaded decode endpoint one may have assigned and still get a request because it
+/// holds the prefix: about the KV cache of one long prompt.
+const AFFINITY_SLACK_TOKENS: f64 = 32_768.0;
+/// β where no other Envoy is heard: four gateways that do not exchange keep their hits with it, in the trace simulator.
+const UNHEARD_SHARE: f64 = 0.6;
+
+/// View over what the scheduler reads.
+#[derive(Clone, Copy)]
+pub struct Scheduler<'a> {
+    /// Endpoints.
+    pub table: &'a Table,
+    /// Who holds which prefix.
+    pub index: &'a PrefixIndex,
+    /// Policy.
+    pub pool: &'a Pool,
+    /// Now.
+    pub now: Monotonic,
+}
+
+impl Scheduler<'_> {
+    /// Decides how to serve a prompt.
+    #[must_use]
+    pub fn decide(&self, candidates: &Candidates, prompt: &Prompt) -> Decision {
+        let alone = |reason| {
+            let pick = self.pick_by_cost(&candidates.whole, prompt, &[]);
+            pick.map_or(Decision::Nobody, |pick| Decision::Whole(pick, reason))
+        };
+        // Where nobody serves alone, everything is split.
+        if self.pool.split == Split::Never && !candidates.whole.is_empty() {
+            return alone(WholeReason::Never);
+        }
+        if let Split::Threshold { uncached_tokens } = self.pool.split
+            && let Some(whole) = self.below_threshold(&candidates.whole, prompt, uncached_tokens as f64)
+        {
+            return whole;
+        }
+        let among = if self.pool.split == Split::Always { &candidates.prefill } else { &candidates.compute };
+        // No prompt is computed that nobody could generate from.
+        let pick = if candidates.decode.is_empty() { None } else { self.pick_by_cost(among, prompt, &[]) };
+        let Some((pick, slot)) = pick.and_then(|pick| Some((pick, self.table.get(pick.endpoint)?))) else {
+            return alone(WholeReason::NoPrefill);
+        };
+        if slot.endpoint.role == Role::Both {
+            return Decision::Whole(pick, WholeReason::Aggregated);
+        }
+        if prompt.is_several && !slot.engine.protocol().hands_over_several {
+            return alone(WholeReason::Several);
+        }
+        Decision::Split(pick)
+    }
+
+    /// The endpoint with the lowest `W + w·S`, leaving out `tried`. When no endpoint is healthy, any will do: a pool is
+    /// never ejected whole.
+    #[must_use]
+    pub fn pick_by_cost(&self, among: &[EndpointIndex], prompt: &Prompt, tried: &[EndpointIndex]) -> Option<Pick> {
+        let (shortlist, owner) = self.shortlist(among, prompt, tried);
+        let session = self.session_holder(among, prompt);
+        let mut best: Option<(f64, u64, Pick)> = None;
+        for (at, slot) in shortlist {
+            let (pick, cost) = self.cost(at, slot, prompt, (owner == Some(at), session == Some(at)));
+            let rendezvous = rendezvous_weight(prompt.key, slot.key);
+            let better = |(lowest, weight, _): &(f64, u64, Pick)| (cost, *weight) < (*lowest, rendezvous);
+            if best.as_ref().is_none_or(better) {
+                best = Some((cost, rendezvous, pick));
+            }
+        }
+        best.map(|(_, _, pick)| pick)
+    }
+
+    /// The endpoint with the fewest assigned KV tokens, and alternates in the same order.
+    #[must_use]
+    pub fn pick_decode(
+        &self,
+        among: &[EndpointIndex],
+        prompt: &Prompt,
+        tried: &[EndpointIndex],
+    ) -> Option<(Pick, Vec<EndpointIndex>)> {
+        let suited = self.usable(among, prompt, tried).into_iter();
+        let mut ranked: Vec<Ranked> = suited.map(|(at, slot)| Ranked::new(at, slot, prompt)).collect();
+        let first = ranked.iter().copied().min_by(Ranked::order)?;
+        // One header names the rank, whichever of them Envoy reaches.
+        ranked.retain(|other| other.rank == first.rank && other.at != first.at);
+        Some((self.pick(first.at, prompt), self.least(ranked)))
+    }
+
+    /// Healthy alternates for an endpoint that was chosen for what it holds. They understand the same request.
+    #[must_use]
+    pub fn alternates(&self, among: &[EndpointIndex], prompt: &Prompt, chosen: EndpointIndex) -> Vec<EndpointIndex> {
+        let Some(first) = self.table.get(chosen) else { return Vec::new() };
+        let stands_in = |slot: &Slot| {
+            self.is_usable(slot) && slot.engine == first.engine && slot.endpoint.rank == first.endpoint.rank
+        };
+        let others = self.usable(among, prompt, &[chosen]).into_iter().filter(|(_, slot)| stands_in(slot));
+        self.least(others.map(|(at, slot)| Ranked::new(at, slot, prompt)).collect())
+    }
+
+    /// As many alternates as the pool has, those with the fewest tokens first.
+    fn least(&self, mut ranked: Vec<Ranked>) -> Vec<EndpointIndex> {
+        let wanted = self.pool.alternates;
+        if ranked.len() > wanted {
+            ranked.select_nth_unstable_by(wanted, Ranked::order);
+            ranked.truncate(wanted);
+        }
+        ranked.sort_unstable_by(Ranked::order);
+        ranked.into_iter().map(|ranked| ranked.at).collect()
+    }
+
+    /// Who serves a prompt whole because its endpoint has to compute fewer than `threshold` tokens.
+    fn below_threshold(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Decision> {
+        if prompt.tokens < threshold {
+            return self.pick_decode(among, prompt, &[]).map(|(pick, _)| Decision::Whole(pick, WholeReason::Short));
+        }
+        self.pick_cached_decode(among, prompt, threshold).map(|pick| Decision::Whole(pick, WholeReason::Cached))
+    }
+
+    /// A decode endpoint that lacks fewer than `threshold` tokens of the prompt, unless all those are overloaded.
+    fn pick_cached_decode(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Pick> {
+        let usable = self.usable(among, prompt, &[]);
+        let least = usable.into_iter().map(|(_, slot)| decode_load(slot)).reduce(f64::min)?;
+        let bound = 2.0 * least + AFFINITY_SLACK_TOKENS;
+        let holders = self.index.holders(&prompt.hash.blocks, HOLDERS);
+        let cached = holders.into_iter().filter_map(|at| {
+            let slot = self.table.get(at).filter(|slot| self.is_among(among, slot))?;
+            let pick = self.pick(at, prompt);
+            // The block in which the match ends has the benefit of the doubt: it is 1/32 of the prompt at most.
+            let blocks = self.index.matched(at, &prompt.hash.blocks);
+            let at_most = prefix_units(blocks.saturating_add(1)) as f64 * prompt.block_tokens;
+            let load = decode_load(slot);
+            let fits = self.is_usable(slot) && load <= bound && prompt.tokens - at_most < threshold;
+            fits.then_some((load, pick))
+        });
+        cached.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, pick)| pick)
+    }
+
+    fn pick(&self, endpoint: EndpointIndex, prompt: &Prompt) -> Pick {
+        let matched_tokens = self.matched_tokens(endpoint, prompt);
+        let seconds = self.table.get(endpoint).map_or(0.0, |slot| self.seconds(slot, prompt, matched_tokens));
+        Pick { endpoint, matched_tokens, seconds }
+    }
+
+    /// `S`: seconds of this endpoint for the prompt, `held` tokens of which it has.
+    fn seconds(&self, slot: &Slot, prompt: &Prompt, held: f64) -> f64 {
+        let cost = self.table.cost(slot).filter(|_| self.pool.fit).unwrap_or(self.pool.cost);
+        cost.seconds(prompt.tokens, held) / slot.endpoint.weight
+    }
+
+    /// `W + w·S`. When this worker has not seen the prefix, another one may have: the rendezvous endpoint, where they
+    /// would all have sent it, is costed as holding a share of what misses. The endpoint of the prompt's session is
+    /// costed as holding it all: the session goes before the prefix, until `w` times the prompt's seconds wait there.
+    pub(super) fn cost(
+        &self,
+        at: EndpointIndex,
+        slot: &Slot,
+        prompt: &Prompt,
+        (owner, session): (bool, bool),
+    ) -> (Pick, f64) {
+        let pick = self.pick(at, prompt);
+        let mut held = pick.matched_tokens;
+        if session {
+            held = prompt.tokens;
+        } else if owner && prompt.is_unseen {
+            held += self.rendezvous_share() * (prompt.tokens - held).max(0.0);
+        }
+        let own = self.seconds(slot, prompt, held);
+        (pick, slot.work(self.now) + self.pool.affinity_weight * own)
+    }
+
+    /// β: as configured, or by how many of the other Envoys are not heard.
+    fn rendezvous_share(&self) -> f64 {
+        self.pool.rendezvous_share.unwrap_or_else(|| UNHEARD_SHARE * self.table.fleet.unheard())
+    }
+
+    fn matched_tokens(&self, endpoint: EndpointIndex, prompt: &Prompt) -> f64 {
+        let units = prefix_units(self.index.matched(endpoint, &prompt.hash.blocks));
+        (units as f64 * prompt.block_tokens).min(prompt.tokens)
+    }
+}
+
+/// Assigned KV tokens in proportion to the endpoint's weight.
+fn decode_load(slot: &Slot) -> f64 {
+    slot.decode_tokens() as f64 / slot.endpoint.weight
+}
+
+/// An endpoint among others that could take a decode leg.
+#[derive(Clone, Copy)]
+struct Ranked {
+    /// Assigned KV tokens, by the endpoint's speed.
+    tokens: f64,
+    /// Breaks ties by rendezvous.
+    tie: u64,
+    /// Data-parallel rank.
+    rank: Option<u32>,
+    at: EndpointIndex,
+}
+
+impl Ranked {
+    fn new(at: EndpointIndex, slot: &Slot, prompt: &Prompt) -> Self {
+        Self { tokens: decode_load(slot), tie: !rendezvous_weight(prompt.key, slot.key), rank: slot.endpoint.rank, at }
+    }
+
+    fn order(a: &Self, b: &Self) -> core::cmp::Ordering {
+        a.tokens.total_cmp(&b.tokens).then(a.tie.cmp(&b.tie))
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::prefix::hash::BlockHash;
+    use crate::wire::{Endpoint, Snapshot};
+    use proptest::prelude::*;
+
+    pub(crate) struct Fixture {
+        pub(crate) table: Table,
+        pub(crate) index: PrefixIndex,
+        pub(crate) config: Config,
+        pub(crate) candidates: std::sync::Arc<Candidates>,
+    }
+
+    const NOW: Monotonic = Monotonic::from_secs(100);
+    const FAR: Monotonic = Monotonic::from_secs(1_000);
+
+    pub(crate) fn fixture(prefill: u16, decode: u16, config: &str) -> Fixture {
+        let config = Config::parse(config.as_bytes()).unwrap();
+        let (mut table, mut index) = (Table::default(), PrefixIndex::new(1 << 20));
+        let roles =
+            (0..prefill).map(|port| (port, Role::Prefill)).chain((0..decode).map(|port| (10_000 + port, Role::Decode)));
+        let endpoints = roles.map(|(port, role)| Endpoint::new(([10, 0, 0, 1], 1 + port).into(), role)).collect();
+        let snapshot = Snapshot { wire: 1, epoch: "e".into(), version: 1, base: None, endpoints, removed: vec![] };
+        table.apply(&snapshot, &config, &mut index);
+        let candidates = table.candidates("m").unwrap();
+        Fixture { table, index, config, candidates }
+    }
+
+    impl Fixture {
+        pub(crate) fn scheduler(&self) -> Scheduler<'_> {
+            Scheduler { table: &self.table, index: &self.index, pool: self.config.pool("default"), now: NOW }
+        }
+
+        fn prefill(&self, prompt: &Prompt) -> Pick {
+            self.scheduler().pick_by_cost(&self.candidates.prefill, prompt, &[]).unwrap()
+        }
+
+        fn decide(&self, prompt: &Prompt) -> Decision {
+            self.scheduler().decide(&self.candidates, prompt)
+        }
+
+        pub(crate) fn busy(&mut self, at: EndpointIndex, seconds: f64) {
+            self.table.get_mut(at).unwrap().prefill.add(0, seconds, NOW, FAR);
+        }
+    }
+
+    /// A prompt of `blocks` units of 128 tokens, as long as they are at most 32.
+    pub(crate) fn prompt(id: u64, blocks: u64) -> Prompt {
+        let hash = |i: u64| BlockHash((id * 1_000 + i).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let blocks: Vec<_> = (0..blocks).map(hash).collect();
+        let tokens = 128.0 * prefix_units(blocks.len()) as f64;
+        let key = hash(0).0;
+        let hash = PromptHash { blocks, head: id };
+        Prompt { tokens, block_tokens: 128.0, hash, key, ..Prompt::default() }
+    }
+
+    #[test]
+    fn no_prompt_is_computed_without_a_decode_endpoint() {
+        for split in ["always", "never", "threshold"] {
+            let fixture = fixture(2, 0, &format!(r#"{{"pools":{{"default":{{"split":{{"mode":"{split}"}}}}}}}}"#));
+            assert_eq!(fixture.decide(&prompt(1, 20)), Decision::Nobody, "{split}");
+            assert_eq!(fixture.decide(&prompt(1, 0)), Decision::Nobody, "{split}");
+        }
+    }
+
+    #[test]
+    fn a_prompt_goes_where_its_prefix_is() {
+        let mut fixture = fixture(4, 1, "");
+        for at in fixture.candidates.prefill.clone() {
+            fixture.index.insert(at, &prompt(1, 20).hash.blocks);
+            assert_eq!(fixture.prefill(&prompt(1, 40)).endpoint, at);
+            assert_eq!(fixture.prefill(&prompt(1, 40)).matched_tokens, 20.0 * 128.0);
+            fixture.index.remove_endpoint(at);
+        }
+    }
+
+    #[test]
+    fn work_ahead_outweighs_a_prefix() {
+        let mut fixture = fixture(2, 1, "");
+        fixture.index.insert(0, &prompt(1, 32).hash.blocks);
+        let saved = 3.0 * (fixture.config.pool("default").cost.seconds(4_096.0, 0.0) - 0.015);
+        fixture.busy(0, saved * 0.9);
+        assert_eq!(fixture.prefill(&prompt(1, 32)).endpoint, 0);
+        fixture.busy(0, saved * 0.2);
+        assert_eq!(fixture.prefill(&prompt(1, 32)).endpoint, 1);
+    }
+
+    #[test]
+    fn a_session_stays_where_it_was_until_too_much_waits_there() {
+        let mut fixture = fixture(3, 1, "");
+        let session = BlockHash(77);
+        let asked = Prompt { session: Some(session), ..prompt(1, 32) };
+        fixture.index.insert(1, &asked.hash.blocks);
+        fixture.index.insert(2, &[session]);
+        assert_eq!(fixture.prefill(&prompt(1, 32)).endpoint, 1);
+        fixture.busy(2, 0.04);
+        assert_eq!(fixture.prefill(&Prompt { tokens: 6_000.0, ..asked.clone() }).endpoint, 2, "over the longer prefix");
+        assert_eq!(fixture.prefill(&asked).matched_tokens, 4_096.0, "all of it is at 1, nothing is won by waiting");
+        fixture.busy(2, 10.0);
+        assert_eq!(fixture.prefill(&asked).endpoint, 1);
+    }
+
+    #[test]
+    fn unknown_prefixes_spread_and_stick() {
+        let fixture = fixture(4, 1, "");
+        let picks: Vec<_> = (0..400).map(|id| fixture.prefill(&prompt(id, 8)).endpoint).collect();
+        for at in 0..4 {
+            let share = picks.iter().filter(|pick| **pick == at).count();
+            assert!((60..140).contains(&share), "{share}");
+        }
+        assert_eq!(fixture.prefill(&prompt(7, 8)), fixture.prefill(&prompt(7, 8)));
+    }
+
+    #[test]
+    fn an_unseen_prefix_is_worth_a_wait_at_its_rendezvous_endpoint() {
+        let mut fixture = fixture(2, 1, r#"{"pools":{"default":{"rendezvous_share":0.6}}}"#);
+        let unseen = Prompt { is_unseen: true, ..prompt(1, 40) };
+        let owner = fixture.prefill(&unseen).endpoint;
+        fixture.busy(owner, 0.1);
+        assert_eq!(fixture.prefill(&unseen).endpoint, owner);
+        assert_ne!(fixture.prefill(&prompt(1, 40)).endpoint, owner, "a seen one is held by nobody");
+    }
+
+    #[test]
+    fn a_failing_endpoint_is_left_out_unless_all_fail() {
+        let mut fixture = fixture(2, 1, "");
+        let first = fixture.prefill(&prompt(1, 8)).endpoint;
+        fixture.table.get_mut(first).unwrap().health.failed(NOW);
+        let second = fixture.prefill(&prompt(1, 8)).endpoint;
+        assert_ne!(first, second);
+        fixture.table.get_mut(second).unwrap().health.failed(NOW);
+        assert_eq!(fixture.prefill(&prompt(1, 8)).endpoint, first);
+        let scheduler = fixture.scheduler();
+        assert_eq!(scheduler.pick_by_cost(&fixture.candidates.prefill, &prompt(1, 8), &[first, second]), None);
+    }
+
+    #[test]
+    fn decode_goes_to_the_fewest_assigned_tokens() {
+        let mut fixture = fixture(1, 4, "");
+        let decode = fixture.candidates.decode.clone();
+        for (at, tokens) in decode.iter().zip([50, 10, 30, 40]) {
+            fixture.table.get_mut(*at).unwrap().decode.add(tokens);
+        }
+        let (pick, alternates) = fixture.scheduler().pick_decode(&decode, &prompt(1, 8), &[]).unwrap();
+        assert_eq!((pick.endpoint, alternates), (decode[1], vec![decode[2], decode[3]]));
+    }
+
+    #[test]
+    fn a_small_uncached_rest_skips_prefill() {
+        let mut fixture = fixture(2, 2, r#"{"pools":{"default":{"split":{"uncached_tokens":300}}}}"#);
+        assert!(matches!(fixture.decide(&prompt(1, 2)), Decision::Whole(_, WholeReason::Short)));
+        assert!(matches!(fixture.decide(&prompt(1, 3)), Decision::Split(_)));
+        let decode = fixture.candidates.decode[1];
+        fixture.index.insert(decode, &prompt(1, 20).hash.blocks);
+        let Decision::Whole(pick, WholeReason::Cached) = fixture.decide(&prompt(1, 22)) else { panic!() };
+        assert_eq!((pick.endpoint, pick.matched_tokens), (decode, 20.0 * 128.0));
+        assert!(matches!(fixture.decide(&prompt(1, 23)), Decision::Whole(..)), "a match may end behind its last block");
+        assert!(matches!(fixture.decide(&prompt(1, 24)), Decision::Split(_)));
+        fixture.table.get_mut(decode).unwrap().decode.add(100_000);
+        assert!(matches!(fixture.decide(&prompt(1, 22)), Decision::Split(_)), "the holder is overloaded");
+    }
+
+    #[test]
+    fn without_prefill_endpoints_decode_serves_whole() {
+        let fixture = fixture(0, 2, "");
+        assert!(matches!(fixture.decide(&prompt(1, 50)), Decision::Whole(_, WholeReason::NoPrefill)));
+        assert_eq!(fixture.scheduler().decide(&Candidates::default(), &prompt(1, 50)), Decision::Nobody);
+    }
+
+    #[test]
+    fn the_split_mode_of_the_pool_rules() {
+        let always = fixture(1, 1, r#"{"pools":{"default":{"split":{"mode":"always"}}}}"#);
+        assert!(matches!(always.decide(&prompt(1, 0)), Decision::Split(_)));
+        let never = fixture(1, 1, r#"{"pools":{"default":{"split":{"mode":"never"}}}}"#);
+        assert!(matches!(never.decide(&prompt(1, 50)), Decision::Whole(_, WholeReason::Never)));
+    }
+
+    #[test]
+    fn idle_endpoints_get_cold_prompts_evenly_however_many_there_are() {
+        for count in [32_u16, 500] {
+            let fixture = fixture(count, 1, "");
+            let mut picks = vec![0_u32; usize::from(count)];
+            let requests = 40 * u32::from(count);
+            for id in 0..requests {
+                picks[fixture.prefill(&prompt(u64::from(id), 8)).endpoint as usize] += 1;
+            }
+            assert!(picks.iter().all(|n| (5..120).contains(n)), "{count}: {picks:?}");
+        }
+    }
+
+    #[test]
+    fn among_many_the_holder_is_found_and_the_busy_are_avoided() {
+        let mut fixture = fixture(500, 300, "");
+        fixture.index.insert(77, &prompt(1, 20).hash.blocks);
+        assert_eq!(fixture.prefill(&prompt(1, 22)).endpoint, 77);
+        for at in 0..500 {
+            if at % 4 != 0 {
+                fixture.busy(at, 5.0);
+            }
+        }
+        for id in 2..200 {
+            assert_eq!(fixture.prefill(&prompt(id, 8)).endpoint % 4, 0);
+        }
+        for at in fixture.candidates.decode.clone().into_iter().filter(|at| at % 4 != 0) {
+            fixture.table.get_mut(at).unwrap().decode.add(9);
+        }
+        let pick = fixture.scheduler().pick_decode(&fixture.candidates.decode, &prompt(1, 8), &[]);
+        assert_eq!(pick.unwrap().0.endpoint % 4, 0);
+    }
+
+    #[test]
+    fn the_last_healthy_endpoint_of_many_is_found() {
+        let mut fixture = fixture(500, 1, "");
+        for at in (0..500).filter(|at| *at != 123) {
+            fixture.table.get_mut(at).unwrap().health.failed(NOW);
+        }
+        assert_eq!(fixture.prefill(&prompt(1, 8)).endpoint, 123);
+    }
+
+    proptest! {
+        #[test]
+        fn the_shortlist_holds_the_cheapest_endpoint(
+            work in prop::collection::vec(0.0_f64..2.0, 2..12),
+            held in prop::collection::vec((0_usize..12, 1_u64..30), 0..6),
+        ) {
+            let mut fixture = fixture(work.len() as u16, 1, "");
+            for (at, seconds) in work.iter().enumerate() {
+                fixture.busy(at as u32, *seconds);
+            }
+            for (at, blocks) in held {
+                fixture.index.insert((at % work.len()) as u32, &prompt(1, blocks).hash.blocks);
+            }
+            let prompt = prompt(1, 30);
+            let scheduler = fixture.scheduler();
+            let among = &fixture.candidates.prefill;
+            let owner = among.iter().copied().max_by_key(|at| rendezvous_weight(prompt.key, fixture.table.get(*at).unwrap().key));
+            let cost = |at: u32| scheduler.cost(at, fixture.table.get(at).unwrap(), &prompt, (owner == Some(at), false)).1;
+            let lowest = among.iter().map(|at| cost(*at)).fold(f64::INFINITY, f64::min);
+            prop_assert_eq!(cost(fixture.prefill(&prompt).endpoint), lowest);
+        }
+    }
+}

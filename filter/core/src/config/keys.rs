@@ -1,0 +1,411 @@
+//! Every key of the plugin configuration and of an endpoint: default, allowed values, meaning.
+//!
+//! [`Config::parse`](super::Config::parse) checks numbers against this table, and the tables of `docs/configuration.md`
+//! are generated from it. In a path, `NAME` stands for any name: `pools.NAME.alternates`.
+
+/// Values that a key may have.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Values {
+    /// Numbers from `low` to `high`, both included.
+    Between {
+        /// Lowest value.
+        low: f64,
+        /// Highest value.
+        high: f64,
+        /// Unit; empty: none.
+        unit: &'static str,
+    },
+    /// One of these words.
+    OneOf(&'static [&'static str]),
+    /// Values that the table does not list. The text says which ones, for people.
+    Described(&'static str),
+}
+
+impl Values {
+    /// Numbers from `low` to `high`.
+    #[must_use]
+    pub const fn between(low: f64, high: f64, unit: &'static str) -> Self {
+        Self::Between { low, high, unit }
+    }
+
+    /// Whether a number is allowed. Values other than [`Between`](Self::Between) allow every number.
+    #[must_use]
+    pub fn allows(&self, value: f64) -> bool {
+        match self {
+            Self::Between { low, high, .. } => (*low..=*high).contains(&value),
+            Self::OneOf(_) | Self::Described(_) => true,
+        }
+    }
+}
+
+/// Default of a key that must be given.
+pub const REQUIRED: &str = "required";
+
+macro_rules! keys {
+    ($($variant:ident $path:literal $default:expr, $values:expr, $meaning:literal)*) => {
+        /// A key of the plugin configuration.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Key {
+            $(#[doc = $meaning] $variant,)*
+        }
+
+        impl Key {
+            /// All keys, in the order of the documentation.
+            pub const ALL: &[Self] = &[$(Self::$variant,)*];
+
+            /// Path in the configuration, `NAME` for any name.
+            #[must_use]
+            pub const fn path(self) -> &'static str {
+                match self { $(Self::$variant => $path,)* }
+            }
+
+            /// Default as a JSON value, or [`REQUIRED`].
+            #[must_use]
+            pub const fn default_value(self) -> &'static str {
+                match self { $(Self::$variant => $default,)* }
+            }
+
+            /// Allowed values.
+            #[must_use]
+            pub const fn values(self) -> Values {
+                match self { $(Self::$variant => $values,)* }
+            }
+
+            /// Meaning, in Markdown.
+            #[must_use]
+            pub const fn meaning(self) -> &'static str {
+                match self { $(Self::$variant => $meaning,)* }
+            }
+        }
+    };
+}
+
+const BOOLEAN: Values = Values::OneOf(&["true", "false"]);
+const NAME: Values = Values::Described("1 to 512 visible ASCII characters");
+const OBJECT: Values = Values::Described("object");
+
+keys! {
+    Revision "revision" r#""""#, Values::Described("text"),
+        "Text that an operator changes to tell roll-outs apart. The filter's log and pd-control's status page show it."
+    Cluster "cluster" r#""engines""#, NAME,
+        "Envoy cluster of the prefill leg. One cluster over all engine servers usually carries both legs."
+    BootstrapCluster "bootstrap_cluster" "null", NAME,
+        "Envoy cluster of the prefill servers' bootstrap ports. The filter asks Mooncake's bootstrap servers for engine ids there. `null`: the value of `cluster`."
+    DestinationHeader "destination_header" r#""x-pd-destination""#, Values::Described("header name in lower case, 1 to 128 characters"),
+        "Request header that carries the chosen endpoint. The route fills it from filter state, and the cluster's `override_host` policy reads it."
+    Control "control" "null", OBJECT,
+        "How the filter reaches pd-control. `null`: the filter serves the endpoints of `endpoints` and no others."
+    ControlCluster "control.cluster" REQUIRED, NAME,
+        "Envoy cluster of pd-control."
+    ControlAuthority "control.authority" r#""pd-control""#, NAME,
+        "`:authority` of the filter's requests to pd-control."
+    ControlWaitMs "control.wait_ms" "30000", Values::between(100.0, 600_000.0, "ms"),
+        "How long pd-control may hold a poll. pd-control itself ends a poll after 60,000 ms."
+    ControlTokenEnv "control.token_env" r#""PD_CONTROL_TOKEN""#, Values::Described("name"),
+        "Environment variable of the Envoy process that holds the bearer token. Envoy must pass the variable to the filter (`host_env_keys`). Not set: the filter sends no token."
+    ControlExchange "control.exchange" "true", BOOLEAN,
+        "Whether this Envoy exchanges with the other Envoys, through pd-control, what is in flight and which endpoint got which prompt blocks."
+    Endpoints "endpoints" "[]", Values::Described("list of [endpoints](#endpoints)"),
+        "Endpoints that serve until pd-control has answered, or for good where `control` is `null`."
+    TrustedHeaders "trusted_headers" "[]", Values::Described("list of `x-pd-phase`, `x-prefiller-host-port`, `x-pd-explain`, `x-gateway-destination-endpoint-subset`, `test-epp-endpoint-selection`"),
+        "Headers that a client may set. The filter removes the others."
+    AllowedPaths "allowed_paths" "[]", Values::Described("list of paths without a query; a path that ends in `/*` stands for all paths below it"),
+        "Paths that a client may reach beside [those of inference APIs](#paths). Requests to other paths get 404, because engines serve their administration on the same port."
+    SessionHeaders "session_headers" r#"["x-session-id"]"#, Values::Described("list of header names in lower case"),
+        "Headers that name a client's session. The first header that the request has counts. The filter sends a session's prompts to the endpoint that served the session last, until too much work waits there."
+    MaxBodyBytes "max_body_bytes" "16777216", Values::between(1_024.0, 1_073_741_824.0, "bytes"),
+        "Largest request body, inserted KV parameters included. Larger requests get 413. The buffer filter's `max_request_bytes` must be at least as large."
+    Objectives "objectives" "[]", Values::Described("list of `{\"name\": text, \"priority\": integer}`"),
+        "Priority of each name that `x-llm-d-inference-objective` may carry. A request with a priority below 0 is sheddable. A name that is not in the list and is a number is its own priority; any other name has priority 0."
+    Models "models" "{}", OBJECT,
+        "Model names that stand for other models: aliases and canaries."
+    ModelsTargets "models.NAME.targets" REQUIRED, Values::Described("list of `{\"model\": text, \"weight\": integer}`"),
+        "Models that serve the alias. The filter chooses by weight (1 unless given) among the targets that some endpoint serves, and gives all requests of one session the same target. The filter writes the target's name into the `model` of both legs' bodies. At least one target must have a weight above 0."
+    ModelsAnswer "models.NAME.answer" r#""served""#, Values::OneOf(&["served", "asked"]),
+        "Model name in the answer. `served`: the target's. `asked`: the alias; the filter then reads every part of the answer and replaces the target's name in each `model` member."
+    PrefixBlockBytes "prefix.block_bytes" "512", Values::between(64.0, 65_536.0, "bytes"),
+        "Size of the first 32 blocks of a prompt. The next 32 blocks are twice as large, all later ones four times. Smaller blocks find shorter common prefixes and cost more time per request. All Envoys of a fleet need the same value."
+    PrefixIndexBytes "prefix.index_bytes" "268435456", Values::between(65_536.0, 536_870_912.0, "bytes"),
+        "Bound of the prefix index of one worker. The index needs about 220 bytes for every 350 tokens of all endpoints' prefix caches together, and takes memory as the caches fill. The default follows 50 caches of 8 million tokens."
+    PrefixHotShare "prefix.hot_share" "0.02", Values::between(0.0, 1.0, ""),
+        "A block that occurs in more than this share of recent requests, such as a common system prompt, does not decide which endpoint gets a prompt."
+    Pools "pools" "{}", OBJECT,
+        "Policies by pool name. A pool that the configuration does not name has the policy of the pool `default`."
+    PoolsEngine "pools.NAME.engine" r#""vllm-nixl""#, Values::OneOf(&["vllm-nixl", "vllm-shared", "sglang", "trtllm", "mooncake", "neuron", "sidecar"]),
+        "[Engine](engines.md) of endpoints that do not name their own."
+    PoolsSplitMode "pools.NAME.split.mode" r#""threshold""#, Values::OneOf(&["threshold", "always", "never"]),
+        "When the filter runs a prefill leg. `threshold`: when the best decode endpoint lacks at least `uncached_tokens` of the prompt. `always` and `never` do not look at the prompt. `never` has no effect where no endpoint of the pool can serve a request whole."
+    PoolsSplitUncachedTokens "pools.NAME.split.uncached_tokens" "256", Values::Described("tokens"),
+        "Threshold of the mode `threshold`. The other modes ignore it."
+    PoolsOnPrefillFailure "pools.NAME.on_prefill_failure" r#""decode_only""#, Values::OneOf(&["decode_only", "fail"]),
+        "What follows when every prefill leg failed. `decode_only`: a decode endpoint computes the prompt. `fail`: the client gets 503."
+    PoolsPrefillAttempts "pools.NAME.prefill_attempts" "2", Values::between(1.0, 8.0, "prefill endpoints"),
+        "How many prefill endpoints the filter tries for one request."
+    PoolsPrefillTimeoutMs "pools.NAME.prefill_timeout_ms" "60000", Values::between(1.0, 3_600_000.0, "ms"),
+        "Time limit of one prefill leg."
+    PoolsBootstrapPort "pools.NAME.bootstrap_port" "8998", Values::between(1.0, 65_535.0, ""),
+        "Port of a prefill server's bootstrap server (SGLang, Mooncake) where the endpoint does not give one."
+    PoolsAlternates "pools.NAME.alternates" "2", Values::between(0.0, 4.0, "endpoints"),
+        "How many endpoints the filter names beside the chosen one. Envoy's retry on a failed connection goes to them."
+    PoolsMaxRequests "pools.NAME.max_requests" "0", Values::Described("requests; 0: no limit"),
+        "Limit of requests in flight at this Envoy, all workers together. Above it requests get 429. From 80 % of the limit on, sheddable requests and requests beyond a fair share get 429."
+    PoolsMaxTokens "pools.NAME.max_tokens" "0", Values::Described("tokens; 0: no limit"),
+        "The same limit for KV tokens in flight: prompts and expected output. A pool with nothing in flight takes any request."
+    PoolsCostA "pools.NAME.cost.a_ms" "15.0", Values::between(0.0, 60_000.0, "ms"),
+        "Constant of the prefill cost. A prompt of *n* tokens of which *p* are cached takes a + b·(n − p) + c·(n² − p²). The defaults fit an 8-billion-parameter model on one H100."
+    PoolsCostB "pools.NAME.cost.b_us" "25.0", Values::between(0.0, 1e6, "µs per token"),
+        "Prefill cost of an uncached token: b of the formula."
+    PoolsCostC "pools.NAME.cost.c_ns" "0.524", Values::between(0.0, 1e6, "ns per token²"),
+        "Prefill cost of attention: c of the formula."
+    PoolsFit "pools.NAME.fit" "true", BOOLEAN,
+        "Whether the filter adapts `cost` (by a factor of at most 10) and `bytes_per_token` (of at most 4) to the times and token counts of its prefill legs."
+    PoolsAffinityWeight "pools.NAME.affinity_weight" "3.0", Values::between(0.0, 100.0, ""),
+        "Weight of a second of the prompt's own prefill against a second of waiting work: w in W + w·S. A larger value keeps prompts on the endpoint that holds their prefix for longer."
+    PoolsRendezvousShare "pools.NAME.rendezvous_share" "null", Values::between(0.0, 1.0, ""),
+        "Share of an unseen prompt that the filter assumes cached at the prompt's rendezvous endpoint, where every Envoy would send it. `null`: 0.6 times the share of the other Envoys that do not exchange, so 0 while all Envoys exchange."
+    PoolsCacheTokens "pools.NAME.cache_tokens" "500000", Values::between(0.0, 1e9, "tokens"),
+        "Size of an endpoint's prefix cache where neither the endpoint nor its engine gives one."
+    PoolsBytesPerToken "pools.NAME.bytes_per_token" "4.0", Values::between(0.5, 64.0, "bytes"),
+        "Bytes of JSON per prompt token, for estimates of prompt lengths."
+    PoolsCachedTokens "pools.NAME.cached_tokens" r#""prefill""#, Values::OneOf(&["prefill", "decode"]),
+        "Whose `cached_tokens` the answer of a split request carries. `prefill`: the tokens that the prefill server found in its cache; the filter then reads each part of an answer that carries its usage. `decode`: the decode server's count, which includes the tokens it fetched."
+}
+
+/// A key of an object: of an endpoint, or of a file of pd-control.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Entry {
+    /// Key.
+    pub key: &'static str,
+    /// Default as a JSON value, or [`REQUIRED`]; `null`: the key is absent.
+    pub default_value: &'static str,
+    /// Allowed values.
+    pub values: Values,
+    /// Meaning, in Markdown.
+    pub meaning: &'static str,
+}
+
+/// Every key of an endpoint, in the order of [`ENDPOINT_KEYS`](crate::wire::ENDPOINT_KEYS). They stand in pd-control's
+/// file, in `--endpoint` and in `endpoints` of the plugin configuration.
+pub const ENDPOINT: &[Entry] = &[
+    Entry {
+        key: "address",
+        default_value: REQUIRED,
+        values: Values::Described("`ip:port`"),
+        meaning: "Address of the server, as Envoy's cluster has it. `--endpoint` takes `host:port` too.",
+    },
+    Entry {
+        key: "rank",
+        default_value: "null",
+        values: Values::between(0.0, 4_294_967_295.0, ""),
+        meaning: "Data-parallel rank behind the address. Each leg to the endpoint carries it as `x-data-parallel-rank`. `null`: the filter sends no rank.",
+    },
+    Entry {
+        key: "role",
+        default_value: REQUIRED,
+        values: Values::OneOf(&["prefill", "decode", "both"]),
+        meaning: "Work that the endpoint takes. `both`: an aggregated server, which serves whole requests and no single legs.",
+    },
+    Entry {
+        key: "pool",
+        default_value: "\"default\"",
+        values: Values::Described("1 to 256 bytes"),
+        meaning: "Pool whose policy applies.",
+    },
+    Entry {
+        key: "models",
+        default_value: "[]",
+        values: Values::Described("up to 1,024 names of 1 to 256 bytes"),
+        meaning: "Models and adapters that the endpoint serves. `[]`: every model of its pool, and models that no endpoint names.",
+    },
+    Entry {
+        key: "engine",
+        default_value: "null",
+        values: Values::OneOf(&["vllm-nixl", "vllm-shared", "sglang", "trtllm", "mooncake", "neuron", "sidecar"]),
+        meaning: "[Engine](engines.md). A prefill and a decode endpoint are a pair only if they have the same engine. `null`: the pool's.",
+    },
+    Entry {
+        key: "group",
+        default_value: "null",
+        values: Values::Described("1 to 256 bytes"),
+        meaning: "Pairing group. Prefill endpoints of a group hand over to decode endpoints of the same group only. `null`: any group.",
+    },
+    Entry {
+        key: "weight",
+        default_value: "1",
+        values: Values::between(0.01, 100.0, ""),
+        meaning: "Speed of the endpoint relative to the others of its pool.",
+    },
+    Entry {
+        key: "cache_tokens",
+        default_value: "null",
+        values: Values::Described("tokens"),
+        meaning: "Tokens that the endpoint's prefix cache holds, CPU tier included. `null`: the figure of its engine where pd-control reads it, else the pool's.",
+    },
+    Entry {
+        key: "bootstrap_port",
+        default_value: "null",
+        values: Values::between(1.0, 65_535.0, ""),
+        meaning: "Port of the endpoint's bootstrap server (SGLang, Mooncake). `null`: the pool's.",
+    },
+    Entry {
+        key: "min_prompt_tokens",
+        default_value: "null",
+        values: Values::Described("tokens"),
+        meaning: "Shorter prompts (estimated tokens) go to other endpoints while one of them takes such a length. The bound applies to each leg by itself. `null`: no bound.",
+    },
+    Entry {
+        key: "max_prompt_tokens",
+        default_value: "null",
+        values: Values::Described("tokens, not below `min_prompt_tokens`"),
+        meaning: "The same for longer prompts. `null`: no bound.",
+    },
+    Entry {
+        key: "state",
+        default_value: "\"ready\"",
+        values: Values::OneOf(&["ready", "draining", "down"]),
+        meaning: "`ready`: takes requests. `draining`: ends the requests that it has and gets no new ones. `down`: gets no requests.",
+    },
+];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use serde_json::{Value, json};
+
+    use super::super::Config;
+    use super::*;
+    use crate::wire::{ENDPOINT_KEYS, Endpoint};
+
+    /// The smallest configuration that has every object.
+    fn with_every_object() -> Value {
+        json!({"control": {"cluster": "c"}, "models": {"NAME": {"targets": [{"model": "m"}]}}, "pools": {"NAME": {}}})
+    }
+
+    fn with(key: Key, value: Value) -> Result<Config, String> {
+        let mut text = with_every_object();
+        let mut place = &mut text;
+        for part in key.path().split('.') {
+            place = &mut place[part];
+        }
+        *place = value;
+        Config::parse(text.to_string().as_bytes()).map_err(|error| error.to_string())
+    }
+
+    /// A whole number without a fraction, as a key of whole numbers wants it.
+    fn number(value: f64) -> Value {
+        if value.fract() == 0.0 { json!(value as i64) } else { json!(value) }
+    }
+
+    /// Every key that the parser takes: the refusal of a key that does not exist lists them.
+    fn known_keys(path: &str, found: &mut BTreeSet<String>) {
+        let mut probe = json!({"?": 1});
+        for part in path.split('.').rev().filter(|part| !part.is_empty()) {
+            probe = json!({part: probe});
+        }
+        let refusal = Config::parse(probe.to_string().as_bytes()).unwrap_err().to_string();
+        let Some((_, expected)) = refusal.split_once("unknown field `?`, expected ") else { return };
+        for key in expected.split('`').skip(1).step_by(2) {
+            let key = if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
+            known_keys(&key, found);
+            // A map of any names, not an object of known keys.
+            known_keys(&format!("{key}.NAME"), found);
+            found.insert(key);
+        }
+    }
+
+    #[test]
+    fn the_table_has_every_key_that_the_parser_takes() {
+        let mut known = BTreeSet::new();
+        known_keys("", &mut known);
+        let of_objects = |key: &String| known.iter().any(|other| other.starts_with(&format!("{key}.")));
+        // Objects are described by their keys, but for those that may be absent.
+        let wanted: BTreeSet<_> = known
+            .iter()
+            .filter(|key| !of_objects(key) || ["control", "models", "pools"].contains(&key.as_str()))
+            .map(String::as_str)
+            .collect();
+        assert!(wanted.len() > 30, "{wanted:?}");
+        assert_eq!(Key::ALL.iter().map(|key| key.path()).collect::<BTreeSet<_>>(), wanted);
+    }
+
+    #[test]
+    fn headers_that_may_be_trusted_are_listed() {
+        let Values::Described(text) = Key::TrustedHeaders.values() else { panic!("a list of headers") };
+        let listed: BTreeSet<_> = text.split('`').skip(1).step_by(2).collect();
+        assert_eq!(listed, super::super::TRUSTABLE_HEADERS.iter().copied().collect());
+    }
+
+    #[test]
+    fn every_default_is_the_one_in_force() {
+        let absent = Config::parse(with_every_object().to_string().as_bytes()).unwrap();
+        for key in Key::ALL.iter().filter(|key| key.default_value() != REQUIRED) {
+            let value: Value = serde_json::from_str(key.default_value()).unwrap();
+            match key {
+                Key::Control => assert_eq!((value, Config::parse(b"{}").unwrap().control), (Value::Null, None)),
+                Key::Models => assert!(value == json!({}) && Config::parse(b"{}").unwrap().models.is_empty()),
+                Key::Pools => assert_eq!(value, json!({})),
+                key => assert_eq!(with(*key, value), Ok(absent.clone()), "{}", key.path()),
+            }
+        }
+    }
+
+    #[test]
+    fn allowed_values_are_taken_and_others_refused() {
+        for key in Key::ALL {
+            match key.values() {
+                Values::Between { low, high, .. } => {
+                    for value in [low, high] {
+                        assert!(with(*key, number(value)).is_ok(), "{} {value}", key.path());
+                    }
+                    for value in [low - 1.0, high + 1.0] {
+                        assert!(with(*key, number(value)).is_err(), "{} {value}", key.path());
+                    }
+                }
+                Values::OneOf(words) => {
+                    for word in words {
+                        let value = serde_json::from_str(word).unwrap_or_else(|_| json!(word));
+                        assert!(with(*key, value).is_ok(), "{} {word}", key.path());
+                    }
+                    let refusal = with(*key, json!("?")).unwrap_err();
+                    if let Some((_, expected)) = refusal.split_once("unknown variant `?`, expected ") {
+                        assert_eq!(expected.split('`').skip(1).step_by(2).collect::<Vec<_>>(), words, "{}", key.path());
+                    }
+                }
+                Values::Described(_) => {}
+            }
+        }
+    }
+
+    #[test]
+    fn endpoint_keys_have_their_defaults_and_values() {
+        assert_eq!(ENDPOINT.iter().map(|key| key.key).collect::<Vec<_>>(), ENDPOINT_KEYS);
+        let read = |key: &str, value: Value| {
+            let mut text = json!({"address": "10.0.0.1:80", "role": "decode"});
+            text[key] = value;
+            let endpoint: Endpoint = serde_json::from_value(text).map_err(|error| error.to_string())?;
+            endpoint.validate().map_err(|error| error.to_string())?;
+            Ok::<_, String>(endpoint)
+        };
+        let plain = read("weight", json!(1)).unwrap();
+        for key in ENDPOINT {
+            if key.default_value != REQUIRED {
+                let value = serde_json::from_str(key.default_value).unwrap();
+                assert_eq!(read(key.key, value), Ok(plain.clone()), "{}", key.key);
+            }
+            match key.values {
+                Values::Between { low, high, .. } => {
+                    assert!([low, high].iter().all(|value| read(key.key, number(*value)).is_ok()), "{}", key.key);
+                    let beyond = [low - 1.0, high + 1.0];
+                    assert!(beyond.iter().all(|value| read(key.key, number(*value)).is_err()), "{}", key.key);
+                }
+                Values::OneOf(words) => {
+                    assert!(words.iter().all(|word| read(key.key, json!(word)).is_ok()), "{}", key.key);
+                    let refusal = read(key.key, json!("?")).unwrap_err();
+                    assert_eq!(refusal.split('`').skip(3).step_by(2).collect::<Vec<_>>(), words, "{refusal}");
+                }
+                Values::Described(_) => {}
+            }
+        }
+    }
+}

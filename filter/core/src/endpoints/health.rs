@@ -1,0 +1,107 @@
+//! Health of one endpoint: the pause after a failure, and the probe after the pause.
+
+use core::time::Duration;
+
+use crate::time::Monotonic;
+
+/// Whether an endpoint answered lately.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Health {
+    failures: u32,
+    out_until: Monotonic,
+    probing: bool,
+}
+
+/// First pause after a failure; each further one doubles it up to [`MAX_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+/// Longest pause: a healed endpoint is back within this time and one probe.
+const MAX_PAUSE: Duration = Duration::from_secs(5);
+
+impl Health {
+    /// Whether the endpoint may get a request: it is healthy, or its pause is over and no probe is under way.
+    #[must_use]
+    pub fn is_usable(&self, now: Monotonic) -> bool {
+        self.failures == 0 || (now >= self.out_until && !self.probing)
+    }
+
+    /// A request goes to the endpoint: after a failure it is the probe, and others wait for its end.
+    pub fn sent(&mut self, now: Monotonic) {
+        if self.failures > 0 {
+            self.probing = true;
+            // A probe whose end is never told (its client left) counts as over after the longest pause.
+            self.out_until = now;
+        }
+    }
+
+    /// The endpoint could not be reached, reset the connection or answered that it is broken.
+    pub fn failed(&mut self, now: Monotonic) {
+        let pause = FIRST_PAUSE.saturating_mul(1_u32.checked_shl(self.failures.min(8)).unwrap_or(1)).min(MAX_PAUSE);
+        self.failures = self.failures.saturating_add(1);
+        self.out_until = now.saturating_add(pause);
+        self.probing = false;
+    }
+
+    /// The endpoint answered.
+    pub fn answered(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Ends a probe that nobody reported on.
+    pub fn prune(&mut self, now: Monotonic) {
+        if self.probing && now.saturating_sub(self.out_until) > MAX_PAUSE {
+            self.probing = false;
+        }
+    }
+
+    /// Whether the last thing known is a failure.
+    #[must_use]
+    pub fn is_failing(&self) -> bool {
+        self.failures > 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ms(ms: u64) -> Monotonic {
+        Monotonic::from_millis(ms)
+    }
+
+    #[test]
+    fn a_failing_endpoint_pauses_is_probed_once_and_returns() {
+        let mut health = Health::default();
+        assert!(health.is_usable(ms(0)));
+        health.failed(ms(0));
+        assert!(!health.is_usable(ms(499)));
+        assert!(health.is_usable(ms(500)));
+        health.sent(ms(500));
+        assert!(!health.is_usable(ms(501)), "one probe at a time");
+        health.failed(ms(510));
+        assert!(!health.is_usable(ms(1_509)));
+        assert!(health.is_usable(ms(1_510)));
+        health.sent(ms(1_510));
+        health.answered();
+        assert_eq!(health, Health::default());
+    }
+
+    #[test]
+    fn a_probe_without_an_end_does_not_lock_an_endpoint_out() {
+        let mut health = Health::default();
+        health.failed(ms(0));
+        health.sent(ms(600));
+        health.prune(ms(700));
+        assert!(!health.is_usable(ms(700)));
+        health.prune(ms(6_000));
+        assert!(health.is_usable(ms(6_000)));
+    }
+
+    #[test]
+    fn pauses_grow_to_a_bound() {
+        let mut health = Health::default();
+        for _ in 0..100 {
+            health.failed(ms(0));
+        }
+        assert!(health.is_usable(ms(0) + MAX_PAUSE));
+    }
+}

@@ -1,0 +1,16 @@
+//! llm-d's routing sidecar beside the decode endpoint: it runs the prefill leg at the endpoint that a header names.
+
+use super::{LegOrder, Protocol, no_handover, no_members};
+
+pub(super) static PROTOCOL: Protocol = Protocol {
+    legs: LegOrder::DecodeOnly,
+    decodes_alone: true,
+    hands_over_several: false,
+    max_sequences: None,
+    counts_fetched_tokens: true,
+    limits_prefill: true,
+    engine_id: None,
+    prefill_members: no_members,
+    decode_members: no_members,
+    handover: no_handover,
+};

@@ -1,0 +1,257 @@
+//! A request that an engine endpoint serves: who answers, and the prefill leg that may run beside it.
+
+use super::PrefillAnswer;
+use super::effect::{Effect, Flow, KV_HEADER, Outcome, SERVED_HEADER};
+use super::leg::{abandon, engines_reply, leg_ended, prefill_ms};
+use super::response_editor::ResponseEditor;
+use super::step::{State, Step};
+use crate::body::json::Object;
+use crate::body::splice::HeadEdit;
+use crate::endpoints::table::EndpointRef;
+use crate::endpoints::usage::Usage;
+use crate::metrics::Metric;
+use crate::request::reply::Rejection;
+use crate::time::Monotonic;
+use crate::workers::worker::Worker;
+
+/// A request that an engine endpoint serves.
+#[derive(Debug)]
+pub(super) struct Forwarded {
+    pub(super) assignment: Assignment,
+    /// Endpoints that Envoy may go on to.
+    pub(super) alternates: Vec<EndpointRef>,
+    /// The prefill leg, where it goes out with this one.
+    pub(super) concurrent_prefill: Option<ConcurrentPrefill>,
+    /// Whether the prompt is computed a second time.
+    pub(super) is_kv_missing: bool,
+    /// What to look for in the response's body.
+    pub(super) editor: Option<Box<ResponseEditor>>,
+    /// Whether the usage in the response shows that the KV cache came.
+    pub(super) is_judged: bool,
+    /// Whether a peer restricted the endpoints, and wants to know who served.
+    pub(super) is_restricted: bool,
+    pub(super) response: Response,
+    /// Whether the response's body has begun: the prompt has been computed.
+    pub(super) has_first_byte: bool,
+}
+
+/// A prefill leg in flight beside its decode leg.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ConcurrentPrefill {
+    pub(super) endpoint: EndpointRef,
+    pub(super) leg: u64,
+    pub(super) started: Monotonic,
+}
+
+/// How far the response's headers are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Response {
+    Awaited,
+    /// They wait for the prefill leg.
+    Held,
+    /// The client has them.
+    Passed,
+}
+
+/// What a request is counted for at its endpoint.
+#[derive(Debug)]
+pub(super) struct Assignment {
+    endpoint: EndpointRef,
+    tokens: u64,
+    /// The prompt's own computation and where it is done, counted until the first byte; none where a leg of ours does it.
+    pub(super) own_prefill: Option<(EndpointRef, u64)>,
+}
+
+impl Assignment {
+    /// Counts a request of so many KV tokens at an endpoint.
+    pub(super) fn start(worker: &mut Worker, endpoint: EndpointRef, tokens: u64) -> Self {
+        worker.decode_started(endpoint, tokens);
+        worker.counts.add(Metric::DecodeInFlight, 1);
+        worker.counts.add(Metric::DecodeTokensInFlight, to_i64(tokens));
+        Self { endpoint, tokens, own_prefill: None }
+    }
+
+    /// The prompt has been computed, or never will be.
+    fn end_own_prefill(&mut self, worker: &mut Worker, now: Monotonic) {
+        if let Some((endpoint, leg)) = self.own_prefill.take() {
+            worker.prefill_ended(endpoint, leg, now);
+        }
+    }
+
+    /// Another endpoint has the request.
+    fn move_to(&mut self, worker: &mut Worker, endpoint: EndpointRef, now: Monotonic) {
+        self.end_own_prefill(worker, now);
+        worker.decode_ended(self.endpoint, self.tokens);
+        worker.decode_started(endpoint, self.tokens);
+        self.endpoint = endpoint;
+    }
+
+    /// No endpoint has the request any more.
+    fn end(&mut self, worker: &mut Worker, now: Monotonic) {
+        self.end_own_prefill(worker, now);
+        worker.decode_ended(self.endpoint, self.tokens);
+        worker.counts.add(Metric::DecodeInFlight, -1);
+        worker.counts.add(Metric::DecodeTokensInFlight, to_i64(self.tokens).saturating_neg());
+    }
+}
+
+impl Forwarded {
+    /// The prefill leg beside the decode leg ended. The decode leg waits for a KV cache that a failed prefill leg never
+    /// sends: the client gets an error at once.
+    pub(super) fn prefill_answered(
+        mut self: Box<Self>,
+        worker: &mut Worker,
+        answer: PrefillAnswer<'_>,
+        now: Monotonic,
+    ) -> Step {
+        let Some(concurrent) = self.concurrent_prefill.take() else { return self.stay(Vec::new()) };
+        leg_ended(worker, concurrent.endpoint, concurrent.leg, &answer, now);
+        if let PrefillAnswer::Answered { status: 200, body, .. } = answer {
+            let mut effects = vec![prefill_ms(worker, concurrent.started, now)];
+            if let Some(editor) = &mut self.editor {
+                let usage = Object::read(body).ok().and_then(|body| Usage::of_answer(&body));
+                editor.cached_tokens = usage.and_then(|usage| usage.cached_tokens);
+            }
+            if self.response == Response::Held {
+                self.response = Response::Passed;
+                effects.push(Effect::ResumeResponse);
+            }
+            return self.stay(effects);
+        }
+        worker.counts.count(Metric::PrefillGivenUp);
+        if self.response == Response::Passed {
+            // The decode endpoint did not wait: the client has its answer.
+            return self.stay(Vec::new());
+        }
+        self.assignment.end(worker, now);
+        // The decision was counted when the request was forwarded.
+        Step::answer(match answer {
+            PrefillAnswer::Answered { status, content_type, body } if answer.fault().is_none() => {
+                engines_reply(status, content_type, body)
+            }
+            _ => Rejection::PrefillFailed.reply(),
+        })
+    }
+
+    fn stay(self: Box<Self>, effects: Vec<Effect>) -> Step {
+        Step::new(State::Forwarded(self), Flow::Pause, effects)
+    }
+
+    /// Response headers are there.
+    pub(super) fn response_headers(
+        &mut self,
+        worker: &mut Worker,
+        upstream: Option<&[u8]>,
+        status: Option<u16>,
+        now: Monotonic,
+    ) -> Outcome {
+        self.answered_by(worker, upstream, now);
+        let mut effects = Vec::new();
+        if self.is_restricted {
+            effects.extend(served_by(upstream));
+        }
+        if self.is_kv_missing {
+            effects.push(Effect::AddResponseHeader(KV_HEADER, "missing".to_owned()));
+        }
+        if self.editor.as_ref().is_some_and(|editor| editor.changes_length()) {
+            effects.push(Effect::RemoveResponseHeader("content-length"));
+        }
+        // A refusal does not wait for the KV cache.
+        let is_held = self.concurrent_prefill.is_some() && upstream.is_some() && status == Some(200);
+        self.response = if is_held { Response::Held } else { Response::Passed };
+        Outcome { flow: if is_held { Flow::Pause } else { Flow::Continue }, effects }
+    }
+
+    /// Notes who answered: the endpoint that was chosen, the alternate that Envoy went on to, or nobody.
+    fn answered_by(&mut self, worker: &mut Worker, upstream: Option<&[u8]>, now: Monotonic) {
+        let mut answers = |reference: &EndpointRef| {
+            let slot = worker.state.table.resolve(*reference).filter(|slot| Some(slot.address.as_bytes()) == upstream);
+            let is_it = slot.is_some();
+            if is_it {
+                worker.answered(*reference);
+            }
+            is_it
+        };
+        if answers(&self.assignment.endpoint) {
+            return;
+        }
+        // Envoy went on to an alternate, or gave up: either way the first choice could not be reached.
+        let moved = self.alternates.iter().copied().find(answers);
+        if moved.is_none() && upstream.is_some() {
+            return;
+        }
+        worker.failed(self.assignment.endpoint, now);
+        let Some(alternate) = moved else {
+            worker.counts.count(Metric::DecodeUnanswered);
+            return;
+        };
+        worker.counts.count(Metric::DecodeMoved);
+        self.assignment.move_to(worker, alternate, now);
+    }
+
+    /// The first byte of the response's body is there: the prompt has been computed.
+    pub(super) fn first_byte(&mut self, worker: &mut Worker, now: Monotonic) {
+        self.has_first_byte = true;
+        self.assignment.end_own_prefill(worker, now);
+    }
+
+    /// A part of the response's body is there.
+    pub(super) fn response_part(&mut self, worker: &mut Worker, part: &[u8], is_last: bool) -> Outcome {
+        let Some(editor) = &mut self.editor else { return Outcome::GO_ON };
+        let edited = editor.part(part, is_last);
+        let drain = u32::try_from(part.len()).unwrap_or(u32::MAX);
+        let mut effects: Vec<_> =
+            edited.map(|head| Effect::EditResponse(HeadEdit { drain, head })).into_iter().collect();
+        if is_last {
+            let usage = editor.usage();
+            self.editor = None;
+            if let Some(usage) = usage.filter(|_| self.is_judged) {
+                effects.extend(judge(worker, self.assignment.endpoint, usage));
+            }
+        }
+        Outcome { flow: Flow::Continue, effects }
+    }
+
+    /// The stream ended.
+    pub(super) fn end(&mut self, worker: &mut Worker, now: Monotonic) {
+        self.assignment.end(worker, now);
+        if let Some(ConcurrentPrefill { endpoint, leg, .. }) = self.concurrent_prefill {
+            abandon(worker, endpoint, leg, now);
+        }
+    }
+}
+
+/// The header that says who served the request.
+pub(super) fn served_by(upstream: Option<&[u8]>) -> Option<Effect> {
+    let upstream = core::str::from_utf8(upstream?).ok()?;
+    Some(Effect::AddResponseHeader(SERVED_HEADER, upstream.to_owned()))
+}
+
+fn to_i64(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+/// Shortest prompt whose usage is judged, tokens: engines hand over whole blocks and keep the last token for themselves.
+pub(super) const JUDGED_TOKENS: u64 = 256;
+/// Answers in a row that show a KV cache that came before the next one that does not is news.
+const KV_DOUBTS: u8 = 32;
+
+/// Compares what the decode endpoint had of a split prompt with all of it; a warning where that is news.
+fn judge(worker: &mut Worker, endpoint: EndpointRef, usage: Usage) -> Option<Effect> {
+    let cached = usage.cached_tokens.filter(|_| usage.prompt_tokens >= JUDGED_TOKENS)?;
+    let is_moved = cached >= usage.prompt_tokens / 2;
+    if !is_moved {
+        worker.counts.count(Metric::KvNotMoved);
+    }
+    let slot = worker.state.table.resolve(endpoint)?;
+    let is_news = !is_moved && slot.kv_doubts == 0;
+    slot.kv_doubts = if is_moved { slot.kv_doubts.saturating_sub(1) } else { KV_DOUBTS };
+    is_news.then(|| {
+        let Usage { prompt_tokens, .. } = usage;
+        Effect::Warn(format!(
+            "{} had {cached} of the {prompt_tokens} tokens of a split prompt: KV caches do not reach it, prompts are \
+             computed twice",
+            slot.address
+        ))
+    })
+}

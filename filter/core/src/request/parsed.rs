@@ -1,0 +1,248 @@
+//! What a request's body says, and which endpoints may serve it.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use crate::body::splice::{HeadEdit, HeadPlan};
+use crate::body::{Api, Key, KeySet, Scan, json, scan};
+use crate::choose::scheduler::{Prompt, Scheduler};
+use crate::config::{Config, Pool};
+use crate::engine::legs;
+use crate::metrics::Metric;
+use crate::prefix::hash::{BlockHash, prompt_hash, session_hash};
+use crate::request::head::RequestHead;
+use crate::request::models::{Served, resolve_model};
+use crate::request::reply::Rejection;
+use crate::time::Monotonic;
+use crate::workers::worker::Worker;
+
+/// Output tokens that a request is expected to add to its KV cache, unless it allows fewer. The traces' mean is 149 to 343.
+const EXPECTED_OUTPUT_TOKENS: u64 = 256;
+
+/// A body that was scanned.
+#[derive(Debug)]
+pub(super) struct ScannedBody<'a> {
+    pub(super) bytes: &'a [u8],
+    pub(super) scan: Scan,
+}
+
+impl<'a> ScannedBody<'a> {
+    /// # Errors
+    /// [`Rejection::InvalidJson`] of a body that is no JSON object.
+    pub(super) fn read(bytes: &'a [u8]) -> Result<Self, Rejection> {
+        let scan = scan(bytes).map_err(|error| Rejection::InvalidJson(error.to_string()))?;
+        Ok(Self { bytes, scan })
+    }
+}
+
+/// What headers and body said, and which endpoints may serve the request.
+#[derive(Debug)]
+pub(super) struct ParsedRequest {
+    pub(super) head: RequestHead,
+    pub(super) api: Api,
+    /// The model that serves it.
+    pub(super) served: Served,
+    /// The model that the client asked for, where the response is to name it.
+    pub(super) put_back: Option<String>,
+    /// Whether the response is a stream.
+    pub(super) is_stream: bool,
+    /// Whether the response will tell what it used.
+    pub(super) shows_usage: bool,
+    pub(super) prompt: Prompt,
+    pub(super) output_tokens: u64,
+    /// Sequences, where the body asks for a batch of them.
+    pub(super) batch: Option<u32>,
+    pub(super) body_bytes: usize,
+    /// How the body becomes an engine's, when it is known what to put in front.
+    pub(super) plan: HeadPlan,
+}
+
+impl ParsedRequest {
+    /// Reads a body whose headers name an API.
+    ///
+    /// # Errors
+    /// [`Rejection`] of a body that names no model which is served, or is too large once the model is replaced.
+    pub(super) fn read(
+        worker: &mut Worker,
+        head: RequestHead,
+        api: Api,
+        body: &ScannedBody<'_>,
+        now: Monotonic,
+    ) -> Result<Self, Rejection> {
+        let (bytes, scan) = (body.bytes, &body.scan);
+        let config = Arc::clone(&head.config);
+        let model = model(&head, body).ok_or(Rejection::MissingModel)?;
+        let session = config.session_headers.iter().find_map(|name| head.headers.get(name));
+        let bits = match session {
+            _ if !config.models.contains_key(&*model) => 0,
+            // A conversation stays with its model.
+            Some(id) => xxhash_rust::xxh3::xxh3_64(id),
+            None => worker.pair_id(head.request_id(), now),
+        };
+        let mut served = resolve_model(&config, &worker.state.table, head.subset.as_ref(), &model, bits)?;
+        let put_back = served.is_put_back.then(|| model.into_owned());
+        let session = session.map(|id| session_hash(&served.model, id));
+        let batch = batch(api, body);
+        let mut prompt = prompt(worker, &config, &served, api, body, session);
+        prompt.is_several |= batch.is_some_and(|batch| batch > 1);
+        served.candidates = served.candidates.for_prompt(prompt.tokens, &worker.state.table);
+        worker.counts.add(Metric::PromptTokens, prompt.tokens as i64);
+        let plan = legs::decode_plan(bytes, scan, KeySet::EMPTY, served.rewrite.as_deref());
+        // Envoy does not survive a body that an edit makes larger than the buffer filter's limit.
+        if plan.edited_bytes(b"", bytes.len()) > config.max_body_bytes {
+            return Err(Rejection::TooLarge(config.max_body_bytes));
+        }
+        let is_stream = scan.bool(bytes, Key::Stream) == Some(true);
+        let mut options = json::members(scan.raw(bytes, Key::StreamOptions).unwrap_or_default());
+        let shows_usage = !is_stream || options.any(|(key, value)| key == "include_usage" && value == b"true");
+        Ok(Self {
+            head,
+            api,
+            served,
+            put_back,
+            is_stream,
+            shows_usage,
+            prompt,
+            output_tokens: output_tokens(body),
+            batch,
+            body_bytes: bytes.len(),
+            plan,
+        })
+    }
+
+    pub(super) fn pool(&self) -> &Pool {
+        self.head.config.pool(&self.served.candidates.pool)
+    }
+
+    pub(super) fn scheduler<'a>(&'a self, worker: &'a Worker, now: Monotonic) -> Scheduler<'a> {
+        Scheduler { table: &worker.state.table, index: &worker.state.index, pool: self.pool(), now }
+    }
+
+    /// KV tokens that the request is expected to take at its decode endpoint.
+    pub(super) fn kv_tokens(&self) -> u64 {
+        (self.prompt.tokens as u64).saturating_add(self.output_tokens)
+    }
+
+    /// How the body becomes an engine's where nothing is put in front.
+    pub(super) fn plain_edit(&self) -> HeadEdit {
+        self.plan.with_insert(b"")
+    }
+}
+
+/// The model that the body names, or else a header.
+fn model<'a>(head: &RequestHead, body: &ScannedBody<'a>) -> Option<Cow<'a, str>> {
+    if body.scan.has(Key::Model) {
+        return body.scan.str(body.bytes, Key::Model);
+    }
+    let named = head.headers.get("x-ai-eg-model").or_else(|| head.headers.get("x-gateway-model-name"))?;
+    Some(Cow::Owned(core::str::from_utf8(named).ok()?.to_owned()))
+}
+
+/// Output tokens that the request is expected to add to its KV cache.
+fn output_tokens(body: &ScannedBody<'_>) -> u64 {
+    let limits = [Key::MaxCompletionTokens, Key::MaxTokens, Key::MaxOutputTokens];
+    let limit = limits.into_iter().find_map(|key| body.scan.u64(body.bytes, key));
+    limit.unwrap_or(EXPECTED_OUTPUT_TOKENS).min(EXPECTED_OUTPUT_TOKENS)
+}
+
+/// The prompt as the scheduler sees it.
+fn prompt(
+    worker: &mut Worker,
+    config: &Config,
+    served: &Served,
+    api: Api,
+    body: &ScannedBody<'_>,
+    session: Option<BlockHash>,
+) -> Prompt {
+    let pool = config.pool(&served.candidates.pool);
+    let parts = prompt_parts(api, body);
+    let bytes = parts.iter().fold(0_usize, |sum, part| sum.saturating_add(part.len()));
+    let salt = body.scan.raw(body.bytes, Key::CacheSalt).unwrap_or_default();
+    // SGLang's name of an adapter, beside the model's.
+    let adapter = body.scan.raw(body.bytes, Key::LoraPath).map(|path| [salt, path].concat());
+    let salt = adapter.as_deref().unwrap_or(salt);
+    let hash = prompt_hash(served.model.as_bytes(), salt, &parts, config.prefix.block_bytes);
+    let distinctive = worker.state.index.distinctive(&hash.blocks, config.prefix.hot_share);
+    let learnt = worker.state.table.bytes_per_token(&served.candidates.pool).filter(|_| pool.fit);
+    let bytes_per_token = learnt.unwrap_or(pool.bytes_per_token);
+    Prompt {
+        bytes,
+        session,
+        tokens: bytes as f64 / bytes_per_token,
+        block_tokens: config.prefix.block_bytes as f64 / bytes_per_token,
+        key: distinctive.map_or(hash.head, |block| block.0),
+        is_unseen: distinctive.is_some_and(|block| !worker.state.index.knows(block)),
+        is_several: asks_for_several(body),
+        hash,
+    }
+}
+
+/// What the engine puts in front of the model, in the order in which chat templates do.
+fn prompt_parts<'a>(api: Api, body: &ScannedBody<'a>) -> Vec<&'a [u8]> {
+    let keys: &[Key] = match api {
+        Api::Chat => &[Key::Tools, Key::Messages],
+        Api::Completions => &[Key::Prompt],
+        Api::Responses => &[Key::Tools, Key::Instructions, Key::Input],
+        Api::Messages => &[Key::Tools, Key::System, Key::Messages],
+        Api::Generate => &[Key::TokenIds, Key::PromptTokenIds],
+    };
+    keys.iter().filter_map(|key| body.scan.raw(body.bytes, *key)).collect()
+}
+
+/// Whether more answers than one are asked for, or several are computed to give one.
+fn asks_for_several(ScannedBody { bytes, scan }: &ScannedBody<'_>) -> bool {
+    let one: [&[u8]; 4] = [b"1", b"1.0", b"null", b"false"];
+    let keys = [Key::N, Key::BestOf, Key::UseBeamSearch];
+    let is_several = |key: &str, value: &[u8]| keys.iter().any(|asks| asks.name() == key) && !one.contains(&value);
+    let nested = scan.raw(bytes, Key::SamplingParams).unwrap_or_default();
+    keys.iter().any(|key| scan.raw(bytes, *key).is_some_and(|value| is_several(key.name(), value)))
+        || json::members(nested).any(|(key, value)| is_several(&key, value))
+}
+
+/// Sequences that SGLang keeps apart, as its own router counts them: prompts of a batch, answers of a chat. `None`
+/// where there is one and no list of them.
+fn batch(api: Api, ScannedBody { bytes, scan }: &ScannedBody<'_>) -> Option<u32> {
+    match api {
+        Api::Completions => {
+            let prompts = scan.raw(bytes, Key::Prompt)?;
+            let first = prompts.strip_prefix(b"[")?.trim_ascii_start().first()?;
+            let count = matches!(first, b'"' | b'[').then(|| json::elements(prompts).count())?;
+            Some(u32::try_from(count).unwrap_or(u32::MAX))
+        }
+        Api::Chat => {
+            let answers = scan.u64(bytes, Key::N).filter(|n| *n > 1)?;
+            Some(u32::try_from(answers).unwrap_or(u32::MAX))
+        }
+        Api::Responses | Api::Messages | Api::Generate => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sequences_are_counted_as_the_engines_do() {
+        for (api, body, expected) in [
+            (Api::Completions, r#"{"prompt":"a"}"#, (None, false)),
+            (Api::Completions, r#"{"prompt":[1,2,3]}"#, (None, false)),
+            (Api::Completions, r#"{"prompt":["a"]}"#, (Some(1), false)),
+            (Api::Completions, r#"{"prompt": [ "a" , "b"]}"#, (Some(2), false)),
+            (Api::Completions, r#"{"prompt":[[1],[2,3],[4]]}"#, (Some(3), false)),
+            (Api::Completions, r#"{"prompt":[],"best_of":2}"#, (None, true)),
+            (Api::Completions, r#"{"prompt":"a","use_beam_search":true}"#, (None, true)),
+            (Api::Chat, r#"{"n":1}"#, (None, false)),
+            (Api::Chat, r#"{"n":3}"#, (Some(3), true)),
+            (Api::Chat, r#"{"n":2.0}"#, (None, true)),
+            (Api::Chat, r#"{"n":null,"use_beam_search":false}"#, (None, false)),
+            (Api::Chat, r#"{"n":18446744073709551615}"#, (Some(u32::MAX), true)),
+            (Api::Generate, r#"{"sampling_params":{"n":2}}"#, (None, true)),
+            (Api::Generate, r#"{"sampling_params":{"n":1,"seed":2}}"#, (None, false)),
+            (Api::Messages, r#"{"n":3}"#, (None, true)),
+        ] {
+            let scanned = ScannedBody::read(body.as_bytes()).unwrap();
+            let counted = (batch(api, &scanned), asks_for_several(&scanned));
+            assert_eq!(counted, expected, "{body}");
+        }
+    }
+}

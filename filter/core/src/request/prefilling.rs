@@ -1,0 +1,228 @@
+//! A request that waits for its prefill leg: the leg's end, another try, and the way on.
+
+use std::sync::Arc;
+
+use super::PrefillAnswer;
+use super::effect::Effect;
+use super::head::candidates;
+use super::leg::{Fault, abandon, engines_reply, leg_ended};
+use super::parsed::{ParsedRequest, ScannedBody};
+use super::route::{Prefill, Route, forward};
+use super::split::{Prefiller, Split};
+use super::step::Step;
+use crate::body::json::Object;
+use crate::body::splice::HeadEdit;
+use crate::choose::scheduler::{Pick, Prompt};
+use crate::config::OnPrefillFailure;
+use crate::endpoints::candidates::Candidates;
+use crate::endpoints::table::EndpointRef;
+use crate::endpoints::usage::Usage;
+use crate::engine::{Handover, legs};
+use crate::metrics::Metric;
+use crate::request::reply::Rejection;
+use crate::time::Monotonic;
+use crate::workers::worker::Worker;
+
+/// Reason code of a split whose KV cache could not be handed over.
+const KV_MISSING: &str = "kv_missing";
+
+/// A request that waits for its prefill leg.
+#[derive(Debug)]
+pub(super) struct Prefilling {
+    pub(super) split: Split,
+    pub(super) prefiller: Prefiller,
+    /// The leg; none yet while the endpoint's bootstrap server is asked for the engine's id.
+    pub(super) leg: Option<u64>,
+}
+
+impl Prefilling {
+    /// The call ended: the leg, or the question before it. `body` reads the client's body again.
+    pub(super) fn answered<B: AsRef<[u8]>>(
+        mut self,
+        worker: &mut Worker,
+        answer: PrefillAnswer<'_>,
+        body: impl FnOnce() -> Option<B>,
+        now: Monotonic,
+    ) -> Result<Step, Rejection> {
+        let Some(leg) = self.leg else {
+            self.refresh_candidates(worker);
+            return self.engine_id_answered(worker, answer, body, now);
+        };
+        let seconds = leg_ended(worker, self.prefiller.endpoint, leg, &answer, now);
+        self.refresh_candidates(worker);
+        match (answer, answer.fault()) {
+            (PrefillAnswer::Answered { status: 200, body: answer, .. }, None) => {
+                let answer = Object::read(answer).unwrap_or_default();
+                self.hand_over(worker, &answer, seconds, body, now)
+            }
+            (PrefillAnswer::Answered { status, content_type, body }, None) => {
+                worker.counts.count(Metric::RequestsRejected);
+                Ok(Step::answer(engines_reply(status, content_type, body)))
+            }
+            _ => self.try_another(worker, body, now),
+        }
+    }
+
+    /// The stream ended: nobody waits for the leg any more.
+    pub(super) fn end(&self, worker: &mut Worker, now: Monotonic) {
+        if let Some(leg) = self.leg {
+            abandon(worker, self.prefiller.endpoint, leg, now);
+        }
+    }
+
+    /// The list may have changed since the leg began: its places may be other endpoints' now.
+    fn refresh_candidates(&mut self, worker: &Worker) {
+        let parsed = &mut self.split.parsed;
+        let current = candidates(&worker.state.table, &parsed.served.model, parsed.head.subset.as_ref());
+        let current = current.unwrap_or_else(|_| {
+            Arc::new(Candidates { pool: Arc::clone(&parsed.served.candidates.pool), ..Candidates::default() })
+        });
+        parsed.served.candidates = current.for_prompt(parsed.prompt.tokens, &worker.state.table);
+    }
+
+    /// The bootstrap server told the engine's id, or failed to.
+    fn engine_id_answered<B: AsRef<[u8]>>(
+        self,
+        worker: &mut Worker,
+        answer: PrefillAnswer<'_>,
+        body: impl FnOnce() -> Option<B>,
+        now: Monotonic,
+    ) -> Result<Step, Rejection> {
+        let endpoint = self.prefiller.endpoint;
+        if let PrefillAnswer::Answered { status: 200, body: answer, .. } = answer
+            && note_engine_id(worker, endpoint, answer).is_some()
+        {
+            let body = body();
+            let Some(body) = body.as_ref().and_then(|body| ScannedBody::read(body.as_ref()).ok()) else {
+                return give_up(worker, &self.split.parsed, now);
+            };
+            return self.split.start(worker, self.prefiller.pick, &body, now);
+        }
+        if answer.fault() == Some(Fault::Unreachable) {
+            worker.failed(endpoint, now);
+        }
+        self.try_another(worker, body, now)
+    }
+
+    /// The endpoint failed: another one, as long as the pool and the budget of retries allow it.
+    fn try_another<B: AsRef<[u8]>>(
+        mut self,
+        worker: &mut Worker,
+        body: impl FnOnce() -> Option<B>,
+        now: Monotonic,
+    ) -> Result<Step, Rejection> {
+        self.split.tried.push(self.prefiller.endpoint);
+        if let Some(pick) = self.pick_another(worker, now)
+            && let Some(body) = body()
+            && let Ok(body) = ScannedBody::read(body.as_ref())
+        {
+            if worker.retries.spend() {
+                worker.counts.count(Metric::PrefillRetries);
+                return self.split.start(worker, pick, &body, now);
+            }
+            worker.counts.count(Metric::RetriesDenied);
+        }
+        give_up(worker, &self.split.parsed, now)
+    }
+
+    fn pick_another(&self, worker: &Worker, now: Monotonic) -> Option<Pick> {
+        let Split { parsed, tried, .. } = &self.split;
+        if tried.len() >= parsed.pool().prefill_attempts as usize {
+            return None;
+        }
+        let is_listed = |tried: &&EndpointRef| worker.state.table.refer(tried.index) == Some(**tried);
+        let tried: Vec<_> = tried.iter().filter(is_listed).map(|tried| tried.index).collect();
+        parsed.scheduler(worker, now).pick_by_cost(&parsed.served.candidates.prefill, &parsed.prompt, &tried)
+    }
+
+    /// The prompt is computed: on to a decode endpoint.
+    fn hand_over<B: AsRef<[u8]>>(
+        self,
+        worker: &mut Worker,
+        answer: &Object<'_>,
+        seconds: Option<f64>,
+        body: impl FnOnce() -> Option<B>,
+        now: Monotonic,
+    ) -> Result<Step, Rejection> {
+        let Self { split, prefiller, .. } = &self;
+        let Prompt { bytes, tokens, .. } = split.parsed.prompt;
+        let thought = (bytes as f64, tokens, prefiller.pick.matched_tokens);
+        let usage = Usage::of_answer(answer);
+        worker.state.table.saw_prefill(prefiller.endpoint, thought, seconds, usage);
+        let handover = (prefiller.partner.engine.protocol().handover)(split.parsed.api, answer);
+        let warning = note_kv_missing(worker, prefiller.endpoint, handover == Handover::Missing);
+        let edit = edit_with(&split.parsed, &handover, body);
+        let is_kv_missing = edit.is_none();
+        if is_kv_missing {
+            worker.counts.count(Metric::KvMissing);
+        }
+        let (pick, alternates) = split.pick_decode(worker, &prefiller.partner, now)?;
+        let (endpoint, started) = (prefiller.endpoint, split.started);
+        let route = Route {
+            decision: Metric::RequestsSplit,
+            reason: if is_kv_missing { KV_MISSING } else { "prefilled" },
+            pick,
+            alternates,
+            prefill: Prefill::Done { pick: prefiller.pick, endpoint, started, usage, is_kv_missing },
+            edit: edit.unwrap_or_else(|| split.parsed.plain_edit()),
+        };
+        let mut step = forward(worker, &split.parsed, route, now)?;
+        step.outcome.effects.extend(warning);
+        Ok(step)
+    }
+}
+
+/// Notes the id of an endpoint's engine out of its bootstrap server's answer; `None` if the answer has none.
+fn note_engine_id(worker: &mut Worker, endpoint: EndpointRef, answer: &[u8]) -> Option<()> {
+    let slot = worker.state.table.resolve(endpoint)?;
+    let query = slot.engine.protocol().engine_id.as_ref()?;
+    slot.engine_id = Some((query.read)(answer, slot.endpoint.rank)?.into());
+    Some(())
+}
+
+/// Notes whether an endpoint's answers lack usable KV parameters; a warning when that begins.
+fn note_kv_missing(worker: &mut Worker, endpoint: EndpointRef, is_missing: bool) -> Option<Effect> {
+    let slot = worker.state.table.resolve(endpoint)?;
+    let begins = is_missing && !slot.is_kv_missing;
+    slot.is_kv_missing = is_missing;
+    begins.then(|| {
+        let address = &slot.address;
+        Effect::Warn(format!("{address} gives no usable KV parameters: its prompts are computed twice"))
+    })
+}
+
+/// The edit that makes the client's body the decode leg's; `None` where the KV cache cannot be handed over.
+fn edit_with<B: AsRef<[u8]>>(
+    parsed: &ParsedRequest,
+    handover: &Handover,
+    body: impl FnOnce() -> Option<B>,
+) -> Option<HeadEdit> {
+    let (members, drop) = match handover {
+        Handover::Missing => return None,
+        Handover::Nothing => return Some(parsed.plain_edit()),
+        Handover::Insert { members, drop } => (members, *drop),
+    };
+    let replanned = if drop.is_empty() { None } else { body() }.and_then(|body| {
+        let body = ScannedBody::read(body.as_ref()).ok()?;
+        Some(legs::decode_plan(body.bytes, &body.scan, drop, parsed.served.rewrite.as_deref()))
+    });
+    let plan = replanned.as_ref().unwrap_or(&parsed.plan);
+    // Envoy does not survive a paused body that an edit makes larger than the buffer filter's limit.
+    let fits = plan.edited_bytes(members, parsed.body_bytes) <= parsed.head.config.max_body_bytes;
+    fits.then(|| plan.with_insert(members))
+}
+
+/// No prefill endpoint could be had: the pool's policy decides.
+fn give_up(worker: &mut Worker, parsed: &ParsedRequest, now: Monotonic) -> Result<Step, Rejection> {
+    worker.counts.count(Metric::PrefillGivenUp);
+    let picked = match parsed.pool().on_prefill_failure {
+        OnPrefillFailure::Fail => None,
+        OnPrefillFailure::DecodeOnly => {
+            parsed.scheduler(worker, now).pick_decode(&parsed.served.candidates.whole, &parsed.prompt, &[])
+        }
+    };
+    let (pick, alternates) = picked.ok_or(Rejection::PrefillFailed)?;
+    let (decision, reason) = (Metric::RequestsDecodeOnly, "prefill_failed");
+    let route = Route { decision, reason, pick, alternates, prefill: Prefill::Own, edit: parsed.plain_edit() };
+    forward(worker, parsed, route, now)
+}

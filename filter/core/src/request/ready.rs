@@ -1,0 +1,19 @@
+//! The answer to probes that ask whether this Envoy may get requests.
+
+use crate::config::{Config, STATIC_EPOCH};
+use crate::request::reply::{REASON_HEADER, Reply};
+use crate::workers::worker::Worker;
+
+/// Path that probes ask whether this Envoy may get requests.
+pub const READY_PATH: &[u8] = b"/.pd-ready";
+
+/// 200 once the filter has a list of endpoints, which may be empty. A filter that did not start, or got no list from
+/// pd-control, answers 503: a rollout then does not replace Envoys that serve by Envoys that cannot.
+pub(super) fn readiness(worker: &Worker, config: &Config) -> Reply {
+    let is_ready =
+        config.control.is_none() || !worker.state.table.is_empty() || worker.state.table.version().0 != STATIC_EPOCH;
+    let (status, reason) = if is_ready { (200, "ready") } else { (503, "no_list") };
+    let headers = vec![("content-type", "application/json".to_owned()), (REASON_HEADER, reason.to_owned())];
+    let body = serde_json::json!({"ready": is_ready, "endpoints": worker.state.table.len()}).to_string().into_bytes();
+    Reply { status, headers, body, reason }
+}

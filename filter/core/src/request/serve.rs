@@ -1,0 +1,114 @@
+//! How a request that was read is served: by two legs or by one, and where that one goes.
+
+use super::effect::{EXPLAIN, Effect};
+use super::head::Phase;
+use super::parsed::{ParsedRequest, ScannedBody};
+use super::route::{Prefill, Route, forward};
+use super::split::Split;
+use super::step::Step;
+use crate::choose::admission::Shed;
+use crate::choose::scheduler::{Decision, Pick, Scheduler};
+use crate::config::EXPLAIN_HEADER;
+use crate::endpoints::candidates::Candidates;
+use crate::metrics::Metric;
+use crate::prefix::index::EndpointIndex;
+use crate::request::reply::Rejection;
+use crate::time::Monotonic;
+use crate::wire::EndpointId;
+use crate::workers::worker::Worker;
+
+/// By how many legs a request is served.
+enum Legs {
+    /// One leg, which goes there.
+    One(Route),
+    /// Two, of which the prefill leg goes there.
+    Two(Pick),
+}
+
+/// Serves a request, and explains the choice to a caller who is trusted to ask.
+pub(super) fn serve(worker: &mut Worker, parsed: ParsedRequest, body: &ScannedBody<'_>, now: Monotonic) -> Step {
+    let is_asked = parsed.head.config.trusts(EXPLAIN_HEADER) && parsed.head.headers.get(EXPLAIN_HEADER).is_some();
+    let explained = is_asked.then(|| parsed.scheduler(worker, now).explain(&parsed.served.candidates, &parsed.prompt));
+    let started = match choose_legs(worker, &parsed, now) {
+        Ok(Legs::One(route)) => forward(worker, &parsed, route, now),
+        Ok(Legs::Two(pick)) => Split { parsed, tried: Vec::new(), started: now }.start(worker, pick, body, now),
+        Err(rejection) => Err(rejection),
+    };
+    let step = Step::or_reject(started, worker);
+    step.after(explained.map(|text| Effect::SetState(EXPLAIN, text.into_bytes())))
+}
+
+fn choose_legs(worker: &mut Worker, parsed: &ParsedRequest, now: Monotonic) -> Result<Legs, Rejection> {
+    let candidates = &parsed.served.candidates;
+    let hint = parsed.head.prefiller.as_ref().map(|ids| hinted(worker, ids, candidates));
+    if hint == Some(None) && parsed.head.phase.is_none() {
+        worker.counts.count(Metric::HintsIgnored);
+    }
+    let scheduler = parsed.scheduler(worker, now);
+    let chosen = match parsed.head.phase {
+        Some(Phase::Prefill) => prefill_only(&scheduler, parsed).map(Legs::One),
+        Some(Phase::Decode) => decode_only(&scheduler, parsed).map(Legs::One),
+        None => by_content(&scheduler, parsed, hint.flatten())?,
+    };
+    chosen.ok_or(Rejection::NoEndpoint)
+}
+
+/// A trusted peer marked the request as a prefill leg.
+fn prefill_only(scheduler: &Scheduler<'_>, parsed: &ParsedRequest) -> Option<Route> {
+    let among = &parsed.served.candidates.prefill;
+    let pick = scheduler.pick_by_cost(among, &parsed.prompt, &[])?;
+    let alternates = scheduler.alternates(among, &parsed.prompt, pick.endpoint);
+    Some(one_leg(parsed, (Metric::RequestsPrefillOnly, "phase_header"), pick, alternates))
+}
+
+/// A trusted peer marked the request as a decode leg.
+fn decode_only(scheduler: &Scheduler<'_>, parsed: &ParsedRequest) -> Option<Route> {
+    let candidates = &parsed.served.candidates;
+    let among = if candidates.decode.is_empty() { &candidates.whole } else { &candidates.decode };
+    let (pick, alternates) = scheduler.pick_decode(among, &parsed.prompt, &[])?;
+    Some(one_leg(parsed, (Metric::RequestsDecodeOnly, "phase_header"), pick, alternates))
+}
+
+/// No header says how to serve the request. A `hint` is the prefill endpoint that a trusted peer names.
+fn by_content(
+    scheduler: &Scheduler<'_>,
+    parsed: &ParsedRequest,
+    hint: Option<EndpointIndex>,
+) -> Result<Option<Legs>, Rejection> {
+    let (candidates, prompt) = (&parsed.served.candidates, &parsed.prompt);
+    let hinted = hint.and_then(|endpoint| scheduler.pick_by_cost(&[endpoint], prompt, &[]));
+    let decision = hinted.map_or_else(|| scheduler.decide(candidates, prompt), Decision::Split);
+    if let (Some(deadline), Decision::Split(pick) | Decision::Whole(pick, _)) = (parsed.head.claims.deadline, decision)
+        && let Some(slot) = scheduler.table.get(pick.endpoint)
+        && slot.work(scheduler.now) + pick.seconds > deadline.as_secs_f64()
+    {
+        return Err(Rejection::Shed(Shed::Deadline));
+    }
+    Ok(match decision {
+        Decision::Nobody => None,
+        Decision::Split(pick) => Some(Legs::Two(pick)),
+        Decision::Whole(pick, reason) => {
+            let alternates = scheduler.alternates(&candidates.whole, prompt, pick.endpoint);
+            Some(Legs::One(one_leg(parsed, (Metric::RequestsDecodeOnly, reason.code()), pick, alternates)))
+        }
+    })
+}
+
+/// A request that one endpoint serves alone.
+fn one_leg(
+    parsed: &ParsedRequest,
+    (decision, reason): (Metric, &'static str),
+    pick: Pick,
+    alternates: Vec<EndpointIndex>,
+) -> Route {
+    Route { decision, reason, pick, alternates, prefill: Prefill::Own, edit: parsed.plain_edit() }
+}
+
+/// The prefill endpoint that a trusted peer names, if it is one of the candidates. A name without a rank is any rank's.
+fn hinted(worker: &Worker, ids: &[EndpointId], candidates: &Candidates) -> Option<EndpointIndex> {
+    let is_meant = |id: &EndpointId, index: EndpointIndex| {
+        let found = worker.state.table.get(index).map(|slot| slot.endpoint.id());
+        found.is_some_and(|found| found.address == id.address && (id.rank.is_none() || id.rank == found.rank))
+    };
+    ids.iter().find_map(|id| candidates.prefill.iter().copied().find(|index| is_meant(id, *index)))
+}

@@ -1,0 +1,146 @@
+//! A request that two legs serve: the prefill leg starts, in the order of legs that its engine has.
+
+use core::time::Duration;
+
+use super::effect::{Call, Effect, Flow};
+use super::forwarded::ConcurrentPrefill;
+use super::leg::{question_headers, start_leg, with_pair};
+use super::parsed::{ParsedRequest, ScannedBody};
+use super::prefilling::Prefilling;
+use super::route::{Prefill, Route, forward, remember_prompt};
+use super::step::{State, Step};
+use crate::choose::scheduler::Pick;
+use crate::endpoints::candidates::Partner;
+use crate::endpoints::table::EndpointRef;
+use crate::engine::{EngineIdQuery, LegOrder};
+use crate::metrics::Metric;
+use crate::prefix::index::EndpointIndex;
+use crate::request::reply::Rejection;
+use crate::time::Monotonic;
+use crate::workers::worker::Worker;
+
+/// How long a bootstrap server may take to tell an engine's id, which it has in memory.
+const QUESTION_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A request that two legs serve.
+#[derive(Debug)]
+pub(super) struct Split {
+    pub(super) parsed: ParsedRequest,
+    /// Prefill endpoints that failed.
+    pub(super) tried: Vec<EndpointRef>,
+    /// When the first endpoint was chosen.
+    pub(super) started: Monotonic,
+}
+
+/// The prefill endpoint that was chosen.
+#[derive(Clone, Debug)]
+pub(super) struct Prefiller {
+    pub(super) pick: Pick,
+    pub(super) endpoint: EndpointRef,
+    /// Which decode endpoints can take over from it.
+    pub(super) partner: Partner,
+}
+
+impl Split {
+    /// Starts the prefill leg at a chosen endpoint.
+    pub(super) fn start(
+        self,
+        worker: &mut Worker,
+        pick: Pick,
+        body: &ScannedBody<'_>,
+        now: Monotonic,
+    ) -> Result<Step, Rejection> {
+        let (Some(endpoint), Some(slot)) =
+            (worker.state.table.refer(pick.endpoint), worker.state.table.get(pick.endpoint))
+        else {
+            return Err(Rejection::NoEndpoint);
+        };
+        let prefiller = Prefiller { pick, endpoint, partner: Partner::of(slot) };
+        let protocol = slot.engine.protocol();
+        if let (Some(batch), Some(most)) = (self.parsed.batch, protocol.max_sequences)
+            && batch > most
+        {
+            return Err(Rejection::TooManySequences(most));
+        }
+        if let Some(query) = protocol.engine_id.as_ref().filter(|_| slot.engine_id.is_none()) {
+            let server = slot.bootstrap.to_string();
+            return Ok(self.ask_engine_id(prefiller, query, &server));
+        }
+        if self.tried.is_empty() {
+            worker.retries.earn();
+        }
+        match protocol.legs {
+            LegOrder::Sequential => {
+                let (call, leg) = start_leg(worker, &self, pick, None, body, now);
+                Ok(self.await_call(prefiller, Some(leg), call))
+            }
+            LegOrder::Concurrent => self.start_both(worker, &prefiller, body, now),
+            LegOrder::DecodeOnly => self.leave_to_sidecar(worker, &prefiller, now),
+        }
+    }
+
+    /// The decode leg will name the engine, so its id is asked for first.
+    fn ask_engine_id(self, prefiller: Prefiller, query: &EngineIdQuery, server: &str) -> Step {
+        let config = &self.parsed.head.config;
+        let call = Call {
+            cluster: config.bootstrap_cluster.clone(),
+            headers: question_headers(config, query.path, server),
+            body: Vec::new(),
+            timeout: QUESTION_TIMEOUT,
+        };
+        self.await_call(prefiller, None, call)
+    }
+
+    fn await_call(self, prefiller: Prefiller, leg: Option<u64>, call: Call) -> Step {
+        let state = Prefilling { split: self, prefiller, leg };
+        Step::new(State::Prefilling(Box::new(state)), Flow::Pause, vec![Effect::Call(call)])
+    }
+
+    /// Both legs go at once.
+    fn start_both(
+        self,
+        worker: &mut Worker,
+        prefiller: &Prefiller,
+        body: &ScannedBody<'_>,
+        now: Monotonic,
+    ) -> Result<Step, Rejection> {
+        let parsed = &self.parsed;
+        let (pick, alternates) = self.pick_decode(worker, &prefiller.partner, now)?;
+        let id = worker.pair_id(parsed.head.request_id(), now);
+        let decode_members = prefiller.partner.engine.protocol().decode_members;
+        let members = with_pair(worker, parsed, prefiller.pick, id, decode_members);
+        let limit = parsed.head.config.max_body_bytes;
+        if parsed.plan.edited_bytes(&members, parsed.body_bytes) > limit {
+            return Err(Rejection::TooLarge(limit));
+        }
+        let (call, leg) = start_leg(worker, &self, prefiller.pick, Some(id), body, now);
+        let concurrent = ConcurrentPrefill { endpoint: prefiller.endpoint, leg, started: self.started };
+        let prefill = Prefill::Concurrent(prefiller.pick, concurrent);
+        let edit = parsed.plan.with_insert(&members);
+        let route = Route { decision: Metric::RequestsSplit, reason: "concurrent", pick, alternates, prefill, edit };
+        let step = Step::or_reject(forward(worker, parsed, route, now), worker);
+        Ok(step.after([Effect::Call(call)]))
+    }
+
+    /// The decode endpoint's sidecar runs the prefill leg.
+    fn leave_to_sidecar(self, worker: &mut Worker, prefiller: &Prefiller, now: Monotonic) -> Result<Step, Rejection> {
+        let (pick, alternates) = self.pick_decode(worker, &prefiller.partner, now)?;
+        let prefill = Prefill::Sidecar(prefiller.pick, prefiller.endpoint);
+        let (decision, edit) = (Metric::RequestsSplit, self.parsed.plain_edit());
+        let route = Route { decision, reason: "sidecar", pick, alternates, prefill, edit };
+        remember_prompt(worker, prefiller.pick.endpoint, &self.parsed.prompt);
+        forward(worker, &self.parsed, route, now)
+    }
+
+    /// A decode endpoint that can take over from the prefill endpoint, and its alternates.
+    pub(super) fn pick_decode(
+        &self,
+        worker: &Worker,
+        partner: &Partner,
+        now: Monotonic,
+    ) -> Result<(Pick, Vec<EndpointIndex>), Rejection> {
+        let partners = self.parsed.served.candidates.partners(partner);
+        let picked = self.parsed.scheduler(worker, now).pick_decode(partners, &self.parsed.prompt, &[]);
+        picked.ok_or(Rejection::NoEndpoint)
+    }
+}

@@ -1,0 +1,179 @@
+//! Which requests are split, and where the legs go.
+
+use super::*;
+
+#[test]
+fn a_long_prompt_runs_both_legs() {
+    let mut t = fixture();
+    let outcome = t.headers(&[("x-keep", "1"), ("x-pd-destination", "evil:1")]);
+    assert_eq!(outcome.flow, Flow::Continue);
+    let removed = |name: &str| outcome.effects.contains(&Effect::RemoveHeader(name.into()));
+    assert!(removed("content-length") && removed("x-pd-destination"));
+    assert_eq!(t.request.body_part(&mut t.worker, 100).flow, Flow::Pause);
+
+    let outcome = t.body(&long_body());
+    assert_eq!(outcome.flow, Flow::Pause);
+    let leg = call(&outcome);
+    assert_eq!(leg.cluster, "engines");
+    assert_eq!(leg.headers.get("x-keep"), Some(&b"1"[..]));
+    let body = String::from_utf8(leg.body.clone()).unwrap();
+    assert!(body.contains(r#""do_remote_decode":true"#) && body.contains(r#""max_tokens":1,"stream":false"#));
+    assert!(!body.contains(r#""stream":true"#));
+    let chosen = leg_destination(&outcome).split(',').next().unwrap().to_owned();
+    assert!(chosen.starts_with("10.0.0.1:"));
+
+    t.now += Duration::from_millis(40);
+    let outcome = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+    assert_eq!(outcome.flow, Flow::Continue);
+    assert_eq!(edited(&outcome, &long_body()), format!(r#"{{"kv_transfer_params":{PARAMS},{}"#, &long_body()[1..]));
+    assert!(state(&outcome, DESTINATION).starts_with("10.0.0.2:"));
+    assert_eq!(state(&outcome, DESTINATION).split(',').count(), TRIES, "both, and the first once more");
+    assert_eq!((state(&outcome, DECISION), state(&outcome, REASON)), ("split", "prefilled"));
+    assert_eq!((state(&outcome, PREFILL), state(&outcome, PREFILL_MS)), (chosen.as_str(), "40"));
+    assert!(!t.is_idle());
+    assert!(t.request.awaits_first_byte());
+    t.request.first_byte(&mut t.worker, t.now);
+    t.done();
+    assert!(t.is_idle());
+}
+
+#[test]
+fn a_short_prompt_is_served_whole_and_untouched() {
+    let mut t = fixture();
+    t.headers(&[]);
+    let body = r#" {"model":"m","messages":[]} "#;
+    let outcome = t.body(body);
+    assert_eq!(
+        (outcome.flow, state(&outcome, DECISION), state(&outcome, REASON)),
+        (Flow::Continue, "decode_only", "short")
+    );
+    assert_eq!(edited(&outcome, body), body);
+    t.done();
+    assert!(t.is_idle());
+}
+
+#[test]
+fn the_second_turn_stays_where_the_first_one_was() {
+    let mut t = fixture();
+    t.headers(&[]);
+    t.body(&long_body());
+    let first = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+    t.done();
+    t.request = Request::default();
+    t.headers(&[]);
+    let second = t.body(&long_body().replace("\"}]", "\"},{\"role\":\"user\",\"content\":\"and then?\"}]"));
+    assert_eq!((state(&second, DECISION), state(&second, REASON)), ("decode_only", "cached"));
+    assert_eq!(state(&second, DECODE), state(&first, DECODE));
+    assert_ne!(state(&second, MATCHED_TOKENS), "0");
+}
+
+#[test]
+fn rooms_differ_and_a_short_prompt_is_split_where_decode_cannot_serve_alone() {
+    let mut rooms = std::collections::BTreeSet::new();
+    for _ in 0..100 {
+        let mut t = of_engine("sglang");
+        for _ in 0..2 {
+            t.request = Request::default();
+            t.now += Duration::from_nanos(1);
+            t.headers(&[("x-request-id", "the same")]);
+            let body = r#"{"model":"m","messages":[],"n":2}"#;
+            let outcome = t.body(body);
+            assert_eq!(state(&outcome, DECISION), "split");
+            let decode = edited(&outcome, body);
+            assert_eq!(crate::body::json::elements(member(&decode, "bootstrap_room").as_bytes()).count(), 2);
+            rooms.insert(member(&decode, "bootstrap_room").to_owned());
+        }
+    }
+    assert_eq!(rooms.len(), 2, "the same request at the same time has the same room, another one has another");
+}
+
+#[test]
+fn each_leg_says_the_rank_behind_its_address() {
+    let mut t = configured(
+        r#"{"endpoints":[
+        {"address":"10.0.0.1:1","role":"prefill","rank":4},
+        {"address":"10.0.0.2:1","role":"decode","rank":0},{"address":"10.0.0.2:1","role":"decode","rank":1},
+        {"address":"10.0.0.2:2","role":"decode","rank":0},{"address":"10.0.0.2:2","role":"decode","rank":1}]}"#,
+    );
+    t.headers(&[("x-data-parallel-rank", "9")]);
+    let outcome = t.body(&long_body());
+    assert_eq!(call(&outcome).headers.get("x-data-parallel-rank"), Some(&b"4"[..]));
+    let outcome = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+    assert!(["0", "1"].contains(&state(&outcome, RANK)));
+    let addresses: std::collections::BTreeSet<_> = state(&outcome, DESTINATION).split(',').collect();
+    assert_eq!(addresses.len(), 2, "the alternate is another address with that rank");
+    t.done();
+    assert!(t.is_idle());
+}
+
+#[test]
+fn several_sequences_are_not_split_where_one_is_handed_over() {
+    for (engine, decision) in [
+        ("vllm-nixl", ("decode_only", "several_sequences")),
+        ("trtllm", ("decode_only", "several_sequences")),
+        ("vllm-shared", ("split", "prefilled")),
+    ] {
+        let mut t = of_engine(engine);
+        t.headers(&[]);
+        let mut outcome = t.body(&long_body().replacen('{', r#"{"n":2,"#, 1));
+        if decision.0 == "split" {
+            outcome = t.answer(200, "{}");
+        }
+        assert_eq!((state(&outcome, DECISION), state(&outcome, REASON)), decision, "{engine}");
+    }
+}
+
+#[test]
+fn a_decode_endpoint_of_another_engine_is_no_partner() {
+    let config = CONFIG.replace(r#""10.0.0.2:2", "role""#, r#""10.0.0.2:2", "engine": "sglang", "role""#);
+    for id in 0..20 {
+        let mut t = configured(&config);
+        t.headers(&[]);
+        t.body(&long_body().replace("word", &format!("word{id}")));
+        let outcome = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+        assert_eq!(state(&outcome, DECODE), "10.0.0.2:1");
+    }
+}
+
+#[test]
+fn aggregated_endpoints_serve_whole_requests_beside_the_others() {
+    let aggregated = r#"{"address": "10.0.0.3:1", "role": "both", "models": ["m"]}"#;
+    let mut t = configured(&CONFIG.replacen("\"endpoints\": [", &format!("\"endpoints\": [{aggregated},"), 1));
+    let mut decisions = std::collections::BTreeSet::new();
+    for id in 0..30 {
+        t.request = Request::default();
+        t.headers(&[]);
+        let body = long_body().replace("word", &format!("w{id}"));
+        let mut outcome = t.body(&body);
+        if t.request.is_prefilling() {
+            outcome = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+            assert!(!state(&outcome, DESTINATION).contains("10.0.0.3"), "it takes no decode legs");
+        } else {
+            assert_eq!((state(&outcome, DECODE), edited(&outcome, &body)), ("10.0.0.3:1", body));
+        }
+        decisions.insert(state(&outcome, REASON).to_owned());
+    }
+    assert_eq!(decisions.into_iter().collect::<Vec<_>>(), ["aggregated", "prefilled"]);
+}
+
+#[test]
+fn prompts_go_to_pods_whose_bounds_have_room() {
+    let config = CONFIG
+        .replace(r#""10.0.0.1:1", "role""#, r#""10.0.0.1:1", "max_prompt_tokens": 500, "role""#)
+        .replace(r#""10.0.0.1:2", "role""#, r#""10.0.0.1:2", "min_prompt_tokens": 501, "role""#)
+        .replace(r#""10.0.0.2:1", "role""#, r#""10.0.0.2:1", "max_prompt_tokens": 500, "role""#);
+    for _ in 0..8 {
+        let mut fixture = configured(&config);
+        fixture.headers(&[]);
+        let outcome = fixture.body(&long_body());
+        assert_eq!(leg_destination(&outcome), "10.0.0.1:2");
+        let outcome = fixture.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+        assert!(state(&outcome, DESTINATION).split(',').all(|name| name == "10.0.0.2:2"), "{outcome:?}");
+    }
+    // Where nobody has room, everybody is asked.
+    let mut fixture = configured(
+        &config.replace(r#""10.0.0.1:2", "min_prompt_tokens": 501"#, r#""10.0.0.1:2", "min_prompt_tokens": 99999"#),
+    );
+    fixture.headers(&[]);
+    assert!(leg_destination(&fixture.body(&long_body())).contains("10.0.0.1:1"));
+}

@@ -1,0 +1,96 @@
+//! Headers of peers that are trusted, or not.
+
+use super::*;
+
+#[test]
+fn only_a_caller_who_is_trusted_to_learns_why() {
+    let explained = |config: &str| {
+        let mut fixture = configured(config);
+        let stripped = fixture.headers(&[("x-pd-explain", "1")]);
+        assert!(stripped.effects.contains(&Effect::RemoveHeader(b"x-pd-explain".to_vec())));
+        let outcome = fixture.body(&long_body());
+        assert!(outcome.effects.iter().any(|effect| matches!(effect, Effect::Call(_))));
+        outcome.effects.iter().any(|effect| matches!(effect, Effect::SetState(EXPLAIN, _)))
+    };
+    assert!(!explained(CONFIG));
+    assert!(explained(&CONFIG.replace("\"x-pd-phase\"", "\"x-pd-phase\", \"x-pd-explain\"")));
+}
+
+#[test]
+fn a_phase_header_sends_one_leg_to_its_pool() {
+    for (phase, network, decision) in [("prefill", "10.0.0.1:", "prefill_only"), ("decode", "10.0.0.2:", "decode_only")]
+    {
+        let mut t = fixture();
+        let outcome = t.headers(&[(PHASE_HEADER, phase)]);
+        assert!(outcome.effects.contains(&Effect::RemoveHeader(PHASE_HEADER.into())));
+        let outcome = t.body(&long_body());
+        assert!(state(&outcome, DESTINATION).split(',').all(|address| address.starts_with(network)));
+        assert_eq!((state(&outcome, DECISION), state(&outcome, REASON)), (decision, "phase_header"));
+        assert_eq!(edited(&outcome, &long_body()), long_body());
+        t.done();
+        assert!(t.is_idle());
+    }
+    let mut t = fixture();
+    assert_eq!(reply(&t.headers(&[(PHASE_HEADER, "both")])), (400, "invalid_phase"));
+}
+
+#[test]
+fn a_trusted_prefiller_is_used_if_it_is_in_the_list() {
+    for address in ["10.0.0.1:1", "10.0.0.1:2"] {
+        let mut t = fixture();
+        t.headers(&[(PREFILLER_HEADER, address)]);
+        assert!(leg_destination(&t.body(&long_body())).starts_with(address));
+    }
+    for address in ["10.9.9.9:1", "10.0.0.2:1", "nonsense"] {
+        let mut t = fixture();
+        t.headers(&[(PREFILLER_HEADER, address)]);
+        assert!(leg_destination(&t.body(&long_body())).starts_with("10.0.0.1:"), "{address}");
+        assert_eq!(t.worker.counts.pending(Metric::HintsIgnored), 1);
+    }
+    let untrusting = CONFIG.replace(r#", "x-prefiller-host-port""#, "");
+    let mut t = configured(&untrusting);
+    t.headers(&[]);
+    let by_itself = leg_destination(&t.body(&long_body())).split(',').next().unwrap().to_owned();
+    for address in ["10.0.0.1:1", "10.0.0.1:2"] {
+        let mut t = configured(&untrusting);
+        let outcome = t.headers(&[(PREFILLER_HEADER, address)]);
+        assert!(outcome.effects.contains(&Effect::RemoveHeader(PREFILLER_HEADER.into())));
+        assert!(leg_destination(&t.body(&long_body())).starts_with(&by_itself));
+    }
+}
+
+#[test]
+fn a_trusted_subset_restricts_both_legs_and_the_answer_says_who_served() {
+    for header in ["x-gateway-destination-endpoint-subset", "test-epp-endpoint-selection"] {
+        let config = CONFIG.replace(r#""x-pd-phase","#, &format!(r#""x-pd-phase", "{header}","#));
+        let mut t = configured(&config);
+        for i in 0..10 {
+            t.request = Request::default();
+            t.headers(&[(header, "10.0.0.1:2, 10.0.0.2:1,nonsense")]);
+            let outcome = t.body(&long_body().replace("word", &format!("w{i}")));
+            assert_eq!(leg_destination(&outcome), "10.0.0.1:2");
+            let outcome = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+            assert!(state(&outcome, DESTINATION).split(',').all(|address| address == "10.0.0.2:1"));
+            let outcome = t.request.response_headers(&mut t.worker, Some(b"10.0.0.2:1"), None, t.now);
+            assert_eq!(outcome.effects, [Effect::AddResponseHeader(SERVED_HEADER, "10.0.0.2:1".into())]);
+            t.done();
+        }
+        t.request = Request::default();
+        t.headers(&[(header, "10.9.9.9")]);
+        assert_eq!(reply(&t.body(&long_body())), (503, "no_endpoint"));
+        // A path without a prompt, by address alone.
+        t.request = Request::default();
+        let headers = Headers::from_pairs([(":method", "GET"), (":path", "/version"), (header, "10.0.0.2")]);
+        let outcome = t.request.headers(&mut t.worker, headers, true, t.now);
+        assert!(state(&outcome, DESTINATION).split(',').all(|address| address.starts_with("10.0.0.2:")));
+        assert!(t.request.is_forwarded());
+        let outcome = t.request.response_headers(&mut t.worker, Some(b"10.0.0.2:1"), None, t.now);
+        assert_eq!(outcome.effects, [Effect::AddResponseHeader(SERVED_HEADER, "10.0.0.2:1".into())]);
+        t.done();
+        assert!(t.is_idle());
+        // Untrusted, it is stripped and means nothing.
+        let mut t = fixture();
+        t.headers(&[(header, "10.9.9.9")]);
+        assert_eq!(t.body(&long_body()).flow, Flow::Pause);
+    }
+}

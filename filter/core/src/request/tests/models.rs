@@ -1,0 +1,128 @@
+//! Lists of models, aliases and their weights.
+
+use super::*;
+
+#[test]
+fn the_models_of_all_endpoints_are_listed_and_a_header_may_name_one() {
+    let mut t = configured(&CONFIG.replacen(r#"["m"]"#, r#"["m", "m-lora"]"#, 1));
+    let headers = Headers::from_pairs([(":method", "GET"), (":path", "/v1/models?x")]);
+    let outcome = t.request.headers(&mut t.worker, headers, true, t.now);
+    assert_eq!(reply(&outcome), (200, "models"));
+    let Some(Effect::Reply(answer)) = outcome.effects.last() else { panic!() };
+    let list: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
+    let names: Vec<_> = list["data"].as_array().unwrap().iter().map(|card| card["id"].clone()).collect();
+    assert_eq!(names, ["m", "m-lora"]);
+    for (name, body, expected) in [
+        ("m", r#"{"messages":[]}"#, None),
+        ("x", r#"{"messages":[]}"#, Some((404, "unknown_model"))),
+        ("x", r#"{"model":"m","messages":[]}"#, None),
+        ("m", r#"{"model":7,"messages":[]}"#, Some((400, "missing_model"))),
+    ] {
+        for header in ["x-ai-eg-model", "x-gateway-model-name"] {
+            t.request = Request::default();
+            t.headers(&[(header, name)]);
+            let outcome = t.body(body);
+            match expected {
+                Some(expected) => assert_eq!(reply(&outcome), expected),
+                None => assert_eq!(outcome.flow, Flow::Continue),
+            }
+            t.done();
+        }
+    }
+}
+
+const ALIASES: &str = r#"{"models":{
+    "gpt":{"targets":[{"model":"m"}],"answer":"asked"},
+    "canary":{"targets":[{"model":"m","weight":3},{"model":"m-lora","weight":1}]},
+    "nobody":{"targets":[{"model":"x"}]}
+},"#;
+
+fn aliased() -> Fixture {
+    configured(&CONFIG.replacen('{', ALIASES, 1).replace(r#"["m"]"#, r#"["m", "m-lora"]"#))
+}
+
+#[test]
+fn an_alias_is_rewritten_in_both_legs_and_put_back_in_the_answer() {
+    let mut t = aliased();
+    t.headers(&[]);
+    let body = long_body().replace(r#""model":"m""#, r#""model" : "gp\u0074""#);
+    let outcome = t.body(&body);
+    assert!(text(&call(&outcome).body).contains(r#""model" : "m","messages""#));
+    let outcome = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+    let served = long_body().replace(r#""model":"m""#, r#""model" : "m""#);
+    assert_eq!(edited(&outcome, &body), served.replacen('{', &format!(r#"{{"kv_transfer_params":{PARAMS},"#), 1));
+    let upstream = state(&outcome, DECODE).to_owned();
+    let outcome = t.request.response_headers(&mut t.worker, Some(upstream.as_bytes()), None, t.now);
+    assert_eq!(outcome.effects, [Effect::RemoveResponseHeader("content-length")]);
+    assert!(t.request.wants_response_body());
+    let outcome = t.request.response_part(&mut t.worker, br#"data: {"model":"m"}"#, false);
+    assert_eq!(
+        outcome.effects,
+        [Effect::EditResponse(HeadEdit { drain: 19, head: br#"data: {"model":"gpt"}"#.to_vec() })]
+    );
+    assert_eq!(t.request.response_part(&mut t.worker, b"", true).effects, []);
+    assert!(!t.request.wants_response_body());
+    t.done();
+    assert!(t.is_idle());
+}
+
+#[test]
+fn an_alias_named_by_a_header_is_put_into_a_body_without_a_model() {
+    let mut t = aliased();
+    t.headers(&[("x-gateway-model-name", "gpt")]);
+    let body = long_body().replace(r#""model":"m","#, "");
+    let prefill = t.body(&body);
+    assert!(text(&call(&prefill).body).contains(r#""model":"m","#));
+    let outcome = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+    assert_eq!(edited(&outcome, &body), format!(r#"{{"kv_transfer_params":{PARAMS},{}"#, &long_body()[1..]));
+    t.request = Request::default();
+    t.headers(&[("x-gateway-model-name", "gpt")]);
+    assert_eq!(edited(&t.body(r#"{"messages":[]}"#), r#"{"messages":[]}"#), r#"{"model":"m","messages":[]}"#);
+}
+
+#[test]
+fn weights_spread_requests_and_keep_a_session_together() {
+    let mut t = aliased();
+    let mut served = |session: &str, id: u32| {
+        t.request = Request::default();
+        let id = id.to_string();
+        let named = [("x-request-id", id.as_str()), ("x-session-id", session)];
+        t.headers(if session.is_empty() { &named[..1] } else { &named });
+        let body = r#"{"model":"canary","messages":[]}"#;
+        let outcome = t.body(body);
+        assert!(!t.request.wants_response_body(), "the answer stays as it is");
+        t.done();
+        edited(&outcome, body)
+    };
+    let adapters = (0..400).filter(|id| served("", *id).contains("m-lora")).count();
+    assert!((60..140).contains(&adapters), "{adapters} of 400, 100 expected");
+    for session in ["a", "b", "c"] {
+        let first = served(session, 0);
+        assert!((1..20).all(|id| served(session, id) == first));
+    }
+}
+
+#[test]
+fn aliases_are_listed_where_somebody_serves_them() {
+    let mut t = aliased();
+    t.headers(&[]);
+    let outcome = t.body(r#"{"model":"nobody","messages":[]}"#);
+    assert_eq!(reply(&outcome), (404, "unknown_model"));
+    let Some(Effect::Reply(answer)) = outcome.effects.last() else { panic!() };
+    let message = text(&answer.body);
+    assert!(message.contains("`nobody`") && message.contains("canary, gpt, m, m-lora"), "{message}");
+}
+
+#[test]
+fn a_rewrite_never_makes_a_body_larger_than_the_limit() {
+    let long = "x".repeat(200);
+    let top = format!(r#"{{"max_body_bytes":1024,"models":{{"a":{{"targets":[{{"model":"{long}"}}]}}}},"#);
+    let mut t = configured(&CONFIG.replacen('{', &top, 1).replace(r#"["m"]"#, &format!(r#"["{long}"]"#)));
+    for (bytes, is_refused) in [(600, false), (900, true)] {
+        t.request = Request::default();
+        t.headers(&[]);
+        let outcome = t.body(&format!(r#"{{"model":"a","messages":[],"user":"{}"}}"#, "u".repeat(bytes)));
+        assert_eq!(outcome.flow == Flow::Pause, is_refused);
+        t.done();
+    }
+}
