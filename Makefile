@@ -16,6 +16,17 @@ ENVOY_VERSION := $(shell cat envoy/version)
 GATEWAY_ENVOY_VERSION := 1.39.0
 # pd-control's image: a program without any other file.
 MUSL := $(shell uname -m)-unknown-linux-musl
+# Names of folders do not get into what is built: two builds of one commit are equal bit for bit.
+REMAP = --remap-path-prefix=$(CURDIR)=/envoy-pd --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo
+FILTER_FLAGS = --config 'target.wasm32-wasip1.rustflags=[$(subst $(space),$(comma),$(REMAP:%="%"))]'
+comma := ,
+space := $(subst ,, )
+# C sources for the other architecture: Debian's compiler for it; Rust's own linker needs nothing else.
+ifneq ($(MUSL),$(shell uname -m)-unknown-linux-musl)
+CROSS = CARGO_TARGET_$(subst -,_,$(shell echo $(MUSL) | tr a-z A-Z))_LINKER=rust-lld CC_$(subst -,_,$(MUSL))=$(firstword $(subst -, ,$(MUSL)))-linux-gnu-gcc
+else
+CROSS = CC_$(subst -,_,$(MUSL))=$${CC:-cc}
+endif
 LOCKED := $(if $(CI),--locked)
 FUZZ_TARGETS := $(patsubst filter/core/fuzz/targets/%.rs,%,$(wildcard filter/core/fuzz/targets/*.rs))
 say = @printf '\n== %s\n' "$(1)"
@@ -54,6 +65,12 @@ sim-agree: build envoy ## Compare Envoy's choices with the simulation's, request
 #> ARGS=…                                   more of its options
 	cargo run $(LOCKED) --quiet -p pd-trace --bin pd-agree -- $(if $(TRACE),--trace '$(TRACE)') $(ARGS)
 
+bench-serve: toolchain ## Measure a gateway that runs: output tokens/s, TTFT, TPOT, ITL at 32, 64, 128 streams
+#> URL=http://host:port                     the gateway, or a server
+#> ARGS=…                                   more options, such as --model, --concurrency, --input-tokens
+	@[ -n '$(URL)' ] || { echo 'make: name the gateway: make bench-serve URL=http://127.0.0.1:8080' >&2; exit 1; }
+	@cargo run $(LOCKED) --quiet --release -p pd-bench --bin pd-bench-serve -- --url '$(URL)' $(ARGS)
+
 explain: toolchain ## Say why a request would go where it would: the code of the filter, without an Envoy
 #> BODY=file…                               one after another: later ones find what earlier ones left
 #> CONFIG=file                              plugin configuration with endpoints, as JSON
@@ -68,7 +85,7 @@ build: wasm ## Build the filter's module and the native programs
 
 wasm: toolchain ## Build the filter's module: target/wasm32-wasip1/filter/pd_filter.wasm
 	$(call say,building the filter ($(PD_BUILD)))
-	cargo build $(LOCKED) -p pd-filter --target wasm32-wasip1 --profile filter
+	cargo build $(LOCKED) -p pd-filter --target wasm32-wasip1 --profile filter $(FILTER_FLAGS)
 
 image: wasm ## Write the filter's OCI image for Envoy Gateway: target/image
 	$(call say,image)
@@ -81,11 +98,11 @@ push: image ## Push the filter's image, pull it back and compare; credentials ar
 	cargo run $(LOCKED) --quiet -p pd-image -- push '$(IMAGE)' --layout target/image $(if $(PIN),--pin '$(PIN)')
 
 image-control: toolchain ## Write pd-control's OCI image, one static program for this machine's architecture: target/image-control
+#> MUSL=aarch64-unknown-linux-musl         another one (needs gcc-aarch64-linux-gnu)
 	$(call say,image of pd-control ($(MUSL)))
 	@rustup target list --installed | grep -qx $(MUSL) || rustup --quiet target add $(MUSL)
-	@# C sources need no more than this machine's compiler; names of folders do not get into the program.
-	CC_$(subst -,_,$(MUSL))=$${CC:-cc} CARGO_PROFILE_RELEASE_STRIP=symbols \
-	    RUSTFLAGS='--remap-path-prefix=$(CURDIR)=/envoy-pd --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo' \
+	@# C sources need no more than this machine's compiler, or Debian's for the other architecture.
+	$(CROSS) CARGO_PROFILE_RELEASE_STRIP=symbols RUSTFLAGS='$(REMAP)' \
 	    cargo build $(LOCKED) --release --target $(MUSL) -p pd-control
 	cargo run $(LOCKED) --quiet -p pd-image --no-default-features -- make --program target/$(MUSL)/release/pd-control --layout target/image-control
 
@@ -95,23 +112,44 @@ push-control: image-control ## Push pd-control's image likewise
 	@[ -n '$(IMAGE)' ] || { echo 'make: say where to: make push-control IMAGE=registry.example/pd-control:0.1.0' >&2; exit 1; }
 	cargo run $(LOCKED) --quiet -p pd-image --no-default-features -- push '$(IMAGE)' --layout target/image-control $(if $(PIN),--pin '$(PIN)')
 
+image-bench: toolchain ## Write the image of pd-bench-serve for the Job in gateway-manifests/bench: target/image-bench
+	$(call say,image of pd-bench-serve ($(MUSL)))
+	@rustup target list --installed | grep -qx $(MUSL) || rustup --quiet target add $(MUSL)
+	$(CROSS) CARGO_PROFILE_RELEASE_STRIP=symbols RUSTFLAGS='$(REMAP)' \
+	    cargo build $(LOCKED) --release --target $(MUSL) -p pd-bench --bin pd-bench-serve
+	cargo run $(LOCKED) --quiet -p pd-image --no-default-features -- make --program target/$(MUSL)/release/pd-bench-serve --layout target/image-bench
+
+release: toolchain ## Build a release and sign it: images, chart, SBOM, provenance, checksums
+#> OUT=target/release-out                   where to
+#> REGISTRY=registry.example                where the images will be
+#> KEY=private.pem                          Ed25519 key to sign with
+	@REGISTRY='$(or $(REGISTRY),registry.example)' KEY='$(KEY)' tools/release/build.sh '$(or $(OUT),target/release-out)'
+
+release-verify: ## Check a release: signature, checksums, provenance, digests in the chart
+#> OUT=target/release-out PUB=public.pem    where it is; key that it is signed with
+	@PUB='$(PUB)' tools/release/verify.sh '$(or $(OUT),target/release-out)'
+
 toolchain: ## Install the pinned Rust toolchain, where it is missing
 	@.ci/toolchain
 
 envoy: ## Install Envoy into .cache, where it is missing
 	@envoy/fetch.sh $(ENVOY_VERSION) >/dev/null
 
+programs: ## Build helm, kustomize and grpcurl into .cache for tests, where there is Go
+	@tests/programs.sh >/dev/null || echo 'make: NOT TESTED without Go: the chart against kustomize, the external scaler with grpcurl' >&2
+
 vllm: ## Install a vLLM for CPUs and a tiny model into .cache, where they are missing
 	@tests/vllm/install.sh >/dev/null
 
 ##@ Check
 
-test: lint wasm envoy ## Everything: lints, unit, property and end-to-end tests on both Envoys, fuzzing
+test: lint wasm envoy programs ## Everything: lints, unit, property and end-to-end tests on both Envoys, fuzzing
 #> FUZZ_SECONDS=10                          for each target
 	@envoy/fetch.sh $(GATEWAY_ENVOY_VERSION) >/dev/null
 	@# Always of all packages, programs included: of one alone other features of what they share would be built once more.
 	$(call say,tests of all crates with Envoy $(ENVOY_VERSION))
-	PD_ENVOY_VERSION=$(ENVOY_VERSION) cargo test $(LOCKED) --workspace --exclude pd-filter
+	PD_PROGRAMS=$$(tests/programs.sh 2>/dev/null || true) PD_ENVOY_VERSION=$(ENVOY_VERSION) \
+	    cargo test $(LOCKED) --workspace --exclude pd-filter
 	$(call say,end-to-end tests with Envoy $(GATEWAY_ENVOY_VERSION))
 	PD_ENVOY_VERSION=$(GATEWAY_ENVOY_VERSION) cargo test $(LOCKED) --workspace --exclude pd-filter --test envoy
 	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),10) $(MAKE) fuzz-all
@@ -166,7 +204,7 @@ bench: build envoy ## Measure: stages of pd-core, module size, Envoy with and wi
 	$(call say,a request in the module)
 	cargo run $(LOCKED) --quiet -p pd-host --example cost
 	$(call say,Envoy with and without the filter)
-	cargo build $(LOCKED) --quiet -p pd-least --target wasm32-wasip1 --profile filter
+	cargo build $(LOCKED) --quiet -p pd-least --target wasm32-wasip1 --profile filter $(FILTER_FLAGS)
 	cargo run $(LOCKED) --quiet -p pd-bench --bin pd-bench -- --least target/wasm32-wasip1/filter/pd_least.wasm $(ARGS)
 	$(call say,a change of the list and pd-control)
 	cargo run $(LOCKED) --quiet -p pd-bench --bin pd-bench-push
@@ -199,4 +237,4 @@ fuzz-all:
 	    done; \
 	fi
 
-.PHONY: help docs run replay sim sim-agree explain build wasm image push image-control push-control toolchain envoy vllm test test-vllm test-cluster lint fmt soak fuzz bench schemas deps clean deps-check fuzz-all
+.PHONY: help docs run replay sim sim-agree bench-serve explain build wasm image push image-control push-control image-bench release release-verify programs toolchain envoy vllm test test-vllm test-cluster lint fmt soak fuzz bench schemas deps clean deps-check fuzz-all

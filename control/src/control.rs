@@ -11,12 +11,12 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::access::tls::{Tls, TlsFiles};
+use crate::access::tls::{Protocol, Tls, TlsFiles};
 use crate::access::token::Token;
 use crate::api::app::{App, LogLevel};
 use crate::api::http;
 use crate::api::metrics::Metrics;
-use crate::api::server::{self, MAX_CONNECTIONS};
+use crate::api::server::{self, MAX_CONNECTIONS, MAX_SCALER_CONNECTIONS, Serving};
 use crate::counters::Counters;
 use crate::engines::answers::Scrapes;
 use crate::engines::scrape::Scraper;
@@ -27,6 +27,8 @@ use crate::publish::eds::EdsFile;
 use crate::publish::publisher::{ListHealth, Publisher};
 use crate::publish::registry::Registry;
 use crate::publish::updates::Updates;
+use crate::scaling::history::{DemandSource, History};
+use crate::scaling::scaler::Scaler;
 use crate::sources::allow::AllowedNetworks;
 use crate::sources::file::source::FileSource;
 use crate::sources::kubernetes::follow::Limits;
@@ -58,6 +60,8 @@ pub struct Config {
     pub log: Option<LogLevel>,
     /// Address to listen on; port 0 picks one.
     pub listen: SocketAddr,
+    /// Address of KEDA's external scaler; port 0 picks one. `None`: pd-control serves none.
+    pub scaler: Option<SocketAddr>,
     /// The EDS file to write; none: pd-control writes none.
     pub eds: Option<EdsFile>,
     /// Bearer token that `/v1/…` requires; none: anyone may ask.
@@ -81,8 +85,9 @@ pub struct Kubernetes {
 #[derive(Debug)]
 pub struct Control {
     address: SocketAddr,
+    scaler: Option<SocketAddr>,
     stop: watch::Sender<bool>,
-    server: JoinHandle<()>,
+    servers: Vec<JoinHandle<()>>,
     tasks: JoinSet<()>,
 }
 
@@ -92,12 +97,33 @@ impl Control {
     /// # Errors
     /// One line when the address is in use, the endpoints file is refused or the EDS file cannot be written.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
-        let Config { endpoints, kubernetes, named, networks, scrape, peers, tls, log, listen, eds, token, poll } =
-            config;
-        let tls = tls.map(Tls::open).transpose()?;
+        let Config {
+            endpoints,
+            kubernetes,
+            named,
+            networks,
+            scrape,
+            peers,
+            tls,
+            log,
+            listen,
+            scaler,
+            eds,
+            token,
+            poll,
+        } = config;
+        let open = |files: &TlsFiles, protocol| Tls::open(files.clone(), protocol).map(Arc::new);
+        let scaler_tls = tls.as_ref().map(|files| open(files, Protocol::Http2)).transpose()?;
+        let tls = tls.as_ref().map(|files| open(files, Protocol::Http1)).transpose()?;
         peers.iter().try_for_each(Peers::check)?;
         let listener = TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
         let address = listener.local_addr()?;
+        let scaler = match scaler {
+            None => None,
+            Some(on) => {
+                Some(TcpListener::bind(on).await.with_context(|| format!("--scaler-listen: cannot listen on {on}"))?)
+            }
+        };
         let file = endpoints.map(|path| FileSource::open(path, poll)).transpose()?;
         let named = (!named.is_empty()).then_some(NamesSource {
             endpoints: named,
@@ -146,7 +172,11 @@ impl Control {
         tasks.spawn(publisher.run(updates));
         let (stop, stopping) = watch::channel(false);
         let asked = scrape.map(|_| Arc::clone(&scrapes));
+        let demand =
+            DemandSource { registry: Arc::clone(&registry), hub: Arc::clone(&hub), scrapes: Arc::clone(&scrapes) };
+        let demand = Arc::new(demand);
         let metrics = Metrics::new(&counters, Arc::clone(&registry), Arc::clone(&pods), asked);
+        let metrics = metrics.with_demand(Arc::clone(&demand));
         let app = App {
             registry,
             counters: Arc::clone(&counters),
@@ -160,18 +190,27 @@ impl Control {
             token,
             stopping: stopping.clone(),
         };
-        let has_tls = tls.is_some();
-        let server = tokio::spawn(server::serve(
-            listener,
-            tls.map(Arc::new),
-            http::router(app),
-            counters,
-            stopping,
-            MAX_CONNECTIONS,
-        ));
-        let scheme = if has_tls { "https" } else { "http" };
+        let scheme = if tls.is_some() { "https" } else { "http" };
         tracing::info!(version = env!("CARGO_PKG_VERSION"), "listens on {scheme}://{address}");
-        Ok(Self { address, stop, server, tasks })
+        let api =
+            Serving { protocol: Protocol::Http1, tls, router: http::router(app), max_connections: MAX_CONNECTIONS };
+        let mut servers = vec![tokio::spawn(server::serve(listener, api, Arc::clone(&counters), stopping.clone()))];
+        let mut scaler_address = None;
+        if let Some(listener) = scaler {
+            let history = Arc::new(History::default());
+            tasks.spawn(Arc::clone(&history).sample(demand));
+            let on = listener.local_addr()?;
+            tracing::info!("answers KEDA on {on}");
+            scaler_address = Some(on);
+            let serving = Serving {
+                protocol: Protocol::Http2,
+                tls: scaler_tls,
+                router: Scaler::new(history, stopping.clone()).router(),
+                max_connections: MAX_SCALER_CONNECTIONS,
+            };
+            servers.push(tokio::spawn(server::serve(listener, serving, counters, stopping)));
+        }
+        Ok(Self { address, scaler: scaler_address, stop, servers, tasks })
     }
 
     /// The address that pd-control listens on.
@@ -180,11 +219,19 @@ impl Control {
         self.address
     }
 
+    /// The address of KEDA's external scaler. `None`: pd-control serves none.
+    #[must_use]
+    pub fn scaler_address(&self) -> Option<SocketAddr> {
+        self.scaler
+    }
+
     /// Answers the open polls, closes every connection and stops all tasks, within a second.
     pub async fn stop(mut self) {
         self.stop.send_replace(true);
-        // Fails only when the server panicked, and then there is nothing left to stop.
-        let _ = self.server.await;
+        for server in self.servers {
+            // Fails only when the server panicked, and then there is nothing left to stop.
+            let _ = server.await;
+        }
         self.tasks.abort_all();
     }
 }

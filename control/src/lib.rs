@@ -40,6 +40,7 @@ pub mod engines;
 pub mod envoys;
 pub mod list;
 pub mod publish;
+pub mod scaling;
 pub mod sources;
 
 pub use control::{Config, Control};

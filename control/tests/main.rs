@@ -15,6 +15,7 @@ mod names;
 mod page;
 mod process;
 mod push;
+mod scaling;
 mod support;
 mod tls;
 mod wire;

@@ -81,6 +81,7 @@ impl Rig {
             tls: None,
             log: None,
             listen: ([127, 0, 0, 1], 0).into(),
+            scaler: None,
             eds: None,
             token: None,
             // Out of the way: what is seen, the kernel has reported.

@@ -18,7 +18,7 @@ async fn curl(arguments: Vec<String>) -> Output {
 }
 
 /// A certificate that vouches for itself, and its key.
-fn made(directory: &Path, name: &str) -> TlsFiles {
+pub fn made(directory: &Path, name: &str) -> TlsFiles {
     let path = |name: &str| directory.join(name);
     let made = Command::new("openssl")
         .args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=pd-control"])

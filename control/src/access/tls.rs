@@ -17,6 +17,15 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
 /// Time after which the files are read again. Operators replace certificates days before they expire.
 const MAX_AGE: Duration = Duration::from_secs(30);
 
+/// What is spoken on an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// HTTP/1.1.
+    Http1,
+    /// HTTP/2 and nothing else, as gRPC needs it; without TLS by prior knowledge.
+    Http2,
+}
+
 /// Files of the server's certificate and key.
 #[derive(Clone, Debug)]
 pub struct TlsFiles {
@@ -30,6 +39,7 @@ pub struct TlsFiles {
 #[derive(Debug)]
 pub struct Tls {
     files: TlsFiles,
+    protocol: Protocol,
     present: Mutex<(Arc<ServerConfig>, Instant)>,
 }
 
@@ -38,9 +48,9 @@ impl Tls {
     ///
     /// # Errors
     /// When a file is missing or is no PEM, or the key is not the certificate's.
-    pub fn open(files: TlsFiles) -> anyhow::Result<Self> {
-        let config = files.read()?;
-        Ok(Self { files, present: Mutex::new((config, Instant::now())) })
+    pub fn open(files: TlsFiles, protocol: Protocol) -> anyhow::Result<Self> {
+        let config = files.read(protocol)?;
+        Ok(Self { files, protocol, present: Mutex::new((config, Instant::now())) })
     }
 
     /// The acceptor for the next connection. When the files have become unreadable, the last good certificate stays in
@@ -48,7 +58,7 @@ impl Tls {
     pub fn acceptor(&self) -> TlsAcceptor {
         let mut present = self.present.lock().unwrap_or_else(PoisonError::into_inner);
         if present.1.elapsed() >= MAX_AGE {
-            match self.files.read() {
+            match self.files.read(self.protocol) {
                 Ok(config) => present.0 = config,
                 Err(error) => {
                     tracing::error!("cannot read the new certificate, the last good one stays in force: {error:#}")
@@ -112,7 +122,7 @@ fn certificates(file: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
 }
 
 impl TlsFiles {
-    fn read(&self) -> anyhow::Result<Arc<ServerConfig>> {
+    fn read(&self, protocol: Protocol) -> anyhow::Result<Arc<ServerConfig>> {
         let certificates =
             certificates(&self.certificate).with_context(|| format!("--tls-cert {}", self.certificate.display()))?;
         let key =
@@ -122,7 +132,11 @@ impl TlsFiles {
             .with_no_client_auth()
             .with_single_cert(certificates, key)
             .with_context(|| format!("--tls-cert {}", self.certificate.display()))?;
-        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        let name: &[u8] = match protocol {
+            Protocol::Http1 => b"http/1.1",
+            Protocol::Http2 => b"h2",
+        };
+        config.alpn_protocols = vec![name.to_vec()];
         Ok(Arc::new(config))
     }
 }

@@ -16,6 +16,8 @@ use crate::counters::{Counters, Labels};
 use crate::engines::answers::{Scraped, Scrapes};
 use crate::list::{role, state};
 use crate::publish::registry::Registry;
+use crate::scaling::history::DemandSource;
+use crate::scaling::metrics::DemandCollector;
 use crate::sources::kubernetes::pods::Pods;
 
 /// Media type of [`Metrics::encode`].
@@ -56,6 +58,13 @@ impl Metrics {
             families.register("scrapes", "Scrapes of engines, by result", counters.scrapes.clone());
         }
         Self { families }
+    }
+
+    /// The demand of each pool and role, too.
+    #[must_use]
+    pub fn with_demand(mut self, source: Arc<DemandSource>) -> Self {
+        self.families.register_collector(Box::new(DemandCollector(source)));
+        self
     }
 
     /// The OpenMetrics text.

@@ -4,24 +4,32 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::{Extension, Router};
-use hyper::server::conn::http1;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
+use hyper::server::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{sleep, timeout};
 
-use crate::access::tls::Tls;
+use crate::access::tls::{Protocol, Tls};
 use crate::api::app::ClientAddress;
 use crate::counters::Counters;
 
 /// Connections open at a time. Each Envoy holds two, probes and people a few.
 pub const MAX_CONNECTIONS: usize = 4_096;
+/// Connections of KEDA open at a time. Each replica of its operator holds one.
+pub const MAX_SCALER_CONNECTIONS: usize = 64;
 /// Time limit for the head of the next request of a connection, idle time included. Longer than any pause between the
 /// polls of a filter, so that the server closes only abandoned connections.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Idle time after which the server pings an HTTP/2 connection.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(30);
+/// Time limit for the answer to a ping.
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Open requests of one HTTP/2 connection. KEDA has one stream for each ScaledObject, and short requests.
+const MAX_STREAMS: u32 = 1_024;
 /// Time limit of a TLS handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest request head, in bytes. A poll has a few hundred.
@@ -31,17 +39,29 @@ const STOP_TIMEOUT: Duration = Duration::from_millis(800);
 /// Pause after a failed accept, such as for lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// What is served on an address.
+#[derive(Debug)]
+pub struct Serving {
+    /// What is spoken there.
+    pub protocol: Protocol,
+    /// Certificate; none: no TLS.
+    pub tls: Option<Arc<Tls>>,
+    /// What answers.
+    pub router: Router,
+    /// Connections open at a time; more are closed at once.
+    pub max_connections: usize,
+}
+
 /// Serves connections until `stopping` becomes true, then ends the open ones in order.
 ///
-/// It closes connections beyond `max_connections` at once, and counts them.
+/// It closes connections beyond [`Serving::max_connections`] at once, and counts them.
 pub async fn serve(
     listener: TcpListener,
-    tls: Option<Arc<Tls>>,
-    router: Router,
+    serving: Serving,
     counters: Arc<Counters>,
     mut stopping: watch::Receiver<bool>,
-    max_connections: usize,
 ) {
+    let Serving { protocol, tls, router, max_connections } = serving;
     let slots = Arc::new(Semaphore::new(max_connections));
     let graceful = GracefulShutdown::new();
     loop {
@@ -69,9 +89,9 @@ pub async fn serve(
             // Answers are single writes, which Nagle's algorithm would only delay.
             let _ = stream.set_nodelay(true);
             let outcome = match tls {
-                None => watcher.watch(connection(stream, router)).await,
+                None => drive(protocol, stream, router, watcher).await,
                 Some(tls) => match timeout(HANDSHAKE_TIMEOUT, tls.acceptor().accept(stream)).await {
-                    Ok(Ok(stream)) => watcher.watch(connection(stream, router)).await,
+                    Ok(Ok(stream)) => drive(protocol, stream, router, watcher).await,
                     Ok(Err(error)) => {
                         tracing::debug!("TLS: {error}");
                         Ok(())
@@ -92,14 +112,29 @@ pub async fn serve(
     }
 }
 
-type Connection<S> = http1::Connection<TokioIo<S>, TowerToHyperService<Router>>;
-
-fn connection<S: AsyncRead + AsyncWrite + Unpin>(stream: S, router: Router) -> Connection<S> {
-    http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_TIMEOUT)
-        .max_buf_size(MAX_HEAD_BYTES)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
+/// Answers what comes over one connection, until it ends.
+async fn drive<S>(protocol: Protocol, stream: S, router: Router, watcher: Watcher) -> hyper::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (stream, service) = (TokioIo::new(stream), TowerToHyperService::new(router));
+    match protocol {
+        Protocol::Http1 => {
+            let mut builder = http1::Builder::new();
+            builder.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_buf_size(MAX_HEAD_BYTES);
+            watcher.watch(builder.serve_connection(stream, service)).await
+        }
+        Protocol::Http2 => {
+            let mut builder = http2::Builder::new(TokioExecutor::new());
+            builder
+                .timer(TokioTimer::new())
+                .keep_alive_interval(KEEP_ALIVE_INTERVAL)
+                .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+                .max_concurrent_streams(MAX_STREAMS)
+                .max_header_list_size(MAX_HEAD_BYTES as u32);
+            watcher.watch(builder.serve_connection(stream, service)).await
+        }
+    }
 }
 
 #[cfg(test)]
@@ -130,7 +165,8 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let counters = Arc::new(Counters::default());
         let (stop, stopping) = watch::channel(false);
-        let server = tokio::spawn(serve(listener, None, Router::new(), Arc::clone(&counters), stopping, 2));
+        let serving = Serving { protocol: Protocol::Http1, tls: None, router: Router::new(), max_connections: 2 };
+        let server = tokio::spawn(serve(listener, serving, Arc::clone(&counters), stopping));
         let (mut first, mut second) =
             (TcpStream::connect(address).await.unwrap(), TcpStream::connect(address).await.unwrap());
         assert!(ask(&mut first).await && ask(&mut second).await);

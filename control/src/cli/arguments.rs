@@ -109,6 +109,9 @@ pub(super) struct ServeArgs {
     /// Address to listen on
     #[arg(long, env = "PD_CONTROL_LISTEN", value_name = "IP:PORT", default_value = "127.0.0.1:9000")]
     listen: SocketAddr,
+    /// Address to serve KEDA's external scaler on, by gRPC
+    #[arg(long, env = "PD_CONTROL_SCALER_LISTEN", value_name = "IP:PORT")]
+    scaler_listen: Option<SocketAddr>,
     /// EDS file to write for a plain Envoy: the hosts of its cluster
     #[arg(long, env = "PD_CONTROL_EDS_FILE", value_name = "FILE")]
     eds_file: Option<PathBuf>,
@@ -203,6 +206,7 @@ impl ServeArgs {
             tls,
             log: None,
             listen: self.listen,
+            scaler: self.scaler_listen,
             eds,
             token,
             poll: DEFAULT_POLL,

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hashbrown::HashMap;
+use pd_core::endpoints::elsewhere::Totals;
 use pd_core::envoys::hub::Hub;
 use pd_core::envoys::message::{ExchangeRequest, ExchangeResponse};
 use pd_core::envoys::report::Report;
@@ -94,6 +95,15 @@ impl SharedHub {
             hub.reports(now).map(|(id, age, text)| (id, age, Report::from_json(text).unwrap_or_default())).collect();
         reports.sort_unstable_by_key(|(id, ..)| *id);
         reports
+    }
+
+    /// What all Envoys together have in flight, by endpoint key. `None`: no Envoy exchanges.
+    #[must_use]
+    pub fn loads(&self) -> Option<HashMap<u64, Totals>> {
+        // The answer to an Envoy that has nothing in flight and has received nothing yet.
+        let listener = ExchangeRequest { wants: true, ..ExchangeRequest::default() };
+        let response = self.hub().answer(&listener, 0);
+        (response.exchanging > 0).then(|| response.loads.unwrap_or_default().into_iter().collect())
     }
 
     /// Drops gateways that no longer send. Never returns.

@@ -7,6 +7,8 @@ use std::process::Command;
 
 use k8s_openapi::api::admissionregistration::v1::{ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding};
 use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
+use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Secret, Service, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
@@ -80,6 +82,8 @@ fn faults(object: &Value) -> Vec<String> {
         ("v1", "Secret") => typed::<Secret>(object),
         ("v1", "ConfigMap") => typed::<ConfigMap>(object),
         ("apps/v1", "Deployment") => typed::<Deployment>(object),
+        ("autoscaling/v2", "HorizontalPodAutoscaler") => typed::<HorizontalPodAutoscaler>(object),
+        ("batch/v1", "Job") => typed::<Job>(object),
         ("policy/v1", "PodDisruptionBudget") => typed::<PodDisruptionBudget>(object),
         ("networking.k8s.io/v1", "NetworkPolicy") => typed::<NetworkPolicy>(object),
         ("admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicy") => typed::<ValidatingAdmissionPolicy>(object),

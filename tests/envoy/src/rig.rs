@@ -37,6 +37,7 @@ pub struct Builder {
     plugin_text: Option<String>,
     is_pushed: bool,
     has_lds: bool,
+    control: Vec<String>,
     adapt: Vec<Adapt>,
     adapt_list: Vec<AdaptList>,
 }
@@ -64,6 +65,7 @@ struct Places {
     listener: Port,
     admin: Port,
     control: Port,
+    control_options: Vec<String>,
     directory: TempDir,
 }
 
@@ -78,6 +80,7 @@ impl Default for Builder {
             plugin_text: None,
             is_pushed: true,
             has_lds: false,
+            control: Vec::new(),
             adapt: Vec::new(),
             adapt_list: Vec::new(),
         }
@@ -155,6 +158,13 @@ impl Builder {
         self
     }
 
+    /// Starts pd-control with more options.
+    #[must_use]
+    pub fn control(mut self, options: &[&str]) -> Self {
+        self.control.extend(options.iter().map(|option| (*option).to_owned()));
+        self
+    }
+
     /// Changes Envoy's configuration.
     #[must_use]
     pub fn envoy(mut self, change: impl FnOnce(&mut Config) + Send + 'static) -> Self {
@@ -185,7 +195,7 @@ impl Builder {
         for change in self.adapt_list {
             change(&mut list);
         }
-        let places = Places::new();
+        let places = Places { control_options: self.control, ..Places::new() };
         let others = self.others.iter().map(|(address, _)| *address);
         let hosts: Vec<_> = prefill.iter().chain(&decode).map(Handle::addr).chain(others).collect();
         replace(&places.endpoints(), &endpoints_file(&list)).expect("replaced");
@@ -454,7 +464,13 @@ impl Places {
         for name in ["eds", "lds"] {
             std::fs::create_dir(directory.path().join(name)).expect("a directory");
         }
-        Self { listener: Port::reserve(), admin: Port::reserve(), control: Port::reserve(), directory }
+        Self {
+            listener: Port::reserve(),
+            admin: Port::reserve(),
+            control: Port::reserve(),
+            control_options: Vec::new(),
+            directory,
+        }
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -474,11 +490,12 @@ impl Places {
     }
 
     async fn start_control(&self) -> Process {
-        let arguments = [
+        let own = [
             format!("--endpoints={}", self.endpoints().display()),
             format!("--eds-file={}", self.eds().display()),
             format!("--listen={}", self.control.address()),
         ];
+        let arguments = [&own[..], &self.control_options].concat();
         let control = Process::start("pd-control", self.directory.path(), &places::control(), &arguments);
         let ready = process::ready(&control, self.control.address(), "/readyz", PATIENCE).await;
         ready.unwrap_or_else(|error| panic!("{error}"));

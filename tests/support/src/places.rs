@@ -67,6 +67,22 @@ pub fn local_yaml() -> PathBuf {
     root().join("envoy/local.yaml")
 }
 
+/// A program of `tests/programs.sh` (`helm`, `kustomize`, `grpcurl`), or one that `PATH` has. `None`: there is neither, and
+/// standard error says what is not run.
+#[must_use]
+pub fn program(name: &str, what: &str) -> Option<PathBuf> {
+    let built = std::env::var_os("PD_PROGRAMS").map(PathBuf::from);
+    let in_path =
+        std::env::var_os("PATH").into_iter().flat_map(|path| std::env::split_paths(&path).collect::<Vec<_>>());
+    let found = built.into_iter().chain(in_path).map(|folder| folder.join(name)).find(|path| path.is_file());
+    if found.is_none() {
+        eprintln!(
+            "NOT RUN, {what}: there is no {name} (with Go: PD_PROGRAMS=$(tests/programs.sh); Debian has prometheus)"
+        );
+    }
+    found
+}
+
 fn named(variable: &str) -> Option<PathBuf> {
     std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
 }

@@ -10,4 +10,5 @@ pub mod plot;
 pub mod pods;
 pub mod process;
 pub mod prompt;
+pub mod serve;
 pub mod trace;

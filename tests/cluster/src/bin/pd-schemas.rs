@@ -1,5 +1,5 @@
-//! Stores the schemas of custom resources that our manifests use, from the folder of Envoy Gateway's chart with its
-//! definitions: `pd-schemas CRDS tests/cluster/schemas`.
+//! Stores the schemas of custom resources that our manifests use, from a folder with their definitions (of Envoy Gateway's
+//! chart; of KEDA 2.17.2, of Prometheus' operator 0.85.0, of AIBrix 0.7): `pd-schemas CRDS tests/cluster/schemas`.
 
 use std::path::{Path, PathBuf};
 
@@ -8,7 +8,7 @@ use pd_cluster::schema::reduced;
 use serde_json::Value;
 
 /// Kinds that are stored, with their versions.
-const KINDS: [(&str, &str); 8] = [
+const KINDS: [(&str, &str); 13] = [
     ("BackendTrafficPolicy", "v1alpha1"),
     ("ClientTrafficPolicy", "v1alpha1"),
     ("EnvoyExtensionPolicy", "v1alpha1"),
@@ -16,7 +16,12 @@ const KINDS: [(&str, &str); 8] = [
     ("Gateway", "v1"),
     ("GatewayClass", "v1"),
     ("HTTPRoute", "v1"),
+    ("PodAutoscaler", "v1alpha1"),
+    ("PodMonitor", "v1"),
+    ("PrometheusRule", "v1"),
+    ("ScaledObject", "v1alpha1"),
     ("SecurityPolicy", "v1alpha1"),
+    ("ServiceMonitor", "v1"),
 ];
 
 fn main() -> anyhow::Result<()> {

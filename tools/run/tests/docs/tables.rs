@@ -14,6 +14,8 @@ use pd_control::engines::answers::{Scraped, Scrapes};
 use pd_control::engines::metrics::EngineLoad;
 use pd_control::list::EndpointList;
 use pd_control::publish::registry::Registry;
+use pd_control::scaling::history::DemandSource;
+use pd_control::scaling::metrics::GAUGES;
 use pd_control::sources::kubernetes::keys::KEYS;
 use pd_control::sources::kubernetes::pod::PodName;
 use pd_control::sources::kubernetes::pods::{Pods, PodsView, WatchView};
@@ -164,8 +166,14 @@ fn control_metrics() -> Vec<Row> {
     counters.exchanged(200);
     counters.relayed("ok");
     counters.scraped(true);
-    let metrics = Metrics::new(&counters, registry, Arc::new(pods), Some(Arc::new(scrapes)));
-    rows_of(&metrics.encode())
+    let scrapes = Arc::new(scrapes);
+    let demand = DemandSource { registry: Arc::clone(&registry), hub: Arc::default(), scrapes: Arc::clone(&scrapes) };
+    let metrics = Metrics::new(&counters, registry, Arc::new(pods), Some(scrapes)).with_demand(Arc::new(demand));
+    let mut rows = rows_of(&metrics.encode());
+    // Without an Envoy some of them have no series.
+    let of_roles = |row: &&mut Row| GAUGES.iter().any(|(name, ..)| row.name.ends_with(name));
+    rows.iter_mut().filter(of_roles).for_each(|row| row.labels = "`pool`, `role`".to_owned());
+    rows
 }
 
 /// Reads an OpenMetrics text.

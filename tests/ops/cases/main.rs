@@ -1,0 +1,8 @@
+//! What operators install beside the gateway, as files and in a real Prometheus.
+
+mod alerts;
+mod chart;
+mod dashboard;
+mod files;
+mod names;
+mod release;

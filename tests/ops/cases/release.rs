@@ -1,0 +1,174 @@
+//! `tools/release/pack.sh` and `verify.sh`, on small images in place of those that take long to build.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use pd_image::layout;
+use pd_image::manifest::Image;
+use pd_support::places;
+use tempfile::TempDir;
+
+use crate::files::{array, text, yaml};
+
+/// Header and one program header of a static program.
+fn program(machine: u8) -> Vec<u8> {
+    let mut bytes = vec![0; 64 + 56];
+    bytes[..6].copy_from_slice(b"\x7fELF\x02\x01");
+    (bytes[0x12], bytes[0x20], bytes[0x36], bytes[0x38], bytes[64]) = (machine, 64, 56, 1, 1);
+    bytes
+}
+
+/// What `build.sh` leaves for `pack.sh`, and a pair of keys.
+fn input() -> TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join("input").join(name);
+    std::fs::create_dir(directory.path().join("input")).unwrap();
+    layout::write(&Image::new(b"\0asm\x01\0\0\0").unwrap(), &path("filter")).unwrap();
+    for (name, machine) in [("control-amd64", 62), ("control-arm64", 183)] {
+        layout::write(&Image::of_program("pd-control", &program(machine)).unwrap(), &path(name)).unwrap();
+    }
+    std::fs::write(path("pd-filter-9.8.7.cdx.json"), r#"{"bomFormat":"CycloneDX","components":[{"name":"log"}]}"#)
+        .unwrap();
+    let key = directory.path().join("private.pem");
+    openssl(&["genpkey", "-algorithm", "ed25519", "-out", key.to_str().unwrap()]);
+    openssl(&["pkey", "-in", key.to_str().unwrap(), "-pubout", "-out", public(&directory).to_str().unwrap()]);
+    directory
+}
+
+fn openssl(arguments: &[&str]) {
+    let done = Command::new("openssl").args(arguments).output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+}
+
+fn public(directory: &TempDir) -> PathBuf {
+    directory.path().join("public.pem")
+}
+
+fn script(name: &str) -> Command {
+    Command::new(places::root().join("tools/release").join(name))
+}
+
+fn pack(input: &TempDir, name: &str) -> PathBuf {
+    let output = input.path().join(name);
+    let mut command = script("pack.sh");
+    command.arg(input.path().join("input")).arg(&output);
+    command.envs([("VERSION", "9.8.7"), ("COMMIT", "c0ffee"), ("EPOCH", "1700000000"), ("REGISTRY", "images.example")]);
+    let done = command.env("KEY", input.path().join("private.pem")).output().unwrap();
+    assert!(done.status.success(), "{}", said(&done));
+    output
+}
+
+fn verify(folder: &Path, public: &Path) -> Output {
+    script("verify.sh").arg(folder).env("PUB", public).output().unwrap()
+}
+
+fn said(done: &Output) -> String {
+    String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr)
+}
+
+/// Contents by name.
+fn contents(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap());
+    let mut files: Vec<_> =
+        entries.map(|entry| (entry.file_name().into_string().unwrap(), std::fs::read(entry.path()).unwrap())).collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn two_releases_of_the_same_are_equal_bit_for_bit_and_verify() {
+    let input = input();
+    let (one, two) = (pack(&input, "one"), pack(&input, "two"));
+    let names: Vec<_> = contents(&one).into_iter().map(|(name, _)| name).collect();
+    assert_eq!(
+        names,
+        [
+            "SHA256SUMS",
+            "SHA256SUMS.sig",
+            "envoy-pd-9.8.7.tgz",
+            "images.env",
+            "pd-control-amd64-9.8.7.oci.tar",
+            "pd-control-arm64-9.8.7.oci.tar",
+            "pd-filter-9.8.7.cdx.json",
+            "pd-filter-9.8.7.oci.tar",
+            "provenance-9.8.7.intoto.json",
+        ]
+    );
+    assert_eq!(contents(&one), contents(&two));
+    let done = verify(&one, &public(&input));
+    assert!(done.status.success() && said(&done).contains("signed by"), "{}", said(&done));
+}
+
+#[test]
+fn the_chart_of_a_release_names_its_images_and_its_version() {
+    let input = input();
+    let release = pack(&input, "one");
+    let unpacked = tempfile::tempdir().unwrap();
+    let tar =
+        Command::new("tar").arg("-xzf").arg(release.join("envoy-pd-9.8.7.tgz")).arg("-C").arg(unpacked.path()).status();
+    assert!(tar.unwrap().success());
+    let values = text(&unpacked.path().join("envoy-pd/values.yaml"));
+    let digest = Image::new(b"\0asm\x01\0\0\0").unwrap().manifest.digest;
+    assert!(values.contains(&format!("  filter: images.example/pd-filter@{digest}\n")), "{values}");
+    assert!(values.contains("  control: images.example/pd-control:9.8.7\n"), "{values}");
+    assert!(text(&unpacked.path().join("envoy-pd/Chart.yaml")).contains("\nversion: 9.8.7\nappVersion: 9.8.7\n"));
+    let dashboard = unpacked.path().join("envoy-pd/files/dashboard.json");
+    assert!(!dashboard.is_symlink() && dashboard.is_file());
+}
+
+#[test]
+fn whatever_is_changed_is_found() {
+    let input = input();
+    let resign = |folder: &Path| {
+        // An attacker who can write the files but has no key cannot do this.
+        let command = "rm SHA256SUMS.sig; sha256sum -- $(ls | grep -v SHA256SUMS) >SHA256SUMS; \
+                       openssl pkeyutl -sign -rawin -inkey ../private.pem -in SHA256SUMS -out SHA256SUMS.sig";
+        assert!(Command::new("bash").args(["-c", command]).current_dir(folder).status().unwrap().success());
+    };
+    let append = |path: PathBuf| std::fs::write(&path, text(&path) + "\n").unwrap();
+    type Change<'a> = (&'a str, Box<dyn Fn(&Path) + 'a>);
+    let changes: [Change<'_>; 6] = [
+        ("a file is not what SHA256SUMS says", Box::new(|it| append(it.join("images.env")))),
+        ("the signature is not that", Box::new(|it| append(it.join("SHA256SUMS")))),
+        ("does not name: extra", Box::new(|it| std::fs::write(it.join("extra"), "").unwrap())),
+        ("there is no signature", Box::new(|it| std::fs::remove_file(it.join("SHA256SUMS.sig")).unwrap())),
+        (
+            "does not name these files",
+            Box::new(|it| {
+                append(it.join("images.env"));
+                resign(it);
+            }),
+        ),
+        ("is not what SHA256SUMS says", Box::new(|it| std::fs::remove_file(it.join("envoy-pd-9.8.7.tgz")).unwrap())),
+    ];
+    for (number, (finding, change)) in changes.iter().enumerate() {
+        let release = pack(&input, &number.to_string());
+        change(&release);
+        let done = verify(&release, &public(&input));
+        assert!(!done.status.success() && said(&done).contains(finding), "{finding}: {}", said(&done));
+    }
+}
+
+#[test]
+fn the_workflows_are_yaml_and_call_targets_and_scripts_that_exist() {
+    let makefile = text(&places::root().join("Makefile"));
+    let mut count = 0;
+    for name in ["ci", "release"] {
+        let path = places::root().join(format!(".github/workflows/{name}.yaml"));
+        let jobs = yaml(&path)["jobs"].clone();
+        let steps = jobs.as_object().unwrap().values().flat_map(|job| array(&job["steps"]).to_vec());
+        let commands: Vec<String> = steps.filter_map(|step| Some(step["run"].as_str()?.to_owned())).collect();
+        for line in commands.iter().flat_map(|command| command.lines()) {
+            let words: Vec<_> = line.split_whitespace().collect();
+            if let Some(at) = words.iter().position(|word| *word == "make") {
+                assert!(makefile.contains(&format!("\n{}:", words[at + 1])), "{line}");
+                count += 1;
+            }
+            for script in words.iter().filter(|word| word.starts_with("tools/") || word.starts_with(".ci/")) {
+                assert!(places::root().join(script).is_file(), "{line}");
+                count += 1;
+            }
+        }
+    }
+    assert_eq!(count, 4);
+}

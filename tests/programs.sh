@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Builds programs that tests ask for a second opinion, from published Go modules, and prints their folder:
+#
+#     tests/programs.sh
+#
+# helm and kustomize render the manifests, grpcurl is a gRPC client of another make. They go to .cache/programs-HASH/. From
+# nothing that takes about two minutes on two cores; Go's cache then has most of what tests/cluster/programs/build.sh needs.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+modules=(
+    helm.sh/helm/v3/cmd/helm@v3.18.6
+    sigs.k8s.io/kustomize/kustomize/v5@v5.7.1
+    github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3
+)
+directory=$PWD/.cache/programs-$(printf '%s\n' "${modules[@]}" | sha256sum | cut -c1-8)
+mkdir -p .cache
+exec 9>"$directory.lock"
+flock 9
+if [ ! -e "$directory/complete" ]; then
+    command -v go >/dev/null || { echo 'programs: needs Go (https://go.dev/dl)' >&2; exit 1; }
+    mkdir -p "$directory"
+    echo "programs: building helm, kustomize and grpcurl into $directory" >&2
+    for module in "${modules[@]}"; do
+        GOBIN=$directory go install "$module"
+    done
+    touch "$directory/complete"
+fi
+echo "$directory"

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Packs what was built into a release, the same bytes for the same input:
+#
+#     VERSION=0.1.0 COMMIT=… EPOCH=… [REGISTRY=registry.example] [KEY=private.pem] tools/release/pack.sh INPUT OUTPUT
+#
+# INPUT has OCI layouts (filter, control-amd64, control-arm64, …) and SBOMs (*.cdx.json). OUTPUT gets them as archives, the
+# chart with the images' digests, SHA256SUMS, a provenance statement and, with KEY (Ed25519, PEM), a signature of SHA256SUMS.
+set -euo pipefail
+input=$(realpath "$1")
+mkdir -p "$2"
+output=$(realpath "$2")
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export LC_ALL=C TZ=UTC
+umask 022
+registry=${REGISTRY:-registry.example}
+[ -z "$(ls -A "$output")" ] || { echo "release: $output is not empty" >&2; exit 1; }
+
+# An archive that tells nothing of the machine: names in order, one time, no owner, plain modes. Links are followed.
+archive() { # FOLDER NAME
+    tar --create --dereference --directory "$1" --sort=name --format=ustar --owner=0 --group=0 --numeric-owner \
+        --mtime="@$EPOCH" --mode='u+rw,go+r,go-w,a+X,a-s' "$2"
+}
+digest() { python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["manifests"][0]["digest"])' "$1/index.json"; }
+
+filter=$registry/pd-filter@$(digest "$input/filter")
+control=()
+for layout in "$input"/*/; do
+    name=$(basename "$layout")
+    archive "$input" "$name" >"$output/pd-$name-$VERSION.oci.tar"
+    case $name in control-*) control+=("$name=$registry/pd-control@$(digest "$layout")") ;; esac
+done
+printf '%s\n' "filter=$filter" "${control[@]}" >"$output/images.env"
+
+# The chart names the filter by digest. pd-control's images differ by architecture, so it is named by its version's tag, which
+# `make push-control` of each architecture or an index of both has to fill.
+staged=$(mktemp -d)
+trap 'rm -rf "$staged"' EXIT
+cp -rL charts/envoy-pd "$staged/envoy-pd"
+rm -rf "$staged/envoy-pd/ci"
+sed -i -e "s#^  filter: .*#  filter: $filter#" -e "s#^  control: .*#  control: $registry/pd-control:$VERSION#" \
+    -e "s#^  simulator: .*#  simulator: $registry/pd-sim:$VERSION#" "$staged/envoy-pd/values.yaml"
+sed -i -e "s#^version: .*#version: $VERSION#" -e "s#^appVersion: .*#appVersion: $VERSION#" "$staged/envoy-pd/Chart.yaml"
+archive "$staged" envoy-pd | gzip -9 --no-name >"$output/envoy-pd-$VERSION.tgz"
+
+cp "$input"/*.cdx.json "$output/"
+
+cd "$output"
+sha256sum -- * >"$staged/subjects"
+python3 - "$staged/subjects" >"$staged/provenance" <<'PYTHON'
+import json, os, sys
+subjects = [line.split() for line in open(sys.argv[1])]
+source = "https://github.com/envoy-pd/envoy-pd"
+statement = {
+    "_type": "https://in-toto.io/Statement/v1",
+    "subject": [{"name": name, "digest": {"sha256": digest}} for digest, name in subjects],
+    "predicateType": "https://slsa.dev/provenance/v1",
+    "predicate": {
+        "buildDefinition": {
+            "buildType": source + "/blob/main/docs/release.md#what-is-in-a-release",
+            "externalParameters": {"version": os.environ["VERSION"], "registry": os.environ.get("REGISTRY", "registry.example")},
+            "resolvedDependencies": [{"uri": "git+" + source, "digest": {"gitCommit": os.environ["COMMIT"]}}],
+        },
+        "runDetails": {"builder": {"id": os.environ.get("BUILDER", source + "#make-release")}},
+    },
+}
+print(json.dumps(statement, indent=1, sort_keys=True))
+PYTHON
+mv "$staged/provenance" "provenance-$VERSION.intoto.json"
+sha256sum -- * >"$staged/sums"
+mv "$staged/sums" SHA256SUMS
+chmod 644 -- *
+if [ -n "${KEY:-}" ]; then
+    openssl pkeyutl -sign -rawin -inkey "$KEY" -in SHA256SUMS -out SHA256SUMS.sig
+else
+    echo 'release: NOT SIGNED, name an Ed25519 key: KEY=private.pem' >&2
+fi
+cat SHA256SUMS
