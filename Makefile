@@ -54,8 +54,8 @@ replay: build envoy ## Drive a trace through Envoy and the simulators
 	@[ -n '$(TRACE)' ] || { echo 'make: name the trace: make replay TRACE=file.jsonl [RATE=requests/s]' >&2; exit 1; }
 	cargo run $(LOCKED) --quiet -p pd-bench --bin pd-replay -- --trace '$(TRACE)' $(if $(RATE),--rate '$(RATE)') $(ARGS)
 
-sim: toolchain ## Simulate servers on traces: pd-core's choices beside the field's rules and an oracle
-#> TRACE=file POLICIES=pd-core,oracle,…     made-up loads without; some policies only
+sim: toolchain ## Simulate servers on traces: pd-core's choices beside the field's rules and bounds
+#> TRACE=file POLICIES=pd-core,late,…     made-up loads without; some policies only
 #> ARGS=…                                   more of its options
 	cargo run $(LOCKED) --quiet -p pd-trace -- --out '$(CURDIR)/target/sim' \
 	    $(if $(TRACE),--trace '$(TRACE)') $(if $(POLICIES),--policies '$(POLICIES)') $(ARGS)

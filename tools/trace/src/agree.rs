@@ -112,7 +112,7 @@ pub async fn run(entries: &[Entry], setup: &Setup, mut progress: impl FnMut()) -
         let decode = filter.prefilled(number, now)?;
         let (tokens, output) = (entry.input_tokens, entry.output_tokens);
         let job = Job { at: now, tokens, output, blocks: entry.blocks.clone() };
-        let (held, _) = caches[prefill].enqueue(&pods, &timing, &job, false);
+        let (held, _) = caches[prefill].enqueue(&pods, &timing, &job, job.at, false);
         caches[prefill].finish();
         agreement.cached_here += held.blocks as u64 * BLOCK_TOKENS;
         agreement.tokens += tokens;

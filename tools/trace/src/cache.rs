@@ -151,14 +151,21 @@ impl Tiers {
     pub fn held(&self, blocks: &[u64]) -> Held {
         let mut held = Held::default();
         for block in blocks {
-            match (self.fast.holds(*block), self.slow.holds(*block)) {
-                (true, _) => {}
-                (_, true) => held.slow += 1,
-                _ => break,
+            if !self.fast.holds(*block) {
+                if !self.slow.holds(*block) {
+                    break;
+                }
+                held.slow += 1;
             }
             held.blocks += 1;
         }
         held
+    }
+
+    /// Leading blocks that the cache holds, quickly: of a prompt the front leaves the cache last.
+    #[must_use]
+    pub fn leading(&self, blocks: &[u64]) -> usize {
+        blocks.partition_point(|block| self.fast.holds(*block) || self.slow.holds(*block))
     }
 
     /// Enters a prompt that was computed.

@@ -24,8 +24,8 @@ use crate::load::{Job, Pods};
 
 /// Bytes of prompt text per token, and of the smallest hashed block: an eighth of the defaults, so that a block stands
 /// for as many tokens as there and a long trace is quick to write and read.
-const BYTES_PER_TOKEN: f64 = 0.5;
-const HASH_BLOCK_BYTES: usize = 64;
+pub(crate) const BYTES_PER_TOKEN: f64 = 0.5;
+pub(crate) const HASH_BLOCK_BYTES: usize = 64;
 const TEXT_BYTES: usize = (BLOCK_TOKENS as f64 * BYTES_PER_TOKEN) as usize;
 /// How often ledger entries are dropped whose end was never told.
 const PRUNE_EVERY: Duration = Duration::from_millis(250);
@@ -379,7 +379,7 @@ impl Filter {
 }
 
 /// The prompt as a JSON string: equal blocks are equal text, a cut block is the begin of the whole one.
-fn prompt(job: &Job) -> Vec<u8> {
+pub(crate) fn prompt(job: &Job) -> Vec<u8> {
     let bytes = (job.tokens as f64 * BYTES_PER_TOKEN) as usize;
     let mut text = Vec::with_capacity(bytes + TEXT_BYTES);
     text.push(b'"');
@@ -398,7 +398,8 @@ mod tests {
 
     use super::*;
 
-    const PODS: Pods = Pods { prefill: 4, decode: 2, cache_tokens: 100_000, fast_tokens: 100_000 };
+    const PODS: Pods =
+        Pods { prefill: 4, decode: 2, cache_tokens: 100_000, fast_tokens: 100_000, decode_cache_tokens: 0 };
 
     fn job(blocks: &[u64], at_ms: u64) -> Job {
         let tokens = blocks.len() as u64 * BLOCK_TOKENS;

@@ -1,4 +1,4 @@
-//! A simulation of prefill and decode servers in which pd-core itself decides, beside the field's rules and an oracle.
+//! A simulation of prefill and decode servers in which pd-core itself decides, beside the field's rules and bounds.
 //!
 //! Discrete events, no clock and no network: the same trace, seed and code give the same figures. It leaves out what
 //! does not depend on who is chosen: failures, networks, the decider (every request is split).
@@ -7,6 +7,7 @@ pub mod agree;
 pub mod cache;
 pub mod filter;
 pub mod generate;
+pub mod late;
 pub mod load;
 pub mod pods;
 pub mod rules;

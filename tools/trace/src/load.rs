@@ -61,6 +61,8 @@ pub struct Pods {
     pub cache_tokens: u64,
     /// Of these, tokens in the fast tier.
     pub fast_tokens: u64,
+    /// Tokens that each decode server's cache holds beside what it generates from.
+    pub decode_cache_tokens: u64,
 }
 
 impl Pods {
@@ -146,17 +148,84 @@ impl<'a> Load<'a> {
 
     /// The requests.
     pub fn jobs(&self) -> impl Iterator<Item = Job> {
-        self.arrivals.iter().map(|arrival| {
-            let entry = &self.entries[arrival.entry];
-            let own = |id: &u64| if self.system.contains(id) { *id } else { *id | (arrival.copy + 1) << 40 };
-            Job {
-                at: arrival.at,
-                tokens: entry.input_tokens,
-                output: entry.output_tokens.max(1),
-                blocks: entry.blocks.iter().map(own).collect(),
-            }
-        })
+        (0..self.len()).map(|number| self.job(number))
     }
+
+    /// One of them.
+    ///
+    /// # Panics
+    /// When there are not so many.
+    #[must_use]
+    pub fn job(&self, number: usize) -> Job {
+        let arrival = &self.arrivals[number];
+        let entry = &self.entries[arrival.entry];
+        let own = |id: &u64| if self.system.contains(id) { *id } else { *id | (arrival.copy + 1) << 40 };
+        Job {
+            at: arrival.at,
+            tokens: entry.input_tokens,
+            output: entry.output_tokens.max(1),
+            blocks: entry.blocks.iter().map(own).collect(),
+        }
+    }
+
+    /// When it comes in the trace.
+    ///
+    /// # Panics
+    /// When there are not so many.
+    #[must_use]
+    pub fn at(&self, number: usize) -> Duration {
+        self.arrivals[number].at
+    }
+
+    /// For each request the one that it follows in its session, if there is one.
+    ///
+    /// A request follows the latest one whose whole blocks it begins with. It comes as long after the answer as it came
+    /// after the request in the trace, less what the answer takes when nothing waits and all but the new blocks is cached.
+    #[must_use]
+    pub fn turns(&self, timing: &Timing) -> Vec<Option<Turn>> {
+        let before = entries_before(self.entries);
+        let places: HashMap<(u64, usize), usize> =
+            self.arrivals.iter().enumerate().map(|(number, arrival)| ((arrival.copy, arrival.entry), number)).collect();
+        let turn = |(number, arrival): (usize, &Arrival)| {
+            let after = *places.get(&(arrival.copy, before[arrival.entry]?))?;
+            let entry = &self.entries[self.arrivals[after].entry];
+            let cached = before[self.arrivals[after].entry].map_or(0, |at| self.entries[at].input_tokens);
+            let answer = timing.prefill(entry.input_tokens, cached)
+                + timing.transfer(entry.input_tokens)
+                + timing.token(1).mul_f64(entry.output_tokens as f64);
+            // A session that the shift cut in two begins anew.
+            (after < number).then(|| Turn {
+                after,
+                pause: arrival.at.saturating_sub(self.arrivals[after].at).saturating_sub(answer),
+            })
+        };
+        self.arrivals.iter().enumerate().map(turn).collect()
+    }
+}
+
+/// How a request follows another one in a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turn {
+    /// The other one.
+    pub after: usize,
+    /// How long after its answer.
+    pub pause: Duration,
+}
+
+/// For each entry the latest before it whose whole blocks, at least one, it begins with.
+fn entries_before(entries: &[Entry]) -> Vec<Option<usize>> {
+    let mut ends: HashMap<u64, usize> = HashMap::new();
+    let whole = |entry: &Entry| ((entry.input_tokens / BLOCK_TOKENS) as usize).min(entry.blocks.len());
+    let mut before = Vec::with_capacity(entries.len());
+    for (at, entry) in entries.iter().enumerate() {
+        let whole = whole(entry);
+        // Equal ids mean an equal prefix, so the last block says it all.
+        before.push(entry.blocks[..whole].iter().rev().find_map(|block| ends.get(block).copied()));
+        if let Some(last) = whole.checked_sub(1) {
+            ends.insert(entry.blocks[last], at);
+        }
+    }
+    before
 }
 
 /// One cache as large as those of all servers together.
@@ -189,7 +258,8 @@ mod tests {
         (0..400).map(entry).collect()
     }
 
-    const PODS: Pods = Pods { prefill: 4, decode: 4, cache_tokens: 100_000, fast_tokens: 100_000 };
+    const PODS: Pods =
+        Pods { prefill: 4, decode: 4, cache_tokens: 100_000, fast_tokens: 100_000, decode_cache_tokens: 0 };
 
     fn timing() -> Timing {
         Timing::new(&pd_sim::Config { speed: 1.0, ..pd_sim::Config::default() })
@@ -217,6 +287,32 @@ mod tests {
             let per_second = load.pooled_work(&PODS, &timing()) / span / PODS.prefill as f64;
             assert!((per_second / share - 1.0).abs() < 0.02, "{per_second}");
         }
+    }
+
+    #[test]
+    fn a_turn_follows_the_one_that_it_begins_with() {
+        let entry = |at_ms: f64, blocks: &[u64]| Entry {
+            at_ms,
+            input_tokens: blocks.len() as u64 * BLOCK_TOKENS + 10,
+            output_tokens: 100,
+            blocks: [blocks, &[1_000 + at_ms as u64]].concat(),
+        };
+        let entries = [
+            entry(0.0, &[1, 2]),
+            entry(10.0, &[1, 9]),
+            entry(5_000.0, &[1, 2, 3]),
+            entry(9_000.0, &[1, 2, 3, 4, 5]),
+            entry(9_001.0, &[1]),
+        ];
+        assert_eq!(entries_before(&entries), [None, None, Some(0), Some(2), None]);
+        let arrivals =
+            (0..entries.len()).map(|entry| Arrival { at: Duration::from_secs(entry as u64 * 4), copy: 0, entry });
+        let load = Load { entries: &entries, system: HashSet::new(), arrivals: arrivals.collect() };
+        let turns = load.turns(&timing());
+        let answer = timing().prefill(1_034, 0) + timing().transfer(1_034) + timing().token(1) * 100;
+        assert_eq!(turns[2], Some(Turn { after: 0, pause: Duration::from_secs(8) - answer }));
+        assert_eq!(turns[3].map(|turn| turn.after), Some(2));
+        assert_eq!((turns[0], turns[1], turns[4]), (None, None, None));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `pd-trace-sim`: pd-core's choices on a trace, beside the field's rules and an oracle.
+//! `pd-trace-sim`: pd-core's choices on a trace, beside the field's rules and bounds.
 
 mod report;
 
@@ -14,9 +14,10 @@ use pd_bench::trace::{self, Entry, Spread};
 use pd_sim::Timing;
 use pd_trace::filter::Brains;
 use pd_trace::generate::Shape;
+use pd_trace::late::Classes;
 use pd_trace::load::{Load, Pods};
 use pd_trace::rules::Policy;
-use pd_trace::sim::{self, Setup};
+use pd_trace::sim::{self, DecodeBy, Setup};
 use rayon::prelude::*;
 
 use report::{Case, Row};
@@ -42,9 +43,24 @@ struct Args {
     /// Of these, tokens in the fast tier
     #[arg(long, value_name = "TOKENS", default_value_t = 400_000)]
     fast_tokens: u64,
-    /// Share of what the prefill servers could do if they had one queue and one cache
-    #[arg(long, default_value_t = 0.7)]
-    load: f64,
+    /// Tokens that each decode server's cache holds [default: as many as a prefill server's]
+    #[arg(long, value_name = "TOKENS")]
+    decode_cache_tokens: Option<u64>,
+    /// What the decode server is chosen by, where pd-core's choice is simulated
+    #[arg(long, value_enum, default_value = "tokens")]
+    decode_by: DecodeBy,
+    /// Share of what the prefill servers could do if they had one queue and one cache; several make several tables
+    #[arg(long, value_name = "SHARE", value_delimiter = ',', default_value = "0.7")]
+    load: Vec<f64>,
+    /// A turn of a session comes when the one before is answered, after the pause that it has in the trace
+    #[arg(long)]
+    closed_loop: bool,
+    /// Share of the requests that have a higher priority, for the policies that hold requests
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    high: f64,
+    /// Tenants with as many requests each, for the policies that hold requests
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    tenants: u64,
     /// Runs, each with other shifts
     #[arg(long, value_name = "N", default_value_t = 3)]
     seeds: u64,
@@ -127,10 +143,14 @@ fn loads(args: &Args) -> Result<Vec<(String, Vec<Entry>)>> {
 }
 
 fn run(args: &Args) -> Result<()> {
-    ensure!((0.01..=0.99).contains(&args.load), "--load must be between 0.01 and 0.99");
+    ensure!(args.load.iter().all(|load| (0.01..=3.0).contains(load)), "--load must be between 0.01 and 3");
+    ensure!((0.0..=1.0).contains(&args.high), "--high must be between 0 and 1");
     ensure!(args.seeds > 0, "--seeds must be at least 1");
     let timing = Timing::new(&pd_sim::Config { speed: 1.0, ..pd_sim::Config::default() });
-    let policies = if args.policies.is_empty() { Policy::value_variants().to_vec() } else { args.policies.clone() };
+    let mut policies = if args.policies.is_empty() { Policy::value_variants().to_vec() } else { args.policies.clone() };
+    // The bounds have no answers that a turn could follow.
+    policies.retain(|policy| !args.closed_loop || !matches!(policy, Policy::NoWait | Policy::Pooled));
+    let classes = Classes { high: args.high, tenants: args.tenants };
     let brains = Brains {
         count: args.gateways,
         workers: args.workers,
@@ -147,8 +167,11 @@ fn run(args: &Args) -> Result<()> {
                     decode: fleet.decode,
                     cache_tokens: *cache_tokens,
                     fast_tokens: args.fast_tokens,
+                    decode_cache_tokens: args.decode_cache_tokens.unwrap_or(*cache_tokens),
                 };
-                cases.push((Case { load: name.clone(), pods }, entries));
+                for share in &args.load {
+                    cases.push((Case { load: name.clone(), pods, share: *share, classes }, entries));
+                }
             }
         }
     }
@@ -161,10 +184,18 @@ fn run(args: &Args) -> Result<()> {
         .par_iter()
         .map(|(at, seed)| {
             let (case, entries) = &cases[*at];
-            let load = Load::new(entries, &case.pods, &timing, args.load, *seed);
+            let load = Load::new(entries, &case.pods, &timing, case.share, *seed);
             bar.inc_length((load.len() * policies.len()) as u64);
             let runs = policies.par_iter().map(|policy| {
-                let setup = Setup { pods: &case.pods, timing: &timing, brains: &brains, seed: *seed };
+                let setup = Setup {
+                    pods: &case.pods,
+                    timing: &timing,
+                    brains: &brains,
+                    classes,
+                    decode_by: args.decode_by,
+                    closed_loop: args.closed_loop,
+                    seed: *seed,
+                };
                 let mut sent = 0;
                 let outcome = sim::run(&load, *policy, &setup, || {
                     sent += 1;

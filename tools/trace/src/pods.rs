@@ -4,9 +4,10 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 use std::time::Duration;
 
+use pd_bench::trace::BLOCK_TOKENS;
 use pd_sim::Timing;
 
-use crate::cache::{Held, Tiers};
+use crate::cache::{Held, Lru, Tiers};
 use crate::load::{Job, Pods};
 
 /// A prefill server: prompts one after another, in the order of their coming.
@@ -71,15 +72,22 @@ impl Prefill {
     }
 
     /// Takes a prompt in; what it held of it, and when it is through.
-    pub fn enqueue(&mut self, pods: &Pods, timing: &Timing, job: &Job, measured: bool) -> (Held, Duration) {
+    pub fn enqueue(
+        &mut self,
+        pods: &Pods,
+        timing: &Timing,
+        job: &Job,
+        now: Duration,
+        measured: bool,
+    ) -> (Held, Duration) {
         let held = self.cache.held(job.whole());
         self.cache.enter(job.whole());
         let time = pods.prefill_time(timing, job, held);
-        self.free_at = self.free_at.max(job.at) + time;
+        self.free_at = self.free_at.max(now) + time;
         if measured {
             self.busy += time;
         }
-        let cached = held.blocks as u64 * pd_bench::trace::BLOCK_TOKENS;
+        let cached = held.blocks as u64 * BLOCK_TOKENS;
         self.jobs.push_back((job.tokens, job.tokens - cached));
         self.sums = (self.sums.0 + job.tokens, self.sums.1 + job.tokens - cached);
         (held, self.free_at)
@@ -94,8 +102,10 @@ impl Prefill {
 }
 
 /// A decode server: every request gets a token per step, and a step takes longer the more requests there are.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Decode {
+    /// What it holds: of a prompt it fetches the rest only.
+    pub cache: Lru,
     /// Requests that were sent here and are not through.
     pub assigned: usize,
     /// Their tokens: prompts, and answers so far as a gateway expects them.
@@ -111,6 +121,20 @@ pub struct Decode {
 const PARTS: f64 = 1_000.0;
 
 impl Decode {
+    /// An idle server.
+    #[must_use]
+    pub fn new(pods: &Pods) -> Self {
+        Self {
+            cache: Lru::new((pods.decode_cache_tokens / BLOCK_TOKENS) as usize),
+            assigned: 0,
+            tokens: 0,
+            running: BinaryHeap::new(),
+            given: 0.0,
+            since: Duration::ZERO,
+            epoch: 0,
+        }
+    }
+
     /// Requests that get tokens.
     #[must_use]
     pub fn running(&self) -> usize {
@@ -167,12 +191,12 @@ mod tests {
 
     #[test]
     fn prompts_wait_for_those_before_them_and_find_what_they_left() {
-        let pods = Pods { prefill: 1, decode: 1, cache_tokens: 51_200, fast_tokens: 51_200 };
+        let pods = Pods { prefill: 1, decode: 1, cache_tokens: 51_200, fast_tokens: 51_200, decode_cache_tokens: 0 };
         let mut pod = Prefill::new(&pods);
         let alone = timing().prefill(1_024, 0);
-        let (held, end) = pod.enqueue(&pods, &timing(), &job(0, 1_024, &[1, 2]), true);
+        let (held, end) = pod.enqueue(&pods, &timing(), &job(0, 1_024, &[1, 2]), Duration::from_millis(0), true);
         assert_eq!((held.blocks, end), (0, alone));
-        let (held, end) = pod.enqueue(&pods, &timing(), &job(1, 1_124, &[1, 2, 3]), true);
+        let (held, end) = pod.enqueue(&pods, &timing(), &job(1, 1_124, &[1, 2, 3]), Duration::from_millis(1), true);
         assert_eq!((held.blocks, end), (2, alone + timing().prefill(1_124, 1_024)));
         assert_eq!((pod.in_flight(), pod.uncached_tokens(), pod.busy), (2, 1_124, end));
         pod.finish();
@@ -181,11 +205,11 @@ mod tests {
 
     #[test]
     fn a_hit_in_the_slow_tier_costs_its_transfer() {
-        let pods = Pods { prefill: 1, decode: 1, cache_tokens: 51_200, fast_tokens: 1_024 };
+        let pods = Pods { prefill: 1, decode: 1, cache_tokens: 51_200, fast_tokens: 1_024, decode_cache_tokens: 0 };
         let mut pod = Prefill::new(&pods);
-        pod.enqueue(&pods, &timing(), &job(0, 1_024, &[1, 2]), true);
-        let (_, before) = pod.enqueue(&pods, &timing(), &job(0, 1_024, &[3, 4]), true);
-        let (held, end) = pod.enqueue(&pods, &timing(), &job(0, 1_024, &[1, 2]), true);
+        pod.enqueue(&pods, &timing(), &job(0, 1_024, &[1, 2]), Duration::from_millis(0), true);
+        let (_, before) = pod.enqueue(&pods, &timing(), &job(0, 1_024, &[3, 4]), Duration::from_millis(0), true);
+        let (held, end) = pod.enqueue(&pods, &timing(), &job(0, 1_024, &[1, 2]), Duration::from_millis(0), true);
         assert_eq!(held, Held { blocks: 2, slow: 2 });
         assert_eq!(end - before, timing().prefill(1_024, 1_024) + timing().transfer(1_024));
     }
@@ -193,7 +217,8 @@ mod tests {
     #[test]
     fn requests_that_decode_together_slow_each_other_down() {
         let timing = timing();
-        let mut pod = Decode::default();
+        let mut pod =
+            Decode::new(&Pods { prefill: 1, decode: 1, cache_tokens: 0, fast_tokens: 0, decode_cache_tokens: 0 });
         pod.join(&timing, 1, 10, Duration::ZERO);
         let (alone, first) = pod.next(&timing).unwrap();
         assert_eq!(alone, timing.token(1) * 10);

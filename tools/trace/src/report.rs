@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 use pd_bench::figures::table;
 use pd_bench::plot::{self, Bar, Panel};
+use pd_trace::late::Classes;
 use pd_trace::load::Pods;
 use pd_trace::rules::Policy;
 use pd_trace::sim::Outcome;
@@ -17,12 +18,17 @@ pub struct Case {
     pub load: String,
     /// Servers.
     pub pods: Pods,
+    /// Share of what the prefill servers could do.
+    pub share: f64,
+    /// Who asks.
+    pub classes: Classes,
 }
 
 impl Case {
     fn title(&self) -> String {
         let Pods { prefill, decode, cache_tokens, .. } = self.pods;
-        format!("{}, {prefill}P{decode}D, {:.1}M tokens of cache per server", self.load, cache_tokens as f64 * 1e-6)
+        let (load, cache, percent) = (&self.load, cache_tokens as f64 * 1e-6, self.share * 100.0);
+        format!("{load}, {prefill}P{decode}D, {cache:.1}M tokens of cache per server, {percent:.0} % load")
     }
 }
 
@@ -44,15 +50,18 @@ type Figure = (&'static str, usize, fn(&Outcome, f64) -> f64);
 const FIGURES: &[Figure] = &[
     ("hit %", 1, |outcome, _| outcome.hit_percent()),
     ("busy max/mean", 3, |outcome, _| outcome.busy_over_mean()),
-    ("TTFT p50 s", 3, |outcome, _| outcome.ttft(0.5)),
+    ("TTFT mean s", 3, |outcome, _| outcome.mean_ttft()),
+    ("p50 s", 3, |outcome, _| outcome.ttft(0.5)),
     ("p90 s", 3, |outcome, _| outcome.ttft(0.9)),
     ("p99 s", 3, |outcome, _| outcome.ttft(0.99)),
     ("SLO %", 1, |outcome, slo| outcome.slo_percent(slo)),
     ("TPOT p99 ms", 2, |outcome, _| outcome.tpot_ms(0.99)),
+    ("moved/new", 2, |outcome, _| outcome.moved_over_new()),
 ];
 const HITS: usize = 0;
-const P90: usize = 3;
-const P99: usize = 4;
+const MEAN: usize = 2;
+const P90: usize = 4;
+const P99: usize = 5;
 
 /// Means over the seeds.
 fn means(rows: &[(usize, Row)], case: usize, policy: Policy, slo: f64) -> Option<Vec<f64>> {
@@ -72,28 +81,49 @@ fn policies(rows: &[(usize, Row)]) -> Vec<Policy> {
     policies
 }
 
-/// Prints a table for each case: means over the seeds, and shares of the oracle's figures.
+/// Prints a table for each case: means over the seeds, and shares of those of the row `greedy-true`.
 pub fn print(cases: &[Case], rows: &[(usize, Row)], slo: f64) {
     for (at, case) in cases.iter().enumerate() {
-        let oracle = means(rows, at, Policy::Oracle, slo);
+        let base = means(rows, at, Policy::GreedyTrue, slo);
         let mut lines = vec![vec!["policy".to_owned()]];
         lines[0].extend(FIGURES.iter().map(|(name, ..)| (*name).to_owned()));
-        lines[0].extend(["hits of oracle's".to_owned(), "p90 ×".to_owned(), "p99 ×".to_owned()]);
+        lines[0].extend(["hits ×", "mean ×", "p90 ×", "p99 ×"].map(str::to_owned));
         for policy in policies(rows) {
             let Some(means) = means(rows, at, policy, slo) else { continue };
             let mut line = vec![policy.name()];
             line.extend(means.iter().zip(FIGURES).map(|(mean, (_, digits, _))| format!("{mean:.digits$}")));
-            if let Some(oracle) = &oracle {
-                line.push(match oracle[HITS] {
+            if let Some(base) = &base {
+                line.extend([HITS, MEAN, P90, P99].map(|figure| match base[figure] {
                     0.0 => "–".to_owned(),
-                    hits => format!("{:.1} %", 100.0 * means[HITS] / hits),
-                });
-                line.extend([P90, P99].map(|figure| format!("{:.3}", means[figure] / oracle[figure].max(1e-9))));
+                    base => format!("{:.3}", means[figure] / base),
+                }));
             }
             lines.push(line);
         }
         let requests = rows.iter().find(|(of, _)| *of == at).map_or(0, |(_, row)| row.outcome.requests);
         println!("{}, {requests} requests measured per run\n{}", case.title(), table(&lines));
+        print_classes(case, at, rows);
+    }
+}
+
+/// Prints what those that hold requests did for priorities and tenants, if there are any.
+fn print_classes(case: &Case, at: usize, rows: &[(usize, Row)]) {
+    if case.classes == Classes::default() || case.classes == (Classes { high: 0.0, tenants: 1 }) {
+        return;
+    }
+    let runs = rows.iter().filter(|(of, row)| *of == at && matches!(row.policy, Policy::Late | Policy::LateTrue));
+    for (_, Row { policy, seed, outcome }) in runs {
+        println!(
+            "{}, seed {seed}: high priority TTFT p50 {:.3} s, p99 {:.3} s; Jain's index of {} tenants {:.4}; idle while a \
+             request waits {:.1} of {:.0} s",
+            policy.name(),
+            outcome.high_ttft(0.5),
+            outcome.high_ttft(0.99),
+            case.classes.tenants,
+            outcome.fairness(),
+            outcome.idle_seconds,
+            outcome.busy.iter().sum::<f64>(),
+        );
     }
 }
 
@@ -103,14 +133,14 @@ pub fn print(cases: &[Case], rows: &[(usize, Row)], slo: f64) {
 /// When a file cannot be written.
 pub fn save(out: &Path, cases: &[Case], rows: &[(usize, Row)], slo: f64) -> Result<()> {
     std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
-    let mut csv = "load,prefill,decode,cache_tokens,policy,seed,requests".to_owned();
+    let mut csv = "load,share,prefill,decode,cache_tokens,policy,seed,requests".to_owned();
     let key = |name: &str| name.replace('%', "percent").replace([' ', '/'], "_").to_lowercase();
     FIGURES.iter().for_each(|(name, ..)| _ = write!(csv, ",{}", key(name)));
     csv.push('\n');
     for (at, row) in rows {
-        let Case { load, pods } = &cases[*at];
+        let Case { load, pods, share, .. } = &cases[*at];
         let (policy, seed, requests) = (row.policy.name(), row.seed, row.outcome.requests);
-        let _ = write!(csv, "{load},{},{},{},", pods.prefill, pods.decode, pods.cache_tokens);
+        let _ = write!(csv, "{load},{share},{},{},{},", pods.prefill, pods.decode, pods.cache_tokens);
         let _ = write!(csv, "{policy},{seed},{requests}");
         FIGURES.iter().for_each(|(.., figure)| _ = write!(csv, ",{:.6}", figure(&row.outcome, slo)));
         csv.push('\n');
@@ -120,7 +150,7 @@ pub fn save(out: &Path, cases: &[Case], rows: &[(usize, Row)], slo: f64) -> Resu
     println!("{}", path.display());
     for (at, case) in cases.iter().enumerate() {
         let Pods { prefill, decode, cache_tokens, .. } = case.pods;
-        let path = out.join(format!("{}-{prefill}x{decode}-{cache_tokens}.svg", case.load));
+        let path = out.join(format!("{}-{:.0}-{prefill}x{decode}-{cache_tokens}.svg", case.load, case.share * 100.0));
         picture(&path, case, at, rows, slo)?;
         println!("{}", path.display());
     }
@@ -140,8 +170,8 @@ fn picture(path: &Path, case: &Case, at: usize, rows: &[(usize, Row)], slo: f64)
                 .map(|(_, row)| of(&row.outcome, slo))
                 .fold((f64::MAX, f64::MIN), |(low, high), value| (low.min(value), high.max(value)));
             let series = match policy {
-                Policy::Pooled | Policy::Oracle => 1,
-                Policy::PdCore => 5,
+                Policy::NoWait | Policy::Pooled | Policy::LateTrue | Policy::GreedyTrue | Policy::GreedyLoad => 1,
+                Policy::PdCore | Policy::Late => 5,
                 _ => 2,
             };
             Some(Bar { label: format!("{} {value:.digits$}", policy.name()), value, range, series })

@@ -1,4 +1,4 @@
-//! The field's rules for choosing a prefill server, as published, and two that know everything.
+//! The field's rules for choosing a prefill server, as published, and some that know everything.
 //!
 //! They see the servers' queues as they are at that moment, where the real ones scrape them every 50 ms or more.
 
@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use fastrand::Rng;
 use pd_bench::trace::BLOCK_TOKENS;
+use pd_core::choose::weight::affinity_weight;
 use pd_core::prefix::hash::rendezvous_weight;
 use pd_sim::Timing;
 
@@ -14,16 +15,24 @@ use crate::cache::Lru;
 use crate::load::{Job, Pods};
 use crate::pods::Prefill;
 
-/// `w` of the oracle, pd-core's default.
+/// `w` of [`Policy::GreedyTrue`], pd-core's default.
 const AFFINITY_WEIGHT: f64 = 3.0;
 
 /// Who decides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Policy {
-    /// One queue and one cache for all prefill servers: a bound, not a policy.
+    /// Every prompt is begun at once, with one cache as large as those of all servers: no answer can come sooner.
+    NoWait,
+    /// One queue in the order of arrival and one cache for all prefill servers: a bound of choosing at arrival.
     Pooled,
-    /// `W + 3·S` with the exact work ahead and the exact cache.
-    Oracle,
+    /// Held in the gateway by pd-core's queue, with the exact work and the exact caches: what knowing more could give.
+    LateTrue,
+    /// Held in the gateway by pd-core's queue, with pd-core's own index and ledger.
+    Late,
+    /// At arrival: `W + 3·S`, pd-core's rule, with the exact work ahead and the exact cache.
+    GreedyTrue,
+    /// At arrival: the same, where the weight follows the load in place of 3.
+    GreedyLoad,
     /// pd-core, as it ships.
     PdCore,
     /// One after another.
@@ -43,6 +52,9 @@ pub enum Policy {
     GieSized,
     /// llm-d's guide: of the servers that match 80 % or more (all, if none does), least uncached tokens in flight.
     LlmD,
+    /// The same as it ships (prefix-cache-affinity-filter): until the best of those has 18 s more in flight than the best
+    /// of the others, at 15,928 tokens per second.
+    LlmDBound,
     /// SGLang `cache_aware`: shortest queue when `max − min > 64` and `max > 1.5·min`; the longest match when it is over
     /// 30 %; else the server with the smallest tree.
     Sglang,
@@ -56,6 +68,12 @@ pub enum Policy {
 }
 
 impl Policy {
+    /// Whether it is pd-core's rule, or that with more knowledge.
+    #[must_use]
+    pub fn is_ours(self) -> bool {
+        matches!(self, Self::GreedyTrue | Self::GreedyLoad | Self::Late | Self::LateTrue | Self::PdCore)
+    }
+
     /// The name used on the command line.
     #[must_use]
     pub fn name(self) -> String {
@@ -77,6 +95,12 @@ pub struct Rules<'a> {
 const GIE_TOKENS: u64 = 31_250 * 64;
 /// Tokens that GIE compares: 256 blocks of 64.
 const GIE_MATCH_TOKENS: u64 = 256 * 64;
+/// Match at which llm-d keeps a request where its prefix is, and when it stops: seconds more in flight than elsewhere, at
+/// this pace (`affinityThreshold`, `maxTTFTPenaltyMs` and `peakPrefillThroughput` of llm-d-router's
+/// prefix-cache-affinity-filter, as of commit ebab687).
+const LLM_D_MATCH: f64 = 0.8;
+const LLM_D_PENALTY_SECONDS: f64 = 18.0;
+const LLM_D_TOKENS_PER_SECOND: f64 = 15_928.0;
 /// Tokens that SGLang's tree keeps per server: 2^26 characters, four to a token.
 const SGLANG_TOKENS: u64 = (1 << 26) / 4;
 
@@ -86,7 +110,7 @@ impl<'a> Rules<'a> {
     pub fn new(policy: Policy, pods: &'a Pods, timing: &'a Timing, seed: u64) -> Self {
         let tokens = match policy {
             Policy::Gie => GIE_TOKENS,
-            Policy::GieSized | Policy::LlmD | Policy::Aibrix => pods.cache_tokens,
+            Policy::GieSized | Policy::LlmD | Policy::LlmDBound | Policy::Aibrix => pods.cache_tokens,
             Policy::Sglang => SGLANG_TOKENS,
             _ => 0,
         };
@@ -97,7 +121,7 @@ impl<'a> Rules<'a> {
     /// The server for a prompt; `None` when there is none.
     pub fn pick(&mut self, job: &Job, pods: &[Prefill], now: Duration) -> Option<usize> {
         let pick = match self.policy {
-            Policy::Pooled | Policy::PdCore => None,
+            Policy::NoWait | Policy::Pooled | Policy::PdCore | Policy::Late | Policy::LateTrue => None,
             Policy::RoundRobin => {
                 self.next += 1;
                 Some(self.next % pods.len().max(1))
@@ -109,9 +133,9 @@ impl<'a> Rules<'a> {
             }
             Policy::LeastRequests => self.lowest(pods, |_, pod| pod.in_flight() as f64),
             Policy::LeastWork => self.lowest(pods, |_, pod| pod.work(now)),
-            Policy::Oracle => self.oracle(job, pods, now),
+            Policy::GreedyTrue | Policy::GreedyLoad => self.greedy(job, pods, now),
             Policy::Gie | Policy::GieSized => self.gie(job, pods),
-            Policy::LlmD => self.llm_d(job, pods),
+            Policy::LlmD | Policy::LlmDBound => self.llm_d(job, pods),
             Policy::Sglang => self.sglang(job, pods),
             Policy::Aibrix => self.aibrix(job, pods),
             Policy::Dynamo => self.lowest(pods, |_, pod| {
@@ -131,11 +155,16 @@ impl<'a> Rules<'a> {
         scores.min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1))).map(|(.., at)| at)
     }
 
-    /// Ties go by rendezvous, as pd-core's: for the oracle's own cost they make no difference, for later hits they do.
-    fn oracle(&self, job: &Job, pods: &[Prefill], now: Duration) -> Option<usize> {
+    /// Ties go by rendezvous, as pd-core's: for the rule's own cost they make no difference, for later hits they do.
+    fn greedy(&self, job: &Job, pods: &[Prefill], now: Duration) -> Option<usize> {
+        let in_flight = pods.iter().map(Prefill::in_flight).sum();
+        let weight = match self.policy {
+            Policy::GreedyTrue => AFFINITY_WEIGHT,
+            _ => affinity_weight(in_flight, pods.len()),
+        };
         let cost = |pod: &Prefill| {
             let own = self.pods.prefill_time(self.timing, job, pod.cache.held(job.whole()));
-            pod.work(now) + AFFINITY_WEIGHT * own.as_secs_f64()
+            pod.work(now) + weight * own.as_secs_f64()
         };
         let key = job.blocks.get(1).or(job.blocks.first()).copied().unwrap_or(0);
         let scores = pods.iter().enumerate().map(|(at, pod)| (cost(pod), rendezvous_weight(key, at as u64), at));
@@ -168,9 +197,16 @@ impl<'a> Rules<'a> {
 
     fn llm_d(&mut self, job: &Job, pods: &[Prefill]) -> Option<usize> {
         let matches = self.matches(job);
-        let any = matches.iter().any(|share| *share >= 0.8);
+        let is_sticky = |at: usize| matches[at] >= LLM_D_MATCH;
+        let least = |sticky: bool| {
+            let of = pods.iter().enumerate().filter(|(at, _)| is_sticky(*at) == sticky);
+            of.map(|(_, pod)| pod.uncached_tokens()).min()
+        };
+        let lead = least(true).zip(least(false)).map_or(0, |(sticky, other)| sticky.saturating_sub(other));
+        let is_over = self.policy == Policy::LlmDBound && lead as f64 / LLM_D_TOKENS_PER_SECOND > LLM_D_PENALTY_SECONDS;
+        let any = !is_over && (0..pods.len()).any(is_sticky);
         self.lowest(pods, |at, pod| {
-            let out = any && matches[at] < 0.8;
+            let out = any && !is_sticky(at);
             pod.uncached_tokens() as f64 + if out { f64::MAX / 2.0 } else { 0.0 }
         })
     }
@@ -224,7 +260,8 @@ fn chwbl(job: &Job, pods: &[Prefill]) -> Option<usize> {
 mod tests {
     use super::*;
 
-    const PODS: Pods = Pods { prefill: 4, decode: 4, cache_tokens: 100_000, fast_tokens: 100_000 };
+    const PODS: Pods =
+        Pods { prefill: 4, decode: 4, cache_tokens: 100_000, fast_tokens: 100_000, decode_cache_tokens: 0 };
 
     fn timing() -> Timing {
         Timing::new(&pd_sim::Config { speed: 1.0, ..pd_sim::Config::default() })
@@ -241,11 +278,11 @@ mod tests {
         let mut pods: Vec<Prefill> = (0..4).map(|_| Prefill::new(&PODS)).collect();
         let known = job(&[1, 2, 3, 4]);
         rules.index[2].enter(known.whole());
-        pods[2].enqueue(&PODS, &timing, &known, false);
+        pods[2].enqueue(&PODS, &timing, &known, Duration::ZERO, false);
         pods[2].finish();
         pods[2].free_at = Duration::ZERO;
         for i in 0..queue {
-            pods[busy].enqueue(&PODS, &timing, &job(&[100 + i as u64; 1]), false);
+            pods[busy].enqueue(&PODS, &timing, &job(&[100 + i as u64; 1]), Duration::ZERO, false);
         }
         rules.pick(&job(&[1, 2, 3, 4, 5]), &pods, Duration::ZERO).unwrap()
     }
@@ -254,10 +291,12 @@ mod tests {
     fn rules_that_know_prefixes_go_where_the_prefix_is() {
         for policy in Policy::value_variants() {
             let knows = [
-                Policy::Oracle,
+                Policy::GreedyTrue,
+                Policy::GreedyLoad,
                 Policy::Gie,
                 Policy::GieSized,
                 Policy::LlmD,
+                Policy::LlmDBound,
                 Policy::Sglang,
                 Policy::Aibrix,
                 Policy::Dynamo,
@@ -270,13 +309,15 @@ mod tests {
 
     #[test]
     fn a_long_queue_turns_them_away_each_by_its_own_rule() {
-        assert_ne!(pick(Policy::Oracle, 2, 40), 2);
+        assert_ne!(pick(Policy::GreedyTrue, 2, 40), 2);
         assert_eq!(pick(Policy::Gie, 2, 40), 2, "3·80 % outweigh 2·queue, however long it is");
         assert_ne!(pick(Policy::Dynamo, 2, 40), 2);
         assert_ne!(pick(Policy::Aibrix, 2, 9), 2);
         assert_eq!(pick(Policy::Sglang, 2, 64), 2);
         assert_ne!(pick(Policy::Sglang, 2, 65), 2);
         assert_eq!(pick(Policy::LlmD, 2, 40), 2, "nothing bounds its affinity here");
+        assert_eq!(pick(Policy::LlmDBound, 2, 500), 2, "256,000 tokens are 16 s");
+        assert_ne!(pick(Policy::LlmDBound, 2, 600), 2);
     }
 
     #[test]

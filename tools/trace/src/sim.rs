@@ -5,10 +5,14 @@ use std::collections::BinaryHeap;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use clap::ValueEnum;
+use hashbrown::HashSet;
 use pd_bench::trace::BLOCK_TOKENS;
+use pd_core::choose::decode_cost::{DecodeCost, DecodeLoad};
 use pd_sim::Timing;
 
 use crate::filter::{Brains, Filter};
+use crate::late::{Classes, Knowledge, Late};
 use crate::load::{Job, Load, Pods, pooled_cache};
 use crate::pods::{Decode, Prefill};
 use crate::rules::{Policy, Rules};
@@ -28,6 +32,16 @@ pub struct Outcome {
     pub ttft: Vec<f64>,
     /// Milliseconds per further token of each request, sorted.
     pub tpot_ms: Vec<f64>,
+    /// Tokens whose KV was moved to a decode server that did not hold them.
+    pub moved_tokens: u64,
+    /// Tokens that no prompt before had.
+    pub new_tokens: u64,
+    /// Seconds to the first token of those that go before all others, sorted.
+    pub high_ttft: Vec<f64>,
+    /// Seconds of prefill that each tenant got until the last request came.
+    pub tenant_seconds: Vec<f64>,
+    /// Seconds in which a prefill server was idle while a request waited in the gateway, until the last request came.
+    pub idle_seconds: f64,
 }
 
 impl Outcome {
@@ -42,6 +56,32 @@ impl Outcome {
     pub fn busy_over_mean(&self) -> f64 {
         let mean = self.busy.iter().sum::<f64>() / self.busy.len().max(1) as f64;
         self.busy.iter().copied().fold(0.0, f64::max) / mean.max(1e-9)
+    }
+
+    /// Tokens moved to decode servers over tokens that no prompt before had; 0 where nothing is moved.
+    #[must_use]
+    pub fn moved_over_new(&self) -> f64 {
+        self.moved_tokens as f64 / self.new_tokens.max(1) as f64
+    }
+
+    /// Seconds to the first token on average.
+    #[must_use]
+    pub fn mean_ttft(&self) -> f64 {
+        self.ttft.iter().sum::<f64>() / self.ttft.len().max(1) as f64
+    }
+
+    /// Jain's index of what the tenants got: 1 is even, 1/n is one of n that gets everything.
+    #[must_use]
+    pub fn fairness(&self) -> f64 {
+        let sum: f64 = self.tenant_seconds.iter().sum();
+        let squares: f64 = self.tenant_seconds.iter().map(|seconds| seconds * seconds).sum();
+        sum * sum / (self.tenant_seconds.len().max(1) as f64 * squares).max(1e-9)
+    }
+
+    /// Seconds to the first token of those that go before all others, at a share of them, 0 to 1.
+    #[must_use]
+    pub fn high_ttft(&self, share: f64) -> f64 {
+        at_share(&self.high_ttft, share)
     }
 
     /// Seconds to the first token at a share of the requests, 0 to 1.
@@ -65,6 +105,7 @@ impl Outcome {
     fn sort(mut self) -> Self {
         self.ttft.sort_by(f64::total_cmp);
         self.tpot_ms.sort_by(f64::total_cmp);
+        self.high_ttft.sort_by(f64::total_cmp);
         self
     }
 }
@@ -74,6 +115,35 @@ fn at_share(sorted: &[f64], share: f64) -> f64 {
     sorted.get(rank.max(1) - 1).copied().unwrap_or(0.0)
 }
 
+/// What a decode server is chosen by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum DecodeBy {
+    /// Fewest requests.
+    Requests,
+    /// Fewest assigned tokens.
+    #[default]
+    Tokens,
+    /// Assigned tokens, and tokens to be moved: `pd_core::choose::decode_cost`.
+    Cost,
+}
+
+fn choose_decode(by: DecodeBy, pods: &[Decode], job: &Job) -> Option<usize> {
+    let lowest = |load: fn(&Decode) -> u64| pods.iter().enumerate().min_by_key(|(_, pod)| load(pod)).map(|(at, _)| at);
+    match by {
+        DecodeBy::Requests => lowest(|pod| pod.assigned as u64),
+        DecodeBy::Tokens => lowest(|pod| pod.tokens),
+        DecodeBy::Cost => {
+            let load = |pod: &Decode| DecodeLoad {
+                assigned: pod.tokens as f64,
+                held: (pod.cache.matched(job.whole()) as u64 * BLOCK_TOKENS) as f64,
+                is_session: false,
+            };
+            let loads: Vec<DecodeLoad> = pods.iter().map(load).collect();
+            DecodeCost::default().choose(job.tokens as f64, &loads)
+        }
+    }
+}
+
 /// One run.
 #[derive(Clone, Copy, Debug)]
 pub struct Setup<'a> {
@@ -81,8 +151,14 @@ pub struct Setup<'a> {
     pub pods: &'a Pods,
     /// Their service times.
     pub timing: &'a Timing,
-    /// For [`Policy::PdCore`].
+    /// For [`Policy::PdCore`] and [`Policy::Late`].
     pub brains: &'a Brains,
+    /// Who asks, for those that hold requests.
+    pub classes: Classes,
+    /// How our policies choose a decode server.
+    pub decode_by: DecodeBy,
+    /// Whether a turn of a session comes when the one before is answered, and not at the time in the trace.
+    pub closed_loop: bool,
     /// Of everything that is random in a policy.
     pub seed: u64,
 }
@@ -91,14 +167,18 @@ pub struct Setup<'a> {
 enum Event {
     /// A prompt is computed.
     Prefilled(usize),
+    /// A prefill server may have room.
+    Room,
     /// The first token of a request is there.
     Joined(usize),
     /// A decode server may be through with a request.
     Finished { decode: usize, epoch: u64 },
+    /// A request comes.
+    Arrives(usize),
 }
 
 /// A request in flight.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Flight {
     at: Duration,
     tokens: u64,
@@ -113,6 +193,7 @@ struct Flight {
 enum Gateway<'a> {
     Filter(Box<Filter>),
     Rules(Rules<'a>),
+    Late(Box<Late>),
 }
 
 /// Output tokens that a gateway expects of a request which does not say: pd-core's figure, for those that count tokens.
@@ -123,95 +204,181 @@ const EXPECTED_OUTPUT_TOKENS: u64 = 256;
 /// # Errors
 /// When pd-core does not choose.
 pub fn run(load: &Load<'_>, policy: Policy, setup: &Setup<'_>, mut progress: impl FnMut()) -> Result<Outcome> {
+    let late =
+        |knowledge| Gateway::Late(Box::new(Late::new(knowledge, setup.pods, setup.brains, setup.classes, setup.seed)));
     let gateway = match policy {
-        Policy::Pooled => return Ok(pooled(load, setup, progress)),
+        Policy::NoWait | Policy::Pooled => return Ok(pooled(load, policy == Policy::NoWait, setup, progress)),
         Policy::PdCore => Gateway::Filter(Box::new(Filter::new(setup.pods, setup.brains, setup.seed)?)),
+        Policy::Late => late(Knowledge::Own),
+        Policy::LateTrue => late(Knowledge::Exact),
         policy => Gateway::Rules(Rules::new(policy, setup.pods, setup.timing, setup.seed)),
     };
+    let turns = if setup.closed_loop { load.turns(setup.timing) } else { vec![None; load.len()] };
+    let mut next_turns = vec![Vec::new(); load.len()];
+    let mut events = BinaryHeap::new();
+    for (number, turn) in turns.iter().enumerate() {
+        match turn {
+            Some(turn) => next_turns[turn.after].push((number, turn.pause)),
+            None => events.push(Reverse((load.at(number), Event::Arrives(number)))),
+        }
+    }
     let mut world = World {
         setup,
+        load,
         gateway,
-        by_tokens: policy == Policy::Oracle,
+        decode_by: if policy.is_ours() { setup.decode_by } else { DecodeBy::Requests },
+        seen: HashSet::new(),
         prefill: (0..setup.pods.prefill).map(|_| Prefill::new(setup.pods)).collect(),
-        decode: (0..setup.pods.decode).map(|_| Decode::default()).collect(),
-        flights: Vec::with_capacity(load.len()),
-        events: BinaryHeap::new(),
-        outcome: Outcome::default(),
+        decode: (0..setup.pods.decode).map(|_| Decode::new(setup.pods)).collect(),
+        flights: vec![Flight::default(); load.len()],
+        next_turns,
+        coming: load.len(),
+        looked: Duration::ZERO,
+        events,
+        outcome: Outcome { tenant_seconds: vec![0.0; setup.classes.tenants.max(1) as usize], ..Outcome::default() },
     };
-    for (number, job) in load.jobs().enumerate() {
-        world.advance(job.at)?;
-        world.arrive(number, &job, number >= load.warm_up())?;
-        progress();
-    }
-    world.advance(Duration::MAX)?;
+    world.run(&mut progress)?;
     world.outcome.busy = world.prefill.iter().map(|pod| pod.busy.as_secs_f64()).collect();
     Ok(world.outcome.sort())
 }
 
 struct World<'a> {
     setup: &'a Setup<'a>,
+    load: &'a Load<'a>,
     gateway: Gateway<'a>,
-    /// Whether decode goes by assigned tokens, in place of requests, where pd-core does not choose.
-    by_tokens: bool,
+    /// How the decode server is chosen, where pd-core does not choose.
+    decode_by: DecodeBy,
+    /// Blocks that were in a prompt before.
+    seen: HashSet<u64>,
     prefill: Vec<Prefill>,
     decode: Vec<Decode>,
     flights: Vec<Flight>,
+    /// Requests that come so long after the end of each.
+    next_turns: Vec<Vec<(usize, Duration)>>,
+    /// Requests that are still to come.
+    coming: usize,
+    /// When it was last counted who is idle.
+    looked: Duration,
     events: BinaryHeap<Reverse<(Duration, Event)>>,
     outcome: Outcome,
 }
 
 impl World<'_> {
-    fn arrive(&mut self, number: usize, job: &Job, measured: bool) -> Result<()> {
+    /// Everything that happens.
+    fn run(&mut self, progress: &mut impl FnMut()) -> Result<()> {
+        while let Some(Reverse((now, event))) = self.events.pop() {
+            self.count_idle(now);
+            match event {
+                Event::Prefilled(number) => self.prefilled(number, now)?,
+                Event::Room => self.bind(now)?,
+                Event::Joined(number) => self.joined(number, now),
+                Event::Finished { decode, epoch } => self.finished(decode, epoch, now),
+                Event::Arrives(number) => {
+                    self.arrive(number, now)?;
+                    progress();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn count_idle(&mut self, now: Duration) {
+        if let Gateway::Late(late) = &self.gateway
+            && self.coming > 0
+            && !late.is_empty()
+        {
+            let idle = self.prefill.iter().map(|pod| now.saturating_sub(pod.free_at.max(self.looked)));
+            self.outcome.idle_seconds += idle.sum::<Duration>().as_secs_f64();
+        }
+        self.looked = now;
+    }
+
+    fn arrive(&mut self, number: usize, now: Duration) -> Result<()> {
+        self.coming -= 1;
+        let job = Job { at: now, ..self.load.job(number) };
+        let measured = number >= self.load.warm_up();
+        let Job { at, tokens, output, .. } = job;
+        self.flights[number] = Flight { at, tokens, output, measured, ..Flight::default() };
         let at = match &mut self.gateway {
-            Gateway::Filter(filter) => filter.arrive(number, job, job.at)?,
-            Gateway::Rules(rules) => rules.pick(job, &self.prefill, job.at).context("no server")?,
+            Gateway::Filter(filter) => filter.arrive(number, &job, now)?,
+            Gateway::Rules(rules) => rules.pick(&job, &self.prefill, now).context("no server")?,
+            Gateway::Late(late) => {
+                late.arrive(number, &job, &self.prefill)?;
+                if let Some(delay) = late.delay() {
+                    self.events.push(Reverse((now + delay, Event::Room)));
+                }
+                return self.bind(now);
+            }
         };
+        self.enqueue(number, at, &job, now)
+    }
+
+    /// A request goes to a prefill server.
+    fn enqueue(&mut self, number: usize, at: usize, job: &Job, now: Duration) -> Result<()> {
         let pod = self.prefill.get_mut(at).context("no such server")?;
-        let (held, end) = pod.enqueue(self.setup.pods, self.setup.timing, job, measured);
-        if measured {
+        let flight = &mut self.flights[number];
+        flight.prefill = at;
+        let before = pod.free_at.max(now);
+        let (held, end) = pod.enqueue(self.setup.pods, self.setup.timing, job, now, flight.measured);
+        if flight.measured {
             self.outcome.requests += 1;
             self.outcome.tokens += job.tokens;
             self.outcome.cached_tokens += held.blocks as u64 * BLOCK_TOKENS;
         }
-        let (tokens, output) = (job.tokens, job.output);
-        let first = Duration::ZERO;
-        self.flights.push(Flight { at: job.at, tokens, output, measured, prefill: at, decode: 0, first });
+        if self.coming > 0 {
+            let (_, tenant) = self.setup.classes.of(number);
+            self.outcome.tenant_seconds[tenant as usize] += (end - before).as_secs_f64();
+        }
         self.events.push(Reverse((end, Event::Prefilled(number))));
         Ok(())
     }
 
-    /// Everything that happens until then.
-    fn advance(&mut self, until: Duration) -> Result<()> {
-        while let Some(Reverse((now, event))) = self.events.peek().copied()
-            && now <= until
+    /// The gateways send what they hold, where there is room.
+    fn bind(&mut self, now: Duration) -> Result<()> {
+        while let Gateway::Late(late) = &mut self.gateway
+            && let Some((number, at, job)) = late.next(&self.prefill, now)?
         {
-            self.events.pop();
-            match event {
-                Event::Prefilled(number) => self.prefilled(number, now)?,
-                Event::Joined(number) => self.joined(number, now),
-                Event::Finished { decode, epoch } => self.finished(decode, epoch, now),
+            self.enqueue(number, at, &job, now)?;
+            if let Gateway::Late(late) = &mut self.gateway {
+                late.bound(&job, &self.prefill);
+                self.events.push(Reverse((late.room_at(at, &self.prefill, now), Event::Room)));
             }
         }
         Ok(())
     }
 
     fn prefilled(&mut self, number: usize, now: Duration) -> Result<()> {
+        let prefill = self.flights[number].prefill;
+        self.prefill[prefill].finish();
+        if let Gateway::Late(late) = &mut self.gateway {
+            late.prefilled(number, prefill, now, &self.prefill)?;
+            self.events.push(Reverse((late.room_at(prefill, &self.prefill, now), Event::Room)));
+            if let Some(delay) = late.delay() {
+                self.events.push(Reverse((now + delay, Event::Room)));
+            }
+            self.bind(now)?;
+        }
+        let job = self.load.job(number);
         let flight = &mut self.flights[number];
-        self.prefill[flight.prefill].finish();
         let at = match &mut self.gateway {
             Gateway::Filter(filter) => filter.prefilled(number, now)?,
-            Gateway::Rules(_) => {
-                let by_tokens = self.by_tokens;
-                let load = |pod: &Decode| if by_tokens { pod.tokens } else { pod.assigned as u64 };
-                let decode = self.decode.iter().enumerate().min_by_key(|(_, pod)| load(pod));
-                decode.context("no decode server")?.0
+            Gateway::Rules(_) | Gateway::Late(_) => {
+                choose_decode(self.decode_by, &self.decode, &job).context("no decode server")?
             }
         };
         flight.decode = at;
         let pod = self.decode.get_mut(at).context("no such decode server")?;
         pod.assigned += 1;
         pod.tokens += flight.tokens + EXPECTED_OUTPUT_TOKENS;
-        let first = self.setup.timing.transfer(flight.tokens) + self.setup.timing.token(pod.running() + 1);
+        let moved = flight.tokens - pod.cache.matched(job.whole()) as u64 * BLOCK_TOKENS;
+        pod.cache.enter(job.whole());
+        let seen = job.whole().iter().take_while(|block| self.seen.contains(*block)).count();
+        self.seen.extend(job.whole());
+        if flight.measured {
+            self.outcome.moved_tokens += moved;
+            self.outcome.new_tokens += flight.tokens - seen as u64 * BLOCK_TOKENS;
+        }
+        let first = self.setup.timing.transfer(moved) + self.setup.timing.token(pod.running() + 1);
         self.events.push(Reverse((now + first, Event::Joined(number))));
         Ok(())
     }
@@ -223,7 +390,11 @@ impl World<'_> {
         let flight = &mut self.flights[number];
         flight.first = now;
         if flight.measured {
-            self.outcome.ttft.push((now - flight.at).as_secs_f64());
+            let ttft = (now - flight.at).as_secs_f64();
+            self.outcome.ttft.push(ttft);
+            if self.setup.classes.of(number).0 {
+                self.outcome.high_ttft.push(ttft);
+            }
         }
         let (decode, more) = (flight.decode, flight.output - 1);
         self.decode[decode].join(self.setup.timing, number, more, now);
@@ -244,6 +415,9 @@ impl World<'_> {
         if let Gateway::Filter(filter) = &mut self.gateway {
             filter.done(number, now);
         }
+        for (next, pause) in core::mem::take(&mut self.next_turns[number]) {
+            self.events.push(Reverse((now + pause, Event::Arrives(next))));
+        }
     }
 
     fn look_again(&mut self, decode: usize) {
@@ -253,8 +427,8 @@ impl World<'_> {
     }
 }
 
-/// One queue before all prefill servers, one cache as large as all of theirs. No policy can be better at both.
-fn pooled(load: &Load<'_>, setup: &Setup<'_>, mut progress: impl FnMut()) -> Outcome {
+/// One queue before all prefill servers, or none, and one cache as large as all of theirs.
+fn pooled(load: &Load<'_>, is_at_once: bool, setup: &Setup<'_>, mut progress: impl FnMut()) -> Outcome {
     let Setup { pods, timing, .. } = setup;
     let mut cache = pooled_cache(pods);
     let mut free: BinaryHeap<Reverse<(Duration, usize)>> =
@@ -266,7 +440,7 @@ fn pooled(load: &Load<'_>, setup: &Setup<'_>, mut progress: impl FnMut()) -> Out
         cache.enter(job.whole());
         let Some(Reverse((free_at, at))) = free.pop() else { break };
         let time = pods.prefill_time(timing, &job, held);
-        let end = free_at.max(job.at) + time;
+        let end = if is_at_once { job.at } else { free_at.max(job.at) } + time;
         free.push(Reverse((end, at)));
         if number >= load.warm_up() {
             let first = end + timing.transfer(job.tokens) + timing.token(1);

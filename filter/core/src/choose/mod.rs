@@ -2,11 +2,18 @@
 //!
 //! - [`admission`]: limits of a pool, shedding and fair shares.
 //! - [`prompt`]: what a choice needs to know of a prompt.
+//! - [`queue`]: which waiting request a prefill endpoint with room gets next. The trace simulator runs it; the filter does
+//!   not hold requests yet.
+//! - [`decode_cost`], [`weight`]: decode by the tokens to move, and affinity that follows the load. The trace simulator runs
+//!   them; the filter's choices do not use them yet.
 //! - [`scheduler`]: split or whole, and the endpoint of each leg. `shortlist` has the endpoints that it compares, `explain`
 //!   describes its choice.
 
 pub mod admission;
+pub mod decode_cost;
 mod explain;
 pub mod prompt;
+pub mod queue;
 pub mod scheduler;
 mod shortlist;
+pub mod weight;

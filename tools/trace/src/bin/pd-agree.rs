@@ -79,7 +79,7 @@ async fn run(args: &Args) -> Result<()> {
     }
     let (prefill, decode, cache_tokens) = (args.prefill, args.decode, args.cache_tokens);
     let setup = Setup {
-        pods: Pods { prefill, decode, cache_tokens, fast_tokens: cache_tokens },
+        pods: Pods { prefill, decode, cache_tokens, fast_tokens: cache_tokens, decode_cache_tokens: 0 },
         open: args.open,
         workers: args.workers,
         envoy: args.envoy.clone(),

@@ -1,0 +1,104 @@
+//! Which endpoint generates, by what it has to do already and by what must be moved to it.
+
+/// What a decode endpoint costs, for the choice between several.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DecodeCost {
+    /// Seconds to move the KV of one token: its bytes by the bandwidth between endpoints. 131 kB (8 billion parameters,
+    /// 16 bits) at 52 GB/s are 2.5 µs.
+    pub move_seconds: f64,
+    /// Seconds that one token in the KV cache adds to each step: its bytes by the bandwidth of the memory. 131 kB at
+    /// 3.35 TB/s (H100) are 39 ns.
+    pub step_seconds: f64,
+    /// Steps that a request is expected to take: tokens of its answer.
+    pub steps: f64,
+    /// A conversation stays while its endpoint has at most so many times the request's own tokens more assigned than the
+    /// endpoint with the fewest. 0: it never stays for its own sake.
+    pub stay: f64,
+}
+
+impl Default for DecodeCost {
+    fn default() -> Self {
+        Self { move_seconds: 2.5e-6, step_seconds: 3.9e-8, steps: 256.0, stay: 2.0 }
+    }
+}
+
+/// Share of a prompt that an endpoint must hold for the conversation to be there.
+const CONVERSATION: f64 = 0.5;
+
+/// A decode endpoint, for one request.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct DecodeLoad {
+    /// Tokens in the KV cache for requests in flight, by the endpoint's speed.
+    pub assigned: f64,
+    /// Tokens of the prompt that it holds.
+    pub held: f64,
+    /// Whether it served the session of the request last.
+    pub is_session: bool,
+}
+
+impl DecodeCost {
+    /// Seconds that the choice of an endpoint costs for a prompt of `tokens`: `move·missing + step·steps·assigned`.
+    ///
+    /// The first is the time until the answer begins. The second is how much longer the answer takes because of what the
+    /// endpoint reads for others in each step.
+    #[must_use]
+    pub fn seconds(&self, tokens: f64, load: DecodeLoad) -> f64 {
+        self.move_seconds * (tokens - load.held).max(0.0) + self.step_seconds * self.steps * load.assigned
+    }
+
+    /// The place of the one to choose in the order of these.
+    ///
+    /// The conversation stays where it is inside the bound of [`stay`](Self::stay): with the endpoint of the session, else
+    /// with the one that holds most of the prompt, if that is half of it or more. Any other request goes to the cheapest, of
+    /// several alike the first. That what is moved crosses the network and displaces as much from the cache there is not in
+    /// the seconds: it costs others, and the bound is the price.
+    #[must_use]
+    pub fn choose(&self, tokens: f64, loads: &[DecodeLoad]) -> Option<usize> {
+        let least = loads.iter().map(|load| load.assigned).reduce(f64::min)?;
+        let has = |load: &DecodeLoad| load.is_session || load.held >= CONVERSATION * tokens;
+        let is_inside = |load: &DecodeLoad| load.assigned - least <= self.stay * tokens && self.stay > 0.0;
+        let stays = loads.iter().enumerate().filter(|(_, load)| has(load) && is_inside(load));
+        let place = |load: &DecodeLoad| (!load.is_session, -load.held, load.assigned);
+        let better = |a: &(bool, f64, f64), b: &(bool, f64, f64)| {
+            a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)).then(a.2.total_cmp(&b.2))
+        };
+        let stays = stays.min_by(|(_, a), (_, b)| better(&place(a), &place(b)));
+        let cheapest = || {
+            let costs = loads.iter().enumerate().map(|(at, load)| (self.seconds(tokens, *load), at));
+            costs.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, at)| at)
+        };
+        stays.map(|(at, _)| at).or_else(cheapest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(assigned: f64, held: f64) -> DecodeLoad {
+        DecodeLoad { assigned, held, is_session: false }
+    }
+
+    #[test]
+    fn a_begin_is_worth_what_moving_it_takes() {
+        let cost = DecodeCost { stay: 0.0, ..DecodeCost::default() };
+        // 40,000 tokens are moved in 100 ms; 10,016 assigned tokens take as long over 256 steps.
+        assert_eq!(cost.choose(100_000.0, &[load(0.0, 0.0), load(10_000.0, 40_000.0)]), Some(1));
+        assert_eq!(cost.choose(100_000.0, &[load(0.0, 0.0), load(10_100.0, 40_000.0)]), Some(0));
+        assert_eq!(cost.choose(100_000.0, &[load(50.0, 0.0), load(40.0, 0.0)]), Some(1));
+        assert_eq!(cost.choose(100_000.0, &[load(40.0, 0.0), load(40.0, 0.0)]), Some(0));
+        assert_eq!(cost.choose(100_000.0, &[]), None);
+    }
+
+    #[test]
+    fn a_conversation_stays_inside_the_bound() {
+        let cost = DecodeCost::default();
+        let least = load(1_000.0, 0.0);
+        assert_eq!(cost.choose(100_000.0, &[least, load(201_000.0, 90_000.0)]), Some(1));
+        assert_eq!(cost.choose(100_000.0, &[least, load(201_001.0, 90_000.0)]), Some(0));
+        assert_eq!(cost.choose(100_000.0, &[least, load(201_000.0, 49_000.0)]), Some(0), "a common begin is none");
+        assert_eq!(cost.choose(100_000.0, &[least, load(9e4, 60_000.0), load(9e4, 90_000.0)]), Some(2));
+        let session = DecodeLoad { is_session: true, ..load(150_000.0, 0.0) };
+        assert_eq!(cost.choose(100_000.0, &[least, load(9e4, 90_000.0), session]), Some(2));
+    }
+}

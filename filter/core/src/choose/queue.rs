@@ -1,0 +1,940 @@
+//! Requests that wait in the gateway for a prefill server with room, and which of them a server gets next.
+//!
+//! A server has *room* when the work it has left is below a lead time of some tens of milliseconds. Until a server has
+//! room for it, a request is bound to none, so that it goes to whichever server serves it best when its turn comes, and
+//! so that a short request never stands behind a long one that came first.
+//!
+//! # Which server a request prefers
+//! The one with the lowest `R + w·S`:
+//! - `R`: seconds until the server has room, 0 where it has,
+//! - `S`: seconds of the server for the prompt, given the tokens that it holds,
+//! - `w = 2 + n`, where `n` is the number of waiting requests per server.
+//!
+//! A second of work counts once for the request itself. It counts a second time because a prompt that is computed anew
+//! displaces as much from the server's cache, which another request has to compute again. And it counts once for each of
+//! the `n` requests that the server could have computed instead: they all wait a second longer.
+//!
+//! A request that prefers a server without room keeps waiting for it, and others overtake. It gives that server up when
+//! another one has room and waiting costs more than computing anew: when `R > w·(S elsewhere − S there)`.
+//!
+//! # Which request a server gets
+//! Of the requests that prefer a server with room, in this order:
+//! 1. the highest priority,
+//! 2. a request that has waited longer than [`Rule::longest_wait`], the oldest first,
+//! 3. a request of a tenant that has got at most [`Rule::fair_seconds`] more than the tenant with the least,
+//! 4. the lowest `S·exp(−waited/patience)`: the shortest, where waiting makes a request shorter.
+//!
+//! # Starvation
+//! By the fourth rule a request can be overtaken only by requests that come within `patience·ln(S/s)` after it, where `S`
+//! are its own seconds and `s` those of the one that overtakes. By the second rule nobody overtakes it at all, within its
+//! priority, once it has waited for `longest_wait`. Priorities are strict: a lower one waits for as long as there is a higher one,
+//! at most until its [deadline](Request::deadline).
+//!
+//! # Cost
+//! The order of two requests does not depend on the time that passes (both wait for the same time more), so requests
+//! stand in ordered sets, one for each server of which they hold a prefix and one for all. `n` requests: [`Queue::push`],
+//! [`Queue::remove`] and [`Queue::set_held`] take `O(log n)`. [`Queue::next`] takes `O(log n)` for each server with room,
+//! priority and tenant, and looks at [`LOOK`] requests of each at most. While requests wait, nothing is done. A
+//! request takes [`REQUEST_BYTES`] at most, beside its body.
+//!
+//! Every worker that has pushed, removed and updated the same requests finds the same order: ties go by id.
+
+use core::cmp::Reverse;
+use core::ops::Bound::{Excluded, Included, Unbounded};
+use core::time::Duration;
+use std::collections::{BTreeMap, BTreeSet};
+
+use hashbrown::HashMap;
+
+use crate::config::Cost;
+use crate::prefix::hash::rendezvous_weight;
+use crate::prefix::index::EndpointIndex;
+
+/// Requests of one server, priority and tenant that are looked at when none of them prefers the server: with more of
+/// them a server may stay idle until an event of another server, with fewer it does so more often.
+pub const LOOK: usize = 256;
+/// Servers of a request whose prefix counts: the longest. More of them make every request larger.
+pub const MOST_HELD: usize = 4;
+/// Bytes that a waiting request takes at most beside its body: its entry, and its places in the ordered sets, which are
+/// half empty at worst. It has one place for each server that counts, and five more.
+pub const REQUEST_BYTES: usize = 1_024;
+/// Tenants that are told apart: tenants whose hash is the same in these bits share what one gets (McKenney 1990).
+const TENANTS: u64 = 256;
+/// The least that a request's seconds count for in the order, so that their logarithm is a number.
+const LEAST_SECONDS: f64 = 1e-6;
+
+/// What holds for all requests of a queue.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rule {
+    /// Seconds of work that a server may have left and still have room. Longer ones bind requests earlier than needed;
+    /// shorter ones leave the server idle for as long as a request takes to reach it.
+    pub lead: f64,
+    /// Seconds of waiting that make a request count as `1/e` of its seconds. Longer ones favour short requests.
+    pub patience: f64,
+    /// How long a request can be overtaken.
+    pub longest_wait: Duration,
+    /// Seconds of work that a tenant may get more than the one with the least, while both wait.
+    pub fair_seconds: f64,
+    /// Seconds of a prompt, for the order.
+    pub cost: Cost,
+    /// Most requests that wait.
+    pub most_requests: usize,
+    /// Most bytes that they take, [`REQUEST_BYTES`] of each among them.
+    pub most_bytes: usize,
+}
+
+impl Rule {
+    /// The rule as it ships, for servers with such seconds.
+    #[must_use]
+    pub fn new(cost: Cost) -> Self {
+        Self {
+            lead: 0.02,
+            patience: 100.0,
+            longest_wait: Duration::from_secs(600),
+            fair_seconds: 10.0,
+            cost,
+            most_requests: 8_192,
+            most_bytes: 512 << 20,
+        }
+    }
+}
+
+/// A request that waits.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Request {
+    /// Its name, which no other request has. Of two requests that are alike the lower one goes first.
+    pub id: u64,
+    /// When it came.
+    pub arrival: Duration,
+    /// Tokens of the prompt.
+    pub tokens: f64,
+    /// Key that prompts with the same begin share; see [`Queue::sharing`].
+    pub key: u64,
+    /// Higher ones go first.
+    pub priority: i32,
+    /// Hash of whose it is.
+    pub tenant: u64,
+    /// When it gives up.
+    pub deadline: Option<Duration>,
+    /// Bytes of its body that are kept for it.
+    pub bytes: usize,
+}
+
+/// Tokens of a prompt's begin that a server holds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Held {
+    /// The server.
+    pub server: EndpointIndex,
+    /// Tokens.
+    pub tokens: f64,
+}
+
+/// A server that may be bound to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Server {
+    /// Which.
+    pub at: EndpointIndex,
+    /// Key for ties, which every worker and replica has alike.
+    pub key: u64,
+    /// Seconds until it is through with what it has.
+    pub work: f64,
+    /// Its seconds for a prompt.
+    pub cost: Cost,
+}
+
+/// A request and the server that it should go to now.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Binding {
+    /// The request.
+    pub id: u64,
+    /// The server.
+    pub server: EndpointIndex,
+    /// Tokens of the prompt that the server holds.
+    pub held_tokens: f64,
+    /// Seconds of the server for the prompt.
+    pub seconds: f64,
+}
+
+/// Why a request cannot wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Full {
+    /// As many requests wait as may. The caller refuses the request.
+    Requests,
+    /// With its bytes there would be more than there may be. The caller refuses the request.
+    Bytes,
+    /// A request with this id waits already. The caller has a fault; the one that waits stays.
+    Taken,
+}
+
+/// Numbers in the order of [`f64::total_cmp`].
+#[derive(Clone, Copy, Debug)]
+struct Rank(f64);
+
+impl PartialEq for Rank {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Rank {}
+
+impl PartialOrd for Rank {
+    fn partial_cmp(&self, other: &Self) -> Option<core::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Rank {
+    fn cmp(&self, other: &Self) -> core::cmp::Ordering {
+        self.0.total_cmp(&other.0)
+    }
+}
+
+/// Requests that are compared with each other: those that a server holds a begin of, or all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Group {
+    /// `None`: all requests, as if nobody held anything of them.
+    server: Option<EndpointIndex>,
+    priority: Reverse<i32>,
+    tenant: u8,
+}
+
+/// A request's place among those.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Place {
+    group: Group,
+    rank: Rank,
+    id: u64,
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    request: Request,
+    /// Longest first.
+    held: Vec<Held>,
+}
+
+impl Entry {
+    fn held_tokens(&self, server: EndpointIndex) -> f64 {
+        self.held.iter().find(|held| held.server == server).map_or(0.0, |held| held.tokens)
+    }
+
+    /// Seconds where most of it is held.
+    fn least_seconds(&self, cost: &Cost) -> f64 {
+        cost.seconds(self.request.tokens, self.held.first().map_or(0.0, |held| held.tokens))
+    }
+
+    fn tenant(&self) -> u8 {
+        (self.request.tenant % TENANTS) as u8
+    }
+
+    /// Its places under this rule.
+    fn places(&self, rule: &Rule) -> impl Iterator<Item = Place> {
+        let Request { id, arrival, tokens, priority, .. } = self.request;
+        let tenant = self.tenant();
+        let came = arrival.as_secs_f64() / rule.patience;
+        let servers = self.held.iter().map(|held| (Some(held.server), held.tokens));
+        servers.chain([(None, 0.0)]).map(move |(server, held)| {
+            let seconds = rule.cost.seconds(tokens, held).max(LEAST_SECONDS);
+            Place { group: Group { server, priority: Reverse(priority), tenant }, rank: Rank(seconds.ln() + came), id }
+        })
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Tenant {
+    waiting: usize,
+    /// Seconds of work that it got, on a clock that all tenants have in common.
+    got: f64,
+}
+
+/// Waiting requests of one pool.
+#[derive(Debug)]
+pub struct Queue {
+    rule: Rule,
+    entries: HashMap<u64, Entry>,
+    places: BTreeSet<Place>,
+    arrivals: BTreeSet<(Reverse<i32>, Duration, u64)>,
+    deadlines: BTreeSet<(Duration, u64)>,
+    keys: BTreeSet<(u64, u64)>,
+    tenants: BTreeMap<u8, Tenant>,
+    /// Seconds of work that wait, by priority.
+    seconds: BTreeMap<Reverse<i32>, (usize, f64)>,
+    bytes: usize,
+}
+
+/// A candidate: whether its tenant has got its share already, its place in the order, itself.
+type Candidate = (bool, Rank, u64);
+
+impl Queue {
+    /// An empty queue.
+    #[must_use]
+    pub fn new(rule: Rule) -> Self {
+        Self {
+            rule,
+            entries: HashMap::new(),
+            places: BTreeSet::new(),
+            arrivals: BTreeSet::new(),
+            deadlines: BTreeSet::new(),
+            keys: BTreeSet::new(),
+            tenants: BTreeMap::new(),
+            seconds: BTreeMap::new(),
+            bytes: 0,
+        }
+    }
+
+    /// The rule in force.
+    #[must_use]
+    pub fn rule(&self) -> &Rule {
+        &self.rule
+    }
+
+    /// Requests that wait.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether nothing waits.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Bytes that the waiting requests take: at most, and with their bodies.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Seconds of work that wait and go before a new request of this priority, or beside it. Divided by the number of
+    /// servers this is about as long as the new one waits at most.
+    #[must_use]
+    pub fn seconds(&self, priority: i32) -> f64 {
+        self.seconds.range(..=Reverse(priority)).map(|(_, (_, seconds))| seconds).sum()
+    }
+
+    /// The request, while it waits.
+    #[must_use]
+    pub fn get(&self, id: u64) -> Option<&Request> {
+        self.entries.get(&id).map(|entry| &entry.request)
+    }
+
+    /// What the servers hold of a request, as far as it counts: the longest first. Empty for unknown ids.
+    #[must_use]
+    pub fn held(&self, id: u64) -> &[Held] {
+        self.entries.get(&id).map_or(&[], |entry| &entry.held)
+    }
+
+    /// Requests with this [key](Request::key), lowest id first: when a server has got one of them, it may hold a begin of
+    /// the others.
+    pub fn sharing(&self, key: u64) -> impl Iterator<Item = u64> {
+        self.keys.range((key, 0)..=(key, u64::MAX)).map(|(_, id)| *id)
+    }
+
+    /// A request comes. Of `held` the [longest](MOST_HELD) count.
+    ///
+    /// # Errors
+    /// When there is no room for it. The queue is as it was.
+    pub fn push(&mut self, request: Request, held: &[Held]) -> Result<(), Full> {
+        let bytes = self.bytes.saturating_add(request.bytes).saturating_add(REQUEST_BYTES);
+        if self.entries.contains_key(&request.id) {
+            return Err(Full::Taken);
+        }
+        if self.entries.len() >= self.rule.most_requests {
+            return Err(Full::Requests);
+        }
+        if bytes > self.rule.most_bytes {
+            return Err(Full::Bytes);
+        }
+        self.bytes = bytes;
+        let Request { id, arrival, key, priority, deadline, .. } = request;
+        let entry = Entry { request, held: longest(held) };
+        self.arrivals.insert((Reverse(priority), arrival, id));
+        self.deadlines.extend(deadline.map(|deadline| (deadline, id)));
+        self.keys.insert((key, id));
+        self.add_tenant(entry.tenant());
+        self.enter(&entry);
+        self.entries.insert(id, entry);
+        Ok(())
+    }
+
+    /// Says anew what the servers hold of a request. Unknown ids are ignored.
+    pub fn set_held(&mut self, id: u64, held: &[Held]) {
+        let Some(mut entry) = self.entries.remove(&id) else { return };
+        let held = longest(held);
+        if entry.held != held {
+            self.leave(&entry);
+            entry.held = held;
+            self.enter(&entry);
+        }
+        self.entries.insert(id, entry);
+    }
+
+    /// Takes a request out: its client has left, its deadline is over, it is refused. Unknown ids are ignored.
+    pub fn remove(&mut self, id: u64) -> Option<Request> {
+        let entry = self.entries.remove(&id)?;
+        self.leave(&entry);
+        let Request { arrival, key, priority, deadline, bytes, .. } = entry.request;
+        self.arrivals.remove(&(Reverse(priority), arrival, id));
+        deadline.map(|deadline| self.deadlines.remove(&(deadline, id)));
+        self.keys.remove(&(key, id));
+        self.bytes = self.bytes.saturating_sub(bytes).saturating_sub(REQUEST_BYTES);
+        if let Some(tenant) = self.tenants.get_mut(&entry.tenant()) {
+            tenant.waiting = tenant.waiting.saturating_sub(1);
+        }
+        if self.entries.is_empty() {
+            // Who comes to an empty queue has no claim from before.
+            self.tenants.clear();
+            self.seconds.clear();
+        }
+        Some(entry.request)
+    }
+
+    /// Takes a request out because a server gets it: its tenant has got so many seconds.
+    pub fn bind(&mut self, id: u64, seconds: f64) -> Option<Request> {
+        let tenant = self.entries.get(&id).map(Entry::tenant)?;
+        if let Some(tenant) = self.tenants.get_mut(&tenant) {
+            tenant.got += seconds.max(0.0);
+        }
+        self.remove(id)
+    }
+
+    /// A request whose deadline is over, the earliest first.
+    #[must_use]
+    pub fn expired(&self, now: Duration) -> Option<u64> {
+        self.deadlines.first().filter(|(deadline, _)| *deadline <= now).map(|(_, id)| *id)
+    }
+
+    /// When the next deadline is over.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Duration> {
+        self.deadlines.first().map(|(deadline, _)| *deadline)
+    }
+
+    /// `w`, the price of a second of work, with so many servers.
+    #[must_use]
+    pub fn price(&self, servers: usize) -> f64 {
+        2.0 + self.len() as f64 / servers.max(1) as f64
+    }
+
+    /// The request to bind next, and the server for it. `servers` are those that may be bound to, ordered by
+    /// [`at`](Server::at). `None`: no server has room, or every request that was looked at prefers to wait for one
+    /// that has not.
+    ///
+    /// The caller checks that the server still holds what is said of it ([`set_held`](Self::set_held), and asks again if
+    /// not), sends the request and calls [`bind`](Self::bind).
+    #[must_use]
+    pub fn next(&self, servers: &[Server], now: Duration) -> Option<Binding> {
+        let view = View { queue: self, servers, price: self.price(servers.len()) };
+        if self.is_empty() || !view.with_room().any(|_| true) {
+            return None;
+        }
+        let priorities = self.seconds.keys();
+        priorities.copied().find_map(|priority| {
+            let overdue = || view.overdue(priority, now);
+            let least = || view.least(priority);
+            overdue().or_else(least)
+        })
+    }
+
+    fn enter(&mut self, entry: &Entry) {
+        self.places.extend(entry.places(&self.rule));
+        let (count, seconds) = self.seconds.entry(Reverse(entry.request.priority)).or_default();
+        *count = count.saturating_add(1);
+        *seconds += entry.least_seconds(&self.rule.cost);
+    }
+
+    fn leave(&mut self, entry: &Entry) {
+        for place in entry.places(&self.rule) {
+            self.places.remove(&place);
+        }
+        let priority = Reverse(entry.request.priority);
+        if let Some((count, seconds)) = self.seconds.get_mut(&priority) {
+            *count = count.saturating_sub(1);
+            *seconds = (*seconds - entry.least_seconds(&self.rule.cost)).max(0.0);
+            if *count == 0 {
+                self.seconds.remove(&priority);
+            }
+        }
+    }
+
+    /// A tenant that had nothing waiting begins with what the one with the least has got: nobody saves up.
+    fn add_tenant(&mut self, tenant: u8) {
+        let least = self.least_got();
+        let tenant = self.tenants.entry(tenant).or_default();
+        if tenant.waiting == 0 {
+            tenant.got = tenant.got.max(least.unwrap_or(0.0));
+        }
+        tenant.waiting = tenant.waiting.saturating_add(1);
+    }
+
+    fn least_got(&self) -> Option<f64> {
+        self.tenants.values().filter(|tenant| tenant.waiting > 0).map(|tenant| tenant.got).reduce(f64::min)
+    }
+}
+
+fn longest(held: &[Held]) -> Vec<Held> {
+    let mut held: Vec<Held> = held.iter().copied().filter(|held| held.tokens > 0.0).collect();
+    held.sort_by(|a, b| b.tokens.total_cmp(&a.tokens).then(a.server.cmp(&b.server)));
+    held.truncate(MOST_HELD);
+    held
+}
+
+/// The queue, as it looks with these servers.
+#[derive(Clone, Copy)]
+struct View<'a> {
+    queue: &'a Queue,
+    servers: &'a [Server],
+    price: f64,
+}
+
+impl<'a> View<'a> {
+    fn has_room(&self, server: &Server) -> bool {
+        server.work < self.queue.rule.lead
+    }
+
+    fn with_room(&self) -> impl Iterator<Item = &'a Server> {
+        let this = *self;
+        self.servers.iter().filter(move |server| this.has_room(server))
+    }
+
+    fn server(&self, at: EndpointIndex) -> Option<&'a Server> {
+        self.servers.get(self.servers.binary_search_by_key(&at, |server| server.at).ok()?)
+    }
+
+    /// The server that the request prefers, if that one has room: of the servers with room, and of those that hold some
+    /// of the request. No other one can be better, unless it is faster.
+    fn preferred(&self, entry: &Entry) -> Option<Binding> {
+        let Request { id, tokens, key, .. } = entry.request;
+        let holders = entry.held.iter().filter_map(|held| self.server(held.server));
+        let costs = self.with_room().chain(holders.filter(|server| !self.has_room(server))).map(|server| {
+            let held_tokens = entry.held_tokens(server.at).min(tokens);
+            let seconds = server.cost.seconds(tokens, held_tokens);
+            let wait = if self.has_room(server) { 0.0 } else { server.work };
+            let tie = Reverse(rendezvous_weight(key, server.key));
+            (Rank(wait + self.price * seconds), tie, server, Binding { id, server: server.at, held_tokens, seconds })
+        });
+        let (_, _, server, binding) = costs.min_by_key(|(cost, tie, server, _)| (*cost, *tie, server.at))?;
+        self.has_room(server).then_some(binding)
+    }
+
+    /// The oldest request that has waited too long.
+    fn overdue(&self, priority: Reverse<i32>, now: Duration) -> Option<Binding> {
+        let since = now.checked_sub(self.queue.rule.longest_wait)?;
+        let old = self.queue.arrivals.range((priority, Duration::ZERO, 0)..=(priority, since, u64::MAX));
+        let mut entries = old.take(LOOK).filter_map(|(.., id)| self.queue.entries.get(id));
+        entries.find_map(|entry| self.preferred(entry))
+    }
+
+    /// The request with the lowest rank.
+    fn least(&self, priority: Reverse<i32>) -> Option<Binding> {
+        let least_got = self.queue.least_got().unwrap_or(0.0);
+        let mut best: Option<(Candidate, Binding)> = None;
+        let servers = self.with_room().map(|server| Some(server.at)).chain([None]);
+        for server in servers {
+            let mut after =
+                Excluded(Place { group: Group { server, priority, tenant: 0 }, rank: Rank(f64::NEG_INFINITY), id: 0 });
+            // From tenant to tenant.
+            while let Some(first) = self.queue.places.range((after, Unbounded)).next() {
+                let group = first.group;
+                if (group.server, group.priority) != (server, priority) {
+                    break;
+                }
+                self.improve(group, first, least_got, &mut best);
+                let Some(tenant) = group.tenant.checked_add(1) else { break };
+                after = Included(Place { group: Group { tenant, ..group }, rank: Rank(f64::NEG_INFINITY), id: 0 });
+            }
+        }
+        best.map(|(_, binding)| binding)
+    }
+
+    /// Looks for a better one in a group.
+    fn improve(&self, group: Group, first: &Place, least_got: f64, best: &mut Option<(Candidate, Binding)>) {
+        let tenant = self.queue.tenants.get(&group.tenant).copied().unwrap_or_default();
+        let is_over = tenant.got > least_got + self.queue.rule.fair_seconds;
+        for place in self.queue.places.range(first..).take(LOOK) {
+            let candidate = (is_over, place.rank, place.id);
+            if place.group != group || best.as_ref().is_some_and(|(best, _)| *best <= candidate) {
+                return;
+            }
+            let Some(entry) = self.queue.entries.get(&place.id) else { continue };
+            // Its rank says where it stands on this server only.
+            if let Some(binding) = self.preferred(entry)
+                && (group.server == Some(binding.server) || (group.server.is_none() && binding.held_tokens == 0.0))
+            {
+                *best = Some((candidate, binding));
+                return;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const COST: Cost = Cost { a: 0.015, b: 25e-6, c: 5.24e-10 };
+
+    fn at(seconds: f64) -> Duration {
+        Duration::from_secs_f64(seconds)
+    }
+
+    fn queue() -> Queue {
+        Queue::new(Rule::new(COST))
+    }
+
+    fn request(id: u64, arrival: f64, tokens: f64) -> Request {
+        Request { id, arrival: at(arrival), tokens, key: id, ..Request::default() }
+    }
+
+    /// Servers with so much work each.
+    fn servers(work: &[f64]) -> Vec<Server> {
+        let server = |(at, work): (usize, &f64)| Server { at: at as u32, key: at as u64 + 1, work: *work, cost: COST };
+        work.iter().enumerate().map(server).collect()
+    }
+
+    fn held(server: EndpointIndex, tokens: f64) -> Held {
+        Held { server, tokens }
+    }
+
+    /// Binds everything to one server that always has room, and says in which order.
+    fn drain(queue: &mut Queue, now: f64) -> Vec<u64> {
+        let next = |queue: &mut Queue| {
+            let binding = queue.next(&servers(&[0.0]), at(now))?;
+            queue.bind(binding.id, binding.seconds).map(|request| request.id)
+        };
+        core::iter::from_fn(|| next(queue)).collect()
+    }
+
+    #[test]
+    fn nothing_is_bound_to_a_server_without_room() {
+        let mut queue = queue();
+        assert_eq!(queue.next(&servers(&[0.0]), at(0.0)), None, "nothing waits");
+        queue.push(request(1, 0.0, 1_000.0), &[]).unwrap();
+        assert_eq!(queue.next(&servers(&[0.02, 5.0]), at(0.0)), None);
+        assert_eq!(queue.next(&[], at(0.0)), None);
+        let binding = queue.next(&servers(&[5.0, 0.019]), at(0.0)).unwrap();
+        assert_eq!((binding.id, binding.server, binding.held_tokens), (1, 1, 0.0));
+        assert_eq!(binding.seconds, COST.seconds(1_000.0, 0.0));
+    }
+
+    #[test]
+    fn the_shortest_goes_first_and_waiting_makes_shorter() {
+        let mut queue = queue();
+        queue.push(request(1, 0.0, 8_000.0), &[]).unwrap();
+        queue.push(request(2, 1.0, 4_000.0), &[]).unwrap();
+        queue.push(request(3, 1.0, 4_000.0), &[]).unwrap();
+        queue.push(request(4, 90.0, 7_000.0), &[]).unwrap();
+        assert_eq!(drain(&mut queue, 100.0), [2, 3, 1, 4], "of two alike the lower id");
+    }
+
+    #[test]
+    fn a_request_waits_for_the_server_that_holds_its_prefix_while_others_overtake() {
+        let mut queue = queue();
+        queue.push(request(1, 0.0, 40_000.0), &[held(0, 39_000.0)]).unwrap();
+        queue.push(request(2, 1.0, 60_000.0), &[]).unwrap();
+        let binding = queue.next(&servers(&[3.0, 0.0]), at(1.0)).unwrap();
+        assert_eq!((binding.id, binding.server), (2, 1));
+        queue.bind(2, binding.seconds);
+        assert_eq!(queue.next(&servers(&[3.0, 0.0]), at(1.0)), None, "server 1 stays idle: 0 is through soon");
+        let binding = queue.next(&servers(&[0.01, 0.0]), at(4.0)).unwrap();
+        assert_eq!((binding.id, binding.server, binding.held_tokens), (1, 0, 39_000.0));
+    }
+
+    #[test]
+    fn a_request_gives_its_server_up_when_waiting_costs_more_than_computing_anew() {
+        let mut queue = queue();
+        queue.push(request(1, 0.0, 40_000.0), &[held(0, 39_000.0)]).unwrap();
+        let price = queue.price(2);
+        assert_eq!(price, 2.5);
+        let saved = COST.seconds(40_000.0, 0.0) - COST.seconds(40_000.0, 39_000.0);
+        assert_eq!(queue.next(&servers(&[price * saved * 0.99, 0.0]), at(0.0)), None);
+        assert_eq!(queue.next(&servers(&[price * saved * 1.01, 0.0]), at(0.0)).unwrap().server, 1);
+        // One that has left the list is not waited for.
+        assert_eq!(queue.next(&servers(&[3.0, 0.0])[1..], at(0.0)).unwrap().server, 1);
+        // The more others wait, the dearer is the extra work.
+        for id in 2..20 {
+            queue.push(Request { priority: -1, ..request(id, 0.0, 40_000.0) }, &[held(0, 39_000.0)]).unwrap();
+        }
+        assert_eq!(queue.next(&servers(&[price * saved * 1.01, 0.0]), at(0.0)), None);
+    }
+
+    #[test]
+    fn a_request_goes_to_the_holder_among_several_with_room_and_else_by_its_key() {
+        let mut queue = queue();
+        queue.push(request(1, 0.0, 9_000.0), &[held(2, 512.0), held(1, 4_096.0)]).unwrap();
+        assert_eq!(queue.next(&servers(&[0.0; 4]), at(0.0)).unwrap().server, 1);
+        queue.set_held(1, &[]);
+        let first = queue.next(&servers(&[0.0; 4]), at(0.0)).unwrap().server;
+        queue.set_held(1, &[held(3, 512.0)]);
+        assert_eq!(queue.next(&servers(&[0.0; 4]), at(0.0)).unwrap().server, 3);
+        queue.remove(1);
+        let picks = (2..100).map(|id| {
+            queue.push(request(id, 0.0, 9_000.0), &[]).unwrap();
+            let server = queue.next(&servers(&[0.0; 4]), at(0.0)).unwrap().server;
+            queue.remove(id);
+            server
+        });
+        let mut picks: Vec<_> = picks.chain([first]).collect();
+        picks.sort_unstable();
+        picks.dedup();
+        assert_eq!(picks, [0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn a_higher_priority_goes_before_everything() {
+        let mut queue = queue();
+        queue.push(request(1, 0.0, 100.0), &[]).unwrap();
+        queue.push(Request { priority: 1, ..request(2, 900.0, 90_000.0) }, &[]).unwrap();
+        queue.push(Request { priority: -1, ..request(3, 0.0, 10.0) }, &[]).unwrap();
+        assert_eq!(drain(&mut queue, 1_000.0), [2, 1, 3]);
+    }
+
+    #[test]
+    fn who_has_waited_too_long_goes_before_the_shorter_the_oldest_first() {
+        let mut queue = queue();
+        queue.push(request(1, 5.0, 400_000.0), &[]).unwrap();
+        queue.push(request(2, 0.0, 450_000.0), &[]).unwrap();
+        queue.push(request(3, 6.0, 100.0), &[]).unwrap();
+        assert_eq!(queue.next(&servers(&[0.0]), at(599.0)).unwrap().id, 3);
+        assert_eq!(drain(&mut queue, 605.0), [2, 1, 3]);
+    }
+
+    #[test]
+    fn a_tenant_with_many_short_requests_leaves_the_other_its_share() {
+        let mut queue = queue();
+        for id in 0..200 {
+            let tenant = id % 2;
+            let tokens = if tenant == 0 { 40_000.0 } else { 80_000.0 };
+            queue.push(Request { tenant, ..request(id, 0.0, tokens) }, &[]).unwrap();
+        }
+        let mut got = [0.0, 0.0];
+        for _ in 0..100 {
+            let binding = queue.next(&servers(&[0.0]), at(0.0)).unwrap();
+            queue.bind(binding.id, binding.seconds);
+            got[(binding.id % 2) as usize] += binding.seconds;
+            assert!(f64::abs(got[0] - got[1]) < 10.0 + COST.seconds(80_000.0, 0.0), "{got:?}");
+        }
+    }
+
+    #[test]
+    fn a_tenant_that_comes_back_has_not_saved_up() {
+        let mut queue = queue();
+        for id in 0..50 {
+            queue.push(Request { tenant: 1, ..request(id, 0.0, 80_000.0) }, &[]).unwrap();
+        }
+        for _ in 0..40 {
+            let binding = queue.next(&servers(&[0.0]), at(0.0)).unwrap();
+            queue.bind(binding.id, binding.seconds);
+        }
+        for id in 50..100 {
+            queue.push(Request { tenant: 2, ..request(id, 0.0, 90_000.0) }, &[]).unwrap();
+        }
+        let order = drain(&mut queue, 0.0);
+        assert!(order[..12].iter().any(|id| *id < 50), "{order:?}");
+    }
+
+    #[test]
+    fn a_queue_takes_no_more_than_it_may() {
+        let most_bytes = 3 * REQUEST_BYTES + 1_000;
+        let mut queue = Queue::new(Rule { most_requests: 3, most_bytes, ..Rule::new(COST) });
+        let large = |id| Request { bytes: 900, ..request(id, 0.0, 100.0) };
+        queue.push(large(1), &[]).unwrap();
+        assert_eq!(queue.push(large(2), &[]), Err(Full::Bytes), "900 more");
+        queue.push(Request { bytes: 100, ..request(2, 0.0, 100.0) }, &[]).unwrap();
+        assert_eq!(queue.push(request(1, 0.0, 5.0), &[]), Err(Full::Taken));
+        queue.remove(2).unwrap();
+        queue.push(request(2, 0.0, 100.0), &[]).unwrap();
+        queue.push(request(3, 0.0, 100.0), &[]).unwrap();
+        assert_eq!(queue.push(request(4, 0.0, 100.0), &[]), Err(Full::Requests));
+        assert_eq!(queue.remove(1), Some(large(1)));
+        assert_eq!(queue.remove(1), None);
+        assert_eq!(queue.bytes(), 2 * REQUEST_BYTES);
+    }
+
+    #[test]
+    fn a_request_takes_no_more_than_is_said() {
+        let place = size_of::<Place>() * (MOST_HELD + 1);
+        let others =
+            size_of::<(Reverse<i32>, Duration, u64)>() + size_of::<(Duration, u64)>() + size_of::<(u64, u64)>();
+        let entry = size_of::<(u64, Entry)>() + 1;
+        // A set's node is half full at worst and has 12 places for links and counts; a map is 7/16 full at worst.
+        let total = (place + others) * 5 / 2 + entry * 16 / 7 + size_of::<Held>() * MOST_HELD;
+        assert!(total <= REQUEST_BYTES, "{total}");
+    }
+
+    #[test]
+    fn deadlines_end_in_their_order() {
+        let mut queue = queue();
+        assert_eq!(queue.next_deadline(), None);
+        for (id, deadline) in [(1, Some(9.0)), (2, None), (3, Some(4.0))] {
+            queue.push(Request { deadline: deadline.map(at), ..request(id, 0.0, 10.0) }, &[]).unwrap();
+        }
+        assert_eq!((queue.next_deadline(), queue.expired(at(3.9))), (Some(at(4.0)), None));
+        assert_eq!(queue.expired(at(4.0)), Some(3));
+        queue.remove(3);
+        assert_eq!((queue.expired(at(4.0)), queue.expired(at(10.0))), (None, Some(1)));
+        queue.bind(1, 1.0);
+        assert_eq!((queue.expired(at(1e6)), queue.next_deadline()), (None, None));
+    }
+
+    #[test]
+    fn the_work_ahead_of_a_priority_is_known() {
+        let mut queue = queue();
+        queue.push(Request { priority: 1, ..request(1, 0.0, 9_000.0) }, &[]).unwrap();
+        queue.push(request(2, 0.0, 9_000.0), &[held(1, 8_000.0), held(0, 4_000.0)]).unwrap();
+        let (high, low) = (COST.seconds(9_000.0, 0.0), COST.seconds(9_000.0, 8_000.0));
+        assert_eq!((queue.seconds(2), queue.seconds(1)), (0.0, high));
+        assert!((queue.seconds(0) - high - low).abs() < 1e-9);
+        queue.bind(1, high);
+        assert!((queue.seconds(7) - 0.0).abs() < 1e-9 && (queue.seconds(0) - low).abs() < 1e-9);
+    }
+
+    #[test]
+    fn requests_with_a_key_are_found() {
+        let mut queue = queue();
+        for id in [3, 1, 2] {
+            queue.push(Request { key: id / 3, ..request(id, 0.0, 10.0) }, &[]).unwrap();
+        }
+        assert_eq!(queue.sharing(0).collect::<Vec<_>>(), [1, 2]);
+        queue.remove(1);
+        assert_eq!(queue.sharing(0).collect::<Vec<_>>(), [2]);
+        assert_eq!(queue.sharing(9).count(), 0);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Push { tokens: f64, priority: i32, tenant: u64, held: Vec<(u32, f64)> },
+        Remove(usize),
+        Hold(usize, Vec<(u32, f64)>),
+        Bind(Vec<f64>),
+    }
+
+    fn holds() -> impl Strategy<Value = Vec<(u32, f64)>> {
+        prop::collection::vec((0_u32..6, 0.0_f64..100_000.0), 0..6)
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            3 => (1.0_f64..100_000.0, -1..2_i32, 0_u64..3, holds())
+                .prop_map(|(tokens, priority, tenant, held)| Step::Push { tokens, priority, tenant, held }),
+            1 => any::<usize>().prop_map(Step::Remove),
+            1 => (any::<usize>(), holds()).prop_map(|(at, held)| Step::Hold(at, held)),
+            3 => prop::collection::vec(prop_oneof![Just(0.0), 0.0_f64..50.0], 0..6).prop_map(Step::Bind),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_is_lost_and_nothing_is_bound_twice(steps in prop::collection::vec(step(), 1..120)) {
+            let mut queue = queue();
+            let mut waiting: Vec<u64> = Vec::new();
+            let helds = |held: Vec<(u32, f64)>| held.into_iter().map(|(at, tokens)| Held { server: at, tokens }).collect::<Vec<_>>();
+            for (i, step) in steps.into_iter().enumerate() {
+                let now = i as f64 * 30.0;
+                let some = |at: usize| waiting.get(at % waiting.len().max(1)).copied();
+                match step {
+                    Step::Push { tokens, priority, tenant, held } => {
+                        let request = Request { priority, tenant, deadline: Some(at(now + 7.0)), ..request(i as u64, now, tokens) };
+                        prop_assert_eq!(queue.push(request, &helds(held)), Ok(()));
+                        waiting.push(i as u64);
+                    }
+                    Step::Remove(which) => if let Some(id) = some(which) {
+                        prop_assert_eq!(queue.remove(id).map(|request| request.id), Some(id));
+                        waiting.retain(|of| *of != id);
+                    },
+                    Step::Hold(which, held) => if let Some(id) = some(which) {
+                        queue.set_held(id, &helds(held));
+                    },
+                    Step::Bind(work) => {
+                        let servers = servers(&work);
+                        let next = queue.next(&servers, at(now));
+                        if waiting.is_empty() || work.iter().all(|work| *work >= 0.02) {
+                            prop_assert_eq!(next, None);
+                        } else if work.iter().all(|work| *work < 0.02) {
+                            prop_assert!(next.is_some(), "all have room and nobody is sent");
+                        }
+                        if let Some(binding) = next {
+                            prop_assert!(work[binding.server as usize] < 0.02);
+                            prop_assert!(waiting.contains(&binding.id));
+                            let highest = waiting.iter().filter_map(|id| queue.get(*id)).map(|request| request.priority).max();
+                            let all_have_room = work.iter().all(|work| *work < 0.02);
+                            let priority = queue.get(binding.id).unwrap().priority;
+                            prop_assert!(!all_have_room || Some(priority) == highest);
+                            prop_assert!(queue.bind(binding.id, binding.seconds).is_some());
+                            prop_assert!(queue.bind(binding.id, binding.seconds).is_none());
+                            waiting.retain(|of| *of != binding.id);
+                        }
+                    }
+                }
+                prop_assert_eq!(queue.len(), waiting.len());
+                prop_assert_eq!(queue.bytes(), waiting.len() * REQUEST_BYTES);
+                prop_assert_eq!(queue.deadlines.len(), waiting.len());
+                prop_assert_eq!(queue.keys.len(), waiting.len());
+                prop_assert_eq!(queue.arrivals.len(), waiting.len());
+                let places: usize = queue.entries.values().map(|entry| entry.held.len() + 1).sum();
+                prop_assert_eq!(queue.places.len(), places);
+            }
+            while let Some(id) = waiting.pop() {
+                prop_assert!(queue.remove(id).is_some());
+            }
+            prop_assert!(queue.is_empty() && queue.places.is_empty() && queue.bytes() == 0 && queue.seconds(i32::MIN) == 0.0);
+        }
+
+        #[test]
+        fn nobody_is_overtaken_beyond_the_bound(
+            tokens in prop::collection::vec(1.0_f64..300_000.0, 1..60),
+            gap in 0.0_f64..20.0,
+        ) {
+            let mut queue = queue();
+            let (mut now, mut next, mut bound) = (0.0_f64, 0, Vec::new());
+            while bound.len() < tokens.len() {
+                while next < tokens.len() && next as f64 * gap <= now {
+                    queue.push(request(next as u64, next as f64 * gap, tokens[next]), &[]).unwrap();
+                    next += 1;
+                }
+                match queue.next(&servers(&[0.0]), at(now)) {
+                    None => now = next as f64 * gap,
+                    Some(binding) => {
+                        queue.bind(binding.id, binding.seconds);
+                        bound.push(binding.id as usize);
+                        now += binding.seconds;
+                    }
+                }
+            }
+            let Rule { patience, longest_wait, .. } = *queue.rule();
+            for (turn, early) in bound.iter().enumerate() {
+                for late in bound[..turn].iter().filter(|late| *late > early) {
+                    let gap = (late - early) as f64 * gap;
+                    let (own, other) = (COST.seconds(tokens[*early], 0.0), COST.seconds(tokens[*late], 0.0));
+                    prop_assert!(gap <= patience * (own / other).ln() + 1e-6, "{gap} s, {own} s by {other} s");
+                    prop_assert!(gap <= longest_wait.as_secs_f64());
+                }
+            }
+        }
+
+        #[test]
+        fn the_order_does_not_depend_on_the_order_of_coming_in(
+            tokens in prop::collection::vec((1.0_f64..300_000.0, holds()), 1..40),
+            work in prop::collection::vec(prop_oneof![Just(0.0), 0.0_f64..50.0], 1..6),
+        ) {
+            let (mut one, mut other) = (queue(), queue());
+            let push = |queue: &mut Queue, i: usize| {
+                let (tokens, held) = &tokens[i];
+                let held: Vec<Held> = held.iter().map(|(server, tokens)| Held { server: *server, tokens: *tokens }).collect();
+                queue.push(request(i as u64, 0.0, *tokens), &held).unwrap();
+            };
+            (0..tokens.len()).for_each(|i| push(&mut one, i));
+            (0..tokens.len()).rev().for_each(|i| push(&mut other, i));
+            loop {
+                let next = one.next(&servers(&work), at(1.0));
+                prop_assert_eq!(next, other.next(&servers(&work), at(1.0)));
+                let Some(binding) = next else { break };
+                one.bind(binding.id, binding.seconds);
+                other.bind(binding.id, binding.seconds);
+            }
+        }
+    }
+}

@@ -1,0 +1,407 @@
+//! Gateways that hold requests until a prefill server has room: the rule of [`pd_core::choose::queue`].
+//!
+//! They know either everything, at once (a bound), or what pd-core knows: its approximate index of prefixes and its
+//! ledger of work. Several gateways tell each other what waits, what is bound and what has ended, after a delay; each
+//! finds the same order from what it knows and binds its own requests only.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use anyhow::{Result, anyhow};
+use hashbrown::HashMap;
+use pd_bench::trace::BLOCK_TOKENS;
+use pd_core::choose::queue::{Binding, Held, Queue, Request, Rule, Server};
+use pd_core::config::Cost;
+use pd_core::endpoints::load::PrefillQueue;
+use pd_core::prefix::hash::{BlockHash, prefix_units, prompt_hash, rendezvous_weight};
+use pd_core::prefix::index::PrefixIndex;
+use pd_core::time::Monotonic;
+
+use crate::filter::{BYTES_PER_TOKEN, Brains, HASH_BLOCK_BYTES, prompt};
+use crate::load::{Job, Pods};
+use crate::pods::Prefill;
+
+/// pd-core's own figures: `pools.*.cost`, `prefix.index_bytes`, `prefix.hot_share`.
+const COST: Cost = Cost { a: 0.015, b: 25e-6, c: 5.24e-10 };
+const INDEX_BYTES: usize = 256 << 20;
+const HOT_SHARE: f64 = 0.02;
+const BLOCK: f64 = HASH_BLOCK_BYTES as f64 / BYTES_PER_TOKEN;
+
+/// What the gateways know of the servers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Knowledge {
+    /// Caches and work as they are.
+    Exact,
+    /// pd-core's index and ledger.
+    Own,
+}
+
+/// Who asks.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Classes {
+    /// Share of the requests, 0 to 1, that go before all others.
+    pub high: f64,
+    /// Tenants with as many requests each; 0 and 1: one.
+    pub tenants: u64,
+}
+
+impl Classes {
+    /// Whether a request goes before others, and whose it is.
+    #[must_use]
+    pub fn of(&self, number: usize) -> (bool, u64) {
+        let draw = rendezvous_weight(number as u64, 1) as f64 / u64::MAX as f64;
+        (draw < self.high, rendezvous_weight(number as u64, 2) % self.tenants.max(1))
+    }
+}
+
+/// A request that waits or is computed.
+struct Known {
+    job: Job,
+    gateway: usize,
+    blocks: Vec<BlockHash>,
+}
+
+/// What gateways tell each other of a request.
+#[derive(Clone, Copy)]
+enum News {
+    Waits(Request),
+    Bound(Binding),
+    Computed { id: u64, server: usize },
+}
+
+/// The gateways.
+pub struct Late {
+    knowledge: Knowledge,
+    gateways: Vec<Gateway>,
+    known: HashMap<u64, Known>,
+    classes: Classes,
+    rng: fastrand::Rng,
+    delay: Duration,
+    /// What the others hear at some time.
+    news: VecDeque<(Duration, usize, News)>,
+}
+
+struct Gateway {
+    queue: Queue,
+    index: PrefixIndex,
+    ledgers: Vec<Ledger>,
+}
+
+/// Work in flight at one server.
+#[derive(Default)]
+struct Ledger {
+    queue: PrefillQueue,
+    /// Legs, oldest first, and their seconds.
+    legs: VecDeque<(u64, f64)>,
+}
+
+impl Ledger {
+    /// Seconds left. A leg that takes longer than it should is taken to need as long again as it is late.
+    fn work(&self, now: Duration) -> f64 {
+        let head = self.legs.front();
+        let taken = head.and_then(|(id, _)| self.queue.service_seconds(*id, Monotonic::new(now))).unwrap_or(0.0);
+        self.queue.work(Monotonic::new(now)) + head.map_or(0.0, |(_, seconds)| (taken - seconds).max(0.0))
+    }
+}
+
+impl Late {
+    /// Gateways in front of these servers.
+    #[must_use]
+    pub fn new(knowledge: Knowledge, pods: &Pods, brains: &Brains, classes: Classes, seed: u64) -> Self {
+        let count = if knowledge == Knowledge::Exact { 1 } else { brains.count.max(1) };
+        let gateway = |_| {
+            let mut index = PrefixIndex::new(INDEX_BYTES);
+            for at in 0..pods.prefill {
+                index.set_capacity(at as u32, (pods.cache_tokens as f64 / BLOCK) as usize);
+            }
+            // Nobody is refused here: what an overload does to the queue is what is to be seen.
+            let rule = Rule { most_requests: usize::MAX, most_bytes: usize::MAX, ..Rule::new(COST) };
+            let ledgers = (0..pods.prefill).map(|_| Ledger::default()).collect();
+            Gateway { queue: Queue::new(rule), index, ledgers }
+        };
+        Self {
+            knowledge,
+            gateways: (0..count).map(gateway).collect(),
+            known: HashMap::new(),
+            classes,
+            rng: fastrand::Rng::with_seed(seed),
+            delay: brains.exchange.unwrap_or(Duration::MAX),
+            news: VecDeque::new(),
+        }
+    }
+
+    /// When a server has room, as far as the gateways know: they bind then.
+    #[must_use]
+    pub fn room_at(&self, server: usize, pods: &[Prefill], now: Duration) -> Duration {
+        let rooms =
+            (0..self.gateways.len()).map(|at| self.work(at, server, pods, now) - self.gateways[at].queue.rule().lead);
+        now + Duration::from_secs_f64(rooms.fold(f64::INFINITY, f64::min).max(0.0)) + Duration::from_micros(1)
+    }
+
+    /// Seconds of work that a server has, as far as a gateway knows.
+    fn work(&self, at: usize, server: usize, pods: &[Prefill], now: Duration) -> f64 {
+        match self.knowledge {
+            Knowledge::Exact => pods.get(server).map_or(0.0, |pod| pod.work(now)),
+            Knowledge::Own => self
+                .gateways
+                .get(at)
+                .and_then(|gateway| gateway.ledgers.get(server))
+                .map_or(0.0, |ledger| ledger.work(now)),
+        }
+    }
+
+    /// After how long what one gateway does is news to the others, if there are any.
+    #[must_use]
+    pub fn delay(&self) -> Option<Duration> {
+        (self.gateways.len() > 1 && self.delay < Duration::MAX).then_some(self.delay)
+    }
+
+    /// Requests that wait.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.gateways.first().map_or(0, |gateway| gateway.queue.len())
+    }
+
+    /// Whether none waits.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// A request comes.
+    ///
+    /// # Errors
+    /// When the queue does not take it.
+    pub fn arrive(&mut self, number: usize, job: &Job, pods: &[Prefill]) -> Result<()> {
+        let at = if self.gateways.len() > 1 { self.rng.usize(..self.gateways.len()) } else { 0 };
+        let id = number as u64;
+        let (mut blocks, mut key) = (Vec::new(), job.blocks.get(1).or(job.blocks.first()).copied().unwrap_or(0));
+        if self.knowledge == Knowledge::Own {
+            blocks = prompt_hash(b"m", b"", &[&prompt(job)], HASH_BLOCK_BYTES).blocks;
+            if let Some(block) = self.gateways[at].index.distinctive(&blocks, HOT_SHARE) {
+                key = block.0;
+            }
+        }
+        let (is_high, tenant) = self.classes.of(number);
+        let request = Request {
+            id,
+            arrival: job.at,
+            tokens: job.tokens as f64,
+            key,
+            priority: i32::from(is_high),
+            tenant,
+            deadline: None,
+            bytes: 0,
+        };
+        self.known.insert(id, Known { job: job.clone(), gateway: at, blocks });
+        self.tell(at, News::Waits(request), job.at, pods)
+    }
+
+    /// A prompt is computed.
+    ///
+    /// # Errors
+    /// When a gateway does not understand what another one did.
+    pub fn prefilled(&mut self, number: usize, server: usize, now: Duration, pods: &[Prefill]) -> Result<()> {
+        let id = number as u64;
+        let Some(known) = self.known.get(&id) else { return Ok(()) };
+        self.tell(known.gateway, News::Computed { id, server }, now, pods)?;
+        if self.delay().is_none() {
+            self.known.remove(&id);
+        }
+        Ok(())
+    }
+
+    /// The next request to send, to which server.
+    ///
+    /// # Errors
+    /// When a gateway does not understand what another one did.
+    pub fn next(&mut self, pods: &[Prefill], now: Duration) -> Result<Option<(usize, usize, Job)>> {
+        while self.news.front().is_some_and(|(at, ..)| *at <= now) {
+            let Some((_, from, news)) = self.news.pop_front() else { break };
+            for at in (0..self.gateways.len()).filter(|at| *at != from) {
+                self.hear(at, &news, now, pods)?;
+            }
+        }
+        for at in 0..self.gateways.len() {
+            if let Some(binding) = self.bind(at, pods, now) {
+                let known = self.known.get(&binding.id).ok_or_else(|| anyhow!("no such request"))?;
+                let job = known.job.clone();
+                self.tell(at, News::Bound(binding), now, pods)?;
+                return Ok(Some((binding.id as usize, binding.server as usize, job)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// What a gateway binds now.
+    fn bind(&mut self, at: usize, pods: &[Prefill], now: Duration) -> Option<Binding> {
+        let server = |of: usize| {
+            let work = self.work(at, of, pods, now);
+            Server { at: of as u32, key: of as u64, work, cost: COST }
+        };
+        let mut servers: Vec<Server> = (0..pods.len()).map(server).collect();
+        loop {
+            let binding = self.gateways.get(at)?.queue.next(&servers, now)?;
+            let held = self.held(at, binding.id, pods);
+            let queue = &mut self.gateways.get_mut(at)?.queue;
+            let before = queue.held(binding.id).to_vec();
+            queue.set_held(binding.id, &held);
+            if queue.held(binding.id) != before {
+                continue;
+            }
+            if self.known.get(&binding.id).is_some_and(|known| known.gateway == at) {
+                return Some(binding);
+            }
+            // Another gateway's request is the one to go there: that gateway sends it.
+            if let Some(server) = servers.get_mut(binding.server as usize) {
+                server.work = server.work.max(queue.rule().lead);
+            }
+        }
+    }
+
+    /// What the servers hold of a request, as far as this gateway knows.
+    fn held(&self, at: usize, id: u64, pods: &[Prefill]) -> Vec<Held> {
+        let (Some(gateway), Some(known)) = (self.gateways.get(at), self.known.get(&id)) else { return Vec::new() };
+        let tokens = |server: usize, pod: &Prefill| match self.knowledge {
+            Knowledge::Exact => (pod.cache.leading(known.job.whole()) as u64 * BLOCK_TOKENS) as f64,
+            Knowledge::Own => prefix_units(gateway.index.matched(server as u32, &known.blocks)) as f64 * BLOCK,
+        };
+        let servers = pods.iter().enumerate();
+        let held = servers.map(|(server, pod)| Held { server: server as u32, tokens: tokens(server, pod) });
+        held.filter(|held| held.tokens > 0.0).collect()
+    }
+
+    /// One gateway does something; the others hear of it later.
+    fn tell(&mut self, at: usize, news: News, now: Duration, pods: &[Prefill]) -> Result<()> {
+        self.hear(at, &news, now, pods)?;
+        if let Some(delay) = self.delay() {
+            self.news.push_back((now.saturating_add(delay), at, news));
+        }
+        Ok(())
+    }
+
+    fn hear(&mut self, at: usize, news: &News, now: Duration, pods: &[Prefill]) -> Result<()> {
+        match *news {
+            News::Waits(request) => {
+                let held = self.held(at, request.id, pods);
+                self.gateways[at].queue.push(request, &held).map_err(|full| anyhow!("the queue: {full:?}"))?;
+            }
+            News::Bound(Binding { id, server, seconds, .. }) => {
+                let gateway = &mut self.gateways[at];
+                if let Some(known) = self.known.get(&id) {
+                    gateway.index.insert(server, &known.blocks);
+                }
+                let ledger = &mut gateway.ledgers[server as usize];
+                ledger.queue.add(id, seconds, Monotonic::new(now), Monotonic::new(Duration::MAX));
+                ledger.legs.push_back((id, seconds));
+                let Some(request) = gateway.queue.bind(id, seconds) else { return Ok(()) };
+                // The server may now hold a begin of those that share one with it. In the exact case it does so once
+                // the request is in its queue, see `bound`.
+                if self.knowledge == Knowledge::Own {
+                    self.refresh(at, request.key, pods);
+                }
+            }
+            News::Computed { id, server } => {
+                let ledger = &mut self.gateways[at].ledgers[server];
+                ledger.queue.remove(id, Monotonic::new(now));
+                ledger.legs.retain(|(leg, _)| *leg != id);
+            }
+        }
+        Ok(())
+    }
+
+    /// A request has joined its server's queue.
+    pub fn bound(&mut self, job: &Job, pods: &[Prefill]) {
+        if self.knowledge == Knowledge::Exact {
+            self.refresh(0, job.blocks.get(1).or(job.blocks.first()).copied().unwrap_or(0), pods);
+        }
+    }
+
+    fn refresh(&mut self, at: usize, key: u64, pods: &[Prefill]) {
+        let sharing: Vec<u64> = self.gateways[at].queue.sharing(key).collect();
+        for id in sharing {
+            let held = self.held(at, id, pods);
+            self.gateways[at].queue.set_held(id, &held);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pd_bench::trace::Entry;
+    use pd_sim::Timing;
+
+    use super::*;
+    use crate::generate::Shape;
+    use crate::load::Load;
+    use crate::rules::Policy;
+    use crate::sim::{self, DecodeBy, Outcome, Setup};
+
+    const PODS: Pods =
+        Pods { prefill: 4, decode: 4, cache_tokens: 1_000_000, fast_tokens: 400_000, decode_cache_tokens: 1_000_000 };
+
+    fn run(entries: &[Entry], share: f64, policy: Policy, change: impl FnOnce(&mut Setup<'_>, &mut Brains)) -> Outcome {
+        let timing = Timing::new(&pd_sim::Config { speed: 1.0, ..pd_sim::Config::default() });
+        let load = Load::new(entries, &PODS, &timing, share, 1);
+        let mut brains = Brains { count: 1, workers: 1, ..Brains::default() };
+        let setup = |brains| Setup {
+            pods: &PODS,
+            timing: &timing,
+            brains,
+            classes: Classes::default(),
+            decode_by: DecodeBy::Tokens,
+            closed_loop: false,
+            seed: 1,
+        };
+        let none = Brains::default();
+        let mut changed = setup(&none);
+        change(&mut changed, &mut brains);
+        let changed = Setup { brains: &brains, ..changed };
+        let outcome = sim::run(&load, policy, &changed, || ()).unwrap();
+        assert_eq!(outcome.requests, load.len() - load.warm_up(), "every request is served");
+        assert_eq!(outcome.requests, outcome.ttft.len());
+        outcome
+    }
+
+    fn agents() -> Vec<Entry> {
+        Shape::Agents.entries(1)
+    }
+
+    #[test]
+    fn held_requests_are_answered_sooner_than_those_that_were_sent_at_once() {
+        let entries = agents();
+        let [greedy, late, late_true] = [Policy::GreedyTrue, Policy::Late, Policy::LateTrue]
+            .map(|policy| run(&entries, 0.8, policy, |_, _| ()).mean_ttft());
+        assert!(late < 0.9 * greedy, "{late} {greedy}");
+        assert!(late_true < 0.9 * greedy, "{late_true} {greedy}");
+    }
+
+    #[test]
+    fn turns_that_wait_for_answers_cannot_pile_up() {
+        let entries = agents();
+        let open = run(&entries, 1.5, Policy::Late, |_, _| ());
+        let closed = run(&entries, 1.5, Policy::Late, |setup, _| setup.closed_loop = true);
+        assert!(closed.mean_ttft() < 0.7 * open.mean_ttft(), "{} {}", closed.mean_ttft(), open.mean_ttft());
+    }
+
+    #[test]
+    fn overload_is_shared_by_tenants_and_spared_by_those_with_priority() {
+        let entries = agents();
+        let classes = Classes { high: 0.1, tenants: 2 };
+        let over = run(&entries, 1.5, Policy::Late, |setup, _| setup.classes = classes);
+        assert!(over.fairness() > 0.95, "{}", over.fairness());
+        assert!(over.high_ttft(0.99) < 0.5 * over.ttft(0.9), "{} {}", over.high_ttft(0.99), over.ttft(0.9));
+        let busy: f64 = over.busy.iter().sum();
+        assert!(over.idle_seconds < 0.02 * busy, "{} of {busy}", over.idle_seconds);
+    }
+
+    #[test]
+    fn gateways_that_hear_of_each_other_late_do_nearly_as_well_as_one() {
+        let entries = agents();
+        let one = run(&entries, 0.7, Policy::Late, |_, _| ()).mean_ttft();
+        let four = run(&entries, 0.7, Policy::Late, |_, brains| {
+            *brains = Brains { count: 4, exchange: Some(Duration::from_millis(50)), ..brains.clone() };
+        });
+        assert!(four.mean_ttft() < 1.2 * one, "{} {one}", four.mean_ttft());
+    }
+}
