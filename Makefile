@@ -94,8 +94,9 @@ image: wasm ## Write the filter's OCI image for Envoy Gateway: target/image
 push: image ## Push the filter's image, pull it back and compare; credentials are Docker's
 #> IMAGE=registry/name:tag                  where to
 #> PIN=gateway-manifests/base/filter-image.env   file to write its name by digest into
+#> PLAIN_HTTP=1                             the registry speaks plain HTTP
 	@[ -n '$(IMAGE)' ] || { echo 'make: say where to: make push IMAGE=registry.example/pd-filter:0.1.0' >&2; exit 1; }
-	cargo run $(LOCKED) --quiet -p pd-image -- push '$(IMAGE)' --layout target/image $(if $(PIN),--pin '$(PIN)')
+	cargo run $(LOCKED) --quiet -p pd-image -- push '$(IMAGE)' --layout target/image $(if $(PIN),--pin '$(PIN)') $(if $(PLAIN_HTTP),--plain-http)
 
 image-control: toolchain ## Write pd-control's OCI image, one static program for this machine's architecture: target/image-control
 #> MUSL=aarch64-unknown-linux-musl         another one (needs gcc-aarch64-linux-gnu)
@@ -109,8 +110,9 @@ image-control: toolchain ## Write pd-control's OCI image, one static program for
 push-control: image-control ## Push pd-control's image likewise
 #> IMAGE=registry/name:tag                  where to
 #> PIN=gateway-manifests/base/control-image.env   file to write its name by digest into
+#> PLAIN_HTTP=1                             the registry speaks plain HTTP
 	@[ -n '$(IMAGE)' ] || { echo 'make: say where to: make push-control IMAGE=registry.example/pd-control:0.1.0' >&2; exit 1; }
-	cargo run $(LOCKED) --quiet -p pd-image --no-default-features -- push '$(IMAGE)' --layout target/image-control $(if $(PIN),--pin '$(PIN)')
+	cargo run $(LOCKED) --quiet -p pd-image --no-default-features -- push '$(IMAGE)' --layout target/image-control $(if $(PIN),--pin '$(PIN)') $(if $(PLAIN_HTTP),--plain-http)
 
 image-bench: toolchain ## Write the image of pd-bench-serve for the Job in gateway-manifests/bench: target/image-bench
 	$(call say,image of pd-bench-serve ($(MUSL)))
@@ -163,11 +165,22 @@ test-vllm: vllm build envoy ## End-to-end tests with a real vLLM prefill/decode 
 test-cluster: wasm ## The manifests on a real control plane with Envoy Gateway, without containers (needs root and Go)
 #> KUBECONFIG=file                          on that cluster, which has Envoy Gateway and the programs' images
 #> PD_CLUSTER_BIN=folder                    with the control plane, in place of building it (10 minutes)
+#> PD_AI_GATEWAY_BIN=folder                 with Envoy AI Gateway, in place of building it
 #> PD_CLUSTER_SECONDS=900                   after which it says that it did not run, or is given up
 #> TESTS=rollout                            some of them
 	@envoy/fetch.sh $(GATEWAY_ENVOY_VERSION) >/dev/null
 	$(call say,tests on a cluster with Envoy Gateway $(shell cat tests/cluster/programs/envoy-gateway.version))
 	@PD_ENVOY_VERSION=$(GATEWAY_ENVOY_VERSION) tests/cluster/run.sh $(TESTS)
+
+cluster-up: wasm ## That cluster with simulators on it, to try things out; `make cluster-down` ends it
+	@envoy/fetch.sh $(GATEWAY_ENVOY_VERSION) >/dev/null
+	@PD_ENVOY_VERSION=$(GATEWAY_ENVOY_VERSION) tests/cluster/up.sh up
+
+cluster-shell: ## A shell in that cluster's network, with kubectl set up
+	@tests/cluster/up.sh shell
+
+cluster-down: ## End that cluster
+	@tests/cluster/up.sh down
 
 lint: toolchain deps-check ## Formatting, clippy for native and wasm, pd-core's dependencies
 	$(call say,formatting)
@@ -237,4 +250,4 @@ fuzz-all:
 	    done; \
 	fi
 
-.PHONY: help docs run replay sim sim-agree bench-serve explain build wasm image push image-control push-control image-bench release release-verify programs toolchain envoy vllm test test-vllm test-cluster lint fmt soak fuzz bench schemas deps clean deps-check fuzz-all
+.PHONY: help docs run replay sim sim-agree bench-serve explain build wasm image push image-control push-control image-bench release release-verify programs toolchain envoy vllm test test-vllm test-cluster cluster-up cluster-shell cluster-down lint fmt soak fuzz bench schemas deps clean deps-check fuzz-all

@@ -8,12 +8,14 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 # Of all packages, as `make test` builds them: other features of what they share would be built once more.
-tests() { cargo test --offline --workspace --exclude pd-filter "$@"; }
-suite=(cargo test --offline --workspace --exclude pd-filter --test gateway -- --test-threads=1 --nocapture "$@")
+tests() { cargo test ${CI:+--locked} --workspace --exclude pd-filter "$@"; }
+# The cluster's network leads nowhere else; what a suite needs is compiled before.
+suite() { printf '%s\0' cargo test --offline --workspace --exclude pd-filter --test "$1" -- --test-threads=1 --nocapture "${@:2}"; }
 not_run() { echo "cluster: NOT RUN, $*" >&2; exit 0; }
 
 if [ -n "${KUBECONFIG:-}" ]; then
-    exec "${suite[@]}"
+    mapfile -d '' command < <(suite gateway "$@")
+    exec "${command[@]}"
 fi
 [ "$(id -u)" -eq 0 ] || not_run "making network namespaces needs root"
 for program in unshare setpriv nsenter ip docker-registry; do
@@ -23,6 +25,8 @@ done
 limit=${PD_CLUSTER_SECONDS:-}
 # Compiling the tests and running them.
 needed=600
+# The same for those beside Envoy AI Gateway.
+needed_beside=300
 [ -z "$limit" ] || [ "$limit" -ge "$needed" ] || not_run "$limit s are left, and it takes $needed"
 if [ -z "${PD_CLUSTER_BIN:-}" ]; then
     build=tests/cluster/programs/build.sh
@@ -34,19 +38,44 @@ if [ -z "${PD_CLUSTER_BIN:-}" ]; then
         not_run "$left s were left to build a control plane, and that was not enough (Go's cache keeps what was built)"
     }
 fi
+export PD_CLUSTER_BIN
 
 # The programs are built with the tests of their packages: pd-cluster, pd-control, pd-sim.
-tests --quiet --test gateway --test lifetime --test control --test sim --no-run
+tests --quiet --test gateway --test ai_gateway --test lifetime --test control --test sim --no-run
 # However the harness ends, it leaves nothing behind.
-PD_CLUSTER_BIN=$PD_CLUSTER_BIN tests --quiet --test lifetime -- --nocapture
+tests --quiet --test lifetime -- --nocapture
 # The program itself, which the Python package's `envoy` starts.
 envoy=$(find ".cache/envoy-$PD_ENVOY_VERSION/" -path '*/_bin/envoy' -type f)
 export PATH="$PATH:$PD_CLUSTER_BIN"
-left=${limit:+$((limit - SECONDS))}
-[ "${left:-1}" -gt 0 ] || not_run "compiling took all the time that was left"
-timeout --foreground "${left:-0}" target/debug/pd-cluster --programs "$PD_CLUSTER_BIN" --state target/cluster \
-    --image "envoy=$envoy" --image pd-sim=target/debug/pd-sim --image pd-control=target/debug/pd-control -- "${suite[@]}" || {
-    status=$?
-    [ "$status" -eq 124 ] || exit "$status"
-    echo "cluster: NOT FINISHED in the $left s that were left" >&2
+images=(--image "envoy=$envoy" --image pd-sim=target/debug/pd-sim --image pd-control=target/debug/pd-control)
+
+# Whether the filters leave tests of a suite.
+has_tests() { [ $# -eq 1 ] || tests --quiet --test "$1" -- --list "${@:2}" 2>/dev/null | grep -q ': test$'; }
+# Runs a suite on a cluster of its own: its name, then filters.
+on_cluster() {
+    local left=${limit:+$((limit - SECONDS))} status=0 command
+    [ "${left:-1}" -gt 0 ] || not_run "there is no time left for the tests $1"
+    mapfile -d '' command < <(suite "$@")
+    timeout --foreground "${left:-0}" target/debug/pd-cluster --programs "$PD_CLUSTER_BIN" --state target/cluster \
+        "${images[@]}" -- "${command[@]}" || status=$?
+    [ "$status" -ne 124 ] || { echo "cluster: NOT FINISHED in the $left s that were left: $1" >&2; exit 0; }
+    [ "$status" -eq 0 ] || exit "$status"
 }
+! has_tests gateway "$@" || on_cluster gateway "$@"
+
+has_tests ai_gateway "$@" || exit 0
+left=${limit:+$((limit - SECONDS - needed_beside))}
+[ "${left:-1}" -gt 0 ] || not_run "there is no time left for the tests beside Envoy AI Gateway"
+if [ -z "${PD_AI_GATEWAY_BIN:-}" ]; then
+    build=tests/cluster/programs/build-ai-gateway.sh
+    "$build" --is-built || command -v go >/dev/null || not_run "there is no Go to build Envoy AI Gateway with (https://go.dev/dl)"
+    PD_AI_GATEWAY_BIN=$(timeout "${left:-0}" "$build") || {
+        [ $? -eq 124 ] || exit 1
+        not_run "$left s were left to build Envoy AI Gateway, and that was not enough (Go's cache keeps what was built)"
+    }
+fi
+export PD_AI_GATEWAY_BIN
+for program in controller extproc; do
+    images+=(--image "ai-gateway-$program=$PD_AI_GATEWAY_BIN/ai-gateway-$program")
+done
+on_cluster ai_gateway "$@"

@@ -208,13 +208,52 @@ fn the_destination_header_is_the_same_everywhere() {
     assert_eq!(removed, set.iter().map(|header| header["name"].clone()).collect::<Value>());
 }
 
+/// The paths that the filter lets through, as its source lists them.
+#[test]
+fn the_route_has_all_paths_of_inference_apis() {
+    let source = fs::read_to_string(places::root().join("filter/core/src/request/paths.rs")).unwrap();
+    let (_, list) = source.split_once("const INFERENCE: &[&str] = &[").expect("the list");
+    let (list, _) = list.split_once("];").expect("its end");
+    let paths: Vec<&str> = list.split('"').skip(1).step_by(2).collect();
+    assert!(paths.len() > 40 && paths.contains(&"/v1/chat/completions"), "{paths:?}");
+    let matches = get("HTTPRoute", "pd")["spec"]["rules"][0]["matches"].as_array().unwrap().clone();
+    // A rule takes so many.
+    assert!(matches.len() <= 64);
+    let has = |path: &str| {
+        matches.iter().any(|of| {
+            let value = of["path"]["value"].as_str().unwrap();
+            match of["path"]["type"].as_str().unwrap() {
+                "Exact" => value == path,
+                _ => path == value || path.starts_with(&format!("{value}/")),
+            }
+        })
+    };
+    let missing: Vec<_> = paths.iter().filter(|path| !has(path.trim_end_matches("/*"))).collect();
+    assert!(missing.is_empty(), "{missing:?}");
+    let exact =
+        matches.iter().filter(|of| of["path"]["type"] == "Exact").map(|of| of["path"]["value"].as_str().unwrap());
+    for path in exact {
+        assert!(pd_core::request::paths::is_inference(path.as_bytes()), "{path} is refused by the filter");
+    }
+}
+
+/// uvicorn closes idle connections after 5 s.
+#[test]
+fn idle_connections_are_closed_here_as_on_one_machine() {
+    let local: Value = serde_saphyr::from_str(&fs::read_to_string(places::local_yaml()).unwrap()).unwrap();
+    let clusters = local["static_resources"]["clusters"].as_array().unwrap();
+    let engines = clusters.iter().find(|cluster| cluster["name"] == "engines").unwrap();
+    let options =
+        &engines["typed_extension_protocol_options"]["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"];
+    let idle = &get("BackendTrafficPolicy", "pd")["spec"]["timeout"]["http"]["connectionIdleTimeout"];
+    assert_eq!((idle, &options["common_http_protocol_options"]["idle_timeout"]), (&json!("3s"), &json!("3s")));
+}
+
 #[test]
 fn the_buffer_takes_what_the_filter_takes() {
     let limit = get("BackendTrafficPolicy", "pd")["spec"]["requestBuffer"]["limit"].clone();
     let mebibytes: u64 = limit.as_str().unwrap().trim_end_matches("Mi").parse().unwrap();
     assert_eq!(plugin()["config"]["max_body_bytes"], mebibytes << 20);
-    let order = get("EnvoyProxy", "pd")["spec"]["filterOrder"].clone();
-    assert_eq!(order, json!([{"name": "envoy.filters.http.buffer", "after": "envoy.filters.http.wasm"}]));
 }
 
 /// What Envoy Gateway fetches first is what the filter's policy names then, and who asks for it is held to that.
@@ -265,8 +304,8 @@ fn envoys_pods_are_asked_whether_the_filter_is_ready() {
     // Envoy Gateway adds 10,000 to ports below 1,024.
     let port = get("Gateway", "pd")["spec"]["listeners"][0]["port"].as_u64().unwrap();
     assert_eq!(probe["port"], if port < 1_024 { port + 10_000 } else { port });
-    let matches = get("HTTPRoute", "pd")["spec"]["rules"][0]["matches"].as_array().unwrap().clone();
-    assert!(matches.contains(&json!({"path": {"type": "Exact", "value": path}})), "{matches:?}");
+    let route = get("HTTPRoute", "pd-ready");
+    assert_eq!(route["spec"]["rules"][0]["matches"], json!([{"path": {"type": "Exact", "value": path}}]));
     let logged = proxy["spec"]["telemetry"]["accessLog"]["settings"][0]["matches"].to_string();
     assert!(logged.contains(path), "{logged}");
 }

@@ -4,6 +4,7 @@ mod apis;
 mod cache;
 mod chaos;
 mod compat;
+mod connections;
 mod decode_failure;
 mod engines;
 mod errors;

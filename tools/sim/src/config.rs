@@ -122,6 +122,10 @@ pub struct Config {
     pub record: usize,
     /// Bytes that a request body may have; more is answered 413.
     pub max_body_bytes: usize,
+    /// How long a connection may be without a request before the server closes it, as uvicorn does after 5 s; absent: for
+    /// ever. The client hears of it when it sends the next request, which is lost: the race that it loses now and then at
+    /// a real server. Time between two parts of a stream counts, too.
+    pub keep_alive: Option<Duration>,
 }
 
 impl Default for Config {
@@ -151,6 +155,7 @@ impl Default for Config {
             seed: 0,
             record: 256,
             max_body_bytes: 64 << 20,
+            keep_alive: None,
         }
     }
 }

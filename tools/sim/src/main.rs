@@ -83,6 +83,9 @@ struct Args {
     /// Seed of the faults' probabilities
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Seconds after which a connection without a request is closed, as uvicorn does after 5 [default: never]
+    #[arg(long)]
+    keep_alive_s: Option<f64>,
     /// Requests kept for GET /requests
     #[arg(long, value_name = "N", default_value_t = 0)]
     record: usize,
@@ -94,6 +97,8 @@ impl Args {
             .ok()
             .filter(|lease| lease.as_secs() <= 86_400)
             .ok_or("--lease-s must be between 0 and 86400")?;
+        let keep_alive = self.keep_alive_s.map(Duration::try_from_secs_f64).transpose();
+        let keep_alive = keep_alive.map_err(|error| format!("--keep-alive-s: {error}"))?;
         Ok(Config {
             listen: self.listen,
             side_channel: self.side_channel,
@@ -118,6 +123,7 @@ impl Args {
             faults: self.faults,
             seed: self.seed,
             record: self.record,
+            keep_alive,
             ..Config::default()
         })
     }

@@ -4,8 +4,8 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until};
 
 use crate::answer::Body;
 use crate::api;
@@ -36,14 +37,49 @@ pub(crate) enum Port {
     Side,
 }
 
-/// Lets a request break the connection it came by.
-#[derive(Default)]
+/// Lets a request break the connection it came by, and knows when the last one was.
 pub(crate) struct Connection {
     broken: AtomicBool,
     wake: Notify,
+    /// Closed for being idle; the client does not know yet.
+    is_closed: AtomicBool,
+    /// Requests whose answer has not begun.
+    open: AtomicUsize,
+    /// When bytes last went either way.
+    active: Mutex<Instant>,
+}
+
+impl Default for Connection {
+    fn default() -> Self {
+        Self {
+            broken: AtomicBool::new(false),
+            wake: Notify::new(),
+            is_closed: AtomicBool::new(false),
+            open: AtomicUsize::new(0),
+            active: Mutex::new(Instant::now()),
+        }
+    }
 }
 
 impl Connection {
+    fn active(&self) -> MutexGuard<'_, Instant> {
+        self.active.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until the connection has had no request for so long; for ever, where there is no limit.
+    async fn idle(&self, limit: Option<Duration>) {
+        let Some(limit) = limit else { return std::future::pending().await };
+        loop {
+            let end = *self.active() + limit;
+            sleep_until(end).await;
+            if self.open.load(Relaxed) > 0 {
+                *self.active() = Instant::now();
+            } else if *self.active() + limit <= Instant::now() {
+                return;
+            }
+        }
+    }
+
     /// Ends the connection by TCP RST.
     pub(crate) fn reset(&self) {
         self.broken.store(true, Relaxed);
@@ -131,6 +167,10 @@ async fn drive(pod: Arc<Pod>, stream: TcpStream, port: Port) {
         tokio::select! {
             _ = connection.as_mut() => return,
             () = control.wake.notified() => return,
+            () = control.idle(pod.config.keep_alive), if !control.is_closed.load(Relaxed) => {
+                control.is_closed.store(true, Relaxed);
+                pod.stats.add(&pod.stats.idle_closed, 1);
+            }
             changed = mode.changed() => match *mode.borrow_and_update() {
                 _ if changed.is_err() => return,
                 Mode::Stop | Mode::Crashed => return,
@@ -148,10 +188,13 @@ fn answer(
     request: Request<Incoming>,
 ) -> Pin<Box<dyn Future<Output = Result<Response<Body>, std::convert::Infallible>> + Send>> {
     Box::pin(async move {
-        Ok(match port {
-            Port::Api => api::serve(pod, control, request).await,
+        control.open.fetch_add(1, Relaxed);
+        let answer = match port {
+            Port::Api => api::serve(pod, Arc::clone(&control), request).await,
             Port::Side => api::serve_side(pod, request).await,
-        })
+        };
+        control.open.fetch_sub(1, Relaxed);
+        Ok(answer)
     })
 }
 
@@ -171,12 +214,23 @@ impl Drop for Breakable {
 
 impl AsyncRead for Breakable {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        let before = buf.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(cx, buf);
+        if buf.filled().len() > before {
+            if self.control.is_closed.load(Relaxed) {
+                buf.set_filled(before);
+                self.control.broken.store(true, Relaxed);
+                return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
+            }
+            *self.control.active() = Instant::now();
+        }
+        read
     }
 }
 
 impl AsyncWrite for Breakable {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        *self.control.active() = Instant::now();
         Pin::new(&mut self.stream).poll_write(cx, buf)
     }
 
@@ -193,6 +247,7 @@ impl AsyncWrite for Breakable {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        *self.control.active() = Instant::now();
         Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
     }
 

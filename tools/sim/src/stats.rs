@@ -64,6 +64,8 @@ pub struct Stats {
     pub faults_injected: BTreeMap<String, u64>,
     /// TCP connections accepted.
     pub connections: u64,
+    /// Connections closed because they were without a request for too long.
+    pub idle_closed: u64,
 }
 
 macro_rules! counters {
@@ -111,6 +113,7 @@ counters!(
     leases_pulled,
     leases_expired,
     connections,
+    idle_closed,
 );
 
 #[derive(Default)]

@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
 use pd_sim::{Config, Handle, Role, expected_text, start};
-use pd_support::client::{BOTH, Http};
+use pd_support::client::{BOTH, Client, Http};
 use serde_json::json;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
@@ -45,6 +45,21 @@ async fn a_delay_takes_its_time() {
     let since = Instant::now();
     assert_eq!(ask_with_fault(&sim, "delay=30", &chat("x", "")).await.unwrap().status, 200);
     assert!(since.elapsed() >= Duration::from_millis(30));
+}
+
+#[tokio::test]
+async fn an_idle_connection_is_closed_and_its_next_request_lost() {
+    let sim = start(Config { keep_alive: Some(Duration::from_millis(500)), ..Config::of(Role::Both) }).await.unwrap();
+    let mut client = Client::connect(sim.addr(), Http::One).await;
+    // An answer that takes longer is not idle.
+    sim.set_faults("delay=700").unwrap();
+    assert_eq!(client.post(CHAT, chat("x", "")).await.status, 200);
+    assert_eq!(sim.stats().idle_closed, 0);
+    sim.wait_for(|stats| stats.idle_closed == 1).await;
+    let request = client.json(CHAT, chat("x", ""), &[]);
+    assert!(client.try_send(request).await.is_err());
+    assert_eq!((sim.stats().requests, sim.stats().connections), (1, 1));
+    assert_eq!(ask(&sim, CHAT, &chat("x", "")).await.status, 200);
 }
 
 #[tokio::test]

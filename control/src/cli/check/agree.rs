@@ -3,17 +3,18 @@
 use pd_core::config::Config;
 use serde_json::Value;
 
+use super::attached::{gateways, policies, proxy, serves_engines};
 use super::containers::has_token;
 use super::filters::Filter;
 use super::images::digest;
 use super::manifests::{Manifests, Object, items, text};
 use super::report::Report;
+use super::{order, others, readiness, rewrites};
 
 /// Value of the destination header that the route sets.
 const DESTINATION: &str = "%FILTER_STATE(wasm.pd.destination:PLAIN)%";
-/// The filter that holds the headers until the Wasm filter has chosen, and the Wasm filter.
-const BUFFER: &str = "envoy.filters.http.buffer";
-const WASM: &str = "envoy.filters.http.wasm";
+/// Milliseconds after which uvicorn, which most engines run in, closes an idle connection.
+const ENGINE_IDLE_MS: u64 = 5_000;
 /// Annotation of Envoy's pods with the image of the filter.
 const IMAGE_ANNOTATION: &str = "pd-filter-image";
 
@@ -31,12 +32,18 @@ pub(super) fn check(filter: &Filter<'_>, config: &Config, all: &Manifests, repor
         check_token(filter, &control.token_env, all, report);
     }
     for route in all.of_kind("HTTPRoute").filter(|route| filter.policy.targets(route)) {
-        check_destination_is_set(filter, config, route, report);
-        check_traffic(filter, config, route, all, report);
-        for proxy in proxies(route, all) {
+        if items(&route.value, "/spec/rules").iter().any(serves_engines) {
+            check_destination_is_set(filter, config, route, report);
+            check_traffic(filter, config, route, all, report);
+            rewrites::check(filter, route, all, report);
+            others::check_route(route, all, report);
+        }
+        for proxy in gateways(route, all).filter_map(|gateway| proxy(gateway, all)) {
             check_proxy(filter, config, proxy, report);
+            readiness::check(filter, proxy, all, report);
         }
     }
+    others::check_generated(filter, config, all, report);
 }
 
 /// Checks a cluster that is named as Envoy Gateway names that of a rule of a route: `httproute/NAMESPACE/NAME/rule/N`.
@@ -86,7 +93,8 @@ fn check_token(filter: &Filter<'_>, variable: &str, all: &Manifests, report: &mu
 }
 
 fn check_destination_is_set(filter: &Filter<'_>, config: &Config, route: &Object, report: &mut Report) {
-    for (i, rule) in items(&route.value, "/spec/rules").iter().enumerate() {
+    let rules = items(&route.value, "/spec/rules").iter().enumerate();
+    for (i, rule) in rules.filter(|(_, rule)| serves_engines(rule)) {
         let sets = items(rule, "/filters").iter().flat_map(|it| items(it, "/requestHeaderModifier/set"));
         let is_header = |set: &&Value| text(set, "/name").eq_ignore_ascii_case(&config.destination_header);
         let found = sets.into_iter().find(is_header).map(|set| text(set, "/value"));
@@ -101,14 +109,9 @@ fn check_destination_is_set(filter: &Filter<'_>, config: &Config, route: &Object
     }
 }
 
-/// Checks the traffic policies of the route, or else of its Gateways.
+/// Checks the traffic policies that are in force for the route.
 fn check_traffic(filter: &Filter<'_>, config: &Config, route: &Object, all: &Manifests, report: &mut Report) {
-    let gateways: Vec<_> = gateways(route, all).collect();
-    let mut policies: Vec<_> = all.of_kind("BackendTrafficPolicy").filter(|it| it.targets(route)).collect();
-    if policies.is_empty() {
-        let of_gateway = |it: &&Object| gateways.iter().any(|gateway| it.targets(gateway));
-        policies = all.of_kind("BackendTrafficPolicy").filter(of_gateway).collect();
-    }
+    let policies = policies("BackendTrafficPolicy", route, all);
     if policies.is_empty() {
         let what = format!(
             "no BackendTrafficPolicy is for it, so nothing reads {} and holds the body",
@@ -128,6 +131,7 @@ fn check_traffic(filter: &Filter<'_>, config: &Config, route: &Object, all: &Man
             );
             report.fault(policy.says(key, what));
         }
+        check_idle_time(policy, report);
         let limit = policy.value.pointer("/spec/requestBuffer/limit");
         match limit.and_then(quantity) {
             Some(bytes) if bytes >= config.max_body_bytes as f64 => {}
@@ -147,38 +151,20 @@ fn check_traffic(filter: &Filter<'_>, config: &Config, route: &Object, all: &Man
     }
 }
 
-fn gateways<'a>(route: &'a Object, all: &'a Manifests) -> impl Iterator<Item = &'a Object> {
-    items(&route.value, "/spec/parentRefs").iter().filter_map(|parent| {
-        let namespace = Some(text(parent, "/namespace")).filter(|text| !text.is_empty()).unwrap_or(&route.namespace);
-        all.find("Gateway", namespace, text(parent, "/name"))
-    })
-}
-
-/// The EnvoyProxies of a route: those of its Gateways, else of their GatewayClasses.
-fn proxies<'a>(route: &'a Object, all: &'a Manifests) -> impl Iterator<Item = &'a Object> {
-    gateways(route, all).filter_map(|gateway| {
-        let name = text(&gateway.value, "/spec/infrastructure/parametersRef/name");
-        let own = all.find("EnvoyProxy", &gateway.namespace, name);
-        own.or_else(|| {
-            let class = all.find("GatewayClass", "", text(&gateway.value, "/spec/gatewayClassName"))?;
-            let of = |key: &str| text(&class.value, &format!("/spec/parametersRef/{key}"));
-            all.find("EnvoyProxy", of("namespace"), of("name"))
-        })
-    })
+/// Envoy must close an idle connection before the engine does.
+fn check_idle_time(policy: &Object, report: &mut Report) {
+    let idle = policy.value.pointer("/spec/timeout/http/connectionIdleTimeout").and_then(Value::as_str);
+    let what = match idle.map(|text| (text, milliseconds(text))) {
+        Some((_, Some(1..ENGINE_IDLE_MS))) => return,
+        Some((text, _)) => format!("is {text}, and an engine closes a connection that was idle for 5 s (uvicorn)"),
+        None => "is not there, and an engine closes a connection that was idle for 5 s (uvicorn)".to_owned(),
+    };
+    let what = format!("{what}: a request that meets that is lost, so let Envoy close it before: 3s");
+    report.warn(policy.says("spec.timeout.http.connectionIdleTimeout", what));
 }
 
 fn check_proxy(filter: &Filter<'_>, config: &Config, proxy: &Object, report: &mut Report) {
-    let is_ordered = items(&proxy.value, "/spec/filterOrder").iter().any(|order| {
-        let of = |key: &str| text(order, key);
-        (of("/name") == BUFFER && of("/after").starts_with(WASM))
-            || (of("/name").starts_with(WASM) && of("/before") == BUFFER)
-    });
-    if !is_ordered {
-        let what = format!(
-            "must have {{name: {BUFFER}, after: {WASM}}}: the buffer filter must get the body that the Wasm filter edits"
-        );
-        report.fault(proxy.says("spec.filterOrder", what));
-    }
+    order::check(proxy, report);
     let deployment = "/spec/provider/kubernetes/envoyDeployment";
     let Some(envoys) = proxy.value.pointer(deployment) else { return };
     let annotation = text(envoys, &format!("/pod/annotations/{IMAGE_ANNOTATION}"));
@@ -199,6 +185,21 @@ fn check_proxy(filter: &Filter<'_>, config: &Config, proxy: &Object, report: &mu
             report.fault(proxy.says("spec.provider.kubernetes.envoyDeployment.container.env", what));
         }
     }
+}
+
+/// Milliseconds of a duration of the Gateway API: `1h2m3s4ms`.
+fn milliseconds(text: &str) -> Option<u64> {
+    let (mut rest, mut sum) = (text, 0_u64);
+    while !rest.is_empty() {
+        let end = rest.find(|c: char| !c.is_ascii_digit())?;
+        let number: u64 = rest.get(..end)?.parse().ok()?;
+        let (unit, factor) = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000)]
+            .into_iter()
+            .find(|(unit, _)| rest[end..].starts_with(unit))?;
+        sum = sum.checked_add(number.checked_mul(factor)?)?;
+        rest = &rest[end + unit.len()..];
+    }
+    Some(sum)
 }
 
 /// The bytes of a Kubernetes quantity; `None` when it is none.
@@ -225,6 +226,22 @@ fn quantity(value: &Value) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn durations_are_milliseconds() {
+        for (text, ms) in [
+            ("3s", Some(3_000)),
+            ("500ms", Some(500)),
+            ("1h2m3s4ms", Some(3_723_004)),
+            ("0s", Some(0)),
+            ("3", None),
+            ("s", None),
+            ("3d", None),
+            ("-1s", None),
+        ] {
+            assert_eq!(milliseconds(text), ms, "{text}");
+        }
+    }
 
     #[test]
     fn quantities_are_bytes() {

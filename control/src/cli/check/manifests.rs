@@ -76,12 +76,29 @@ impl Object {
         format!("{}:{}: {}: {key}: {what}", self.file.display(), self.line, self.title())
     }
 
-    /// Whether the object's `targetRefs` name `other`. With selectors, any object of the namespace counts as named.
+    /// Whether the object's `targetRefs` name `other` or a part of it, or its `targetSelectors` find it.
     pub(super) fn targets(&self, other: &Self) -> bool {
-        let refs = items(&self.value, "/spec/targetRefs").iter().chain(self.value.pointer("/spec/targetRef"));
-        let is_it = |target: &Value| text(target, "/kind") == other.kind && text(target, "/name") == other.name;
-        let selects = self.value.pointer("/spec/targetSelectors").is_some();
-        self.namespace == other.namespace && (selects || refs.into_iter().any(is_it))
+        self.targets_kind(&other.kind, other)
+    }
+
+    /// The same of an object of another kind that has this one's name and labels.
+    pub(super) fn targets_kind(&self, kind: &str, other: &Self) -> bool {
+        let is_it = |target: &Value| text(target, "/kind") == kind && text(target, "/name") == other.name;
+        let is_found = |selector: &Value| text(selector, "/kind") == kind && other.has_labels_of(selector);
+        let selectors = items(&self.value, "/spec/targetSelectors");
+        self.namespace == other.namespace && (self.targets_by_name().any(is_it) || selectors.iter().any(is_found))
+    }
+
+    /// Its `targetRefs`, or its `targetRef`.
+    fn targets_by_name(&self) -> impl Iterator<Item = &Value> {
+        items(&self.value, "/spec/targetRefs").iter().chain(self.value.pointer("/spec/targetRef"))
+    }
+
+    /// Whether it has the `matchLabels` of a selector; one that has no labels finds everything.
+    fn has_labels_of(&self, selector: &Value) -> bool {
+        let labels = self.value.pointer("/metadata/labels");
+        let mut wanted = selector.get("matchLabels").and_then(Value::as_object).into_iter().flatten();
+        wanted.all(|(key, value)| labels.and_then(|labels| labels.get(key)) == Some(value))
     }
 }
 
@@ -93,4 +110,38 @@ pub(super) fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
 /// The items of the list at a JSON pointer; none when there is no list.
 pub(super) fn items<'a>(value: &'a Value, pointer: &str) -> &'a [Value] {
     value.pointer(pointer).and_then(Value::as_array).map_or(&[], Vec::as_slice)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn objects(text: &str) -> Manifests {
+        let mut manifests = Manifests::default();
+        manifests.read(Path::new("m.yaml"), text.as_bytes()).unwrap();
+        manifests
+    }
+
+    #[test]
+    fn a_policy_is_for_what_it_names_or_selects() {
+        let all = objects(
+            "kind: HTTPRoute\nmetadata: {name: a, namespace: n, labels: {app: x, tier: y}}\n---\n\
+             kind: HTTPRoute\nmetadata: {name: b, namespace: n}\n---\n\
+             kind: HTTPRoute\nmetadata: {name: a, namespace: m, labels: {app: x}}\n",
+        );
+        let routes = |policy: &str| {
+            let text = format!("kind: Policy\nmetadata: {{name: p, namespace: n}}\nspec: {{{policy}}}\n");
+            let policy = objects(&text);
+            let policy = policy.of_kind("Policy").next().unwrap();
+            let found: Vec<_> =
+                all.of_kind("HTTPRoute").filter(|route| policy.targets(route)).map(Object::title).collect();
+            found.join(", ")
+        };
+        assert_eq!(routes("targetRefs: [{kind: HTTPRoute, name: a}]"), "HTTPRoute n/a");
+        assert_eq!(routes("targetRef: {kind: HTTPRoute, name: b}"), "HTTPRoute n/b");
+        assert_eq!(routes("targetRefs: [{kind: Gateway, name: a}]"), "");
+        assert_eq!(routes("targetSelectors: [{kind: HTTPRoute, matchLabels: {app: x}}]"), "HTTPRoute n/a");
+        assert_eq!(routes("targetSelectors: [{kind: HTTPRoute, matchLabels: {app: z}}]"), "");
+        assert_eq!(routes("targetSelectors: [{kind: Gateway, matchLabels: {app: x}}]"), "");
+    }
 }

@@ -5,15 +5,20 @@
 //! agree.
 
 mod agree;
+mod attached;
 mod containers;
 mod content;
 mod faults;
 mod filters;
 mod images;
 mod manifests;
+mod order;
+mod others;
 mod policies;
+mod readiness;
 mod release;
 mod report;
+mod rewrites;
 mod rollout;
 mod serving;
 mod workloads;

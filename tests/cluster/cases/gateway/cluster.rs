@@ -39,25 +39,42 @@ pub struct Cluster {
     /// Where clients send requests.
     pub address: SocketAddr,
     manifests: TempDir,
+    overlay: &'static str,
 }
 
 impl Cluster {
     /// Pushes the module's image, applies the manifests as they are in the repository, and waits until a request is served.
     pub async fn ready() -> Self {
+        let mut cluster = Self::new("sim").await;
+        cluster.up().await;
+        served(cluster.address).await;
+        cluster
+    }
+
+    /// The cluster, with a copy of the manifests of which nothing is applied yet.
+    pub async fn new(overlay: &'static str) -> Self {
         let client = kube_client().await;
         let manifests = tempfile::tempdir().expect("a folder");
         copy(&places::root().join("gateway-manifests"), manifests.path());
-        let mut cluster = Self { client, address: ([0, 0, 0, 0], 0).into(), manifests };
+        Self { client, address: ([0, 0, 0, 0], 0).into(), manifests, overlay }
+    }
+
+    /// Pushes the module's image, applies the manifests and waits until all pods are ready.
+    pub async fn up(&mut self) {
+        let cluster = self;
         cluster.pin(&fs::read(places::wasm()).expect("the module")).await;
         cluster.pin_control().await;
         cluster.apply().await;
         for name in ["pd-control", "prefill", "decode", "aibrix-prefill", "aibrix-decode"] {
             cluster.settled(OURS, name).await;
         }
-        cluster.address = cluster.gateway_address().await;
+        cluster.address = cluster.gateway_address("pd").await;
         cluster.envoys_settled().await;
-        served(cluster.address).await;
-        cluster
+    }
+
+    /// The folder with the copy of the manifests.
+    pub fn manifests(&self) -> &Path {
+        self.manifests.path()
     }
 
     /// Pushes a module and names its image in the manifests; returns the name.
@@ -126,15 +143,8 @@ impl Cluster {
 
     /// `kubectl apply -k`, or what it says.
     pub async fn apply_once(&self) -> Result<(), String> {
-        let overlay = self.manifests.path().join("overlays/sim");
-        let kubectl = std::env::var("KUBECTL").unwrap_or_else(|_| "kubectl".to_owned());
-        let done = tokio::process::Command::new(kubectl)
-            .args(["apply", "--validate=strict", "-k"])
-            .arg(overlay)
-            .output()
-            .await
-            .expect("kubectl");
-        if done.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&done.stderr).into_owned()) }
+        let overlay = self.manifests.path().join("overlays").join(self.overlay);
+        kubectl(&["apply", "--validate=strict", "-k", &overlay.display().to_string()]).await
     }
 
     /// Sets a deployment's number of pods.
@@ -233,19 +243,27 @@ impl Cluster {
         sum
     }
 
-    async fn gateway_address(&self) -> SocketAddr {
+    /// Where a Gateway listens.
+    pub async fn gateway_address(&self, name: &str) -> SocketAddr {
         if let Ok(address) = std::env::var("PD_CLUSTER_GATEWAY") {
             return address.parse().expect("PD_CLUSTER_GATEWAY: ip:port");
         }
         let kind = GroupVersionKind::gvk("gateway.networking.k8s.io", "v1", "Gateway");
         let api: Api<DynamicObject> = Api::namespaced_with(self.client.clone(), OURS, &ApiResource::from_gvk(&kind));
         until("the gateway has an address", async || {
-            let gateway = api.get("pd").await.ok()?;
+            let gateway = api.get(name).await.ok()?;
             let ip = gateway.data["status"]["addresses"][0]["value"].as_str()?.parse().ok()?;
             Some(SocketAddr::new(ip, 80))
         })
         .await
     }
+}
+
+/// Runs kubectl, or returns what it says.
+pub async fn kubectl(arguments: &[&str]) -> Result<(), String> {
+    let program = std::env::var("KUBECTL").unwrap_or_else(|_| "kubectl".to_owned());
+    let done = tokio::process::Command::new(program).args(arguments).output().await.expect("kubectl");
+    if done.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&done.stderr).into_owned()) }
 }
 
 /// Waits until a request is served.

@@ -3,6 +3,7 @@
 
 mod cluster;
 mod operation;
+mod policies;
 mod replicas;
 mod requests;
 mod rollout;

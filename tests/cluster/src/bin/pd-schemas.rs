@@ -1,5 +1,6 @@
 //! Stores the schemas of custom resources that our manifests use, from a folder with their definitions (of Envoy Gateway's
-//! chart; of KEDA 2.17.2, of Prometheus' operator 0.85.0, of AIBrix 0.7): `pd-schemas CRDS tests/cluster/schemas`.
+//! and Envoy AI Gateway's charts; of KEDA 2.17.2, of Prometheus' operator 0.85.0, of AIBrix 0.7):
+//! `pd-schemas CRDS tests/cluster/schemas`.
 
 use std::path::{Path, PathBuf};
 
@@ -8,10 +9,14 @@ use pd_cluster::schema::reduced;
 use serde_json::Value;
 
 /// Kinds that are stored, with their versions.
-const KINDS: [(&str, &str); 13] = [
+const KINDS: [(&str, &str); 17] = [
+    ("AIGatewayRoute", "v1beta1"),
+    ("AIServiceBackend", "v1beta1"),
+    ("Backend", "v1alpha1"),
     ("BackendTrafficPolicy", "v1alpha1"),
     ("ClientTrafficPolicy", "v1alpha1"),
     ("EnvoyExtensionPolicy", "v1alpha1"),
+    ("EnvoyPatchPolicy", "v1alpha1"),
     ("EnvoyProxy", "v1alpha1"),
     ("Gateway", "v1"),
     ("GatewayClass", "v1"),

@@ -29,6 +29,8 @@ const TICK: Duration = Duration::from_millis(100);
 const PROBE: Duration = Duration::from_millis(500);
 /// Before a volume or variable is looked for again.
 const RETRY: Duration = Duration::from_millis(500);
+/// Between two looks at the secrets and config maps of a pod's volumes.
+const REFRESH: Duration = Duration::from_secs(2);
 /// Longest pause before a container that ended is started again.
 const MAX_BACK_OFF: Duration = Duration::from_secs(10);
 /// Grace of pods that do not say.
@@ -104,11 +106,14 @@ struct Life<'a> {
     start_time: String,
     told: Value,
     is_over: bool,
+    refresh_at: Instant,
 }
 
 /// A container and what became of it.
 struct Part {
     container: Container,
+    /// An init container that lives as long as the pod: it starts before the others, ends after them, and always starts again.
+    is_sidecar: bool,
     program: Program,
     variables: BTreeMap<String, String>,
     log: PathBuf,
@@ -139,8 +144,8 @@ impl<'a> Life<'a> {
         std::fs::write(folder.join("etc/hosts"), format!("127.0.0.1 localhost\n{ip} {}\n", pod.name_any()))?;
         std::fs::write(folder.join("etc/passwd"), "root:x:0:0:root:/tmp:/bin/sh\n")?;
         let spec = pod.spec.as_ref().context("a pod has a spec")?;
-        if spec.init_containers.as_ref().is_some_and(|containers| !containers.is_empty()) {
-            bail!("this node knows no init containers");
+        if !spec.init_containers.iter().flatten().all(is_sidecar) {
+            bail!("of init containers this node knows those that live on (restartPolicy: Always)");
         }
         let mut last = String::new();
         let (volumes, parts) = loop {
@@ -157,7 +162,9 @@ impl<'a> Life<'a> {
             }
         };
         let start_time = Timestamp::now().to_string();
-        Ok(Self { shared, pod, sandbox, folder, volumes, parts, start_time, told: Value::Null, is_over: false })
+        let refresh_at = Instant::now() + REFRESH;
+        let (told, is_over) = (Value::Null, false);
+        Ok(Self { shared, pod, sandbox, folder, volumes, parts, start_time, told, is_over, refresh_at })
     }
 
     fn address(&self) -> Ipv4Addr {
@@ -174,6 +181,14 @@ impl<'a> Life<'a> {
             if self.is_over {
                 return;
             }
+            if Instant::now() >= self.refresh_at {
+                let ip = self.address().to_string();
+                let under = self.folder.join("volumes");
+                if let Err(error) = volumes::refresh(&self.shared.client, self.pod, &ip, &under).await {
+                    tracing::debug!("volumes of {}: {error:#}", self.pod.name_any());
+                }
+                self.refresh_at = Instant::now() + REFRESH;
+            }
             tokio::select! {
                 () = ordered(orders, |order| order != Order::Run) => return,
                 () = sleep(TICK) => {}
@@ -183,7 +198,8 @@ impl<'a> Life<'a> {
 
     async fn look(&mut self, at: usize) {
         let address = self.address();
-        let restarts = self.policy() == "Always";
+        let waits = self.parts[..at].iter().any(|before| before.is_sidecar && before.child.is_none());
+        let restarts = self.policy() == "Always" || self.parts[at].is_sidecar;
         let part = &mut self.parts[at];
         if let Some(child) = &mut part.child
             && let Ok(Some(status)) = child.try_wait()
@@ -195,7 +211,8 @@ impl<'a> Life<'a> {
             part.start_at = Instant::now() + (RETRY * 2_u32.saturating_pow(part.restarts)).min(MAX_BACK_OFF);
             part.restarts += 1;
         }
-        let is_due = part.exit.is_none() || (restarts && Instant::now() >= part.start_at);
+        // A container that ran before waits for no sidecar.
+        let is_due = if part.exit.is_none() { !waits } else { restarts && Instant::now() >= part.start_at };
         if part.child.is_none() && is_due {
             match self.start(at).and_then(|start| start.spawn()) {
                 Ok(child) => self.parts[at].child = Some(child),
@@ -230,17 +247,21 @@ impl<'a> Life<'a> {
 
     /// Tells the API server what is new.
     async fn tell(&mut self) {
-        let all_ended =
-            self.policy() != "Always" && self.parts.iter().all(|part| part.child.is_none() && part.exit.is_some());
+        let of_pod = || self.parts.iter().filter(|part| !part.is_sidecar);
+        let all_ended = self.policy() != "Always" && of_pod().all(|part| part.child.is_none() && part.exit.is_some());
         let all_ready = self.parts.iter().all(|part| part.is_ready);
         let phase = match all_ended {
-            true if self.parts.iter().all(|part| part.exit == Some(0)) => "Succeeded",
+            true if of_pod().all(|part| part.exit == Some(0)) => "Succeeded",
             true => "Failed",
             false => "Running",
         };
         let ready = if all_ready && !all_ended { "True" } else { "False" };
         let ip = self.address().to_string();
-        let containers: Vec<_> = self.parts.iter().map(|part| part.status(&self.start_time)).collect();
+        let statuses = |is_sidecar| -> Vec<_> {
+            let parts = self.parts.iter().filter(|part| part.is_sidecar == is_sidecar);
+            parts.map(|part| part.status(&self.start_time)).collect()
+        };
+        let (sidecars, containers) = (statuses(true), statuses(false));
         let condition = |kind: &str, status: &str| json!({"type": kind, "status": status});
         let status = json!({"status": {
             "phase": phase, "podIP": ip, "podIPs": [{"ip": ip}], "hostIP": NODE.to_string(), "startTime": self.start_time,
@@ -248,7 +269,7 @@ impl<'a> Life<'a> {
                 condition("PodScheduled", "True"), condition("Initialized", "True"),
                 condition("ContainersReady", ready), condition("Ready", ready),
             ],
-            "containerStatuses": containers,
+            "initContainerStatuses": sidecars, "containerStatuses": containers,
         }});
         if status == self.told {
             return;
@@ -285,13 +306,21 @@ impl<'a> Life<'a> {
     async fn end_in_peace(&mut self) {
         let hooks = (0..self.parts.len()).map(|at| self.hook(at)).collect::<Vec<_>>();
         join_all(hooks).await;
-        for part in &self.parts {
+        let (sidecars, containers): (Vec<_>, Vec<_>) = self.parts.iter_mut().partition(|part| part.is_sidecar);
+        for part in &containers {
             if let Some(child) = &part.child {
                 signal(child, Signal::TERM);
             }
         }
-        for part in &mut self.parts {
+        for part in containers {
             if let Some(child) = &mut part.child {
+                let _ = child.wait().await;
+            }
+        }
+        // The last that came goes first.
+        for part in sidecars.into_iter().rev() {
+            if let Some(child) = &mut part.child {
+                signal(child, Signal::TERM);
                 let _ = child.wait().await;
             }
         }
@@ -386,7 +415,11 @@ impl Part {
     }
 }
 
-/// Volumes and containers, once everything that they name is there.
+fn is_sidecar(container: &Container) -> bool {
+    container.restart_policy.as_deref() == Some("Always")
+}
+
+/// Volumes and containers, sidecars first, once everything that they name is there.
 async fn prepare(
     shared: &Shared,
     pod: &Pod,
@@ -396,13 +429,15 @@ async fn prepare(
     let folders = volumes::write(&shared.client, pod, ip, &folder.join("volumes")).await?;
     let mut parts = Vec::new();
     let now = Instant::now();
-    for container in pod.spec.iter().flat_map(|spec| &spec.containers) {
+    let sidecars = pod.spec.iter().flat_map(|spec| spec.init_containers.iter().flatten());
+    for container in sidecars.chain(pod.spec.iter().flat_map(|spec| &spec.containers)) {
         let program = shared.images.program(container.image.as_deref().unwrap_or_default()).await?;
         let log = shared.state.join(format!("{}.{}.log", pod.name_any(), container.name));
         let looking = variables(shared, pod, ip, container);
         let variables = timeout(Duration::from_secs(10), looking).await.context("the API server is slow")??;
         parts.push(Part {
             container: container.clone(),
+            is_sidecar: is_sidecar(container),
             program,
             variables,
             log,

@@ -17,15 +17,14 @@ use super::pod::field;
 /// Seconds for which a token of a service account is good; nothing here lives longer.
 const TOKEN_SECONDS: i64 = 86_400;
 
-/// Writes the volumes under a folder; returns where each is. Config maps and secrets are read once: later changes do not
-/// reach a running pod.
+/// Writes the volumes under a folder; returns where each is.
 ///
 /// # Errors
 /// What is missing.
 pub async fn write(client: &Client, pod: &Pod, ip: &str, under: &Path) -> anyhow::Result<BTreeMap<String, PathBuf>> {
     let mut folders = BTreeMap::new();
     let volumes = pod.spec.as_ref().and_then(|spec| spec.volumes.as_ref());
-    let writer = Writer { client, pod, ip };
+    let writer = Writer { client, pod, ip, has_tokens: true };
     for volume in volumes.into_iter().flatten() {
         let folder = under.join(&volume.name);
         fs::create_dir_all(&folder)?;
@@ -35,10 +34,25 @@ pub async fn write(client: &Client, pod: &Pod, ip: &str, under: &Path) -> anyhow
     Ok(folders)
 }
 
+/// Writes the config maps and secrets of the volumes once more, which may have changed: a running pod sees it in its files,
+/// as the kubelet has it. Keys that are gone stay, and tokens of service accounts last.
+///
+/// # Errors
+/// What is missing.
+pub async fn refresh(client: &Client, pod: &Pod, ip: &str, under: &Path) -> anyhow::Result<()> {
+    let volumes = pod.spec.as_ref().and_then(|spec| spec.volumes.as_ref());
+    let writer = Writer { client, pod, ip, has_tokens: false };
+    for volume in volumes.into_iter().flatten() {
+        writer.volume(volume, &under.join(&volume.name)).await.with_context(|| format!("volume {}", volume.name))?;
+    }
+    Ok(())
+}
+
 struct Writer<'a> {
     client: &'a Client,
     pod: &'a Pod,
     ip: &'a str,
+    has_tokens: bool,
 }
 
 impl Writer<'_> {
@@ -72,7 +86,7 @@ impl Writer<'_> {
         if let Some(of) = &source.downward_api {
             self.downward(of.items.as_deref().unwrap_or_default(), folder)?;
         }
-        if let Some(of) = &source.service_account_token {
+        if let Some(of) = source.service_account_token.as_ref().filter(|_| self.has_tokens) {
             let account = self.pod.spec.as_ref().and_then(|spec| spec.service_account_name.as_deref());
             let accounts: Api<ServiceAccount> = Api::namespaced(self.client.clone(), &self.namespace());
             let request = TokenRequest {
@@ -150,5 +164,32 @@ fn put(folder: &Path, path: &str, bytes: &[u8]) -> anyhow::Result<()> {
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent)?;
     }
-    fs::write(&path, bytes).with_context(|| path.display().to_string())
+    if fs::read(&path).is_ok_and(|old| old == bytes) {
+        return Ok(());
+    }
+    // Nobody reads half a file.
+    let mut new = path.clone().into_os_string();
+    new.push(".new");
+    fs::write(&new, bytes).and_then(|()| fs::rename(&new, &path)).with_context(|| path.display().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_replaced_as_a_whole_and_only_when_it_differs() {
+        use std::os::unix::fs::MetadataExt as _;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a/key");
+        let number = |bytes: &[u8]| {
+            put(folder.path(), "a/key", bytes).unwrap();
+            assert_eq!(fs::read(&path).unwrap(), bytes);
+            fs::metadata(&path).unwrap().ino()
+        };
+        let first = number(b"1");
+        assert_eq!(number(b"1"), first);
+        assert_ne!(number(b"22"), first);
+        assert_eq!(fs::read_dir(folder.path().join("a")).unwrap().count(), 1, "nothing else is left");
+    }
 }

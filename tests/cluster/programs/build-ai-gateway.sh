@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Builds Envoy AI Gateway from its published Go module, where it is missing, and prints the folder:
+#
+#     tests/cluster/programs/build-ai-gateway.sh [--is-built]
+#
+# Controller, external processor and charts go to .cache/ai-gateway-VERSION/. From nothing that takes some minutes on two cores.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+
+version=$(<tests/cluster/programs/ai-gateway.version)
+directory=$PWD/.cache/ai-gateway-$version
+
+say() { echo "cluster: $*" >&2; }
+
+[ "${1:-}" != --is-built ] || exec test -e "$directory/complete"
+mkdir -p .cache
+exec 9>"$directory.lock"
+flock 9
+if [ -e "$directory/complete" ]; then
+    echo "$directory"
+    exit
+fi
+command -v go >/dev/null || { say "needs Go to build Envoy AI Gateway (https://go.dev/dl)"; exit 1; }
+
+mkdir -p "$directory"
+say "building Envoy AI Gateway $version into $directory"
+for program in controller extproc; do
+    GOBIN=$directory go install "github.com/envoyproxy/ai-gateway/cmd/$program@$version"
+    mv "$directory/$program" "$directory/ai-gateway-$program"
+done
+module=$(go mod download -json "github.com/envoyproxy/ai-gateway@$version" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
+rm -rf "$directory/charts"
+cp -r "$module/manifests/charts" "$directory/charts"
+cp "$module/manifests/envoy-gateway-values.yaml" "$directory/"
+chmod -R u+w "$directory/charts" "$directory/envoy-gateway-values.yaml"
+touch "$directory/complete"
+echo "$directory"
