@@ -233,7 +233,7 @@ fn the_route_has_all_paths_of_inference_apis() {
     let exact =
         matches.iter().filter(|of| of["path"]["type"] == "Exact").map(|of| of["path"]["value"].as_str().unwrap());
     for path in exact {
-        assert!(pd_core::request::paths::is_inference(path.as_bytes()), "{path} is refused by the filter");
+        assert!(pd_core::paths::is_inference(path.as_bytes()), "{path} is refused by the filter");
     }
 }
 
