@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::endpoints::elsewhere::Totals;
 use crate::endpoints::health::Health;
 use crate::endpoints::load::{Load, PrefillQueue};
+use crate::endpoints::outliers::Answers;
 use crate::time::Monotonic;
 use crate::wire::{Endpoint, Engine};
 
@@ -39,6 +40,8 @@ pub struct EndpointState {
     pub(super) elsewhere: Totals,
     /// Whether the endpoint answered the last time.
     pub health: Health,
+    /// What it answered lately, to legs of this worker.
+    pub answers: Answers,
     /// Number of this endpoint among those that the table has had: it differs from that of an earlier endpoint at the
     /// same index.
     pub(super) generation: u32,

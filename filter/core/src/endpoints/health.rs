@@ -53,6 +53,12 @@ impl Health {
         }
     }
 
+    /// Whether a probe is under way.
+    #[must_use]
+    pub fn is_probing(&self) -> bool {
+        self.probing
+    }
+
     /// Whether the endpoint failed the last time.
     #[must_use]
     pub fn is_failing(&self) -> bool {

@@ -2,7 +2,7 @@
 //!
 //! - [`table`]: the list in force; [`endpoint_state`]: one endpoint; [`candidates`]: the sets that a choice picks from.
 //! - [`load`]: what this Envoy has in flight; [`elsewhere`]: what other Envoys have in flight.
-//! - [`health`]: ejection and probe; [`retry_budget`]: how many prefill legs may be run again.
+//! - [`health`]: ejection and probe; [`outliers`]: that an endpoint answers errors that its pool does not; [`retry_budget`]: how many prefill legs may be run again.
 //! - [`fitted_cost`]: what a prefill costs, learnt from [`usage`] and times.
 
 pub mod candidates;
@@ -11,6 +11,7 @@ pub mod endpoint_state;
 pub mod fitted_cost;
 pub mod health;
 pub mod load;
+pub mod outliers;
 pub mod retry_budget;
 pub mod table;
 pub mod usage;

@@ -12,10 +12,11 @@ use crate::endpoints::endpoint_state::EndpointState;
 use crate::endpoints::fitted_cost::{FittedCost, SeenPrefill};
 use crate::endpoints::health::Health;
 use crate::endpoints::load::{Load, PrefillQueue};
+use crate::endpoints::outliers::{Answers, ErrorKind, Leg, Peers};
 use crate::endpoints::usage::Usage;
 use crate::prefix::index::{EndpointIndex, PrefixIndex};
 use crate::time::Monotonic;
-use crate::wire::{Endpoint, EndpointId, Snapshot};
+use crate::wire::{Endpoint, EndpointId, Snapshot, State};
 
 /// Names an endpoint across changes of the list. It does not [resolve](Table::resolve) once the endpoint left the list, also
 /// where another endpoint has its index.
@@ -323,6 +324,21 @@ impl Table {
         }
     }
 
+    /// What the other ready endpoints of an endpoint's pool and role answered lately: a pass over all endpoints.
+    #[must_use]
+    pub fn peers(&self, of: EndpointIndex, leg: Leg, kind: ErrorKind) -> Peers {
+        let mut peers = Peers::default();
+        let Some(own) = self.get(of) else { return peers };
+        let is_peer = |other: &EndpointState| {
+            let (other, own) = (&other.endpoint, &own.endpoint);
+            other.state == State::Ready && other.role == own.role && other.pool == own.pool
+        };
+        for (_, state) in self.iter().filter(|(index, state)| *index != of && is_peer(state)) {
+            peers.add(&state.answers, leg, kind, state.health.is_failing());
+        }
+        peers
+    }
+
     /// Drops prefill legs that expired, and ends probes without an end.
     pub fn prune(&mut self, now: Monotonic) {
         for state in self.states.iter_mut().flatten() {
@@ -372,6 +388,7 @@ impl Table {
                     decode: Load::default(),
                     elsewhere: Totals::default(),
                     health: Health::default(),
+                    answers: Answers::default(),
                     generation: self.generation,
                     fit,
                 };

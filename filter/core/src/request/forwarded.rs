@@ -2,11 +2,12 @@
 
 use super::PrefillAnswer;
 use super::effect::{Effect, Flow, KV_HEADER, Outcome, SERVED_HEADER};
-use super::leg::{abandon, engines_reply, leg_ended, prefill_ms};
+use super::leg::{abandon, engines_reply, leg_ended, prefill_ms, refused_alone};
 use super::response_editor::ResponseEditor;
 use super::step::{State, Step};
 use crate::body::json::Object;
 use crate::body::splice::HeadEdit;
+use crate::endpoints::outliers::{ErrorKind, Leg};
 use crate::endpoints::table::EndpointRef;
 use crate::endpoints::usage::Usage;
 use crate::metrics::Metric;
@@ -105,7 +106,13 @@ impl Forwarded {
         now: Monotonic,
     ) -> Step {
         let Some(concurrent) = self.concurrent_prefill.take() else { return self.stay(Vec::new()) };
-        leg_ended(worker, concurrent.endpoint, concurrent.leg, &answer, now);
+        let mut warning = leg_ended(worker, concurrent.endpoint, concurrent.leg, &answer, now).warning;
+        if let PrefillAnswer::Answered { status: 401 | 403 | 404, .. } = answer {
+            // No other endpoint can be asked. What all of them answer is the client's error, and ejects none.
+            warning = refused_alone(worker, concurrent.endpoint, now);
+        } else if answer.is_refusal() {
+            worker.answered(concurrent.endpoint);
+        }
         if let PrefillAnswer::Answered { status: 200, body, .. } = answer {
             let mut effects = vec![prefill_ms(worker, concurrent.started, now)];
             if let Some(editor) = &mut self.editor {
@@ -121,7 +128,7 @@ impl Forwarded {
         worker.counts.count(Metric::PrefillGivenUp);
         if self.response == Response::Passed {
             // The decode endpoint did not wait: the client has its answer.
-            return self.stay(Vec::new());
+            return self.stay(Vec::from_iter(warning));
         }
         self.assignment.end(worker, now);
         // The decision was counted when the request was forwarded.
@@ -131,6 +138,7 @@ impl Forwarded {
             }
             _ => Step::refuse(Rejection::PrefillFailed),
         }
+        .after(warning)
     }
 
     fn stay(self: Box<Self>, effects: Vec<Effect>) -> Step {
@@ -145,8 +153,8 @@ impl Forwarded {
         status: Option<u16>,
         now: Monotonic,
     ) -> Outcome {
-        self.answered_by(worker, upstream, now);
-        let mut effects = Vec::new();
+        let mut effects: Vec<_> =
+            self.answered_by(worker, upstream, status, now).map(Effect::Warn).into_iter().collect();
         if self.is_restricted {
             effects.extend(served_by(upstream));
         }
@@ -162,32 +170,48 @@ impl Forwarded {
         Outcome { flow: if is_held { Flow::Pause } else { Flow::Continue }, effects }
     }
 
-    /// Notes who answered: the endpoint that was chosen, the alternate that Envoy went on to, or nobody.
-    fn answered_by(&mut self, worker: &mut Worker, upstream: Option<&[u8]>, now: Monotonic) {
+    /// Notes who answered: the endpoint that was chosen, the alternate that Envoy went on to, or nobody. A warning where
+    /// the answer ejects the endpoint.
+    fn answered_by(
+        &mut self,
+        worker: &mut Worker,
+        upstream: Option<&[u8]>,
+        status: Option<u16>,
+        now: Monotonic,
+    ) -> Option<String> {
+        let mut warning = None;
         let mut answers = |reference: &EndpointRef| {
             let state =
                 worker.state.table.resolve(*reference).filter(|state| Some(state.address.as_bytes()) == upstream);
             let is_it = state.is_some();
             if is_it {
-                worker.answered(*reference);
+                match status {
+                    // An error of the client: the endpoint works, and may still fail with what others accept.
+                    Some(400..=428 | 430..=499) => worker.answered(*reference),
+                    _ => {
+                        let error = status.and_then(ErrorKind::of_status);
+                        warning = worker.judge_answer(*reference, Leg::Decode, error, now);
+                    }
+                }
             }
             is_it
         };
         if answers(&self.assignment.endpoint) {
-            return;
+            return warning;
         }
         // Envoy went on to an alternate, or gave up: either way the first choice could not be reached.
         let moved = self.alternates.iter().copied().find(answers);
         if moved.is_none() && upstream.is_some() {
-            return;
+            return None;
         }
         worker.failed(self.assignment.endpoint, now);
         let Some(alternate) = moved else {
             worker.counts.count(Metric::DecodeUnanswered);
-            return;
+            return warning;
         };
         worker.counts.count(Metric::DecodeMoved);
         self.assignment.move_to(worker, alternate, now);
+        warning
     }
 
     /// The first byte of the response's body is there: the prompt has been computed.

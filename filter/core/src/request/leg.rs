@@ -8,6 +8,7 @@ use super::route::{destination, remember_prompt};
 use super::split::Split;
 use crate::choose::scheduler::Pick;
 use crate::config::Config;
+use crate::endpoints::outliers::{ErrorKind, Leg};
 use crate::endpoints::table::EndpointRef;
 use crate::engine::{Pair, legs};
 use crate::headers::Headers;
@@ -74,14 +75,24 @@ pub(super) fn with_pair<T: Default>(
     make(&Pair { bootstrap: state.bootstrap, rank: state.endpoint.rank, engine_id, id, batch: parsed.batch })
 }
 
-/// Takes a prefill leg out of the ledger and notes how it went; the seconds that the endpoint spent on it, where known.
+/// What is known of a prefill leg that ended.
+#[derive(Debug)]
+pub(super) struct LegEnd {
+    /// Seconds that the endpoint spent on it, where known.
+    pub(super) seconds: Option<f64>,
+    /// A warning, where its answer ejects the endpoint.
+    pub(super) warning: Option<Effect>,
+}
+
+/// Takes a prefill leg out of the ledger and notes how it went. A refusal says nothing of the endpoint yet: the caller
+/// notes whether it is the endpoint's or the client's.
 pub(super) fn leg_ended(
     worker: &mut Worker,
     endpoint: EndpointRef,
     leg: u64,
     answer: &PrefillAnswer<'_>,
     now: Monotonic,
-) -> Option<f64> {
+) -> LegEnd {
     worker.counts.add(Metric::PrefillInFlight, -1);
     let fault = answer.fault();
     worker.counts.count(match (fault, answer) {
@@ -92,6 +103,7 @@ pub(super) fn leg_ended(
     });
     let seconds = worker.state.table.resolve(endpoint).and_then(|state| state.prefill.service_seconds(leg, now));
     worker.prefill_ended(endpoint, leg, now);
+    let mut warning = None;
     match fault {
         Some(Fault::Unreachable) => {
             worker.failed(endpoint, now);
@@ -100,9 +112,18 @@ pub(super) fn leg_ended(
             }
         }
         Some(Fault::NotStarted) => {}
-        Some(Fault::ServerError) | None => worker.answered(endpoint),
+        Some(Fault::ServerError) | None if answer.is_refusal() => {}
+        Some(Fault::ServerError) | None => {
+            let error = answer.status().and_then(ErrorKind::of_status);
+            warning = worker.judge_answer(endpoint, Leg::Prefill, error, now).map(Effect::Warn);
+        }
     }
-    seconds
+    LegEnd { seconds, warning }
+}
+
+/// A prefill endpoint refused what another one accepts; a warning where that ejects it.
+pub(super) fn refused_alone(worker: &mut Worker, endpoint: EndpointRef, now: Monotonic) -> Option<Effect> {
+    worker.judge_answer(endpoint, Leg::Prefill, Some(ErrorKind::Refusal), now).map(Effect::Warn)
 }
 
 /// The request ended before its prefill leg did.
@@ -138,6 +159,16 @@ pub(super) enum Fault {
 }
 
 impl PrefillAnswer<'_> {
+    /// HTTP status, if an answer came.
+    fn status(&self) -> Option<u16> {
+        if let Self::Answered { status, .. } = self { Some(*status) } else { None }
+    }
+
+    /// Whether the engine refuses the request: with 4xx, other than those that mean "not now".
+    pub(super) fn is_refusal(&self) -> bool {
+        matches!(self.status(), Some(400..=499)) && self.fault().is_none()
+    }
+
     /// Whether the call failed in a way that another endpoint may not; `None` for an engine's own answer.
     pub(super) fn fault(&self) -> Option<Fault> {
         match self {

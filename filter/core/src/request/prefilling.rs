@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::PrefillAnswer;
 use super::effect::Effect;
 use super::head::candidates;
-use super::leg::{Fault, abandon, engines_reply, leg_ended};
+use super::leg::{Fault, LegEnd, abandon, engines_reply, leg_ended, refused_alone};
 use super::parsed::{ParsedRequest, ScannedBody};
 use super::route::{Prefill, Route, forward};
 use super::split::{Prefiller, Split};
@@ -20,7 +20,7 @@ use crate::endpoints::table::{EndpointRef, PromptEstimate};
 use crate::endpoints::usage::Usage;
 use crate::engine::{Handover, legs};
 use crate::metrics::Metric;
-use crate::request::reply::Rejection;
+use crate::request::reply::{Rejection, Reply};
 use crate::time::Monotonic;
 use crate::workers::worker::Worker;
 
@@ -49,19 +49,56 @@ impl Prefilling {
             self.refresh_candidates(worker);
             return self.engine_id_answered(worker, answer, body, now);
         };
-        let seconds = leg_ended(worker, self.prefiller.endpoint, leg, &answer, now);
+        let LegEnd { seconds, mut warning } = leg_ended(worker, self.prefiller.endpoint, leg, &answer, now);
         self.refresh_candidates(worker);
-        match (answer, answer.fault()) {
+        let step = match (answer, answer.fault()) {
             (PrefillAnswer::Answered { status: 200, body: answer, .. }, None) => {
+                if let Some((refusing, _)) = self.split.refusal.take() {
+                    warning = refused_alone(worker, refusing, now).or(warning);
+                }
                 let answer = Object::read(answer).unwrap_or_default();
                 self.hand_over(worker, &answer, seconds, body, now)
             }
-            (PrefillAnswer::Answered { status, content_type, body }, None) => {
-                worker.counts.count(Metric::RequestsRejected);
-                Ok(Step::answer(engines_reply(status, content_type, body)))
+            (PrefillAnswer::Answered { status, content_type, body: answer }, None) => {
+                self.refused(worker, engines_reply(status, content_type, answer), body, now)
             }
             _ => self.try_another(worker, body, now),
-        }
+        };
+        Ok(Step::or_reject(step, worker).after(warning))
+    }
+
+    /// The endpoint refused the request. One other endpoint is asked, at no cost to the budget of retries: what both
+    /// refuse is the client's error.
+    fn refused<B: AsRef<[u8]>>(
+        mut self,
+        worker: &mut Worker,
+        refusal: Reply,
+        body: impl FnOnce() -> Option<B>,
+        now: Monotonic,
+    ) -> Result<Step, Rejection> {
+        let endpoint = self.prefiller.endpoint;
+        let refusal = match self.split.refusal.take() {
+            Some((first, earlier)) => {
+                worker.answered(first);
+                // An endpoint that knows neither the client nor the model says less than one that read the request.
+                if matches!(refusal.status, 401 | 403 | 404) { earlier } else { refusal }
+            }
+            None => {
+                self.split.tried.push(endpoint);
+                if let Some(pick) = self.pick_another(worker, now)
+                    && let Some(body) = body()
+                    && let Ok(body) = ScannedBody::read(body.as_ref())
+                {
+                    worker.counts.count(Metric::PrefillRetries);
+                    self.split.refusal = Some((endpoint, refusal));
+                    return self.split.start(worker, pick, &body, now);
+                }
+                refusal
+            }
+        };
+        worker.answered(endpoint);
+        worker.counts.count(Metric::RequestsRejected);
+        Ok(Step::answer(refusal))
     }
 
     /// The stream ended: nobody waits for the leg any more.
@@ -123,7 +160,14 @@ impl Prefilling {
             }
             worker.counts.count(Metric::RetriesDenied);
         }
-        give_up(worker, &self.split.parsed, now)
+        let step = give_up(worker, &self.split.parsed, now);
+        match (step, self.split.refusal.take()) {
+            (Err(_), Some((_, refusal))) => {
+                worker.counts.count(Metric::RequestsRejected);
+                Ok(Step::answer(refusal))
+            }
+            (step, _) => step,
+        }
     }
 
     fn pick_another(&self, worker: &Worker, now: Monotonic) -> Option<Pick> {

@@ -31,7 +31,9 @@ pub(super) fn serve(worker: &mut Worker, parsed: ParsedRequest, body: &ScannedBo
     let explained = is_asked.then(|| parsed.scheduler(worker, now).explain(&parsed.served.candidates, &parsed.prompt));
     let started = match choose_legs(worker, &parsed, now) {
         Ok(Legs::One(route)) => forward(worker, &parsed, route, now),
-        Ok(Legs::Two(pick)) => Split { parsed, tried: Vec::new(), started: now }.start(worker, pick, body, now),
+        Ok(Legs::Two(pick)) => {
+            Split { parsed, tried: Vec::new(), refusal: None, started: now }.start(worker, pick, body, now)
+        }
         Err(rejection) => Err(rejection),
     };
     let step = Step::or_reject(started, worker);

@@ -15,7 +15,7 @@ use crate::endpoints::table::EndpointRef;
 use crate::engine::{EngineIdQuery, LegOrder};
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
-use crate::request::reply::Rejection;
+use crate::request::reply::{Rejection, Reply};
 use crate::time::Monotonic;
 use crate::workers::worker::Worker;
 
@@ -28,6 +28,8 @@ pub(super) struct Split {
     pub(super) parsed: ParsedRequest,
     /// Prefill endpoints that failed.
     pub(super) tried: Vec<EndpointRef>,
+    /// An endpoint's refusal, while another one is asked.
+    pub(super) refusal: Option<(EndpointRef, Reply)>,
     /// When the first endpoint was chosen.
     pub(super) started: Monotonic,
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::choose::admission::{Ask, Shed, pool_key};
 use crate::config::{Config, ConfigError, Limits};
 use crate::endpoints::elsewhere::{Fleet, Totals};
+use crate::endpoints::outliers::{ErrorKind, Leg};
 use crate::endpoints::retry_budget::RetryBudget;
 use crate::endpoints::table::{Applied, EndpointRef};
 use crate::engine::pair_id;
@@ -270,6 +271,51 @@ impl Worker {
         if self.state.table.resolve(endpoint).is_some_and(|state| state.health.is_failing()) {
             self.happens(endpoint, &Event::Healed);
         }
+    }
+
+    /// An endpoint answered a leg, with an error of its own or without. The error ejects the endpoint where its peers do
+    /// not answer the same, and keeps it ejected where the leg was the probe. The text is a warning for the operator, once
+    /// per ejection.
+    pub(crate) fn judge_answer(
+        &mut self,
+        endpoint: EndpointRef,
+        leg: Leg,
+        error: Option<ErrorKind>,
+        now: Monotonic,
+    ) -> Option<String> {
+        let state = self.state.table.resolve(endpoint)?;
+        state.answers.note(leg, error);
+        let Some(kind) = error else {
+            self.answered(endpoint);
+            return None;
+        };
+        let (answers, health) = (state.answers, state.health);
+        if health.is_failing() {
+            // Of legs that were sent before the ejection, nothing more is learnt.
+            if health.is_probing() {
+                let is_worse = answers.is_worse_than(leg, kind, &self.state.table.peers(endpoint.index, leg, kind));
+                if is_worse { self.failed(endpoint, now) } else { self.answered(endpoint) }
+            }
+            return None;
+        }
+        if !answers.is_suspect(leg, kind) {
+            return None;
+        }
+        let peers = self.state.table.peers(endpoint.index, leg, kind);
+        if !answers.is_worse_than(leg, kind, &peers) || !peers.allow_ejection() {
+            return None;
+        }
+        self.failed(endpoint, now);
+        let (metric, errors) = match kind {
+            ErrorKind::Server => (Metric::OutliersServer, "5xx"),
+            ErrorKind::Overload => (Metric::OutliersOverload, "429 or 503"),
+            ErrorKind::Refusal => (Metric::OutliersRefusal, "4xx"),
+        };
+        self.counts.count(metric);
+        let address = &self.state.table.get(endpoint.index)?.address;
+        Some(format!(
+            "{address} answers {errors} where others of its pool do not: it is ejected until a probe succeeds"
+        ))
     }
 
     /// Records a decision for the report. Without effect where the configuration has no exchange, or where a decision was

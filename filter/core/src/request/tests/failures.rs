@@ -43,10 +43,12 @@ fn an_unreachable_endpoint_is_left_out_by_the_next_request() {
 }
 
 #[test]
-fn an_engines_own_refusal_is_passed_on_at_once() {
+fn a_refusal_of_two_engines_is_the_clients_error() {
     let mut t = fixture();
     t.headers(&[]);
-    t.body(&long_body());
+    let first = leg_destination(&t.body(&long_body()));
+    let second = leg_destination(&t.answer(400, r#"{"error":"too long"}"#));
+    assert_ne!(first.split(',').next(), second.split(',').next());
     let outcome = t.answer(400, r#"{"error":"too long"}"#);
     let Some(Effect::Reply(reply)) = outcome.effects.last() else { panic!("{outcome:?}") };
     assert_eq!((reply.status, reply.body.as_slice()), (400, &br#"{"error":"too long"}"#[..]));
@@ -161,4 +163,97 @@ fn a_client_that_leaves_while_both_legs_run_leaves_nothing_behind() {
     assert_eq!(t.answer(200, "{}").effects, []);
     t.worker.prune(t.now + Duration::from_secs(1));
     assert!(t.is_idle());
+}
+
+/// Sends a long prompt and answers each prefill leg by its endpoint; the last outcome, and the warnings on the way.
+fn split_by(t: &mut Fixture, number: usize, bad: &str, status: u16) -> (Outcome, usize) {
+    t.request = Request::default();
+    t.headers(&[]);
+    let mut outcome = t.body(&long_body().replace("word", &format!("w{number}")));
+    let mut warnings = 0;
+    while t.request.is_prefilling() {
+        let is_bad = leg_destination(&outcome).split(',').next() == Some(bad);
+        let good = format!(r#"{{"kv_transfer_params":{PARAMS}}}"#);
+        outcome = if is_bad { t.answer(status, "{}") } else { t.answer(200, &good) };
+        warnings += outcome.effects.iter().filter(|effect| matches!(effect, Effect::Warn(_))).count();
+    }
+    (outcome, warnings)
+}
+
+#[test]
+fn a_prefill_endpoint_that_fails_alone_is_ejected_and_no_client_sees_its_error() {
+    for status in [404, 401, 403, 400, 500, 503, 429] {
+        let mut t = fixture();
+        let mut warnings = 0;
+        for number in 0..60 {
+            let (outcome, more) = split_by(&mut t, number, "10.0.0.1:1", status);
+            assert_eq!(state(&outcome, REASON), "prefilled", "{status}, request {number}");
+            warnings += more;
+            t.done();
+        }
+        let count = |metric| t.worker.counts.pending(metric);
+        assert!((3..=5).contains(&count(Metric::PrefillRetries)), "{status}: {}", count(Metric::PrefillRetries));
+        assert_eq!(count(Metric::RetriesDenied), 0);
+        let outliers = [Metric::OutliersServer, Metric::OutliersOverload, Metric::OutliersRefusal].map(count);
+        assert_eq!((outliers.iter().sum::<i64>(), warnings), (1, 1), "{status}");
+        assert!(t.is_idle());
+    }
+}
+
+/// Sends short prompts that are in flight together with others, and counts those that the failing endpoint got.
+fn wins_of_a_failing_decode_endpoint(servers: usize, requests: usize, status: u16) -> usize {
+    let list: Vec<_> =
+        (1..=servers).map(|port| format!(r#"{{"address":"10.0.0.2:{port}","role":"decode"}}"#)).collect();
+    let mut t = configured(&format!(r#"{{"endpoints":[{}]}}"#, list.join(",")));
+    let mut in_flight = std::collections::VecDeque::new();
+    let mut wins = 0;
+    for number in 0..requests {
+        t.request = Request::default();
+        t.headers(&[]);
+        let outcome = t.body(&format!(r#"{{"model":"m","messages":[{{"role":"user","content":"w{number}"}}]}}"#));
+        let decode = state(&outcome, DECODE).to_owned();
+        let is_bad = decode == "10.0.0.2:1";
+        wins += usize::from(is_bad);
+        let status = if is_bad { status } else { 200 };
+        t.request.response_headers(&mut t.worker, Some(decode.as_bytes()), Some(status), t.now);
+        if is_bad {
+            t.done();
+        } else {
+            // A good endpoint generates for as long as the next requests come.
+            in_flight.push_back(core::mem::take(&mut t.request));
+        }
+        if in_flight.len() > 16
+            && let Some(mut request) = in_flight.pop_front()
+        {
+            request.done(&mut t.worker, t.now);
+        }
+    }
+    wins
+}
+
+#[test]
+fn a_decode_endpoint_that_fails_at_once_does_not_win() {
+    for status in [500, 503, 429] {
+        let wins =
+            [wins_of_a_failing_decode_endpoint(8, 800, status), wins_of_a_failing_decode_endpoint(2, 100, status)];
+        assert!(wins.iter().all(|wins| (3..=8).contains(wins)), "{status}: {wins:?}");
+    }
+}
+
+#[test]
+fn a_pool_whose_endpoints_all_fail_stays() {
+    let mut t = fixture();
+    for number in 0..60 {
+        for index in 0..2 {
+            t.request = Request::default();
+            t.headers(&[]);
+            let body = format!(r#"{{"model":"m","messages":[{{"role":"user","content":"w{number}-{index}"}}]}}"#);
+            let decode = state(&t.body(&body), DECODE).to_owned();
+            t.request.response_headers(&mut t.worker, Some(decode.as_bytes()), Some(429), t.now);
+            t.done();
+        }
+        t.now = t.now.saturating_add(Duration::from_secs(6));
+    }
+    let failing = t.worker.state.table.iter().filter(|(_, state)| state.health.is_failing()).count();
+    assert!(failing <= 1, "{failing}");
 }

@@ -1,0 +1,204 @@
+//! Outlier detection: whether an endpoint answers errors that the other endpoints of its pool do not answer.
+//!
+//! An endpoint that fails at once is always the least loaded one, so without this it would win most choices. Its answers
+//! are compared with those of its peers: the ready endpoints of the same pool and role. Where the peers answer the same
+//! error, the cause is not the endpoint, and it stays.
+
+/// The leg that an endpoint answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leg {
+    /// A prefill leg.
+    Prefill,
+    /// A decode leg, or a whole request.
+    Decode,
+}
+
+/// Kinds of errors. Peers are compared by the same kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// 5xx other than 503.
+    Server,
+    /// 429 or 503: the endpoint says that it is full.
+    Overload,
+    /// 4xx that no other endpoint answers to the same request.
+    Refusal,
+}
+
+impl ErrorKind {
+    /// The kind of a status; `None` where the status is no error, or may be the client's.
+    #[must_use]
+    pub const fn of_status(status: u16) -> Option<Self> {
+        match status {
+            429 | 503 => Some(Self::Overload),
+            500.. => Some(Self::Server),
+            _ => None,
+        }
+    }
+
+    /// Errors in a row that make an endpoint suspect. An endpoint may be full for a moment, so overload takes more.
+    const fn in_a_row(self) -> u32 {
+        match self {
+            Self::Server | Self::Refusal => 3,
+            Self::Overload => 5,
+        }
+    }
+}
+
+/// Answers that are compared. The window of each kind has one bit for each.
+const WINDOW: u32 = 16;
+
+/// Latest answers of an endpoint to one kind of leg. All zero: none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Recent {
+    /// Answers in the windows, at most [`WINDOW`].
+    answers: u16,
+    /// Errors of each kind; the newest answer is the lowest bit.
+    errors: [u16; 3],
+}
+
+/// Latest answers of an endpoint: 16 bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Answers {
+    prefill: Recent,
+    decode: Recent,
+}
+
+/// What the peers of an endpoint answered lately, and how many of the pool are ejected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Peers {
+    answers: u32,
+    errors: u32,
+    /// Peers.
+    endpoints: u32,
+    ejected: u32,
+}
+
+impl Answers {
+    /// Notes an answer.
+    pub fn note(&mut self, leg: Leg, error: Option<ErrorKind>) {
+        let recent = match leg {
+            Leg::Prefill => &mut self.prefill,
+            Leg::Decode => &mut self.decode,
+        };
+        recent.answers = recent.answers.saturating_add(1).min(WINDOW as u16);
+        for (kind, window) in
+            [ErrorKind::Server, ErrorKind::Overload, ErrorKind::Refusal].iter().zip(&mut recent.errors)
+        {
+            *window = (*window << 1) | u16::from(error == Some(*kind));
+        }
+    }
+
+    /// Whether an endpoint answered this error several times in a row, or to half of a full window.
+    #[must_use]
+    pub fn is_suspect(&self, leg: Leg, kind: ErrorKind) -> bool {
+        let window = self.window(leg, kind);
+        window.trailing_ones() >= kind.in_a_row() || window.count_ones() >= WINDOW / 2
+    }
+
+    /// Whether the peers answer this error less than half as often: as a share of the latest answers, which for the
+    /// endpoint are those of the row that makes it suspect.
+    #[must_use]
+    pub fn is_worse_than(&self, leg: Leg, kind: ErrorKind, peers: &Peers) -> bool {
+        let window = self.window(leg, kind);
+        let recent = self.recent(leg);
+        let (errors, answers) = match window.trailing_ones() {
+            0 => (window.count_ones(), u32::from(recent.answers)),
+            row => (row, row),
+        };
+        // errors / answers > 2 · peers.errors / peers.answers; without any answer the peers count as healthy.
+        let own = u64::from(errors).saturating_mul(u64::from(peers.answers.max(1)));
+        let theirs = u64::from(peers.errors).saturating_mul(u64::from(answers)).saturating_mul(2);
+        errors > 0 && own > theirs
+    }
+
+    const fn recent(&self, leg: Leg) -> &Recent {
+        match leg {
+            Leg::Prefill => &self.prefill,
+            Leg::Decode => &self.decode,
+        }
+    }
+
+    const fn window(&self, leg: Leg, kind: ErrorKind) -> u16 {
+        let [server, overload, refusal] = self.recent(leg).errors;
+        match kind {
+            ErrorKind::Server => server,
+            ErrorKind::Overload => overload,
+            ErrorKind::Refusal => refusal,
+        }
+    }
+}
+
+impl Peers {
+    /// Adds one peer.
+    pub fn add(&mut self, answers: &Answers, leg: Leg, kind: ErrorKind, is_ejected: bool) {
+        self.answers = self.answers.saturating_add(u32::from(answers.recent(leg).answers));
+        self.errors = self.errors.saturating_add(answers.window(leg, kind).count_ones());
+        self.endpoints = self.endpoints.saturating_add(1);
+        self.ejected = self.ejected.saturating_add(u32::from(is_ejected));
+    }
+
+    /// Whether one more endpoint may be ejected: at most half of the pool is, and never the last one.
+    #[must_use]
+    pub fn allow_ejection(&self) -> bool {
+        self.ejected.saturating_add(1) <= self.endpoints.saturating_add(1) / 2
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEG: Leg = Leg::Decode;
+
+    fn answers(errors: &[Option<ErrorKind>]) -> Answers {
+        let mut answers = Answers::default();
+        errors.iter().for_each(|error| answers.note(LEG, *error));
+        answers
+    }
+
+    fn peers(of: &[(Answers, bool)], kind: ErrorKind) -> Peers {
+        let mut peers = Peers::default();
+        of.iter().for_each(|(answers, is_ejected)| peers.add(answers, LEG, kind, *is_ejected));
+        peers
+    }
+
+    #[test]
+    fn errors_in_a_row_or_in_half_of_the_answers_make_an_endpoint_suspect() {
+        for (kind, row) in [(ErrorKind::Server, 3), (ErrorKind::Overload, 5), (ErrorKind::Refusal, 3)] {
+            assert!(!answers(&vec![Some(kind); row - 1]).is_suspect(LEG, kind));
+            assert!(answers(&vec![Some(kind); row]).is_suspect(LEG, kind));
+            assert!(answers(&[None, Some(kind)].repeat(8)).is_suspect(LEG, kind));
+            assert!(!answers(&[None, None, Some(kind)].repeat(8)).is_suspect(LEG, kind));
+            assert!(!answers(&vec![Some(kind); row]).is_suspect(Leg::Prefill, kind), "each kind of leg for itself");
+        }
+    }
+
+    #[test]
+    fn an_endpoint_is_worse_only_where_its_peers_do_not_answer_the_same() {
+        let kind = ErrorKind::Overload;
+        let bad = answers(&[Some(kind); 5]);
+        let worse = |of: &[Answers]| {
+            let of: Vec<_> = of.iter().map(|answers| (*answers, false)).collect();
+            bad.is_worse_than(LEG, kind, &peers(&of, kind))
+        };
+        assert!(worse(&[answers(&[None; 20])]));
+        assert!(worse(&[Answers::default()]), "a peer without answers counts as healthy");
+        assert!(worse(&[answers(&[Some(ErrorKind::Server); 9])]), "another kind is another cause");
+        assert!(worse(&[answers(&[None, None, None, Some(kind)])]));
+        assert!(!worse(&[answers(&[None, Some(kind)])]));
+        assert!(!worse(&[bad, bad]));
+    }
+
+    #[test]
+    fn at_most_half_of_a_pool_is_ejected_and_never_the_last_endpoint() {
+        let fine = (Answers::default(), false);
+        let out = (Answers::default(), true);
+        let allowed = |of: &[(Answers, bool)]| peers(of, ErrorKind::Server).allow_ejection();
+        assert!(!allowed(&[]));
+        assert!(allowed(&[fine]));
+        assert!(!allowed(&[out]));
+        assert!(!allowed(&[fine, out]));
+        assert!(allowed(&[fine, fine, out]));
+        assert!(!allowed(&[fine, out, out]));
+    }
+}
