@@ -125,22 +125,22 @@ mod tests {
     #[test]
     fn a_policy_is_for_what_it_names_or_selects() {
         let all = objects(
-            "kind: HTTPRoute\nmetadata: {name: a, namespace: n, labels: {app: x, tier: y}}\n---\n\
-             kind: HTTPRoute\nmetadata: {name: b, namespace: n}\n---\n\
+            "kind: HTTPRoute\nmetadata: {name: a, namespace: ns, labels: {app: x, tier: y}}\n---\n\
+             kind: HTTPRoute\nmetadata: {name: b, namespace: ns}\n---\n\
              kind: HTTPRoute\nmetadata: {name: a, namespace: m, labels: {app: x}}\n",
         );
         let routes = |policy: &str| {
-            let text = format!("kind: Policy\nmetadata: {{name: p, namespace: n}}\nspec: {{{policy}}}\n");
+            let text = format!("kind: Policy\nmetadata: {{name: p, namespace: ns}}\nspec: {{{policy}}}\n");
             let policy = objects(&text);
             let policy = policy.of_kind("Policy").next().unwrap();
             let found: Vec<_> =
                 all.of_kind("HTTPRoute").filter(|route| policy.targets(route)).map(Object::title).collect();
             found.join(", ")
         };
-        assert_eq!(routes("targetRefs: [{kind: HTTPRoute, name: a}]"), "HTTPRoute n/a");
-        assert_eq!(routes("targetRef: {kind: HTTPRoute, name: b}"), "HTTPRoute n/b");
+        assert_eq!(routes("targetRefs: [{kind: HTTPRoute, name: a}]"), "HTTPRoute ns/a");
+        assert_eq!(routes("targetRef: {kind: HTTPRoute, name: b}"), "HTTPRoute ns/b");
         assert_eq!(routes("targetRefs: [{kind: Gateway, name: a}]"), "");
-        assert_eq!(routes("targetSelectors: [{kind: HTTPRoute, matchLabels: {app: x}}]"), "HTTPRoute n/a");
+        assert_eq!(routes("targetSelectors: [{kind: HTTPRoute, matchLabels: {app: x}}]"), "HTTPRoute ns/a");
         assert_eq!(routes("targetSelectors: [{kind: HTTPRoute, matchLabels: {app: z}}]"), "");
         assert_eq!(routes("targetSelectors: [{kind: Gateway, matchLabels: {app: x}}]"), "");
     }

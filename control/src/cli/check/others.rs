@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     fn faults(text: &str) -> Vec<String> {
-        let policy = "kind: EnvoyExtensionPolicy\nmetadata: {name: pd, namespace: n}\nspec: {targetRefs: \
+        let policy = "kind: EnvoyExtensionPolicy\nmetadata: {name: pd, namespace: ns}\nspec: {targetRefs: \
                       [{kind: HTTPRoute, name: r}], wasm: [{name: pd, config: {}}]}\n---\n";
         let mut all = Manifests::default();
         all.read("m.yaml".as_ref(), format!("{policy}{text}").as_bytes()).unwrap();
@@ -114,13 +114,13 @@ mod tests {
 
     fn route(spec: &str) -> String {
         format!(
-            "kind: HTTPRoute\nmetadata: {{name: r, namespace: n}}\nspec: {{parentRefs: [{{name: g}}], {spec}}}\n---\n"
+            "kind: HTTPRoute\nmetadata: {{name: r, namespace: ns}}\nspec: {{parentRefs: [{{name: g}}], {spec}}}\n---\n"
         )
     }
 
     fn ai_route(name: &str, spec: &str) -> String {
         format!(
-            "kind: AIGatewayRoute\nmetadata: {{name: {name}, namespace: n}}\nspec: {{parentRefs: [{{name: g}}], {spec}}}\n---\n"
+            "kind: AIGatewayRoute\nmetadata: {{name: {name}, namespace: ns}}\nspec: {{parentRefs: [{{name: g}}], {spec}}}\n---\n"
         )
     }
 
@@ -132,7 +132,7 @@ mod tests {
     #[test]
     fn an_inference_pool_behind_a_route_of_ours_is_a_fault() {
         let of_kind = |kind: &str| route(&format!("rules: [{{backendRefs: [{{kind: {kind}, name: llama}}]}}]"));
-        assert_one(&faults(&of_kind("InferencePool")), "HTTPRoute n/r: spec.rules[0].backendRefs[0]: an InferencePool");
+        assert_one(&faults(&of_kind("InferencePool")), "HTTPRoute ns/r: spec.rules[0].backendRefs[0]: an InferencePool");
         assert_eq!(faults(&of_kind("Service")), Vec::<String>::new());
     }
 
@@ -141,7 +141,7 @@ mod tests {
         let by = |name: &str| route(&format!("rules: [{{matches: [{{headers: [{{name: {name}, value: m}}]}}]}}]"));
         assert_one(
             &faults(&by("X-AI-EG-Model")),
-            "HTTPRoute n/r: spec.rules[0].matches[0].headers: Envoy AI Gateway sets",
+            "HTTPRoute ns/r: spec.rules[0].matches[0].headers: Envoy AI Gateway sets",
         );
         assert_eq!(faults(&by("x-other")), Vec::<String>::new());
     }
@@ -152,7 +152,7 @@ mod tests {
         let other = ai_route("other", "rules: []");
         assert_one(
             &faults(&(route(rules) + &other)),
-            "HTTPRoute n/r: spec.hostnames: must be there beside AIGatewayRoute n/other",
+            "HTTPRoute ns/r: spec.hostnames: must be there beside AIGatewayRoute ns/other",
         );
         assert_eq!(faults(&(route(&format!("hostnames: [a.example], {rules}")) + &other)), Vec::<String>::new());
         let elsewhere = other.replace("name: g}", "name: h}");
@@ -163,15 +163,15 @@ mod tests {
 
     #[test]
     fn a_route_that_ai_gateway_makes_needs_what_ours_has() {
-        let traffic = "kind: BackendTrafficPolicy\nmetadata: {name: t, namespace: n}\nspec: {targetRefs: [{kind: HTTPRoute, \
+        let traffic = "kind: BackendTrafficPolicy\nmetadata: {name: t, namespace: ns}\nspec: {targetRefs: [{kind: HTTPRoute, \
                        name: r}], loadBalancer: {endpointOverride: {extractFrom: [{header: x-pd-destination}]}}}\n---\n";
-        let patch = "kind: EnvoyPatchPolicy\nmetadata: {name: e, namespace: n}\nspec: {jsonPatches: [{operation: {value: \
+        let patch = "kind: EnvoyPatchPolicy\nmetadata: {name: e, namespace: ns}\nspec: {jsonPatches: [{operation: {value: \
                      {key: x-pd-destination}}}]}\n---\n";
         let whole = ai_route("r", "hostnames: [a.example], rules: []") + traffic + patch;
         assert_eq!(faults(&whole), Vec::<String>::new());
         assert_one(
             &faults(&whole.replace("hostnames: [a.example], ", "")),
-            "AIGatewayRoute n/r: spec.hostnames: must be there",
+            "AIGatewayRoute ns/r: spec.hostnames: must be there",
         );
         assert_one(&faults(&whole.replace("key: x-pd-destination", "key: x")), "spec.rules: no EnvoyPatchPolicy adds");
         assert_one(

@@ -139,9 +139,9 @@ mod tests {
 
     fn checked(config: &str, rule: &str, more: &str) -> Report {
         let text = format!(
-            "kind: EnvoyExtensionPolicy\nmetadata: {{name: pd, namespace: n}}\n\
+            "kind: EnvoyExtensionPolicy\nmetadata: {{name: pd, namespace: ns}}\n\
              spec: {{wasm: [{{name: pd, config: {{{config}}}}}]}}\n---\n\
-             kind: HTTPRoute\nmetadata: {{name: r, namespace: n}}\nspec: {{rules: [{{{rule}}}]}}\n{more}"
+             kind: HTTPRoute\nmetadata: {{name: r, namespace: ns}}\nspec: {{rules: [{{{rule}}}]}}\n{more}"
         );
         let mut all = Manifests::default();
         all.read("m.yaml".as_ref(), text.as_bytes()).unwrap();
@@ -164,8 +164,8 @@ mod tests {
             ("/openai/v1/", "/v1/", "/openai"),
         ] {
             let expected = format!(
-                "m.yaml:5: HTTPRoute n/r: spec.rules[0].filters[0]: takes {prefix} off the path after the filter has \
-                 read it: config.path_prefixes of EnvoyExtensionPolicy n/pd must have \"{prefix}\", or the filter knows \
+                "m.yaml:5: HTTPRoute ns/r: spec.rules[0].filters[0]: takes {prefix} off the path after the filter has \
+                 read it: config.path_prefixes of EnvoyExtensionPolicy ns/pd must have \"{prefix}\", or the filter knows \
                  none of these paths"
             );
             assert_eq!(checked("path_prefixes: [/other]", &rule(from, to), "").faults, [expected]);
@@ -182,7 +182,7 @@ mod tests {
         let full = "matches: [{path: {value: /v1}}], filters: [{urlRewrite: {path: {type: ReplaceFullPath, replaceFullPath: /v1}}}]";
         let exact = rule("/v1", "/v2").replace("PathPrefix", "Exact");
         let regex = "filters: [{extensionRef: {kind: HTTPRouteFilter, name: f}}]";
-        let object = "---\nkind: HTTPRouteFilter\nmetadata: {name: f, namespace: n}\n\
+        let object = "---\nkind: HTTPRouteFilter\nmetadata: {name: f, namespace: ns}\n\
                       spec: {urlRewrite: {path: {type: ReplaceRegexMatch}}}\n";
         for (rule, more) in [(full, ""), (&exact, ""), (&rule("/v1", "/v2"), ""), (regex, object)] {
             let found = checked("path_prefixes: [/v1]", rule, more).faults;
@@ -199,7 +199,7 @@ mod tests {
                     set: [{name: x-pd-destination, value: '%FILTER_STATE(wasm.pd.destination:PLAIN)%'}, {name: a, value: b}], \
                     add: [{name: c, value: d}], remove: [e]}}, {extensionRef: {kind: HTTPRouteFilter, name: f}}], \
                     backendRefs: [{name: engines, filters: [{urlRewrite: {hostname: h.example}}]}]";
-        let object = "---\nkind: HTTPRouteFilter\nmetadata: {name: f, namespace: n}\nspec: {credentialInjection: {}}\n";
+        let object = "---\nkind: HTTPRouteFilter\nmetadata: {name: f, namespace: ns}\nspec: {credentialInjection: {}}\n";
         let found = checked("", rule, object);
         assert_eq!(found.faults, Vec::<String>::new());
         let expected = [
