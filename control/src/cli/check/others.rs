@@ -132,7 +132,10 @@ mod tests {
     #[test]
     fn an_inference_pool_behind_a_route_of_ours_is_a_fault() {
         let of_kind = |kind: &str| route(&format!("rules: [{{backendRefs: [{{kind: {kind}, name: llama}}]}}]"));
-        assert_one(&faults(&of_kind("InferencePool")), "HTTPRoute ns/r: spec.rules[0].backendRefs[0]: an InferencePool");
+        assert_one(
+            &faults(&of_kind("InferencePool")),
+            "HTTPRoute ns/r: spec.rules[0].backendRefs[0]: an InferencePool",
+        );
         assert_eq!(faults(&of_kind("Service")), Vec::<String>::new());
     }
 

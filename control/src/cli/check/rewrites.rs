@@ -199,7 +199,8 @@ mod tests {
                     set: [{name: x-pd-destination, value: '%FILTER_STATE(wasm.pd.destination:PLAIN)%'}, {name: a, value: b}], \
                     add: [{name: c, value: d}], remove: [e]}}, {extensionRef: {kind: HTTPRouteFilter, name: f}}], \
                     backendRefs: [{name: engines, filters: [{urlRewrite: {hostname: h.example}}]}]";
-        let object = "---\nkind: HTTPRouteFilter\nmetadata: {name: f, namespace: ns}\nspec: {credentialInjection: {}}\n";
+        let object =
+            "---\nkind: HTTPRouteFilter\nmetadata: {name: f, namespace: ns}\nspec: {credentialInjection: {}}\n";
         let found = checked("", rule, object);
         assert_eq!(found.faults, Vec::<String>::new());
         let expected = [

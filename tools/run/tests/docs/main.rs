@@ -153,7 +153,9 @@ fn every_configuration_key_that_is_named_exists() {
         for span in document.code_spans() {
             let is_key = ["pools.", "models.", "prefix.", "control."].iter().any(|start| span.starts_with(start));
             let is_object = || known.iter().any(|key| key.starts_with(&format!("{span}.")));
-            let is_meant = is_key && !span.ends_with(".yaml") && span.bytes().all(|b| b.is_ascii_alphabetic() || b"._*".contains(&b));
+            let is_meant = is_key
+                && !span.ends_with(".yaml")
+                && span.bytes().all(|b| b.is_ascii_alphabetic() || b"._*".contains(&b));
             let is_known = || match span.strip_suffix('*') {
                 Some(start) => known.iter().any(|key| key.starts_with(start)),
                 None => known.contains(span) || is_object(),
