@@ -213,7 +213,7 @@ mod tests {
         let found: Vec<_> = found
             .warnings
             .iter()
-            .map(|line| line.splitn(4, ": ").nth(2).unwrap().to_owned() + ": " + line.splitn(4, ": ").nth(3).unwrap())
+            .map(|line| line.split(": ").nth(2).unwrap().to_owned() + ": " + line.splitn(4, ": ").nth(3).unwrap())
             .collect();
         assert_eq!(found, expected);
     }

@@ -474,11 +474,17 @@ impl Queue {
     }
 }
 
+/// The longest of what servers hold, at most [`MOST_HELD`] and one for each server.
 fn longest(held: &[Held]) -> Vec<Held> {
     let mut held: Vec<Held> = held.iter().copied().filter(|held| held.tokens > 0.0).collect();
     held.sort_by(|a, b| b.tokens.total_cmp(&a.tokens).then(a.server.cmp(&b.server)));
-    held.truncate(MOST_HELD);
-    held
+    let mut longest: Vec<Held> = Vec::with_capacity(MOST_HELD);
+    for next in held {
+        if longest.len() < MOST_HELD && longest.iter().all(|of| of.server != next.server) {
+            longest.push(next);
+        }
+    }
+    longest
 }
 
 /// The queue, as it looks with these servers.
@@ -742,7 +748,8 @@ mod tests {
         let mut queue = Queue::new(Rule { most_requests: 3, most_bytes, ..Rule::new(COST) });
         let large = |id| Request { bytes: 900, ..request(id, 0.0, 100.0) };
         queue.push(large(1), &[]).unwrap();
-        assert_eq!(queue.push(large(2), &[]), Err(Full::Bytes), "900 more");
+        let too_large = Request { bytes: 2 * REQUEST_BYTES, ..request(2, 0.0, 100.0) };
+        assert_eq!(queue.push(too_large, &[]), Err(Full::Bytes));
         queue.push(Request { bytes: 100, ..request(2, 0.0, 100.0) }, &[]).unwrap();
         assert_eq!(queue.push(request(1, 0.0, 5.0), &[]), Err(Full::Taken));
         queue.remove(2).unwrap();
