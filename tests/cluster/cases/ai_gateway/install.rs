@@ -22,7 +22,8 @@ fn programs() -> PathBuf {
 }
 
 async fn helm(arguments: &[&str]) {
-    let command = Command::new("helm").args(arguments).args(["--wait", "--timeout", "3m"]).stdin(Stdio::null());
+    let mut command = Command::new("helm");
+    command.args(arguments).args(["--wait", "--timeout", "3m"]).stdin(Stdio::null());
     let done = command.output().await.expect("helm");
     assert!(done.status.success(), "helm {arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
 }

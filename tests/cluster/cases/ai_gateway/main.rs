@@ -55,8 +55,8 @@ impl Caller {
         until(format!("Envoys of {gateway} have the processor"), async || {
             let pods = cluster.pods(GATEWAY, &label).await;
             let has_it = |pod: &Pod| {
-                let sidecars = pod.spec.iter().flat_map(|spec| spec.init_containers.iter().flatten());
-                sidecars.into_iter().any(|container| container.name == "ai-gateway-extproc")
+                let mut sidecars = pod.spec.iter().flat_map(|spec| spec.init_containers.iter().flatten());
+                sidecars.any(|container| container.name == "ai-gateway-extproc")
             };
             let mut are_ready = !pods.is_empty() && pods.iter().all(has_it);
             for pod in &pods {
@@ -88,7 +88,7 @@ fn completion(seed: &str, more: &str) -> String {
 
 /// Prefill legs, other work at prefill servers, decode legs, other work at decode servers.
 async fn counts(cluster: &Cluster) -> [u64; 4] {
-    let sum = async |label, of: fn(&Stats) -> u64| cluster.sum(label, of).await;
+    let sum = async |label: &str, of: fn(&Stats) -> u64| cluster.sum(label, of).await;
     [
         sum("app=prefill", |stats| stats.prefill_legs).await,
         sum("app=prefill", |stats| stats.decode_legs + stats.local_prefills).await,
