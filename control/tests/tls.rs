@@ -54,7 +54,7 @@ async fn a_terminal_shows_one_that_speaks_tls() {
     assert!(shown(&trusting, &variable).await.unwrap().contains("127.0.0.1:1"));
     assert!(shown(&[&trusting[..], &["--token-file", &token]].concat(), &[]).await.unwrap().contains("127.0.0.1:1"));
     for (arguments, variables, why) in [
-        (&trusting[..], &[][..], "it asks for a token: set PD_CONTROL_TOKEN or --token-file"),
+        (&trusting[..], &[][..], "pd-control requires a token: set PD_CONTROL_TOKEN or --token-file"),
         (&trusting[..2], &variable[..], "cannot reach"),
         (&trusting[2..], &variable[..], "cannot reach"),
         (&["--ca-file", &token], &variable[..], "--ca-file"),

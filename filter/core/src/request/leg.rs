@@ -213,7 +213,7 @@ fn leg_path(parsed: &ParsedRequest) -> Vec<u8> {
 
 /// Headers of the prefill leg: the client's, the leg's path, the destination, and the rank there if it has one.
 fn leg_headers(headers: &Headers, config: &Config, path: &[u8], destination: &[u8], rank: Option<u32>) -> Headers {
-    const PSEUDO: &[&[u8]] = &[b":method", b":authority", b":scheme"];
+    const PSEUDO: &[&[u8]] = &[b":method", b":path", b":authority", b":scheme"];
     let forwarded = |name: &[u8]| {
         PSEUDO.contains(&name)
             || !(name.starts_with(b":")
@@ -221,12 +221,12 @@ fn leg_headers(headers: &Headers, config: &Config, path: &[u8], destination: &[u
                 || NOT_FORWARDED.contains(&name)
                 || is_ours(name, config))
     };
-    let path: (&[u8], &[u8]) = (b":path", path);
     let own = (config.destination_header.as_bytes(), destination);
     let rank = rank.map(|rank| rank.to_string());
     let rank = rank.as_ref().map(|rank| (RANK_HEADER, rank.as_bytes()));
     let kept = headers.iter().filter(|(name, _)| forwarded(name));
-    Headers::from_pairs([path].into_iter().chain(kept).chain([own]).chain(rank))
+    let kept = kept.map(|(name, value)| (name, if name == b":path" { path } else { value }));
+    Headers::from_pairs(kept.chain([own]).chain(rank))
 }
 
 /// Headers of a question to a bootstrap server.
@@ -263,8 +263,8 @@ mod tests {
         assert_eq!(
             names,
             [
-                ":path",
                 ":method",
+                ":path",
                 ":authority",
                 ":scheme",
                 "authorization",

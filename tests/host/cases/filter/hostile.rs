@@ -61,7 +61,7 @@ fn everything(gateway: &Gateway) -> Vec<Stream> {
     run(&long_chat(1).header("x-pd-destination", "203.0.113.1:1"), &["200"]);
     run(&long_chat(2), &["503", "200"]);
     run(&long_chat(3), &["500", "500"]);
-    run(&long_chat(4), &["400"]);
+    run(&long_chat(4), &["400", "400"]);
     answer_polls("200", &list("e", 2, TWO_AND_TWO));
     run(&short_chat(5), &[]);
     run(&Request::get("/v1/models"), &[]);

@@ -181,13 +181,15 @@ fn a_body_over_envoys_limit_is_refused_by_envoy() {
 }
 
 #[test]
-fn an_engines_own_refusal_is_passed_on() {
+fn what_two_engines_refuse_is_passed_on() {
     let gateway = Gateway::new(&two_and_two());
     let refusal = br#"{"error":{"message":"This model's maximum context length is 4096 tokens."}}"#;
     for (status, content_type) in [("400", "application/json; charset=utf-8"), ("404", "text/plain"), ("422", "")] {
         let stream = long_chat(1).send(&gateway);
-        let call = leg(&gateway);
-        gateway.answer(call.token, [(":status", status), ("content-type", content_type)], refusal).unwrap();
+        for _ in 0..2 {
+            let call = leg(&gateway);
+            gateway.answer(call.token, [(":status", status), ("content-type", content_type)], refusal).unwrap();
+        }
         let client = stream.client();
         assert_eq!(client.status().unwrap().to_string(), status);
         assert_eq!(client.body, refusal);
@@ -195,5 +197,5 @@ fn an_engines_own_refusal_is_passed_on() {
         assert!(stream.forwarded().is_none() && stream.is_ended());
     }
     gateway.assert_idle();
-    assert_eq!(gateway.shared.counter("pd_prefill_legs_total;result=client_error"), 3);
+    assert_eq!(gateway.shared.counter("pd_prefill_legs_total;result=client_error"), 6);
 }
