@@ -109,7 +109,10 @@ fn what_cannot_be_run_is_one_line_before_anything_starts() {
     for (arguments, why) in [
         (["--envoy", "/nowhere/envoy"].as_slice(), "pd-run: cannot start Envoy as /nowhere/envoy: "),
         (&["--envoy", "/bin/true"], "pd-run: /bin/true is no Envoy"),
-        (&["--prefill", "127.0.0.1:1", "--decode", "gpu"], "pd-run: decode engine gpu: must be host:port"),
+        (
+            &["--prefill", "127.0.0.1:1", "--decode", "gpu"],
+            "pd-run: decode engine \"gpu\": has no port: write gpu:PORT",
+        ),
         (
             &["--prefill", "127.0.0.1:1", "--decode", "127.0.0.1:1"],
             "pd-run: prefill and decode engine 127.0.0.1:1 cannot be reached: ",

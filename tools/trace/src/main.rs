@@ -52,7 +52,7 @@ struct Args {
     /// Share of what the prefill servers could do if they had one queue and one cache; several make several tables
     #[arg(long, value_name = "SHARE", value_delimiter = ',', default_value = "0.7")]
     load: Vec<f64>,
-    /// A turn of a session comes when the one before is answered, after the pause that it has in the trace
+    /// Not verified yet: a turn of a session comes when the one before is answered, after the pause that it has in the trace
     #[arg(long)]
     closed_loop: bool,
     /// Share of the requests that have a higher priority, for the policies that hold requests
