@@ -73,6 +73,7 @@ impl Cluster {
     }
 
     /// The folder with the copy of the manifests.
+    #[allow(dead_code, reason = "the tests beside AI Gateway share this file")]
     pub fn manifests(&self) -> &Path {
         self.manifests.path()
     }
