@@ -40,8 +40,6 @@ fn a_request_without_a_prompt_goes_where_its_model_is_served() {
         for http in BOTH {
             let mut client = rig.client(http).await;
             for path in ["/v1/embeddings", "/tokenize", "/rerank", "/v1/messages/count_tokens"] {
-                let answer = client.post(path, r#"{"model":"nobodys","input":"a"}"#).await;
-                assert_eq!(answer.status, 404, "{}", answer.text());
                 for _ in 0..6 {
                     client.post(path, r#"{"model":"sim","input":"a"}"#).await;
                 }
