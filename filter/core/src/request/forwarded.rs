@@ -1,10 +1,10 @@
 //! A request that an engine endpoint has: the endpoint that answers, and the prefill leg that may run beside it.
 
-use super::PrefillAnswer;
 use super::effect::{Effect, Flow, KV_HEADER, Outcome, SERVED_HEADER};
-use super::leg::{abandon, engines_reply, leg_ended, prefill_ms, refused_alone};
-use super::response_editor::ResponseEditor;
-use super::step::{State, Step};
+use super::leg::{PrefillAnswer, abandon, engines_reply, leg_ended, refused_alone};
+use super::route::{JUDGED_TOKENS, prefill_ms};
+use super::state::{ConcurrentPrefill, Forwarded, Response, State};
+use super::step::Step;
 use crate::body::json::Object;
 use crate::body::splice::HeadEdit;
 use crate::endpoints::outliers::{ErrorKind, Leg};
@@ -14,87 +14,6 @@ use crate::metrics::Metric;
 use crate::request::reply::Rejection;
 use crate::time::Monotonic;
 use crate::workers::worker::Worker;
-
-/// A request that an engine endpoint has.
-#[derive(Debug)]
-pub(super) struct Forwarded {
-    pub(super) assignment: Assignment,
-    /// Endpoints that Envoy may go on to.
-    pub(super) alternates: Vec<EndpointRef>,
-    /// The prefill leg, where the engine wants both legs at once and the leg is in flight.
-    pub(super) concurrent_prefill: Option<ConcurrentPrefill>,
-    /// Whether the decode endpoint computes the prompt a second time.
-    pub(super) is_kv_missing: bool,
-    /// Editor of the response's body; `None` where the body is not read.
-    pub(super) editor: Option<Box<ResponseEditor>>,
-    /// Whether the usage in the response shows that the KV cache came.
-    pub(super) is_judged: bool,
-    /// Whether a peer restricted the endpoints, and wants to know who served.
-    pub(super) is_restricted: bool,
-    pub(super) response: Response,
-    /// Whether the response's body has begun.
-    pub(super) has_first_byte: bool,
-}
-
-/// A prefill leg in flight beside its decode leg.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct ConcurrentPrefill {
-    pub(super) endpoint: EndpointRef,
-    pub(super) leg: u64,
-    pub(super) started: Monotonic,
-}
-
-/// How far the response's headers are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Response {
-    Awaited,
-    /// The filter holds them until the prefill leg ends.
-    Held,
-    /// The client has them.
-    Passed,
-}
-
-/// What the ledger has of a request.
-#[derive(Debug)]
-pub(super) struct Assignment {
-    endpoint: EndpointRef,
-    tokens: u64,
-    /// The prefill that no leg of the filter does: its endpoint, and its number in the ledger. `None` from the first byte on.
-    pub(super) own_prefill: Option<(EndpointRef, u64)>,
-}
-
-impl Assignment {
-    /// Counts a request of so many KV tokens at an endpoint.
-    pub(super) fn start(worker: &mut Worker, endpoint: EndpointRef, tokens: u64) -> Self {
-        worker.decode_started(endpoint, tokens);
-        worker.counts.add(Metric::DecodeInFlight, 1);
-        worker.counts.add(Metric::DecodeTokensInFlight, to_i64(tokens));
-        Self { endpoint, tokens, own_prefill: None }
-    }
-
-    /// The prompt has been computed, or never will be.
-    fn end_own_prefill(&mut self, worker: &mut Worker, now: Monotonic) {
-        if let Some((endpoint, leg)) = self.own_prefill.take() {
-            worker.prefill_ended(endpoint, leg, now);
-        }
-    }
-
-    /// Another endpoint has the request.
-    fn move_to(&mut self, worker: &mut Worker, endpoint: EndpointRef, now: Monotonic) {
-        self.end_own_prefill(worker, now);
-        worker.decode_ended(self.endpoint, self.tokens);
-        worker.decode_started(endpoint, self.tokens);
-        self.endpoint = endpoint;
-    }
-
-    /// No endpoint has the request any more.
-    fn end(&mut self, worker: &mut Worker, now: Monotonic) {
-        self.end_own_prefill(worker, now);
-        worker.decode_ended(self.endpoint, self.tokens);
-        worker.counts.add(Metric::DecodeInFlight, -1);
-        worker.counts.add(Metric::DecodeTokensInFlight, to_i64(self.tokens).saturating_neg());
-    }
-}
 
 impl Forwarded {
     /// The prefill leg beside the decode leg ended. The decode leg waits for a KV cache that a failed prefill leg never
@@ -252,13 +171,6 @@ pub(super) fn served_by(upstream: Option<&[u8]>) -> Option<Effect> {
     Some(Effect::AddResponseHeader(SERVED_HEADER, upstream.to_owned()))
 }
 
-fn to_i64(value: u64) -> i64 {
-    i64::try_from(value).unwrap_or(i64::MAX)
-}
-
-/// Shortest prompt whose usage is judged, in tokens. In a shorter one, the part that engines compute again in any case (the
-/// last block) is too large a share.
-pub(super) const JUDGED_TOKENS: u64 = 256;
 /// Responses in a row that must show a KV cache that came, before the next one without it is worth a warning again.
 const KV_DOUBTS: u8 = 32;
 

@@ -1,11 +1,10 @@
 //! One prefill leg: its call, its place in the ledger, and how it ended.
 
-use super::PrefillAnswer;
-use super::effect::{Call, Effect, PREFILL_MS};
+use super::effect::{Call, Effect};
 use super::head::is_ours;
 use super::parsed::{ParsedRequest, ScannedBody};
 use super::route::{destination, remember_prompt};
-use super::split::Split;
+use super::state::Split;
 use crate::choose::scheduler::Pick;
 use crate::config::Config;
 use crate::endpoints::outliers::{ErrorKind, Leg};
@@ -16,6 +15,24 @@ use crate::metrics::Metric;
 use crate::request::reply::Reply;
 use crate::time::Monotonic;
 use crate::workers::worker::Worker;
+
+/// How a call ended: a prefill leg, or the question for an engine's id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PrefillAnswer<'a> {
+    /// The host refused to start the call. That says nothing about the endpoint.
+    NotStarted,
+    /// The call ended without an answer.
+    None,
+    /// An answer came, from the engine or from Envoy.
+    Answered {
+        /// HTTP status.
+        status: u16,
+        /// `content-type`; `None` where the answer has none, or where the shell knows that nobody reads it (status 200).
+        content_type: Option<&'a [u8]>,
+        /// Body.
+        body: &'a [u8],
+    },
+}
 
 /// A prefill leg as a call, and its number in the ledger.
 ///
@@ -131,13 +148,6 @@ pub(super) fn abandon(worker: &mut Worker, endpoint: EndpointRef, leg: u64, now:
     worker.counts.add(Metric::PrefillInFlight, -1);
     worker.counts.count(Metric::KvStranded);
     worker.prefill_abandoned(endpoint, leg, now);
-}
-
-/// The time that a prefill leg took, as filter state.
-pub(super) fn prefill_ms(worker: &mut Worker, started: Monotonic, now: Monotonic) -> Effect {
-    let ms = u64::try_from(now.saturating_sub(started).as_millis()).unwrap_or(u64::MAX);
-    worker.counts.record(Metric::PrefillMs, ms);
-    Effect::SetState(PREFILL_MS, ms.to_string().into_bytes())
 }
 
 /// An engine's own answer to the prefill leg, for the client.

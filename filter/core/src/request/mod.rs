@@ -14,10 +14,11 @@
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | `step` | the states, and what an event leads to |
+//! | `state`, `step` | the states and what a request has in each; what an event leads to |
 //! | `new`, `reading`, `prefilling`, `forwarded` | one state each: what its events do |
 //! | `head`, `parsed`, `models`, `paths`, `clean` | what headers and body say |
 //! | `serve`, `split`, `leg`, `route` | how a request is served: by two legs or by one, and where they go |
+//! | `assignment` | the ledger's entry of a request that an endpoint has |
 //! | `response_editor` | what changes in the response |
 //! | `effect`, `reply`, `ready` | what the shell does, and what the filter answers itself |
 
@@ -29,8 +30,10 @@ use crate::workers::worker::{Ticket, Worker};
 
 use forwarded::served_by;
 use head::decoded_path;
-use step::{State, Step};
+use state::State;
+use step::Step;
 
+mod assignment;
 mod clean;
 mod effect;
 mod forwarded;
@@ -47,6 +50,7 @@ mod response_editor;
 mod route;
 mod serve;
 mod split;
+mod state;
 mod step;
 pub mod upstream;
 
@@ -54,25 +58,8 @@ pub use effect::{
     Call, DECISION, DECODE, DESTINATION, EXPLAIN, Effect, Flow, KV_HEADER, MATCHED_TOKENS, Outcome, PREFILL,
     PREFILL_MS, PREFILLER, RANK, REASON, SERVED_HEADER, STATES,
 };
+pub use leg::PrefillAnswer;
 pub use ready::READY_PATH;
-
-/// How a call ended: a prefill leg, or the question for an engine's id.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PrefillAnswer<'a> {
-    /// The host refused to start the call. That says nothing about the endpoint.
-    NotStarted,
-    /// The call ended without an answer.
-    None,
-    /// An answer came, from the engine or from Envoy.
-    Answered {
-        /// HTTP status.
-        status: u16,
-        /// `content-type`; `None` where the answer has none, or where the shell knows that nobody reads it (status 200).
-        content_type: Option<&'a [u8]>,
-        /// Body.
-        body: &'a [u8],
-    },
-}
 
 /// One request: its state, and what it is counted for.
 ///

@@ -2,12 +2,9 @@
 
 use std::sync::Arc;
 
-use super::effect::{Effect, REASON};
-use super::step::Step;
 use crate::config::{Alias, Config};
 use crate::endpoints::candidates::{Candidates, NoCandidates};
 use crate::endpoints::table::Table;
-use crate::metrics::Metric;
 use crate::request::head::{RequestHead, Subset, candidates};
 use crate::request::reply::{Rejection, Reply};
 use crate::time::Monotonic;
@@ -94,17 +91,15 @@ pub(crate) fn known(config: &Config, table: &Table) -> Vec<String> {
 }
 
 /// Reason code of the filter's own list of models.
-const MODELS: &str = "models";
+pub(super) const MODELS: &str = "models";
 
 /// Lists the models of all endpoints and their aliases, where each endpoint names its models: no engine knows them all.
-pub(super) fn list_models(worker: &mut Worker, config: &Config) -> Step {
-    worker.counts.count(Metric::RequestsPassed);
+pub(super) fn list_models(table: &Table, config: &Config) -> Reply {
     let card = |name: String| serde_json::json!({"id": name, "object": "model", "created": 0, "owned_by": "envoy-pd"});
-    let data: Vec<_> = known(config, &worker.state.table).into_iter().map(card).collect();
+    let data: Vec<_> = known(config, table).into_iter().map(card).collect();
     let body = serde_json::json!({"object": "list", "data": data}).to_string().into_bytes();
     let headers = vec![("content-type", "application/json".to_owned())];
-    let effects = vec![Effect::decision(Metric::RequestsPassed), Effect::SetState(REASON, MODELS.into())];
-    Step::reply(effects, Reply { status: 200, headers, body, reason: MODELS })
+    Reply { status: 200, headers, body, reason: MODELS }
 }
 
 #[cfg(test)]

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use super::effect::{Effect, Flow};
+use super::effect::{Effect, Flow, REASON};
 use super::head::{Claims, Phase, RequestHead, Subset, decoded_path, endpoint_ids, is_ours};
-use super::models::list_models;
-use super::reading::Reading;
+use super::models::{MODELS, list_models};
 use super::ready::{READY_PATH, readiness};
 use super::route::pass;
-use super::step::{State, Step};
+use super::state::{Reading, State};
+use super::step::Step;
 use crate::body::Api;
 use crate::body::form::Encoding;
 use crate::config::{Config, PHASE_HEADER, PREFILLER_HEADER};
@@ -48,7 +48,11 @@ pub(super) fn headers(worker: &mut Worker, headers: Headers, end_of_stream: bool
     worker.counts.add(Metric::HeadersStripped, i64::try_from(removed.len()).unwrap_or(i64::MAX));
     let step = match classify(worker, &config, headers, end_of_stream) {
         Ok(Class::Readiness) => return Step::reply(Vec::new(), readiness(worker, &config)),
-        Ok(Class::Models) => list_models(worker, &config),
+        Ok(Class::Models) => {
+            worker.counts.count(Metric::RequestsPassed);
+            let effects = vec![Effect::decision(Metric::RequestsPassed), Effect::SetState(REASON, MODELS.into())];
+            Step::reply(effects, list_models(&worker.state.table, &config))
+        }
         Ok(Class::NoBody(subset)) => Step::or_reject(pass(worker, &config, None, subset.as_ref(), now), worker),
         Ok(Class::Body(head)) => {
             if head.headers.get("content-length").is_some() {
@@ -56,7 +60,7 @@ pub(super) fn headers(worker: &mut Worker, headers: Headers, end_of_stream: bool
                 removed.push(Effect::RemoveHeader(b"content-length".to_vec()));
             }
             removed.extend(head.api.and_then(|_| without_last_slash(&head.headers)).map(Effect::SetPath));
-            Step::new(State::Reading(Box::new(Reading::new(head))), Flow::Continue, Vec::new())
+            Step::new(State::Reading(Box::new(Reading { head })), Flow::Continue, Vec::new())
         }
         Err(rejection) => Step::reject(worker, rejection),
     };

@@ -2,13 +2,12 @@
 
 use std::sync::Arc;
 
-use super::PrefillAnswer;
 use super::effect::Effect;
 use super::head::candidates;
-use super::leg::{Fault, LegEnd, abandon, engines_reply, leg_ended, refused_alone};
+use super::leg::{Fault, LegEnd, PrefillAnswer, abandon, engines_reply, leg_ended, refused_alone};
 use super::parsed::{ParsedRequest, ScannedBody};
 use super::route::{Prefill, Route, forward};
-use super::split::{Prefiller, Split};
+use super::state::{Prefilling, Split};
 use super::step::Step;
 use crate::body::json::Object;
 use crate::body::splice::HeadEdit;
@@ -26,15 +25,6 @@ use crate::workers::worker::Worker;
 
 /// Reason code of a split whose KV cache could not be handed over.
 const KV_MISSING: &str = "kv_missing";
-
-/// A request that waits for its prefill leg.
-#[derive(Debug)]
-pub(super) struct Prefilling {
-    pub(super) split: Split,
-    pub(super) prefiller: Prefiller,
-    /// The leg; none yet while the endpoint's bootstrap server is asked for the engine's id.
-    pub(super) leg: Option<u64>,
-}
 
 impl Prefilling {
     /// The call ended: the leg, or the question before it. `body` reads the client's body again.

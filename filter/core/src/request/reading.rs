@@ -7,6 +7,7 @@ use super::models::serving_model;
 use super::parsed::{ParsedRequest, ScannedBody};
 use super::route::pass;
 use super::serve::serve;
+use super::state::Reading;
 use super::step::Step;
 use crate::choose::admission::Ask;
 use crate::config::Limits;
@@ -14,17 +15,7 @@ use crate::request::reply::Rejection;
 use crate::time::Monotonic;
 use crate::workers::worker::{Ticket, Worker};
 
-/// The headers are there, the body is not complete.
-#[derive(Debug)]
-pub(super) struct Reading {
-    head: RequestHead,
-}
-
 impl Reading {
-    pub(super) fn new(head: RequestHead) -> Self {
-        Self { head }
-    }
-
     /// `bytes` of the body are there, more may come.
     ///
     /// # Errors

@@ -1,13 +1,13 @@
 //! Forwarding: the filter state that tells Envoy where a request goes, and what is counted there.
 
+use super::assignment::Assignment;
 use super::effect::{
-    DECODE, DESTINATION, Effect, Flow, MATCHED_TOKENS, PREFILL, PREFILLER, RANK, REASON, decision_name,
+    DECODE, DESTINATION, Effect, Flow, MATCHED_TOKENS, PREFILL, PREFILL_MS, PREFILLER, RANK, REASON, decision_name,
 };
-use super::forwarded::{Assignment, ConcurrentPrefill, Forwarded, JUDGED_TOKENS, Response};
 use super::head::Subset;
-use super::leg::prefill_ms;
 use super::parsed::ParsedRequest;
-use super::step::{State, Step};
+use super::state::{ConcurrentPrefill, Forwarded, Response, State};
+use super::step::Step;
 use crate::body::splice::HeadEdit;
 use crate::choose::prompt::Prompt;
 use crate::choose::scheduler::{Pick, Scheduler};
@@ -26,6 +26,10 @@ use crate::workers::worker::Worker;
 /// How often Envoy tries to connect: once, and the route's `num_retries`. With fewer names in [`DESTINATION`] the last
 /// tries would go to hosts of other pools.
 pub(super) const TRIES: usize = 3;
+
+/// Shortest prompt whose usage is judged, in tokens. In a shorter one, the part that engines compute again in any case (the
+/// last block) is too large a share.
+pub(super) const JUDGED_TOKENS: u64 = 256;
 
 /// Where a request goes, and why.
 #[derive(Debug)]
@@ -168,6 +172,13 @@ fn describe(worker: &mut Worker, route: &Route, now: Monotonic) -> Vec<Effect> {
         }
     }
     effects
+}
+
+/// The time that a prefill leg took, as filter state.
+pub(super) fn prefill_ms(worker: &mut Worker, started: Monotonic, now: Monotonic) -> Effect {
+    let ms = u64::try_from(now.saturating_sub(started).as_millis()).unwrap_or(u64::MAX);
+    worker.counts.record(Metric::PrefillMs, ms);
+    Effect::SetState(PREFILL_MS, ms.to_string().into_bytes())
 }
 
 /// The request for the report to pd-control.

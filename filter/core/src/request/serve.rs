@@ -4,7 +4,7 @@ use super::effect::{EXPLAIN, Effect};
 use super::head::Phase;
 use super::parsed::{ParsedRequest, ScannedBody};
 use super::route::{Prefill, Route, forward};
-use super::split::Split;
+use super::state::Split;
 use super::step::Step;
 use crate::choose::admission::Shed;
 use crate::choose::scheduler::{Pick, Schedule, Scheduler};

@@ -3,45 +3,22 @@
 use core::time::Duration;
 
 use super::effect::{Call, Effect, Flow};
-use super::forwarded::ConcurrentPrefill;
 use super::leg::{question_headers, start_leg, with_pair};
-use super::parsed::{ParsedRequest, ScannedBody};
-use super::prefilling::Prefilling;
+use super::parsed::ScannedBody;
 use super::route::{Prefill, Route, forward, remember_prompt};
-use super::step::{State, Step};
+use super::state::{ConcurrentPrefill, Prefiller, Prefilling, Split, State};
+use super::step::Step;
 use crate::choose::scheduler::Pick;
 use crate::endpoints::candidates::Partner;
-use crate::endpoints::table::EndpointRef;
 use crate::engine::{EngineIdQuery, LegOrder};
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
-use crate::request::reply::{Rejection, Reply};
+use crate::request::reply::Rejection;
 use crate::time::Monotonic;
 use crate::workers::worker::Worker;
 
 /// How long a bootstrap server may take to tell an engine's id, which it has in memory.
 const QUESTION_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// A request that two legs serve.
-#[derive(Debug)]
-pub(super) struct Split {
-    pub(super) parsed: ParsedRequest,
-    /// Prefill endpoints that failed.
-    pub(super) tried: Vec<EndpointRef>,
-    /// An endpoint's refusal, while another one is asked.
-    pub(super) refusal: Option<(EndpointRef, Reply)>,
-    /// When the first endpoint was chosen.
-    pub(super) started: Monotonic,
-}
-
-/// The prefill endpoint that was chosen.
-#[derive(Clone, Debug)]
-pub(super) struct Prefiller {
-    pub(super) pick: Pick,
-    pub(super) endpoint: EndpointRef,
-    /// Which decode endpoints can take over from it.
-    pub(super) partner: Partner,
-}
 
 impl Split {
     /// Starts the prefill leg at a chosen endpoint.

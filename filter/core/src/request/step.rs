@@ -1,30 +1,10 @@
 //! One step of the state machine: the state that follows an event, and what the shell does.
 
 use super::effect::{Effect, Flow, Outcome, REASON};
-use super::forwarded::Forwarded;
-use super::prefilling::Prefilling;
-use super::reading::Reading;
+use super::state::State;
 use crate::metrics::Metric;
 use crate::request::reply::{Rejection, Reply};
 use crate::workers::worker::Worker;
-
-/// Where a request is. Each state has a file, which says what may happen to a request in it.
-#[derive(Debug, Default)]
-pub(super) enum State {
-    /// Nothing is known yet.
-    #[default]
-    New,
-    /// The headers are there, the body is not complete.
-    Reading(Box<Reading>),
-    /// The request waits for its prefill leg.
-    Prefilling(Box<Prefilling>),
-    /// An engine endpoint has the request.
-    Forwarded(Box<Forwarded>),
-    /// An engine endpoint has the request. Nothing is counted for it, but the response is to say which endpoint served.
-    Watched,
-    /// No event changes anything any more.
-    Over,
-}
 
 /// The state that follows an event, and what the shell does.
 #[derive(Debug)]

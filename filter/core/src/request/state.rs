@@ -1,0 +1,104 @@
+//! Where a request is, and what it has there. What a state's events do stands in the file of that state.
+
+use super::assignment::Assignment;
+use super::head::RequestHead;
+use super::parsed::ParsedRequest;
+use super::response_editor::ResponseEditor;
+use crate::choose::scheduler::Pick;
+use crate::endpoints::candidates::Partner;
+use crate::endpoints::table::EndpointRef;
+use crate::request::reply::Reply;
+use crate::time::Monotonic;
+
+/// Where a request is. Each state has a file, which says what may happen to a request in it.
+#[derive(Debug, Default)]
+pub(super) enum State {
+    /// Nothing is known yet.
+    #[default]
+    New,
+    /// The headers are there, the body is not complete.
+    Reading(Box<Reading>),
+    /// The request waits for its prefill leg.
+    Prefilling(Box<Prefilling>),
+    /// An engine endpoint has the request.
+    Forwarded(Box<Forwarded>),
+    /// An engine endpoint has the request. Nothing is counted for it, but the response is to say which endpoint served.
+    Watched,
+    /// No event changes anything any more.
+    Over,
+}
+
+/// The headers are there, the body is not complete.
+#[derive(Debug)]
+pub(super) struct Reading {
+    pub(super) head: RequestHead,
+}
+
+/// A request that waits for its prefill leg.
+#[derive(Debug)]
+pub(super) struct Prefilling {
+    pub(super) split: Split,
+    pub(super) prefiller: Prefiller,
+    /// The leg; none yet while the endpoint's bootstrap server is asked for the engine's id.
+    pub(super) leg: Option<u64>,
+}
+
+/// A request that two legs serve.
+#[derive(Debug)]
+pub(super) struct Split {
+    pub(super) parsed: ParsedRequest,
+    /// Prefill endpoints that failed.
+    pub(super) tried: Vec<EndpointRef>,
+    /// An endpoint's refusal, while another one is asked.
+    pub(super) refusal: Option<(EndpointRef, Reply)>,
+    /// When the first endpoint was chosen.
+    pub(super) started: Monotonic,
+}
+
+/// The prefill endpoint that was chosen.
+#[derive(Clone, Debug)]
+pub(super) struct Prefiller {
+    pub(super) pick: Pick,
+    pub(super) endpoint: EndpointRef,
+    /// Which decode endpoints can take over from it.
+    pub(super) partner: Partner,
+}
+
+/// A request that an engine endpoint has.
+#[derive(Debug)]
+pub(super) struct Forwarded {
+    pub(super) assignment: Assignment,
+    /// Endpoints that Envoy may go on to.
+    pub(super) alternates: Vec<EndpointRef>,
+    /// The prefill leg, where the engine wants both legs at once and the leg is in flight.
+    pub(super) concurrent_prefill: Option<ConcurrentPrefill>,
+    /// Whether the decode endpoint computes the prompt a second time.
+    pub(super) is_kv_missing: bool,
+    /// Editor of the response's body; `None` where the body is not read.
+    pub(super) editor: Option<Box<ResponseEditor>>,
+    /// Whether the usage in the response shows that the KV cache came.
+    pub(super) is_judged: bool,
+    /// Whether a peer restricted the endpoints, and wants to know who served.
+    pub(super) is_restricted: bool,
+    pub(super) response: Response,
+    /// Whether the response's body has begun.
+    pub(super) has_first_byte: bool,
+}
+
+/// A prefill leg in flight beside its decode leg.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ConcurrentPrefill {
+    pub(super) endpoint: EndpointRef,
+    pub(super) leg: u64,
+    pub(super) started: Monotonic,
+}
+
+/// How far the response's headers are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Response {
+    Awaited,
+    /// The filter holds them until the prefill leg ends.
+    Held,
+    /// The client has them.
+    Passed,
+}
