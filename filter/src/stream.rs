@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use log::warn;
 use pd_core::headers::Headers;
-use pd_core::request::upstream::answering_host;
+use pd_core::request::upstream::AnswerSource;
 use pd_core::request::{Effect, Flow, Outcome, PrefillAnswer, Request};
 use pd_core::time::Monotonic;
 use proxy_wasm::traits::{Context, HttpContext};
@@ -188,10 +188,10 @@ impl HttpContext for Stream {
         if self.request.is_forwarded() {
             let status = host::status(Map::Response);
             let property = |path| move || host::property(path).ok();
-            let upstream = answering_host(status, property("response\0code_details"), property("upstream\0address"));
+            let source = AnswerSource::read(status, property("response\0code_details"), property("upstream\0address"));
             let now = host::now();
             return action(self.step(now, |request, shell| {
-                request.response_headers(&mut shell.worker, upstream.as_deref(), status, now)
+                request.response_headers(&mut shell.worker, source.answerer(), status, now)
             }));
         }
         Action::Continue

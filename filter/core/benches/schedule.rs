@@ -10,6 +10,7 @@ use pd_core::choose::scheduler::Scheduler;
 use pd_core::headers::Headers;
 use pd_core::prefix::hash::{BlockHash, PromptHash, prompt_hash};
 use pd_core::prefix::index::PrefixIndex;
+use pd_core::request::upstream::Answerer;
 use pd_core::request::{Effect, Flow, PrefillAnswer, Request};
 use pd_core::time::Monotonic;
 use pd_core::wire::{Endpoint, Role, Snapshot, WIRE_VERSION};
@@ -156,7 +157,7 @@ fn serve(worker: &mut Worker, body: &[u8]) -> usize {
         assert_eq!(outcome.flow, Flow::Continue);
         effects += outcome.effects.len();
     }
-    request.response_headers(worker, Some(b"10.0.0.2:8000"), None, now);
+    request.response_headers(worker, Answerer::Host(b"10.0.0.2:8000"), None, now);
     request.first_byte(worker, now);
     request.done(worker, now);
     effects

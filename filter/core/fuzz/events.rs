@@ -7,6 +7,7 @@ use pd_core::body::FORBIDDEN;
 use pd_core::body::{KeySet, scan};
 use pd_core::headers::Headers;
 use pd_core::metrics::Metric;
+use pd_core::request::upstream::Answerer;
 use pd_core::request::{DESTINATION, Effect, Flow, Outcome, PrefillAnswer, Request};
 use pd_core::time::Monotonic;
 use pd_core::workers::worker::Worker;
@@ -165,10 +166,16 @@ pub fn run(input: &[u8]) {
                 check(&request.body_part(&mut worker, bytes), b"", &known);
             }
             6 => {
-                let upstream = [None, Some("10.0.0.2:1"), Some("10.0.0.2:2"), Some("10.0.0.1:1")];
-                let upstream = upstream[usize::from(choices.below(4))].map(str::as_bytes);
+                let host = ["10.0.0.2:1", "10.0.0.2:2", "10.0.0.1:1"][usize::from(choices.below(3))].as_bytes();
+                let answerers = [
+                    Answerer::Host(host),
+                    Answerer::FailedAttempt(Some(host)),
+                    Answerer::FailedAttempt(None),
+                    Answerer::Envoy,
+                ];
+                let answerer = answerers[usize::from(choices.below(4))];
                 let status = [Some(200), Some(503), None][usize::from(choices.below(3))];
-                let flow = request.response_headers(&mut worker, upstream, status, now).flow;
+                let flow = request.response_headers(&mut worker, answerer, status, now).flow;
                 assert!(flow == Flow::Continue || request.awaits_call(), "nothing will let the response go");
             }
             7 => {

@@ -1,6 +1,7 @@
 //! The whole gateway: real Envoy with the shipped configuration, real pd-control, simulated engines.
 
 mod apis;
+mod blame;
 mod cache;
 mod chaos;
 mod compat;

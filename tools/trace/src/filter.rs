@@ -11,6 +11,7 @@ use pd_core::envoys::client::{CallKind, ExchangeCall, ExchangeClient};
 use pd_core::envoys::hub::Hub;
 use pd_core::envoys::message::ExchangeRequest;
 use pd_core::headers::Headers;
+use pd_core::request::upstream::Answerer;
 use pd_core::request::{DECODE, Effect, Outcome, PrefillAnswer, Request};
 use pd_core::time::Monotonic;
 use pd_core::wire::{Endpoint, Role, Snapshot, WIRE_VERSION};
@@ -315,7 +316,7 @@ impl Filter {
             && let Some(state) = self.states.get_mut(stream.state)
         {
             let upstream = self.places.decode[stream.decode].to_string();
-            stream.request.response_headers(state, Some(upstream.as_bytes()), Some(200), now);
+            stream.request.response_headers(state, Answerer::Host(upstream.as_bytes()), Some(200), now);
             stream.request.first_byte(state, now);
             let at = stream.state;
             self.publish(at, now);

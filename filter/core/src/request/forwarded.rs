@@ -12,6 +12,7 @@ use crate::endpoints::table::EndpointRef;
 use crate::endpoints::usage::Usage;
 use crate::metrics::Metric;
 use crate::request::reply::Rejection;
+use crate::request::upstream::Answerer;
 use crate::time::Monotonic;
 use crate::workers::worker::Worker;
 
@@ -68,14 +69,14 @@ impl Forwarded {
     pub(super) fn response_headers(
         &mut self,
         worker: &mut Worker,
-        upstream: Option<&[u8]>,
+        answerer: Answerer<'_>,
         status: Option<u16>,
         now: Monotonic,
     ) -> Outcome {
         let mut effects: Vec<_> =
-            self.answered_by(worker, upstream, status, now).map(Effect::Warn).into_iter().collect();
+            self.answered_by(worker, answerer, status, now).map(Effect::Warn).into_iter().collect();
         if self.is_restricted {
-            effects.extend(served_by(upstream));
+            effects.extend(served_by(answerer));
         }
         if self.is_kv_missing {
             effects.push(Effect::AddResponseHeader(KV_HEADER, "missing".to_owned()));
@@ -84,53 +85,67 @@ impl Forwarded {
             effects.push(Effect::RemoveResponseHeader("content-length"));
         }
         // A refusal does not wait for the KV cache.
-        let is_held = self.concurrent_prefill.is_some() && upstream.is_some() && status == Some(200);
+        let is_held = self.concurrent_prefill.is_some() && answerer.host().is_some() && status == Some(200);
         self.response = if is_held { Response::Held } else { Response::Passed };
         Outcome { flow: if is_held { Flow::Pause } else { Flow::Continue }, effects }
     }
 
-    /// Notes who answered: the endpoint that was chosen, the alternate that Envoy went on to, or nobody. A warning where
-    /// the answer ejects the endpoint.
+    /// Notes who answered: the endpoint that was chosen, the alternate that Envoy went on to, or no endpoint. A warning
+    /// where the answer ejects the endpoint.
     fn answered_by(
         &mut self,
         worker: &mut Worker,
-        upstream: Option<&[u8]>,
+        answerer: Answerer<'_>,
         status: Option<u16>,
         now: Monotonic,
     ) -> Option<String> {
-        let mut warning = None;
-        let mut answers = |reference: &EndpointRef| {
-            let state =
-                worker.state.table.resolve(*reference).filter(|state| Some(state.address.as_bytes()) == upstream);
-            let is_it = state.is_some();
-            if is_it {
-                match status {
-                    // An error of the client: the endpoint works, and may still fail with what others accept.
-                    Some(400..=428 | 430..=499) => worker.answered(*reference),
-                    _ => {
-                        let error = status.and_then(ErrorKind::of_status);
-                        warning = worker.judge_answer(*reference, Leg::Decode, error, now);
-                    }
+        match answerer {
+            Answerer::Host(address) => {
+                let endpoint = self.reached(worker, address)?;
+                if endpoint != self.assignment.endpoint {
+                    self.fail_before(worker, endpoint, now);
+                    worker.counts.count(Metric::DecodeMoved);
+                    self.assignment.move_to(worker, endpoint, now);
                 }
+                // An error of the client: the endpoint works, and may still fail with what others accept.
+                if let Some(400..=428 | 430..=499) = status {
+                    worker.answered(endpoint);
+                    return None;
+                }
+                worker.judge_answer(endpoint, Leg::Decode, status.and_then(ErrorKind::of_status), now)
             }
-            is_it
-        };
-        if answers(&self.assignment.endpoint) {
-            return warning;
+            Answerer::FailedAttempt(address) => {
+                worker.counts.count(Metric::DecodeUnanswered);
+                let last = address.and_then(|address| self.reached(worker, address));
+                let last = last.unwrap_or(self.assignment.endpoint);
+                self.fail_before(worker, last, now);
+                worker.failed(last, now);
+                None
+            }
+            Answerer::Envoy => {
+                worker.counts.count(Metric::AnsweredByEnvoy);
+                None
+            }
         }
-        // Envoy went on to an alternate, or gave up: either way the first choice could not be reached.
-        let moved = self.alternates.iter().copied().find(answers);
-        if moved.is_none() && upstream.is_some() {
-            return None;
+    }
+
+    /// Endpoints in the order in which Envoy tries them.
+    fn order(&self) -> impl Iterator<Item = EndpointRef> {
+        core::iter::once(self.assignment.endpoint).chain(self.alternates.iter().copied())
+    }
+
+    /// The endpoint of that address, of those that Envoy may try.
+    fn reached(&self, worker: &mut Worker, address: &[u8]) -> Option<EndpointRef> {
+        self.order().find(|reference| {
+            worker.state.table.resolve(*reference).is_some_and(|state| state.address.as_bytes() == address)
+        })
+    }
+
+    /// Envoy went on to `reached`: the endpoints before it could not be reached.
+    fn fail_before(&self, worker: &mut Worker, reached: EndpointRef, now: Monotonic) {
+        for endpoint in self.order().take_while(|endpoint| *endpoint != reached) {
+            worker.failed(endpoint, now);
         }
-        worker.failed(self.assignment.endpoint, now);
-        let Some(alternate) = moved else {
-            worker.counts.count(Metric::DecodeUnanswered);
-            return warning;
-        };
-        worker.counts.count(Metric::DecodeMoved);
-        self.assignment.move_to(worker, alternate, now);
-        warning
     }
 
     /// The first byte of the response's body is there: the prompt has been computed.
@@ -166,8 +181,8 @@ impl Forwarded {
 }
 
 /// The header that says who served the request.
-pub(super) fn served_by(upstream: Option<&[u8]>) -> Option<Effect> {
-    let upstream = core::str::from_utf8(upstream?).ok()?;
+pub(super) fn served_by(answerer: Answerer<'_>) -> Option<Effect> {
+    let upstream = core::str::from_utf8(answerer.host()?).ok()?;
     Some(Effect::AddResponseHeader(SERVED_HEADER, upstream.to_owned()))
 }
 

@@ -113,7 +113,8 @@ pub(super) fn leg_ended(
     worker.counts.add(Metric::PrefillInFlight, -1);
     let fault = answer.fault();
     worker.counts.count(match (fault, answer) {
-        (Some(Fault::NotStarted | Fault::Unreachable), _) => Metric::PrefillRefused,
+        (Some(Fault::NotStarted), _) => Metric::PrefillNotSent,
+        (Some(Fault::Unreachable), _) => Metric::PrefillRefused,
         (Some(Fault::ServerError), _) => Metric::PrefillServerError,
         (None, PrefillAnswer::Answered { status: 200, .. }) => Metric::PrefillOk,
         (None, _) => Metric::PrefillClientError,
@@ -160,7 +161,7 @@ pub(super) fn engines_reply(status: u16, content_type: Option<&[u8]>, body: &[u8
 /// Why a prefill leg is worth another try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fault {
-    /// The host would not send it: too many headers, an open circuit breaker, no cluster.
+    /// Envoy would not send it: too many headers, a full circuit breaker, no healthy host, no cluster.
     NotStarted,
     /// The endpoint did not answer. It is ejected.
     Unreachable,
@@ -184,7 +185,9 @@ impl PrefillAnswer<'_> {
         match self {
             PrefillAnswer::NotStarted => Some(Fault::NotStarted),
             PrefillAnswer::None => Some(Fault::Unreachable),
-            PrefillAnswer::Answered { status: 502..=504, body, .. } if is_envoys(body) => Some(Fault::Unreachable),
+            PrefillAnswer::Answered { status: 502..=504, body, .. } if is_envoys(body) => {
+                Some(if was_sent(body) { Fault::Unreachable } else { Fault::NotStarted })
+            }
             PrefillAnswer::Answered { status: 500.. | 408 | 429, .. } => Some(Fault::ServerError),
             PrefillAnswer::Answered { .. } => None,
         }
@@ -195,6 +198,12 @@ impl PrefillAnswer<'_> {
 pub(super) fn is_envoys(body: &[u8]) -> bool {
     const OWN: [&[u8]; 3] = [b"upstream connect error", b"upstream request timeout", b"no healthy upstream"];
     body.is_empty() || OWN.iter().any(|text| body.starts_with(text))
+}
+
+/// Whether Envoy sent the call to a host before it answered itself: not where a circuit breaker was full, or where no host
+/// was healthy.
+fn was_sent(envoys_body: &[u8]) -> bool {
+    !(envoys_body.starts_with(b"no healthy upstream") || envoys_body.ends_with(b"reset reason: overflow"))
 }
 
 /// Headers of the client's request that do not belong on another one, beside pseudo-headers.

@@ -32,6 +32,7 @@ use forwarded::served_by;
 use head::decoded_path;
 use state::State;
 use step::Step;
+use upstream::Answerer;
 
 mod assignment;
 mod clean;
@@ -124,19 +125,18 @@ impl Request {
         }
     }
 
-    /// The response's headers came. `upstream` is `ip:port` of the endpoint that answered, `None` where the answer is
-    /// Envoy's own (see [`upstream`]); `status` is `None` where the response has no valid one.
+    /// The response's headers came; `status` is `None` where the response has no valid one.
     pub fn response_headers(
         &mut self,
         worker: &mut Worker,
-        upstream: Option<&[u8]>,
+        answerer: Answerer<'_>,
         status: Option<u16>,
         now: Monotonic,
     ) -> Outcome {
         match &mut self.state {
-            State::Forwarded(forwarded) => forwarded.response_headers(worker, upstream, status, now),
+            State::Forwarded(forwarded) => forwarded.response_headers(worker, answerer, status, now),
             State::Watched => {
-                self.enter(Step::new(State::Over, Flow::Continue, served_by(upstream).into_iter().collect()))
+                self.enter(Step::new(State::Over, Flow::Continue, served_by(answerer).into_iter().collect()))
             }
             State::New | State::Reading(_) | State::Prefilling(_) | State::Over => Outcome::GO_ON,
         }

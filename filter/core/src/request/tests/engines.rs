@@ -17,7 +17,7 @@ fn sglangs_legs_go_out_at_once_and_name_the_same_room() {
     assert_eq!(state(&outcome, PREFILL), leg_destination(&outcome));
 
     let decode = state(&outcome, DECODE).to_owned();
-    let flow = t.request.response_headers(&mut t.worker, Some(decode.as_bytes()), Some(200), t.now).flow;
+    let flow = t.request.response_headers(&mut t.worker, Answerer::Host(decode.as_bytes()), Some(200), t.now).flow;
     assert_eq!(flow, Flow::Pause, "the prefill leg may still fail");
     t.now += Duration::from_millis(40);
     let outcome = t.answer(200, "{}");

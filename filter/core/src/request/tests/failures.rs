@@ -61,7 +61,7 @@ fn envoys_retry_to_an_alternate_moves_the_load() {
     t.headers(&[]);
     let outcome = t.body(r#"{"model":"m","messages":[]}"#);
     let addresses: Vec<_> = state(&outcome, DESTINATION).split(',').map(str::to_owned).collect();
-    t.request.response_headers(&mut t.worker, Some(addresses[1].as_bytes()), None, t.now);
+    t.request.response_headers(&mut t.worker, Answerer::Host(addresses[1].as_bytes()), None, t.now);
     let load = |t: &Fixture, address: &str| {
         let (_, state) = t.worker.state.table.iter().find(|(_, state)| &*state.address == address).unwrap();
         (state.decode.requests, state.health.is_failing())
@@ -112,7 +112,7 @@ fn a_prefill_leg_that_fails_beside_its_decode_leg_ends_the_request() {
             let sent = t.body(&long_body());
             let decode = state(&sent, DECODE).to_owned();
             if held {
-                t.request.response_headers(&mut t.worker, Some(decode.as_bytes()), Some(200), t.now);
+                t.request.response_headers(&mut t.worker, Answerer::Host(decode.as_bytes()), Some(200), t.now);
             }
             let outcome = t.answer(status, body);
             assert_eq!(reply(&outcome), expected);
@@ -146,7 +146,7 @@ fn a_decode_endpoint_that_refuses_does_not_wait_for_the_prefill_leg() {
     t.headers(&[]);
     let sent = t.body(&long_body());
     let decode = state(&sent, DECODE).to_owned();
-    let flow = t.request.response_headers(&mut t.worker, Some(decode.as_bytes()), Some(503), t.now).flow;
+    let flow = t.request.response_headers(&mut t.worker, Answerer::Host(decode.as_bytes()), Some(503), t.now).flow;
     assert_eq!(flow, Flow::Continue);
     assert_eq!(t.answer(503, "upstream connect error").effects, [], "the client has its answer");
     t.done();
@@ -215,7 +215,7 @@ fn wins_of_a_failing_decode_endpoint(servers: usize, requests: usize, status: u1
         let is_bad = decode == "10.0.0.2:1";
         wins += usize::from(is_bad);
         let status = if is_bad { status } else { 200 };
-        t.request.response_headers(&mut t.worker, Some(decode.as_bytes()), Some(status), t.now);
+        t.request.response_headers(&mut t.worker, Answerer::Host(decode.as_bytes()), Some(status), t.now);
         if is_bad {
             t.done();
         } else {
@@ -249,11 +249,70 @@ fn a_pool_whose_endpoints_all_fail_stays() {
             t.headers(&[]);
             let body = format!(r#"{{"model":"m","messages":[{{"role":"user","content":"w{number}-{index}"}}]}}"#);
             let decode = state(&t.body(&body), DECODE).to_owned();
-            t.request.response_headers(&mut t.worker, Some(decode.as_bytes()), Some(429), t.now);
+            t.request.response_headers(&mut t.worker, Answerer::Host(decode.as_bytes()), Some(429), t.now);
             t.done();
         }
         t.now = t.now.saturating_add(Duration::from_secs(6));
     }
     let failing = t.worker.state.table.iter().filter(|(_, state)| state.health.is_failing()).count();
     assert!(failing <= 1, "{failing}");
+}
+
+/// Ports of the failing endpoints whose addresses begin so.
+fn failing(t: &Fixture, host: &str) -> Vec<String> {
+    let states = t.worker.state.table.iter().map(|(_, state)| state);
+    let failing = states.filter(|state| state.health.is_failing() && state.address.starts_with(host));
+    failing.map(|state| state.address.to_string()).collect()
+}
+
+#[test]
+fn an_answer_of_envoys_own_is_no_endpoints_fault() {
+    let mut t = fixture();
+    for status in [429, 403, 401, 503, 504] {
+        for _ in 0..20 {
+            t.request = Request::default();
+            t.headers(&[]);
+            t.body(r#"{"model":"m","messages":[]}"#);
+            t.request.response_headers(&mut t.worker, Answerer::Envoy, Some(status), t.now);
+            t.done();
+        }
+    }
+    assert_eq!(failing(&t, ""), [""; 0]);
+    assert_eq!(t.worker.counts.pending(Metric::AnsweredByEnvoy), 100);
+    assert_eq!(t.worker.counts.pending(Metric::DecodeUnanswered), 0);
+    assert!(t.is_idle());
+}
+
+#[test]
+fn a_failed_attempt_is_that_of_every_endpoint_up_to_the_last_one() {
+    for last in 0..2 {
+        let mut t = fixture();
+        t.headers(&[]);
+        let outcome = t.body(r#"{"model":"m","messages":[]}"#);
+        let mut tried: Vec<_> = state(&outcome, DESTINATION).split(',').map(str::to_owned).collect();
+        let answerer = Answerer::FailedAttempt(Some(tried[last].as_bytes()));
+        t.request.response_headers(&mut t.worker, answerer, Some(503), t.now);
+        tried.truncate(last + 1);
+        tried.sort();
+        assert_eq!(failing(&t, ""), tried);
+        t.done();
+        assert_eq!(t.worker.counts.pending(Metric::DecodeUnanswered), 1);
+        assert!(t.is_idle());
+    }
+}
+
+#[test]
+fn a_leg_that_envoy_did_not_send_is_no_endpoints_fault() {
+    for body in ["no healthy upstream", "upstream connect error or disconnect/reset before headers. reset reason: overflow"]
+    {
+        let mut t = fixture();
+        t.headers(&[]);
+        t.body(&long_body());
+        while t.request.is_prefilling() {
+            t.answer(503, body);
+        }
+        assert_eq!(failing(&t, ""), [""; 0], "{body}");
+        t.done();
+        assert!(t.is_idle());
+    }
 }

@@ -41,7 +41,7 @@ fn a_warning_comes_once_per_change_and_the_answer_says_that_kv_did_not_move() {
         let outcome = t.answer(200, answer);
         warnings.push(outcome.effects.iter().any(|effect| matches!(effect, Effect::Warn(_))));
         let upstream = state(&outcome, DECODE).to_owned();
-        let outcome = t.request.response_headers(&mut t.worker, Some(upstream.as_bytes()), None, t.now);
+        let outcome = t.request.response_headers(&mut t.worker, Answerer::Host(upstream.as_bytes()), None, t.now);
         let says = outcome.effects.contains(&Effect::AddResponseHeader(KV_HEADER, "missing".into()));
         assert_eq!((outcome.flow, says), (Flow::Continue, answer == "{}"));
         t.done();
@@ -63,7 +63,7 @@ fn judged(t: &mut Fixture, body: &str, prefill: u64, decode: u64) -> Vec<Effect>
     }
     assert_eq!(state(&outcome, DECISION), "split");
     let decode_endpoint = state(&outcome, DECODE).to_owned();
-    t.request.response_headers(&mut t.worker, Some(decode_endpoint.as_bytes()), Some(200), t.now);
+    t.request.response_headers(&mut t.worker, Answerer::Host(decode_endpoint.as_bytes()), Some(200), t.now);
     let reads = t.request.wants_response_body();
     let effects = t.request.response_part(&mut t.worker, format!("{{{}}}", usage(decode)).as_bytes(), true).effects;
     assert!(reads || effects.is_empty());

@@ -71,7 +71,7 @@ fn a_trusted_subset_restricts_both_legs_and_the_answer_says_who_served() {
             assert_eq!(leg_destination(&outcome), "10.0.0.1:2");
             let outcome = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
             assert!(state(&outcome, DESTINATION).split(',').all(|address| address == "10.0.0.2:1"));
-            let outcome = t.request.response_headers(&mut t.worker, Some(b"10.0.0.2:1"), None, t.now);
+            let outcome = t.request.response_headers(&mut t.worker, Answerer::Host(b"10.0.0.2:1"), None, t.now);
             assert_eq!(outcome.effects, [Effect::AddResponseHeader(SERVED_HEADER, "10.0.0.2:1".into())]);
             t.done();
         }
@@ -84,7 +84,7 @@ fn a_trusted_subset_restricts_both_legs_and_the_answer_says_who_served() {
         let outcome = t.request.headers(&mut t.worker, headers, true, t.now);
         assert!(state(&outcome, DESTINATION).split(',').all(|address| address.starts_with("10.0.0.2:")));
         assert!(t.request.is_forwarded());
-        let outcome = t.request.response_headers(&mut t.worker, Some(b"10.0.0.2:1"), None, t.now);
+        let outcome = t.request.response_headers(&mut t.worker, Answerer::Host(b"10.0.0.2:1"), None, t.now);
         assert_eq!(outcome.effects, [Effect::AddResponseHeader(SERVED_HEADER, "10.0.0.2:1".into())]);
         t.done();
         assert!(t.is_idle());

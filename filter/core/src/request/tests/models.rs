@@ -52,7 +52,7 @@ fn an_alias_is_rewritten_in_both_legs_and_put_back_in_the_answer() {
     let served = long_body().replace(r#""model":"m""#, r#""model" : "m""#);
     assert_eq!(edited(&outcome, &body), served.replacen('{', &format!(r#"{{"kv_transfer_params":{PARAMS},"#), 1));
     let upstream = state(&outcome, DECODE).to_owned();
-    let outcome = t.request.response_headers(&mut t.worker, Some(upstream.as_bytes()), None, t.now);
+    let outcome = t.request.response_headers(&mut t.worker, Answerer::Host(upstream.as_bytes()), None, t.now);
     assert_eq!(outcome.effects, [Effect::RemoveResponseHeader("content-length")]);
     assert!(t.request.wants_response_body());
     let outcome = t.request.response_part(&mut t.worker, br#"data: {"model":"m"}"#, false);
