@@ -344,11 +344,17 @@ fn envoys_move_to_an_alternate_is_counted() {
 #[test]
 fn a_request_that_no_endpoint_answers_is_counted() {
     let gateway = Gateway::new(&two_and_two());
-    let stream = short_chat(1).send(&gateway);
-    stream.response_headers([(":status", "503")], false);
-    stream.response_body("upstream connect error", true);
-    assert_eq!(gateway.counter("pd_decode_unanswered_total"), 1);
-    gateway.assert_idle();
+    for (details, unanswered, by_envoy) in
+        [("upstream_reset_before_response_started{connection_failure}", 1, 0), ("request_rate_limited", 1, 1)]
+    {
+        let stream = short_chat(1).send(&gateway);
+        stream.set_property("response.code_details", details);
+        stream.response_headers([(":status", "503")], false);
+        stream.response_body("an error", true);
+        let counts = ["pd_decode_unanswered_total", "pd_answered_by_envoy_total"].map(|name| gateway.counter(name));
+        assert_eq!(counts, [unanswered, by_envoy], "{details}");
+        gateway.assert_idle();
+    }
 }
 
 #[test]
