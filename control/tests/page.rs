@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use pd_control::access::token::Token;
 use pd_core::envoys::message::{ExchangeRequest, Record};
-use pd_core::envoys::report::{Report, ReportedDecision};
+use pd_core::envoys::report::{Ejected, Report, ReportedDecision};
 use pd_core::time::UnixTime;
 use pd_core::workers::recent::{DecisionRecord, Generation};
 use pd_sim::Role;
@@ -44,7 +44,18 @@ fn reporting(address: SocketAddr, gateway: u64, workers: u64) -> JoinHandle<()> 
         matched_tokens: 1_024,
     };
     let decision = ReportedDecision { at_ms: UnixTime::from_millis(1_700_000_000_000), decision };
-    let report = Report { generations: vec![generation], decisions: vec![decision], ..Report::default() }.to_json();
+    let ejected = Ejected {
+        address: "10.0.0.3:8000".into(),
+        reason: "answers 5xx".into(),
+        since_ms: UnixTime::from_millis(1_700_000_000_000),
+    };
+    let report = Report {
+        generations: vec![generation],
+        decisions: vec![decision],
+        ejected: vec![ejected],
+        ..Report::default()
+    };
+    let report = report.to_json();
     tokio::spawn(async move {
         for turn in 1.. {
             let record = Record { gateway, turn, report: report.clone(), ..Record::default() };
@@ -102,6 +113,8 @@ async fn the_status_page_shows_all_that_is_known() {
         "to 8000",
         "Polls",
         "draining",
+        "Ejected endpoints",
+        "22:13:20 UTC",
         "<img src=x onerror=alert(1)>",
     ] {
         until_shown(&mut browser, shown);

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use pd_core::endpoints::health::Cause;
 use pd_core::envoys::report::Report;
 use pd_core::workers::recent::Generation;
 
@@ -74,7 +75,7 @@ fn differing(reports: &[(&str, &Report)]) -> Vec<String> {
     builds.into_iter().chain(revisions).collect()
 }
 
-/// An engine that does not answer one Envoy may be out of its reach; one that answers few Envoys has a fault.
+/// An engine that one Envoy avoids may be out of its reach; one that many Envoys avoid has a fault.
 fn failing(reports: &[(&str, &Report)]) -> Vec<String> {
     let mut failed: BTreeMap<&str, usize> = BTreeMap::new();
     for address in
@@ -82,12 +83,21 @@ fn failing(reports: &[(&str, &Report)]) -> Vec<String> {
     {
         *failed.entry(address).or_default() += 1;
     }
-    let line = |(address, count): (&str, usize)| {
-        format!(
+    let outlier = |address: &str| {
+        let mut ejected = reports.iter().flat_map(|(_, report)| &report.ejected);
+        ejected.find(|it| it.address == address && it.reason != Cause::Unreachable.text()).map(|it| it.reason.as_str())
+    };
+    let line = |(address, count): (&str, usize)| match outlier(address) {
+        Some(reason) => format!(
+            "{address} {reason}, by {count} of {} Envoys. The Envoys avoid it and probe it. If that stays, read its log, \
+             and restart it or take it out of the list (`state: draining`)",
+            reports.len()
+        ),
+        None => format!(
             "{address} did not answer {count} of {} Envoys. The Envoys avoid it and probe it. If that stays, check its \
              process and its network",
             reports.len()
-        )
+        ),
     };
     failed.into_iter().map(line).collect()
 }
@@ -99,6 +109,9 @@ fn named(generation: &Generation) -> String {
 
 #[cfg(test)]
 mod tests {
+    use pd_core::endpoints::outliers::ErrorKind;
+    use pd_core::envoys::report::Ejected;
+
     use super::*;
 
     fn report(generations: &[(&str, &str, u64)]) -> Report {
@@ -150,5 +163,16 @@ mod tests {
         let said = said(&[ill.clone(), ill, report(&[("x", "1", 4)])]);
         assert_eq!(said.len(), 1);
         assert!(said[0].starts_with("10.0.0.1:1 did not answer 2 of 3 Envoys"), "{said:?}");
+    }
+
+    #[test]
+    fn an_engine_that_answers_errors_is_said_with_its_remedy() {
+        let mut ill = report(&[("x", "1", 4)]);
+        ill.failing = vec!["10.0.0.1:1".into()];
+        let reason = Cause::Outlier(ErrorKind::Server).text().to_owned();
+        ill.ejected = vec![Ejected { address: "10.0.0.1:1".into(), reason, ..Ejected::default() }];
+        let said = said(&[ill, report(&[("x", "1", 4)])]);
+        let begin = "10.0.0.1:1 answers 5xx where others of its pool do not, by 1 of 2 Envoys.";
+        assert!(said.len() == 1 && said[0].starts_with(begin) && said[0].contains("draining"), "{said:?}");
     }
 }

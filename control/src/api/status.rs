@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use pd_core::envoys::report::Report;
+use pd_core::time::UnixTime;
 use pd_core::wire::Endpoint;
 use serde::{Deserialize, Serialize};
 
@@ -85,7 +86,7 @@ pub struct EndpointView {
     pub pod: Option<String>,
     /// Whether the engine answers pd-control; none: pd-control does not ask it.
     pub answers: Option<bool>,
-    /// Why the engine does not answer pd-control, or how many Envoys it did not answer.
+    /// Why the engine does not answer pd-control, or how many Envoys avoid it, why, and since when.
     pub problem: Option<String>,
     /// Requests that wait in the engine; none: unknown, as all loads.
     pub waiting: Option<f64>,
@@ -103,11 +104,7 @@ pub fn view(app: &App) -> StatusView {
     let published = app.registry.current();
     let (pods, scrapes) = (app.pods.view(), app.scrapes.view());
     let gateways: Vec<_> = app.hub.reports().into_iter().map(gateway).collect();
-    let to_envoys = |address: &SocketAddr| {
-        let address = address.to_string();
-        let failed = gateways.iter().filter(|of| of.report.failing.contains(&address)).count();
-        (failed > 0).then(|| format!("no answer to {failed} of {} Envoys", gateways.len()))
-    };
+    let to_envoys = |address: &SocketAddr| avoided(&gateways, &address.to_string());
     let endpoint = |endpoint: &Endpoint| {
         let scraped = scrapes.get(&endpoint.address).filter(|it| it.asked > 0);
         let load = scraped.map(|it| it.load);
@@ -150,6 +147,23 @@ pub fn view(app: &App) -> StatusView {
         endpoints: published.endpoints().iter().map(endpoint).collect(),
         gateways,
     }
+}
+
+/// How many Envoys avoid an endpoint, why, and since when; `None` where none does.
+fn avoided(gateways: &[GatewayView], address: &str) -> Option<String> {
+    let count = gateways.iter().filter(|of| of.report.failing.iter().any(|it| it == address)).count();
+    let ejected = gateways.iter().flat_map(|of| &of.report.ejected).filter(|it| it.address == address);
+    // A filter of an earlier build does not say why.
+    let first = ejected.min_by_key(|it| it.since_ms);
+    let why = first.map(|it| format!(" since {}: it {}", time_of_day(it.since_ms), it.reason)).unwrap_or_default();
+    (count > 0).then(|| format!("{count} of {} Envoys avoid it{why}", gateways.len()))
+}
+
+/// Hours, minutes and seconds of a time, in UTC.
+#[must_use]
+pub fn time_of_day(time: UnixTime) -> String {
+    let seconds = time.as_millis() / 1_000;
+    format!("{:02}:{:02}:{:02} UTC", seconds / 3_600 % 24, seconds / 60 % 60, seconds % 60)
 }
 
 fn gateway((id, age, report): (u64, Duration, Report)) -> GatewayView {

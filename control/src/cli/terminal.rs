@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use pd_core::envoys::report::ReportedDecision;
 
-use crate::api::status::{EndpointView, StatusView};
+use crate::api::status::{EndpointView, StatusView, time_of_day};
 use crate::cli::client::Server;
 use crate::cli::output::print;
 use crate::list::{role, state};
@@ -99,6 +99,7 @@ fn envoys(status: &StatusView) -> String {
         text += "\n";
         text += &table(&rows);
     }
+    text += &ejected(status);
     let mut decisions: Vec<_> = status.gateways.iter().flat_map(|it| &it.report.decisions).collect();
     decisions.sort_by_key(|decision| std::cmp::Reverse(decision.at_ms));
     if !decisions.is_empty() {
@@ -123,6 +124,17 @@ fn envoys(status: &StatusView) -> String {
         text += "\n";
     }
     text
+}
+
+/// A table of the endpoints that an Envoy avoids; empty where there are none.
+fn ejected(status: &StatusView) -> String {
+    let mut rows = vec![["EJECTED", "ENVOY", "SINCE", "REASON"].map(str::to_owned)];
+    for it in &status.gateways {
+        rows.extend(it.report.ejected.iter().map(|ejected| {
+            [ejected.address.clone(), it.id.clone(), time_of_day(ejected.since_ms), ejected.reason.clone()]
+        }));
+    }
+    if rows.len() > 1 { format!("\n{}", table(&rows)) } else { String::new() }
 }
 
 /// Explains why a pod or an endpoint is in the list as it is, or is not in it; `None` when no endpoint and no refused
@@ -201,7 +213,8 @@ fn table<const N: usize>(rows: &[[String; N]]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use pd_core::envoys::report::Report;
+    use pd_core::envoys::report::{Ejected, Report};
+    use pd_core::time::UnixTime;
     use pd_core::workers::recent::{DecisionRecord, Generation};
 
     use super::*;
@@ -218,6 +231,11 @@ mod tests {
             decisions: vec![decision],
             epoch: "e".into(),
             version: 7,
+            ejected: vec![Ejected {
+                address: "10.0.0.1:1".into(),
+                reason: "answers 5xx".into(),
+                since_ms: UnixTime::from_millis(1_700_000_000_000),
+            }],
             ..Report::default()
         };
         let status = StatusView {
@@ -242,6 +260,8 @@ mod tests {
             [
                 "ENVOY  VERSION  BUILD  REVISION  WORKERS  LIST  SEEN",
                 "1f     0.1.0    b      r         3        7     0.3s",
+                "EJECTED     ENVOY  SINCE         REASON",
+                "10.0.0.1:1  1f     22:13:20 UTC  answers 5xx",
                 "DECISION  REASON     PREFILL  DECODE  PROMPT  MATCHED",
                 "split     prefilled  -        -       0       0",
                 "! do it",

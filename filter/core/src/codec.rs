@@ -43,6 +43,13 @@ impl Writer {
 pub(crate) struct Reader<'a>(pub(crate) &'a [u8]);
 
 impl Reader<'_> {
+    /// Reads a byte.
+    pub(crate) fn byte(&mut self) -> Option<u8> {
+        let (byte, rest) = self.0.split_first()?;
+        self.0 = rest;
+        Some(*byte)
+    }
+
     /// Reads a number.
     pub(crate) fn word(&mut self) -> Option<u64> {
         let (word, rest) = self.0.split_first_chunk()?;

@@ -16,6 +16,7 @@ mod leaving;
 mod list;
 mod models;
 mod observe;
+mod outliers;
 mod pass;
 mod paths;
 mod phase;

@@ -307,6 +307,7 @@ impl Ranked {
 pub(super) mod tests {
     use super::*;
     use crate::config::Config;
+    use crate::endpoints::health::Cause;
     use crate::prefix::hash::{BlockHash, PromptHash};
     use crate::wire::{Endpoint, Snapshot};
     use proptest::prelude::*;
@@ -432,10 +433,10 @@ pub(super) mod tests {
     fn a_failing_endpoint_is_left_out_unless_all_fail() {
         let mut fixture = fixture(2, 1, "");
         let first = fixture.prefill(&prompt(1, 8)).endpoint;
-        fixture.table.get_mut(first).unwrap().health.failed(NOW);
+        fixture.table.get_mut(first).unwrap().health.failed(Cause::Unreachable, NOW);
         let second = fixture.prefill(&prompt(1, 8)).endpoint;
         assert_ne!(first, second);
-        fixture.table.get_mut(second).unwrap().health.failed(NOW);
+        fixture.table.get_mut(second).unwrap().health.failed(Cause::Unreachable, NOW);
         assert_eq!(fixture.prefill(&prompt(1, 8)).endpoint, first);
         let scheduler = fixture.scheduler();
         assert_eq!(scheduler.pick_by_cost(&fixture.candidates.prefill, &prompt(1, 8), &[first, second]), None);
@@ -522,7 +523,7 @@ pub(super) mod tests {
     fn the_last_healthy_endpoint_of_many_is_found() {
         let mut fixture = fixture(500, 1, "");
         for index in (0..500).filter(|index| *index != 123) {
-            fixture.table.get_mut(index).unwrap().health.failed(NOW);
+            fixture.table.get_mut(index).unwrap().health.failed(Cause::Unreachable, NOW);
         }
         assert_eq!(fixture.prefill(&prompt(1, 8)).endpoint, 123);
     }

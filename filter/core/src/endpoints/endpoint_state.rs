@@ -40,7 +40,8 @@ pub struct EndpointState {
     pub(super) elsewhere: Totals,
     /// Whether the endpoint answered the last time.
     pub health: Health,
-    /// What it answered lately, to legs of this worker.
+    /// What it answered lately: errors, and what followed them, to legs of every worker of this Envoy; other answers to
+    /// those of this worker only.
     pub answers: Answers,
     /// Number of this endpoint among those that the table has had: it differs from that of an earlier endpoint at the
     /// same index.

@@ -2,12 +2,56 @@
 
 use core::time::Duration;
 
+use crate::endpoints::outliers::ErrorKind;
 use crate::time::Monotonic;
+
+/// Why an endpoint is ejected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cause {
+    /// It could not be reached, or reset the connection.
+    #[default]
+    Unreachable,
+    /// It answers errors that the other endpoints of its pool and role do not answer.
+    Outlier(ErrorKind),
+}
+
+impl Cause {
+    /// What the endpoint does, for an operator: the part of a sentence behind its address.
+    #[must_use]
+    pub const fn text(self) -> &'static str {
+        match self {
+            Self::Unreachable => "does not answer",
+            Self::Outlier(ErrorKind::Server) => "answers 5xx where others of its pool do not",
+            Self::Outlier(ErrorKind::Overload) => "answers 429 or 503 where others of its pool do not",
+            Self::Outlier(ErrorKind::Refusal) => "answers 4xx where others of its pool do not",
+        }
+    }
+
+    /// Its number in an event.
+    pub(crate) const fn code(self) -> u8 {
+        match self {
+            Self::Unreachable => 0,
+            Self::Outlier(kind) => kind.code(),
+        }
+    }
+
+    /// The cause of that number; an unknown one, of a newer filter, is the first.
+    pub(crate) const fn of_code(code: u8) -> Self {
+        match ErrorKind::of_code(code) {
+            Some(kind) => Self::Outlier(kind),
+            None => Self::Unreachable,
+        }
+    }
+}
 
 /// Health of one endpoint. Without any failure it is healthy.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Health {
     failures: u32,
+    /// First failure since the endpoint answered last.
+    since: Monotonic,
+    /// Cause of the latest failure.
+    cause: Cause,
     out_until: Monotonic,
     probing: bool,
 }
@@ -34,7 +78,11 @@ impl Health {
     }
 
     /// The endpoint could not be reached, reset the connection or answered that it is broken: it is ejected for a pause.
-    pub fn failed(&mut self, now: Monotonic) {
+    pub fn failed(&mut self, cause: Cause, now: Monotonic) {
+        if self.failures == 0 {
+            self.since = now;
+        }
+        self.cause = cause;
         let pause = FIRST_PAUSE.saturating_mul(1_u32.checked_shl(self.failures.min(8)).unwrap_or(1)).min(MAX_PAUSE);
         self.failures = self.failures.saturating_add(1);
         self.out_until = now.saturating_add(pause);
@@ -59,6 +107,12 @@ impl Health {
         self.probing
     }
 
+    /// Why the endpoint is ejected, and since when; `None` where it is not.
+    #[must_use]
+    pub fn ejection(&self) -> Option<(Cause, Monotonic)> {
+        self.is_failing().then_some((self.cause, self.since))
+    }
+
     /// Whether the endpoint failed the last time.
     #[must_use]
     pub fn is_failing(&self) -> bool {
@@ -78,12 +132,13 @@ mod tests {
     fn a_failing_endpoint_pauses_is_probed_once_and_returns() {
         let mut health = Health::default();
         assert!(health.is_usable(ms(0)));
-        health.failed(ms(0));
+        health.failed(Cause::Unreachable, ms(0));
         assert!(!health.is_usable(ms(499)));
         assert!(health.is_usable(ms(500)));
         health.sent(ms(500));
         assert!(!health.is_usable(ms(501)), "one probe at a time");
-        health.failed(ms(510));
+        health.failed(Cause::Outlier(ErrorKind::Server), ms(510));
+        assert_eq!(health.ejection(), Some((Cause::Outlier(ErrorKind::Server), ms(0))));
         assert!(!health.is_usable(ms(1_509)));
         assert!(health.is_usable(ms(1_510)));
         health.sent(ms(1_510));
@@ -94,7 +149,7 @@ mod tests {
     #[test]
     fn a_probe_without_an_end_does_not_lock_an_endpoint_out() {
         let mut health = Health::default();
-        health.failed(ms(0));
+        health.failed(Cause::Unreachable, ms(0));
         health.sent(ms(600));
         health.prune(ms(700));
         assert!(!health.is_usable(ms(700)));
@@ -106,7 +161,7 @@ mod tests {
     fn pauses_grow_to_a_bound() {
         let mut health = Health::default();
         for _ in 0..100 {
-            health.failed(ms(0));
+            health.failed(Cause::Unreachable, ms(0));
         }
         assert!(health.is_usable(ms(0) + MAX_PAUSE));
     }

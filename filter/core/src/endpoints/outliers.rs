@@ -35,6 +35,25 @@ impl ErrorKind {
         }
     }
 
+    /// Its number in an event; 0 is for no error.
+    pub(crate) const fn code(self) -> u8 {
+        match self {
+            Self::Server => 1,
+            Self::Overload => 2,
+            Self::Refusal => 3,
+        }
+    }
+
+    /// The kind of that number.
+    pub(crate) const fn of_code(code: u8) -> Option<Self> {
+        match code {
+            1 => Some(Self::Server),
+            2 => Some(Self::Overload),
+            3 => Some(Self::Refusal),
+            _ => None,
+        }
+    }
+
     /// Errors in a row that make an endpoint suspect. An endpoint may be full for a moment, so overload takes more.
     const fn in_a_row(self) -> u32 {
         match self {
@@ -86,6 +105,12 @@ impl Answers {
         {
             *window = (*window << 1) | u16::from(error == Some(*kind));
         }
+    }
+
+    /// Whether one of the latest answers is an error.
+    #[must_use]
+    pub fn has_errors(&self, leg: Leg) -> bool {
+        self.recent(leg).errors.iter().any(|window| *window != 0)
     }
 
     /// Whether an endpoint answered this error several times in a row, or to half of a full window.

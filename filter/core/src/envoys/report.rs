@@ -23,10 +23,24 @@ pub struct Report {
     pub version: u64,
     /// Number of endpoints in that list.
     pub endpoints: u64,
-    /// `ip:port` of endpoints that did not answer the last time, 64 at most.
+    /// `ip:port` of endpoints that are ejected, 64 at most.
     pub failing: Vec<String>,
+    /// Why these endpoints are ejected, 64 at most. A filter of an earlier build does not say it.
+    pub ejected: Vec<Ejected>,
     /// Latest decisions, newest first.
     pub decisions: Vec<ReportedDecision>,
+}
+
+/// An endpoint that an Envoy avoids, and probes now and then.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Ejected {
+    /// `ip:port`.
+    pub address: String,
+    /// What the endpoint does: the part of a sentence behind its address.
+    pub reason: String,
+    /// Time of the day of the first failure since the endpoint answered last.
+    pub since_ms: UnixTime,
 }
 
 /// A decision and when it was taken.
@@ -53,13 +67,19 @@ impl Report {
         let reported = |(at, decision)| ReportedDecision { at_ms: clocks.unix_at(at), decision };
         let table = &worker.state.table;
         let (epoch, version) = table.version();
-        let failing = table.iter().filter(|(_, state)| state.health.is_failing());
+        let ejected = table.iter().filter_map(|(_, state)| {
+            let (cause, since) = state.health.ejection()?;
+            let (address, reason) = (state.address.to_string(), cause.text().to_owned());
+            Some(Ejected { address, reason, since_ms: clocks.unix_at(since) })
+        });
+        let ejected: Vec<_> = ejected.take(MAX_FAILING).collect();
         Self {
             generations,
             epoch: epoch.to_owned(),
             version,
             endpoints: table.len() as u64,
-            failing: failing.take(MAX_FAILING).map(|(_, state)| state.address.to_string()).collect(),
+            failing: ejected.iter().map(|it| it.address.clone()).collect(),
+            ejected,
             decisions: decisions.into_iter().map(reported).collect(),
         }
     }

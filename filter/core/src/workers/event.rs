@@ -8,7 +8,9 @@ use std::borrow::Cow;
 
 use crate::codec::{Reader, Writer};
 use crate::endpoints::elsewhere::{Fleet, Totals};
+use crate::endpoints::health::Cause;
 use crate::endpoints::load::Load;
+use crate::endpoints::outliers::{ErrorKind, Leg};
 use crate::prefix::hash::BlockHash;
 use crate::prefix::index::EndpointIndex;
 use crate::time::Monotonic;
@@ -32,8 +34,8 @@ pub(crate) enum Event<'a> {
     DecodeEnded { tokens: u64 },
     /// The endpoint holds these blocks now.
     Holds { blocks: Cow<'a, [BlockHash]> },
-    /// The endpoint could not be reached or answered that it is broken.
-    Failed { at: Monotonic },
+    /// The endpoint could not be reached, or answered what its peers do not: it is ejected.
+    Failed { at: Monotonic, cause: Cause },
     /// The endpoint answered after a failure.
     Healed,
     /// A pool let a request in. The key is that of the pool, `fairness` a hash of the fairness id.
@@ -46,6 +48,8 @@ pub(crate) enum Event<'a> {
     HoldsByOthers { blocks: Cow<'a, [BlockHash]> },
     /// Number of the Envoys. The key has no meaning.
     FleetIs { fleet: Fleet },
+    /// The endpoint answered a leg with an error, or without one after errors.
+    Answered { leg: Leg, error: Option<ErrorKind> },
 }
 
 impl<'a> Event<'a> {
@@ -83,8 +87,9 @@ impl<'a> Event<'a> {
             Self::PrefillAbandoned { leg, at } => endpoint_state.prefill.abandon(leg, at),
             Self::DecodeStarted { tokens } => endpoint_state.decode.add(tokens),
             Self::DecodeEnded { tokens } => endpoint_state.decode.remove(tokens),
-            Self::Failed { at } => endpoint_state.health.failed(at),
+            Self::Failed { at, cause } => endpoint_state.health.failed(cause, at),
             Self::Healed => endpoint_state.health.answered(),
+            Self::Answered { leg, error } => endpoint_state.answers.note(leg, error),
             Self::Holds { .. }
             | Self::HoldsByOthers { .. }
             | Self::Admitted { .. }
@@ -133,9 +138,10 @@ impl<'a> Event<'a> {
                 head(6);
                 blocks.iter().take(MAX_EVENT_BLOCKS).for_each(|block| out.word(block.0));
             }
-            Self::Failed { at } => {
+            Self::Failed { at, cause } => {
                 head(7);
                 out.time(*at);
+                out.0.push(cause.code());
             }
             Self::Healed => head(8),
             Self::Admitted { fairness, tokens } => {
@@ -159,6 +165,11 @@ impl<'a> Event<'a> {
             Self::FleetIs { fleet } => {
                 head(13);
                 fleet.write(&mut out);
+            }
+            Self::Answered { leg, error } => {
+                head(14);
+                out.0.push(u8::from(*leg == Leg::Prefill));
+                out.0.push(error.map_or(0, ErrorKind::code));
             }
         }
         *into = out.0;
@@ -202,13 +213,18 @@ impl<'a> Event<'a> {
             4 => Self::DecodeStarted { tokens: rest.word()? },
             5 => Self::DecodeEnded { tokens: rest.word()? },
             6 => Self::Holds { blocks: core::iter::from_fn(|| rest.word().map(BlockHash)).collect() },
-            7 => Self::Failed { at: rest.time()? },
+            // An older filter writes no cause.
+            7 => Self::Failed { at: rest.time()?, cause: Cause::of_code(rest.byte().unwrap_or_default()) },
             8 => Self::Healed,
             9 => Self::Admitted { fairness: rest.word()?, tokens: rest.word()? },
             10 => Self::Released { fairness: rest.word()?, tokens: rest.word()? },
             11 => Self::BusyElsewhere { by: Totals::read(&mut rest)? },
             12 => Self::HoldsByOthers { blocks: core::iter::from_fn(|| rest.word().map(BlockHash)).collect() },
             13 => Self::FleetIs { fleet: Fleet::read(&mut rest)? },
+            14 => {
+                let leg = if rest.byte()? == 1 { Leg::Prefill } else { Leg::Decode };
+                Self::Answered { leg, error: ErrorKind::of_code(rest.byte()?) }
+            }
             _ => return None,
         };
         Some((endpoint, event))
@@ -235,7 +251,11 @@ pub(crate) mod tests {
             any::<u64>().prop_map(|tokens| Event::DecodeEnded { tokens }),
             prop::collection::vec(any::<u64>().prop_map(BlockHash), 0..9)
                 .prop_map(|blocks| Event::Holds { blocks: blocks.into() }),
-            time().prop_map(|at| Event::Failed { at }),
+            (time(), 0_u8..4).prop_map(|(at, code)| Event::Failed { at, cause: Cause::of_code(code) }),
+            (any::<bool>(), 0_u8..4).prop_map(|(prefill, code)| Event::Answered {
+                leg: if prefill { Leg::Prefill } else { Leg::Decode },
+                error: ErrorKind::of_code(code)
+            }),
             Just(Event::Healed),
             (0_u64..3, any::<u64>()).prop_map(|(fairness, tokens)| Event::Admitted { fairness, tokens }),
             (0_u64..3, any::<u64>()).prop_map(|(fairness, tokens)| Event::Released { fairness, tokens }),

@@ -69,7 +69,11 @@ impl WorkerLedger {
                 }
             }
             Event::FleetIs { fleet } => self.fleet = fleet,
-            Event::Holds { .. } | Event::HoldsByOthers { .. } | Event::Failed { .. } | Event::Healed => {}
+            Event::Holds { .. }
+            | Event::HoldsByOthers { .. }
+            | Event::Failed { .. }
+            | Event::Healed
+            | Event::Answered { .. } => {}
         }
     }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::choose::admission::{Ask, Shed, pool_key};
 use crate::config::{Config, ConfigError, Limits};
 use crate::endpoints::elsewhere::{Fleet, Totals};
+use crate::endpoints::health::Cause;
 use crate::endpoints::outliers::{ErrorKind, Leg};
 use crate::endpoints::retry_budget::RetryBudget;
 use crate::endpoints::table::{Applied, EndpointRef};
@@ -261,9 +262,25 @@ impl Worker {
         self.pending.push(key, event);
     }
 
-    /// An endpoint could not be reached or answered that it is broken.
+    /// An endpoint could not be reached, or reset the connection.
     pub(crate) fn failed(&mut self, endpoint: EndpointRef, at: Monotonic) {
-        self.happens(endpoint, &Event::Failed { at });
+        self.eject(endpoint, Cause::Unreachable, at);
+    }
+
+    /// Ejects an endpoint for a pause.
+    fn eject(&mut self, endpoint: EndpointRef, cause: Cause, at: Monotonic) {
+        self.happens(endpoint, &Event::Failed { at, cause });
+    }
+
+    /// Notes an answer for the comparison with the endpoint's peers. An error, and what follows errors, is an event: all
+    /// workers judge by the same errors. An endpoint without errors costs the others nothing.
+    fn note_answer(&mut self, endpoint: EndpointRef, leg: Leg, error: Option<ErrorKind>) {
+        let Some(state) = self.state.table.resolve(endpoint) else { return };
+        if error.is_some() || state.answers.has_errors(leg) {
+            self.happens(endpoint, &Event::Answered { leg, error });
+        } else {
+            state.answers.note(leg, None);
+        }
     }
 
     /// An endpoint answered. That is an event only where the endpoint had failed.
@@ -283,18 +300,19 @@ impl Worker {
         error: Option<ErrorKind>,
         now: Monotonic,
     ) -> Option<String> {
-        let state = self.state.table.resolve(endpoint)?;
-        state.answers.note(leg, error);
+        self.note_answer(endpoint, leg, error);
         let Some(kind) = error else {
             self.answered(endpoint);
             return None;
         };
+        let state = self.state.table.resolve(endpoint)?;
         let (answers, health) = (state.answers, state.health);
+        let cause = Cause::Outlier(kind);
         if health.is_failing() {
             // Of legs that were sent before the ejection, nothing more is learnt.
             if health.is_probing() {
                 let is_worse = answers.is_worse_than(leg, kind, &self.state.table.peers(endpoint.index, leg, kind));
-                if is_worse { self.failed(endpoint, now) } else { self.answered(endpoint) }
+                if is_worse { self.eject(endpoint, cause, now) } else { self.answered(endpoint) }
             }
             return None;
         }
@@ -305,17 +323,14 @@ impl Worker {
         if !answers.is_worse_than(leg, kind, &peers) || !peers.allow_ejection() {
             return None;
         }
-        self.failed(endpoint, now);
-        let (metric, errors) = match kind {
-            ErrorKind::Server => (Metric::OutliersServer, "5xx"),
-            ErrorKind::Overload => (Metric::OutliersOverload, "429 or 503"),
-            ErrorKind::Refusal => (Metric::OutliersRefusal, "4xx"),
-        };
-        self.counts.count(metric);
+        self.eject(endpoint, cause, now);
+        self.counts.count(match kind {
+            ErrorKind::Server => Metric::OutliersServer,
+            ErrorKind::Overload => Metric::OutliersOverload,
+            ErrorKind::Refusal => Metric::OutliersRefusal,
+        });
         let address = &self.state.table.get(endpoint.index)?.address;
-        Some(format!(
-            "{address} answers {errors} where others of its pool do not: it is ejected until a probe succeeds"
-        ))
+        Some(format!("{address} {}: it is ejected until a probe succeeds", cause.text()))
     }
 
     /// Records a decision for the report. Without effect where the configuration has no exchange, or where a decision was
