@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
+use axum::Router;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
@@ -26,7 +27,7 @@ use crate::list::EndpointList;
 use crate::publish::eds::EdsFile;
 use crate::publish::publisher::{ListHealth, Publisher};
 use crate::publish::registry::Registry;
-use crate::publish::updates::Updates;
+use crate::publish::updates::{Message, Updates};
 use crate::scaling::history::{DemandSource, History};
 use crate::scaling::scaler::Scaler;
 use crate::sources::allow::AllowedNetworks;
@@ -97,120 +98,37 @@ impl Control {
     /// # Errors
     /// One line when the address is in use, the endpoints file is refused or the EDS file cannot be written.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
-        let Config {
-            endpoints,
-            kubernetes,
-            named,
-            networks,
-            scrape,
-            peers,
-            tls,
-            log,
-            listen,
-            scaler,
-            eds,
-            token,
-            poll,
-        } = config;
-        let open = |files: &TlsFiles, protocol| Tls::open(files.clone(), protocol).map(Arc::new);
-        let scaler_tls = tls.as_ref().map(|files| open(files, Protocol::Http2)).transpose()?;
-        let tls = tls.as_ref().map(|files| open(files, Protocol::Http1)).transpose()?;
-        peers.iter().try_for_each(Peers::check)?;
-        let listener = TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
-        let address = listener.local_addr()?;
-        let scaler = match scaler {
-            None => None,
-            Some(on) => {
-                Some(TcpListener::bind(on).await.with_context(|| format!("--scaler-listen: cannot listen on {on}"))?)
-            }
-        };
-        let file = endpoints.map(|path| FileSource::open(path, poll)).transpose()?;
-        let named = (!named.is_empty()).then_some(NamesSource {
-            endpoints: named,
-            networks,
-            interval: names::DEFAULT_INTERVAL,
-        });
-        let pods = Arc::new(Pods::default());
-        let cluster = match kubernetes {
-            None => None,
-            Some(kubernetes) => Some(kubernetes.source(&pods).await.context("kubernetes")?),
-        };
-        let names = file.iter().map(|(source, _)| source.name());
-        let names = names.chain(named.iter().map(NamesSource::name)).chain(cluster.iter().map(KubernetesSource::name));
-        let health = Arc::new(ListHealth::new(names.collect::<Vec<_>>().join(", ")));
-
-        let scrapes = Arc::new(Scrapes::default());
-        let registry = Arc::new(Registry::new(&new_epoch(), SystemTime::now()));
-        let counters = Arc::new(Counters::default());
-        let mut publisher = Publisher::new(Arc::clone(&registry), Arc::clone(&counters), Arc::clone(&health), eds);
-        let (sender, updates) = mpsc::channel(1);
+        if let Some(peers) = &config.peers {
+            peers.check()?;
+        }
+        let listeners = Listeners::open(&config).await?;
+        let sources = Sources::open(&config).await?;
+        let parts = Parts::new(&sources);
         let mut tasks = JoinSet::new();
-        if let Some((source, list)) = file {
-            let place = publisher.add(Some(list));
-            tasks.spawn(source.run(Updates::new(place, sender.clone())));
+        parts.publish(sources, &config, &mut tasks)?;
+        tasks.spawn(Arc::clone(&parts.hub).prune(Arc::clone(&parts.counters)));
+        if let Some(peers) = config.peers.clone() {
+            tasks.spawn(peers.relay(Arc::clone(&parts.hub), Arc::clone(&parts.counters)));
         }
-        if let Some(source) = named {
-            let fixed = source.fixed().map(EndpointList::new).transpose().context("--endpoint")?;
-            let place = publisher.add(fixed);
-            tasks.spawn(source.run(Updates::new(place, sender.clone())));
-        }
-        if let Some(interval) = scrape {
-            let (registry, counters) = (Arc::clone(&registry), Arc::clone(&counters));
-            let scraper = Scraper::new(registry, counters, Arc::clone(&scrapes), interval);
-            tasks.spawn(scraper.run(Updates::new(usize::MAX, sender.clone())));
-        }
-        if let Some(source) = cluster {
-            let place = publisher.add(None);
-            tasks.spawn(source.run(Updates::new(place, sender.clone())));
-        }
-        let hub = Arc::new(SharedHub::default());
-        tasks.spawn(Arc::clone(&hub).prune(Arc::clone(&counters)));
-        if let Some(peers) = peers {
-            tasks.spawn(peers.relay(Arc::clone(&hub), Arc::clone(&counters)));
-        }
-        publisher.start()?;
-        tasks.spawn(publisher.run(updates));
         let (stop, stopping) = watch::channel(false);
-        let asked = scrape.map(|_| Arc::clone(&scrapes));
-        let demand =
-            DemandSource { registry: Arc::clone(&registry), hub: Arc::clone(&hub), scrapes: Arc::clone(&scrapes) };
-        let demand = Arc::new(demand);
-        let metrics = Metrics::new(&counters, Arc::clone(&registry), Arc::clone(&pods), asked);
-        let metrics = metrics.with_demand(Arc::clone(&demand));
-        let app = App {
-            registry,
-            counters: Arc::clone(&counters),
-            metrics: Arc::new(metrics),
-            health,
-            pods,
-            scrapes,
-            polls: Arc::default(),
-            hub,
-            log,
-            token,
-            stopping: stopping.clone(),
-        };
-        let scheme = if tls.is_some() { "https" } else { "http" };
+        let address = listeners.api.socket.local_addr()?;
+        let scaler = listeners.scaler.as_ref().map(|listener| listener.socket.local_addr()).transpose()?;
+        let scheme = if listeners.api.tls.is_some() { "https" } else { "http" };
         tracing::info!(version = env!("CARGO_PKG_VERSION"), "listens on {scheme}://{address}");
-        let api =
-            Serving { protocol: Protocol::Http1, tls, router: http::router(app), max_connections: MAX_CONNECTIONS };
-        let mut servers = vec![tokio::spawn(server::serve(listener, api, Arc::clone(&counters), stopping.clone()))];
-        let mut scaler_address = None;
-        if let Some(listener) = scaler {
+        if let Some(on) = scaler {
+            tracing::info!("answers KEDA on {on}");
+        }
+        let demand = Arc::new(parts.demand());
+        let counters = Arc::clone(&parts.counters);
+        let app = parts.app(config, &demand, stopping.clone());
+        let mut servers = vec![listeners.api.serve(Protocol::Http1, http::router(app), &counters, &stopping)];
+        if let Some(listener) = listeners.scaler {
             let history = Arc::new(History::default());
             tasks.spawn(Arc::clone(&history).sample(demand));
-            let on = listener.local_addr()?;
-            tracing::info!("answers KEDA on {on}");
-            scaler_address = Some(on);
-            let serving = Serving {
-                protocol: Protocol::Http2,
-                tls: scaler_tls,
-                router: Scaler::new(history, stopping.clone()).router(),
-                max_connections: MAX_SCALER_CONNECTIONS,
-            };
-            servers.push(tokio::spawn(server::serve(listener, serving, counters, stopping)));
+            let router = Scaler::new(history, stopping.clone()).router();
+            servers.push(listener.serve(Protocol::Http2, router, &counters, &stopping));
         }
-        Ok(Self { address, scaler: scaler_address, stop, servers, tasks })
+        Ok(Self { address, scaler, stop, servers, tasks })
     }
 
     /// The address that pd-control listens on.
@@ -233,6 +151,176 @@ impl Control {
             let _ = server.await;
         }
         self.tasks.abort_all();
+    }
+}
+
+/// An address that pd-control listens on, and its certificate.
+struct Listener {
+    socket: TcpListener,
+    tls: Option<Arc<Tls>>,
+}
+
+impl Listener {
+    /// Serves `router` in a task, until `stopping`.
+    fn serve(
+        self,
+        protocol: Protocol,
+        router: Router,
+        counters: &Arc<Counters>,
+        stopping: &watch::Receiver<bool>,
+    ) -> JoinHandle<()> {
+        let max_connections = match protocol {
+            Protocol::Http1 => MAX_CONNECTIONS,
+            Protocol::Http2 => MAX_SCALER_CONNECTIONS,
+        };
+        let serving = Serving { protocol, tls: self.tls, router, max_connections };
+        tokio::spawn(server::serve(self.socket, serving, Arc::clone(counters), stopping.clone()))
+    }
+}
+
+/// The addresses that pd-control listens on.
+struct Listeners {
+    api: Listener,
+    scaler: Option<Listener>,
+}
+
+impl Listeners {
+    async fn open(config: &Config) -> anyhow::Result<Self> {
+        let tls = |protocol| {
+            let files = config.tls.clone();
+            files.map(|files| Tls::open(files, protocol).map(Arc::new)).transpose()
+        };
+        // The certificate is read before the address is taken: a bad one is reported first.
+        let (api, keda) = (tls(Protocol::Http1)?, tls(Protocol::Http2)?);
+        let Config { listen, scaler, .. } = config;
+        let socket = TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
+        let scaler = match scaler {
+            None => None,
+            Some(on) => {
+                let bound = TcpListener::bind(on).await;
+                let socket = bound.with_context(|| format!("--scaler-listen: cannot listen on {on}"))?;
+                Some(Listener { socket, tls: keda })
+            }
+        };
+        Ok(Self { api: Listener { socket, tls: api }, scaler })
+    }
+}
+
+/// Where pd-control learns endpoints from.
+struct Sources {
+    file: Option<(FileSource, EndpointList)>,
+    named: Option<NamesSource>,
+    cluster: Option<KubernetesSource>,
+    pods: Arc<Pods>,
+}
+
+impl Sources {
+    async fn open(config: &Config) -> anyhow::Result<Self> {
+        let file = config.endpoints.clone().map(|path| FileSource::open(path, config.poll)).transpose()?;
+        let named = (!config.named.is_empty()).then(|| NamesSource {
+            endpoints: config.named.clone(),
+            networks: config.networks.clone(),
+            interval: names::DEFAULT_INTERVAL,
+        });
+        let pods = Arc::new(Pods::default());
+        let cluster = match config.kubernetes.clone() {
+            None => None,
+            Some(kubernetes) => Some(kubernetes.source(&pods).await.context("kubernetes")?),
+        };
+        Ok(Self { file, named, cluster, pods })
+    }
+
+    /// The sources' names, for the status page.
+    fn names(&self) -> String {
+        let names = self.file.iter().map(|(source, _)| source.name());
+        let names = names.chain(self.named.iter().map(NamesSource::name));
+        names.chain(self.cluster.iter().map(KubernetesSource::name)).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Follows each source in a task. Where two sources list an endpoint, the first of them counts: file, names, cluster.
+    fn follow(
+        self,
+        publisher: &mut Publisher,
+        sender: &mpsc::Sender<Message>,
+        tasks: &mut JoinSet<()>,
+    ) -> anyhow::Result<()> {
+        if let Some((source, list)) = self.file {
+            let place = publisher.add(Some(list));
+            tasks.spawn(source.run(Updates::new(place, sender.clone())));
+        }
+        if let Some(source) = self.named {
+            let fixed = source.fixed().map(EndpointList::new).transpose().context("--endpoint")?;
+            let place = publisher.add(fixed);
+            tasks.spawn(source.run(Updates::new(place, sender.clone())));
+        }
+        if let Some(source) = self.cluster {
+            let place = publisher.add(None);
+            tasks.spawn(source.run(Updates::new(place, sender.clone())));
+        }
+        Ok(())
+    }
+}
+
+/// What the tasks and the server share.
+struct Parts {
+    registry: Arc<Registry>,
+    counters: Arc<Counters>,
+    health: Arc<ListHealth>,
+    hub: Arc<SharedHub>,
+    scrapes: Arc<Scrapes>,
+    pods: Arc<Pods>,
+}
+
+impl Parts {
+    fn new(sources: &Sources) -> Self {
+        Self {
+            registry: Arc::new(Registry::new(&new_epoch(), SystemTime::now())),
+            counters: Arc::default(),
+            health: Arc::new(ListHealth::new(sources.names())),
+            hub: Arc::default(),
+            scrapes: Arc::default(),
+            pods: Arc::clone(&sources.pods),
+        }
+    }
+
+    /// Publishes the list of the sources, and follows the sources and the engines.
+    fn publish(&self, sources: Sources, config: &Config, tasks: &mut JoinSet<()>) -> anyhow::Result<()> {
+        let Self { registry, counters, health, scrapes, .. } = self;
+        let mut publisher =
+            Publisher::new(Arc::clone(registry), Arc::clone(counters), Arc::clone(health), config.eds.clone());
+        let (sender, updates) = mpsc::channel(1);
+        sources.follow(&mut publisher, &sender, tasks)?;
+        if let Some(interval) = config.scrape {
+            let scraper = Scraper::new(Arc::clone(registry), Arc::clone(counters), Arc::clone(scrapes), interval);
+            tasks.spawn(scraper.run(Updates::new(usize::MAX, sender)));
+        }
+        publisher.start()?;
+        tasks.spawn(publisher.run(updates));
+        Ok(())
+    }
+
+    fn demand(&self) -> DemandSource {
+        let Self { registry, hub, scrapes, .. } = self;
+        DemandSource { registry: Arc::clone(registry), hub: Arc::clone(hub), scrapes: Arc::clone(scrapes) }
+    }
+
+    fn app(self, config: Config, demand: &Arc<DemandSource>, stopping: watch::Receiver<bool>) -> App {
+        let Self { registry, counters, health, hub, scrapes, pods } = self;
+        let asked = config.scrape.map(|_| Arc::clone(&scrapes));
+        let metrics = Metrics::new(&counters, Arc::clone(&registry), Arc::clone(&pods), asked);
+        App {
+            registry,
+            counters,
+            metrics: Arc::new(metrics.with_demand(Arc::clone(demand))),
+            health,
+            pods,
+            scrapes,
+            polls: Arc::default(),
+            hub,
+            log: config.log,
+            token: config.token,
+            stopping,
+        }
     }
 }
 

@@ -11,6 +11,7 @@ mod engines;
 mod exchange;
 mod hosts;
 mod kubernetes;
+mod migrate;
 mod names;
 mod page;
 mod process;

@@ -48,6 +48,16 @@ pub(super) enum Command {
         #[arg(long, value_name = "FILE")]
         applied: Option<PathBuf>,
     },
+    /// Read manifests of llm-d, the Inference Extension or AIBrix and print values for this project's Helm chart
+    ///
+    /// It reads InferencePool, InferenceObjective, InferenceModel, InferenceModelRewrite, HTTPRoute, the endpoint picker's
+    /// configuration, flags of routing sidecars and variables of AIBrix' gateway. A line on standard error says for each
+    /// setting what it became, or why it became nothing.
+    Migrate {
+        /// Manifests, such as `kubectl get -o yaml` prints; - for standard input
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+    },
     /// List the endpoints of a running pd-control
     Endpoints {
         #[command(flatten)]

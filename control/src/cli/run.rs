@@ -12,6 +12,7 @@ use tracing_subscriber::{EnvFilter, Layer, reload};
 use crate::api::app::LogLevel;
 use crate::cli::arguments::{Cli, Command, LogFormat, ServeArgs};
 use crate::cli::check::check;
+use crate::cli::migrate::migrate;
 use crate::cli::output::{Closed, print, print_error};
 use crate::cli::terminal;
 use crate::control::{Config, Control};
@@ -32,6 +33,13 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
 fn run_command(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Some(Command::Check { files, applied }) => check_all(&files, applied.as_deref())?,
+        Some(Command::Migrate { files }) => {
+            let migration = migrate(&files)?;
+            let printed = print(&migration.values);
+            migration.report.carried.iter().for_each(|line| print_error(&format!("carried over: {line}")));
+            migration.report.dropped.iter().for_each(|line| print_error(&format!("NOT carried over: {line}")));
+            printed?;
+        }
         Some(Command::Endpoints { server }) => {
             print(&terminal::endpoints(&wait_for(server.status())?))?;
         }

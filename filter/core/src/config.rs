@@ -442,6 +442,39 @@ impl fmt::Display for ConfigError {
 
 impl std::error::Error for ConfigError {}
 
+impl Raw {
+    /// Checks names of clusters, headers and paths.
+    fn check_names(&self) -> Result<(), ConfigError> {
+        check_name("cluster", &self.cluster)?;
+        if let Some(cluster) = &self.bootstrap_cluster {
+            check_name("bootstrap_cluster", cluster)?;
+        }
+        check_header_name("destination_header", &self.destination_header)?;
+        for header in &self.trusted_headers {
+            if !TRUSTABLE_HEADERS.contains(&header.as_str()) {
+                let why = format!("{header:?} is none of {}", TRUSTABLE_HEADERS.join(", "));
+                return Err(ConfigError::new("trusted_headers", why));
+            }
+        }
+        for (i, path) in self.allowed_paths.iter().enumerate() {
+            if !path.starts_with('/') || path.trim_end_matches("/*").contains(['*', '?', '#', '%']) {
+                let why = "must be a path without a query, or one that ends in `/*`";
+                return Err(ConfigError::new(&format!("allowed_paths[{i}]"), why));
+            }
+        }
+        for (i, prefix) in self.path_prefixes.iter().enumerate() {
+            if !prefix.starts_with('/') || prefix.ends_with('/') || prefix.contains(['*', '?', '#', '%']) {
+                let why = "must be a path such as `/team`, without a slash at its end";
+                return Err(ConfigError::new(&format!("path_prefixes[{i}]"), why));
+            }
+        }
+        for (i, header) in self.session_headers.iter().enumerate() {
+            check_header_name(&format!("session_headers[{i}]"), header)?;
+        }
+        Ok(())
+    }
+}
+
 impl Config {
     /// Reads and checks a plugin configuration. No bytes at all stand for `{}`.
     ///
@@ -456,31 +489,7 @@ impl Config {
             }
             _ => return Err(ConfigError::new("plugin configuration", "must be a JSON object")),
         };
-        check_name("cluster", &raw.cluster)?;
-        let bootstrap_cluster = raw.bootstrap_cluster.unwrap_or_else(|| raw.cluster.clone());
-        check_name("bootstrap_cluster", &bootstrap_cluster)?;
-        check_header_name("destination_header", &raw.destination_header)?;
-        for header in &raw.trusted_headers {
-            if !TRUSTABLE_HEADERS.contains(&header.as_str()) {
-                let why = format!("{header:?} is none of {}", TRUSTABLE_HEADERS.join(", "));
-                return Err(ConfigError::new("trusted_headers", why));
-            }
-        }
-        for (i, path) in raw.allowed_paths.iter().enumerate() {
-            if !path.starts_with('/') || path.trim_end_matches("/*").contains(['*', '?', '#', '%']) {
-                let why = "must be a path without a query, or one that ends in `/*`";
-                return Err(ConfigError::new(&format!("allowed_paths[{i}]"), why));
-            }
-        }
-        for (i, prefix) in raw.path_prefixes.iter().enumerate() {
-            if !prefix.starts_with('/') || prefix.ends_with('/') || prefix.contains(['*', '?', '#', '%']) {
-                let why = "must be a path such as `/team`, without a slash at its end";
-                return Err(ConfigError::new(&format!("path_prefixes[{i}]"), why));
-            }
-        }
-        for (i, header) in raw.session_headers.iter().enumerate() {
-            check_header_name(&format!("session_headers[{i}]"), header)?;
-        }
+        raw.check_names()?;
         check_number(Key::MaxBodyBytes, raw.max_body_bytes as f64)?;
         check_number(Key::PrefixBlockBytes, raw.prefix.block_bytes as f64)?;
         check_number(Key::PrefixIndexBytes, raw.prefix.index_bytes as f64)?;
@@ -502,8 +511,8 @@ impl Config {
         };
         Ok(Self {
             revision: raw.revision,
+            bootstrap_cluster: raw.bootstrap_cluster.unwrap_or_else(|| raw.cluster.clone()),
             cluster: raw.cluster,
-            bootstrap_cluster,
             destination_header: raw.destination_header,
             control,
             endpoints,

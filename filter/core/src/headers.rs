@@ -16,7 +16,7 @@ impl Headers {
         Self { wire }
     }
 
-    /// Serialises pairs.
+    /// Serialises pairs, in their order; equal names stay apart.
     pub fn from_pairs<'a, N, V>(pairs: impl IntoIterator<Item = (&'a N, &'a V)>) -> Self
     where
         N: AsRef<[u8]> + ?Sized + 'a,

@@ -220,7 +220,7 @@ impl Default for Counts {
 }
 
 impl Counts {
-    /// Adds to a counter or gauge.
+    /// Adds to a counter or gauge. The sum stays at its largest value instead of wrapping.
     pub fn add(&mut self, metric: Metric, delta: i64) {
         if let Some(sum) = self.deltas.get_mut(metric as usize) {
             *sum = sum.saturating_add(delta);
@@ -232,7 +232,7 @@ impl Counts {
         self.add(metric, 1);
     }
 
-    /// Records a value of a histogram.
+    /// Records a value of a histogram. Values after the first 1,024 between two flushes are dropped.
     pub fn record(&mut self, metric: Metric, value: u64) {
         if self.samples.len() < MAX_SAMPLES {
             self.samples.push((metric, value));

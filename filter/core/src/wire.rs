@@ -272,6 +272,8 @@ impl Snapshot {
         Ok(snapshot)
     }
 
+    /// Checks versions, the number of endpoints, each endpoint, and that no endpoint is listed twice.
+    ///
     /// # Errors
     /// As [`Snapshot::parse`].
     pub fn validate(&self) -> Result<(), WireError> {

@@ -108,6 +108,33 @@ fn the_default_chart_runs_simulators_and_is_one_that_pd_control_finds_no_fault_w
     assert_eq!(report.faults, Vec::<String>::new());
 }
 
+/// What `pd-control migrate` writes for an installation of llm-d, in the pool's namespace.
+#[test]
+fn migrated_values_make_a_chart_that_pd_control_finds_no_fault_with() {
+    let file = places::root().join("control/tests/migrate/llm-d.yaml");
+    let migration = pd_control::cli::migrate::migrate(&[file]).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let values = directory.path().join("values.yaml");
+    std::fs::write(&values, migration.values).unwrap();
+    let Some(text) = rendered(&["--namespace", "serving", "--values", &values.display().to_string()]) else { return };
+    let objects = objects(&text);
+    let object = |kind: &str, name: &str| &objects[&(kind.to_owned(), "serving".to_owned(), name.to_owned())];
+    let service = &object("Service", "engines")["spec"];
+    assert_eq!(service["selector"], serde_json::json!({"llm-d.ai/inference-serving": "true"}));
+    assert_eq!(service["ports"][0]["targetPort"], 8200);
+    assert_eq!(object("HTTPRoute", "pd")["spec"]["hostnames"], serde_json::json!(["llm.example.com"]));
+    let backends = &object("HTTPRoute", "pd")["spec"]["rules"][0]["backendRefs"];
+    assert_eq!(*backends, serde_json::json!([{"name": "engines", "port": 8200}]));
+    let file = object("ConfigMap", "pd-control")["data"]["kubernetes.yaml"].as_str().unwrap();
+    let config =
+        pd_control::sources::kubernetes::KubernetesConfig::parse(Path::new("kubernetes.yaml"), file.as_bytes());
+    assert_eq!(config.unwrap().inference_pools[0].name, "llama");
+    let manifests = directory.path().join("chart.yaml");
+    std::fs::write(&manifests, &text).unwrap();
+    let report = pd_control::cli::check::check(&[manifests], None);
+    assert_eq!(report.faults, Vec::<String>::new());
+}
+
 #[test]
 fn names_that_must_agree_follow_the_namespace() {
     let Some(text) = rendered(&["--namespace", "other", "--set", "filter.maxBodyMiB=32"]) else { return };

@@ -41,118 +41,123 @@ impl Histogram {
 
 /// The whole page.
 pub(crate) fn render(pod: &Pod) -> String {
-    let (config, counters) = (&pod.config, &pod.lifetime);
-    let model = config.models.first().map_or("", String::as_str);
-    let labels = format!("engine=\"0\",model_name={}", label(model));
-    let mut out = String::with_capacity(8_192);
-    let mut family = |name: &str, kind: &str, help: &str, values: &[(String, f64)]| {
-        let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
-        for (labels, value) in values {
-            let _ = writeln!(out, "{name}{{{labels}}} {value:?}");
-        }
-    };
-    let one = |value: f64| [(labels.clone(), value)];
-    let count = |counter: &AtomicU64| counter.load(Relaxed) as f64;
-    family(
-        "vllm:num_requests_running",
-        "gauge",
-        "Number of requests in model execution batches.",
-        &one(count(&pod.running)),
-    );
-    family(
-        "vllm:num_requests_waiting",
-        "gauge",
-        "Number of requests waiting to be processed.",
-        &one(count(&pod.waiting)),
-    );
-    family("vllm:kv_cache_usage_perc", "gauge", "KV-cache usage. 1 means 100 percent usage.", &one(pod.cache.usage()));
-    family(
-        "vllm:prefix_cache_queries_total",
-        "counter",
-        "Prefix cache queries, in terms of number of queried tokens.",
-        &one(count(&counters.prompt_tokens)),
-    );
-    family(
-        "vllm:prefix_cache_hits_total",
-        "counter",
-        "Prefix cache hits, in terms of number of cached tokens.",
-        &one(count(&counters.cached_tokens)),
-    );
-    family(
-        "vllm:external_prefix_cache_queries_total",
-        "counter",
-        "External prefix cache queries from KV connector cross-instance cache sharing, in terms of number of queried tokens.",
-        &one(count(&counters.prompt_tokens) - count(&counters.cached_tokens)),
-    );
-    family(
-        "vllm:external_prefix_cache_hits_total",
-        "counter",
-        "External prefix cache hits from KV connector cross-instance cache sharing, in terms of number of cached tokens.",
-        &one(count(&counters.external_tokens)),
-    );
-    family(
-        "vllm:prompt_tokens_total",
-        "counter",
-        "Number of prefill tokens processed.",
-        &one(count(&counters.prompt_tokens)),
-    );
-    family(
-        "vllm:generation_tokens_total",
-        "counter",
-        "Number of generation tokens processed.",
-        &one(count(&counters.generated_tokens)),
-    );
-    let source = |name: &str, counter| (format!("{labels},source=\"{name}\""), count(counter));
-    family(
-        "vllm:prompt_tokens_by_source_total",
-        "counter",
-        "Number of prompt tokens by source.",
-        &[
-            source("local_compute", &counters.computed_tokens),
-            source("local_cache_hit", &counters.cached_tokens),
-            source("external_kv_transfer", &counters.external_tokens),
-        ],
-    );
-    let finished = |name: &str, counter| (format!("{labels},finished_reason=\"{name}\""), count(counter));
-    family(
-        "vllm:request_success_total",
-        "counter",
-        "Count of successfully processed requests.",
-        &[finished("stop", &counters.finished_stop), finished("length", &counters.finished_length)],
-    );
-    family(
-        "vllm:cache_config_info",
-        "gauge",
-        "Information of the LLMEngine CacheConfig",
-        &[(
-            format!(
-                "block_size=\"{}\",cache_dtype=\"auto\",enable_prefix_caching=\"True\",engine=\"0\",gpu_memory_utilization=\"0.9\",num_gpu_blocks=\"{}\"",
-                config.block_tokens,
-                pod.cache.capacity()
-            ),
-            1.0,
-        )],
-    );
-    let (running, waiting) = pod.adapters();
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    family(
-        "vllm:lora_requests_info",
-        "gauge",
-        "Running stats on lora requests.",
-        &[(
-            format!(
-                "max_lora=\"{}\",running_lora_adapters={},waiting_lora_adapters={}",
-                config.loras.len(),
-                label(&running),
-                label(&waiting)
-            ),
-            now.as_secs_f64(),
-        )],
-    );
+    let model = pod.config.models.first().map_or("", String::as_str);
+    let mut page =
+        Page { labels: format!("engine=\"0\",model_name={}", label(model)), text: String::with_capacity(8_192) };
+    page.load(pod);
+    page.tokens(pod);
+    page.info(pod);
     let name = "vllm:time_to_first_token_seconds";
-    let _ = writeln!(out, "# HELP {name} Histogram of time to first token in seconds.\n# TYPE {name} histogram");
-    pod.ttft.write(&mut out, name, &labels);
-    out
+    let _ = writeln!(page.text, "# HELP {name} Histogram of time to first token in seconds.\n# TYPE {name} histogram");
+    pod.ttft.write(&mut page.text, name, &page.labels);
+    page.text
+}
+
+/// The page as it is written.
+struct Page {
+    /// Labels of every value.
+    labels: String,
+    text: String,
+}
+
+impl Page {
+    /// A family of one value.
+    fn one(&mut self, (name, kind, help): (&str, &str, &str), value: f64) {
+        self.family((name, kind, help), &[("", value)]);
+    }
+
+    /// A family of values, each with labels of its own.
+    fn family(&mut self, (name, kind, help): (&str, &str, &str), values: &[(&str, f64)]) {
+        let _ = writeln!(self.text, "# HELP {name} {help}\n# TYPE {name} {kind}");
+        for (own, value) in values {
+            let comma = if own.is_empty() { "" } else { "," };
+            let _ = writeln!(self.text, "{name}{{{}{comma}{own}}} {value:?}", self.labels);
+        }
+    }
+
+    fn load(&mut self, pod: &Pod) {
+        let running = ("vllm:num_requests_running", "gauge", "Number of requests in model execution batches.");
+        self.one(running, count(&pod.running));
+        let waiting = ("vllm:num_requests_waiting", "gauge", "Number of requests waiting to be processed.");
+        self.one(waiting, count(&pod.waiting));
+        let usage = ("vllm:kv_cache_usage_perc", "gauge", "KV-cache usage. 1 means 100 percent usage.");
+        self.one(usage, pod.cache.usage());
+    }
+
+    fn tokens(&mut self, pod: &Pod) {
+        let counters = &pod.lifetime;
+        let (prompt, cached) = (count(&counters.prompt_tokens), count(&counters.cached_tokens));
+        let external = count(&counters.external_tokens);
+        let totals = [
+            ("vllm:prefix_cache_queries_total", "Prefix cache queries, in terms of number of queried tokens.", prompt),
+            ("vllm:prefix_cache_hits_total", "Prefix cache hits, in terms of number of cached tokens.", cached),
+            (
+                "vllm:external_prefix_cache_queries_total",
+                "External prefix cache queries from KV connector cross-instance cache sharing, in terms of number of queried tokens.",
+                prompt - cached,
+            ),
+            (
+                "vllm:external_prefix_cache_hits_total",
+                "External prefix cache hits from KV connector cross-instance cache sharing, in terms of number of cached tokens.",
+                external,
+            ),
+            ("vllm:prompt_tokens_total", "Number of prefill tokens processed.", prompt),
+            (
+                "vllm:generation_tokens_total",
+                "Number of generation tokens processed.",
+                count(&counters.generated_tokens),
+            ),
+        ];
+        for (name, help, value) in totals {
+            self.one((name, "counter", help), value);
+        }
+        self.family(
+            ("vllm:prompt_tokens_by_source_total", "counter", "Number of prompt tokens by source."),
+            &[
+                ("source=\"local_compute\"", count(&counters.computed_tokens)),
+                ("source=\"local_cache_hit\"", cached),
+                ("source=\"external_kv_transfer\"", external),
+            ],
+        );
+        self.family(
+            ("vllm:request_success_total", "counter", "Count of successfully processed requests."),
+            &[
+                ("finished_reason=\"stop\"", count(&counters.finished_stop)),
+                ("finished_reason=\"length\"", count(&counters.finished_length)),
+            ],
+        );
+    }
+
+    fn info(&mut self, pod: &Pod) {
+        let cache = format!(
+            "block_size=\"{}\",cache_dtype=\"auto\",enable_prefix_caching=\"True\",engine=\"0\",gpu_memory_utilization=\"0.9\",num_gpu_blocks=\"{}\"",
+            pod.config.block_tokens,
+            pod.cache.capacity()
+        );
+        let _ = writeln!(
+            self.text,
+            "# HELP vllm:cache_config_info Information of the LLMEngine CacheConfig\n# TYPE vllm:cache_config_info gauge\n\
+             vllm:cache_config_info{{{cache}}} 1.0"
+        );
+        let (running, waiting) = pod.adapters();
+        let adapters = format!(
+            "max_lora=\"{}\",running_lora_adapters={},waiting_lora_adapters={}",
+            pod.config.loras.len(),
+            label(&running),
+            label(&waiting)
+        );
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let _ = writeln!(
+            self.text,
+            "# HELP vllm:lora_requests_info Running stats on lora requests.\n# TYPE vllm:lora_requests_info gauge\n\
+             vllm:lora_requests_info{{{adapters}}} {:?}",
+            now.as_secs_f64()
+        );
+    }
+}
+
+fn count(counter: &AtomicU64) -> f64 {
+    counter.load(Relaxed) as f64
 }
 
 fn label(value: &str) -> String {

@@ -158,8 +158,45 @@ fn run(args: &Args) -> Result<()> {
         config: args.config.clone(),
     };
     let traces = loads(args)?;
+    let cases = cases(args, &traces, classes);
+    let bar = ProgressBar::new(0).with_style(
+        ProgressStyle::with_template("{bar:40} {human_pos} of {human_len} requests, {eta} left")
+            .unwrap_or_else(|_| ProgressStyle::default_bar()),
+    );
+    let jobs: Vec<_> = (0..cases.len()).flat_map(|case| (0..args.seeds).map(move |seed| (case, seed))).collect();
+    let mut rows: Vec<(usize, Row)> = jobs
+        .par_iter()
+        .map(|(index, seed)| {
+            let (case, entries) = &cases[*index];
+            let load = Load::new(entries, &case.pods, &timing, case.share, *seed);
+            let setup = Setup {
+                pods: &case.pods,
+                timing: &timing,
+                brains: &brains,
+                classes,
+                decode_by: args.decode_by,
+                closed_loop: args.closed_loop,
+                seed: *seed,
+            };
+            bar.inc_length((load.len() * policies.len()) as u64);
+            let runs = policies.par_iter().map(|policy| Ok((*index, simulate(&load, *policy, &setup, &bar)?)));
+            runs.collect::<Result<Vec<_>>>()
+        })
+        .collect::<Result<Vec<_>>>()?
+        .into_iter()
+        .flatten()
+        .collect();
+    bar.finish_and_clear();
+    rows.sort_by_key(|(index, row)| (*index, row.policy, row.seed));
+    let cases: Vec<Case> = cases.into_iter().map(|(case, _)| case).collect();
+    report::print(&cases, &rows, args.slo);
+    report::save(&args.out, &cases, &rows, args.slo)
+}
+
+/// Every load on every fleet: one case each.
+fn cases<'a>(args: &Args, traces: &'a [(String, Vec<Entry>)], classes: Classes) -> Vec<(Case, &'a Vec<Entry>)> {
     let mut cases = Vec::new();
-    for (name, entries) in &traces {
+    for (name, entries) in traces {
         for fleet in &args.pods {
             for cache_tokens in &args.cache_tokens {
                 let pods = Pods {
@@ -169,52 +206,23 @@ fn run(args: &Args) -> Result<()> {
                     fast_tokens: args.fast_tokens,
                     decode_cache_tokens: args.decode_cache_tokens.unwrap_or(*cache_tokens),
                 };
-                for share in &args.load {
-                    cases.push((Case { load: name.clone(), pods, share: *share, classes }, entries));
-                }
+                let case = |share: &f64| (Case { load: name.clone(), pods, share: *share, classes }, entries);
+                cases.extend(args.load.iter().map(case));
             }
         }
     }
-    let bar = ProgressBar::new(0).with_style(
-        ProgressStyle::with_template("{bar:40} {human_pos} of {human_len} requests, {eta} left")
-            .unwrap_or_else(|_| ProgressStyle::default_bar()),
-    );
-    let jobs: Vec<_> = (0..cases.len()).flat_map(|case| (0..args.seeds).map(move |seed| (case, seed))).collect();
-    let mut rows: Vec<(usize, Row)> = jobs
-        .par_iter()
-        .map(|(at, seed)| {
-            let (case, entries) = &cases[*at];
-            let load = Load::new(entries, &case.pods, &timing, case.share, *seed);
-            bar.inc_length((load.len() * policies.len()) as u64);
-            let runs = policies.par_iter().map(|policy| {
-                let setup = Setup {
-                    pods: &case.pods,
-                    timing: &timing,
-                    brains: &brains,
-                    classes,
-                    decode_by: args.decode_by,
-                    closed_loop: args.closed_loop,
-                    seed: *seed,
-                };
-                let mut sent = 0;
-                let outcome = sim::run(&load, *policy, &setup, || {
-                    sent += 1;
-                    if sent % 1_000 == 0 {
-                        bar.inc(1_000);
-                    }
-                })?;
-                bar.inc(sent % 1_000);
-                Ok((*at, Row { policy: *policy, seed: *seed, outcome }))
-            });
-            runs.collect::<Result<Vec<_>>>()
-        })
-        .collect::<Result<Vec<_>>>()?
-        .into_iter()
-        .flatten()
-        .collect();
-    bar.finish_and_clear();
-    rows.sort_by_key(|(at, row)| (*at, row.policy, row.seed));
-    let cases: Vec<Case> = cases.into_iter().map(|(case, _)| case).collect();
-    report::print(&cases, &rows, args.slo);
-    report::save(&args.out, &cases, &rows, args.slo)
+    cases
+}
+
+/// One policy on one load. The progress bar moves with it.
+fn simulate(load: &Load, policy: Policy, setup: &Setup<'_>, bar: &ProgressBar) -> Result<Row> {
+    let mut sent = 0;
+    let outcome = sim::run(load, policy, setup, || {
+        sent += 1;
+        if sent % 1_000 == 0 {
+            bar.inc(1_000);
+        }
+    })?;
+    bar.inc(sent % 1_000);
+    Ok(Row { policy, seed: setup.seed, outcome })
 }

@@ -7,9 +7,9 @@ use super::attached::{gateways, policies, proxy, serves_engines};
 use super::containers::has_token;
 use super::filters::Filter;
 use super::images::digest;
-use super::manifests::{Manifests, Object, items, text};
 use super::report::Report;
 use super::{order, others, readiness, rewrites};
+use crate::cli::manifests::{Manifests, Object, items, text};
 
 /// Value of the destination header that the route sets.
 const DESTINATION: &str = "%FILTER_STATE(wasm.pd.destination:PLAIN)%";

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::manifests::{Manifests, Object, items, text};
+use crate::cli::manifests::{Manifests, Object, items, text};
 
 /// The Gateways of a route, as far as they are here.
 pub(super) fn gateways<'a>(route: &'a Object, all: &'a Manifests) -> impl Iterator<Item = &'a Object> {

@@ -3,8 +3,8 @@
 use serde_json::Value;
 
 use super::images;
-use super::manifests::{Manifests, Object, items, text};
 use crate::cli::arguments::TOKEN_VARIABLE;
+use crate::cli::manifests::{Manifests, Object, items, text};
 
 /// Label with the version of a program.
 const VERSION_LABEL: &str = "app.kubernetes.io/version";

@@ -5,8 +5,8 @@ use serde_json::Value;
 
 use super::content::config_faults;
 use super::faults::MAX_FAULTS;
-use super::manifests::{Manifests, Object, items, text};
 use super::report::Report;
+use crate::cli::manifests::{Manifests, Object, items, text};
 
 /// Keys by which a configuration of this filter is known, also one with faults.
 const OUR_KEYS: &[&str] = &["bootstrap_cluster", "control", "destination_header", "pools", "prefix", "trusted_headers"];

@@ -1,6 +1,6 @@
 //! Digests and versions of images.
 
-use super::manifests::{Manifests, text};
+use crate::cli::manifests::{Manifests, text};
 
 /// The sha256 digest of an image's name; `None` when it has none or an incomplete one.
 pub(super) fn digest(image: &str) -> Option<&str> {

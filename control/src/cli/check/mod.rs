@@ -11,7 +11,6 @@ mod content;
 mod faults;
 mod filters;
 mod images;
-mod manifests;
 mod order;
 mod others;
 mod policies;
@@ -27,10 +26,10 @@ use std::path::{Path, PathBuf};
 
 pub use report::Report;
 
+use crate::cli::manifests::Manifests;
 use crate::sources::yaml::{self, FileError};
 use content::{Good, Kind, kind};
 use faults::MAX_FAULTS;
-use manifests::Manifests;
 
 /// Checks files; `-` is standard input. `applied` has the manifests in force, to check the rollout from them.
 #[must_use]

@@ -2,8 +2,8 @@
 
 use serde_json::Value;
 
-use super::manifests::{Object, items, text};
 use super::report::Report;
+use crate::cli::manifests::{Object, items, text};
 
 /// The filter that holds the headers until ours has chosen, and ours.
 const BUFFER: &str = "buffer";
@@ -104,8 +104,8 @@ fn effective(entries: &[Value]) -> Vec<&'static str> {
 mod tests {
     use std::path::Path;
 
-    use super::super::manifests::Manifests;
     use super::*;
+    use crate::cli::manifests::Manifests;
 
     fn faults(order: &str) -> Vec<String> {
         let mut manifests = Manifests::default();

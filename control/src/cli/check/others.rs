@@ -5,8 +5,8 @@ use serde_json::Value;
 
 use super::attached::serves_engines;
 use super::filters::Filter;
-use super::manifests::{Manifests, Object, items, text};
 use super::report::Report;
+use crate::cli::manifests::{Manifests, Object, items, text};
 
 /// Header that Envoy AI Gateway sets to the model that it has read from the body.
 const MODEL_HEADER: &str = "x-ai-eg-model";

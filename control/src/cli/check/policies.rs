@@ -4,9 +4,9 @@ use serde_json::Value;
 
 use super::filters::{Filter, filters};
 use super::images::digest;
-use super::manifests::{Manifests, Object, text};
 use super::report::Report;
 use super::{agree, rollout};
+use crate::cli::manifests::{Manifests, Object, text};
 
 /// Checks every filter; returns their policies. `old` has the manifests in force now.
 pub(super) fn check<'a>(new: &'a Manifests, old: &Manifests, report: &mut Report) -> Vec<&'a Object> {

@@ -5,8 +5,8 @@ use serde_json::Value;
 
 use super::attached::{gateways, policies, proxy};
 use super::filters::Filter;
-use super::manifests::{Manifests, Object, items, text};
 use super::report::Report;
+use crate::cli::manifests::{Manifests, Object, items, text};
 
 /// What of a `SecurityPolicy` asks for credentials, which a probe has not.
 const CREDENTIALS: &[&str] = &["apiKeyAuth", "basicAuth", "extAuth", "jwt", "oidc"];

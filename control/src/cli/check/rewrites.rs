@@ -4,8 +4,8 @@ use serde_json::Value;
 
 use super::attached::serves_engines;
 use super::filters::Filter;
-use super::manifests::{Manifests, Object, items, text};
 use super::report::Report;
+use crate::cli::manifests::{Manifests, Object, items, text};
 
 /// Begin of the values that the route takes from the filter itself.
 const OURS: &str = "%FILTER_STATE(wasm.pd.";
@@ -134,8 +134,8 @@ fn check_extension(object: &Object, report: &mut Report) {
 #[cfg(test)]
 mod tests {
     use super::super::filters::filters;
-    use super::super::manifests::Manifests;
     use super::*;
+    use crate::cli::manifests::Manifests;
 
     fn checked(config: &str, rule: &str, more: &str) -> Report {
         let text = format!(

@@ -3,9 +3,9 @@
 use super::containers;
 use super::filters::{Filter, filters};
 use super::images::version;
-use super::manifests::{Manifests, Object};
 use super::release::{self, Release};
 use super::report::Report;
+use crate::cli::manifests::{Manifests, Object};
 
 /// Checks a filter's configuration against the release of its image, and against the release that runs until its pods
 /// are replaced.

@@ -7,10 +7,10 @@ use serde_json::Value;
 use super::containers::{Container, NAME_LABEL, containers};
 use super::content::{self, Kind, kind};
 use super::faults::MAX_FAULTS;
-use super::manifests::{Manifests, Object, items, text};
 use super::release;
 use super::report::Report;
 use crate::cli::arguments::files_of;
+use crate::cli::manifests::{Manifests, Object, items, text};
 use crate::sources::yaml::FileError;
 
 /// Checks every pd-control; returns the objects that were checked.

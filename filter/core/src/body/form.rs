@@ -221,7 +221,7 @@ impl Form {
     }
 }
 
-/// `json` without what the cuts name.
+/// `json` without the spans `cuts`, which are in order and do not overlap. A span that begins beyond the end cuts nothing.
 #[must_use]
 pub fn without(json: &[u8], cuts: &[Span]) -> Vec<u8> {
     let mut out = Vec::with_capacity(json.len());

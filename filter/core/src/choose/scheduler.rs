@@ -20,12 +20,12 @@ use crate::prefix::index::{EndpointIndex, PrefixIndex};
 use crate::time::Monotonic;
 use crate::wire::Role;
 
-/// A chosen endpoint.
+/// A chosen endpoint, and what the choice expects of it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Pick {
     /// The endpoint.
     pub endpoint: EndpointIndex,
-    /// Matched tokens, by the index.
+    /// Tokens of the prompt that the endpoint holds, by the index; 0 or more.
     pub matched_tokens: f64,
     /// S: seconds that the endpoint needs for the prompt.
     pub seconds: f64,

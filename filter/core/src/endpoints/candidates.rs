@@ -166,7 +166,7 @@ impl Candidates {
         }
     }
 
-    /// Keeps only endpoints that stay.
+    /// Keeps the endpoints for which `stays` is true, in every set. A set may become empty.
     pub fn retain(&mut self, stays: impl Fn(EndpointIndex) -> bool) {
         self.sets().into_iter().for_each(|set| set.retain(|index| stays(*index)));
         self.partners.values_mut().for_each(|set| set.retain(|index| stays(*index)));

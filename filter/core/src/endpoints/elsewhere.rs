@@ -14,7 +14,7 @@ pub struct Totals {
 }
 
 impl Totals {
-    /// The sum.
+    /// The sum of each count. Counts wrap, as [`minus`](Self::minus) undoes it.
     #[must_use]
     pub fn plus(self, other: Self) -> Self {
         Self {
@@ -24,7 +24,7 @@ impl Totals {
         }
     }
 
-    /// The difference.
+    /// The difference of each count, wrapping: a count may pass through values below 0 while messages cross.
     #[must_use]
     pub fn minus(self, other: Self) -> Self {
         Self {

@@ -89,7 +89,7 @@ impl Health {
         self.probing = false;
     }
 
-    /// The endpoint answered: it is healthy.
+    /// The endpoint answered: it is healthy, its failures are forgotten and its probe has ended.
     pub fn answered(&mut self) {
         *self = Self::default();
     }
@@ -101,7 +101,7 @@ impl Health {
         }
     }
 
-    /// Whether a probe is under way.
+    /// Whether a probe is under way: the one request that an ejected endpoint gets when its pause is over.
     #[must_use]
     pub fn is_probing(&self) -> bool {
         self.probing

@@ -73,7 +73,7 @@ impl PrefillQueue {
         }
     }
 
-    /// Drops legs that have expired.
+    /// Drops legs that have expired. Where the oldest one is among them, the next one's progress starts at `now`.
     pub fn prune(&mut self, now: Monotonic) {
         let head = self.jobs.front().map(|job| job.id);
         self.jobs.retain(|job| job.expires > now);
@@ -121,7 +121,7 @@ pub struct Load {
 }
 
 impl Load {
-    /// Adds a request.
+    /// Adds a request of `tokens` KV tokens. Both sums stay at their largest value instead of wrapping.
     pub fn add(&mut self, tokens: u64) {
         self.tokens = self.tokens.saturating_add(tokens);
         self.requests = self.requests.saturating_add(1);

@@ -93,7 +93,7 @@ pub struct Peers {
 }
 
 impl Answers {
-    /// Notes an answer.
+    /// Notes an answer; `None`: a good one. The answer before the last 16 is forgotten.
     pub fn note(&mut self, leg: Leg, error: Option<ErrorKind>) {
         let recent = match leg {
             Leg::Prefill => &mut self.prefill,
@@ -154,7 +154,7 @@ impl Answers {
 }
 
 impl Peers {
-    /// Adds one peer.
+    /// Adds the answers of one peer to one leg. `is_ejected`: the peer gets no requests now.
     pub fn add(&mut self, answers: &Answers, leg: Leg, kind: ErrorKind, is_ejected: bool) {
         self.answers = self.answers.saturating_add(u32::from(answers.recent(leg).answers));
         self.errors = self.errors.saturating_add(answers.window(leg, kind).count_ones());

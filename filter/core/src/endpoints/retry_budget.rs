@@ -20,7 +20,7 @@ impl Default for RetryBudget {
 }
 
 impl RetryBudget {
-    /// A request made its first try.
+    /// A request made its first try: the budget grows by a share of a retry, up to its bound.
     pub fn earn(&mut self) {
         self.retries = (self.retries + RETRIES_PER_TRY).min(MOST_RETRIES);
     }

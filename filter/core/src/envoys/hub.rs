@@ -28,7 +28,7 @@ const RELAY_BYTES: usize = MAX_MESSAGE_BYTES / 4;
 /// Most endpoints of one record; the hub ignores further ones.
 const MAX_LOADS: usize = crate::wire::MAX_ENDPOINTS;
 
-/// A hub.
+/// What one replica of pd-control knows of all Envoys: their loads, their block logs, their reports.
 #[derive(Debug)]
 pub struct Hub {
     id: u64,

@@ -17,9 +17,9 @@ use crate::endpoints::elsewhere::Totals;
 
 /// Path at `pd-control` that takes an [`ExchangeRequest`] by POST and answers with an [`ExchangeResponse`].
 pub const EXCHANGE_PATH: &str = "/v1/exchange";
-/// Version of these messages.
+/// Version of these messages. A hub and a leader of different versions do not read each other's messages.
 pub const EXCHANGE_VERSION: u64 = 1;
-/// Most bytes of a message.
+/// Most bytes of a message. A larger message is refused whole.
 pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
 /// Most bytes of blocks in one message: a worker reads them in a few milliseconds. Larger messages are refused.
 pub const MAX_BLOCKS_BYTES: usize = 256 << 10;

@@ -45,7 +45,7 @@ pub fn prefix_units(blocks: usize) -> usize {
     smaller.saturating_add(blocks.saturating_sub(before).saturating_mul(units))
 }
 
-/// Hashes of one prompt.
+/// Hashes of one prompt. Equal beginnings of two prompts have equal first hashes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PromptHash {
     /// Hash of each whole block, in order.

@@ -27,7 +27,8 @@ const BYTES_PER_PAIR: usize =
     2 * (BLOCK_BYTES + NODE_BYTES + 4 * size_of::<u32>() + (PLACES * PLACE_BYTES).div_ceil(PAIRS));
 /// Number of requests over which the share of requests with a block is averaged.
 const SHARE_WINDOW: f32 = 1_000.0;
-/// The index of one worker.
+
+/// Which endpoint holds which blocks, as one worker knows it: a bounded table with an LRU list per endpoint.
 #[derive(Debug)]
 pub struct PrefixIndex {
     lru: Lru,

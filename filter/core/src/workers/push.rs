@@ -15,7 +15,7 @@ use crate::wire::{Snapshot, WATCH_PATH, WireError};
 use crate::workers::shared::{ABSENT, Shared};
 use crate::workers::worker::Worker;
 
-/// Time between two calls of [`Push::tick`].
+/// Time between two calls of [`Push::tick`]: a fifth of a lease.
 pub const TICK: Duration = Duration::from_millis(200);
 /// How long a lease lasts without renewal: five ticks, so that another worker replaces a dead leader within two seconds.
 const LEASE: Duration = Duration::from_millis(1_000);

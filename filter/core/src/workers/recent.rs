@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::codec::{Reader, Writer};
 use crate::time::Monotonic;
 
-/// Most decisions of a report.
+/// Most decisions of a report; the oldest give way.
 pub const MAX_DECISIONS: usize = 8;
 /// Least time between two decisions of a worker that are recorded.
 const DECISION_PAUSE: Duration = Duration::from_millis(200);

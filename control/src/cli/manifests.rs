@@ -9,23 +9,23 @@ use crate::sources::yaml::{self, FileError};
 
 /// The objects of all files.
 #[derive(Debug, Default)]
-pub(super) struct Manifests(Vec<Object>);
+pub(in crate::cli) struct Manifests(Vec<Object>);
 
 /// An object and its place in a file.
 #[derive(Debug)]
-pub(super) struct Object {
-    pub(super) file: PathBuf,
+pub(in crate::cli) struct Object {
+    pub(in crate::cli) file: PathBuf,
     /// First line of its document, from 1.
     line: u64,
-    pub(super) kind: String,
-    pub(super) namespace: String,
-    pub(super) name: String,
-    pub(super) value: Value,
+    pub(in crate::cli) kind: String,
+    pub(in crate::cli) namespace: String,
+    pub(in crate::cli) name: String,
+    pub(in crate::cli) value: Value,
 }
 
 impl Manifests {
     /// Adds the objects of a file, those of a `List` one by one.
-    pub(super) fn read(&mut self, path: &Path, bytes: &[u8]) -> Result<(), FileError> {
+    pub(in crate::cli) fn read(&mut self, path: &Path, bytes: &[u8]) -> Result<(), FileError> {
         for document in yaml::parse_documents::<Spanned<Value>>(path, bytes)? {
             self.take(path, document.defined.line(), document.value);
         }
@@ -44,27 +44,27 @@ impl Manifests {
         self.0.push(Object { file: path.to_owned(), line, kind, namespace, name, value });
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(in crate::cli) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
     /// Number of objects of a file.
-    pub(super) fn count(&self, path: &Path) -> usize {
+    pub(in crate::cli) fn count(&self, path: &Path) -> usize {
         self.0.iter().filter(|object| object.file == path).count()
     }
 
-    pub(super) fn of_kind(&self, kind: &str) -> impl Iterator<Item = &Object> {
+    pub(in crate::cli) fn of_kind(&self, kind: &str) -> impl Iterator<Item = &Object> {
         self.0.iter().filter(move |object| object.kind == kind)
     }
 
-    pub(super) fn find(&self, kind: &str, namespace: &str, name: &str) -> Option<&Object> {
+    pub(in crate::cli) fn find(&self, kind: &str, namespace: &str, name: &str) -> Option<&Object> {
         self.of_kind(kind).find(|object| object.namespace == namespace && object.name == name)
     }
 }
 
 impl Object {
     /// Kind, namespace and name: `Deployment llm/pd-control`.
-    pub(super) fn title(&self) -> String {
+    pub(in crate::cli) fn title(&self) -> String {
         match self.namespace.as_str() {
             "" => format!("{} {}", self.kind, self.name),
             namespace => format!("{} {namespace}/{}", self.kind, self.name),
@@ -72,17 +72,17 @@ impl Object {
     }
 
     /// One line about a key of the object.
-    pub(super) fn says(&self, key: &str, what: impl std::fmt::Display) -> String {
+    pub(in crate::cli) fn says(&self, key: &str, what: impl std::fmt::Display) -> String {
         format!("{}:{}: {}: {key}: {what}", self.file.display(), self.line, self.title())
     }
 
     /// Whether the object's `targetRefs` name `other` or a part of it, or its `targetSelectors` find it.
-    pub(super) fn targets(&self, other: &Self) -> bool {
+    pub(in crate::cli) fn targets(&self, other: &Self) -> bool {
         self.targets_kind(&other.kind, other)
     }
 
     /// The same of an object of another kind that has this one's name and labels.
-    pub(super) fn targets_kind(&self, kind: &str, other: &Self) -> bool {
+    pub(in crate::cli) fn targets_kind(&self, kind: &str, other: &Self) -> bool {
         let is_it = |target: &Value| text(target, "/kind") == kind && text(target, "/name") == other.name;
         let is_found = |selector: &Value| text(selector, "/kind") == kind && other.has_labels_of(selector);
         let selectors = items(&self.value, "/spec/targetSelectors");
@@ -103,12 +103,12 @@ impl Object {
 }
 
 /// The string at a JSON pointer; empty when there is none.
-pub(super) fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
+pub(in crate::cli) fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
     value.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
 }
 
 /// The items of the list at a JSON pointer; none when there is no list.
-pub(super) fn items<'a>(value: &'a Value, pointer: &str) -> &'a [Value] {
+pub(in crate::cli) fn items<'a>(value: &'a Value, pointer: &str) -> &'a [Value] {
     value.pointer(pointer).and_then(Value::as_array).map_or(&[], Vec::as_slice)
 }
 
