@@ -303,7 +303,8 @@ fn a_failed_attempt_is_that_of_every_endpoint_up_to_the_last_one() {
 
 #[test]
 fn a_leg_that_envoy_did_not_send_is_no_endpoints_fault() {
-    for body in ["no healthy upstream", "upstream connect error or disconnect/reset before headers. reset reason: overflow"]
+    for body in
+        ["no healthy upstream", "upstream connect error or disconnect/reset before headers. reset reason: overflow"]
     {
         let mut t = fixture();
         t.headers(&[]);
