@@ -111,6 +111,17 @@ mod abi {
             cas: u32,
         ) -> u32;
         pub fn proxy_set_tick_period_milliseconds(period: u32) -> u32;
+        pub fn proxy_set_effective_context(context: u32) -> u32;
+        pub fn proxy_register_shared_queue(name: *const u8, name_size: usize, token: *mut u32) -> u32;
+        pub fn proxy_resolve_shared_queue(
+            vm_id: *const u8,
+            vm_id_size: usize,
+            name: *const u8,
+            name_size: usize,
+            token: *mut u32,
+        ) -> u32;
+        pub fn proxy_enqueue_shared_queue(token: u32, value: *const u8, value_size: usize) -> u32;
+        pub fn proxy_dequeue_shared_queue(token: u32, data: *mut *mut u8, size: *mut usize) -> u32;
     }
 
     #[link(wasm_import_module = "wasi_snapshot_preview1")]
@@ -300,6 +311,42 @@ pub fn set_tick_period(period: Duration) -> HostResult<()> {
     let period = u32::try_from(period.as_millis()).unwrap_or(u32::MAX);
     // SAFETY: no pointers.
     check(unsafe { abi::proxy_set_tick_period_milliseconds(period) })
+}
+
+/// Makes the host calls that follow in this callback act on another context.
+pub fn set_effective_context(context: u32) -> HostResult<()> {
+    // SAFETY: no pointers.
+    check(unsafe { abi::proxy_set_effective_context(context) })
+}
+
+/// Makes this root context the one that is woken by items of a queue; the queue's token.
+pub fn register_queue(name: &str) -> HostResult<u32> {
+    let mut token = 0;
+    // SAFETY: pointer and length are of one string, the out-pointer outlives the call.
+    check(unsafe { abi::proxy_register_shared_queue(name.as_ptr(), name.len(), &mut token) }).map(|()| token)
+}
+
+/// The token of a queue that another worker registered.
+pub fn resolve_queue(vm_id: &[u8], name: &str) -> HostResult<u32> {
+    let mut token = 0;
+    // SAFETY: pointers and lengths are of one slice or string each, the out-pointer outlives the call.
+    let status =
+        unsafe { abi::proxy_resolve_shared_queue(vm_id.as_ptr(), vm_id.len(), name.as_ptr(), name.len(), &mut token) };
+    check(status).map(|()| token)
+}
+
+/// Puts an item into a queue, which wakes the root context that registered it.
+pub fn enqueue(token: u32, item: &[u8]) -> HostResult<()> {
+    // SAFETY: pointer and length are of one slice.
+    check(unsafe { abi::proxy_enqueue_shared_queue(token, item.as_ptr(), item.len()) })
+}
+
+/// Takes an item out of a queue; an error where it has none.
+pub fn dequeue(token: u32) -> HostResult<Vec<u8>> {
+    let (mut data, mut size) = (null_mut(), 0);
+    // SAFETY: both out-pointers outlive the call.
+    let status = unsafe { abi::proxy_dequeue_shared_queue(token, &mut data, &mut size) };
+    returned(status, data, size)
 }
 
 /// Starts a call-out for the current context and returns its token.

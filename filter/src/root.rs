@@ -1,6 +1,7 @@
 //! Root context: configuration, ticks, the poll of `pd-control` and the calls of the exchange. One per worker.
 
 use core::cell::RefCell;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use log::{error, info, warn};
@@ -12,21 +13,77 @@ use proxy_wasm::types::ContextType;
 
 use crate::host::{self, Buffer, HostError, Map};
 use crate::metrics::MetricIds;
-use crate::shell::Shell;
-use crate::stream::Stream;
+use crate::shell::{Shell, WaitingStream};
+use crate::stream::{Stream, StreamContext};
 use crate::version::{BUILD, FEATURES, VERSION};
 
 const NOT_FOUND: HostError = HostError(1);
 
 /// Root context.
-#[derive(Default)]
 pub struct Root {
+    id: u32,
     shell: Rc<RefCell<Shell>>,
     poll: Option<u32>,
     calls: Vec<(u32, CallKind)>,
+    /// Calls of streams that were started in a callback of this context: their ends come to this context too.
+    stream_calls: BTreeMap<u32, WaitingStream>,
 }
 
 impl Root {
+    /// The root context of that number.
+    pub fn new(id: u32) -> Self {
+        Self { id, shell: Rc::default(), poll: None, calls: Vec::new(), stream_calls: BTreeMap::new() }
+    }
+
+    /// Passes its turn to one waiting request. One only: the host must not start a call and answer a client in the same
+    /// callback. Another callback follows where more of them wait.
+    fn take_turn(&mut self) {
+        let now = host::now();
+        let (turn, waiting) = {
+            let Ok(mut shell) = self.shell.try_borrow_mut() else { return };
+            shell.is_turn_missed = false;
+            shell.catch_up(now);
+            let turn = shell.worker.next_turn(now);
+            let waiting = turn.and_then(|turn| shell.waiting.remove(&turn.id));
+            (turn, waiting)
+        };
+        if let Some(turn) = turn {
+            let is_taken = waiting.is_some_and(|waiting| self.with_stream(waiting, |stream| stream.turn(turn, now)));
+            if let Ok(mut shell) = self.shell.try_borrow_mut() {
+                if !is_taken {
+                    shell.worker.forget_waiting(turn.id);
+                }
+                if shell.worker.has_waiting() {
+                    shell.wake_self();
+                }
+            }
+        }
+        if let Ok(mut shell) = self.shell.try_borrow_mut() {
+            shell.publish(now);
+            shell.wake_workers();
+            shell.set_tick_period(now);
+        }
+    }
+
+    /// Does something for a stream in a callback of this context. `false`: the stream is gone.
+    fn with_stream(&mut self, of: WaitingStream, act: impl FnOnce(&mut Stream)) -> bool {
+        let Some(stream) = of.stream.upgrade() else { return false };
+        if host::set_effective_context(of.context).is_err() {
+            return false;
+        }
+        if let Ok(mut stream) = stream.try_borrow_mut() {
+            act(&mut stream);
+            if let Some(token) = stream.call() {
+                self.stream_calls.insert(token, of);
+            }
+        }
+        let back = host::set_effective_context(self.id);
+        if let Ok(mut shell) = self.shell.try_borrow_mut() {
+            shell.expect_ok("root context", back);
+        }
+        true
+    }
+
     /// Starts a poll, where one is due.
     fn start(&mut self, poll: Option<Poll>) {
         let Some(poll) = poll else { return };
@@ -75,7 +132,8 @@ impl Root {
             exchange.answered(worker, kind, status, &body, now);
         }
         shell.publish(now);
-        shell.set_tick_period();
+        shell.wake_workers();
+        shell.set_tick_period(now);
     }
 }
 
@@ -84,6 +142,10 @@ impl Context for Root {
         if let Some(index) = self.calls.iter().position(|(started, _)| *started == token) {
             let (_, kind) = self.calls.swap_remove(index);
             self.exchanged(kind, num_headers > 0);
+            return;
+        }
+        if let Some(of) = self.stream_calls.remove(&token) {
+            self.with_stream(of, |stream| stream.call_ended(token, num_headers));
             return;
         }
         if self.poll != Some(token) {
@@ -130,8 +192,15 @@ impl RootContext for Root {
             Err(NOT_FOUND) => shell.configure(b""),
             Err(HostError(status)) => error!("plugin configuration cannot be read: host status {status}"),
         }
-        shell.set_tick_period();
+        shell.set_tick_period(host::now());
         true
+    }
+
+    fn on_queue_ready(&mut self, queue: u32) {
+        let is_first = self.shell.try_borrow_mut().is_ok_and(|mut shell| shell.wakes.take_all(queue));
+        if is_first {
+            self.take_turn();
+        }
     }
 
     fn on_tick(&mut self) {
@@ -141,19 +210,27 @@ impl RootContext for Root {
             shell.catch_up(now);
             let calls = shell.exchange(now);
             shell.publish(now);
-            // The exchange may tick more often than the rest.
-            let is_exchanging = shell.exchange.is_busy();
-            let is_whole = shell.pace.is_whole(is_exchanging, now);
+            // The exchange and waiting requests may tick more often than the rest.
+            let is_whole = shell.pace.is_whole(now);
             let poll = if is_whole { shell.whole_tick(now) } else { None };
-            shell.set_tick_period();
+            if shell.worker.has_waiting() {
+                shell.wake_self();
+            }
+            shell.wake_workers();
+            shell.set_tick_period(now);
             (poll, calls)
         };
+        // Where the host has no queues, the turn is taken here, unless this callback starts calls.
+        let is_quiet = poll.is_none() && calls.is_empty();
         self.start(poll);
         self.exchange(calls);
+        if is_quiet && self.shell.try_borrow().is_ok_and(|shell| shell.is_turn_missed) {
+            self.take_turn();
+        }
     }
 
-    fn create_http_context(&self, _: u32) -> Option<Box<dyn HttpContext>> {
-        Some(Box::new(Stream::new(Rc::clone(&self.shell))))
+    fn create_http_context(&self, context: u32) -> Option<Box<dyn HttpContext>> {
+        Some(Box::new(StreamContext::new(Rc::clone(&self.shell), context)))
     }
 
     fn get_type(&self) -> Option<ContextType> {

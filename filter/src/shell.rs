@@ -1,5 +1,9 @@
 //! What the root context and the streams of a worker share: core's parts, each with the host calls that it needs.
 
+use core::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Weak;
+
 use log::{error, info, warn};
 use pd_core::envoys::client::{ExchangeCall, ExchangeClient};
 use pd_core::envoys::pace::Pace;
@@ -14,7 +18,9 @@ use pd_core::workers::worker::{Configured, Worker};
 
 use crate::host::{self, HostError, HostResult};
 use crate::metrics::MetricIds;
+use crate::stream::Stream;
 use crate::version::{BUILD, VERSION};
+use crate::wake::WakeQueues;
 
 /// What the root context and the streams of a worker share.
 #[derive(Default)]
@@ -30,6 +36,20 @@ pub struct Shell {
     pub metrics: MetricIds,
     /// When what is due.
     pub pace: Pace,
+    /// Streams whose requests wait, by the request's number.
+    pub waiting: BTreeMap<u64, WaitingStream>,
+    /// How workers are woken.
+    pub wakes: WakeQueues,
+    /// Whether the host could not wake this worker, so that its next tick takes a turn.
+    pub is_turn_missed: bool,
+}
+
+/// A stream whose request waits.
+pub struct WaitingStream {
+    /// The stream's context.
+    pub context: u32,
+    /// The stream; gone when the host has deleted it.
+    pub stream: Weak<RefCell<Stream>>,
 }
 
 impl Shell {
@@ -44,6 +64,27 @@ impl Shell {
     /// Publishes this worker's events to the other workers.
     pub fn publish(&mut self, now: Monotonic) {
         self.log.publish(&mut self.worker, &self.metrics, now);
+    }
+
+    /// Wakes the workers for whose waiting requests there may be room. Call it when their events are published.
+    pub fn wake_workers(&mut self) {
+        let own = self.push.worker_id();
+        let workers: Vec<u64> = self.worker.workers_to_wake().collect();
+        for worker in workers {
+            self.worker.counts.count(Metric::Wakes);
+            if worker == own {
+                self.wake_self();
+            } else if let Some(slot) = self.log.slot_of(worker) {
+                self.wakes.wake(slot);
+            }
+        }
+    }
+
+    /// Takes a turn after this callback.
+    pub fn wake_self(&mut self) {
+        if !self.wakes.wake_self() {
+            self.is_turn_missed = true;
+        }
     }
 
     /// Counts a host call that failed where none should.
@@ -95,6 +136,7 @@ impl Shell {
         self.exchange.configure(&mut self.worker, config.control.as_ref());
         self.log.introduce(VERSION, BUILD, &config.revision);
         self.log.configure(&mut self.worker, &self.metrics, worker_id, now);
+        self.wakes.hold(self.log.slot().filter(|_| config.has_queue()));
         info!(
             "worker {}: revision {:?}, {} static endpoints, pd-control: {}",
             self.push.worker_id(),
@@ -107,9 +149,11 @@ impl Shell {
     /// Does what is due at every tick of the push, and returns the poll that is due.
     pub fn whole_tick(&mut self, now: Monotonic) -> Option<Poll> {
         self.flush();
-        let Self { worker, push, log, metrics, .. } = self;
+        let Self { worker, push, log, metrics, wakes, .. } = self;
         worker.prune(now);
         log.tick(worker, metrics, now);
+        let has_queue = worker.config.as_ref().is_ok_and(|config| config.has_queue());
+        wakes.hold(log.slot().filter(|_| has_queue));
         let poll = push.tick(metrics, now);
         metrics.set_levels(push.levels(worker, now), unix_time());
         poll
@@ -126,8 +170,9 @@ impl Shell {
     }
 
     /// Sets the time between two ticks, where it has changed.
-    pub fn set_tick_period(&mut self) {
-        let Some(period) = self.pace.new_period(self.exchange.is_busy()) else { return };
+    pub fn set_tick_period(&mut self, now: Monotonic) {
+        let look = self.worker.next_look(now);
+        let Some(period) = self.pace.new_period(self.exchange.is_busy(), look) else { return };
         if let Err(HostError(status)) = host::set_tick_period(period) {
             error!("no ticks, so no poll of pd-control: host status {status}");
         }

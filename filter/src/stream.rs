@@ -1,30 +1,107 @@
 //! HTTP context: one request.
 
 use core::cell::RefCell;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 
 use log::warn;
 use pd_core::headers::Headers;
 use pd_core::request::upstream::AnswerSource;
 use pd_core::request::{Effect, Flow, Outcome, PrefillAnswer, Request};
 use pd_core::time::Monotonic;
+use pd_core::workers::turns::Turn;
 use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
 
 use crate::host::{self, Buffer, Map};
-use crate::shell::Shell;
+use crate::shell::{Shell, WaitingStream};
 
 /// One request and the worker it belongs to.
 pub struct Stream {
     shell: Rc<RefCell<Shell>>,
+    context: u32,
+    /// The stream itself, for the time that its request waits.
+    own: Weak<RefCell<Self>>,
     request: Request,
     call: Option<u32>,
+    waiting: Option<u64>,
+}
+
+/// A stream as the SDK calls it. The root context calls the same one when it is a waiting request's turn.
+pub struct StreamContext(Rc<RefCell<Stream>>);
+
+impl StreamContext {
+    /// A request of which nothing has come yet.
+    pub fn new(shell: Rc<RefCell<Shell>>, context: u32) -> Self {
+        Self(Rc::new_cyclic(|own| {
+            let (own, request) = (Weak::clone(own), Request::default());
+            RefCell::new(Stream { shell, context, own, request, call: None, waiting: None })
+        }))
+    }
 }
 
 impl Stream {
-    /// A request of which nothing has come yet.
-    pub fn new(shell: Rc<RefCell<Shell>>) -> Self {
-        Self { shell, request: Request::default(), call: None }
+    /// The call that this stream waits for.
+    pub fn call(&self) -> Option<u32> {
+        self.call
+    }
+
+    /// It is the turn of this stream's request.
+    pub fn turn(&mut self, turn: Turn, now: Monotonic) {
+        let body = || host::buffer(Buffer::RequestBody).ok();
+        let flow = self.step(now, |request, shell| request.turn(&mut shell.worker, turn, body, now));
+        self.resume(flow);
+    }
+
+    /// A call ended.
+    pub fn call_ended(&mut self, token: u32, num_headers: usize) {
+        if self.call != Some(token) {
+            return;
+        }
+        self.call = None;
+        let now = host::now();
+        let status = if num_headers > 0 { host::status(Map::Call) } else { None };
+        // pd-core passes answers other than 200 on to the client, with their type.
+        let is_passed_on = status.is_some_and(|status| status != 200);
+        let content_type = if is_passed_on { host::header(Map::Call, "content-type").ok() } else { None };
+        let answer_body = host::buffer(Buffer::CallBody).unwrap_or_default();
+        let answer = match status {
+            Some(status) => {
+                PrefillAnswer::Answered { status, content_type: content_type.as_deref(), body: &answer_body }
+            }
+            None => PrefillAnswer::None,
+        };
+        let body = || host::buffer(Buffer::RequestBody).ok();
+        let flow = self.step(now, |request, shell| {
+            shell.catch_up(now);
+            request.prefill_answer(&mut shell.worker, answer, body, now)
+        });
+        self.resume(flow);
+    }
+
+    fn resume(&self, flow: Flow) {
+        if flow == Flow::Continue {
+            let resumed = host::resume_request();
+            if let Ok(mut shell) = self.shell.try_borrow_mut() {
+                shell.expect_ok("resume", resumed);
+            }
+        }
+    }
+
+    /// Notes whether the request waits now, so that the root context finds the stream when it is its turn.
+    fn note_waiting(&mut self, shell: &mut Shell, now: Monotonic) {
+        let waiting = self.request.waiting_id();
+        if self.waiting == waiting {
+            return;
+        }
+        if let Some(before) = self.waiting {
+            shell.waiting.remove(&before);
+        }
+        self.waiting = waiting;
+        if let Some(id) = waiting {
+            let stream = Weak::clone(&self.own);
+            shell.waiting.insert(id, WaitingStream { context: self.context, stream });
+            shell.set_tick_period(now);
+        }
     }
 
     /// Passes an event to the request, carries out its effects and publishes what happened.
@@ -33,7 +110,9 @@ impl Stream {
         let Ok(mut shell) = shell.try_borrow_mut() else { return Flow::Continue };
         let outcome = event(&mut self.request, &mut shell);
         let flow = self.carry_out_all(&mut shell, outcome, now);
+        self.note_waiting(&mut shell, now);
         shell.publish(now);
+        shell.wake_workers();
         flow
     }
 
@@ -109,7 +188,8 @@ impl Stream {
 
     fn whole_body(&mut self) -> Action {
         if !self.request.wants_body() {
-            return action(if self.request.is_prefilling() { Flow::Pause } else { Flow::Continue });
+            let is_held = self.request.is_prefilling() || self.request.waiting_id().is_some();
+            return action(if is_held { Flow::Pause } else { Flow::Continue });
         }
         let body = host::buffer(Buffer::RequestBody);
         let now = host::now();
@@ -130,40 +210,45 @@ fn action(flow: Flow) -> Action {
     }
 }
 
-impl Context for Stream {
+impl Context for StreamContext {
     fn on_http_call_response(&mut self, token: u32, num_headers: usize, _: usize, _: usize) {
-        if self.call != Some(token) {
-            return;
-        }
-        self.call = None;
-        let now = host::now();
-        let status = if num_headers > 0 { host::status(Map::Call) } else { None };
-        // pd-core passes answers other than 200 on to the client, with their type.
-        let is_passed_on = status.is_some_and(|status| status != 200);
-        let content_type = if is_passed_on { host::header(Map::Call, "content-type").ok() } else { None };
-        let answer_body = host::buffer(Buffer::CallBody).unwrap_or_default();
-        let answer = match status {
-            Some(status) => {
-                PrefillAnswer::Answered { status, content_type: content_type.as_deref(), body: &answer_body }
-            }
-            None => PrefillAnswer::None,
-        };
-        let body = || host::buffer(Buffer::RequestBody).ok();
-        let flow = self.step(now, |request, shell| {
-            shell.catch_up(now);
-            request.prefill_answer(&mut shell.worker, answer, body, now)
-        });
-        if flow == Flow::Continue {
-            let resumed = host::resume_request();
-            if let Ok(mut shell) = self.shell.try_borrow_mut() {
-                shell.expect_ok("resume", resumed);
-            }
+        if let Ok(mut stream) = self.0.try_borrow_mut() {
+            stream.call_ended(token, num_headers);
         }
     }
 }
 
-impl HttpContext for Stream {
+impl HttpContext for StreamContext {
     fn on_http_request_headers(&mut self, _: usize, end_of_stream: bool) -> Action {
+        self.0.try_borrow_mut().map_or(Action::Continue, |mut stream| stream.request_headers(end_of_stream))
+    }
+
+    fn on_http_request_body(&mut self, bytes: usize, end_of_stream: bool) -> Action {
+        self.0.try_borrow_mut().map_or(Action::Continue, |mut stream| stream.request_body(bytes, end_of_stream))
+    }
+
+    fn on_http_request_trailers(&mut self, _: usize) -> Action {
+        self.0.try_borrow_mut().map_or(Action::Continue, |mut stream| stream.whole_body())
+    }
+
+    fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
+        self.0.try_borrow_mut().map_or(Action::Continue, |mut stream| stream.response_headers())
+    }
+
+    fn on_http_response_body(&mut self, bytes: usize, end_of_stream: bool) -> Action {
+        self.0.try_borrow_mut().map_or(Action::Continue, |mut stream| stream.response_body(bytes, end_of_stream))
+    }
+
+    fn on_log(&mut self) {
+        if let Ok(mut stream) = self.0.try_borrow_mut() {
+            stream.done();
+        }
+    }
+}
+
+/// Callbacks of the stream.
+impl Stream {
+    fn request_headers(&mut self, end_of_stream: bool) -> Action {
         let headers = host::headers(Map::Request);
         let now = host::now();
         action(self.step(now, |request, shell| {
@@ -173,18 +258,14 @@ impl HttpContext for Stream {
         }))
     }
 
-    fn on_http_request_body(&mut self, bytes: usize, end_of_stream: bool) -> Action {
+    fn request_body(&mut self, bytes: usize, end_of_stream: bool) -> Action {
         if end_of_stream {
             return self.whole_body();
         }
         action(self.part(|request, shell| request.body_part(&mut shell.worker, bytes)))
     }
 
-    fn on_http_request_trailers(&mut self, _: usize) -> Action {
-        self.whole_body()
-    }
-
-    fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
+    fn response_headers(&mut self) -> Action {
         if self.request.is_forwarded() {
             let status = host::status(Map::Response);
             let property = |path| move || host::property(path).ok();
@@ -197,7 +278,7 @@ impl HttpContext for Stream {
         Action::Continue
     }
 
-    fn on_http_response_body(&mut self, bytes: usize, end_of_stream: bool) -> Action {
+    fn response_body(&mut self, bytes: usize, end_of_stream: bool) -> Action {
         if bytes > 0
             && self.request.awaits_first_byte()
             && let Ok(mut shell) = self.shell.try_borrow_mut()
@@ -214,11 +295,14 @@ impl HttpContext for Stream {
         Action::Continue
     }
 
-    fn on_log(&mut self) {
-        if let Ok(mut shell) = self.shell.try_borrow_mut() {
+    fn done(&mut self) {
+        let shell = Rc::clone(&self.shell);
+        if let Ok(mut shell) = shell.try_borrow_mut() {
             let now = host::now();
             self.request.done(&mut shell.worker, now);
+            self.note_waiting(&mut shell, now);
             shell.publish(now);
+            shell.wake_workers();
         }
     }
 }

@@ -40,7 +40,7 @@ const CONFIGS: [&str; 8] = [
         {"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.1:2","role":"prefill"},
         {"address":"10.0.0.2:1","role":"decode"},{"address":"10.0.0.2:2","role":"both"}]}"#,
     r#"{"prefix":{"block_bytes":64,"index_bytes":65536},"pools":{"default":{"on_prefill_failure":"fail","split":{"mode":"always"},
-        "cache_tokens":100}},"endpoints":[{"address":"10.0.0.1:1","role":"prefill","models":["m"],"group":"g"},
+        "cache_tokens":100,"queue":{"enabled":true,"lead_ms":1,"max_wait_ms":2000,"max_requests":3}}},"endpoints":[{"address":"10.0.0.1:1","role":"prefill","models":["m"],"group":"g"},
         {"address":"10.0.0.2:1","role":"decode","models":["m"],"group":"g"},{"address":"10.0.0.2:2","role":"decode","models":["m"]}]}"#,
     r#"{"pools":{"default":{"engine":"vllm-shared","split":{"mode":"always"},"prefill_attempts":8,"alternates":0}},
         "endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#,
@@ -51,10 +51,10 @@ const CONFIGS: [&str; 8] = [
     r#"{"prefix":{"block_bytes":64},"pools":{"default":{"engine":"mooncake","split":{"uncached_tokens":1}}},"endpoints":[
         {"address":"10.0.0.1:1","role":"prefill","bootstrap_port":9},{"address":"10.0.0.1:2","role":"prefill"},
         {"address":"10.0.0.2:1","role":"decode"},{"address":"10.0.0.2:2","role":"decode"}]}"#,
-    r#"{"prefix":{"block_bytes":64},"pools":{"default":{"engine":"trtllm","split":{"mode":"always"}}},"endpoints":[
+    r#"{"prefix":{"block_bytes":64},"pools":{"default":{"engine":"trtllm","split":{"mode":"always"},"queue":{"enabled":true,"lead_ms":1}}},"endpoints":[
         {"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"},
         {"address":"10.0.0.1:2","role":"prefill","engine":"neuron"},{"address":"10.0.0.2:2","role":"decode","engine":"neuron"}]}"#,
-    r#"{"prefix":{"block_bytes":64},"pools":{"default":{"engine":"sidecar","split":{"uncached_tokens":1}}},"endpoints":[
+    r#"{"prefix":{"block_bytes":64},"pools":{"default":{"engine":"sidecar","split":{"uncached_tokens":1},"queue":{"enabled":true,"lead_ms":1}}},"endpoints":[
         {"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.2:1","role":"decode","rank":3}]}"#,
 ];
 const BODIES: [&str; 6] = [
@@ -202,10 +202,12 @@ pub fn run(input: &[u8]) {
             10 => now += Duration::from_millis(u64::from(choices.byte()) * 8),
             _ => worker.prune(now),
         }
+        take_turns(&mut worker, &mut live, now, &known);
     }
     for Live { mut request, .. } in live {
         request.done(&mut worker, now);
     }
+    assert!(worker.state.waiting.is_empty() && !worker.has_waiting(), "a request waits that is over");
     worker.prune(now + Duration::from_secs(7_200));
     for (_, state) in worker.state.table.iter() {
         assert!(state.prefill.is_empty(), "prefill work is left at {}", state.address);
@@ -214,6 +216,19 @@ pub fn run(input: &[u8]) {
     for gauge in [Metric::PrefillInFlight, Metric::DecodeInFlight, Metric::DecodeTokensInFlight] {
         assert_eq!(worker.counts.pending(gauge), 0, "{gauge:?}");
     }
+}
+
+/// Passes turns to the requests that they are for. A turn ends the wait, or begins another one.
+fn take_turns(worker: &mut Worker, live: &mut [Live], now: Monotonic, known: &HashSet<String>) {
+    for _ in 0..64 {
+        let Some(turn) = worker.next_turn(now) else { return };
+        let waiting = live.iter_mut().find(|live| live.request.waiting_id() == Some(turn.id));
+        let Live { request, body } = waiting.expect("a turn of a request that waits");
+        let outcome = request.turn(worker, turn, || Some(body.clone()), now);
+        check(&outcome, body, known);
+        assert_ne!(request.waiting_id(), Some(turn.id));
+    }
+    panic!("turns without end");
 }
 
 fn addresses(worker: &Worker) -> HashSet<String> {

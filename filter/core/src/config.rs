@@ -168,6 +168,25 @@ pub struct Pool {
     pub tells_prefills_cached_tokens: bool,
     /// What may be in flight.
     pub limits: Limits,
+    /// Whether and how requests wait for a prefill endpoint with room.
+    pub queue: Queue,
+}
+
+/// How requests of a pool wait for a prefill endpoint with room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Queue {
+    /// Whether they wait at all. Otherwise each goes to an endpoint as soon as it comes.
+    pub is_on: bool,
+    /// Work that an endpoint may have left and still have room.
+    pub lead: Duration,
+    /// Longest wait. Who has waited so long gets 503.
+    pub max_wait: Duration,
+    /// How long a request can be overtaken by others of its priority.
+    pub overtaken: Duration,
+    /// Most requests that wait at this Envoy.
+    pub max_requests: usize,
+    /// Most bytes that they take.
+    pub max_bytes: usize,
 }
 
 /// Limits of one pool, all workers of an Envoy together. 0: none.
@@ -355,6 +374,31 @@ struct RawPool {
     cached_tokens: CachedTokens,
     max_requests: u64,
     max_tokens: u64,
+    queue: RawQueue,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawQueue {
+    enabled: bool,
+    lead_ms: u64,
+    max_wait_ms: u64,
+    overtaken_ms: u64,
+    max_requests: usize,
+    max_bytes: usize,
+}
+
+impl Default for RawQueue {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            lead_ms: 20,
+            max_wait_ms: 600_000,
+            overtaken_ms: 300_000,
+            max_requests: 8_192,
+            max_bytes: 512 << 20,
+        }
+    }
 }
 
 impl Default for RawPool {
@@ -376,6 +420,7 @@ impl Default for RawPool {
             cached_tokens: CachedTokens::Prefill,
             max_requests: 0,
             max_tokens: 0,
+            queue: RawQueue::default(),
         }
     }
 }
@@ -545,6 +590,18 @@ impl Config {
         self.objectives.get(objective).copied().or_else(|| objective.parse().ok()).unwrap_or(0)
     }
 
+    /// The policies: each pool that the configuration names, and `default` if it does not name that.
+    pub fn policies(&self) -> impl Iterator<Item = (&str, &Pool)> {
+        let named = self.pools.iter().map(|(name, pool)| (name.as_str(), pool));
+        named.chain([("default", &self.default_pool)])
+    }
+
+    /// Whether requests of any pool may wait.
+    #[must_use]
+    pub fn has_queue(&self) -> bool {
+        self.policies().any(|(_, pool)| pool.queue.is_on)
+    }
+
     /// Whether a client may set this header of ours.
     #[must_use]
     pub fn trusts(&self, header: &str) -> bool {
@@ -612,6 +669,11 @@ impl Pool {
             (Key::PoolsRendezvousShare, raw.rendezvous_share.unwrap_or(0.0)),
             (Key::PoolsCacheTokens, raw.cache_tokens as f64),
             (Key::PoolsBytesPerToken, raw.bytes_per_token),
+            (Key::PoolsQueueLeadMs, raw.queue.lead_ms as f64),
+            (Key::PoolsQueueMaxWaitMs, raw.queue.max_wait_ms as f64),
+            (Key::PoolsQueueOvertakenMs, raw.queue.overtaken_ms as f64),
+            (Key::PoolsQueueMaxRequests, raw.queue.max_requests as f64),
+            (Key::PoolsQueueMaxBytes, raw.queue.max_bytes as f64),
         ];
         for (key, value) in numbers {
             check_range(&key.path().replacen("NAME", name, 1), key, value)?;
@@ -641,6 +703,14 @@ impl Pool {
             bytes_per_token: raw.bytes_per_token,
             tells_prefills_cached_tokens: matches!(raw.cached_tokens, CachedTokens::Prefill),
             limits: Limits { requests: raw.max_requests, tokens: raw.max_tokens },
+            queue: Queue {
+                is_on: raw.queue.enabled,
+                lead: Duration::from_millis(raw.queue.lead_ms),
+                max_wait: Duration::from_millis(raw.queue.max_wait_ms),
+                overtaken: Duration::from_millis(raw.queue.overtaken_ms),
+                max_requests: raw.queue.max_requests,
+                max_bytes: raw.queue.max_bytes,
+            },
         }
     }
 }
@@ -730,6 +800,10 @@ mod tests {
             (r#"{"models":{"a":{"targets":[{"model":""}]}}}"#, "models.a"),
             (r#"{"models":{"a":{"targets":[{"modle":"x"}]}}}"#, "modle"),
             (r#"{"pools":{"a":{"cached_tokens":"both"}}}"#, "`both`"),
+            (r#"{"pools":{"a":{"queue":{"lead_ms":0}}}}"#, "pools.a.queue.lead_ms"),
+            (r#"{"pools":{"a":{"queue":{"max_wait_ms":3600001}}}}"#, "pools.a.queue.max_wait_ms"),
+            (r#"{"pools":{"a":{"queue":{"max_requests":0}}}}"#, "pools.a.queue.max_requests"),
+            (r#"{"pools":{"a":{"queue":{"leed_ms":20}}}}"#, "leed_ms"),
             (r#"{"bootstrap_cluster":""}"#, "bootstrap_cluster"),
             (r#"{"control":{}}"#, "cluster"),
             (r#"{"control":{"cluster":"c","wait_ms":1}}"#, "control.wait_ms"),

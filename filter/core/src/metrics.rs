@@ -58,6 +58,17 @@ metrics! {
     ShedSheddable Counter "pd_requests_shed_total;reason=sheddable" "Requests answered with 429 because they were sheddable and the pool was at 80 % of its limit",
     ShedFairShare Counter "pd_requests_shed_total;reason=fair_share" "Requests answered with 429 because their fairness id had more than its share and the pool was at 80 % of its limit",
     ShedDeadline Counter "pd_requests_shed_total;reason=deadline" "Requests answered with 429 because no endpoint could compute the prompt by the client's deadline",
+    BoundAtOnce Counter "pd_bound_total;result=at_once" "Requests of pools with a queue for which a prefill endpoint had room when they came",
+    BoundLater Counter "pd_bound_total;result=waited" "Requests that waited in the gateway until a prefill endpoint had room",
+    QueueRequests Counter "pd_queue_refused_total;reason=queue_requests" "Requests answered with 429 because as many requests waited as may",
+    QueueBytes Counter "pd_queue_refused_total;reason=queue_bytes" "Requests answered with 429 because as many bytes waited as may",
+    QueueDeadline Counter "pd_queue_refused_total;reason=deadline" "Requests answered with 429 because they would have waited, or had waited, beyond the client's deadline",
+    QueueTimeout Counter "pd_queue_refused_total;reason=queue_timeout" "Requests answered with 503 because they had waited as long as they may",
+    WaitMsHigh Histogram "pd_wait_high_ms" "Milliseconds that requests with a priority above 0 waited for a prefill endpoint with room",
+    WaitMsNormal Histogram "pd_wait_normal_ms" "Milliseconds that requests of priority 0 waited for a prefill endpoint with room",
+    WaitMsLow Histogram "pd_wait_low_ms" "Milliseconds that requests with a priority below 0 waited for a prefill endpoint with room",
+    WaitsLeft Counter "pd_waits_left_total" "Requests whose client left while they waited",
+    Wakes Counter "pd_wakes_total" "Wake-ups of a worker, by itself or another one, because an endpoint may have room for one of its waiting requests",
     PromptTokens Counter "pd_prompt_tokens_total" "Prompt tokens, estimated from bytes",
     MatchedTokens Counter "pd_matched_tokens_total" "Prompt tokens that the prefix index held at the endpoint that computed the prompt",
     PrefillOk Counter "pd_prefill_legs_total;result=ok" "Prefill legs answered with 200",
@@ -138,6 +149,15 @@ pub const INDEX_BYTES: &str = "pd_index_bytes";
 pub const FITTED_GAUGES: [&str; 4] =
     ["pd_prefill_cost_a_us", "pd_prefill_cost_b_ns", "pd_prefill_cost_c_fs", "pd_bytes_per_token_milli"];
 
+/// Names of the gauges of a pool's waiting requests, each with a `pool` label.
+pub const WAITING_GAUGES: [&str; 2] = ["pd_waiting_requests", "pd_waiting_work_ms"];
+
+/// A pool's name as the value of a tag: it may have characters that Envoy or the syntax of tags does not take.
+#[must_use]
+pub fn tag_value(name: &str) -> String {
+    name.chars().map(|c| if c.is_ascii_alphanumeric() || c == '-' || c == '_' { c } else { '_' }).collect()
+}
+
 /// A metric whose name or labels are made at run time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Family {
@@ -194,6 +214,18 @@ pub const FAMILIES: &[Family] = &[
         kind: MetricKind::Gauge,
         labels: &["pool"],
         help: "Bytes of JSON per 1,000 prompt tokens, fitted to the `usage` of prefill answers",
+    },
+    Family {
+        name: WAITING_GAUGES[0],
+        kind: MetricKind::Gauge,
+        labels: &["pool"],
+        help: "Requests that wait in this Envoy for a prefill endpoint with room, all workers together",
+    },
+    Family {
+        name: WAITING_GAUGES[1],
+        kind: MetricKind::Gauge,
+        labels: &["pool"],
+        help: "Prefill work of the waiting requests in milliseconds, where most of each prompt is held",
     },
     Family {
         name: "pd_build_seen_seconds",

@@ -26,3 +26,4 @@ mod soak;
 mod split;
 mod stripping;
 mod support;
+mod waiting;

@@ -2,8 +2,7 @@
 //!
 //! - [`admission`]: limits of a pool, shedding and fair shares.
 //! - [`prompt`]: what a choice needs to know of a prompt.
-//! - [`queue`]: which waiting request a prefill endpoint with room gets next. The trace simulator runs it; the filter does
-//!   not hold requests yet.
+//! - [`queue`]: which waiting request a prefill endpoint with room gets next; `room` says which endpoints have room.
 //! - [`decode_cost`], [`weight`]: decode by the tokens to move, and affinity that follows the load. The trace simulator runs
 //!   them; the filter's choices do not use them yet.
 //! - [`scheduler`]: split or whole, and the endpoint of each leg. `shortlist` has the endpoints that it compares, `explain`
@@ -14,6 +13,7 @@ pub mod decode_cost;
 mod explain;
 pub mod prompt;
 pub mod queue;
+mod room;
 pub mod scheduler;
 mod shortlist;
 pub mod weight;

@@ -400,6 +400,14 @@ impl Queue {
         self.remove(id)
     }
 
+    /// When the oldest request came.
+    #[must_use]
+    pub fn oldest(&self) -> Option<Duration> {
+        let priorities = self.seconds.keys();
+        let oldest = priorities.filter_map(|priority| self.arrivals.range((*priority, Duration::ZERO, 0)..).next());
+        oldest.map(|(_, arrival, _)| *arrival).min()
+    }
+
     /// A request whose deadline is over, the earliest first.
     #[must_use]
     pub fn expired(&self, now: Duration) -> Option<u64> {
@@ -426,7 +434,18 @@ impl Queue {
     /// not), sends the request and calls [`bind`](Self::bind).
     #[must_use]
     pub fn next(&self, servers: &[Server], now: Duration) -> Option<Binding> {
-        let view = View { queue: self, servers, price: self.price(servers.len()) };
+        self.next_without(servers, now, &|_| false)
+    }
+
+    /// As [`next`](Self::next), of the requests that are not `passed_over`, by their ids.
+    #[must_use]
+    pub fn next_without(
+        &self,
+        servers: &[Server],
+        now: Duration,
+        passed_over: &dyn Fn(u64) -> bool,
+    ) -> Option<Binding> {
+        let view = View { queue: self, servers, price: self.price(servers.len()), passed_over };
         if self.is_empty() || !view.with_room().any(|_| true) {
             return None;
         }
@@ -493,6 +512,7 @@ struct View<'a> {
     queue: &'a Queue,
     servers: &'a [Server],
     price: f64,
+    passed_over: &'a dyn Fn(u64) -> bool,
 }
 
 impl<'a> View<'a> {
@@ -529,7 +549,8 @@ impl<'a> View<'a> {
     fn overdue(&self, priority: Reverse<i32>, now: Duration) -> Option<Binding> {
         let since = now.checked_sub(self.queue.rule.longest_wait)?;
         let old = self.queue.arrivals.range((priority, Duration::ZERO, 0)..=(priority, since, u64::MAX));
-        let mut entries = old.take(LOOK).filter_map(|(.., id)| self.queue.entries.get(id));
+        let old = old.filter(|(.., id)| !(self.passed_over)(*id)).take(LOOK);
+        let mut entries = old.filter_map(|(.., id)| self.queue.entries.get(id));
         entries.find_map(|entry| self.preferred(entry))
     }
 
@@ -564,7 +585,9 @@ impl<'a> View<'a> {
             if place.group != group || best.as_ref().is_some_and(|(best, _)| *best <= candidate) {
                 return;
             }
-            let Some(entry) = self.queue.entries.get(&place.id) else { continue };
+            let Some(entry) = self.queue.entries.get(&place.id).filter(|_| !(self.passed_over)(place.id)) else {
+                continue;
+            };
             // Its rank says where it stands on this server only.
             if let Some(binding) = self.preferred(entry)
                 && (group.server == Some(binding.server) || (group.server.is_none() && binding.held_tokens == 0.0))

@@ -11,7 +11,7 @@
 
 use crate::choose::prompt::Prompt;
 use crate::choose::shortlist::{HOLDERS, View};
-use crate::config::{Pool, Split};
+use crate::config::{Cost, Pool, Split};
 use crate::endpoints::candidates::Candidates;
 use crate::endpoints::endpoint_state::EndpointState;
 use crate::endpoints::table::Table;
@@ -224,7 +224,9 @@ impl<'a> Scheduler<'a> {
         cached.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, pick)| pick)
     }
 
-    fn pick(&self, endpoint: EndpointIndex, prompt: &Prompt) -> Pick {
+    /// An endpoint as a pick for the prompt.
+    #[must_use]
+    pub(crate) fn pick(&self, endpoint: EndpointIndex, prompt: &Prompt) -> Pick {
         let matched_tokens = self.matched_tokens(endpoint, prompt);
         let seconds = self.table.get(endpoint).map_or(0.0, |state| self.seconds(state, prompt, matched_tokens));
         Pick { endpoint, matched_tokens, seconds }
@@ -232,8 +234,7 @@ impl<'a> Scheduler<'a> {
 
     /// S: seconds that this endpoint needs for the prompt, of which it holds `held` tokens.
     fn seconds(&self, state: &EndpointState, prompt: &Prompt, held: f64) -> f64 {
-        let cost = self.table.cost(state).filter(|_| self.pool.fit).unwrap_or(self.pool.cost);
-        cost.seconds(prompt.tokens, held) / state.endpoint.weight
+        self.prefill_cost(state).seconds(prompt.tokens, held)
     }
 
     /// W + w·S of an endpoint; `owner`: it is the rendezvous endpoint, `session`: it served the session last.
@@ -260,12 +261,19 @@ impl<'a> Scheduler<'a> {
         CostedPick { pick, cost: state.work(self.now) + self.pool.affinity_weight * own }
     }
 
+    /// The prefill cost of an endpoint.
+    pub(super) fn prefill_cost(&self, state: &EndpointState) -> Cost {
+        let Cost { a, b, c } = self.table.cost(state).filter(|_| self.pool.fit).unwrap_or(self.pool.cost);
+        let weight = state.endpoint.weight;
+        Cost { a: a / weight, b: b / weight, c: c / weight }
+    }
+
     /// β: as configured, or by the share of the other Envoys that do not exchange.
     fn rendezvous_share(&self) -> f64 {
         self.pool.rendezvous_share.unwrap_or_else(|| NO_EXCHANGE_SHARE * self.table.fleet.not_exchanging())
     }
 
-    fn matched_tokens(&self, endpoint: EndpointIndex, prompt: &Prompt) -> f64 {
+    pub(super) fn matched_tokens(&self, endpoint: EndpointIndex, prompt: &Prompt) -> f64 {
         let units = prefix_units(self.index.matched(endpoint, &prompt.hash.blocks));
         (units as f64 * prompt.block_tokens).min(prompt.tokens)
     }

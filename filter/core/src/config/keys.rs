@@ -153,6 +153,18 @@ keys! {
         "Limit of requests in flight at this Envoy, all workers together. Above it requests get 429. From 80 % of the limit on, sheddable requests and requests beyond a fair share get 429."
     PoolsMaxTokens "pools.NAME.max_tokens" "0", Values::Described("tokens; 0: no limit"),
         "The same limit for KV tokens in flight: prompts and expected output. A pool with nothing in flight takes any request."
+    PoolsQueueEnabled "pools.NAME.queue.enabled" "false", BOOLEAN,
+        "Whether requests that are to be split wait in the gateway until a prefill endpoint has room, and go to an endpoint only then. Requests for engines that want both legs at once (SGLang, Mooncake) do not wait."
+    PoolsQueueLeadMs "pools.NAME.queue.lead_ms" "20", Values::between(1.0, 60_000.0, "ms"),
+        "A prefill endpoint has room while the work that it has left takes less than this. More binds requests earlier than needed; less leaves an endpoint idle for as long as a request takes to reach it."
+    PoolsQueueMaxWaitMs "pools.NAME.queue.max_wait_ms" "600000", Values::between(1.0, 3_600_000.0, "ms"),
+        "Longest wait of a request. A request that has waited so long gets 503 with the reason `queue_timeout`."
+    PoolsQueueOvertakenMs "pools.NAME.queue.overtaken_ms" "300000", Values::between(0.0, 3_600_000.0, "ms"),
+        "A waiting request can be overtaken by other requests of its priority for this long. After that the oldest goes first."
+    PoolsQueueMaxRequests "pools.NAME.queue.max_requests" "8192", Values::between(1.0, 1_000_000.0, "requests"),
+        "Most requests that wait at this Envoy, all workers together. Above it requests get 429 with the reason `queue_requests`."
+    PoolsQueueMaxBytes "pools.NAME.queue.max_bytes" "536870912", Values::between(1_024.0, 1_099_511_627_776.0, "bytes"),
+        "Most bytes that the bodies of waiting requests and the filter's 1,024 bytes for each take at this Envoy. Above it requests get 429 with the reason `queue_bytes`."
     PoolsCostA "pools.NAME.cost.a_ms" "15.0", Values::between(0.0, 60_000.0, "ms"),
         "Constant of the prefill cost. A prompt of *n* tokens of which *p* are cached takes a + b·(n − p) + c·(n² − p²). The defaults fit an 8-billion-parameter model on one H100."
     PoolsCostB "pools.NAME.cost.b_us" "25.0", Values::between(0.0, 1e6, "µs per token"),

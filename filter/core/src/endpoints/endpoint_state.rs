@@ -57,6 +57,13 @@ impl EndpointState {
         self.prefill.work(now) + self.elsewhere_seconds()
     }
 
+    /// Seconds until the endpoint is through with what this Envoy has in flight here. A leg that takes longer than it
+    /// should is taken to need as long again as it is late.
+    #[must_use]
+    pub(crate) fn own_seconds_left(&self, now: Monotonic) -> f64 {
+        self.prefill.work(now) + self.prefill.late(now)
+    }
+
     /// KV tokens assigned to this endpoint, by every Envoy that exchanges.
     #[must_use]
     pub fn decode_tokens(&self) -> u64 {

@@ -89,6 +89,13 @@ impl PrefillQueue {
         self.seconds - self.progress(now)
     }
 
+    /// Seconds by which the oldest leg takes longer than it should; 0 where it does not.
+    #[must_use]
+    pub fn late(&self, now: Monotonic) -> f64 {
+        let Some(head) = self.jobs.front() else { return 0.0 };
+        (now.saturating_sub(self.head_since).as_secs_f64() - head.seconds).max(0.0)
+    }
+
     /// Legs in flight.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -175,6 +182,7 @@ mod tests {
         queue.add(2, 3.0, ms(500), FAR);
         assert_eq!(queue.work(ms(1_000)), 4.0);
         assert_eq!(queue.work(ms(9_000)), 3.0, "an overdue head makes no more progress than its length");
+        assert_eq!((queue.late(ms(1_000)), queue.late(ms(9_000))), (0.0, 7.0));
         assert!(queue.remove(1, ms(9_000)));
         assert_eq!(queue.work(ms(10_000)), 2.0);
         assert!(!queue.remove(1, ms(10_000)));

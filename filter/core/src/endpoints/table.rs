@@ -14,6 +14,7 @@ use crate::endpoints::health::Health;
 use crate::endpoints::load::{Load, PrefillQueue};
 use crate::endpoints::outliers::{Answers, ErrorKind, Leg, Peers};
 use crate::endpoints::usage::Usage;
+use crate::metrics::tag_value;
 use crate::prefix::index::{EndpointIndex, PrefixIndex};
 use crate::time::Monotonic;
 use crate::wire::{Endpoint, EndpointId, Snapshot, State};
@@ -46,6 +47,7 @@ pub struct Table {
     elsewhere: HashMap<u64, Totals>,
     /// Number of the Envoys that there are.
     pub fleet: Fleet,
+    changes: u64,
 }
 
 /// What a snapshot did to the table.
@@ -125,6 +127,12 @@ impl Table {
     #[must_use]
     pub fn version(&self) -> (&str, u64) {
         (&self.epoch, self.version)
+    }
+
+    /// Number of changes of the list. Candidates that were had at the same number are still those of the list.
+    #[must_use]
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes
     }
 
     /// The whole list in force, as a snapshot.
@@ -261,9 +269,7 @@ impl Table {
     pub fn fitted_gauges(&self) -> impl Iterator<Item = (String, u64)> {
         let fits = self.fits().filter(|(_, fit)| fit.observations() > 0);
         fits.flat_map(|(pool, fit)| {
-            // A pool's name may have characters that Envoy or the syntax of tags does not take.
-            let plain = |c: char| if c.is_ascii_alphanumeric() || c == '-' || c == '_' { c } else { '_' };
-            let pool: String = pool.chars().map(plain).collect();
+            let pool = tag_value(pool);
             fit.gauges().map(|(name, value)| (format!("{name};pool={pool}"), value))
         })
     }
@@ -415,6 +421,7 @@ impl Table {
 
     /// Sorts the endpoints and makes the sets of candidates from them.
     fn rebuild(&mut self) {
+        self.changes = self.changes.wrapping_add(1);
         let states = &self.states;
         let state_of = |index: EndpointIndex| states.get(index as usize)?.as_ref();
         self.by_key.retain(|(key, index)| state_of(*index).is_some_and(|state| state.key == *key));

@@ -1,4 +1,4 @@
-//! Pace of the host's ticks: the exchange wants more of them than the rest of the worker.
+//! Pace of the host's ticks: the exchange and waiting requests want more of them than the rest of the worker.
 
 use core::time::Duration;
 
@@ -17,20 +17,24 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// Whether all that a worker does at a tick is due, or the exchange alone. Call it once a tick; `is_exchanging` is
-    /// [`ExchangeClient::is_busy`](client::ExchangeClient::is_busy).
-    pub fn is_whole(&mut self, is_exchanging: bool, now: Monotonic) -> bool {
+    /// Whether all that a worker does at a tick is due, or a part of it. Call it once a tick.
+    pub fn is_whole(&mut self, now: Monotonic) -> bool {
         let since = now.saturating_sub(self.last_whole).saturating_add(SLACK);
-        let is_whole = !is_exchanging || since >= push::TICK;
+        let is_whole = self.period >= push::TICK || since >= push::TICK;
         if is_whole {
             self.last_whole = now;
         }
         is_whole
     }
 
-    /// The time between two ticks from now on; `None` where it has not changed.
-    pub fn new_period(&mut self, is_exchanging: bool) -> Option<Duration> {
+    /// The time between two ticks from now on; `None` where it has not changed. `is_exchanging` is
+    /// [`ExchangeClient::is_busy`](client::ExchangeClient::is_busy), `look` the time until waiting requests are to be
+    /// looked at, where there are any.
+    pub fn new_period(&mut self, is_exchanging: bool, look: Option<Duration>) -> Option<Duration> {
         let period = if is_exchanging { client::TICK } else { push::TICK };
+        // The host counts milliseconds.
+        let look = look.map(|look| Duration::from_millis(u64::try_from(look.as_millis()).unwrap_or(u64::MAX)));
+        let period = look.map_or(period, |look| period.min(look.saturating_add(Duration::from_millis(1))));
         let has_changed = self.period != period;
         self.period = period;
         has_changed.then_some(period)
@@ -48,23 +52,35 @@ mod tests {
     #[test]
     fn a_worker_that_exchanges_does_the_rest_as_often_as_one_that_does_not() {
         let mut pace = Pace::default();
-        assert!(pace.is_whole(false, ms(1_000)) && pace.is_whole(false, ms(1_050)), "every tick, where it does not");
-        let whole = (1..=40).filter(|tick| pace.is_whole(true, ms(1_050 + tick * 50))).count();
+        pace.new_period(false, None);
+        assert!(pace.is_whole(ms(1_000)) && pace.is_whole(ms(1_050)), "every tick, where it does not");
+        pace.new_period(true, None);
+        let whole = (1..=40).filter(|tick| pace.is_whole(ms(1_050 + tick * 50))).count();
         assert_eq!(whole, 10, "of forty ticks of 50 ms");
     }
 
     #[test]
     fn a_tick_that_comes_a_little_early_counts() {
         let mut pace = Pace::default();
-        assert!(pace.is_whole(false, ms(1_000)));
-        assert!(!pace.is_whole(true, ms(1_179)));
-        assert!(pace.is_whole(true, ms(1_180)));
+        pace.new_period(false, None);
+        assert!(pace.is_whole(ms(1_000)));
+        pace.new_period(true, None);
+        assert!(!pace.is_whole(ms(1_179)));
+        assert!(pace.is_whole(ms(1_180)));
     }
 
     #[test]
     fn the_host_is_asked_for_another_period_only_when_it_changes() {
         let mut pace = Pace::default();
-        let periods = [false, false, true, true, false].map(|is_exchanging| pace.new_period(is_exchanging));
+        let periods = [false, false, true, true, false].map(|is_exchanging| pace.new_period(is_exchanging, None));
         assert_eq!(periods, [Some(push::TICK), None, Some(client::TICK), None, Some(push::TICK)]);
+    }
+
+    #[test]
+    fn waiting_requests_are_looked_at_when_an_endpoint_has_room_and_never_later_than_at_a_tick() {
+        let mut pace = Pace::default();
+        let looks = [Some(7_400), Some(7_900), Some(900_000), None];
+        let periods = looks.map(|look| pace.new_period(false, look.map(Duration::from_micros)));
+        assert_eq!(periods, [Some(Duration::from_millis(8)), None, Some(push::TICK), None]);
     }
 }

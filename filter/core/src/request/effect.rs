@@ -30,12 +30,15 @@ pub const MATCHED_TOKENS: &str = "pd.matched_tokens";
 /// Filter state for the access log: milliseconds from the choice of the first prefill endpoint to the end of the prefill leg
 /// that ended well. Unset without one.
 pub const PREFILL_MS: &str = "pd.prefill_ms";
+/// Filter state for the access log: milliseconds that the request waited in the gateway for a prefill endpoint with room.
+/// Unset where the request did not wait.
+pub const WAIT_MS: &str = "pd.wait_ms";
 /// Filter state for a response header: a line for people with the candidates and the reason of the choice. Set where the
 /// request has [`EXPLAIN_HEADER`](crate::config::EXPLAIN_HEADER) and the configuration trusts that header.
 pub const EXPLAIN: &str = "pd.explain";
 /// All filter states that a request may get.
 pub const STATES: &[&str] =
-    &[DESTINATION, RANK, PREFILLER, DECISION, REASON, PREFILL, DECODE, MATCHED_TOKENS, PREFILL_MS, EXPLAIN];
+    &[DESTINATION, RANK, PREFILLER, DECISION, REASON, PREFILL, DECODE, MATCHED_TOKENS, PREFILL_MS, WAIT_MS, EXPLAIN];
 
 /// Response header with the value `missing`: the prefill answer had no usable KV parameters, so that the decode endpoint
 /// computed the prompt a second time.

@@ -1,7 +1,7 @@
 //! One request's life: events in, effects out.
 //!
 //! ```text
-//! New ─headers─▶ Reading ─body─▶ Prefilling ─answer─▶ Forwarded ─done─▶ Over
+//! New ─headers─▶ Reading ─body─▶ [Waiting ─turn─▶] Prefilling ─answer─▶ Forwarded ─done─▶ Over
 //!  │                │                │  └─ failed: the next prefill endpoint, else the pool's policy
 //!  │                └─ served whole ─┴──────────────▶ Forwarded
 //!  └─ nothing to read ──────────────────────────────▶ Watched or Over   anywhere: Reply ─▶ Over
@@ -15,7 +15,8 @@
 //! | file | what it holds |
 //! |---|---|
 //! | `state`, `step` | the states and what a request has in each; what an event leads to |
-//! | `new`, `reading`, `prefilling`, `forwarded` | one state each: what its events do |
+//! | `new`, `reading`, `waiting`, `prefilling`, `forwarded` | one state each: what its events do |
+//! | `turn` | what becomes of a waiting request when it is its turn |
 //! | `head`, `parsed`, `models`, `paths`, `clean` | what headers and body say |
 //! | `serve`, `split`, `leg`, `route` | how a request is served: by two legs or by one, and where they go |
 //! | `assignment` | the ledger's entry of a request that an endpoint has |
@@ -26,6 +27,7 @@ use crate::headers::Headers;
 use crate::paths::engines_path;
 use crate::request::reply::{ErrorForm, Rejection};
 use crate::time::Monotonic;
+use crate::workers::turns::Turn;
 use crate::workers::worker::{Ticket, Worker};
 
 use forwarded::served_by;
@@ -53,11 +55,13 @@ mod serve;
 mod split;
 mod state;
 mod step;
+mod turn;
 pub mod upstream;
+mod waiting;
 
 pub use effect::{
     Call, DECISION, DECODE, DESTINATION, EXPLAIN, Effect, Flow, KV_HEADER, MATCHED_TOKENS, Outcome, PREFILL,
-    PREFILL_MS, PREFILLER, RANK, REASON, SERVED_HEADER, STATES,
+    PREFILL_MS, PREFILLER, RANK, REASON, SERVED_HEADER, STATES, WAIT_MS,
 };
 pub use leg::PrefillAnswer;
 pub use ready::READY_PATH;
@@ -91,7 +95,7 @@ impl Request {
                 Ok(()) => Outcome::WAIT,
                 Err(rejection) => self.enter(Step::reject(worker, rejection)),
             },
-            State::Prefilling(_) => Outcome::WAIT,
+            State::Waiting(_) | State::Prefilling(_) => Outcome::WAIT,
             State::New | State::Forwarded(_) | State::Watched | State::Over => Outcome::GO_ON,
         }
     }
@@ -125,6 +129,23 @@ impl Request {
         }
     }
 
+    /// It is this waiting request's turn; see [`Worker::next_turn`]. `body` reads the client's body again.
+    pub fn turn<B: AsRef<[u8]>>(
+        &mut self,
+        worker: &mut Worker,
+        turn: Turn,
+        body: impl FnOnce() -> Option<B>,
+        now: Monotonic,
+    ) -> Outcome {
+        match core::mem::take(&mut self.state) {
+            State::Waiting(waiting) if waiting.id == turn.id => {
+                let step = waiting.turn(worker, turn.act, body, now);
+                self.enter_or_reject(worker, step)
+            }
+            other => self.stay(other, Outcome::WAIT),
+        }
+    }
+
     /// The response's headers came; `status` is `None` where the response has no valid one.
     pub fn response_headers(
         &mut self,
@@ -138,7 +159,7 @@ impl Request {
             State::Watched => {
                 self.enter(Step::new(State::Over, Flow::Continue, served_by(answerer).into_iter().collect()))
             }
-            State::New | State::Reading(_) | State::Prefilling(_) | State::Over => Outcome::GO_ON,
+            State::New | State::Reading(_) | State::Waiting(_) | State::Prefilling(_) | State::Over => Outcome::GO_ON,
         }
     }
 
@@ -165,6 +186,7 @@ impl Request {
         match core::mem::replace(&mut self.state, State::Over) {
             State::Forwarded(mut forwarded) => forwarded.end(worker, now),
             State::Prefilling(prefilling) => prefilling.end(worker, now),
+            State::Waiting(waiting) => waiting.end(worker),
             State::New | State::Reading(_) | State::Watched | State::Over => {}
         }
     }
@@ -194,6 +216,12 @@ impl Request {
         matches!(self.state, State::Reading(_))
     }
 
+    /// The request's number in [turns](Turn), while it waits until a prefill endpoint has room.
+    #[must_use]
+    pub fn waiting_id(&self) -> Option<u64> {
+        if let State::Waiting(waiting) = &self.state { Some(waiting.id) } else { None }
+    }
+
     /// Whether the request waits for its prefill leg.
     #[must_use]
     pub fn is_prefilling(&self) -> bool {
@@ -206,7 +234,7 @@ impl Request {
         match &self.state {
             State::Prefilling(_) => true,
             State::Forwarded(forwarded) => forwarded.concurrent_prefill.is_some(),
-            State::New | State::Reading(_) | State::Watched | State::Over => false,
+            State::New | State::Reading(_) | State::Waiting(_) | State::Watched | State::Over => false,
         }
     }
 

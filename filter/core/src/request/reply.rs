@@ -2,6 +2,7 @@
 
 use crate::body::form::FormError;
 use crate::choose::admission::Shed;
+use crate::metrics::Metric;
 
 /// llm-d's response header with the reason code of a request that admission refused.
 pub const DROPPED_HEADER: &str = "x-llm-d-request-dropped-reason";
@@ -36,12 +37,45 @@ pub enum Rejection {
     TooManySequences(u32),
     /// Admission refused the request. 429.
     Shed(Shed),
+    /// The request may not wait, or has waited too long: 429 for a limit or a deadline, 503 after the longest wait.
+    Queue(QueueRefusal),
     /// No endpoint of the needed role is ready. 503.
     NoEndpoint,
     /// Prefill failed at every endpoint that was tried, and the pool's policy is `fail`. 503.
     PrefillFailed,
     /// The plugin configuration was refused, and there is no earlier one. 503; the text is the refusal.
     NotConfigured(String),
+}
+
+/// Why the queue refuses a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QueueRefusal {
+    /// As many requests wait as may. Another try may be worth it after so many seconds.
+    Requests(u64),
+    /// As many bytes wait as may. Another try may be worth it after so many seconds.
+    Bytes(u64),
+    /// The prompt cannot be computed by the client's deadline.
+    Deadline,
+    /// The request has waited as long as it may.
+    Timeout,
+}
+
+impl QueueRefusal {
+    /// Counter of requests that were refused for this reason.
+    #[must_use]
+    pub fn metric(self) -> Metric {
+        match self {
+            Self::Requests(_) => Metric::QueueRequests,
+            Self::Bytes(_) => Metric::QueueBytes,
+            Self::Deadline => Metric::QueueDeadline,
+            Self::Timeout => Metric::QueueTimeout,
+        }
+    }
+
+    /// Reason code.
+    fn code(self) -> &'static str {
+        self.metric().name().rsplit('=').next().unwrap_or_default()
+    }
 }
 
 /// How an API spells errors.
@@ -104,6 +138,10 @@ impl Rejection {
             Self::TooLarge(_) => (413, "invalid_request_error", None, "too_large"),
             Self::TooManySequences(_) => (400, "invalid_request_error", None, "too_many_sequences"),
             Self::Shed(shed) => (429, "rate_limit_error", None, shed.code()),
+            Self::Queue(QueueRefusal::Timeout) => {
+                (503, "service_unavailable_error", None, QueueRefusal::Timeout.code())
+            }
+            Self::Queue(refusal) => (429, "rate_limit_error", None, refusal.code()),
             Self::NoEndpoint => (503, "service_unavailable_error", None, "no_endpoint"),
             Self::PrefillFailed => (503, "service_unavailable_error", None, "prefill_failed"),
             Self::NotConfigured(_) => (503, "service_unavailable_error", None, "not_configured"),
@@ -123,11 +161,22 @@ impl Rejection {
             Self::InvalidPhase => "x-pd-phase must be `prefill` or `decode`".to_owned(),
             Self::TooLarge(limit) => format!("the request body is larger than {limit} bytes"),
             Self::TooManySequences(limit) => format!("a request may have {limit} prompts or answers at most"),
-            Self::Shed(Shed::Deadline) => "the prompt cannot be computed by the deadline".to_owned(),
-            Self::Shed(_) => "the model is overloaded; try again later".to_owned(),
+            Self::Queue(QueueRefusal::Timeout) => "no prefill endpoint had room in time".to_owned(),
+            Self::Shed(Shed::Deadline) | Self::Queue(QueueRefusal::Deadline) => {
+                "the prompt cannot be computed by the deadline".to_owned()
+            }
+            Self::Shed(_) | Self::Queue(_) => "the model is overloaded; try again later".to_owned(),
             Self::NoEndpoint => "no endpoint is ready for this model".to_owned(),
             Self::PrefillFailed => "no prefill endpoint could compute the prompt".to_owned(),
             Self::NotConfigured(why) => format!("the prefill/decode filter has no valid configuration: {why}"),
+        }
+    }
+
+    /// Seconds after which another try may be worth it.
+    fn retry_after(&self) -> u64 {
+        match self {
+            Self::Queue(QueueRefusal::Requests(seconds) | QueueRefusal::Bytes(seconds)) => *seconds,
+            _ => 1,
         }
     }
 
@@ -151,9 +200,9 @@ impl Rejection {
         };
         let mut headers = vec![("content-type", "application/json".to_owned()), (REASON_HEADER, reason.to_owned())];
         if matches!(status, 429 | 503) {
-            headers.push(("retry-after", "1".to_owned()));
+            headers.push(("retry-after", self.retry_after().to_string()));
         }
-        if matches!(self, Self::Shed(_)) {
+        if matches!(self, Self::Shed(_) | Self::Queue(_)) {
             headers.push((DROPPED_HEADER, reason.to_owned()));
         }
         Reply { status, headers, body: body.to_string().into_bytes(), reason }

@@ -6,6 +6,7 @@ use super::parsed::{ParsedRequest, ScannedBody};
 use super::route::{Prefill, Route, forward};
 use super::state::Split;
 use super::step::Step;
+use super::waiting::{may_wait, split_or_wait};
 use crate::choose::admission::Shed;
 use crate::choose::scheduler::{Pick, Schedule, Scheduler};
 use crate::config::EXPLAIN_HEADER;
@@ -27,10 +28,24 @@ enum Legs {
 
 /// Serves a request, and explains the choice to a caller who is trusted to ask.
 pub(super) fn serve(worker: &mut Worker, parsed: ParsedRequest, body: &ScannedBody<'_>, now: Monotonic) -> Step {
+    serve_since(worker, parsed, body, now, now)
+}
+
+/// As [`serve`], of a request that came at `arrival` and has waited since then.
+pub(super) fn serve_since(
+    worker: &mut Worker,
+    parsed: ParsedRequest,
+    body: &ScannedBody<'_>,
+    arrival: Monotonic,
+    now: Monotonic,
+) -> Step {
     let is_asked = parsed.head.config.trusts(EXPLAIN_HEADER) && parsed.head.headers.get(EXPLAIN_HEADER).is_some();
     let explained = is_asked.then(|| parsed.scheduler(worker, now).explain(&parsed.served.candidates, &parsed.prompt));
     let started = match choose_legs(worker, &parsed, now) {
         Ok(Legs::One(route)) => forward(worker, &parsed, route, now),
+        Ok(Legs::Two(pick)) if may_wait(worker, &parsed, pick) => {
+            split_or_wait(worker, parsed, pick, body, arrival, now)
+        }
         Ok(Legs::Two(pick)) => {
             Split { parsed, tried: Vec::new(), refusal: None, started: now }.start(worker, pick, body, now)
         }

@@ -18,6 +18,8 @@ pub(super) enum State {
     New,
     /// The headers are there, the body is not complete.
     Reading(Box<Reading>),
+    /// The request waits until a prefill endpoint has room.
+    Waiting(Box<Waiting>),
     /// The request waits for its prefill leg.
     Prefilling(Box<Prefilling>),
     /// An engine endpoint has the request.
@@ -32,6 +34,15 @@ pub(super) enum State {
 #[derive(Debug)]
 pub(super) struct Reading {
     pub(super) head: RequestHead,
+}
+
+/// A request that waits until a prefill endpoint has room. Its body stays with Envoy.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    pub(super) parsed: ParsedRequest,
+    /// Its number among the waiting requests.
+    pub(super) id: u64,
+    pub(super) arrival: Monotonic,
 }
 
 /// A request that waits for its prefill leg.

@@ -31,6 +31,9 @@ impl Step {
         if let Rejection::Shed(shed) = &rejection {
             worker.counts.count(shed.metric());
         }
+        if let Rejection::Queue(refusal) = &rejection {
+            worker.counts.count(refusal.metric());
+        }
         Self::refuse(rejection)
     }
 

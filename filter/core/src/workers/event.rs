@@ -15,6 +15,7 @@ use crate::prefix::hash::BlockHash;
 use crate::prefix::index::EndpointIndex;
 use crate::time::Monotonic;
 use crate::workers::state::State;
+use crate::workers::waiting::{HeldByKey, WaitingRequest};
 
 /// Most blocks of an event, 4 MiB of prompt or more. The other workers take what lies behind as not held.
 const MAX_EVENT_BLOCKS: usize = 2_048;
@@ -50,6 +51,15 @@ pub(crate) enum Event<'a> {
     FleetIs { fleet: Fleet },
     /// The endpoint answered a leg with an error, or without one after errors.
     Answered { leg: Leg, error: Option<ErrorKind> },
+    /// A request waits for a prefill endpoint with room. The key is the name of its queue. A request that waited in
+    /// another queue waits there no longer.
+    Waits { request: Cow<'a, WaitingRequest> },
+    /// Endpoints hold so much of a waiting request's prompt now. The key has no meaning.
+    HeldChanged { id: u64, held: Cow<'a, HeldByKey> },
+    /// A waiting request was sent to an endpoint, which needs `seconds` for it. The key has no meaning.
+    Bound { id: u64, seconds: f64 },
+    /// A request waits no longer, and no endpoint has it. The key has no meaning.
+    WaitEnded { id: u64 },
 }
 
 impl<'a> Event<'a> {
@@ -62,6 +72,10 @@ impl<'a> Event<'a> {
             }
             Self::BusyElsewhere { by } => state.table.busy_elsewhere(key, by),
             Self::FleetIs { fleet } => state.table.fleet = fleet,
+            Self::Waits { ref request } => state.waiting.push(key, request, &state.table),
+            Self::HeldChanged { id, ref held } => state.waiting.set_held(id, held, &state.table),
+            Self::Bound { id, seconds } => state.waiting.bind(id, seconds),
+            Self::WaitEnded { id } => state.waiting.remove(id),
             _ => {
                 if let Some(index) = state.table.index_of_key(key) {
                     self.apply_at(index, state);
@@ -70,7 +84,7 @@ impl<'a> Event<'a> {
         }
     }
 
-    /// Applies the event at the endpoint of that index. Without effect for events of pools, other Envoys and the fleet.
+    /// Applies the event at the endpoint of that index. Without effect for events that are not those of an endpoint.
     pub(crate) fn apply_at(&self, index: EndpointIndex, state: &mut State) {
         if let Self::Holds { blocks } | Self::HoldsByOthers { blocks } = self {
             state.index.insert(index, blocks);
@@ -95,7 +109,11 @@ impl<'a> Event<'a> {
             | Self::Admitted { .. }
             | Self::Released { .. }
             | Self::BusyElsewhere { .. }
-            | Self::FleetIs { .. } => {}
+            | Self::FleetIs { .. }
+            | Self::Waits { .. }
+            | Self::HeldChanged { .. }
+            | Self::Bound { .. }
+            | Self::WaitEnded { .. } => {}
         }
     }
 
@@ -171,6 +189,24 @@ impl<'a> Event<'a> {
                 out.0.push(u8::from(*leg == Leg::Prefill));
                 out.0.push(error.map_or(0, ErrorKind::code));
             }
+            Self::Waits { request } => {
+                head(15);
+                request.write(&mut out);
+            }
+            Self::HeldChanged { id, held } => {
+                head(16);
+                out.word(*id);
+                held.write(&mut out);
+            }
+            Self::Bound { id, seconds } => {
+                head(17);
+                out.word(*id);
+                out.word(seconds.to_bits());
+            }
+            Self::WaitEnded { id } => {
+                head(18);
+                out.word(*id);
+            }
         }
         *into = out.0;
         let length = u32::try_from(into.len().saturating_sub(start)).unwrap_or(u32::MAX);
@@ -225,6 +261,10 @@ impl<'a> Event<'a> {
                 let leg = if rest.byte()? == 1 { Leg::Prefill } else { Leg::Decode };
                 Self::Answered { leg, error: ErrorKind::of_code(rest.byte()?) }
             }
+            15 => Self::Waits { request: Cow::Owned(WaitingRequest::read(&mut rest)?) },
+            16 => Self::HeldChanged { id: rest.word()?, held: Cow::Owned(HeldByKey::read(&mut rest)?) },
+            17 => Self::Bound { id: rest.word()?, seconds: f64::from_bits(rest.word()?) },
+            18 => Self::WaitEnded { id: rest.word()? },
             _ => return None,
         };
         Some((endpoint, event))
@@ -265,7 +305,32 @@ pub(crate) mod tests {
                 .prop_map(|blocks| Event::HoldsByOthers { blocks: blocks.into() }),
             any::<(u64, u64)>()
                 .prop_map(|(gateways, exchanging)| Event::FleetIs { fleet: Fleet { gateways, exchanging } }),
+            waiting().prop_map(|request| Event::Waits { request: Cow::Owned(request) }),
+            (any::<u64>(), held()).prop_map(|(id, held)| Event::HeldChanged { id, held: Cow::Owned(held) }),
+            (any::<u64>(), 0.0..1e3).prop_map(|(id, seconds)| Event::Bound { id, seconds }),
+            any::<u64>().prop_map(|id| Event::WaitEnded { id }),
         ]
+    }
+
+    fn held() -> impl Strategy<Value = HeldByKey> {
+        prop::collection::vec((any::<u64>(), 0.0..1e6), 0..5).prop_map(HeldByKey)
+    }
+
+    fn waiting() -> impl Strategy<Value = WaitingRequest> {
+        let words = (0_u64..5, 0_u64..2, any::<u64>(), 0_u64..3, any::<u64>());
+        (words, 0.0..1e6, any::<u64>(), -2_i32..3, held()).prop_map(
+            |((id, pool, arrival, tenant, bytes), tokens, key, priority, held)| WaitingRequest {
+                id,
+                pool,
+                arrival: Monotonic::from_nanos(arrival),
+                tokens,
+                key,
+                priority,
+                tenant,
+                bytes,
+                held,
+            },
+        )
     }
 
     proptest! {

@@ -9,6 +9,7 @@ use crate::endpoints::load::Load;
 use crate::time::Monotonic;
 use crate::workers::event::Event;
 use crate::workers::state::State;
+use crate::workers::waiting::{HeldByKey, WaitingRequest};
 
 /// A prefill leg in flight.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -29,6 +30,8 @@ pub(crate) struct WorkerLedger {
     /// What other Envoys have in flight, where this worker is or was the leader.
     elsewhere: HashMap<u64, Totals>,
     fleet: Fleet,
+    /// Requests that wait, by number, each with the name of its queue.
+    waiting: HashMap<u64, (u64, WaitingRequest)>,
 }
 
 impl WorkerLedger {
@@ -69,6 +72,17 @@ impl WorkerLedger {
                 }
             }
             Event::FleetIs { fleet } => self.fleet = fleet,
+            Event::Waits { ref request } => {
+                self.waiting.insert(request.id, (endpoint, WaitingRequest::clone(request)));
+            }
+            Event::HeldChanged { id, ref held } => {
+                if let Some((_, request)) = self.waiting.get_mut(&id) {
+                    request.held = HeldByKey::clone(held);
+                }
+            }
+            Event::Bound { id, .. } | Event::WaitEnded { id } => {
+                self.waiting.remove(&id);
+            }
             Event::Holds { .. }
             | Event::HoldsByOthers { .. }
             | Event::Failed { .. }
@@ -105,6 +119,9 @@ impl WorkerLedger {
         for ((pool, fairness), load) in &self.admitted {
             state.admission.add(*pool, *fairness, load);
         }
+        for (queue, request) in self.waiting.values() {
+            state.waiting.push(*queue, request, &state.table);
+        }
     }
 
     /// Takes the ledger out of a worker's state again, as far as it was [applied](Self::apply).
@@ -125,6 +142,7 @@ impl WorkerLedger {
         for (endpoint, totals) in &self.elsewhere {
             state.table.busy_elsewhere(*endpoint, Totals::default().minus(*totals));
         }
+        self.waiting.keys().for_each(|id| state.waiting.remove(*id));
     }
 
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
@@ -147,6 +165,11 @@ impl WorkerLedger {
         for (endpoint, totals) in &self.elsewhere {
             out.word(*endpoint);
             totals.write(&mut out);
+        }
+        out.word(self.waiting.len() as u64);
+        for (queue, request) in self.waiting.values() {
+            out.word(*queue);
+            request.write(&mut out);
         }
         for ((pool, fairness), load) in &self.admitted {
             out.word(*pool);
@@ -171,6 +194,10 @@ impl WorkerLedger {
         ledger.fleet = Fleet::read(&mut rest)?;
         for _ in 0..rest.word()? {
             ledger.elsewhere.insert(rest.word()?, Totals::read(&mut rest)?);
+        }
+        for _ in 0..rest.word()? {
+            let (queue, request) = (rest.word()?, WaitingRequest::read(&mut rest)?);
+            ledger.waiting.insert(request.id, (queue, request));
         }
         while !rest.0.is_empty() {
             ledger.admitted.insert((rest.word()?, rest.word()?), Load::read(&mut rest)?);

@@ -69,6 +69,18 @@ impl WorkersLog {
         self.who = Generation { version, build, revision, workers: 1 };
     }
 
+    /// The slot that this worker holds; `None` where it holds none.
+    #[must_use]
+    pub fn slot(&self) -> Option<usize> {
+        self.slot
+    }
+
+    /// The slot that another worker holds, as far as this one knows.
+    #[must_use]
+    pub fn slot_of(&self, worker_id: u64) -> Option<usize> {
+        self.peers.iter().find(|peer| peer.worker_id == worker_id).map(|peer| peer.slot)
+    }
+
     /// Generations of this Envoy's workers that are alive, sorted. A worker that has not written what it runs counts in
     /// an empty generation.
     pub fn generations(&self, shared: &impl Shared) -> Vec<Generation> {

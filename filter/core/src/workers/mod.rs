@@ -3,6 +3,8 @@
 //! - [`worker`]: configuration, [`state`] and counts of one worker.
 //! - [`event`]: what a worker does or sees, and how it changes the state; [`ledger`]: what one worker has in flight.
 //! - [`log`]: a worker publishes its events and reads those of the others; [`slots`]: which workers there are.
+//! - [`waiting`]: requests of all workers that wait for a prefill endpoint with room; [`turns`]: when it is the turn of
+//!   one of this worker's.
 //! - [`push`]: one worker polls `pd-control` for the endpoint list, and every worker gets it.
 
 pub(crate) mod event;
@@ -16,4 +18,6 @@ pub mod recent;
 pub mod shared;
 pub mod slots;
 pub mod state;
+pub mod turns;
+pub mod waiting;
 pub mod worker;

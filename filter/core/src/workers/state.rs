@@ -4,6 +4,7 @@
 use crate::choose::admission::Admission;
 use crate::endpoints::table::Table;
 use crate::prefix::index::PrefixIndex;
+use crate::workers::waiting::Waiting;
 
 /// What decisions are taken from. All of it may be lost and built again.
 #[derive(Debug)]
@@ -14,10 +15,17 @@ pub struct State {
     pub index: PrefixIndex,
     /// What pools with limits have in flight.
     pub admission: Admission,
+    /// Requests that wait for a prefill endpoint with room.
+    pub waiting: Waiting,
 }
 
 impl Default for State {
     fn default() -> Self {
-        Self { table: Table::default(), index: PrefixIndex::new(0), admission: Admission::default() }
+        Self {
+            table: Table::default(),
+            index: PrefixIndex::new(0),
+            admission: Admission::default(),
+            waiting: Waiting::default(),
+        }
     }
 }

@@ -21,6 +21,8 @@ use crate::workers::pending::PendingEvents;
 use crate::workers::recent::{DecisionRecord, Recent};
 use crate::workers::shared::Shared;
 use crate::workers::state::State;
+use crate::workers::turns::Turns;
+use crate::workers::waiting::Waiting;
 
 /// Key of the last configuration that a worker of this Envoy put in force. Workers of two releases share it.
 const LAST_GOOD_CONFIG_KEY: &str = "pd/config";
@@ -46,6 +48,8 @@ pub struct Worker {
     pub(crate) recent: Recent,
     /// Prefill legs that this worker may run again.
     pub retries: RetryBudget,
+    /// This worker's waiting requests.
+    pub(crate) turns: Turns,
     legs: u64,
 }
 
@@ -59,6 +63,7 @@ impl Default for Worker {
             outbox: None,
             recent: Recent::default(),
             retries: RetryBudget::default(),
+            turns: Turns::default(),
             legs: 0,
         }
     }
@@ -95,7 +100,8 @@ impl Worker {
                 let config = Arc::new(config);
                 self.counts.count(Metric::ConfigAccepted);
                 let index = PrefixIndex::new(config.prefix.index_bytes);
-                self.state = State { index, ..State::default() };
+                self.state = State { index, waiting: Waiting::new(&config), ..State::default() };
+                self.turns.forget_queues();
                 self.state.table.apply(&config.static_snapshot(), &config, &mut self.state.index);
                 self.config = Ok(Arc::clone(&config));
                 Ok(config)
@@ -139,7 +145,10 @@ impl Worker {
         let applied =
             Snapshot::parse(bytes).map(|snapshot| self.state.table.apply(&snapshot, &config, &mut self.state.index));
         match applied {
-            Ok(Applied::Changed) => self.counts.count(Metric::SnapshotsApplied),
+            Ok(Applied::Changed) => {
+                self.counts.count(Metric::SnapshotsApplied);
+                self.room_changed();
+            }
             Ok(Applied::Unchanged | Applied::OutOfStep) => {}
             Ok(Applied::Empty) | Err(_) => self.counts.count(Metric::SnapshotsRefused),
         }
@@ -151,21 +160,24 @@ impl Worker {
     pub fn prune(&mut self, now: Monotonic) {
         self.state.table.prune(now);
         self.pending.own_ledger.prune(now);
+        self.room_changed();
         if let Ok(config) = &self.config {
             self.state.table.resize_caches(config, &mut self.state.index);
         }
     }
 
-    /// Gauges that change now and then, by name and tags, each with its value: [`INDEX_BYTES`] and the
-    /// [`FITTED_GAUGES`](crate::metrics::FITTED_GAUGES) of each pool.
+    /// Gauges that change now and then, by name and tags, each with its value: [`INDEX_BYTES`], and of each pool the
+    /// [`FITTED_GAUGES`](crate::metrics::FITTED_GAUGES) and the [`WAITING_GAUGES`](crate::metrics::WAITING_GAUGES).
     pub fn gauges(&self) -> impl Iterator<Item = (String, u64)> {
         core::iter::once((INDEX_BYTES.to_owned(), self.state.index.bytes() as u64))
             .chain(self.state.table.fitted_gauges())
+            .chain(self.waiting_gauges())
     }
 
     /// Keeps events for the other workers from now on, and numbers legs apart from theirs.
     pub(crate) fn start_log(&mut self, worker_id: u64) {
         self.pending.unpublished.get_or_insert_default();
+        self.turns.start(worker_id);
         self.legs = self.legs.max(worker_id.wrapping_shl(40));
     }
 
@@ -209,6 +221,7 @@ impl Worker {
     /// A prefill leg ended.
     pub(crate) fn prefill_ended(&mut self, endpoint: EndpointRef, leg: u64, at: Monotonic) {
         self.happens(endpoint, &Event::PrefillEnded { leg, at });
+        self.room_changed();
     }
 
     /// The client of a prefill leg is gone, and the endpoint may still compute it.
@@ -257,7 +270,7 @@ impl Worker {
     }
 
     /// Applies an event of this worker at the endpoint, or pool, of that key, and keeps it for the others.
-    fn happens_at(&mut self, key: u64, event: &Event<'_>) {
+    pub(super) fn happens_at(&mut self, key: u64, event: &Event<'_>) {
         event.apply(key, &mut self.state);
         self.pending.push(key, event);
     }
@@ -270,6 +283,7 @@ impl Worker {
     /// Ejects an endpoint for a pause.
     fn eject(&mut self, endpoint: EndpointRef, cause: Cause, at: Monotonic) {
         self.happens(endpoint, &Event::Failed { at, cause });
+        self.room_changed();
     }
 
     /// Notes an answer for the comparison with the endpoint's peers. An error, and what follows errors, is an event: all
@@ -287,6 +301,7 @@ impl Worker {
     pub(crate) fn answered(&mut self, endpoint: EndpointRef) {
         if self.state.table.resolve(endpoint).is_some_and(|state| state.health.is_failing()) {
             self.happens(endpoint, &Event::Healed);
+            self.room_changed();
         }
     }
 

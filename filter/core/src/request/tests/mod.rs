@@ -17,6 +17,7 @@ mod handover;
 mod headers;
 mod models;
 mod refusals;
+mod waiting;
 
 const CONFIG: &str = r#"{
     "trusted_headers": ["x-pd-phase", "x-prefiller-host-port"],

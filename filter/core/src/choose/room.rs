@@ -1,0 +1,60 @@
+//! The endpoints as the queue sees them: the work that each has left, and what it holds of a prompt.
+
+use core::time::Duration;
+
+use crate::choose::prompt::Prompt;
+use crate::choose::queue::{Held, Server};
+use crate::choose::scheduler::Scheduler;
+use crate::choose::shortlist::HOLDERS;
+use crate::endpoints::endpoint_state::EndpointState;
+use crate::prefix::index::EndpointIndex;
+
+impl Scheduler<'_> {
+    /// Seconds until an endpoint is through with its work, for requests of which the oldest has `waited` so long.
+    ///
+    /// Work of other Envoys counts for as long as it takes, and no longer: who has waited that long gets an endpoint at
+    /// which this Envoy has nothing. Otherwise an Envoy that sees the end of its own legs at once would always be first.
+    #[must_use]
+    pub(crate) fn seconds_left(&self, state: &EndpointState, waited: Duration) -> f64 {
+        state.own_seconds_left(self.now) + (state.elsewhere_seconds() - waited.as_secs_f64()).max(0.0)
+    }
+
+    /// Whether an endpoint has room for a prompt that has come now.
+    #[must_use]
+    pub(crate) fn has_room(&self, endpoint: EndpointIndex) -> bool {
+        let state = self.table.get(endpoint);
+        state.is_some_and(|state| self.seconds_left(state, Duration::ZERO) < self.pool.queue.lead.as_secs_f64())
+    }
+
+    /// These endpoints as servers of the queue, by index: the healthy ones, or all where none is healthy.
+    #[must_use]
+    pub(crate) fn servers(&self, among: &[EndpointIndex], waited: Duration) -> Vec<Server> {
+        let server = |at: EndpointIndex, state: &EndpointState| Server {
+            at,
+            key: state.key,
+            work: self.seconds_left(state, waited),
+            cost: self.prefill_cost(state),
+        };
+        let states = || among.iter().filter_map(|index| Some((*index, self.table.get(*index)?)));
+        let healthy = states().filter(|(_, state)| self.view().is_usable(state));
+        let mut servers: Vec<Server> = healthy.map(|(index, state)| server(index, state)).collect();
+        if servers.is_empty() {
+            servers = states().map(|(index, state)| server(index, state)).collect();
+        }
+        servers.sort_unstable_by_key(|server| server.at);
+        servers.dedup_by_key(|server| server.at);
+        servers
+    }
+
+    /// What these endpoints hold of a prompt. The endpoint of its session counts as holding all.
+    #[must_use]
+    pub(crate) fn held(&self, among: &[EndpointIndex], prompt: &Prompt) -> Vec<Held> {
+        let is_among =
+            |index: &EndpointIndex| self.table.get(*index).is_some_and(|state| self.view().is_among(among, state));
+        let session = self.view().session_holder(among, prompt);
+        let holders = self.index.holders(&prompt.hash.blocks, HOLDERS).into_iter().filter(is_among);
+        let held = holders.filter(|index| session != Some(*index));
+        let held = held.map(|server| Held { server, tokens: self.matched_tokens(server, prompt) });
+        session.map(|server| Held { server, tokens: prompt.tokens }).into_iter().chain(held).collect()
+    }
+}

@@ -1,0 +1,309 @@
+//! Requests that wait until a prefill endpoint has room.
+
+use super::*;
+use crate::request::reply::DROPPED_HEADER;
+use crate::workers::turns::Act;
+use crate::workers::worker::Worker;
+
+/// A gateway whose two prefill endpoints have room for one long prompt each.
+struct Gate {
+    worker: Worker,
+    now: Monotonic,
+}
+
+fn gate(queue: &str) -> Gate {
+    let pools = format!(r#"{{"pools":{{"default":{{"fit":false,"queue":{{"enabled":true{queue}}}}}}},"#);
+    let mut worker = Worker::default();
+    worker.configure(CONFIG.replacen('{', &pools, 1).as_bytes()).unwrap();
+    Gate { worker, now: Monotonic::from_secs(5) }
+}
+
+/// A prompt of 4,000 tokens, 123 ms long; half of it is that of all with the same `begin`.
+fn prompt(begin: &str, end: &str) -> String {
+    let text = [begin.repeat(4_000), end.repeat(4_000)].concat();
+    format!(r#"{{"model":"m","messages":[{{"role":"user","content":"{text}"}}]}}"#)
+}
+
+impl Gate {
+    fn send(&mut self, body: &str, extra: &[(&str, &str)]) -> (Request, Outcome) {
+        let mut request = Request::default();
+        let pseudo = [(":method", "POST"), (":path", "/v1/chat/completions"), (":authority", "a")];
+        let headers = Headers::from_pairs(pseudo.iter().chain(extra).map(|(name, value)| (*name, *value)));
+        request.headers(&mut self.worker, headers, false, self.now);
+        let outcome = request.body(&mut self.worker, body.as_bytes(), self.now);
+        (request, outcome)
+    }
+
+    fn answer(&mut self, request: &mut Request) {
+        let body = format!(r#"{{"kv_transfer_params":{PARAMS}}}"#);
+        let answer = PrefillAnswer::Answered { status: 200, content_type: None, body: body.as_bytes() };
+        request.prefill_answer(&mut self.worker, answer, || Some(long_body()), self.now);
+        assert!(request.is_forwarded());
+    }
+
+    /// Passes the next turn to the request that it is for.
+    fn turn(&mut self, waiting: &mut [Request], body: &str) -> Option<(usize, Outcome)> {
+        let turn = self.worker.next_turn(self.now)?;
+        let at = waiting.iter().position(|request| request.waiting_id() == Some(turn.id)).unwrap();
+        Some((at, waiting[at].turn(&mut self.worker, turn, || Some(body), self.now)))
+    }
+
+    fn later(&mut self, ms: u64) {
+        self.now += Duration::from_millis(ms);
+    }
+
+    fn apply(&mut self, version: u64, endpoints: &str) {
+        let list = format!(r#"{{"wire":1,"epoch":"e","version":{version},"endpoints":[{endpoints}]}}"#);
+        self.worker.apply(list.as_bytes()).unwrap();
+    }
+
+    fn is_idle(&mut self) -> bool {
+        self.worker.prune(self.now + Duration::from_secs(1_000));
+        self.worker.state.waiting.is_empty()
+            && !self.worker.has_waiting()
+            && self.worker.state.table.iter().all(|(_, state)| state.prefill.is_empty() && state.decode.requests == 0)
+    }
+}
+
+/// Two requests with a leg each, at both endpoints.
+fn two_bound(gate: &mut Gate) -> [(Request, String); 2] {
+    [("a ", "b "), ("c ", "d ")].map(|(begin, end)| {
+        let (request, outcome) = gate.send(&prompt(begin, end), &[]);
+        assert_eq!(request.waiting_id(), None);
+        let destination = leg_destination(&outcome);
+        (request, destination.split(',').next().unwrap().to_owned())
+    })
+}
+
+#[test]
+fn a_request_that_finds_room_goes_at_once() {
+    let mut gate = gate("");
+    let bound = two_bound(&mut gate);
+    assert_ne!(bound[0].1, bound[1].1);
+    assert_eq!(gate.worker.counts.pending(Metric::BoundAtOnce), 2);
+    assert_eq!(gate.worker.next_turn(gate.now), None);
+    assert_eq!(gate.worker.workers_to_wake().count(), 0, "nobody waits");
+    for (mut request, _) in bound {
+        request.done(&mut gate.worker, gate.now);
+    }
+    assert!(gate.is_idle());
+}
+
+#[test]
+fn a_request_waits_until_an_endpoint_has_room_and_goes_there() {
+    let mut gate = gate("");
+    let [(mut first, first_at), (mut second, second_at)] = two_bound(&mut gate);
+    let (third, outcome) = gate.send(&prompt("e ", "f "), &[]);
+    assert_eq!(outcome, Outcome::WAIT);
+    assert!(third.waiting_id().is_some() && !third.awaits_call());
+    assert_eq!(gate.worker.next_turn(gate.now), None);
+    let look = gate.worker.next_look(gate.now).unwrap();
+    assert!((100..=104).contains(&look.as_millis()), "in {look:?}: 123 ms of work, less 20 ms lead");
+    gate.later(50);
+    gate.answer(&mut second);
+    assert_eq!(gate.worker.workers_to_wake().count(), 1);
+    let mut waiting = [third];
+    let (_, outcome) = gate.turn(&mut waiting, &prompt("e ", "f ")).unwrap();
+    assert!(leg_destination(&outcome).starts_with(&second_at), "{first_at}");
+    assert_eq!(state(&outcome, WAIT_MS), "50");
+    assert_eq!(gate.worker.counts.pending(Metric::BoundLater), 1);
+    let [mut third] = waiting;
+    gate.answer(&mut third);
+    [&mut first, &mut second, &mut third].into_iter().for_each(|request| request.done(&mut gate.worker, gate.now));
+    assert!(gate.is_idle());
+}
+
+#[test]
+fn a_request_goes_a_lead_before_the_leg_ahead_of_it_ends() {
+    let mut gate = gate("");
+    let _bound = two_bound(&mut gate);
+    let (third, _) = gate.send(&prompt("e ", "f "), &[]);
+    gate.now += gate.worker.next_look(gate.now).unwrap();
+    gate.later(1);
+    let mut waiting = [third];
+    assert!(gate.turn(&mut waiting, &prompt("e ", "f ")).is_some());
+    // A leg that takes longer than it should is taken to need as long again.
+    let (_fourth, outcome) = gate.send(&prompt("g ", "h "), &[]);
+    assert_eq!(outcome.flow, Flow::Pause);
+    gate.later(400);
+    let (fifth, outcome) = gate.send(&prompt("i ", "j "), &[]);
+    assert_eq!((outcome, fifth.waiting_id().is_some()), (Outcome::WAIT, true));
+}
+
+#[test]
+fn the_holder_of_a_prefix_gets_its_requests_first() {
+    let mut gate = gate("");
+    let [(mut first, first_at), (mut second, second_at)] = two_bound(&mut gate);
+    let (other, _) = gate.send(&prompt("e ", "f "), &[]);
+    gate.later(1);
+    let (of_first, _) = gate.send(&prompt("a ", "x "), &[]);
+    let mut waiting = [other, of_first];
+    gate.answer(&mut first);
+    let (at, outcome) = gate.turn(&mut waiting, &prompt("a ", "x ")).unwrap();
+    assert_eq!(at, 1, "it came later");
+    assert!(leg_destination(&outcome).starts_with(&first_at));
+    gate.answer(&mut second);
+    let (at, outcome) = gate.turn(&mut waiting, &prompt("e ", "f ")).unwrap();
+    assert!(at == 0 && leg_destination(&outcome).starts_with(&second_at));
+}
+
+#[test]
+fn a_higher_priority_overtakes() {
+    let mut gate = gate("");
+    let [(mut first, _), _second] = two_bound(&mut gate);
+    let (low, _) = gate.send(&prompt("e ", "f "), &[]);
+    let (high, _) = gate.send(&prompt("g ", "h "), &[("x-llm-d-inference-objective", "7")]);
+    gate.answer(&mut first);
+    let mut waiting = [low, high];
+    assert_eq!(gate.turn(&mut waiting, &prompt("g ", "h ")).unwrap().0, 1);
+}
+
+#[test]
+fn a_client_that_leaves_waits_no_longer() {
+    let mut gate = gate("");
+    let bound = two_bound(&mut gate);
+    let (mut third, _) = gate.send(&prompt("e ", "f "), &[]);
+    third.done(&mut gate.worker, gate.now);
+    third.done(&mut gate.worker, gate.now);
+    assert!(!gate.worker.has_waiting() && gate.worker.state.waiting.is_empty());
+    assert_eq!(gate.worker.counts.pending(Metric::WaitsLeft), 1);
+    for (mut request, _) in bound {
+        gate.answer(&mut request);
+        request.done(&mut gate.worker, gate.now);
+    }
+    assert!(gate.is_idle());
+}
+
+#[test]
+fn who_has_waited_too_long_gets_503_and_who_misses_a_deadline_429() {
+    let mut gate = gate(r#","max_wait_ms":500"#);
+    let _bound = two_bound(&mut gate);
+    let (patient, _) = gate.send(&prompt("e ", "f "), &[]);
+    let (hasty, _) = gate.send(&prompt("g ", "h "), &[("x-pd-deadline-ms", "400")]);
+    let (_, outcome) = gate.send(&prompt("i ", "j "), &[("x-pd-deadline-ms", "150")]);
+    assert_eq!(reply(&outcome), (429, "deadline"), "the ledger says so at once");
+    let mut waiting = [patient, hasty];
+    // The legs ahead never end.
+    gate.later(400);
+    let (at, outcome) = gate.turn(&mut waiting, "").unwrap();
+    assert_eq!((at, reply(&outcome)), (1, (429, "deadline")));
+    assert_eq!(gate.worker.next_turn(gate.now), None);
+    gate.later(100);
+    let (at, outcome) = gate.turn(&mut waiting, "").unwrap();
+    assert_eq!((at, reply(&outcome)), (0, (503, "queue_timeout")));
+    assert!(!gate.worker.has_waiting());
+    let counted = [Metric::QueueDeadline, Metric::QueueTimeout].map(|metric| gate.worker.counts.pending(metric));
+    assert_eq!(counted, [1, 1], "beside the one that was refused at once");
+}
+
+#[test]
+fn a_full_queue_answers_429_with_a_time_and_a_reason() {
+    for (limit, reason) in [(r#","max_requests":2"#, "queue_requests"), (r#","max_bytes":40000"#, "queue_bytes")] {
+        let mut gate = gate(limit);
+        let _bound = two_bound(&mut gate);
+        let mut waiting = Vec::new();
+        let refused = loop {
+            let (request, outcome) = gate.send(&prompt("e ", "f "), &[]);
+            if request.waiting_id().is_none() {
+                break outcome;
+            }
+            waiting.push(request);
+        };
+        assert_eq!(waiting.len(), 2, "{reason}");
+        assert_eq!(reply(&refused), (429, reason));
+        let Some(Effect::Reply(answer)) = refused.effects.last() else { panic!() };
+        for header in ["retry-after", DROPPED_HEADER] {
+            assert!(answer.headers.iter().any(|(name, _)| *name == header), "{header}");
+        }
+        waiting.pop().unwrap().done(&mut gate.worker, gate.now);
+        assert!(gate.send(&prompt("e ", "f "), &[]).0.waiting_id().is_some(), "one place is free again");
+    }
+}
+
+#[test]
+fn requests_whose_endpoints_are_gone_are_scheduled_anew() {
+    let decode = r#"{"address":"10.0.0.2:1","role":"decode","models":["m"]}"#;
+    let mut gate = gate("");
+    let _bound = two_bound(&mut gate);
+    let (third, _) = gate.send(&prompt("e ", "f "), &[]);
+    gate.apply(1, decode);
+    assert_eq!(gate.worker.workers_to_wake().count(), 1);
+    let mut waiting = [third];
+    let (_, outcome) = gate.turn(&mut waiting, &prompt("e ", "f ")).unwrap();
+    assert_eq!((outcome.flow, state(&outcome, "pd.reason")), (Flow::Continue, "no_prefill_endpoint"));
+    assert!(gate.worker.state.waiting.is_empty());
+}
+
+#[test]
+fn requests_for_which_no_endpoint_is_left_get_503() {
+    let other = r#"{"address":"10.0.0.9:1","role":"decode","models":["n"]}"#;
+    let mut gate = gate("");
+    let _bound = two_bound(&mut gate);
+    let (third, _) = gate.send(&prompt("e ", "f "), &[]);
+    gate.apply(1, other);
+    let mut waiting = [third];
+    let (_, outcome) = gate.turn(&mut waiting, &prompt("e ", "f ")).unwrap();
+    assert_eq!(reply(&outcome), (503, "no_endpoint"));
+    assert!(gate.worker.state.waiting.is_empty() && !gate.worker.has_waiting());
+}
+
+#[test]
+fn a_new_endpoint_gets_requests_that_wait_already() {
+    let all = r#"{"address":"10.0.0.1:1","role":"prefill","models":["m"]},{"address":"10.0.0.1:2","role":"prefill","models":["m"]},
+        {"address":"10.0.0.1:3","role":"prefill","models":["m"]},{"address":"10.0.0.2:1","role":"decode","models":["m"]}"#;
+    let mut gate = gate("");
+    let _bound = two_bound(&mut gate);
+    let (third, _) = gate.send(&prompt("e ", "f "), &[]);
+    gate.apply(1, all);
+    let mut waiting = [third];
+    let (_, outcome) = gate.turn(&mut waiting, &prompt("e ", "f ")).unwrap();
+    assert!(leg_destination(&outcome).starts_with("10.0.0.1:3"));
+}
+
+#[test]
+fn waiting_requests_outlive_a_new_configuration() {
+    let mut gate = gate("");
+    let [(mut first, _), _second] = two_bound(&mut gate);
+    let (third, _) = gate.send(&prompt("e ", "f "), &[]);
+    let pools = r#"{"pools":{"default":{"fit":false,"queue":{"enabled":true,"lead_ms":30}}},"#;
+    gate.worker.configure(CONFIG.replacen('{', pools, 1).as_bytes()).unwrap();
+    let mut waiting = [third];
+    let turn = gate.turn(&mut waiting, &prompt("e ", "f "));
+    assert!(leg_destination(&turn.unwrap().1).starts_with("10.0.0.1:"), "the new state knows of no leg");
+    first.done(&mut gate.worker, gate.now);
+}
+
+#[test]
+fn a_turn_that_comes_too_late_changes_nothing() {
+    let mut gate = gate("");
+    let [(mut first, _), _second] = two_bound(&mut gate);
+    let (mut third, _) = gate.send(&prompt("e ", "f "), &[]);
+    gate.answer(&mut first);
+    let turn = gate.worker.next_turn(gate.now).unwrap();
+    assert!(matches!(turn.act, Act::Bind(_)));
+    third.done(&mut gate.worker, gate.now);
+    assert_eq!(third.turn(&mut gate.worker, turn, || Some(""), gate.now), Outcome::WAIT);
+    assert_eq!(gate.worker.next_turn(gate.now), None);
+    // A body that cannot be read any more.
+    let (mut fourth, outcome) = gate.send(&prompt("g ", "h "), &[]);
+    assert_eq!((fourth.waiting_id(), outcome.flow), (None, Flow::Pause), "there is room");
+    fourth.done(&mut gate.worker, gate.now);
+    let (mut fifth, _) = gate.send(&prompt("i ", "j "), &[]);
+    let Some(id) = fifth.waiting_id() else { return };
+    let turn = crate::workers::turns::Turn { id, act: turn.act };
+    let outcome = fifth.turn(&mut gate.worker, turn, || None::<&str>, gate.now);
+    assert_eq!(reply(&outcome), (503, "prefill_failed"));
+    assert!(!gate.worker.has_waiting());
+}
+
+#[test]
+fn engines_that_want_both_legs_at_once_do_not_wait() {
+    let pools = r#"{"pools":{"default":{"engine":"sglang","queue":{"enabled":true}}},"#;
+    let mut gate = Gate { worker: Worker::default(), now: Monotonic::from_secs(5) };
+    gate.worker.configure(CONFIG.replacen('{', pools, 1).as_bytes()).unwrap();
+    for _ in 0..6 {
+        let (request, outcome) = gate.send(&prompt("a ", "b "), &[]);
+        assert_eq!(request.waiting_id(), None);
+        assert_eq!(outcome.flow, Flow::Continue);
+    }
+}

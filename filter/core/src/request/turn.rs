@@ -1,0 +1,62 @@
+//! The turn of a waiting request: it goes to an endpoint, is scheduled anew, or gives up.
+
+use std::sync::Arc;
+
+use super::head::candidates;
+use super::parsed::ScannedBody;
+use super::serve::serve_since;
+use super::state::Waiting;
+use super::step::Step;
+use crate::endpoints::candidates::Candidates;
+use crate::request::reply::{QueueRefusal, Rejection};
+use crate::time::Monotonic;
+use crate::workers::turns::Act;
+use crate::workers::worker::Worker;
+
+impl Waiting {
+    /// It is the request's turn. `body` reads the client's body again.
+    pub(super) fn turn<B: AsRef<[u8]>>(
+        mut self,
+        worker: &mut Worker,
+        act: Act,
+        body: impl FnOnce() -> Option<B>,
+        now: Monotonic,
+    ) -> Result<Step, Rejection> {
+        let refusal = match act {
+            Act::GiveUp => Some(QueueRefusal::Timeout),
+            Act::MissDeadline => Some(QueueRefusal::Deadline),
+            Act::Bind(_) | Act::Reschedule => None,
+        };
+        if let Some(refusal) = refusal {
+            worker.stop_waiting(self.id);
+            return Err(Rejection::Queue(refusal));
+        }
+        let body = body();
+        let scanned = body.as_ref().and_then(|body| ScannedBody::read(body.as_ref()).ok());
+        let Some(body) = scanned else {
+            worker.stop_waiting(self.id);
+            return Err(Rejection::PrefillFailed);
+        };
+        self.refresh_candidates(worker);
+        match act {
+            Act::Bind(endpoint) => {
+                let pick = self.parsed.scheduler(worker, now).pick(endpoint, &self.parsed.prompt);
+                self.bind(worker, pick, &body, now)
+            }
+            _ => {
+                worker.stop_waiting(self.id);
+                Ok(serve_since(worker, self.parsed, &body, self.arrival, now))
+            }
+        }
+    }
+
+    /// The list may have changed since the request came: its places may be other endpoints' now.
+    fn refresh_candidates(&mut self, worker: &Worker) {
+        let parsed = &mut self.parsed;
+        let current = candidates(&worker.state.table, &parsed.served.model, parsed.head.subset.as_ref());
+        let current = current.unwrap_or_else(|_| {
+            Arc::new(Candidates { pool: Arc::clone(&parsed.served.candidates.pool), ..Candidates::default() })
+        });
+        parsed.served.candidates = worker.state.table.with_room(current, parsed.prompt.tokens);
+    }
+}

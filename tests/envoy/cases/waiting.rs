@@ -1,0 +1,254 @@
+//! Requests that wait in the gateway until a prefill endpoint has room.
+
+use std::time::{Duration, Instant};
+
+use futures::future::join_all;
+use pd_sim::Handle;
+use pd_support::body::{CHAT, chat, words};
+use pd_support::client::{Client, Http};
+use pd_support::wait::until_true;
+use pd_tests::rig::{Builder, Rig, entries, run};
+use serde_json::{Value, json};
+
+use crate::support::*;
+
+const WAITING: &str = "pd_waiting_requests{pool=\"default\"}";
+const PREFILL: &str = "pd_prefill_in_flight";
+
+/// Engines whose prefill takes real time, behind a gateway with a queue.
+fn queued(prefill: usize, queue: Value) -> Builder {
+    let mut policy = json!({"split": {"mode": "always"}, "fit": false, "queue": {"enabled": true}});
+    policy["queue"].as_object_mut().unwrap().extend(queue.as_object().unwrap().clone());
+    Rig::builder().engines(prefill, 2).prefill_engines(|config, _| config.speed = 1.0).pool(policy)
+}
+
+/// Prefill endpoints of which the ledger thinks that a prompt takes ten seconds, and which take `ms`: nothing but the
+/// end of a leg says that there is room.
+fn unpredictable(prefill: usize, ms: f64, queue: Value) -> Builder {
+    queued(prefill, queue).pool(json!({"cost": {"a_ms": 10_000.0}})).prefill_engines(move |config, _| {
+        config.speed = 1.0;
+        (config.a_ms, config.b_us, config.c_ns) = (ms, 0.0, 0.0);
+    })
+}
+
+/// Prompts in the order in which a prefill endpoint got them, by the name that each begins with.
+fn order(engine: &Handle) -> Vec<String> {
+    let name = |text: String| text.split('#').nth(1).unwrap_or_default().to_owned();
+    engine.requests().iter().map(|request| name(request.text())).collect()
+}
+
+/// A long chat with a name in it.
+fn named(name: &str) -> String {
+    chat(&[&format!("#{name}# {}", words(name, 4_000))], r#","max_tokens":2"#)
+}
+
+/// Sends a chat from a connection of its own.
+async fn send(rig: &Rig, body: String, headers: &[(&str, &[u8])]) -> Duration {
+    let mut client = rig.client(Http::One).await;
+    send_by(&mut client, body, headers).await
+}
+
+async fn send_by(client: &mut Client, body: String, headers: &[(&str, &[u8])]) -> Duration {
+    let started = Instant::now();
+    let answer = client.send(client.json(CHAT, body.clone(), headers)).await;
+    assert_right(&answer, &body);
+    started.elapsed()
+}
+
+async fn nobody_waits(rig: &Rig) {
+    rig.until_idle().await;
+    until_true("nobody waits", async || rig.metric(WAITING).await == 0.0).await;
+}
+
+#[test]
+fn a_burst_is_served_whole_with_one_leg_at_a_time_at_each_endpoint() {
+    run(async {
+        let rig = queued(2, json!({})).prefill_engines(|config, _| config.speed = 0.5).start().await;
+        let bodies = (0..200).map(|i| named(&format!("burst-{i}")));
+        let started = Instant::now();
+        let waits = join_all(bodies.map(|body| send(&rig, body, &[]))).await;
+        let took = started.elapsed();
+        assert_eq!(waits.len(), 200);
+        let legs: Vec<_> = rig.prefill.iter().map(|engine| engine.stats().prefill_legs).collect();
+        assert_eq!(legs.iter().sum::<u64>(), 200, "each prompt once");
+        assert!(legs.iter().all(|legs| (80..=120).contains(legs)), "{legs:?}");
+        println!("200 requests in {took:?}, {legs:?}");
+        rig.until_metric("pd_bound_total{result=\"waited\"}", |value| (150.0..=200.0).contains(&value)).await;
+        nobody_waits(&rig).await;
+    });
+}
+
+#[test]
+fn a_request_that_one_worker_holds_goes_when_a_leg_of_another_worker_ends() {
+    run(async {
+        let rig = unpredictable(1, 300.0, json!({})).start().await;
+        let mut clients = rig.client_of_each_worker(Http::One).await;
+        let [first, second] = clients.as_mut_slice() else { panic!() };
+        let mut pauses = Vec::new();
+        for round in 0..5 {
+            let busy = send_by(first, named(&format!("first-{round}")), &[]);
+            let waits = async {
+                rig.prefill[0].wait_for(|stats| stats.prefill_legs > 2 * round).await;
+                send_by(second, named(&format!("second-{round}")), &[]).await
+            };
+            let started = Instant::now();
+            futures::join!(busy, waits);
+            pauses.push(started.elapsed().saturating_sub(Duration::from_millis(600)));
+        }
+        println!("two legs of 300 ms, one after the other at two workers, take longer by {pauses:?}");
+        let least = pauses.iter().min().unwrap();
+        assert!(*least < Duration::from_millis(60), "a worker is woken, not found at a tick: {pauses:?}");
+        nobody_waits(&rig).await;
+    });
+}
+
+#[test]
+fn a_prefix_holder_gets_its_conversation_and_a_higher_priority_goes_first() {
+    run(async {
+        let rig = unpredictable(1, 1_500.0, json!({})).start().await;
+        let busy = send(&rig, named("busy"), &[]);
+        let wait = async |count: f64| rig.until_metric(WAITING, |value| value >= count).await;
+        let low = async {
+            rig.until_metric(PREFILL, |value| value == 1.0).await;
+            send(&rig, named("low"), &[("x-llm-d-inference-objective", b"-1")]).await
+        };
+        let plain = async {
+            wait(1.0).await;
+            send(&rig, named("plain"), &[]).await
+        };
+        let follow_up = async {
+            wait(2.0).await;
+            let text = format!("#busy# {}", words("busy", 4_000));
+            let body = chat(&[&text, "and", "so on"], r#","max_tokens":2"#);
+            send(&rig, body, &[]).await
+        };
+        let high = async {
+            wait(3.0).await;
+            send(&rig, named("high"), &[("x-llm-d-inference-objective", b"5")]).await
+        };
+        futures::join!(busy, low, plain, follow_up, high);
+        assert_eq!(order(&rig.prefill[0]), ["busy", "high", "busy", "plain", "low"]);
+        nobody_waits(&rig).await;
+    });
+}
+
+#[test]
+fn a_client_that_leaves_while_it_waits_reaches_no_endpoint() {
+    run(async {
+        let rig = unpredictable(1, 400.0, json!({})).start().await;
+        for http in [Http::One, Http::Two] {
+            for mut client in rig.client_of_each_worker(http).await {
+                let before = rig.prefill[0].stats().prefill_legs;
+                let left = rig.metric("pd_waits_left_total").await;
+                let busy = send(&rig, named(&new_id("busy")), &[]);
+                let leaves = async {
+                    rig.prefill[0].wait_for(|stats| stats.prefill_legs > before).await;
+                    let sending = client.try_send(client.json(CHAT, named(&new_id("leaves")), &[]));
+                    tokio::select! {
+                        answer = sending => panic!("{answer:?}"),
+                        _ = rig.until_metric(WAITING, |value| value == 1.0) => {}
+                    }
+                    drop(client);
+                    rig.until_metric("pd_waits_left_total", |value| value > left).await;
+                };
+                futures::join!(busy, leaves);
+                nobody_waits(&rig).await;
+                assert_eq!(rig.prefill[0].stats().prefill_legs, before + 1);
+            }
+        }
+    });
+}
+
+#[test]
+fn an_endpoint_that_leaves_leaves_its_requests_to_the_others() {
+    run(async {
+        let rig = unpredictable(2, 600.0, json!({})).start().await;
+        let busy = join_all((0..2).map(|i| send(&rig, named(&format!("busy-{i}")), &[])));
+        let waits = async {
+            rig.until_metric(PREFILL, |value| value == 2.0).await;
+            join_all((0..6).map(|i| send(&rig, named(&format!("waits-{i}")), &[]))).await
+        };
+        let leaves = async {
+            rig.until_metric(WAITING, |value| value == 6.0).await;
+            let stay = entries([&rig.prefill[0]], "prefill").chain(entries(&rig.decode, "decode"));
+            rig.relist(&stay.collect::<Vec<_>>()).await;
+        };
+        futures::join!(busy, waits, leaves);
+        assert_eq!(rig.prefill[1].stats().prefill_legs, 1);
+        assert_eq!(rig.prefill[0].stats().prefill_legs, 7);
+        nobody_waits(&rig).await;
+    });
+}
+
+#[test]
+fn requests_go_on_without_a_prefill_leg_when_all_prefill_endpoints_leave() {
+    run(async {
+        let rig = unpredictable(1, 600.0, json!({})).pool(json!({"split": {"mode": "threshold"}})).start().await;
+        let busy = send(&rig, named("busy"), &[]);
+        let waits = async {
+            rig.until_metric(PREFILL, |value| value == 1.0).await;
+            join_all((0..4).map(|i| send(&rig, named(&format!("waits-{i}")), &[]))).await
+        };
+        let leaves = async {
+            rig.until_metric(WAITING, |value| value == 4.0).await;
+            rig.relist(&entries(&rig.decode, "decode").collect::<Vec<_>>()).await;
+        };
+        futures::join!(busy, waits, leaves);
+        assert_eq!(rig.prefill[0].stats().prefill_legs, 1);
+        nobody_waits(&rig).await;
+    });
+}
+
+#[test]
+fn waiting_requests_outlive_a_new_configuration() {
+    run(async {
+        let rig = unpredictable(1, 500.0, json!({})).with_listener_file().start().await;
+        let busy = send(&rig, named("busy"), &[]);
+        let waits = async {
+            rig.until_metric(PREFILL, |value| value == 1.0).await;
+            join_all((0..4).map(|i| send(&rig, named(&format!("waits-{i}")), &[]))).await
+        };
+        let change = async {
+            rig.until_metric(WAITING, |value| value == 4.0).await;
+            let mut config = rig.config.clone();
+            let mut plugin = config.plugin_configuration();
+            plugin["revision"] = "2".into();
+            config.set_plugin_configuration(&plugin.to_string());
+            let accepted = "pd_configs_total{result=\"accepted\"}";
+            let before = rig.metric(accepted).await;
+            rig.replace_listener(config);
+            rig.until_metric(accepted, |value| value > before).await;
+            // The new workers' requests stand in the same queue.
+            send(&rig, named("new"), &[]).await
+        };
+        futures::join!(busy, waits, change);
+        assert_eq!(rig.prefill[0].stats().prefill_legs, 6);
+        nobody_waits(&rig).await;
+    });
+}
+
+#[test]
+fn beyond_the_limits_clients_get_429_or_503_with_a_reason_and_a_time() {
+    run(async {
+        let rig = unpredictable(1, 1_500.0, json!({"max_requests": 2, "max_wait_ms": 400})).start().await;
+        let busy = send(&rig, named("busy"), &[]);
+        let refused = async |status: u16, reason: &str, name: &str| {
+            let mut client = rig.client(Http::Two).await;
+            let answer = client.post(CHAT, named(name)).await;
+            assert_eq!((answer.status, answer.reason()), (status, Some(reason)), "{}", answer.text());
+            assert!(answer.header("retry-after").is_some_and(|value| value.parse::<u64>().is_ok_and(|s| s >= 1)));
+        };
+        let waits = async {
+            rig.until_metric(PREFILL, |value| value == 1.0).await;
+            futures::join!(refused(503, "queue_timeout", "w-1"), refused(503, "queue_timeout", "w-2"));
+        };
+        let full = async {
+            rig.until_metric(WAITING, |value| value == 2.0).await;
+            refused(429, "queue_requests", "full").await;
+        };
+        futures::join!(busy, waits, full);
+        nobody_waits(&rig).await;
+        assert_eq!(rig.metric("pd_queue_refused_total{reason=\"queue_timeout\"}").await, 2.0);
+        assert_eq!(rig.metric("pd_queue_refused_total{reason=\"queue_requests\"}").await, 1.0);
+    });
+}
