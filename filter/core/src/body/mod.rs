@@ -10,6 +10,7 @@ use self::json::{ErrorKind, ScanError, Scanner, Span};
 mod forbidden;
 pub mod form;
 pub mod json;
+pub mod markers;
 pub mod splice;
 
 pub use forbidden::{FORBIDDEN, cuts, is_content};

@@ -41,6 +41,12 @@ macro_rules! engines {
                     $(Self::$engine => &$protocol,)*
                 }
             }
+
+            /// Whether the engine leaves out of the system text what Claude Code adds to it, as vLLM does.
+            #[must_use]
+            pub fn drops_billing_line(self) -> bool {
+                !matches!(self, Self::Sglang | Self::Trtllm)
+            }
         }
     };
 }

@@ -1,7 +1,9 @@
 //! What a request's body says, and which endpoints may serve it.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
+use crate::body::markers::without_markers;
 use crate::body::splice::{HeadEdit, HeadPlan};
 use crate::body::{Api, Key, KeySet, Scan, json, scan};
 use crate::choose::prompt::Prompt;
@@ -141,8 +143,9 @@ fn prompt(
     session: Option<BlockHash>,
 ) -> Prompt {
     let pool = config.pool(&served.candidates.pool);
-    let parts = prompt_parts(api, body);
+    let parts = prompt_parts(api, body, pool.engine.drops_billing_line());
     let bytes = parts.iter().fold(0_usize, |sum, part| sum.saturating_add(part.len()));
+    let parts: Vec<&[u8]> = parts.iter().map(AsRef::as_ref).collect();
     let salt = body.scan.raw(body.bytes, Key::CacheSalt).unwrap_or_default();
     // SGLang's name of an adapter, beside the model's.
     let adapter = body.scan.raw(body.bytes, Key::LoraPath).map(|path| [salt, path].concat());
@@ -163,8 +166,8 @@ fn prompt(
     }
 }
 
-/// What the engine puts in front of the model, in the order in which chat templates do.
-fn prompt_parts<'a>(api: Api, body: &ScannedBody<'a>) -> Vec<&'a [u8]> {
+/// What the engine puts in front of the model, in the order in which chat templates do, without what it leaves out.
+fn prompt_parts<'a>(api: Api, body: &ScannedBody<'a>, drops_billing: bool) -> Vec<Cow<'a, [u8]>> {
     let keys: &[Key] = match api {
         Api::Chat => &[Key::Tools, Key::Messages],
         Api::Completions => &[Key::Prompt],
@@ -172,7 +175,8 @@ fn prompt_parts<'a>(api: Api, body: &ScannedBody<'a>) -> Vec<&'a [u8]> {
         Api::Messages => &[Key::Tools, Key::System, Key::Messages],
         Api::Generate => &[Key::TokenIds, Key::PromptTokenIds],
     };
-    keys.iter().filter_map(|key| body.scan.raw(body.bytes, *key)).collect()
+    let part = |key: &Key| Some(without_markers(api, *key, body.scan.raw(body.bytes, *key)?, drops_billing));
+    keys.iter().filter_map(part).collect()
 }
 
 /// Whether more answers than one are asked for, or several are computed to give one.

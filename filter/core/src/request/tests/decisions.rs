@@ -177,3 +177,33 @@ fn prompts_go_to_pods_whose_bounds_have_room() {
     fixture.headers(&[]);
     assert!(leg_destination(&fixture.body(&long_body())).contains("10.0.0.1:1"));
 }
+
+#[test]
+fn a_mark_of_the_providers_cache_that_moves_does_not_hide_what_an_endpoint_holds() {
+    let mark = r#","cache_control":{"type":"ephemeral"}"#;
+    let text = "word ".repeat(600);
+    let first = format!(r#"[{{"role":"user","content":[{{"type":"text","text":"{text}"{mark}}}]}}]"#);
+    let second = format!(
+        r#"[{{"role":"user","content":"{text}"}},{{"role":"assistant","content":"ok"}},{{"role":"user","content":[{{"type":"text","text":"on"{mark}}}]}}]"#
+    );
+    for path in ["/v1/messages", "/v1/chat/completions"] {
+        let mut t = fixture();
+        let mut matched = Vec::new();
+        for messages in [&first, &second] {
+            t.request = Request::default();
+            let headers = Headers::from_pairs([(":method", "POST"), (":path", path)]);
+            t.request.headers(&mut t.worker, headers, false, t.now);
+            let line = format!(r#"[{{"type":"text","text":"x-anthropic-billing-header: {}"}}]"#, matched.len());
+            let outcome = t.body(&format!(r#"{{"model":"m","max_tokens":4,"system":{line},"messages":{messages}}}"#));
+            let outcome = if outcome.effects.iter().any(|effect| matches!(effect, Effect::Call(_))) {
+                t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#))
+            } else {
+                outcome
+            };
+            matched.push(state(&outcome, MATCHED_TOKENS).parse::<u64>().unwrap());
+            t.done();
+        }
+        assert_eq!(matched[0], 0, "{path}");
+        assert!(matched[1] > 500, "{path}: {matched:?}");
+    }
+}
