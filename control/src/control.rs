@@ -291,6 +291,7 @@ impl Parts {
         let (sender, updates) = mpsc::channel(1);
         sources.follow(&mut publisher, &sender, tasks)?;
         if let Some(interval) = config.scrape {
+            publisher.ask_engines();
             let scraper = Scraper::new(Arc::clone(registry), Arc::clone(counters), Arc::clone(scrapes), interval);
             tasks.spawn(scraper.run(Updates::new(usize::MAX, sender)));
         }

@@ -1,13 +1,18 @@
 //! The endpoint list: valid, sorted, each endpoint once; and its names for people.
 
-use pd_core::wire::{Endpoint, EndpointId, Role, Snapshot, State, WIRE_VERSION, WireError};
+use std::collections::BTreeMap;
+
+use pd_core::wire::{Endpoint, EndpointId, MAX_CARDS, ModelCard, Role, Snapshot, State, WIRE_VERSION, WireError};
 
 /// A list that may be published.
 ///
 /// Every endpoint is valid, no endpoint is listed twice, and they are sorted by name (address and rank). A list may be
 /// empty.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct EndpointList(Vec<Endpoint>);
+pub struct EndpointList {
+    endpoints: Vec<Endpoint>,
+    cards: BTreeMap<String, ModelCard>,
+}
 
 impl EndpointList {
     /// Checks and sorts a list.
@@ -23,22 +28,45 @@ impl EndpointList {
             base: None,
             endpoints,
             removed: Vec::new(),
+            models: Vec::new(),
         };
         snapshot.validate()?;
-        Ok(Self(snapshot.endpoints))
+        Ok(Self { endpoints: snapshot.endpoints, cards: BTreeMap::new() })
+    }
+
+    /// Adds what engines tell of models, of those that an endpoint of the list serves. Cards that a snapshot cannot have
+    /// are left out.
+    #[must_use]
+    pub fn with_cards<'a>(mut self, told: impl Iterator<Item = &'a ModelCard>) -> Self {
+        let mut cards: BTreeMap<&str, Option<ModelCard>> =
+            self.endpoints.iter().flat_map(|it| &it.models).map(|model| (model.as_str(), None)).collect();
+        for card in told.filter(|card| card.is_valid()) {
+            if let Some(known) = cards.get_mut(card.id.as_str()) {
+                *known = Some(known.take().map_or_else(|| card.clone(), |known| known.or(card.clone())));
+            }
+        }
+        let cards = cards.into_values().flatten().take(MAX_CARDS);
+        self.cards = cards.map(|card| (card.id.clone(), card)).collect();
+        self
+    }
+
+    /// What engines tell of models, by name.
+    #[must_use]
+    pub fn cards(&self) -> &BTreeMap<String, ModelCard> {
+        &self.cards
     }
 
     /// The endpoints, sorted by name.
     #[must_use]
     pub fn as_slice(&self) -> &[Endpoint] {
-        &self.0
+        &self.endpoints
     }
 
     /// The endpoint of this name; `None` when the list has none.
     #[must_use]
     pub fn get(&self, id: EndpointId) -> Option<&Endpoint> {
-        let index = self.0.binary_search_by_key(&id, Endpoint::id).ok()?;
-        self.0.get(index)
+        let index = self.endpoints.binary_search_by_key(&id, Endpoint::id).ok()?;
+        self.endpoints.get(index)
     }
 }
 

@@ -11,7 +11,7 @@ use pd_core::endpoints::table::Applied;
 use pd_core::envoys::message::{Batch, ExchangeRequest, ExchangeResponse, Record};
 use pd_core::prefix::block_log::block_event;
 use pd_core::prefix::hash::BlockHash;
-use pd_core::wire::{Endpoint, Engine, Role, Snapshot, State};
+use pd_core::wire::{Endpoint, Engine, ModelCard, Role, Snapshot, State};
 use pd_core::workers::worker::Worker;
 use serde_json::{Value, json};
 
@@ -42,6 +42,7 @@ fn endpoints() -> [Endpoint; 4] {
         rank: Some(3),
         pool: "big".into(),
         models: vec!["llama".into(), "adapter \"ä\"".into()],
+        models_closed: true,
         engine: Some(Engine::Sglang),
         group: Some("rack-1".into()),
         weight: 2.5,
@@ -53,6 +54,7 @@ fn endpoints() -> [Endpoint; 4] {
         ..Endpoint::new("10.0.0.1:8000".parse().unwrap(), Role::Prefill)
     };
     let bare = Endpoint::new("10.0.0.2:8000".parse().unwrap(), Role::Decode);
+    let bare = Endpoint { models_pending: true, ..bare };
     let six = Endpoint::new("[fd01::1]:80".parse().unwrap(), Role::Both);
     [full, bare, six, Endpoint::new("10.0.0.3:8000".parse().unwrap(), Role::Both)]
 }
@@ -60,8 +62,18 @@ fn endpoints() -> [Endpoint; 4] {
 /// What a pd-control of this version answers: the file's name and the text.
 fn written() -> Vec<(&'static str, String)> {
     let registry = Registry::new("golden", SystemTime::UNIX_EPOCH);
+    let cards = [
+        ModelCard {
+            max_model_len: Some(131_072),
+            root: Some("/models/llama".into()),
+            owned_by: Some("vllm".into()),
+            ..ModelCard::new("llama")
+        },
+        ModelCard { parent: Some("llama".into()), ..ModelCard::new("adapter \"ä\"") },
+    ];
     let publish = |list: &[Endpoint]| {
-        registry.publish(EndpointList::new(list.to_vec()).unwrap(), SystemTime::UNIX_EPOCH).unwrap();
+        let list = EndpointList::new(list.to_vec()).unwrap().with_cards(cards.iter());
+        registry.publish(list, SystemTime::UNIX_EPOCH).unwrap();
         registry.current()
     };
     let text = |bytes: bytes::Bytes| String::from_utf8(bytes.to_vec()).unwrap() + "\n";

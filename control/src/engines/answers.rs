@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{PoisonError, RwLock};
 
+use pd_core::wire::ModelCard;
+
 use crate::engines::metrics::EngineLoad;
 use crate::publish::updates::{Fact, Facts};
 
-/// pd-control asks an engine for its models with every sixth request for its metrics.
-const MODELS_EVERY: u32 = 6;
 /// Failures in a row after which an engine that answered before counts as down.
 const FAILURES: u32 = 3;
 /// Upper end of the range of `cache_tokens`.
@@ -18,8 +18,17 @@ const MAX_CACHE_TOKENS: u64 = 1_000_000_000;
 #[derive(Debug, Default)]
 pub struct Scrapes(RwLock<BTreeMap<SocketAddr, Scraped>>);
 
-/// Metrics, and models where they were requested; or why there is no answer.
-pub type Outcome = Result<(EngineLoad, Option<Vec<String>>), String>;
+/// Metrics and models; or why there is no answer. `None`: the metrics came, and no answer to the question for models.
+pub type Outcome = Result<(EngineLoad, Option<Told>), String>;
+
+/// What an engine answers to the question for its models.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Told {
+    /// Its models, sorted by name.
+    Models(Vec<ModelCard>),
+    /// That it tells none: for lack of an API key, or of the path.
+    Nothing,
+}
 
 /// The last answer of one engine.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -27,7 +36,9 @@ pub struct Scraped {
     /// Its metrics, of its last answer.
     pub load: EngineLoad,
     /// Its models, base models and adapters; empty: the engine has not named any.
-    pub models: Vec<String>,
+    pub models: Vec<ModelCard>,
+    /// Whether the engine ever answered the question for its models.
+    pub has_told: bool,
     /// Whether the engine ever answered.
     pub has_answered: bool,
     /// Failed requests since the last answer.
@@ -60,13 +71,6 @@ impl Scrapes {
         }
     }
 
-    /// Whether the next request to an engine asks for its models, too.
-    #[must_use]
-    pub fn wants_models(&self, address: SocketAddr) -> bool {
-        let scraped = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        scraped.get(&address).is_none_or(|known| known.asked.is_multiple_of(MODELS_EVERY))
-    }
-
     /// Takes an answer; returns the facts of all engines when the answer may have changed them.
     pub fn take(&self, address: SocketAddr, outcome: Outcome) -> Option<Facts> {
         let mut scraped = self.0.write().unwrap_or_else(PoisonError::into_inner);
@@ -81,9 +85,12 @@ impl Scraped {
     fn take(&mut self, outcome: Outcome) {
         self.asked = self.asked.wrapping_add(1);
         match outcome {
-            Ok((load, models)) => {
+            Ok((load, told)) => {
                 self.load = load;
-                if let Some(models) = models {
+                self.has_told |= told.is_some();
+                if let Some(Told::Models(models)) = told
+                    && !models.is_empty()
+                {
                     self.models = models;
                 }
                 (self.has_answered, self.failures, self.error) = (true, 0, None);
@@ -96,8 +103,8 @@ impl Scraped {
     }
 
     /// The values that [`facts`] depends on.
-    fn basis(&self) -> (Vec<String>, Option<u64>, bool, bool) {
-        (self.models.clone(), self.load.cache_tokens, self.has_answered, self.is_silent())
+    fn basis(&self) -> (Vec<ModelCard>, bool, Option<u64>, bool, bool) {
+        (self.models.clone(), self.has_told, self.load.cache_tokens, self.has_answered, self.is_silent())
     }
 
     /// Whether the engine answered before and has stopped answering.
@@ -115,6 +122,7 @@ fn facts(scraped: &BTreeMap<SocketAddr, Scraped>) -> Facts {
     let is_believed = silent * 2 < answered;
     let fact = |scraped: &Scraped| Fact {
         models: scraped.models.clone(),
+        has_told: scraped.has_told,
         cache_tokens: scraped.load.cache_tokens.map(|tokens| tokens.min(MAX_CACHE_TOKENS)),
         is_down: is_believed && scraped.is_silent(),
     };
@@ -152,6 +160,25 @@ mod tests {
             scraped.has_answered = scraped.failures == 0;
         }
         assert!(facts(&never).is_empty(), "who never answered may be out of reach from here only");
+    }
+
+    #[test]
+    fn models_stay_while_an_engine_does_not_tell_them() {
+        let mut engine = Scraped::default();
+        let models = vec![ModelCard::new("m")];
+        for (told, has_told) in [
+            (None, false),
+            (Some(Told::Models(models.clone())), true),
+            (None, true),
+            (Some(Told::Nothing), true),
+            (Some(Told::Models(vec![])), true),
+        ] {
+            let expected = if has_told { models.clone() } else { vec![] };
+            engine.take(Ok((EngineLoad::default(), told)));
+            assert_eq!((&engine.models, engine.has_told), (&expected, has_told));
+        }
+        engine.take(Err("gone".to_owned()));
+        assert_eq!(engine.models, models);
     }
 
     #[test]

@@ -88,8 +88,7 @@ impl Scraper {
                 {
                     let Some((address, at)) = next else { continue };
                     due.insert(address, self.next_turn(address, at));
-                    let wants_models = self.scrapes.wants_models(address);
-                    asking.spawn(ask(self.client.clone(), address, wants_models));
+                    asking.spawn(ask(self.client.clone(), address));
                 }
             }
         }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use pd_core::wire::{Endpoint, State};
+use pd_core::wire::{Endpoint, MAX_MODELS, State};
 
 use crate::list::EndpointList;
 use crate::publish::updates::{Facts, Update};
@@ -15,6 +15,7 @@ use crate::publish::updates::{Facts, Update};
 pub struct Merge {
     sources: Vec<SourceState>,
     facts: Facts,
+    asks_engines: bool,
 }
 
 #[derive(Debug)]
@@ -28,6 +29,11 @@ impl Merge {
     pub fn add(&mut self) -> usize {
         self.sources.push(SourceState { list: None, problem: None });
         self.sources.len() - 1
+    }
+
+    /// Says that facts will come: an engine without a fact has yet to tell its models.
+    pub fn ask_engines(&mut self) {
+        self.asks_engines = true;
     }
 
     /// Takes an update of one source; returns the merged list and the problems of all sources.
@@ -56,14 +62,16 @@ impl Merge {
     pub fn list(&self) -> Option<Result<EndpointList, String>> {
         let lists: Option<Vec<&EndpointList>> = self.sources.iter().map(|source| source.list.as_ref()).collect();
         let lists = lists.filter(|lists| !lists.is_empty())?;
-        if let ([only], true) = (lists.as_slice(), self.facts.is_empty()) {
+        if let ([only], true, false) = (lists.as_slice(), self.facts.is_empty(), self.asks_engines) {
             return Some(Ok((*only).clone()));
         }
         let mut endpoints = BTreeMap::new();
         for endpoint in lists.iter().flat_map(|list| list.as_slice()) {
             endpoints.entry(endpoint.id()).or_insert_with(|| self.with_fact(endpoint.clone()));
         }
-        Some(EndpointList::new(endpoints.into_values().collect()).map_err(|error| error.to_string()))
+        let list = EndpointList::new(endpoints.into_values().collect()).map_err(|error| error.to_string());
+        let cards = || self.facts.values().flat_map(|fact| &fact.models);
+        Some(list.map(|list| list.with_cards(cards())))
     }
 
     /// Takes the facts of all engines; returns the merged list as [`Merge::list`] does.
@@ -72,11 +80,17 @@ impl Merge {
         self.list()
     }
 
-    /// Fills in keys that the sources leave open. An engine that does not answer is down, whatever the sources say.
+    /// Fills in keys that the sources leave open, and adds the engine's models unless the list of models is closed. An
+    /// engine that does not answer is down, whatever the sources say.
     fn with_fact(&self, mut endpoint: Endpoint) -> Endpoint {
-        if let Some(fact) = self.facts.get(&endpoint.address) {
-            if endpoint.models.is_empty() {
-                endpoint.models.clone_from(&fact.models);
+        let fact = self.facts.get(&endpoint.address);
+        let is_open = !endpoint.models_closed;
+        endpoint.models_pending = is_open && self.asks_engines && !fact.is_some_and(|fact| fact.has_told);
+        if let Some(fact) = fact {
+            for card in fact.models.iter().filter(|_| is_open) {
+                if endpoint.models.len() < MAX_MODELS && !endpoint.models.contains(&card.id) {
+                    endpoint.models.push(card.id.clone());
+                }
             }
             endpoint.cache_tokens = endpoint.cache_tokens.or(fact.cache_tokens);
             if fact.is_down && endpoint.state == State::Ready {
@@ -89,7 +103,7 @@ impl Merge {
 
 #[cfg(test)]
 mod tests {
-    use pd_core::wire::Role;
+    use pd_core::wire::{ModelCard, Role};
 
     use super::*;
     use crate::publish::updates::Fact;
@@ -147,7 +161,8 @@ mod tests {
         let mut merge = Merge::default();
         let source = merge.add();
         merge.take(source, list(&[(1, 1.0), (2, 1.0)]));
-        let fact = Fact { models: vec!["m".into()], cache_tokens: Some(9), is_down: true };
+        let models = vec![ModelCard { max_model_len: Some(8), ..ModelCard::new("m") }];
+        let fact = Fact { models, has_told: true, cache_tokens: Some(9), is_down: true };
         let merged = merge.take_facts(Facts::from([(([10, 0, 0, 1], 80).into(), fact)])).unwrap().unwrap();
         let [first, second] = merged.as_slice() else { panic!() };
         assert_eq!(
@@ -155,9 +170,33 @@ mod tests {
             (["m".to_owned()].as_slice(), Some(9), State::Down)
         );
         assert_eq!(*second, Endpoint::new(([10, 0, 0, 2], 80).into(), Role::Both));
-        let said =
-            Endpoint { models: vec!["x".into()], cache_tokens: Some(1), state: State::Draining, ..first.clone() };
+        let said = Endpoint {
+            models: vec!["x".into()],
+            models_closed: true,
+            cache_tokens: Some(1),
+            state: State::Draining,
+            ..first.clone()
+        };
         merge.take(source, Ok(EndpointList::new(vec![said.clone()]).unwrap()).into());
-        assert_eq!(merge.list().unwrap().unwrap().as_slice(), [said]);
+        let list = merge.list().unwrap().unwrap();
+        assert_eq!((list.as_slice(), list.cards().len()), ([said.clone()].as_slice(), 0));
+        let open = Endpoint { models_closed: false, ..said };
+        merge.take(source, Ok(EndpointList::new(vec![open]).unwrap()).into());
+        let list = merge.list().unwrap().unwrap();
+        assert_eq!(list.as_slice()[0].models, ["x", "m"], "an adapter that was loaded at run time");
+        assert_eq!(list.cards()["m"].max_model_len, Some(8));
+    }
+
+    #[test]
+    fn an_engine_that_was_not_asked_yet_has_yet_to_tell_its_models() {
+        let mut merge = Merge::default();
+        let source = merge.add();
+        merge.ask_engines();
+        let pending = |list: EndpointList| list.as_slice().iter().map(|it| it.models_pending).collect::<Vec<_>>();
+        let update = merge.take(source, list(&[(1, 1.0), (2, 1.0)]));
+        assert_eq!(pending(update.list.unwrap()), [true, true]);
+        let told = Fact { has_told: true, ..Fact::default() };
+        let merged = merge.take_facts(Facts::from([(([10, 0, 0, 1], 80).into(), told)]));
+        assert_eq!(pending(merged.unwrap().unwrap()), [false, true]);
     }
 }

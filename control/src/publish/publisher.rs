@@ -101,6 +101,11 @@ impl Publisher {
         source
     }
 
+    /// Says that the facts of engines will come.
+    pub fn ask_engines(&mut self) {
+        self.merge.ask_engines();
+    }
+
     /// Publishes the first list if all sources have one. This removes hosts that an earlier run left in the EDS file.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use bytes::Bytes;
-use pd_core::wire::{Endpoint, EndpointId, Snapshot, WIRE_VERSION};
+use pd_core::wire::{Endpoint, EndpointId, MAX_CARDS, ModelCard, Snapshot, WIRE_VERSION};
 use tokio::sync::watch;
 
 use crate::list::EndpointList;
@@ -36,11 +36,15 @@ pub struct Published {
     version: u64,
     changed_at: SystemTime,
     endpoints: EndpointList,
+    /// Cards of the models that endpoints serve or served, each with the version that changed it last.
+    cards: Cards,
     /// Changes that led to versions `version - history.len() + 1 ..= version`, oldest first.
     history: VecDeque<Arc<Step>>,
     /// Encoded answers by base version; `None` is the whole list. Each is encoded once for all filters.
     encoded: Mutex<BTreeMap<Option<u64>, Bytes>>,
 }
+
+type Cards = BTreeMap<String, (ModelCard, u64)>;
 
 /// Names that one version added, changed or removed.
 #[derive(Debug, Default)]
@@ -77,6 +81,7 @@ impl Published {
             version: 0,
             changed_at: now,
             endpoints: EndpointList::default(),
+            cards: Cards::new(),
             history: VecDeque::new(),
             encoded: Mutex::default(),
         }
@@ -110,27 +115,56 @@ impl Published {
     #[must_use]
     pub fn advance(&self, list: EndpointList, now: SystemTime) -> Option<(Self, Change)> {
         let (step, change) = diff(&self.endpoints, &list);
-        if step.0.is_empty() && self.version > 0 {
+        if step.0.is_empty() && self.version > 0 && list.cards() == self.endpoints.cards() {
             return None;
         }
+        let cards = self.next_cards(&step, &list);
         let mut history = self.history.clone();
         history.push_back(Arc::new(step));
         let limit = HISTORY_IDS.max(list.as_slice().len());
-        let mut ids: usize = history.iter().map(|step| step.0.len()).sum();
+        // A step without a name has changed cards.
+        let mut ids: usize = history.iter().map(|step| step.0.len().max(1)).sum();
         while ids > limit
             && let Some(oldest) = history.pop_front()
         {
-            ids -= oldest.0.len();
+            ids -= oldest.0.len().max(1);
         }
         let next = Self {
             epoch: Arc::clone(&self.epoch),
             version: self.version + 1,
             changed_at: now,
             endpoints: list,
+            cards,
             history,
             encoded: Mutex::default(),
         };
         Some((next, change))
+    }
+
+    /// The cards of the next version: those of before, what changed, and the names of models whose endpoints leave. When
+    /// they are too many, those that nobody serves any more and that changed first are dropped.
+    fn next_cards(&self, step: &Step, list: &EndpointList) -> Cards {
+        let mut cards = self.cards.clone();
+        let version = self.version + 1;
+        let left = step.0.iter().filter_map(|touch| self.endpoints.get(touch.id)).flat_map(|it| &it.models);
+        for model in left {
+            cards.entry(model.clone()).or_insert_with(|| (ModelCard::new(model), version));
+        }
+        for (model, card) in list.cards() {
+            let known = cards.entry(model.clone()).or_insert_with(|| (ModelCard::new(model), 0));
+            if known.0 != *card || known.1 == 0 {
+                *known = (card.clone(), version);
+            }
+        }
+        if let Some(excess) = cards.len().checked_sub(MAX_CARDS).filter(|excess| *excess > 0) {
+            let gone = cards.iter().filter(|(model, _)| !list.cards().contains_key(*model));
+            let mut gone: Vec<_> = gone.map(|(model, (_, version))| (*version, model.clone())).collect();
+            gone.sort_unstable();
+            for (_, model) in gone.into_iter().take(excess) {
+                cards.remove(&model);
+            }
+        }
+        cards
     }
 
     /// The snapshot for a filter that holds version `since` of `epoch`.
@@ -185,7 +219,16 @@ impl Published {
             Some((Some(base), endpoints, removed))
         };
         let (base, endpoints, removed) = base.and_then(delta).unwrap_or_else(whole);
-        Snapshot { wire: WIRE_VERSION, epoch: self.epoch.to_string(), version: self.version, base, endpoints, removed }
+        let is_new = |version: &u64| base.is_none_or(|base| *version > base);
+        Snapshot {
+            wire: WIRE_VERSION,
+            epoch: self.epoch.to_string(),
+            version: self.version,
+            base,
+            endpoints,
+            removed,
+            models: self.cards.values().filter(|(_, version)| is_new(version)).map(|(card, _)| card.clone()).collect(),
+        }
     }
 
     /// Names that changed since a version, each with whether that version had it; `None` when the history is too short.
@@ -362,6 +405,39 @@ mod tests {
         assert_eq!(published.history.len(), HISTORY_IDS);
         assert_eq!(published.snapshot("e", 1).unwrap().base, None);
         assert_eq!(published.snapshot("e", 990).unwrap().base, Some(990));
+    }
+
+    #[test]
+    fn cards_go_out_when_they_change_and_stay_when_their_endpoints_leave() {
+        let serving = |n: u8, model: &str| Endpoint { models: vec![model.to_owned()], ..endpoint(n, 1.0) };
+        let with = |endpoints: Vec<Endpoint>, cards: &[ModelCard]| {
+            EndpointList::new(endpoints).unwrap().with_cards(cards.iter())
+        };
+        let card = |id: &str, len| ModelCard { max_model_len: Some(len), ..ModelCard::new(id) };
+        let both = || vec![serving(1, "m"), serving(2, "n"), serving(3, "n"), serving(4, "label-only")];
+        let first = advance(&Published::nothing("e", NOW), with(both(), &[card("m", 8), card("n", 8), card("n", 4)]));
+        assert_eq!(first.snapshot("", 0).unwrap().models, [card("m", 8), card("n", 4)]);
+        assert!(first.advance(with(both(), &[card("n", 4), card("m", 8)]), NOW).is_none());
+        let second = advance(&first, with(both(), &[card("m", 2), card("n", 4)]));
+        let delta = second.snapshot("e", 1).unwrap();
+        assert_eq!((delta.base, delta.endpoints.len(), delta.models), (Some(1), 0, vec![card("m", 2)]));
+        let third = advance(&second, with(both()[1..3].to_vec(), &[card("n", 4)]));
+        let gone = ModelCard::new("label-only");
+        assert_eq!(third.snapshot("", 0).unwrap().models, [gone, card("m", 2), card("n", 4)]);
+    }
+
+    #[test]
+    fn cards_of_models_that_left_are_bounded() {
+        let mut published = Published::nothing("e", NOW);
+        for n in 0..6_u32 {
+            let models = (0..1_000).map(|m| format!("{n}-{m:04}")).collect();
+            let list = EndpointList::new(vec![Endpoint { models, ..endpoint(1, 1.0) }]).unwrap();
+            published = advance(&published, list);
+        }
+        let snapshot = published.snapshot("", 0).unwrap();
+        assert_eq!(snapshot.models.len(), MAX_CARDS);
+        assert!(snapshot.models.iter().any(|card| card.id == "4-0000"), "{:?}", snapshot.models.first());
+        assert_eq!(snapshot.validate(), Ok(()));
     }
 
     #[test]

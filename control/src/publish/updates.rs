@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
+use pd_core::wire::ModelCard;
 use tokio::sync::mpsc;
 
 use crate::list::EndpointList;
@@ -22,8 +23,10 @@ pub struct Update {
 /// What the answers of one engine add to the list.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Fact {
-    /// Models, for an endpoint whose models the sources leave open.
-    pub models: Vec<String>,
+    /// Models that the engine serves, for an endpoint whose list of models is not closed.
+    pub models: Vec<ModelCard>,
+    /// Whether the engine has answered the question for its models.
+    pub has_told: bool,
     /// Tokens of the KV cache, for an endpoint whose `cache_tokens` the sources leave open.
     pub cache_tokens: Option<u64>,
     /// Whether the engine stopped answering.

@@ -63,6 +63,7 @@ impl std::str::FromStr for NamedEndpoint {
             let typed: Value = match key {
                 "address" => return Err("address is no key: the address is the first part".to_owned()),
                 "models" => text.split('+').collect(),
+                "models_closed" => text.parse::<bool>().map_or_else(|_| text.into(), Value::from),
                 "rank" | "weight" | "cache_tokens" | "bootstrap_port" | "min_prompt_tokens" | "max_prompt_tokens" => {
                     text_value()
                 }

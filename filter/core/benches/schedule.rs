@@ -88,8 +88,15 @@ fn worker(endpoints: u32, split: &str) -> Worker {
         Endpoint::new(address, if i.is_multiple_of(2) { Role::Prefill } else { Role::Decode })
     };
     let endpoints = (0..endpoints).map(endpoint).collect();
-    let snapshot =
-        Snapshot { wire: WIRE_VERSION, epoch: "b".to_owned(), version: 1, base: None, endpoints, removed: Vec::new() };
+    let snapshot = Snapshot {
+        wire: WIRE_VERSION,
+        epoch: "b".to_owned(),
+        version: 1,
+        base: None,
+        endpoints,
+        removed: Vec::new(),
+        models: Vec::new(),
+    };
     worker.apply(&snapshot.to_json()).expect("the snapshot is valid");
     worker
 }

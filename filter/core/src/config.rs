@@ -38,6 +38,18 @@ pub const PREFILLER_HEADER: &str = "x-prefiller-host-port";
 pub const SUBSET_HEADER: &str = "x-gateway-destination-endpoint-subset";
 /// The same, as the extension's conformance tests send it.
 pub const TEST_SELECTION_HEADER: &str = "test-epp-endpoint-selection";
+/// Default of [`Config::session_headers`]: the header of llm-d and of most gateways, then those of coding agents (Claude
+/// Code; OpenCode and Crush; Codex, its older releases with an underscore; OpenCode with its own provider; Qwen Code).
+pub const SESSION_HEADERS: &[&str] = &[
+    "x-session-id",
+    "x-claude-code-session-id",
+    "x-session-affinity",
+    "session-id",
+    "session_id",
+    "x-opencode-session",
+    "x-qwen-code-session-id",
+];
+
 /// Headers that [`Config::trusted_headers`] may name.
 pub const TRUSTABLE_HEADERS: &[&str] =
     &[PHASE_HEADER, PREFILLER_HEADER, EXPLAIN_HEADER, SUBSET_HEADER, TEST_SELECTION_HEADER];
@@ -64,8 +76,12 @@ pub struct Config {
     /// Prefixes that the gateway's routes take away from a path after the filter has seen it; see
     /// [`crate::paths::engines_path`].
     pub path_prefixes: Vec<String>,
+    /// Whether requests that ask for another protocol, such as WebSocket, go to an endpoint. Otherwise they are refused.
+    pub upgrades: bool,
     /// Request headers that name a client's session, the first one present counts: its requests stay together.
     pub session_headers: Vec<String>,
+    /// Cookies that name it where no such header does; the first one present counts.
+    pub session_cookies: Vec<String>,
     /// Largest request body, bytes, the spliced parameters included; above it clients get 413. Must not be above the
     /// limit of Envoy's buffer filter: an edit that takes a paused body past that limit ends the Envoy process.
     pub max_body_bytes: usize,
@@ -254,7 +270,9 @@ struct Raw {
     trusted_headers: Vec<String>,
     allowed_paths: Vec<String>,
     path_prefixes: Vec<String>,
+    upgrades: bool,
     session_headers: Vec<String>,
+    session_cookies: Vec<String>,
     max_body_bytes: usize,
     prefix: RawPrefix,
     objectives: Vec<RawObjective>,
@@ -274,7 +292,9 @@ impl Default for Raw {
             trusted_headers: Vec::new(),
             allowed_paths: Vec::new(),
             path_prefixes: Vec::new(),
-            session_headers: vec!["x-session-id".to_owned()],
+            upgrades: false,
+            session_headers: SESSION_HEADERS.iter().map(|&name| name.to_owned()).collect(),
+            session_cookies: Vec::new(),
             max_body_bytes: 16 << 20,
             prefix: RawPrefix::default(),
             objectives: Vec::new(),
@@ -514,7 +534,14 @@ impl Raw {
             }
         }
         for (i, header) in self.session_headers.iter().enumerate() {
-            check_header_name(&format!("session_headers[{i}]"), header)?;
+            // Clients' own names may have underscores.
+            check_header_name(&format!("session_headers[{i}]"), &header.replace('_', "-"))?;
+        }
+        for (i, cookie) in self.session_cookies.iter().enumerate() {
+            let is_token = |byte: u8| byte.is_ascii_graphic() && !b"()<>@,;:\\\"/[]?={}".contains(&byte);
+            if cookie.is_empty() || cookie.len() > 128 || !cookie.bytes().all(is_token) {
+                return Err(ConfigError::new(&format!("session_cookies[{i}]"), "must be the name of a cookie"));
+            }
         }
         Ok(())
     }
@@ -564,7 +591,9 @@ impl Config {
             trusted_headers: raw.trusted_headers,
             allowed_paths: raw.allowed_paths,
             path_prefixes: raw.path_prefixes,
+            upgrades: raw.upgrades,
             session_headers: raw.session_headers,
+            session_cookies: raw.session_cookies,
             max_body_bytes: raw.max_body_bytes,
             prefix: Prefix {
                 block_bytes: raw.prefix.block_bytes,
@@ -602,6 +631,15 @@ impl Config {
         self.policies().any(|(_, pool)| pool.queue.is_on)
     }
 
+    /// Whether the configuration names a model: as an alias, as an alias's target, or as one of an endpoint.
+    #[must_use]
+    pub fn names_model(&self, name: &str) -> bool {
+        let is_target = |alias: &Alias| alias.targets.iter().any(|target| target.model == name);
+        self.models.contains_key(name)
+            || self.models.values().any(is_target)
+            || self.endpoints.iter().any(|endpoint| endpoint.models.iter().any(|model| model == name))
+    }
+
     /// Whether a client may set this header of ours.
     #[must_use]
     pub fn trusts(&self, header: &str) -> bool {
@@ -624,6 +662,7 @@ impl Config {
             base: None,
             endpoints: self.endpoints.clone(),
             removed: Vec::new(),
+            models: Vec::new(),
         }
     }
 }
@@ -725,8 +764,15 @@ fn check_endpoints(raw: Vec<Map<String, Value>>) -> Result<Vec<Endpoint>, Config
             .map_err(|error| ConfigError::new(&format!("endpoints[{i}]"), error))?;
         endpoints.push(endpoint);
     }
-    let snapshot =
-        Snapshot { wire: WIRE_VERSION, epoch: String::new(), version: 1, base: None, endpoints, removed: Vec::new() };
+    let snapshot = Snapshot {
+        wire: WIRE_VERSION,
+        epoch: String::new(),
+        version: 1,
+        base: None,
+        endpoints,
+        removed: Vec::new(),
+        models: Vec::new(),
+    };
     snapshot.validate().map_err(|error: WireError| ConfigError::new("endpoints", error))?;
     Ok(snapshot.endpoints)
 }
@@ -811,6 +857,9 @@ mod tests {
             (r#"{"endpoints":[{"address":"10.0.0.1:1","role":"both","weight":-1}]}"#, "weight"),
             (r#"{"trusted_headers":["host"]}"#, "trusted_headers"),
             (r#"{"destination_header":"X Y"}"#, "destination_header"),
+            (r#"{"session_headers":["x-session_id","X-Session"]}"#, "session_headers[1]"),
+            (r#"{"session_cookies":["a b"]}"#, "session_cookies[0]"),
+            (r#"{"session_cookies":["sid","a="]}"#, "session_cookies[1]"),
             (r#"{"prefix":{"block_bytes":1}}"#, "prefix.block_bytes"),
             ("[]", "plugin configuration"),
             ("{", "plugin configuration"),

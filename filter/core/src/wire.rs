@@ -6,7 +6,8 @@
 //!   304  nothing changed within W milliseconds
 //! ```
 //! Unknown fields are ignored here, so that a filter and a `pd-control` of neighbouring versions understand each other.
-//! Files and plugin configuration are stricter: see [`unknown_endpoint_key`].
+//! A field that is new since version 1 of the format is optional. Files and plugin configuration are stricter: see
+//! [`unknown_endpoint_key`].
 
 use core::fmt;
 use std::net::SocketAddr;
@@ -26,6 +27,10 @@ pub const MAX_ENDPOINTS: usize = 100_000;
 pub const MAX_NAME_BYTES: usize = 256;
 /// Models that one endpoint may serve (base model and adapters); more is refused.
 pub const MAX_MODELS: usize = 1_024;
+/// Models that one snapshot may describe; more is refused. A filter remembers as many that no endpoint serves any more.
+pub const MAX_CARDS: usize = 4_096;
+/// Bytes that `root` and `parent` of a model may have; more is refused.
+pub const MAX_CARD_BYTES: usize = 1_024;
 
 /// Work that an endpoint takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -65,9 +70,16 @@ pub struct Endpoint {
     /// Pool whose policy applies.
     #[serde(default = "default_pool", skip_serializing_if = "is_default_pool")]
     pub pool: String,
-    /// Models and adapters it serves; empty: any.
+    /// Models and adapters it serves; empty: it has not said.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub models: Vec<String>,
+    /// Whether `models` is complete: `pd-control` adds none that the engine tells.
+    #[serde(default, skip_serializing_if = "core::ops::Not::not")]
+    pub models_closed: bool,
+    /// Whether `pd-control` has yet to learn models from the engine. A filter then keeps those that it knows of the
+    /// endpoint. Files do not have this key.
+    #[serde(default, skip_serializing_if = "core::ops::Not::not")]
+    pub models_pending: bool,
     /// Hand-over protocol, where it differs from its pool's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub engine: Option<Engine>,
@@ -101,6 +113,7 @@ pub const ENDPOINT_KEYS: &[&str] = &[
     "role",
     "pool",
     "models",
+    "models_closed",
     "engine",
     "group",
     "weight",
@@ -175,6 +188,8 @@ impl Endpoint {
             role,
             pool: default_pool(),
             models: Vec::new(),
+            models_closed: false,
+            models_pending: false,
             engine: None,
             group: None,
             weight: default_weight(),
@@ -241,6 +256,58 @@ impl Endpoint {
     }
 }
 
+/// What engines tell of a model, beside its name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelCard {
+    /// Its name.
+    pub id: String,
+    /// Longest prompt and answer together, tokens. Where servers differ, the smallest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_model_len: Option<u64>,
+    /// Where the engine loaded it from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root: Option<String>,
+    /// The base model of an adapter.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
+    /// Whose it is, by the engine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owned_by: Option<String>,
+}
+
+impl ModelCard {
+    /// A card with a name only.
+    #[must_use]
+    pub fn new(id: &str) -> Self {
+        Self { id: id.to_owned(), ..Self::default() }
+    }
+
+    /// Whether a snapshot may have the card.
+    #[must_use]
+    pub fn is_valid(&self) -> bool {
+        let texts = [&self.root, &self.parent, &self.owned_by];
+        !self.id.is_empty()
+            && self.id.len() <= MAX_NAME_BYTES
+            && texts.into_iter().flatten().all(|text| text.len() <= MAX_CARD_BYTES)
+    }
+
+    /// What two servers tell of one model: the smaller length, and each text from the first that has it.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        let max_model_len = match (self.max_model_len, other.max_model_len) {
+            (Some(one), Some(two)) => Some(one.min(two)),
+            (one, two) => one.or(two),
+        };
+        Self {
+            id: self.id,
+            max_model_len,
+            root: self.root.or(other.root),
+            parent: self.parent.or(other.parent),
+            owned_by: self.owned_by.or(other.owned_by),
+        }
+    }
+}
+
 /// A list of endpoints, or what changed since an earlier one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Snapshot {
@@ -259,6 +326,10 @@ pub struct Snapshot {
     /// Endpoints that left since `base`, as `ip:port` or `ip:port#rank`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub removed: Vec<String>,
+    /// Models whose cards are new or changed (all of them in a whole list), those included that no endpoint serves any
+    /// more. A model that has no card here keeps the one that the filter has.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub models: Vec<ModelCard>,
 }
 
 impl Snapshot {
@@ -295,6 +366,13 @@ impl Snapshot {
         }
         for id in &self.removed {
             id.parse::<EndpointId>()?;
+        }
+        if self.models.len() > MAX_CARDS {
+            return Err(WireError::Malformed(format!("more than {MAX_CARDS} models")));
+        }
+        if let Some(card) = self.models.iter().find(|card| !card.is_valid()) {
+            let why = format!("models: {:.64}: a name or a text is empty or too long", card.id);
+            return Err(WireError::Malformed(why));
         }
         Ok(())
     }
@@ -360,6 +438,7 @@ mod tests {
             rank: Some(1),
             pool: "p".into(),
             models: vec!["m".into()],
+            models_closed: true,
             engine: Some(Engine::VllmNixl),
             group: Some("g".into()),
             weight: 2.0,
@@ -385,10 +464,50 @@ mod tests {
             epoch: "e".into(),
             version: 2,
             base: Some(1),
-            endpoints: vec![endpoint()],
+            endpoints: vec![Endpoint { models_pending: true, ..endpoint() }],
             removed: vec!["[::1]:80#3".into()],
+            models: vec![ModelCard { max_model_len: Some(8), parent: Some("b".into()), ..ModelCard::new("m") }],
         };
         assert_eq!(Snapshot::parse(&snapshot.to_json()), Ok(snapshot));
+    }
+
+    #[test]
+    fn an_older_peer_sends_no_cards_and_reads_a_list_that_has_some() {
+        /// What a filter of the first release reads of a snapshot.
+        #[derive(Deserialize)]
+        struct First {
+            wire: u32,
+            endpoints: Vec<FirstEndpoint>,
+        }
+        #[derive(Deserialize)]
+        struct FirstEndpoint {
+            models: Vec<String>,
+        }
+        let now = Endpoint { models: vec!["m".into()], models_closed: true, models_pending: true, ..endpoint() };
+        let snapshot = Snapshot {
+            wire: WIRE_VERSION,
+            epoch: "e".into(),
+            version: 1,
+            base: None,
+            endpoints: vec![now],
+            removed: vec![],
+            models: vec![ModelCard::new("m")],
+        };
+        let first: First = serde_json::from_slice(&snapshot.to_json()).unwrap();
+        assert_eq!((first.wire, first.endpoints[0].models.as_slice()), (1, ["m".to_owned()].as_slice()));
+        let old = br#"{"wire":1,"epoch":"e","version":1,"endpoints":[{"address":"10.0.0.1:8000","role":"prefill"}]}"#;
+        let old = Snapshot::parse(old).unwrap();
+        assert_eq!((old.models, old.endpoints), (vec![], vec![endpoint()]));
+    }
+
+    #[test]
+    fn of_two_servers_the_smaller_length_counts() {
+        let card = |max_model_len| ModelCard { max_model_len, ..ModelCard::new("m") };
+        for (one, two, both) in [(Some(8), Some(4), Some(4)), (None, Some(4), Some(4)), (Some(8), None, Some(8))] {
+            assert_eq!(card(one).or(card(two)).max_model_len, both);
+        }
+        let (one, two) = (card(None), ModelCard { root: Some("r".into()), ..card(None) });
+        assert_eq!(one.or(two).root.as_deref(), Some("r"));
     }
 
     #[test]
@@ -416,5 +535,10 @@ mod tests {
         assert_eq!(Snapshot::parse(br#"{"wire":2,"epoch":"e","version":1}"#), Err(WireError::Version(2)));
         assert!(Snapshot::parse(br#"{"wire":1,"epoch":"e","version":1,"removed":["x"]}"#).is_err());
         assert!(Snapshot::parse(br#"{"wire":1,"epoch":"e","version":1,"base":1}"#).is_err());
+        for card in [r#"{"id":""}"#.to_owned(), "{}".into(), format!(r#"{{"id":"m","root":"{}"}}"#, "r".repeat(2_000))]
+        {
+            let text = format!(r#"{{"wire":1,"epoch":"e","version":1,"models":[{card}]}}"#);
+            assert!(Snapshot::parse(text.as_bytes()).is_err(), "{text}");
+        }
     }
 }

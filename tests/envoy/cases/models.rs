@@ -1,8 +1,11 @@
 //! Names of models: aliases, adapters, and what answers say of model and usage.
 
+use std::collections::BTreeMap;
+
 use pd_sim::{Engine, expected_text};
 use pd_support::body::{CHAT, COMPLETIONS, request};
-use pd_support::client::BOTH;
+use pd_support::client::{BOTH, Client};
+use pd_support::wait::until;
 use pd_tests::answer::{is_done, text};
 use pd_tests::rig::{Builder, Rig, run};
 use serde_json::{Value, json};
@@ -73,6 +76,105 @@ fn an_adapter_goes_to_those_who_have_it() {
         }
         let got = |engines: &[pd_sim::Handle]| engines.iter().map(|engine| engine.stats().requests).collect::<Vec<_>>();
         assert_eq!((got(&rig.prefill), got(&rig.decode)), (vec![6, 0], vec![12, 0]));
+    });
+}
+
+/// The card of each model that the gateway lists, by name.
+async fn cards(client: &mut Client) -> BTreeMap<String, Value> {
+    let list = client.get("/v1/models").await.json();
+    let cards = list["data"].as_array().unwrap().iter();
+    cards.map(|card| (card["id"].as_str().unwrap().to_owned(), card.clone())).collect()
+}
+
+const SCRAPES: &[&str] = &["--scrape-interval=0.1"];
+
+#[test]
+fn lists_have_the_engines_cards_and_adapters_that_are_loaded_later() {
+    run(async {
+        let alias = json!({"models": {"gpt": {"targets": [{"model": "sim"}]}}});
+        let rig = Rig::builder()
+            .control(SCRAPES)
+            .prefill_engines(|config, i| config.max_model_len = 8_192 - i as u64)
+            .decode_engines(|config, i| config.max_model_len = 16_384 + i as u64)
+            .list(|list| list.iter_mut().for_each(|entry| entry["models"] = json!(["sim"])))
+            .plugin(alias)
+            .start()
+            .await;
+        let mut client = rig.client(BOTH[0]).await;
+        until("the engines' cards are there", async || {
+            let cards = cards(&mut rig.client(BOTH[0]).await).await;
+            cards.get("sim").is_some_and(|card| card["max_model_len"] == 8_191).then_some(())
+        })
+        .await;
+        let sim = json!({"id": "sim", "object": "model", "created": 0, "owned_by": "vllm", "root": "sim", "parent": null, "max_model_len": 8_191});
+        let mut gpt = sim.clone();
+        gpt["id"] = "gpt".into();
+        assert_eq!(
+            cards(&mut client).await,
+            BTreeMap::from([("sim".into(), sim.clone()), ("gpt".into(), gpt.clone())])
+        );
+        for http in BOTH {
+            let mut client = rig.client(http).await;
+            for (path, card) in [("sim", &sim), ("gpt", &gpt), ("s%69m/?x", &sim)] {
+                let answer = client.get(&format!("/v1/models/{path}")).await;
+                assert_eq!((answer.status, answer.json()), (200, card.clone()));
+            }
+            assert_eq!(client.get("/v1/models/never").await.status, 404);
+            let answer = client.send(client.request("HEAD", "/v1/models")).await;
+            assert_eq!((answer.status, answer.body.len()), (200, 0));
+        }
+        for engine in [&rig.prefill[0], &rig.decode[0]] {
+            engine.load_lora("late");
+        }
+        // It is listed with the first server that tells it.
+        until("a decode server tells the adapter", async || {
+            let body = short_chat().replace("\"sim\"", "\"late\"");
+            (rig.client(BOTH[0]).await.post(CHAT, body).await.status == 200).then_some(())
+        })
+        .await;
+        assert_eq!(cards(&mut client).await["late"]["parent"], "sim");
+        for body in [long_chat(), short_chat()] {
+            let body = body.replace("\"sim\"", "\"late\"");
+            let answer = client.post(CHAT, body.clone()).await;
+            assert_eq!((answer.status, text(&answer.body)), (200, expected_text("late", &body)));
+        }
+        // All servers of the model leave.
+        let other = json!({"address": rig.decode[1].addr().to_string(), "role": "both", "models": ["other"], "models_closed": true});
+        rig.relist(&[other]).await;
+        for (model, status) in [("sim", 503), ("late", 503), ("gpt", 503), ("never", 404)] {
+            let answer = client.post(CHAT, short_chat().replace("\"sim\"", &format!("\"{model}\""))).await;
+            assert_eq!(answer.status, status, "{model}: {}", answer.text());
+            assert_eq!(answer.header("retry-after").is_some(), status == 503, "{model}");
+        }
+        assert_eq!(cards(&mut client).await.keys().collect::<Vec<_>>(), ["other"]);
+    });
+}
+
+#[test]
+fn lists_do_not_change_while_a_new_pd_control_asks_the_engines() {
+    run(async {
+        let mut rig =
+            Rig::builder().control(SCRAPES).every_engine(|config| config.loras = vec!["lora".to_owned()]).start().await;
+        until("the engines have told their models", async || {
+            (cards(&mut rig.client(BOTH[0]).await).await.len() == 2).then_some(())
+        })
+        .await;
+        let mut client = rig.client(BOTH[0]).await;
+        let list = client.get("/v1/models").await.text();
+        assert!(list.contains(r#""max_model_len""#) && list.contains(r#""parent":"sim""#), "{list}");
+        for engine in rig.engines() {
+            engine.set_faults("hang@/v1/models").unwrap();
+        }
+        rig.kill_control();
+        rig.start_control().await;
+        let version = rig.metric("pd_snapshots_total{result=\"applied\"}").await;
+        rig.until_metric("pd_snapshots_total{result=\"applied\"}", |value| value > version).await;
+        for _ in 0..50 {
+            let answer = client.get("/v1/models").await;
+            assert_eq!((answer.status, answer.text()), (200, list.clone()));
+            let answer = client.post(CHAT, short_chat().replace("\"sim\"", "\"never\"")).await;
+            assert_eq!(answer.status, 404);
+        }
     });
 }
 

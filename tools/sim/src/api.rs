@@ -181,7 +181,8 @@ fn parse(pod: &Pod, api: Api, headers: &HeaderMap, body: &Bytes) -> Result<Gener
     }
     let mut generation = Generation::parse(api, body, Rules::of(&pod.config))?;
     generation.request_id = headers.get(REQUEST_ID).map(|id| String::from_utf8_lossy(id.as_bytes()).into_owned());
-    let models = &mut pod.config.models.iter().chain(&pod.config.loras);
+    let loras = pod.loras();
+    let models = &mut pod.config.models.iter().chain(&loras);
     if !models.any(|model| *model == generation.model) {
         return Err(ApiError::unknown_model(&generation.model));
     }
@@ -403,7 +404,8 @@ fn models(pod: &Pod) -> String {
         })
     };
     let bases = pod.config.models.iter().map(|name| card(name, None));
-    let adapters = pod.config.loras.iter().map(|name| card(name, Some(base)));
+    let loras = pod.loras();
+    let adapters = loras.iter().map(|name| card(name, Some(base)));
     serde_json::json!({"object": "list", "data": bases.chain(adapters).collect::<Vec<_>>()}).to_string()
 }
 

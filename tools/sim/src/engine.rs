@@ -71,6 +71,8 @@ pub(crate) struct Pod {
     prefill: Semaphore,
     decoding: AtomicUsize,
     adapters: Mutex<BTreeMap<String, (u64, u64)>>,
+    /// Adapters that were loaded at run time.
+    loaded: Mutex<Vec<String>>,
     tickets: AtomicU64,
 }
 
@@ -114,6 +116,7 @@ impl Pod {
             prefill: Semaphore::new(1),
             decoding: AtomicUsize::new(0),
             adapters: Mutex::default(),
+            loaded: Mutex::default(),
             tickets: AtomicU64::new(random),
             config,
         }
@@ -172,6 +175,17 @@ impl Pod {
                 None => self.lease_opened.notified().await,
             }
         }
+    }
+
+    /// Loads an adapter, as vLLM does at `/v1/load_lora_adapter`.
+    pub(crate) fn load_lora(&self, name: &str) {
+        self.loaded.lock().unwrap_or_else(PoisonError::into_inner).push(name.to_owned());
+    }
+
+    /// Names of all adapters.
+    pub(crate) fn loras(&self) -> Vec<String> {
+        let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        self.config.loras.iter().chain(loaded.iter()).cloned().collect()
     }
 
     /// Names of running and of waiting adapters, as the metric lists them.
@@ -515,7 +529,7 @@ struct Presence {
 impl Presence {
     fn waiting(pod: &Arc<Pod>, generation: &Generation) -> Self {
         pod.waiting.fetch_add(1, Relaxed);
-        let adapter = pod.config.loras.contains(&generation.model).then(|| generation.model.clone());
+        let adapter = pod.loras().contains(&generation.model).then(|| generation.model.clone());
         let presence = Self { pod: Arc::clone(pod), adapter, running: false };
         presence.adapter(|counts| counts.1 += 1);
         presence

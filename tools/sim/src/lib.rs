@@ -186,6 +186,11 @@ impl Handle {
         self.pod.set_refuse(refuse);
     }
 
+    /// Loads an adapter of the first model.
+    pub fn load_lora(&self, name: &str) {
+        self.pod.load_lora(name);
+    }
+
     /// Forgets every cached block that no request holds.
     pub fn clear_cache(&self) {
         self.pod.cache.clear();

@@ -219,6 +219,7 @@ impl Filter {
             base: None,
             endpoints: prefill.chain(decode).collect(),
             removed: Vec::new(),
+            models: Vec::new(),
         };
         let (mut states, mut logs) = (Vec::new(), Vec::new());
         let (gateways, workers) = (brains.count.max(1), brains.workers.max(1));

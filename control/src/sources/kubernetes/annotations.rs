@@ -12,6 +12,7 @@ pub const ANNOTATIONS: &[&str] = &[
     "role",
     "pool",
     "models",
+    "models-closed",
     "port",
     "engine",
     "group",
@@ -51,6 +52,15 @@ impl<'a> Annotations<'a> {
         let Some(text) = self.text(name) else { return Ok(None) };
         let value = serde_json::from_value(Value::String(text.to_owned()));
         value.map(Some).map_err(|error| format!("{ANNOTATION_PREFIX}{name}: {error}"))
+    }
+
+    /// One of pd-control's annotations, `true` or `false`.
+    ///
+    /// # Errors
+    /// One line that begins with the annotation.
+    pub fn flag(&self, name: &str) -> Result<Option<bool>, String> {
+        let Some(text) = self.text(name) else { return Ok(None) };
+        text.parse().map(Some).map_err(|_| format!("{ANNOTATION_PREFIX}{name}: {text:?} is neither true nor false"))
     }
 
     /// One of pd-control's annotations, parsed as a number.

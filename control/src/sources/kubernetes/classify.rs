@@ -3,7 +3,7 @@
 //! | | llm-d | AIBrix | annotation of ours |
 //! |---|---|---|---|
 //! | role | `llm-d.ai/role` | `role-name` | `envoy-pd/role` |
-//! | models | – | `model.aibrix.ai/name` | `envoy-pd/models`, with commas |
+//! | models | – | `model.aibrix.ai/name` | `envoy-pd/models`, with commas; `models-closed` |
 //! | port | the `InferencePool`'s | `model.aibrix.ai/port`, label or annotation | `envoy-pd/port` |
 //! | engine | `llm-d.ai/engine-type` | `model.aibrix.ai/engine`, `model.aibrix.ai/kv-connector-type` | `envoy-pd/engine` |
 //! | group | – | `roleset-name` | `envoy-pd/group` |
@@ -82,6 +82,8 @@ impl Reader<'_> {
         } else if let Some(model) = self.pod.labels.get(aibrix::MODEL) {
             endpoint.models = vec![model.clone()];
         }
+        let is_closed = self.ours.flag("models-closed")?;
+        endpoint.models_closed = is_closed.or(self.rule.and_then(|rule| rule.models_closed)).unwrap_or(false);
         endpoint.engine = self.engine()?;
         endpoint.group = self
             .value("group", self.rule.and_then(|rule| rule.group.as_ref()))?

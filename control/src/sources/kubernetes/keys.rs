@@ -83,7 +83,18 @@ pub const KEYS: &[Entry] = &[
         ),
         "Port. A list makes one endpoint per port. `null`: as for pods without a selector.",
     ),
-    entry("selectors[].models", "null", Values::Described("list of names"), "Models. `null`: the pod's labels."),
+    entry(
+        "selectors[].models",
+        "null",
+        Values::Described("list of names"),
+        "Models, beside those that the engine tells. `null`: the pod's labels.",
+    ),
+    entry(
+        "selectors[].models_closed",
+        "null",
+        Values::OneOf(&["true", "false"]),
+        "Whether pd-control adds no model that the engine tells. `null`: `false`.",
+    ),
     entry(
         "selectors[].weight",
         "null",

@@ -80,6 +80,7 @@ pub fn rule(group: PoolGroup, object: DynamicObject) -> Result<Rule, String> {
         group: None,
         ports: PortSource::Numbers(ports),
         models: None,
+        models_closed: None,
         weight: None,
         cache_tokens: None,
         bootstrap_port: None,

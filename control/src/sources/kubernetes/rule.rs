@@ -51,6 +51,8 @@ pub struct Rule {
     pub ports: PortSource,
     /// Models; none: from the pod's labels.
     pub models: Option<Vec<String>>,
+    /// Whether pd-control adds no model that the engine tells; none: it adds them.
+    pub models_closed: Option<bool>,
     /// Speed relative to the pool's others.
     pub weight: Option<f64>,
     /// Tokens that the prefix cache holds.

@@ -113,8 +113,12 @@ keys! {
         "Paths that a client may reach beside [those of inference APIs](#paths). Requests to other paths get 404, because engines serve their administration on the same port."
     PathPrefixes "path_prefixes" "[]", Values::Described("list of paths such as `/team`, without a slash at the end"),
         "Prefixes that the gateway's routes take away from a path after the filter has seen it. The filter reads `/team/v1/chat/completions` as `/v1/chat/completions`, and its prefill leg has the path without the prefix."
-    SessionHeaders "session_headers" r#"["x-session-id"]"#, Values::Described("list of header names in lower case"),
-        "Headers that name a client's session. The first header that the request has counts. The filter sends a session's prompts to the endpoint that served the session last, until too much work waits there."
+    Upgrades "upgrades" "false", BOOLEAN,
+        "Whether requests that ask for another protocol, such as the WebSockets of `/v1/realtime`, go to an endpoint of the model that their query names. [Envoy must be set up for it](#upgrades-and-compressed-bodies). `false`: they get 501."
+    SessionHeaders "session_headers" r#"["x-session-id", "x-claude-code-session-id", "x-session-affinity", "session-id", "session_id", "x-opencode-session", "x-qwen-code-session-id"]"#, Values::Described("list of header names in lower case"),
+        "Headers that name a client's session. The first header that the request has counts. The filter sends a session's prompts to the endpoint that served the session last, until too much work waits there; of the requests that one endpoint serves whole, too. The defaults are the headers of well-known coding agents. Envoy must let names with `_` through (`headers_with_underscores_action`)."
+    SessionCookies "session_cookies" "[]", Values::Described("list of cookie names"),
+        "Cookies that name a client's session where no header of `session_headers` does. The first cookie that the request has counts. The filter sets no cookie."
     MaxBodyBytes "max_body_bytes" "16777216", Values::between(1_024.0, 1_073_741_824.0, "bytes"),
         "Largest request body, inserted KV parameters included. Larger requests get 413. The buffer filter's `max_request_bytes` must be at least as large."
     Objectives "objectives" "[]", Values::Described("list of `{\"name\": text, \"priority\": integer}`"),
@@ -229,7 +233,13 @@ pub const ENDPOINT: &[Entry] = &[
         key: "models",
         default_value: "[]",
         values: Values::Described("up to 1,024 names of 1 to 256 bytes"),
-        meaning: "Models and adapters that the endpoint serves. `[]`: every model of its pool, and models that no endpoint names.",
+        meaning: "Models and adapters that the endpoint serves. pd-control adds those that the engine tells. `[]`, and the engine tells none: the endpoint is left out while a ready endpoint of its pool that does the same work (prefill, or decode and both) names its models; otherwise it serves every model of its pool, and models that no endpoint names.",
+    },
+    Entry {
+        key: "models_closed",
+        default_value: "false",
+        values: BOOLEAN,
+        meaning: "Whether `models` is complete. `true`: pd-control adds no model that the engine tells, and an endpoint with `[]` serves every model of its pool whatever others name.",
     },
     Entry {
         key: "engine",
@@ -412,6 +422,9 @@ mod tests {
                     assert!([low, high].iter().all(|value| read(key.key, number(*value)).is_ok()), "{}", key.key);
                     let beyond = [low - 1.0, high + 1.0];
                     assert!(beyond.iter().all(|value| read(key.key, number(*value)).is_err()), "{}", key.key);
+                }
+                BOOLEAN => {
+                    assert!([true, false].iter().all(|value| read(key.key, json!(value)).is_ok()), "{}", key.key);
                 }
                 Values::OneOf(words) => {
                     assert!(words.iter().all(|word| read(key.key, json!(word)).is_ok()), "{}", key.key);

@@ -61,6 +61,8 @@ pub enum NoCandidates {
 pub(super) struct CandidateSets {
     models: HashMap<String, Arc<Candidates>>,
     any_model: Option<Arc<Candidates>>,
+    /// Whether an endpoint that names no models may serve any.
+    is_open: bool,
     without_model: Vec<EndpointIndex>,
 }
 
@@ -68,7 +70,9 @@ impl CandidateSets {
     /// The sets of these endpoints, which are sorted by [`EndpointState::key`].
     ///
     /// A model belongs to one pool. Where endpoints of several pools serve the model, its pool is the first one by name
-    /// that can generate. Endpoints without models serve every model of their pool, and models that no endpoint names.
+    /// that can generate. An endpoint without models is left out where a ready one of its pool that does the same work
+    /// names its models, unless its list is closed: it says that it serves any. Otherwise it serves every model of its pool,
+    /// and models that no endpoint names.
     pub(super) fn new<'a>(
         sorted: &[(EndpointIndex, &'a EndpointState)],
         state_of: impl Fn(EndpointIndex) -> Option<&'a EndpointState>,
@@ -76,6 +80,10 @@ impl CandidateSets {
         let mut named: BTreeMap<&str, BTreeMap<&str, Candidates>> = BTreeMap::new();
         let mut unnamed: BTreeMap<&str, Candidates> = BTreeMap::new();
         let (mut generating, mut prefilling) = (Vec::new(), Vec::new());
+        let work = |endpoint: &'a Endpoint| (endpoint.pool.as_str(), endpoint.role == Role::Prefill);
+        let names = |state: &&EndpointState| !state.endpoint.models.is_empty() && state.endpoint.state == State::Ready;
+        let told: HashSet<_> = sorted.iter().map(|(_, of)| *of).filter(names).map(|of| work(&of.endpoint)).collect();
+        let mut is_open = false;
         for (index, of) in sorted {
             let Endpoint { pool, models, role, state, .. } = &of.endpoint;
             let ready = *state == State::Ready;
@@ -85,7 +93,8 @@ impl CandidateSets {
             for model in models {
                 named.entry(model).or_default().entry(pool).or_default().push(*index, *role, of.engine, ready);
             }
-            if models.is_empty() {
+            if models.is_empty() && (of.endpoint.models_closed || !told.contains(&work(&of.endpoint))) {
+                is_open |= !of.endpoint.models_pending;
                 unnamed.entry(pool).or_default().push(*index, *role, of.engine, ready);
             }
         }
@@ -103,7 +112,7 @@ impl CandidateSets {
             })
             .collect();
         let without_model = if generating.is_empty() { prefilling } else { generating };
-        Self { models, any_model: first_that_generates(unnamed, &state_of), without_model }
+        Self { models, any_model: first_that_generates(unnamed, &state_of), is_open, without_model }
     }
 
     /// The candidates of a model; `None` where no endpoint serves it. The sets may be empty.
@@ -118,9 +127,14 @@ impl CandidateSets {
         names
     }
 
-    /// Whether every endpoint says which models it serves.
+    /// Whether an endpoint names the model.
+    pub(super) fn names(&self, model: &str) -> bool {
+        self.models.contains_key(model)
+    }
+
+    /// Whether endpoints name models, and no other may serve any.
     pub(super) fn names_all_models(&self) -> bool {
-        self.any_model.is_none() && !self.models.is_empty()
+        !self.is_open && !self.models.is_empty()
     }
 
     /// For requests that name no model: every ready endpoint that does more than prefill, whatever its pool and models, or
@@ -251,18 +265,49 @@ mod tests {
         let fixture = Fixture::new(vec![
             endpoint(1, Role::Prefill, &["m"]),
             endpoint(2, Role::Decode, &["m", "n"]),
-            endpoint(3, Role::Both, &[]),
+            Endpoint { pool: "other".into(), ..endpoint(3, Role::Both, &[]) },
             endpoint(4, Role::Decode, &["n"]),
             down,
         ]);
         let m = fixture.table.candidates("m").unwrap();
         assert_eq!((fixture.ports(&m.prefill), fixture.ports(&m.decode)), (vec![1], vec![2]));
-        assert_eq!((fixture.ports(&m.whole), fixture.ports(&m.compute)), (vec![2, 3], vec![1, 3]));
+        assert_eq!((fixture.ports(&m.whole), fixture.ports(&m.compute)), (vec![2], vec![1]));
         let n = fixture.table.candidates("n").unwrap();
-        assert_eq!((fixture.ports(&n.decode), fixture.ports(&n.whole)), (vec![2, 4], vec![2, 3, 4]));
+        assert_eq!((fixture.ports(&n.decode), fixture.ports(&n.whole)), (vec![2, 4], vec![2, 4]));
         assert_eq!(fixture.ports(&fixture.table.candidates("other").unwrap().whole), [3]);
         assert_eq!(fixture.table.model_names(), ["m", "n"]);
         assert_eq!(fixture.ports(fixture.table.without_model()), [2, 3, 4]);
+    }
+
+    #[test]
+    fn an_endpoint_that_has_not_said_its_models_waits_where_others_of_its_pool_have() {
+        let pending = |port, role| Endpoint { models_pending: true, ..endpoint(port, role, &[]) };
+        let fixture = Fixture::new(vec![
+            endpoint(1, Role::Prefill, &["m"]),
+            endpoint(2, Role::Decode, &["m"]),
+            pending(3, Role::Prefill),
+            pending(4, Role::Decode),
+            endpoint(5, Role::Both, &[]),
+        ]);
+        let m = fixture.table.candidates("m").unwrap();
+        assert_eq!((fixture.ports(&m.prefill), fixture.ports(&m.whole)), (vec![1], vec![2]));
+        assert_eq!(fixture.table.candidates("x"), Err(NoCandidates::UnknownModel));
+        assert!(fixture.table.names_all_models());
+    }
+
+    #[test]
+    fn an_endpoint_that_has_not_said_its_models_serves_where_no_other_could() {
+        let mut draining = endpoint(1, Role::Both, &["m"]);
+        draining.state = State::Draining;
+        let pending = Endpoint { models_pending: true, ..endpoint(2, Role::Both, &[]) };
+        let fixture = Fixture::new(vec![draining.clone(), pending]);
+        assert_eq!(fixture.ports(&fixture.table.candidates("m").unwrap().whole), [2], "a roll-out of one server");
+        assert!(fixture.table.names_all_models(), "the list does not change meanwhile");
+        let fixture = Fixture::new(vec![draining, endpoint(2, Role::Both, &[])]);
+        assert!(!fixture.table.names_all_models(), "its engine tells nothing: it may serve any model");
+        let fixture = Fixture::new(vec![endpoint(1, Role::Decode, &["m"]), endpoint(2, Role::Prefill, &[])]);
+        let m = fixture.table.candidates("m").unwrap();
+        assert_eq!((fixture.ports(&m.prefill), fixture.ports(&m.decode)), (vec![2], vec![1]), "other work");
     }
 
     #[test]

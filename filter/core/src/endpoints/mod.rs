@@ -1,6 +1,7 @@
 //! The endpoints: the list that `pd-control` pushed, and what a worker knows of each endpoint.
 //!
-//! - [`table`]: the list in force; [`endpoint_state`]: one endpoint; [`candidates`]: the sets that a choice picks from.
+//! - [`table`]: the list in force; [`endpoint_state`]: one endpoint; [`candidates`]: the sets that a choice picks from;
+//!   `known_models`: models that are or were in the list.
 //! - [`load`]: what this Envoy has in flight; [`elsewhere`]: what other Envoys have in flight.
 //! - [`health`]: ejection and probe; [`outliers`]: that an endpoint answers errors that its pool does not; [`retry_budget`]: how many prefill legs may be run again.
 //! - [`fitted_cost`]: what a prefill costs, learnt from [`usage`] and times.
@@ -10,6 +11,7 @@ pub mod elsewhere;
 pub mod endpoint_state;
 pub mod fitted_cost;
 pub mod health;
+mod known_models;
 pub mod load;
 pub mod outliers;
 pub mod retry_budget;

@@ -11,13 +11,14 @@ use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::endpoints::endpoint_state::EndpointState;
 use crate::endpoints::fitted_cost::{FittedCost, SeenPrefill};
 use crate::endpoints::health::Health;
+use crate::endpoints::known_models::KnownModels;
 use crate::endpoints::load::{Load, PrefillQueue};
 use crate::endpoints::outliers::{Answers, ErrorKind, Leg, Peers};
 use crate::endpoints::usage::Usage;
 use crate::metrics::tag_value;
 use crate::prefix::index::{EndpointIndex, PrefixIndex};
 use crate::time::Monotonic;
-use crate::wire::{Endpoint, EndpointId, Snapshot, State};
+use crate::wire::{Endpoint, EndpointId, MAX_MODELS, ModelCard, Snapshot, State};
 
 /// Names an endpoint across changes of the list. It does not [resolve](Table::resolve) once the endpoint left the list, also
 /// where another endpoint has its index.
@@ -40,6 +41,7 @@ pub struct Table {
     by_key: Vec<(u64, EndpointIndex)>,
     fits: Vec<(String, FittedCost)>,
     sets: CandidateSets,
+    models: KnownModels,
     generation: u32,
     epoch: String,
     version: u64,
@@ -100,6 +102,7 @@ impl Table {
         for endpoint in &snapshot.endpoints {
             self.upsert(endpoint, config, prefixes);
         }
+        self.models.learn(&snapshot.models);
         self.epoch.clone_from(&snapshot.epoch);
         self.version = snapshot.version;
         self.rebuild();
@@ -145,17 +148,18 @@ impl Table {
             base: None,
             endpoints: self.iter().map(|(_, state)| state.endpoint.clone()).collect(),
             removed: Vec::new(),
+            models: self.models.cards(),
         }
     }
 
     /// Endpoints to choose from for a model.
     ///
     /// # Errors
-    /// Whether no endpoint serves the model, or none that serves it is ready.
+    /// Whether no endpoint ever served the model, or none that serves it is ready.
     pub fn candidates(&self, model: &str) -> Result<Arc<Candidates>, NoCandidates> {
         match self.sets.of_model(model) {
             Some(candidates) if !candidates.is_empty() => Ok(Arc::clone(candidates)),
-            None if !self.by_id.is_empty() => Err(NoCandidates::UnknownModel),
+            None if !self.by_id.is_empty() && self.models.get(model).is_none() => Err(NoCandidates::UnknownModel),
             _ => Err(NoCandidates::NoEndpoint),
         }
     }
@@ -172,7 +176,20 @@ impl Table {
         self.sets.model_names()
     }
 
-    /// Whether every endpoint says which models it serves.
+    /// What engines tell of a model that an endpoint serves or served; `None` for a name that none ever served.
+    #[must_use]
+    pub fn card(&self, model: &str) -> Option<&ModelCard> {
+        self.models.get(model)
+    }
+
+    /// Whether an endpoint of the list names the model, ready or not.
+    #[must_use]
+    pub fn lists_model(&self, model: &str) -> bool {
+        self.sets.names(model)
+    }
+
+    /// Whether the models that endpoints name are all that there are. Endpoints of which `pd-control` has yet to learn the
+    /// models do not count where others name theirs.
     #[must_use]
     pub fn names_all_models(&self) -> bool {
         self.sets.names_all_models()
@@ -362,7 +379,8 @@ impl Table {
         let index = match self.by_id.get(&endpoint.id()).copied() {
             Some(index) => {
                 if let Some(state) = self.get_mut(index) {
-                    state.endpoint.clone_from(endpoint);
+                    let before = core::mem::replace(&mut state.endpoint, endpoint.clone());
+                    keep_models(&mut state.endpoint, before);
                     if (state.engine, state.bootstrap) != (engine, bootstrap) {
                         state.engine_id = None;
                     }
@@ -430,6 +448,20 @@ impl Table {
         self.by_key.dedup();
         let sorted: Vec<_> = self.by_key.iter().filter_map(|(_, index)| Some((*index, state_of(*index)?))).collect();
         self.sets = CandidateSets::new(&sorted, state_of);
+        self.models.serve(self.sets.model_names().into_iter());
+    }
+}
+
+/// Keeps models that are known of an endpoint while `pd-control` has yet to learn them again.
+fn keep_models(endpoint: &mut Endpoint, before: Endpoint) {
+    let is_same = before.pool == endpoint.pool && before.role == endpoint.role && before.engine == endpoint.engine;
+    if !endpoint.models_pending || !is_same {
+        return;
+    }
+    for model in before.models {
+        if endpoint.models.len() < MAX_MODELS && !endpoint.models.contains(&model) {
+            endpoint.models.push(model);
+        }
     }
 }
 
@@ -447,7 +479,7 @@ pub(super) mod tests {
     }
 
     pub(crate) fn whole(version: u64, endpoints: Vec<Endpoint>) -> Snapshot {
-        Snapshot { wire: 1, epoch: "e".into(), version, base: None, endpoints, removed: vec![] }
+        Snapshot { wire: 1, epoch: "e".into(), version, base: None, endpoints, removed: vec![], models: vec![] }
     }
 
     pub(crate) struct Fixture {
@@ -479,7 +511,10 @@ pub(super) mod tests {
     #[test]
     fn candidates_are_in_the_order_of_their_keys_whoever_came_first() {
         let ports = 1..40;
-        let named = |port: u16| endpoint(port, Role::Both, if port.is_multiple_of(3) { &["m"] } else { &[] });
+        let named = |port: u16| match port % 3 {
+            0 => endpoint(port, Role::Both, &["m"]),
+            _ => endpoint(port, Role::Prefill, &[]),
+        };
         let mut fixture = Fixture::new(ports.clone().map(named).collect());
         let change = |version, removed: &[u16], added: Vec<u16>| Snapshot {
             base: Some(version - 1),
@@ -491,8 +526,8 @@ pub(super) mod tests {
         for model in ["m", "other"] {
             let candidates = fixture.table.candidates(model).unwrap();
             let key = |index: &EndpointIndex| fixture.table.get(*index).unwrap().key;
-            assert!(candidates.whole.is_sorted_by_key(key));
-            let mut all = candidates.whole.clone();
+            assert!(candidates.compute.is_sorted_by_key(key));
+            let mut all = candidates.compute.clone();
             all.dedup();
             assert_eq!(all.len(), if model == "m" { 39 - 3 + 3 } else { 39 - 13 - 1 + 1 });
         }
@@ -544,6 +579,32 @@ pub(super) mod tests {
         assert_eq!(fixture.table.version(), ("f", 1));
     }
 
+    #[test]
+    fn a_model_whose_endpoints_left_is_known_and_another_is_not() {
+        let mut fixture = Fixture::new(vec![endpoint(1, Role::Both, &["m"]), endpoint(2, Role::Both, &["n"])]);
+        fixture.apply(&whole(2, vec![endpoint(2, Role::Both, &["n"])]));
+        assert_eq!(fixture.table.candidates("m"), Err(NoCandidates::NoEndpoint));
+        assert_eq!(fixture.table.candidates("x"), Err(NoCandidates::UnknownModel));
+        assert_eq!(fixture.table.model_names(), ["n"]);
+        let mut late = Fixture::new(vec![endpoint(3, Role::Both, &["o"])]);
+        late.apply(&Snapshot { epoch: "f".into(), ..fixture.table.snapshot() });
+        assert_eq!(late.table.candidates("m"), Err(NoCandidates::NoEndpoint), "a new worker learns it from the list");
+    }
+
+    #[test]
+    fn a_new_run_of_pd_control_takes_no_models_away_before_it_asked() {
+        let pending = |models: &[&str]| Endpoint { models_pending: true, ..endpoint(1, Role::Both, models) };
+        let mut fixture = Fixture::new(vec![endpoint(1, Role::Both, &["m", "lora"])]);
+        let list = |epoch: &str, endpoint| Snapshot { epoch: epoch.into(), ..whole(1, vec![endpoint]) };
+        fixture.apply(&list("f", pending(&["m", "n"])));
+        assert_eq!(fixture.table.model_names(), ["lora", "m", "n"]);
+        assert_eq!(fixture.table.snapshot().endpoints[0].models, ["m", "n", "lora"]);
+        fixture.apply(&list("g", Endpoint { pool: "other".into(), ..pending(&["n"]) }));
+        assert_eq!(fixture.table.model_names(), ["n"], "another server has the address");
+        fixture.apply(&list("h", endpoint(1, Role::Both, &["m"])));
+        assert_eq!(fixture.table.model_names(), ["m"], "the engine has told");
+    }
+
     proptest! {
         #[test]
         fn changes_lead_to_the_same_table_as_the_whole_list(lists in prop::collection::vec(prop::collection::btree_map(1_u16..12, 0_u8..3, 1..8), 1..8)) {
@@ -563,7 +624,9 @@ pub(super) mod tests {
                 let rebuilt = Fixture::new(after);
                 for model in ["m", "other"] {
                     let sorted = |fixture: &Fixture| {
-                        fixture.table.candidates(model).map(|set| (fixture.ports(&set.prefill), fixture.ports(&set.decode)))
+                        // A list alone does not tell a model that is gone from one that never was.
+                        let set = fixture.table.candidates(model).ok()?;
+                        Some((fixture.ports(&set.prefill), fixture.ports(&set.decode)))
                     };
                     prop_assert_eq!(sorted(&fixture), sorted(&rebuilt));
                 }

@@ -40,15 +40,29 @@ impl RequestHead {
         named.or_else(of_header)
     }
 
-    /// The client's name for its session; `None` where no configured header has one.
+    /// The client's name for its session: of the first configured header that has one, else of the first configured cookie;
+    /// `None` where none of them has one.
     pub(crate) fn session(&self) -> Option<&[u8]> {
-        self.config.session_headers.iter().find_map(|name| self.headers.get(name))
+        let mut headers = self.config.session_headers.iter().filter_map(|name| self.headers.get(name));
+        let of_cookie = || self.config.session_cookies.iter().find_map(|name| cookie(&self.headers, name));
+        headers.find(|value| !value.trim_ascii().is_empty()).or_else(of_cookie)
     }
 
     /// Envoy's id of the request; empty if there is none.
     pub(crate) fn request_id(&self) -> &[u8] {
         self.headers.get("x-request-id").unwrap_or_default()
     }
+}
+
+/// Value of the first cookie of this name that has one (RFC 6265, section 5.4). HTTP/2 may split cookies into several
+/// headers.
+fn cookie<'a>(headers: &'a Headers, name: &str) -> Option<&'a [u8]> {
+    let lines = headers.iter().filter(|(header, _)| *header == b"cookie").map(|(_, value)| value);
+    let pairs = lines.flat_map(|line| line.split(|byte| *byte == b';')).map(<[u8]>::trim_ascii);
+    let values = pairs.filter_map(|pair| pair.strip_prefix(name.as_bytes())?.strip_prefix(b"="));
+    let unquoted =
+        |value: &'a [u8]| value.strip_prefix(b"\"").and_then(|rest| rest.strip_suffix(b"\"")).unwrap_or(value);
+    values.map(|value| unquoted(value.trim_ascii())).find(|value| !value.is_empty())
 }
 
 /// Endpoints to which a trusted header restricts a request: `ip:port`, or an IP address with all its ports.
@@ -163,6 +177,23 @@ mod tests {
         assert_eq!(decoded_path(b"/a%4").as_ref(), b"/a%4");
         assert_eq!(decoded_path(b"/a%zz%41").as_ref(), b"/a%zzA");
         assert_eq!(decoded_path(b"?").as_ref(), b"");
+    }
+
+    #[test]
+    fn a_cookie_is_found_among_others() {
+        for (lines, expected) in [
+            (&["sid=a"][..], Some("a")),
+            (&["x=1; sid=a=b ;y=2"], Some("a=b")),
+            (&["x=1;y=2", "sid=\"a\""], Some("a")),
+            (&["sid=; sid=b"], Some("b")),
+            (&["xsid=a; sid2=b; SID=c"], None),
+            (&["sid", "", ";;=;"], None),
+        ] {
+            let headers = Headers::from_pairs(lines.iter().map(|line| ("cookie", *line)));
+            assert_eq!(cookie(&headers, "sid"), expected.map(str::as_bytes), "{lines:?}");
+        }
+        let bytes = Headers::from_pairs([(b"cookie".as_slice(), b"\xff; sid=\xfe".as_slice())]);
+        assert_eq!(cookie(&bytes, "sid"), Some(b"\xfe".as_slice()));
     }
 
     #[test]

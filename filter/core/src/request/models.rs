@@ -1,4 +1,4 @@
-//! Which model serves a request: aliases of the configuration stand for other models, by weight.
+//! Which model serves a request: aliases of the configuration stand for other models, by weight. Lists of models.
 
 use std::sync::Arc;
 
@@ -8,6 +8,7 @@ use crate::endpoints::table::Table;
 use crate::request::head::{RequestHead, Subset, candidates};
 use crate::request::reply::{Rejection, Reply};
 use crate::time::Monotonic;
+use crate::wire::ModelCard;
 use crate::workers::worker::Worker;
 
 /// The model that serves a request.
@@ -50,8 +51,8 @@ fn resolve_model(
     bits: u64,
 ) -> Result<Served, Rejection> {
     let refused = |none| match none {
-        NoCandidates::NoEndpoint => Rejection::NoEndpoint,
-        NoCandidates::UnknownModel => Rejection::UnknownModel { model: asked.to_owned(), known: known(config, table) },
+        NoCandidates::UnknownModel if !config.names_model(asked) => unknown(config, table, asked),
+        NoCandidates::UnknownModel | NoCandidates::NoEndpoint => Rejection::NoEndpoint,
     };
     let (model, is_put_back) = match config.models.get(asked) {
         None => (asked, false),
@@ -80,26 +81,100 @@ fn target(alias: &Alias, is_served: impl Fn(&str) -> bool, bits: u64) -> Option<
     alias.targets.first().map(|target| target.model.as_str())
 }
 
-/// Every model that a client may ask for by name, sorted: those that endpoints list, and aliases of them.
+fn unknown(config: &Config, table: &Table, asked: &str) -> Rejection {
+    Rejection::UnknownModel { model: asked.to_owned(), known: known(config, table) }
+}
+
+/// Every model that a client may ask for by name, sorted: those that endpoints list, ready or not, and aliases of them.
 pub(crate) fn known(config: &Config, table: &Table) -> Vec<String> {
-    let is_served = |alias: &Alias| alias.targets.iter().any(|target| table.candidates(&target.model).is_ok());
-    let aliases = config.models.iter().filter(|(_, alias)| is_served(alias)).map(|(name, _)| name.as_str());
+    let aliases = config.models.iter().filter(|(_, alias)| listed(alias, table).next().is_some());
+    let aliases = aliases.map(|(name, _)| name.as_str());
     let mut names: Vec<String> = table.model_names().into_iter().chain(aliases).map(str::to_owned).collect();
     names.sort_unstable();
     names.dedup();
     names
 }
 
-/// Reason code of the filter's own list of models.
-pub(super) const MODELS: &str = "models";
+/// The targets of an alias that endpoints list.
+fn listed<'a>(alias: &'a Alias, table: &'a Table) -> impl Iterator<Item = &'a str> {
+    let targets = alias.targets.iter().filter(|target| target.weight > 0).map(|target| target.model.as_str());
+    targets.filter(|model| table.lists_model(model))
+}
 
-/// Lists the models of all endpoints and their aliases, where each endpoint names its models: no engine knows them all.
-pub(super) fn list_models(table: &Table, config: &Config) -> Reply {
-    let card = |name: String| serde_json::json!({"id": name, "object": "model", "created": 0, "owned_by": "envoy-pd"});
-    let data: Vec<_> = known(config, table).into_iter().map(card).collect();
-    let body = serde_json::json!({"object": "list", "data": data}).to_string().into_bytes();
+/// Reason code of the filter's own lists of models.
+pub(super) const MODELS: &str = "models";
+/// Path that lists models. The card of one model is below it.
+const MODELS_PATH: &[u8] = b"/v1/models";
+/// Owner of a model whose engine names none.
+const OWNER: &str = "envoy-pd";
+
+/// A question about models.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Question {
+    /// All models.
+    All,
+    /// The model of this name.
+    One(String),
+}
+
+impl Question {
+    /// The question that a path asks, percent-encoding undone and without a query; `None` for another path. Model names may
+    /// have slashes.
+    pub(super) fn of_path(path: &[u8]) -> Option<Self> {
+        match path.strip_prefix(MODELS_PATH)? {
+            [] => Some(Self::All),
+            [b'/', name @ ..] if !name.is_empty() => Some(Self::One(String::from_utf8_lossy(name).into_owned())),
+            _ => None,
+        }
+    }
+}
+
+/// Answers a question about models, where endpoints name theirs: no engine knows them all.
+///
+/// # Errors
+/// [`Rejection::UnknownModel`], [`Rejection::NoEndpoint`]
+pub(super) fn tell_models(table: &Table, config: &Config, question: &Question) -> Result<Reply, Rejection> {
+    let body = match question {
+        Question::All => {
+            let data: Vec<_> = known(config, table).iter().map(|name| card(config, table, name)).collect();
+            serde_json::json!({"object": "list", "data": data})
+        }
+        Question::One(name) => {
+            let is_listed = |alias| listed(alias, table).next().is_some();
+            if !table.lists_model(name) && !config.models.get(name).is_some_and(is_listed) {
+                let is_gone = table.card(name).is_some() || config.names_model(name);
+                return Err(if is_gone { Rejection::NoEndpoint } else { unknown(config, table, name) });
+            }
+            card(config, table, name)
+        }
+    };
     let headers = vec![("content-type", "application/json".to_owned())];
-    Reply { status: 200, headers, body, reason: MODELS }
+    Ok(Reply { status: 200, headers, body: body.to_string().into_bytes(), reason: MODELS })
+}
+
+/// A model as the engines list it. Of an alias: what its targets have in common, and their smallest length.
+fn card(config: &Config, table: &Table, name: &str) -> serde_json::Value {
+    let of_targets = config.models.get(name).and_then(|alias| {
+        let cards = listed(alias, table).filter_map(|model| table.card(model)).cloned();
+        cards.reduce(|one, other| ModelCard {
+            root: one.root.clone().filter(|root| other.root.as_ref() == Some(root)),
+            parent: one.parent.clone().filter(|parent| other.parent.as_ref() == Some(parent)),
+            ..one.or(other)
+        })
+    });
+    let card = of_targets.or_else(|| table.card(name).cloned()).unwrap_or_default();
+    let mut json = serde_json::json!({
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": card.owned_by.as_deref().unwrap_or(OWNER),
+        "root": card.root.as_deref().unwrap_or(name),
+        "parent": card.parent,
+    });
+    if let (Some(object), Some(len)) = (json.as_object_mut(), card.max_model_len) {
+        object.insert("max_model_len".to_owned(), len.into());
+    }
+    json
 }
 
 #[cfg(test)]

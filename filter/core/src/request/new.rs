@@ -1,35 +1,36 @@
 //! A request whose headers come: they are classified, and freed of those that steer the filter.
 
+use core::ops::Range;
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use super::effect::{Effect, Flow, REASON};
 use super::head::{Claims, Phase, RequestHead, Subset, decoded_path, endpoint_ids, is_ours};
-use super::models::{MODELS, list_models};
+use super::models::{MODELS, Question, Served, serving_model, tell_models};
 use super::ready::{READY_PATH, readiness};
 use super::route::pass;
 use super::state::{Reading, State};
 use super::step::Step;
-use crate::body::Api;
 use crate::body::form::Encoding;
+use crate::body::{Api, decode_percent};
 use crate::config::{Config, PHASE_HEADER, PREFILLER_HEADER};
 use crate::headers::Headers;
 use crate::metrics::Metric;
 use crate::paths::engines_path;
-use crate::request::reply::Rejection;
+use crate::request::reply::{Rejection, Reply};
 use crate::time::Monotonic;
 use crate::workers::worker::Worker;
-
-/// Path that lists models.
-const MODELS_PATH: &[u8] = b"/v1/models";
 
 /// What a request's headers ask for.
 enum Class {
     /// Whether this Envoy may get requests.
     Readiness,
-    /// The list of models.
-    Models,
+    /// A list of models, or the card of one.
+    Models(Reply),
     /// An answer of any engine endpoint to a request that has no body.
     NoBody(Option<Subset>),
+    /// Another protocol, with an endpoint of the model that the query or a header names.
+    Upgrade(RequestHead),
     /// What the body says.
     Body(RequestHead),
 }
@@ -48,11 +49,12 @@ pub(super) fn headers(worker: &mut Worker, headers: Headers, end_of_stream: bool
     worker.counts.add(Metric::HeadersStripped, i64::try_from(removed.len()).unwrap_or(i64::MAX));
     let step = match classify(worker, &config, headers, end_of_stream) {
         Ok(Class::Readiness) => return Step::reply(Vec::new(), readiness(worker, &config)),
-        Ok(Class::Models) => {
+        Ok(Class::Models(reply)) => {
             worker.counts.count(Metric::RequestsPassed);
             let effects = vec![Effect::decision(Metric::RequestsPassed), Effect::SetState(REASON, MODELS.into())];
-            Step::reply(effects, list_models(&worker.state.table, &config))
+            Step::reply(effects, reply)
         }
+        Ok(Class::Upgrade(head)) => Step::or_reject(upgrade(worker, &head, now), worker),
         Ok(Class::NoBody(subset)) => Step::or_reject(pass(worker, &config, None, subset.as_ref(), now), worker),
         Ok(Class::Body(head)) => {
             if head.headers.get("content-length").is_some() {
@@ -76,9 +78,50 @@ fn without_last_slash(headers: &Headers) -> Option<Vec<u8>> {
     Some([path.strip_suffix(b"/")?, query].concat())
 }
 
+/// Sends a request for another protocol to an endpoint.
+fn upgrade(worker: &mut Worker, head: &RequestHead, now: Monotonic) -> Result<Step, Rejection> {
+    let path = head.headers.get(":path").unwrap_or_default();
+    let named = query_model(path);
+    let model = head.model(named.as_ref().map(|(_, name)| Cow::Borrowed(name.as_str())));
+    let served = model.map(|model| serving_model(worker, head, &model, now)).transpose()?;
+    let step = pass(worker, &head.config, served.as_ref(), head.subset.as_ref(), now)?;
+    let other = |(range, served): (Range<usize>, &Served)| {
+        let (before, behind) = (path.get(..range.start)?, path.get(range.end..)?);
+        let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~".contains(byte);
+        let encode = |byte: u8| if is_plain(&byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") };
+        let name: String = served.model.bytes().map(encode).collect();
+        Some([before, name.as_bytes(), behind].concat())
+    };
+    let rewritten = named.map(|(range, _)| range).zip(served.as_ref().filter(|served| served.rewrite.is_some()));
+    Ok(step.after(rewritten.and_then(other).map(Effect::SetPath)))
+}
+
+/// The model that a path's query names, and where its name stands in the path.
+fn query_model(path: &[u8]) -> Option<(Range<usize>, String)> {
+    let mut start = path.iter().position(|byte| *byte == b'?')?.checked_add(1)?;
+    for pair in path.get(start..)?.split(|byte| *byte == b'&') {
+        let end = start.checked_add(pair.len())?;
+        if let Some(value) = pair.strip_prefix(b"model=").filter(|value| !value.is_empty()) {
+            let spaced: Vec<u8> = value.iter().map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect();
+            let name = String::from_utf8(decode_percent(&spaced)).ok()?;
+            return Some((end.checked_sub(value.len())?..end, name));
+        }
+        start = end.checked_add(1)?;
+    }
+    None
+}
+
+/// Whether the body stands as it is.
+fn is_plain(headers: &Headers) -> bool {
+    let values = headers.iter().filter(|(name, _)| *name == b"content-encoding").map(|(_, value)| value);
+    let mut codings = values.flat_map(|value| value.split(|byte| *byte == b',')).map(<[u8]>::trim_ascii);
+    codings.all(|coding| coding.is_empty() || coding.eq_ignore_ascii_case(b"identity"))
+}
+
 fn classify(worker: &Worker, config: &Arc<Config>, headers: Headers, end_of_stream: bool) -> Result<Class, Rejection> {
     let (method, path) = (headers.get(":method"), headers.get(":path").unwrap_or_default());
-    if method == Some(b"GET") && path == READY_PATH {
+    let reads = matches!(method, Some(b"GET" | b"HEAD"));
+    if reads && path == READY_PATH {
         return Ok(Class::Readiness);
     }
     let path = decoded_path(path);
@@ -86,11 +129,24 @@ fn classify(worker: &Worker, config: &Arc<Config>, headers: Headers, end_of_stre
     if !config.allows(path) {
         return Err(Rejection::UnknownPath);
     }
-    if method == Some(b"GET") && worker.state.table.names_all_models() && path == MODELS_PATH {
-        return Ok(Class::Models);
+    if reads
+        && worker.state.table.names_all_models()
+        && let Some(question) = Question::of_path(path)
+    {
+        return tell_models(&worker.state.table, config, &question).map(Class::Models);
+    }
+    let subset = Subset::read(&headers, config);
+    if headers.get("upgrade").is_some() {
+        // The body of such a request has no end.
+        if !config.upgrades {
+            return Err(Rejection::Upgrade);
+        }
+        let claims = Claims::read(&headers, config);
+        let config = Arc::clone(config);
+        let head = RequestHead { config, headers, api: None, form: None, phase: None, prefiller: None, claims, subset };
+        return Ok(Class::Upgrade(head));
     }
     let api = Api::of_path(path).filter(|_| method == Some(b"POST"));
-    let subset = Subset::read(&headers, config);
     if api.is_none() && end_of_stream {
         return Ok(Class::NoBody(subset));
     }
@@ -107,7 +163,7 @@ fn classify(worker: &Worker, config: &Arc<Config>, headers: Headers, end_of_stre
     if api.is_some() && end_of_stream {
         return Err(Rejection::InvalidJson("invalid JSON: the request has no body".to_owned()));
     }
-    if headers.get("content-encoding").is_some_and(|value| value != b"identity") {
+    if !is_plain(&headers) {
         return Err(Rejection::ContentEncoding);
     }
     let declared =

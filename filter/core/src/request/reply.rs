@@ -20,9 +20,11 @@ pub enum Rejection {
     UnknownPath,
     /// The body is compressed. 415.
     ContentEncoding,
+    /// The request asks for another protocol, such as WebSocket, and the configuration does not allow that. 501.
+    Upgrade,
     /// The request names no model, or names it by something else than a string. 400.
     MissingModel,
-    /// No endpoint serves the model. 404.
+    /// No endpoint ever served the model, and the configuration does not name it. 404.
     UnknownModel {
         /// The model that the client named.
         model: String,
@@ -39,7 +41,7 @@ pub enum Rejection {
     Shed(Shed),
     /// The request may not wait, or has waited too long: 429 for a limit or a deadline, 503 after the longest wait.
     Queue(QueueRefusal),
-    /// No endpoint of the needed role is ready. 503.
+    /// No endpoint of the needed role is ready, or none that serves the model. 503.
     NoEndpoint,
     /// Prefill failed at every endpoint that was tried, and the pool's policy is `fail`. 503.
     PrefillFailed,
@@ -131,6 +133,7 @@ impl Rejection {
             Self::InvalidJson(_) => (400, "invalid_request_error", None, "invalid_json"),
             Self::InvalidForm(_) => (400, "invalid_request_error", None, "invalid_form"),
             Self::UnknownPath => (404, "not_found_error", None, "unknown_path"),
+            Self::Upgrade => (501, "invalid_request_error", None, "upgrade"),
             Self::ContentEncoding => (415, "invalid_request_error", None, "content_encoding"),
             Self::MissingModel => (400, "invalid_request_error", Some("model"), "missing_model"),
             Self::UnknownModel { .. } => (404, "not_found_error", Some("model"), "unknown_model"),
@@ -153,6 +156,7 @@ impl Rejection {
             Self::InvalidJson(why) => why.clone(),
             Self::InvalidForm(error) => error.to_string(),
             Self::UnknownPath => "this path is not one of an inference API".to_owned(),
+            Self::Upgrade => "this gateway does not forward upgrades to other protocols".to_owned(),
             Self::ContentEncoding => "the request body must not be compressed".to_owned(),
             Self::MissingModel => "the request body must have a string `model`".to_owned(),
             Self::UnknownModel { model, known } => {
@@ -201,6 +205,9 @@ impl Rejection {
         let mut headers = vec![("content-type", "application/json".to_owned()), (REASON_HEADER, reason.to_owned())];
         if matches!(status, 429 | 503) {
             headers.push(("retry-after", self.retry_after().to_string()));
+        }
+        if matches!(self, Self::ContentEncoding) {
+            headers.push(("accept-encoding", "identity".to_owned()));
         }
         if matches!(self, Self::Shed(_) | Self::Queue(_)) {
             headers.push((DROPPED_HEADER, reason.to_owned()));

@@ -12,6 +12,9 @@ fn the_models_of_all_endpoints_are_listed_and_a_header_may_name_one() {
     let list: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
     let names: Vec<_> = list["data"].as_array().unwrap().iter().map(|card| card["id"].clone()).collect();
     assert_eq!(names, ["m", "m-lora"]);
+    t.request = Request::default();
+    let headers = Headers::from_pairs([(":method", "HEAD"), (":path", "/v1/models")]);
+    assert_eq!(reply(&t.request.headers(&mut t.worker, headers, true, t.now)), (200, "models"));
     for (name, body, expected) in [
         ("m", r#"{"messages":[]}"#, None),
         ("x", r#"{"messages":[]}"#, Some((404, "unknown_model"))),
@@ -102,15 +105,86 @@ fn weights_spread_requests_and_keep_a_session_together() {
     }
 }
 
+/// The answer to a GET: status and JSON.
+fn get(t: &mut Fixture, path: &str) -> (u16, serde_json::Value) {
+    t.request = Request::default();
+    let headers = Headers::from_pairs([(":method", "GET"), (":path", path)]);
+    let outcome = t.request.headers(&mut t.worker, headers, true, t.now);
+    t.done();
+    let Some(Effect::Reply(answer)) = outcome.effects.last() else { panic!("{outcome:?}") };
+    (answer.status, serde_json::from_slice(&answer.body).unwrap())
+}
+
+#[test]
+fn a_model_whose_endpoints_are_gone_or_that_the_configuration_names_may_come_back() {
+    let mut t = aliased();
+    let list = |version: u32, models: &str| {
+        let endpoint = format!(r#"{{"address":"10.0.0.1:1","role":"both","models":{models}}}"#);
+        format!(r#"{{"wire":1,"epoch":"e","version":{version},"endpoints":[{endpoint}]}}"#)
+    };
+    t.worker.apply(list(1, r#"["later","kept"]"#).as_bytes()).unwrap();
+    t.worker.apply(list(2, r#"["kept"]"#).as_bytes()).unwrap();
+    for (model, expected) in [
+        ("later", (503, "no_endpoint")),
+        ("nobody", (503, "no_endpoint")),
+        ("x", (503, "no_endpoint")),
+        ("m-lora", (503, "no_endpoint")),
+        ("gpt", (503, "no_endpoint")),
+        ("never", (404, "unknown_model")),
+    ] {
+        t.request = Request::default();
+        t.headers(&[]);
+        let outcome = t.body(&format!(r#"{{"model":"{model}","messages":[]}}"#));
+        assert_eq!(reply(&outcome), expected, "{model}");
+        let Some(Effect::Reply(answer)) = outcome.effects.last() else { panic!() };
+        assert_eq!(answer.headers.iter().any(|(name, _)| *name == "retry-after"), expected.0 == 503, "{model}");
+        assert_eq!(get(&mut t, &format!("/v1/models/{model}")).0, expected.0, "{model}");
+    }
+    assert_eq!(get(&mut t, "/v1/models/kept").0, 200);
+}
+
+#[test]
+fn lists_carry_the_engines_cards_and_those_of_aliases() {
+    let mut t = aliased();
+    let list = r#"{"wire":1,"epoch":"e","version":1,
+        "endpoints":[{"address":"10.0.0.1:1","role":"both","models":["m","m-lora","org/plain"]}],
+        "models":[{"id":"m","max_model_len":4096,"root":"/w/m","owned_by":"vllm"},
+                  {"id":"m-lora","max_model_len":2048,"root":"/w/lora","parent":"m","owned_by":"vllm"}]}"#;
+    t.worker.apply(list.as_bytes()).unwrap();
+    let (status, all) = get(&mut t, "/v1/models");
+    let cards = all["data"].as_array().unwrap();
+    let names: Vec<_> = cards.iter().map(|card| card["id"].as_str().unwrap()).collect();
+    assert_eq!((status, names), (200, vec!["canary", "gpt", "m", "m-lora", "org/plain"]));
+    let card = |id: &str, root: &str, parent: Option<&str>, owner: &str, len: Option<u64>| {
+        let mut card = serde_json::json!({"id": id, "object": "model", "created": 0, "owned_by": owner, "root": root, "parent": parent});
+        if let Some(len) = len {
+            card["max_model_len"] = len.into();
+        }
+        card
+    };
+    let expected = [
+        card("canary", "canary", None, "vllm", Some(2_048)),
+        card("gpt", "/w/m", None, "vllm", Some(4_096)),
+        card("m", "/w/m", None, "vllm", Some(4_096)),
+        card("m-lora", "/w/lora", Some("m"), "vllm", Some(2_048)),
+        card("org/plain", "org/plain", None, "envoy-pd", None),
+    ];
+    assert_eq!(cards.as_slice(), expected);
+    for (card, path) in expected.iter().zip(["canary", "gpt", "m/", "m-l%6fra?x=1", "org%2Fplain"]) {
+        assert_eq!(get(&mut t, &format!("/v1/models/{path}")), (200, card.clone()), "{path}");
+    }
+    assert_eq!(get(&mut t, "/v1/models/org/plain").0, 200);
+}
+
 #[test]
 fn aliases_are_listed_where_somebody_serves_them() {
     let mut t = aliased();
     t.headers(&[]);
-    let outcome = t.body(r#"{"model":"nobody","messages":[]}"#);
+    let outcome = t.body(r#"{"model":"never","messages":[]}"#);
     assert_eq!(reply(&outcome), (404, "unknown_model"));
     let Some(Effect::Reply(answer)) = outcome.effects.last() else { panic!() };
     let message = text(&answer.body);
-    assert!(message.contains("`nobody`") && message.contains("canary, gpt, m, m-lora"), "{message}");
+    assert!(message.contains("`never`") && message.contains("canary, gpt, m, m-lora"), "{message}");
 }
 
 #[test]
