@@ -196,20 +196,37 @@ impl<'a> Scheduler<'a> {
         ranked.into_iter().map(|ranked| ranked.index).collect()
     }
 
-    /// Serves a request whole where an endpoint has to compute fewer than `threshold` tokens of its prompt.
+    /// Serves a request whole where an endpoint has to compute fewer than `threshold` tokens of its prompt. Such a request of
+    /// a session goes to the endpoint that served the session last, unless that one is overloaded.
     fn below_threshold(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Schedule> {
         if prompt.tokens < threshold {
-            return self.pick_decode(among, prompt, &[]).map(|(pick, _)| Schedule::Whole(pick, WholeReason::Short));
+            let least = || self.pick_decode(among, prompt, &[]).map(|(pick, _)| pick);
+            let pick = self.pick_session(among, prompt).or_else(least);
+            return pick.map(|pick| Schedule::Whole(pick, WholeReason::Short));
         }
         self.pick_cached_decode(among, prompt, threshold).map(|pick| Schedule::Whole(pick, WholeReason::Cached))
     }
 
-    /// The least loaded endpoint that lacks fewer than `threshold` tokens of the prompt; `None` where all those are
-    /// ejected or overloaded.
-    fn pick_cached_decode(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Pick> {
+    /// The endpoint that served the prompt's session last; `None` where it is ejected, overloaded or not among these.
+    fn pick_session(&self, among: &[EndpointIndex], prompt: &Prompt) -> Option<Pick> {
+        let holder = self.view().session_holder(among, prompt)?;
+        let bound = self.most_tokens(among, prompt)?;
+        let fits = |state: &EndpointState| self.view().is_usable(state) && decode_load(state) <= bound;
+        self.table.get(holder).is_some_and(fits).then(|| self.pick(holder, prompt))
+    }
+
+    /// Most tokens that an endpoint may have assigned and still get a request because of what it holds.
+    fn most_tokens(&self, among: &[EndpointIndex], prompt: &Prompt) -> Option<f64> {
         let usable = self.view().usable(among, prompt, &[]);
         let least = usable.into_iter().map(|(_, state)| decode_load(state)).reduce(f64::min)?;
-        let bound = 2.0 * least + AFFINITY_SLACK_TOKENS;
+        Some(2.0 * least + AFFINITY_SLACK_TOKENS)
+    }
+
+    /// Of the endpoints that lack fewer than `threshold` tokens of the prompt, the one that served its session last, else the
+    /// least loaded one; `None` where all those are ejected or overloaded.
+    fn pick_cached_decode(&self, among: &[EndpointIndex], prompt: &Prompt, threshold: f64) -> Option<Pick> {
+        let bound = self.most_tokens(among, prompt)?;
+        let session = self.view().session_holder(among, prompt);
         let holders = self.index.holders(&prompt.hash.blocks, HOLDERS);
         let cached = holders.into_iter().filter_map(|index| {
             let state = self.table.get(index).filter(|state| self.view().is_among(among, state))?;
@@ -219,9 +236,9 @@ impl<'a> Scheduler<'a> {
             let at_most = prefix_units(blocks.saturating_add(1)) as f64 * prompt.block_tokens;
             let load = decode_load(state);
             let fits = self.view().is_usable(state) && load <= bound && prompt.tokens - at_most < threshold;
-            fits.then_some((load, pick))
+            fits.then_some((session != Some(index), load, pick))
         });
-        cached.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, pick)| pick)
+        cached.min_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1))).map(|(.., pick)| pick)
     }
 
     /// An endpoint as a pick for the prompt.
@@ -415,6 +432,40 @@ pub(super) mod tests {
         assert_eq!(fixture.prefill(&asked).matched_tokens, 4_096.0, "all of it is at 1, nothing is won by waiting");
         fixture.busy(2, 10.0);
         assert_eq!(fixture.prefill(&asked).endpoint, 1);
+    }
+
+    #[test]
+    fn the_whole_requests_of_a_session_stay_together_inside_a_bound() {
+        let mut fixture = fixture(1, 3, "");
+        let decode = fixture.candidates.decode.clone();
+        let session = BlockHash(77);
+        for short in [true, false] {
+            let mut asked = Prompt { session: Some(session), ..prompt(1, 32) };
+            if short {
+                asked.tokens = 100.0;
+            } else {
+                for endpoint in &decode {
+                    fixture.index.insert(*endpoint, &asked.hash.blocks);
+                }
+            }
+            for holder in &decode {
+                fixture.index.insert(*holder, &[session]);
+                let state = fixture.table.get_mut(*holder).unwrap();
+                state.decode.add(AFFINITY_SLACK_TOKENS as u64);
+                let scheduled = fixture.scheduler().schedule(&fixture.candidates, &asked);
+                let reason = if short { WholeReason::Short } else { WholeReason::Cached };
+                assert!(matches!(scheduled, Schedule::Whole(pick, why) if pick.endpoint == *holder && why == reason));
+                fixture.table.get_mut(*holder).unwrap().decode.add(1);
+                let scheduled = fixture.scheduler().schedule(&fixture.candidates, &asked);
+                assert!(matches!(scheduled, Schedule::Whole(pick, _) if pick.endpoint != *holder), "overloaded");
+                fixture.table.get_mut(*holder).unwrap().decode = Default::default();
+                let state = fixture.table.get_mut(*holder).unwrap();
+                state.health.failed(Cause::Unreachable, NOW);
+                let scheduled = fixture.scheduler().schedule(&fixture.candidates, &asked);
+                assert!(matches!(scheduled, Schedule::Whole(pick, _) if pick.endpoint != *holder), "ejected");
+                fixture.table.get_mut(*holder).unwrap().health = Default::default();
+            }
+        }
     }
 
     #[test]

@@ -168,7 +168,7 @@ impl PrefixIndex {
             if prefix_units(position.saturating_add(1)) > capacity {
                 continue;
             }
-            let node = match self.node_of(*hash, endpoint) {
+            let node = match self.touch(*hash, endpoint) {
                 Some(node) => {
                     self.lru.unlink(node);
                     node
@@ -246,6 +246,19 @@ impl PrefixIndex {
             }
         }
         None
+    }
+
+    /// The node of a block at an endpoint, where it is there. The endpoint is then the block's newest holder, unless many
+    /// others have the block.
+    fn touch(&mut self, hash: BlockHash, endpoint: EndpointIndex) -> Option<u32> {
+        let number = self.find(hash)?;
+        let block = self.blocks.get_mut(number as usize)?;
+        let place = block.recent.iter().position(|holder| holder.endpoint == endpoint && endpoint != NIL);
+        if let Some(holders) = place.and_then(|place| block.recent.get_mut(..=place)) {
+            holders.rotate_right(1);
+            return holders.first().map(|holder| holder.node);
+        }
+        self.node_of(hash, endpoint)
     }
 
     fn node_of(&self, hash: BlockHash, endpoint: EndpointIndex) -> Option<u32> {
@@ -361,6 +374,21 @@ mod tests {
             index.set_capacity(endpoint, capacity);
         }
         index
+    }
+
+    #[test]
+    fn of_several_holders_the_one_that_was_touched_last_comes_first() {
+        let mut index = PrefixIndex::new(1 << 20);
+        let block = [BlockHash(7)];
+        for endpoint in 0..3 {
+            index.set_capacity(endpoint, 8);
+            index.insert(endpoint, &block);
+        }
+        assert_eq!(index.holders(&block, 8), [2, 1, 0]);
+        index.insert(0, &block);
+        assert_eq!(index.holders(&block, 8), [0, 2, 1]);
+        index.insert(2, &block);
+        assert_eq!(index.holders(&block, 2), [2, 0]);
     }
 
     #[test]

@@ -145,3 +145,103 @@ fn errors_have_the_form_of_the_clients_api() {
         assert_eq!(body["error"]["code"].is_string(), !is_anthropic, "{path}");
     }
 }
+
+#[test]
+fn whole_requests_of_a_session_stay_on_one_endpoint_by_header_or_else_by_cookie() {
+    let config = CONFIG.replacen('{', r#"{"session_cookies":["sid"],"#, 1);
+    let sessions: [&[(&str, &str)]; 7] = [
+        &[("x-session-id", "a")],
+        &[("x-claude-code-session-id", "b")],
+        &[("x-session-affinity", "c")],
+        &[("session_id", "d")],
+        &[("session-id", "e")],
+        &[("cookie", "theme=dark; sid=f")],
+        &[("x-session-id", "a"), ("cookie", "sid=f")],
+    ];
+    let mut t = configured(&config);
+    let mut served = |headers: &[(&str, &str)], turn: u32| {
+        t.request = Request::default();
+        t.headers(headers);
+        let outcome = t.body(&format!(r#"{{"model":"m","messages":[{{"role":"user","content":"{turn}"}}]}}"#));
+        t.done();
+        (state(&outcome, DECODE).to_owned(), state(&outcome, REASON).to_owned())
+    };
+    let mut first_turn = 100..;
+    let first = sessions.map(|headers| served(headers, first_turn.next().unwrap()).0);
+    assert_eq!(first[6], first[0], "the header counts first");
+    assert_eq!(first.iter().collect::<std::collections::BTreeSet<_>>().len(), 2, "sessions spread: {first:?}");
+    for turn in 1..12 {
+        for (headers, first) in sessions.iter().zip(&first) {
+            assert_eq!(served(headers, turn), (first.clone(), "short".to_owned()), "{headers:?}");
+        }
+    }
+    let spread: std::collections::BTreeSet<_> = (0..12).map(|turn| served(&[("cookie", "x=1")], turn).0).collect();
+    assert_eq!(spread.len(), 2, "without a session they spread");
+}
+
+fn upgrade_to(t: &mut Fixture, path: &str) -> Outcome {
+    t.request = Request::default();
+    let pairs = [(":method", "GET"), (":path", path), ("upgrade", "websocket"), ("connection", "Upgrade")];
+    t.request.headers(&mut t.worker, Headers::from_pairs(pairs), false, t.now)
+}
+
+#[test]
+fn an_upgrade_is_refused_at_once_unless_the_operator_allows_it() {
+    let mut t = fixture();
+    for path in ["/v1/realtime?model=m", "/v1/realtime", "/v1/chat/completions"] {
+        assert_eq!(reply(&upgrade_to(&mut t, path)), (501, "upgrade"));
+    }
+    assert_eq!(reply(&upgrade_to(&mut t, "/sleep")), (404, "unknown_path"));
+    let top = r#"{"upgrades":true,"models":{"gpt/a b":{"targets":[{"model":"m"}]}},"#;
+    let mut t = configured(&CONFIG.replacen('{', top, 1).replace(
+        r#"10.0.0.2:1", "role": "decode", "models": ["m"]"#,
+        r#"10.0.0.2:1", "role": "decode", "models": ["x/y"]"#,
+    ));
+    for (path, expected, rewritten) in [
+        ("/v1/realtime?model=m", "10.0.0.2:2", None),
+        ("/v1/realtime?intent=a&model=x%2Fy&z", "10.0.0.2:1", None),
+        ("/v1/realtime?a&model=gpt/a+b&z=%20", "10.0.0.2:2", Some("/v1/realtime?a&model=m&z=%20")),
+        ("/v1/realtime?model=gpt%2fa%20b", "10.0.0.2:2", Some("/v1/realtime?model=m")),
+    ] {
+        let outcome = upgrade_to(&mut t, path);
+        assert_eq!((state(&outcome, DESTINATION), outcome.flow), (expected, Flow::Continue), "{path}");
+        let path =
+            outcome.effects.iter().find_map(|it| if let Effect::SetPath(path) = it { Some(text(path)) } else { None });
+        assert_eq!(path, rewritten);
+        assert!(!t.request.wants_body());
+    }
+    for path in ["/v1/realtime", "/v1/realtime?model=", "/v1/realtime?model=%ff"] {
+        assert!(state(&upgrade_to(&mut t, path), DESTINATION).starts_with("10.0.0.2:"), "{path}");
+    }
+    assert_eq!(reply(&upgrade_to(&mut t, "/v1/realtime?model=never")), (404, "unknown_model"));
+    t.done();
+    assert!(t.is_idle());
+}
+
+#[test]
+fn only_a_body_that_stands_as_it_is_is_read() {
+    let mut t = fixture();
+    for (values, is_read) in [
+        (&["identity"][..], true),
+        (&["Identity , identity"], true),
+        (&[""], true),
+        (&["gzip"], false),
+        (&["GZIP"], false),
+        (&["br"], false),
+        (&["zstd"], false),
+        (&["identity, deflate"], false),
+        (&["identity", "gzip"], false),
+        (&["\u{ff}"], false),
+    ] {
+        t.request = Request::default();
+        let headers: Vec<_> = values.iter().map(|value| ("content-encoding", *value)).collect();
+        let outcome = t.headers(&headers);
+        if is_read {
+            assert!(t.request.wants_body(), "{values:?}");
+        } else {
+            assert_eq!(reply(&outcome), (415, "content_encoding"), "{values:?}");
+            let Some(Effect::Reply(answer)) = outcome.effects.last() else { panic!() };
+            assert!(answer.headers.contains(&("accept-encoding", "identity".to_owned())));
+        }
+    }
+}
