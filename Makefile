@@ -140,17 +140,21 @@ envoy: ## Install Envoy into .cache, where it is missing
 programs: ## Build helm, kustomize and grpcurl into .cache for tests, where there is Go
 	@tests/programs.sh >/dev/null || echo 'make: NOT TESTED without Go: the chart against kustomize, the external scaler with grpcurl' >&2
 
+clients: ## Install clients of PyPI and npm into .cache for tests, where there are Python and Node
+	@tests/clients/install.sh >/dev/null
+
 vllm: ## Install a vLLM for CPUs and a tiny model into .cache, where they are missing
 	@tests/vllm/install.sh >/dev/null
 
 ##@ Check
 
-test: lint wasm envoy programs ## Everything: lints, unit, property and end-to-end tests on both Envoys, fuzzing
+test: lint wasm envoy programs clients ## Everything: lints, unit, property and end-to-end tests on both Envoys, fuzzing
 #> FUZZ_SECONDS=10                          for each target
 	@envoy/fetch.sh $(GATEWAY_ENVOY_VERSION) >/dev/null
 	@# Always of all packages, programs included: of one alone other features of what they share would be built once more.
 	$(call say,tests of all crates with Envoy $(ENVOY_VERSION))
-	PD_PROGRAMS=$$(tests/programs.sh 2>/dev/null || true) PD_ENVOY_VERSION=$(ENVOY_VERSION) \
+	PD_PROGRAMS=$$(tests/programs.sh 2>/dev/null || true) PD_CLIENTS=$$(tests/clients/install.sh 2>/dev/null || true) \
+	    PD_ENVOY_VERSION=$(ENVOY_VERSION) \
 	    cargo test $(LOCKED) --workspace --exclude pd-filter
 	$(call say,end-to-end tests with Envoy $(GATEWAY_ENVOY_VERSION))
 	PD_ENVOY_VERSION=$(GATEWAY_ENVOY_VERSION) cargo test $(LOCKED) --workspace --exclude pd-filter --test envoy
@@ -250,4 +254,4 @@ fuzz-all:
 	    done; \
 	fi
 
-.PHONY: help docs run replay sim sim-agree bench-serve explain build wasm image push image-control push-control image-bench release release-verify programs toolchain envoy vllm test test-vllm test-cluster cluster-up cluster-shell cluster-down lint fmt soak fuzz bench schemas deps clean deps-check fuzz-all
+.PHONY: help docs run replay sim sim-agree bench-serve explain build wasm image push image-control push-control image-bench release release-verify programs clients toolchain envoy vllm test test-vllm test-cluster cluster-up cluster-shell cluster-down lint fmt soak fuzz bench schemas deps clean deps-check fuzz-all

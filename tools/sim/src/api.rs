@@ -19,6 +19,7 @@ use crate::fault::{FAULT_HEADER, Fault, Kind, Leg, Malformed, parse_list};
 use crate::handoff::tokenise;
 use crate::metrics;
 use crate::nixl::{ENGINE_HEADER, PAIR_HEADER, PULL_PATH};
+use crate::plain;
 use crate::request::{Api, ApiError, Generation, Rules};
 use crate::rooms::{QUERY_PATH, ROOM_PATH};
 use crate::server::Connection;
@@ -82,6 +83,7 @@ pub(crate) async fn serve(pod: Arc<Pod>, connection: Arc<Connection>, request: R
     let api = Api::of_path(path).filter(|_| parts.method == Method::POST);
     let mut guard = api.is_some().then(|| Guard::new(&pod));
     let parsed = api.map(|api| parse(&pod, api, &parts.headers, &body));
+    let plain = plain::serve(&pod, &parts, &body);
     drop(body);
     let leg = match &parsed {
         Some(Ok(generation)) => generation.leg(),
@@ -90,7 +92,7 @@ pub(crate) async fn serve(pod: Arc<Pod>, connection: Arc<Connection>, request: R
     let mut response = match faults(&pod, &connection, &parts, leg, api.is_some(), guard.as_mut()).await {
         Err(response) => response,
         Ok(spoilt) => match parsed {
-            None => serve_plain(&pod, &parts),
+            None => plain.unwrap_or_else(|| serve_plain(&pod, &parts)),
             Some(Err(error)) => answer::error(&error),
             Some(Ok(generation)) => {
                 let guard = guard.take().unwrap_or_else(|| Guard::new(&pod));

@@ -25,6 +25,7 @@ mod fields;
 mod handoff;
 mod metrics;
 mod nixl;
+mod plain;
 mod record;
 mod request;
 mod rooms;

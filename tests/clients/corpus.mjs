@@ -1,0 +1,114 @@
+// As corpus.py, with the packages of npm:  node corpus.mjs ENGINE GATEWAY
+import { createRequire } from 'node:module';
+
+// The packages are in the folder that the caller names, not beside this file.
+const require = createRequire(`${process.env.CLIENTS}/node/package.json`);
+const OpenAI = require('openai').default ?? require('openai');
+const { toFile } = require('openai');
+const Anthropic = require('@anthropic-ai/sdk').default ?? require('@anthropic-ai/sdk');
+
+const VOLATILE = new Set([
+  'id', 'created', 'created_at', 'completed_at', 'cached_tokens', 'prompt_tokens_details', 'input_tokens_details',
+  'cache_read_input_tokens', 'cache_creation_input_tokens', 'item_id', '_request_id', 'kv_transfer_params', 'permission',
+]);
+const LONG = 'A long text that both clients send. '.repeat(160);
+const PNG = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=';
+const PARAMETERS = { type: 'object', properties: { town: { type: 'string' } }, required: ['town'] };
+const TOOL = { type: 'function', function: { name: 'weather', description: 'The weather of a town', parameters: PARAMETERS } };
+const MARK = { cache_control: { type: 'ephemeral' } };
+const user = (content) => [{ role: 'user', content }];
+
+function plain(value) {
+  if (Array.isArray(value)) return value.map(plain);
+  if (value === null || typeof value !== 'object') return typeof value === 'function' ? undefined : value;
+  const stable = Object.entries(value).filter(([key]) => !VOLATILE.has(key));
+  return Object.fromEntries(stable.map(([key, part]) => [key, plain(part)]));
+}
+
+async function all(stream) {
+  const parts = [];
+  for await (const part of await stream) parts.push(part);
+  return parts;
+}
+
+async function refused(call) {
+  try {
+    await call();
+  } catch (error) {
+    return [error.constructor.name, error.status];
+  }
+  return 'no error';
+}
+
+function* openaiCases(base) {
+  const client = new OpenAI({ baseURL: `${base}/v1`, apiKey: 'none', maxRetries: 0, timeout: 20_000 });
+  const chat = (more, options) => client.chat.completions.create({ model: 'sim', max_tokens: 12, ...more }, options);
+  for (const [size, text] of [['short', 'Hello'], ['long', LONG]]) {
+    yield [`chat ${size}`, () => chat({ messages: user(text) })];
+    yield [`chat ${size} stream`, () => all(chat({ messages: user(text), stream: true, stream_options: { include_usage: true } }))];
+    yield [`response ${size}`, () => client.responses.create({ model: 'sim', input: text, max_output_tokens: 9 })];
+    yield [`response ${size} stream`, () => all(client.responses.create({ model: 'sim', input: text, max_output_tokens: 9, stream: true }))];
+    yield [`completion ${size}`, () => client.completions.create({ model: 'sim', prompt: text, max_tokens: 9 })];
+  }
+  yield ['chat tools', () => chat({ messages: user(LONG), tools: [TOOL], tool_choice: 'auto' })];
+  yield ['chat image', () => chat({ messages: user([
+    { type: 'text', text: 'What is this?' },
+    { type: 'image_url', image_url: { url: `data:image/png;base64,${PNG}` } },
+  ]) })];
+  yield ['chat structured', () => chat({ messages: user(LONG), response_format: { type: 'json_object' } })];
+  yield ['chat cancelled', async () => {
+    const stop = new AbortController();
+    const stream = await chat({ messages: user(`${LONG} cancel`), max_tokens: 2000, stream: true }, { signal: stop.signal });
+    let first;
+    for await (const part of stream) {
+      first = part;
+      stop.abort();
+      break;
+    }
+    return [first, await chat({ messages: user('after') })];
+  }];
+  yield ['embeddings', () => client.embeddings.create({ model: 'sim', input: ['a', 'b'] })];
+  yield ['transcription', async () => client.audio.transcriptions.create({
+    model: 'sim', file: await toFile(Buffer.from('RIFF'.repeat(2000)), 'a.wav', { type: 'audio/wav' }),
+  })];
+  yield ['models', () => all(client.models.list())];
+  yield ['unknown model', () => refused(() => chat({ model: 'no-such-model', messages: user('x') }))];
+}
+
+function* anthropicCases(base) {
+  const client = new Anthropic({ baseURL: base, apiKey: 'none', maxRetries: 0, timeout: 20_000 });
+  const send = (more) => client.messages.create({ model: 'sim', max_tokens: 12, ...more });
+  for (const [size, text] of [['short', 'Hello'], ['long', LONG]]) {
+    yield [`message ${size}`, () => send({ messages: user(text) })];
+    yield [`message ${size} stream`, async () => client.messages.stream({ model: 'sim', max_tokens: 12, messages: user(text) }).finalMessage()];
+  }
+  yield ['message tools', () => send({
+    system: [{ type: 'text', text: LONG, ...MARK }],
+    messages: user([{ type: 'text', text: 'Go on', ...MARK }]),
+    tools: [{ name: 'weather', description: 'The weather', input_schema: PARAMETERS, ...MARK }],
+  })];
+  yield ['message image', () => send({ messages: user([
+    { type: 'image', source: { type: 'base64', media_type: 'image/png', data: PNG } },
+    { type: 'text', text: 'What is this?' },
+  ]) })];
+  yield ['count tokens', () => client.messages.countTokens({ model: 'sim', messages: user(LONG) })];
+  yield ['unknown model', () => refused(() => send({ model: 'no-such-model', messages: user('x') }))];
+}
+
+async function outcome(run) {
+  try {
+    return plain(await run()) ?? null;
+  } catch (error) {
+    return { error: `${error.constructor.name}: ${error.message}` };
+  }
+}
+
+const report = {};
+for (const [i, where] of ['engine', 'gateway'].entries()) {
+  for (const [name, cases] of [['openai', openaiCases], ['anthropic', anthropicCases]]) {
+    for (const [kind, run] of cases(process.argv[2 + i])) {
+      (report[`${name}: ${kind}`] ??= {})[where] = await outcome(run);
+    }
+  }
+}
+process.stdout.write(JSON.stringify(report));
