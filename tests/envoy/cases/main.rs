@@ -24,6 +24,7 @@ mod phase;
 mod plugin;
 mod prefill_failure;
 mod protocols;
+mod sessions;
 mod soak;
 mod split;
 mod stripping;
