@@ -180,6 +180,8 @@ pub struct Pool {
     pub cache_tokens: u64,
     /// Bytes of JSON per token, for estimates.
     pub bytes_per_token: f64,
+    /// Tokens of media, for estimates.
+    pub media: MediaCost,
     /// Whether `cached_tokens` in the answer of a split request are those of its prefill leg.
     pub tells_prefills_cached_tokens: bool,
     /// What may be in flight.
@@ -203,6 +205,21 @@ pub struct Queue {
     pub max_requests: usize,
     /// Most bytes that they take.
     pub max_bytes: usize,
+}
+
+/// Tokens of media in a prompt, to begin with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MediaCost {
+    /// Pixels of an image per token, where its data says how many it has.
+    pub pixels_per_token: f64,
+    /// Tokens of any other image.
+    pub image_tokens: f64,
+    /// Tokens of a sound.
+    pub audio_tokens: f64,
+    /// Tokens of a film.
+    pub video_tokens: f64,
+    /// Tokens of a document.
+    pub file_tokens: f64,
 }
 
 /// Limits of one pool, all workers of an Envoy together. 0: none.
@@ -391,6 +408,7 @@ struct RawPool {
     rendezvous_share: Option<f64>,
     cache_tokens: u64,
     bytes_per_token: f64,
+    media: RawMedia,
     cached_tokens: CachedTokens,
     max_requests: u64,
     max_tokens: u64,
@@ -437,6 +455,7 @@ impl Default for RawPool {
             rendezvous_share: None,
             cache_tokens: 500_000,
             bytes_per_token: 4.0,
+            media: RawMedia::default(),
             cached_tokens: CachedTokens::Prefill,
             max_requests: 0,
             max_tokens: 0,
@@ -478,6 +497,29 @@ struct RawCost {
 impl Default for RawCost {
     fn default() -> Self {
         Self { a_ms: 15.0, b_us: 25.0, c_ns: 0.524 }
+    }
+}
+
+/// A patch of 28 by 28 pixels a token (Qwen2-VL); others are guesses, which answers correct.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawMedia {
+    pixels_per_token: f64,
+    image_tokens: f64,
+    audio_tokens: f64,
+    video_tokens: f64,
+    file_tokens: f64,
+}
+
+impl Default for RawMedia {
+    fn default() -> Self {
+        Self {
+            pixels_per_token: 784.0,
+            image_tokens: 1_024.0,
+            audio_tokens: 768.0,
+            video_tokens: 4_096.0,
+            file_tokens: 2_048.0,
+        }
     }
 }
 
@@ -713,6 +755,11 @@ impl Pool {
             (Key::PoolsQueueOvertakenMs, raw.queue.overtaken_ms as f64),
             (Key::PoolsQueueMaxRequests, raw.queue.max_requests as f64),
             (Key::PoolsQueueMaxBytes, raw.queue.max_bytes as f64),
+            (Key::PoolsMediaPixelsPerToken, raw.media.pixels_per_token),
+            (Key::PoolsMediaImageTokens, raw.media.image_tokens),
+            (Key::PoolsMediaAudioTokens, raw.media.audio_tokens),
+            (Key::PoolsMediaVideoTokens, raw.media.video_tokens),
+            (Key::PoolsMediaFileTokens, raw.media.file_tokens),
         ];
         for (key, value) in numbers {
             check_range(&key.path().replacen("NAME", name, 1), key, value)?;
@@ -740,6 +787,13 @@ impl Pool {
             rendezvous_share: raw.rendezvous_share,
             cache_tokens: raw.cache_tokens,
             bytes_per_token: raw.bytes_per_token,
+            media: MediaCost {
+                pixels_per_token: raw.media.pixels_per_token,
+                image_tokens: raw.media.image_tokens,
+                audio_tokens: raw.media.audio_tokens,
+                video_tokens: raw.media.video_tokens,
+                file_tokens: raw.media.file_tokens,
+            },
             tells_prefills_cached_tokens: matches!(raw.cached_tokens, CachedTokens::Prefill),
             limits: Limits { requests: raw.max_requests, tokens: raw.max_tokens },
             queue: Queue {

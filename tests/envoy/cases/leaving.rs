@@ -10,7 +10,7 @@ use crate::support::{ask, long_chat, sum};
 
 const PREFILL: &str = "pd_prefill_in_flight";
 const DECODE: &str = "pd_decode_in_flight";
-const STRANDED: &str = "pd_kv_stranded_total";
+const STRANDED: &str = "pd_kv_stranded_total{reason=\"client_left\"}";
 
 async fn every_worker_is_alive(rig: &Rig) {
     rig.until_idle().await;

@@ -24,6 +24,7 @@ use crate::request::{Api, ApiError, Generation, Rules};
 use crate::rooms::{QUERY_PATH, ROOM_PATH};
 use crate::server::Connection;
 use crate::stream::{Streaming, cut_after};
+use crate::tokens::Prompt;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const ORCA_FORMAT: HeaderName = HeaderName::from_static("endpoint-load-metrics-format");
@@ -183,6 +184,11 @@ fn parse(pod: &Pod, api: Api, headers: &HeaderMap, body: &Bytes) -> Result<Gener
     }
     let mut generation = Generation::parse(api, body, Rules::of(&pod.config))?;
     generation.request_id = headers.get(REQUEST_ID).map(|id| String::from_utf8_lossy(id.as_bytes()).into_owned());
+    if let Some(id) = &generation.previous {
+        let whole =
+            [pod.stored.prompt(id)?, generation.prompts.iter().flat_map(|prompt| prompt.rendered.clone()).collect()];
+        generation.prompts = vec![Prompt::new(&generation.model, None, whole.concat())];
+    }
     let loras = pod.loras();
     let models = &mut pod.config.models.iter().chain(&loras);
     if !models.any(|model| *model == generation.model) {
@@ -258,6 +264,10 @@ async fn generate(
         None => format!("{:016x}{:016x}", pod.ticket(), pod.ticket()),
     };
     let head = Head::new(generation.api, &request_id, created, &generation.model);
+    if generation.store {
+        let prompts: Vec<u8> = generation.prompts.iter().flat_map(|prompt| prompt.rendered.clone()).collect();
+        pod.stored.insert(&head.id, &prompts);
+    }
     let ending = spoilt.iter().copied().find(|kind| matches!(kind, Kind::Die(_) | Kind::ErrorEvent(_)));
     if generation.stream {
         pod.stats.add(&pod.stats.streams, 1);
@@ -387,7 +397,20 @@ fn serve_plain(pod: &Pod, parts: &Parts) -> Response<Body> {
         "/metrics" if get => typed(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", metrics::render(pod)),
         "/v1/models" | "/health" | "/version" | "/metrics" => detail(StatusCode::METHOD_NOT_ALLOWED),
         path if Api::of_path(path).is_some() => detail(StatusCode::METHOD_NOT_ALLOWED),
+        path if path.starts_with("/v1/responses/") => stored(pod, path, get),
         _ => detail(StatusCode::NOT_FOUND),
+    }
+}
+
+/// A kept response, asked for again or cancelled.
+fn stored(pod: &Pod, path: &str, get: bool) -> Response<Body> {
+    let id = path.split('/').nth(3).unwrap_or_default();
+    match pod.stored.prompt(id) {
+        Err(error) => answer::error(&error),
+        Ok(_) if get => {
+            json(StatusCode::OK, format!(r#"{{"id":{},"object":"response","status":"completed"}}"#, quote(id)))
+        }
+        Ok(_) => answer::error(&ApiError::bad_field("response_id", "Cannot cancel a synchronous response.")),
     }
 }
 

@@ -20,6 +20,7 @@ use crate::record::Recorder;
 use crate::request::{ApiError, Generation};
 use crate::rooms::Rooms;
 use crate::stats::{Counters, Stats};
+use crate::stored::Stored;
 use crate::timing::{Timing, pause};
 use crate::tokens::{Finish, Output, Prompt, splitmix};
 
@@ -61,6 +62,7 @@ pub(crate) struct Pod {
     pub(crate) waiting: AtomicU64,
     pub(crate) leases: Leases,
     pub(crate) rooms: Rooms,
+    pub(crate) stored: Stored,
     /// Wakes the task that ends leases.
     pub(crate) lease_opened: Notify,
     /// Host and port that parameters name.
@@ -108,6 +110,7 @@ impl Pod {
             waiting: AtomicU64::new(0),
             leases: Leases::default(),
             rooms: Rooms::default(),
+            stored: Stored::default(),
             lease_opened: Notify::new(),
             side_channel: OnceLock::new(),
             timing: Timing::new(&config),

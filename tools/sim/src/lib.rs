@@ -31,6 +31,7 @@ mod request;
 mod rooms;
 mod server;
 mod stats;
+mod stored;
 mod stream;
 mod timing;
 mod tokens;

@@ -49,6 +49,13 @@ const COMPLETIONS_DEFAULT_MAX_TOKENS: u64 = 16;
 /// Choices of one request; vLLM's default limit is higher, but nobody needs more here.
 const MAX_CHOICES: u64 = 128;
 
+/// Placeholders of one image or sound: some 8 tokens each.
+const MEDIA_PLACEHOLDERS: usize = 64;
+/// vLLM's default of `--max-logprobs`.
+const MAX_LOGPROBS: i64 = 20;
+/// vLLM's default of `VLLM_MAX_STOP_STRINGS`.
+const MAX_STOPS: usize = 4;
+
 /// An answer in the shape of vLLM's errors.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApiError {
@@ -135,6 +142,10 @@ pub struct Generation {
     pub seed: Option<i64>,
     /// KV transfer.
     pub kv: KvParams,
+    /// `previous_response_id` of a responses request.
+    pub previous: Option<String>,
+    /// Whether the response may be kept.
+    pub store: bool,
     /// `x-request-id`, if the client sent one.
     pub request_id: Option<String>,
     limits: Vec<Limits>,
@@ -155,7 +166,7 @@ impl Generation {
         let stream = fields.get("stream")?.unwrap_or(false);
         let options: StreamOptions = match fields.raw("stream_options") {
             None => StreamOptions::default(),
-            Some(_) if !stream => {
+            Some(_) if !stream && fields.truthy("stream_options") => {
                 return Err(ApiError::bad_field(
                     "stream_options",
                     "Stream options can only be defined when `stream=True`.",
@@ -180,6 +191,7 @@ impl Generation {
             ));
         }
         let echo = fields.get("echo")?.unwrap_or(false);
+        let tells_prompt = told_tokens(api, sampling, n, echo)?;
         let rendered = match (trtllm_prompts(api, fields, rules)?, api) {
             (Some(prompts), _) => prompts,
             (None, Api::Chat) => vec![render_chat(fields, None, "messages")?],
@@ -189,6 +201,10 @@ impl Generation {
             (None, Api::Generate) => render_prompts(fields, "token_ids")?,
         };
         let kv = kv_params(fields, rules, rendered.len(), n as usize, stream)?;
+        if tells_prompt && matches!(kv, KvParams::Pull(_) | KvParams::Meet(_)) {
+            // It has the KV of the prompt and no logits of it (vllm#27449).
+            return Err(ApiError::internal("out of range integral type conversion attempted"));
+        }
         let prompts: Vec<Prompt> =
             rendered.into_iter().map(|bytes| Prompt::new(&model, salt.as_deref(), bytes)).collect();
         let limits = prompts.iter().map(|prompt| limits(api, sampling, prompt, rules)).collect::<Result<_, _>>()?;
@@ -203,6 +219,8 @@ impl Generation {
             echo: echo && api == Api::Completions,
             seed: sampling.get("seed")?,
             kv,
+            previous: fields.get("previous_response_id")?.filter(|_| api == Api::Responses),
+            store: fields.get("store")?.unwrap_or(true) && api == Api::Responses,
             request_id: None,
             limits,
         })
@@ -264,6 +282,38 @@ pub fn expected_texts_of(api: Api, model: &str, body: impl AsRef<[u8]>) -> Vec<S
     texts
 }
 
+/// Checks what the answer is to tell of tokens, and whether that is something of the prompt's.
+fn told_tokens(api: Api, sampling: &Fields<'_>, n: u64, echo: bool) -> Result<bool, ApiError> {
+    let count = |name: &'static str| -> Result<Option<i64>, ApiError> {
+        let count: Option<i64> = sampling.get(name)?;
+        match count {
+            Some(count) if !(-1..=MAX_LOGPROBS).contains(&count) => {
+                Err(ApiError::bad_field(name, format!("`{name}` must be between -1 and {MAX_LOGPROBS}, got {count}.")))
+            }
+            count => Ok(count),
+        }
+    };
+    let (of_tokens, told) = match api {
+        Api::Chat => (count("top_logprobs")?, sampling.get("logprobs")?.unwrap_or(false)),
+        Api::Responses => (count("top_logprobs")?, true),
+        Api::Completions | Api::Generate => (count("logprobs")?, true),
+        Api::Messages => (None, true),
+    };
+    if of_tokens.is_some_and(|count| count != 0) && !told {
+        let why = "when using `top_logprobs`, `logprobs` must be set to true.";
+        return Err(ApiError::bad_field("top_logprobs", why));
+    }
+    if n > 1 && sampling.get("temperature")?.is_some_and(|temperature: f64| temperature < 1e-5) {
+        return Err(ApiError::bad_request(format!("n must be 1 when using greedy sampling, got {n}.")));
+    }
+    let echoes = match api {
+        Api::Chat => echo,
+        Api::Completions => echo && of_tokens.is_some(),
+        Api::Responses | Api::Messages | Api::Generate => false,
+    };
+    Ok(count("prompt_logprobs")?.is_some() || echoes)
+}
+
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct StreamOptions {
@@ -319,10 +369,32 @@ fn limits(api: Api, fields: &Fields<'_>, prompt: &Prompt, rules: Rules) -> Resul
         Some(OneOrMany::One(stop)) => vec![stop],
         Some(OneOrMany::Many(stops)) => stops,
     };
+    if stop.len() > MAX_STOPS {
+        return Err(ApiError::bad_field(
+            "stop",
+            format!("List should have at most {MAX_STOPS} items after validation"),
+        ));
+    }
+    let _: Option<Vec<i64>> = fields.get("stop_token_ids")?;
+    if api == Api::Messages
+        && let Some(Thinking { kind, budget_tokens: Some(budget) }) = fields.get("thinking")?
+        && kind == "enabled"
+        && budget >= max_tokens
+        && !fields.truthy("kv_transfer_params")
+    {
+        return Err(ApiError::bad_request("thinking.budget_tokens must be less than max_tokens"));
+    }
     if stop.iter().any(String::is_empty) {
         return Err(ApiError::bad_request("stop cannot contain an empty string."));
     }
     Ok(Limits { max_tokens, min_tokens, ignore_eos: fields.get("ignore_eos")?.unwrap_or(false), stop })
+}
+
+#[derive(Deserialize)]
+struct Thinking {
+    #[serde(rename = "type")]
+    kind: String,
+    budget_tokens: Option<u64>,
 }
 
 #[derive(Deserialize)]
@@ -401,7 +473,8 @@ fn push_part(out: &mut Vec<u8>, part: &Fields<'_>) -> Result<(), ApiError> {
         compact.extend_from_slice(name.0.as_bytes());
         push_compact(&mut compact, value.get());
     }
-    out.extend_from_slice(format!("<|{}:{:016x}|>", kind.0, xxh3_64(&compact)).as_bytes());
+    let placeholder = format!("<|{}:{:016x}|>", kind.0, xxh3_64(&compact));
+    out.extend_from_slice(placeholder.repeat(MEDIA_PLACEHOLDERS).as_bytes());
     Ok(())
 }
 
@@ -482,6 +555,11 @@ mod tests {
             (r#","max_tokens":999"#, "too large"),
             (r#","max_tokens":1,"min_tokens":2"#, "min_tokens"),
             (r#","n":0"#, "n must"),
+            (r#","n":2,"temperature":0"#, "greedy"),
+            (r#","top_logprobs":2"#, "`logprobs` must be set"),
+            (r#","logprobs":true,"top_logprobs":21"#, "top_logprobs"),
+            (r#","stop":["a","b","c","d","e"]"#, "at most 4"),
+            (r#","stop_token_ids":["a"]"#, "stop_token_ids"),
             (r#","stop":5"#, "stop"),
             (r#","kv_transfer_params":"x""#, "kv_transfer_params"),
             (r#","seed":9223372036854775808"#, "seed"),

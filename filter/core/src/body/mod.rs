@@ -6,17 +6,20 @@
 use std::borrow::Cow;
 
 use self::json::{ErrorKind, ScanError, Scanner, Span};
+use self::media::{MAX_MEDIA, Mark, Media};
 
 mod forbidden;
 pub mod form;
 pub mod json;
 pub mod markers;
+pub mod media;
 pub mod splice;
 
 pub use forbidden::{FORBIDDEN, cuts, is_content};
 
 /// Most known members of one body, duplicates included, and most nested members that are cut out of one; a body with more
-/// of either is refused. It bounds a [`Scan`] to 44 kB. There are some fifty keys, and no client repeats one for a reason.
+/// of either is refused. With [`MAX_MEDIA`] it bounds a [`Scan`] to 80 kB. There are some sixty keys, and no client repeats one
+/// for a reason.
 pub const MAX_MEMBERS: usize = 1_024;
 
 /// Percent-encoding undone; an escape that is none stays as it stands.
@@ -141,7 +144,13 @@ keys! {
     "use_beam_search" UseBeamSearch,
     "echo" Echo,
     "logprobs" Logprobs,
+    "top_logprobs" TopLogprobs,
+    "logprob_token_ids" LogprobTokenIds,
     "prompt_logprobs" PromptLogprobs,
+    "return_hidden_states" ReturnHiddenStates,
+    "return_routed_experts" ReturnRoutedExperts,
+    "temperature" Temperature,
+    "thinking" Thinking,
     "seed" Seed,
     // `/inference/v1/generate` keeps its limits in here: scan and rewrite the value, then replace it.
     "sampling_params" SamplingParams,
@@ -183,14 +192,14 @@ impl Key {
         Self::of_name(&json::unescape(raw)?)
     }
 
-    const fn bit(self) -> u64 {
-        1_u64.wrapping_shl(self as u32)
+    const fn bit(self) -> u128 {
+        1_u128.wrapping_shl(self as u32)
     }
 }
 
 /// A set of [`Key`]s.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct KeySet(u64);
+pub struct KeySet(u128);
 
 impl KeySet {
     /// No key.
@@ -269,6 +278,7 @@ pub struct Scan {
     known: KeySet,
     members: Vec<Member>,
     cuts: Vec<Span>,
+    media: Vec<Media>,
 }
 
 /// Checks a body and finds its known top-level members.
@@ -291,12 +301,17 @@ pub fn scan(body: &[u8]) -> Result<Scan, ScanError> {
         known: KeySet::EMPTY,
         members: Vec::with_capacity(12),
         cuts: Vec::new(),
+        media: Vec::new(),
     };
     let mut before = open;
     let mut first = true;
     while let Some(member) = scanner.member(1, first)? {
         let key = Key::read(member.key.get(body));
         forbidden::find(body, &member, key, &mut scan.cuts).map_err(|kind| scanner.error(kind))?;
+        let marks = scanner.take_marks();
+        if key.is_some_and(|key| PROMPTS.contains(key)) {
+            scan.add_media(body, &marks);
+        }
         if let Some(key) = key {
             if scan.members.len() >= MAX_MEMBERS {
                 return Err(scanner.error(ErrorKind::TooManyMembers));
@@ -317,7 +332,30 @@ pub fn scan(body: &[u8]) -> Result<Scan, ScanError> {
     Ok(scan)
 }
 
+/// Members whose values have the content that a model reads, and in it media.
+const PROMPTS: KeySet = KeySet::of(&[Key::Messages, Key::Input, Key::System, Key::Prompt]);
+
 impl Scan {
+    /// Adds the payloads behind marks, as far as there is room, none inside another.
+    fn add_media(&mut self, body: &[u8], marks: &[Mark]) {
+        // A mark inside a value that was read already is passed over: no byte is read twice.
+        let mut read_until = 0;
+        for mark in marks {
+            if mark.value < read_until || self.media.len() >= MAX_MEDIA {
+                continue;
+            }
+            let (end, media) = mark.read(body);
+            read_until = end;
+            self.media.extend(media);
+        }
+    }
+
+    /// The media of the prompt, in the order of the body; [`MAX_MEDIA`] at most.
+    #[must_use]
+    pub fn media(&self) -> &[Media] {
+        &self.media
+    }
+
     /// The member of that key; the last one of several, as every engine's parser has it.
     #[must_use]
     pub fn get(&self, key: Key) -> Option<&Member> {

@@ -24,6 +24,9 @@ impl Scheduler<'_> {
                     WholeReason::NoPrefill => "whole: nobody to split with, lowest W+wS",
                     WholeReason::Aggregated => "whole: aggregated, lowest W+wS",
                     WholeReason::Several => "whole: several sequences, lowest W+wS",
+                    WholeReason::Refusable => "whole: decode may refuse it, lowest W+wS",
+                    WholeReason::Stored => "whole: at the endpoint that keeps the response",
+                    WholeReason::Told => "whole: the answer tells of the prompt, lowest W+wS",
                 };
                 (pick, why, &candidates.whole)
             }

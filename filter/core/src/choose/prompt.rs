@@ -1,12 +1,15 @@
 //! The prompt as a choice sees it.
 
+use crate::endpoints::fitted_media::MediaTokens;
 use crate::prefix::hash::{BlockHash, PromptHash};
 
 /// What the scheduler needs to know of a prompt.
 #[derive(Clone, Debug, Default)]
 pub struct Prompt {
-    /// Bytes of the prompt's JSON.
+    /// Bytes of the prompt's JSON, without media.
     pub bytes: usize,
+    /// Tokens of its media, as configured.
+    pub media: MediaTokens,
     /// Estimated tokens, 0 or more.
     pub tokens: f64,
     /// Estimated tokens of a block of the smallest size.
@@ -21,4 +24,10 @@ pub struct Prompt {
     pub is_unseen: bool,
     /// Whether the request wants more than one sequence: a batch of prompts, or several answers.
     pub is_several: bool,
+    /// Whether the decode endpoint may refuse what the prefill leg leaves out.
+    pub is_refusable: bool,
+    /// Whether the request has a thinking budget, which no limit of one token holds.
+    pub has_budget: bool,
+    /// Whether the answer tells of the prompt what only the endpoint that computes it knows.
+    pub is_told: bool,
 }

@@ -15,6 +15,7 @@ use crate::config::{Cost, Pool, Split};
 use crate::endpoints::candidates::Candidates;
 use crate::endpoints::endpoint_state::EndpointState;
 use crate::endpoints::table::Table;
+use crate::engine::Protocol;
 use crate::prefix::hash::{prefix_units, rendezvous_weight};
 use crate::prefix::index::{EndpointIndex, PrefixIndex};
 use crate::time::Monotonic;
@@ -65,6 +66,12 @@ pub enum WholeReason {
     Aggregated,
     /// The request wants several sequences, and the engine hands over one.
     Several,
+    /// The decode endpoint may refuse the request, and a prefill leg would strand its KV blocks.
+    Refusable,
+    /// The answer tells of the prompt what only the endpoint that computes it knows.
+    Told,
+    /// The request goes on from a response that the endpoint keeps.
+    Stored,
 }
 
 impl WholeReason {
@@ -78,6 +85,9 @@ impl WholeReason {
             Self::NoPrefill => "no_prefill_endpoint",
             Self::Aggregated => "aggregated",
             Self::Several => "several_sequences",
+            Self::Refusable => "refusable",
+            Self::Told => "prompt_told",
+            Self::Stored => "stored_response",
         }
     }
 }
@@ -131,10 +141,15 @@ impl<'a> Scheduler<'a> {
         if state.endpoint.role == Role::Both {
             return Schedule::Whole(pick, WholeReason::Aggregated);
         }
-        if prompt.is_several && !state.engine.protocol().hands_over_several {
+        let protocol = state.engine.protocol();
+        if prompt.is_several && !protocol.hands_over_several {
             return alone(WholeReason::Several);
         }
-        Schedule::Split(pick)
+        match unsplittable(prompt, protocol) {
+            // An engine that decodes nothing alone gets both legs, and refuses both.
+            Some(reason) if !candidates.whole.is_empty() => alone(reason),
+            _ => Schedule::Split(pick),
+        }
     }
 
     /// The endpoint with the lowest W + w·S among these, without those that were `tried`. Where no endpoint is healthy it
@@ -241,9 +256,9 @@ impl<'a> Scheduler<'a> {
         cached.min_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1))).map(|(.., pick)| pick)
     }
 
-    /// An endpoint as a pick for the prompt.
+    /// That endpoint, whatever it has to do.
     #[must_use]
-    pub(crate) fn pick(&self, endpoint: EndpointIndex, prompt: &Prompt) -> Pick {
+    pub fn pick(&self, endpoint: EndpointIndex, prompt: &Prompt) -> Pick {
         let matched_tokens = self.matched_tokens(endpoint, prompt);
         let seconds = self.table.get(endpoint).map_or(0.0, |state| self.seconds(state, prompt, matched_tokens));
         Pick { endpoint, matched_tokens, seconds }
@@ -294,6 +309,15 @@ impl<'a> Scheduler<'a> {
         let units = prefix_units(self.index.matched(endpoint, &prompt.hash.blocks));
         (units as f64 * prompt.block_tokens).min(prompt.tokens)
     }
+}
+
+/// Why a request of one sequence is served whole by an engine that could hand it over.
+fn unsplittable(prompt: &Prompt, protocol: &Protocol) -> Option<WholeReason> {
+    if prompt.is_told {
+        return Some(WholeReason::Told);
+    }
+    let is_refusable = protocol.limits_prefill && prompt.is_refusable;
+    (is_refusable || prompt.has_budget && !protocol.allows_budget).then_some(WholeReason::Refusable)
 }
 
 /// Assigned KV tokens, divided by the endpoint's weight.

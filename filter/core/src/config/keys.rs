@@ -185,6 +185,16 @@ keys! {
         "Size of an endpoint's prefix cache where neither the endpoint nor its engine gives one."
     PoolsBytesPerToken "pools.NAME.bytes_per_token" "4.0", Values::between(0.5, 64.0, "bytes"),
         "Bytes of JSON per prompt token, for estimates of prompt lengths."
+    PoolsMediaPixelsPerToken "pools.NAME.media.pixels_per_token" "784.0", Values::between(1.0, 1e6, "pixels"),
+        "Pixels per token of an image whose size its data tells (PNG, JPEG, GIF, WebP). The filter counts media in prompts by themselves, not as text, and adapts these estimates with `fit` by a factor of at most 16."
+    PoolsMediaImageTokens "pools.NAME.media.image_tokens" "1024.0", Values::between(1.0, 1e6, "tokens"),
+        "Tokens of any other image: one at an address, or in another format."
+    PoolsMediaAudioTokens "pools.NAME.media.audio_tokens" "768.0", Values::between(1.0, 1e6, "tokens"),
+        "Tokens of a sound."
+    PoolsMediaVideoTokens "pools.NAME.media.video_tokens" "4096.0", Values::between(1.0, 1e6, "tokens"),
+        "Tokens of a video."
+    PoolsMediaFileTokens "pools.NAME.media.file_tokens" "2048.0", Values::between(1.0, 1e6, "tokens"),
+        "Tokens of a document."
     PoolsCachedTokens "pools.NAME.cached_tokens" r#""prefill""#, Values::OneOf(&["prefill", "decode"]),
         "Whose `cached_tokens` the answer of a split request carries. `prefill`: the tokens that the prefill server found in its cache; the filter then reads each part of an answer that carries its usage. `decode`: the decode server's count, which includes the tokens it fetched."
 }

@@ -6,6 +6,7 @@
 //! which this Envoy does not know.
 
 use crate::config::{Cost, Pool};
+use crate::endpoints::fitted_media::{CLASSES, FittedMedia, MediaTokens};
 use crate::metrics::FITTED_GAUGES;
 
 /// Factor on the weight of an observation at each further one: a window of about 200 observations.
@@ -21,6 +22,8 @@ const MAX_FACTOR: f64 = 10.0;
 const MAX_TEXT_FACTOR: f64 = 4.0;
 /// Weight of the configured bytes per token, in tokens.
 const TEXT_RIDGE: f64 = 20_000.0;
+/// Most bytes of one prompt that count in the fit.
+const TEXT_BYTES: f64 = 16.0 * TEXT_RIDGE;
 
 /// Prefill cost and bytes per token of one pool, as learnt so far.
 #[derive(Clone, Debug)]
@@ -34,6 +37,7 @@ pub struct FittedCost {
     configured_bytes_per_token: f64,
     text_bytes: f64,
     text_tokens: f64,
+    media: FittedMedia,
     observations: u64,
 }
 
@@ -61,6 +65,7 @@ impl FittedCost {
             configured_bytes_per_token: pool.bytes_per_token,
             text_bytes: 0.0,
             text_tokens: 0.0,
+            media: FittedMedia::default(),
             observations: 0,
         }
     }
@@ -77,6 +82,12 @@ impl FittedCost {
         let configured = self.configured_bytes_per_token;
         let ratio = (self.text_bytes + configured * TEXT_RIDGE) / (self.text_tokens + TEXT_RIDGE);
         ratio.clamp(configured / MAX_TEXT_FACTOR, configured * MAX_TEXT_FACTOR)
+    }
+
+    /// Factors on the configured tokens of each class of media.
+    #[must_use]
+    pub fn media_factors(&self) -> [f64; CLASSES] {
+        self.media.factors()
     }
 
     /// Number of prefills that were observed.
@@ -109,12 +120,24 @@ impl FittedCost {
         self.solve();
     }
 
-    /// Observes a prompt of so many bytes and tokens. Without effect where one of them is not finite or not above 0.
+    /// Observes a prompt of text, of so many bytes and tokens. Without effect where one of them is not finite or not above 0.
+    /// Huber's weights limit outliers, and no prompt counts for more than the configured figure.
     pub fn saw_text(&mut self, bytes: f64, tokens: f64) {
-        if bytes > 0.0 && tokens > 0.0 && bytes.is_finite() && tokens.is_finite() {
-            self.text_bytes = FORGETTING * self.text_bytes + bytes;
-            self.text_tokens = FORGETTING * self.text_tokens + tokens;
+        let ratio = bytes / tokens / self.bytes_per_token();
+        if !(bytes > 0.0 && tokens > 0.0 && ratio.is_finite() && ratio > 0.0) {
+            return;
         }
+        // Twice as many bytes and half as many are as far off.
+        let error = ratio.max(1.0 / ratio) - 1.0;
+        let weight = (HUBER / error).min(1.0) * (TEXT_RIDGE / tokens).min(1.0) * (TEXT_BYTES / bytes).min(1.0);
+        self.text_bytes = FORGETTING * self.text_bytes + weight * bytes;
+        self.text_tokens = FORGETTING * self.text_tokens + weight * tokens;
+    }
+
+    /// Observes a prompt with media beside its text, of so many bytes of text and tokens in all.
+    pub fn saw_media(&mut self, media: &MediaTokens, bytes: f64, tokens: f64) {
+        let text_tokens = bytes / self.bytes_per_token();
+        self.media.saw(media, text_tokens, tokens);
     }
 
     /// Cramer's rule on the three normal equations.
@@ -219,10 +242,27 @@ mod tests {
             fit.saw_text(30_000.0, 10_000.0);
         }
         assert!((fit.bytes_per_token() - 3.0).abs() < 0.1, "{}", fit.bytes_per_token());
-        for _ in 0..1_000 {
-            fit.saw_text(1e9, 1.0);
+        for (bytes, tokens) in [(2_000.0, 1_000.0), (12_000.0, 1_000.0), (90_000.0, 1_000.0)] {
+            for _ in 0..3_000 {
+                fit.saw_text(bytes, tokens);
+            }
+            let expected = (bytes / tokens).clamp(1.0, 16.0);
+            assert!((fit.bytes_per_token() / expected - 1.0).abs() < 0.1, "{expected} {}", fit.bytes_per_token());
         }
-        assert_eq!(fit.bytes_per_token(), 16.0);
+    }
+
+    #[test]
+    fn a_few_prompts_that_are_no_text_move_the_bytes_per_token_little() {
+        let mut fit = fit();
+        for i in 0..400 {
+            fit.saw_text(8_000.0, 2_000.0);
+            if i % 20 == 0 {
+                fit.saw_text(4e6, 1_500.0);
+                fit.saw_text(1e9, 1.0);
+                fit.saw_text(10.0, 1e6);
+            }
+        }
+        assert!((fit.bytes_per_token() - 4.0).abs() < 0.4, "{}", fit.bytes_per_token());
     }
 
     proptest! {

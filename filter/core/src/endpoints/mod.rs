@@ -4,12 +4,13 @@
 //!   `known_models`: models that are or were in the list.
 //! - [`load`]: what this Envoy has in flight; [`elsewhere`]: what other Envoys have in flight.
 //! - [`health`]: ejection and probe; [`outliers`]: that an endpoint answers errors that its pool does not; [`retry_budget`]: how many prefill legs may be run again.
-//! - [`fitted_cost`]: what a prefill costs, learnt from [`usage`] and times.
+//! - [`fitted_cost`]: what a prefill costs, learnt from [`usage`] and times; [`fitted_media`]: tokens of media.
 
 pub mod candidates;
 pub mod elsewhere;
 pub mod endpoint_state;
 pub mod fitted_cost;
+pub mod fitted_media;
 pub mod health;
 mod known_models;
 pub mod load;

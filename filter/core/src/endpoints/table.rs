@@ -10,6 +10,7 @@ use crate::endpoints::candidates::{CandidateSets, Candidates, NoCandidates};
 use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::endpoints::endpoint_state::EndpointState;
 use crate::endpoints::fitted_cost::{FittedCost, SeenPrefill};
+use crate::endpoints::fitted_media::{CLASSES, MediaTokens};
 use crate::endpoints::health::Health;
 use crate::endpoints::known_models::KnownModels;
 use crate::endpoints::load::{Load, PrefillQueue};
@@ -68,8 +69,10 @@ pub enum Applied {
 /// What was estimated of a prompt before its prefill.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PromptEstimate {
-    /// Bytes of the prompt's JSON, which are known.
+    /// Bytes of the prompt's JSON without media, which are known.
     pub bytes: f64,
+    /// Tokens of its media, as configured.
+    pub media: MediaTokens,
     /// Tokens of the prompt.
     pub tokens: f64,
     /// Of these, tokens that the endpoint held by the index.
@@ -277,6 +280,12 @@ impl Table {
         self.fits().find(|(name, _)| *name == pool).map(|(_, fit)| fit.bytes_per_token())
     }
 
+    /// Fitted factors on the tokens of a pool's media; `None` where no endpoint was ever of that pool.
+    #[must_use]
+    pub fn media_factors(&self, pool: &str) -> Option<[f64; CLASSES]> {
+        self.fits().find(|(name, _)| *name == pool).map(|(_, fit)| fit.media_factors())
+    }
+
     /// Fitted cost of each pool, by name.
     pub fn fits(&self) -> impl Iterator<Item = (&str, &FittedCost)> {
         self.fits.iter().map(|(name, fit)| (name.as_str(), fit))
@@ -306,8 +315,10 @@ impl Table {
         let (fit_index, weight) = (state.fit, state.endpoint.weight);
         let Some((_, fit)) = self.fits.get_mut(fit_index) else { return };
         let tokens = usage.map_or(estimate.tokens, |usage| usage.prompt_tokens as f64);
-        if usage.is_some() {
+        if usage.is_some() && estimate.media.is_empty() {
             fit.saw_text(estimate.bytes, tokens);
+        } else if usage.is_some() {
+            fit.saw_media(&estimate.media, estimate.bytes, tokens);
         }
         // The matched tokens are an estimate. Where most of a prompt matches, a small error there is a large one in the rest.
         let guess = Some(estimate.matched_tokens).filter(|matched| matched * 8.0 <= estimate.tokens);

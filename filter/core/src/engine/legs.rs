@@ -1,5 +1,6 @@
 //! Bodies of the two legs, made from the client's body.
 
+use super::acceptance::is_valid_stream;
 use super::{Pair, Protocol};
 use crate::body::splice::{Edits, HeadPlan, rewrite};
 use crate::body::{Api, FORBIDDEN, Key, KeySet, Scan, scan};
@@ -23,6 +24,9 @@ const GENERATION: KeySet = KeySet::of(&[
     Key::Store,
 ]);
 
+/// Members that say what an answer tells of its tokens.
+const TOLD_TOKENS: KeySet = KeySet::of(&[Key::Logprobs, Key::TopLogprobs, Key::LogprobTokenIds, Key::Echo]);
+
 /// Members that make an answer a stream.
 const STREAM: KeySet = KeySet::of(&[Key::Stream, Key::StreamOptions]);
 
@@ -40,17 +44,34 @@ pub fn prefill_body(
     model: Option<&[u8]>,
 ) -> Vec<u8> {
     let limited = protocol.limits_prefill;
-    let ending = if limited { ends_at_one_token(api, scan) } else { br#""stream":false"# };
+    // What the decode endpoint refuses, the prefill endpoint of such an engine must refuse as well.
+    let is_valid_stream = limited || is_valid_stream(api, body, scan);
+    let ending: &[u8] = match (limited, is_valid_stream) {
+        (true, _) => ends_at_one_token(api, scan),
+        (false, true) => br#""stream":false"#,
+        (false, false) => b"",
+    };
     let front = [(protocol.prefill_members)(pair), model_member(scan, model).unwrap_or_default(), ending.to_vec()];
     let insert = front.into_iter().filter(|members| !members.is_empty()).collect::<Vec<_>>().join(&b',');
-    let sampling = scan.raw(body, Key::SamplingParams).filter(|_| limited && api == Api::Generate).map(one_token);
+    let sampling = scan.raw(body, Key::SamplingParams).filter(|_| limited && api == Api::Generate);
+    let sampling = sampling.map(|params| one_token(params, dropped(protocol)));
     let replace: Vec<_> = model
         .map(|model| (Key::Model, model))
         .into_iter()
         .chain(sampling.as_ref().map(|sampling| (Key::SamplingParams, sampling.as_slice())))
         .collect();
-    let drop = FORBIDDEN.union(if limited { GENERATION } else { STREAM });
+    let drop = match (limited, is_valid_stream) {
+        (true, _) => dropped(protocol),
+        (false, true) => STREAM,
+        (false, false) => KeySet::EMPTY,
+    };
+    let drop = FORBIDDEN.union(drop);
     rewrite(body, scan, &Edits { drop, replace: &replace, insert: &insert })
+}
+
+/// Members that a leg of one token leaves out.
+fn dropped(protocol: &Protocol) -> KeySet {
+    if protocol.samples_first_token { GENERATION.union(TOLD_TOKENS) } else { GENERATION }
 }
 
 /// Members that end an answer at one token, in one piece.
@@ -67,10 +88,10 @@ fn ends_at_one_token(api: Api, scan: &Scan) -> &'static [u8] {
 }
 
 /// Sampling parameters that end by length at one token.
-fn one_token(params: &[u8]) -> Vec<u8> {
+fn one_token(params: &[u8], drop: KeySet) -> Vec<u8> {
     const LIMIT: &[u8] = br#""max_tokens":1"#;
     match scan(params) {
-        Ok(scan) => rewrite(params, &scan, &Edits { drop: FORBIDDEN.union(GENERATION), replace: &[], insert: LIMIT }),
+        Ok(scan) => rewrite(params, &scan, &Edits { drop: FORBIDDEN.union(drop), replace: &[], insert: LIMIT }),
         Err(_) => [b"{", LIMIT, b"}"].concat(),
     }
 }

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::body::json::Object;
 use crate::body::{Api, KeySet};
 
+pub mod acceptance;
 pub mod legs;
 mod mooncake;
 mod neuron;
@@ -86,6 +87,11 @@ pub struct Protocol {
     /// Whether the prefill leg must be told to end after one token. Otherwise the prefill server ends by itself, and both
     /// legs must ask for the same sequences.
     pub limits_prefill: bool,
+    /// Whether the decode endpoint samples the answer's first token itself. The prefill leg then need not ask for what an
+    /// answer tells of it (`logprobs`). Elsewhere the token comes from the prefill endpoint.
+    pub samples_first_token: bool,
+    /// Whether a prefill leg may ask for a thinking budget above its limit of tokens.
+    pub allows_budget: bool,
     /// How to ask for the engine's id, where the decode leg names it.
     pub engine_id: Option<EngineIdQuery>,
     /// Members to put in front of the prefill leg's body, without braces; may be empty.

@@ -10,6 +10,8 @@ pub(super) static PROTOCOL: Protocol = Protocol {
     max_sequences: None,
     counts_fetched_tokens: true,
     limits_prefill: true,
+    samples_first_token: true,
+    allows_budget: true,
     engine_id: Some(EngineIdQuery { path: "/query", read: engine_id }),
     prefill_members,
     decode_members,

@@ -15,6 +15,8 @@ pub(super) static PROTOCOL: Protocol = Protocol {
     // A decode endpoint's answer repeats the tokens that the prefill endpoint had cached.
     counts_fetched_tokens: false,
     limits_prefill: false,
+    samples_first_token: false,
+    allows_budget: true,
     engine_id: None,
     prefill_members: rooms,
     decode_members,

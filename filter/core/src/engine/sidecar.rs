@@ -9,6 +9,8 @@ pub(super) static PROTOCOL: Protocol = Protocol {
     max_sequences: None,
     counts_fetched_tokens: true,
     limits_prefill: true,
+    samples_first_token: false,
+    allows_budget: true,
     engine_id: None,
     prefill_members: no_members,
     decode_members: no_members,

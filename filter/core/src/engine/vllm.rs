@@ -12,6 +12,9 @@ pub(super) static NIXL: Protocol = Protocol {
     max_sequences: None,
     counts_fetched_tokens: true,
     limits_prefill: true,
+    samples_first_token: true,
+    // vLLM makes an exception of `do_remote_decode`.
+    allows_budget: true,
     engine_id: None,
     prefill_members,
     decode_members: no_members,
@@ -26,6 +29,8 @@ pub(super) static SHARED_STORAGE: Protocol = Protocol {
     max_sequences: None,
     counts_fetched_tokens: true,
     limits_prefill: true,
+    samples_first_token: true,
+    allows_budget: false,
     engine_id: None,
     prefill_members: no_members,
     decode_members: no_members,

@@ -15,6 +15,11 @@ pub struct BlockHash(pub u64);
 const CHAIN_SEED: u64 = 0x7064_2d70_7265_6669;
 /// Seed of session hashes: it keeps them apart from those of prompts.
 const SESSION_SEED: u64 = 0x7064_2d73_6573_7369;
+/// Seed of responses' hashes.
+const RESPONSE_SEED: u64 = 0x7064_2d72_6573_706f;
+/// Highest 16 bits of every response's hash, and of one in 65,536 others.
+const RESPONSE_MARK: u64 = 0x7265_0000_0000_0000;
+const RESPONSE_MASK: u64 = 0xffff_0000_0000_0000;
 /// Number of blocks of one size; those behind them are twice as large. Changing it remaps affinity on upgrade.
 const BLOCKS_PER_SIZE: usize = 32;
 /// Number of doublings: the largest blocks have 4 times the size of the smallest. Agents add a few hundred tokens to a
@@ -61,6 +66,27 @@ pub struct PromptHash {
 /// - The piece behind the last whole block of the last part is left out: the next turn of the conversation would extend it.
 #[must_use]
 pub fn prompt_hash(model: &[u8], cache_salt: &[u8], parts: &[&[u8]], block_bytes: usize) -> PromptHash {
+    let pieces: Vec<_> = parts.iter().copied().map(Piece::Text).collect();
+    pieces_hash(model, cache_salt, &pieces, block_bytes)
+}
+
+/// A piece of a prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Piece<'a> {
+    /// Text as it stands.
+    Text(&'a [u8]),
+    /// One of the media. It fills blocks of its own.
+    Media {
+        /// Its payload, which tells it from others.
+        payload: &'a [u8],
+        /// Units of the smallest block that its tokens take in a cache; 0 counts as 1.
+        units: usize,
+    },
+}
+
+/// As [`prompt_hash`], of pieces of text and media. Media end on a block, so that the text behind them begins one.
+#[must_use]
+pub fn pieces_hash(model: &[u8], cache_salt: &[u8], pieces: &[Piece<'_>], block_bytes: usize) -> PromptHash {
     let block_bytes = block_bytes.max(1);
     let mut seed = xxh3_64_with_seed(model, CHAIN_SEED);
     if !cache_salt.is_empty() {
@@ -68,9 +94,22 @@ pub fn prompt_hash(model: &[u8], cache_salt: &[u8], parts: &[&[u8]], block_bytes
     }
     let mut blocks = Vec::with_capacity(BLOCKS_PER_SIZE);
     let mut head = None;
-    for (i, part) in parts.iter().enumerate() {
-        let last = i.saturating_add(1) == parts.len();
-        let mut rest = *part;
+    for (i, piece) in pieces.iter().enumerate() {
+        let last = i.saturating_add(1) == pieces.len();
+        let mut rest = match *piece {
+            Piece::Text(text) => text,
+            Piece::Media { payload, units } => {
+                let identity = xxh3_64_with_seed(payload, 0).to_le_bytes();
+                let mut left = units.max(1);
+                while left > 0 && blocks.len() < MAX_BLOCKS {
+                    left = left.saturating_sub(block_units(blocks.len()));
+                    seed = xxh3_64_with_seed(&identity, seed);
+                    head.get_or_insert(seed);
+                    blocks.push(BlockHash(seed));
+                }
+                continue;
+            }
+        };
         while !rest.is_empty() && blocks.len() < MAX_BLOCKS {
             let size = block_bytes.saturating_mul(block_units(blocks.len()));
             let (block, behind, whole) = match rest.split_at_checked(size) {
@@ -94,6 +133,20 @@ pub fn prompt_hash(model: &[u8], cache_salt: &[u8], parts: &[&[u8]], block_bytes
 #[must_use]
 pub fn session_hash(model: &str, id: &[u8]) -> BlockHash {
     BlockHash(xxh3_64_with_seed(id, xxh3_64_with_seed(model.as_bytes(), SESSION_SEED)))
+}
+
+/// A response of `/v1/responses` as a block of its own: the hash of its id.
+#[must_use]
+pub fn response_hash(id: &str) -> BlockHash {
+    BlockHash(xxh3_64_with_seed(id.as_bytes(), RESPONSE_SEED) & !RESPONSE_MASK | RESPONSE_MARK)
+}
+
+impl BlockHash {
+    /// Whether it may be a response's. Of the hashes of prompts and sessions one in 65,536 may be one, too.
+    #[must_use]
+    pub fn is_response(self) -> bool {
+        self.0 & RESPONSE_MASK == RESPONSE_MARK
+    }
 }
 
 /// Weight of the endpoint with the key `endpoint` for a prompt's key, under rendezvous hashing (highest random weight,
@@ -145,6 +198,24 @@ mod tests {
         assert_eq!(first.blocks.len(), 3);
         assert_eq!(first.blocks[..2], second.blocks[..2]);
         assert_ne!(first.blocks[2], second.blocks[2]);
+    }
+
+    #[test]
+    fn media_are_told_apart_and_fill_blocks_by_their_tokens() {
+        let of = |payload: &'static [u8], units| {
+            let media = Piece::Media { payload, units };
+            pieces_hash(b"m", b"", &[Piece::Text(b"abcdef"), media, Piece::Text(b"ghijkl")], 4)
+        };
+        let (one, other) = (of(b"an image", 3), of(b"another image", 3));
+        assert_eq!(one.blocks.len(), 2 + 3 + 1);
+        assert_eq!(one.blocks[..2], other.blocks[..2]);
+        assert!(one.blocks[2..].iter().all(|block| !other.blocks.contains(block)));
+        assert_eq!(of(b"an image", 0).blocks.len(), 2 + 1 + 1);
+        assert_eq!(of(b"an image", usize::MAX).blocks.len(), MAX_BLOCKS);
+        // A longer conversation keeps the hashes.
+        let longer =
+            [Piece::Text(b"abcdef"), Piece::Media { payload: b"an image", units: 3 }, Piece::Text(b"ghijklmnop")];
+        assert_eq!(pieces_hash(b"m", b"", &longer, 4).blocks[..6], one.blocks);
     }
 
     #[test]

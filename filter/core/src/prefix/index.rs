@@ -192,6 +192,15 @@ impl PrefixIndex {
         }
     }
 
+    /// Records that `endpoint` does not hold these blocks after all, the first of a prompt first.
+    pub fn remove(&mut self, endpoint: EndpointIndex, blocks: &[BlockHash]) {
+        for hash in blocks.iter().rev() {
+            if let Some(node) = self.node_of(*hash, endpoint) {
+                self.drop_node(endpoint, node);
+            }
+        }
+    }
+
     /// Blocks of an endpoint with their sizes in units, at most `limit`, the one touched last first.
     pub(crate) fn newest(&self, endpoint: EndpointIndex, limit: usize) -> impl Iterator<Item = (BlockHash, usize)> {
         let blocks = self.lru.newest(endpoint).map_while(|node| {
@@ -329,7 +338,12 @@ impl PrefixIndex {
     }
 
     fn drop_oldest(&mut self, endpoint: EndpointIndex) {
-        let Some(number) = self.lru.list(endpoint).map(|list| list.oldest) else { return };
+        if let Some(number) = self.lru.list(endpoint).map(|list| list.oldest) {
+            self.drop_node(endpoint, number);
+        }
+    }
+
+    fn drop_node(&mut self, endpoint: EndpointIndex, number: u32) {
         let Some(node) = self.lru.remove(number) else { return };
         let Some(block) = self.blocks.get_mut(node.block as usize) else { return };
         let hash = block.hash;
@@ -399,6 +413,25 @@ mod tests {
         assert_eq!(index.matched(0, &chain(1, 9)), 0);
         assert_eq!(index.holders(&chain(1, 9), 8), [1]);
         assert_eq!(index.matched(7, &chain(1, 9)), 0, "an endpoint that was never added holds nothing");
+    }
+
+    #[test]
+    fn what_an_endpoint_never_got_is_taken_back_and_no_more() {
+        let mut index = index(8, 100);
+        for endpoint in 0..8 {
+            index.insert(endpoint, &chain(1, 6));
+        }
+        for endpoint in [0, 7] {
+            index.remove(endpoint, &chain(1, 6)[2..]);
+            index.remove(endpoint, &chain(2, 3));
+            assert_eq!(index.matched(endpoint, &chain(1, 6)), 2);
+            index.insert(endpoint, &chain(1, 6));
+            assert_eq!(index.matched(endpoint, &chain(1, 6)), 6);
+        }
+        for endpoint in 0..8 {
+            index.remove(endpoint, &chain(1, 6));
+        }
+        assert!(index.is_empty() && !index.knows(chain(1, 6)[0]));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use crate::endpoints::table::EndpointRef;
 use crate::metrics::Metric;
+use crate::prefix::hash::BlockHash;
 use crate::time::Monotonic;
 use crate::workers::worker::Worker;
 
@@ -12,6 +13,8 @@ pub(super) struct Assignment {
     tokens: u64,
     /// The prefill that no leg of the filter does: its endpoint, and its number in the ledger. `None` from the first byte on.
     pub(super) own_prefill: Option<(EndpointRef, u64)>,
+    /// Blocks of the prompt that the endpoint did not hold before. Empty once it has answered.
+    pub(super) new_blocks: Vec<BlockHash>,
 }
 
 impl Assignment {
@@ -20,7 +23,7 @@ impl Assignment {
         worker.decode_started(endpoint, tokens);
         worker.counts.add(Metric::DecodeInFlight, 1);
         worker.counts.add(Metric::DecodeTokensInFlight, to_i64(tokens));
-        Self { endpoint, tokens, own_prefill: None }
+        Self { endpoint, tokens, own_prefill: None, new_blocks: Vec::new() }
     }
 
     /// The prompt has been computed, or never will be.
@@ -30,12 +33,21 @@ impl Assignment {
         }
     }
 
+    /// The endpoint answered, with a refusal or not: it holds the prompt unless it refused.
+    pub(super) fn answered(&mut self, worker: &mut Worker, is_refusal: bool) {
+        let new_blocks = core::mem::take(&mut self.new_blocks);
+        if is_refusal {
+            worker.lacks(self.endpoint, &new_blocks);
+        }
+    }
+
     /// Another endpoint has the request.
     pub(super) fn move_to(&mut self, worker: &mut Worker, endpoint: EndpointRef, now: Monotonic) {
         self.end_own_prefill(worker, now);
         worker.decode_ended(self.endpoint, self.tokens);
         worker.decode_started(endpoint, self.tokens);
         self.endpoint = endpoint;
+        self.new_blocks.clear();
     }
 
     /// No endpoint has the request any more.

@@ -7,6 +7,8 @@ use crate::body::form::{Form, without};
 use crate::body::json::{ScanError, Span};
 use crate::body::splice::HeadEdit;
 use crate::body::{self, Key, KeySet, Scan};
+use crate::config::Pool;
+use crate::endpoints::fitted_media::{CLASSES, MediaTokens};
 use crate::engine::legs;
 use crate::paths;
 use crate::request::models::Served;
@@ -48,6 +50,21 @@ impl ReadBody {
             Self::Object(scan) => scan.str(body, Key::Model),
             Self::Form(form) => form.text(body, Key::Model.name()),
             Self::Array(_) | Self::Other => None,
+        }
+    }
+
+    /// Tokens that a model reads of a body of so many bytes, as configured. A form has a recording or an image, and some text.
+    pub(super) fn tokens(&self, bytes: usize, pool: &Pool) -> f64 {
+        let of_text = |bytes: usize| bytes as f64 / pool.bytes_per_token;
+        match self {
+            Self::Object(scan) => {
+                let media = scan.media();
+                let payloads = media.iter().map(|media| media.payload.len()).fold(0, usize::saturating_add);
+                let media = MediaTokens::of(&pool.media, media).total(&[1.0; CLASSES]);
+                of_text(bytes.saturating_sub(payloads)) + media
+            }
+            Self::Form(_) => of_text(bytes).min(pool.media.audio_tokens),
+            Self::Array(_) | Self::Other => of_text(bytes),
         }
     }
 

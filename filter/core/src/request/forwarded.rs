@@ -11,6 +11,7 @@ use crate::endpoints::outliers::{ErrorKind, Leg};
 use crate::endpoints::table::EndpointRef;
 use crate::endpoints::usage::Usage;
 use crate::metrics::Metric;
+use crate::prefix::hash::response_hash;
 use crate::request::reply::Rejection;
 use crate::request::upstream::Answerer;
 use crate::time::Monotonic;
@@ -83,6 +84,12 @@ impl Forwarded {
         }
         if self.editor.as_ref().is_some_and(|editor| editor.changes_length()) {
             effects.push(Effect::RemoveResponseHeader("content-length"));
+        }
+        self.is_accepted = answerer.host().is_some() && status == Some(200);
+        let is_refusal = answerer.host().is_some() && matches!(status, Some(400..=428 | 430..=499));
+        self.assignment.answered(worker, is_refusal);
+        if is_refusal && self.strands_if_refused {
+            worker.counts.count(Metric::KvStrandedRefused);
         }
         // A refusal does not wait for the KV cache.
         let is_held = self.concurrent_prefill.is_some() && answerer.host().is_some() && status == Some(200);
@@ -161,7 +168,12 @@ impl Forwarded {
         let drain = u32::try_from(part.len()).unwrap_or(u32::MAX);
         let mut effects: Vec<_> =
             edited.map(|head| Effect::EditResponse(HeadEdit { drain, head })).into_iter().collect();
-        if is_last {
+        if let Some(id) = editor.take_id().filter(|_| self.is_accepted) {
+            worker.holds(self.assignment.endpoint, &[response_hash(&id)]);
+        }
+        if editor.is_done() {
+            self.editor = None;
+        } else if is_last {
             let usage = editor.usage();
             self.editor = None;
             if let Some(usage) = usage.filter(|_| self.is_judged) {

@@ -17,7 +17,7 @@
 //! | `state`, `step` | the states and what a request has in each; what an event leads to |
 //! | `new`, `reading`, `waiting`, `prefilling`, `forwarded` | one state each: what its events do |
 //! | `turn` | what becomes of a waiting request when it is its turn |
-//! | `head`, `parsed`, `models`, `paths`, `clean` | what headers and body say |
+//! | `head`, `parsed`, `models`, `stored`, `clean` | what headers and body say |
 //! | `serve`, `split`, `leg`, `route` | how a request is served: by two legs or by one, and where they go |
 //! | `assignment` | the ledger's entry of a request that an endpoint has |
 //! | `response_editor` | what changes in the response |
@@ -55,6 +55,7 @@ mod serve;
 mod split;
 mod state;
 mod step;
+mod stored;
 mod turn;
 pub mod upstream;
 mod waiting;

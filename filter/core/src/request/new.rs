@@ -8,9 +8,10 @@ use super::effect::{Effect, Flow, REASON};
 use super::head::{Claims, Phase, RequestHead, Subset, decoded_path, endpoint_ids, is_ours};
 use super::models::{MODELS, Question, Served, serving_model, tell_models};
 use super::ready::{READY_PATH, readiness};
-use super::route::pass;
+use super::route::{Restriction, pass};
 use super::state::{Reading, State};
 use super::step::Step;
+use super::stored::id_of_path;
 use crate::body::form::Encoding;
 use crate::body::{Api, decode_percent};
 use crate::config::{Config, PHASE_HEADER, PREFILLER_HEADER};
@@ -28,7 +29,12 @@ enum Class {
     /// A list of models, or the card of one.
     Models(Reply),
     /// An answer of any engine endpoint to a request that has no body.
-    NoBody(Option<Subset>),
+    NoBody {
+        /// Endpoints that a trusted peer names.
+        subset: Option<Subset>,
+        /// Id of the response that the path names.
+        response: Option<String>,
+    },
     /// Another protocol, with an endpoint of the model that the query or a header names.
     Upgrade(RequestHead),
     /// What the body says.
@@ -55,7 +61,10 @@ pub(super) fn headers(worker: &mut Worker, headers: Headers, end_of_stream: bool
             Step::reply(effects, reply)
         }
         Ok(Class::Upgrade(head)) => Step::or_reject(upgrade(worker, &head, now), worker),
-        Ok(Class::NoBody(subset)) => Step::or_reject(pass(worker, &config, None, subset.as_ref(), now), worker),
+        Ok(Class::NoBody { subset, response }) => {
+            let restriction = Restriction { subset: subset.as_ref(), response: response.as_deref() };
+            Step::or_reject(pass(worker, &config, None, restriction, now), worker)
+        }
         Ok(Class::Body(head)) => {
             if head.headers.get("content-length").is_some() {
                 // The body may change; the buffer filter puts the right length back.
@@ -84,7 +93,8 @@ fn upgrade(worker: &mut Worker, head: &RequestHead, now: Monotonic) -> Result<St
     let named = query_model(path);
     let model = head.model(named.as_ref().map(|(_, name)| Cow::Borrowed(name.as_str())));
     let served = model.map(|model| serving_model(worker, head, &model, now)).transpose()?;
-    let step = pass(worker, &head.config, served.as_ref(), head.subset.as_ref(), now)?;
+    let step =
+        pass(worker, &head.config, served.as_ref(), Restriction { subset: head.subset.as_ref(), response: None }, now)?;
     let other = |(range, served): (Range<usize>, &Served)| {
         let (before, behind) = (path.get(..range.start)?, path.get(range.end..)?);
         let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~".contains(byte);
@@ -148,7 +158,7 @@ fn classify(worker: &Worker, config: &Arc<Config>, headers: Headers, end_of_stre
     }
     let api = Api::of_path(path).filter(|_| method == Some(b"POST"));
     if api.is_none() && end_of_stream {
-        return Ok(Class::NoBody(subset));
+        return Ok(Class::NoBody { subset, response: id_of_path(&headers, config) });
     }
     let form = match Encoding::of(headers.get("content-type").unwrap_or_default()) {
         _ if api.is_some() => None,

@@ -3,18 +3,22 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
+use crate::body::json::Span;
 use crate::body::markers::without_markers;
+use crate::body::media::Media;
 use crate::body::splice::{HeadEdit, HeadPlan};
 use crate::body::{Api, Key, KeySet, Scan, json, scan};
 use crate::choose::prompt::Prompt;
 use crate::choose::scheduler::Scheduler;
 use crate::config::{Config, Pool};
-use crate::engine::legs;
+use crate::endpoints::fitted_media::{self, CLASSES, MediaTokens};
+use crate::engine::{acceptance, legs};
 use crate::metrics::Metric;
-use crate::prefix::hash::{BlockHash, prompt_hash, session_hash};
+use crate::prefix::hash::{BlockHash, Piece, pieces_hash, session_hash};
 use crate::request::head::RequestHead;
 use crate::request::models::{Served, serving_model};
 use crate::request::reply::Rejection;
+use crate::request::stored::{is_kept, previous_id};
 use crate::time::Monotonic;
 use crate::workers::worker::Worker;
 
@@ -53,6 +57,10 @@ pub(super) struct ParsedRequest {
     pub(super) shows_usage: bool,
     pub(super) prompt: Prompt,
     pub(super) output_tokens: u64,
+    /// Response that the request goes on from.
+    pub(super) previous_id: Option<String>,
+    /// Whether the engine may keep the response.
+    pub(super) is_kept: bool,
     /// Sequences, where the body asks for a batch of them.
     pub(super) batch: Option<u32>,
     pub(super) body_bytes: usize,
@@ -101,6 +109,8 @@ impl ParsedRequest {
             shows_usage,
             prompt,
             output_tokens: output_tokens(body),
+            previous_id: previous_id(api, body),
+            is_kept: is_kept(api, body),
             batch,
             body_bytes: bytes.len(),
             plan,
@@ -144,30 +154,39 @@ fn prompt(
 ) -> Prompt {
     let pool = config.pool(&served.candidates.pool);
     let parts = prompt_parts(api, body, pool.engine.drops_billing_line());
-    let bytes = parts.iter().fold(0_usize, |sum, part| sum.saturating_add(part.len()));
-    let parts: Vec<&[u8]> = parts.iter().map(AsRef::as_ref).collect();
+    let pieces = prompt_pieces(&parts, body, config.prefix.block_bytes, pool);
+    let of_text = |piece: &Piece<'_>| if let Piece::Text(text) = piece { text.len() } else { 0 };
+    let bytes = pieces.iter().map(of_text).fold(0_usize, usize::saturating_add);
+    let media = MediaTokens::of(&pool.media, body.scan.media());
     let salt = body.scan.raw(body.bytes, Key::CacheSalt).unwrap_or_default();
     // SGLang's name of an adapter, beside the model's.
     let adapter = body.scan.raw(body.bytes, Key::LoraPath).map(|path| [salt, path].concat());
     let salt = adapter.as_deref().unwrap_or(salt);
-    let hash = prompt_hash(served.model.as_bytes(), salt, &parts, config.prefix.block_bytes);
+    let hash = pieces_hash(served.model.as_bytes(), salt, &pieces, config.prefix.block_bytes);
     let distinctive = worker.state.index.distinctive(&hash.blocks, config.prefix.hot_share);
     let learnt = worker.state.table.bytes_per_token(&served.candidates.pool).filter(|_| pool.fit);
     let bytes_per_token = learnt.unwrap_or(pool.bytes_per_token);
+    let factors = worker.state.table.media_factors(&served.candidates.pool).filter(|_| pool.fit);
+    let media_tokens = media.total(&factors.unwrap_or([1.0; CLASSES]));
     Prompt {
         bytes,
+        media,
         session,
-        tokens: bytes as f64 / bytes_per_token,
+        tokens: bytes as f64 / bytes_per_token + media_tokens,
         block_tokens: config.prefix.block_bytes as f64 / bytes_per_token,
         key: distinctive.map_or(hash.head, |block| block.0),
         is_unseen: distinctive.is_some_and(|block| !worker.state.index.knows(block)),
         is_several: asks_for_several(body),
+        is_refusable: acceptance::is_refusable(api, body.bytes, &body.scan),
+        has_budget: acceptance::has_thinking_budget(api, body.bytes, &body.scan),
+        is_told: acceptance::tells_prompt(api, body.bytes, &body.scan),
         hash,
     }
 }
 
-/// What the engine puts in front of the model, in the order in which chat templates do, without what it leaves out.
-fn prompt_parts<'a>(api: Api, body: &ScannedBody<'a>, drops_billing: bool) -> Vec<Cow<'a, [u8]>> {
+/// What the engine puts in front of the model, in the order in which chat templates do, without what it leaves out: where each
+/// part is in the body, and its text.
+fn prompt_parts<'a>(api: Api, body: &ScannedBody<'a>, drops_billing: bool) -> Vec<(Span, Cow<'a, [u8]>)> {
     let keys: &[Key] = match api {
         Api::Chat => &[Key::Tools, Key::Messages],
         Api::Completions => &[Key::Prompt],
@@ -175,8 +194,44 @@ fn prompt_parts<'a>(api: Api, body: &ScannedBody<'a>, drops_billing: bool) -> Ve
         Api::Messages => &[Key::Tools, Key::System, Key::Messages],
         Api::Generate => &[Key::TokenIds, Key::PromptTokenIds],
     };
-    let part = |key: &Key| Some(without_markers(api, *key, body.scan.raw(body.bytes, *key)?, drops_billing));
+    let part = |key: &Key| {
+        let span = body.scan.get(*key)?.value;
+        Some((span, without_markers(api, *key, span.get(body.bytes), drops_billing)))
+    };
     keys.iter().filter_map(part).collect()
+}
+
+/// The parts as text, and media by themselves.
+fn prompt_pieces<'a>(
+    parts: &'a [(Span, Cow<'a, [u8]>)],
+    body: &ScannedBody<'a>,
+    block_bytes: usize,
+    pool: &Pool,
+) -> Vec<Piece<'a>> {
+    let mut pieces = Vec::with_capacity(4);
+    for (span, text) in parts {
+        let inside = |media: &&Media| media.payload.start >= span.start && media.payload.end <= span.end;
+        let mut rest: &[u8] = text;
+        let mut offset = span.start;
+        for media in body.scan.media().iter().filter(inside) {
+            let payload = media.payload.get(body.bytes);
+            // What is left out stands before and behind payloads, never in them.
+            let before = match text {
+                Cow::Borrowed(_) => Some(media.payload.start.saturating_sub(offset) as usize),
+                Cow::Owned(_) => memchr::memmem::find(rest, payload),
+            };
+            let Some((before, behind)) = before.and_then(|before| rest.split_at_checked(before)) else { continue };
+            pieces.push(Piece::Text(before));
+            // By the configuration alone: every worker of every Envoy must count the same blocks.
+            let bytes = fitted_media::tokens(&pool.media, media).1 * pool.bytes_per_token;
+            let units = (bytes / block_bytes.max(1) as f64).ceil() as usize;
+            pieces.push(Piece::Media { payload, units });
+            rest = behind.get(payload.len()..).unwrap_or_default();
+            offset = media.payload.end;
+        }
+        pieces.push(Piece::Text(rest));
+    }
+    pieces
 }
 
 /// Whether more answers than one are asked for, or several are computed to give one.

@@ -180,9 +180,9 @@ impl Prefilling {
         now: Monotonic,
     ) -> Result<Step, Rejection> {
         let Self { split, prefiller, .. } = &self;
-        let Prompt { bytes, tokens, .. } = split.parsed.prompt;
+        let Prompt { bytes, tokens, media, .. } = split.parsed.prompt;
         let matched_tokens = prefiller.pick.matched_tokens;
-        let estimate = PromptEstimate { bytes: bytes as f64, tokens, matched_tokens };
+        let estimate = PromptEstimate { bytes: bytes as f64, media, tokens, matched_tokens };
         let usage = Usage::of_answer(answer);
         worker.state.table.saw_prefill(prefiller.endpoint, estimate, seconds, usage);
         let handover = (prefiller.partner.engine.protocol().handover)(split.parsed.api, answer);

@@ -5,10 +5,11 @@ use super::effect::Effect;
 use super::head::RequestHead;
 use super::models::serving_model;
 use super::parsed::{ParsedRequest, ScannedBody};
-use super::route::pass;
+use super::route::{Restriction, pass};
 use super::serve::serve;
 use super::state::Reading;
 use super::step::Step;
+use super::stored::id_of_path;
 use crate::choose::admission::Ask;
 use crate::config::Limits;
 use crate::request::reply::Rejection;
@@ -61,10 +62,12 @@ impl Reading {
         }
         if let Some(served) = &served {
             let pool = head.config.pool(&served.candidates.pool);
-            let tokens = body.len() as f64 / pool.bytes_per_token;
+            let tokens = read.tokens(body.len(), pool);
             *ticket = admit(worker, &head, &served.candidates.pool, tokens as u64)?;
         }
-        let step = pass(worker, &head.config, served.as_ref(), head.subset.as_ref(), now)?;
+        let response = id_of_path(&head.headers, &head.config);
+        let restriction = Restriction { subset: head.subset.as_ref(), response: response.as_deref() };
+        let step = pass(worker, &head.config, served.as_ref(), restriction, now)?;
         Ok(step.after(Effect::edit_body(edit)))
     }
 }

@@ -31,6 +31,8 @@ pub enum Rejection {
         /// Models that endpoints serve, and aliases of them.
         known: Vec<String>,
     },
+    /// No endpoint is known to keep the response of that id. 404, as an engine answers.
+    UnknownResponse(String),
     /// The phase header has another value than `prefill` or `decode`. 400.
     InvalidPhase,
     /// The body, or the body after the filter's edits, is larger than this many bytes. 413.
@@ -137,6 +139,7 @@ impl Rejection {
             Self::ContentEncoding => (415, "invalid_request_error", None, "content_encoding"),
             Self::MissingModel => (400, "invalid_request_error", Some("model"), "missing_model"),
             Self::UnknownModel { .. } => (404, "not_found_error", Some("model"), "unknown_model"),
+            Self::UnknownResponse(_) => (404, "invalid_request_error", Some("response_id"), "unknown_response"),
             Self::InvalidPhase => (400, "invalid_request_error", None, "invalid_phase"),
             Self::TooLarge(_) => (413, "invalid_request_error", None, "too_large"),
             Self::TooManySequences(_) => (400, "invalid_request_error", None, "too_many_sequences"),
@@ -162,6 +165,9 @@ impl Rejection {
             Self::UnknownModel { model, known } => {
                 format!("the model `{model}` does not exist; known models: {}", known.join(", "))
             }
+            Self::UnknownResponse(id) => format!(
+                "Response with id '{id}' not found: it is not known which server keeps it, or that server is gone"
+            ),
             Self::InvalidPhase => "x-pd-phase must be `prefill` or `decode`".to_owned(),
             Self::TooLarge(limit) => format!("the request body is larger than {limit} bytes"),
             Self::TooManySequences(limit) => format!("a request may have {limit} prompts or answers at most"),

@@ -5,6 +5,7 @@
 //! string has a backslash before it, so the editor never takes text that a model wrote for a member.
 
 use core::ops::Range;
+use std::borrow::Cow;
 
 use crate::body::json;
 use crate::endpoints::usage::Usage;
@@ -18,8 +19,14 @@ pub(crate) struct ResponseEditor {
     tells_cached_tokens: bool,
     /// Tokens that the prefill leg found in its cache.
     pub(crate) cached_tokens: Option<u64>,
+    /// Whether the response's id is looked for.
+    wants_id: bool,
     /// What the engine said it used.
     usage: Usage,
+    /// The response's id, until it is taken.
+    id: Option<String>,
+    /// Whether nothing is looked for but the id.
+    reads_id_only: bool,
     /// The beginning of a member, kept for the next part.
     held: Vec<u8>,
     /// Whether the last byte that went on was a backslash.
@@ -29,19 +36,24 @@ pub(crate) struct ResponseEditor {
 /// Bytes of white space passed over between the parts of a member.
 const MAX_SPACE_BYTES: usize = 8;
 
+/// Longest id of a response, quotes included. vLLM's have 43 bytes; a client may choose a longer one.
+const MAX_ID_BYTES: usize = 512;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Name {
     Model,
     PromptTokens,
     CachedTokens,
+    Id,
 }
 
 /// `input_tokens` is what `/v1/responses` and `/v1/messages` say.
-const NAMES: [(&[u8], Name); 4] = [
+const NAMES: [(&[u8], Name); 5] = [
     (b"model\"", Name::Model),
     (b"prompt_tokens\"", Name::PromptTokens),
     (b"input_tokens\"", Name::PromptTokens),
     (b"cached_tokens\"", Name::CachedTokens),
+    (b"id\"", Name::Id),
 ];
 
 /// What stands at a quote.
@@ -59,9 +71,29 @@ impl ResponseEditor {
         Self { tells_cached_tokens, cached_tokens, ..Self::default() }
     }
 
+    /// Looks for the response's id and nothing else.
+    pub(crate) fn of_id() -> Self {
+        Self { wants_id: true, reads_id_only: true, ..Self::default() }
+    }
+
     /// Puts `asked` in the place of the name `served`.
     pub(crate) fn rename(&mut self, served: &str, asked: &str) {
         self.names = Some((served.to_owned(), serde_json::Value::from(asked).to_string().into_bytes()));
+    }
+
+    /// Looks for the response's id: the first `id` of the answer.
+    pub(crate) fn find_id(&mut self) {
+        self.wants_id = true;
+    }
+
+    /// The response's id, once: `None` while it is looked for, and after it was taken.
+    pub(crate) fn take_id(&mut self) -> Option<String> {
+        self.id.take()
+    }
+
+    /// Whether nothing in the rest of the answer is of interest.
+    pub(crate) fn is_done(&self) -> bool {
+        self.reads_id_only && !self.wants_id && self.held.is_empty()
     }
 
     /// Whether the answer's length may change.
@@ -147,6 +179,7 @@ impl ResponseEditor {
                 let Some((served, _)) = &self.names else { return Found::Nothing };
                 (string_bytes(value), served.len().saturating_mul(6).saturating_add(2))
             }
+            (Name::Id, Some(b'"')) if self.wants_id => (string_bytes(value), MAX_ID_BYTES),
             (Name::PromptTokens | Name::CachedTokens, Some(b'0'..=b'9')) => {
                 (value.iter().position(|byte| !byte.is_ascii_digit()), 20)
             }
@@ -166,6 +199,11 @@ impl ResponseEditor {
             Name::Model => {
                 let (served, asked) = self.names.as_ref()?;
                 (json::string(value)? == served.as_str()).then(|| asked.clone())
+            }
+            Name::Id => {
+                self.wants_id = false;
+                self.id = json::string(value).map(Cow::into_owned);
+                None
             }
             Name::PromptTokens => {
                 self.usage.prompt_tokens = number()?;

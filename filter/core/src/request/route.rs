@@ -8,6 +8,7 @@ use super::head::Subset;
 use super::parsed::ParsedRequest;
 use super::state::{ConcurrentPrefill, Forwarded, Response, State};
 use super::step::Step;
+use super::stored::keeper;
 use crate::body::splice::HeadEdit;
 use crate::choose::prompt::Prompt;
 use crate::choose::scheduler::{Pick, Scheduler};
@@ -15,6 +16,7 @@ use crate::config::{Config, Split};
 use crate::endpoints::table::EndpointRef;
 use crate::endpoints::usage::Usage;
 use crate::metrics::Metric;
+use crate::prefix::hash::BlockHash;
 use crate::prefix::index::EndpointIndex;
 use crate::request::models::Served;
 use crate::request::reply::Rejection;
@@ -111,11 +113,16 @@ pub(super) fn forward(
         assignment,
         alternates: route.alternates.iter().filter_map(|index| worker.state.table.refer(*index)).collect(),
         concurrent_prefill,
+        strands_if_refused: matches!(
+            route.prefill,
+            Prefill::Done { is_kv_missing: false, .. } | Prefill::Concurrent(..)
+        ),
         is_kv_missing: route.prefill.is_kv_missing(),
         editor: response_editor(parsed, &route.prefill, is_judged).map(Box::new),
         is_judged,
         is_restricted: parsed.head.subset.is_some(),
         response: Response::Awaited,
+        is_accepted: false,
         has_first_byte: false,
     };
     effects.extend(Effect::edit_body(route.edit));
@@ -140,7 +147,7 @@ fn account(worker: &mut Worker, parsed: &ParsedRequest, route: &Route, now: Mono
     });
     if assignment.own_prefill.is_some() || parsed.pool().split != Split::Always {
         // Where everything is split, what decode endpoints hold decides nothing.
-        remember_prompt(worker, route.pick.endpoint, &parsed.prompt);
+        assignment.new_blocks = remember_prompt(worker, route.pick.endpoint, &parsed.prompt);
     }
     worker.counts.count(route.decision);
     worker.counts.add(Metric::MatchedTokens, route.matched_tokens() as i64);
@@ -221,14 +228,20 @@ pub(super) fn destination(
     text
 }
 
-/// Records that an endpoint has the prompt, and its session.
-pub(super) fn remember_prompt(worker: &mut Worker, endpoint: EndpointIndex, prompt: &Prompt) {
-    if let Some(endpoint) = worker.state.table.refer(endpoint) {
-        worker.holds(endpoint, &prompt.hash.blocks);
-        if prompt.session.is_some() {
-            worker.holds(endpoint, prompt.session.as_slice());
-        }
+/// Records that an endpoint has the prompt, and its session. Returns the blocks that it did not have before, in case that
+/// it refuses the request.
+pub(super) fn remember_prompt(worker: &mut Worker, endpoint: EndpointIndex, prompt: &Prompt) -> Vec<BlockHash> {
+    let Some(endpoint) = worker.state.table.refer(endpoint) else { return Vec::new() };
+    let index = &worker.state.index;
+    let held = index.matched(endpoint.index, &prompt.hash.blocks);
+    let is_new = |session: &BlockHash| index.matched(endpoint.index, core::slice::from_ref(session)) == 0;
+    let mut new = prompt.hash.blocks.get(held..).unwrap_or_default().to_vec();
+    new.extend(prompt.session.filter(is_new));
+    worker.holds(endpoint, &prompt.hash.blocks);
+    if prompt.session.is_some() {
+        worker.holds(endpoint, prompt.session.as_slice());
     }
+    new
 }
 
 /// Whether the usage in the response shows that the KV cache came. A response is read for that only if the prompt may be
@@ -258,13 +271,25 @@ fn response_editor(parsed: &ParsedRequest, prefill: &Prefill, is_judged: bool) -
     let tells_cached_tokens = tells_cached_tokens && is_split && parsed.pool().tells_prefills_cached_tokens;
     let reads_usage = parsed.shows_usage && is_split && (tells_cached_tokens || is_judged && !parsed.is_stream);
     if !reads_usage && parsed.put_back.is_none() {
-        return None;
+        return parsed.is_kept.then(ResponseEditor::of_id);
     }
     let mut editor = ResponseEditor::new(tells_cached_tokens, cached_tokens);
     if let Some(asked) = &parsed.put_back {
         editor.rename(&parsed.served.model, asked);
     }
+    if parsed.is_kept {
+        editor.find_id();
+    }
     Some(editor)
+}
+
+/// Which endpoints may get a request without a prompt, beside those of its model.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Restriction<'a> {
+    /// Those that a trusted peer names.
+    pub(super) subset: Option<&'a Subset>,
+    /// The one that keeps the response of that id.
+    pub(super) response: Option<&'a str>,
 }
 
 /// Sends a request without a prompt to the endpoint that has the least to do: of those that serve its model, or of all
@@ -273,7 +298,7 @@ pub(super) fn pass(
     worker: &mut Worker,
     config: &Config,
     served: Option<&Served>,
-    subset: Option<&Subset>,
+    Restriction { subset, response }: Restriction<'_>,
     now: Monotonic,
 ) -> Result<Step, Rejection> {
     let key = worker.next_leg();
@@ -295,6 +320,10 @@ pub(super) fn pass(
     if subset.is_some() {
         restricted = among.iter().copied().filter(is_allowed).collect();
         among = &restricted;
+    }
+    let keeper = response.map(|id| keeper(worker, id, among)).transpose()?;
+    if let Some(keeper) = &keeper {
+        among = core::slice::from_ref(keeper);
     }
     let (pick, alternates) = scheduler.pick_decode(among, &prompt, &[]).ok_or(Rejection::NoEndpoint)?;
     let destination = destination(worker, pick.endpoint, alternates.iter().copied());

@@ -6,9 +6,10 @@ use super::parsed::{ParsedRequest, ScannedBody};
 use super::route::{Prefill, Route, forward};
 use super::state::Split;
 use super::step::Step;
+use super::stored::keeper;
 use super::waiting::{may_wait, split_or_wait};
 use crate::choose::admission::Shed;
-use crate::choose::scheduler::{Pick, Schedule, Scheduler};
+use crate::choose::scheduler::{Pick, Schedule, Scheduler, WholeReason};
 use crate::config::EXPLAIN_HEADER;
 use crate::endpoints::candidates::Candidates;
 use crate::metrics::Metric;
@@ -65,7 +66,10 @@ fn choose_legs(worker: &mut Worker, parsed: &ParsedRequest, now: Monotonic) -> R
     let chosen = match parsed.head.phase {
         Some(Phase::Prefill) => prefill_only(&scheduler, parsed).map(Legs::One),
         Some(Phase::Decode) => decode_only(&scheduler, parsed).map(Legs::One),
-        None => by_content(&scheduler, parsed, hint.flatten())?,
+        None => match &parsed.previous_id {
+            Some(id) => Some(Legs::One(at_keeper(worker, &scheduler, parsed, id)?)),
+            None => by_content(&scheduler, parsed, hint.flatten())?,
+        },
     };
     chosen.ok_or(Rejection::NoEndpoint)
 }
@@ -84,6 +88,13 @@ fn decode_only(scheduler: &Scheduler<'_>, parsed: &ParsedRequest) -> Option<Rout
     let among = if candidates.decode.is_empty() { &candidates.whole } else { &candidates.decode };
     let (pick, alternates) = scheduler.pick_decode(among, &parsed.prompt, &[])?;
     Some(one_leg(parsed, (Metric::RequestsDecodeOnly, "phase_header"), pick, alternates))
+}
+
+/// The request goes on from a response, and only one endpoint has that.
+fn at_keeper(worker: &Worker, scheduler: &Scheduler<'_>, parsed: &ParsedRequest, id: &str) -> Result<Route, Rejection> {
+    let keeper = keeper(worker, id, parsed.served.candidates.without_prompt())?;
+    let pick = scheduler.pick(keeper, &parsed.prompt);
+    Ok(one_leg(parsed, (Metric::RequestsDecodeOnly, WholeReason::Stored.code()), pick, Vec::new()))
 }
 
 /// No header says how to serve the request. A `hint` is the prefill endpoint that a trusted peer names.

@@ -83,6 +83,8 @@ pub(super) struct Forwarded {
     pub(super) alternates: Vec<EndpointRef>,
     /// The prefill leg, where the engine wants both legs at once and the leg is in flight.
     pub(super) concurrent_prefill: Option<ConcurrentPrefill>,
+    /// Whether a prefill endpoint keeps KV blocks for the decode endpoint, until their time limit if it refuses the request.
+    pub(super) strands_if_refused: bool,
     /// Whether the decode endpoint computes the prompt a second time.
     pub(super) is_kv_missing: bool,
     /// Editor of the response's body; `None` where the body is not read.
@@ -92,6 +94,8 @@ pub(super) struct Forwarded {
     /// Whether a peer restricted the endpoints, and wants to know who served.
     pub(super) is_restricted: bool,
     pub(super) response: Response,
+    /// Whether an endpoint answered 200.
+    pub(super) is_accepted: bool,
     /// Whether the response's body has begun.
     pub(super) has_first_byte: bool,
 }

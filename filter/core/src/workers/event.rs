@@ -60,6 +60,8 @@ pub(crate) enum Event<'a> {
     Bound { id: u64, seconds: f64 },
     /// A request waits no longer, and no endpoint has it. The key has no meaning.
     WaitEnded { id: u64 },
+    /// The endpoint refused a request: it does not hold these blocks of the prompt.
+    Lacks { blocks: Cow<'a, [BlockHash]> },
 }
 
 impl<'a> Event<'a> {
@@ -87,7 +89,11 @@ impl<'a> Event<'a> {
     /// Applies the event at the endpoint of that index. Without effect for events that are not those of an endpoint.
     pub(crate) fn apply_at(&self, index: EndpointIndex, state: &mut State) {
         if let Self::Holds { blocks } | Self::HoldsByOthers { blocks } = self {
-            state.index.insert(index, blocks);
+            state.insert(index, blocks);
+            return;
+        }
+        if let Self::Lacks { blocks } = self {
+            state.index.remove(index, blocks);
             return;
         }
         let Some(endpoint_state) = state.table.get_mut(index) else { return };
@@ -106,6 +112,7 @@ impl<'a> Event<'a> {
             Self::Answered { leg, error } => endpoint_state.answers.note(leg, error),
             Self::Holds { .. }
             | Self::HoldsByOthers { .. }
+            | Self::Lacks { .. }
             | Self::Admitted { .. }
             | Self::Released { .. }
             | Self::BusyElsewhere { .. }
@@ -207,6 +214,10 @@ impl<'a> Event<'a> {
                 head(18);
                 out.word(*id);
             }
+            Self::Lacks { blocks } => {
+                head(20);
+                blocks.iter().take(MAX_EVENT_BLOCKS).for_each(|block| out.word(block.0));
+            }
         }
         *into = out.0;
         let length = u32::try_from(into.len().saturating_sub(start)).unwrap_or(u32::MAX);
@@ -265,6 +276,7 @@ impl<'a> Event<'a> {
             16 => Self::HeldChanged { id: rest.word()?, held: Cow::Owned(HeldByKey::read(&mut rest)?) },
             17 => Self::Bound { id: rest.word()?, seconds: f64::from_bits(rest.word()?) },
             18 => Self::WaitEnded { id: rest.word()? },
+            20 => Self::Lacks { blocks: core::iter::from_fn(|| rest.word().map(BlockHash)).collect() },
             _ => return None,
         };
         Some((endpoint, event))
@@ -296,6 +308,8 @@ pub(crate) mod tests {
                 leg: if prefill { Leg::Prefill } else { Leg::Decode },
                 error: ErrorKind::of_code(code)
             }),
+            prop::collection::vec(any::<u64>().prop_map(BlockHash), 0..9)
+                .prop_map(|blocks| Event::Lacks { blocks: blocks.into() }),
             Just(Event::Healed),
             (0_u64..3, any::<u64>()).prop_map(|(fairness, tokens)| Event::Admitted { fairness, tokens }),
             (0_u64..3, any::<u64>()).prop_map(|(fairness, tokens)| Event::Released { fairness, tokens }),

@@ -85,6 +85,7 @@ impl WorkerLedger {
             }
             Event::Holds { .. }
             | Event::HoldsByOthers { .. }
+            | Event::Lacks { .. }
             | Event::Failed { .. }
             | Event::Healed
             | Event::Answered { .. } => {}

@@ -9,6 +9,7 @@
 
 pub(crate) mod event;
 mod inheritance;
+mod keepers;
 pub(crate) mod ledger;
 pub mod log;
 mod peer;

@@ -245,6 +245,13 @@ impl Worker {
         self.queue_for_gateways(endpoint.key, blocks);
     }
 
+    /// An endpoint refused a prompt, and does not hold these blocks of it. Other Envoys are not told.
+    pub(crate) fn lacks(&mut self, endpoint: EndpointRef, blocks: &[BlockHash]) {
+        if !blocks.is_empty() {
+            self.happens(endpoint, &Event::Lacks { blocks: blocks.into() });
+        }
+    }
+
     /// Keeps for the other Envoys which blocks the endpoint of that key got. Without effect where this worker is not its
     /// Envoy's leader.
     pub(crate) fn queue_for_gateways(&mut self, endpoint: u64, blocks: &[BlockHash]) {

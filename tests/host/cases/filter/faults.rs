@@ -285,7 +285,7 @@ fn a_client_that_leaves_between_the_legs_is_counted() {
             _ => gateway.advance(LONGEST_LEG),
         }
         assert_eq!(legs(&gateway), []);
-        assert_eq!(gateway.counter("pd_kv_stranded_total"), 1);
+        assert_eq!(gateway.counter("pd_kv_stranded_total;reason=client_left"), 1);
         assert_eq!(gateway.shared.counter("pd_prefill_legs_total;result=ok"), 0);
         gateway.assert_idle();
     }

@@ -128,8 +128,16 @@ fn every_api_is_split_and_limited_in_its_own_words() {
         ),
         ("/v1/completions", format!(r#"{{"model":"m","prompt":"{prompt}"}}"#), &["max_tokens"]),
         ("/v1/responses", format!(r#"{{"model":"m","input":"{prompt}"}}"#), &["max_output_tokens"]),
-        ("/v1/messages", format!(r#"{{"model":"m","messages":[{{"content":"{prompt}"}}]}}"#), &["max_tokens"]),
-        ("/inference/v1/generate", format!(r#"{{"model":"m","token_ids":[{ids}]}}"#), &["sampling_params/max_tokens"]),
+        (
+            "/v1/messages",
+            format!(r#"{{"model":"m","max_tokens":9,"messages":[{{"content":"{prompt}"}}]}}"#),
+            &["max_tokens"],
+        ),
+        (
+            "/inference/v1/generate",
+            format!(r#"{{"model":"m","token_ids":[{ids}],"sampling_params":{{}}}}"#),
+            &["sampling_params/max_tokens"],
+        ),
     ] {
         let gateway = Gateway::new(&two_and_two());
         let stream = Request::post(path, &body).send(&gateway);

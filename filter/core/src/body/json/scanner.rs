@@ -1,5 +1,7 @@
 //! A position in a document that moves forward over what is there.
 
+use crate::body::media::{MAX_MEDIA, Mark};
+
 use super::{ErrorKind, MAX_DEPTH, ScanError, Span, text, to_offset};
 
 /// One member of an object.
@@ -50,13 +52,15 @@ pub(crate) struct Scanner<'a> {
     offset: usize,
     /// Whether a string so far may hold something else than ASCII.
     non_ascii: bool,
+    /// Members inside the values so far that may have media; see [`Scanner::take_marks`].
+    marks: Vec<Mark>,
 }
 
 impl<'a> Scanner<'a> {
     /// A scanner at the start of a document.
     pub(crate) fn new(bytes: &'a [u8]) -> Result<Self, ScanError> {
         match u32::try_from(bytes.len()) {
-            Ok(len) if len < u32::MAX => Ok(Self { bytes, offset: 0, non_ascii: false }),
+            Ok(len) if len < u32::MAX => Ok(Self { bytes, offset: 0, non_ascii: false, marks: Vec::new() }),
             _ => Err(ScanError { kind: ErrorKind::TooLarge, offset: u32::MAX }),
         }
     }
@@ -129,7 +133,7 @@ impl<'a> Scanner<'a> {
                     self.white_space();
                     if !self.eat(if object { b'}' } else { b']' }) {
                         if object {
-                            self.key()?;
+                            self.marked_key()?;
                         } else {
                             self.go_to(text::skip_integers(self.rest()));
                             self.white_space();
@@ -151,7 +155,7 @@ impl<'a> Scanner<'a> {
                         self.advance(1);
                         self.white_space();
                         if object {
-                            self.key()?;
+                            self.marked_key()?;
                         }
                         break;
                     }
@@ -212,6 +216,22 @@ impl<'a> Scanner<'a> {
         }
         self.white_space();
         Ok(key)
+    }
+
+    /// As [`key`](Self::key), of an object inside a value.
+    fn marked_key(&mut self) -> Result<(), ScanError> {
+        let key = self.key()?.get(self.bytes);
+        if let Some(mark) = Mark::of_key(key, self.offset)
+            && self.marks.len() < MAX_MEDIA
+        {
+            self.marks.push(mark);
+        }
+        Ok(())
+    }
+
+    /// Members that may have media, inside the values since the last call; [`MAX_MEDIA`] at most.
+    pub(crate) fn take_marks(&mut self) -> Vec<Mark> {
+        core::mem::take(&mut self.marks)
     }
 
     /// The bytes from here on.

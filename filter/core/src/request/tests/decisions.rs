@@ -123,6 +123,75 @@ fn several_sequences_are_not_split_where_one_is_handed_over() {
     }
 }
 
+/// A long body with more members.
+fn long_body_with(members: &str) -> String {
+    long_body().replacen('{', &format!("{{{members},"), 1)
+}
+
+#[test]
+fn what_the_decode_endpoint_may_refuse_runs_no_prefill_leg() {
+    for engine in ["vllm-nixl", "vllm-shared", "mooncake", "neuron", "trtllm"] {
+        for members in [r#""max_tokens":"x""#, r#""min_tokens":5,"max_tokens":4"#, r#""stop":5"#] {
+            let mut t = of_engine(engine);
+            t.headers(&[]);
+            let body = long_body_with(members);
+            let outcome = t.body(&body);
+            assert_eq!((state(&outcome, DECISION), state(&outcome, REASON)), ("decode_only", "refusable"), "{members}");
+            assert_eq!(edited(&outcome, &body), body);
+        }
+    }
+}
+
+#[test]
+fn an_engine_that_cannot_decode_alone_gets_both_legs_as_they_are() {
+    for members in [r#""max_tokens":"x""#, r#""stream":"x""#, r#""stream_options":5"#] {
+        let mut t = of_engine("sglang");
+        t.headers(&[]);
+        let body = long_body().replace(r#","stream":true"#, "").replacen('{', &format!("{{{members},"), 1);
+        let outcome = t.body(&body);
+        assert_eq!(state(&outcome, DECISION), "split");
+        for leg in [text(&call(&outcome).body).to_owned(), edited(&outcome, &body)] {
+            assert!(leg.contains(members), "{leg}");
+        }
+    }
+}
+
+#[test]
+fn what_is_told_of_the_prompt_is_computed_where_it_is_answered() {
+    for engine in ["vllm-nixl", "vllm-shared", "mooncake"] {
+        let mut t = of_engine(engine);
+        t.headers(&[]);
+        let outcome = t.body(&long_body_with(r#""prompt_logprobs":1"#));
+        assert_eq!((state(&outcome, DECISION), state(&outcome, REASON)), ("decode_only", "prompt_told"), "{engine}");
+    }
+    let mut t = of_engine("sglang");
+    t.headers(&[]);
+    assert_eq!(state(&t.body(&long_body_with(r#""return_hidden_states":true"#)), DECISION), "split", "nobody else can");
+}
+
+#[test]
+fn probabilities_are_asked_of_the_endpoint_that_samples() {
+    let asks = r#""logprobs":true,"top_logprobs":2"#;
+    for (engine, is_asked) in [("vllm-nixl", false), ("vllm-shared", false), ("trtllm", true), ("sglang", true)] {
+        let mut t = of_engine(engine);
+        t.headers(&[]);
+        let outcome = t.body(&long_body_with(asks));
+        assert_eq!(text(&call(&outcome).body).contains(asks), is_asked, "{engine}");
+    }
+}
+
+#[test]
+fn a_thinking_budget_is_split_where_the_prefill_leg_may_have_one() {
+    for (engine, decision) in [("vllm-nixl", ""), ("mooncake", ""), ("vllm-shared", "decode_only")] {
+        let mut t = of_engine(engine);
+        let pseudo = [(":method", "POST"), (":path", "/v1/messages"), (":authority", "a")];
+        t.request.headers(&mut t.worker, Headers::from_pairs(pseudo), false, t.now);
+        let budget = r#""max_tokens":4096,"thinking":{"type":"enabled","budget_tokens":2048}"#;
+        let outcome = t.body(&long_body_with(budget));
+        assert_eq!(state(&outcome, DECISION), decision, "{engine}");
+    }
+}
+
 #[test]
 fn a_decode_endpoint_of_another_engine_is_no_partner() {
     let config = CONFIG.replace(r#""10.0.0.2:2", "role""#, r#""10.0.0.2:2", "engine": "sglang", "role""#);

@@ -317,3 +317,34 @@ fn a_leg_that_envoy_did_not_send_is_no_endpoints_fault() {
         assert!(t.is_idle());
     }
 }
+
+#[test]
+fn a_refusal_behind_a_prefill_leg_is_stranded_and_leaves_no_prompt_at_the_decode_endpoint() {
+    let mut t = fixture();
+    t.headers(&[]);
+    t.body(&long_body());
+    let outcome = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+    let decode = state(&outcome, DECODE).to_owned();
+    let held = |t: &Fixture| t.worker.state.index.len();
+    let believed = held(&t);
+    t.request.response_headers(&mut t.worker, Answerer::Host(decode.as_bytes()), Some(400), t.now);
+    t.done();
+    assert_eq!(t.worker.counts.pending(Metric::KvStrandedRefused), 1);
+    assert_eq!(held(&t), believed / 2, "the prefill endpoint's blocks are left");
+
+    // What it held before, it still holds.
+    for status in [200, 400] {
+        t.request = Request::default();
+        t.headers(&[]);
+        let outcome = t.body(&long_body());
+        assert!(t.request.is_prefilling() == (status == 200), "{outcome:?}");
+        let outcome =
+            if status == 200 { t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#)) } else { outcome };
+        let decode = state(&outcome, DECODE).to_owned();
+        t.request.response_headers(&mut t.worker, Answerer::Host(decode.as_bytes()), Some(status), t.now);
+        t.done();
+        assert_eq!(held(&t), believed, "{status}");
+    }
+    assert_eq!(t.worker.counts.pending(Metric::KvStrandedRefused), 1, "a whole request strands nothing");
+    assert!(t.is_idle());
+}

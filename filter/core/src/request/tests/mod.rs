@@ -15,8 +15,10 @@ mod engines;
 mod failures;
 mod handover;
 mod headers;
+mod media;
 mod models;
 mod refusals;
+mod stored;
 mod waiting;
 
 const CONFIG: &str = r#"{

@@ -1,0 +1,128 @@
+//! Requests that a decode server refuses, or that only the server that computes the prompt can answer: they run no prefill
+//! leg, and no KV blocks stay behind.
+
+use pd_support::body::{CHAT, COMPLETIONS, chat, completion};
+use pd_support::client::{Client, Http};
+use pd_tests::rig::{Rig, run};
+use pd_tests::shared::shared;
+
+use crate::support::{assert_right, logged_chat, long_chat, new_prompt, sum};
+
+/// Long prompts with members that a decode server refuses.
+fn refused() -> Vec<(&'static str, String)> {
+    let chats = [
+        r#""max_tokens":"x""#,
+        r#""max_tokens":1.5"#,
+        r#""max_tokens":0"#,
+        r#""max_tokens":-1"#,
+        r#""max_tokens":4,"max_completion_tokens":"x""#,
+        r#""max_tokens":4,"min_tokens":5"#,
+        r#""min_tokens":"x""#,
+        r#""stop":5"#,
+        r#""stop":["a",""]"#,
+        r#""stop":["a","b","c","d","e"]"#,
+        r#""stop_token_ids":["a"]"#,
+        r#""stream_options":{"include_usage":true}"#,
+        r#""stream":true,"stream_options":5"#,
+        r#""stream":"x""#,
+        r#""n":"x""#,
+        r#""top_logprobs":3"#,
+        r#""logprobs":true,"top_logprobs":"x""#,
+    ];
+    let others = [
+        (COMPLETIONS, r#","max_tokens":"x""#),
+        (COMPLETIONS, r#","min_tokens":17"#),
+        (COMPLETIONS, r#","logprobs":"x""#),
+        ("/v1/responses", r#","max_output_tokens":0"#),
+        ("/v1/messages", ""),
+        ("/v1/messages", r#","max_tokens":5,"stop_sequences":[""]"#),
+        ("/v1/messages", r#","max_tokens":1024,"thinking":{"type":"enabled","budget_tokens":1024}"#),
+        ("/inference/v1/generate", ""),
+        ("/inference/v1/generate", r#","sampling_params":{"max_tokens":0}"#),
+    ];
+    let chats = chats.into_iter().map(|members| (CHAT, chat(&[&new_prompt()], &format!(",{members}"))));
+    let others = others.into_iter().map(|(path, members)| {
+        let prompt = new_prompt();
+        let of_path = match path {
+            COMPLETIONS => format!(r#""prompt":"{prompt}""#),
+            "/v1/responses" => format!(r#""input":"{prompt}""#),
+            "/v1/messages" => format!(r#""messages":[{{"role":"user","content":"{prompt}"}}]"#),
+            _ => format!(r#""token_ids":{:?}"#, prompt.as_bytes()),
+        };
+        (path, format!(r#"{{"model":"sim",{of_path}{members}}}"#))
+    });
+    chats.chain(others).collect()
+}
+
+fn assert_nothing_is_pinned(rig: &Rig) {
+    assert_eq!(sum(&rig.prefill, |stats| stats.prefill_legs), 0);
+    assert_eq!(sum(&rig.prefill, |stats| stats.leases_issued), 0);
+}
+
+#[test]
+fn what_a_decode_server_refuses_is_refused_by_it_and_strands_no_blocks() {
+    run(async {
+        let rig = shared().await;
+        let mut client = rig.client(Http::One).await;
+        for (path, body) in refused() {
+            let answer = client.post(path, body.clone()).await;
+            let own = Client::connect(rig.decode[0].addr(), Http::One).await.post(path, body.clone()).await;
+            assert_eq!((answer.status, own.status), (400, 400), "{path} {}: {}", &body[..60], answer.text());
+            assert_eq!(answer.text(), own.text(), "the engine's words");
+        }
+        assert_nothing_is_pinned(&rig);
+    });
+}
+
+#[test]
+fn a_refusal_that_nobody_foresees_is_counted_and_its_prompt_is_not_believed_to_be_held() {
+    run(async {
+        const STRANDED: &str = "pd_kv_stranded_total{reason=\"refused\"}";
+        // Its leases stay open.
+        let rig = Rig::start().await;
+        let before = rig.metric(STRANDED).await;
+        let mut client = rig.client(Http::One).await;
+        let prompt = new_prompt();
+        // Beyond the length of the model's context, which the filter does not know.
+        let body = chat(&[&prompt], r#","max_tokens":100000000"#);
+        for legs in 1..=2_u32 {
+            assert_eq!(client.post(CHAT, body.clone()).await.status, 400);
+            assert_eq!(
+                rig.until_metric(STRANDED, |value| value >= before + f64::from(legs)).await,
+                before + f64::from(legs)
+            );
+            assert_eq!(sum(&rig.prefill, |stats| stats.prefill_legs), u64::from(legs), "not taken as cached");
+        }
+        let body = chat(&[&prompt], r#","max_tokens":8"#);
+        let (request, path) = logged_chat(&client, &body, &[]);
+        assert_right(&client.send(request).await, &body);
+        assert_eq!(rig.access_log_of(&path).await["reason"], "prefilled");
+    });
+}
+
+#[test]
+fn what_is_told_of_a_prompt_is_computed_by_the_server_that_answers() {
+    run(async {
+        let rig = shared().await;
+        let mut client = rig.client(Http::One).await;
+        for (path, body) in [
+            (CHAT, long_chat().replace(":8}", ":8,\"prompt_logprobs\":1}")),
+            (CHAT, long_chat().replace(":8}", ":8,\"echo\":true}")),
+            (COMPLETIONS, completion(&new_prompt(), r#","max_tokens":8,"echo":true,"logprobs":1"#)),
+            (COMPLETIONS, completion(&new_prompt(), r#","max_tokens":8,"prompt_logprobs":0"#)),
+        ] {
+            let answer = client.post(path, body).await;
+            assert_eq!(answer.status, 200, "{}", answer.text());
+        }
+        assert_nothing_is_pinned(&rig);
+        let (request, path) = logged_chat(&client, &long_chat().replace(":8}", ":8,\"prompt_logprobs\":1}"), &[]);
+        assert_eq!(client.send(request).await.status, 200);
+        assert_eq!(rig.access_log_of(&path).await["reason"], "prompt_told");
+        // What is told of the answer's own tokens is asked of the server that samples them.
+        let body = long_chat().replace(":8}", ":8,\"logprobs\":true,\"top_logprobs\":2}");
+        assert_right(&client.post(CHAT, body.clone()).await, &body);
+        let legs: Vec<_> = rig.prefill.iter().flat_map(pd_sim::Handle::requests).collect();
+        assert_eq!(legs.len(), 1, "{legs:?}");
+        assert!(!legs[0].text().contains("logprobs"));
+    });
+}
