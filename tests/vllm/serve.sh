@@ -5,6 +5,7 @@
 #
 # ROLE: aggregated, prefill, decode. CONNECTOR: pull, push (NIXL; SIDE_PORT is where its peers meet it), shared (files in
 # DIRECTORY). KV_LOAD_FAILURE=recompute: a decode server that cannot get the KV cache computes the prompt, in place of an error.
+# TOOL_PARSER: the form of tool calls, hermes by default.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 role=$1 port=$2 connector=${3:-} side_port=${4:-} shared=${5:-}
@@ -33,6 +34,8 @@ case $connector in
             "kv_connector_extra_config":{"shared_storage_path":"'"$shared"'"},'"$policy"'}') ;;
     *) echo "serve.sh: no such connector: $connector" >&2; exit 2 ;;
 esac
+
+arguments+=(--enable-auto-tool-choice --tool-call-parser "${TOOL_PARSER:-hermes}")
 
 export VLLM_TARGET_DEVICE=cpu VLLM_HOST_IP=127.0.0.1
 export VLLM_NIXL_SIDE_CHANNEL_HOST=127.0.0.1 VLLM_NIXL_SIDE_CHANNEL_PORT=$side_port

@@ -57,11 +57,16 @@ const CONFIGS: [&str; 8] = [
     r#"{"prefix":{"block_bytes":64},"pools":{"default":{"engine":"sidecar","split":{"uncached_tokens":1},"queue":{"enabled":true,"lead_ms":1}}},"endpoints":[
         {"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.2:1","role":"decode","rank":3}]}"#,
 ];
-const BODIES: [&str; 6] = [
+const BODIES: [&str; 11] = [
     r#"{"model":"m","messages":[{"role":"user","content":"a rather long prompt that fills more than one block of the index, twice and more"}],"stream":true}"#,
     r#"{"kv_transfer_params":{"do_remote_prefill":true},"model":"m","prompt":"p","kv_transfer\u005fparams":1}"#,
     r#"{"model":"x","input":[],"max_tokens":18446744073709551615}"#,
     r#"{"model":"m","prompt":["a rather long prompt that fills more than one block of the index","b"],"n":3}"#,
+    r#"{"model":"m","messages":[{"role":"user","content":[{"type":"image_url","image_url":{"url":"data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAjAAAAK8CAIAAAAA"}},{"type":"input_audio","input_audio":{"data":"UklGRg=="}}]}],"stream":"x"}"#,
+    r#"{"model":"m","input":[{"type":"input_image","image_url":"https://a"},{"source":{"source":{"type":"base64","data":"/9j/4AAQ"}}}],"previous_response_id":"resp_1"}"#,
+    r#"{"model":"m","input":"a rather long prompt that fills more than one block of the index","stream":true,"vllm_xargs":{"kv_transfer_params":[]}}"#,
+    r#"{"model":"m","prompt":"a rather long prompt that fills more than one block of the index","echo":true,"logprobs":1,"min_tokens":17}"#,
+    r#"{"model":"m","messages":[{"content":"a rather long prompt that fills more than one block of the index"}],"sampling_params":{"extra_args":{"kv_transfer_params":0},"stop":5}}"#,
     "{}",
     "",
 ];
@@ -73,7 +78,16 @@ const ANSWERS: [&str; 6] = [
     "upstream connect error",
     "",
 ];
-const PATHS: [&str; 5] = ["/v1/chat/completions", "/v1/completions", "/v1/responses?x", "/v1/models", "/other"];
+const PATHS: [&str; 8] = [
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses?x",
+    "/v1/models",
+    "/other",
+    "/v1/responses/resp_1/cancel",
+    "/v1/messages",
+    "/inference/v1/generate",
+];
 const HEADERS: [(&str, &str); 6] = [
     ("x-pd-phase", "prefill"),
     ("x-pd-phase", "decode"),
@@ -111,7 +125,7 @@ pub fn run(input: &[u8]) {
         }
         let event = choices.below(12);
         if event == 0 || live.is_empty() {
-            let mut headers = vec![(":method", "POST"), (":path", PATHS[usize::from(choices.below(5))])];
+            let mut headers = vec![(":method", "POST"), (":path", PATHS[usize::from(choices.below(8))])];
             let extra = choices.byte();
             headers.extend((0..6).filter(|bit| extra & (1 << bit) != 0).map(|bit| HEADERS[bit]));
             let headers = match choices.below(8) {
@@ -130,7 +144,7 @@ pub fn run(input: &[u8]) {
             1 | 2 => {
                 let text = match choices.below(8) {
                     0 => choices.bytes(),
-                    n => BODIES[usize::from(n) % 6].as_bytes(),
+                    n => BODIES[usize::from(choices.byte().wrapping_add(n)) % BODIES.len()].as_bytes(),
                 };
                 let wanted = request.wants_body();
                 let outcome = request.body(&mut worker, text, now);

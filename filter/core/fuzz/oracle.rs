@@ -121,6 +121,7 @@ pub fn check_scan(bytes: &[u8]) -> Option<(Scan, Vec<(String, Json)>)> {
     match (body::scan(bytes), oracle) {
         (Ok(scan), Ok(Json::Object(members))) => {
             check_members(bytes, &scan, &members);
+            check_media(bytes, &scan);
             Some((scan, members))
         }
         (Err(error), Ok(Json::Object(members))) => {
@@ -177,6 +178,21 @@ fn check_members(bytes: &[u8], scan: &Scan, members: &[(String, Json)]) {
         let number = scan.u64(bytes, key).map(Json::Unsigned);
         assert_eq!(number.as_ref(), value.filter(|value| matches!(value, Json::Unsigned(_))));
     }
+}
+
+/// Each payload is a whole string of the prompt, behind the one before it.
+fn check_media(bytes: &[u8], scan: &Scan) {
+    let mut end = 0;
+    for media in scan.media() {
+        let (start, behind) = (media.payload.start as usize, media.payload.end as usize);
+        assert!(start > end && start < behind && bytes[start - 1] == b'"' && bytes[behind] == b'"', "{media:?}");
+        assert!(matches!(Json::parse(&bytes[start - 1..=behind]), Ok(Json::String(_))), "{media:?}");
+        let inside =
+            |member: &body::Member| member.value.start < media.payload.start && media.payload.end < member.value.end;
+        assert!(scan.members().iter().any(inside), "{media:?}");
+        end = behind;
+    }
+    assert!(scan.media().len() <= body::media::MAX_MEDIA);
 }
 
 /// Checks what takes raw values out of a document.

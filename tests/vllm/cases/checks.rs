@@ -60,7 +60,7 @@ impl Question {
 }
 
 /// A prompt that no request had before. A token is a byte or two.
-fn new_prompt(bytes: usize) -> String {
+pub fn new_prompt(bytes: usize) -> String {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     words(&format!("vllm-{}", COUNT.fetch_add(1, Relaxed)), bytes)
 }

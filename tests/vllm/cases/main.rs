@@ -7,6 +7,7 @@ mod checks;
 mod gate;
 mod launcher;
 mod servers;
+mod tools;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Once};
@@ -23,6 +24,9 @@ use servers::{Connector, Server, gone, until_ready};
 /// The aggregated server, and what keeps the tests from running at once. It ends with this process.
 static AGGREGATED: Mutex<Option<Arc<Server>>> = Mutex::const_new(None);
 
+/// Form of tool calls that the servers read, unless a test wants another one.
+const TOOL_PARSER: &str = "hermes";
+
 /// One connector's servers behind Envoy.
 struct Pair {
     connector: Connector,
@@ -38,15 +42,20 @@ struct Pair {
 impl Pair {
     /// Starts the servers, then Envoy; `failure` is what decode does about a KV cache that it cannot get.
     async fn start(connector: Connector, failure: &str) -> Self {
+        Self::with_tool_parser(connector, failure, TOOL_PARSER).await
+    }
+
+    /// As [`start`](Self::start), with servers that read tool calls in another form.
+    async fn with_tool_parser(connector: Connector, failure: &str, parser: &str) -> Self {
         limit_time();
         let mut turn = AGGREGATED.lock().await;
-        let aggregated = || Arc::new(Server::start(&directory("aggregated"), "aggregated", None, failure));
-        let aggregated = turn.take().unwrap_or_else(aggregated);
+        let aggregated = || Arc::new(Server::start(&directory("aggregated"), "aggregated", None, (failure, parser)));
+        let aggregated = turn.take().filter(|_| parser == TOOL_PARSER).unwrap_or_else(aggregated);
         let directory = directory(connector.name());
         let [prefill, decode] =
-            ["prefill", "decode"].map(|role| Server::start(&directory, role, Some(connector), failure));
+            ["prefill", "decode"].map(|role| Server::start(&directory, role, Some(connector), (failure, parser)));
         until_ready(&[&aggregated, &prefill, &decode]).await;
-        *turn = Some(Arc::clone(&aggregated));
+        *turn = Some(Arc::clone(&aggregated)).filter(|_| parser == TOOL_PARSER);
         let gate = Gate::to(decode.address).await;
         let engine = if connector == Connector::Shared { "vllm-shared" } else { "vllm-nixl" };
         let rig = Rig::builder().engines(0, 0).other(prefill.address, "prefill").other(gate.address, "decode");
@@ -106,6 +115,7 @@ fn nixl_pull() {
         checks::answers_are_those_of_one_server(&pair).await;
         checks::a_second_turn_is_right(&pair).await;
         checks::many_at_once_are_right(&pair).await;
+        tools::forced_calls_and_schemas_are_right(&pair).await;
         checks::a_clients_parameters_end_no_server(&pair).await;
         checks::a_prefill_server_killed_between_the_legs_is_an_error(&pair, 500).await;
         pair.stop().await;
@@ -123,6 +133,18 @@ fn nixl_push() {
         // vLLM waits for what nobody will push, whatever its policy: Envoy's limit ends it.
         checks::a_prefill_server_killed_between_the_legs_is_an_error(&pair, 504).await;
         pair.stop().await;
+    });
+}
+
+#[test]
+fn other_tool_parsers() {
+    run(async {
+        for parser in ["llama3_json", "pythonic"] {
+            let pair = Pair::with_tool_parser(Connector::Pull, "fail", parser).await;
+            checks::until_met(&pair).await;
+            tools::forced_calls_and_schemas_are_right(&pair).await;
+            pair.stop().await;
+        }
     });
 }
 

@@ -54,10 +54,11 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts one; `failure` is what it does about KV caches that it cannot get: `fail` or `recompute`.
-    pub fn start(directory: &Path, role: &str, connector: Option<Connector>, failure: &str) -> Self {
+    /// Starts one; `failure` is what it does about KV caches that it cannot get: `fail` or `recompute`. `parser` names the
+    /// form of tool calls.
+    pub fn start(directory: &Path, role: &str, connector: Option<Connector>, (failure, parser): (&str, &str)) -> Self {
         let (port, side) = (Port::reserve(), Port::reserve());
-        let mut arguments = vec![format!("KV_LOAD_FAILURE={failure}")];
+        let mut arguments = vec![format!("KV_LOAD_FAILURE={failure}"), format!("TOOL_PARSER={parser}")];
         arguments.push(root().join("tests/vllm/serve.sh").display().to_string());
         arguments.extend([role.to_owned(), port.address().port().to_string()]);
         if let Some(connector) = connector {

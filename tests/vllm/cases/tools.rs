@@ -1,0 +1,71 @@
+//! Forced tool calls and structured output: the decode server follows the grammar from its first token on, of a prompt that
+//! another server has computed.
+
+use pd_support::body::CHAT;
+use serde_json::{Value, json};
+
+use crate::Pair;
+use crate::checks::new_prompt;
+use crate::servers::client;
+
+/// What both servers may say: few values, so that random weights come to an end.
+fn schema() -> Value {
+    json!({
+        "type": "object",
+        "properties": {"city": {"enum": ["Oslo", "Rome", "Lima"]}, "days": {"enum": [1, 2, 3]}},
+        "required": ["city", "days"],
+        "additionalProperties": false,
+    })
+}
+
+fn body(more: Value) -> Value {
+    let mut body = json!({
+        "model": "tiny",
+        "temperature": 0,
+        "max_tokens": 200,
+        "messages": [{"role": "user", "content": new_prompt(900)}],
+    });
+    if let (Some(body), Value::Object(more)) = (body.as_object_mut(), more) {
+        body.extend(more);
+    }
+    body
+}
+
+/// What a message says: the arguments of its only tool call, or its text.
+fn said(answer: &Value) -> Value {
+    let message = &answer["choices"][0]["message"];
+    match message["tool_calls"].as_array().map(Vec::as_slice) {
+        Some([call]) => json!([call["function"]["name"], call["function"]["arguments"]]),
+        Some([]) | None => message["content"].clone(),
+        Some(calls) => panic!("several calls: {calls:?}"),
+    }
+}
+
+/// Each answer is that of one server, valid by the schema, and of a split request.
+pub async fn forced_calls_and_schemas_are_right(pair: &Pair) {
+    let tool = json!({"type": "function", "function": {"name": "weather", "parameters": schema()}});
+    let named = json!({"type": "function", "function": {"name": "weather"}});
+    let format = json!({"type": "json_schema", "json_schema": {"name": "answer", "schema": schema(), "strict": true}});
+    let split = "pd_requests_total{decision=\"split\"}";
+    for (what, more) in [
+        ("a named tool", json!({"tools": [tool], "tool_choice": named})),
+        ("any tool", json!({"tools": [tool], "tool_choice": "required"})),
+        ("a schema", json!({"response_format": format})),
+        ("a choice", json!({"structured_outputs": {"choice": ["left", "right"]}})),
+    ] {
+        let body = body(more).to_string();
+        let before = pair.rig.metric(split).await;
+        let expected = pair.aggregated.client().await.post(CHAT, body.clone()).await;
+        let answer = client(pair.rig.address()).await.post(CHAT, body).await;
+        assert_eq!((expected.status, answer.status), (200, 200), "{what}: {}", answer.text());
+        let said = said(&answer.json());
+        assert_eq!(said, self::said(&expected.json()), "{what}");
+        pair.rig.until_metric(split, |value| value == before + 1.0).await;
+        if what != "a choice" {
+            let text = said[1].as_str().or(said.as_str()).unwrap_or_else(|| panic!("{what}: {said}"));
+            let value: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{what}: {error}: {text}"));
+            assert!(value["city"].is_string() && value["days"].is_u64(), "{what}: {value}");
+        }
+        println!("vllm: {:?}: {what}: right", pair.connector);
+    }
+}
