@@ -159,8 +159,8 @@ pub struct Pool {
     pub on_prefill_failure: OnPrefillFailure,
     /// Prefill endpoints to try, 1 to 8.
     pub prefill_attempts: u32,
-    /// Longest prefill leg.
-    pub prefill_timeout: Duration,
+    /// How long a prefill leg may take.
+    pub prefill_timeout: LegLimit,
     /// Port of a prefill endpoint's bootstrap server (SGLang, Mooncake) where the endpoint does not say.
     pub bootstrap_port: u16,
     /// Alternates named beside the decode endpoint for Envoy's connect-failure retry, 0 to 4.
@@ -248,6 +248,28 @@ impl Cost {
     pub fn seconds(&self, n: f64, p: f64) -> f64 {
         let p = p.min(n).max(0.0);
         self.a + self.b * (n - p) + self.c * (n * n - p * p)
+    }
+}
+
+/// Time limit of a prefill leg. It follows what the ledger expects, so that a long prompt behind a long queue is not taken
+/// for an endpoint that does not answer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LegLimit {
+    /// Shortest limit.
+    pub floor: Duration,
+    /// Times of the expected seconds, 1 or more.
+    pub factor: f64,
+}
+
+impl LegLimit {
+    /// Longest limit.
+    const MAX: Duration = Duration::from_secs(3_600);
+
+    /// Limit of a leg that is expected to end after so many seconds, with the work ahead of it.
+    #[must_use]
+    pub fn of(&self, seconds: f64) -> Duration {
+        let expected = Duration::try_from_secs_f64(seconds * self.factor).unwrap_or_default();
+        expected.max(self.floor).min(Self::MAX)
     }
 }
 
@@ -400,6 +422,7 @@ struct RawPool {
     on_prefill_failure: OnPrefillFailure,
     prefill_attempts: u32,
     prefill_timeout_ms: u64,
+    prefill_timeout_factor: f64,
     bootstrap_port: u16,
     alternates: usize,
     cost: RawCost,
@@ -447,6 +470,7 @@ impl Default for RawPool {
             on_prefill_failure: OnPrefillFailure::DecodeOnly,
             prefill_attempts: 2,
             prefill_timeout_ms: 60_000,
+            prefill_timeout_factor: 4.0,
             bootstrap_port: 8_998,
             alternates: 2,
             cost: RawCost::default(),
@@ -741,6 +765,7 @@ impl Pool {
         let numbers = [
             (Key::PoolsPrefillAttempts, f64::from(raw.prefill_attempts)),
             (Key::PoolsPrefillTimeoutMs, raw.prefill_timeout_ms as f64),
+            (Key::PoolsPrefillTimeoutFactor, raw.prefill_timeout_factor),
             (Key::PoolsBootstrapPort, f64::from(raw.bootstrap_port)),
             (Key::PoolsAlternates, raw.alternates as f64),
             (Key::PoolsCostA, raw.cost.a_ms),
@@ -778,7 +803,10 @@ impl Pool {
             },
             on_prefill_failure: raw.on_prefill_failure,
             prefill_attempts: raw.prefill_attempts,
-            prefill_timeout: Duration::from_millis(raw.prefill_timeout_ms),
+            prefill_timeout: LegLimit {
+                floor: Duration::from_millis(raw.prefill_timeout_ms),
+                factor: raw.prefill_timeout_factor,
+            },
             bootstrap_port: raw.bootstrap_port,
             alternates: raw.alternates,
             cost: Cost { a: raw.cost.a_ms * 1e-3, b: raw.cost.b_us * 1e-6, c: raw.cost.c_ns * 1e-9 },

@@ -178,3 +178,47 @@ fn unusable_parameters_cost_a_second_prefill_and_never_the_right_text() {
         rig.until_idle().await;
     });
 }
+
+/// A prompt that takes longer than its limit, at a server that answers others.
+#[test]
+fn a_slow_prompt_puts_no_server_out_and_is_computed_twice_at_most() {
+    run(async {
+        let pool = json!({"prefill_timeout_ms": 500, "prefill_timeout_factor": 1, "on_prefill_failure": "decode_only"});
+        let rig = Rig::builder().pool(pool).start().await;
+        let mut slow = rig.client(Http::One).await;
+        let body = long_chat();
+        let (request, path) = logged_chat(&slow, &body, &[(pd_sim::FAULT_HEADER, b"prefill:delay=2000")]);
+        let others = async {
+            let mut client = rig.client(Http::Two).await;
+            for _ in 0..30 {
+                ask(&mut client, &long_chat()).await;
+                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
+        };
+        let (answer, ()) = futures::future::join(slow.send(request), others).await;
+        assert_right(&answer, &body);
+        let entry = rig.access_log_of(&path).await;
+        assert_eq!((&entry["decision"], &entry["reason"]), (&json!("decode_only"), &json!("prefill_timeout")));
+        rig.until_metric("pd_prefill_legs_total{result=\"timeout\"}", |value| value == 1.0).await;
+        for zero in [RETRIES, "pd_prefill_legs_total{result=\"unreachable\"}"] {
+            assert_eq!(rig.metric(zero).await, 0.0, "{zero}");
+        }
+        assert_eq!(sum(&rig.decode, |stats| stats.local_prefills), 1);
+        rig.until_idle().await;
+    });
+}
+
+#[test]
+fn the_limit_of_a_leg_follows_what_the_ledger_expects() {
+    run(async {
+        // The filter expects a second for each prompt, so the leg may take four; the floor alone would end it.
+        let cost = json!({"a_ms": 1000, "b_us": 0, "c_ns": 0});
+        let rig = Rig::builder().pool(json!({"prefill_timeout_ms": 100, "cost": cost, "fit": false})).start().await;
+        rig.prefill.iter().for_each(|engine| engine.set_faults("delay=500").unwrap());
+        let mut client = rig.client(Http::One).await;
+        ask(&mut client, &long_chat()).await;
+        assert_eq!(rig.until_metric("pd_prefill_legs_total{result=\"ok\"}", |value| value >= 1.0).await, 1.0);
+        assert_eq!(rig.metric("pd_prefill_legs_total{result=\"timeout\"}").await, 0.0);
+        rig.until_idle().await;
+    });
+}

@@ -148,7 +148,9 @@ keys! {
     PoolsPrefillAttempts "pools.NAME.prefill_attempts" "2", Values::between(1.0, 8.0, "prefill endpoints"),
         "How many prefill endpoints the filter tries for one request."
     PoolsPrefillTimeoutMs "pools.NAME.prefill_timeout_ms" "60000", Values::between(1.0, 3_600_000.0, "ms"),
-        "Time limit of one prefill leg."
+        "Time limit of one prefill leg, where `prefill_timeout_factor` does not give a longer one."
+    PoolsPrefillTimeoutFactor "pools.NAME.prefill_timeout_factor" "4.0", Values::between(1.0, 1_000.0, ""),
+        "A prefill leg may take this many times what the filter expects for the work ahead of it and its own prompt, if that is longer than `prefill_timeout_ms`; an hour at most."
     PoolsBootstrapPort "pools.NAME.bootstrap_port" "8998", Values::between(1.0, 65_535.0, ""),
         "Port of a prefill server's bootstrap server (SGLang, Mooncake) where the endpoint does not give one."
     PoolsAlternates "pools.NAME.alternates" "2", Values::between(0.0, 4.0, "endpoints"),

@@ -40,6 +40,8 @@ pub struct EndpointState {
     pub(super) elsewhere: Totals,
     /// Whether the endpoint answered the last time.
     pub health: Health,
+    /// When the endpoint last answered a prefill leg of this Envoy, well or not; zero: never.
+    pub(crate) answered_at: Monotonic,
     /// What it answered lately: errors, and what followed them, to legs of every worker of this Envoy; other answers to
     /// those of this worker only.
     pub answers: Answers,

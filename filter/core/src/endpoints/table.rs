@@ -423,6 +423,7 @@ impl Table {
                     decode: Load::default(),
                     elsewhere: Totals::default(),
                     health: Health::default(),
+                    answered_at: Monotonic::ZERO,
                     answers: Answers::default(),
                     generation: self.generation,
                     fit,

@@ -65,18 +65,20 @@ pub(super) fn start_leg(
         legs::prefill_body(protocol, parsed.api, body.bytes, &body.scan, pair, model)
     });
     let mut rank = None;
+    let mut timeout = pool.prefill_timeout.of(pick.seconds);
     if let Some(state) = worker.state.table.get_mut(pick.endpoint) {
         state.health.sent(now);
         rank = state.endpoint.rank;
+        timeout = pool.prefill_timeout.of(state.work(now) + pick.seconds);
     }
     if let Some(endpoint) = worker.state.table.refer(pick.endpoint) {
-        worker.prefill_started(endpoint, leg, pick.seconds, now, now.saturating_add(pool.prefill_timeout));
+        worker.prefill_started(endpoint, leg, pick.seconds, now, now.saturating_add(timeout));
     }
     remember_prompt(worker, pick.endpoint, &parsed.prompt);
     worker.counts.add(Metric::PrefillInFlight, 1);
     let path = leg_path(parsed);
     let headers = leg_headers(&parsed.head.headers, config, &path, destination.as_bytes(), rank);
-    (Call { cluster: config.cluster.clone(), headers, body, timeout: pool.prefill_timeout }, leg)
+    (Call { cluster: config.cluster.clone(), headers, body, timeout }, leg)
 }
 
 /// Makes bytes that depend on the prefill endpoint and the pairing of the legs; the default where the endpoint is gone.
@@ -99,31 +101,41 @@ pub(super) struct LegEnd {
     pub(super) seconds: Option<f64>,
     /// A warning, where its answer ejects the endpoint.
     pub(super) warning: Option<Effect>,
+    /// Whether the leg took longer than its limit at an endpoint that answers others. Another endpoint would need as long.
+    pub(super) is_too_slow: bool,
 }
 
 /// Takes a prefill leg out of the ledger and notes how it went. A refusal says nothing of the endpoint yet: the caller
-/// notes whether it is the endpoint's or the client's.
+/// notes whether it is the endpoint's or the client's. A leg over its limit is no mark against an endpoint that answered
+/// another leg since this one was `sent`.
 pub(super) fn leg_ended(
     worker: &mut Worker,
     endpoint: EndpointRef,
-    leg: u64,
+    (leg, sent): (u64, Monotonic),
     answer: &PrefillAnswer<'_>,
     now: Monotonic,
 ) -> LegEnd {
     worker.counts.add(Metric::PrefillInFlight, -1);
     let fault = answer.fault();
+    let state = worker.state.table.resolve(endpoint);
+    let is_too_slow = fault == Some(Fault::TimedOut) && state.is_some_and(|state| state.answered_at > sent);
     worker.counts.count(match (fault, answer) {
         (Some(Fault::NotStarted), _) => Metric::PrefillNotSent,
+        (Some(Fault::TimedOut), _) => Metric::PrefillTimedOut,
         (Some(Fault::Unreachable), _) => Metric::PrefillRefused,
         (Some(Fault::ServerError), _) => Metric::PrefillServerError,
         (None, PrefillAnswer::Answered { status: 200, .. }) => Metric::PrefillOk,
         (None, _) => Metric::PrefillClientError,
     });
     let seconds = worker.state.table.resolve(endpoint).and_then(|state| state.prefill.service_seconds(leg, now));
-    worker.prefill_ended(endpoint, leg, now);
+    match fault {
+        None | Some(Fault::ServerError) => worker.prefill_answered(endpoint, leg, now),
+        Some(_) => worker.prefill_ended(endpoint, leg, now),
+    }
     let mut warning = None;
     match fault {
-        Some(Fault::Unreachable) => {
+        Some(Fault::TimedOut) if is_too_slow => {}
+        Some(Fault::Unreachable | Fault::TimedOut) => {
             worker.failed(endpoint, now);
             if let Some(state) = worker.state.table.resolve(endpoint) {
                 state.engine_id = None;
@@ -136,7 +148,7 @@ pub(super) fn leg_ended(
             warning = worker.judge_answer(endpoint, Leg::Prefill, error, now).map(Effect::Warn);
         }
     }
-    LegEnd { seconds, warning }
+    LegEnd { seconds, warning, is_too_slow }
 }
 
 /// A prefill endpoint refused what another one accepts; a warning where that ejects it.
@@ -165,6 +177,8 @@ pub(super) enum Fault {
     NotStarted,
     /// The endpoint did not answer. It is ejected.
     Unreachable,
+    /// The endpoint did not answer within the leg's limit.
+    TimedOut,
     /// The endpoint answered that it cannot compute the prompt now. It is not ejected for that.
     ServerError,
 }
@@ -185,6 +199,7 @@ impl PrefillAnswer<'_> {
         match self {
             PrefillAnswer::NotStarted => Some(Fault::NotStarted),
             PrefillAnswer::None => Some(Fault::Unreachable),
+            PrefillAnswer::Answered { status: 504, body: b"upstream request timeout", .. } => Some(Fault::TimedOut),
             PrefillAnswer::Answered { status: 502..=504, body, .. } if is_envoys(body) => {
                 Some(if was_sent(body) { Fault::Unreachable } else { Fault::NotStarted })
             }

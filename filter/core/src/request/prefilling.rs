@@ -25,6 +25,10 @@ use crate::workers::worker::Worker;
 
 /// Reason code of a split whose KV cache could not be handed over.
 const KV_MISSING: &str = "kv_missing";
+/// Reason code of a request that no prefill endpoint served.
+const PREFILL_FAILED: &str = "prefill_failed";
+/// Reason code of a request whose prefill leg took longer than its limit at an endpoint that answers others.
+const PREFILL_TIMEOUT: &str = "prefill_timeout";
 
 impl Prefilling {
     /// The call ended: the leg, or the question before it. `body` reads the client's body again.
@@ -39,7 +43,8 @@ impl Prefilling {
             self.refresh_candidates(worker);
             return self.engine_id_answered(worker, answer, body, now);
         };
-        let LegEnd { seconds, mut warning } = leg_ended(worker, self.prefiller.endpoint, leg, &answer, now);
+        let LegEnd { seconds, mut warning, is_too_slow } =
+            leg_ended(worker, self.prefiller.endpoint, (leg, self.sent), &answer, now);
         self.refresh_candidates(worker);
         let step = match (answer, answer.fault()) {
             (PrefillAnswer::Answered { status: 200, body: answer, .. }, None) => {
@@ -52,6 +57,8 @@ impl Prefilling {
             (PrefillAnswer::Answered { status, content_type, body: answer }, None) => {
                 self.refused(worker, engines_reply(status, content_type, answer), body, now)
             }
+            // Another endpoint would compute the same prompt against the same limit.
+            _ if is_too_slow => give_up(worker, &self.split.parsed, PREFILL_TIMEOUT, now),
             _ => self.try_another(worker, body, now),
         };
         Ok(Step::or_reject(step, worker).after(warning))
@@ -122,7 +129,7 @@ impl Prefilling {
         {
             let body = body();
             let Some(body) = body.as_ref().and_then(|body| ScannedBody::read(body.as_ref()).ok()) else {
-                return give_up(worker, &self.split.parsed, now);
+                return give_up(worker, &self.split.parsed, PREFILL_FAILED, now);
             };
             return self.split.start(worker, self.prefiller.pick, &body, now);
         }
@@ -150,7 +157,7 @@ impl Prefilling {
             }
             worker.counts.count(Metric::RetriesDenied);
         }
-        let step = give_up(worker, &self.split.parsed, now);
+        let step = give_up(worker, &self.split.parsed, PREFILL_FAILED, now);
         match (step, self.split.refusal.take()) {
             (Err(_), Some((_, refusal))) => {
                 worker.counts.count(Metric::RequestsRejected);
@@ -249,7 +256,12 @@ fn edit_with<B: AsRef<[u8]>>(
 }
 
 /// No prefill endpoint could be had: the pool's policy decides.
-fn give_up(worker: &mut Worker, parsed: &ParsedRequest, now: Monotonic) -> Result<Step, Rejection> {
+fn give_up(
+    worker: &mut Worker,
+    parsed: &ParsedRequest,
+    reason: &'static str,
+    now: Monotonic,
+) -> Result<Step, Rejection> {
     worker.counts.count(Metric::PrefillGivenUp);
     let picked = match parsed.pool().on_prefill_failure {
         OnPrefillFailure::Fail => None,
@@ -258,7 +270,7 @@ fn give_up(worker: &mut Worker, parsed: &ParsedRequest, now: Monotonic) -> Resul
         }
     };
     let (pick, alternates) = picked.ok_or(Rejection::PrefillFailed)?;
-    let (decision, reason) = (Metric::RequestsDecodeOnly, "prefill_failed");
+    let decision = Metric::RequestsDecodeOnly;
     let route = Route { decision, reason, pick, alternates, prefill: Prefill::Own, edit: parsed.plain_edit() };
     forward(worker, parsed, route, now)
 }

@@ -141,7 +141,7 @@ fn account(worker: &mut Worker, parsed: &ParsedRequest, route: &Route, now: Mono
         Prefill::Done { .. } | Prefill::Concurrent(..) => None,
     };
     assignment.own_prefill = own.map(|(pick, endpoint)| {
-        let expires = now.saturating_add(parsed.pool().prefill_timeout);
+        let expires = now.saturating_add(parsed.pool().prefill_timeout.of(route.pick.seconds));
         worker.prefill_started(endpoint, leg, pick.seconds, now, expires);
         (endpoint, leg)
     });

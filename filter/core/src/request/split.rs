@@ -43,7 +43,7 @@ impl Split {
         }
         if let Some(query) = protocol.engine_id.as_ref().filter(|_| state.engine_id.is_none()) {
             let server = state.bootstrap.to_string();
-            return Ok(self.ask_engine_id(prefiller, query, &server));
+            return Ok(self.ask_engine_id(prefiller, query, &server, now));
         }
         if self.tried.is_empty() {
             worker.retries.earn();
@@ -51,7 +51,7 @@ impl Split {
         match protocol.legs {
             LegOrder::Sequential => {
                 let (call, leg) = start_leg(worker, &self, pick, None, body, now);
-                Ok(self.await_call(prefiller, Some(leg), call))
+                Ok(self.await_call(prefiller, Some(leg), call, now))
             }
             LegOrder::Concurrent => self.start_both(worker, &prefiller, body, now),
             LegOrder::DecodeOnly => self.leave_to_sidecar(worker, &prefiller, now),
@@ -59,7 +59,7 @@ impl Split {
     }
 
     /// The decode leg will name the engine, so its id is asked for first.
-    fn ask_engine_id(self, prefiller: Prefiller, query: &EngineIdQuery, server: &str) -> Step {
+    fn ask_engine_id(self, prefiller: Prefiller, query: &EngineIdQuery, server: &str, now: Monotonic) -> Step {
         let config = &self.parsed.head.config;
         let call = Call {
             cluster: config.bootstrap_cluster.clone(),
@@ -67,11 +67,11 @@ impl Split {
             body: Vec::new(),
             timeout: QUESTION_TIMEOUT,
         };
-        self.await_call(prefiller, None, call)
+        self.await_call(prefiller, None, call, now)
     }
 
-    fn await_call(self, prefiller: Prefiller, leg: Option<u64>, call: Call) -> Step {
-        let state = Prefilling { split: self, prefiller, leg };
+    fn await_call(self, prefiller: Prefiller, leg: Option<u64>, call: Call, sent: Monotonic) -> Step {
+        let state = Prefilling { split: self, prefiller, leg, sent };
         Step::new(State::Prefilling(Box::new(state)), Flow::Pause, vec![Effect::Call(call)])
     }
 

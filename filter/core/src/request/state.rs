@@ -52,6 +52,8 @@ pub(super) struct Prefilling {
     pub(super) prefiller: Prefiller,
     /// The leg; none yet while the endpoint's bootstrap server is asked for the engine's id.
     pub(super) leg: Option<u64>,
+    /// When the call was sent.
+    pub(super) sent: Monotonic,
 }
 
 /// A request that two legs serve.

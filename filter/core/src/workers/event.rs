@@ -25,8 +25,8 @@ const MAX_EVENT_BLOCKS: usize = 2_048;
 pub(crate) enum Event<'a> {
     /// A prefill leg was sent to the endpoint, which needs `seconds` for it. Nobody counts it beyond `expires`.
     PrefillStarted { leg: u64, seconds: f64, at: Monotonic, expires: Monotonic },
-    /// That leg ended.
-    PrefillEnded { leg: u64, at: Monotonic },
+    /// That leg ended. `answered`: the endpoint answered it, well or not.
+    PrefillEnded { leg: u64, at: Monotonic, answered: bool },
     /// The client of that leg is gone, and the endpoint may still compute it.
     PrefillAbandoned { leg: u64, at: Monotonic },
     /// A request with so many KV tokens was assigned to the endpoint.
@@ -101,8 +101,11 @@ impl<'a> Event<'a> {
             Self::PrefillStarted { leg, seconds, at, expires } => {
                 endpoint_state.prefill.add_behind(endpoint_state.elsewhere_seconds(), leg, seconds, at, expires);
             }
-            Self::PrefillEnded { leg, at } => {
+            Self::PrefillEnded { leg, at, answered } => {
                 endpoint_state.prefill.remove(leg, at);
+                if answered {
+                    endpoint_state.answered_at = endpoint_state.answered_at.max(at);
+                }
             }
             Self::PrefillAbandoned { leg, at } => endpoint_state.prefill.abandon(leg, at),
             Self::DecodeStarted { tokens } => endpoint_state.decode.add(tokens),
@@ -141,10 +144,11 @@ impl<'a> Event<'a> {
                 out.time(*at);
                 out.time(*expires);
             }
-            Self::PrefillEnded { leg, at } => {
+            Self::PrefillEnded { leg, at, answered } => {
                 head(2);
                 out.word(*leg);
                 out.time(*at);
+                out.0.push(u8::from(*answered));
             }
             Self::PrefillAbandoned { leg, at } => {
                 head(3);
@@ -255,7 +259,8 @@ impl<'a> Event<'a> {
                 let (leg, seconds) = (rest.word()?, f64::from_bits(rest.word()?));
                 Self::PrefillStarted { leg, seconds, at: rest.time()?, expires: rest.time()? }
             }
-            2 => Self::PrefillEnded { leg: rest.word()?, at: rest.time()? },
+            // An older filter does not write whether the endpoint answered.
+            2 => Self::PrefillEnded { leg: rest.word()?, at: rest.time()?, answered: rest.byte() == Some(1) },
             3 => Self::PrefillAbandoned { leg: rest.word()?, at: rest.time()? },
             4 => Self::DecodeStarted { tokens: rest.word()? },
             5 => Self::DecodeEnded { tokens: rest.word()? },
@@ -297,7 +302,11 @@ pub(crate) mod tests {
                 at,
                 expires
             }),
-            (any::<u64>(), time()).prop_map(|(leg, at)| Event::PrefillEnded { leg, at }),
+            (any::<u64>(), time(), any::<bool>()).prop_map(|(leg, at, answered)| Event::PrefillEnded {
+                leg,
+                at,
+                answered
+            }),
             (any::<u64>(), time()).prop_map(|(leg, at)| Event::PrefillAbandoned { leg, at }),
             any::<u64>().prop_map(|tokens| Event::DecodeStarted { tokens }),
             any::<u64>().prop_map(|tokens| Event::DecodeEnded { tokens }),

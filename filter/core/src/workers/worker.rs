@@ -218,9 +218,15 @@ impl Worker {
         self.happens(endpoint, &Event::PrefillStarted { leg, seconds, at, expires });
     }
 
-    /// A prefill leg ended.
+    /// A prefill leg ended without an answer of its endpoint.
     pub(crate) fn prefill_ended(&mut self, endpoint: EndpointRef, leg: u64, at: Monotonic) {
-        self.happens(endpoint, &Event::PrefillEnded { leg, at });
+        self.happens(endpoint, &Event::PrefillEnded { leg, at, answered: false });
+        self.room_changed();
+    }
+
+    /// A prefill leg ended with an answer of its endpoint.
+    pub(crate) fn prefill_answered(&mut self, endpoint: EndpointRef, leg: u64, at: Monotonic) {
+        self.happens(endpoint, &Event::PrefillEnded { leg, at, answered: true });
         self.room_changed();
     }
 

@@ -348,3 +348,70 @@ fn a_refusal_behind_a_prefill_leg_is_stranded_and_leaves_no_prompt_at_the_decode
     assert_eq!(t.worker.counts.pending(Metric::KvStrandedRefused), 1, "a whole request strands nothing");
     assert!(t.is_idle());
 }
+
+const TIMEOUT: &str = "upstream request timeout";
+
+#[test]
+fn a_leg_over_its_limit_is_no_mark_against_an_endpoint_that_answers_others() {
+    for policy in ["decode_only", "fail"] {
+        let pool = format!(r#"{{"pools":{{"default":{{"on_prefill_failure":"{policy}","prefill_attempts":3}}}},"#);
+        let mut t = configured(&CONFIG.replacen('{', &pool, 1));
+        t.headers(&[]);
+        let slow = leg_destination(&t.body(&long_body())).split(',').next().unwrap().to_owned();
+        let mut waiting = core::mem::take(&mut t.request);
+        t.now = t.now.saturating_add(Duration::from_secs(1));
+        for number in 0..20 {
+            let (outcome, _) = split_by(&mut t, number, "none", 500);
+            assert_eq!(state(&outcome, REASON), "prefilled");
+            t.done();
+        }
+        let answered = |t: &Fixture| {
+            let (_, state) = t.worker.state.table.iter().find(|(_, state)| *state.address == *slow).unwrap();
+            state.answered_at > Monotonic::from_secs(5)
+        };
+        assert!(answered(&t), "the test's own: the endpoint got another leg");
+        core::mem::swap(&mut t.request, &mut waiting);
+        t.now = t.now.saturating_add(Duration::from_secs(60));
+        let outcome = t.answer(504, TIMEOUT);
+        if policy == "fail" {
+            assert_eq!(reply(&outcome), (503, "prefill_failed"));
+        } else {
+            assert_eq!((state(&outcome, DECISION), state(&outcome, REASON)), ("decode_only", "prefill_timeout"));
+        }
+        t.done();
+        assert_eq!(failing(&t, ""), [""; 0]);
+        assert_eq!(t.worker.counts.pending(Metric::PrefillTimedOut), 1);
+        assert_eq!(t.worker.counts.pending(Metric::PrefillRetries), 0);
+        assert!(t.is_idle());
+    }
+}
+
+#[test]
+fn a_leg_over_its_limit_at_an_endpoint_that_answers_nothing_is_tried_elsewhere() {
+    let mut t = fixture();
+    t.headers(&[]);
+    let dead = leg_destination(&t.body(&long_body())).split(',').next().unwrap().to_owned();
+    t.now = t.now.saturating_add(Duration::from_secs(60));
+    let second = t.answer(504, TIMEOUT);
+    assert_ne!(leg_destination(&second).split(',').next(), Some(&*dead));
+    assert_eq!(failing(&t, ""), [dead]);
+    t.done();
+}
+
+#[test]
+fn the_limit_of_a_leg_follows_the_queue_and_the_prompt() {
+    // Two seconds for each prompt, whatever its length.
+    let pool = r#"{"pools":{"default":{"prefill_timeout_ms":3000,"cost":{"a_ms":2000,"b_us":0,"c_ns":0}}},"#;
+    let mut t = configured(&CONFIG.replacen('{', pool, 1).replace(r#"{"address": "10.0.0.1:2", "role": "prefill", "models": ["m"]},"#, ""));
+    let mut limits = Vec::new();
+    for number in 0..3 {
+        t.request = Request::default();
+        t.headers(&[]);
+        limits.push(call(&t.body(&long_body().replace("word", &format!("w{number}")))).timeout.as_secs_f64());
+    }
+    assert_eq!(limits, [8.0, 16.0, 24.0]);
+    let quick = configured(&CONFIG.replacen('{', r#"{"pools":{"default":{"prefill_timeout_ms":3000}},"#, 1));
+    let mut t = quick;
+    t.headers(&[]);
+    assert_eq!(call(&t.body(&long_body())).timeout, Duration::from_secs(3));
+}
