@@ -88,6 +88,7 @@ metrics! {
     DecodeMoved Counter "pd_decode_moved_total" "Requests that Envoy's retry moved to an alternate decode endpoint",
     DecodeUnanswered Counter "pd_decode_unanswered_total" "Requests that no decode endpoint answered: every attempt at one was refused, reset or timed out while it connected",
     AnsweredByEnvoy Counter "pd_answered_by_envoy_total" "Requests that Envoy answered itself behind the filter, for a reason that is no endpoint's: a rate limit, an authorisation, a full circuit breaker, no healthy host, a time limit",
+    AnsweredByOther Counter "pd_answered_by_other_total" "Requests that an endpoint answered which the filter did not name: Envoy's cluster lacks those that it named",
     OutliersServer Counter "pd_outliers_total;reason=server_error" "Endpoints ejected because they answered 5xx and the other endpoints of their pool and role did not",
     OutliersOverload Counter "pd_outliers_total;reason=overload" "Endpoints ejected because they answered 429 or 503 and the other endpoints of their pool and role did not",
     OutliersRefusal Counter "pd_outliers_total;reason=refusal" "Prefill endpoints ejected because they answered 4xx to requests that other prefill endpoints accepted",

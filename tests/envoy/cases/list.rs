@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 use futures::future::join_all;
 use pd_support::body::CHAT;
 use pd_support::client::{BOTH, Client, Http, Streaming};
+use pd_support::config::eds_file;
 use pd_support::file::replace;
 use pd_support::wait::until;
 use pd_tests::answer::is_done;
 use pd_tests::rig::{Rig, WORKERS, endpoints_file, entries, run};
 use serde_json::Value;
 
-use crate::support::{ask, long_chat, short_chat, sum};
+use crate::support::{ask, assert_rejected, long_chat, short_chat, sum};
 
 /// Sends one request after the other until told to stop; says when each that `is_old` answered was sent, and came back.
 async fn watch(mut client: Client, old: &str, stop: Arc<AtomicBool>) -> Option<Instant> {
@@ -233,5 +234,45 @@ fn static_endpoints_serve_where_there_is_no_pd_control() {
             }
         }
         assert_eq!(sum(&rig.prefill, |stats| stats.prefill_legs), 4);
+    });
+}
+
+/// A second port of a pool, or an EDS that is late: the list has decode servers that Envoy does not have.
+#[test]
+fn a_prefill_server_never_generates_for_decode_servers_that_envoy_lacks() {
+    run(async {
+        let start = async |role| pd_sim::start(pd_sim::Config::of(role)).await.unwrap();
+        let [prefill, decode] = [start(pd_sim::Role::Prefill).await, start(pd_sim::Role::Decode).await];
+        let directory = tempfile::tempdir().unwrap();
+        let eds = directory.path().join("eds.json");
+        let hosts = [prefill.addr(), decode.addr()];
+        replace(&eds, &eds_file(&hosts[..1])).unwrap();
+        let file = eds.clone();
+        let rig = Rig::builder().engines(0, 0).other(hosts[0], "prefill").other(hosts[1], "decode");
+        let rig = rig.envoy(move |config| config.set_eds(&file)).start().await;
+        let mut reached = 0;
+        for client in &mut rig.client_of_each_worker(Http::One).await {
+            for _ in 0..8 {
+                let answer = client.post(CHAT, short_chat()).await;
+                let reason = answer.reason().unwrap_or_default().to_owned();
+                assert!(["wrong_endpoint", "no_endpoint"].contains(&reason.as_str()), "{reason}: {}", answer.text());
+                assert_rejected(&answer, 503, &reason);
+                reached += u64::from(reason == "wrong_endpoint");
+            }
+        }
+        assert!((1..=6).contains(&reached), "{reached} requests reached the prefill server");
+        assert_eq!(prefill.stats().requests, reached);
+        rig.until_metric("pd_answered_by_other_total", |value| value == reached as f64).await;
+        let line = format!("{} is not in Envoy's cluster: {} answered", decode.addr(), prefill.addr());
+        let lines = rig.envoy.log().matches(&line).count();
+        assert!((1..=2).contains(&lines), "{lines} lines");
+
+        replace(&eds, &eds_file(&hosts)).unwrap();
+        let mut client = rig.client(Http::Two).await;
+        until("the decode server serves", async || {
+            (client.post(CHAT, short_chat()).await.status == 200).then_some(())
+        })
+        .await;
+        rig.until_idle().await;
     });
 }

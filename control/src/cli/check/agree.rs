@@ -8,7 +8,7 @@ use super::containers::has_token;
 use super::filters::Filter;
 use super::images::digest;
 use super::report::Report;
-use super::{order, others, readiness, rewrites};
+use super::{order, others, ports, readiness, rewrites};
 use crate::cli::manifests::{Manifests, Object, items, text};
 
 /// Value of the destination header that the route sets.
@@ -66,6 +66,7 @@ fn check_cluster(filter: &Filter<'_>, key: &str, cluster: &str, all: &Manifests,
     if all.of_kind("Service").next().is_none() {
         return;
     }
+    let mut services = Vec::new();
     for backend in backends.iter().filter(|backend| matches!(text(backend, "/kind"), "" | "Service")) {
         let (service, port) = (text(backend, "/name"), backend.get("port"));
         let namespace = Some(text(backend, "/namespace")).filter(|text| !text.is_empty()).unwrap_or(&route.namespace);
@@ -77,6 +78,10 @@ fn check_cluster(filter: &Filter<'_>, key: &str, cluster: &str, all: &Manifests,
             let port = port.map_or("no port".to_owned(), Value::to_string);
             report.fault(says(format!("{}: {} has no port {port}", route.title(), found.title())));
         }
+        services.push((found, port));
+    }
+    if key == "cluster" {
+        ports::check(&services, all, report);
     }
 }
 

@@ -14,6 +14,7 @@ mod images;
 mod order;
 mod others;
 mod policies;
+mod ports;
 mod readiness;
 mod release;
 mod report;

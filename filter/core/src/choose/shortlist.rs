@@ -64,8 +64,8 @@ impl<'a> View<'a> {
         let holders = self.index.holders(&prompt.hash.blocks, HOLDERS).into_iter();
         let holders = holders.chain(self.session_holder(among, prompt)).filter_map(|index| {
             let state = self.table.get(index)?;
-            let fits =
-                self.is_among(among, state) && !tried.contains(&index) && (!any_healthy || self.is_usable(state));
+            let may_serve = if any_healthy { self.is_usable(state) } else { !state.health.is_absent(self.now) };
+            let fits = self.is_among(among, state) && !tried.contains(&index) && may_serve;
             fits.then_some((index, state))
         });
         let shortlist = least.into_iter().map(|(.., of)| of).chain(owner).chain(holders).collect();
@@ -81,8 +81,8 @@ impl<'a> View<'a> {
         among.binary_search_by_key(&Some(state.key), |index| self.table.get(*index).map(|state| state.key)).is_ok()
     }
 
-    /// Endpoints that may be chosen: the healthy ones that were not tried; where there is none, all that were not tried. Of
-    /// many endpoints it is a part, unless none in that part is healthy.
+    /// Endpoints that may be chosen: the healthy ones that were not tried; where there is none, all that were not tried,
+    /// without those that Envoy does not have. Of many endpoints it is a part, unless none in that part is healthy.
     pub(super) fn usable(
         self,
         among: &[EndpointIndex],
@@ -100,7 +100,8 @@ impl<'a> View<'a> {
             return all;
         }
         let untried = among.iter().filter(|index| !tried.contains(index));
-        untried.filter_map(|index| Some((*index, self.table.get(*index)?))).collect()
+        let states = untried.filter_map(|index| Some((*index, self.table.get(*index)?)));
+        states.filter(|(_, state)| !state.health.is_absent(self.now)).collect()
     }
 
     fn healthy(self, among: &[EndpointIndex], tried: &[EndpointIndex]) -> Vec<(EndpointIndex, &'a EndpointState)> {

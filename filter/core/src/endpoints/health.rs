@@ -11,6 +11,8 @@ pub enum Cause {
     /// It could not be reached, or reset the connection.
     #[default]
     Unreachable,
+    /// Envoy's cluster does not have it: another endpoint answered in its place.
+    Absent,
     /// It answers errors that the other endpoints of its pool and role do not answer.
     Outlier(ErrorKind),
 }
@@ -21,6 +23,7 @@ impl Cause {
     pub const fn text(self) -> &'static str {
         match self {
             Self::Unreachable => "does not answer",
+            Self::Absent => "is not in Envoy's cluster",
             Self::Outlier(ErrorKind::Server) => "answers 5xx where others of its pool do not",
             Self::Outlier(ErrorKind::Overload) => "answers 429 or 503 where others of its pool do not",
             Self::Outlier(ErrorKind::Refusal) => "answers 4xx where others of its pool do not",
@@ -31,6 +34,7 @@ impl Cause {
     pub(crate) const fn code(self) -> u8 {
         match self {
             Self::Unreachable => 0,
+            Self::Absent => ABSENT,
             Self::Outlier(kind) => kind.code(),
         }
     }
@@ -39,10 +43,14 @@ impl Cause {
     pub(crate) const fn of_code(code: u8) -> Self {
         match ErrorKind::of_code(code) {
             Some(kind) => Self::Outlier(kind),
+            None if code == ABSENT => Self::Absent,
             None => Self::Unreachable,
         }
     }
 }
+
+/// Number of [`Cause::Absent`] in an event, behind those of errors.
+const ABSENT: u8 = 4;
 
 /// Health of one endpoint. Without any failure it is healthy.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -66,6 +74,13 @@ impl Health {
     #[must_use]
     pub fn is_usable(&self, now: Monotonic) -> bool {
         self.failures == 0 || (now >= self.out_until && !self.probing)
+    }
+
+    /// Whether a request cannot reach the endpoint: Envoy's cluster does not have it, and no probe is due. Another endpoint
+    /// would answer, of any role.
+    #[must_use]
+    pub fn is_absent(&self, now: Monotonic) -> bool {
+        self.cause == Cause::Absent && !self.is_usable(now)
     }
 
     /// A request goes to the endpoint. After a failure that request is the probe, and the endpoint gets no other one.
@@ -144,6 +159,19 @@ mod tests {
         health.sent(ms(1_510));
         health.answered();
         assert_eq!(health, Health::default());
+    }
+
+    #[test]
+    fn an_absent_endpoint_is_one_until_its_probe() {
+        let mut health = Health::default();
+        health.failed(Cause::Unreachable, ms(0));
+        assert!(!health.is_absent(ms(1)));
+        health.failed(Cause::Absent, ms(0));
+        assert!(health.is_absent(ms(999)) && !health.is_absent(ms(1_000)));
+        health.sent(ms(1_000));
+        assert!(health.is_absent(ms(1_001)));
+        health.answered();
+        assert!(!health.is_absent(ms(1_002)));
     }
 
     #[test]

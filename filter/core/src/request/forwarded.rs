@@ -1,5 +1,7 @@
 //! A request that an engine endpoint has: the endpoint that answers, and the prefill leg that may run beside it.
 
+use std::sync::Arc;
+
 use super::effect::{Effect, Flow, KV_HEADER, Outcome, SERVED_HEADER};
 use super::leg::{PrefillAnswer, abandon, engines_reply, leg_ended, refused_alone};
 use super::route::{JUDGED_TOKENS, prefill_ms};
@@ -15,7 +17,17 @@ use crate::prefix::hash::response_hash;
 use crate::request::reply::Rejection;
 use crate::request::upstream::Answerer;
 use crate::time::Monotonic;
+use crate::wire::Role;
 use crate::workers::worker::Worker;
+
+/// What is known of an answer by who gave it.
+#[derive(Debug, Default)]
+struct AnsweredBy {
+    /// For the operator.
+    warnings: Vec<String>,
+    /// Whether the client must not get the answer.
+    may_not_answer: bool,
+}
 
 impl Forwarded {
     /// The prefill leg beside the decode leg ended. The decode leg waits for a KV cache that a failed prefill leg never
@@ -68,14 +80,18 @@ impl Forwarded {
 
     /// Response headers are there.
     pub(super) fn response_headers(
-        &mut self,
+        mut self: Box<Self>,
         worker: &mut Worker,
         answerer: Answerer<'_>,
         status: Option<u16>,
         now: Monotonic,
-    ) -> Outcome {
-        let mut effects: Vec<_> =
-            self.answered_by(worker, answerer, status, now).map(Effect::Warn).into_iter().collect();
+    ) -> Step {
+        let by = self.answered_by(worker, answerer, status, now);
+        let mut effects: Vec<_> = by.warnings.into_iter().map(Effect::Warn).collect();
+        if by.may_not_answer {
+            self.end(worker, now);
+            return Step::refuse(Rejection::WrongEndpoint).after(effects);
+        }
         if self.is_restricted {
             effects.extend(served_by(answerer));
         }
@@ -94,21 +110,23 @@ impl Forwarded {
         // A refusal does not wait for the KV cache.
         let is_held = self.concurrent_prefill.is_some() && answerer.host().is_some() && status == Some(200);
         self.response = if is_held { Response::Held } else { Response::Passed };
-        Outcome { flow: if is_held { Flow::Pause } else { Flow::Continue }, effects }
+        let flow = if is_held { Flow::Pause } else { Flow::Continue };
+        Step::new(State::Forwarded(self), flow, effects)
     }
 
-    /// Notes who answered: the endpoint that was chosen, the alternate that Envoy went on to, or no endpoint. A warning
-    /// where the answer ejects the endpoint.
+    /// Notes who answered: the endpoint that was chosen, the alternate that Envoy went on to, another endpoint, or none.
     fn answered_by(
         &mut self,
         worker: &mut Worker,
         answerer: Answerer<'_>,
         status: Option<u16>,
         now: Monotonic,
-    ) -> Option<String> {
+    ) -> AnsweredBy {
         match answerer {
             Answerer::Host(address) => {
-                let endpoint = self.reached(worker, address)?;
+                let Some(endpoint) = self.reached(worker, address) else {
+                    return self.answered_by_other(worker, address, now);
+                };
                 if endpoint != self.assignment.endpoint {
                     self.fail_before(worker, endpoint, now);
                     worker.counts.count(Metric::DecodeMoved);
@@ -117,9 +135,11 @@ impl Forwarded {
                 // An error of the client: the endpoint works, and may still fail with what others accept.
                 if let Some(400..=428 | 430..=499) = status {
                     worker.answered(endpoint);
-                    return None;
+                    return AnsweredBy::default();
                 }
-                worker.judge_answer(endpoint, Leg::Decode, status.and_then(ErrorKind::of_status), now)
+                let error = status.and_then(ErrorKind::of_status);
+                let warning = worker.judge_answer(endpoint, Leg::Decode, error, now);
+                AnsweredBy { warnings: Vec::from_iter(warning), may_not_answer: false }
             }
             Answerer::FailedAttempt(address) => {
                 worker.counts.count(Metric::DecodeUnanswered);
@@ -127,13 +147,38 @@ impl Forwarded {
                 let last = last.unwrap_or(self.assignment.endpoint);
                 self.fail_before(worker, last, now);
                 worker.failed(last, now);
-                None
+                AnsweredBy::default()
             }
             Answerer::Envoy => {
                 worker.counts.count(Metric::AnsweredByEnvoy);
-                None
+                AnsweredBy::default()
             }
         }
+    }
+
+    /// A host answered that the filter did not name: Envoy's cluster lacks all that it named. An endpoint of the list shows
+    /// that for sure; a host outside of the list may be an endpoint that left it.
+    fn answered_by_other(&mut self, worker: &mut Worker, address: &[u8], now: Monotonic) -> AnsweredBy {
+        let table = &mut worker.state.table;
+        let named: Vec<_> = self.order().collect();
+        if !named.iter().all(|endpoint| table.resolve(*endpoint).is_some()) {
+            return AnsweredBy::default();
+        }
+        worker.counts.count(Metric::AnsweredByOther);
+        let Some((other, state)) = table.iter().find(|(_, state)| state.address.as_bytes() == address) else {
+            return AnsweredBy::default();
+        };
+        let instead = Arc::clone(&state.address);
+        let (role, pool) = (state.endpoint.role, &state.endpoint.pool);
+        let own = table.get(self.assignment.endpoint.index).map(|state| &state.endpoint);
+        let may_not_answer =
+            own.is_some_and(|own| (role == Role::Prefill && own.role != Role::Prefill) || *pool != own.pool);
+        let other = table.refer(other);
+        let warnings = named.into_iter().filter_map(|endpoint| worker.absent(endpoint, &instead, now)).collect();
+        if let Some(other) = other {
+            self.assignment.move_to(worker, other, now);
+        }
+        AnsweredBy { warnings, may_not_answer }
     }
 
     /// Endpoints in the order in which Envoy tries them.

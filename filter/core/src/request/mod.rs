@@ -155,12 +155,12 @@ impl Request {
         status: Option<u16>,
         now: Monotonic,
     ) -> Outcome {
-        match &mut self.state {
-            State::Forwarded(forwarded) => forwarded.response_headers(worker, answerer, status, now),
+        match core::mem::take(&mut self.state) {
+            State::Forwarded(forwarded) => self.enter(forwarded.response_headers(worker, answerer, status, now)),
             State::Watched => {
                 self.enter(Step::new(State::Over, Flow::Continue, served_by(answerer).into_iter().collect()))
             }
-            State::New | State::Reading(_) | State::Waiting(_) | State::Prefilling(_) | State::Over => Outcome::GO_ON,
+            other => self.stay(other, Outcome::GO_ON),
         }
     }
 

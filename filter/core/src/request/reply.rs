@@ -45,6 +45,8 @@ pub enum Rejection {
     Queue(QueueRefusal),
     /// No endpoint of the needed role is ready, or none that serves the model. 503.
     NoEndpoint,
+    /// Envoy's cluster lacks the endpoints that were named, and one that may not generate answered. 503.
+    WrongEndpoint,
     /// Prefill failed at every endpoint that was tried, and the pool's policy is `fail`. 503.
     PrefillFailed,
     /// The plugin configuration was refused, and there is no earlier one. 503; the text is the refusal.
@@ -149,6 +151,7 @@ impl Rejection {
             }
             Self::Queue(refusal) => (429, "rate_limit_error", None, refusal.code()),
             Self::NoEndpoint => (503, "service_unavailable_error", None, "no_endpoint"),
+            Self::WrongEndpoint => (503, "service_unavailable_error", None, "wrong_endpoint"),
             Self::PrefillFailed => (503, "service_unavailable_error", None, "prefill_failed"),
             Self::NotConfigured(_) => (503, "service_unavailable_error", None, "not_configured"),
         }
@@ -177,6 +180,7 @@ impl Rejection {
             }
             Self::Shed(_) | Self::Queue(_) => "the model is overloaded; try again later".to_owned(),
             Self::NoEndpoint => "no endpoint is ready for this model".to_owned(),
+            Self::WrongEndpoint => "the gateway does not have the endpoints of this model".to_owned(),
             Self::PrefillFailed => "no prefill endpoint could compute the prompt".to_owned(),
             Self::NotConfigured(why) => format!("the prefill/decode filter has no valid configuration: {why}"),
         }

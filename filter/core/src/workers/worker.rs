@@ -293,6 +293,18 @@ impl Worker {
         self.eject(endpoint, Cause::Unreachable, at);
     }
 
+    /// Another endpoint of the list answered in place of this one: Envoy's cluster does not have it. A warning where that
+    /// begins.
+    pub(crate) fn absent(&mut self, endpoint: EndpointRef, instead: &str, at: Monotonic) -> Option<String> {
+        let state = self.state.table.resolve(endpoint)?;
+        let is_known = matches!(state.health.ejection(), Some((Cause::Absent, _)));
+        let address = Arc::clone(&state.address);
+        self.eject(endpoint, Cause::Absent, at);
+        (!is_known).then(|| {
+            format!("{address} is not in Envoy's cluster: {instead} answered. Compare the list's ports with the cluster's")
+        })
+    }
+
     /// Ejects an endpoint for a pause.
     fn eject(&mut self, endpoint: EndpointRef, cause: Cause, at: Monotonic) {
         self.happens(endpoint, &Event::Failed { at, cause });

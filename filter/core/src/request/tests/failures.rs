@@ -415,3 +415,61 @@ fn the_limit_of_a_leg_follows_the_queue_and_the_prompt() {
     t.headers(&[]);
     assert_eq!(call(&t.body(&long_body())).timeout, Duration::from_secs(3));
 }
+
+#[test]
+fn a_prefill_endpoint_that_answers_for_absent_ones_does_not_reach_the_client() {
+    let mut t = fixture();
+    let short = r#"{"model":"m","messages":[]}"#;
+    t.headers(&[]);
+    t.body(short);
+    let outcome = t.request.response_headers(&mut t.worker, Answerer::Host(b"10.0.0.1:1"), Some(200), t.now);
+    assert_eq!(reply(&outcome), (503, "wrong_endpoint"));
+    let warnings: Vec<_> = outcome.effects.iter().filter(|effect| matches!(effect, Effect::Warn(_))).collect();
+    assert_eq!(warnings.len(), 2, "{warnings:?}");
+    t.done();
+    assert!(t.is_idle());
+    assert_eq!(t.worker.counts.pending(Metric::AnsweredByOther), 1);
+
+    // Neither of them gets a request before its probe is due.
+    t.request = Request::default();
+    t.headers(&[]);
+    assert_eq!(reply(&t.body(short)), (503, "no_endpoint"));
+    t.now = t.now.saturating_add(Duration::from_millis(500));
+    t.request = Request::default();
+    t.headers(&[]);
+    let decode = state(&t.body(short), DECODE).to_owned();
+    let outcome = t.request.response_headers(&mut t.worker, Answerer::Host(decode.as_bytes()), Some(200), t.now);
+    assert_eq!(outcome.effects, []);
+    t.done();
+    assert_eq!(failing(&t, "10.0.0.2").len(), 1, "the one that was probed is back");
+    assert!(t.is_idle());
+}
+
+#[test]
+fn a_host_outside_of_the_list_ejects_nothing() {
+    let mut t = fixture();
+    t.headers(&[]);
+    t.body(r#"{"model":"m","messages":[]}"#);
+    let outcome = t.request.response_headers(&mut t.worker, Answerer::Host(b"10.9.9.9:1"), Some(200), t.now);
+    assert_eq!((outcome.flow, outcome.effects), (Flow::Continue, vec![]));
+    t.done();
+    assert_eq!((failing(&t, ""), t.worker.counts.pending(Metric::AnsweredByOther)), (vec![], 1));
+}
+
+#[test]
+fn another_decode_endpoint_that_answers_has_the_request() {
+    let mut t = configured(&CONFIG.replacen('{', r#"{"pools":{"default":{"alternates":0}},"#, 1));
+    t.headers(&[]);
+    let decode = state(&t.body(r#"{"model":"m","messages":[]}"#), DECODE).to_owned();
+    let other = if decode == "10.0.0.2:1" { "10.0.0.2:2" } else { "10.0.0.2:1" };
+    let outcome = t.request.response_headers(&mut t.worker, Answerer::Host(other.as_bytes()), Some(200), t.now);
+    assert_eq!(outcome.flow, Flow::Continue);
+    let at = |t: &Fixture, address: &str| {
+        let (_, state) = t.worker.state.table.iter().find(|(_, state)| &*state.address == address).unwrap();
+        state.decode.requests
+    };
+    assert_eq!((at(&t, &decode), at(&t, other)), (0, 1));
+    assert_eq!(failing(&t, ""), [decode]);
+    t.done();
+    assert!(t.is_idle());
+}
