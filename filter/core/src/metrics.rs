@@ -85,6 +85,7 @@ metrics! {
     KvNotMoved Counter "pd_kv_not_moved_total" "Split requests whose answer shows that the decode endpoint had less than half of the prompt: it computed the prompt again",
     KvStranded Counter "pd_kv_stranded_total;reason=client_left" "Requests whose client left between the legs: the prefill server keeps the KV blocks until its own time limit",
     KvStrandedRefused Counter "pd_kv_stranded_total;reason=refused" "Split requests that the decode server answered with 4xx: the prefill server keeps the KV blocks until its own time limit",
+    KvStrandedNoPartner Counter "pd_kv_stranded_total;reason=no_partner" "Split requests for which no decode endpoint was left that could take over: the prefill server keeps the KV blocks until its own time limit",
     DecodeMoved Counter "pd_decode_moved_total" "Requests that Envoy's retry moved to an alternate decode endpoint",
     DecodeUnanswered Counter "pd_decode_unanswered_total" "Requests that no decode endpoint answered: every attempt at one was refused, reset or timed out while it connected",
     AnsweredByEnvoy Counter "pd_answered_by_envoy_total" "Requests that Envoy answered itself behind the filter, for a reason that is no endpoint's: a rate limit, an authorisation, a full circuit breaker, no healthy host, a time limit",

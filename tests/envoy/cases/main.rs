@@ -19,6 +19,7 @@ mod media;
 mod models;
 mod observe;
 mod outliers;
+mod pairs;
 mod pass;
 mod paths;
 mod phase;

@@ -31,8 +31,8 @@ impl Partner {
 pub struct Candidates {
     /// Name of the pool, whose policy applies.
     pub pool: Arc<str>,
-    /// Endpoints of role `prefill`. Those of a group without a decode endpoint are left out: no endpoint could take over
-    /// from them.
+    /// Endpoints of role `prefill`. Those without a decode endpoint of their engine and group are left out: no endpoint
+    /// could take over from them.
     pub prefill: Vec<EndpointIndex>,
     /// Endpoints of role `decode`.
     pub decode: Vec<EndpointIndex>,
@@ -180,10 +180,32 @@ impl Candidates {
         }
     }
 
-    /// Keeps the endpoints for which `stays` is true, in every set. A set may become empty.
-    pub fn retain(&mut self, stays: impl Fn(EndpointIndex) -> bool) {
+    /// Keeps the endpoints for which `stays` is true, in every set, and of the prefill endpoints those with a partner that
+    /// stays. A set may become empty. `state_of`: the table.
+    pub fn retain<'a>(
+        &mut self,
+        stays: impl Fn(EndpointIndex) -> bool,
+        state_of: impl Fn(EndpointIndex) -> Option<&'a EndpointState>,
+    ) {
         self.sets().into_iter().for_each(|set| set.retain(|index| stays(*index)));
         self.partners.values_mut().for_each(|set| set.retain(|index| stays(*index)));
+        self.drop_those_without_partner(&state_of);
+    }
+
+    /// Leaves out prefill endpoints that no decode endpoint could take over from. Without any decode endpoint all stay.
+    fn drop_those_without_partner<'a>(&mut self, state_of: &impl Fn(EndpointIndex) -> Option<&'a EndpointState>) {
+        if self.decode.is_empty() {
+            return;
+        }
+        let Self { prefill, compute, partners, .. } = self;
+        let has_partner = |index: &EndpointIndex| {
+            state_of(*index).is_some_and(|state| {
+                let mine = partners.get(&Partner::of(state));
+                state.endpoint.role == Role::Both || mine.is_some_and(|partners| !partners.is_empty())
+            })
+        };
+        prefill.retain(has_partner);
+        compute.retain(has_partner);
     }
 
     /// Keeps the endpoints that `takes` says take the prompt. A set in which no endpoint takes it stays whole. Without any
@@ -229,15 +251,6 @@ fn first_that_generates<'a>(
     let generating = pools.iter().find(|(_, candidates)| candidates.can_generate());
     let (pool, candidates) = generating.or_else(|| pools.iter().next())?;
     let mut candidates = Candidates { pool: (*pool).into(), ..candidates.clone() };
-    let group_of = |index: &EndpointIndex| state_of(*index)?.endpoint.group.as_deref();
-    let groups: HashSet<&str> = candidates.decode.iter().filter_map(group_of).collect();
-    let is_whole = |index: &EndpointIndex| state_of(*index).is_some_and(|state| state.endpoint.role == Role::Both);
-    let has_partner =
-        |index: &EndpointIndex| is_whole(index) || group_of(index).is_none_or(|group| groups.contains(group));
-    if !candidates.decode.is_empty() {
-        candidates.prefill.retain(has_partner);
-        candidates.compute.retain(has_partner);
-    }
     let is_bounded = |index: &EndpointIndex| state_of(*index).is_some_and(|state| state.endpoint.has_prompt_bounds());
     let has_prompt_bounds = candidates.sets().into_iter().any(|set| set.iter().any(is_bounded));
     candidates.has_prompt_bounds = has_prompt_bounds;
@@ -249,6 +262,7 @@ fn first_that_generates<'a>(
         }
         candidates.partners.entry(partner).or_default().push(*index);
     }
+    candidates.drop_those_without_partner(state_of);
     Some(Arc::new(candidates))
 }
 
@@ -323,6 +337,27 @@ mod tests {
             endpoint(5, Role::Prefill, &[]),
         ]);
         assert_eq!(fixture.ports(&fixture.table.candidates("m").unwrap().prefill), [1, 5]);
+    }
+
+    #[test]
+    fn a_prefill_endpoint_whose_engine_no_decode_endpoint_has_is_no_candidate() {
+        let of = |port, role, engine| Endpoint { engine: Some(engine), ..endpoint(port, role, &[]) };
+        let grouped = |port, role, engine, group: &str| Endpoint { group: Some(group.into()), ..of(port, role, engine) };
+        let fixture = Fixture::new(vec![
+            of(1, Role::Prefill, Engine::VllmNixl),
+            of(2, Role::Prefill, Engine::Sglang),
+            of(3, Role::Both, Engine::Sglang),
+            of(4, Role::Decode, Engine::VllmNixl),
+            grouped(5, Role::Prefill, Engine::Mooncake, "a"),
+            grouped(6, Role::Decode, Engine::VllmNixl, "a"),
+            grouped(7, Role::Decode, Engine::Mooncake, "b"),
+        ]);
+        let mut candidates = Candidates::clone(&fixture.table.candidates("m").unwrap());
+        assert_eq!((fixture.ports(&candidates.prefill), fixture.ports(&candidates.compute)), (vec![1], vec![1, 3]));
+        // Of a subset too.
+        let is = |index, port| fixture.table.get(index).unwrap().endpoint.address.port() == port;
+        candidates.retain(|index| is(index, 1) || is(index, 7), |index| fixture.table.get(index));
+        assert_eq!((fixture.ports(&candidates.prefill), fixture.ports(&candidates.decode)), (vec![], vec![7]));
     }
 
     #[test]

@@ -92,7 +92,7 @@ pub(crate) fn candidates(table: &Table, model: &str, subset: Option<&Subset>) ->
     let all = table.candidates(model)?;
     let Some(subset) = subset else { return Ok(all) };
     let mut some = Candidates::clone(&all);
-    some.retain(|index| table.get(index).is_some_and(|state| subset.allows(state)));
+    some.retain(|index| table.get(index).is_some_and(|state| subset.allows(state)), |index| table.get(index));
     if some.is_empty() { Err(NoCandidates::NoEndpoint) } else { Ok(Arc::new(some)) }
 }
 

@@ -25,6 +25,8 @@ use crate::workers::worker::Worker;
 
 /// Reason code of a split whose KV cache could not be handed over.
 const KV_MISSING: &str = "kv_missing";
+/// Reason code of a request whose prefill leg ended well when no decode endpoint was left that could take over.
+const NO_PARTNER: &str = "no_partner";
 /// Reason code of a request that no prefill endpoint served.
 const PREFILL_FAILED: &str = "prefill_failed";
 /// Reason code of a request whose prefill leg took longer than its limit at an endpoint that answers others.
@@ -193,13 +195,18 @@ impl Prefilling {
         let usage = Usage::of_answer(answer);
         worker.state.table.saw_prefill(prefiller.endpoint, estimate, seconds, usage);
         let handover = (prefiller.partner.engine.protocol().handover)(split.parsed.api, answer);
-        let warning = note_kv_missing(worker, prefiller.endpoint, handover == Handover::Missing);
+        let kv_warning = note_kv_missing(worker, prefiller.endpoint, handover == Handover::Missing);
         let edit = edit_with(&split.parsed, &handover, body);
         let is_kv_missing = edit.is_none();
         if is_kv_missing {
             worker.counts.count(Metric::KvMissing);
         }
-        let (pick, alternates) = split.pick_decode(worker, &prefiller.partner, now)?;
+        let Ok((pick, alternates)) = split.pick_decode(worker, &prefiller.partner, now) else {
+            worker.counts.count(Metric::KvStrandedNoPartner);
+            let step = give_up(worker, &split.parsed, NO_PARTNER, now);
+            let may_serve_whole = split.parsed.pool().on_prefill_failure == OnPrefillFailure::DecodeOnly;
+            return if may_serve_whole { step.map_err(|_| Rejection::NoEndpoint) } else { step };
+        };
         let (endpoint, started) = (prefiller.endpoint, split.started);
         let route = Route {
             decision: Metric::RequestsSplit,
@@ -210,7 +217,7 @@ impl Prefilling {
             edit: edit.unwrap_or_else(|| split.parsed.plain_edit()),
         };
         let mut step = forward(worker, &split.parsed, route, now)?;
-        step.outcome.effects.extend(warning);
+        step.outcome.effects.extend(kv_warning);
         Ok(step)
     }
 }
