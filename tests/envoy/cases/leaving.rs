@@ -4,9 +4,11 @@ use bytes::Bytes;
 use http::Request;
 use pd_support::body::CHAT;
 use pd_support::client::{BOTH, Body, Client, Feed, Http};
-use pd_tests::rig::{Rig, run};
+use pd_support::wait::until_true;
+use pd_tests::rig::{Rig, entries, run};
+use tokio::task::JoinHandle;
 
-use crate::support::{ask, long_chat, sum};
+use crate::support::{ask, long_chat, short_chat, sum};
 
 const PREFILL: &str = "pd_prefill_in_flight";
 const DECODE: &str = "pd_decode_in_flight";
@@ -159,5 +161,45 @@ fn during_the_stream() {
         }
         assert_eq!(sum(&rig.decode, |stats| stats.client_disconnects), left);
         assert_eq!(rig.metric(STRANDED).await, 0.0);
+    });
+}
+
+/// Requests that each decode server got.
+fn served(rig: &Rig) -> [u64; 2] {
+    [0, 1].map(|at| rig.decode[at].stats().requests)
+}
+
+/// Sends chats, one after the other arrived, until the decode servers have got so many.
+async fn hang(rig: &Rig, hanging: &mut Vec<JoinHandle<()>>, until_total: u64) {
+    while served(rig).iter().sum::<u64>() < until_total {
+        let before: u64 = served(rig).iter().sum();
+        let mut client = rig.client(BOTH[hanging.len() % 2]).await;
+        hanging.push(tokio::spawn(async move {
+            let request = client.json(CHAT, short_chat(), &[]);
+            drop(client.try_send(request).await);
+        }));
+        until_true("the request arrives", async || served(rig).iter().sum::<u64>() > before).await;
+    }
+}
+
+/// A readiness flap: what the server has in flight counts when it is listed again.
+#[test]
+fn a_server_that_returns_has_what_is_in_flight_there() {
+    run(async {
+        let rig = Rig::start().await;
+        rig.decode.iter().for_each(|engine| engine.set_faults("hang").unwrap());
+        let mut hanging = Vec::new();
+        hang(&rig, &mut hanging, 8).await;
+        assert_eq!(served(&rig), [4, 4]);
+        let all: Vec<_> = entries(&rig.prefill, "prefill").chain(entries(&rig.decode, "decode")).collect();
+        let left = rig.decode[0].addr().to_string();
+        let without: Vec<_> = all.iter().filter(|entry| entry["address"] != *left).cloned().collect();
+        rig.relist(&without).await;
+        rig.relist(&all).await;
+        hang(&rig, &mut hanging, 14).await;
+        assert_eq!(served(&rig), [7, 7], "the server that returned is not taken for idle");
+        hanging.iter().for_each(JoinHandle::abort);
+        rig.decode.iter().for_each(|engine| engine.set_faults("").unwrap());
+        rig.until_idle().await;
     });
 }

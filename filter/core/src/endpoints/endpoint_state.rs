@@ -7,6 +7,7 @@ use crate::endpoints::elsewhere::Totals;
 use crate::endpoints::health::Health;
 use crate::endpoints::load::{Load, PrefillQueue};
 use crate::endpoints::outliers::Answers;
+use crate::endpoints::table::LedgerEntry;
 use crate::time::Monotonic;
 use crate::wire::{Endpoint, Engine};
 
@@ -70,6 +71,12 @@ impl EndpointState {
     #[must_use]
     pub fn decode_tokens(&self) -> u64 {
         self.decode.tokens.saturating_add(above_zero(self.elsewhere.tokens))
+    }
+
+    /// The ledger's entry of this endpoint.
+    pub(crate) fn ledger_entry(&mut self) -> LedgerEntry<'_> {
+        let elsewhere_seconds = self.elsewhere_seconds();
+        LedgerEntry { prefill: &mut self.prefill, decode: &mut self.decode, elsewhere_seconds }
     }
 
     /// Seconds of prefill work that other Envoys have in flight here.

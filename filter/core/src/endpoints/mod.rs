@@ -2,11 +2,13 @@
 //!
 //! - [`table`]: the list in force; [`endpoint_state`]: one endpoint; [`candidates`]: the sets that a choice picks from;
 //!   `known_models`: models that are or were in the list.
-//! - [`load`]: what this Envoy has in flight; [`elsewhere`]: what other Envoys have in flight.
+//! - [`load`]: what this Envoy has in flight, `departed` at endpoints that are not in the list; [`elsewhere`]: what other
+//!   Envoys have in flight.
 //! - [`health`]: ejection and probe; [`outliers`]: that an endpoint answers errors that its pool does not; [`retry_budget`]: how many prefill legs may be run again.
 //! - [`fitted_cost`]: what a prefill costs, learnt from [`usage`] and times; [`fitted_media`]: tokens of media.
 
 pub mod candidates;
+mod departed;
 pub mod elsewhere;
 pub mod endpoint_state;
 pub mod fitted_cost;

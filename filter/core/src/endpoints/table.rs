@@ -7,6 +7,7 @@ use hashbrown::{HashMap, HashSet};
 
 use crate::config::{Config, Cost, Pool};
 use crate::endpoints::candidates::{CandidateSets, Candidates, NoCandidates};
+use crate::endpoints::departed::{Departed, InFlight};
 use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::endpoints::endpoint_state::EndpointState;
 use crate::endpoints::fitted_cost::{FittedCost, SeenPrefill};
@@ -44,10 +45,13 @@ pub struct Table {
     sets: CandidateSets,
     models: KnownModels,
     generation: u32,
+    /// Generation before the first endpoint of this table.
+    first_generation: u32,
     epoch: String,
     version: u64,
     /// What other Envoys have in flight, by [`EndpointState::key`], also at endpoints that are not in the list.
     elsewhere: HashMap<u64, Totals>,
+    departed: Departed,
     /// Number of the Envoys that there are.
     pub fleet: Fleet,
     changes: u64,
@@ -79,7 +83,41 @@ pub struct PromptEstimate {
     pub matched_tokens: f64,
 }
 
+/// The ledger's entry of an endpoint.
+#[derive(Debug)]
+pub(crate) struct LedgerEntry<'a> {
+    /// Prefill legs in flight there.
+    pub(crate) prefill: &'a mut PrefillQueue,
+    /// Decode legs in flight there.
+    pub(crate) decode: &'a mut Load,
+    /// Seconds of prefill work that other Envoys have in flight there.
+    pub(crate) elsewhere_seconds: f64,
+}
+
 impl Table {
+    /// An empty table in place of this one. References to endpoints of this one do not [resolve](Self::resolve) there.
+    #[must_use]
+    pub fn successor(&self) -> Self {
+        Self { generation: self.generation, first_generation: self.generation, ..Self::default() }
+    }
+
+    /// Whether a reference is to an endpoint of this table, in the list or not any more.
+    #[must_use]
+    pub(crate) fn issued(&self, reference: EndpointRef) -> bool {
+        reference.generation > self.first_generation
+    }
+
+    /// The ledger's entry of the endpoint with this [`EndpointState::key`], which need not be in the list.
+    pub(crate) fn ledger_entry(&mut self, key: u64) -> LedgerEntry<'_> {
+        match self.index_of_key(key).and_then(|index| self.states.get_mut(index as usize)?.as_mut()) {
+            Some(state) => state.ledger_entry(),
+            None => {
+                let InFlight { prefill, decode } = self.departed.entry(key);
+                LedgerEntry { prefill, decode, elsewhere_seconds: 0.0 }
+            }
+        }
+    }
+
     /// Applies a [validated](Snapshot::validate) snapshot. Endpoints that stay keep their state. `prefixes` is the index of
     /// the same worker: endpoints that leave are dropped there, and those that come get a cache.
     pub fn apply(&mut self, snapshot: &Snapshot, config: &Config, prefixes: &mut PrefixIndex) -> Applied {
@@ -379,6 +417,7 @@ impl Table {
             state.prefill.prune(now);
             state.health.prune(now);
         }
+        self.departed.prune(now);
     }
 
     fn upsert(&mut self, endpoint: &Endpoint, config: &Config, prefixes: &mut PrefixIndex) {
@@ -410,6 +449,7 @@ impl Table {
                 self.generation = self.generation.wrapping_add(1);
                 let key = xxhash_rust::xxh3::xxh3_64(endpoint.id().to_string().as_bytes());
                 self.by_key.push((key, index));
+                let InFlight { prefill, decode } = self.departed.comes(key);
                 let state = EndpointState {
                     endpoint: endpoint.clone(),
                     address: endpoint.address.to_string().into(),
@@ -419,8 +459,8 @@ impl Table {
                     engine_id: None,
                     is_kv_missing: false,
                     kv_doubts: 0,
-                    prefill: PrefillQueue::default(),
-                    decode: Load::default(),
+                    prefill,
+                    decode,
                     elsewhere: Totals::default(),
                     health: Health::default(),
                     answered_at: Monotonic::ZERO,
@@ -442,8 +482,10 @@ impl Table {
 
     fn remove(&mut self, id: EndpointId, prefixes: &mut PrefixIndex) {
         let Some(index) = self.by_id.remove(&id) else { return };
-        if let Some(state) = self.states.get_mut(index as usize) {
-            *state = None;
+        if let Some(place) = self.states.get_mut(index as usize) {
+            if let Some(EndpointState { key, prefill, decode, .. }) = place.take() {
+                self.departed.left(key, InFlight { prefill, decode });
+            }
             self.free.push(index);
         }
         prefixes.remove_endpoint(index);

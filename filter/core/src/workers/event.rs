@@ -11,6 +11,7 @@ use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::endpoints::health::Cause;
 use crate::endpoints::load::Load;
 use crate::endpoints::outliers::{ErrorKind, Leg};
+use crate::endpoints::table::{LedgerEntry, Table};
 use crate::prefix::hash::BlockHash;
 use crate::prefix::index::EndpointIndex;
 use crate::time::Monotonic;
@@ -65,7 +66,44 @@ pub(crate) enum Event<'a> {
 }
 
 impl<'a> Event<'a> {
-    /// Applies the event at the endpoint, or pool, of that key. Without effect where the list has no such endpoint.
+    /// Whether the event says what is in flight at an endpoint. It counts also while the endpoint is not in the list.
+    const fn is_of_ledger(&self) -> bool {
+        matches!(
+            self,
+            Self::PrefillStarted { .. }
+                | Self::PrefillEnded { .. }
+                | Self::PrefillAbandoned { .. }
+                | Self::DecodeStarted { .. }
+                | Self::DecodeEnded { .. }
+        )
+    }
+
+    /// Applies an event of this worker at an endpoint that is not in the list, or not any more. Its entry in the ledger
+    /// waits for its return; of the rest nothing is kept.
+    pub(crate) fn apply_at_absent(&self, key: u64, table: &mut Table) {
+        if self.is_of_ledger() {
+            self.apply_to_ledger(table.ledger_entry(key));
+        }
+    }
+
+    fn apply_to_ledger(&self, entry: LedgerEntry<'_>) {
+        let LedgerEntry { prefill, decode, elsewhere_seconds } = entry;
+        match *self {
+            Self::PrefillStarted { leg, seconds, at, expires } => {
+                prefill.add_behind(elsewhere_seconds, leg, seconds, at, expires);
+            }
+            Self::PrefillEnded { leg, at, .. } => {
+                prefill.remove(leg, at);
+            }
+            Self::PrefillAbandoned { leg, at } => prefill.abandon(leg, at),
+            Self::DecodeStarted { tokens } => decode.add(tokens),
+            Self::DecodeEnded { tokens } => decode.remove(tokens),
+            _ => {}
+        }
+    }
+
+    /// Applies the event at the endpoint, or pool, of that key. Where the list has no such endpoint, only the ledger
+    /// changes.
     pub(crate) fn apply(&self, key: u64, state: &mut State) {
         match *self {
             Self::Admitted { fairness, tokens } => state.admission.add(key, fairness, &Load { tokens, requests: 1 }),
@@ -79,8 +117,9 @@ impl<'a> Event<'a> {
             Self::Bound { id, seconds } => state.waiting.bind(id, seconds),
             Self::WaitEnded { id } => state.waiting.remove(id),
             _ => {
-                if let Some(index) = state.table.index_of_key(key) {
-                    self.apply_at(index, state);
+                match state.table.index_of_key(key) {
+                    Some(index) => self.apply_at(index, state),
+                    None => self.apply_at_absent(key, &mut state.table),
                 }
             }
         }
@@ -97,33 +136,17 @@ impl<'a> Event<'a> {
             return;
         }
         let Some(endpoint_state) = state.table.get_mut(index) else { return };
+        if self.is_of_ledger() {
+            self.apply_to_ledger(endpoint_state.ledger_entry());
+        }
         match *self {
-            Self::PrefillStarted { leg, seconds, at, expires } => {
-                endpoint_state.prefill.add_behind(endpoint_state.elsewhere_seconds(), leg, seconds, at, expires);
+            Self::PrefillEnded { at, answered: true, .. } => {
+                endpoint_state.answered_at = endpoint_state.answered_at.max(at);
             }
-            Self::PrefillEnded { leg, at, answered } => {
-                endpoint_state.prefill.remove(leg, at);
-                if answered {
-                    endpoint_state.answered_at = endpoint_state.answered_at.max(at);
-                }
-            }
-            Self::PrefillAbandoned { leg, at } => endpoint_state.prefill.abandon(leg, at),
-            Self::DecodeStarted { tokens } => endpoint_state.decode.add(tokens),
-            Self::DecodeEnded { tokens } => endpoint_state.decode.remove(tokens),
             Self::Failed { at, cause } => endpoint_state.health.failed(cause, at),
             Self::Healed => endpoint_state.health.answered(),
             Self::Answered { leg, error } => endpoint_state.answers.note(leg, error),
-            Self::Holds { .. }
-            | Self::HoldsByOthers { .. }
-            | Self::Lacks { .. }
-            | Self::Admitted { .. }
-            | Self::Released { .. }
-            | Self::BusyElsewhere { .. }
-            | Self::FleetIs { .. }
-            | Self::Waits { .. }
-            | Self::HeldChanged { .. }
-            | Self::Bound { .. }
-            | Self::WaitEnded { .. } => {}
+            _ => {}
         }
     }
 

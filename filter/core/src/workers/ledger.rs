@@ -102,9 +102,8 @@ impl WorkerLedger {
         let mut legs: Vec<_> = self.legs.iter().collect();
         legs.sort_unstable_by_key(|(leg, of)| (of.at, **leg));
         for (leg, Leg { endpoint, seconds, at, expires }) in legs {
-            if let Some(endpoint_state) = state.table.by_key(*endpoint) {
-                endpoint_state.prefill.add_behind(endpoint_state.elsewhere_seconds(), *leg, *seconds, *at, *expires);
-            }
+            let entry = state.table.ledger_entry(*endpoint);
+            entry.prefill.add_behind(entry.elsewhere_seconds, *leg, *seconds, *at, *expires);
         }
         for (endpoint, totals) in &self.elsewhere {
             state.table.busy_elsewhere(*endpoint, *totals);
@@ -113,9 +112,7 @@ impl WorkerLedger {
             state.table.fleet = self.fleet;
         }
         for (endpoint, load) in &self.decode {
-            if let Some(endpoint_state) = state.table.by_key(*endpoint) {
-                endpoint_state.decode.merge(load);
-            }
+            state.table.ledger_entry(*endpoint).decode.merge(load);
         }
         for ((pool, fairness), load) in &self.admitted {
             state.admission.add(*pool, *fairness, load);
@@ -128,14 +125,10 @@ impl WorkerLedger {
     /// Takes the ledger out of a worker's state again, as far as it was [applied](Self::apply).
     pub(crate) fn retract(&self, state: &mut State, now: Monotonic) {
         for (leg, Leg { endpoint, .. }) in &self.legs {
-            if let Some(endpoint_state) = state.table.by_key(*endpoint) {
-                endpoint_state.prefill.remove(*leg, now);
-            }
+            state.table.ledger_entry(*endpoint).prefill.remove(*leg, now);
         }
         for (endpoint, load) in &self.decode {
-            if let Some(endpoint_state) = state.table.by_key(*endpoint) {
-                endpoint_state.decode.subtract(load);
-            }
+            state.table.ledger_entry(*endpoint).decode.subtract(load);
         }
         for ((pool, fairness), load) in &self.admitted {
             state.admission.subtract(*pool, *fairness, load);

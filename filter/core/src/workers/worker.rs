@@ -100,7 +100,8 @@ impl Worker {
                 let config = Arc::new(config);
                 self.counts.count(Metric::ConfigAccepted);
                 let index = PrefixIndex::new(config.prefix.index_bytes);
-                self.state = State { index, waiting: Waiting::new(&config), ..State::default() };
+                let table = self.state.table.successor();
+                self.state = State { index, table, waiting: Waiting::new(&config), ..State::default() };
                 self.turns.forget_queues();
                 self.state.table.apply(&config.static_snapshot(), &config, &mut self.state.index);
                 self.config = Ok(Arc::clone(&config));
@@ -197,11 +198,13 @@ impl Worker {
         self.happens_at(pool, &Event::Released { fairness, tokens });
     }
 
-    /// Applies an event of this worker at an endpoint, and keeps it for the others. An endpoint that left the list is
-    /// passed over here; the others may still have it.
+    /// Applies an event of this worker at an endpoint, and keeps it for the others. The endpoint may have left the list, and
+    /// may have returned: the end of a request finds its begin in the ledger either way.
     fn happens(&mut self, endpoint: EndpointRef, event: &Event<'_>) {
         if self.state.table.resolve(endpoint).is_some() {
             event.apply_at(endpoint.index, &mut self.state);
+        } else if self.state.table.issued(endpoint) {
+            event.apply_at_absent(endpoint.key, &mut self.state.table);
         }
         self.pending.push(endpoint.key, event);
     }

@@ -116,6 +116,83 @@ fn a_worker_that_died_is_out_of_the_ledger_within_a_second() {
     assert!(nodes.iter().all(|node| node.ledger(now) == next.ledger(now)));
 }
 
+/// A list of these endpoints of the configuration above, as pd-control sends it.
+fn list(node: &mut Node, version: u64, decode: bool) {
+    let decode = if decode { r#",{"address":"10.0.0.2:1","role":"decode"}"# } else { "" };
+    let text = format!(
+        r#"{{"wire":1,"epoch":"e","version":{version},"endpoints":[{{"address":"10.0.0.1:1","role":"prefill"}}{decode}]}}"#
+    );
+    node.worker.apply(text.as_bytes()).unwrap();
+}
+
+#[test]
+fn an_endpoint_that_returns_has_all_that_is_in_flight_there() {
+    let (store, mut now) = (Store::default(), Monotonic::from_secs(1));
+    let mut nodes = fleet(&store, 2, now);
+    let mut open = Vec::new();
+    let tick = |nodes: &mut Vec<Node>, now: &mut Monotonic| {
+        for _ in 0..3 {
+            *now += TICK;
+            nodes.iter_mut().for_each(|node| node.tick(&store, *now));
+        }
+    };
+    for turn in 0..40 {
+        let decode = nodes[turn % 2].endpoint(2);
+        let worker = &mut nodes[turn % 2].worker;
+        let leg = worker.next_leg();
+        worker.prefill_started(decode, leg, 1.0, now, FAR);
+        worker.decode_started(decode, 1_000);
+        open.push((turn % 2, decode, leg));
+    }
+    tick(&mut nodes, &mut now);
+    nodes.iter_mut().for_each(|node| list(node, 1, false));
+    // Some end while the endpoint is away, and a worker that has it still, or already, sends one more.
+    for (node, decode, leg) in open.drain(..10) {
+        nodes[node].worker.prefill_ended(decode, leg, now);
+        nodes[node].worker.decode_ended(decode, 1_000);
+    }
+    tick(&mut nodes, &mut now);
+    list(&mut nodes[0], 2, true);
+    let decode = nodes[0].endpoint(1);
+    let leg = nodes[0].worker.next_leg();
+    nodes[0].worker.prefill_started(decode, leg, 1.0, now, FAR);
+    nodes[0].worker.decode_started(decode, 1_000);
+    open.push((0, decode, leg));
+    tick(&mut nodes, &mut now);
+    list(&mut nodes[1], 2, true);
+    tick(&mut nodes, &mut now);
+    for node in &nodes {
+        let (_, state) = node.worker.state.table.iter().find(|(_, state)| &*state.address == "10.0.0.2:1").unwrap();
+        assert_eq!((state.prefill.len(), state.decode.tokens, state.decode.requests), (31, 31_000, 31));
+    }
+    // A worker that joins now learns the same.
+    let mut third = Node::new(&store, 7, now);
+    list(&mut third, 2, true);
+    third.tick(&store, now);
+    nodes.push(third);
+    tick(&mut nodes, &mut now);
+    assert!(nodes.iter().all(|node| node.ledger(now).iter().map(|of| of.3).sum::<u32>() == 31));
+    for (node, decode, leg) in open {
+        nodes[node].worker.prefill_ended(decode, leg, now);
+        nodes[node].worker.decode_ended(decode, 1_000);
+    }
+    tick(&mut nodes, &mut now);
+    assert!(nodes.iter().all(Node::is_idle));
+}
+
+#[test]
+fn what_ends_after_a_new_configuration_is_not_taken_from_new_requests() {
+    let (store, now) = (Store::default(), Monotonic::from_secs(1));
+    let mut node = Node::new(&store, 1, now);
+    let before = node.endpoint(2);
+    node.worker.decode_started(before, 1_000);
+    node.worker.configure(CONFIG).unwrap();
+    let after = node.endpoint(2);
+    node.worker.decode_started(after, 500);
+    node.worker.decode_ended(before, 1_000);
+    assert_eq!(node.ledger(now).last().map(|of| (of.2, of.3)), Some((500, 1)));
+}
+
 #[test]
 fn a_worker_that_was_only_slow_is_back_with_all_it_has() {
     let (store, mut now) = (Store::default(), Monotonic::from_secs(1));
