@@ -87,6 +87,39 @@ async fn pods_come_change_and_go() {
     assert_eq!(server.lists(), 1);
 }
 
+/// Under load engines answer their readiness probes late.
+#[tokio::test(flavor = "multi_thread")]
+async fn most_of_a_role_that_turn_unready_at_once_stay_in_the_list_and_it_is_said() {
+    let (server, _listening, rig) = two_pods().await;
+    server.apply("n", "d2", pod("decode", "10.0.0.3"));
+    until_addresses(&rig, &["10.0.0.1:8000", "10.0.0.2:8000", "10.0.0.3:8000"]).await;
+    let unready = |ip: &str, statuses: Value| {
+        let mut pod = pod("decode", ip);
+        pod["status"]["conditions"][0]["status"] = "False".into();
+        pod["status"]["containerStatuses"] = statuses;
+        pod
+    };
+    let until_ready = async |ready: [bool; 3]| {
+        let is_so = || async {
+            let states: Vec<_> = endpoints_in_force(&rig).await.iter().map(|it| it.state == State::Ready).collect();
+            states == ready
+        };
+        until_true(&format!("{ready:?}"), is_so).await;
+    };
+    let running = json!([{"restartCount": 0, "state": {"running": {}}}]);
+    server.apply("n", "d", unready("10.0.0.2", running.clone()));
+    until_ready([true, false, true]).await;
+    server.apply("n", "d2", unready("10.0.0.3", running));
+    until_ready([true; 3]).await;
+    let status: Value = serde_json::from_str(&rig.client.get("/v1/status").await.body).unwrap();
+    let line = "2 of 2 decode endpoints of pool default are unready at once. They count as busy";
+    assert!(status["advice"].to_string().contains(line), "{}", status["advice"]);
+
+    // One whose container ended is dead.
+    server.apply("n", "d2", unready("10.0.0.3", json!([{"restartCount": 0, "state": {"terminated": {}}}])));
+    until_ready([true, false, false]).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_published_before_every_namespace_is_listed() {
     let (server, _listening) = ApiServer::start().await;

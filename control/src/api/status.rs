@@ -121,7 +121,7 @@ pub fn view(app: &App) -> StatusView {
     };
     let reports: Vec<_> = gateways.iter().map(|it| (it.id.as_str(), &it.report)).collect();
     StatusView {
-        advice: advice(&reports),
+        advice: pods.busy.iter().cloned().chain(advice(&reports)).collect(),
         build: env!("CARGO_PKG_VERSION").to_owned(),
         epoch: published.epoch().to_owned(),
         version: published.version(),

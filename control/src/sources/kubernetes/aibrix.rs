@@ -85,7 +85,6 @@ pub fn prompt_bounds(pod: &Pod) -> Result<(Option<u64>, Option<u64>), String> {
 
 #[cfg(test)]
 mod tests {
-    use pd_core::wire::State;
     use serde_json::{Value, json};
 
     use super::*;
@@ -95,11 +94,7 @@ mod tests {
         prompt_bounds(&Pod {
             labels: texts(labels),
             annotations: texts(annotations),
-            ip: None,
-            ports: Vec::new(),
-            state: State::Ready,
-            is_finished: false,
-            created: 0,
+            ..Pod::default()
         })
     }
 

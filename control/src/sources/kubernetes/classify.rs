@@ -29,6 +29,8 @@ const DEFAULT_PORT: u16 = 8_000;
 /// Data-parallel ranks that one pod may have.
 const MAX_RANKS: u32 = 256;
 
+/// Number of a pod in its group of a LeaderWorkerSet; the leader has 0.
+const LWS_WORKER_INDEX: &str = "leaderworkerset.sigs.k8s.io/worker-index";
 const LLMD_ROLE: &str = "llm-d.ai/role";
 const LLMD_ENGINE: &str = "llm-d.ai/engine-type";
 const LLMD_SERVING: [&str; 2] = ["llm-d.ai/inferenceServing", "llm-d.ai/inference-serving"];
@@ -108,6 +110,9 @@ impl Reader<'_> {
             return Err(format!("{ANNOTATION_PREFIX}ranks: must be between 1 and {MAX_RANKS}"));
         }
         let ports = self.serving_ports()?;
+        if self.is_silent_worker(&ports) {
+            return Ok(PodClass::Other);
+        }
         let Some(ip) = self.pod.ip else { return Ok(PodClass::Pending) };
         networks.check(ip)?;
         let mut endpoints = Vec::new();
@@ -125,6 +130,14 @@ impl Reader<'_> {
             Some(error) => Err(error.to_string()),
             None => Ok(PodClass::Endpoints(endpoints)),
         }
+    }
+
+    /// Whether the pod is a worker of a LeaderWorkerSet that serves no HTTP: its containers do not have the port. The
+    /// workers of a group that all serve have it, as the leader has.
+    fn is_silent_worker(&self, serving: &[u16]) -> bool {
+        let is_worker = self.pod.labels.get(LWS_WORKER_INDEX).is_some_and(|index| index != "0");
+        let has_port = |port: &u16| self.pod.ports.iter().any(|(_, known)| known == port);
+        is_worker && !serving.iter().any(has_port)
     }
 
     /// The role; `None` when the pod serves no requests.

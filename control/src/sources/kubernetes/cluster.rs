@@ -13,6 +13,7 @@ use crate::sources::kubernetes::follow::Event;
 use crate::sources::kubernetes::pod::{Pod, PodName};
 use crate::sources::kubernetes::pods::{PodsView, WatchView};
 use crate::sources::kubernetes::pools;
+use crate::sources::kubernetes::readiness::{Owned, Readiness};
 use crate::sources::kubernetes::rule::Rule;
 
 /// The objects that one watch follows.
@@ -33,6 +34,7 @@ pub struct Cluster {
     pools: BTreeMap<(PoolGroup, PodName), Result<Rule, String>>,
     pods: BTreeMap<PodName, Known>,
     watches: BTreeMap<Watched, Health>,
+    readiness: Readiness,
 }
 
 /// A pod and its class.
@@ -69,6 +71,7 @@ impl Cluster {
             pools: BTreeMap::new(),
             pods: BTreeMap::new(),
             watches: watches(config).into_iter().map(|watched| (watched, Health::default())).collect(),
+            readiness: Readiness::default(),
         }
     }
 
@@ -195,9 +198,9 @@ impl Cluster {
     /// The endpoints of all pods, each name once, and the class of each pod.
     ///
     /// When two pods have the same address, the endpoint is the one that is ready, else the one that drains, else the
-    /// newer pod's.
+    /// newer pod's. Where most of a role turned unready at once they stay ready.
     #[must_use]
-    pub fn endpoints(&self) -> (Vec<Endpoint>, PodsView) {
+    pub fn endpoints(&mut self) -> (Vec<Endpoint>, PodsView) {
         let mut owners: BTreeMap<EndpointId, (&PodName, &Endpoint, i64)> = BTreeMap::new();
         let mut view = PodsView::default();
         let rank = |state: State| match state {
@@ -243,7 +246,13 @@ impl Cluster {
                 problem: health.problem.clone(),
             })
             .collect();
-        (owners.into_values().map(|(_, endpoint, _)| endpoint.clone()).collect(), view)
+        let owned = |(name, endpoint, _): (_, &Endpoint, _)| {
+            let pod = self.pods.get(name)?.pod.as_ref().ok()?;
+            Some(Owned { name, pod, endpoint: endpoint.clone() })
+        };
+        let mut all: Vec<_> = owners.into_values().filter_map(owned).collect();
+        view.busy = self.readiness.settle(&mut all);
+        (all.into_iter().map(|it| it.endpoint).collect(), view)
     }
 }
 

@@ -10,6 +10,7 @@ pub mod keys;
 pub mod pod;
 pub mod pods;
 pub mod pools;
+pub mod readiness;
 pub mod rule;
 pub mod source;
 pub mod vocabulary;

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use kube::api::DynamicObject;
 use pd_core::wire::State;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 /// Namespace and name of a pod.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -17,7 +18,7 @@ pub struct PodName {
 }
 
 /// The parts of a pod that pd-control reads.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Pod {
     /// Its labels.
     pub labels: BTreeMap<String, String>,
@@ -29,6 +30,10 @@ pub struct Pod {
     pub ports: Vec<(Option<String>, u16)>,
     /// State of its endpoints: draining when it is being deleted, down when it is not ready.
     pub state: State,
+    /// Whether all of its containers run, as far as the pod says.
+    pub is_running: bool,
+    /// Number of times that a container of the pod was started again.
+    pub restarts: u64,
     /// Whether all of its containers have ended for good.
     pub is_finished: bool,
     /// Time of its creation, in seconds of Unix time.
@@ -71,6 +76,18 @@ struct Status {
     pod_ip: Option<String>,
     #[serde(default)]
     conditions: Vec<Condition>,
+    #[serde(default)]
+    container_statuses: Vec<ContainerStatus>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ContainerStatus {
+    #[serde(default)]
+    restart_count: u64,
+    /// One member: `waiting`, `running` or `terminated`.
+    #[serde(default)]
+    state: BTreeMap<String, IgnoredAny>,
 }
 
 #[derive(Deserialize)]
@@ -120,6 +137,8 @@ impl Pod {
             ip,
             ports: ports.filter(is_tcp).map(|port| (port.name, port.container_port)).collect(),
             state,
+            is_running: status.container_statuses.iter().all(|it| it.state.is_empty() || it.state.contains_key("running")),
+            restarts: status.container_statuses.iter().fold(0, |sum, it| sum.saturating_add(it.restart_count)),
             is_finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
             created: metadata.creation_timestamp.map_or(0, |time| time.0.as_second()),
         })

@@ -21,6 +21,8 @@ pub struct PodsView {
     pub refused: BTreeMap<PodName, String>,
     /// Number of engine pods without an address.
     pub pending: usize,
+    /// One line for each pool and role whose endpoints are unready and stay in the list.
+    pub busy: Vec<String>,
     /// The watches.
     pub watches: Vec<WatchView>,
 }

@@ -94,6 +94,9 @@ impl KubernetesSource {
                 cluster.take(&watched, event);
             }
             let (endpoints, view) = cluster.endpoints();
+            for line in view.busy.iter().filter(|line| !self.pods.view().busy.contains(line)) {
+                tracing::warn!("{line}");
+            }
             for (pod, reason) in self.pods.set(view) {
                 tracing::warn!(%pod, reason, "refused a pod");
             }

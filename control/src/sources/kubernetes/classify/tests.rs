@@ -218,3 +218,20 @@ fn prompt_lengths_that_cross_are_refused() {
     let named = json!({"model.aibrix.ai/config": r#"{"profiles": {"default": {"promptLenBucketMaxLength": 9}}}"#});
     assert_eq!(one(&pod(json!({"model.aibrix.ai/name": "m"}), named)).max_prompt_tokens, Some(9));
 }
+
+#[test]
+fn a_worker_of_a_group_is_an_endpoint_where_it_serves() {
+    let role = json!({"llm-d.ai/role": "decode", "leaderworkerset.sigs.k8s.io/worker-index": "1"});
+    let with_ports = |labels: &Value, ports: Value| {
+        read(json!({
+            "metadata": {"name": "p", "namespace": "n", "labels": labels},
+            "spec": {"containers": [{"name": "engine", "ports": ports}]},
+            "status": {"phase": "Running", "podIP": "10.0.0.1", "conditions": [{"type": "Ready", "status": "True"}]},
+        }))
+        .unwrap()
+    };
+    assert_eq!(classify(&with_ports(&role, json!([]))), PodClass::Other);
+    assert_eq!(one(&with_ports(&role, json!([{"containerPort": 8000}]))).address.port(), 8_000);
+    let leader = json!({"llm-d.ai/role": "decode", "leaderworkerset.sigs.k8s.io/worker-index": "0"});
+    assert_eq!(one(&with_ports(&leader, json!([]))).address.port(), 8_000);
+}
