@@ -21,7 +21,7 @@ case $role in
 esac
 # On a busy machine NIXL's first meeting of two servers takes longer than the lease of 30 s that prefill gives its blocks.
 nixl() {
-    echo '{"kv_connector_extra_config":{"kv_lease_duration":300},"kv_connector":"'"$1"'","kv_role":"'$nixl_role'","engine_id":"'"$role-$port"'","kv_buffer_device":"cpu",'"$policy"'}'
+    echo '{"kv_connector_extra_config":{"kv_lease_duration":300},"kv_connector":"'"$1"'","kv_role":"'$nixl_role'","kv_buffer_device":"cpu",'"$policy"'}'
 }
 case $connector in
     '') ;;

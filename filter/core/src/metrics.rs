@@ -93,6 +93,7 @@ metrics! {
     OutliersServer Counter "pd_outliers_total;reason=server_error" "Endpoints ejected because they answered 5xx and the other endpoints of their pool and role did not",
     OutliersOverload Counter "pd_outliers_total;reason=overload" "Endpoints ejected because they answered 429 or 503 and the other endpoints of their pool and role did not",
     OutliersRefusal Counter "pd_outliers_total;reason=refusal" "Prefill endpoints ejected because they answered 4xx to requests that other prefill endpoints accepted",
+    OutliersHandover Counter "pd_outliers_total;reason=handover" "Prefill endpoints ejected because decode endpoints answered 5xx to prompts that they computed, and served whole requests",
     PrefillInFlight Gauge "pd_prefill_in_flight" "Prefill legs in flight",
     DecodeInFlight Gauge "pd_decode_in_flight" "Requests in flight at decode endpoints",
     DecodeTokensInFlight Gauge "pd_decode_tokens_in_flight" "KV tokens assigned to decode endpoints",

@@ -1,7 +1,9 @@
 //! Prefill and decode servers that can or cannot hand over to each other.
 
 use pd_sim::FAULT_HEADER;
+use pd_support::body::CHAT;
 use pd_support::client::{BOTH, Http};
+use pd_support::wait::until;
 use pd_tests::rig::{Rig, entries, run};
 use serde_json::{Value, json};
 
@@ -57,5 +59,40 @@ fn a_partner_that_leaves_during_the_prefill_leg_leaves_it_to_the_pools_policy() 
             rig.until_metric("pd_kv_stranded_total{reason=\"no_partner\"}", |value| value == 1.0).await;
             rig.until_idle().await;
         }
+    });
+}
+
+/// A restarted prefill server with a fixed engine id: decode servers cannot fetch from it, and serve everything else.
+#[test]
+fn prompts_are_served_whole_while_kv_caches_cannot_be_fetched() {
+    run(async {
+        let rig = Rig::builder().engines(1, 2).start().await;
+        rig.decode.iter().for_each(|engine| engine.set_faults("handover:500").unwrap());
+        let mut clients = rig.client_of_each_worker(Http::One).await;
+        let mut errors = 0;
+        for turn in 0..60 {
+            let body = long_chat();
+            let answer = clients[turn % 2].post(CHAT, body.clone()).await;
+            if answer.status == 200 { assert_right(&answer, &body) } else { errors += 1 }
+        }
+        assert!((3..=8).contains(&errors), "{errors} of 60 got an error");
+        rig.until_metric("pd_outliers_total{reason=\"handover\"}", |value| value >= 1.0).await;
+        let line = "KV caches cannot be fetched from it";
+        assert!(rig.envoy.log().contains(line));
+        until("the status shows it", async || {
+            let status: Value = serde_json::from_str(&rig.ask_control("/v1/status").await?).ok()?;
+            status["advice"].to_string().contains(line).then_some(())
+        })
+        .await;
+
+        rig.decode.iter().for_each(|engine| engine.set_faults("").unwrap());
+        let split = "pd_requests_total{decision=\"split\"}";
+        let before = rig.metric(split).await;
+        until("prompts are split again", async || {
+            ask(&mut clients[0], &long_chat()).await;
+            (rig.metric(split).await >= before + 5.0).then_some(())
+        })
+        .await;
+        rig.until_idle().await;
     });
 }

@@ -1,7 +1,7 @@
 //! Faults on demand: what they are, how they are written, which requests they hit.
 //!
 //! ```text
-//! [role:]kind[=arg][:probability][*count][@path]
+//! [role:]kind[=arg][:probability][*count][@path]     role: prefill, decode, both, or handover: legs that fetch a KV cache
 //! 500                   every generation request is answered 500
 //! prefill:503:0.1       one in ten on prefill servers, or of prefill legs elsewhere
 //! die=3*1@/v1/completions   the next stream there dies after three tokens
@@ -86,6 +86,8 @@ pub struct Fault {
     pub kind: Kind,
     /// Only servers of this role, or legs of this kind wherever they go.
     pub role: Option<Role>,
+    /// Only legs that fetch a KV cache.
+    pub is_handover: bool,
     /// Share of the matching requests, 0 to 1.
     pub probability: f64,
     /// How many more requests; absent: any number.
@@ -118,7 +120,7 @@ impl Fault {
             Some(Role::Decode) => role == Role::Decode || leg == Leg::Decode,
             Some(Role::Both) => role == Role::Both,
         };
-        path_matches && role_matches
+        path_matches && role_matches && (!self.is_handover || leg == Leg::Decode)
     }
 }
 
@@ -142,6 +144,10 @@ impl FromStr for Fault {
         let (rest, count) = match rest.split_once('*') {
             Some((rest, count)) => (rest, Some(count.parse().map_err(|_| bad("the count is no number"))?)),
             None => (rest, None),
+        };
+        let (is_handover, rest) = match rest.strip_prefix("handover:") {
+            Some(rest) => (true, rest),
+            None => (false, rest),
         };
         let (role, rest) = match rest.split_once(':') {
             Some(("prefill", rest)) => (Some(Role::Prefill), rest),
@@ -184,12 +190,15 @@ impl FromStr for Fault {
                 _ => return Err(bad("no such kind")),
             },
         };
-        Ok(Self { kind, role, probability, count, path })
+        Ok(Self { kind, role, is_handover, probability, count, path })
     }
 }
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_handover {
+            f.write_str("handover:")?;
+        }
         if let Some(role) = self.role {
             write!(f, "{}:", role.name())?;
         }
@@ -296,6 +305,7 @@ mod tests {
             "decode:hang*2",
             "die=3@/v1/completions",
             "both:error_event=0:0.5*7@*",
+            "handover:500*2",
             "malformed_params=missing",
             "malformed_params=null",
             "malformed_params=string",
@@ -328,6 +338,8 @@ mod tests {
         assert_eq!(hits("prefill:500", Role::Decode, Leg::Decode, "/gen"), 0);
         assert_eq!(hits("prefill:500", Role::Prefill, Leg::Plain, "/gen"), 1);
         assert_eq!(hits("prefill:500", Role::Both, Leg::Prefill, "/gen"), 1);
+        assert_eq!(hits("handover:500", Role::Decode, Leg::Plain, "/gen"), 0);
+        assert_eq!(hits("handover:500", Role::Decode, Leg::Decode, "/gen"), 1);
         assert_eq!(hits("500:0", Role::Both, Leg::Plain, "/gen"), 0);
         let faults = Faults::new(parse_list("500*2").unwrap(), 1);
         let hit = || faults.hit(vec![], Role::Both, Leg::Plain, "/gen", true).len();

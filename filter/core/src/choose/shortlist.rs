@@ -64,7 +64,7 @@ impl<'a> View<'a> {
         let holders = self.index.holders(&prompt.hash.blocks, HOLDERS).into_iter();
         let holders = holders.chain(self.session_holder(among, prompt)).filter_map(|index| {
             let state = self.table.get(index)?;
-            let may_serve = if any_healthy { self.is_usable(state) } else { !state.health.is_absent(self.now) };
+            let may_serve = if any_healthy { self.is_usable(state) } else { !state.health.is_excluded(self.now) };
             let fits = self.is_among(among, state) && !tried.contains(&index) && may_serve;
             fits.then_some((index, state))
         });
@@ -82,7 +82,7 @@ impl<'a> View<'a> {
     }
 
     /// Endpoints that may be chosen: the healthy ones that were not tried; where there is none, all that were not tried,
-    /// without those that Envoy does not have. Of many endpoints it is a part, unless none in that part is healthy.
+    /// without those that are excluded. Of many endpoints it is a part, unless none in that part is healthy.
     pub(super) fn usable(
         self,
         among: &[EndpointIndex],
@@ -101,7 +101,7 @@ impl<'a> View<'a> {
         }
         let untried = among.iter().filter(|index| !tried.contains(index));
         let states = untried.filter_map(|index| Some((*index, self.table.get(*index)?)));
-        states.filter(|(_, state)| !state.health.is_absent(self.now)).collect()
+        states.filter(|(_, state)| !state.health.is_excluded(self.now)).collect()
     }
 
     fn healthy(self, among: &[EndpointIndex], tried: &[EndpointIndex]) -> Vec<(EndpointIndex, &'a EndpointState)> {

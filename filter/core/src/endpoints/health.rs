@@ -13,6 +13,8 @@ pub enum Cause {
     Unreachable,
     /// Envoy's cluster does not have it: another endpoint answered in its place.
     Absent,
+    /// Decode endpoints answer 5xx to its prompts, and serve whole requests: its KV caches cannot be fetched.
+    Handover,
     /// It answers errors that the other endpoints of its pool and role do not answer.
     Outlier(ErrorKind),
 }
@@ -24,6 +26,7 @@ impl Cause {
         match self {
             Self::Unreachable => "does not answer",
             Self::Absent => "is not in Envoy's cluster",
+            Self::Handover => "computes prompts at which decode servers fail: KV caches cannot be fetched from it",
             Self::Outlier(ErrorKind::Server) => "answers 5xx where others of its pool do not",
             Self::Outlier(ErrorKind::Overload) => "answers 429 or 503 where others of its pool do not",
             Self::Outlier(ErrorKind::Refusal) => "answers 4xx where others of its pool do not",
@@ -35,6 +38,7 @@ impl Cause {
         match self {
             Self::Unreachable => 0,
             Self::Absent => ABSENT,
+            Self::Handover => HANDOVER,
             Self::Outlier(kind) => kind.code(),
         }
     }
@@ -44,6 +48,7 @@ impl Cause {
         match ErrorKind::of_code(code) {
             Some(kind) => Self::Outlier(kind),
             None if code == ABSENT => Self::Absent,
+            None if code == HANDOVER => Self::Handover,
             None => Self::Unreachable,
         }
     }
@@ -51,6 +56,8 @@ impl Cause {
 
 /// Number of [`Cause::Absent`] in an event, behind those of errors.
 const ABSENT: u8 = 4;
+/// Number of [`Cause::Handover`].
+const HANDOVER: u8 = 5;
 
 /// Health of one endpoint. Without any failure it is healthy.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -66,6 +73,9 @@ pub struct Health {
 
 /// First pause after a failure; each further one doubles it up to [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
+/// The pauses of [`Cause::Handover`]: each probe costs a client its answer, and only a new process or a new configuration
+/// helps.
+const HANDOVER_PAUSES: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
 /// Longest pause: an endpoint that works again gets requests within this time and one probe.
 const MAX_PAUSE: Duration = Duration::from_secs(5);
 
@@ -76,11 +86,12 @@ impl Health {
         self.failures == 0 || (now >= self.out_until && !self.probing)
     }
 
-    /// Whether a request cannot reach the endpoint: Envoy's cluster does not have it, and no probe is due. Another endpoint
-    /// would answer, of any role.
+    /// Whether the endpoint gets no request even where its whole pool is ejected, and no probe is due. Envoy's cluster does
+    /// not have it, so another endpoint would answer, of any role; or its KV caches cannot be fetched, and decode endpoints
+    /// serve requests whole.
     #[must_use]
-    pub fn is_absent(&self, now: Monotonic) -> bool {
-        self.cause == Cause::Absent && !self.is_usable(now)
+    pub fn is_excluded(&self, now: Monotonic) -> bool {
+        matches!(self.cause, Cause::Absent | Cause::Handover) && !self.is_usable(now)
     }
 
     /// A request goes to the endpoint. After a failure that request is the probe, and the endpoint gets no other one.
@@ -98,7 +109,8 @@ impl Health {
             self.since = now;
         }
         self.cause = cause;
-        let pause = FIRST_PAUSE.saturating_mul(1_u32.checked_shl(self.failures.min(8)).unwrap_or(1)).min(MAX_PAUSE);
+        let (first, longest) = if cause == Cause::Handover { HANDOVER_PAUSES } else { (FIRST_PAUSE, MAX_PAUSE) };
+        let pause = first.saturating_mul(1_u32.checked_shl(self.failures.min(8)).unwrap_or(1)).min(longest);
         self.failures = self.failures.saturating_add(1);
         self.out_until = now.saturating_add(pause);
         self.probing = false;
@@ -165,13 +177,13 @@ mod tests {
     fn an_absent_endpoint_is_one_until_its_probe() {
         let mut health = Health::default();
         health.failed(Cause::Unreachable, ms(0));
-        assert!(!health.is_absent(ms(1)));
+        assert!(!health.is_excluded(ms(1)));
         health.failed(Cause::Absent, ms(0));
-        assert!(health.is_absent(ms(999)) && !health.is_absent(ms(1_000)));
+        assert!(health.is_excluded(ms(999)) && !health.is_excluded(ms(1_000)));
         health.sent(ms(1_000));
-        assert!(health.is_absent(ms(1_001)));
+        assert!(health.is_excluded(ms(1_001)));
         health.answered();
-        assert!(!health.is_absent(ms(1_002)));
+        assert!(!health.is_excluded(ms(1_002)));
     }
 
     #[test]

@@ -459,6 +459,8 @@ impl Table {
                     engine_id: None,
                     is_kv_missing: false,
                     kv_doubts: 0,
+                    failed_handovers: 0,
+                    fails_whole: false,
                     prefill,
                     decode,
                     elsewhere: Totals::default(),

@@ -138,8 +138,9 @@ impl Forwarded {
                     return AnsweredBy::default();
                 }
                 let error = status.and_then(ErrorKind::of_status);
-                let warning = worker.judge_answer(endpoint, Leg::Decode, error, now);
-                AnsweredBy { warnings: Vec::from_iter(warning), may_not_answer: false }
+                let of_handover = self.judge_handover(worker, endpoint, error, now);
+                let of_answer = worker.judge_answer(endpoint, Leg::Decode, error, now);
+                AnsweredBy { warnings: of_answer.into_iter().chain(of_handover).collect(), may_not_answer: false }
             }
             Answerer::FailedAttempt(address) => {
                 worker.counts.count(Metric::DecodeUnanswered);
@@ -152,6 +153,29 @@ impl Forwarded {
             Answerer::Envoy => {
                 worker.counts.count(Metric::AnsweredByEnvoy);
                 AnsweredBy::default()
+            }
+        }
+    }
+
+    /// Notes whether a decode endpoint failed at a prompt that another one computed, or at a whole request. Overload is
+    /// neither.
+    fn judge_handover(
+        &self,
+        worker: &mut Worker,
+        decode: EndpointRef,
+        error: Option<ErrorKind>,
+        now: Monotonic,
+    ) -> Option<String> {
+        let failed = match error {
+            None => false,
+            Some(ErrorKind::Server) => true,
+            Some(ErrorKind::Overload | ErrorKind::Refusal) => return None,
+        };
+        match self.handed_over_by {
+            Some(prefill) => worker.judge_handover(prefill, decode, failed, now),
+            None => {
+                worker.state.table.resolve(decode)?.fails_whole = failed;
+                None
             }
         }
     }

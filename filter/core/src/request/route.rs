@@ -83,6 +83,14 @@ impl Prefill {
         matches!(self, Self::Done { is_kv_missing: true, .. })
     }
 
+    /// The endpoint whose leg ended well before the decode leg, and whose KV cache the decode endpoint fetches.
+    fn handed_over_by(&self) -> Option<EndpointRef> {
+        match self {
+            Self::Done { endpoint, is_kv_missing: false, .. } => Some(*endpoint),
+            _ => None,
+        }
+    }
+
     /// Whether the decode endpoint gets the KV cache of a prefill endpoint.
     fn hands_over(&self) -> bool {
         !matches!(self, Self::Own) && !self.is_kv_missing()
@@ -117,6 +125,7 @@ pub(super) fn forward(
             route.prefill,
             Prefill::Done { is_kv_missing: false, .. } | Prefill::Concurrent(..)
         ),
+        handed_over_by: route.prefill.handed_over_by(),
         is_kv_missing: route.prefill.is_kv_missing(),
         editor: response_editor(parsed, &route.prefill, is_judged).map(Box::new),
         is_judged,

@@ -87,6 +87,8 @@ pub(super) struct Forwarded {
     pub(super) concurrent_prefill: Option<ConcurrentPrefill>,
     /// Whether a prefill endpoint keeps KV blocks for the decode endpoint, until their time limit if it refuses the request.
     pub(super) strands_if_refused: bool,
+    /// The prefill endpoint whose KV cache the decode endpoint was told to fetch.
+    pub(super) handed_over_by: Option<EndpointRef>,
     /// Whether the decode endpoint computes the prompt a second time.
     pub(super) is_kv_missing: bool,
     /// Editor of the response's body; `None` where the body is not read.

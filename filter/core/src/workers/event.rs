@@ -335,7 +335,7 @@ pub(crate) mod tests {
             any::<u64>().prop_map(|tokens| Event::DecodeEnded { tokens }),
             prop::collection::vec(any::<u64>().prop_map(BlockHash), 0..9)
                 .prop_map(|blocks| Event::Holds { blocks: blocks.into() }),
-            (time(), 0_u8..5).prop_map(|(at, code)| Event::Failed { at, cause: Cause::of_code(code) }),
+            (time(), 0_u8..6).prop_map(|(at, code)| Event::Failed { at, cause: Cause::of_code(code) }),
             (any::<bool>(), 0_u8..4).prop_map(|(prefill, code)| Event::Answered {
                 leg: if prefill { Leg::Prefill } else { Leg::Decode },
                 error: ErrorKind::of_code(code)

@@ -30,6 +30,9 @@ const LAST_GOOD_CONFIG_KEY: &str = "pd/config";
 /// Bytes of block events that the leader keeps for the other Envoys.
 const OUTBOX_BYTES: usize = 1 << 20;
 
+/// Failed hand-overs in a row that eject a prefill endpoint.
+const HANDOVERS_IN_A_ROW: u8 = 3;
+
 /// One worker. All of it may be lost and built again.
 #[derive(Debug)]
 pub struct Worker {
@@ -325,12 +328,53 @@ impl Worker {
         }
     }
 
-    /// An endpoint answered. That is an event only where the endpoint had failed.
+    /// An endpoint answered. That is an event only where the endpoint had failed. An answer says nothing of a hand-over.
     pub(crate) fn answered(&mut self, endpoint: EndpointRef) {
-        if self.state.table.resolve(endpoint).is_some_and(|state| state.health.is_failing()) {
+        let ejection = self.state.table.resolve(endpoint).and_then(|state| state.health.ejection());
+        if ejection.is_some_and(|(cause, _)| cause != Cause::Handover) {
             self.happens(endpoint, &Event::Healed);
             self.room_changed();
         }
+    }
+
+    /// A decode endpoint answered a request whose prompt the prefill endpoint computed; `failed`: with 5xx. Where that is so
+    /// several times in a row, and the decode endpoint serves whole requests, the prefill endpoint's KV caches cannot be
+    /// fetched: it is ejected, and requests are served whole if there is no other. A warning where that begins.
+    pub(crate) fn judge_handover(
+        &mut self,
+        prefill: EndpointRef,
+        decode: EndpointRef,
+        failed: bool,
+        now: Monotonic,
+    ) -> Option<String> {
+        let decodes_alone = self.state.table.resolve(decode).is_some_and(|state| {
+            state.engine.protocol().decodes_alone && !state.fails_whole
+        });
+        let state = self.state.table.resolve(prefill)?;
+        let is_ejected = matches!(state.health.ejection(), Some((Cause::Handover, _)));
+        if !failed || !decodes_alone {
+            state.failed_handovers = 0;
+            if is_ejected {
+                self.happens(prefill, &Event::Healed);
+            }
+            return None;
+        }
+        state.failed_handovers = state.failed_handovers.saturating_add(1);
+        let is_probe = is_ejected && state.health.is_probing();
+        if state.failed_handovers < HANDOVERS_IN_A_ROW || (is_ejected && !is_probe) {
+            return None;
+        }
+        let address = Arc::clone(&state.address);
+        self.eject(prefill, Cause::Handover, now);
+        if is_ejected {
+            return None;
+        }
+        self.counts.count(Metric::OutliersHandover);
+        Some(format!(
+            "{address} {}. Prompts are computed elsewhere until a probe succeeds. A restarted server with a fixed engine_id \
+             does this; restart the decode servers, or take the engine_id out",
+            Cause::Handover.text()
+        ))
     }
 
     /// An endpoint answered a leg, with an error of its own or without. The error ejects the endpoint where its peers do

@@ -473,3 +473,50 @@ fn another_decode_endpoint_that_answers_has_the_request() {
     t.done();
     assert!(t.is_idle());
 }
+
+/// Sends a long prompt by both legs or whole; the decode endpoint answers `split` or `whole`. Returns the reason.
+fn decoded_by(t: &mut Fixture, number: usize, split: u16, whole: u16) -> String {
+    let (outcome, _) = split_by(t, number, "none", 500);
+    let reason = state(&outcome, REASON).to_owned();
+    let status = if reason == "prefilled" { split } else { whole };
+    let decode = state(&outcome, DECODE).to_owned();
+    t.request.response_headers(&mut t.worker, Answerer::Host(decode.as_bytes()), Some(status), t.now);
+    t.done();
+    reason
+}
+
+#[test]
+fn a_prefill_endpoint_whose_kv_caches_cannot_be_fetched_gets_no_prompts() {
+    let one = CONFIG.replace(r#"{"address": "10.0.0.1:2", "role": "prefill", "models": ["m"]},"#, "");
+    let mut t = configured(&one);
+    let reasons: Vec<_> = (0..20).map(|number| decoded_by(&mut t, number, 500, 200)).collect();
+    assert_eq!(reasons.iter().filter(|reason| *reason == "prefilled").count(), 3, "{reasons:?}");
+    assert!(reasons[3..].iter().all(|reason| reason == "no_prefill_endpoint"));
+    assert_eq!(t.worker.counts.pending(Metric::OutliersHandover), 1);
+    assert_eq!(failing(&t, ""), ["10.0.0.1:1"]);
+
+    // One probe each pause; it heals the endpoint where the decode endpoint answers well.
+    t.now = t.now.saturating_add(Duration::from_secs(5));
+    let reasons: Vec<_> = (20..30).map(|number| decoded_by(&mut t, number, 500, 200)).collect();
+    assert_eq!(reasons.iter().filter(|reason| *reason == "prefilled").count(), 1, "{reasons:?}");
+    t.now = t.now.saturating_add(Duration::from_secs(10));
+    assert!((30..40).all(|number| decoded_by(&mut t, number, 200, 200) == "prefilled"));
+    assert_eq!((failing(&t, ""), t.worker.counts.pending(Metric::OutliersHandover)), (vec![], 1));
+    assert!(t.is_idle());
+}
+
+#[test]
+fn decode_endpoints_that_fail_at_everything_blame_no_prefill_endpoint() {
+    let mut t = fixture();
+    for number in 0..40 {
+        t.request = Request::default();
+        t.headers(&[]);
+        let short = format!(r#"{{"model":"m","messages":[{{"role":"user","content":"w{number}"}}]}}"#);
+        let decode = state(&t.body(&short), DECODE).to_owned();
+        t.request.response_headers(&mut t.worker, Answerer::Host(decode.as_bytes()), Some(500), t.now);
+        t.done();
+        decoded_by(&mut t, number, 500, 500);
+    }
+    assert_eq!(failing(&t, "10.0.0.1"), [""; 0]);
+    assert_eq!(t.worker.counts.pending(Metric::OutliersHandover), 0);
+}
