@@ -184,7 +184,7 @@ pub fn run(input: &[u8]) {
                 let answerers = [
                     Answerer::Host(host),
                     Answerer::FailedAttempt(Some(host)),
-                    Answerer::FailedAttempt(None),
+                    Answerer::FailedConnect(None),
                     Answerer::Envoy,
                 ];
                 let answerer = answerers[usize::from(choices.below(4))];

@@ -94,6 +94,8 @@ metrics! {
     OutliersOverload Counter "pd_outliers_total;reason=overload" "Endpoints ejected because they answered 429 or 503 and the other endpoints of their pool and role did not",
     OutliersRefusal Counter "pd_outliers_total;reason=refusal" "Prefill endpoints ejected because they answered 4xx to requests that other prefill endpoints accepted",
     OutliersHandover Counter "pd_outliers_total;reason=handover" "Prefill endpoints ejected because decode endpoints answered 5xx to prompts that they computed, and served whole requests",
+    CachesForgotten Counter "pd_caches_forgotten_total" "Times that the filter forgot what an endpoint holds, because nothing listened there, or because its answers said that most was not cached",
+    BelievedTokensMissing Counter "pd_believed_tokens_missing_total" "Prompt tokens that a prefill endpoint was believed to hold, and did not have cached by its answer",
     PrefillInFlight Gauge "pd_prefill_in_flight" "Prefill legs in flight",
     DecodeInFlight Gauge "pd_decode_in_flight" "Requests in flight at decode endpoints",
     DecodeTokensInFlight Gauge "pd_decode_tokens_in_flight" "KV tokens assigned to decode endpoints",

@@ -3,12 +3,12 @@
 use futures::future::join_all;
 use pd_sim::Handle;
 use pd_support::body::{CHAT, chat, words};
-use pd_support::client::{BOTH, Http};
+use pd_support::client::{BOTH, Client, Http};
 use pd_tests::answer::text;
 use pd_tests::rig::{Rig, run};
 use serde_json::{Value, json};
 
-use crate::support::{assert_right, logged_chat, new_id, sum};
+use crate::support::{assert_right, logged_chat, long_chat, new_id, sum};
 
 fn cached(engines: &[Handle]) -> u64 {
     sum(engines, |stats| stats.cached_tokens)
@@ -119,4 +119,27 @@ fn a_hot_system_prompt_does_not_herd_requests_onto_one_pod() {
 #[test]
 fn neither_does_one_with_short_questions_behind_it() {
     run(assert_no_herd(40, 200));
+}
+
+/// A server that restarts at the same address has an empty cache.
+#[test]
+fn what_a_server_held_is_forgotten_when_nothing_listens_there() {
+    run(async {
+        let rig = Rig::builder().engines(1, 1).start().await;
+        let mut client = rig.client(Http::One).await;
+        let body = long_chat();
+        let reason = async |client: &mut Client| {
+            let (request, path) = logged_chat(client, &body, &[]);
+            let answer = client.send(request).await;
+            (answer.status, rig.access_log_of(&path).await["reason"].clone())
+        };
+        assert_eq!(reason(&mut client).await, (200, "prefilled".into()));
+        assert_eq!(reason(&mut client).await, (200, "cached".into()));
+        rig.refuse(&rig.decode[0]).await;
+        assert_eq!(reason(&mut client).await.0, 503);
+        rig.accept(&rig.decode[0]).await;
+        assert_eq!(reason(&mut client).await, (200, "prefilled".into()), "the prompt is computed by the prefill server");
+        rig.until_metric("pd_caches_forgotten_total", |value| value >= 1.0).await;
+        rig.until_idle().await;
+    });
 }

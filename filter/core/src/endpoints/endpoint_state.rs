@@ -33,6 +33,8 @@ pub struct EndpointState {
     /// 0 while hand-overs to this endpoint are believed. After an answer that shows a prompt computed twice: answers that
     /// must show a KV cache that came until they are believed again.
     pub kv_doubts: u8,
+    /// Doubts in the blocks that the index has for this endpoint, from answers that say how much was cached.
+    pub(crate) wrong_beliefs: u8,
     /// Prompts in a row that this endpoint computed and at which decode endpoints failed that serve whole requests.
     pub(crate) failed_handovers: u8,
     /// Whether the endpoint answered 5xx to the last request that it got whole.

@@ -429,6 +429,11 @@ impl Table {
         let index = match self.by_id.get(&endpoint.id()).copied() {
             Some(index) => {
                 if let Some(state) = self.get_mut(index) {
+                    // A process that was down is a new one, and its cache is empty.
+                    if state.endpoint.state == State::Down && endpoint.state == State::Ready {
+                        prefixes.forget(index);
+                        state.engine_id = None;
+                    }
                     let before = core::mem::replace(&mut state.endpoint, endpoint.clone());
                     keep_models(&mut state.endpoint, before);
                     if (state.engine, state.bootstrap) != (engine, bootstrap) {
@@ -459,6 +464,7 @@ impl Table {
                     engine_id: None,
                     is_kv_missing: false,
                     kv_doubts: 0,
+                    wrong_beliefs: 0,
                     failed_handovers: 0,
                     fails_whole: false,
                     prefill,

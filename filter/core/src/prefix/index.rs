@@ -125,6 +125,13 @@ impl PrefixIndex {
         self.set_capacity(endpoint, 0);
     }
 
+    /// Drops all blocks of an endpoint. Its capacity stays.
+    pub fn forget(&mut self, endpoint: EndpointIndex) {
+        let units = self.capacity(endpoint);
+        self.set_capacity(endpoint, 0);
+        self.set_capacity(endpoint, units);
+    }
+
     /// Number of leading blocks that `endpoint` holds.
     #[must_use]
     pub fn matched(&self, endpoint: EndpointIndex, blocks: &[BlockHash]) -> usize {

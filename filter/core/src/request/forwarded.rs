@@ -142,12 +142,15 @@ impl Forwarded {
                 let of_answer = worker.judge_answer(endpoint, Leg::Decode, error, now);
                 AnsweredBy { warnings: of_answer.into_iter().chain(of_handover).collect(), may_not_answer: false }
             }
-            Answerer::FailedAttempt(address) => {
+            Answerer::FailedAttempt(address) | Answerer::FailedConnect(address) => {
                 worker.counts.count(Metric::DecodeUnanswered);
                 let last = address.and_then(|address| self.reached(worker, address));
                 let last = last.unwrap_or(self.assignment.endpoint);
                 self.fail_before(worker, last, now);
-                worker.failed(last, now);
+                match answerer {
+                    Answerer::FailedConnect(_) => worker.failed_to_connect(last, now),
+                    _ => worker.failed(last, now),
+                }
                 AnsweredBy::default()
             }
             Answerer::Envoy => {
@@ -217,10 +220,10 @@ impl Forwarded {
         })
     }
 
-    /// Envoy went on to `reached`: the endpoints before it could not be reached.
+    /// Envoy went on to `reached`: it could not connect to the endpoints before, for it tries another one after nothing else.
     fn fail_before(&self, worker: &mut Worker, reached: EndpointRef, now: Monotonic) {
         for endpoint in self.order().take_while(|endpoint| *endpoint != reached) {
-            worker.failed(endpoint, now);
+            worker.failed_to_connect(endpoint, now);
         }
     }
 

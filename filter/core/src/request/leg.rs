@@ -136,7 +136,11 @@ pub(super) fn leg_ended(
     match fault {
         Some(Fault::TimedOut) if is_too_slow => {}
         Some(Fault::Unreachable | Fault::TimedOut) => {
-            worker.failed(endpoint, now);
+            if answer.is_refused_connection() {
+                worker.failed_to_connect(endpoint, now);
+            } else {
+                worker.failed(endpoint, now);
+            }
             if let Some(state) = worker.state.table.resolve(endpoint) {
                 state.engine_id = None;
             }
@@ -187,6 +191,13 @@ impl PrefillAnswer<'_> {
     /// HTTP status, if an answer came.
     fn status(&self) -> Option<u16> {
         if let Self::Answered { status, .. } = self { Some(*status) } else { None }
+    }
+
+    /// Whether Envoy could not connect to the endpoint.
+    fn is_refused_connection(&self) -> bool {
+        const REASON: &[u8] = b"connection failure";
+        matches!(self, Self::Answered { status: 503, body, .. }
+            if is_envoys(body) && body.windows(REASON.len()).any(|part| part == REASON))
     }
 
     /// Whether the engine refuses the request: with 4xx, other than those that mean "not now".

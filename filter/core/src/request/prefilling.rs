@@ -194,6 +194,9 @@ impl Prefilling {
         let estimate = PromptEstimate { bytes: bytes as f64, media, tokens, matched_tokens };
         let usage = Usage::of_answer(answer);
         worker.state.table.saw_prefill(prefiller.endpoint, estimate, seconds, usage);
+        if let Some(cached) = usage.and_then(|usage| usage.cached_tokens) {
+            worker.judge_belief(prefiller.endpoint, matched_tokens, cached);
+        }
         let handover = (prefiller.partner.engine.protocol().handover)(split.parsed.api, answer);
         let kv_warning = note_kv_missing(worker, prefiller.endpoint, handover == Handover::Missing);
         let edit = edit_with(&split.parsed, &handover, body);

@@ -5,9 +5,11 @@
 pub enum Answerer<'a> {
     /// The host of this address, `ip:port`, with whatever status.
     Host(&'a [u8]),
-    /// Envoy, because its last attempt at a host failed before the host answered: refused, reset, timed out while it
-    /// connected. `None` where Envoy names no host.
+    /// Envoy, because its last attempt at a host failed before the host answered: reset, or ended. `None` where Envoy names
+    /// no host.
     FailedAttempt(Option<&'a [u8]>),
+    /// Envoy, because it could not connect to the host of its last attempt. No process listens there, or listened.
+    FailedConnect(Option<&'a [u8]>),
     /// Envoy, for a reason that is no endpoint's: another filter's answer, a full circuit breaker, no healthy host, a
     /// time limit.
     Envoy,
@@ -55,16 +57,19 @@ impl AnswerSource {
         let address = self.address.as_deref();
         match (self.code_details.as_deref(), address) {
             (None | Some(FROM_UPSTREAM), Some(address)) => Answerer::Host(address),
-            (Some(details), _) if is_failed_attempt(details) => Answerer::FailedAttempt(address),
-            _ => Answerer::Envoy,
+            (Some(details), _) => match details.strip_prefix(FAILED_ATTEMPT) {
+                Some(reason) if OWN_REASONS.iter().any(|own| contains(reason, own)) => Answerer::Envoy,
+                Some(reason) if contains(reason, b"connection_failure") => Answerer::FailedConnect(address),
+                Some(_) => Answerer::FailedAttempt(address),
+                None => Answerer::Envoy,
+            },
+            (None, None) => Answerer::Envoy,
         }
     }
 }
 
-fn is_failed_attempt(details: &[u8]) -> bool {
-    details
-        .strip_prefix(FAILED_ATTEMPT)
-        .is_some_and(|reason| !OWN_REASONS.iter().any(|own| reason.windows(own.len()).any(|part| part == *own)))
+fn contains(text: &[u8], part: &[u8]) -> bool {
+    text.windows(part.len()).any(|window| window == part)
 }
 
 #[cfg(test)]
@@ -87,8 +92,6 @@ mod tests {
     #[test]
     fn an_attempt_that_failed_is_its_hosts() {
         for reason in [
-            "connection_failure",
-            "remote_connection_failure|delayed_connect_error:_Connection_refused",
             "connection_termination",
             "connection_timeout",
             "remote_reset",
@@ -100,6 +103,14 @@ mod tests {
             for status in [None, Some(503), Some(502)] {
                 assert_eq!(of(status, Some(&details)).answerer(), Answerer::FailedAttempt(Some(HOST)), "{reason}");
             }
+        }
+    }
+
+    #[test]
+    fn a_failed_connection_is_told_apart() {
+        for reason in ["connection_failure", "remote_connection_failure|delayed_connect_error:_Connection_refused"] {
+            let details = format!("upstream_reset_before_response_started{{{reason}}}");
+            assert_eq!(of(Some(503), Some(&details)).answerer(), Answerer::FailedConnect(Some(HOST)), "{reason}");
         }
     }
 

@@ -50,6 +50,8 @@ pub(crate) enum Event<'a> {
     HoldsByOthers { blocks: Cow<'a, [BlockHash]> },
     /// Number of the Envoys. The key has no meaning.
     FleetIs { fleet: Fleet },
+    /// The endpoint does not hold what it was sent: its process is a new one.
+    Forgot,
     /// The endpoint answered a leg with an error, or without one after errors.
     Answered { leg: Leg, error: Option<ErrorKind> },
     /// A request waits for a prefill endpoint with room. The key is the name of its queue. A request that waited in
@@ -116,12 +118,10 @@ impl<'a> Event<'a> {
             Self::HeldChanged { id, ref held } => state.waiting.set_held(id, held, &state.table),
             Self::Bound { id, seconds } => state.waiting.bind(id, seconds),
             Self::WaitEnded { id } => state.waiting.remove(id),
-            _ => {
-                match state.table.index_of_key(key) {
-                    Some(index) => self.apply_at(index, state),
-                    None => self.apply_at_absent(key, &mut state.table),
-                }
-            }
+            _ => match state.table.index_of_key(key) {
+                Some(index) => self.apply_at(index, state),
+                None => self.apply_at_absent(key, &mut state.table),
+            },
         }
     }
 
@@ -135,6 +135,9 @@ impl<'a> Event<'a> {
             state.index.remove(index, blocks);
             return;
         }
+        if *self == Self::Forgot {
+            state.index.forget(index);
+        }
         let Some(endpoint_state) = state.table.get_mut(index) else { return };
         if self.is_of_ledger() {
             self.apply_to_ledger(endpoint_state.ledger_entry());
@@ -145,6 +148,10 @@ impl<'a> Event<'a> {
             }
             Self::Failed { at, cause } => endpoint_state.health.failed(cause, at),
             Self::Healed => endpoint_state.health.answered(),
+            Self::Forgot => {
+                endpoint_state.engine_id = None;
+                endpoint_state.wrong_beliefs = 0;
+            }
             Self::Answered { leg, error } => endpoint_state.answers.note(leg, error),
             _ => {}
         }
@@ -196,6 +203,7 @@ impl<'a> Event<'a> {
                 out.0.push(cause.code());
             }
             Self::Healed => head(8),
+            Self::Forgot => head(19),
             Self::Admitted { fairness, tokens } => {
                 head(9);
                 out.word(*fairness);
@@ -291,6 +299,7 @@ impl<'a> Event<'a> {
             // An older filter writes no cause.
             7 => Self::Failed { at: rest.time()?, cause: Cause::of_code(rest.byte().unwrap_or_default()) },
             8 => Self::Healed,
+            19 => Self::Forgot,
             9 => Self::Admitted { fairness: rest.word()?, tokens: rest.word()? },
             10 => Self::Released { fairness: rest.word()?, tokens: rest.word()? },
             11 => Self::BusyElsewhere { by: Totals::read(&mut rest)? },
@@ -343,6 +352,7 @@ pub(crate) mod tests {
             prop::collection::vec(any::<u64>().prop_map(BlockHash), 0..9)
                 .prop_map(|blocks| Event::Lacks { blocks: blocks.into() }),
             Just(Event::Healed),
+            Just(Event::Forgot),
             (0_u64..3, any::<u64>()).prop_map(|(fairness, tokens)| Event::Admitted { fairness, tokens }),
             (0_u64..3, any::<u64>()).prop_map(|(fairness, tokens)| Event::Released { fairness, tokens }),
             any::<(u64, u64, u64)>()

@@ -88,6 +88,7 @@ impl WorkerLedger {
             | Event::Lacks { .. }
             | Event::Failed { .. }
             | Event::Healed
+            | Event::Forgot
             | Event::Answered { .. } => {}
         }
     }

@@ -33,6 +33,12 @@ const OUTBOX_BYTES: usize = 1 << 20;
 /// Failed hand-overs in a row that eject a prefill endpoint.
 const HANDOVERS_IN_A_ROW: u8 = 3;
 
+/// Fewest tokens that an endpoint must be believed to hold for a comparison with what it says. Engines cache whole blocks,
+/// and the tokens are an estimate.
+const LEAST_BELIEF: f64 = 512.0;
+/// Doubts at which what an endpoint holds is forgotten: three answers, or two where nothing was cached.
+const MOST_DOUBTS: u8 = 3;
+
 /// One worker. All of it may be lost and built again.
 #[derive(Debug)]
 pub struct Worker {
@@ -309,6 +315,43 @@ impl Worker {
         (!is_known).then(|| {
             format!("{address} is not in Envoy's cluster: {instead} answered. Compare the list's ports with the cluster's")
         })
+    }
+
+    /// Envoy could not connect to an endpoint: no process listens there. The next one has an empty cache.
+    pub(crate) fn failed_to_connect(&mut self, endpoint: EndpointRef, at: Monotonic) {
+        let is_new = self.state.table.resolve(endpoint).is_some_and(|state| !state.health.is_failing());
+        self.failed(endpoint, at);
+        // Each request that was sent meanwhile left its prompt in the index.
+        self.happens(endpoint, &Event::Forgot);
+        if is_new {
+            self.counts.count(Metric::CachesForgotten);
+        }
+    }
+
+    /// An endpoint says that it had `cached` tokens of a prompt of which it was believed to hold `believed`. What it was
+    /// believed to hold and did not is counted. Several answers of which most was not there show a new process: what the
+    /// endpoint holds is forgotten.
+    pub(crate) fn judge_belief(&mut self, endpoint: EndpointRef, believed: f64, cached: u64) {
+        if believed < LEAST_BELIEF {
+            return;
+        }
+        let missing = (believed - cached as f64).max(0.0);
+        self.counts.add(Metric::BelievedTokensMissing, missing as i64);
+        let Some(state) = self.state.table.resolve(endpoint) else { return };
+        let doubt = match missing * 2.0 > believed {
+            // Not even the blocks that most prompts begin with.
+            true if cached == 0 => 2,
+            true => 1,
+            false => {
+                state.wrong_beliefs = 0;
+                return;
+            }
+        };
+        state.wrong_beliefs = state.wrong_beliefs.saturating_add(doubt);
+        if state.wrong_beliefs >= MOST_DOUBTS {
+            self.counts.count(Metric::CachesForgotten);
+            self.happens(endpoint, &Event::Forgot);
+        }
     }
 
     /// Ejects an endpoint for a pause.

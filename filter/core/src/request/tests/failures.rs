@@ -520,3 +520,81 @@ fn decode_endpoints_that_fail_at_everything_blame_no_prefill_endpoint() {
     assert_eq!(failing(&t, "10.0.0.1"), [""; 0]);
     assert_eq!(t.worker.counts.pending(Metric::OutliersHandover), 0);
 }
+
+/// Blocks of the long prompt that the index has for an endpoint.
+fn held(t: &Fixture, address: &str) -> usize {
+    let (index, _) = t.worker.state.table.iter().find(|(_, state)| &*state.address == address).unwrap();
+    t.worker.state.index.newest(index, 1_000).count()
+}
+
+#[test]
+fn what_an_endpoint_holds_is_forgotten_where_nothing_listens_there() {
+    let refused = "upstream connect error or disconnect/reset before headers. reset reason: remote connection failure, \
+                   transport failure reason: delayed connect error: 111";
+    for (body, is_forgotten) in [(refused, true), ("upstream connect error. reset reason: connection termination", false)]
+    {
+        let mut t = fixture();
+        t.headers(&[]);
+        let prefill = leg_destination(&t.body(&long_body())).split(',').next().unwrap().to_owned();
+        assert!(held(&t, &prefill) > 0);
+        t.answer(503, body);
+        assert_eq!(held(&t, &prefill) == 0, is_forgotten, "{body}");
+        t.done();
+        assert_eq!(t.worker.counts.pending(Metric::CachesForgotten), i64::from(is_forgotten));
+    }
+    let mut t = fixture();
+    t.headers(&[]);
+    // Long enough for a block, too short to be split.
+    let body = format!(r#"{{"model":"m","messages":[{{"role":"user","content":"{}"}}]}}"#, "word ".repeat(140));
+    let decode = state(&t.body(&body), DECODE).to_owned();
+    let before = held(&t, &decode);
+    t.request.response_headers(&mut t.worker, Answerer::FailedConnect(Some(decode.as_bytes())), Some(503), t.now);
+    assert_eq!((before > 0, held(&t, &decode)), (true, 0));
+    t.done();
+}
+
+#[test]
+fn what_an_endpoint_holds_is_forgotten_after_answers_that_say_otherwise() {
+    // What it had cached of 1,000 tokens, answer by answer; after how many answers it is forgotten.
+    for (cached, after) in [(&[0, 0, 0][..], 2), (&[300, 300, 300, 300], 3), (&[0, 900, 0, 900, 300], 0)] {
+        let mut t = fixture();
+        t.headers(&[]);
+        t.body(&long_body());
+        t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+        t.done();
+        let (index, _) = t.worker.state.table.iter().find(|(_, state)| state.endpoint.address.port() == 1).unwrap();
+        let endpoint = t.worker.state.table.refer(index).unwrap();
+        let forgotten = |t: &Fixture| t.worker.counts.pending(Metric::CachesForgotten);
+        let mut count = 0;
+        for (number, cached) in cached.iter().enumerate() {
+            t.worker.judge_belief(endpoint, 1_000.0, *cached);
+            if forgotten(&t) > 0 && count == 0 {
+                count = number + 1;
+            }
+        }
+        assert_eq!(count, after, "{cached:?}");
+        let missing: u64 = cached.iter().map(|cached| 1_000 - cached).sum();
+        assert_eq!(t.worker.counts.pending(Metric::BelievedTokensMissing), missing as i64);
+        t.worker.judge_belief(endpoint, 511.0, 0);
+        assert_eq!(t.worker.counts.pending(Metric::BelievedTokensMissing), missing as i64, "too few to tell");
+    }
+}
+
+#[test]
+fn an_endpoint_that_returns_from_down_holds_nothing() {
+    let mut t = fixture();
+    t.headers(&[]);
+    let prefill = leg_destination(&t.body(&long_body())).split(',').next().unwrap().to_owned();
+    t.done();
+    let mut list = |version: u64, prefill_state: &str| {
+        let text = format!(
+            r#"{{"wire":1,"epoch":"e","version":{version},"endpoints":[{{"address":"{prefill}","role":"prefill",
+            "models":["m"],"state":"{prefill_state}"}},{{"address":"10.0.0.2:1","role":"decode","models":["m"]}}]}}"#
+        );
+        t.worker.apply(text.as_bytes()).unwrap();
+        held(&t, &prefill)
+    };
+    assert!(list(1, "ready") > 0 && list(2, "draining") > 0 && list(3, "ready") > 0);
+    assert!(list(4, "down") > 0, "the requests that it has may tell");
+    assert_eq!(list(5, "ready"), 0);
+}
