@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::access::tls::{Protocol, Tls, TlsFiles};
+use crate::access::rights::Rights;
 use crate::access::token::Token;
 use crate::api::app::{App, LogLevel};
 use crate::api::http;
@@ -65,8 +66,10 @@ pub struct Config {
     pub scaler: Option<SocketAddr>,
     /// The EDS file to write; none: pd-control writes none.
     pub eds: Option<EdsFile>,
-    /// Bearer token that `/v1/…` requires; none: anyone may ask.
+    /// Bearer token of filters and replicas, which `/v1/…` requires; none: anyone may read.
     pub token: Option<Token>,
+    /// Bearer token of operators; none: that of the filters does.
+    pub operator: Option<Token>,
     /// How often to compare the file where the kernel reports no changes.
     pub poll: Duration,
 }
@@ -319,7 +322,7 @@ impl Parts {
             polls: Arc::default(),
             hub,
             log: config.log,
-            token: config.token,
+            rights: Rights { filter: config.token, operator: config.operator },
             stopping,
         }
     }

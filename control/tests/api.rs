@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use axum::http::StatusCode;
 use pd_control::Control;
+use pd_control::access::token::Token;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -41,6 +42,28 @@ async fn probes_and_metrics_need_no_token_and_the_rest_does() {
         assert_eq!(client.get(path).await.status, StatusCode::OK, "{path}");
     }
     assert_eq!(rig.client.metric("pd_control_watch_requests_total{code=\"401\"}").await, 2.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_filters_token_does_not_change_the_log_level_where_operators_have_one() {
+    let rig = Rig::start_with(&four(1.0), |config, directory| {
+        with_token(config, directory);
+        config.operator = Token::new("operator");
+    })
+    .await;
+    let status = async |token: &'static str, method: &str, path: &str| {
+        let client = HttpClient { token: Some(token), ..rig.client.clone() };
+        client.request(method, path).await.unwrap().status
+    };
+    assert_eq!(status("secret", "PUT", "/v1/log-level").await, StatusCode::UNAUTHORIZED);
+    assert_eq!(status("operator", "PUT", "/v1/log-level").await, StatusCode::NOT_FOUND, "its log is the test's");
+    assert_eq!(status("operator", "POST", "/v1/exchange").await, StatusCode::UNAUTHORIZED);
+    assert_eq!(status("secret", "POST", "/v1/exchange").await, StatusCode::BAD_REQUEST, "it has no message");
+    for token in ["secret", "operator"] {
+        for path in ["/v1/status", "/v1/endpoints", "/v1/watch"] {
+            assert_eq!(status(token, "GET", path).await, StatusCode::OK, "{token} {path}");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

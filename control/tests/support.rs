@@ -84,6 +84,7 @@ impl Rig {
             scaler: None,
             eds: None,
             token: None,
+            operator: None,
             // Out of the way: what is seen, the kernel has reported.
             poll: Duration::from_secs(3_600),
         };

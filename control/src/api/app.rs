@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use crate::access::token::Token;
+use crate::access::rights::Rights;
 use crate::api::metrics::Metrics;
 use crate::counters::Counters;
 use crate::engines::answers::Scrapes;
@@ -36,8 +36,8 @@ pub struct App {
     pub hub: Arc<SharedHub>,
     /// Sets the log level; none: the log is not pd-control's own.
     pub log: Option<LogLevel>,
-    /// Bearer token that `/v1/…` requires; none: anyone may ask.
-    pub token: Option<Token>,
+    /// Who may send which requests.
+    pub rights: Rights,
     /// Becomes true when pd-control stops and has to answer open polls.
     pub stopping: watch::Receiver<bool>,
 }

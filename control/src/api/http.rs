@@ -3,10 +3,10 @@
 //! | path | answer |
 //! |---|---|
 //! | `GET /v1/watch` | 200 snapshot, 304 no change in time, 400 bad query, 401 bad token |
-//! | `POST /v1/exchange` | 200 records of other Envoys, 400 no message of the exchange, 401 bad token, 413 too large |
+//! | `POST /v1/exchange` | 200 records of other Envoys, 400 no message of the exchange, 401 bad token, 403 no token set, 413 too large |
 //! | `GET /v1/endpoints` | 200 the list in force for people, 401 bad token |
 //! | `GET /v1/status` | 200 list, pods, engines and Envoys, for the status page and the terminal, 401 bad token |
-//! | `PUT /v1/log-level` | 204 the body is the log level from now on, 400 no such level, 401 bad token |
+//! | `PUT /v1/log-level` | 204 the body is the log level from now on, 400 no such level, 401 no operator's token, 403 no token set |
 //! | `GET /` | 200 status page, which asks the person for the token |
 //! | `GET /healthz` | 200 while the process answers |
 //! | `GET /readyz` | 200 once a list is in force (`degraded: …` while the newest one is refused), else 503 |
@@ -31,6 +31,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
+use crate::access::rights::{LOG_LEVEL_PATH, Refusal};
 use crate::api::app::{App, ClientAddress};
 use crate::api::metrics;
 use crate::api::status;
@@ -101,7 +102,7 @@ pub fn router(app: App) -> Router {
         .route(EXCHANGE_PATH, post(exchange).layer(DefaultBodyLimit::max(MAX_MESSAGE_BYTES)))
         .route("/v1/endpoints", get(endpoints))
         .route("/v1/status", get(status))
-        .route("/v1/log-level", put(log_level).layer(DefaultBodyLimit::max(MAX_LEVEL_BYTES)))
+        .route(LOG_LEVEL_PATH, put(log_level).layer(DefaultBodyLimit::max(MAX_LEVEL_BYTES)))
         .layer(middleware::from_fn_with_state(app.clone(), authorize));
     Router::new()
         .merge(v1)
@@ -114,17 +115,30 @@ pub fn router(app: App) -> Router {
         .with_state(app)
 }
 
-async fn authorize(State(app): State<App>, request: Request, next: Next) -> Response {
-    match &app.token {
-        Some(token) if !token.is_in(request.headers().get(header::AUTHORIZATION)) => {
-            if request.uri().path() == WATCH_PATH {
-                app.counters.watch_answered(StatusCode::UNAUTHORIZED.as_u16());
-            }
-            let answer = failure(StatusCode::UNAUTHORIZED, "a bearer token is needed");
+async fn authorize(
+    State(app): State<App>,
+    peer: Option<Extension<ClientAddress>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let is_local = peer.is_none_or(|Extension(ClientAddress(address))| address.to_canonical().is_loopback());
+    let (path, authorization) = (request.uri().path(), request.headers().get(header::AUTHORIZATION));
+    let Err(refusal) = app.rights.check(request.method(), path, authorization, is_local) else {
+        return next.run(request).await;
+    };
+    let answer = match refusal {
+        Refusal::TokenNeeded => {
+            let answer = failure(StatusCode::UNAUTHORIZED, "a bearer token with that right is needed");
             ([(header::WWW_AUTHENTICATE, "Bearer")], answer).into_response()
         }
-        _ => next.run(request).await,
+        Refusal::NoTokenSet => failure(StatusCode::FORBIDDEN, "without a token set, only the same host may write"),
+    };
+    match path {
+        WATCH_PATH => app.counters.watch_answered(answer.status().as_u16()),
+        EXCHANGE_PATH => app.counters.exchanged(answer.status().as_u16()),
+        _ => {}
     }
+    answer
 }
 
 async fn watch(

@@ -23,6 +23,8 @@ use crate::sources::yaml;
 
 /// Environment variable with the token, unless `--token-env` names another one.
 pub(crate) const TOKEN_VARIABLE: &str = "PD_CONTROL_TOKEN";
+/// Environment variable with the token of operators, unless `--operator-token-env` names another one.
+const OPERATOR_TOKEN_VARIABLE: &str = "PD_CONTROL_OPERATOR_TOKEN";
 
 /// Tells every Envoy's prefill/decode filter which endpoints there are.
 ///
@@ -131,6 +133,10 @@ pub(super) struct ServeArgs {
     /// Environment variable with the bearer token that /v1/ paths require [default: PD_CONTROL_TOKEN, if set]
     #[arg(long, value_name = "NAME")]
     token_env: Option<String>,
+    /// Environment variable with the bearer token of operators, which changing the log level requires [default:
+    /// PD_CONTROL_OPERATOR_TOKEN, if set; else the token of the filters]
+    #[arg(long, value_name = "NAME")]
+    operator_token_env: Option<String>,
     /// Log level: error, warn, info, debug, trace, or a filter such as info,pd_control=debug
     #[arg(long, env = "PD_CONTROL_LOG_LEVEL", value_name = "LEVEL", default_value = "info")]
     pub(super) log_level: String,
@@ -177,23 +183,35 @@ pub(crate) fn files_of(arguments: &[&str], variables: &[(&str, &str)]) -> Result
     Ok(Files { endpoints: cli.serve.endpoints, kubernetes_config: cli.serve.kubernetes_config })
 }
 
+/// The token in the variable that an option names, or in the usual one; `None` where neither is set.
+fn token_of(
+    option: &str,
+    named: Option<&str>,
+    usual: &str,
+    variable: &impl Fn(&str) -> Option<String>,
+) -> anyhow::Result<Option<Token>> {
+    let text = match named {
+        Some(name) => Some(variable(name).with_context(|| format!("{option} {name}: the variable is not set"))?),
+        None => variable(usual).filter(|text| !text.is_empty()),
+    };
+    let name = named.unwrap_or(usual);
+    text.map(|text| Token::new(&text).with_context(|| format!("{name}: a token is printable ASCII without spaces")))
+        .transpose()
+}
+
 impl ServeArgs {
     pub(super) fn config(self, variable: impl Fn(&str) -> Option<String>) -> anyhow::Result<Config> {
         let kubernetes = self.kubernetes()?;
         if self.endpoints.is_none() && kubernetes.is_none() && self.endpoint.is_empty() {
             bail!("--endpoints FILE, --endpoint or --kubernetes is needed (see --help)");
         }
-        let text = match &self.token_env {
-            Some(name) => Some(variable(name).with_context(|| format!("--token-env {name}: the variable is not set"))?),
-            None => variable(TOKEN_VARIABLE).filter(|text| !text.is_empty()),
-        };
-        let name = self.token_env.as_deref().unwrap_or(TOKEN_VARIABLE);
-        let token = text
-            .map(|text| Token::new(&text).with_context(|| format!("{name}: a token is printable ASCII without spaces")))
-            .transpose()?;
+        let token = token_of("--token-env", self.token_env.as_deref(), TOKEN_VARIABLE, &variable)?;
+        let named = self.operator_token_env.as_deref();
+        let operator = token_of("--operator-token-env", named, OPERATOR_TOKEN_VARIABLE, &variable)?;
         if token.is_none() && !self.listen.ip().is_loopback() {
             tracing::warn!(
-                "pd-control listens on {} and requires no token: anyone may read the endpoints",
+                "pd-control listens on {} and requires no token: anyone may read the endpoints, and no other host may send \
+                 loads for the exchange",
                 self.listen
             );
         }
@@ -219,6 +237,7 @@ impl ServeArgs {
             scaler: self.scaler_listen,
             eds,
             token,
+            operator,
             poll: DEFAULT_POLL,
         })
     }

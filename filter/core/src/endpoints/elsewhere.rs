@@ -24,6 +24,16 @@ impl Totals {
         }
     }
 
+    /// Each number, or that of `most` where it is larger.
+    #[must_use]
+    pub fn at_most(self, most: Self) -> Self {
+        Self {
+            work: self.work.min(most.work),
+            tokens: self.tokens.min(most.tokens),
+            requests: self.requests.min(most.requests),
+        }
+    }
+
     /// The difference of each count, wrapping: a count may pass through values below 0 while messages cross.
     #[must_use]
     pub fn minus(self, other: Self) -> Self {

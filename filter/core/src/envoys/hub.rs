@@ -28,6 +28,14 @@ const RELAY_BYTES: usize = MAX_MESSAGE_BYTES / 4;
 /// Most endpoints of one record; the hub ignores further ones.
 const MAX_LOADS: usize = crate::wire::MAX_ENDPOINTS;
 
+/// Most endpoints in the loads of all Envoys together, 32 bytes each and as much again in the sums. Beyond it, the Envoys
+/// with the most keep an equal share.
+const MAX_ALL_LOADS: usize = 1 << 19;
+/// Most bytes of the reports of all Envoys together.
+const MAX_ALL_REPORT_BYTES: usize = 16 << 20;
+/// The most that one Envoy can have in flight at one endpoint. More is a claim that would keep all others away from it.
+const MOST_IN_FLIGHT: Totals = Totals { work: 1_000_000_000_000, tokens: 10_000_000_000, requests: 1_000_000 };
+
 /// What one replica of pd-control knows of all Envoys: their loads, their block logs, their reports.
 #[derive(Debug)]
 pub struct Hub {
@@ -137,7 +145,8 @@ impl Hub {
             gateway.turn = record.turn;
             gateway.hash_scheme = record.hash_scheme;
             if gateway.loads != record.loads {
-                let loads = record.loads.iter().take(MAX_LOADS).copied().collect();
+                let loads = record.loads.iter().take(MAX_LOADS);
+                let loads = loads.map(|(endpoint, totals)| (*endpoint, totals.at_most(MOST_IN_FLIGHT))).collect();
                 gateway.load(&mut self.sums, loads);
                 gateway.changes = gateway.changes.wrapping_add(1);
                 self.changes = self.changes.wrapping_add(1);
@@ -158,6 +167,8 @@ impl Hub {
             number = number.saturating_add(1);
         }
         self.shorten_logs();
+        self.shorten_loads();
+        self.shorten_reports();
     }
 
     /// Makes room for an Envoy that the hub does not know: forgets the one that has been gone longest. `false` where there
@@ -180,6 +191,26 @@ impl Hub {
             if !longest.is_some_and(|gateway| gateway.log.forget_oldest()) {
                 return;
             }
+        }
+    }
+
+    /// Cuts the loads of the Envoys with the most to an equal share, where all together are too many.
+    fn shorten_loads(&mut self) {
+        let share = MAX_ALL_LOADS.checked_div(self.gateways.len()).unwrap_or(0);
+        while self.gateways.values().map(|gateway| gateway.loads.len()).sum::<usize>() > MAX_ALL_LOADS {
+            let Some(most) = self.gateways.values_mut().max_by_key(|gateway| gateway.loads.len()) else { return };
+            let loads = most.loads.iter().take(share).copied().collect();
+            most.load(&mut self.sums, loads);
+            most.changes = most.changes.wrapping_add(1);
+            self.changes = self.changes.wrapping_add(1);
+        }
+    }
+
+    /// Drops the longest reports, where all together are too long.
+    fn shorten_reports(&mut self) {
+        while self.gateways.values().map(|gateway| gateway.report.len()).sum::<usize>() > MAX_ALL_REPORT_BYTES {
+            let Some(longest) = self.gateways.values_mut().max_by_key(|gateway| gateway.report.len()) else { return };
+            longest.report = Vec::new();
         }
     }
 

@@ -9,7 +9,7 @@ use super::client::{CallKind, ExchangeCall, ExchangeClient, TICK};
 use super::hub::{GATEWAY_LIFE, Hub};
 use super::message::{ExchangeRequest, MAX_MESSAGE_BYTES, Record};
 use super::report::{self, MAX_REPORT_BYTES};
-use crate::endpoints::elsewhere::Fleet;
+use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::endpoints::table::EndpointRef;
 use crate::prefix::block_log::block_event;
 use crate::prefix::hash::BlockHash;
@@ -135,6 +135,52 @@ fn equal_requests_get_equal_answers() {
     }
     let response = hub.answer(&ExchangeRequest { from: 99, wants: true, ..ExchangeRequest::default() }, 0);
     assert!(response.batches.iter().map(|batch| batch.gateway).eq(1..=20), "{:?}", response.batches);
+}
+
+/// One record of an Envoy that claims what it likes.
+fn claims(gateway: u64, turn: u64, loads: Vec<(u64, Totals)>, report: Vec<u8>) -> ExchangeRequest {
+    let record = Record { gateway, turn, loads, report, ..Record::default() };
+    ExchangeRequest { from: gateway, records: vec![record], ..ExchangeRequest::default() }
+}
+
+#[test]
+fn what_an_envoy_claims_is_capped_and_ends_with_it() {
+    let mut hub = Hub::new(9);
+    let huge = Totals { work: u64::MAX, tokens: u64::MAX, requests: u64::MAX };
+    let honest = Totals { work: 5, tokens: 7, requests: 1 };
+    hub.take(&claims(1, 1, vec![(4, huge)], Vec::new()), Monotonic::ZERO);
+    hub.take(&claims(2, 1, vec![(4, honest)], Vec::new()), Monotonic::ZERO);
+    let seen = |hub: &Hub| {
+        let listener = ExchangeRequest { from: 3, wants: true, ..ExchangeRequest::default() };
+        hub.answer(&listener, 0).loads.unwrap_or_default().into_iter().find(|(endpoint, _)| *endpoint == 4)
+    };
+    let (_, sum) = seen(&hub).unwrap();
+    assert!(sum.tokens <= 10_000_000_007 && sum.work <= 1_000_000_000_005 && sum.requests <= 1_000_001, "{sum:?}");
+    let later = Monotonic::ZERO + GATEWAY_LIFE + Duration::from_secs(1);
+    hub.take(&claims(2, 2, vec![(4, honest)], Vec::new()), later);
+    assert!(hub.prune(later));
+    assert_eq!(seen(&hub), Some((4, honest)));
+}
+
+#[test]
+fn loads_and_reports_of_many_envoys_have_a_bound_that_spares_the_modest() {
+    let mut hub = Hub::new(9);
+    let one = Totals { work: 1, tokens: 1, requests: 1 };
+    hub.take(&claims(1, 1, vec![(4, one)], vec![b' '; 100]), Monotonic::ZERO);
+    for gateway in 2..24 {
+        let loads = (0..100_000).map(|endpoint| (endpoint, one)).collect();
+        hub.take(&claims(gateway, 1, loads, Vec::new()), Monotonic::ZERO);
+    }
+    let messages = hub.relay(&HashMap::new(), Monotonic::ZERO);
+    let records = || messages.iter().flat_map(|message| &message.records);
+    let total: usize = records().map(|record| record.loads.len()).sum();
+    assert!(total <= 1 << 19, "{total}");
+    assert!(records().any(|record| record.gateway == 1 && record.loads == [(4, one)] && record.report.len() == 100));
+    for gateway in 2_000..2_400 {
+        hub.take(&claims(gateway, 1, Vec::new(), vec![b' '; 64 << 10]), Monotonic::ZERO);
+    }
+    let reports: usize = hub.reports(Monotonic::ZERO).map(|(.., report)| report.len()).sum();
+    assert!((15 << 20..=16 << 20).contains(&reports), "{reports}");
 }
 
 #[test]

@@ -1,0 +1,110 @@
+//! Who may do what: filters, operators, and clients without a token.
+
+use axum::http::{HeaderValue, Method};
+use pd_core::envoys::message::EXCHANGE_PATH;
+
+use crate::access::token::Token;
+
+/// Path that sets the log level.
+pub const LOG_LEVEL_PATH: &str = "/v1/log-level";
+
+/// The tokens of pd-control.
+#[derive(Clone, Debug, Default)]
+pub struct Rights {
+    /// Token of filters and replicas; none: anyone may read.
+    pub filter: Option<Token>,
+    /// Token of operators; none: that of the filters does.
+    pub operator: Option<Token>,
+}
+
+/// Why a request is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The request has no token that opens the path.
+    TokenNeeded,
+    /// pd-control has no token, and from another host nobody may write without one.
+    NoTokenSet,
+}
+
+impl Rights {
+    /// Whether a client may send a request. `is_local`: it runs on the same host.
+    ///
+    /// - The list is for filters, and for operators.
+    /// - The exchange is for filters and replicas.
+    /// - The log level is for operators.
+    /// - Everything else is for both.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check(
+        &self,
+        method: &Method,
+        path: &str,
+        authorization: Option<&HeaderValue>,
+        is_local: bool,
+    ) -> Result<(), Refusal> {
+        let has = |token: &Option<Token>| token.as_ref().is_some_and(|token| token.is_in(authorization));
+        let (is_filter, is_operator) = (has(&self.filter), has(&self.operator));
+        let is_log_level = path == LOG_LEVEL_PATH && method == Method::PUT;
+        let needed = match () {
+            () if is_log_level => self.operator.as_ref().or(self.filter.as_ref()),
+            () => self.filter.as_ref(),
+        };
+        let is_write = is_log_level || path == EXCHANGE_PATH;
+        if needed.is_none() {
+            return if is_write && !is_local { Err(Refusal::NoTokenSet) } else { Ok(()) };
+        }
+        let opens = match () {
+            () if is_log_level && self.operator.is_some() => is_operator,
+            () if path == EXCHANGE_PATH => is_filter,
+            () => is_filter || is_operator,
+        };
+        if opens { Ok(()) } else { Err(Refusal::TokenNeeded) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pd_core::wire::WATCH_PATH;
+
+    use super::*;
+
+    /// What clients with no token, the filters' and the operators' may do: the log level, the exchange, the list, the status.
+    fn allowed(rights: &Rights, is_local: bool) -> [String; 3] {
+        let requests = [
+            (Method::PUT, LOG_LEVEL_PATH),
+            (Method::POST, EXCHANGE_PATH),
+            (Method::GET, WATCH_PATH),
+            (Method::GET, "/v1/status"),
+        ];
+        ["", "Bearer filter", "Bearer operator"].map(|token| {
+            let header = HeaderValue::from_static(token);
+            let letter = |(method, path): &(Method, &str)| match rights.check(method, path, Some(&header), is_local) {
+                Ok(()) => 'y',
+                Err(Refusal::TokenNeeded) => 'n',
+                Err(Refusal::NoTokenSet) => 'x',
+            };
+            requests.iter().map(letter).collect()
+        })
+    }
+
+    fn rights(filter: bool, operator: bool) -> Rights {
+        let token = |is_set: bool, text| Token::new(text).filter(|_| is_set);
+        Rights { filter: token(filter, "filter"), operator: token(operator, "operator") }
+    }
+
+    #[test]
+    fn each_token_opens_what_its_holder_needs() {
+        for is_local in [true, false] {
+            assert_eq!(allowed(&rights(true, true), is_local), ["nnnn", "nyyy", "ynyy"]);
+            assert_eq!(allowed(&rights(true, false), is_local), ["nnnn", "yyyy", "nnnn"]);
+        }
+    }
+
+    #[test]
+    fn without_a_token_nobody_writes_from_elsewhere() {
+        assert_eq!(allowed(&rights(false, false), true), ["yyyy"; 3]);
+        assert_eq!(allowed(&rights(false, false), false), ["xxyy"; 3]);
+        assert_eq!(allowed(&rights(false, true), false), ["nxyy", "nxyy", "yxyy"]);
+    }
+}
