@@ -12,6 +12,7 @@ mod engines;
 mod errors;
 mod exchange;
 mod hostile;
+mod ipv6;
 mod kv_params;
 mod leaving;
 mod list;
