@@ -12,8 +12,8 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::access::tls::{Protocol, Tls, TlsFiles};
 use crate::access::rights::Rights;
+use crate::access::tls::{Protocol, Tls, TlsFiles};
 use crate::access::token::Token;
 use crate::api::app::{App, LogLevel};
 use crate::api::http;

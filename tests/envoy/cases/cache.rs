@@ -138,7 +138,11 @@ fn what_a_server_held_is_forgotten_when_nothing_listens_there() {
         rig.refuse(&rig.decode[0]).await;
         assert_eq!(reason(&mut client).await.0, 503);
         rig.accept(&rig.decode[0]).await;
-        assert_eq!(reason(&mut client).await, (200, "prefilled".into()), "the prompt is computed by the prefill server");
+        assert_eq!(
+            reason(&mut client).await,
+            (200, "prefilled".into()),
+            "the prompt is computed by the prefill server"
+        );
         rig.until_metric("pd_caches_forgotten_total", |value| value >= 1.0).await;
         rig.until_idle().await;
     });

@@ -269,10 +269,8 @@ fn a_prefill_server_never_generates_for_decode_servers_that_envoy_lacks() {
 
         replace(&eds, &eds_file(&hosts)).unwrap();
         let mut client = rig.client(Http::Two).await;
-        until("the decode server serves", async || {
-            (client.post(CHAT, short_chat()).await.status == 200).then_some(())
-        })
-        .await;
+        until("the decode server serves", async || (client.post(CHAT, short_chat()).await.status == 200).then_some(()))
+            .await;
         rig.until_idle().await;
     });
 }

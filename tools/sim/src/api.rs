@@ -473,7 +473,14 @@ fn fault_list(pod: &Pod) -> Response<Body> {
 /// Puts faults in force in place of the earlier ones. `refuse` without conditions happens now, not at a request.
 pub(crate) fn set_faults(pod: &Arc<Pod>, mut faults: Vec<Fault>) {
     faults.retain(|fault| match fault {
-        Fault { kind: Kind::Refuse(time), role: None, is_handover: false, probability: 1.0, count: None, path: None } => {
+        Fault {
+            kind: Kind::Refuse(time),
+            role: None,
+            is_handover: false,
+            probability: 1.0,
+            count: None,
+            path: None,
+        } => {
             pod.stats.fault("refuse");
             pod.refuse_for(*time);
             false

@@ -91,11 +91,7 @@ mod tests {
 
     fn bounds(labels: Value, annotations: Value) -> Result<(Option<u64>, Option<u64>), String> {
         let texts = |value| serde_json::from_value(value).unwrap();
-        prompt_bounds(&Pod {
-            labels: texts(labels),
-            annotations: texts(annotations),
-            ..Pod::default()
-        })
+        prompt_bounds(&Pod { labels: texts(labels), annotations: texts(annotations), ..Pod::default() })
     }
 
     #[test]

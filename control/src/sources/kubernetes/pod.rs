@@ -137,7 +137,10 @@ impl Pod {
             ip,
             ports: ports.filter(is_tcp).map(|port| (port.name, port.container_port)).collect(),
             state,
-            is_running: status.container_statuses.iter().all(|it| it.state.is_empty() || it.state.contains_key("running")),
+            is_running: status
+                .container_statuses
+                .iter()
+                .all(|it| it.state.is_empty() || it.state.contains_key("running")),
             restarts: status.container_statuses.iter().fold(0, |sum, it| sum.saturating_add(it.restart_count)),
             is_finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
             created: metadata.creation_timestamp.map_or(0, |time| time.0.as_second()),

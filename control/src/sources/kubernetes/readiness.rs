@@ -91,9 +91,9 @@ mod tests {
 
     /// The states in the list of pods with these states, running containers and restarts.
     fn settle(readiness: &mut Readiness, pods: &[(State, bool, u64)]) -> (Vec<State>, usize) {
-        let pods: Vec<_> = pods.iter().map(|(state, is_running, restarts)| pod(*state, *is_running, *restarts)).collect();
-        let names: Vec<_> =
-            (0..pods.len()).map(|n| PodName { namespace: "n".into(), name: n.to_string() }).collect();
+        let pods: Vec<_> =
+            pods.iter().map(|(state, is_running, restarts)| pod(*state, *is_running, *restarts)).collect();
+        let names: Vec<_> = (0..pods.len()).map(|n| PodName { namespace: "n".into(), name: n.to_string() }).collect();
         let mut all: Vec<_> = (1_u8..)
             .zip(pods.iter().zip(&names))
             .map(|(n, (pod, name))| {

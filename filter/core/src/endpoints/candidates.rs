@@ -342,7 +342,8 @@ mod tests {
     #[test]
     fn a_prefill_endpoint_whose_engine_no_decode_endpoint_has_is_no_candidate() {
         let of = |port, role, engine| Endpoint { engine: Some(engine), ..endpoint(port, role, &[]) };
-        let grouped = |port, role, engine, group: &str| Endpoint { group: Some(group.into()), ..of(port, role, engine) };
+        let grouped =
+            |port, role, engine, group: &str| Endpoint { group: Some(group.into()), ..of(port, role, engine) };
         let fixture = Fixture::new(vec![
             of(1, Role::Prefill, Engine::VllmNixl),
             of(2, Role::Prefill, Engine::Sglang),

@@ -39,7 +39,8 @@ impl Forwarded {
         now: Monotonic,
     ) -> Step {
         let Some(concurrent) = self.concurrent_prefill.take() else { return self.stay(Vec::new()) };
-        let mut warning = leg_ended(worker, concurrent.endpoint, (concurrent.leg, concurrent.started), &answer, now).warning;
+        let mut warning =
+            leg_ended(worker, concurrent.endpoint, (concurrent.leg, concurrent.started), &answer, now).warning;
         if let PrefillAnswer::Answered { status: 401 | 403 | 404, .. } = answer {
             // No other endpoint can be asked. What all of them answer is the client's error, and ejects none.
             warning = refused_alone(worker, concurrent.endpoint, now);

@@ -1,8 +1,8 @@
 //! The answer to probes that ask whether this Envoy may get requests.
 
 use crate::config::{Config, STATIC_EPOCH};
-use crate::request::reply::{REASON_HEADER, Reply};
 use crate::endpoints::endpoint_state::EndpointState;
+use crate::request::reply::{REASON_HEADER, Reply};
 use crate::wire::{Role, State};
 use crate::workers::worker::Worker;
 

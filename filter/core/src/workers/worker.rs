@@ -313,7 +313,9 @@ impl Worker {
         let address = Arc::clone(&state.address);
         self.eject(endpoint, Cause::Absent, at);
         (!is_known).then(|| {
-            format!("{address} is not in Envoy's cluster: {instead} answered. Compare the list's ports with the cluster's")
+            format!(
+                "{address} is not in Envoy's cluster: {instead} answered. Compare the list's ports with the cluster's"
+            )
         })
     }
 
@@ -390,9 +392,11 @@ impl Worker {
         failed: bool,
         now: Monotonic,
     ) -> Option<String> {
-        let decodes_alone = self.state.table.resolve(decode).is_some_and(|state| {
-            state.engine.protocol().decodes_alone && !state.fails_whole
-        });
+        let decodes_alone = self
+            .state
+            .table
+            .resolve(decode)
+            .is_some_and(|state| state.engine.protocol().decodes_alone && !state.fails_whole);
         let state = self.state.table.resolve(prefill)?;
         let is_ejected = matches!(state.health.ejection(), Some((Cause::Handover, _)));
         if !failed || !decodes_alone {

@@ -402,7 +402,9 @@ fn a_leg_over_its_limit_at_an_endpoint_that_answers_nothing_is_tried_elsewhere()
 fn the_limit_of_a_leg_follows_the_queue_and_the_prompt() {
     // Two seconds for each prompt, whatever its length.
     let pool = r#"{"pools":{"default":{"prefill_timeout_ms":3000,"cost":{"a_ms":2000,"b_us":0,"c_ns":0}}},"#;
-    let mut t = configured(&CONFIG.replacen('{', pool, 1).replace(r#"{"address": "10.0.0.1:2", "role": "prefill", "models": ["m"]},"#, ""));
+    let mut t = configured(
+        &CONFIG.replacen('{', pool, 1).replace(r#"{"address": "10.0.0.1:2", "role": "prefill", "models": ["m"]},"#, ""),
+    );
     let mut limits = Vec::new();
     for number in 0..3 {
         t.request = Request::default();
@@ -531,7 +533,8 @@ fn held(t: &Fixture, address: &str) -> usize {
 fn what_an_endpoint_holds_is_forgotten_where_nothing_listens_there() {
     let refused = "upstream connect error or disconnect/reset before headers. reset reason: remote connection failure, \
                    transport failure reason: delayed connect error: 111";
-    for (body, is_forgotten) in [(refused, true), ("upstream connect error. reset reason: connection termination", false)]
+    for (body, is_forgotten) in
+        [(refused, true), ("upstream connect error. reset reason: connection termination", false)]
     {
         let mut t = fixture();
         t.headers(&[]);
