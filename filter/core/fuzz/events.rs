@@ -40,7 +40,7 @@ const CONFIGS: [&str; 8] = [
         {"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.1:2","role":"prefill"},
         {"address":"10.0.0.2:1","role":"decode"},{"address":"10.0.0.2:2","role":"both"}]}"#,
     r#"{"prefix":{"block_bytes":64,"index_bytes":65536},"pools":{"default":{"on_prefill_failure":"fail","split":{"mode":"always"},
-        "cache_tokens":100,"queue":{"enabled":true,"lead_ms":1,"max_wait_ms":2000,"max_requests":3}}},"endpoints":[{"address":"10.0.0.1:1","role":"prefill","models":["m"],"group":"g"},
+        "cache_tokens":100,"queue":{"enabled":true,"lead_ms":1,"max_wait_ms":2000,"max_requests":3,"no_endpoint_ms":1500}}},"endpoints":[{"address":"10.0.0.1:1","role":"prefill","models":["m"],"group":"g"},
         {"address":"10.0.0.2:1","role":"decode","models":["m"],"group":"g"},{"address":"10.0.0.2:2","role":"decode","models":["m"]}]}"#,
     r#"{"pools":{"default":{"engine":"vllm-shared","split":{"mode":"always"},"prefill_attempts":8,"alternates":0}},
         "endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#,

@@ -205,6 +205,9 @@ pub struct Queue {
     pub max_requests: usize,
     /// Most bytes that they take.
     pub max_bytes: usize,
+    /// How long a request waits for an endpoint where none is ready for its model. Zero: it gets 503 at once. The one of the
+    /// pool `default` counts, since a model without endpoints belongs to no pool.
+    pub no_endpoint: Duration,
 }
 
 /// Tokens of media in a prompt, to begin with.
@@ -447,6 +450,7 @@ struct RawQueue {
     overtaken_ms: u64,
     max_requests: usize,
     max_bytes: usize,
+    no_endpoint_ms: u64,
 }
 
 impl Default for RawQueue {
@@ -458,6 +462,7 @@ impl Default for RawQueue {
             overtaken_ms: 300_000,
             max_requests: 8_192,
             max_bytes: 512 << 20,
+            no_endpoint_ms: 0,
         }
     }
 }
@@ -694,7 +699,7 @@ impl Config {
     /// Whether requests of any pool may wait.
     #[must_use]
     pub fn has_queue(&self) -> bool {
-        self.policies().any(|(_, pool)| pool.queue.is_on)
+        self.policies().any(|(_, Pool { queue, .. })| queue.is_on || !queue.no_endpoint.is_zero())
     }
 
     /// Whether the configuration names a model: as an alias, as an alias's target, or as one of an endpoint.
@@ -785,6 +790,7 @@ impl Pool {
             (Key::PoolsMediaAudioTokens, raw.media.audio_tokens),
             (Key::PoolsMediaVideoTokens, raw.media.video_tokens),
             (Key::PoolsMediaFileTokens, raw.media.file_tokens),
+            (Key::PoolsQueueNoEndpointMs, raw.queue.no_endpoint_ms as f64),
         ];
         for (key, value) in numbers {
             check_range(&key.path().replacen("NAME", name, 1), key, value)?;
@@ -831,6 +837,7 @@ impl Pool {
                 overtaken: Duration::from_millis(raw.queue.overtaken_ms),
                 max_requests: raw.queue.max_requests,
                 max_bytes: raw.queue.max_bytes,
+                no_endpoint: Duration::from_millis(raw.queue.no_endpoint_ms),
             },
         }
     }

@@ -67,6 +67,7 @@ metrics! {
     WaitMsHigh Histogram "pd_wait_high_ms" "Milliseconds that requests with a priority above 0 waited for a prefill endpoint with room",
     WaitMsNormal Histogram "pd_wait_normal_ms" "Milliseconds that requests of priority 0 waited for a prefill endpoint with room",
     WaitMsLow Histogram "pd_wait_low_ms" "Milliseconds that requests with a priority below 0 waited for a prefill endpoint with room",
+    WaitingForEndpoint Gauge "pd_waiting_for_endpoint" "Requests that wait until an endpoint is ready that could serve them",
     WaitsLeft Counter "pd_waits_left_total" "Requests whose client left while they waited",
     Wakes Counter "pd_wakes_total" "Wake-ups of a worker, by itself or another one, because an endpoint may have room for one of its waiting requests",
     PromptTokens Counter "pd_prompt_tokens_total" "Prompt tokens, estimated from bytes",

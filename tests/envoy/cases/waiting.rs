@@ -252,3 +252,65 @@ fn beyond_the_limits_clients_get_429_or_503_with_a_reason_and_a_time() {
         assert_eq!(rig.metric("pd_queue_refused_total{reason=\"queue_requests\"}").await, 1.0);
     });
 }
+
+#[test]
+fn requests_wait_for_the_first_endpoint_of_a_pool_that_was_scaled_to_zero() {
+    run(async {
+        let builder = Rig::builder().engines(1, 1).pool(json!({"queue": {"no_endpoint_ms": 15_000}}));
+        let down = |list: &mut [Value]| list.iter_mut().for_each(|entry| entry["state"] = "down".into());
+        let rig = builder.list(down).start().await;
+        let all = entries(&rig.prefill, "prefill").chain(entries(&rig.decode, "decode")).collect::<Vec<_>>();
+        let waits = join_all((0..8).map(|i| send(&rig, named(&format!("zero-{i}")), &[])));
+        let comes = async {
+            rig.until_metric("pd_waiting_for_endpoint", |value| value == 8.0).await;
+            rig.relist(&all).await;
+            Instant::now()
+        };
+        let (_, came) = futures::join!(waits, comes);
+        println!("8 requests were served {:?} after their endpoints came", came.elapsed());
+        assert_eq!(rig.prefill[0].stats().prefill_legs, 8);
+        assert_eq!(rig.until_metric("pd_waiting_for_endpoint", |value| value == 0.0).await, 0.0);
+        rig.until_idle().await;
+    });
+}
+
+/// Clock ticks of CPU time that a process has taken, 10 ms each.
+fn cpu_ticks(pid: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("a process");
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    fields[11..13].iter().map(|ticks| ticks.parse::<u64>().expect("a number")).sum()
+}
+
+/// `PD_WAITING_REQUESTS` says how many.
+#[test]
+fn waiting_requests_take_bounded_memory_and_no_cpu() {
+    const SECONDS: u64 = 4;
+    let count: usize = std::env::var("PD_WAITING_REQUESTS").ok().and_then(|text| text.parse().ok()).unwrap_or(500);
+    run(async {
+        let rig = unpredictable(1, 600_000.0, json!({})).pool(json!({"prefill_timeout_ms": 600_000})).start().await;
+        let mut clients: Vec<Client> = Vec::new();
+        for _ in 0..=count {
+            clients.push(rig.client(Http::One).await);
+        }
+        let before = rig.envoy.resident_bytes();
+        let all = join_all(clients.iter_mut().enumerate().map(|(i, client)| {
+            let request = client.json(CHAT, named(&format!("waits-{i}")), &[]);
+            client.try_send(request)
+        }));
+        let measured = async {
+            rig.until_metric(WAITING, |value| value == count as f64).await;
+            let bytes = rig.envoy.resident_bytes().saturating_sub(before) / count as u64;
+            let ticks = cpu_ticks(rig.envoy.pid());
+            tokio::time::sleep(Duration::from_secs(SECONDS)).await;
+            let ticks = cpu_ticks(rig.envoy.pid()) - ticks;
+            (bytes, ticks as f64 / (SECONDS * 100) as f64)
+        };
+        let (bytes, share) = tokio::select! {
+            _ = all => panic!("an answer"),
+            measured = measured => measured,
+        };
+        println!("{count} waiting requests of 4 kB: {bytes} bytes each in Envoy, {:.2} % of a core", share * 100.0);
+        assert!(bytes < 64 << 10, "{bytes} bytes each");
+        assert!(share < 0.05, "{share} of a core");
+    });
+}

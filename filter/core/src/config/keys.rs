@@ -171,6 +171,8 @@ keys! {
         "Most requests that wait at this Envoy, all workers together. Above it requests get 429 with the reason `queue_requests`."
     PoolsQueueMaxBytes "pools.NAME.queue.max_bytes" "536870912", Values::between(1_024.0, 1_099_511_627_776.0, "bytes"),
         "Most bytes that the bodies of waiting requests and the filter's 1,024 bytes for each take at this Envoy. Above it requests get 429 with the reason `queue_bytes`."
+    PoolsQueueNoEndpointMs "pools.NAME.queue.no_endpoint_ms" "0", Values::between(0.0, 3_600_000.0, "ms"),
+        "How long a request waits in the gateway when no endpoint is ready that could serve it, as after scaling to zero. 0: it gets 503 at once. The filter reads this key of the pool `default`, with its `max_requests` and `max_bytes`, because a model without endpoints belongs to no pool. It does not need `enabled`. A model that neither an endpoint nor an alias names gets 404."
     PoolsCostA "pools.NAME.cost.a_ms" "15.0", Values::between(0.0, 60_000.0, "ms"),
         "Constant of the prefill cost. A prompt of *n* tokens of which *p* are cached takes a + b·(n − p) + c·(n² − p²). The defaults fit an 8-billion-parameter model on one H100."
     PoolsCostB "pools.NAME.cost.b_us" "25.0", Values::between(0.0, 1e6, "µs per token"),

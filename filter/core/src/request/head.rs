@@ -15,7 +15,7 @@ use crate::headers::Headers;
 use crate::wire::EndpointId;
 
 /// What a request's headers say.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct RequestHead {
     pub(crate) config: Arc<Config>,
     pub(crate) headers: Headers,

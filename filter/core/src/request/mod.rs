@@ -15,7 +15,7 @@
 //! | file | what it holds |
 //! |---|---|
 //! | `state`, `step` | the states and what a request has in each; what an event leads to |
-//! | `new`, `reading`, `waiting`, `prefilling`, `forwarded` | one state each: what its events do |
+//! | `new`, `reading`, `parked`, `waiting`, `prefilling`, `forwarded` | one state each: what its events do |
 //! | `turn` | what becomes of a waiting request when it is its turn |
 //! | `head`, `parsed`, `models`, `stored`, `clean` | what headers and body say |
 //! | `serve`, `split`, `leg`, `route` | how a request is served: by two legs or by one, and where they go |
@@ -32,7 +32,7 @@ use crate::workers::worker::{Ticket, Worker};
 
 use forwarded::served_by;
 use head::decoded_path;
-use state::State;
+use state::{Reading, State};
 use step::Step;
 use upstream::Answerer;
 
@@ -44,6 +44,7 @@ pub(crate) mod head;
 mod leg;
 pub(crate) mod models;
 mod new;
+mod parked;
 mod parsed;
 mod prefilling;
 mod reading;
@@ -96,7 +97,7 @@ impl Request {
                 Ok(()) => Outcome::WAIT,
                 Err(rejection) => self.enter(Step::reject(worker, rejection)),
             },
-            State::Waiting(_) | State::Prefilling(_) => Outcome::WAIT,
+            State::Parked(_) | State::Waiting(_) | State::Prefilling(_) => Outcome::WAIT,
             State::New | State::Forwarded(_) | State::Watched | State::Over => Outcome::GO_ON,
         }
     }
@@ -105,7 +106,9 @@ impl Request {
     pub fn body(&mut self, worker: &mut Worker, body: &[u8], now: Monotonic) -> Outcome {
         match core::mem::take(&mut self.state) {
             State::Reading(reading) => {
-                let step = reading.body(worker, &mut self.ticket, body, now);
+                let spare = reading.spare();
+                let step = reading.body(worker, &mut self.ticket, body, now, now);
+                let step = Reading::or_park(spare, step, worker, &mut self.ticket, (body.len(), now), now);
                 self.enter_or_reject(worker, step)
             }
             other => self.stay(other, Outcome::GO_ON),
@@ -140,7 +143,11 @@ impl Request {
     ) -> Outcome {
         match core::mem::take(&mut self.state) {
             State::Waiting(waiting) if waiting.id == turn.id => {
-                let step = waiting.turn(worker, turn.act, body, now);
+                let step = waiting.turn(worker, &mut self.ticket, turn.act, body, now);
+                self.enter_or_reject(worker, step)
+            }
+            State::Parked(parked) if parked.id == turn.id => {
+                let step = parked.turn(worker, &mut self.ticket, turn.act, body, now);
                 self.enter_or_reject(worker, step)
             }
             other => self.stay(other, Outcome::WAIT),
@@ -188,6 +195,7 @@ impl Request {
             State::Forwarded(mut forwarded) => forwarded.end(worker, now),
             State::Prefilling(prefilling) => prefilling.end(worker, now),
             State::Waiting(waiting) => waiting.end(worker),
+            State::Parked(parked) => parked.end(worker),
             State::New | State::Reading(_) | State::Watched | State::Over => {}
         }
     }
@@ -217,10 +225,14 @@ impl Request {
         matches!(self.state, State::Reading(_))
     }
 
-    /// The request's number in [turns](Turn), while it waits until a prefill endpoint has room.
+    /// The request's number in [turns](Turn), while it waits until a prefill endpoint has room, or any endpoint is ready.
     #[must_use]
     pub fn waiting_id(&self) -> Option<u64> {
-        if let State::Waiting(waiting) = &self.state { Some(waiting.id) } else { None }
+        match &self.state {
+            State::Waiting(waiting) => Some(waiting.id),
+            State::Parked(parked) => Some(parked.id),
+            _ => None,
+        }
     }
 
     /// Whether the request waits for its prefill leg.
@@ -235,7 +247,9 @@ impl Request {
         match &self.state {
             State::Prefilling(_) => true,
             State::Forwarded(forwarded) => forwarded.concurrent_prefill.is_some(),
-            State::New | State::Reading(_) | State::Waiting(_) | State::Watched | State::Over => false,
+            State::New | State::Reading(_) | State::Parked(_) | State::Waiting(_) | State::Watched | State::Over => {
+                false
+            }
         }
     }
 

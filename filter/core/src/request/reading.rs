@@ -26,12 +26,13 @@ impl Reading {
         if bytes > limit { Err(Rejection::TooLarge(limit)) } else { Ok(()) }
     }
 
-    /// The body is complete. `ticket` gets the request's place in a pool with limits.
+    /// The body is complete, since `arrival`. `ticket` gets the request's place in a pool with limits.
     pub(super) fn body(
         self,
         worker: &mut Worker,
         ticket: &mut Option<Ticket>,
         body: &[u8],
+        arrival: Monotonic,
         now: Monotonic,
     ) -> Result<Step, Rejection> {
         self.check_size(body.len())?;
@@ -39,7 +40,7 @@ impl Reading {
         let body = ScannedBody::read(body)?;
         let parsed = ParsedRequest::read(worker, self.head, api, &body, now)?;
         *ticket = admit(worker, &parsed.head, &parsed.served.candidates.pool, parsed.kv_tokens())?;
-        Ok(serve(worker, parsed, &body, now))
+        Ok(serve(worker, parsed, &body, arrival, now))
     }
 
     /// The complete body is not one that is split. It goes to an endpoint of the model that it names, or else to any.

@@ -27,13 +27,8 @@ enum Legs {
     Two(Pick),
 }
 
-/// Serves a request, and explains the choice to a caller who is trusted to ask.
-pub(super) fn serve(worker: &mut Worker, parsed: ParsedRequest, body: &ScannedBody<'_>, now: Monotonic) -> Step {
-    serve_since(worker, parsed, body, now, now)
-}
-
-/// As [`serve`], of a request that came at `arrival` and has waited since then.
-pub(super) fn serve_since(
+/// Serves a request whose body was there at `arrival`, and explains the choice to a caller who is trusted to ask.
+pub(super) fn serve(
     worker: &mut Worker,
     parsed: ParsedRequest,
     body: &ScannedBody<'_>,

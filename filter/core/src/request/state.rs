@@ -18,6 +18,8 @@ pub(super) enum State {
     New,
     /// The headers are there, the body is not complete.
     Reading(Box<Reading>),
+    /// The request waits until an endpoint is ready that could serve it.
+    Parked(Box<Parked>),
     /// The request waits until a prefill endpoint has room.
     Waiting(Box<Waiting>),
     /// The request waits for its prefill leg.
@@ -34,6 +36,15 @@ pub(super) enum State {
 #[derive(Debug)]
 pub(super) struct Reading {
     pub(super) head: RequestHead,
+}
+
+/// A request for which no endpoint was ready. Its body is complete and stays with Envoy.
+#[derive(Debug)]
+pub(super) struct Parked {
+    pub(super) reading: Reading,
+    /// Its number among the waiting requests.
+    pub(super) id: u64,
+    pub(super) arrival: Monotonic,
 }
 
 /// A request that waits until a prefill endpoint has room. Its body stays with Envoy.

@@ -4,20 +4,21 @@ use std::sync::Arc;
 
 use super::head::candidates;
 use super::parsed::ScannedBody;
-use super::serve::serve_since;
-use super::state::Waiting;
+use super::serve::serve;
+use super::state::{Reading, Waiting};
 use super::step::Step;
 use crate::endpoints::candidates::Candidates;
 use crate::request::reply::{QueueRefusal, Rejection};
 use crate::time::Monotonic;
 use crate::workers::turns::Act;
-use crate::workers::worker::Worker;
+use crate::workers::worker::{Ticket, Worker};
 
 impl Waiting {
     /// It is the request's turn. `body` reads the client's body again.
     pub(super) fn turn<B: AsRef<[u8]>>(
         mut self,
         worker: &mut Worker,
+        ticket: &mut Option<Ticket>,
         act: Act,
         body: impl FnOnce() -> Option<B>,
         now: Monotonic,
@@ -45,7 +46,10 @@ impl Waiting {
             }
             _ => {
                 worker.stop_waiting(self.id);
-                Ok(serve_since(worker, self.parsed, &body, self.arrival, now))
+                let spare = Reading { head: self.parsed.head.clone() }.spare();
+                let (bytes, arrival) = (self.parsed.body_bytes, self.arrival);
+                let step = serve(worker, self.parsed, &body, arrival, now);
+                Reading::or_park(spare, Ok(step), worker, ticket, (bytes, arrival), now)
             }
         }
     }

@@ -15,7 +15,7 @@ use crate::choose::prompt::Prompt;
 use crate::choose::queue::{Binding, Held, REQUEST_BYTES, Server};
 use crate::choose::scheduler::Scheduler;
 use crate::endpoints::candidates::Candidates;
-use crate::metrics::{WAITING_GAUGES, tag_value};
+use crate::metrics::{Metric, WAITING_GAUGES, tag_value};
 use crate::prefix::index::EndpointIndex;
 use crate::time::Monotonic;
 use crate::workers::event::Event;
@@ -94,6 +94,9 @@ pub(crate) struct Turns {
     /// Whether an endpoint may have got room since the last look.
     may_bind: bool,
     woken: BTreeMap<u64, Woken>,
+    /// Requests that wait for an endpoint.
+    parked: BTreeMap<u64, ParkedRequest>,
+    parked_bytes: usize,
     /// Pools of which requests of this worker have waited: key and name.
     pools: BTreeMap<u64, String>,
 }
@@ -106,6 +109,14 @@ struct Own {
     queue: u64,
     end: Monotonic,
     has_deadline: bool,
+}
+
+#[derive(Debug)]
+struct ParkedRequest {
+    /// [`Table::changes`](crate::endpoints::table::Table::changes) for which it found no endpoint.
+    changes: u64,
+    end: Monotonic,
+    bytes: usize,
 }
 
 #[derive(Debug)]
@@ -249,6 +260,37 @@ impl Worker {
         Ok((id, binding.filter(|binding| binding.id == id).map(|binding| binding.server)))
     }
 
+    /// A request that came at `arrival` waits until an endpoint is ready; `None` where it may not.
+    pub(crate) fn park(
+        &mut self,
+        queue: &crate::config::Queue,
+        body_bytes: usize,
+        arrival: Monotonic,
+        now: Monotonic,
+    ) -> Option<u64> {
+        let end = arrival.saturating_add(queue.no_endpoint);
+        let bytes = self.turns.parked_bytes.saturating_add(body_bytes).saturating_add(REQUEST_BYTES);
+        if end <= now || self.turns.parked.len() >= queue.max_requests || bytes > queue.max_bytes {
+            return None;
+        }
+        let (id, changes) = (self.next_leg(), self.state.table.changes());
+        self.turns.parked.insert(id, ParkedRequest { changes, end, bytes: body_bytes });
+        self.turns.parked_bytes = bytes;
+        self.turns.ends.insert((end, id));
+        self.counts.add(Metric::WaitingForEndpoint, 1);
+        Some(id)
+    }
+
+    /// A request waits for an endpoint no longer.
+    pub(crate) fn unpark(&mut self, id: u64) {
+        if let Some(parked) = self.turns.parked.remove(&id) {
+            self.turns.ends.remove(&(parked.end, id));
+            let bytes = self.turns.parked_bytes.saturating_sub(parked.bytes);
+            self.turns.parked_bytes = bytes.saturating_sub(REQUEST_BYTES);
+            self.counts.add(Metric::WaitingForEndpoint, -1);
+        }
+    }
+
     /// A waiting request goes to an endpoint, which needs `seconds` for it. Returns how long it waited; `None` where it
     /// does not wait.
     pub(crate) fn bind(&mut self, id: u64, seconds: f64, now: Monotonic) -> Option<Duration> {
@@ -266,7 +308,7 @@ impl Worker {
 
     /// An endpoint may have got room.
     pub(crate) fn room_changed(&mut self) {
-        if !self.state.waiting.is_empty() {
+        if !self.state.waiting.is_empty() || !self.turns.parked.is_empty() {
             self.turns.may_bind = true;
             self.pending.is_urgent = true;
         }
@@ -278,14 +320,18 @@ impl Worker {
     /// Whether requests of this worker wait.
     #[must_use]
     pub fn has_waiting(&self) -> bool {
-        !self.turns.own.is_empty()
+        !self.turns.own.is_empty() || !self.turns.parked.is_empty()
     }
 
     /// The next of this worker's requests whose turn it is. The caller passes the turn to the request, or calls
     /// [`forget_waiting`](Self::forget_waiting) where it has no such request.
     pub fn next_turn(&mut self, now: Monotonic) -> Option<Turn> {
-        if self.turns.own.is_empty() {
+        if !self.has_waiting() {
             return None;
+        }
+        let changes = self.state.table.changes();
+        if let Some((id, _)) = self.turns.parked.iter().find(|(_, parked)| parked.changes != changes) {
+            return Some(Turn { id: *id, act: Act::Reschedule });
         }
         if let Some(id) = self.file_anew() {
             return Some(Turn { id, act: Act::Reschedule });
@@ -303,6 +349,7 @@ impl Worker {
 
     /// The stream of a waiting request is gone.
     pub fn forget_waiting(&mut self, id: u64) {
+        self.unpark(id);
         self.stop_waiting(id);
     }
 

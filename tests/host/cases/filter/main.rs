@@ -13,3 +13,4 @@ mod matrix;
 mod push;
 mod rejected;
 mod sharing;
+mod waiting;

@@ -307,3 +307,68 @@ fn engines_that_want_both_legs_at_once_do_not_wait() {
         assert_eq!(outcome.flow, Flow::Continue);
     }
 }
+
+const DOWN: &str = r#"{"address":"10.0.0.1:1","role":"prefill","models":["m"],"state":"down"},{"address":"10.0.0.2:1","role":"decode","models":["m"],"state":"down"}"#;
+const UP: &str = r#"{"address":"10.0.0.1:1","role":"prefill","models":["m"]},{"address":"10.0.0.2:1","role":"decode","models":["m"]}"#;
+
+#[test]
+fn requests_wait_for_an_endpoint_where_none_is_ready() {
+    let mut gate = gate(r#","no_endpoint_ms":1000,"max_requests":2"#);
+    gate.apply(1, DOWN);
+    let (first, outcome) = gate.send(&prompt("a ", "b "), &[]);
+    assert_eq!(outcome, Outcome::WAIT);
+    assert!(first.waiting_id().is_some() && gate.worker.has_waiting());
+    let (mut second, _) = gate.send(&prompt("c ", "d "), &[]);
+    let (_, outcome) = gate.send(&prompt("e ", "f "), &[]);
+    assert_eq!(reply(&outcome), (503, "no_endpoint"), "two wait already");
+    assert_eq!(gate.worker.next_turn(gate.now), None);
+    second.done(&mut gate.worker, gate.now);
+    assert_eq!(gate.worker.counts.pending(Metric::WaitingForEndpoint), 1);
+    // Another list that helps nobody.
+    gate.apply(2, DOWN);
+    let mut waiting = [first];
+    let (_, outcome) = gate.turn(&mut waiting, &prompt("a ", "b ")).unwrap();
+    assert_eq!(outcome, Outcome::WAIT);
+    assert_eq!(gate.worker.next_turn(gate.now), None);
+    gate.later(999);
+    gate.apply(3, UP);
+    assert_eq!(gate.worker.workers_to_wake().count(), 1);
+    let (_, outcome) = gate.turn(&mut waiting, &prompt("a ", "b ")).unwrap();
+    assert!(leg_destination(&outcome).starts_with("10.0.0.1:1"));
+    assert_eq!(gate.worker.counts.pending(Metric::WaitingForEndpoint), 0);
+    assert_eq!(gate.worker.counts.pending(Metric::RequestsRejected), 1);
+    let [mut first] = waiting;
+    first.done(&mut gate.worker, gate.now);
+    assert!(gate.is_idle());
+}
+
+#[test]
+fn who_finds_no_endpoint_in_time_gets_503() {
+    let mut gate = gate(r#","no_endpoint_ms":1000"#);
+    let [(mut first, _), (mut second, _)] = two_bound(&mut gate);
+    let (third, _) = gate.send(&prompt("e ", "f "), &[]);
+    let mut waiting = [third];
+    gate.later(400);
+    // It waited for room; then every endpoint left.
+    gate.apply(1, DOWN);
+    let (_, outcome) = gate.turn(&mut waiting, &prompt("e ", "f ")).unwrap();
+    assert_eq!(outcome, Outcome::WAIT);
+    assert!(gate.worker.state.waiting.is_empty());
+    gate.later(599);
+    assert_eq!(gate.worker.next_turn(gate.now), None);
+    gate.later(1);
+    let (_, outcome) = gate.turn(&mut waiting, "").unwrap();
+    assert_eq!(reply(&outcome), (503, "no_endpoint"));
+    assert!(!gate.worker.has_waiting());
+    first.done(&mut gate.worker, gate.now);
+    second.done(&mut gate.worker, gate.now);
+    assert!(gate.is_idle());
+}
+
+#[test]
+fn without_a_time_to_wait_nobody_waits_for_an_endpoint() {
+    let mut gate = gate("");
+    gate.apply(1, DOWN);
+    let (request, outcome) = gate.send(&prompt("a ", "b "), &[]);
+    assert_eq!((reply(&outcome), request.waiting_id()), ((503, "no_endpoint"), None));
+}
