@@ -176,6 +176,9 @@ pub struct Pool {
     /// that is new to all of them would wait for nothing (+16 % p99 at 0.6). Without any exchange 0.3 to 0.6 keeps hits.
     /// `None`: 0.6 times the share of the other Envoys that [do not exchange](crate::endpoints::elsewhere::Fleet::not_exchanging).
     pub rendezvous_share: Option<f64>,
+    /// A conversation keeps its decode endpoint while that has at most so many times the prompt's tokens more assigned than
+    /// the least loaded one. 0: it never stays for its own sake.
+    pub decode_stay: f64,
     /// Tokens of an endpoint's prefix cache where the endpoint does not say.
     pub cache_tokens: u64,
     /// Bytes of JSON per token, for estimates.
@@ -432,6 +435,7 @@ struct RawPool {
     fit: bool,
     affinity_weight: f64,
     rendezvous_share: Option<f64>,
+    decode_stay: f64,
     cache_tokens: u64,
     bytes_per_token: f64,
     media: RawMedia,
@@ -482,6 +486,7 @@ impl Default for RawPool {
             fit: true,
             affinity_weight: 3.0,
             rendezvous_share: None,
+            decode_stay: 2.0,
             cache_tokens: 500_000,
             bytes_per_token: 4.0,
             media: RawMedia::default(),
@@ -778,6 +783,7 @@ impl Pool {
             (Key::PoolsCostC, raw.cost.c_ns),
             (Key::PoolsAffinityWeight, raw.affinity_weight),
             (Key::PoolsRendezvousShare, raw.rendezvous_share.unwrap_or(0.0)),
+            (Key::PoolsDecodeStay, raw.decode_stay),
             (Key::PoolsCacheTokens, raw.cache_tokens as f64),
             (Key::PoolsBytesPerToken, raw.bytes_per_token),
             (Key::PoolsQueueLeadMs, raw.queue.lead_ms as f64),
@@ -819,6 +825,7 @@ impl Pool {
             fit: raw.fit,
             affinity_weight: raw.affinity_weight,
             rendezvous_share: raw.rendezvous_share,
+            decode_stay: raw.decode_stay,
             cache_tokens: raw.cache_tokens,
             bytes_per_token: raw.bytes_per_token,
             media: MediaCost {

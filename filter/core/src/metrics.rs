@@ -72,6 +72,7 @@ metrics! {
     Wakes Counter "pd_wakes_total" "Wake-ups of a worker, by itself or another one, because an endpoint may have room for one of its waiting requests",
     PromptTokens Counter "pd_prompt_tokens_total" "Prompt tokens, estimated from bytes",
     MatchedTokens Counter "pd_matched_tokens_total" "Prompt tokens that the prefix index held at the endpoint that computed the prompt",
+    MovedTokens Counter "pd_moved_tokens_total" "Prompt tokens of split requests that the prefix index did not hold at the decode endpoint, which fetches them from the prefill endpoint",
     PrefillOk Counter "pd_prefill_legs_total;result=ok" "Prefill legs answered with 200",
     PrefillRefused Counter "pd_prefill_legs_total;result=unreachable" "Prefill legs that reached no endpoint or were reset",
     PrefillTimedOut Counter "pd_prefill_legs_total;result=timeout" "Prefill legs that took longer than their limit",

@@ -3,8 +3,8 @@
 //! - [`admission`]: limits of a pool, shedding and fair shares.
 //! - [`prompt`]: what a choice needs to know of a prompt.
 //! - [`queue`]: which waiting request a prefill endpoint with room gets next; `room` says which endpoints have room.
-//! - [`decode_cost`], [`weight`]: decode by the tokens to move, and affinity that follows the load. The trace simulator runs
-//!   them; the filter's choices do not use them yet.
+//! - [`decode_cost`]: decode by assigned tokens and by tokens to move.
+//! - [`weight`]: affinity that follows the load. The trace simulator runs it; the filter's choices do not use it yet.
 //! - [`scheduler`]: split or whole, and the endpoint of each leg. `shortlist` has the endpoints that it compares, `explain`
 //!   describes its choice.
 

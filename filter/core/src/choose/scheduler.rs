@@ -2,13 +2,15 @@
 //!
 //! - **Prefill**: the endpoint with the lowest W + w·S. W are the seconds of work ahead of the prompt, S the seconds of the
 //!   prompt itself, given what the endpoint holds.
-//! - **Decode**: the endpoint with the fewest assigned KV tokens.
+//! - **Decode**: the endpoint of the conversation, inside a load bound; else the [cheapest](super::decode_cost) by assigned
+//!   KV tokens and by the tokens to move.
 //! - **Decider**: a request is split if the best decode endpoint lacks at least a threshold of tokens (llm-d's
 //!   `prefix-based-pd-decider`).
 //! - Ties and unseen prompts go by rendezvous hash, which every worker of every Envoy computes alike.
 //!
 //! Of many endpoints a choice compares a [shortlist](super::shortlist).
 
+use crate::choose::decode_cost::{DecodeCost, DecodeLoad};
 use crate::choose::prompt::Prompt;
 use crate::choose::shortlist::{HOLDERS, View};
 use crate::config::{Cost, Pool, Split};
@@ -173,8 +175,9 @@ impl<'a> Scheduler<'a> {
         best.map(|(_, _, pick)| pick)
     }
 
-    /// The endpoint with the fewest assigned KV tokens among these, without those that were `tried`, and its alternates,
-    /// those with the fewest tokens first. `None` where there is none left.
+    /// The endpoint of the conversation, else the one that is cheapest by its assigned KV tokens and by the tokens to move
+    /// to it, among these without those that were `tried`; and its alternates, those with the fewest tokens first. `None`
+    /// where there is none left.
     #[must_use]
     pub fn pick_decode(
         &self,
@@ -184,10 +187,41 @@ impl<'a> Scheduler<'a> {
     ) -> Option<(Pick, Vec<EndpointIndex>)> {
         let suited = self.view().usable(among, prompt, tried).into_iter();
         let mut ranked: Vec<Ranked> = suited.map(|(index, state)| Ranked::new(index, state, prompt)).collect();
-        let first = ranked.iter().copied().min_by(Ranked::order)?;
+        let first = self.choose_decode(&mut ranked, among, prompt, tried)?;
         // One header names the rank for all of them, so alternates have the same rank.
         ranked.retain(|other| other.rank == first.rank && other.index != first.index);
         Some((self.pick(first.index, prompt), self.least(ranked)))
+    }
+
+    /// Chooses among `ranked`, to which it adds the holders of the prompt where they are a part of many.
+    fn choose_decode(
+        &self,
+        ranked: &mut Vec<Ranked>,
+        among: &[EndpointIndex],
+        prompt: &Prompt,
+        tried: &[EndpointIndex],
+    ) -> Option<Ranked> {
+        let session = self.view().session_holder(among, prompt);
+        let holders = self.index.holders(&prompt.hash.blocks, HOLDERS).into_iter().chain(session);
+        for index in holders.filter(|index| !tried.contains(index)) {
+            let suited = self.table.get(index).filter(|state| self.view().is_among(among, state));
+            let is_new = ranked.iter().all(|other| other.index != index);
+            ranked.extend(
+                suited
+                    .filter(|state| is_new && self.view().is_usable(state))
+                    .map(|state| Ranked::new(index, state, prompt)),
+            );
+        }
+        // Of several alike the first is chosen.
+        ranked.sort_unstable_by_key(|ranked| ranked.tie);
+        let load = |ranked: &Ranked| DecodeLoad {
+            assigned: ranked.tokens,
+            held: self.matched_tokens(ranked.index, prompt),
+            is_session: session == Some(ranked.index),
+        };
+        let loads: Vec<DecodeLoad> = ranked.iter().map(load).collect();
+        let cost = DecodeCost { stay: self.pool.decode_stay, ..DecodeCost::default() };
+        ranked.get(cost.choose(prompt.tokens, &loads)?).copied()
     }
 
     /// Healthy alternates of an endpoint, those with the fewest assigned tokens first. They have the same engine and rank,
@@ -526,6 +560,28 @@ pub(super) mod tests {
         assert_eq!(fixture.prefill(&prompt(1, 8)).endpoint, first);
         let scheduler = fixture.scheduler();
         assert_eq!(scheduler.pick_by_cost(&fixture.candidates.prefill, &prompt(1, 8), &[first, second]), None);
+    }
+
+    #[test]
+    fn a_conversation_keeps_its_decode_endpoint_inside_a_load_bound() {
+        let mut fixture = fixture(1, 3, "");
+        let decode = fixture.candidates.decode.clone();
+        fixture.index.insert(decode[1], &prompt(1, 30).hash.blocks);
+        let asked = prompt(1, 32);
+        let pick = |fixture: &Fixture, asked: &Prompt| {
+            let (pick, alternates) = fixture.scheduler().pick_decode(&decode, asked, &[]).unwrap();
+            assert!(alternates.len() == 2 && !alternates.contains(&pick.endpoint));
+            (pick.endpoint, pick.matched_tokens)
+        };
+        assert_eq!(pick(&fixture, &asked), (decode[1], 30.0 * 128.0));
+        fixture.table.get_mut(decode[1]).unwrap().decode.add(2 * 32 * 128);
+        assert_eq!(pick(&fixture, &asked).0, decode[1]);
+        fixture.table.get_mut(decode[1]).unwrap().decode.add(100_000);
+        assert_ne!(pick(&fixture, &asked).0, decode[1]);
+        // The session outweighs the prefix.
+        let session = BlockHash(77);
+        fixture.index.insert(decode[2], &[session]);
+        assert_eq!(pick(&fixture, &Prompt { session: Some(session), ..prompt(1, 32) }).0, decode[2]);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use super::stored::keeper;
 use crate::body::splice::HeadEdit;
 use crate::choose::prompt::Prompt;
 use crate::choose::scheduler::{Pick, Scheduler};
-use crate::config::{Config, Split};
+use crate::config::Config;
 use crate::endpoints::table::EndpointRef;
 use crate::endpoints::usage::Usage;
 use crate::metrics::Metric;
@@ -154,10 +154,11 @@ fn account(worker: &mut Worker, parsed: &ParsedRequest, route: &Route, now: Mono
         worker.prefill_started(endpoint, leg, pick.seconds, now, expires);
         (endpoint, leg)
     });
-    if assignment.own_prefill.is_some() || parsed.pool().split != Split::Always {
-        // Where everything is split, what decode endpoints hold decides nothing.
-        assignment.new_blocks = remember_prompt(worker, route.pick.endpoint, &parsed.prompt);
+    if route.prefill.hands_over() {
+        let moved = (parsed.prompt.tokens - route.pick.matched_tokens).max(0.0);
+        worker.counts.add(Metric::MovedTokens, moved as i64);
     }
+    assignment.new_blocks = remember_prompt(worker, route.pick.endpoint, &parsed.prompt);
     worker.counts.count(route.decision);
     worker.counts.add(Metric::MatchedTokens, route.matched_tokens() as i64);
     Some(assignment)
