@@ -247,3 +247,23 @@ fn start(node: &mut Node, at: usize, id: u64, endpoint: EndpointIndex, now: u64)
     node.worker.prefill_started(of, leg, seconds, ms(now), FAR);
     (at, leg, of, now + ((work + seconds) * 1e3) as u64)
 }
+
+#[test]
+fn work_of_other_envoys_is_waited_for_once() {
+    let store = Store::default();
+    let mut node = fleet(&store, 1).remove(0);
+    for place in 0..2 {
+        let key = node.prefill(place).key;
+        let by = crate::endpoints::elsewhere::Totals { work: 1_000_000, tokens: 0, requests: 0 };
+        node.worker.busy_elsewhere(key, by);
+    }
+    let (id, room) = node.wait(&prompt(1, 1_000.0), ms(0));
+    assert_eq!(room, None);
+    assert!((970..=981).contains(&node.worker.next_look(ms(0)).unwrap().as_millis()));
+    assert_eq!(node.worker.next_turn(ms(900)), None);
+    // The other Envoy keeps the endpoints busy, and yet this one's request has its turn.
+    assert_eq!(bound(node.worker.next_turn(ms(985))).0, id);
+    node.worker.bind(id, 0.04, ms(985));
+    let (_, room) = node.wait(&prompt(2, 1_000.0), ms(985));
+    assert_eq!(room, None, "the next one waits as long again");
+}
