@@ -9,7 +9,7 @@ use crate::engine::LegOrder;
 use crate::metrics::Metric;
 use crate::request::reply::{QueueRefusal, Rejection};
 use crate::time::Monotonic;
-use crate::workers::turns::{Ask, Full};
+use crate::workers::wait::{Ask, Full};
 use crate::workers::worker::Worker;
 
 /// Whether a request whose first choice is this endpoint waits for room.

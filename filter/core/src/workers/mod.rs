@@ -4,7 +4,7 @@
 //! - [`event`]: what a worker does or sees, and how it changes the state; [`ledger`]: what one worker has in flight.
 //! - [`log`]: a worker publishes its events and reads those of the others; [`slots`]: which workers there are.
 //! - [`waiting`]: requests of all workers that wait for a prefill endpoint with room; [`turns`]: when it is the turn of
-//!   one of this worker's.
+//!   one of this worker's; `wait`: how one begins and ends to wait.
 //! - [`push`]: one worker polls `pd-control` for the endpoint list, and every worker gets it.
 
 pub(crate) mod event;
@@ -20,5 +20,6 @@ pub mod shared;
 pub mod slots;
 pub mod state;
 pub mod turns;
+pub(crate) mod wait;
 pub mod waiting;
 pub mod worker;

@@ -6,6 +6,7 @@ use crate::prefix::hash::{BlockHash, PromptHash};
 use crate::workers::log::WorkersLog;
 use crate::workers::shared::Shared;
 use crate::workers::shared::testing::Store;
+use crate::workers::wait::Ask;
 
 const CONFIG: &[u8] = br#"{"pools":{"default":{"fit":false,"queue":{"enabled":true}}},"endpoints":[
     {"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.1:2","role":"prefill"},
