@@ -285,12 +285,13 @@ fn cpu_ticks(pid: u32) -> u64 {
 #[test]
 fn waiting_requests_take_bounded_memory_and_no_cpu() {
     const SECONDS: u64 = 4;
-    let count: usize = std::env::var("PD_WAITING_REQUESTS").ok().and_then(|text| text.parse().ok()).unwrap_or(500);
+    let count: usize = std::env::var("PD_WAITING_REQUESTS").ok().and_then(|text| text.parse().ok()).unwrap_or(200);
     run(async {
         let rig = unpredictable(1, 600_000.0, json!({})).pool(json!({"prefill_timeout_ms": 600_000})).start().await;
         let mut clients: Vec<Client> = Vec::new();
         for _ in 0..=count {
-            clients.push(rig.client(Http::One).await);
+            // The machine may be busy with other tests.
+            clients.push(rig.client(Http::One).await.with_patience(Duration::from_secs(120)));
         }
         let before = rig.envoy.resident_bytes();
         let all = join_all(clients.iter_mut().enumerate().map(|(i, client)| {
