@@ -92,7 +92,7 @@ async fn bad_requests_get_openai_errors() {
         (CHAT, r#"{"messages":[{"role":"user","content":"x"}]}"#, 400, "BadRequestError"),
         (CHAT, r#"{"model":"other","messages":[{"role":"user","content":"x"}]}"#, 404, "NotFoundError"),
         (CHAT, &chat(&"long ".repeat(100), ""), 400, "BadRequestError"),
-        (CHAT, &chat("x", r#","stream_options":{}"#), 400, "BadRequestError"),
+        (CHAT, &chat("x", r#","stream_options":{"include_usage":true}"#), 400, "BadRequestError"),
         (COMPLETIONS, r#"{"model":"sim"}"#, 400, "BadRequestError"),
         (CHAT, &"x".repeat(5_001), 413, "BadRequestError"),
     ] {
