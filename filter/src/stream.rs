@@ -8,7 +8,7 @@ use pd_core::headers::Headers;
 use pd_core::request::upstream::AnswerSource;
 use pd_core::request::{Effect, Flow, Outcome, PrefillAnswer, Request};
 use pd_core::time::Monotonic;
-use pd_core::workers::turns::Turn;
+use pd_core::workers::bind::Turn;
 use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
 

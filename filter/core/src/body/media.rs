@@ -8,25 +8,12 @@
 
 use std::borrow::Cow;
 
-use super::json::{Scanner, Span, members, string};
+use super::json::{Mark, MediaKey, Scanner, Span, members, string};
 
-/// Most payloads of one body; those behind count as text.
-pub const MAX_MEDIA: usize = 1_024;
+pub use super::json::{MAX_MEDIA, MediaKind};
+
 /// Bytes of base64 in which an image's size is looked for: behind 48 kB of metadata it is not found.
 const MAX_HEADER_BYTES: usize = 64 << 10;
-
-/// What a payload is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MediaKind {
-    /// An image.
-    Image,
-    /// Sound.
-    Audio,
-    /// A film.
-    Video,
-    /// A document.
-    File,
-}
 
 /// A payload in a prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,46 +26,7 @@ pub struct Media {
     pub pixels: Option<u64>,
 }
 
-/// A member whose value may have a payload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Mark {
-    key: MediaKey,
-    /// Offset of the value.
-    pub(super) value: u32,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum MediaKey {
-    /// A URL, or an object with one.
-    Url(MediaKind),
-    /// An object with base64 `data`.
-    Data(MediaKind),
-    /// A file as a data URL or base64.
-    FileData,
-    /// Anthropic's: base64 `data` with a `media_type`, or a `url`.
-    Source,
-    /// Tensors as base64, or an object of such.
-    Tensors(MediaKind),
-}
-
 impl Mark {
-    /// The mark of a member, by the key as it stands between its quotes.
-    pub(super) fn of_key(key: &[u8], value: usize) -> Option<Self> {
-        let key = match key {
-            b"image_url" | b"image" => MediaKey::Url(MediaKind::Image),
-            b"audio_url" | b"audio" => MediaKey::Url(MediaKind::Audio),
-            b"video_url" | b"video" => MediaKey::Url(MediaKind::Video),
-            b"file_url" => MediaKey::Url(MediaKind::File),
-            b"input_audio" => MediaKey::Data(MediaKind::Audio),
-            b"file_data" => MediaKey::FileData,
-            b"source" => MediaKey::Source,
-            b"image_embeds" => MediaKey::Tensors(MediaKind::Image),
-            b"audio_embeds" => MediaKey::Tensors(MediaKind::Audio),
-            _ => return None,
-        };
-        Some(Self { key, value: u32::try_from(value).ok()? })
-    }
-
     /// Where the value behind a mark ends, and its payload; none where the value is none of media.
     pub(super) fn read(self, body: &[u8]) -> (u32, Option<Media>) {
         let rest = body.get(self.value as usize..).unwrap_or_default();

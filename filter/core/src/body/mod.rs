@@ -5,8 +5,8 @@
 
 use std::borrow::Cow;
 
-use self::json::{ErrorKind, ScanError, Scanner, Span};
-use self::media::{MAX_MEDIA, Mark, Media};
+use self::json::{ErrorKind, MAX_MEDIA, Mark, ScanError, Scanner, Span};
+use self::media::Media;
 
 mod forbidden;
 pub mod form;

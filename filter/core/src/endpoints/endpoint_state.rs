@@ -5,9 +5,8 @@ use std::sync::Arc;
 
 use crate::endpoints::elsewhere::Totals;
 use crate::endpoints::health::Health;
-use crate::endpoints::load::{Load, PrefillQueue};
+use crate::endpoints::load::{LedgerEntry, Load, PrefillQueue};
 use crate::endpoints::outliers::Answers;
-use crate::endpoints::table::LedgerEntry;
 use crate::time::Monotonic;
 use crate::wire::{Endpoint, Engine};
 

@@ -165,6 +165,17 @@ fn seconds(value: f64) -> Duration {
     Duration::try_from_secs_f64(value.max(0.0)).unwrap_or(Duration::MAX)
 }
 
+/// The ledger's entry of an endpoint.
+#[derive(Debug)]
+pub(crate) struct LedgerEntry<'a> {
+    /// Prefill legs in flight there.
+    pub(crate) prefill: &'a mut PrefillQueue,
+    /// Decode legs in flight there.
+    pub(crate) decode: &'a mut Load,
+    /// Seconds of prefill work that other Envoys have in flight there.
+    pub(crate) elsewhere_seconds: f64,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -14,7 +14,7 @@ use crate::endpoints::fitted_cost::{FittedCost, SeenPrefill};
 use crate::endpoints::fitted_media::{CLASSES, MediaTokens};
 use crate::endpoints::health::Health;
 use crate::endpoints::known_models::KnownModels;
-use crate::endpoints::load::{Load, PrefillQueue};
+use crate::endpoints::load::LedgerEntry;
 use crate::endpoints::outliers::{Answers, ErrorKind, Leg, Peers};
 use crate::endpoints::usage::Usage;
 use crate::metrics::tag_value;
@@ -81,17 +81,6 @@ pub struct PromptEstimate {
     pub tokens: f64,
     /// Of these, tokens that the endpoint held by the index.
     pub matched_tokens: f64,
-}
-
-/// The ledger's entry of an endpoint.
-#[derive(Debug)]
-pub(crate) struct LedgerEntry<'a> {
-    /// Prefill legs in flight there.
-    pub(crate) prefill: &'a mut PrefillQueue,
-    /// Decode legs in flight there.
-    pub(crate) decode: &'a mut Load,
-    /// Seconds of prefill work that other Envoys have in flight there.
-    pub(crate) elsewhere_seconds: f64,
 }
 
 impl Table {

@@ -27,7 +27,7 @@ use crate::headers::Headers;
 use crate::paths::engines_path;
 use crate::request::reply::{ErrorForm, Rejection};
 use crate::time::Monotonic;
-use crate::workers::turns::Turn;
+use crate::workers::bind::Turn;
 use crate::workers::worker::{Ticket, Worker};
 
 use forwarded::served_by;

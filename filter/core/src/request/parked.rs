@@ -7,7 +7,7 @@ use crate::config::Queue;
 use crate::metrics::Metric;
 use crate::request::reply::Rejection;
 use crate::time::Monotonic;
-use crate::workers::turns::Act;
+use crate::workers::bind::Act;
 use crate::workers::worker::{Ticket, Worker};
 
 impl Reading {

@@ -5,13 +5,12 @@
 
 use super::head::decoded_path;
 use crate::body::json;
-use crate::body::{Api, Key};
+use crate::body::{Api, Key, Scan};
 use crate::config::Config;
 use crate::headers::Headers;
 use crate::paths::engines_path;
 use crate::prefix::hash::response_hash;
 use crate::prefix::index::EndpointIndex;
-use crate::request::parsed::ScannedBody;
 use crate::request::reply::Rejection;
 use crate::workers::worker::Worker;
 
@@ -27,14 +26,14 @@ pub(super) fn id_of_path(headers: &Headers, config: &Config) -> Option<String> {
 }
 
 /// The response that a body goes on from; `None` where it names none by a string.
-pub(super) fn previous_id(api: Api, body: &ScannedBody<'_>) -> Option<String> {
-    let previous = body.scan.raw(body.bytes, Key::PreviousResponseId).filter(|_| api == Api::Responses)?;
+pub(super) fn previous_id(api: Api, scan: &Scan, body: &[u8]) -> Option<String> {
+    let previous = scan.raw(body, Key::PreviousResponseId).filter(|_| api == Api::Responses)?;
     Some(json::string(previous)?.into_owned())
 }
 
 /// Whether the engine may keep the response to a request.
-pub(super) fn is_kept(api: Api, body: &ScannedBody<'_>) -> bool {
-    api == Api::Responses && body.scan.bool(body.bytes, Key::Store) != Some(false)
+pub(super) fn is_kept(api: Api, scan: &Scan, body: &[u8]) -> bool {
+    api == Api::Responses && scan.bool(body, Key::Store) != Some(false)
 }
 
 /// The endpoint that has a response: the one that gave it, or the only one of these.

@@ -10,7 +10,7 @@ use super::step::Step;
 use crate::endpoints::candidates::Candidates;
 use crate::request::reply::{QueueRefusal, Rejection};
 use crate::time::Monotonic;
-use crate::workers::turns::Act;
+use crate::workers::bind::Act;
 use crate::workers::worker::{Ticket, Worker};
 
 impl Waiting {

@@ -3,10 +3,11 @@
 //! - [`worker`]: configuration, [`state`] and counts of one worker.
 //! - [`event`]: what a worker does or sees, and how it changes the state; [`ledger`]: what one worker has in flight.
 //! - [`log`]: a worker publishes its events and reads those of the others; [`slots`]: which workers there are.
-//! - [`waiting`]: requests of all workers that wait for a prefill endpoint with room; [`turns`]: when it is the turn of
-//!   one of this worker's; `wait`: how one begins and ends to wait.
+//! - [`waiting`]: requests of all workers that wait for a prefill endpoint with room; `turns`: what a worker has of its own
+//!   ones; `wait`: how one begins and ends to wait; [`bind`]: which one an endpoint with room gets.
 //! - [`push`]: one worker polls `pd-control` for the endpoint list, and every worker gets it.
 
+pub mod bind;
 pub(crate) mod event;
 mod inheritance;
 mod keepers;
@@ -19,7 +20,7 @@ pub mod recent;
 pub mod shared;
 pub mod slots;
 pub mod state;
-pub mod turns;
+mod turns;
 pub(crate) mod wait;
 pub mod waiting;
 pub mod worker;

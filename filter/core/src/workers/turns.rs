@@ -1,8 +1,4 @@
-//! Turns: when an endpoint has room for one of this worker's waiting requests, and which request that is.
-//!
-//! Every worker has the same [waiting requests](super::waiting), and each binds its own alone. The worker that sees room for
-//! a request of another worker wakes that worker. A worker whose request is not bound soon after that is passed over for a
-//! while: it may be gone, or know better.
+//! What a worker has of its own waiting requests: when they end, in which queues they are, and which workers it woke.
 
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
@@ -10,48 +6,15 @@ use std::sync::Arc;
 
 use hashbrown::HashMap;
 
-use crate::choose::admission::pool_key;
 use crate::choose::prompt::Prompt;
-use crate::choose::queue::{Binding, Held, Server};
-use crate::choose::scheduler::Scheduler;
 use crate::endpoints::candidates::Candidates;
-use crate::metrics::{WAITING_GAUGES, tag_value};
-use crate::prefix::index::EndpointIndex;
 use crate::time::Monotonic;
-use crate::workers::event::Event;
-use crate::workers::waiting::{HeldByKey, WaitingRequest, worker_of};
-use crate::workers::worker::Worker;
+use crate::workers::waiting::{WaitingRequest, worker_of};
 
 /// How soon a worker that was woken must have bound the request that it was woken for.
-const WAKE: Duration = Duration::from_millis(5);
+pub(super) const WAKE: Duration = Duration::from_millis(5);
 /// How long a worker is passed over that did not.
 const PASSED_OVER: Duration = Duration::from_millis(100);
-/// Least time to the next look at the endpoints: a tick of the host.
-const LEAST_PAUSE: Duration = Duration::from_millis(1);
-/// Requests with the prefix of one that was bound of which is found out anew what endpoints hold.
-const REFRESHED: usize = 128;
-
-/// What becomes of a waiting request of this worker.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Turn {
-    /// The request's number.
-    pub id: u64,
-    /// What the request does.
-    pub act: Act,
-}
-
-/// What a waiting request does when it is its turn.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Act {
-    /// It goes to this endpoint, which has room for it.
-    Bind(EndpointIndex),
-    /// The endpoints that it waited for are gone: it is scheduled anew.
-    Reschedule,
-    /// It has waited as long as it may.
-    GiveUp,
-    /// Its prompt cannot be computed by the client's deadline any more.
-    MissDeadline,
-}
 
 /// This worker's waiting requests.
 #[derive(Debug, Default)]
@@ -104,15 +67,8 @@ pub(super) struct OwnQueue {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Woken {
     id: u64,
-    at: Monotonic,
+    pub(super) at: Monotonic,
     passed_over_until: Monotonic,
-}
-
-/// Name of the queue for these endpoints, which are sorted by key.
-pub(super) fn queue_name(worker: &Worker, candidates: &Candidates) -> u64 {
-    let keys = candidates.prefill.iter().filter_map(|index| worker.state.table.get(*index));
-    let bytes: Vec<u8> = keys.flat_map(|state| state.key.to_le_bytes()).collect();
-    xxhash_rust::xxh3::xxh3_64(&bytes)
 }
 
 impl Turns {
@@ -134,7 +90,7 @@ impl Turns {
         queue.requests = queue.requests.saturating_add(1);
     }
 
-    fn leave_queue(&mut self, name: u64) {
+    pub(super) fn leave_queue(&mut self, name: u64) {
         if let Some(queue) = self.queues.get_mut(&name) {
             queue.requests = queue.requests.saturating_sub(1);
             if queue.requests == 0 {
@@ -151,7 +107,7 @@ impl Turns {
     }
 
     /// Notes that a request of another worker should be bound now.
-    fn wake_for(&mut self, id: u64, now: Monotonic) {
+    pub(super) fn wake_for(&mut self, id: u64, now: Monotonic) {
         let worker = worker_of(id);
         let woken = self.woken.get(&worker).copied();
         match woken {
@@ -167,202 +123,7 @@ impl Turns {
         }
     }
 
-    fn is_passed_over(&self, id: u64, now: Monotonic) -> bool {
+    pub(super) fn is_passed_over(&self, id: u64, now: Monotonic) -> bool {
         !self.own.contains_key(&id) && self.woken.get(&worker_of(id)).is_some_and(|woken| now < woken.passed_over_until)
     }
 }
-
-/// For the shell.
-impl Worker {
-    /// Whether requests of this worker wait.
-    #[must_use]
-    pub fn has_waiting(&self) -> bool {
-        !self.turns.own.is_empty() || !self.turns.parked.is_empty()
-    }
-
-    /// The next of this worker's requests whose turn it is. The caller passes the turn to the request, or calls
-    /// [`forget_waiting`](Self::forget_waiting) where it has no such request.
-    pub fn next_turn(&mut self, now: Monotonic) -> Option<Turn> {
-        if !self.has_waiting() {
-            return None;
-        }
-        let changes = self.state.table.changes();
-        if let Some((id, _)) = self.turns.parked.iter().find(|(_, parked)| parked.changes != changes) {
-            return Some(Turn { id: *id, act: Act::Reschedule });
-        }
-        if let Some(id) = self.file_anew() {
-            return Some(Turn { id, act: Act::Reschedule });
-        }
-        if let Some((_, id)) = self.turns.ends.first().copied().filter(|(end, _)| *end <= now) {
-            let has_deadline = self.turns.own.get(&id).is_some_and(|own| own.has_deadline);
-            return Some(Turn { id, act: if has_deadline { Act::MissDeadline } else { Act::GiveUp } });
-        }
-        let names: Vec<u64> = self.turns.queues.keys().copied().collect();
-        names.into_iter().find_map(|name| {
-            let binding = self.next_own(name, now)?;
-            Some(Turn { id: binding.id, act: Act::Bind(binding.server) })
-        })
-    }
-
-    /// The stream of a waiting request is gone.
-    pub fn forget_waiting(&mut self, id: u64) {
-        self.unpark(id);
-        self.stop_waiting(id);
-    }
-
-    /// Numbers of the workers to wake, this one among them, after an event. Each gets its [turns](Self::next_turn).
-    pub fn workers_to_wake(&mut self) -> impl Iterator<Item = u64> {
-        if core::mem::take(&mut self.turns.may_bind) {
-            if self.has_waiting() {
-                self.turns.wakes.insert(self.turns.worker_id);
-            } else {
-                self.turns.wakes.extend(self.state.waiting.workers());
-            }
-        }
-        if self.state.waiting.is_empty() {
-            self.turns.woken.clear();
-        }
-        core::mem::take(&mut self.turns.wakes).into_iter()
-    }
-
-    /// The [gauges](WAITING_GAUGES) of pools of which requests of this worker have waited: name with the pool as a tag,
-    /// and value.
-    pub(crate) fn waiting_gauges(&self) -> impl Iterator<Item = (String, u64)> {
-        self.turns.pools.iter().flat_map(|(key, name)| {
-            let (requests, _, seconds) = self.state.waiting.of_pool(*key);
-            let values = [requests as u64, (seconds * 1e3) as u64];
-            let tag = tag_value(name);
-            WAITING_GAUGES.into_iter().zip(values).map(move |(gauge, value)| (format!("{gauge};pool={tag}"), value))
-        })
-    }
-
-    /// How long until an endpoint has room for one of this worker's requests, by the ledger, or one of them gives up.
-    /// `None` where no request of this worker waits.
-    #[must_use]
-    pub fn next_look(&self, now: Monotonic) -> Option<Duration> {
-        let (end, _) = self.turns.ends.first()?;
-        let mut next = end.saturating_sub(now);
-        for (name, queue) in &self.turns.queues {
-            let (lead, servers) = self.servers(*name, &queue.candidates, now);
-            // An endpoint with room has been looked at.
-            let busy = servers.into_iter().filter(|server| server.work >= lead);
-            next = busy.map(|server| duration(server.work - lead)).fold(next, Duration::min);
-        }
-        let woken = self.turns.woken.values().map(|woken| woken.at.saturating_add(WAKE));
-        let woken = woken.filter(|at| *at > now).map(|at| at.saturating_sub(now));
-        Some(woken.fold(next, Duration::min).max(LEAST_PAUSE))
-    }
-}
-
-impl Worker {
-    /// The lead of a queue, and its servers.
-    fn servers(&self, name: u64, candidates: &Candidates, now: Monotonic) -> (f64, Vec<Server>) {
-        let Ok(config) = &self.config else { return (0.0, Vec::new()) };
-        let pool = config.pool(&candidates.pool);
-        let oldest = self.state.waiting.queue(name).and_then(|queue| queue.oldest());
-        let waited = oldest.map_or(Duration::ZERO, |arrival| now.since_zero().saturating_sub(arrival));
-        let scheduler = Scheduler { table: &self.state.table, index: &self.state.index, pool, now };
-        (pool.queue.lead.as_secs_f64(), scheduler.servers(&candidates.prefill, waited))
-    }
-
-    /// The next binding in a queue that is one of this worker's requests. Others' are noted for a wake.
-    pub(super) fn next_own(&mut self, name: u64, now: Monotonic) -> Option<Binding> {
-        self.refresh();
-        let candidates = Arc::clone(&self.turns.queues.get(&name)?.candidates);
-        let (lead, mut servers) = self.servers(name, &candidates, now);
-        loop {
-            let turns = &self.turns;
-            let passed_over = |id| turns.is_passed_over(id, now);
-            let binding = self.state.waiting.next(name, &servers, now, &passed_over)?;
-            if self.turns.own.contains_key(&binding.id) {
-                if self.find_held(binding.id) {
-                    continue;
-                }
-                return Some(binding);
-            }
-            self.turns.wake_for(binding.id, now);
-            if self.turns.is_passed_over(binding.id, now) {
-                continue;
-            }
-            // Another worker's request is the one to go there.
-            if let Some(server) = servers.iter_mut().find(|server| server.at == binding.server) {
-                server.work = server.work.max(lead);
-            }
-        }
-    }
-
-    /// Finds out anew what endpoints hold of requests that share a prefix with one that was bound.
-    fn refresh(&mut self) {
-        for (name, key) in self.state.waiting.take_bound() {
-            let Some(queue) = self.state.waiting.queue(name) else { continue };
-            let own: Vec<u64> =
-                queue.sharing(key).filter(|id| self.turns.own.contains_key(id)).take(REFRESHED).collect();
-            for id in own {
-                self.find_held(id);
-            }
-        }
-    }
-
-    /// Finds out anew what endpoints hold of one of this worker's requests. Returns whether that has changed.
-    fn find_held(&mut self, id: u64) -> bool {
-        let Ok(config) = &self.config else { return false };
-        let Some(own) = self.turns.own.get(&id) else { return false };
-        let Some(queue) = self.turns.queues.get(&own.queue) else { return false };
-        let pool = config.pool(&queue.candidates.pool);
-        let scheduler = Scheduler { table: &self.state.table, index: &self.state.index, pool, now: Monotonic::ZERO };
-        let held = scheduler.held(&queue.candidates.prefill, &own.prompt);
-        let before = self.state.waiting.held(id).map(<[Held]>::to_vec);
-        let held = HeldByKey::new(&held, &self.state.table);
-        self.state.waiting.set_held(id, &held, &self.state.table);
-        let has_changed = self.state.waiting.held(id).map(<[Held]>::to_vec) != before;
-        if has_changed {
-            let name = own.queue;
-            if let Some(own) = self.turns.own.get_mut(&id) {
-                own.request.held.clone_from(&held);
-            }
-            self.pending.push(name, &Event::HeldChanged { id, held: std::borrow::Cow::Owned(held) });
-        }
-        has_changed
-    }
-
-    /// After a change of the list or of the configuration, puts this worker's requests into the queues of the endpoints
-    /// that there are now. Returns a request for which there is none.
-    fn file_anew(&mut self) -> Option<u64> {
-        let changes = self.state.table.changes();
-        if self.turns.changes == changes {
-            return None;
-        }
-        let ids: Vec<u64> = self.turns.own.keys().copied().collect();
-        for id in ids {
-            let Some(own) = self.turns.own.get(&id) else { continue };
-            let candidates = self.state.table.candidates(&own.model).ok();
-            let candidates = candidates.map(|all| self.state.table.with_room(all, own.prompt.tokens));
-            let suited =
-                candidates.filter(|candidates| !candidates.prefill.is_empty() && !candidates.decode.is_empty());
-            let Some(candidates) = suited else { return Some(id) };
-            let name = queue_name(self, &candidates);
-            let (before, mut request) = (own.queue, own.request.clone());
-            self.turns.leave_queue(before);
-            self.turns.enter_queue(name, &candidates);
-            request.pool = pool_key(&candidates.pool);
-            if let Some(own) = self.turns.own.get_mut(&id) {
-                own.queue = name;
-                own.request = request.clone();
-            }
-            if name != before || self.state.waiting.held(id).is_none() {
-                self.happens_at(name, &Event::Waits { request: std::borrow::Cow::Owned(request) });
-            }
-            self.find_held(id);
-        }
-        self.turns.changes = changes;
-        None
-    }
-}
-
-/// Seconds as a length; the longest one where there is no such length.
-pub(super) fn duration(seconds: f64) -> Duration {
-    Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX)
-}
-
-#[cfg(test)]
-mod tests;

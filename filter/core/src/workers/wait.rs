@@ -13,8 +13,9 @@ use crate::endpoints::candidates::Candidates;
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
 use crate::time::Monotonic;
+use crate::workers::bind::{duration, queue_name};
 use crate::workers::event::Event;
-use crate::workers::turns::{Own, ParkedRequest, duration, queue_name};
+use crate::workers::turns::{Own, ParkedRequest};
 use crate::workers::waiting::{HeldByKey, WaitingRequest};
 use crate::workers::worker::Worker;
 

@@ -9,9 +9,12 @@
 use core::fmt;
 use std::borrow::Cow;
 
+mod mark;
 mod scanner;
 mod text;
 
+pub use mark::{MAX_MEDIA, MediaKind};
+pub(in crate::body) use mark::{Mark, MediaKey};
 pub(crate) use scanner::{RawMember, Scanner};
 
 /// Most objects and arrays that may be open at once; a document with more is refused. `serde_json` has the same limit.

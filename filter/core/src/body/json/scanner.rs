@@ -1,7 +1,6 @@
 //! A position in a document that moves forward over what is there.
 
-use crate::body::media::{MAX_MEDIA, Mark};
-
+use super::mark::{MAX_MEDIA, Mark};
 use super::{ErrorKind, MAX_DEPTH, ScanError, Span, text, to_offset};
 
 /// One member of an object.

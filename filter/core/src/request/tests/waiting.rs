@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::request::reply::DROPPED_HEADER;
-use crate::workers::turns::Act;
+use crate::workers::bind::Act;
 use crate::workers::worker::Worker;
 
 /// A gateway whose two prefill endpoints have room for one long prompt each.
@@ -290,7 +290,7 @@ fn a_turn_that_comes_too_late_changes_nothing() {
     fourth.done(&mut gate.worker, gate.now);
     let (mut fifth, _) = gate.send(&prompt("i ", "j "), &[]);
     let Some(id) = fifth.waiting_id() else { return };
-    let turn = crate::workers::turns::Turn { id, act: turn.act };
+    let turn = crate::workers::bind::Turn { id, act: turn.act };
     let outcome = fifth.turn(&mut gate.worker, turn, || None::<&str>, gate.now);
     assert_eq!(reply(&outcome), (503, "prefill_failed"));
     assert!(!gate.worker.has_waiting());

@@ -1,6 +1,7 @@
 //! Turns among several workers.
 
 use super::*;
+use crate::choose::prompt::Prompt;
 use crate::endpoints::table::EndpointRef;
 use crate::prefix::hash::{BlockHash, PromptHash};
 use crate::workers::log::WorkersLog;
