@@ -41,7 +41,7 @@ fn said(answer: &Value) -> Value {
     }
 }
 
-/// Each answer is that of one server, valid by the schema, and of a split request.
+/// Each answer is that of one server and of a split request, and valid by the schema unless `max_tokens` cuts it.
 pub async fn forced_calls_and_schemas_are_right(pair: &Pair) {
     let tool = json!({"type": "function", "function": {"name": "weather", "parameters": schema()}});
     let named = json!({"type": "function", "function": {"name": "weather"}});
@@ -61,11 +61,13 @@ pub async fn forced_calls_and_schemas_are_right(pair: &Pair) {
         let said = said(&answer.json());
         assert_eq!(said, self::said(&expected.json()), "{what}");
         pair.rig.until_metric(split, |value| value == before + 1.0).await;
-        if what != "a choice" {
+        // A random model may fill its limit before a call ends; a cut answer is no JSON.
+        let is_cut = answer.json()["choices"][0]["finish_reason"] == "length";
+        if what != "a choice" && !is_cut {
             let text = said[1].as_str().or(said.as_str()).unwrap_or_else(|| panic!("{what}: {said}"));
             let value: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{what}: {error}: {text}"));
             assert!(value["city"].is_string() && value["days"].is_u64(), "{what}: {value}");
         }
-        println!("vllm: {:?}: {what}: right", pair.connector);
+        println!("vllm: {:?}: {what}: right{}", pair.connector, if is_cut { ", cut by max_tokens" } else { "" });
     }
 }
