@@ -57,8 +57,7 @@ async fn relay(client: TcpStream, server: TcpStream, acts: Arc<Mutex<Option<Act>
         (client.into_split(), server.into_split());
     let there = async {
         let mut bytes = vec![0; 65_536];
-        loop {
-            let Ok(read @ 1..) = from_client.read(&mut bytes).await else { break };
+        while let Ok(read @ 1..) = from_client.read(&mut bytes).await {
             let act = acts.lock().expect("nobody panics with it").take();
             if let Some(act) = act {
                 act();
