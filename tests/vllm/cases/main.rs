@@ -139,7 +139,7 @@ fn nixl_push() {
 #[test]
 fn other_tool_parsers() {
     run(async {
-        for parser in ["llama3_json", "pythonic"] {
+        for parser in ["xlam", "pythonic"] {
             let pair = Pair::with_tool_parser(Connector::Pull, "fail", parser).await;
             checks::until_met(&pair).await;
             tools::forced_calls_and_schemas_are_right(&pair).await;
