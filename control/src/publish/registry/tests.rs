@@ -1,4 +1,3 @@
-
 use pd_core::wire::{Role, State};
 use proptest::prelude::*;
 

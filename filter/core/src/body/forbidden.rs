@@ -7,7 +7,7 @@
 //!
 //! Sources: the request models of vLLM 0.33, SGLang 0.5.23 and TensorRT-LLM, llm-d's routing sidecar.
 
-use super::{Key, KeySet, MAX_MEMBERS};
+use super::key::{Key, KeySet, MAX_MEMBERS};
 use crate::body::json::{self, ErrorKind, RawMember, ScanError, Scanner, Span};
 
 /// Members that no client may send to an engine. They name memory or addresses of other servers, or make an engine wait for

@@ -10,7 +10,8 @@ use std::borrow::Cow;
 use memchr::memmem;
 
 use super::forbidden::{FORBIDDEN, cuts, is_content};
-use super::{Key, decode_percent};
+use super::key::Key;
+use super::percent::decode_percent;
 use crate::body::json::Span;
 
 /// Most fields of one form; a form with more is refused.

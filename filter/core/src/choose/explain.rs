@@ -1,7 +1,8 @@
 //! Description of a choice, for people.
 
+use crate::choose::decider::{Schedule, WholeReason};
 use crate::choose::prompt::Prompt;
-use crate::choose::scheduler::{CostedPick, Schedule, Scheduler, WholeReason};
+use crate::choose::scheduler::{CostedPick, Scheduler};
 use crate::endpoints::candidates::Candidates;
 use crate::prefix::index::EndpointIndex;
 

@@ -5,11 +5,14 @@
 //! - [`queue`]: which waiting request a prefill endpoint with room gets next; `room` says which endpoints have room.
 //! - [`decode_cost`]: decode by assigned tokens and by tokens to move.
 //! - [`weight`]: affinity that follows the load. The trace simulator runs it; the filter's choices do not use it yet.
-//! - [`scheduler`]: split or whole, and the endpoint of each leg. `shortlist` has the endpoints that it compares, `explain`
-//!   describes its choice.
+//! - [`decider`]: split or whole.
+//! - [`scheduler`]: the endpoint of a prefill leg; `decode_profile`: the endpoint of a decode leg. `shortlist` has the
+//!   endpoints that they compare, `explain` describes the choice.
 
 pub mod admission;
+pub mod decider;
 pub mod decode_cost;
+mod decode_profile;
 mod explain;
 pub mod prompt;
 pub mod queue;

@@ -40,172 +40,25 @@
 //! Every worker that has pushed, removed and updated the same requests finds the same order: ties go by id.
 
 use core::cmp::Reverse;
-use core::ops::Bound::{Excluded, Included, Unbounded};
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
 
 use hashbrown::HashMap;
 
 use crate::config::Cost;
-use crate::prefix::hash::rendezvous_weight;
 use crate::prefix::index::EndpointIndex;
 
-/// Requests of one server, priority and tenant that are looked at when none of them prefers the server: with more of
-/// them a server may stay idle until an event of another server, with fewer it does so more often.
-pub const LOOK: usize = 256;
-/// Servers of a request whose prefix counts: the longest. More of them make every request larger.
-pub const MOST_HELD: usize = 4;
-/// Bytes that a waiting request takes at most beside its body: its entry, and its places in the ordered sets, which are
-/// half empty at worst. It has one place for each server that counts, and five more.
-pub const REQUEST_BYTES: usize = 1_024;
+use place::{Group, Place, Rank};
+pub use request::{Binding, Full, Held, LOOK, MOST_HELD, REQUEST_BYTES, Request, Rule, Server};
+
+mod next;
+mod place;
+mod request;
+
 /// Tenants that are told apart: tenants whose hash is the same in these bits share what one gets (McKenney 1990).
 const TENANTS: u64 = 256;
 /// The least that a request's seconds count for in the order, so that their logarithm is a number.
 const LEAST_SECONDS: f64 = 1e-6;
-
-/// What holds for all requests of a queue.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Rule {
-    /// Seconds of work that a server may have left and still have room. Longer ones bind requests earlier than needed;
-    /// shorter ones leave the server idle for as long as a request takes to reach it.
-    pub lead: f64,
-    /// Seconds of waiting that make a request count as `1/e` of its seconds. Longer ones favour short requests.
-    pub patience: f64,
-    /// How long a request can be overtaken.
-    pub longest_wait: Duration,
-    /// Seconds of work that a tenant may get more than the one with the least, while both wait.
-    pub fair_seconds: f64,
-    /// Seconds of a prompt, for the order.
-    pub cost: Cost,
-    /// Most requests that wait.
-    pub most_requests: usize,
-    /// Most bytes that they take, [`REQUEST_BYTES`] of each among them.
-    pub most_bytes: usize,
-}
-
-impl Rule {
-    /// The rule as it ships, for servers with such seconds.
-    #[must_use]
-    pub fn new(cost: Cost) -> Self {
-        Self {
-            lead: 0.02,
-            patience: 100.0,
-            longest_wait: Duration::from_secs(600),
-            fair_seconds: 10.0,
-            cost,
-            most_requests: 8_192,
-            most_bytes: 512 << 20,
-        }
-    }
-}
-
-/// A request that waits.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Request {
-    /// Its name, which no other request has. Of two requests that are alike the lower one goes first.
-    pub id: u64,
-    /// When it came.
-    pub arrival: Duration,
-    /// Tokens of the prompt.
-    pub tokens: f64,
-    /// Key that prompts with the same begin share; see [`Queue::sharing`].
-    pub key: u64,
-    /// Higher ones go first.
-    pub priority: i32,
-    /// Hash of whose it is.
-    pub tenant: u64,
-    /// When it gives up.
-    pub deadline: Option<Duration>,
-    /// Bytes of its body that are kept for it.
-    pub bytes: usize,
-}
-
-/// Tokens of a prompt's begin that a server holds.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Held {
-    /// The server.
-    pub server: EndpointIndex,
-    /// Tokens.
-    pub tokens: f64,
-}
-
-/// A server that may be bound to.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Server {
-    /// Which.
-    pub at: EndpointIndex,
-    /// Key for ties, which every worker and replica has alike.
-    pub key: u64,
-    /// Seconds until it is through with what it has.
-    pub work: f64,
-    /// Its seconds for a prompt.
-    pub cost: Cost,
-}
-
-/// A request and the server that it should go to now.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Binding {
-    /// The request.
-    pub id: u64,
-    /// The server.
-    pub server: EndpointIndex,
-    /// Tokens of the prompt that the server holds.
-    pub held_tokens: f64,
-    /// Seconds of the server for the prompt.
-    pub seconds: f64,
-}
-
-/// Why a request cannot wait.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Full {
-    /// As many requests wait as may. The caller refuses the request.
-    Requests,
-    /// With its bytes there would be more than there may be. The caller refuses the request.
-    Bytes,
-    /// A request with this id waits already. The caller has a fault; the one that waits stays.
-    Taken,
-}
-
-/// Numbers in the order of [`f64::total_cmp`].
-#[derive(Clone, Copy, Debug)]
-struct Rank(f64);
-
-impl PartialEq for Rank {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other).is_eq()
-    }
-}
-
-impl Eq for Rank {}
-
-impl PartialOrd for Rank {
-    fn partial_cmp(&self, other: &Self) -> Option<core::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Rank {
-    fn cmp(&self, other: &Self) -> core::cmp::Ordering {
-        self.0.total_cmp(&other.0)
-    }
-}
-
-/// Requests that are compared with each other: those that a server holds a begin of, or all.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Group {
-    /// `None`: all requests, as if nobody held anything of them.
-    server: Option<EndpointIndex>,
-    priority: Reverse<i32>,
-    tenant: u8,
-}
-
-/// A request's place among those.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Place {
-    group: Group,
-    rank: Rank,
-    id: u64,
-}
 
 #[derive(Clone, Debug)]
 struct Entry {
@@ -262,9 +115,6 @@ pub struct Queue {
     seconds: BTreeMap<Reverse<i32>, (usize, f64)>,
     bytes: usize,
 }
-
-/// A candidate: whether its tenant has got its share already, its place in the order, itself.
-type Candidate = (bool, Rank, u64);
 
 impl Queue {
     /// An empty queue.
@@ -426,37 +276,6 @@ impl Queue {
         2.0 + self.len() as f64 / servers.max(1) as f64
     }
 
-    /// The request to bind next, and the server for it. `servers` are those that may be bound to, ordered by
-    /// [`at`](Server::at). `None`: no server has room, or every request that was looked at prefers to wait for one
-    /// that has not.
-    ///
-    /// The caller checks that the server still holds what is said of it ([`set_held`](Self::set_held), and asks again if
-    /// not), sends the request and calls [`bind`](Self::bind).
-    #[must_use]
-    pub fn next(&self, servers: &[Server], now: Duration) -> Option<Binding> {
-        self.next_without(servers, now, &|_| false)
-    }
-
-    /// As [`next`](Self::next), of the requests that are not `passed_over`, by their ids.
-    #[must_use]
-    pub fn next_without(
-        &self,
-        servers: &[Server],
-        now: Duration,
-        passed_over: &dyn Fn(u64) -> bool,
-    ) -> Option<Binding> {
-        let view = View { queue: self, servers, price: self.price(servers.len()), passed_over };
-        if self.is_empty() || !view.with_room().any(|_| true) {
-            return None;
-        }
-        let priorities = self.seconds.keys();
-        priorities.copied().find_map(|priority| {
-            let overdue = || view.overdue(priority, now);
-            let least = || view.least(priority);
-            overdue().or_else(least)
-        })
-    }
-
     fn enter(&mut self, entry: &Entry) {
         self.places.extend(entry.places(&self.rule));
         let (count, seconds) = self.seconds.entry(Reverse(entry.request.priority)).or_default();
@@ -504,99 +323,6 @@ fn longest(held: &[Held]) -> Vec<Held> {
         }
     }
     longest
-}
-
-/// The queue, as it looks with these servers.
-#[derive(Clone, Copy)]
-struct View<'a> {
-    queue: &'a Queue,
-    servers: &'a [Server],
-    price: f64,
-    passed_over: &'a dyn Fn(u64) -> bool,
-}
-
-impl<'a> View<'a> {
-    fn has_room(&self, server: &Server) -> bool {
-        server.work < self.queue.rule.lead
-    }
-
-    fn with_room(&self) -> impl Iterator<Item = &'a Server> {
-        let this = *self;
-        self.servers.iter().filter(move |server| this.has_room(server))
-    }
-
-    fn server(&self, at: EndpointIndex) -> Option<&'a Server> {
-        self.servers.get(self.servers.binary_search_by_key(&at, |server| server.at).ok()?)
-    }
-
-    /// The server that the request prefers, if that one has room: of the servers with room, and of those that hold some
-    /// of the request. No other one can be better, unless it is faster.
-    fn preferred(&self, entry: &Entry) -> Option<Binding> {
-        let Request { id, tokens, key, .. } = entry.request;
-        let holders = entry.held.iter().filter_map(|held| self.server(held.server));
-        let costs = self.with_room().chain(holders.filter(|server| !self.has_room(server))).map(|server| {
-            let held_tokens = entry.held_tokens(server.at).min(tokens);
-            let seconds = server.cost.seconds(tokens, held_tokens);
-            let wait = if self.has_room(server) { 0.0 } else { server.work };
-            let tie = Reverse(rendezvous_weight(key, server.key));
-            (Rank(wait + self.price * seconds), tie, server, Binding { id, server: server.at, held_tokens, seconds })
-        });
-        let (_, _, server, binding) = costs.min_by_key(|(cost, tie, server, _)| (*cost, *tie, server.at))?;
-        self.has_room(server).then_some(binding)
-    }
-
-    /// The oldest request that has waited too long.
-    fn overdue(&self, priority: Reverse<i32>, now: Duration) -> Option<Binding> {
-        let since = now.checked_sub(self.queue.rule.longest_wait)?;
-        let old = self.queue.arrivals.range((priority, Duration::ZERO, 0)..=(priority, since, u64::MAX));
-        let old = old.filter(|(.., id)| !(self.passed_over)(*id)).take(LOOK);
-        let mut entries = old.filter_map(|(.., id)| self.queue.entries.get(id));
-        entries.find_map(|entry| self.preferred(entry))
-    }
-
-    /// The request with the lowest rank.
-    fn least(&self, priority: Reverse<i32>) -> Option<Binding> {
-        let least_got = self.queue.least_got().unwrap_or(0.0);
-        let mut best: Option<(Candidate, Binding)> = None;
-        let servers = self.with_room().map(|server| Some(server.at)).chain([None]);
-        for server in servers {
-            let mut after =
-                Excluded(Place { group: Group { server, priority, tenant: 0 }, rank: Rank(f64::NEG_INFINITY), id: 0 });
-            // From tenant to tenant.
-            while let Some(first) = self.queue.places.range((after, Unbounded)).next() {
-                let group = first.group;
-                if (group.server, group.priority) != (server, priority) {
-                    break;
-                }
-                self.improve(group, first, least_got, &mut best);
-                let Some(tenant) = group.tenant.checked_add(1) else { break };
-                after = Included(Place { group: Group { tenant, ..group }, rank: Rank(f64::NEG_INFINITY), id: 0 });
-            }
-        }
-        best.map(|(_, binding)| binding)
-    }
-
-    /// Looks for a better one in a group.
-    fn improve(&self, group: Group, first: &Place, least_got: f64, best: &mut Option<(Candidate, Binding)>) {
-        let tenant = self.queue.tenants.get(&group.tenant).copied().unwrap_or_default();
-        let is_over = tenant.got > least_got + self.queue.rule.fair_seconds;
-        for place in self.queue.places.range(first..).take(LOOK) {
-            let candidate = (is_over, place.rank, place.id);
-            if place.group != group || best.as_ref().is_some_and(|(best, _)| *best <= candidate) {
-                return;
-            }
-            let Some(entry) = self.queue.entries.get(&place.id).filter(|_| !(self.passed_over)(place.id)) else {
-                continue;
-            };
-            // Its rank says where it stands on this server only.
-            if let Some(binding) = self.preferred(entry)
-                && (group.server == Some(binding.server) || (group.server.is_none() && binding.held_tokens == 0.0))
-            {
-                *best = Some((candidate, binding));
-                return;
-            }
-        }
-    }
 }
 
 #[cfg(test)]

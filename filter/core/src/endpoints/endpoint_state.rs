@@ -3,6 +3,7 @@
 use core::net::SocketAddr;
 use std::sync::Arc;
 
+use crate::endpoints::departed::InFlight;
 use crate::endpoints::elsewhere::Totals;
 use crate::endpoints::health::Health;
 use crate::endpoints::load::{LedgerEntry, Load, PrefillQueue};
@@ -58,7 +59,56 @@ pub struct EndpointState {
     pub(super) fit: usize,
 }
 
+/// What an endpoint has of its pool, as far as it does not say it itself.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct FromPool {
+    /// Engine in force.
+    pub(super) engine: Engine,
+    /// Address of the bootstrap server.
+    pub(super) bootstrap: SocketAddr,
+    /// Index of the pool's fitted cost.
+    pub(super) fit: usize,
+}
+
 impl EndpointState {
+    /// An endpoint of which nothing is known yet but what is in flight there.
+    pub(super) fn new(
+        endpoint: Endpoint,
+        key: u64,
+        from_pool: FromPool,
+        InFlight { prefill, decode }: InFlight,
+        generation: u32,
+    ) -> Self {
+        Self {
+            address: endpoint.address.to_string().into(),
+            endpoint,
+            key,
+            engine: from_pool.engine,
+            bootstrap: from_pool.bootstrap,
+            engine_id: None,
+            is_kv_missing: false,
+            kv_doubts: 0,
+            wrong_beliefs: 0,
+            failed_handovers: 0,
+            fails_whole: false,
+            prefill,
+            decode,
+            elsewhere: Totals::default(),
+            health: Health::default(),
+            answered_at: Monotonic::ZERO,
+            answers: Answers::default(),
+            generation,
+            fit: from_pool.fit,
+        }
+    }
+
+    /// Takes over what its pool says now.
+    pub(super) fn set(&mut self, FromPool { engine, bootstrap, fit }: FromPool) {
+        self.engine = engine;
+        self.bootstrap = bootstrap;
+        self.fit = fit;
+    }
+
     /// `W`: seconds of prefill work in flight here, from every Envoy that exchanges.
     #[must_use]
     pub fn work(&self, now: Monotonic) -> f64 {

@@ -1,7 +1,7 @@
 //! Bodies of the two legs, made from the client's body.
 
 use super::acceptance::is_valid_stream;
-use super::{Pair, Protocol};
+use super::protocol::{Pair, Protocol};
 use crate::body::splice::{Edits, HeadPlan, rewrite};
 use crate::body::{Api, FORBIDDEN, Key, KeySet, Scan, scan};
 

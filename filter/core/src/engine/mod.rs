@@ -6,17 +6,15 @@
 //! Sources: vLLM's NIXL and Mooncake connectors and their example proxies, llm-d's routing sidecar, SGLang's router,
 //! TensorRT-LLM's disaggregated server, AIBrix's gateway (Neuron).
 
-use core::net::SocketAddr;
-
 use serde::{Deserialize, Serialize};
 
-use crate::body::json::Object;
-use crate::body::{Api, KeySet};
+pub use protocol::{EngineIdQuery, Handover, LegOrder, Pair, Protocol, pair_id};
 
 pub mod acceptance;
 pub mod legs;
 mod mooncake;
 mod neuron;
+mod protocol;
 mod sglang;
 mod sidecar;
 mod trtllm;
@@ -69,122 +67,12 @@ engines! {
     Sidecar => sidecar::PROTOCOL,
 }
 
-/// What is true of one engine.
-#[derive(Debug)]
-pub struct Protocol {
-    /// In which order the legs go.
-    pub legs: LegOrder,
-    /// Whether a decode endpoint serves a request whole when no prefill endpoint has computed its prompt.
-    pub decodes_alone: bool,
-    /// Whether one hand-over serves several sequences: several prompts, or several answers. Where parameters name the
-    /// blocks of one sequence, the second sequence that fetches them reads blocks that are gone.
-    pub hands_over_several: bool,
-    /// Most sequences of one request, where both legs name each of them; `None` where they do not.
-    pub max_sequences: Option<u32>,
-    /// Whether the cached tokens of a decode endpoint's answer include those that it fetched, so that they show whether
-    /// the endpoint computed the prompt itself.
-    pub counts_fetched_tokens: bool,
-    /// Whether the prefill leg must be told to end after one token. Otherwise the prefill server ends by itself, and both
-    /// legs must ask for the same sequences.
-    pub limits_prefill: bool,
-    /// Whether the decode endpoint samples the answer's first token itself. The prefill leg then need not ask for what an
-    /// answer tells of it (`logprobs`). Elsewhere the token comes from the prefill endpoint.
-    pub samples_first_token: bool,
-    /// Whether a prefill leg may ask for a thinking budget above its limit of tokens.
-    pub allows_budget: bool,
-    /// How to ask for the engine's id, where the decode leg names it.
-    pub engine_id: Option<EngineIdQuery>,
-    /// Members to put in front of the prefill leg's body, without braces; may be empty.
-    pub(crate) prefill_members: fn(&Pair<'_>) -> Vec<u8>,
-    /// Members to put in front of the body of a decode leg that goes out with its prefill leg; may be empty.
-    pub(crate) decode_members: fn(&Pair<'_>) -> Vec<u8>,
-    /// Reads the answer of a prefill leg that the decode leg waited for.
-    pub(crate) handover: fn(Api, &Object<'_>) -> Handover,
-}
-
-/// In which order the legs go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LegOrder {
-    /// The decode leg follows the prefill leg and carries parameters out of its answer.
-    Sequential,
-    /// Both go at once. They find each other by members that both carry.
-    Concurrent,
-    /// The filter sends the decode leg only; the decode endpoint runs the prefill leg.
-    DecodeOnly,
-}
-
-/// How to ask a prefill endpoint's bootstrap server for the id of its engine.
-#[derive(Debug)]
-pub struct EngineIdQuery {
-    /// Path of the `GET` request.
-    pub path: &'static str,
-    /// Finds the id of a data-parallel rank in the answer: a JSON string, quotes included. `None` where the answer names
-    /// none.
-    pub(crate) read: fn(&[u8], Option<u32>) -> Option<&[u8]>,
-}
-
-/// What both legs may say of a prefill endpoint and of their pairing.
-#[derive(Clone, Debug)]
-pub struct Pair<'a> {
-    /// The endpoint's bootstrap server.
-    pub bootstrap: SocketAddr,
-    /// The endpoint's data-parallel rank.
-    pub rank: Option<u32>,
-    /// The id of the endpoint's engine, where [`Protocol::engine_id`] asks for it: a JSON string. Empty elsewhere.
-    pub engine_id: &'a [u8],
-    /// Names this pair of legs; from [`pair_id`].
-    pub id: u64,
-    /// Sequences, where the body asks for a batch of them.
-    pub batch: Option<u32>,
-}
-
-/// A name for a pair of legs out of evenly spread bits: at least 2^42 (TensorRT-LLM takes smaller ones for its own), and
-/// with [`Protocol::max_sequences`] to follow below 2^63 (SGLang's bound).
-#[must_use]
-pub fn pair_id(bits: u64) -> u64 {
-    const BITS: u64 = (1 << 62) - 1;
-    const LEAST: u64 = 1 << 42;
-    bits & BITS | LEAST
-}
-
-/// What a prefill answer says about the KV cache.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Handover {
-    /// The decode leg carries these parameters.
-    Insert {
-        /// Members to put in front of the body.
-        members: Vec<u8>,
-        /// Members of the client's body that they replace.
-        drop: KeySet,
-    },
-    /// The engine needs no parameters: decode finds the KV cache by itself.
-    Nothing,
-    /// The engine should have given parameters and gave none, or unusable ones: decode computes the prompt itself.
-    Missing,
-}
-
-impl Handover {
-    /// Members that replace none of the client's.
-    fn insert(members: Vec<u8>) -> Self {
-        Self::Insert { members, drop: KeySet::EMPTY }
-    }
-}
-
-/// For protocols whose legs carry no members of their own.
-fn no_members(_: &Pair<'_>) -> Vec<u8> {
-    Vec::new()
-}
-
-/// For protocols whose decode leg needs no parameters.
-fn no_handover(_: Api, _: &Object<'_>) -> Handover {
-    Handover::Nothing
-}
-
 /// What the tests of several engines need.
 #[cfg(test)]
 mod testing {
     use super::*;
-    use crate::body::scan;
+    use crate::body::json::Object;
+    use crate::body::{Api, scan};
 
     pub fn pair() -> Pair<'static> {
         Pair {

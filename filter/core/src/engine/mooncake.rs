@@ -1,6 +1,6 @@
 //! vLLM with the Mooncake connector: both legs name a transfer, the decode leg also the prefill engine's id.
 
-use super::{EngineIdQuery, LegOrder, Pair, Protocol, no_handover};
+use super::protocol::{EngineIdQuery, LegOrder, Pair, Protocol, no_handover};
 use crate::body::json;
 
 pub(super) static PROTOCOL: Protocol = Protocol {

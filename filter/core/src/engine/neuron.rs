@@ -1,6 +1,6 @@
 //! AWS Neuron: the decode leg quotes the whole prefill answer.
 
-use super::{Handover, LegOrder, Protocol, no_members};
+use super::protocol::{Handover, LegOrder, Protocol, no_members};
 use crate::body::Api;
 use crate::body::json::Object;
 

@@ -1,6 +1,6 @@
 //! SGLang: both legs meet in a bootstrap room at the prefill endpoint.
 
-use super::{LegOrder, Pair, Protocol, no_handover};
+use super::protocol::{LegOrder, Pair, Protocol, no_handover};
 
 /// Sequences that one request may ask for; each has a bootstrap room of its own, which takes 50 bytes of both legs'
 /// bodies. vLLM's own bound of `n` is 16,384.

@@ -1,6 +1,6 @@
 //! llm-d's routing sidecar beside the decode endpoint: it runs the prefill leg at the endpoint that a header names.
 
-use super::{LegOrder, Protocol, no_handover, no_members};
+use super::protocol::{LegOrder, Protocol, no_handover, no_members};
 
 pub(super) static PROTOCOL: Protocol = Protocol {
     legs: LegOrder::DecodeOnly,

@@ -1,6 +1,6 @@
 //! TensorRT-LLM: parameters travel from the context answer to the generation request.
 
-use super::{Handover, LegOrder, Pair, Protocol, no_members};
+use super::protocol::{Handover, LegOrder, Pair, Protocol, no_members};
 use crate::body::json::{self, Object};
 use crate::body::{Api, Key, KeySet};
 

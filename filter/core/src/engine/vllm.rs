@@ -1,6 +1,6 @@
 //! vLLM: its NIXL connector, and connectors over shared storage.
 
-use super::{Handover, LegOrder, Pair, Protocol, no_handover, no_members};
+use super::protocol::{Handover, LegOrder, Pair, Protocol, no_handover, no_members};
 use crate::body::Api;
 use crate::body::json::Object;
 

@@ -1,5 +1,5 @@
-
 use super::*;
+use serde::Deserialize;
 
 fn endpoint() -> Endpoint {
     Endpoint::new("10.0.0.1:8000".parse().unwrap(), Role::Prefill)

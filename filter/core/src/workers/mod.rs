@@ -5,11 +5,13 @@
 //! - [`log`]: a worker publishes its events and reads those of the others; [`slots`]: which workers there are.
 //! - [`waiting`]: requests of all workers that wait for a prefill endpoint with room; `turns`: what a worker has of its own
 //!   ones; `wait`: how one begins and ends to wait; [`bind`]: which one an endpoint with room gets.
+//! - `judge`: what a worker concludes from the answers of an endpoint: ejected, trusted again, its cache is lost.
 //! - [`push`]: one worker polls `pd-control` for the endpoint list, and every worker gets it.
 
 pub mod bind;
 pub(crate) mod event;
 mod inheritance;
+mod judge;
 mod keepers;
 pub(crate) mod ledger;
 pub mod log;

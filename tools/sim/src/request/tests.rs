@@ -1,4 +1,3 @@
-
 use super::*;
 
 const RULES: Rules = Rules { max_model_len: 1_000, engine: Engine::VllmNixl, role: Role::Both };

@@ -1,4 +1,3 @@
-
 use pd_core::prefix::hash::prompt_hash;
 
 use super::*;

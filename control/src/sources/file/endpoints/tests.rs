@@ -1,4 +1,3 @@
-
 use pd_core::wire::{Engine, Role, State};
 
 use super::*;

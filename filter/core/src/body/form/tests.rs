@@ -1,4 +1,3 @@
-
 use super::*;
 
 const BOUNDARY: &str = "x-b";

@@ -1,7 +1,9 @@
 //! A position in a document that moves forward over what is there.
 
+use super::error::{ErrorKind, MAX_DEPTH, ScanError};
 use super::mark::{MAX_MEDIA, Mark};
-use super::{ErrorKind, MAX_DEPTH, ScanError, Span, text, to_offset};
+use super::span::{Span, to_offset};
+use super::text;
 
 /// One member of an object.
 #[derive(Clone, Copy, Debug)]

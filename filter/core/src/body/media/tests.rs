@@ -1,4 +1,3 @@
-
 use super::super::{Api, scan};
 use super::*;
 

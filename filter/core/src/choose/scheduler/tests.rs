@@ -1,9 +1,10 @@
-
 use super::*;
+use crate::choose::decider::{AFFINITY_SLACK_TOKENS, Schedule, WholeReason};
 use crate::config::Config;
+use crate::endpoints::candidates::Candidates;
 use crate::endpoints::health::Cause;
 use crate::prefix::hash::{BlockHash, PromptHash};
-use crate::wire::{Endpoint, Snapshot};
+use crate::wire::{Endpoint, Role, Snapshot};
 use proptest::prelude::*;
 
 pub(crate) struct Fixture {

@@ -1,4 +1,3 @@
-
 use super::*;
 use crate::endpoints::table::tests::{Fixture, endpoint};
 use proptest::prelude::*;

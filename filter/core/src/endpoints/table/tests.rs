@@ -1,7 +1,8 @@
-
 use super::*;
+use crate::config::Config;
 use crate::prefix::hash::BlockHash;
-use crate::wire::{Role, State};
+use crate::prefix::index::PrefixIndex;
+use crate::wire::{Endpoint, Role};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 

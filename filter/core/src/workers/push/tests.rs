@@ -1,4 +1,3 @@
-
 use super::*;
 use crate::wire::{Endpoint, Role, Snapshot};
 use crate::workers::shared::testing::Store;

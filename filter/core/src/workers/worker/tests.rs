@@ -1,4 +1,3 @@
-
 use super::*;
 use crate::workers::shared::testing::Store;
 

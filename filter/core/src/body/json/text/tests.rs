@@ -1,4 +1,3 @@
-
 use super::*;
 use proptest::collection::vec;
 use proptest::prelude::*;

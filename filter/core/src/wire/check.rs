@@ -1,0 +1,168 @@
+//! What of a list is refused, and why.
+
+use core::fmt;
+
+use hashbrown::HashSet;
+
+use super::card::ModelCard;
+use super::endpoint::{Endpoint, EndpointId};
+use super::snapshot::Snapshot;
+
+/// Version of this format, in every snapshot. A filter refuses a snapshot of another one and keeps its last good list.
+pub const WIRE_VERSION: u32 = 1;
+/// Endpoints that one snapshot may hold; more is refused. Ten times the largest fleet that the benches drive.
+pub const MAX_ENDPOINTS: usize = 100_000;
+/// Models that one snapshot may describe; more is refused. A filter remembers as many that no endpoint serves any more.
+pub const MAX_CARDS: usize = 4_096;
+/// Bytes that a model, pool or group name may have; more is refused.
+pub const MAX_NAME_BYTES: usize = 256;
+/// Models that one endpoint may serve (base model and adapters); more is refused.
+pub const MAX_MODELS: usize = 1_024;
+/// Bytes that `root` and `parent` of a model may have; more is refused.
+pub const MAX_CARD_BYTES: usize = 1_024;
+
+/// Why a snapshot or an endpoint is refused. The reader keeps its last good list and counts the refusal.
+#[derive(Clone, Debug, PartialEq)]
+pub enum WireError {
+    /// Not JSON, or not of the right shape.
+    Malformed(String),
+    /// Another [`WIRE_VERSION`].
+    Version(u32),
+    /// More than [`MAX_ENDPOINTS`].
+    TooMany,
+    /// An endpoint has a value out of range.
+    BadEndpoint {
+        /// The endpoint.
+        id: EndpointId,
+        /// Key of [`Endpoint`].
+        key: &'static str,
+        /// What it must be.
+        why: &'static str,
+    },
+    /// The same address and rank twice.
+    Duplicate(EndpointId),
+    /// `removed` holds something that is no endpoint name.
+    BadId(String),
+}
+
+impl fmt::Display for WireError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Malformed(why) => write!(f, "malformed snapshot: {why}"),
+            Self::Version(version) => write!(f, "wire version {version}, this filter speaks {WIRE_VERSION}"),
+            Self::TooMany => write!(f, "more than {MAX_ENDPOINTS} endpoints"),
+            Self::BadEndpoint { id, key, why } => write!(f, "endpoint {id}: {key}: {why}"),
+            Self::Duplicate(id) => write!(f, "endpoint {id} is listed twice"),
+            Self::BadId(id) => write!(f, "{id:?} names no endpoint (ip:port or ip:port#rank)"),
+        }
+    }
+}
+
+impl std::error::Error for WireError {}
+
+impl Snapshot {
+    /// Reads and checks a snapshot; it is taken whole or not at all.
+    ///
+    /// # Errors
+    /// [`WireError`] for anything but a well-formed snapshot of [`WIRE_VERSION`].
+    pub fn parse(bytes: &[u8]) -> Result<Self, WireError> {
+        let snapshot: Self = serde_json::from_slice(bytes).map_err(|error| WireError::Malformed(error.to_string()))?;
+        snapshot.validate()?;
+        Ok(snapshot)
+    }
+
+    /// Checks versions, the number of endpoints, each endpoint, and that no endpoint is listed twice.
+    ///
+    /// # Errors
+    /// As [`Snapshot::parse`].
+    pub fn validate(&self) -> Result<(), WireError> {
+        if self.wire != WIRE_VERSION {
+            return Err(WireError::Version(self.wire));
+        }
+        if self.base.is_some_and(|base| base >= self.version) {
+            return Err(WireError::Malformed("base must be below version".to_owned()));
+        }
+        if self.endpoints.len() > MAX_ENDPOINTS || self.removed.len() > MAX_ENDPOINTS {
+            return Err(WireError::TooMany);
+        }
+        let mut seen = HashSet::with_capacity(self.endpoints.len());
+        for endpoint in &self.endpoints {
+            endpoint.validate()?;
+            if !seen.insert(endpoint.id()) {
+                return Err(WireError::Duplicate(endpoint.id()));
+            }
+        }
+        for id in &self.removed {
+            id.parse::<EndpointId>()?;
+        }
+        if self.models.len() > MAX_CARDS {
+            return Err(WireError::Malformed(format!("more than {MAX_CARDS} models")));
+        }
+        if let Some(card) = self.models.iter().find(|card| !card.is_valid()) {
+            let why = format!("models: {:.64}: a name or a text is empty or too long", card.id);
+            return Err(WireError::Malformed(why));
+        }
+        Ok(())
+    }
+}
+
+impl Endpoint {
+    /// Checks what the types alone do not say.
+    ///
+    /// # Errors
+    /// [`WireError::BadEndpoint`] names the endpoint and the key.
+    pub fn validate(&self) -> Result<(), WireError> {
+        let bad = |key: &'static str, why: &'static str| WireError::BadEndpoint { id: self.id(), key, why };
+        if self.address.port() == 0 {
+            return Err(bad("address", "port must not be 0"));
+        }
+        if self.bootstrap_port == Some(0) {
+            return Err(bad("bootstrap_port", "must not be 0"));
+        }
+        if self.min_prompt_tokens.zip(self.max_prompt_tokens).is_some_and(|(min, max)| min > max) {
+            return Err(bad("max_prompt_tokens", "must not be below min_prompt_tokens"));
+        }
+        if self.address.ip().is_unspecified() {
+            return Err(bad("address", "must not be the unspecified address"));
+        }
+        if !(0.01..=100.0).contains(&self.weight) {
+            return Err(bad("weight", "must be between 0.01 and 100"));
+        }
+        if self.models.len() > MAX_MODELS {
+            return Err(bad("models", "too many"));
+        }
+        let names = [("pool", Some(&self.pool)), ("group", self.group.as_ref())];
+        for (key, name) in names.into_iter().chain(self.models.iter().map(|model| ("models", Some(model)))) {
+            if let Some(name) = name
+                && (name.is_empty() || name.len() > MAX_NAME_BYTES)
+            {
+                return Err(bad(key, "names must have 1 to 256 bytes"));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl ModelCard {
+    /// Whether a snapshot may have the card.
+    #[must_use]
+    pub fn is_valid(&self) -> bool {
+        let texts = [&self.root, &self.parent, &self.owned_by];
+        !self.id.is_empty()
+            && self.id.len() <= MAX_NAME_BYTES
+            && texts.into_iter().flatten().all(|text| text.len() <= MAX_CARD_BYTES)
+    }
+}
+
+impl core::str::FromStr for EndpointId {
+    type Err = WireError;
+
+    fn from_str(text: &str) -> Result<Self, WireError> {
+        let bad = || WireError::BadId(text.to_owned());
+        let (address, rank) = match text.split_once('#') {
+            None => (text, None),
+            Some((address, rank)) => (address, Some(rank.parse().map_err(|_| bad())?)),
+        };
+        Ok(Self { address: address.parse().map_err(|_| bad())?, rank })
+    }
+}
