@@ -8,6 +8,7 @@ mod root;
 mod shell;
 mod stream;
 mod version;
+mod waiting;
 mod wake;
 
 use proxy_wasm::traits::RootContext;

@@ -13,9 +13,10 @@ use proxy_wasm::types::ContextType;
 
 use crate::host::{self, Buffer, HostError, Map};
 use crate::metrics::MetricIds;
-use crate::shell::{Shell, WaitingStream};
-use crate::stream::{Stream, StreamContext};
+use crate::shell::Shell;
+use crate::stream::StreamContext;
 use crate::version::{BUILD, FEATURES, VERSION};
+use crate::waiting::{WaitingStream, WaitsForTurn};
 
 const NOT_FOUND: HostError = HostError(1);
 
@@ -66,16 +67,14 @@ impl Root {
     }
 
     /// Does something for a stream in a callback of this context. `false`: the stream is gone.
-    fn with_stream(&mut self, of: WaitingStream, act: impl FnOnce(&mut Stream)) -> bool {
+    fn with_stream(&mut self, of: WaitingStream, act: impl FnOnce(&dyn WaitsForTurn)) -> bool {
         let Some(stream) = of.stream.upgrade() else { return false };
         if host::set_effective_context(of.context).is_err() {
             return false;
         }
-        if let Ok(mut stream) = stream.try_borrow_mut() {
-            act(&mut stream);
-            if let Some(token) = stream.call() {
-                self.stream_calls.insert(token, of);
-            }
+        act(&*stream);
+        if let Some(token) = stream.call() {
+            self.stream_calls.insert(token, of);
         }
         let back = host::set_effective_context(self.id);
         if let Ok(mut shell) = self.shell.try_borrow_mut() {

@@ -1,8 +1,6 @@
 //! What the root context and the streams of a worker share: core's parts, each with the host calls that it needs.
 
-use core::cell::RefCell;
 use std::collections::BTreeMap;
-use std::rc::Weak;
 
 use log::{error, info, warn};
 use pd_core::envoys::client::{ExchangeCall, ExchangeClient};
@@ -18,8 +16,8 @@ use pd_core::workers::worker::{Configured, Worker};
 
 use crate::host::{self, HostError, HostResult};
 use crate::metrics::MetricIds;
-use crate::stream::Stream;
 use crate::version::{BUILD, VERSION};
+use crate::waiting::WaitingStream;
 use crate::wake::WakeQueues;
 
 /// What the root context and the streams of a worker share.
@@ -42,14 +40,6 @@ pub struct Shell {
     pub wakes: WakeQueues,
     /// Whether the host could not wake this worker, so that its next tick takes a turn.
     pub is_turn_missed: bool,
-}
-
-/// A stream whose request waits.
-pub struct WaitingStream {
-    /// The stream's context.
-    pub context: u32,
-    /// The stream; gone when the host has deleted it.
-    pub stream: Weak<RefCell<Stream>>,
 }
 
 impl Shell {

@@ -13,7 +13,8 @@ use proxy_wasm::traits::{Context, HttpContext};
 use proxy_wasm::types::Action;
 
 use crate::host::{self, Buffer, Map};
-use crate::shell::{Shell, WaitingStream};
+use crate::shell::Shell;
+use crate::waiting::{WaitingStream, WaitsForTurn};
 
 /// One request and the worker it belongs to.
 pub struct Stream {
@@ -39,21 +40,34 @@ impl StreamContext {
     }
 }
 
-impl Stream {
-    /// The call that this stream waits for.
-    pub fn call(&self) -> Option<u32> {
-        self.call
+impl WaitsForTurn for RefCell<Stream> {
+    fn turn(&self, turn: Turn, now: Monotonic) {
+        if let Ok(mut stream) = self.try_borrow_mut() {
+            stream.turn(turn, now);
+        }
     }
 
+    fn call_ended(&self, token: u32, num_headers: usize) {
+        if let Ok(mut stream) = self.try_borrow_mut() {
+            stream.call_ended(token, num_headers);
+        }
+    }
+
+    fn call(&self) -> Option<u32> {
+        self.try_borrow().ok().and_then(|stream| stream.call)
+    }
+}
+
+impl Stream {
     /// It is the turn of this stream's request.
-    pub fn turn(&mut self, turn: Turn, now: Monotonic) {
+    fn turn(&mut self, turn: Turn, now: Monotonic) {
         let body = || host::buffer(Buffer::RequestBody).ok();
         let flow = self.step(now, |request, shell| request.turn(&mut shell.worker, turn, body, now));
         self.resume(flow);
     }
 
     /// A call ended.
-    pub fn call_ended(&mut self, token: u32, num_headers: usize) {
+    fn call_ended(&mut self, token: u32, num_headers: usize) {
         if self.call != Some(token) {
             return;
         }
@@ -98,8 +112,8 @@ impl Stream {
         }
         self.waiting = waiting;
         if let Some(id) = waiting {
-            let stream = Weak::clone(&self.own);
-            shell.waiting.insert(id, WaitingStream { context: self.context, stream });
+            let own = Weak::clone(&self.own);
+            shell.waiting.insert(id, WaitingStream { context: self.context, stream: own });
             shell.set_tick_period(now);
         }
     }
@@ -212,9 +226,7 @@ fn action(flow: Flow) -> Action {
 
 impl Context for StreamContext {
     fn on_http_call_response(&mut self, token: u32, num_headers: usize, _: usize, _: usize) {
-        if let Ok(mut stream) = self.0.try_borrow_mut() {
-            stream.call_ended(token, num_headers);
-        }
+        self.0.call_ended(token, num_headers);
     }
 }
 
