@@ -9,8 +9,10 @@ use http::{HeaderValue, Response, StatusCode};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt as _, Full};
 
+use crate::api_error::ApiError;
 use crate::dialects;
-use crate::request::{Api, ApiError};
+use crate::head::{Head, Usage, quote};
+use crate::rules::Api;
 use crate::tokens::Output;
 
 /// Body of every answer; an error closes the connection in mid-body.
@@ -63,38 +65,6 @@ pub(crate) fn error_event(error: &ApiError) -> Bytes {
     format!("data: {}\n\n", error_body(error)).into()
 }
 
-/// Tokens of one answer.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Usage {
-    pub(crate) prompt: u64,
-    pub(crate) completion: u64,
-    pub(crate) cached: u64,
-}
-
-impl Usage {
-    pub(crate) fn to_json(self) -> String {
-        format!(
-            r#"{{"prompt_tokens":{},"total_tokens":{},"completion_tokens":{},"prompt_tokens_details":{{"cached_tokens":{}}}}}"#,
-            self.prompt,
-            self.prompt + self.completion,
-            self.completion,
-            self.cached
-        )
-    }
-}
-
-/// What every chunk of an answer begins with.
-pub(crate) struct Head {
-    pub(crate) api: Api,
-    /// `chatcmpl-…` or `cmpl-…`.
-    pub(crate) id: String,
-    /// `"id":…,"object":` and, after the object's name, `,"created":…,"model":…`.
-    before: String,
-    after: String,
-    pub(crate) created: u64,
-    pub(crate) model: String,
-}
-
 /// A choice of a whole answer.
 pub(crate) struct Choice<'a> {
     pub(crate) output: &'a Output,
@@ -103,19 +73,6 @@ pub(crate) struct Choice<'a> {
 }
 
 impl Head {
-    pub(crate) fn new(api: Api, request_id: &str, created: u64, model: &str) -> Self {
-        let id = match api {
-            Api::Chat => format!("chatcmpl-{request_id}"),
-            Api::Completions => format!("cmpl-{request_id}"),
-            Api::Responses => format!("resp_{request_id}"),
-            Api::Messages => format!("msg_{request_id}"),
-            Api::Generate => request_id.to_owned(),
-        };
-        let before = format!(r#"{{"id":{},"object":"#, quote(&id));
-        let after = format!(r#","created":{created},"model":{}"#, quote(model));
-        Self { api, id, before, after, created, model: model.to_owned() }
-    }
-
     /// A whole answer; `kv` is the value of `kv_transfer_params`, absent: no such key.
     pub(crate) fn whole(&self, choices: &[Choice<'_>], usage: Usage, kv: Option<&str>) -> String {
         if matches!(self.api, Api::Responses | Api::Messages | Api::Generate) {
@@ -207,10 +164,4 @@ fn stop_reason(output: &Output) -> String {
         crate::tokens::Finish::Stop(stop) => quote(stop),
         _ => "null".to_owned(),
     }
-}
-
-/// A JSON string.
-pub(crate) fn quote(text: &str) -> String {
-    // Writing a string to memory cannot fail.
-    serde_json::to_string(text).unwrap_or_default()
 }

@@ -4,8 +4,8 @@
 use bytes::Bytes;
 use serde_json::{Map, Value, json};
 
-use crate::answer::{Head, Usage};
-use crate::request::Api;
+use crate::head::{Head, Usage};
+use crate::rules::Api;
 use crate::tokens::{BYTES_PER_TOKEN, Finish, Output};
 
 /// A whole answer; `kv` is the value of `kv_transfer_params`, absent: no such key.

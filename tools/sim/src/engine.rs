@@ -1,28 +1,23 @@
-//! The engine: admits requests, computes or fetches their KV, generates, and keeps KV for decode legs.
+//! One simulated server: what all its requests share, and its states. What becomes of one request is in [`run`](crate::run).
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Notify, Semaphore, SemaphorePermit, watch};
-use tokio::time::Instant;
+use tokio::sync::{Notify, Semaphore, watch};
 
-use crate::answer::Usage;
-use crate::cache::{Allocation, Cache};
-use crate::config::{Config, Engine};
-use crate::fault::{Faults, Leg};
-use crate::handoff::KvParams;
-use crate::metrics::Histogram;
-use crate::nixl::{Issue, Leases, Pulled, Puller, trtllm_params, write_params};
+use crate::cache::Cache;
+use crate::config::Config;
+use crate::fault::Faults;
+use crate::histogram::Histogram;
+use crate::nixl::{Leases, Puller};
 use crate::record::Recorder;
-use crate::request::{ApiError, Generation};
 use crate::rooms::Rooms;
 use crate::stats::{Counters, Stats};
 use crate::stored::Stored;
-use crate::timing::{Timing, pause};
-use crate::tokens::{Finish, Output, Prompt, splitmix};
+use crate::timing::Timing;
+use crate::tokens::splitmix;
 
 /// What the listeners do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,23 +62,15 @@ pub(crate) struct Pod {
     pub(crate) lease_opened: Notify,
     /// Host and port that parameters name.
     pub(crate) side_channel: OnceLock<(String, u16)>,
-    timing: Timing,
-    puller: Puller,
-    seats: Semaphore,
-    prefill: Semaphore,
-    decoding: AtomicUsize,
-    adapters: Mutex<BTreeMap<String, (u64, u64)>>,
+    pub(crate) timing: Timing,
+    pub(crate) puller: Puller,
+    pub(crate) seats: Semaphore,
+    pub(crate) prefill: Semaphore,
+    pub(crate) decoding: AtomicUsize,
+    pub(crate) adapters: Mutex<BTreeMap<String, (u64, u64)>>,
     /// Adapters that were loaded at run time.
     loaded: Mutex<Vec<String>>,
     tickets: AtomicU64,
-}
-
-/// Why a request gets no text.
-pub(crate) enum Failure {
-    /// An error answer.
-    Error(ApiError),
-    /// No answer, ever.
-    Hang,
 }
 
 impl Pod {
@@ -204,369 +191,5 @@ impl Pod {
 
     pub(crate) fn ticket(&self) -> u64 {
         splitmix(self.tickets.fetch_add(1, Relaxed))
-    }
-
-    /// Everything up to the first token.
-    ///
-    /// # Errors
-    /// [`Failure`]
-    pub(crate) async fn admit(self: &Arc<Self>, generation: &Generation, since: Instant) -> Result<Run, Failure> {
-        if generation.leg() == Leg::Prefill {
-            self.stats.add(&self.stats.prefill_legs, 1);
-        }
-        let remote = if let KvParams::Pull(remote) = &generation.kv { Some(remote) } else { None };
-        if remote.is_some_and(|remote| !remote.has_block_ids) {
-            // The scheduler's assertion ends the engine core, and the API server with it.
-            self.crash();
-            return Err(Failure::Hang);
-        }
-        if remote.is_some_and(|remote| remote.source.is_none()) {
-            // The scheduler waits for a transfer that it never started.
-            self.stats.add(&self.stats.hung, 1);
-            return Err(Failure::Hang);
-        }
-        let presence = Presence::waiting(self, generation);
-        let seat = self.seats.acquire().await.map_err(|_| Failure::Hang)?;
-        seat.forget();
-        let mut run = Run {
-            pod: Arc::clone(self),
-            sequences: Vec::with_capacity(generation.prompts.len()),
-            usage: Usage::default(),
-            step: 0,
-            longest: 0,
-            due: since,
-            decoding: false,
-            presence,
-        };
-        for (index, prompt) in generation.prompts.iter().enumerate() {
-            let sequence = self.compute(generation, index, prompt, &mut run.presence).await?;
-            run.usage.prompt += prompt.tokens();
-            run.usage.cached += sequence.reused_tokens;
-            run.longest = sequence.outputs.iter().map(|output| output.tokens).fold(run.longest, u64::max);
-            run.sequences.push(sequence);
-        }
-        run.due = Instant::now();
-        self.ttft.observe(run.due - since);
-        Ok(run)
-    }
-
-    async fn compute(
-        &self,
-        generation: &Generation,
-        index: usize,
-        prompt: &Prompt,
-        presence: &mut Presence,
-    ) -> Result<Sequence, Failure> {
-        let stats = &self.stats;
-        let block_tokens = u64::from(self.config.block_tokens);
-        let tokens = prompt.tokens();
-        let hashes = prompt.blocks(self.config.block_tokens);
-        let mut outputs: Vec<Output> =
-            (0..generation.n).map(|choice| generation.output(index, choice, false)).collect();
-        let generated: u64 = outputs.iter().map(|output| output.tokens).sum();
-        let total = (tokens + generated).div_ceil(block_tokens) as usize;
-        // The last token is always computed: its logits are what the first output token comes from.
-        let max_hits = ((tokens - 1) / block_tokens) as usize;
-
-        let turn: SemaphorePermit<'_> = self.prefill.acquire().await.map_err(|_| Failure::Hang)?;
-        let mut blocks =
-            self.cache.reserve(&hashes, max_hits, total).await.ok_or_else(|| {
-                Failure::Error(ApiError::internal("The request needs more KV blocks than the cache has"))
-            })?;
-        presence.run();
-        let cached = blocks.hits() as u64 * block_tokens;
-        let mut wrong = None;
-        let mut external = 0;
-        if generation.leg() == Leg::Decode {
-            drop(turn);
-            external = tokens - cached;
-            wrong = self.fetch(generation, index, prompt).await?;
-            pause(self.timing.transfer(external)).await;
-        } else if let Some(found) = self.shared_tokens(&hashes, cached) {
-            drop(turn);
-            external = found;
-            pause(self.timing.transfer(external)).await;
-        } else {
-            pause(self.timing.prefill(tokens, cached)).await;
-            drop(turn);
-        }
-
-        let computed = tokens - cached - external;
-        stats.prompt_tokens.fetch_add(tokens, Relaxed);
-        stats.cached_tokens.fetch_add(cached, Relaxed);
-        stats.external_tokens.fetch_add(external, Relaxed);
-        stats.computed_tokens.fetch_add(computed, Relaxed);
-        self.lifetime.prompt_tokens.fetch_add(tokens, Relaxed);
-        self.lifetime.cached_tokens.fetch_add(cached, Relaxed);
-        self.lifetime.external_tokens.fetch_add(external, Relaxed);
-        self.lifetime.computed_tokens.fetch_add(computed, Relaxed);
-        match &wrong {
-            Some(reason) => {
-                stats.wrong(reason);
-                outputs = (0..generation.n).map(|choice| generation.output(index, choice, true)).collect();
-            }
-            None => {
-                blocks.commit(hashes.get(blocks.hits()..).unwrap_or_default());
-                if external > 0 {
-                    stats.add(&stats.decode_legs, 1);
-                } else if generation.leg() != Leg::Prefill {
-                    stats.add(&stats.local_prefills, 1);
-                }
-                self.share(&hashes);
-            }
-        }
-        stats.touch();
-        if let KvParams::Offer(rooms) = &generation.kv
-            && let Some(room) = rooms.get(index)
-        {
-            self.offer(room, prompt).await?;
-        }
-        let reused_tokens = cached + external;
-        Ok(Sequence { outputs, blocks: Some(blocks), hashes, wrong: wrong.is_some(), reused_tokens })
-    }
-
-    /// Fetches the KV of one prompt, once for every sequence that asks for it; says what is wrong with it.
-    async fn fetch(&self, generation: &Generation, index: usize, prompt: &Prompt) -> Result<Option<String>, Failure> {
-        let mut wrong = None;
-        // The sequences of one prompt are requests of their own inside the engine, with the same parameters each.
-        let times = if matches!(generation.kv, KvParams::Pull(_)) { generation.n } else { 1 };
-        for _ in 0..times {
-            let pulled = match &generation.kv {
-                KvParams::Pull(remote) => match &remote.source {
-                    Some(source) => self.puller.pull(remote, source, generation.request_id.as_deref()).await,
-                    None => Pulled::Unpaired,
-                },
-                // A second prompt without a room of its own reads the first one's.
-                KvParams::Meet(rooms) => match rooms.get(index).or(rooms.first()) {
-                    Some(room) => self.puller.meet(room).await,
-                    None => Pulled::Unpaired,
-                },
-                KvParams::None | KvParams::Keep | KvParams::Offer(_) => return Ok(None),
-            };
-            match pulled {
-                Pulled::Kv(digest) if digest == prompt.digest => {}
-                Pulled::Kv(_) => wrong = Some("other_prompt".to_owned()),
-                Pulled::Gone(reason) => wrong = Some(reason),
-                Pulled::Unpaired => {
-                    self.stats.add(&self.stats.hung, 1);
-                    return Err(Failure::Hang);
-                }
-                Pulled::Unreachable(why) => {
-                    self.stats.add(&self.stats.failed_pulls, 1);
-                    if matches!(generation.kv, KvParams::Meet(_)) {
-                        // It goes on trying to reach the room until its own limit.
-                        tokio::time::sleep(self.config.lease).await;
-                    }
-                    return Err(Failure::Error(ApiError::internal(format!("KV transfer failed: {why}"))));
-                }
-            }
-        }
-        Ok(wrong)
-    }
-
-    /// Offers the KV of a prompt in a room. SGLang's answer waits until it has been taken.
-    async fn offer(&self, room: &str, prompt: &Prompt) -> Result<(), Failure> {
-        if !self.rooms.offer(room, prompt.digest) {
-            return Err(Failure::Error(ApiError::internal(format!("room {room} is in use"))));
-        }
-        self.stats.add(&self.stats.leases_issued, 1);
-        if self.config.engine == Engine::Sglang && !self.rooms.until_taken(room, self.config.lease).await {
-            self.stats.add(&self.stats.leases_expired, 1);
-            return Err(Failure::Error(ApiError::internal("Prefill bootstrap failed: nobody came")));
-        }
-        Ok(())
-    }
-
-    /// File that says the KV of these blocks lies in the shared directory. The connector saves and finds whole
-    /// prompts, rounded down to blocks.
-    fn shared_file(&self, hashes: &[u64]) -> Option<PathBuf> {
-        let directory = self.config.shared_dir.as_ref().filter(|_| self.config.engine == Engine::VllmShared)?;
-        Some(directory.join(format!("{:016x}", hashes.last()?)))
-    }
-
-    fn share(&self, hashes: &[u64]) {
-        if let Some(file) = self.shared_file(hashes) {
-            // A full disk or a missing directory means that others do not find it, as with the real connector.
-            let _ = std::fs::write(file, b"");
-        }
-    }
-
-    fn shared_tokens(&self, hashes: &[u64], cached: u64) -> Option<u64> {
-        let file = self.shared_file(hashes)?;
-        let tokens = (hashes.len() as u64 * u64::from(self.config.block_tokens)).checked_sub(cached)?;
-        (tokens > 0 && file.exists()).then_some(tokens)
-    }
-}
-
-/// One prompt of a request, with its KV.
-pub(crate) struct Sequence {
-    pub(crate) outputs: Vec<Output>,
-    /// Taken when the request ends.
-    blocks: Option<Allocation>,
-    hashes: Vec<u64>,
-    wrong: bool,
-    /// Prompt tokens that were not computed here.
-    reused_tokens: u64,
-}
-
-/// A request from its first token on. Dropping it gives its blocks and its seat back.
-pub(crate) struct Run {
-    pod: Arc<Pod>,
-    pub(crate) sequences: Vec<Sequence>,
-    pub(crate) usage: Usage,
-    /// Tokens that every choice has got, as far as it is that long.
-    pub(crate) step: u64,
-    longest: u64,
-    /// When the last token came.
-    due: Instant,
-    decoding: bool,
-    presence: Presence,
-}
-
-impl Run {
-    /// The choices of the answer in the order of their index.
-    pub(crate) fn outputs(&self) -> impl Iterator<Item = &Output> {
-        self.sequences.iter().flat_map(|sequence| &sequence.outputs)
-    }
-
-    /// Waits for the next token of every choice; false once all are complete.
-    pub(crate) async fn advance(&mut self) -> bool {
-        if self.step >= self.longest {
-            return false;
-        }
-        // The first token comes with the prompt.
-        if self.step > 0 {
-            if !self.decoding {
-                self.decoding = true;
-                self.pod.decoding.fetch_add(1, Relaxed);
-            }
-            let time = self.pod.timing.token(self.pod.decoding.load(Relaxed));
-            if !time.is_zero() {
-                self.due += time;
-                tokio::time::sleep_until(self.due).await;
-            }
-        }
-        self.step += 1;
-        let step = self.step;
-        let tokens = self.outputs().filter(|output| output.tokens >= step).count() as u64;
-        self.usage.completion += tokens;
-        self.pod.stats.generated_tokens.fetch_add(tokens, Relaxed);
-        self.pod.lifetime.generated_tokens.fetch_add(tokens, Relaxed);
-        true
-    }
-
-    /// Ends the request: the answer's blocks become the next turn's prefix, and what a decode leg is to fetch stays.
-    /// Returns the `kv_transfer_params` of the first prompt.
-    pub(crate) fn finish(&mut self, generation: &Generation, id: &str) -> Option<String> {
-        let pod = Arc::clone(&self.pod);
-        let mut params = None;
-        for (index, (sequence, prompt)) in self.sequences.iter_mut().zip(&generation.prompts).enumerate() {
-            let (Some(output), Some(mut blocks)) = (sequence.outputs.first(), sequence.blocks.take()) else { continue };
-            for output in &sequence.outputs {
-                let finished = match output.finish {
-                    Finish::Length => &pod.lifetime.finished_length,
-                    Finish::End | Finish::Stop(_) => &pod.lifetime.finished_stop,
-                };
-                finished.fetch_add(1, Relaxed);
-            }
-            if !sequence.wrong {
-                let block_tokens = pod.config.block_tokens;
-                let full = ((prompt.tokens() + output.tokens) / u64::from(block_tokens)) as usize;
-                let mut more = prompt.blocks_after(&sequence.hashes, block_tokens, &output.text);
-                more.truncate(full.saturating_sub(blocks.named()));
-                blocks.commit(&more);
-            }
-            if matches!(generation.kv, KvParams::Keep) && output.finish == Finish::Length {
-                let raw = pod.keep(blocks, prompt, id, generation.request_id.as_deref());
-                if index == 0 {
-                    params = Some(raw);
-                }
-            }
-        }
-        params
-    }
-}
-
-impl Drop for Run {
-    fn drop(&mut self) {
-        if self.decoding {
-            self.pod.decoding.fetch_sub(1, Relaxed);
-        }
-        self.pod.seats.add_permits(1);
-    }
-}
-
-impl Pod {
-    fn keep(&self, blocks: Allocation, prompt: &Prompt, id: &str, request_id: Option<&str>) -> String {
-        let ticket = self.ticket();
-        let (host, port) = self.side_channel.get().map_or(("127.0.0.1", 0), |(host, port)| (host.as_str(), *port));
-        let issue = Issue {
-            engine_id: &self.engine_id,
-            request_id: &format!("{id}-{:08x}", ticket as u32),
-            host,
-            port,
-            tokens: prompt.tokens(),
-            // Between 2^62 and 2^63: a legal int64 that no double holds.
-            ticket: (1 << 62) | (ticket >> 2) | 1,
-        };
-        let mut raw = write_params(&issue, blocks.ids());
-        if self.config.engine == Engine::Trtllm {
-            raw = trtllm_params(&raw);
-        }
-        // Where the client sent no id the engine makes one up, which no other leg has.
-        let pair = (self.config.engine == Engine::VllmNixlPush).then(|| request_id.unwrap_or(id));
-        self.leases.open(&raw, pair, prompt.digest, prompt.tokens(), blocks, self.config.lease);
-        self.stats.add(&self.stats.leases_issued, 1);
-        self.lease_opened.notify_one();
-        raw
-    }
-}
-
-/// Counts a request as waiting, then as running.
-struct Presence {
-    pod: Arc<Pod>,
-    adapter: Option<String>,
-    running: bool,
-}
-
-impl Presence {
-    fn waiting(pod: &Arc<Pod>, generation: &Generation) -> Self {
-        pod.waiting.fetch_add(1, Relaxed);
-        let adapter = pod.loras().contains(&generation.model).then(|| generation.model.clone());
-        let presence = Self { pod: Arc::clone(pod), adapter, running: false };
-        presence.adapter(|counts| counts.1 += 1);
-        presence
-    }
-
-    /// The engine has begun; later calls change nothing.
-    fn run(&mut self) {
-        if self.running {
-            return;
-        }
-        self.running = true;
-        self.pod.waiting.fetch_sub(1, Relaxed);
-        self.pod.running.fetch_add(1, Relaxed);
-        self.adapter(|counts| {
-            counts.1 -= 1;
-            counts.0 += 1;
-        });
-    }
-
-    fn adapter(&self, change: impl Fn(&mut (u64, u64))) {
-        if let Some(name) = &self.adapter {
-            change(self.pod.adapters.lock().unwrap_or_else(PoisonError::into_inner).entry(name.clone()).or_default());
-        }
-    }
-}
-
-impl Drop for Presence {
-    fn drop(&mut self) {
-        if self.running {
-            self.pod.running.fetch_sub(1, Relaxed);
-            self.adapter(|counts| counts.0 -= 1);
-        } else {
-            self.pod.waiting.fetch_sub(1, Relaxed);
-            self.adapter(|counts| counts.1 -= 1);
-        }
     }
 }

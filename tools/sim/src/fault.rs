@@ -14,7 +14,7 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::time::Duration;
 
-use crate::config::Role;
+use crate::role::Role;
 use crate::tokens::splitmix;
 
 /// Request header that carries faults for that one request, on top of the server's own.

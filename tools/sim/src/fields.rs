@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-use crate::request::ApiError;
+use crate::api_error::ApiError;
 
 /// Text borrowed where it has no escapes.
 #[derive(Deserialize)]

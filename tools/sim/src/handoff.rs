@@ -2,9 +2,10 @@
 
 use serde::Deserialize;
 
-use crate::config::{Engine, Role};
+use crate::api_error::ApiError;
 use crate::fields::{Fields, missing, wrong_type};
-use crate::request::{Api, ApiError, Rules};
+use crate::role::{Engine, Role};
+use crate::rules::{Api, Rules};
 
 /// Smallest `disagg_request_id` that TensorRT-LLM takes for one of a router's.
 const MIN_DISAGG_REQUEST_ID: u64 = 1 << 42;

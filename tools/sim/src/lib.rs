@@ -16,19 +16,28 @@
 
 mod answer;
 mod api;
+mod api_error;
 mod cache;
 mod config;
+mod connection;
 mod dialects;
 mod engine;
 mod fault;
 mod fields;
+mod generate;
+mod guard;
 mod handoff;
+mod head;
+mod histogram;
 mod metrics;
 mod nixl;
 mod plain;
 mod record;
 mod request;
+mod role;
 mod rooms;
+mod rules;
+mod run;
 mod server;
 mod stats;
 mod stored;
@@ -45,11 +54,13 @@ use std::time::Duration;
 
 use tokio::task::JoinHandle;
 
-pub use config::{Config, Engine, Role};
+pub use config::Config;
 pub use dialects::text_of_ids;
 pub use fault::{BadFault, FAULT_HEADER, Fault, Kind as FaultKind, Malformed, parse_list as parse_faults};
 pub use record::Recorded;
-pub use request::{Api, expected_text, expected_texts, expected_texts_of};
+pub use request::{expected_text, expected_texts, expected_texts_of};
+pub use role::{Engine, Role};
+pub use rules::Api;
 pub use stats::Stats;
 pub use timing::Timing;
 pub use tokens::{BYTES_PER_TOKEN, NATURAL_TOKENS_MAX, NATURAL_TOKENS_MIN, WRONG_PREFIX};

@@ -9,9 +9,9 @@ use serde_json::{Value, json};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use crate::answer::{self, Body};
+use crate::api_error::ApiError;
 use crate::engine::Pod;
 use crate::record::base64;
-use crate::request::ApiError;
 use crate::tokens::BYTES_PER_TOKEN;
 
 /// Numbers of an embedding.

@@ -4,9 +4,8 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use http::{Request, Response};
@@ -14,14 +13,12 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::Notify;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until};
 
 use crate::answer::Body;
 use crate::api;
+use crate::connection::{Breakable, Connection};
 use crate::engine::{Mode, Pod};
 
 /// Connections that the kernel holds before they are accepted.
@@ -35,56 +32,6 @@ pub(crate) enum Port {
     Api,
     /// Where other servers fetch KV.
     Side,
-}
-
-/// Lets a request break the connection it came by, and knows when the last one was.
-pub(crate) struct Connection {
-    broken: AtomicBool,
-    wake: Notify,
-    /// Closed for being idle; the client does not know yet.
-    is_closed: AtomicBool,
-    /// Requests whose answer has not begun.
-    open: AtomicUsize,
-    /// When bytes last went either way.
-    active: Mutex<Instant>,
-}
-
-impl Default for Connection {
-    fn default() -> Self {
-        Self {
-            broken: AtomicBool::new(false),
-            wake: Notify::new(),
-            is_closed: AtomicBool::new(false),
-            open: AtomicUsize::new(0),
-            active: Mutex::new(Instant::now()),
-        }
-    }
-}
-
-impl Connection {
-    fn active(&self) -> MutexGuard<'_, Instant> {
-        self.active.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits until the connection has had no request for so long; for ever, where there is no limit.
-    async fn idle(&self, limit: Option<Duration>) {
-        let Some(limit) = limit else { return std::future::pending().await };
-        loop {
-            let end = *self.active() + limit;
-            sleep_until(end).await;
-            if self.open.load(Relaxed) > 0 {
-                *self.active() = Instant::now();
-            } else if *self.active() + limit <= Instant::now() {
-                return;
-            }
-        }
-    }
-
-    /// Ends the connection by TCP RST.
-    pub(crate) fn reset(&self) {
-        self.broken.store(true, Relaxed);
-        self.wake.notify_one();
-    }
 }
 
 /// Binds with `SO_REUSEADDR`, so that a restart need not wait for old connections.
@@ -196,62 +143,4 @@ fn answer(
         control.open.fetch_sub(1, Relaxed);
         Ok(answer)
     })
-}
-
-/// A TCP stream that closes by RST when its connection has been broken on purpose.
-struct Breakable {
-    stream: TcpStream,
-    control: Arc<Connection>,
-}
-
-impl Drop for Breakable {
-    fn drop(&mut self) {
-        if self.control.broken.load(Relaxed) {
-            let _ = self.stream.set_zero_linger();
-        }
-    }
-}
-
-impl AsyncRead for Breakable {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        let read = Pin::new(&mut self.stream).poll_read(cx, buf);
-        if buf.filled().len() > before {
-            if self.control.is_closed.load(Relaxed) {
-                buf.set_filled(before);
-                self.control.broken.store(true, Relaxed);
-                return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
-            }
-            *self.control.active() = Instant::now();
-        }
-        read
-    }
-}
-
-impl AsyncWrite for Breakable {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        *self.control.active() = Instant::now();
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        *self.control.active() = Instant::now();
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
 }

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-use crate::request::ApiError;
+use crate::api_error::ApiError;
 
 /// Prompts of kept responses, by the response's id.
 #[derive(Default)]

@@ -10,12 +10,16 @@ use http_body_util::{BodyExt as _, StreamBody};
 use hyper::body::Frame;
 use tokio::time::Instant;
 
-use crate::answer::{Body, DONE_EVENT, Head, Usage, error_event};
-use crate::api::Guard;
+use crate::answer::{Body, DONE_EVENT, error_event};
+use crate::api_error::ApiError;
 use crate::dialects;
-use crate::engine::{Failure, Pod, Run};
+use crate::engine::Pod;
 use crate::fault::Kind;
-use crate::request::{Api, ApiError, Generation};
+use crate::guard::Guard;
+use crate::head::{Head, Usage};
+use crate::request::Generation;
+use crate::rules::Api;
+use crate::run::{Failure, Run};
 
 /// A stream under way.
 pub(crate) struct Streaming {

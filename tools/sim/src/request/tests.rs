@@ -1,4 +1,5 @@
 use super::*;
+use crate::role::{Engine, Role};
 
 const RULES: Rules = Rules { max_model_len: 1_000, engine: Engine::VllmNixl, role: Role::Both };
 
