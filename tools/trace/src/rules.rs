@@ -15,7 +15,7 @@ use crate::cache::Lru;
 use crate::load::{Job, Pods};
 use crate::pods::Prefill;
 
-/// `w` of [`Policy::GreedyTrue`], pd-core's default.
+/// `w` of [`Policy::GreedyTrue`].
 const AFFINITY_WEIGHT: f64 = 3.0;
 
 /// Who decides.
@@ -29,9 +29,9 @@ pub enum Policy {
     LateTrue,
     /// Held in the gateway by pd-core's queue, with pd-core's own index and ledger.
     Late,
-    /// At arrival: `W + 3·S`, pd-core's rule, with the exact work ahead and the exact cache.
+    /// At arrival: `W + 3·S`, a constant weight, with the exact work ahead and the exact cache.
     GreedyTrue,
-    /// At arrival: the same, where the weight follows the load in place of 3.
+    /// At arrival: the same, where the weight follows the load as pd-core's does.
     GreedyLoad,
     /// pd-core, as it ships.
     PdCore,
@@ -157,14 +157,15 @@ impl<'a> Rules<'a> {
 
     /// Ties go by rendezvous, as pd-core's: for the rule's own cost they make no difference, for later hits they do.
     fn greedy(&self, job: &Job, pods: &[Prefill], now: Duration) -> Option<usize> {
-        let in_flight = pods.iter().map(Prefill::in_flight).sum();
-        let weight = match self.policy {
+        let in_flight: usize = pods.iter().map(Prefill::in_flight).sum();
+        let each = in_flight as f64 / pods.len().max(1) as f64;
+        let weight = |pod: &Prefill| match self.policy {
             Policy::GreedyTrue => AFFINITY_WEIGHT,
-            _ => affinity_weight(in_flight, pods.len()),
+            _ => affinity_weight(pod.in_flight() as f64, each),
         };
         let cost = |pod: &Prefill| {
             let own = self.pods.prefill_time(self.timing, job, pod.cache.held(job.whole()));
-            pod.work(now) + weight * own.as_secs_f64()
+            pod.work(now) + weight(pod) * own.as_secs_f64()
         };
         let key = job.blocks.get(1).or(job.blocks.first()).copied().unwrap_or(0);
         let scores = pods.iter().enumerate().map(|(at, pod)| (cost(pod), rendezvous_weight(key, at as u64), at));

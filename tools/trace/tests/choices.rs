@@ -35,7 +35,7 @@ fn outcome(shape: Shape, policy: Policy, brains: &Brains) -> Outcome {
 }
 
 fn ours_and_with_true_state(shape: Shape) -> (Outcome, Outcome) {
-    (outcome(shape, Policy::PdCore, &Brains::default()), outcome(shape, Policy::GreedyTrue, &Brains::default()))
+    (outcome(shape, Policy::PdCore, &Brains::default()), outcome(shape, Policy::GreedyLoad, &Brains::default()))
 }
 
 #[test]

@@ -9,7 +9,7 @@ use crate::prefix::index::EndpointIndex;
 impl Scheduler<'_> {
     /// Describes in one line what [`schedule`](Self::schedule) chooses, and among which endpoints. Its form may change.
     ///
-    /// The line has for each endpoint that was compared: W, S and W + w·S in seconds, matched tokens, assigned tokens, and
+    /// The line has for each endpoint that was compared: W, S and W + w·S in seconds, w, matched tokens, assigned tokens, and
     /// whether it is the rendezvous endpoint, the holder of the session, or ejected.
     #[must_use]
     pub fn explain(&self, candidates: &Candidates, prompt: &Prompt) -> String {
@@ -32,30 +32,32 @@ impl Scheduler<'_> {
                 (pick, why, &candidates.whole)
             }
         };
-        let (mut shortlist, owner) = self.view().shortlist(among, prompt, &[]);
+        let shortlist = self.view().shortlist(among, prompt, &[]);
+        let (legs, owner) = (shortlist.legs, shortlist.owner);
         let session = self.view().session_holder(among, prompt);
-        shortlist.extend(self.table.get(pick.endpoint).map(|state| (pick.endpoint, state)));
-        shortlist.sort_unstable_by_key(|(index, _)| *index);
-        shortlist.dedup_by_key(|(index, _)| *index);
-        let mut costs: Vec<_> = shortlist
+        let mut compared = shortlist.endpoints;
+        compared.extend(self.table.get(pick.endpoint).map(|state| (pick.endpoint, state)));
+        compared.sort_unstable_by_key(|(index, _)| *index);
+        compared.dedup_by_key(|(index, _)| *index);
+        let mut costs: Vec<_> = compared
             .into_iter()
             .map(|(index, state)| {
-                (self.cost(index, state, prompt, (owner == Some(index), session == Some(index))), index, state)
+                let claims = (owner == Some(index), session == Some(index));
+                (self.cost(index, state, prompt, claims, &legs), index, state)
             })
             .collect();
         costs.sort_by(|a, b| a.0.cost.total_cmp(&b.0.cost));
         let mut text = format!(
-            "{choice}: {}; {:.0} tokens, w={}, {} of {} candidates",
+            "{choice}: {}; {:.0} tokens, {} of {} candidates",
             name(pick.endpoint),
             prompt.tokens,
-            self.pool.affinity_weight,
             costs.len(),
             among.len(),
         );
-        for (CostedPick { pick: of, cost }, index, state) in costs {
+        for (CostedPick { pick: of, cost, weight }, index, state) in costs {
             let (work, decode) = (state.work(self.now), state.decode_tokens());
             text.push_str(&format!(
-                "; {} W={work:.3} S={:.3} W+wS={cost:.3} match={:.0} decode={decode}{}{}{}",
+                "; {} W={work:.3} S={:.3} w={weight:.1} W+wS={cost:.3} match={:.0} decode={decode}{}{}{}",
                 state.address,
                 of.seconds,
                 of.matched_tokens,
@@ -81,7 +83,7 @@ mod tests {
         let explain = |fixture: &Fixture| fixture.scheduler().explain(&fixture.candidates, &prompt(1, 40));
         let text = explain(&fixture);
         assert!(
-            text.starts_with("split: lowest W+wS: 10.0.0.1:3; 6144 tokens, w=3, 3 of 3 candidates; 10.0.0.1:3 W=0.000"),
+            text.starts_with("split: lowest W+wS: 10.0.0.1:3; 6144 tokens, 3 of 3 candidates; 10.0.0.1:3 W=0.000"),
             "{text}"
         );
         assert!(text.contains("match=2560") && text.contains("10.0.0.1:2 W=2.000"), "{text}");

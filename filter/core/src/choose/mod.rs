@@ -4,7 +4,7 @@
 //! - [`prompt`]: what a choice needs to know of a prompt.
 //! - [`queue`]: which waiting request a prefill endpoint with room gets next; `room` says which endpoints have room.
 //! - [`decode_cost`]: decode by assigned tokens and by tokens to move.
-//! - [`weight`]: affinity that follows the load. The trace simulator runs it; the filter's choices do not use it yet.
+//! - [`weight`]: affinity that follows the load.
 //! - [`decider`]: split or whole.
 //! - [`scheduler`]: the endpoint of a prefill leg; `decode_profile`: the endpoint of a decode leg. `shortlist` has the
 //!   endpoints that they compare, `explain` describes the choice.

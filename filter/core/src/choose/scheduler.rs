@@ -10,7 +10,8 @@
 //! Of many endpoints a choice compares a [shortlist](super::shortlist).
 
 use crate::choose::prompt::Prompt;
-use crate::choose::shortlist::View;
+use crate::choose::shortlist::{Legs, View};
+use crate::choose::weight::affinity_weight;
 use crate::config::{Cost, Pool};
 use crate::endpoints::endpoint_state::EndpointState;
 use crate::endpoints::table::Table;
@@ -35,6 +36,8 @@ pub(super) struct CostedPick {
     pub(super) pick: Pick,
     /// W + w·S, weighted seconds.
     pub(super) cost: f64,
+    /// w.
+    pub(super) weight: f64,
 }
 
 /// β where no other Envoy exchanges. In the trace simulator four Envoys that do not exchange keep their hits with it.
@@ -62,12 +65,12 @@ impl<'a> Scheduler<'a> {
     /// picks among all: a pool is never ejected as a whole. `None` where there is none left.
     #[must_use]
     pub fn pick_by_cost(&self, among: &[EndpointIndex], prompt: &Prompt, tried: &[EndpointIndex]) -> Option<Pick> {
-        let (shortlist, owner) = self.view().shortlist(among, prompt, tried);
+        let shortlist = self.view().shortlist(among, prompt, tried);
         let session = self.view().session_holder(among, prompt);
         let mut best: Option<(f64, u64, Pick)> = None;
-        for (index, state) in shortlist {
-            let CostedPick { pick, cost } =
-                self.cost(index, state, prompt, (owner == Some(index), session == Some(index)));
+        for (index, state) in shortlist.endpoints {
+            let claims = (shortlist.owner == Some(index), session == Some(index));
+            let CostedPick { pick, cost, .. } = self.cost(index, state, prompt, claims, &shortlist.legs);
             let rendezvous = rendezvous_weight(prompt.key, state.key);
             let better = |(lowest, weight, _): &(f64, u64, Pick)| (cost, *weight) < (*lowest, rendezvous);
             if best.as_ref().is_none_or(better) {
@@ -102,6 +105,7 @@ impl<'a> Scheduler<'a> {
         state: &EndpointState,
         prompt: &Prompt,
         (owner, session): (bool, bool),
+        legs: &Legs,
     ) -> CostedPick {
         let pick = self.pick(index, prompt);
         let mut held = pick.matched_tokens;
@@ -111,7 +115,13 @@ impl<'a> Scheduler<'a> {
             held += self.rendezvous_share() * (prompt.tokens - held).max(0.0);
         }
         let own = self.seconds(state, prompt, held);
-        CostedPick { pick, cost: state.work(self.now) + self.pool.affinity_weight * own }
+        let weight = self.weight(state, legs);
+        CostedPick { pick, weight, cost: state.work(self.now) + weight * own }
+    }
+
+    /// w of W + w·S at an endpoint: as configured, else by what is in flight.
+    pub(super) fn weight(&self, state: &EndpointState, legs: &Legs) -> f64 {
+        self.pool.affinity_weight.unwrap_or_else(|| affinity_weight(legs.at(state), legs.each))
     }
 
     /// The prefill cost of an endpoint.

@@ -22,6 +22,42 @@ const NEIGHBOURS: usize = 8;
 /// Of more endpoints: number of those in the sample. At a load of 70 % all of 24 are busy once in 5,000 requests.
 const SAMPLE: usize = 24;
 
+/// Endpoints that a choice compares.
+pub(super) struct Shortlist<'a> {
+    /// They may be there twice.
+    pub(super) endpoints: Vec<(EndpointIndex, &'a EndpointState)>,
+    /// The rendezvous endpoint of the prompt.
+    pub(super) owner: Option<EndpointIndex>,
+    /// Prefill legs in flight.
+    pub(super) legs: Legs,
+}
+
+/// Prefill legs in flight at endpoints that may be chosen; of many endpoints at a sample of them.
+pub(super) struct Legs {
+    /// Seconds of one, on average over those of this Envoy; 0 where it has none in flight.
+    mean_seconds: f64,
+    /// Legs at each endpoint, on average, from every Envoy that exchanges.
+    pub(super) each: f64,
+}
+
+impl Legs {
+    fn new(endpoints: &[(EndpointIndex, &EndpointState)]) -> Self {
+        let queues = endpoints.iter().map(|(_, state)| &state.prefill);
+        let (own, seconds) =
+            queues.fold((0, 0.0), |(legs, seconds), queue| (queue.len() + legs, queue.seconds() + seconds));
+        let legs = Self { mean_seconds: seconds / own.max(1) as f64, each: 0.0 };
+        let all: f64 = endpoints.iter().map(|(_, state)| legs.at(state)).sum();
+        Self { each: all / endpoints.len().max(1) as f64, ..legs }
+    }
+
+    /// Legs at an endpoint. Other Envoys tell the seconds of theirs only: these legs are taken to be as long as this Envoy's,
+    /// and a second each where this Envoy has none in flight.
+    pub(super) fn at(&self, state: &EndpointState) -> f64 {
+        let each = if self.mean_seconds > 0.0 { self.mean_seconds } else { 1.0 };
+        state.prefill.len() as f64 + state.elsewhere_seconds() / each
+    }
+}
+
 /// What a choice looks at: the state of one worker at one time.
 #[derive(Clone, Copy)]
 pub(super) struct View<'a> {
@@ -37,15 +73,10 @@ impl<'a> View<'a> {
         holders.into_iter().find(|index| self.table.get(*index).is_some_and(|state| self.is_among(among, state)))
     }
 
-    /// The least loaded endpoints, the rendezvous endpoint, those that hold most of the prompt, and that of its session;
-    /// an endpoint may be there twice. Beside them the rendezvous endpoint alone.
-    pub(super) fn shortlist(
-        self,
-        among: &[EndpointIndex],
-        prompt: &Prompt,
-        tried: &[EndpointIndex],
-    ) -> (Vec<(EndpointIndex, &'a EndpointState)>, Option<EndpointIndex>) {
+    /// The least loaded endpoints, the rendezvous endpoint, those that hold most of the prompt, and that of its session.
+    pub(super) fn shortlist(self, among: &[EndpointIndex], prompt: &Prompt, tried: &[EndpointIndex]) -> Shortlist<'a> {
         let usable = self.usable(among, prompt, tried);
+        let legs = Legs::new(&usable);
         let any_healthy = usable.first().is_some_and(|(_, state)| self.is_usable(state));
         let weight = |state: &EndpointState| rendezvous_weight(prompt.key, state.key);
         let owner = match among.len() > ALL {
@@ -68,8 +99,8 @@ impl<'a> View<'a> {
             let fits = self.is_among(among, state) && !tried.contains(&index) && may_serve;
             fits.then_some((index, state))
         });
-        let shortlist = least.into_iter().map(|(.., of)| of).chain(owner).chain(holders).collect();
-        (shortlist, owner.map(|(index, _)| index))
+        let endpoints = least.into_iter().map(|(.., of)| of).chain(owner).chain(holders).collect();
+        Shortlist { endpoints, owner: owner.map(|(index, _)| index), legs }
     }
 
     pub(super) fn is_usable(self, state: &EndpointState) -> bool {

@@ -151,7 +151,7 @@ impl Pool {
             (Key::PoolsCostA, raw.cost.a_ms),
             (Key::PoolsCostB, raw.cost.b_us),
             (Key::PoolsCostC, raw.cost.c_ns),
-            (Key::PoolsAffinityWeight, raw.affinity_weight),
+            (Key::PoolsAffinityWeight, raw.affinity_weight.unwrap_or(0.0)),
             (Key::PoolsRendezvousShare, raw.rendezvous_share.unwrap_or(0.0)),
             (Key::PoolsDecodeStay, raw.decode_stay),
             (Key::PoolsCacheTokens, raw.cache_tokens as f64),

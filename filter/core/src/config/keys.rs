@@ -181,8 +181,8 @@ keys! {
         "Prefill cost of attention: c of the formula."
     PoolsFit "pools.NAME.fit" "true", BOOLEAN,
         "Whether the filter adapts `cost` (by a factor of at most 10) and `bytes_per_token` (of at most 4) to the times and token counts of its prefill legs."
-    PoolsAffinityWeight "pools.NAME.affinity_weight" "3.0", Values::between(0.0, 100.0, ""),
-        "Weight of a second of the prompt's own prefill against a second of waiting work: w in W + w·S. A larger value keeps prompts on the endpoint that holds their prefix for longer."
+    PoolsAffinityWeight "pools.NAME.affinity_weight" "null", Values::between(0.0, 100.0, ""),
+        "Weight of a second of the prompt's own prefill against a second of waiting work: w in W + w·S. A larger value keeps prompts on the endpoint that holds their prefix for longer. `null`: the weight follows the load: 1, and 1 more for each prompt that is in flight at the endpoint, and for each that is at an endpoint on average."
     PoolsRendezvousShare "pools.NAME.rendezvous_share" "null", Values::between(0.0, 1.0, ""),
         "Share of an unseen prompt that the filter assumes cached at the prompt's rendezvous endpoint, where every Envoy would send it. `null`: 0.6 times the share of the other Envoys that do not exchange, so 0 while all Envoys exchange."
     PoolsDecodeStay "pools.NAME.decode_stay" "2.0", Values::between(0.0, 100.0, ""),

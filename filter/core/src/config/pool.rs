@@ -27,8 +27,9 @@ pub struct Pool {
     pub cost: Cost,
     /// Whether [`cost`](Self::cost) and [`bytes_per_token`](Self::bytes_per_token) follow what is seen.
     pub fit: bool,
-    /// `w`: what a second of this prompt's own prefill weighs against a second of work ahead of it.
-    pub affinity_weight: f64,
+    /// `w`: what a second of this prompt's own prefill weighs against a second of work ahead of it. `None`: by what is in
+    /// flight, see [`affinity_weight`](crate::choose::weight::affinity_weight).
+    pub affinity_weight: Option<f64>,
     /// β: share of a prompt that its rendezvous endpoint is costed as holding, 0 to 1, when this worker has not seen
     /// the prefix but others may have. Right where Envoys know of each other's decisions within 50 ms: 0, a prompt
     /// that is new to all of them would wait for nothing (+16 % p99 at 0.6). Without any exchange 0.3 to 0.6 keeps hits.

@@ -80,13 +80,31 @@ fn a_prompt_goes_where_its_prefix_is() {
 
 #[test]
 fn work_ahead_outweighs_a_prefix() {
-    let mut fixture = fixture(2, 1, "");
+    let mut fixture = fixture(2, 1, r#"{"pools":{"default":{"affinity_weight":3}}}"#);
     fixture.index.insert(0, &prompt(1, 32).hash.blocks);
     let saved = 3.0 * (fixture.config.pool("default").cost.seconds(4_096.0, 0.0) - 0.015);
     fixture.busy(0, saved * 0.9);
     assert_eq!(fixture.prefill(&prompt(1, 32)).endpoint, 0);
     fixture.busy(0, saved * 0.2);
     assert_eq!(fixture.prefill(&prompt(1, 32)).endpoint, 1);
+}
+
+#[test]
+fn the_more_is_in_flight_the_longer_a_prompt_stays_with_its_prefix() {
+    // The second endpoint is free by so many seconds earlier, of those that the prefix saves at the first one.
+    let is_kept = |legs: usize, times: f64| {
+        let mut fixture = fixture(2, 1, "");
+        fixture.index.insert(0, &prompt(1, 32).hash.blocks);
+        let saved = fixture.config.pool("default").cost.seconds(4_096.0, 0.0) - 0.015;
+        for index in [0, 1] {
+            (0..legs).for_each(|_| fixture.busy(index, 0.0));
+        }
+        fixture.busy(0, saved * times);
+        fixture.prefill(&prompt(1, 32)).endpoint == 0
+    };
+    // At the second: 1, none there, half a leg each. At the first one leg more, which costs it 15 ms.
+    assert_eq!([1.3, 1.5].map(|times| is_kept(0, times)), [true, false]);
+    assert_eq!([21.3, 21.5].map(|times| is_kept(10, times)), [true, false]);
 }
 
 #[test]
@@ -293,8 +311,9 @@ proptest! {
         let prompt = prompt(1, 30);
         let scheduler = fixture.scheduler();
         let among = &fixture.candidates.prefill;
+        let legs = scheduler.view().shortlist(among, &prompt, &[]).legs;
         let owner = among.iter().copied().max_by_key(|index| rendezvous_weight(prompt.key, fixture.table.get(*index).unwrap().key));
-        let cost = |index: u32| scheduler.cost(index, fixture.table.get(index).unwrap(), &prompt, (owner == Some(index), false)).cost;
+        let cost = |index: u32| scheduler.cost(index, fixture.table.get(index).unwrap(), &prompt, (owner == Some(index), false), &legs).cost;
         let lowest = among.iter().map(|index| cost(*index)).fold(f64::INFINITY, f64::min);
         prop_assert_eq!(cost(fixture.prefill(&prompt).endpoint), lowest);
     }
