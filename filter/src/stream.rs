@@ -299,9 +299,10 @@ impl Stream {
         }
         if self.request.wants_response_body() {
             let part = if bytes > 0 { host::buffer(Buffer::ResponseBody) } else { Ok(Vec::new()) };
+            let now = host::now();
             return action(self.part(|request, shell| {
                 let part = shell.expect_ok("response body", part).unwrap_or_default();
-                request.response_part(&mut shell.worker, &part, end_of_stream)
+                request.response_part(&mut shell.worker, &part, end_of_stream, now)
             }));
         }
         Action::Continue

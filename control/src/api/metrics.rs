@@ -159,7 +159,7 @@ impl Collector for PodsCollector {
 impl Collector for EnginesCollector {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         type Read = fn(&Scraped) -> Option<f64>;
-        let families: [(&str, &str, Read); 6] = [
+        let families: [(&str, &str, Read); 9] = [
             ("engine_up", "1 while the engine answers", |it| {
                 Some(if it.has_answered && it.failures == 0 { 1.0 } else { 0.0 })
             }),
@@ -174,6 +174,19 @@ impl Collector for EnginesCollector {
                 "Share of prompt tokens that the engine found in its prefix cache since its start",
                 |it| it.load.hit_ratio(),
             ),
+            (
+                "engine_expired_kv_leases",
+                "KV leases that expired before a decode server fetched the KV cache, since the engine's start",
+                |it| it.load.expired_kv_leases,
+            ),
+            (
+                "engine_late_kv_fetches",
+                "KV caches that a decode server fetched from the engine after their KV lease, since the engine's start: each is an answer that was refused or had wrong text",
+                |it| it.load.late_fetches,
+            ),
+            ("engine_start_time_seconds", "When the engine's process started, in seconds of Unix time", |it| {
+                it.load.process_start
+            }),
         ];
         let view = self.0.view();
         for (name, help, read) in families {

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::advice::advice;
 use crate::api::app::App;
+use crate::engines::answers::Scraped;
 use crate::envoys::polls::PollView;
 
 /// The answer of `/v1/status`.
@@ -112,7 +113,10 @@ pub fn view(app: &App) -> StatusView {
             endpoint: endpoint.clone(),
             pod: pods.names.get(&endpoint.id()).map(ToString::to_string),
             answers: scraped.map(|it| it.failures == 0),
-            problem: scraped.and_then(|it| it.error.clone()).or_else(|| to_envoys(&endpoint.address)),
+            problem: scraped
+                .and_then(|it| it.error.clone())
+                .or_else(|| to_envoys(&endpoint.address))
+                .or_else(|| scraped.and_then(Scraped::late_fetches)),
             waiting: load.and_then(|load| load.waiting),
             running: load.and_then(|load| load.running),
             kv_usage: load.and_then(|load| load.kv_usage),

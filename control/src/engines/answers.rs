@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use pd_core::wire::ModelCard;
 
@@ -11,6 +12,8 @@ use crate::publish::updates::{Fact, Facts};
 
 /// Failures in a row after which an engine that answered before counts as down.
 const FAILURES: u32 = 3;
+/// How long the status shows that KV caches were fetched too late.
+const LATE_FETCH_SHOWN: Duration = Duration::from_secs(600);
 /// Upper end of the range of `cache_tokens`.
 const MAX_CACHE_TOKENS: u64 = 1_000_000_000;
 
@@ -47,6 +50,10 @@ pub struct Scraped {
     pub error: Option<String>,
     /// Requests sent to it.
     pub asked: u32,
+    /// How often its cache was seen to be cleared, other than by a start that it tells: its counters fell, or it slept.
+    pub clearings: u64,
+    /// When an answer last told of KV caches that were fetched after their lease.
+    pub late_fetch: Option<Instant>,
 }
 
 impl FromIterator<(SocketAddr, Scraped)> for Scrapes {
@@ -71,6 +78,12 @@ impl Scrapes {
         }
     }
 
+    /// When an engine last told of KV caches that were fetched after their lease.
+    #[must_use]
+    pub fn late_fetch(&self, address: SocketAddr) -> Option<Instant> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).get(&address)?.late_fetch
+    }
+
     /// Takes an answer; returns the facts of all engines when the answer may have changed them.
     pub fn take(&self, address: SocketAddr, outcome: Outcome) -> Option<Facts> {
         let mut scraped = self.0.write().unwrap_or_else(PoisonError::into_inner);
@@ -86,7 +99,14 @@ impl Scraped {
         self.asked = self.asked.wrapping_add(1);
         match outcome {
             Ok((load, told)) => {
-                self.load = load;
+                let before = core::mem::replace(&mut self.load, load);
+                // A start that the engine tells names the cache itself.
+                let fell = load.process_start.is_none() && has_risen(load.prefix_queries, before.prefix_queries);
+                let slept = load.is_asleep && !before.is_asleep;
+                self.clearings += u64::from(fell || slept);
+                if has_risen(before.late_fetches, load.late_fetches) {
+                    self.late_fetch = Some(Instant::now());
+                }
                 self.has_told |= told.is_some();
                 if let Some(Told::Models(models)) = told
                     && !models.is_empty()
@@ -103,8 +123,41 @@ impl Scraped {
     }
 
     /// The values that [`facts`] depends on.
-    fn basis(&self) -> (Vec<ModelCard>, bool, Option<u64>, bool, bool) {
-        (self.models.clone(), self.has_told, self.load.cache_tokens, self.has_answered, self.is_silent())
+    fn basis(&self) -> (Fact, bool) {
+        (self.fact(true), self.has_answered)
+    }
+
+    /// What the engine's answers add to the list. `is_believed`: whether its silence counts.
+    fn fact(&self, is_believed: bool) -> Fact {
+        Fact {
+            models: self.models.clone(),
+            has_told: self.has_told,
+            cache_tokens: self.load.cache_tokens.map(|tokens| tokens.min(MAX_CACHE_TOKENS)),
+            is_down: is_believed && self.is_silent(),
+            cache_epoch: self.cache_epoch(),
+            expired_kv_leases: self.load.expired_kv_leases.map(|leases| leases as u64),
+        }
+    }
+
+    /// Names the engine's prefix cache by the time at which its process started, in milliseconds, and by the number of
+    /// times that the cache was seen to be cleared. `None` before the first answer, and of an engine that tells neither.
+    fn cache_epoch(&self) -> Option<u64> {
+        let start = self.load.process_start.map(|seconds| (seconds.max(0.0) * 1e3) as u64);
+        let start = start.or_else(|| self.load.prefix_queries.map(|_| 0))?;
+        Some(start.saturating_add(self.clearings))
+    }
+
+    /// What the engine's metrics tell of KV caches that were fetched too late, for some minutes after the last one.
+    #[must_use]
+    pub fn late_fetches(&self) -> Option<String> {
+        let latest = self.late_fetch.filter(|latest| latest.elapsed() < LATE_FETCH_SHOWN)?;
+        let minutes = latest.elapsed().as_secs() / 60;
+        let all = self.load.late_fetches.unwrap_or(0.0);
+        Some(format!(
+            "decode servers fetched KV caches from it after their KV lease, {all} since it started, the last one {minutes} min \
+             ago: the answers were refused, or had wrong text. Raise kv_lease_duration and pools.NAME.kv_lease_ms, or find \
+             the decode server that stands still"
+        ))
     }
 
     /// Whether the engine answered before and has stopped answering.
@@ -114,21 +167,20 @@ impl Scraped {
     }
 }
 
+/// Whether a counter rose between two answers.
+fn has_risen(before: Option<f64>, now: Option<f64>) -> bool {
+    before.zip(now).is_some_and(|(before, now)| now > before)
+}
+
 /// The facts of all engines. When half of the engines or more stopped answering, none counts as down: the fault is more
 /// likely in pd-control's network.
 fn facts(scraped: &BTreeMap<SocketAddr, Scraped>) -> Facts {
     let answered = scraped.values().filter(|it| it.has_answered).count();
     let silent = scraped.values().filter(|it| it.is_silent()).count();
     let is_believed = silent * 2 < answered;
-    let fact = |scraped: &Scraped| Fact {
-        models: scraped.models.clone(),
-        has_told: scraped.has_told,
-        cache_tokens: scraped.load.cache_tokens.map(|tokens| tokens.min(MAX_CACHE_TOKENS)),
-        is_down: is_believed && scraped.is_silent(),
-    };
     scraped
         .iter()
-        .map(|(address, scraped)| (*address, fact(scraped)))
+        .map(|(address, scraped)| (*address, scraped.fact(is_believed)))
         .filter(|(_, it)| *it != Fact::default())
         .collect()
 }
@@ -179,6 +231,49 @@ mod tests {
         }
         engine.take(Err("gone".to_owned()));
         assert_eq!(engine.models, models);
+    }
+
+    #[test]
+    fn another_cache_has_another_name() {
+        let load = |start, queries, is_asleep| EngineLoad {
+            process_start: start,
+            prefix_queries: Some(queries),
+            is_asleep,
+            ..EngineLoad::default()
+        };
+        let epochs = |loads: &[EngineLoad]| -> Vec<u64> {
+            let mut engine = Scraped::default();
+            assert_eq!(engine.cache_epoch(), None);
+            let mut take = |load: &EngineLoad| {
+                engine.take(Ok((*load, None)));
+                engine.take(Err("gone".to_owned()));
+                engine.cache_epoch().unwrap()
+            };
+            loads.iter().map(&mut take).collect()
+        };
+        // The process tells when it started.
+        let told = [load(Some(5.0), 9.0, false), load(Some(5.0), 9.0, false), load(Some(7.5), 1.0, false)];
+        assert_eq!(epochs(&told), [5_000, 5_000, 7_500]);
+        // It does not: its counters fall.
+        let fell = [load(None, 9.0, false), load(None, 12.0, false), load(None, 3.0, false), load(None, 4.0, false)];
+        assert_eq!(epochs(&fell), [0, 0, 1, 1]);
+        // It sleeps, and wakes up without a cache.
+        let slept = [load(Some(5.0), 9.0, false), load(Some(5.0), 9.0, true), load(Some(5.0), 9.0, false)];
+        assert_eq!(epochs(&slept), [5_000, 5_001, 5_001]);
+    }
+
+    #[test]
+    fn fetches_after_a_lease_are_told_while_they_are_news() {
+        let mut engine = Scraped::default();
+        for (count, is_told) in [(3.0, false), (3.0, false), (4.0, true), (4.0, true)] {
+            let load = EngineLoad { late_fetches: Some(count), ..EngineLoad::default() };
+            engine.take(Ok((load, None)));
+            assert_eq!(
+                engine.late_fetches().is_some(),
+                is_told,
+                "{count}: those before pd-control are none of its news"
+            );
+        }
     }
 
     #[test]

@@ -23,6 +23,10 @@ const NAMES: &[&[u8]] = &[
     b"vllm:prefix_cache_hits_total",
     b"vllm:cache_config_info",
     b"sglang:max_total_num_tokens",
+    b"vllm:nixl_num_kv_expired_reqs_total",
+    b"vllm:nixl_num_notifications_after_expiry_total",
+    b"process_start_time_seconds",
+    b"vllm:engine_sleep_state",
 ];
 
 /// Load of one engine server, over all of its data-parallel ranks.
@@ -40,6 +44,14 @@ pub struct EngineLoad {
     pub prefix_queries: Option<f64>,
     /// Prompt tokens found in the prefix cache since the engine started.
     pub prefix_hits: Option<f64>,
+    /// Leases on KV caches that expired before a decode server fetched them, since the engine started.
+    pub expired_kv_leases: Option<f64>,
+    /// KV caches that a decode server fetched after their lease, since the engine started: it may have answered wrong text.
+    pub late_fetches: Option<f64>,
+    /// When the process started, seconds of Unix time.
+    pub process_start: Option<f64>,
+    /// Whether the engine sleeps: it has given its KV cache back.
+    pub is_asleep: bool,
 }
 
 /// Reads a page in pieces.
@@ -61,7 +73,8 @@ impl EngineLoad {
     /// Whether the page had a metric of an engine.
     #[must_use]
     pub fn is_known(&self) -> bool {
-        *self != Self::default()
+        // Every Python program tells when it started.
+        Self { process_start: None, ..*self } != Self::default()
     }
 }
 
@@ -132,6 +145,12 @@ impl EngineLoad {
             }
             "vllm:prefix_cache_queries_total" => sum(&mut self.prefix_queries),
             "vllm:prefix_cache_hits_total" => sum(&mut self.prefix_hits),
+            "vllm:nixl_num_kv_expired_reqs_total" => sum(&mut self.expired_kv_leases),
+            "vllm:nixl_num_notifications_after_expiry_total" => sum(&mut self.late_fetches),
+            "vllm:engine_sleep_state" => {
+                self.is_asleep |= label(labels, "sleep_state") == Some("awake") && value == 0.0;
+            }
+            "process_start_time_seconds" => self.process_start = Some(value),
             "vllm:cache_config_info" => {
                 let number = |key: &str| label(labels, key)?.parse::<u64>().ok();
                 if let (Some(size), Some(blocks)) = (number("block_size"), number("num_gpu_blocks")) {
@@ -190,6 +209,9 @@ mod tests {
         vllm:num_requests_running{engine=\"0\",model_name=\"a}b\"} 2 1700000000\n\
         vllm:kv_cache_usage_perc{engine=\"0\"} 0.25\nvllm:kv_cache_usage_perc{engine=\"1\"} 0.5\n\
         vllm:prefix_cache_queries_total 10\nvllm:prefix_cache_hits_total 6\n\
+        vllm:nixl_num_kv_expired_reqs_total{engine=\"0\"} 2.0\nvllm:nixl_num_kv_expired_reqs_total{engine=\"1\"} 1.0\n\
+        vllm:nixl_num_notifications_after_expiry_total{engine=\"0\"} 1.0\n\
+        process_start_time_seconds 1.79603e+09\n\
         vllm:cache_config_info{block_size=\"16\",num_cpu_blocks=\"9\",num_gpu_blocks=\"1000\"} 1.0";
 
     #[test]
@@ -201,6 +223,10 @@ mod tests {
             cache_tokens: Some(16_000),
             prefix_queries: Some(10.0),
             prefix_hits: Some(6.0),
+            expired_kv_leases: Some(3.0),
+            late_fetches: Some(1.0),
+            process_start: Some(1_796_030_000.0),
+            is_asleep: false,
         };
         assert_eq!(read(VLLM), vllm);
         let sglang = read(
@@ -218,11 +244,27 @@ mod tests {
     }
 
     #[test]
+    fn an_engine_that_sleeps_has_no_cache() {
+        let page = |awake: u8| {
+            format!(
+                "vllm:engine_sleep_state{{engine=\"0\",sleep_state=\"awake\"}} {awake}.0\n\
+                 vllm:engine_sleep_state{{engine=\"0\",sleep_state=\"weights_offloaded\"}} 0.0\n"
+            )
+        };
+        assert_eq!([0, 1].map(|awake| read(&page(awake)).is_asleep), [true, false]);
+    }
+
+    #[test]
     fn what_is_no_sample_is_nothing() {
         let long = format!("vllm:num_requests_waiting{{x=\"{}\"}} 1\n", "x".repeat(MAX_LINE_BYTES));
-        for text in
-            ["", "vllm:num_requests_waiting", "vllm:num_requests_waiting NaN", "vllm:num_requests_waiting{ 1", &long]
-        {
+        for text in [
+            "",
+            "process_start_time_seconds 5",
+            "vllm:num_requests_waiting",
+            "vllm:num_requests_waiting NaN",
+            "vllm:num_requests_waiting{ 1",
+            &long,
+        ] {
             assert!(!read(text).is_known(), "{text:.60}");
         }
         assert_eq!(read(&format!("{long}vllm:num_requests_running 1\n")).running, Some(1.0));

@@ -70,7 +70,12 @@ impl Scraper {
                 }
                 Some(Ok((address, outcome))) = asking.join_next(), if !asking.is_empty() => {
                     self.counters.scraped(outcome.is_ok());
-                    let Some(facts) = self.scrapes.take(address, outcome) else { continue };
+                    let had_late_fetch = self.scrapes.late_fetch(address);
+                    let facts = self.scrapes.take(address, outcome);
+                    if self.scrapes.late_fetch(address) != had_late_fetch {
+                        tracing::warn!(%address, "decode servers fetched KV caches from this engine after their KV lease: the answers were refused, or had wrong text");
+                    }
+                    let Some(facts) = facts else { continue };
                     if facts != sent {
                         for (address, fact) in &facts {
                             if fact.is_down && !sent.get(address).is_some_and(|fact| fact.is_down) {

@@ -93,6 +93,8 @@ impl Merge {
                 }
             }
             endpoint.cache_tokens = endpoint.cache_tokens.or(fact.cache_tokens);
+            endpoint.cache_epoch = fact.cache_epoch;
+            endpoint.expired_kv_leases = fact.expired_kv_leases;
             if fact.is_down && endpoint.state == State::Ready {
                 endpoint.state = State::Down;
             }

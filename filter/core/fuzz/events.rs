@@ -202,7 +202,7 @@ pub fn run(input: &[u8]) {
                     n => ANSWERS[usize::from(n) % 6].as_bytes(),
                 };
                 let reads = request.wants_response_body();
-                let outcome = request.response_part(&mut worker, text, choices.below(2) == 0);
+                let outcome = request.response_part(&mut worker, text, choices.below(2) == 0, now);
                 assert!(reads || outcome.effects.is_empty());
             }
             8 => {

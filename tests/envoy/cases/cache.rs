@@ -4,11 +4,13 @@ use futures::future::join_all;
 use pd_sim::Handle;
 use pd_support::body::{CHAT, chat, words};
 use pd_support::client::{BOTH, Client, Http};
+use pd_support::port::Port;
+use pd_support::wait::until;
 use pd_tests::answer::text;
-use pd_tests::rig::{Rig, run};
+use pd_tests::rig::{Rig, entries, run};
 use serde_json::{Value, json};
 
-use crate::support::{assert_right, logged_chat, long_chat, new_id, sum};
+use crate::support::{assert_right, decode_process, logged_chat, long_chat, new_id, sum};
 
 fn cached(engines: &[Handle]) -> u64 {
     sum(engines, |stats| stats.cached_tokens)
@@ -144,6 +146,53 @@ fn what_a_server_held_is_forgotten_when_nothing_listens_there() {
             "the prompt is computed by the prefill server"
         );
         rig.until_metric("pd_caches_forgotten_total", |value| value >= 1.0).await;
+        rig.until_idle().await;
+    });
+}
+
+/// A restart between two requests, which no request meets; and a flap of readiness without one.
+#[test]
+fn what_a_server_held_is_forgotten_when_its_process_is_another_one_and_not_when_it_was_unready() {
+    run(async {
+        let directory = tempfile::tempdir().unwrap();
+        let port = Port::reserve();
+        let process = decode_process(directory.path(), port.address()).await;
+        let options = ["--scrape-interval", "0.2"];
+        let rig = Rig::builder().engines(1, 0).other(port.address(), "decode").control(&options).start().await;
+        let decode = port.address().to_string();
+        let epoch = async || {
+            let status: Value = serde_json::from_str(&rig.ask_control("/v1/status").await?).ok()?;
+            status["endpoints"].as_array()?.iter().find(|it| it["address"] == decode)?["cache_epoch"].as_u64()
+        };
+        let first = until("pd-control knows the process", &epoch).await;
+        let mut clients = rig.client_of_each_worker(Http::One).await;
+        let body = long_chat();
+        let mut reasons = async |turn: usize| {
+            let client = &mut clients[turn % 2];
+            let (request, path) = logged_chat(client, &body, &[]);
+            assert_right(&client.send(request).await, &body);
+            rig.access_log_of(&path).await["reason"].clone()
+        };
+        assert_eq!((reasons(0).await, reasons(1).await), (json!("prefilled"), json!("cached")));
+
+        // Unready for a moment.
+        let list = |state: &str| {
+            let mut list: Vec<Value> = entries(&rig.prefill, "prefill").collect();
+            list.push(json!({"address": decode, "role": "decode", "state": state}));
+            list
+        };
+        rig.relist(&list("down")).await;
+        rig.relist(&list("ready")).await;
+        assert_eq!((reasons(0).await, reasons(1).await), (json!("cached"), json!("cached")));
+
+        // Another process at the same address.
+        let applied = "pd_snapshots_total{result=\"applied\"}";
+        let before = rig.metric(applied).await;
+        drop(process);
+        let _process = decode_process(directory.path(), port.address()).await;
+        until("pd-control knows the new process", async || epoch().await.filter(|epoch| *epoch != first)).await;
+        rig.until_metric(applied, |value| value >= before + 2.0).await;
+        assert_eq!((reasons(1).await, reasons(0).await), (json!("prefilled"), json!("cached")));
         rig.until_idle().await;
     });
 }

@@ -13,6 +13,7 @@ mod errors;
 mod exchange;
 mod hostile;
 mod ipv6;
+mod kv_lease;
 mod kv_params;
 mod leaving;
 mod list;

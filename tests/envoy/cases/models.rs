@@ -215,6 +215,29 @@ fn cached_tokens_are_those_that_the_prefill_engine_had() {
     });
 }
 
+/// vLLM 0.32 and later: decode repeats the prefill engine's count, unless the filter takes it out of the parameters.
+#[test]
+fn a_kv_cache_that_did_not_come_is_noticed_with_parameters() {
+    run(async {
+        let rig = always("vllm-nixl").start().await;
+        let mut client = rig.client(BOTH[0]).await;
+        let split = "pd_requests_total{decision=\"split\"}";
+        for (fault, total, not_moved) in [("", 3.0, 0.0), ("handover:recompute", 6.0, 3.0), ("", 9.0, 3.0)] {
+            rig.decode[0].set_faults(fault).unwrap();
+            for _ in 0..3 {
+                let body = long_chat();
+                let answer = client.post(CHAT, body.clone()).await;
+                assert_right(&answer, &body);
+                let (cached, prompt) = usage(&answer.body);
+                assert!(cached < prompt / 2, "the prefill engine had not seen it: {cached} of {prompt}");
+            }
+            rig.until_metric(split, |value| value == total).await;
+            rig.until_metric("pd_kv_not_moved_total", |value| value == not_moved).await;
+        }
+        assert!(rig.envoy.log().contains("KV caches do not reach it"));
+    });
+}
+
 #[test]
 fn a_prompt_that_was_computed_twice_is_noticed_without_parameters() {
     run(async {

@@ -1,5 +1,7 @@
 //! What several tests look at.
 
+use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use bytes::Bytes;
@@ -7,6 +9,9 @@ use http::Request;
 use pd_sim::{Handle, Recorded, Stats, expected_text};
 use pd_support::body::{CHAT, chat, words};
 use pd_support::client::{Answer, Body, Client};
+use pd_support::places;
+use pd_support::process::{self, Process};
+use pd_support::wait::PATIENCE;
 use pd_tests::answer::text;
 
 /// A prompt that no request had before, of 4 kB: long enough to be split.
@@ -47,6 +52,16 @@ pub async fn ask(client: &mut Client, body: &str) {
 pub fn logged_chat(client: &Client, body: &str, headers: &[(&str, &[u8])]) -> (Request<Body>, String) {
     let path = format!("{CHAT}?{}", new_id("request"));
     (client.json(&path, body.to_owned(), headers), path)
+}
+
+/// A decode engine in a process of its own, which can be stopped, killed and started again.
+pub async fn decode_process(directory: &Path, address: SocketAddr) -> Process {
+    let program = places::control().with_file_name("pd-sim");
+    let arguments = ["--role", "decode", "--listen", &address.to_string(), "--speed", "0.1"];
+    let arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+    let process = Process::start("pd-sim", directory, &program, &arguments);
+    process::ready(&process, address, "/health", PATIENCE).await.expect("a simulator");
+    process
 }
 
 /// A count, over several engines.

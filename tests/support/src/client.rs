@@ -197,7 +197,7 @@ impl Client {
     /// # Errors
     /// [`Broken`]
     pub async fn try_open(&mut self, request: Request<Body>) -> Result<Streaming, Broken> {
-        let response = tokio::time::timeout(PATIENCE, self.start(request)).await.map_err(broken)?;
+        let response = tokio::time::timeout(self.patience, self.start(request)).await.map_err(broken)?;
         let (parts, body) = response?.into_parts();
         Ok(Streaming { status: parts.status.as_u16(), headers: parts.headers, body, read: BytesMut::new() })
     }

@@ -1,6 +1,7 @@
 //! The HTTP interface: vLLM's endpoints, and the simulator's own beside them.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
 use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, SERVER};
@@ -18,7 +19,7 @@ use crate::generate::{REQUEST_ID, generate};
 use crate::guard::Guard;
 use crate::head::quote;
 use crate::metrics;
-use crate::nixl::{ENGINE_HEADER, PAIR_HEADER, PULL_PATH};
+use crate::nixl::{ENGINE_HEADER, PAIR_HEADER, PULL_PATH, Refusal};
 use crate::plain;
 use crate::request::Generation;
 use crate::role::Engine;
@@ -119,7 +120,12 @@ pub(crate) async fn serve_side(pod: Arc<Pod>, request: Request<Incoming>) -> Res
             pod.stats.add(&pod.stats.leases_pulled, 1);
             typed(StatusCode::OK, "text/plain", digest.to_string())
         }
-        Err(refusal) => typed(StatusCode::CONFLICT, "text/plain", refusal.name()),
+        Err(refusal) => {
+            if refusal == Refusal::Expired {
+                pod.lifetime.late_pulls.fetch_add(1, Relaxed);
+            }
+            typed(StatusCode::CONFLICT, "text/plain", refusal.name())
+        }
     }
 }
 
@@ -213,7 +219,9 @@ async fn faults(
                 }
                 std::future::pending::<()>().await;
             }
-            Kind::Die(_) | Kind::ErrorEvent(_) | Kind::MalformedParams(_) => spoilt.push(kind),
+            Kind::Die(_) | Kind::ErrorEvent(_) | Kind::MalformedParams(_) | Kind::Recompute | Kind::Stall(_) => {
+                spoilt.push(kind);
+            }
         }
     }
     Ok(spoilt)

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{Notify, Semaphore, watch};
 
@@ -40,6 +40,8 @@ pub(crate) struct Lifetime {
     pub(crate) generated_tokens: AtomicU64,
     pub(crate) finished_stop: AtomicU64,
     pub(crate) finished_length: AtomicU64,
+    pub(crate) expired_leases: AtomicU64,
+    pub(crate) late_pulls: AtomicU64,
 }
 
 /// One simulated server.
@@ -71,6 +73,7 @@ pub(crate) struct Pod {
     /// Adapters that were loaded at run time.
     loaded: Mutex<Vec<String>>,
     tickets: AtomicU64,
+    started: SystemTime,
 }
 
 impl Pod {
@@ -108,8 +111,14 @@ impl Pod {
             adapters: Mutex::default(),
             loaded: Mutex::default(),
             tickets: AtomicU64::new(random),
+            started: SystemTime::now(),
             config,
         }
+    }
+
+    /// When the process started, in seconds of Unix time.
+    pub(crate) fn started_seconds(&self) -> f64 {
+        self.started.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
     }
 
     pub(crate) fn snapshot(&self) -> Stats {
@@ -153,6 +162,7 @@ impl Pod {
         let ended = self.leases.expire(all);
         if ended > 0 {
             self.stats.add(&self.stats.leases_expired, ended);
+            self.lifetime.expired_leases.fetch_add(ended, Relaxed);
         }
     }
 

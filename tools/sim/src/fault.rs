@@ -57,6 +57,10 @@ pub enum Kind {
     ErrorEvent(u64),
     /// A prefill answer's `kv_transfer_params` are spoilt; other requests are served as usual.
     MalformedParams(Malformed),
+    /// The KV cache does not come, and the server computes the prompt itself (`kv_load_failure_policy: recompute`).
+    Recompute,
+    /// The server stands still for this long before it fetches the KV cache: it neither fetches nor renews its lease.
+    Stall(Duration),
     /// The process exits; in-process, the server stops and says it has crashed.
     Exit,
 }
@@ -74,6 +78,8 @@ impl Kind {
             Self::Die(_) => "die".to_owned(),
             Self::ErrorEvent(_) => "error_event".to_owned(),
             Self::MalformedParams(_) => "malformed_params".to_owned(),
+            Self::Recompute => "recompute".to_owned(),
+            Self::Stall(_) => "stall".to_owned(),
             Self::Exit => "exit".to_owned(),
         }
     }
@@ -170,6 +176,7 @@ impl FromStr for Fault {
         let kind = match name {
             "delay" => Kind::Delay(Duration::from_millis(number()?)),
             "refuse" => Kind::Refuse(Duration::from_millis(number()?)),
+            "stall" => Kind::Stall(Duration::from_millis(number()?)),
             "die" => Kind::Die(number()?),
             "error_event" => Kind::ErrorEvent(number()?),
             "malformed_params" => Kind::MalformedParams(match arg {
@@ -184,6 +191,7 @@ impl FromStr for Fault {
             _ if arg.is_some() => return Err(bad("no such kind, or it takes no argument")),
             "reset" => Kind::Reset,
             "hang" => Kind::Hang,
+            "recompute" => Kind::Recompute,
             "exit" => Kind::Exit,
             code => match code.parse() {
                 Ok(code @ 400..=599) => Kind::Status(code),
@@ -203,7 +211,9 @@ impl fmt::Display for Fault {
             write!(f, "{}:", role.name())?;
         }
         match self.kind {
-            Kind::Delay(time) | Kind::Refuse(time) => write!(f, "{}={}", self.kind.name(), time.as_millis())?,
+            Kind::Delay(time) | Kind::Refuse(time) | Kind::Stall(time) => {
+                write!(f, "{}={}", self.kind.name(), time.as_millis())?
+            }
             Kind::Die(tokens) | Kind::ErrorEvent(tokens) => write!(f, "{}={tokens}", self.kind.name())?,
             Kind::MalformedParams(how) => {
                 let how = match how {
@@ -306,6 +316,8 @@ mod tests {
             "die=3@/v1/completions",
             "both:error_event=0:0.5*7@*",
             "handover:500*2",
+            "handover:recompute",
+            "stall=3000",
             "malformed_params=missing",
             "malformed_params=null",
             "malformed_params=string",

@@ -30,10 +30,12 @@ const ORCA: HeaderName = HeaderName::from_static("endpoint-load-metrics");
 pub(crate) async fn generate(
     pod: &Arc<Pod>,
     headers: &HeaderMap,
-    generation: Generation,
+    mut generation: Generation,
     mut guard: Guard,
     spoilt: Vec<Kind>,
 ) -> Response<Body> {
+    generation.recomputes = spoilt.contains(&Kind::Recompute);
+    generation.stall = spoilt.iter().find_map(|kind| if let Kind::Stall(time) = kind { Some(*time) } else { None });
     let since = Instant::now();
     let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let request_id = match headers.get(REQUEST_ID) {

@@ -36,6 +36,8 @@ pub struct Remote {
     pub raw: Box<str>,
     /// `remote_block_ids` is there, not null and not empty.
     pub has_block_ids: bool,
+    /// `remote_prefill_cached_tokens`, if it is a number: what decode reports as its own cached tokens.
+    pub prefills_cached: Option<u64>,
     /// `remote_engine_id`, `remote_host` and `remote_port`, if these and `remote_request_id` are there.
     pub source: Option<Source>,
 }
@@ -97,7 +99,12 @@ fn nixl(fields: &Fields<'_>) -> Result<KvParams, ApiError> {
         if place.truthy("kv_transfer_params") {
             return Err(wrong_type("kv_transfer_params"));
         }
-        Ok(Some(KvParams::Pull(Remote { raw: raw.get().into(), has_block_ids: false, source: None })))
+        Ok(Some(KvParams::Pull(Remote {
+            raw: raw.get().into(),
+            has_block_ids: false,
+            prefills_cached: None,
+            source: None,
+        })))
     };
     if !fields.truthy("kv_transfer_params") {
         let nested = [("vllm_xargs", None), ("sampling_params", Some("extra_args"))];
@@ -132,7 +139,8 @@ fn remote(raw: &str, params: &Fields<'_>) -> Remote {
             port: params.get("remote_port").ok()??,
         })
     })();
-    Remote { raw: raw.into(), has_block_ids: params.truthy("remote_block_ids"), source }
+    let prefills_cached = params.get("remote_prefill_cached_tokens").ok().flatten();
+    Remote { raw: raw.into(), has_block_ids: params.truthy("remote_block_ids"), prefills_cached, source }
 }
 
 fn mooncake(fields: &Fields<'_>) -> Result<KvParams, ApiError> {

@@ -8,16 +8,19 @@ pub(crate) struct Usage {
     pub(crate) prompt: u64,
     pub(crate) completion: u64,
     pub(crate) cached: u64,
+    /// Of the tokens that were computed, those in whole blocks: they are cached now.
+    pub(crate) created: u64,
 }
 
 impl Usage {
     pub(crate) fn to_json(self) -> String {
         format!(
-            r#"{{"prompt_tokens":{},"total_tokens":{},"completion_tokens":{},"prompt_tokens_details":{{"cached_tokens":{}}}}}"#,
+            r#"{{"prompt_tokens":{},"total_tokens":{},"completion_tokens":{},"prompt_tokens_details":{{"cached_tokens":{},"created_cache_tokens":{}}}}}"#,
             self.prompt,
             self.prompt + self.completion,
             self.completion,
-            self.cached
+            self.cached,
+            self.created
         )
     }
 }

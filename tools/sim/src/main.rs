@@ -77,7 +77,7 @@ struct Args {
     shared_dir: Option<PathBuf>,
     /// Fault, as [role:]kind[=arg][:probability][*count][@path] (repeatable); kinds: delay=MS, refuse=MS, reset, 400 to
     /// 599, hang, die=TOKENS, error_event=TOKENS, exit,
-    /// malformed_params=missing|null|string|no_request_id|null_blocks|truncated
+    /// malformed_params=missing|null|string|no_request_id|null_blocks|truncated, recompute, stall=ms
     #[arg(long = "fault", value_parser = |spec: &str| spec.parse::<Fault>())]
     faults: Vec<Fault>,
     /// Seed of the faults' probabilities

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::engine::Pod;
+use crate::role::Engine;
 
 /// The whole page.
 pub(crate) fn render(pod: &Pod) -> String {
@@ -12,6 +13,7 @@ pub(crate) fn render(pod: &Pod) -> String {
         Page { labels: format!("engine=\"0\",model_name={}", label(model)), text: String::with_capacity(8_192) };
     page.load(pod);
     page.tokens(pod);
+    page.leases(pod);
     page.info(pod);
     let name = "vllm:time_to_first_token_seconds";
     let _ = writeln!(page.text, "# HELP {name} Histogram of time to first token in seconds.\n# TYPE {name} histogram");
@@ -92,6 +94,22 @@ impl Page {
                 ("finished_reason=\"length\"", count(&counters.finished_length)),
             ],
         );
+    }
+
+    /// NIXL's counters of leases, and the one of Python's client library that names the process.
+    fn leases(&mut self, pod: &Pod) {
+        pod.end_leases(false);
+        if matches!(pod.config.engine, Engine::VllmNixl | Engine::VllmNixlPush) {
+            let expired = "Number of KV cache requests that expired before they were fetched.";
+            let expired = ("vllm:nixl_num_kv_expired_reqs_total", "counter", expired);
+            self.one(expired, count(&pod.lifetime.expired_leases));
+            let late = "Number of completion notifications of requests that had expired.";
+            let late = ("vllm:nixl_num_notifications_after_expiry_total", "counter", late);
+            self.one(late, count(&pod.lifetime.late_pulls));
+        }
+        let name = "process_start_time_seconds";
+        let help = "Start time of the process since unix epoch in seconds.";
+        let _ = writeln!(self.text, "# HELP {name} {help}\n# TYPE {name} gauge\n{name} {:?}", pod.started_seconds());
     }
 
     fn info(&mut self, pod: &Pod) {

@@ -33,12 +33,24 @@ pub(crate) const ENGINE_HEADER: &str = "x-engine-id";
 pub(crate) const PAIR_HEADER: &str = "x-pair-id";
 /// Ended leases of which the server still knows why they ended; older ones count as unknown.
 const REMEMBERED: usize = 65_536;
+/// The member of a parameters object that decode reports as its own `cached_tokens`, up to its value.
+const CACHED_TOKENS_MEMBER: &str = "\"remote_prefill_cached_tokens\" : ";
 /// How long a connection to another server may take.
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 
+/// The parameters without the count that a gateway may set to `null`: it takes no part in the transfer.
+fn without_count(raw: &[u8]) -> Vec<u8> {
+    let member = CACHED_TOKENS_MEMBER.as_bytes();
+    let Some(start) = raw.windows(member.len()).position(|window| window == member) else { return raw.to_vec() };
+    let (front, rest) = raw.split_at(start + member.len());
+    let digits = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    let value = if rest.starts_with(b"null") { 4 } else { digits };
+    [front, &rest[value..]].concat()
+}
+
 /// KV that waits for its decode leg.
 struct Lease {
-    raw: Box<str>,
+    raw: Box<[u8]>,
     /// Only a leg of this request id may have it; `None`: any.
     pair: Option<Box<str>>,
     digest: u64,
@@ -96,7 +108,8 @@ impl Leases {
         blocks: Allocation,
         lifetime: Duration,
     ) {
-        let key = xxh3_64(raw.as_bytes());
+        let raw = without_count(raw.as_bytes());
+        let key = xxh3_64(&raw);
         let expires = Instant::now() + lifetime;
         let mut table = self.lock();
         table.pinned_tokens += tokens;
@@ -108,15 +121,16 @@ impl Leases {
     /// Whether the legs are paired: push mode knows no other way to find the lease.
     pub(crate) fn pairs(&self, raw: &[u8], pair: Option<&str>) -> bool {
         let table = self.lock();
-        let lease = table.open.get(&xxh3_64(raw));
+        let lease = table.open.get(&xxh3_64(&without_count(raw)));
         lease.is_none_or(|lease| lease.pair.is_none() || lease.pair.as_deref() == pair)
     }
 
     /// Ends the lease of these bytes and says which prompt's KV it was.
     pub(crate) fn pull(&self, raw: &[u8]) -> Result<u64, Refusal> {
-        let key = xxh3_64(raw);
+        let raw = without_count(raw);
+        let key = xxh3_64(&raw);
         let mut table = self.lock();
-        let Some(lease) = table.open.get(&key).filter(|lease| lease.raw.as_bytes() == raw) else {
+        let Some(lease) = table.open.get(&key).filter(|lease| *lease.raw == *raw) else {
             return Err(table.ended.get(&key).copied().unwrap_or(Refusal::Unknown));
         };
         let (digest, expired) = (lease.digest, lease.expires <= Instant::now());
@@ -185,6 +199,8 @@ pub(crate) struct Issue<'a> {
     pub(crate) host: &'a str,
     pub(crate) port: u16,
     pub(crate) tokens: u64,
+    /// Prompt tokens that the prefill server had cached.
+    pub(crate) cached: u64,
     /// Tells this object from every other; above 2^53.
     pub(crate) ticket: u64,
 }
@@ -206,9 +222,9 @@ pub(crate) fn write_params(issue: &Issue<'_>, blocks: impl Iterator<Item = u32>)
     let _ = write!(
         out,
         "] ],\n  \"remote_request_id\":{request_id},\"remote_host\":{host},\"remote_port\":{},\"tp_size\":1,\
-         \"remote_num_tokens\":{},\"sim_ticket\":{},\t\"sim_scale\":1.0e-7,\"sim_note\":\"a\\u00e9\\/\\\"}}]\",\
+         {CACHED_TOKENS_MEMBER}{},\"remote_num_tokens\":{},\"sim_ticket\":{},\t\"sim_scale\":1.0e-7,\"sim_note\":\"a\\u00e9\\/\\\"}}]\",\
          \"sim_nested\":{{ \"b\":[ ],\"a\":null }} }}",
-        issue.port, issue.tokens, issue.ticket
+        issue.port, issue.cached, issue.tokens, issue.ticket
     );
     out
 }
@@ -294,6 +310,7 @@ mod tests {
             host: "127.0.0.1",
             port: 1,
             tokens: 32,
+            cached: 16,
             ticket: (1 << 62) + ticket,
         };
         write_params(&issue, 1..3)
@@ -318,7 +335,9 @@ mod tests {
         open(&params(2), LONG);
         assert_eq!((leases.gauges(), cache.usage()), ((2, 64), 0.5));
         assert_eq!(leases.pull(params(1).replace(" ]", "]").as_bytes()), Err(Refusal::Unknown));
-        assert_eq!(leases.pull(params(1).as_bytes()), Ok(7));
+        let recounted = params(1).replace("cached_tokens\" : 16", "cached_tokens\" : null");
+        assert_ne!(recounted, params(1));
+        assert_eq!(leases.pull(recounted.as_bytes()), Ok(7));
         assert_eq!(leases.pull(params(1).as_bytes()), Err(Refusal::Reused));
         assert_eq!((leases.gauges(), cache.usage()), ((1, 32), 0.25));
         assert_eq!((leases.expire(false), leases.expire(true)), (0, 1));

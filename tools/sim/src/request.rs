@@ -48,6 +48,10 @@ pub struct Generation {
     pub store: bool,
     /// `x-request-id`, if the client sent one.
     pub request_id: Option<String>,
+    /// Whether the KV cache does not come, so that the prompt is computed here.
+    pub recomputes: bool,
+    /// How long the server stands still before it fetches the KV cache.
+    pub stall: Option<std::time::Duration>,
     limits: Vec<Limits>,
 }
 
@@ -113,6 +117,8 @@ impl Generation {
             previous: fields.get("previous_response_id")?.filter(|_| api == Api::Responses),
             store: fields.get("store")?.unwrap_or(true) && api == Api::Responses,
             request_id: None,
+            recomputes: false,
+            stall: None,
             limits,
         })
     }

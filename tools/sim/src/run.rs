@@ -64,8 +64,15 @@ impl Pod {
             let sequence = self.compute(generation, index, prompt, &mut run.presence).await?;
             run.usage.prompt += prompt.tokens();
             run.usage.cached += sequence.reused_tokens;
+            let block_tokens = u64::from(self.config.block_tokens);
+            let whole_blocks = prompt.tokens() / block_tokens * block_tokens;
+            run.usage.created += whole_blocks.saturating_sub(sequence.reused_tokens);
             run.longest = sequence.outputs.iter().map(|output| output.tokens).fold(run.longest, u64::max);
             run.sequences.push(sequence);
+        }
+        // vLLM 0.32 reports the prefill server's hits in place of its own, whether the KV cache came or not.
+        if let Some(told) = remote.and_then(|remote| remote.prefills_cached) {
+            run.usage.cached = told;
         }
         run.due = Instant::now();
         self.ttft.observe(run.due - since);
@@ -99,8 +106,11 @@ impl Pod {
         let cached = blocks.hits() as u64 * block_tokens;
         let mut wrong = None;
         let mut external = 0;
-        if generation.leg() == Leg::Decode {
+        if generation.leg() == Leg::Decode && !generation.recomputes {
             drop(turn);
+            if let Some(time) = generation.stall {
+                tokio::time::sleep(time).await;
+            }
             external = tokens - cached;
             wrong = self.fetch(generation, index, prompt).await?;
             pause(self.timing.transfer(external)).await;
@@ -224,7 +234,7 @@ impl Pod {
         (tokens > 0 && file.exists()).then_some(tokens)
     }
 
-    fn keep(&self, blocks: Allocation, prompt: &Prompt, id: &str, request_id: Option<&str>) -> String {
+    fn keep(&self, blocks: Allocation, prompt: &Prompt, cached: u64, id: &str, request_id: Option<&str>) -> String {
         let ticket = self.ticket();
         let (host, port) = self.side_channel.get().map_or(("127.0.0.1", 0), |(host, port)| (host.as_str(), *port));
         let issue = Issue {
@@ -233,6 +243,7 @@ impl Pod {
             host,
             port,
             tokens: prompt.tokens(),
+            cached,
             // Between 2^62 and 2^63: a legal int64 that no double holds.
             ticket: (1 << 62) | (ticket >> 2) | 1,
         };
@@ -328,7 +339,7 @@ impl Run {
                 blocks.commit(&more);
             }
             if matches!(generation.kv, KvParams::Keep) && output.finish == Finish::Length {
-                let raw = pod.keep(blocks, prompt, id, generation.request_id.as_deref());
+                let raw = pod.keep(blocks, prompt, sequence.reused_tokens, id, generation.request_id.as_deref());
                 if index == 0 {
                     params = Some(raw);
                 }

@@ -31,7 +31,7 @@ async fn a_chat_answer_has_vllms_fields() {
         }],
         "service_tier": null, "system_fingerprint": null,
         "usage": {"prompt_tokens": 8, "total_tokens": 13, "completion_tokens": 5,
-            "prompt_tokens_details": {"cached_tokens": 0}},
+            "prompt_tokens_details": {"cached_tokens": 0, "created_cache_tokens": 0}},
         "prompt_logprobs": null, "prompt_token_ids": null, "kv_transfer_params": null,
     });
     assert_eq!(value, expected);

@@ -7,7 +7,9 @@ use pd_sim::{Config, Handle, Role, WRONG_PREFIX, expected_text, start};
 use serde_json::json;
 use tokio::io::AsyncReadExt as _;
 
-use crate::client::{Answer, CHAT, COMPLETIONS, ask, begin, chat, decode_leg, post, prefill_leg, send};
+use crate::client::{
+    Answer, CHAT, COMPLETIONS, ask, ask_with_fault, begin, chat, decode_leg, get, post, prefill_leg, send,
+};
 
 const PROMPT: &str = "Once upon a time there was a prompt of more than one block, and it lived on a prefill server.";
 
@@ -81,6 +83,48 @@ async fn used_altered_and_expired_params_give_wrong_text_with_200() {
     // What was computed from the wrong KV is not taken for the prompt's.
     let answer = ask(&other, CHAT, &chat(PROMPT, "")).await;
     assert_eq!(answer.choice(0), right);
+}
+
+#[tokio::test]
+async fn decode_reports_the_prefill_servers_hits_unless_it_is_told_none() {
+    let (prefill, other) = pair().await;
+    let details = |answer: &Answer| answer.json()["usage"]["prompt_tokens_details"].clone();
+    for (number, (fault, told, is_own)) in
+        [("", true, false), ("handover:recompute", true, false), ("", false, true), ("handover:recompute", false, true)]
+            .into_iter()
+            .enumerate()
+    {
+        let prompt = format!("{number} {PROMPT}");
+        let mut params = params(&prefill, &prompt).await;
+        assert!(params.contains("\"remote_prefill_cached_tokens\" : 0,"), "{params}");
+        if !told {
+            params = params.replace("cached_tokens\" : 0", "cached_tokens\" : null");
+        }
+        let answer = ask_with_fault(&other, fault, &decode_leg(&prompt, &params, "")).await.unwrap();
+        assert_eq!(answer.choice(0), expected_text("sim", chat(&prompt, "")));
+        let (prompt_tokens, details) = (answer.json()["usage"]["prompt_tokens"].clone(), details(&answer));
+        // Its own count tells whether the KV cache came; the one that it is told does not.
+        let own = if fault.is_empty() { prompt_tokens } else { json!(0) };
+        assert_eq!(details["cached_tokens"], if is_own { own } else { json!(0) }, "{fault} {told}");
+        assert_eq!(details["created_cache_tokens"] == json!(0), fault.is_empty(), "{details}");
+    }
+}
+
+#[tokio::test]
+async fn a_decode_server_that_stands_still_beyond_the_lease_answers_wrong_text() {
+    let lease = Duration::from_millis(50);
+    let prefill = start(Config { lease, ..Config::of(Role::Prefill) }).await.unwrap();
+    let other = start(Config::of(Role::Decode)).await.unwrap();
+    let body = decode_leg(PROMPT, &params(&prefill, PROMPT).await, "");
+    let answer = ask_with_fault(&other, "handover:stall=150", &body).await.unwrap();
+    assert_eq!(answer.status, 200);
+    assert!(answer.choice(0).starts_with(WRONG_PREFIX), "{}", answer.text);
+    let page = send(get(&prefill, "/metrics")).await.unwrap().text;
+    for name in ["nixl_num_kv_expired_reqs_total", "nixl_num_notifications_after_expiry_total"] {
+        let line = page.lines().find(|line| line.starts_with(&format!("vllm:{name}{{"))).unwrap();
+        assert!(line.ends_with(" 1.0"), "{line}");
+    }
+    assert!(page.lines().any(|line| line.starts_with("process_start_time_seconds 1")), "{page}");
 }
 
 #[tokio::test]

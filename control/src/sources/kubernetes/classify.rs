@@ -118,6 +118,7 @@ impl Reader<'_> {
         let mut endpoints = Vec::new();
         for port in ports {
             endpoint.address = SocketAddr::new(ip, port);
+            endpoint.container = self.pod.container(port);
             match ranks {
                 None => endpoints.push(endpoint.clone()),
                 Some(ranks) => {

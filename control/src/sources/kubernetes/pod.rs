@@ -7,6 +7,7 @@ use kube::api::DynamicObject;
 use pd_core::wire::State;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
+use xxhash_rust::xxh3::xxh3_64;
 
 /// Namespace and name of a pod.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -32,6 +33,8 @@ pub struct Pod {
     pub state: State,
     /// Whether all of its containers run, as far as the pod says.
     pub is_running: bool,
+    /// Id of each container, where it has one, and the ports that the container names.
+    pub containers: Vec<(Option<String>, Vec<u16>)>,
     /// Number of times that a container of the pod was started again.
     pub restarts: u64,
     /// Whether all of its containers have ended for good.
@@ -56,6 +59,8 @@ struct Spec {
 
 #[derive(Deserialize)]
 struct Container {
+    #[serde(default)]
+    name: String,
     #[serde(default)]
     ports: Vec<ContainerPort>,
 }
@@ -83,6 +88,10 @@ struct Status {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct ContainerStatus {
+    #[serde(default)]
+    name: String,
+    #[serde(default, rename = "containerID")]
+    container_id: Option<String>,
     #[serde(default)]
     restart_count: u64,
     /// One member: `waiting`, `running` or `terminated`.
@@ -112,6 +121,18 @@ impl std::fmt::Display for PodName {
 }
 
 impl Pod {
+    /// Names the containers that serve a port, or all of them where none names it: another name is another process. `None`
+    /// where an id is not known.
+    #[must_use]
+    pub fn container(&self, port: u16) -> Option<String> {
+        let has_port = |(_, ports): &&(Option<String>, Vec<u16>)| ports.contains(&port);
+        let is_named = self.containers.iter().any(|container| has_port(&container));
+        let serving = self.containers.iter().filter(|container| !is_named || has_port(container));
+        let mut ids = serving.map(|(id, _)| id.as_deref()).collect::<Option<Vec<_>>>().filter(|ids| !ids.is_empty())?;
+        ids.sort_unstable();
+        Some(format!("{:016x}", xxh3_64(ids.join(" ").as_bytes())))
+    }
+
     /// Reads an object.
     ///
     /// # Errors
@@ -129,6 +150,12 @@ impl Pod {
             (false, true) => State::Ready,
             (false, false) => State::Down,
         };
+        let ports_of = |name: &str| {
+            let own = spec.containers.iter().filter(|container| container.name == name);
+            own.flat_map(|container| &container.ports).map(|port| port.container_port).collect()
+        };
+        let id = |it: &ContainerStatus| it.container_id.clone().filter(|id| !id.is_empty());
+        let containers = status.container_statuses.iter().map(|it| (id(it), ports_of(&it.name))).collect();
         let ports = spec.containers.into_iter().flat_map(|container| container.ports);
         let is_tcp = |port: &ContainerPort| port.protocol.as_deref().is_none_or(|protocol| protocol == "TCP");
         Ok(Self {
@@ -141,6 +168,7 @@ impl Pod {
                 .container_statuses
                 .iter()
                 .all(|it| it.state.is_empty() || it.state.contains_key("running")),
+            containers,
             restarts: status.container_statuses.iter().fold(0, |sum, it| sum.saturating_add(it.restart_count)),
             is_finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
             created: metadata.creation_timestamp.map_or(0, |time| time.0.as_second()),

@@ -166,6 +166,7 @@ impl Pool {
             (Key::PoolsMediaAudioTokens, raw.media.audio_tokens),
             (Key::PoolsMediaVideoTokens, raw.media.video_tokens),
             (Key::PoolsMediaFileTokens, raw.media.file_tokens),
+            (Key::PoolsKvLeaseMs, raw.kv_lease_ms as f64),
             (Key::PoolsQueueNoEndpointMs, raw.queue.no_endpoint_ms as f64),
         ];
         for (key, value) in numbers {
@@ -206,6 +207,7 @@ impl Pool {
                 file_tokens: raw.media.file_tokens,
             },
             tells_prefills_cached_tokens: matches!(raw.cached_tokens, CachedTokens::Prefill),
+            kv_lease: (raw.kv_lease_ms > 0).then(|| Duration::from_millis(raw.kv_lease_ms)),
             limits: Limits { requests: raw.max_requests, tokens: raw.max_tokens },
             queue: Queue {
                 is_on: raw.queue.enabled,

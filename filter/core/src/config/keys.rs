@@ -203,6 +203,8 @@ keys! {
         "Tokens of a document."
     PoolsCachedTokens "pools.NAME.cached_tokens" r#""prefill""#, Values::OneOf(&["prefill", "decode"]),
         "Whose `cached_tokens` the answer of a split request carries. `prefill`: the tokens that the prefill server found in its cache; the filter then reads each part of an answer that carries its usage. `decode`: the decode server's count, which includes the tokens it fetched."
+    PoolsKvLeaseMs "pools.NAME.kv_lease_ms" "30000", Values::between(0.0, 86_400_000.0, "ms"),
+        "How long vLLM's prefill servers keep a KV cache for its decode leg: `kv_lease_duration` of their `kv_connector_extra_config`, or `VLLM_NIXL_ABORT_REQUEST_TIMEOUT` of versions without it. A split request whose first token comes later gets an error with the reason `kv_lease_over`, because its text may be wrong. 0: the filter passes such answers on."
 }
 
 /// A key of an object: of an endpoint, or of a file of pd-control.

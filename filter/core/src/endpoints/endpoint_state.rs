@@ -33,6 +33,10 @@ pub struct EndpointState {
     /// 0 while hand-overs to this endpoint are believed. After an answer that shows a prompt computed twice: answers that
     /// must show a KV cache that came until they are believed again.
     pub kv_doubts: u8,
+    /// Leases on KV caches that this prefill endpoint let expire since it started, as far as is known.
+    pub(crate) expired_kv_leases: f64,
+    /// Whether the last answer to a split request began later than the lease on its KV cache.
+    pub(crate) answers_late: bool,
     /// Doubts in the blocks that the index has for this endpoint, from answers that say how much was cached.
     pub(crate) wrong_beliefs: u8,
     /// Prompts in a row that this endpoint computed and at which decode endpoints failed that serve whole requests.
@@ -81,6 +85,8 @@ impl EndpointState {
     ) -> Self {
         Self {
             address: endpoint.address.to_string().into(),
+            expired_kv_leases: endpoint.expired_kv_leases.unwrap_or(0) as f64,
+            answers_late: false,
             endpoint,
             key,
             engine: from_pool.engine,

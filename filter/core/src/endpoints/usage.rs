@@ -12,6 +12,12 @@ pub struct Usage {
 }
 
 impl Usage {
+    /// The usage with cached tokens that the engine told elsewhere, unless its usage has them.
+    #[must_use]
+    pub fn with_cached_tokens(self, told: Option<u64>) -> Self {
+        Self { cached_tokens: self.cached_tokens.or(told), ..self }
+    }
+
     /// Reads `usage.prompt_tokens` and `usage.prompt_tokens_details.cached_tokens`, or the same with `input_` as
     /// `/v1/responses` has them. `None` where the prompt's tokens are missing, not a number or 0.
     #[must_use]

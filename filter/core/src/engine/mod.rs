@@ -8,6 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use protocol::CachedTokensOf;
 pub use protocol::{EngineIdQuery, Handover, LegOrder, Pair, Protocol, pair_id};
 
 pub mod acceptance;
@@ -95,7 +96,8 @@ mod testing {
     }
 
     pub fn handover(engine: Engine, api: Api, answer: &str) -> Handover {
-        (engine.protocol().handover)(api, &Object::read(answer.as_bytes()).unwrap_or_default())
+        let answer = Object::read(answer.as_bytes()).unwrap_or_default();
+        (engine.protocol().handover)(api, &answer, CachedTokensOf::Prefill)
     }
 
     pub fn insert(members: &str) -> Handover {

@@ -1,6 +1,6 @@
 //! vLLM with the Mooncake connector: both legs name a transfer, the decode leg also the prefill engine's id.
 
-use super::protocol::{EngineIdQuery, LegOrder, Pair, Protocol, no_handover};
+use super::protocol::{EngineIdQuery, LegOrder, Pair, Protocol, no_handover, no_told_cached_tokens};
 use crate::body::json;
 
 pub(super) static PROTOCOL: Protocol = Protocol {
@@ -8,6 +8,7 @@ pub(super) static PROTOCOL: Protocol = Protocol {
     decodes_alone: true,
     hands_over_several: false,
     max_sequences: None,
+    has_kv_lease: false,
     counts_fetched_tokens: true,
     limits_prefill: true,
     samples_first_token: true,
@@ -16,6 +17,7 @@ pub(super) static PROTOCOL: Protocol = Protocol {
     prefill_members,
     decode_members,
     handover: no_handover,
+    told_cached_tokens: no_told_cached_tokens,
 };
 
 fn prefill_members(pair: &Pair<'_>) -> Vec<u8> {

@@ -1,6 +1,6 @@
 //! AWS Neuron: the decode leg quotes the whole prefill answer.
 
-use super::protocol::{Handover, LegOrder, Protocol, no_members};
+use super::protocol::{CachedTokensOf, Handover, LegOrder, Protocol, no_members, no_told_cached_tokens};
 use crate::body::Api;
 use crate::body::json::Object;
 
@@ -9,6 +9,7 @@ pub(super) static PROTOCOL: Protocol = Protocol {
     decodes_alone: true,
     hands_over_several: false,
     max_sequences: None,
+    has_kv_lease: false,
     counts_fetched_tokens: true,
     limits_prefill: true,
     samples_first_token: false,
@@ -17,9 +18,10 @@ pub(super) static PROTOCOL: Protocol = Protocol {
     prefill_members: no_members,
     decode_members: no_members,
     handover,
+    told_cached_tokens: no_told_cached_tokens,
 };
 
-fn handover(_: Api, answer: &Object<'_>) -> Handover {
+fn handover(_: Api, answer: &Object<'_>, _: CachedTokensOf) -> Handover {
     match answer.text() {
         text @ [b'{', ..] => Handover::insert([br#""disagg_prefill_resp":"#, text].concat()),
         _ => Handover::Missing,

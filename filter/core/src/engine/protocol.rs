@@ -17,6 +17,9 @@ pub struct Protocol {
     pub hands_over_several: bool,
     /// Most sequences of one request, where both legs name each of them; `None` where they do not.
     pub max_sequences: Option<u32>,
+    /// Whether prefill endpoints keep a KV cache for a time only, and a decode endpoint that fetches it later answers wrong
+    /// text.
+    pub has_kv_lease: bool,
     /// Whether the cached tokens of a decode endpoint's answer include those that it fetched, so that they show whether
     /// the endpoint computed the prompt itself.
     pub counts_fetched_tokens: bool,
@@ -35,7 +38,19 @@ pub struct Protocol {
     /// Members to put in front of the body of a decode leg that goes out with its prefill leg; may be empty.
     pub(crate) decode_members: fn(&Pair<'_>) -> Vec<u8>,
     /// Reads the answer of a prefill leg that the decode leg waited for.
-    pub(crate) handover: fn(Api, &Object<'_>) -> Handover,
+    pub(crate) handover: fn(Api, &Object<'_>, CachedTokensOf) -> Handover,
+    /// Reads the prompt tokens that the prefill endpoint had cached out of the parameters in its answer, where the decode
+    /// endpoint reports them as its own. `None` where the parameters do not tell them.
+    pub(crate) told_cached_tokens: fn(&Object<'_>) -> Option<u64>,
+}
+
+/// Whose cached tokens the decode endpoint is to report, where the parameters of the hand-over decide that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CachedTokensOf {
+    /// Those of the prefill leg, if the engine tells them to the decode endpoint.
+    Prefill,
+    /// Its own, with the tokens that it fetched: they show whether the KV cache came.
+    Decode,
 }
 
 /// In which order the legs go.
@@ -112,6 +127,11 @@ pub(super) fn no_members(_: &Pair<'_>) -> Vec<u8> {
 }
 
 /// For protocols whose decode leg needs no parameters.
-pub(super) fn no_handover(_: Api, _: &Object<'_>) -> Handover {
+pub(super) fn no_handover(_: Api, _: &Object<'_>, _: CachedTokensOf) -> Handover {
     Handover::Nothing
+}
+
+/// For protocols whose decode endpoint always reports its own cached tokens.
+pub(super) fn no_told_cached_tokens(_: &Object<'_>) -> Option<u64> {
+    None
 }

@@ -1,6 +1,6 @@
 //! SGLang: both legs meet in a bootstrap room at the prefill endpoint.
 
-use super::protocol::{LegOrder, Pair, Protocol, no_handover};
+use super::protocol::{LegOrder, Pair, Protocol, no_handover, no_told_cached_tokens};
 
 /// Sequences that one request may ask for; each has a bootstrap room of its own, which takes 50 bytes of both legs'
 /// bodies. vLLM's own bound of `n` is 16,384.
@@ -13,6 +13,7 @@ pub(super) static PROTOCOL: Protocol = Protocol {
     hands_over_several: true,
     max_sequences: Some(MAX_SEQUENCES),
     // A decode endpoint's answer repeats the tokens that the prefill endpoint had cached.
+    has_kv_lease: false,
     counts_fetched_tokens: false,
     limits_prefill: false,
     samples_first_token: false,
@@ -21,6 +22,7 @@ pub(super) static PROTOCOL: Protocol = Protocol {
     prefill_members: rooms,
     decode_members,
     handover: no_handover,
+    told_cached_tokens: no_told_cached_tokens,
 };
 
 /// Where the legs meet: one value each, or a list with one for every sequence of a batch.

@@ -1,12 +1,13 @@
 //! llm-d's routing sidecar beside the decode endpoint: it runs the prefill leg at the endpoint that a header names.
 
-use super::protocol::{LegOrder, Protocol, no_handover, no_members};
+use super::protocol::{LegOrder, Protocol, no_handover, no_members, no_told_cached_tokens};
 
 pub(super) static PROTOCOL: Protocol = Protocol {
     legs: LegOrder::DecodeOnly,
     decodes_alone: true,
     hands_over_several: false,
     max_sequences: None,
+    has_kv_lease: false,
     counts_fetched_tokens: true,
     limits_prefill: true,
     samples_first_token: false,
@@ -15,4 +16,5 @@ pub(super) static PROTOCOL: Protocol = Protocol {
     prefill_members: no_members,
     decode_members: no_members,
     handover: no_handover,
+    told_cached_tokens: no_told_cached_tokens,
 };

@@ -1,6 +1,6 @@
 //! TensorRT-LLM: parameters travel from the context answer to the generation request.
 
-use super::protocol::{Handover, LegOrder, Pair, Protocol, no_members};
+use super::protocol::{Handover, LegOrder, Pair, Protocol, no_members, no_told_cached_tokens};
 use crate::body::json::{self, Object};
 use crate::body::{Api, Key, KeySet};
 
@@ -9,6 +9,7 @@ pub(super) static PROTOCOL: Protocol = Protocol {
     decodes_alone: true,
     hands_over_several: false,
     max_sequences: None,
+    has_kv_lease: false,
     counts_fetched_tokens: false,
     limits_prefill: true,
     samples_first_token: false,
@@ -16,7 +17,8 @@ pub(super) static PROTOCOL: Protocol = Protocol {
     engine_id: None,
     prefill_members,
     decode_members: no_members,
-    handover: |api, answer| handover(api, answer).unwrap_or(Handover::Missing),
+    handover: |api, answer, _| handover(api, answer).unwrap_or(Handover::Missing),
+    told_cached_tokens: no_told_cached_tokens,
 };
 
 fn prefill_members(pair: &Pair<'_>) -> Vec<u8> {

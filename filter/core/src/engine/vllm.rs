@@ -1,8 +1,10 @@
 //! vLLM: its NIXL connector, and connectors over shared storage.
 
-use super::protocol::{Handover, LegOrder, Pair, Protocol, no_handover, no_members};
+use super::protocol::{
+    CachedTokensOf, Handover, LegOrder, Pair, Protocol, no_handover, no_members, no_told_cached_tokens,
+};
 use crate::body::Api;
-use crate::body::json::Object;
+use crate::body::json::{self, Object};
 
 /// Pull or push. Push mode pairs the legs by `x-request-id`, which both carry.
 pub(super) static NIXL: Protocol = Protocol {
@@ -10,6 +12,7 @@ pub(super) static NIXL: Protocol = Protocol {
     decodes_alone: true,
     hands_over_several: false,
     max_sequences: None,
+    has_kv_lease: true,
     counts_fetched_tokens: true,
     limits_prefill: true,
     samples_first_token: true,
@@ -19,6 +22,7 @@ pub(super) static NIXL: Protocol = Protocol {
     prefill_members,
     decode_members: no_members,
     handover,
+    told_cached_tokens,
 };
 
 /// LMCache or a shared directory: the decode endpoint looks the prompt's blocks up there.
@@ -27,6 +31,7 @@ pub(super) static SHARED_STORAGE: Protocol = Protocol {
     decodes_alone: true,
     hands_over_several: true,
     max_sequences: None,
+    has_kv_lease: false,
     counts_fetched_tokens: true,
     limits_prefill: true,
     samples_first_token: true,
@@ -35,6 +40,7 @@ pub(super) static SHARED_STORAGE: Protocol = Protocol {
     prefill_members: no_members,
     decode_members: no_members,
     handover: no_handover,
+    told_cached_tokens: no_told_cached_tokens,
 };
 
 /// Parameters that make a prefill endpoint keep the blocks and name them in its answer.
@@ -44,11 +50,23 @@ fn prefill_members(_: &Pair<'_>) -> Vec<u8> {
     REMOTE_DECODE.into()
 }
 
-fn handover(_: Api, answer: &Object<'_>) -> Handover {
-    match answer.get("kv_transfer_params") {
-        Some(params) if is_usable(params) => Handover::insert([br#""kv_transfer_params":"#, params].concat()),
-        _ => Handover::Missing,
-    }
+/// Parameter with the prompt tokens that the prefill server had cached. vLLM 0.32 and later report them as the decode
+/// server's `cached_tokens`, whether the KV cache came or not. Any value that is no integer makes the decode server report
+/// its own.
+const TOLD_CACHED_TOKENS: &str = "remote_prefill_cached_tokens";
+
+fn handover(_: Api, answer: &Object<'_>, cached_tokens: CachedTokensOf) -> Handover {
+    let Some(params) = answer.get("kv_transfer_params").filter(|params| is_usable(params)) else {
+        return Handover::Missing;
+    };
+    let is_taken_back = cached_tokens == CachedTokensOf::Decode && told_cached_tokens(answer).is_some();
+    let changed = if is_taken_back { json::with_member(params, TOLD_CACHED_TOKENS, b"null") } else { None };
+    Handover::insert([br#""kv_transfer_params":"#, changed.as_deref().unwrap_or(params)].concat())
+}
+
+fn told_cached_tokens(answer: &Object<'_>) -> Option<u64> {
+    let params = Object::read(answer.get("kv_transfer_params")?).ok()?;
+    core::str::from_utf8(params.get(TOLD_CACHED_TOKENS)?).ok()?.parse().ok()
 }
 
 /// Whether a decode server can use the parameters. One that lacks `remote_request_id` hangs, null block ids end it.
@@ -73,6 +91,27 @@ mod tests {
                 r#"{{{REMOTE_DECODE},"max_completion_tokens":1,"max_tokens":1,"stream":false,"model":"m", "messages":[{{"role":"user","content":"hi","x":1}}],"seed":9007199254740993,"z":{{"y":[1.0e5]}}}}"#
             )
         );
+    }
+
+    #[test]
+    fn a_decode_server_that_is_to_count_itself_does_not_get_the_prefill_servers_count() {
+        let with = |told: &str| {
+            format!(
+                r#"{{"do_remote_prefill":true,"remote_block_ids":[[1]],"remote_request_id":"r", {told}"n":18446744073709551617}}"#
+            )
+        };
+        for (told, of_prefill, read) in [
+            (r#""remote_prefill_cached_tokens" : 16, "#, r#""remote_prefill_cached_tokens" : null, "#, Some(16)),
+            (r#""remote_prefill_cached_tokens":null,"#, r#""remote_prefill_cached_tokens":null,"#, None),
+            ("", "", None),
+        ] {
+            let answer = format!(r#"{{"kv_transfer_params":{}}}"#, with(told));
+            let answer = Object::read(answer.as_bytes()).unwrap();
+            let members = |told: &str| insert(&format!(r#""kv_transfer_params":{}"#, with(told)));
+            assert_eq!((NIXL.handover)(Api::Chat, &answer, CachedTokensOf::Prefill), members(told));
+            assert_eq!((NIXL.handover)(Api::Chat, &answer, CachedTokensOf::Decode), members(of_prefill));
+            assert_eq!((NIXL.told_cached_tokens)(&answer), read);
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::effect::{Effect, Flow, KV_HEADER, Outcome, SERVED_HEADER};
+use super::kv_lease::{self, KvLease, Part};
 use super::leg::{PrefillAnswer, abandon, engines_reply, leg_ended, refused_alone};
 use super::route::{JUDGED_TOKENS, prefill_ms};
 use super::state::{ConcurrentPrefill, Forwarded, Response, State};
@@ -38,6 +39,9 @@ impl Forwarded {
         answer: PrefillAnswer<'_>,
         now: Monotonic,
     ) -> Step {
+        if self.kv_lease.as_ref().is_some_and(KvLease::is_asking) {
+            return self.kv_lease_told(worker, &answer, now);
+        }
         let Some(concurrent) = self.concurrent_prefill.take() else { return self.stay(Vec::new()) };
         let mut warning =
             leg_ended(worker, concurrent.endpoint, (concurrent.leg, concurrent.started), &answer, now).warning;
@@ -75,6 +79,25 @@ impl Forwarded {
         .after(warning)
     }
 
+    /// The prefill server told its metrics, or did not, while the answer's headers were held.
+    fn kv_lease_told(mut self: Box<Self>, worker: &mut Worker, answer: &PrefillAnswer<'_>, now: Monotonic) -> Step {
+        let metrics: &[u8] = if let PrefillAnswer::Answered { status: 200, body, .. } = answer { body } else { b"" };
+        let is_kept = self.kv_lease.take().is_some_and(|lease| lease.is_kept(worker, metrics));
+        if is_kept {
+            worker.counts.count(Metric::LatePassed);
+            self.response = Response::Passed;
+            return self.stay(vec![Effect::ResumeResponse]);
+        }
+        self.refuse_late(worker, Vec::new(), now)
+    }
+
+    /// The answer may be wrong, and nothing of it has gone to the client.
+    fn refuse_late(mut self: Box<Self>, worker: &mut Worker, mut effects: Vec<Effect>, now: Monotonic) -> Step {
+        effects.extend(worker.answered_late(self.assignment.endpoint).map(Effect::Warn));
+        self.end(worker, now);
+        Step::refuse(Rejection::KvLeaseOver).after(effects)
+    }
+
     fn stay(self: Box<Self>, effects: Vec<Effect>) -> Step {
         Step::new(State::Forwarded(self), Flow::Pause, effects)
     }
@@ -93,6 +116,18 @@ impl Forwarded {
             self.end(worker, now);
             return Step::refuse(Rejection::WrongEndpoint).after(effects);
         }
+        let is_accepted = answerer.host().is_some() && status == Some(200);
+        let mut question = None;
+        match self.kv_lease.as_mut().filter(|_| is_accepted).map(|lease| lease.headers(worker, now)) {
+            Some(kv_lease::Headers::Late) => return self.refuse_late(worker, effects, now),
+            Some(kv_lease::Headers::Ask(call)) => question = Some(Effect::Call(call)),
+            Some(kv_lease::Headers::Stream) => {}
+            Some(kv_lease::Headers::InTime) => {
+                worker.answered_in_time(self.assignment.endpoint);
+                self.kv_lease = None;
+            }
+            None => self.kv_lease = None,
+        }
         if self.is_restricted {
             effects.extend(served_by(answerer));
         }
@@ -102,14 +137,15 @@ impl Forwarded {
         if self.editor.as_ref().is_some_and(|editor| editor.changes_length()) {
             effects.push(Effect::RemoveResponseHeader("content-length"));
         }
-        self.is_accepted = answerer.host().is_some() && status == Some(200);
+        self.is_accepted = is_accepted;
         let is_refusal = answerer.host().is_some() && matches!(status, Some(400..=428 | 430..=499));
         self.assignment.answered(worker, is_refusal);
         if is_refusal && self.strands_if_refused {
             worker.counts.count(Metric::KvStrandedRefused);
         }
         // A refusal does not wait for the KV cache.
-        let is_held = self.concurrent_prefill.is_some() && answerer.host().is_some() && status == Some(200);
+        let is_held = (self.concurrent_prefill.is_some() && is_accepted) || question.is_some();
+        effects.extend(question);
         self.response = if is_held { Response::Held } else { Response::Passed };
         let flow = if is_held { Flow::Pause } else { Flow::Continue };
         Step::new(State::Forwarded(self), flow, effects)
@@ -131,6 +167,7 @@ impl Forwarded {
                 if endpoint != self.assignment.endpoint {
                     self.fail_before(worker, endpoint, now);
                     worker.counts.count(Metric::DecodeMoved);
+                    self.believed_tokens = None;
                     self.assignment.move_to(worker, endpoint, now);
                 }
                 // An error of the client: the endpoint works, and may still fail with what others accept.
@@ -235,7 +272,20 @@ impl Forwarded {
     }
 
     /// A part of the response's body is there.
-    pub(super) fn response_part(&mut self, worker: &mut Worker, part: &[u8], is_last: bool) -> Outcome {
+    pub(super) fn response_part(&mut self, worker: &mut Worker, part: &[u8], is_last: bool, now: Monotonic) -> Outcome {
+        match self.kv_lease.as_mut().map(|lease| lease.part(part, is_last, now)) {
+            Some(Part::Ended(outcome)) => return outcome,
+            Some(Part::Late(error)) => {
+                self.editor = None;
+                let warning = worker.answered_late(self.assignment.endpoint).map(Effect::Warn);
+                return Outcome { flow: Flow::Continue, effects: warning.into_iter().chain([error]).collect() };
+            }
+            Some(Part::InTime) => {
+                worker.answered_in_time(self.assignment.endpoint);
+                self.kv_lease = None;
+            }
+            Some(Part::Preface) | None => {}
+        }
         let Some(editor) = &mut self.editor else { return Outcome::GO_ON };
         let edited = editor.part(part, is_last);
         let drain = u32::try_from(part.len()).unwrap_or(u32::MAX);
@@ -251,6 +301,10 @@ impl Forwarded {
             self.editor = None;
             if let Some(usage) = usage.filter(|_| self.is_judged) {
                 effects.extend(judge(worker, self.assignment.endpoint, usage));
+            }
+            let cached = usage.and_then(|usage| usage.cached_tokens);
+            if let Some((believed, cached)) = self.believed_tokens.zip(cached).filter(|_| self.is_accepted) {
+                worker.judge_belief(self.assignment.endpoint, believed, cached);
             }
         }
         Outcome { flow: Flow::Continue, effects }

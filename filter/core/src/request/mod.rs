@@ -19,6 +19,7 @@
 //! | `turn` | what becomes of a waiting request when it is its turn |
 //! | `head`, `parsed`, `models`, `stored`, `clean` | what headers and body say |
 //! | `serve`, `split`, `leg`, `route` | how a request is served: by two legs or by one, and where they go |
+//! | `kv_lease` | whether an answer came while the KV cache was kept |
 //! | `assignment` | the ledger's entry of a request that an endpoint has |
 //! | `response_editor` | what changes in the response |
 //! | `effect`, `reply`, `ready` | what the shell does, and what the filter answers itself |
@@ -32,6 +33,7 @@ use crate::workers::worker::{Ticket, Worker};
 
 use forwarded::served_by;
 use head::decoded_path;
+use kv_lease::KvLease;
 use state::{Reading, State};
 use step::Step;
 use upstream::Answerer;
@@ -41,6 +43,7 @@ mod clean;
 mod effect;
 mod forwarded;
 pub(crate) mod head;
+mod kv_lease;
 mod leg;
 pub(crate) mod models;
 mod new;
@@ -179,9 +182,9 @@ impl Request {
     }
 
     /// A part of the response's body came, as the client would get it; `is_last`: the response ends with it.
-    pub fn response_part(&mut self, worker: &mut Worker, part: &[u8], is_last: bool) -> Outcome {
+    pub fn response_part(&mut self, worker: &mut Worker, part: &[u8], is_last: bool, now: Monotonic) -> Outcome {
         match &mut self.state {
-            State::Forwarded(forwarded) => forwarded.response_part(worker, part, is_last),
+            State::Forwarded(forwarded) => forwarded.response_part(worker, part, is_last, now),
             _ => Outcome::GO_ON,
         }
     }
@@ -246,7 +249,9 @@ impl Request {
     pub fn awaits_call(&self) -> bool {
         match &self.state {
             State::Prefilling(_) => true,
-            State::Forwarded(forwarded) => forwarded.concurrent_prefill.is_some(),
+            State::Forwarded(forwarded) => {
+                forwarded.concurrent_prefill.is_some() || forwarded.kv_lease.as_ref().is_some_and(KvLease::is_asking)
+            }
             State::New | State::Reading(_) | State::Parked(_) | State::Waiting(_) | State::Watched | State::Over => {
                 false
             }
@@ -268,7 +273,8 @@ impl Request {
     /// Whether [`response_part`](Self::response_part) needs the response's body.
     #[must_use]
     pub fn wants_response_body(&self) -> bool {
-        matches!(&self.state, State::Forwarded(forwarded) if forwarded.editor.is_some())
+        matches!(&self.state, State::Forwarded(forwarded)
+            if forwarded.editor.is_some() || forwarded.kv_lease.as_ref().is_some_and(KvLease::reads_body))
     }
 }
 

@@ -130,6 +130,12 @@ impl ParsedRequest {
         (self.prompt.tokens as u64).saturating_add(self.output_tokens)
     }
 
+    /// Whether the response will show cached tokens where the filter reads them. `/v1/messages` subtracts them from its
+    /// `input_tokens`.
+    pub(super) fn shows_cached_tokens(&self) -> bool {
+        self.shows_usage && self.api != Api::Messages
+    }
+
     /// The edit of the body where nothing is put in front.
     pub(super) fn plain_edit(&self) -> HeadEdit {
         self.plan.with_insert(b"")

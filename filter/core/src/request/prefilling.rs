@@ -17,7 +17,7 @@ use crate::config::OnPrefillFailure;
 use crate::endpoints::candidates::Candidates;
 use crate::endpoints::table::{EndpointRef, PromptEstimate};
 use crate::endpoints::usage::Usage;
-use crate::engine::{Handover, legs};
+use crate::engine::{CachedTokensOf, Handover, legs};
 use crate::metrics::Metric;
 use crate::request::reply::{Rejection, Reply};
 use crate::time::Monotonic;
@@ -192,12 +192,20 @@ impl Prefilling {
         let Prompt { bytes, tokens, media, .. } = split.parsed.prompt;
         let matched_tokens = prefiller.pick.matched_tokens;
         let estimate = PromptEstimate { bytes: bytes as f64, media, tokens, matched_tokens };
-        let usage = Usage::of_answer(answer);
+        let protocol = prefiller.partner.engine.protocol();
+        let told = (protocol.told_cached_tokens)(answer);
+        let usage = Usage::of_answer(answer).map(|usage| usage.with_cached_tokens(told));
         worker.state.table.saw_prefill(prefiller.endpoint, estimate, seconds, usage);
         if let Some(cached) = usage.and_then(|usage| usage.cached_tokens) {
             worker.judge_belief(prefiller.endpoint, matched_tokens, cached);
         }
-        let handover = (prefiller.partner.engine.protocol().handover)(split.parsed.api, answer);
+        // The filter knows what the prefill leg had cached, and tells the client.
+        let cached_tokens = if usage.is_some() && split.parsed.shows_cached_tokens() {
+            CachedTokensOf::Decode
+        } else {
+            CachedTokensOf::Prefill
+        };
+        let handover = (protocol.handover)(split.parsed.api, answer, cached_tokens);
         let kv_warning = note_kv_missing(worker, prefiller.endpoint, handover == Handover::Missing);
         let edit = edit_with(&split.parsed, &handover, body);
         let is_kv_missing = edit.is_none();

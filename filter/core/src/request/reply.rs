@@ -47,6 +47,8 @@ pub enum Rejection {
     NoEndpoint,
     /// Envoy's cluster lacks the endpoints that were named, and one that may not generate answered. 503.
     WrongEndpoint,
+    /// The answer began later than the prefill server keeps the KV cache for, and may be wrong. 503.
+    KvLeaseOver,
     /// Prefill failed at every endpoint that was tried, and the pool's policy is `fail`. 503.
     PrefillFailed,
     /// The plugin configuration was refused, and there is no earlier one. 503; the text is the refusal.
@@ -152,12 +154,15 @@ impl Rejection {
             Self::Queue(refusal) => (429, "rate_limit_error", None, refusal.code()),
             Self::NoEndpoint => (503, "service_unavailable_error", None, "no_endpoint"),
             Self::WrongEndpoint => (503, "service_unavailable_error", None, "wrong_endpoint"),
+            Self::KvLeaseOver => (503, "service_unavailable_error", None, "kv_lease_over"),
             Self::PrefillFailed => (503, "service_unavailable_error", None, "prefill_failed"),
             Self::NotConfigured(_) => (503, "service_unavailable_error", None, "not_configured"),
         }
     }
 
-    fn message(&self) -> String {
+    /// The error's text for people.
+    #[must_use]
+    pub fn message(&self) -> String {
         match self {
             Self::InvalidJson(why) => why.clone(),
             Self::InvalidForm(error) => error.to_string(),
@@ -181,6 +186,10 @@ impl Rejection {
             Self::Shed(_) | Self::Queue(_) => "the model is overloaded; try again later".to_owned(),
             Self::NoEndpoint => "no endpoint is ready for this model".to_owned(),
             Self::WrongEndpoint => "the gateway does not have the endpoints of this model".to_owned(),
+            Self::KvLeaseOver => {
+                "the answer began later than the KV cache of its prompt was kept for, and may be wrong; try again"
+                    .to_owned()
+            }
             Self::PrefillFailed => "no prefill endpoint could compute the prompt".to_owned(),
             Self::NotConfigured(why) => format!("the prefill/decode filter has no valid configuration: {why}"),
         }

@@ -5,6 +5,7 @@ use super::effect::{
     DECODE, DESTINATION, Effect, Flow, MATCHED_TOKENS, PREFILL, PREFILL_MS, PREFILLER, RANK, REASON, decision_name,
 };
 use super::head::Subset;
+use super::kv_lease::KvLease;
 use super::parsed::ParsedRequest;
 use super::state::{ConcurrentPrefill, Forwarded, Response, State};
 use super::step::Step;
@@ -22,6 +23,7 @@ use crate::request::models::Served;
 use crate::request::reply::Rejection;
 use crate::request::response_editor::ResponseEditor;
 use crate::time::Monotonic;
+use crate::workers::judge::LEAST_BELIEF;
 use crate::workers::recent::DecisionRecord;
 use crate::workers::worker::Worker;
 
@@ -117,6 +119,8 @@ pub(super) fn forward(
     let concurrent_prefill =
         if let Prefill::Concurrent(_, concurrent) = route.prefill { Some(concurrent) } else { None };
     let is_judged = is_judged(worker, parsed, &route);
+    let believed_tokens = believed_tokens(parsed, &route);
+    let reads_usage = is_judged || believed_tokens.is_some();
     let forwarded = Forwarded {
         assignment,
         alternates: route.alternates.iter().filter_map(|index| worker.state.table.refer(*index)).collect(),
@@ -126,9 +130,11 @@ pub(super) fn forward(
             Prefill::Done { is_kv_missing: false, .. } | Prefill::Concurrent(..)
         ),
         handed_over_by: route.prefill.handed_over_by(),
+        kv_lease: route.prefill.handed_over_by().and_then(|prefill| KvLease::begin(worker, parsed, prefill, now)),
         is_kv_missing: route.prefill.is_kv_missing(),
-        editor: response_editor(parsed, &route.prefill, is_judged).map(Box::new),
+        editor: response_editor(parsed, &route.prefill, reads_usage).map(Box::new),
         is_judged,
+        believed_tokens,
         is_restricted: parsed.head.subset.is_some(),
         response: Response::Awaited,
         is_accepted: false,
@@ -266,9 +272,16 @@ fn is_judged(worker: &Worker, parsed: &ParsedRequest, route: &Route) -> bool {
             .is_some_and(|state| state.engine.protocol().counts_fetched_tokens)
 }
 
+/// Tokens of a prompt that the endpoint which serves it whole is believed to hold, where they are so many that its answer
+/// can be judged by them.
+fn believed_tokens(parsed: &ParsedRequest, route: &Route) -> Option<f64> {
+    let is_whole = matches!(route.prefill, Prefill::Own) && parsed.shows_cached_tokens();
+    Some(route.pick.matched_tokens).filter(|tokens| is_whole && *tokens >= LEAST_BELIEF)
+}
+
 /// Editor of the response to a request: of the model's name where it is put back, and of the usage where the response
 /// will tell it. A stream is read for its cached tokens only where they are corrected, for it has many parts.
-fn response_editor(parsed: &ParsedRequest, prefill: &Prefill, is_judged: bool) -> Option<ResponseEditor> {
+fn response_editor(parsed: &ParsedRequest, prefill: &Prefill, reads_usage: bool) -> Option<ResponseEditor> {
     let (tells_cached_tokens, cached_tokens) = match prefill {
         Prefill::Done { usage, .. } => {
             let cached = usage.and_then(|usage| usage.cached_tokens);
@@ -279,7 +292,7 @@ fn response_editor(parsed: &ParsedRequest, prefill: &Prefill, is_judged: bool) -
     };
     let is_split = prefill.hands_over();
     let tells_cached_tokens = tells_cached_tokens && is_split && parsed.pool().tells_prefills_cached_tokens;
-    let reads_usage = parsed.shows_usage && is_split && (tells_cached_tokens || is_judged && !parsed.is_stream);
+    let reads_usage = parsed.shows_usage && (tells_cached_tokens || reads_usage && !parsed.is_stream);
     if !reads_usage && parsed.put_back.is_none() {
         return parsed.is_kept.then(ResponseEditor::of_id);
     }

@@ -2,6 +2,7 @@
 
 use super::assignment::Assignment;
 use super::head::RequestHead;
+use super::kv_lease::KvLease;
 use super::parsed::ParsedRequest;
 use super::response_editor::ResponseEditor;
 use crate::choose::scheduler::Pick;
@@ -100,12 +101,17 @@ pub(super) struct Forwarded {
     pub(super) strands_if_refused: bool,
     /// The prefill endpoint whose KV cache the decode endpoint was told to fetch.
     pub(super) handed_over_by: Option<EndpointRef>,
+    /// The lease on that KV cache, while it is not known that the answer is in time.
+    pub(super) kv_lease: Option<KvLease>,
     /// Whether the decode endpoint computes the prompt a second time.
     pub(super) is_kv_missing: bool,
     /// Editor of the response's body; `None` where the body is not read.
     pub(super) editor: Option<Box<ResponseEditor>>,
     /// Whether the usage in the response shows that the KV cache came.
     pub(super) is_judged: bool,
+    /// Tokens of the prompt that the endpoint was believed to hold, where it serves the request whole and its usage will
+    /// tell.
+    pub(super) believed_tokens: Option<f64>,
     /// Whether a peer restricted the endpoints, and wants to know who served.
     pub(super) is_restricted: bool,
     pub(super) response: Response,

@@ -79,6 +79,17 @@ pub struct Endpoint {
     /// Whether it may get work.
     #[serde(default, skip_serializing_if = "is_default_state")]
     pub state: State,
+    /// Names the containers behind the address, where the source knows them: other text is another process. Files do not
+    /// have this key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<String>,
+    /// Names the prefix cache behind the address, as `pd-control` learns it from the engine's metrics: another number is
+    /// another cache, which is empty. Files do not have this key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_epoch: Option<u64>,
+    /// KV leases that the engine let expire since it started, as it tells. Files do not have this key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expired_kv_leases: Option<u64>,
 }
 
 /// Keys of [`Endpoint`], for readers that refuse unknown ones.
@@ -164,6 +175,9 @@ impl Endpoint {
             min_prompt_tokens: None,
             max_prompt_tokens: None,
             state: State::Ready,
+            container: None,
+            cache_epoch: None,
+            expired_kv_leases: None,
         }
     }
 

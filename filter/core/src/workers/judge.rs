@@ -15,7 +15,7 @@ const HANDOVERS_IN_A_ROW: u8 = 3;
 
 /// Fewest tokens that an endpoint must be believed to hold for a comparison with what it says. Engines cache whole blocks,
 /// and the tokens are an estimate.
-const LEAST_BELIEF: f64 = 512.0;
+pub(crate) const LEAST_BELIEF: f64 = 512.0;
 
 /// Doubts at which what an endpoint holds is forgotten: three answers, or two where nothing was cached.
 const MOST_DOUBTS: u8 = 3;
@@ -48,6 +48,28 @@ impl Worker {
         self.happens(endpoint, &Event::Forgot);
         if is_new {
             self.counts.count(Metric::CachesForgotten);
+        }
+    }
+
+    /// A decode endpoint began its answer to a split request later than its KV lease: the client got an error. A warning
+    /// where that begins.
+    pub(crate) fn answered_late(&mut self, decode: EndpointRef) -> Option<String> {
+        self.counts.count(Metric::LateRefused);
+        let state = self.state.table.resolve(decode)?;
+        let begins = !core::mem::replace(&mut state.answers_late, true);
+        begins.then(|| {
+            format!(
+                "{} began an answer later than its KV lease (`pools.NAME.kv_lease_ms`): the client got an error, because \
+                 the text may be wrong. It stood still, or is overloaded",
+                state.address
+            )
+        })
+    }
+
+    /// A decode endpoint began its answer to a split request within its KV lease.
+    pub(crate) fn answered_in_time(&mut self, decode: EndpointRef) {
+        if let Some(state) = self.state.table.resolve(decode) {
+            state.answers_late = false;
         }
     }
 

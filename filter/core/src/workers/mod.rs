@@ -11,7 +11,7 @@
 pub mod bind;
 pub(crate) mod event;
 mod inheritance;
-mod judge;
+pub(crate) mod judge;
 mod keepers;
 pub(crate) mod ledger;
 pub mod log;

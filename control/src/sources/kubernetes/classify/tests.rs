@@ -235,3 +235,34 @@ fn a_worker_of_a_group_is_an_endpoint_where_it_serves() {
     let leader = json!({"llm-d.ai/role": "decode", "leaderworkerset.sigs.k8s.io/worker-index": "0"});
     assert_eq!(one(&with_ports(&leader, json!([]))).address.port(), 8_000);
 }
+
+#[test]
+fn an_endpoint_names_the_containers_that_serve_its_port() {
+    let of = |annotations: Value, engine: Value, sidecar: &str| {
+        let pod = json!({
+            "metadata": {"name": "p", "namespace": "n", "labels": {"llm-d.ai/role": "decode"}, "annotations": annotations},
+            "spec": {"containers": [
+                {"name": "sidecar", "ports": [{"containerPort": 9000}]},
+                {"name": "engine", "ports": [{"containerPort": 8100}]},
+            ]},
+            "status": {"phase": "Running", "podIP": "10.0.0.1", "containerStatuses": [
+                {"name": "engine", "containerID": engine, "state": {"running": {}}},
+                {"name": "sidecar", "containerID": sidecar, "state": {"running": {}}},
+            ]},
+        });
+        one(&read(pod).unwrap()).container
+    };
+    let serving = |engine: &str, sidecar: &str| of(json!({"envoy-pd/port": "8100"}), engine.into(), sidecar);
+    let first = serving("containerd://a", "containerd://s");
+    assert!(first.is_some());
+    assert_eq!(first, serving("containerd://a", "containerd://t"), "another container's restart is not the engine's");
+    assert_ne!(first, serving("containerd://b", "containerd://s"));
+    // A port that no container names may be any container's.
+    let unnamed = |sidecar: &str| of(json!({"envoy-pd/port": "7000"}), "containerd://a".into(), sidecar);
+    assert_ne!(unnamed("containerd://s"), unnamed("containerd://t"));
+    // Ids that are not there yet are not known.
+    for unknown in [Value::Null, json!("")] {
+        assert_eq!(of(json!({"envoy-pd/port": "8100"}), unknown, "containerd://s"), None);
+    }
+    assert_eq!(one(&pod(json!({"llm-d.ai/role": "decode"}), json!({}))).container, None);
+}

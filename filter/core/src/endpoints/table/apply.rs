@@ -89,12 +89,20 @@ impl Table {
         };
         let known = self.by_id.get(&endpoint.id()).copied();
         if let Some(state) = known.and_then(|index| self.get_mut(index)) {
-            // A process that was down is a new one, and its cache is empty.
-            let is_new_process = state.endpoint.state == State::Down && endpoint.state == State::Ready;
+            let is_new_process = is_new_process(&state.endpoint, endpoint);
             if is_new_process || (state.engine, state.bootstrap) != (from_pool.engine, from_pool.bootstrap) {
                 state.engine_id = None;
             }
+            if let Some(expired) = endpoint.expired_kv_leases
+                && endpoint.expired_kv_leases != state.endpoint.expired_kv_leases
+            {
+                state.expired_kv_leases = expired as f64;
+            }
             let before = core::mem::replace(&mut state.endpoint, endpoint.clone());
+            // A source that does not know the process for a moment does not make it another one.
+            let Endpoint { container, cache_epoch, .. } = &mut state.endpoint;
+            *container = container.take().or_else(|| before.container.clone());
+            *cache_epoch = cache_epoch.or(before.cache_epoch);
             keep_models(&mut state.endpoint, before);
             state.set(from_pool);
             if let Some(index) = known.filter(|_| is_new_process) {
@@ -148,6 +156,18 @@ impl Table {
         let sorted: Vec<_> = self.by_key.iter().filter_map(|(_, index)| Some((*index, state_of(*index)?))).collect();
         self.sets = CandidateSets::new(&sorted, state_of);
         self.models.serve(self.sets.model_names().into_iter());
+    }
+}
+
+/// Whether the process behind an endpoint is a new one, so that its cache is empty. Where nothing names the process, one
+/// that was down is a new one.
+fn is_new_process(before: &Endpoint, now: &Endpoint) -> bool {
+    let containers = before.container.as_ref().zip(now.container.as_ref()).map(|(before, now)| before == now);
+    let caches = before.cache_epoch.zip(now.cache_epoch).map(|(before, now)| before == now);
+    match (containers, caches) {
+        (Some(false), _) | (_, Some(false)) => true,
+        (Some(true), _) | (_, Some(true)) => false,
+        (None, None) => before.state == State::Down && now.state == State::Ready,
     }
 }
 

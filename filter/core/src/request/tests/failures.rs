@@ -601,3 +601,78 @@ fn an_endpoint_that_returns_from_down_holds_nothing() {
     assert!(list(4, "down") > 0, "the requests that it has may tell");
     assert_eq!(list(5, "ready"), 0);
 }
+
+#[test]
+fn an_endpoint_holds_what_its_process_holds() {
+    // What the list says of the process, one list after the other; whether the last one forgets.
+    let container = |id: &str| format!(r#","container":"{id}""#);
+    let start = |epoch: u32| format!(r#","cache_epoch":{epoch}"#);
+    let down = r#","state":"down""#;
+    for (lists, is_forgotten) in [
+        (vec![container("a"), container("b")], true),
+        (vec![start(1), start(2)], true),
+        (vec![format!("{}{}", container("a"), start(1)), format!("{}{}", container("a"), start(2))], true),
+        (vec![container("a"), container("a")], false),
+        // A flap of readiness is no restart, where the process is known.
+        (vec![start(1), format!("{}{down}", start(1)), start(1)], false),
+        (vec![container("a"), format!("{}{down}", container("a")), container("a")], false),
+        (vec![start(1), format!("{}{down}", start(1)), start(2)], true),
+        // A source that does not know it for a moment knows it before and after.
+        (vec![container("a"), down.to_owned(), container("a")], false),
+        (vec![container("a"), down.to_owned(), container("b")], true),
+        (vec![start(1), String::new(), start(1)], false),
+        // Learning it is no news.
+        (vec![String::new(), start(1)], false),
+        (vec![container("a"), format!("{}{}", container("a"), start(1))], false),
+        (vec![String::new(), down.to_owned(), String::new()], true),
+    ] {
+        let mut t = fixture();
+        t.headers(&[]);
+        let prefill = leg_destination(&t.body(&long_body())).split(',').next().unwrap().to_owned();
+        t.done();
+        for (version, process) in lists.iter().enumerate() {
+            let text = format!(
+                r#"{{"wire":1,"epoch":"e","version":{},"endpoints":[{{"address":"{prefill}","role":"prefill",
+                "models":["m"]{process}}},{{"address":"10.0.0.2:1","role":"decode","models":["m"]}}]}}"#,
+                version + 1
+            );
+            assert!(held(&t, &prefill) > 0, "{lists:?}");
+            t.worker.apply(text.as_bytes()).unwrap();
+        }
+        assert_eq!(held(&t, &prefill) == 0, is_forgotten, "{lists:?}");
+    }
+}
+
+#[test]
+fn whole_requests_judge_what_an_endpoint_holds() {
+    let whole = |number: usize| {
+        let words = "word ".repeat(1_600);
+        format!(r#"{{"model":"m","messages":[{{"role":"user","content":"{words}"}}],"seed":{number}}}"#)
+    };
+    for (cached, after) in [(0, 2), (900, 3), (2_000, 0)] {
+        let never = r#"{"pools":{"default":{"split":{"mode":"never"}}},"#;
+        let mut t = configured(
+            &CONFIG
+                .replacen('{', never, 1)
+                .replace(r#"{"address": "10.0.0.2:2", "role": "decode", "models": ["m"]}"#, "")
+                .replace(r#""role": "decode", "models": ["m"]},"#, r#""role": "decode", "models": ["m"]}"#),
+        );
+        let mut forgotten = 0;
+        for number in 0..5 {
+            t.request = Request::default();
+            t.headers(&[]);
+            let decode = state(&t.body(&whole(number)), DECODE).to_owned();
+            t.request.response_headers(&mut t.worker, Answerer::Host(decode.as_bytes()), Some(200), t.now);
+            let usage =
+                format!(r#"{{"usage":{{"prompt_tokens":2000,"prompt_tokens_details":{{"cached_tokens":{cached}}}}}}}"#);
+            assert_eq!(t.request.wants_response_body(), number > 0, "the first one is believed to find nothing");
+            t.request.response_part(&mut t.worker, usage.as_bytes(), true, t.now);
+            t.done();
+            if t.worker.counts.pending(Metric::CachesForgotten) > 0 {
+                forgotten = number;
+                break;
+            }
+        }
+        assert_eq!(forgotten, after, "{cached}");
+    }
+}

@@ -65,7 +65,8 @@ fn judged(t: &mut Fixture, body: &str, prefill: u64, decode: u64) -> Vec<Effect>
     let decode_endpoint = state(&outcome, DECODE).to_owned();
     t.request.response_headers(&mut t.worker, Answerer::Host(decode_endpoint.as_bytes()), Some(200), t.now);
     let reads = t.request.wants_response_body();
-    let effects = t.request.response_part(&mut t.worker, format!("{{{}}}", usage(decode)).as_bytes(), true).effects;
+    let effects =
+        t.request.response_part(&mut t.worker, format!("{{{}}}", usage(decode)).as_bytes(), true, t.now).effects;
     assert!(reads || effects.is_empty());
     t.done();
     effects
@@ -98,6 +99,49 @@ fn cached_tokens_are_those_of_the_prefill_leg() {
             }
             assert_eq!(t.worker.counts.pending(Metric::KvNotMoved), 0);
         }
+    }
+}
+
+/// vLLM 0.32 and later: decode reports the `remote_prefill_cached_tokens` of its parameters, unless they tell none.
+#[test]
+fn a_decode_endpoint_that_would_repeat_the_prefill_legs_count_is_judged_by_its_own() {
+    let told = PARAMS.replacen('{', r#"{"remote_prefill_cached_tokens":16,"#, 1);
+    let streamed = long_body().replacen('{', r#"{"stream_options":{"include_usage":true},"#, 1);
+    for (path, body, details, repeats) in [
+        ("/v1/chat/completions", whole_body(), true, false),
+        ("/v1/chat/completions", whole_body(), false, false),
+        ("/v1/chat/completions", streamed, true, false),
+        // Nothing of the answer is read, so that nothing of it can be put right.
+        ("/v1/chat/completions", long_body(), true, true),
+        ("/v1/messages", whole_body(), true, true),
+    ] {
+        let mut t = fixture();
+        t.request.headers(
+            &mut t.worker,
+            Headers::from_pairs([(":method", "POST"), (":path", path), (":authority", "a")]),
+            false,
+            t.now,
+        );
+        t.body(&body);
+        let details = if details { r#","prompt_tokens_details":{"cached_tokens":16}"# } else { "" };
+        let answer = format!(r#"{{"usage":{{"prompt_tokens":1000{details}}},"kv_transfer_params":{told}}}"#);
+        let outcome = t.answer(200, &answer);
+        let leg = edited(&outcome, &body);
+        let count = member(member(&leg, "kv_transfer_params"), "remote_prefill_cached_tokens").to_owned();
+        assert_eq!(count == "16", repeats, "{path} {body:.60}");
+        if repeats {
+            continue;
+        }
+        let decode = state(&outcome, DECODE).to_owned();
+        t.request.response_headers(&mut t.worker, Answerer::Host(decode.as_bytes()), Some(200), t.now);
+        let own = r#"{"usage":{"prompt_tokens":1000,"prompt_tokens_details":{"cached_tokens":999}}}"#;
+        let effects = t.request.response_part(&mut t.worker, own.as_bytes(), true, t.now).effects;
+        let told = effects.iter().any(|effect| match effect {
+            Effect::EditResponse(edit) => text(&edit.head).contains(r#""cached_tokens": 16}"#),
+            _ => false,
+        });
+        assert!(told, "the client reads the prefill leg's count: {effects:?}");
+        assert_eq!(t.worker.counts.pending(Metric::KvNotMoved), 0);
     }
 }
 

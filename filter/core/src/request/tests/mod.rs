@@ -15,6 +15,7 @@ mod engines;
 mod failures;
 mod handover;
 mod headers;
+mod kv_lease;
 mod media;
 mod models;
 mod refusals;

@@ -58,12 +58,12 @@ fn an_alias_is_rewritten_in_both_legs_and_put_back_in_the_answer() {
     let outcome = t.request.response_headers(&mut t.worker, Answerer::Host(upstream.as_bytes()), None, t.now);
     assert_eq!(outcome.effects, [Effect::RemoveResponseHeader("content-length")]);
     assert!(t.request.wants_response_body());
-    let outcome = t.request.response_part(&mut t.worker, br#"data: {"model":"m"}"#, false);
+    let outcome = t.request.response_part(&mut t.worker, br#"data: {"model":"m"}"#, false, t.now);
     assert_eq!(
         outcome.effects,
         [Effect::EditResponse(HeadEdit { drain: 19, head: br#"data: {"model":"gpt"}"#.to_vec() })]
     );
-    assert_eq!(t.request.response_part(&mut t.worker, b"", true).effects, []);
+    assert_eq!(t.request.response_part(&mut t.worker, b"", true, t.now).effects, []);
     assert!(!t.request.wants_response_body());
     t.done();
     assert!(t.is_idle());

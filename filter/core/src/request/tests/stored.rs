@@ -23,7 +23,7 @@ fn ask(t: &mut Fixture, body: &str, answer: &[&str]) -> String {
         if !t.request.wants_response_body() {
             continue;
         }
-        let outcome = t.request.response_part(&mut t.worker, part.as_bytes(), i + 1 == answer.len());
+        let outcome = t.request.response_part(&mut t.worker, part.as_bytes(), i + 1 == answer.len(), t.now);
         assert_eq!(outcome.flow, Flow::Continue);
     }
     t.done();
@@ -95,6 +95,6 @@ fn a_response_that_is_not_kept_is_not_learnt() {
     let outcome = t.body(r#"{"model":"m","input":"a"}"#);
     let decode = state(&outcome, DECODE).to_owned();
     t.request.response_headers(&mut t.worker, Answerer::Host(decode.as_bytes()), Some(400), t.now);
-    t.request.response_part(&mut t.worker, br#"{"id":"resp_2"}"#, true);
+    t.request.response_part(&mut t.worker, br#"{"id":"resp_2"}"#, true, t.now);
     assert_eq!(reply(&headers(&mut t, "GET", "/v1/responses/resp_2", true)), (404, "unknown_response"));
 }
