@@ -5,6 +5,7 @@
 #
 # ROLE: aggregated, prefill, decode. CONNECTOR: pull, push (NIXL; SIDE_PORT is where its peers meet it), shared (files in
 # DIRECTORY). KV_LOAD_FAILURE=recompute: a decode server that cannot get the KV cache computes the prompt, in place of an error.
+# KV_LEASE_S: for how many seconds a prefill server keeps a KV cache, 300 by default.
 # TOOL_PARSER: the form of tool calls, hermes by default.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -21,7 +22,7 @@ case $role in
 esac
 # On a busy machine NIXL's first meeting of two servers takes longer than the lease of 30 s that prefill gives its blocks.
 nixl() {
-    echo '{"kv_connector_extra_config":{"kv_lease_duration":300},"kv_connector":"'"$1"'","kv_role":"'$nixl_role'","kv_buffer_device":"cpu",'"$policy"'}'
+    echo '{"kv_connector_extra_config":{"kv_lease_duration":'"${KV_LEASE_S:-300}"'},"kv_connector":"'"$1"'","kv_role":"'$nixl_role'","kv_buffer_device":"cpu",'"$policy"'}'
 }
 case $connector in
     '') ;;

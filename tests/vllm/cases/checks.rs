@@ -21,11 +21,11 @@ const CONCURRENT: usize = 24;
 const MEETINGS: usize = 5;
 
 /// A request and the answer of one server.
-struct Question {
-    path: &'static str,
-    body: Value,
-    expected: String,
-    prompt_tokens: u64,
+pub struct Question {
+    pub path: &'static str,
+    pub body: Value,
+    pub expected: String,
+    pub prompt_tokens: u64,
 }
 
 impl Question {
@@ -45,12 +45,12 @@ impl Question {
     }
 
     /// Asks through Envoy.
-    async fn ask(&self, pair: &Pair) -> Answer {
+    pub async fn ask(&self, pair: &Pair) -> Answer {
         client(pair.rig.address()).await.post(self.path, self.body.to_string()).await
     }
 
     #[track_caller]
-    fn assert_right(&self, pair: &Pair, answer: &Answer) {
+    pub fn assert_right(&self, pair: &Pair, answer: &Answer) {
         let of = || format!("{:?}, {} tokens of {}", pair.connector, self.prompt_tokens, self.path);
         assert_eq!(answer.status, 200, "{}: {}", of(), answer.text());
         assert_eq!(text(&answer.body), self.expected, "{}", of());
@@ -65,7 +65,8 @@ pub fn new_prompt(bytes: usize) -> String {
     words(&format!("vllm-{}", COUNT.fetch_add(1, Relaxed)), bytes)
 }
 
-async fn question(pair: &Pair, path: &'static str, bytes: usize, stream: bool) -> Question {
+/// A question that no request had before.
+pub async fn question(pair: &Pair, path: &'static str, bytes: usize, stream: bool) -> Question {
     let mut body = json!({"max_tokens": 24, "stream": stream});
     if path == CHAT {
         body["messages"] = json!([{"role": "user", "content": new_prompt(bytes)}]);

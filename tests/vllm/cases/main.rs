@@ -5,6 +5,7 @@
 
 mod checks;
 mod gate;
+mod kv_leases;
 mod launcher;
 mod servers;
 mod tools;
@@ -27,6 +28,26 @@ static AGGREGATED: Mutex<Option<Arc<Server>>> = Mutex::const_new(None);
 /// Form of tool calls that the servers read, unless a test wants another one.
 const TOOL_PARSER: &str = "hermes";
 
+/// KV lease of the prefill servers in seconds, unless a test wants another one: on a busy machine NIXL's first meeting of two
+/// servers takes longer than vLLM's own 30.
+const KV_LEASE_S: u64 = 300;
+
+/// How the servers of a pair differ.
+#[derive(Clone, Copy, Debug)]
+struct Options<'a> {
+    /// What decode does about a KV cache that it cannot get: `fail` or `recompute`.
+    failure: &'a str,
+    /// Form of tool calls.
+    parser: &'a str,
+    kv_lease_s: u64,
+}
+
+impl<'a> Options<'a> {
+    fn new(failure: &'a str) -> Self {
+        Self { failure, parser: TOOL_PARSER, kv_lease_s: KV_LEASE_S }
+    }
+}
+
 /// One connector's servers behind Envoy.
 struct Pair {
     connector: Connector,
@@ -42,31 +63,36 @@ struct Pair {
 impl Pair {
     /// Starts the servers, then Envoy; `failure` is what decode does about a KV cache that it cannot get.
     async fn start(connector: Connector, failure: &str) -> Self {
-        Self::with_tool_parser(connector, failure, TOOL_PARSER).await
+        Self::with(connector, Options::new(failure)).await
     }
 
-    /// As [`start`](Self::start), with servers that read tool calls in another form.
-    async fn with_tool_parser(connector: Connector, failure: &str, parser: &str) -> Self {
+    /// As [`start`](Self::start), with servers that differ.
+    async fn with(connector: Connector, options: Options<'_>) -> Self {
         limit_time();
         let mut turn = AGGREGATED.lock().await;
-        let aggregated = || Arc::new(Server::start(&directory("aggregated"), "aggregated", None, (failure, parser)));
-        let aggregated = turn.take().filter(|_| parser == TOOL_PARSER).unwrap_or_else(aggregated);
+        let is_usual = options.parser == TOOL_PARSER;
+        let aggregated = || Arc::new(Server::start(&directory("aggregated"), "aggregated", None, options));
+        let aggregated = turn.take().filter(|_| is_usual).unwrap_or_else(aggregated);
         let directory = directory(connector.name());
         let [prefill, decode] =
-            ["prefill", "decode"].map(|role| Server::start(&directory, role, Some(connector), (failure, parser)));
+            ["prefill", "decode"].map(|role| Server::start(&directory, role, Some(connector), options));
         until_ready(&[&aggregated, &prefill, &decode]).await;
-        *turn = Some(Arc::clone(&aggregated)).filter(|_| parser == TOOL_PARSER);
+        *turn = Some(Arc::clone(&aggregated)).filter(|_| is_usual);
         let gate = Gate::to(decode.address).await;
         let engine = if connector == Connector::Shared { "vllm-shared" } else { "vllm-nixl" };
         let rig = Rig::builder().engines(0, 0).other(prefill.address, "prefill").other(gate.address, "decode");
-        // A token of this model is a byte or two.
-        let rig = rig.pool(json!({"engine": engine, "bytes_per_token": 1.5, "split": {"uncached_tokens": 64}}));
+        let rig = rig.pool(Self::pool(options.kv_lease_s)).pool(json!({"engine": engine}));
         let rig = rig.envoy(|config| config.http()["stream_idle_timeout"] = "90s".into()).start();
         Self { connector, aggregated, prefill, decode, gate, rig: rig.await, _turn: turn }
     }
 }
 
 impl Pair {
+    /// The pool's policy. A token of this model is a byte or two.
+    fn pool(kv_lease_s: u64) -> serde_json::Value {
+        json!({"bytes_per_token": 1.5, "split": {"uncached_tokens": 64}, "kv_lease_ms": kv_lease_s * 1_000})
+    }
+
     /// Ends it, and makes sure that nothing of it is left.
     async fn stop(self) {
         let processes: Vec<u32> =
@@ -115,6 +141,8 @@ fn nixl_pull() {
         checks::answers_are_those_of_one_server(&pair).await;
         checks::a_second_turn_is_right(&pair).await;
         checks::many_at_once_are_right(&pair).await;
+        kv_leases::the_engines_tell_what_the_filter_reads(&pair).await;
+        kv_leases::a_healthy_split_raises_no_alarm(&pair).await;
         tools::forced_calls_and_schemas_are_right(&pair).await;
         checks::a_clients_parameters_end_no_server(&pair).await;
         checks::a_prefill_server_killed_between_the_legs_is_an_error(&pair, 500).await;
@@ -137,10 +165,34 @@ fn nixl_push() {
 }
 
 #[test]
+fn a_kv_cache_that_does_not_come_raises_the_alarm() {
+    run(async {
+        let pair = Pair::start(Connector::Pull, "recompute").await;
+        checks::until_met(&pair).await;
+        kv_leases::a_healthy_split_raises_no_alarm(&pair).await;
+        checks::a_prefill_server_killed_between_the_legs_goes_unnoticed(&pair).await;
+        kv_leases::a_prompt_that_decode_computed_raises_the_alarm(&pair).await;
+        pair.stop().await;
+    });
+}
+
+#[test]
+fn a_kv_lease_that_expires() {
+    run(async {
+        let kv_lease_s = 12;
+        let pair = Pair::with(Connector::Pull, Options { kv_lease_s, ..Options::new("fail") }).await;
+        checks::until_met(&pair).await;
+        let lease = Duration::from_secs(kv_lease_s);
+        kv_leases::a_decode_server_that_stands_still_gives_no_wrong_text(&pair, lease).await;
+        pair.stop().await;
+    });
+}
+
+#[test]
 fn other_tool_parsers() {
     run(async {
         for parser in ["xlam", "pythonic"] {
-            let pair = Pair::with_tool_parser(Connector::Pull, "fail", parser).await;
+            let pair = Pair::with(Connector::Pull, Options { parser, ..Options::new("fail") }).await;
             checks::until_met(&pair).await;
             tools::forced_calls_and_schemas_are_right(&pair).await;
             pair.stop().await;

@@ -11,6 +11,8 @@ use pd_support::port::Port;
 use pd_support::process::{self, Process};
 use pd_support::wait::{self, until_true};
 
+use crate::Options;
+
 /// How long servers may take to start: three of them take 100 s on two cores.
 pub const START_LIMIT: Duration = Duration::from_secs(420);
 /// Between two signs of life while they start.
@@ -54,11 +56,15 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts one; `failure` is what it does about KV caches that it cannot get: `fail` or `recompute`. `parser` names the
-    /// form of tool calls.
-    pub fn start(directory: &Path, role: &str, connector: Option<Connector>, (failure, parser): (&str, &str)) -> Self {
+    /// Starts one.
+    pub fn start(directory: &Path, role: &str, connector: Option<Connector>, options: Options<'_>) -> Self {
         let (port, side) = (Port::reserve(), Port::reserve());
-        let mut arguments = vec![format!("KV_LOAD_FAILURE={failure}"), format!("TOOL_PARSER={parser}")];
+        let Options { failure, parser, kv_lease_s } = options;
+        let mut arguments = vec![
+            format!("KV_LOAD_FAILURE={failure}"),
+            format!("TOOL_PARSER={parser}"),
+            format!("KV_LEASE_S={kv_lease_s}"),
+        ];
         arguments.push(root().join("tests/vllm/serve.sh").display().to_string());
         arguments.extend([role.to_owned(), port.address().port().to_string()]);
         if let Some(connector) = connector {
