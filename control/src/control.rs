@@ -17,6 +17,7 @@ use crate::access::tls::{Protocol, Tls, TlsFiles};
 use crate::access::token::Token;
 use crate::api::app::{App, LogLevel};
 use crate::api::http;
+use crate::api::in_flight::{InFlight, MAX_EXCHANGE_BYTES, MAX_HOST_EXCHANGE_BYTES, MAX_HOST_VIEWS, MAX_VIEWS};
 use crate::api::metrics::Metrics;
 use crate::api::server::{self, MAX_CONNECTIONS, MAX_SCALER_CONNECTIONS, Serving};
 use crate::counters::Counters;
@@ -66,10 +67,12 @@ pub struct Config {
     pub scaler: Option<SocketAddr>,
     /// The EDS file to write; none: pd-control writes none.
     pub eds: Option<EdsFile>,
-    /// Bearer token of filters and replicas, which `/v1/…` requires; none: anyone may read.
+    /// Bearer token of filters, which `/v1/…` requires; none: anyone may read.
     pub token: Option<Token>,
     /// Bearer token of operators; none: that of the filters does.
     pub operator: Option<Token>,
+    /// Bearer token of replicas; none: that of the filters does.
+    pub peers_token: Option<Token>,
     /// How often to compare the file where the kernel reports no changes.
     pub poll: Duration,
 }
@@ -106,7 +109,7 @@ impl Control {
         }
         let listeners = Listeners::open(&config).await?;
         let sources = Sources::open(&config).await?;
-        let parts = Parts::new(&sources);
+        let parts = Parts::new(&sources, &config);
         let mut tasks = JoinSet::new();
         parts.publish(sources, &config, &mut tasks)?;
         tasks.spawn(Arc::clone(&parts.hub).prune(Arc::clone(&parts.counters)));
@@ -275,12 +278,12 @@ struct Parts {
 }
 
 impl Parts {
-    fn new(sources: &Sources) -> Self {
+    fn new(sources: &Sources, config: &Config) -> Self {
         Self {
             registry: Arc::new(Registry::new(&new_epoch(), SystemTime::now())),
             counters: Arc::default(),
             health: Arc::new(ListHealth::new(sources.names())),
-            hub: Arc::default(),
+            hub: Arc::new(SharedHub::new(config.peers_token.as_ref().or(config.token.as_ref()))),
             scrapes: Arc::default(),
             pods: Arc::clone(&sources.pods),
         }
@@ -322,7 +325,9 @@ impl Parts {
             polls: Arc::default(),
             hub,
             log: config.log,
-            rights: Rights { filter: config.token, operator: config.operator },
+            exchanges: Arc::new(InFlight::new(MAX_EXCHANGE_BYTES, MAX_HOST_EXCHANGE_BYTES)),
+            views: Arc::new(InFlight::new(MAX_VIEWS, MAX_HOST_VIEWS)),
+            rights: Rights { filter: config.token, operator: config.operator, peers: config.peers_token },
             stopping,
         }
     }

@@ -2,6 +2,7 @@
 
 mod api;
 mod api_server;
+mod attack;
 mod browser;
 mod chaos;
 mod check;

@@ -85,6 +85,7 @@ impl Rig {
             eds: None,
             token: None,
             operator: None,
+            peers_token: None,
             // Out of the way: what is seen, the kernel has reported.
             poll: Duration::from_secs(3_600),
         };

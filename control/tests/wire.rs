@@ -111,8 +111,14 @@ fn messages() -> (ExchangeRequest, ExchangeResponse) {
         blocks: blocks.clone(),
         report: br#"{"version":1}"#.to_vec(),
     };
-    let request =
-        ExchangeRequest { from: 1, known_state: (2, 3), wants: true, known: vec![(4, 5)], records: vec![record] };
+    let request = ExchangeRequest {
+        from: 1,
+        known_state: (2, 3),
+        wants: true,
+        known: vec![(4, 5)],
+        records: vec![record],
+        origins: vec![],
+    };
     let batch = Batch { gateway: 4, hash_scheme: 512, first: 3, blocks };
     let response = ExchangeResponse {
         hub: 2,

@@ -23,6 +23,12 @@ impl Token {
         format!("Bearer {}", self.0)
     }
 
+    /// The bytes of the token, to derive other secrets from.
+    #[must_use]
+    pub fn secret(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+
     /// Whether an `authorization` header carries this token. The time that this takes depends on the length alone.
     #[must_use]
     pub fn is_in(&self, authorization: Option<&HeaderValue>) -> bool {

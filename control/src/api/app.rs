@@ -6,6 +6,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use crate::access::rights::Rights;
+use crate::api::in_flight::InFlight;
 use crate::api::metrics::Metrics;
 use crate::counters::Counters;
 use crate::engines::answers::Scrapes;
@@ -34,6 +35,10 @@ pub struct App {
     pub polls: Arc<Polls>,
     /// The hub of the exchange between Envoys.
     pub hub: Arc<SharedHub>,
+    /// Bytes of messages of the exchange that are being read, answered or written.
+    pub exchanges: Arc<InFlight>,
+    /// Answers for people and scrapers that are being made or written.
+    pub views: Arc<InFlight>,
     /// Sets the log level; none: the log is not pd-control's own.
     pub log: Option<LogLevel>,
     /// Who may send which requests.

@@ -3,7 +3,7 @@
 //! | path | answer |
 //! |---|---|
 //! | `GET /v1/watch` | 200 snapshot, 304 no change in time, 400 bad query, 401 bad token |
-//! | `POST /v1/exchange` | 200 records of other Envoys, 400 no message of the exchange, 401 bad token, 403 no token set, 413 too large |
+//! | `POST /v1/exchange` | 200 records of other Envoys, 400 no message of the exchange, 401 bad token, 403 no token set or records of other Envoys without the replicas' token, 408 it did not come in time, 413 too large, 503 too much in flight |
 //! | `GET /v1/endpoints` | 200 the list in force for people, 401 bad token |
 //! | `GET /v1/status` | 200 list, pods, engines and Envoys, for the status page and the terminal, 401 bad token |
 //! | `PUT /v1/log-level` | 204 the body is the log level from now on, 400 no such level, 401 no operator's token, 403 no token set |
@@ -12,11 +12,15 @@
 //! | `GET /readyz` | 200 once a list is in force (`degraded: …` while the newest one is refused), else 503 |
 //! | `GET /metrics` | 200 OpenMetrics text |
 //!
+//! `/v1/endpoints`, `/v1/status` and `/metrics` answer 503 while a host asks for too many of them at a time.
+//!
 //! `/readyz` stays at 200 while pd-control refuses a list: it serves the last good one, which a restart would lose.
 
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::body::{Body, to_bytes};
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{DefaultBodyLimit, Query, Request, State};
 use axum::http::{StatusCode, header};
@@ -29,10 +33,11 @@ use pd_core::envoys::message::{EXCHANGE_PATH, ExchangeRequest, MAX_MESSAGE_BYTES
 use pd_core::wire::{Endpoint, WATCH_PATH};
 use prometheus_client::metrics::gauge::Gauge;
 use serde::{Deserialize, Serialize};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use crate::access::rights::{LOG_LEVEL_PATH, Refusal};
 use crate::api::app::{App, ClientAddress};
+use crate::api::in_flight::Held;
 use crate::api::metrics;
 use crate::api::status;
 
@@ -40,6 +45,14 @@ use crate::api::status;
 const DEFAULT_WAIT: Duration = Duration::from_secs(30);
 /// Longest time that a poll waits. Proxies cut longer requests.
 pub const MAX_WAIT: Duration = Duration::from_secs(60);
+/// Time limit for a message of the exchange to come. A filter gives up after a second.
+const READ_TIMEOUT: Duration = Duration::from_secs(5);
+/// Bytes that each message of the exchange counts for at least: its head and its task.
+const LEAST_HELD: usize = 16 << 10;
+/// Bytes that a waiting message counts for each Envoy that it names.
+const HELD_PER_ITEM: usize = 160;
+/// Why a message of the exchange is refused that is none.
+const NO_MESSAGE: (StatusCode, &str) = (StatusCode::BAD_REQUEST, "no message of the exchange");
 /// Longest body of `PUT /v1/log-level`, in bytes.
 const MAX_LEVEL_BYTES: usize = 1 << 10;
 /// The status page. It loads nothing from elsewhere.
@@ -79,6 +92,22 @@ struct Failure<'a> {
     error: &'a str,
 }
 
+/// Whether a client of the exchange speaks for other Envoys.
+#[derive(Clone, Copy, Debug)]
+struct MayRelay(bool);
+
+/// Bytes that count as in flight until they are written.
+struct HeldBytes {
+    bytes: Bytes,
+    _held: Held,
+}
+
+impl AsRef<[u8]> for HeldBytes {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
 /// Counts a poll while it waits. Dropping it ends the count, also when the client disconnects.
 struct Waiting<'a>(&'a Gauge);
 
@@ -97,11 +126,12 @@ impl Drop for Waiting<'_> {
 
 /// The routes of the API.
 pub fn router(app: App) -> Router {
+    let views = || middleware::from_fn_with_state(app.clone(), bound_views);
     let v1 = Router::new()
         .route(WATCH_PATH, get(watch))
-        .route(EXCHANGE_PATH, post(exchange).layer(DefaultBodyLimit::max(MAX_MESSAGE_BYTES)))
-        .route("/v1/endpoints", get(endpoints))
-        .route("/v1/status", get(status))
+        .route(EXCHANGE_PATH, post(exchange))
+        .route("/v1/endpoints", get(endpoints).layer(views()))
+        .route("/v1/status", get(status).layer(views()))
         .route(LOG_LEVEL_PATH, put(log_level).layer(DefaultBodyLimit::max(MAX_LEVEL_BYTES)))
         .layer(middleware::from_fn_with_state(app.clone(), authorize));
     Router::new()
@@ -109,7 +139,7 @@ pub fn router(app: App) -> Router {
         .route("/", get(page))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(readyz))
-        .route("/metrics", get(metrics_text))
+        .route("/metrics", get(metrics_text).layer(views()))
         .fallback(|| async { failure(StatusCode::NOT_FOUND, "no such path") })
         .method_not_allowed_fallback(|| async { failure(StatusCode::METHOD_NOT_ALLOWED, "this method is not allowed") })
         .with_state(app)
@@ -118,12 +148,14 @@ pub fn router(app: App) -> Router {
 async fn authorize(
     State(app): State<App>,
     peer: Option<Extension<ClientAddress>>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response {
     let is_local = peer.is_none_or(|Extension(ClientAddress(address))| address.to_canonical().is_loopback());
     let (path, authorization) = (request.uri().path(), request.headers().get(header::AUTHORIZATION));
     let Err(refusal) = app.rights.check(request.method(), path, authorization, is_local) else {
+        let may_relay = MayRelay(app.rights.may_relay(authorization));
+        request.extensions_mut().insert(may_relay);
         return next.run(request).await;
     };
     let answer = match refusal {
@@ -166,18 +198,79 @@ async fn watch(
     answer
 }
 
-async fn exchange(State(app): State<App>, query: Result<Query<Exchanged>, QueryRejection>, body: Bytes) -> Response {
-    let request = query.ok().and_then(|Query(query)| Some((query, ExchangeRequest::from_bytes(&body)?)));
-    let answer = match request {
-        None => failure(StatusCode::BAD_REQUEST, "no message of the exchange"),
-        Some((query, request)) => {
-            let wait = query.wait_ms.map_or(Duration::ZERO, Duration::from_millis);
-            let response = app.hub.answer(&request, wait, app.polls.watching(), app.stopping.clone()).await;
-            ([(header::CONTENT_TYPE, "application/octet-stream")], response.to_bytes()).into_response()
-        }
+async fn exchange(
+    State(app): State<App>,
+    peer: Option<Extension<ClientAddress>>,
+    Extension(MayRelay(may_relay)): Extension<MayRelay>,
+    query: Result<Query<Exchanged>, QueryRejection>,
+    request: Request,
+) -> Response {
+    let host = host(peer);
+    let answer = match query {
+        Err(_) => Err(NO_MESSAGE),
+        Ok(Query(query)) => exchanged(&app, host, may_relay, &query, request).await,
+    };
+    let answer = match answer {
+        Ok(answer) => ([(header::CONTENT_TYPE, "application/octet-stream")], answer).into_response(),
+        Err((status, error)) => failure(status, error),
     };
     app.counters.exchanged(answer.status().as_u16());
     answer
+}
+
+/// Reads a message of the exchange, takes its records and answers it. Its bytes, and those of the answer until that is
+/// written, count for the host.
+async fn exchanged(
+    app: &App,
+    host: IpAddr,
+    may_relay: bool,
+    query: &Exchanged,
+    request: Request,
+) -> Result<Bytes, (StatusCode, &'static str)> {
+    let busy = (StatusCode::SERVICE_UNAVAILABLE, "too many messages of the exchange are in flight");
+    let length = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+    let length: usize = length.unwrap_or(MAX_MESSAGE_BYTES);
+    if length > MAX_MESSAGE_BYTES {
+        return Err((StatusCode::PAYLOAD_TOO_LARGE, "the message is too large"));
+    }
+    // The message, what it says, and what grows while it is read.
+    let mut held = app.exchanges.hold(host, length.saturating_mul(3).saturating_add(LEAST_HELD)).ok_or(busy)?;
+    let body = timeout(READ_TIMEOUT, to_bytes(request.into_body(), length)).await;
+    let body = body.map_err(|_| (StatusCode::REQUEST_TIMEOUT, "the message did not come in time"))?;
+    let message = body.ok().and_then(|body| ExchangeRequest::from_bytes(&body)).ok_or(NO_MESSAGE)?;
+    if !may_relay && message.records.iter().any(|record| record.gateway != message.from) {
+        return Err((StatusCode::FORBIDDEN, "only the replicas' token lets a client send records of other Envoys"));
+    }
+    app.hub.count_only(&app.registry.current());
+    let message = app.hub.take(message, host);
+    let _ = held.resize((message.known.len() + message.records.len()) * HELD_PER_ITEM + LEAST_HELD);
+    let wait = query.wait_ms.map_or(Duration::ZERO, Duration::from_millis);
+    let response = app.hub.answer(&message, wait, app.polls.watching(), app.stopping.clone()).await;
+    let bytes = response.to_bytes();
+    if !held.resize(bytes.len().saturating_add(LEAST_HELD)) {
+        return Err(busy);
+    }
+    Ok(Bytes::from_owner(HeldBytes { bytes: bytes.into(), _held: held }))
+}
+
+/// Holds a place for an answer until that is written.
+async fn bound_views(
+    State(app): State<App>,
+    peer: Option<Extension<ClientAddress>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let Some(held) = app.views.hold(host(peer), 1) else {
+        return failure(StatusCode::SERVICE_UNAVAILABLE, "too many of these answers are in flight");
+    };
+    let (parts, body) = next.run(request).await.into_parts();
+    // The body is in memory already.
+    let bytes = to_bytes(body, usize::MAX).await.unwrap_or_default();
+    Response::from_parts(parts, Body::from(Bytes::from_owner(HeldBytes { bytes, _held: held })))
+}
+
+fn host(peer: Option<Extension<ClientAddress>>) -> IpAddr {
+    peer.map_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED), |Extension(ClientAddress(address))| address.to_canonical())
 }
 
 /// The answer to a poll, as soon as there is a change; `None` when the poll's time is over or pd-control stops.

@@ -3,6 +3,7 @@
 pub mod advice;
 pub mod app;
 pub mod http;
+pub mod in_flight;
 pub mod metrics;
 pub mod server;
 pub mod status;

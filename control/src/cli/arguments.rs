@@ -25,6 +25,8 @@ use crate::sources::yaml;
 pub(crate) const TOKEN_VARIABLE: &str = "PD_CONTROL_TOKEN";
 /// Environment variable with the token of operators, unless `--operator-token-env` names another one.
 const OPERATOR_TOKEN_VARIABLE: &str = "PD_CONTROL_OPERATOR_TOKEN";
+/// Environment variable with the token of replicas, unless `--peers-token-env` names another one.
+const PEERS_TOKEN_VARIABLE: &str = "PD_CONTROL_PEERS_TOKEN";
 
 /// Tells every Envoy's prefill/decode filter which endpoints there are.
 ///
@@ -137,6 +139,10 @@ pub(super) struct ServeArgs {
     /// PD_CONTROL_OPERATOR_TOKEN, if set; else the token of the filters]
     #[arg(long, value_name = "NAME")]
     operator_token_env: Option<String>,
+    /// Environment variable with the bearer token that replicas send each other. Only with it, a client speaks for
+    /// Envoys other than itself [default: PD_CONTROL_PEERS_TOKEN, if set; else the token of the filters]
+    #[arg(long, value_name = "NAME")]
+    peers_token_env: Option<String>,
     /// Log level: error, warn, info, debug, trace, or a filter such as info,pd_control=debug
     #[arg(long, env = "PD_CONTROL_LOG_LEVEL", value_name = "LEVEL", default_value = "info")]
     pub(super) log_level: String,
@@ -208,6 +214,9 @@ impl ServeArgs {
         let token = token_of("--token-env", self.token_env.as_deref(), TOKEN_VARIABLE, &variable)?;
         let named = self.operator_token_env.as_deref();
         let operator = token_of("--operator-token-env", named, OPERATOR_TOKEN_VARIABLE, &variable)?;
+        let named = self.peers_token_env.as_deref();
+        let peers_token = token_of("--peers-token-env", named, PEERS_TOKEN_VARIABLE, &variable)?;
+        let to_peers = peers_token.clone().or_else(|| token.clone());
         if token.is_none() && !self.listen.ip().is_loopback() {
             tracing::warn!(
                 "pd-control listens on {} and requires no token: anyone may read the endpoints, and no other host may send \
@@ -230,7 +239,7 @@ impl ServeArgs {
             named: self.endpoint,
             networks: AllowedNetworks::new(self.allowed_cidr),
             scrape,
-            peers: self.peers.map(|name| Peers { name, token: token.clone(), tls: peers_tls }),
+            peers: self.peers.map(|name| Peers { name, token: to_peers, tls: peers_tls }),
             tls,
             log: None,
             listen: self.listen,
@@ -238,6 +247,7 @@ impl ServeArgs {
             eds,
             token,
             operator,
+            peers_token,
             poll: DEFAULT_POLL,
         })
     }
@@ -289,6 +299,18 @@ mod tests {
         assert!(config(&named, |name| (name == "T").then(|| "t".into())).unwrap().token.is_some());
         assert_eq!(config(&named, |_| None).unwrap_err(), "--token-env T: the variable is not set");
         assert_eq!(config(&named, |_| Some("a b".into())).unwrap_err(), "T: a token is printable ASCII without spaces");
+    }
+
+    #[test]
+    fn replicas_send_their_own_token_else_that_of_the_filters() {
+        let line = "pd-control --endpoints e.yaml --peers pd-control-peers:9000";
+        let token = |names: &[&str]| {
+            let config = config(line, |name| names.contains(&name).then(|| name.to_owned())).unwrap();
+            config.peers.unwrap().token.map(|token| token.header())
+        };
+        assert_eq!(token(&[]), None);
+        assert_eq!(token(&["PD_CONTROL_TOKEN"]).unwrap(), "Bearer PD_CONTROL_TOKEN");
+        assert_eq!(token(&["PD_CONTROL_TOKEN", "PD_CONTROL_PEERS_TOKEN"]).unwrap(), "Bearer PD_CONTROL_PEERS_TOKEN");
     }
 
     #[test]

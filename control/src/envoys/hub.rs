@@ -3,19 +3,24 @@
 //! [`pd_core::envoys::hub`] decides; this module adds the lock, the clock and waiting.
 
 use std::hash::{BuildHasher, RandomState};
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hashbrown::HashMap;
 use pd_core::endpoints::elsewhere::Totals;
 use pd_core::envoys::hub::Hub;
-use pd_core::envoys::message::{ExchangeRequest, ExchangeResponse};
+use pd_core::envoys::message::{ExchangeRequest, ExchangeResponse, Record};
 use pd_core::envoys::report::Report;
-use pd_core::time::Monotonic;
+use pd_core::time::{Monotonic, UnixTime};
+use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 use tokio::time::{Instant, interval, sleep, sleep_until};
+use xxhash_rust::xxh3::xxh3_64;
 
+use crate::access::token::Token;
 use crate::counters::Counters;
+use crate::publish::registry::Published;
 
 /// Longest time that a request waits for news.
 const MAX_WAIT: Duration = Duration::from_secs(5);
@@ -31,16 +36,50 @@ pub struct SharedHub {
     /// Counts messages with news.
     news: watch::Sender<u64>,
     began: Instant,
+    /// Version of the list whose endpoints count.
+    listed: Mutex<u64>,
 }
 
 impl Default for SharedHub {
     fn default() -> Self {
-        let id = RandomState::new().hash_one(std::process::id());
-        Self { hub: Mutex::new(Hub::new(id.max(1))), news: watch::Sender::new(0), began: Instant::now() }
+        Self::new(None)
     }
 }
 
+/// The number by which other Envoys know an Envoy. Nobody can tell the Envoy's own number from it, and all replicas that have
+/// the same secret make the same one.
+fn public_name(secret: &[u8], gateway: u64) -> u64 {
+    let digest = Sha256::new_with_prefix(secret).chain_update(gateway.to_le_bytes()).finalize();
+    digest.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes))
+}
+
+/// A number of a host, the same in all replicas; never 0.
+fn origin(host: IpAddr) -> u64 {
+    xxh3_64(host.to_canonical().to_string().as_bytes()).max(1)
+}
+
 impl SharedHub {
+    /// A hub without records. `secret` is the token that replicas share.
+    #[must_use]
+    pub fn new(secret: Option<&Token>) -> Self {
+        let id = RandomState::new().hash_one(std::process::id());
+        let secret = secret.map(|token| token.secret().to_vec()).unwrap_or_default();
+        let hub = Hub::new(id.max(1)).with_public_names(move |gateway| public_name(&secret, gateway));
+        Self { hub: Mutex::new(hub), news: watch::Sender::new(0), began: Instant::now(), listed: Mutex::default() }
+    }
+
+    /// From now on counts what is in flight at the endpoints of this list only. An empty list changes nothing: filters refuse
+    /// it, and go on with the one before.
+    pub fn count_only(&self, list: &Published) {
+        let mut listed = self.listed.lock().unwrap_or_else(PoisonError::into_inner);
+        if *listed == list.version() || list.endpoints().is_empty() {
+            return;
+        }
+        *listed = list.version();
+        let keys = list.endpoints().iter().map(|endpoint| endpoint.id().key()).collect();
+        self.hub().count_only(Some(keys));
+    }
+
     fn hub(&self) -> MutexGuard<'_, Hub> {
         self.hub.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -49,7 +88,20 @@ impl SharedHub {
         Monotonic::new(self.began.elapsed())
     }
 
-    /// Takes the message of an Envoy or a replica, and answers when there is news for it or after `wait`.
+    /// Takes the records of a message of an Envoy or a replica on this host. Returns the message without what it took, for
+    /// [`answer`](Self::answer).
+    #[must_use]
+    pub fn take(&self, mut request: ExchangeRequest, host: IpAddr) -> ExchangeRequest {
+        if self.hub().take(&request, origin(host), self.now()) {
+            self.news.send_modify(|count| *count += 1);
+        }
+        for record in &mut request.records {
+            *record = Record { gateway: record.gateway, ..Record::default() };
+        }
+        request
+    }
+
+    /// Answers a message when there is news for its sender or after `wait`.
     ///
     /// `watching` is the number of Envoys that follow the list. When `stopping` becomes true, it answers at once.
     pub async fn answer(
@@ -59,9 +111,6 @@ impl SharedHub {
         watching: u64,
         mut stopping: watch::Receiver<bool>,
     ) -> ExchangeResponse {
-        if self.hub().take(request, self.now()) {
-            self.news.send_modify(|count| *count += 1);
-        }
         let deadline = Instant::now() + wait.min(MAX_WAIT);
         let mut news = self.news.subscribe();
         while Instant::now() < deadline && !self.hub().has_news(request) {
@@ -87,13 +136,14 @@ impl SharedHub {
         self.hub().relay(have, self.now())
     }
 
-    /// The reports of all gateways, sorted by id: id, time since its last message, report.
+    /// The reports of all gateways, sorted by public name: name, time since its last message, report.
     #[must_use]
     pub fn reports(&self) -> Vec<(u64, Duration, Report)> {
+        let today = SystemTime::now().duration_since(UNIX_EPOCH).map(UnixTime::new).unwrap_or_default();
         let (hub, now) = (self.hub(), self.now());
-        let mut reports: Vec<_> =
-            hub.reports(now).map(|(id, age, text)| (id, age, Report::from_json(text).unwrap_or_default())).collect();
-        reports.sort_unstable_by_key(|(id, ..)| *id);
+        let read = |text: &[u8]| Report::from_json(text).unwrap_or_default().for_people(today);
+        let mut reports: Vec<_> = hub.reports(now).map(|(name, age, text)| (name, age, read(text))).collect();
+        reports.sort_unstable_by_key(|(name, ..)| *name);
         reports
     }
 

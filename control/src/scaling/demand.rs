@@ -9,7 +9,6 @@ use std::net::SocketAddr;
 use hashbrown::HashMap;
 use pd_core::endpoints::elsewhere::Totals;
 use pd_core::wire::{Endpoint, Role, State};
-use xxhash_rust::xxh3::xxh3_64;
 
 use crate::engines::answers::Scraped;
 use crate::list::role;
@@ -117,9 +116,7 @@ impl Sums {
     ) {
         self.demand.ready += 1;
         if let Some(loads) = loads {
-            // As `Slot::key` of pd-core.
-            let key = xxh3_64(endpoint.id().to_string().as_bytes());
-            let totals = loads.get(&key).copied().unwrap_or_default();
+            let totals = loads.get(&endpoint.id().key()).copied().unwrap_or_default();
             add(&mut self.demand.prefill_work_seconds, above_zero(totals.work) * 1e-6);
             add(&mut self.demand.kv_tokens_assigned, above_zero(totals.tokens));
             add(&mut self.demand.requests_in_flight, above_zero(totals.requests));
@@ -169,7 +166,7 @@ mod tests {
     }
 
     fn key(endpoint: &Endpoint) -> u64 {
-        xxh3_64(endpoint.id().to_string().as_bytes())
+        endpoint.id().key()
     }
 
     fn scraped(load: EngineLoad) -> Scraped {

@@ -79,6 +79,12 @@ impl Reader<'_> {
     pub(crate) fn list<T>(&mut self, mut read: impl FnMut(&mut Self) -> Option<T>) -> Option<Vec<T>> {
         (0..self.word()?).map(|_| read(self)).collect()
     }
+
+    /// As [`list`](Self::list); `None` also where there are more items than `most`.
+    pub(crate) fn list_of_most<T>(&mut self, most: usize, read: impl FnMut(&mut Self) -> Option<T>) -> Option<Vec<T>> {
+        let count = Reader(self.0).word()?;
+        if count > most as u64 { None } else { self.list(read) }
+    }
 }
 
 #[cfg(test)]
@@ -104,5 +110,6 @@ mod tests {
         out.word(u64::MAX);
         assert_eq!(Reader(&out.0).bytes(), None);
         assert_eq!(Reader(&out.0).list(Reader::word), None);
+        assert_eq!(Reader(&out.0).list_of_most(9, Reader::word), None);
     }
 }

@@ -142,7 +142,7 @@ impl Gateways {
         let calls = exchange.tick(worker, true, now, |_| Vec::new());
         for call in calls.into_iter().chain(waiting.take()) {
             let Some(request) = ExchangeRequest::from_bytes(&call.body) else { continue };
-            hub.take(&request, now);
+            hub.take(&request, 0, now);
             if call.kind == CallKind::Receive && !hub.has_news(&request) {
                 *waiting = Some(call);
                 continue;

@@ -174,6 +174,7 @@ impl ExchangeClient {
                 wants: true,
                 known: self.known(),
                 records: Vec::new(),
+                origins: Vec::new(),
             };
             calls.push(ExchangeCall {
                 kind: CallKind::Receive,
@@ -231,6 +232,7 @@ impl ExchangeClient {
             wants,
             known: self.known(),
             records: vec![record],
+            origins: Vec::new(),
         };
         Some(ExchangeCall {
             kind: CallKind::Send,

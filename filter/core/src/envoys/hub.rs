@@ -5,11 +5,17 @@
 //!   silent for [`GATEWAY_LIFE`] has nothing in flight.
 //! - Blocks are a numbered log for each Envoy. The hub says in its answer which number it expects next, and the Envoy sends
 //!   from there on what it still has. So a hub may be replaced by one that knows nothing.
+//! - The number of an Envoy is its secret: who knows it may change what the Envoy has in flight, and end it. So answers name
+//!   other Envoys by [public names](Hub::with_public_names).
+//! - What is kept has bounds. Beyond one, the hosts whose Envoys have the most lose it.
 
+mod bounds;
+
+use core::fmt;
 use core::time::Duration;
 use std::collections::BTreeMap;
 
-use hashbrown::HashMap;
+use hashbrown::{HashMap, HashSet};
 
 use super::message::{Batch, ExchangeRequest, ExchangeResponse, MAX_BLOCKS_BYTES, MAX_MESSAGE_BYTES, Record};
 use super::report::MAX_REPORT_BYTES;
@@ -19,20 +25,14 @@ use crate::time::Monotonic;
 
 /// Silence after which an Envoy counts as gone.
 pub const GATEWAY_LIFE: Duration = Duration::from_secs(3);
-/// Most Envoys that a hub remembers. Those that are gone count as long as the hub keeps their blocks.
-const MAX_GATEWAYS: usize = 1_024;
-/// Most bytes of block events of all Envoys together.
-const MAX_LOG_BYTES: usize = 32 << 20;
 /// Most bytes of records in a message to another hub. A single record may be longer.
 const RELAY_BYTES: usize = MAX_MESSAGE_BYTES / 4;
+/// Bytes of block events in one round of messages to another hub, by and large.
+const RELAY_BLOCKS_BYTES: usize = 8 << 20;
+/// Bytes of block events of one Envoy in such a round, at least.
+const LEAST_RELAY_BLOCKS_BYTES: usize = 16 << 10;
 /// Most endpoints of one record; the hub ignores further ones.
 const MAX_LOADS: usize = crate::wire::MAX_ENDPOINTS;
-
-/// Most endpoints in the loads of all Envoys together, 32 bytes each and as much again in the sums. Beyond it, the Envoys
-/// with the most keep an equal share.
-const MAX_ALL_LOADS: usize = 1 << 19;
-/// Most bytes of the reports of all Envoys together.
-const MAX_ALL_REPORT_BYTES: usize = 16 << 20;
 /// The most that one Envoy can have in flight at one endpoint. More is a claim that would keep all others away from it.
 const MOST_IN_FLIGHT: Totals = Totals { work: 1_000_000_000_000, tokens: 10_000_000_000, requests: 1_000_000 };
 
@@ -46,11 +46,27 @@ pub struct Hub {
     changes: u64,
     /// Sums of the loads of all Envoys, by endpoint.
     sums: HashMap<u64, Totals>,
+    /// Keys of the endpoints whose loads count; `None`: all.
+    endpoints: Option<HashSet<u64>>,
+    public_name: PublicName,
+}
+
+/// Makes the number by which other Envoys know an Envoy.
+struct PublicName(Box<dyn Fn(u64) -> u64 + Send>);
+
+impl fmt::Debug for PublicName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PublicName(…)")
+    }
 }
 
 /// What the hub knows of one Envoy.
 #[derive(Debug, Default)]
 struct Gateway {
+    /// [`Record::gateway`] for others.
+    public_name: u64,
+    /// Host that it sends from; 0: unknown.
+    origin: u64,
     replaces: u64,
     turn: u64,
     hash_scheme: u64,
@@ -93,11 +109,45 @@ impl Gateway {
     }
 }
 
+/// The loads that count, each capped.
+fn counted(endpoints: &Option<HashSet<u64>>, loads: &[(u64, Totals)]) -> Vec<(u64, Totals)> {
+    let counts = |endpoint: &u64| endpoints.as_ref().is_none_or(|known| known.contains(endpoint));
+    let loads = loads.iter().filter(|(endpoint, _)| counts(endpoint)).take(MAX_LOADS);
+    loads.map(|(endpoint, totals)| (*endpoint, totals.at_most(MOST_IN_FLIGHT))).collect()
+}
+
 impl Hub {
     /// A hub that knows nothing. `id` must differ from that of any other hub.
     #[must_use]
     pub fn new(id: u64) -> Self {
-        Self { id, gateways: BTreeMap::new(), changes: 0, sums: HashMap::new() }
+        Self {
+            id,
+            gateways: BTreeMap::new(),
+            changes: 0,
+            sums: HashMap::new(),
+            endpoints: None,
+            public_name: PublicName(Box::new(|gateway| gateway)),
+        }
+    }
+
+    /// Names Envoys to each other by `name` of their number, in place of the number itself. All hubs of a fleet need the
+    /// same function. Nobody may find the number by the name.
+    #[must_use]
+    pub fn with_public_names(self, name: impl Fn(u64) -> u64 + Send + 'static) -> Self {
+        Self { public_name: PublicName(Box::new(name)), ..self }
+    }
+
+    /// From now on only the loads of these endpoints count, by their keys; `None`: of all. The hub forgets those of others.
+    pub fn count_only(&mut self, endpoints: Option<HashSet<u64>>) {
+        self.endpoints = endpoints;
+        for gateway in self.gateways.values_mut() {
+            let counted = counted(&self.endpoints, &gateway.loads);
+            if counted.len() != gateway.loads.len() {
+                gateway.load(&mut self.sums, counted);
+                gateway.changes = gateway.changes.wrapping_add(1);
+                self.changes = self.changes.wrapping_add(1);
+            }
+        }
     }
 
     /// Number of this hub, for [`ExchangeResponse::hub`].
@@ -106,14 +156,19 @@ impl Hub {
         self.id
     }
 
-    /// Takes the records of a request, and says whether others should get an answer now.
-    pub fn take(&mut self, request: &ExchangeRequest, now: Monotonic) -> bool {
+    /// Takes the records of a request, and says whether others should get an answer now. `origin` is a number of the host
+    /// that an Envoy sends from, 0 where it is unknown. A request of another hub has the origins of its records.
+    pub fn take(&mut self, request: &ExchangeRequest, origin: u64, now: Monotonic) -> bool {
         let before = (self.changes, self.total_next());
-        for record in &request.records {
-            self.take_record(record, request.from == record.gateway, now);
+        for (index, record) in request.records.iter().enumerate() {
+            let is_own = request.from == record.gateway;
+            let origin = if is_own { origin } else { request.origins.get(index).copied().unwrap_or(0) };
+            self.take_record(record, is_own, origin, now);
         }
         // A receiving call has no record, and shows that the Envoy is alive.
-        if let Some(gateway) = self.gateways.get_mut(&request.from) {
+        if request.records.is_empty()
+            && let Some(gateway) = self.gateways.get_mut(&request.from)
+        {
             gateway.last_seen = now;
             gateway.last_request = Some(now);
         }
@@ -124,37 +179,55 @@ impl Hub {
         self.gateways.values().fold(0, |sum, gateway| sum.wrapping_add(gateway.log.next()))
     }
 
-    fn take_record(&mut self, record: &Record, is_own: bool, now: Monotonic) {
-        if record.gateway == 0 || !self.make_room(record.gateway) {
+    fn take_record(&mut self, record: &Record, is_own: bool, origin: u64, now: Monotonic) {
+        if record.gateway == 0 || !self.make_room(record.gateway, origin) {
             return;
         }
+        let public_name = (self.public_name.0)(record.gateway);
+        let gateway = self.gateways.entry(record.gateway).or_default();
+        gateway.public_name = public_name;
+        // A record that came before changes nothing, nor does it show that the Envoy is alive.
+        if record.turn > gateway.turn {
+            if is_own || gateway.origin == 0 {
+                gateway.origin = origin;
+            }
+            if is_own {
+                gateway.last_request = Some(now);
+            }
+            self.take_state(record, now);
+        }
+        self.take_blocks(record);
+        self.shorten();
+    }
+
+    /// Takes what a record says of now, which is in place of everything that the records before it said.
+    fn take_state(&mut self, record: &Record, now: Monotonic) {
         if record.replaces != 0
+            && record.replaces != record.gateway
             && let Some(before) = self.gateways.get_mut(&record.replaces).filter(|before| !before.is_gone)
         {
             before.retract(&mut self.sums);
             self.changes = self.changes.wrapping_add(1);
         }
-        let gateway = self.gateways.entry(record.gateway).or_default();
+        let Some(gateway) = self.gateways.get_mut(&record.gateway) else { return };
         gateway.replaces = record.replaces;
-        if is_own {
-            gateway.last_request = Some(now);
-        }
         gateway.last_seen = now;
         gateway.is_gone = false;
-        if record.turn > gateway.turn {
-            gateway.turn = record.turn;
-            gateway.hash_scheme = record.hash_scheme;
-            if gateway.loads != record.loads {
-                let loads = record.loads.iter().take(MAX_LOADS);
-                let loads = loads.map(|(endpoint, totals)| (*endpoint, totals.at_most(MOST_IN_FLIGHT))).collect();
-                gateway.load(&mut self.sums, loads);
-                gateway.changes = gateway.changes.wrapping_add(1);
-                self.changes = self.changes.wrapping_add(1);
-            }
-            if !record.report.is_empty() && record.report.len() <= MAX_REPORT_BYTES {
-                gateway.report.clone_from(&record.report);
-            }
+        gateway.turn = record.turn;
+        gateway.hash_scheme = record.hash_scheme;
+        let loads = counted(&self.endpoints, &record.loads);
+        if gateway.loads != loads {
+            gateway.load(&mut self.sums, loads);
+            gateway.changes = gateway.changes.wrapping_add(1);
+            self.changes = self.changes.wrapping_add(1);
         }
+        if !record.report.is_empty() && record.report.len() <= MAX_REPORT_BYTES {
+            gateway.report.clone_from(&record.report);
+        }
+    }
+
+    fn take_blocks(&mut self, record: &Record) {
+        let Some(gateway) = self.gateways.get_mut(&record.gateway) else { return };
         // Where events are missing in front, the Envoy sends them next; it no longer has those before its oldest one.
         if record.first > gateway.log.next() && record.first == record.oldest {
             gateway.log.restart(record.first);
@@ -165,52 +238,6 @@ impl Hub {
                 gateway.log.push(event.into());
             }
             number = number.saturating_add(1);
-        }
-        self.shorten_logs();
-        self.shorten_loads();
-        self.shorten_reports();
-    }
-
-    /// Makes room for an Envoy that the hub does not know: forgets the one that has been gone longest. `false` where there
-    /// are too many and none is gone.
-    fn make_room(&mut self, gateway: u64) -> bool {
-        if self.gateways.len() < MAX_GATEWAYS || self.gateways.contains_key(&gateway) {
-            return true;
-        }
-        let gone = self.gateways.iter().filter(|(_, gateway)| gateway.is_gone);
-        let Some((oldest, _)) = gone.min_by_key(|(_, gateway)| gateway.last_seen).map(|(id, of)| (*id, of.last_seen))
-        else {
-            return false;
-        };
-        self.gateways.remove(&oldest).is_some()
-    }
-
-    fn shorten_logs(&mut self) {
-        while self.gateways.values().map(|gateway| gateway.log.bytes()).sum::<usize>() > MAX_LOG_BYTES {
-            let longest = self.gateways.values_mut().max_by_key(|gateway| gateway.log.bytes());
-            if !longest.is_some_and(|gateway| gateway.log.forget_oldest()) {
-                return;
-            }
-        }
-    }
-
-    /// Cuts the loads of the Envoys with the most to an equal share, where all together are too many.
-    fn shorten_loads(&mut self) {
-        let share = MAX_ALL_LOADS.checked_div(self.gateways.len()).unwrap_or(0);
-        while self.gateways.values().map(|gateway| gateway.loads.len()).sum::<usize>() > MAX_ALL_LOADS {
-            let Some(most) = self.gateways.values_mut().max_by_key(|gateway| gateway.loads.len()) else { return };
-            let loads = most.loads.iter().take(share).copied().collect();
-            most.load(&mut self.sums, loads);
-            most.changes = most.changes.wrapping_add(1);
-            self.changes = self.changes.wrapping_add(1);
-        }
-    }
-
-    /// Drops the longest reports, where all together are too long.
-    fn shorten_reports(&mut self) {
-        while self.gateways.values().map(|gateway| gateway.report.len()).sum::<usize>() > MAX_ALL_REPORT_BYTES {
-            let Some(longest) = self.gateways.values_mut().max_by_key(|gateway| gateway.report.len()) else { return };
-            longest.report = Vec::new();
         }
     }
 
@@ -239,7 +266,7 @@ impl Hub {
     #[must_use]
     pub fn has_news(&self, request: &ExchangeRequest) -> bool {
         let is_new = |id: &u64, gateway: &Gateway| {
-            let known = request.known.binary_search_by_key(id, |(known, _)| *known).ok();
+            let known = request.known.binary_search_by_key(&gateway.public_name, |(known, _)| *known).ok();
             let known = known.and_then(|at| request.known.get(at)).map_or(0, |(_, next)| *next);
             *id != request.from && gateway.log.next() > known.max(gateway.log.oldest())
         };
@@ -283,13 +310,13 @@ impl Hub {
         let mut room = MAX_BLOCKS_BYTES;
         let mut batches = Vec::new();
         for (id, gateway) in &self.gateways {
-            let first = known.get(id).copied().unwrap_or(0).max(gateway.log.oldest());
+            let first = known.get(&gateway.public_name).copied().unwrap_or(0).max(gateway.log.oldest());
             let blocks = if *id == request.from { Vec::new() } else { gateway.log.from(first, room) };
             if blocks.is_empty() {
                 continue;
             }
             room = room.saturating_sub(blocks.len());
-            batches.push(Batch { gateway: *id, hash_scheme: gateway.hash_scheme, first, blocks });
+            batches.push(Batch { gateway: gateway.public_name, hash_scheme: gateway.hash_scheme, first, blocks });
         }
         batches
     }
@@ -300,9 +327,13 @@ impl Hub {
     pub fn relay(&self, have: &HashMap<u64, u64>, now: Monotonic) -> Vec<ExchangeRequest> {
         let has_asked =
             |gateway: &Gateway| gateway.last_request.is_some_and(|at| now.saturating_sub(at) <= GATEWAY_LIFE);
+        let own = || self.gateways.iter().filter(|(_, gateway)| !gateway.is_gone && has_asked(gateway));
+        // Each Envoy has an equal share of the events of one round; the next round has what is left.
+        let share = RELAY_BLOCKS_BYTES.checked_div(own().count()).unwrap_or(0);
+        let share = share.clamp(LEAST_RELAY_BLOCKS_BYTES, MAX_BLOCKS_BYTES);
         let mut messages: Vec<ExchangeRequest> = Vec::new();
         let mut room = 0;
-        for (id, gateway) in self.gateways.iter().filter(|(_, gateway)| !gateway.is_gone && has_asked(gateway)) {
+        for (id, gateway) in own() {
             let first = have.get(id).copied().unwrap_or(0).clamp(gateway.log.oldest(), gateway.log.next());
             let record = Record {
                 gateway: *id,
@@ -312,17 +343,21 @@ impl Hub {
                 loads: gateway.loads.clone(),
                 oldest: gateway.log.oldest(),
                 first,
-                blocks: gateway.log.from(first, MAX_BLOCKS_BYTES),
+                blocks: gateway.log.from(first, share),
                 report: gateway.report.clone(),
             };
             let length = record.byte_len();
             match messages.last_mut().filter(|_| length <= room) {
-                Some(message) => message.records.push(record),
+                Some(message) => {
+                    message.records.push(record);
+                    message.origins.push(gateway.origin);
+                }
                 None => {
                     room = RELAY_BYTES;
                     messages.push(ExchangeRequest {
                         from: self.id,
                         records: vec![record],
+                        origins: vec![gateway.origin],
                         ..ExchangeRequest::default()
                     });
                 }
@@ -332,10 +367,10 @@ impl Hub {
         messages
     }
 
-    /// The reports of the Envoys that are there: number of the Envoy, time since its last message, report in JSON, which is
+    /// The reports of the Envoys that are there: public name of the Envoy, time since its last message, report in JSON, which is
     /// empty before the first one.
     pub fn reports(&self, now: Monotonic) -> impl Iterator<Item = (u64, Duration, &[u8])> {
-        let here = self.gateways.iter().filter(|(_, gateway)| !gateway.is_gone);
-        here.map(move |(id, gateway)| (*id, now.saturating_sub(gateway.last_seen), gateway.report.as_slice()))
+        let here = self.gateways.values().filter(|gateway| !gateway.is_gone);
+        here.map(move |gateway| (gateway.public_name, now.saturating_sub(gateway.last_seen), gateway.report.as_slice()))
     }
 }

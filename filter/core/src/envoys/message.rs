@@ -1,7 +1,7 @@
 //! The messages of the exchange, in the format of [`codec`](crate::codec).
 //!
 //! ```text
-//! ExchangeRequest   version from hub state wants known:[gateway next]* records:[Record]*
+//! ExchangeRequest   version from hub state wants known:[gateway next]* records:[Record]* origins:[word]*
 //! Record            gateway replaces turn hash_scheme loads:[endpoint Totals]* oldest first blocks:bytes report:bytes
 //! ExchangeResponse  version hub state have:[gateway next]* gateways exchanging has_loads loads:[endpoint Totals]*
 //!                   batches:[gateway hash_scheme first blocks:bytes]*
@@ -9,7 +9,8 @@
 //! Totals            work tokens requests
 //! ```
 //! An endpoint is its [key](crate::endpoints::endpoint_state::EndpointState::key). A gateway is an Envoy, named by the
-//! number of its leader. A reader takes a message whole or not at all. It ignores words behind those that it knows: a newer
+//! number of its leader; in `known` and in batches, by the public name that the hub gives it. A request of a leader ends
+//! behind its records. A reader takes a message whole or not at all. It ignores words behind those that it knows: a newer
 //! writer may add some.
 
 use crate::codec::{Reader, Writer};
@@ -24,6 +25,11 @@ pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
 /// Most bytes of blocks in one message: a worker reads them in a few milliseconds. Larger messages are refused.
 pub const MAX_BLOCKS_BYTES: usize = 256 << 10;
 
+/// Most Envoys that a request may know. A leader remembers fewer, and the request stays in memory while it waits.
+const MAX_KNOWN: usize = 4_096;
+/// Most records of a request. A hub knows fewer Envoys.
+const MAX_RECORDS: usize = 4_096;
+
 /// A request of a leader to the hub, or of a hub to another one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ExchangeRequest {
@@ -33,10 +39,13 @@ pub struct ExchangeRequest {
     pub known_state: (u64, u64),
     /// Whether the sender wants loads and blocks in the answer.
     pub wants: bool,
-    /// For each gateway the number of the first block event that the sender does not have, sorted by gateway.
+    /// For each [`Batch::gateway`] the number of the first block event that the sender does not have, sorted by gateway.
     pub known: Vec<(u64, u64)>,
     /// The leader's own record, or the records of the leaders that called the hub.
     pub records: Vec<Record>,
+    /// In a request of a hub, for each record a number of the host that its Envoy sends from; 0: unknown. Empty in a
+    /// leader's request and in one of an earlier release.
+    pub origins: Vec<u64>,
 }
 
 /// What one Envoy has in flight and which blocks it sent.
@@ -92,7 +101,7 @@ pub struct ExchangeResponse {
 /// Block events of one Envoy.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
-    /// [`Record::gateway`].
+    /// The Envoy's public name; see [`Hub::with_public_names`](super::hub::Hub::with_public_names).
     pub gateway: u64,
     /// [`Record::hash_scheme`].
     pub hash_scheme: u64,
@@ -119,22 +128,26 @@ impl ExchangeRequest {
             out.bytes(&record.blocks);
             out.bytes(&record.report);
         });
+        if !self.origins.is_empty() {
+            out.list(&self.origins, |out, origin| out.word(*origin));
+        }
         out.0
     }
 
-    /// Reads a message; `None` where it has another version than [`EXCHANGE_VERSION`], is cut short or has too many blocks.
+    /// Reads a message; `None` where it has another version than [`EXCHANGE_VERSION`], is cut short, has too many blocks or
+    /// names too many Envoys.
     #[must_use]
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let rest = &mut begin(bytes)?;
         let (from, known_state, wants) = (rest.word()?, (rest.word()?, rest.word()?), rest.word()? != 0);
-        let mut known = read_pairs(rest)?;
+        let mut known = read_pairs(rest).filter(|known| known.len() <= MAX_KNOWN)?;
         known.sort_unstable();
         Some(Self {
             from,
             known_state,
             wants,
             known,
-            records: rest.list(|rest| {
+            records: rest.list_of_most(MAX_RECORDS, |rest| {
                 Some(Record {
                     gateway: rest.word()?,
                     replaces: rest.word()?,
@@ -147,6 +160,7 @@ impl ExchangeRequest {
                     report: rest.bytes()?,
                 })
             })?,
+            origins: rest.list(Reader::word).unwrap_or_default(),
         })
     }
 }
@@ -263,10 +277,11 @@ mod tests {
         #[test]
         fn what_is_told_is_heard(
             from: u64, known_state: (u64, u64), wants: bool, known in pairs(), records in prop::collection::vec(record(), 0..3),
+            origins in prop::collection::vec(any::<u64>(), 0..3),
         ) {
             let mut known = known;
             known.sort_unstable();
-            let request = ExchangeRequest { from, known_state, wants, known, records };
+            let request = ExchangeRequest { from, known_state, wants, known, records, origins };
             let head = ExchangeRequest { records: Vec::new(), ..request.clone() }.to_bytes().len();
             let length = request.records.iter().map(Record::byte_len).sum::<usize>();
             prop_assert_eq!(request.to_bytes().len(), head + length);

@@ -10,6 +10,10 @@ use crate::workers::worker::Worker;
 pub const MAX_REPORT_BYTES: usize = 64 << 10;
 /// Most failing endpoints that a report names.
 const MAX_FAILING: usize = 64;
+/// Most generations and decisions that people are shown of a report.
+const MAX_SHOWN: usize = 64;
+/// Most characters that people are shown of one text.
+const MAX_TEXT: usize = 256;
 
 /// Report of one Envoy. A reader ignores fields that it does not know, and takes the default for fields that are missing.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -91,6 +95,34 @@ impl Report {
         serde_json::to_vec(self).unwrap_or_default()
     }
 
+    /// The report as people may see it: texts and lists have a bound, texts have no control characters, and no time is after
+    /// `now`. A report may say anything.
+    #[must_use]
+    pub fn for_people(mut self, now: UnixTime) -> Self {
+        self.generations.truncate(MAX_SHOWN);
+        self.failing.truncate(MAX_FAILING);
+        self.ejected.truncate(MAX_FAILING);
+        self.decisions.truncate(MAX_SHOWN);
+        let mut texts: Vec<&mut String> = vec![&mut self.epoch];
+        texts.extend(&mut self.failing);
+        for it in &mut self.generations {
+            texts.extend([&mut it.version, &mut it.build, &mut it.revision]);
+        }
+        for it in &mut self.ejected {
+            it.since_ms = it.since_ms.min(now);
+            texts.extend([&mut it.address, &mut it.reason]);
+        }
+        for it in &mut self.decisions {
+            it.at_ms = it.at_ms.min(now);
+            let of = &mut it.decision;
+            texts.extend([&mut of.decision, &mut of.reason, &mut of.model, &mut of.prefill, &mut of.decode]);
+        }
+        for text in texts {
+            *text = text.chars().filter(|it| !it.is_control()).take(MAX_TEXT).collect();
+        }
+        self
+    }
+
     /// Reads a report in JSON, also that of a newer filter; `None` where the bytes are none.
     #[must_use]
     pub fn from_json(bytes: &[u8]) -> Option<Self> {
@@ -107,5 +139,21 @@ mod tests {
         let newer = br#"{"new":1,"generations":[{"version":"2","new":[]}]}"#;
         assert_eq!(Report::from_json(newer).unwrap().generations[0].version, "2");
         assert_eq!(Report::from_json(b"[]x"), None);
+    }
+
+    #[test]
+    fn people_see_no_more_of_a_report_than_fits_no_escape_sequence_and_no_time_to_come() {
+        let decision = format!(r#"{{"at_ms":18446744073709551615,"model":"\u001b[2J{}"}}"#, "m".repeat(9_999));
+        let texts = r#""","#.repeat(9_999) + r#""""#;
+        let json = format!(
+            r#"{{"failing":[{texts}],"ejected":[{{"address":"a\u009b","since_ms":18446744073709551615}}],"decisions":[{decision}]}}"#
+        );
+        let now = UnixTime::from_millis(1_000);
+        let shown = Report::from_json(json.as_bytes()).unwrap().for_people(now);
+        assert_eq!(shown.failing.len(), MAX_FAILING);
+        let decision = &shown.decisions[0];
+        assert_eq!((decision.at_ms, decision.decision.model.len()), (now, MAX_TEXT));
+        assert!(decision.decision.model.starts_with("[2Jm"));
+        assert_eq!((shown.ejected[0].address.as_str(), shown.ejected[0].since_ms), ("a", now));
     }
 }

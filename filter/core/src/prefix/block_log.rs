@@ -6,6 +6,9 @@ use std::collections::VecDeque;
 use crate::codec::{Reader, Writer};
 use crate::prefix::hash::BlockHash;
 
+/// Bytes that keeping one event costs beside the event itself: its place in the queue, and what the allocator adds.
+const EVENT_BYTES: usize = 40;
+
 /// Latest block events of one Envoy, oldest first.
 #[derive(Debug, Default)]
 pub struct BlockLog {
@@ -17,7 +20,7 @@ pub struct BlockLog {
 impl BlockLog {
     /// Adds an [event](block_event) with the next number.
     pub fn push(&mut self, event: Box<[u8]>) {
-        self.bytes = self.bytes.saturating_add(event.len());
+        self.bytes = self.bytes.saturating_add(event.len()).saturating_add(EVENT_BYTES);
         self.next = self.next.saturating_add(1);
         self.events.push_back(event);
     }
@@ -25,7 +28,7 @@ impl BlockLog {
     /// Forgets the oldest event; `false` where there is none. The numbers of the others stay.
     pub fn forget_oldest(&mut self) -> bool {
         let Some(event) = self.events.pop_front() else { return false };
-        self.bytes = self.bytes.saturating_sub(event.len());
+        self.bytes = self.bytes.saturating_sub(event.len()).saturating_sub(EVENT_BYTES);
         true
     }
 
@@ -46,7 +49,7 @@ impl BlockLog {
         self.next
     }
 
-    /// Bytes of the events that are kept.
+    /// Bytes of memory of the events that are kept.
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.bytes
@@ -133,7 +136,7 @@ mod tests {
             log.push(block_event(endpoint, &[BlockHash(endpoint)]));
         }
         assert!(log.forget_oldest());
-        assert_eq!((log.oldest(), log.next(), log.bytes()), (1, 5, 4 * 24));
+        assert_eq!((log.oldest(), log.next(), log.bytes()), (1, 5, 4 * (24 + EVENT_BYTES)));
         let endpoints = |first, room| -> Vec<u64> {
             split_events(&log.from(first, room)).filter_map(read_event).map(|(endpoint, _)| endpoint).collect()
         };

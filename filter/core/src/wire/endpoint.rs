@@ -145,6 +145,14 @@ pub struct EndpointId {
     pub rank: Option<u32>,
 }
 
+impl EndpointId {
+    /// The number by which workers, and Envoys among each other, name the endpoint. It is the same in every release.
+    #[must_use]
+    pub fn key(&self) -> u64 {
+        xxhash_rust::xxh3::xxh3_64(self.to_string().as_bytes())
+    }
+}
+
 impl fmt::Display for EndpointId {
     /// `ip:port`, or `ip:port#rank`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -60,7 +60,7 @@ impl Envoys {
 
     fn serve(&mut self, worker: &Worker, call: &Callout) {
         let request = ExchangeRequest::from_bytes(&call.body).unwrap();
-        self.hub.take(&request, self.now);
+        self.hub.take(&request, 0, self.now);
         let is_question = path(call) == "/v1/exchange?wait_ms=1000";
         let age = Duration::from_nanos(worker.clock().now_ns() - call.at_ns);
         if is_question && !self.hub.has_news(&request) && age < HELD {

@@ -123,7 +123,7 @@ impl Table {
             self.states.push(None);
         }
         self.generation = self.generation.wrapping_add(1);
-        let key = xxhash_rust::xxh3::xxh3_64(endpoint.id().to_string().as_bytes());
+        let key = endpoint.id().key();
         self.by_key.push((key, index));
         let state = EndpointState::new(endpoint.clone(), key, from_pool, self.departed.comes(key), self.generation);
         if let Some(place) = self.states.get_mut(index as usize) {
