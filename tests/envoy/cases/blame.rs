@@ -19,6 +19,10 @@ const CASE: &str = "x-case";
 
 const LOCAL_RATE_LIMIT: &str = "envoy.filters.http.local_ratelimit";
 const RBAC: &str = "envoy.filters.http.rbac";
+const JWT: &str = "envoy.filters.http.jwt_authn";
+const EXT_AUTHZ: &str = "envoy.filters.http.ext_authz";
+/// A key that signed nothing.
+const KEYS: &str = r#"{"keys":[{"kty":"oct","alg":"HS256","kid":"k","k":"c2VjcmV0"}]}"#;
 
 /// The `@type` of an HTTP filter's message.
 fn filter_type(filter: &str, message: &str) -> String {
@@ -53,6 +57,21 @@ fn own_errors(config: &mut Config) {
     filters.insert(router, json!({"name": LOCAL_RATE_LIMIT, "typed_config": rate_limit(json!({}))}));
     filters.insert(router, json!({"name": RBAC, "typed_config": {"@type": filter_type("rbac", "RBAC")}}));
 
+    let jwt = json!({
+        "@type": filter_type("jwt_authn", "JwtAuthentication"),
+        "providers": {"p": {"issuer": "i", "local_jwks": {"inline_string": KEYS}}},
+        "rules": [{"match": {"prefix": "/"}, "requires": {"provider_name": "p"}}],
+    });
+    // pd-control knows no such path, so it denies.
+    let ext_authz = json!({
+        "@type": filter_type("ext_authz", "ExtAuthz"),
+        "http_service": {"server_uri": {"uri": "http://authz", "cluster": "pd-control", "timeout": "5s"}},
+    });
+    for (name, config) in [(JWT, jwt), (EXT_AUTHZ, ext_authz)] {
+        filters.insert(router, json!({"name": name, "disabled": true, "typed_config": config}));
+    }
+    let enabled = json!({"@type": "type.googleapis.com/envoy.config.route.v3.FilterConfig", "config": {}});
+
     let all = json!({"default_value": {"numerator": 100}});
     let limited = rate_limit(json!({
         "token_bucket": {"max_tokens": 1, "fill_interval": "3600s"}, "filter_enabled": all, "filter_enforced": all,
@@ -65,6 +84,8 @@ fn own_errors(config: &mut Config) {
     let cases = [
         ("limited", json!({"typed_per_filter_config": {LOCAL_RATE_LIMIT: limited}})),
         ("denied", json!({"typed_per_filter_config": {RBAC: denied}})),
+        ("without_jwt", json!({"typed_per_filter_config": {JWT: enabled.clone()}})),
+        ("not_authorized", json!({"typed_per_filter_config": {EXT_AUTHZ: enabled}})),
         ("full", json!({"route": {"cluster": "full"}})),
         ("empty", json!({"route": {"cluster": "empty"}})),
         ("timeout", json!({"route": {"timeout": "0.3s"}})),
@@ -106,6 +127,8 @@ fn envoys_own_errors_put_no_endpoint_out() {
         for (case, status, details) in [
             ("limited", 429, "local_rate_limited"),
             ("denied", 403, "rbac_access_denied_matched_policy[all]"),
+            ("without_jwt", 401, "jwt_authn_access_denied{Jwt_is_missing}"),
+            ("not_authorized", 404, "ext_authz_denied"),
             ("full", 503, "upstream_reset_before_response_started{overflow}"),
             ("empty", 503, "no_healthy_upstream"),
             ("timeout", 504, "response_timeout"),

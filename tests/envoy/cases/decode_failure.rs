@@ -1,13 +1,16 @@
 //! Decode pods that fail.
 
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use futures::future::join_all;
 use pd_sim::Stats;
 use pd_support::body::CHAT;
 use pd_support::client::{BOTH, Http};
 use pd_support::wait::until;
 use pd_tests::answer::is_done;
 use pd_tests::rig::{Rig, run};
+use serde_json::Value;
 
 use crate::support::{ask, assert_right, long_chat, short_chat, sum};
 
@@ -171,6 +174,40 @@ fn a_decode_pod_without_a_first_byte_ends_at_envoys_limit() {
                 assert!(sent.elapsed().as_secs() < 5, "{:?}", sent.elapsed());
             }
         }
+        rig.decode.iter().for_each(|engine| engine.set_faults("").unwrap());
+        rig.until_idle().await;
+    });
+}
+
+/// No connection fails and no error comes: only that others answer tells.
+#[test]
+fn a_decode_pod_that_is_silent_while_another_one_answers_is_avoided() {
+    run(async {
+        let rig = Rig::builder().pool(serde_json::json!({"prefill_timeout_ms": 1_000}));
+        let rig = rig.envoy(|config| config.http()["stream_idle_timeout"] = "3s".into()).start().await;
+        let dead = &rig.decode[0];
+        dead.set_faults("hang").unwrap();
+        let is_over = AtomicBool::new(false);
+        let flow = async |number: usize| {
+            let mut client = rig.client(BOTH[number % 2]).await;
+            while !is_over.load(Relaxed) {
+                let request = client.json(CHAT, short_chat(), &[]);
+                drop(client.try_send(request).await);
+            }
+        };
+        let found_out = async {
+            rig.until_metric(UNANSWERED, |value| value >= 1.0).await;
+            let address = dead.addr().to_string();
+            until("the status shows it", async || {
+                let status: Value = serde_json::from_str(&rig.ask_control("/v1/status").await?).ok()?;
+                let mut ejected =
+                    status["gateways"].as_array()?.iter().flat_map(|it| it["failing"].as_array()).flatten();
+                ejected.any(|it| *it == *address).then_some(())
+            })
+            .await;
+            is_over.store(true, Relaxed);
+        };
+        futures::future::join(found_out, join_all((0..4).map(flow))).await;
         rig.decode.iter().for_each(|engine| engine.set_faults("").unwrap());
         rig.until_idle().await;
     });

@@ -62,6 +62,24 @@ fn a_decode_server_that_fails_at_once_gets_a_few_requests() {
     });
 }
 
+/// Mostly an error of the client, but not where a server refuses everybody.
+#[test]
+fn a_decode_server_that_refuses_everything_at_once_gets_a_few_requests() {
+    run(async {
+        for fault in ["401", "403", "404"] {
+            let rig = busy(1, 8).start().await;
+            delay(&rig.decode);
+            let bad = &rig.decode[0];
+            bad.set_faults(fault).unwrap();
+            let errors = send(&rig, 4 * REQUESTS, short_chat).await;
+            assert_eq!(bad.stats().requests, errors, "{fault}");
+            assert!((16..=30).contains(&errors), "{errors} errors, {fault}");
+            ejected(&rig, "refusal").await;
+            rig.until_idle().await;
+        }
+    });
+}
+
 #[test]
 fn an_ejected_server_is_shown_with_its_reason_and_comes_back() {
     run(async {
@@ -86,6 +104,9 @@ fn an_ejected_server_is_shown_with_its_reason_and_comes_back() {
         assert!(problem.starts_with("1 of 1 Envoys avoid it since ") && problem.ends_with(reason), "{problem}");
         let advice = status["advice"].to_string();
         assert!(advice.contains(&format!("{address} {reason}")), "{advice}");
+        let ready = rig.client(BOTH[0]).await.get("/.pd-ready").await;
+        assert_eq!(ready.status, 200);
+        assert_eq!(ready.json()["ejected"], 1, "{}", ready.text());
         let line = format!("{address} {reason}: it is ejected until a probe succeeds");
         let lines = rig.envoy.log().matches(&line).count();
         assert!((1..=2).contains(&lines), "{lines} lines");

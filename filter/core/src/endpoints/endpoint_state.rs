@@ -51,7 +51,8 @@ pub struct EndpointState {
     pub(super) elsewhere: Totals,
     /// Whether the endpoint answered the last time.
     pub health: Health,
-    /// When the endpoint last answered a prefill leg of this Envoy, well or not; zero: never.
+    /// When the endpoint last answered, well or not; zero: never. Answers to prefill legs and first bytes of whole requests
+    /// count of all workers of this Envoy, others of this worker only.
     pub(crate) answered_at: Monotonic,
     /// What it answered lately: errors, and what followed them, to legs of every worker of this Envoy; other answers to
     /// those of this worker only.

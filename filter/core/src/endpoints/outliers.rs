@@ -20,7 +20,7 @@ pub enum ErrorKind {
     Server,
     /// 429 or 503: the endpoint says that it is full.
     Overload,
-    /// 4xx that no other endpoint answers to the same request.
+    /// 4xx to a prefill leg that another endpoint accepts; 401, 403 or 404 to a decode leg, which no other one can be asked.
     Refusal,
 }
 
@@ -54,11 +54,13 @@ impl ErrorKind {
         }
     }
 
-    /// Errors in a row that make an endpoint suspect. An endpoint may be full for a moment, so overload takes more.
-    const fn in_a_row(self) -> u32 {
-        match self {
-            Self::Server | Self::Refusal => 3,
-            Self::Overload => 5,
+    /// Errors in a row that make an endpoint suspect. An endpoint may be full for a moment, so overload takes more. What a
+    /// decode endpoint refuses may be the client's fault: only one that refuses everything is suspect.
+    const fn in_a_row(self, leg: Leg) -> u32 {
+        match (self, leg) {
+            (Self::Refusal, Leg::Decode) => WINDOW,
+            (Self::Server | Self::Refusal, _) => 3,
+            (Self::Overload, _) => 5,
         }
     }
 }
@@ -113,11 +115,13 @@ impl Answers {
         self.recent(leg).errors.iter().any(|window| *window != 0)
     }
 
-    /// Whether an endpoint answered this error several times in a row, or to half of a full window.
+    /// Whether an endpoint answered this error several times in a row, or to half of a full window. Refusals of a decode
+    /// endpoint must fill the window.
     #[must_use]
     pub fn is_suspect(&self, leg: Leg, kind: ErrorKind) -> bool {
         let window = self.window(leg, kind);
-        window.trailing_ones() >= kind.in_a_row() || window.count_ones() >= WINDOW / 2
+        let row = kind.in_a_row(leg);
+        window.trailing_ones() >= row || (row < WINDOW && window.count_ones() >= WINDOW / 2)
     }
 
     /// Whether the peers answer this error less than half as often: as a share of the latest answers, which for the
@@ -189,13 +193,25 @@ mod tests {
 
     #[test]
     fn errors_in_a_row_or_in_half_of_the_answers_make_an_endpoint_suspect() {
-        for (kind, row) in [(ErrorKind::Server, 3), (ErrorKind::Overload, 5), (ErrorKind::Refusal, 3)] {
+        for (kind, row) in [(ErrorKind::Server, 3), (ErrorKind::Overload, 5)] {
             assert!(!answers(&vec![Some(kind); row - 1]).is_suspect(LEG, kind));
             assert!(answers(&vec![Some(kind); row]).is_suspect(LEG, kind));
             assert!(answers(&[None, Some(kind)].repeat(8)).is_suspect(LEG, kind));
             assert!(!answers(&[None, None, Some(kind)].repeat(8)).is_suspect(LEG, kind));
             assert!(!answers(&vec![Some(kind); row]).is_suspect(Leg::Prefill, kind), "each kind of leg for itself");
         }
+    }
+
+    #[test]
+    fn a_decode_endpoint_is_suspect_only_where_it_refuses_everything() {
+        let kind = ErrorKind::Refusal;
+        assert!(!answers(&[Some(kind); 15]).is_suspect(LEG, kind));
+        assert!(answers(&[Some(kind); 16]).is_suspect(LEG, kind));
+        let mixed = [&[Some(kind); 15][..], &[None], &[Some(kind); 15]].concat();
+        assert!(!answers(&mixed).is_suspect(LEG, kind), "one client's fault");
+        let mut of_prefill = Answers::default();
+        (0..3).for_each(|_| of_prefill.note(Leg::Prefill, Some(kind)));
+        assert!(of_prefill.is_suspect(Leg::Prefill, kind), "another endpoint accepted the same");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::endpoints::usage::Usage;
 use crate::metrics::tag_value;
 use crate::prefix::index::EndpointIndex;
 use crate::time::Monotonic;
-use crate::wire::{EndpointId, ModelCard, Snapshot, State};
+use crate::wire::{Endpoint, EndpointId, ModelCard, Snapshot, State};
 
 mod apply;
 
@@ -333,6 +333,14 @@ impl Table {
             peers.add(&state.answers, leg, kind, state.health.is_failing());
         }
         peers
+    }
+
+    /// Whether a peer, as of [`peers`](Self::peers), has answered since then, by what this worker knows.
+    #[must_use]
+    pub(crate) fn have_peers_answered(&self, of: EndpointIndex, since: Monotonic) -> bool {
+        let Some(own) = self.get(of).map(|state| &state.endpoint) else { return false };
+        let is_peer = |it: &Endpoint| it.state == State::Ready && it.role == own.role && it.pool == own.pool;
+        self.iter().any(|(index, state)| index != of && is_peer(&state.endpoint) && state.answered_at > since)
     }
 
     /// Drops prefill legs that expired, and ends probes without an end.

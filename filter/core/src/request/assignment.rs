@@ -26,7 +26,14 @@ impl Assignment {
         Self { endpoint, tokens, own_prefill: None, new_blocks: Vec::new() }
     }
 
-    /// The prompt has been computed, or never will be.
+    /// The prompt has been computed: its endpoint is alive, which all workers get to know.
+    pub(super) fn own_prefill_answered(&mut self, worker: &mut Worker, now: Monotonic) {
+        if let Some((endpoint, leg)) = self.own_prefill.take() {
+            worker.prefill_answered(endpoint, leg, now);
+        }
+    }
+
+    /// The prompt will not be computed, or nobody knows whether it was.
     pub(super) fn end_own_prefill(&mut self, worker: &mut Worker, now: Monotonic) {
         if let Some((endpoint, leg)) = self.own_prefill.take() {
             worker.prefill_ended(endpoint, leg, now);

@@ -6,10 +6,11 @@ use super::effect::{Effect, Flow, KV_HEADER, Outcome, SERVED_HEADER};
 use super::kv_lease::{self, KvLease, Part};
 use super::leg::{PrefillAnswer, abandon, engines_reply, leg_ended, refused_alone};
 use super::route::{JUDGED_TOKENS, prefill_ms};
-use super::state::{ConcurrentPrefill, Forwarded, Response, State};
+use super::state::{ConcurrentPrefill, Forwarded, Response, Sent, State};
 use super::step::Step;
 use crate::body::json::Object;
 use crate::body::splice::HeadEdit;
+use crate::endpoints::health::Cause;
 use crate::endpoints::outliers::{ErrorKind, Leg};
 use crate::endpoints::table::EndpointRef;
 use crate::endpoints::usage::Usage;
@@ -170,10 +171,12 @@ impl Forwarded {
                     self.believed_tokens = None;
                     self.assignment.move_to(worker, endpoint, now);
                 }
-                // An error of the client: the endpoint works, and may still fail with what others accept.
-                if let Some(400..=428 | 430..=499) = status {
-                    worker.answered(endpoint);
-                    return AnsweredBy::default();
+                if let Some(state) = worker.state.table.resolve(endpoint) {
+                    state.answered_at = state.answered_at.max(now);
+                }
+                if let Some(status @ (400..=428 | 430..=499)) = status {
+                    let warnings = refused(worker, endpoint, status, now).into_iter().collect();
+                    return AnsweredBy { warnings, may_not_answer: false };
                 }
                 let error = status.and_then(ErrorKind::of_status);
                 let of_handover = self.judge_handover(worker, endpoint, error, now);
@@ -193,8 +196,26 @@ impl Forwarded {
             }
             Answerer::Envoy => {
                 worker.counts.count(Metric::AnsweredByEnvoy);
+                self.judge_silence(worker, now);
                 AnsweredBy::default()
             }
+        }
+    }
+
+    /// The request ends without a byte from its endpoint, by a limit of Envoy's or because the client left. Where the endpoint
+    /// has answered nothing since the request came, for as long as a prefill leg may take, and others of its pool and role
+    /// have answered, it hangs. What it waits for may be a prefill endpoint: where that is so for sure, it is not judged.
+    fn judge_silence(&self, worker: &mut Worker, now: Monotonic) {
+        let endpoint = self.assignment.endpoint;
+        let Sent { at, silent_after, .. } = self.sent;
+        let table = &mut worker.state.table;
+        let is_silent = table.resolve(endpoint).is_some_and(|state| state.answered_at <= at)
+            && now.saturating_sub(at) >= silent_after
+            && self.concurrent_prefill.is_none()
+            && table.have_peers_answered(endpoint.index, at);
+        if is_silent {
+            worker.counts.count(Metric::DecodeUnanswered);
+            worker.failed(endpoint, now);
         }
     }
 
@@ -268,7 +289,7 @@ impl Forwarded {
     /// The first byte of the response's body is there: the prompt has been computed.
     pub(super) fn first_byte(&mut self, worker: &mut Worker, now: Monotonic) {
         self.has_first_byte = true;
-        self.assignment.end_own_prefill(worker, now);
+        self.assignment.own_prefill_answered(worker, now);
     }
 
     /// A part of the response's body is there.
@@ -310,8 +331,12 @@ impl Forwarded {
         Outcome { flow: Flow::Continue, effects }
     }
 
-    /// The stream ended.
+    /// The stream ended. Where there was no answer the client left: of an answer that is no stream, the first byte comes with
+    /// the last one, so only a stream shows that the endpoint hangs.
     pub(super) fn end(&mut self, worker: &mut Worker, now: Monotonic) {
+        if self.response == Response::Awaited && self.sent.is_stream {
+            self.judge_silence(worker, now);
+        }
         self.assignment.end(worker, now);
         if let Some(ConcurrentPrefill { endpoint, leg, .. }) = self.concurrent_prefill {
             abandon(worker, endpoint, leg, now);
@@ -323,6 +348,18 @@ impl Forwarded {
 pub(super) fn served_by(answerer: Answerer<'_>) -> Option<Effect> {
     let upstream = core::str::from_utf8(answerer.host()?).ok()?;
     Some(Effect::AddResponseHeader(SERVED_HEADER, upstream.to_owned()))
+}
+
+/// A decode endpoint refused a request: mostly an error of the client. An endpoint that refuses all clients, for a key or a
+/// model that only the others know, is an outlier; a warning where that begins.
+fn refused(worker: &mut Worker, endpoint: EndpointRef, status: u16, now: Monotonic) -> Option<String> {
+    let ejection = worker.state.table.resolve(endpoint)?.health.ejection();
+    let is_other = ejection.is_some_and(|(cause, _)| cause != Cause::Outlier(ErrorKind::Refusal));
+    if !matches!(status, 401 | 403 | 404) || is_other {
+        worker.answered(endpoint);
+        return None;
+    }
+    worker.judge_answer(endpoint, Leg::Decode, Some(ErrorKind::Refusal), now)
 }
 
 /// Responses in a row that must show a KV cache that came, before the next one without it is worth a warning again.

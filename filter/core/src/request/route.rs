@@ -7,7 +7,7 @@ use super::effect::{
 use super::head::Subset;
 use super::kv_lease::KvLease;
 use super::parsed::ParsedRequest;
-use super::state::{ConcurrentPrefill, Forwarded, Response, State};
+use super::state::{ConcurrentPrefill, Forwarded, Response, Sent, State};
 use super::step::Step;
 use super::stored::keeper;
 use crate::body::splice::HeadEdit;
@@ -136,6 +136,11 @@ pub(super) fn forward(
         is_judged,
         believed_tokens,
         is_restricted: parsed.head.subset.is_some(),
+        sent: Sent {
+            at: now,
+            silent_after: parsed.pool().prefill_timeout.of(route.pick.seconds),
+            is_stream: parsed.is_stream,
+        },
         response: Response::Awaited,
         is_accepted: false,
         has_first_byte: false,

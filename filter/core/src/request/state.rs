@@ -1,5 +1,7 @@
 //! Where a request is, and what it has there. What a state's events do stands in the file of that state.
 
+use core::time::Duration;
+
 use super::assignment::Assignment;
 use super::head::RequestHead;
 use super::kv_lease::KvLease;
@@ -114,11 +116,22 @@ pub(super) struct Forwarded {
     pub(super) believed_tokens: Option<f64>,
     /// Whether a peer restricted the endpoints, and wants to know who served.
     pub(super) is_restricted: bool,
+    pub(super) sent: Sent,
     pub(super) response: Response,
     /// Whether an endpoint answered 200.
     pub(super) is_accepted: bool,
     /// Whether the response's body has begun.
     pub(super) has_first_byte: bool,
+}
+
+/// When a request went to its endpoint, and how long that may be silent.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sent {
+    pub(super) at: Monotonic,
+    /// As long as a prefill leg of the same prompt may take there.
+    pub(super) silent_after: Duration,
+    /// Whether the client wants a stream, which begins with the first token.
+    pub(super) is_stream: bool,
 }
 
 /// A prefill leg in flight beside its decode leg.

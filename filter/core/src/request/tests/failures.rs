@@ -241,6 +241,100 @@ fn a_decode_endpoint_that_fails_at_once_does_not_win() {
 }
 
 #[test]
+fn a_decode_endpoint_that_refuses_everything_at_once_does_not_win() {
+    for status in [401, 403, 404] {
+        let wins =
+            [wins_of_a_failing_decode_endpoint(8, 800, status), wins_of_a_failing_decode_endpoint(2, 200, status)];
+        assert!(wins.iter().all(|wins| (16..=24).contains(wins)), "{status}: {wins:?}");
+    }
+    // What is wrong with a body, all endpoints refuse.
+    let wins = wins_of_a_failing_decode_endpoint(2, 200, 400);
+    assert!(wins > 100, "{wins}");
+}
+
+#[test]
+fn a_client_whose_requests_are_refused_ejects_no_endpoint_that_serves_others() {
+    let mut t = fixture();
+    for number in 0..400 {
+        for status in [404, 404, 404, 200] {
+            t.request = Request::default();
+            t.headers(&[]);
+            let body = format!(r#"{{"model":"m","messages":[{{"role":"user","content":"{status}-{number}"}}]}}"#);
+            let decode = state(&t.body(&body), DECODE).to_owned();
+            t.request.response_headers(&mut t.worker, Answerer::Host(decode.as_bytes()), Some(status), t.now);
+            t.done();
+            assert_eq!(failing(&t, ""), [""; 0], "{number}");
+        }
+    }
+}
+
+/// Sends a short request that is answered after so many seconds, with a good one after a second in between, where another
+/// endpoint has it. `end` is what happens to the first one.
+fn silent(t: &mut Fixture, stream: bool, seconds: u64, peers_answer: bool, end: impl FnOnce(&mut Fixture)) -> String {
+    t.request = Request::default();
+    t.headers(&[]);
+    let body =
+        |text: &str| format!(r#"{{"model":"m","messages":[{{"role":"user","content":"{text}"}}],"stream":{stream}}}"#);
+    let decode = state(&t.body(&body("first")), DECODE).to_owned();
+    let mut waiting = core::mem::take(&mut t.request);
+    t.now = t.now.saturating_add(Duration::from_secs(1));
+    t.headers(&[]);
+    let other = state(&t.body(&body("second")), DECODE).to_owned();
+    assert_ne!(decode, other, "the test's own");
+    if peers_answer {
+        t.request.response_headers(&mut t.worker, Answerer::Host(other.as_bytes()), Some(200), t.now);
+    }
+    t.done();
+    core::mem::swap(&mut t.request, &mut waiting);
+    t.now = t.now.saturating_add(Duration::from_secs(seconds - 1));
+    end(t);
+    t.done();
+    assert!(t.is_idle());
+    decode
+}
+
+#[test]
+fn a_decode_endpoint_that_is_silent_while_others_answer_is_ejected() {
+    let limit = |t: &mut Fixture| {
+        t.request.response_headers(&mut t.worker, Answerer::Envoy, Some(504), t.now);
+    };
+    let leaves = |_: &mut Fixture| {};
+    let mut t = fixture();
+    assert_eq!([silent(&mut t, true, 60, true, limit)].as_slice(), failing(&t, ""), "a limit of Envoy's");
+    assert_eq!(t.worker.counts.pending(Metric::DecodeUnanswered), 1);
+    let mut t = fixture();
+    assert_eq!([silent(&mut t, true, 60, true, leaves)].as_slice(), failing(&t, ""), "a client that gives up");
+    let mut t = fixture();
+    assert_eq!([silent(&mut t, false, 60, true, limit)].as_slice(), failing(&t, ""));
+    for (stream, seconds, peers_answer, why) in [
+        (true, 59, true, "no longer than a prefill leg may take"),
+        (true, 60, false, "nobody answers"),
+        (false, 60, true, "a long answer that is no stream"),
+    ] {
+        let mut t = fixture();
+        silent(&mut t, stream, seconds, peers_answer, leaves);
+        assert_eq!(failing(&t, ""), [""; 0], "{why}");
+    }
+    // It answers others meanwhile: the request alone is slow.
+    let mut t = fixture();
+    silent(&mut t, true, 60, true, |t| {
+        let (mut waiting, mut answered) = (core::mem::take(&mut t.request), Vec::new());
+        for number in 0..4 {
+            t.request = Request::default();
+            t.headers(&[]);
+            let body = format!(r#"{{"model":"m","messages":[{{"role":"user","content":"m{number}"}}]}}"#);
+            let decode = state(&t.body(&body), DECODE).to_owned();
+            t.request.response_headers(&mut t.worker, Answerer::Host(decode.as_bytes()), Some(200), t.now);
+            // Requests in flight spread over both endpoints.
+            answered.push(core::mem::take(&mut t.request));
+        }
+        answered.iter_mut().for_each(|request| request.done(&mut t.worker, t.now));
+        core::mem::swap(&mut t.request, &mut waiting);
+    });
+    assert_eq!(failing(&t, ""), [""; 0]);
+}
+
+#[test]
 fn a_pool_whose_endpoints_all_fail_stays() {
     let mut t = fixture();
     for number in 0..60 {
