@@ -205,11 +205,14 @@ fmt: toolchain ## Format the sources
 docs: toolchain ## Write the tables of docs/ that are generated from the code
 	PD_DOCS=write cargo test $(LOCKED) --quiet -p pd-run --test docs generated_tables
 
-soak: build envoy ## Many requests at 64 concurrent with random faults at every engine: answers, ledger, memory
-#> SOAK_REQUESTS=100000 SOAK_ENGINE=sglang   how many over all engines; one engine only
+soak: build envoy ## Many requests at 64 concurrent while everything goes wrong on two Envoys, then with random faults at every engine
+#> SOAK_REQUESTS=100000 SOAK_SEED=1          how many, in each of the two; in which order what goes wrong
+#> SOAK_MINUTES=25                           after which the first one is given up
+#> SOAK_ENGINE=sglang                        one engine only, and no first one
 	$(call say,$(or $(SOAK_REQUESTS),100000) requests with random faults)
 	PD_SOAK_REQUESTS=$(or $(SOAK_REQUESTS),100000) $(if $(SOAK_ENGINE),PD_SOAK_ENGINE='$(SOAK_ENGINE)') \
-	    cargo test $(LOCKED) -p pd-tests --test envoy soak:: -- --nocapture
+	    $(if $(SOAK_SEED),PD_SOAK_SEED='$(SOAK_SEED)') $(if $(SOAK_MINUTES),PD_SOAK_MINUTES='$(SOAK_MINUTES)') \
+	    cargo test $(LOCKED) -p pd-tests --test envoy $(if $(SOAK_ENGINE),soak::random,soak::) -- --nocapture --test-threads=1
 
 fuzz: toolchain ## Fuzz at length
 #> FUZZ_SECONDS=1800 TARGETS=…              for each target; some of them only

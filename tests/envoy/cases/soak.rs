@@ -1,6 +1,11 @@
 //! Many requests at once with random faults at every engine: each is answered right or with an error, and nothing is left.
 //! `PD_SOAK_REQUESTS` says how many; `PD_SOAK_ENGINE` names one engine.
 
+mod director;
+mod fleet;
+mod mixed;
+mod tally;
+
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 

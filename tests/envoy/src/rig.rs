@@ -57,6 +57,8 @@ pub struct Rig {
     pub envoy: Process,
     /// The configuration that Envoy was started with.
     pub config: Config,
+    /// Endpoints of the list that it was started with.
+    listed: usize,
     control: Option<Process>,
     places: Places,
 }
@@ -227,7 +229,7 @@ impl Builder {
         replace(&file, &config.root.to_string()).expect("replaced");
         let envoy = places.start_envoy(&file);
         let admin = Admin { address: places.admin.address() };
-        let rig = Rig { prefill, decode, admin, envoy, config: running, control, places };
+        let rig = Rig { prefill, decode, admin, envoy, config: running, listed: list.len(), control, places };
         rig.until_ready(self.plugin_text.is_none().then_some(list.len())).await;
         rig
     }
@@ -255,8 +257,9 @@ impl Rig {
         replace(&file, &config.root.to_string()).expect("replaced");
         let envoy = places.start_envoy(&file);
         let admin = Admin { address: places.admin.address() };
-        let beside = Self { prefill: Vec::new(), decode: Vec::new(), admin, envoy, config, control: None, places };
-        beside.until_ready(Some(self.engines().count())).await;
+        let (prefill, decode, listed) = (Vec::new(), Vec::new(), self.listed);
+        let beside = Self { prefill, decode, admin, envoy, config, listed, control: None, places };
+        beside.until_ready(Some(listed)).await;
         beside.until_metric("pd_snapshots_total{result=\"applied\"}", |value| value >= WORKERS as f64).await;
         beside
     }

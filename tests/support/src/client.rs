@@ -41,6 +41,14 @@ pub type Body = UnsyncBoxBody<Bytes, io::Error>;
 #[derive(Debug)]
 pub struct Broken(String);
 
+impl Broken {
+    /// That there is none for this reason.
+    #[must_use]
+    pub fn of(why: &str) -> Self {
+        Self(why.to_owned())
+    }
+}
+
 impl fmt::Display for Broken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)

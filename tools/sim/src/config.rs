@@ -1,7 +1,9 @@
 //! What one simulated engine server is: addresses, role, engine, sizes, speed, faults.
 
+use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::fault::Fault;
@@ -63,6 +65,26 @@ pub struct Config {
     /// ever. The client hears of it when it sends the next request, which is lost: the race that it loses now and then at
     /// a real server. Time between two parts of a stream counts, too.
     pub keep_alive: Option<Duration>,
+    /// Counts the prompts that were computed, for all servers of a test together; absent: nobody counts.
+    pub computed: Option<Arc<Computed>>,
+}
+
+/// How often each prompt was computed, more than half of it: a server that had it cached or fetched its KV did not.
+#[derive(Debug, Default)]
+pub struct Computed(Mutex<HashMap<u64, u32>>);
+
+impl Computed {
+    pub(crate) fn add(&self, digest: u64) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(digest).or_default() += 1;
+    }
+
+    /// Prompts that were computed once, and those that were computed more often.
+    #[must_use]
+    pub fn once_and_more(&self) -> (u64, u64) {
+        let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let more = counts.values().filter(|count| **count > 1).count() as u64;
+        (counts.len() as u64 - more, more)
+    }
 }
 
 impl Default for Config {
@@ -93,6 +115,7 @@ impl Default for Config {
             record: 256,
             max_body_bytes: 64 << 20,
             keep_alive: None,
+            computed: None,
         }
     }
 }

@@ -54,7 +54,7 @@ use std::time::Duration;
 
 use tokio::task::JoinHandle;
 
-pub use config::Config;
+pub use config::{Computed, Config};
 pub use dialects::text_of_ids;
 pub use fault::{BadFault, FAULT_HEADER, Fault, Kind as FaultKind, Malformed, parse_list as parse_faults};
 pub use record::Recorded;

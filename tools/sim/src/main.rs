@@ -124,6 +124,7 @@ impl Args {
             seed: self.seed,
             record: self.record,
             keep_alive,
+            computed: None,
             ..Config::default()
         })
     }

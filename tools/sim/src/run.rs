@@ -124,6 +124,9 @@ impl Pod {
         }
 
         self.count_prompt(tokens, cached, external);
+        if let Some(all) = self.config.computed.as_ref().filter(|_| tokens - cached - external > tokens / 2) {
+            all.add(prompt.digest);
+        }
         match &wrong {
             Some(reason) => {
                 stats.wrong(reason);
