@@ -90,7 +90,7 @@ impl KvLease {
         let lease = parsed.pool().kv_lease?;
         Some(Self {
             prefill,
-            ends: now.saturating_add(lease.saturating_sub(lease / MARGIN)),
+            ends: now.saturating_add(lease.saturating_sub(lease.checked_div(MARGIN).unwrap_or_default())),
             expired_before: state.expired_kv_leases,
             api: parsed.api,
             is_stream: parsed.is_stream,

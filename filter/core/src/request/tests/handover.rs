@@ -113,7 +113,7 @@ fn a_decode_endpoint_that_would_repeat_the_prefill_legs_count_is_judged_by_its_o
         ("/v1/chat/completions", streamed, true, false),
         // Nothing of the answer is read, so that nothing of it can be put right.
         ("/v1/chat/completions", long_body(), true, true),
-        ("/v1/messages", whole_body(), true, true),
+        ("/v1/messages", whole_body().replacen('{', r#"{"max_tokens":9,"#, 1), true, true),
     ] {
         let mut t = fixture();
         t.request.headers(

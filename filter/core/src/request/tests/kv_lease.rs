@@ -6,12 +6,18 @@ use super::*;
 const IN_TIME: Duration = Duration::from_secs(28);
 const LATE: Duration = Duration::from_secs(31);
 
+/// A gateway that splits every prompt, whatever decode endpoints hold.
+fn splitting(policy: &str) -> Fixture {
+    let pools = format!(r#"{{"pools":{{"default":{{"split":{{"mode":"always"}}{policy}}}}},"#);
+    configured(&CONFIG.replacen('{', &pools, 1))
+}
+
 fn body(path: &str, is_stream: bool) -> String {
     let words = "word ".repeat(600);
     let prompt = match path {
         "/v1/responses" => format!(r#""input":"{words}""#),
         "/v1/completions" => format!(r#""prompt":"{words}""#),
-        _ => format!(r#""messages":[{{"role":"user","content":"{words}"}}]"#),
+        _ => format!(r#""max_tokens":9,"messages":[{{"role":"user","content":"{words}"}}]"#),
     };
     format!(r#"{{"model":"m","stream":{is_stream},{prompt}}}"#)
 }
@@ -56,7 +62,7 @@ fn later(t: &mut Fixture, by: Duration) {
 
 #[test]
 fn a_stream_whose_first_token_is_in_time_passes_however_long_it_takes() {
-    let mut t = fixture();
+    let mut t = splitting("");
     let decode = handed_over(&mut t, "/v1/chat/completions", true);
     answered(&mut t, &decode, 200);
     later(&mut t, IN_TIME);
@@ -83,7 +89,7 @@ fn a_stream_whose_first_token_is_late_ends_with_an_error() {
             "event: error\ndata: {",
         ),
     ] {
-        let mut t = fixture();
+        let mut t = splitting("");
         let decode = handed_over(&mut t, path, true);
         assert_eq!(answered(&mut t, &decode, 200).flow, Flow::Continue);
         assert_eq!(passed(&part(&mut t, preface, false), preface), preface);
@@ -123,7 +129,7 @@ fn a_late_whole_answer_waits_for_the_prefill_servers_count_of_expired_kv_leases(
         (Some((503, "upstream connect error".to_owned())), false),
         (None, false),
     ] {
-        let mut t = fixture();
+        let mut t = splitting("");
         let decode = handed_over(&mut t, "/v1/chat/completions", false);
         later(&mut t, LATE);
         let outcome = answered(&mut t, &decode, 200);
@@ -150,7 +156,7 @@ fn a_late_whole_answer_waits_for_the_prefill_servers_count_of_expired_kv_leases(
 
 #[test]
 fn leases_that_expired_before_are_no_news() {
-    let mut t = fixture();
+    let mut t = splitting("");
     let ask = |t: &mut Fixture, count: u32| {
         let decode = handed_over(t, "/v1/chat/completions", false);
         later(t, LATE);
@@ -179,11 +185,11 @@ fn leases_that_expired_before_are_no_news() {
 #[test]
 fn only_split_requests_of_engines_with_a_lease_are_late() {
     for (pool, path) in [
-        (r#""engine":"vllm-shared""#, "/v1/chat/completions"),
-        (r#""kv_lease_ms":0"#, "/v1/chat/completions"),
-        (r#""kv_lease_ms":60000"#, "/v1/chat/completions"),
+        (r#","engine":"vllm-shared""#, "/v1/chat/completions"),
+        (r#","kv_lease_ms":0"#, "/v1/chat/completions"),
+        (r#","kv_lease_ms":60000"#, "/v1/chat/completions"),
     ] {
-        let mut t = configured(&CONFIG.replacen('{', &format!(r#"{{"pools":{{"default":{{{pool}}}}},"#), 1));
+        let mut t = splitting(pool);
         let decode = if pool.contains("shared") {
             t.headers(&[]);
             t.body(&body(path, true));
@@ -198,13 +204,13 @@ fn only_split_requests_of_engines_with_a_lease_are_late() {
         t.done();
     }
     // An error is an error, and a whole request fetches nothing.
-    let mut t = fixture();
+    let mut t = splitting("");
     let decode = handed_over(&mut t, "/v1/chat/completions", true);
     later(&mut t, LATE);
     assert_eq!(answered(&mut t, &decode, 500).flow, Flow::Continue);
     assert!(!t.request.wants_response_body());
     t.done();
-    t.request = Request::default();
+    let mut t = fixture();
     t.headers(&[]);
     let decode = state(&t.body(r#"{"model":"m","stream":true,"messages":[]}"#), DECODE).to_owned();
     later(&mut t, LATE);
