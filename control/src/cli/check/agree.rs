@@ -3,18 +3,16 @@
 use pd_core::config::Config;
 use serde_json::Value;
 
-use super::attached::{gateways, policies, proxy, serves_engines};
+use super::attached::{gateways, proxy, serves_engines};
 use super::containers::has_token;
 use super::filters::Filter;
 use super::images::digest;
 use super::report::Report;
-use super::{order, others, ports, readiness, rewrites};
+use super::{order, others, ports, readiness, repeats, rewrites, security, traffic};
 use crate::cli::manifests::{Manifests, Object, items, text};
 
 /// Value of the destination header that the route sets.
 const DESTINATION: &str = "%FILTER_STATE(wasm.pd.destination:PLAIN)%";
-/// Milliseconds after which uvicorn, which most engines run in, closes an idle connection.
-const ENGINE_IDLE_MS: u64 = 5_000;
 /// Annotation of Envoy's pods with the image of the filter.
 const IMAGE_ANNOTATION: &str = "pd-filter-image";
 
@@ -34,7 +32,9 @@ pub(super) fn check(filter: &Filter<'_>, config: &Config, all: &Manifests, repor
     for route in all.of_kind("HTTPRoute").filter(|route| filter.policy.targets(route)) {
         if items(&route.value, "/spec/rules").iter().any(serves_engines) {
             check_destination_is_set(filter, config, route, report);
-            check_traffic(filter, config, route, all, report);
+            traffic::check(filter, config, route, all, report);
+            repeats::check(route, report);
+            security::check(filter, config, route, all, report);
             rewrites::check(filter, route, all, report);
             others::check_route(route, all, report);
         }
@@ -114,60 +114,6 @@ fn check_destination_is_set(filter: &Filter<'_>, config: &Config, route: &Object
     }
 }
 
-/// Checks the traffic policies that are in force for the route.
-fn check_traffic(filter: &Filter<'_>, config: &Config, route: &Object, all: &Manifests, report: &mut Report) {
-    let policies = policies("BackendTrafficPolicy", route, all);
-    if policies.is_empty() {
-        let what = format!(
-            "no BackendTrafficPolicy is for it, so nothing reads {} and holds the body",
-            config.destination_header
-        );
-        report.fault(route.says("spec", what));
-    }
-    for policy in policies {
-        let key = "spec.loadBalancer.endpointOverride.extractFrom";
-        let sources = items(&policy.value, "/spec/loadBalancer/endpointOverride/extractFrom");
-        let is_header = |source: &Value| text(source, "/header").eq_ignore_ascii_case(&config.destination_header);
-        if !sources.iter().any(is_header) {
-            let what = format!(
-                "must have header {}: config.destination_header of {} names it",
-                config.destination_header,
-                filter.policy.title()
-            );
-            report.fault(policy.says(key, what));
-        }
-        check_idle_time(policy, report);
-        let limit = policy.value.pointer("/spec/requestBuffer/limit");
-        match limit.and_then(quantity) {
-            Some(bytes) if bytes >= config.max_body_bytes as f64 => {}
-            Some(_) => {
-                let what = format!(
-                    "is below config.max_body_bytes of {}, {}: Envoy ends when the filter edits a larger body",
-                    filter.policy.title(),
-                    config.max_body_bytes
-                );
-                report.fault(policy.says("spec.requestBuffer.limit", what));
-            }
-            None => {
-                let what = "must be there: without the buffer filter headers leave before the filter has chosen";
-                report.fault(policy.says("spec.requestBuffer.limit", what));
-            }
-        }
-    }
-}
-
-/// Envoy must close an idle connection before the engine does.
-fn check_idle_time(policy: &Object, report: &mut Report) {
-    let idle = policy.value.pointer("/spec/timeout/http/connectionIdleTimeout").and_then(Value::as_str);
-    let what = match idle.map(|text| (text, milliseconds(text))) {
-        Some((_, Some(1..ENGINE_IDLE_MS))) => return,
-        Some((text, _)) => format!("is {text}, and an engine closes a connection that was idle for 5 s (uvicorn)"),
-        None => "is not there, and an engine closes a connection that was idle for 5 s (uvicorn)".to_owned(),
-    };
-    let what = format!("{what}: a request that meets that is lost, so let Envoy close it before: 3s");
-    report.warn(policy.says("spec.timeout.http.connectionIdleTimeout", what));
-}
-
 fn check_proxy(filter: &Filter<'_>, config: &Config, proxy: &Object, report: &mut Report) {
     order::check(proxy, report);
     let deployment = "/spec/provider/kubernetes/envoyDeployment";
@@ -189,72 +135,5 @@ fn check_proxy(filter: &Filter<'_>, config: &Config, proxy: &Object, report: &mu
             let what = format!("must have {variable}: {} passes it on to the filter", filter.policy.title());
             report.fault(proxy.says("spec.provider.kubernetes.envoyDeployment.container.env", what));
         }
-    }
-}
-
-/// Milliseconds of a duration of the Gateway API: `1h2m3s4ms`.
-fn milliseconds(text: &str) -> Option<u64> {
-    let (mut rest, mut sum) = (text, 0_u64);
-    while !rest.is_empty() {
-        let end = rest.find(|c: char| !c.is_ascii_digit())?;
-        let number: u64 = rest.get(..end)?.parse().ok()?;
-        let (unit, factor) = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000)]
-            .into_iter()
-            .find(|(unit, _)| rest[end..].starts_with(unit))?;
-        sum = sum.checked_add(number.checked_mul(factor)?)?;
-        rest = &rest[end + unit.len()..];
-    }
-    Some(sum)
-}
-
-/// The bytes of a Kubernetes quantity; `None` when it is none.
-fn quantity(value: &Value) -> Option<f64> {
-    if let Some(number) = value.as_f64() {
-        return Some(number);
-    }
-    let text = value.as_str()?;
-    let end = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
-    let (number, unit) = text.split_at_checked(end)?;
-    let factor = match unit {
-        "" => 1.0,
-        "k" => 1e3,
-        "M" => 1e6,
-        "G" => 1e9,
-        "Ki" => 1024.0,
-        "Mi" => 1024.0 * 1024.0,
-        "Gi" => 1024.0 * 1024.0 * 1024.0,
-        _ => return None,
-    };
-    Some(number.parse::<f64>().ok()? * factor)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn durations_are_milliseconds() {
-        for (text, ms) in [
-            ("3s", Some(3_000)),
-            ("500ms", Some(500)),
-            ("1h2m3s4ms", Some(3_723_004)),
-            ("0s", Some(0)),
-            ("3", None),
-            ("s", None),
-            ("3d", None),
-            ("-1s", None),
-        ] {
-            assert_eq!(milliseconds(text), ms, "{text}");
-        }
-    }
-
-    #[test]
-    fn quantities_are_bytes() {
-        for (text, bytes) in
-            [("16Mi", Some(16_777_216.0)), ("16M", Some(16e6)), ("5", Some(5.0)), ("5x", None), ("", None)]
-        {
-            assert_eq!(quantity(&text.into()), bytes, "{text}");
-        }
-        assert_eq!(quantity(&7.into()), Some(7.0));
     }
 }

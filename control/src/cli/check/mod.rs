@@ -17,10 +17,14 @@ mod policies;
 mod ports;
 mod readiness;
 mod release;
+mod repeats;
 mod report;
 mod rewrites;
 mod rollout;
+mod security;
 mod serving;
+mod traffic;
+mod units;
 mod workloads;
 
 use std::path::{Path, PathBuf};

@@ -40,10 +40,14 @@ const DEFAULT: &[&str] = &[
     "bandwidth_limit",
     "grpc_web",
     "grpc_stats",
-    "credential_injector",
-    "compressor",
+    INJECTOR,
+    COMPRESSOR,
     "dynamic_forward_proxy",
 ];
+
+/// The filter that adds a credential to a request, and the one that compresses an answer.
+const INJECTOR: &str = "credential_injector";
+const COMPRESSOR: &str = "compressor";
 
 /// Filters that answer a request themselves. `lua`, `ext_proc` and `dynamic_modules` may.
 const REFUSING: &[&str] = &[
@@ -79,9 +83,22 @@ pub(super) fn check(proxy: &Object, report: &mut Report) {
              computed before"
         ));
     }
+    if place(COMPRESSOR) > place(WASM) {
+        fault(format!(
+            "must have {{name: {PREFIX}{COMPRESSOR}, before: {PREFIX}{WASM}}}: answers pass the filters backwards, and the \
+             filter reads no compressed ones"
+        ));
+    }
     if place(GEOIP) > place(RBAC) {
         fault(format!("must have {{name: {PREFIX}{GEOIP}, before: {PREFIX}{RBAC}}}, which asks where a client is"));
     }
+}
+
+/// Whether the filter gets requests with the credential that an `HTTPRouteFilter` adds.
+pub(super) fn has_credential(proxy: &Object) -> bool {
+    let order = effective(items(&proxy.value, "/spec/filterOrder"));
+    let place = |name: &str| order.iter().position(|known| *known == name);
+    place(INJECTOR) < place(WASM)
 }
 
 /// Applies `filterOrder` as `sortHTTPFilters` of Envoy Gateway does: one entry after the other.
@@ -132,6 +149,7 @@ mod tests {
             "rbac, before: wasm",
             "local_ratelimit, before: wasm",
             "ratelimit, before: wasm",
+            "compressor, before: wasm",
         ];
         assert_eq!(faults(""), expected);
     }
@@ -139,12 +157,14 @@ mod tests {
     #[test]
     fn entries_are_applied_one_after_the_other() {
         let before = |name| entry(name, "before", "wasm");
-        let all = ["dynamic_modules", "geoip", "rbac", "local_ratelimit", "ratelimit"].map(before).concat();
+        let all =
+            ["dynamic_modules", "geoip", "rbac", "local_ratelimit", "ratelimit", "compressor"].map(before).concat();
         let buffer = entry("buffer", "after", "wasm");
         assert_eq!(faults(&format!("{all}{buffer}")), Vec::<String>::new());
-        assert_eq!(faults(&format!("{all}{buffer}{}", entry("rbac", "after", "compressor"))), ["rbac, before: wasm"]);
+        assert_eq!(faults(&format!("{all}{buffer}{}", entry("rbac", "after", "router"))), Vec::<String>::new());
+        assert_eq!(faults(&format!("{all}{buffer}{}", entry("rbac", "after", "grpc_web"))), ["rbac, before: wasm"]);
         // The buffer goes where the filter went, wherever that is then.
-        let late = entry("wasm", "after", "ratelimit");
+        let late = entry("wasm", "after", "compressor");
         assert_eq!(faults(&format!("{late}{buffer}")), Vec::<String>::new());
         assert_eq!(faults(&format!("{buffer}{late}")), ["buffer, after: wasm"]);
         assert_eq!(faults(&format!("{buffer}{late}{}", entry("jwt_authn", "after", "wasm"))).len(), 2);
@@ -152,7 +172,8 @@ mod tests {
 
     #[test]
     fn authorization_by_place_needs_the_place_first() {
-        let wrong = ["rbac", "dynamic_modules", "local_ratelimit", "ratelimit"].map(|it| entry(it, "before", "wasm"));
+        let wrong = ["rbac", "dynamic_modules", "local_ratelimit", "ratelimit", "compressor"]
+            .map(|it| entry(it, "before", "wasm"));
         let buffer = entry("buffer", "after", "wasm");
         assert_eq!(faults(&format!("{}{buffer}", wrong.concat())), ["geoip, before: rbac"]);
     }

@@ -2,8 +2,9 @@
 
 use serde_json::Value;
 
-use super::attached::serves_engines;
+use super::attached::{gateways, proxy, serves_engines};
 use super::filters::Filter;
+use super::order;
 use super::report::Report;
 use crate::cli::manifests::{Manifests, Object, items, text};
 
@@ -15,6 +16,8 @@ const PREFIXES: &str = "path_prefixes";
 /// Checks the filters of a route's rules and of their backends.
 pub(super) fn check(filter: &Filter<'_>, route: &Object, all: &Manifests, report: &mut Report) {
     let rules = items(&route.value, "/spec/rules").iter().enumerate();
+    let mut proxies = gateways(route, all).filter_map(|gateway| proxy(gateway, all)).peekable();
+    let has_credential = proxies.peek().is_some() && proxies.all(order::has_credential);
     for (i, rule) in rules.filter(|(_, rule)| serves_engines(rule)) {
         let of_rule = items(rule, "/filters").iter().enumerate();
         let of_rule = of_rule.map(|(j, it)| (format!("spec.rules[{i}].filters[{j}]"), it));
@@ -29,7 +32,7 @@ pub(super) fn check(filter: &Filter<'_>, route: &Object, all: &Manifests, report
                 check_path(filter, change, &|what| route.says(&key, what), report);
             }
             if let Some(object) = extension(value, route, all) {
-                check_extension(object, report);
+                check_extension(object, has_credential, report);
             }
         }
     }
@@ -122,12 +125,15 @@ fn check_headers(filter: &Value, says: &dyn Fn(String) -> String, report: &mut R
 }
 
 /// What an `HTTPRouteFilter` changes beside paths.
-fn check_extension(object: &Object, report: &mut Report) {
-    for (key, what) in [("credentialInjection", "adds a credential"), ("urlRewrite/hostname", "changes the host")] {
-        if object.value.pointer(&format!("/spec/{key}")).is_some() {
-            let key = format!("spec.{}", key.replace('/', "."));
-            report.warn(object.says(&key, format!("{what}, which prefill legs lack: they pass no route")));
-        }
+fn check_extension(object: &Object, has_credential: bool, report: &mut Report) {
+    if object.value.pointer("/spec/credentialInjection").is_some() && !has_credential {
+        let what = "adds a credential after the filter has read the headers, so prefill legs lack it: spec.filterOrder of the \
+                    EnvoyProxy must have {name: envoy.filters.http.credential_injector, before: envoy.filters.http.wasm}";
+        report.warn(object.says("spec.credentialInjection", what));
+    }
+    if object.value.pointer("/spec/urlRewrite/hostname").is_some() {
+        let what = "changes the host, which prefill legs lack: they pass no route";
+        report.warn(object.says("spec.urlRewrite.hostname", what));
     }
 }
 
@@ -207,7 +213,9 @@ mod tests {
             "spec.rules[0].filters[0]: sets header a, which prefill legs lack: they pass no route",
             "spec.rules[0].filters[0]: adds header c, which prefill legs lack: they pass no route",
             "spec.rules[0].filters[0]: removes header e, which prefill legs keep: they pass no route",
-            "spec.credentialInjection: adds a credential, which prefill legs lack: they pass no route",
+            "spec.credentialInjection: adds a credential after the filter has read the headers, so prefill legs lack it: \
+             spec.filterOrder of the EnvoyProxy must have {name: envoy.filters.http.credential_injector, before: \
+             envoy.filters.http.wasm}",
             "spec.rules[0].backendRefs[0].filters[0]: makes h.example the host, which prefill legs lack: they pass no route",
         ];
         let found: Vec<_> = found
