@@ -4,7 +4,7 @@
 //! |---|---|---|---|
 //! | role | `llm-d.ai/role` | `role-name` | `envoy-pd/role` |
 //! | models | – | `model.aibrix.ai/name` | `envoy-pd/models`, with commas; `models-closed` |
-//! | port | the `InferencePool`'s | `model.aibrix.ai/port`, label or annotation | `envoy-pd/port` |
+//! | port | the `InferencePool`'s, the routing sidecar's | `model.aibrix.ai/port`, label or annotation | `envoy-pd/port` |
 //! | engine | `llm-d.ai/engine-type` | `model.aibrix.ai/engine`, `model.aibrix.ai/kv-connector-type` | `envoy-pd/engine` |
 //! | group | – | `roleset-name` | `envoy-pd/group` |
 //! | prompt lengths | – | `promptLenBucketMinLength` and `Max` in annotation `model.aibrix.ai/config`, labels `prompt-len-bucket-min-length` and `max` | `envoy-pd/min-prompt-tokens`, `max-prompt-tokens` |
@@ -137,7 +137,8 @@ impl Reader<'_> {
     /// workers of a group that all serve have it, as the leader has.
     fn is_silent_worker(&self, serving: &[u16]) -> bool {
         let is_worker = self.pod.labels.get(LWS_WORKER_INDEX).is_some_and(|index| index != "0");
-        let has_port = |port: &u16| self.pod.ports.iter().any(|(_, known)| known == port);
+        let all = || self.pod.ports.iter().map(|(_, port)| *port).chain(self.pod.sidecar_port);
+        let has_port = |port: &u16| all().any(|known| known == *port);
         is_worker && !serving.iter().any(has_port)
     }
 
@@ -221,6 +222,9 @@ impl Reader<'_> {
                 }
             }
             Some(PortSource::Unsaid) | None => {}
+        }
+        if let Some(port) = self.pod.sidecar_port {
+            return Ok(vec![port]);
         }
         if let Some(text) = self.pod.annotations.get(aibrix::PORT).or_else(|| self.pod.labels.get(aibrix::PORT)) {
             return text.parse().map(|port| vec![port]).map_err(|_| format!("{}: {text:?} is no port", aibrix::PORT));

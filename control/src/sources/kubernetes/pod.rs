@@ -29,6 +29,8 @@ pub struct Pod {
     pub ip: Option<IpAddr>,
     /// Name and number of its containers' TCP ports.
     pub ports: Vec<(Option<String>, u16)>,
+    /// Port of llm-d's routing sidecar, if the pod has one. It stands in front of the engine, which has another port.
+    pub sidecar_port: Option<u16>,
     /// State of its endpoints: draining when it is being deleted, down when it is not ready.
     pub state: State,
     /// Whether all of its containers run, as far as the pod says.
@@ -52,17 +54,54 @@ struct Body {
 }
 
 #[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct Spec {
     #[serde(default)]
     containers: Vec<Container>,
+    #[serde(default)]
+    init_containers: Vec<Container>,
 }
 
 #[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct Container {
     #[serde(default)]
     name: String,
     #[serde(default)]
+    args: Vec<String>,
+    #[serde(default)]
     ports: Vec<ContainerPort>,
+    restart_policy: Option<String>,
+}
+
+/// Flags by which a container is llm-d's routing sidecar: each names the engine's port.
+const SIDECAR_FLAGS: [&str; 2] = ["--vllm-port", "--model-server-port"];
+
+impl Container {
+    /// Port of a routing sidecar: its flag `--port`, else its container port. `None` for another container.
+    fn sidecar_port(&self) -> Option<u16> {
+        let is_one = SIDECAR_FLAGS.iter().any(|flag| self.flag(flag).is_some());
+        let declared = self.ports.first().map(|port| port.container_port);
+        let port = || self.flag("--port").and_then(|text| text.parse().ok()).or(declared);
+        is_one.then(port).flatten()
+    }
+
+    /// Value of a flag: `--flag=value`, or the argument behind `--flag`.
+    fn flag(&self, name: &str) -> Option<&str> {
+        let mut args = self.args.iter();
+        while let Some(arg) = args.next() {
+            match arg.strip_prefix(name) {
+                Some("") => return args.next().map(String::as_str),
+                Some(rest) => {
+                    if let Some(value) = rest.strip_prefix('=') {
+                        return Some(value);
+                    }
+                }
+                None => {}
+            }
+        }
+        None
+    }
 }
 
 #[derive(Deserialize)]
@@ -156,6 +195,9 @@ impl Pod {
         };
         let id = |it: &ContainerStatus| it.container_id.clone().filter(|id| !id.is_empty());
         let containers = status.container_statuses.iter().map(|it| (id(it), ports_of(&it.name))).collect();
+        let lives_on = |container: &&Container| container.restart_policy.as_deref() == Some("Always");
+        let mut sidecars = spec.init_containers.iter().filter(lives_on).chain(&spec.containers);
+        let sidecar_port = sidecars.find_map(Container::sidecar_port);
         let ports = spec.containers.into_iter().flat_map(|container| container.ports);
         let is_tcp = |port: &ContainerPort| port.protocol.as_deref().is_none_or(|protocol| protocol == "TCP");
         Ok(Self {
@@ -163,6 +205,7 @@ impl Pod {
             annotations: metadata.annotations.unwrap_or_default(),
             ip,
             ports: ports.filter(is_tcp).map(|port| (port.name, port.container_port)).collect(),
+            sidecar_port,
             state,
             is_running: status
                 .container_statuses

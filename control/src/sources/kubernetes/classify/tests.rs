@@ -201,6 +201,40 @@ fn the_port_named_http_is_taken_before_the_first_one() {
     assert_eq!(one(&read(bare).unwrap()).address.port(), DEFAULT_PORT);
 }
 
+/// As llm-d's chart makes them: the engine on 8200, in front of it the sidecar, which passes on what names no prefill server.
+#[test]
+fn a_pod_with_a_routing_sidecar_serves_at_the_sidecars_port() {
+    let with = |init: Value, beside: Value| {
+        json!({
+            "metadata": {"name": "p", "labels": {"llm-d.ai/role": "decode"}},
+            "spec": {
+                "initContainers": [{"name": "prepare", "ports": [{"containerPort": 1}]}, init],
+                "containers": [{"name": "vllm", "args": ["--port", "8200"], "ports": [{"containerPort": 8200}]}, beside],
+            },
+            "status": {"podIP": "10.0.0.1"},
+        })
+    };
+    let port = |init: &Value, beside: &Value| one(&read(with(init.clone(), beside.clone())).unwrap()).address.port();
+    let (ports, none) = (json!([{"containerPort": 8000}]), json!({"name": "none"}));
+    let sidecar =
+        |args: Value| json!({"name": "routing-proxy", "restartPolicy": "Always", "args": args, "ports": ports});
+    // The flag counts where the declared port differs.
+    for (args, expected) in [
+        (json!(["--port=8000", "--vllm-port=8200", "--connector=nixlv2"]), 8_000),
+        (json!(["--port", "8080", "--vllm-port", "8200"]), 8_080),
+        (json!(["--model-server-port=8200"]), 8_000),
+    ] {
+        assert_eq!(port(&sidecar(args.clone()), &none), expected, "{args}");
+        assert_eq!(port(&none, &sidecar(args.clone())), expected, "{args}: as one more container");
+    }
+    let mut annotated = with(sidecar(json!(["--vllm-port=8200"])), none.clone());
+    annotated["metadata"]["annotations"] = json!({"envoy-pd/port": "8200"});
+    assert_eq!(one(&read(annotated).unwrap()).address.port(), 8_200);
+    assert_eq!(port(&sidecar(json!(["--port=15001"])), &none), 8_200, "a sidecar of another kind");
+    let first = json!({"name": "once", "args": ["--vllm-port=8200"], "ports": ports});
+    assert_eq!(port(&first, &none), 8_200, "a container that ends before the engine starts");
+}
+
 #[test]
 fn addresses_that_are_no_engines_are_refused() {
     let value =
