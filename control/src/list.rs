@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use pd_core::wire::{Endpoint, EndpointId, MAX_CARDS, ModelCard, Role, Snapshot, State, WIRE_VERSION, WireError};
+use pd_core::wire::{
+    Endpoint, EndpointId, MAX_CARDS, ModelCard, Role, Snapshot, State, Stated, WIRE_VERSION, WireError,
+};
 
 /// A list that may be published.
 ///
@@ -12,6 +14,7 @@ use pd_core::wire::{Endpoint, EndpointId, MAX_CARDS, ModelCard, Role, Snapshot, 
 pub struct EndpointList {
     endpoints: Vec<Endpoint>,
     cards: BTreeMap<String, ModelCard>,
+    stated: Stated,
 }
 
 impl EndpointList {
@@ -29,9 +32,26 @@ impl EndpointList {
             endpoints,
             removed: Vec::new(),
             models: Vec::new(),
+            stated: None,
         };
         snapshot.validate()?;
-        Ok(Self { endpoints: snapshot.endpoints, cards: BTreeMap::new() })
+        Ok(Self { endpoints: snapshot.endpoints, ..Self::default() })
+    }
+
+    /// Adds objectives and aliases.
+    ///
+    /// # Errors
+    /// The [`WireError`] for which a filter would refuse them.
+    pub fn with_stated(mut self, stated: Stated) -> Result<Self, WireError> {
+        stated.validate()?;
+        self.stated = stated;
+        Ok(self)
+    }
+
+    /// Objectives and aliases that objects of the cluster state.
+    #[must_use]
+    pub fn stated(&self) -> &Stated {
+        &self.stated
     }
 
     /// Adds what engines tell of models, of those that an endpoint of the list serves. Cards that a snapshot cannot have

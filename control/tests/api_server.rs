@@ -88,6 +88,7 @@ impl ApiServer {
         let router = Router::new()
             .route("/api/v1/namespaces/{namespace}/pods", get(collection))
             .route("/apis/{group}/{version}/namespaces/{namespace}/inferencepools", get(collection))
+            .route("/apis/llm-d.ai/v1alpha2/namespaces/{namespace}/{plural}", get(collection))
             .with_state(self.clone());
         Listening(tokio::spawn(async move { axum::serve(listener, router).await.unwrap() }))
     }

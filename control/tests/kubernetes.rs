@@ -6,7 +6,7 @@ use pd_control::Config;
 use pd_control::control::Kubernetes;
 use pd_control::sources::kubernetes::KubernetesConfig;
 use pd_control::sources::kubernetes::follow::Limits;
-use pd_core::wire::{Endpoint, State};
+use pd_core::wire::{Endpoint, Snapshot, State, Stated};
 use serde_json::{Value, json};
 
 use crate::api_server::{ApiServer, Fault, Listening};
@@ -285,6 +285,42 @@ async fn inference_pools_select_pods_and_say_their_ports() {
     server.apply_in(pools, "llama", spec("llama"));
     until_addresses(&rig, &["10.0.0.1:8000", "10.0.0.1:8001", "10.0.0.2:8000"]).await;
     until_good(&rig).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn objectives_and_rewrites_reach_filters_and_are_followed() {
+    let (server, _listening) = ApiServer::start().await;
+    server.apply("n", "p", pod("both", "10.0.0.1"));
+    let collection = |plural: &str| format!("/apis/llm-d.ai/v1alpha2/namespaces/n/{plural}");
+    let objective = |priority: i64| json!({"spec": {"priority": priority, "poolRef": {"name": "llama"}}});
+    let rule = json!({"matches": [{"model": {"value": "chat"}}], "targets": [{"modelRewrite": "base"}]});
+    let rewrite = json!({"spec": {"poolRef": {"name": "llama"}, "rules": [rule]}});
+    server.apply_in(&collection("inferenceobjectives"), "batch", objective(-5));
+    // The other group's API is not there. That keeps no endpoint back, and is said.
+    let text = "namespaces: [n]\ninference_objects: [llm-d.ai, inference.networking.x-k8s.io]\n";
+    let config = KubernetesConfig::parse("k.yaml".as_ref(), text.as_bytes()).unwrap();
+    let rig = Rig::start_without_file(|it| follow(it, &server, config)).await;
+    until_addresses(&rig, &["10.0.0.1:8000"]).await;
+    until_degraded(&rig, "inferenceobjectives.inference.networking.x-k8s.io in n: ").await;
+    let until = async |is_so: fn(&Stated) -> bool| {
+        until_true("it is stated", || async {
+            let body = rig.client.get("/v1/watch?epoch=&since=0&wait_ms=0").await.body;
+            is_so(&Snapshot::parse(body.as_bytes()).unwrap().stated.unwrap_or_default())
+        })
+        .await;
+    };
+    until(|stated| stated.objectives["batch"] == -5).await;
+
+    let mut filter = rig.filter().await;
+    server.apply_in(&collection("inferencemodelrewrites"), "canary", rewrite);
+    let change = filter.poll(&rig.client, PATIENCE).await.unwrap();
+    assert_eq!((change.base.is_some(), change.endpoints.len()), (true, 0));
+    assert_eq!(change.stated.unwrap().aliases["chat"][0].model, "base");
+    server.apply_in(&collection("inferenceobjectives"), "batch", objective(7));
+    until(|stated| stated.objectives["batch"] == 7 && stated.aliases.len() == 1).await;
+    server.apply_in(&collection("inferenceobjectives"), "batch", json!({"spec": {}}));
+    until_degraded(&rig, "InferenceObjective n/batch: ").await;
+    until(|stated| stated.objectives.is_empty()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

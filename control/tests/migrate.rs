@@ -40,15 +40,11 @@ fn an_llm_d_installation_becomes_values() {
             "port": 8200,
         },
         "gateway": {"hostnames": ["llm.example.com"]},
-        "kubernetesConfig": {"inference_pools": [
-            {"name": "llama", "namespace": "serving", "group": "inference.networking.k8s.io"},
-        ]},
+        "kubernetesConfig": {
+            "inference_pools": [{"name": "llama", "namespace": "serving", "group": "inference.networking.k8s.io"}],
+            "inference_objects": ["inference.networking.x-k8s.io", "llm-d.ai"],
+        },
         "filter": {"config": {
-            "objectives": [{"name": "interactive", "priority": 10}],
-            "models": {"chat": {"targets": [
-                {"model": "llama-3-8b", "weight": 90},
-                {"model": "llama-3-8b-v2", "weight": 10},
-            ]}},
             "pools": {"default": {
                 "engine": "vllm-nixl",
                 "split": {"mode": "threshold", "uncached_tokens": 512},
@@ -67,7 +63,6 @@ fn each_setting_that_is_not_carried_over_has_a_line_with_the_reason() {
     let dropped: Vec<_> = said.iter().filter(|line| line.starts_with("NOT carried over: ")).collect();
     for (object, key) in [
         ("InferencePool serving/llama", "spec.endpointPickerRef"),
-        ("InferenceModelRewrite serving/canary", "spec.rules[1]"),
         ("ConfigMap serving/llama-epp", "prefix-cache-scorer: maxPrefix"),
         ("ConfigMap serving/llama-epp", "precise-prefix-cache-scorer"),
         ("ConfigMap serving/llama-epp", "schedulingProfiles: prefill: prefix-cache-scorer 2"),
@@ -77,7 +72,7 @@ fn each_setting_that_is_not_carried_over_has_a_line_with_the_reason() {
     ] {
         assert!(dropped.iter().any(|line| line.contains(object) && line.contains(key)), "{object} {key}: {dropped:#?}");
     }
-    assert_eq!(dropped.len(), 8, "{dropped:#?}");
+    assert_eq!(dropped.len(), 7, "{dropped:#?}");
     assert!(dropped.iter().all(|line| line.contains("llm-d.yaml:")), "{dropped:#?}");
 }
 
@@ -126,8 +121,9 @@ fn odd_manifests_are_no_panic_and_no_guess() {
     for text in [
         "kind: InferencePool\nmetadata: {name: p}\nspec: 5\n",
         "kind: InferencePool\nmetadata: {name: p}\nspec: {selector: {matchLabels: [a]}, targetPorts: [{number: 70000}]}\n",
-        "kind: InferenceObjective\nmetadata: {name: o}\nspec: {priority: high}\n",
-        "kind: InferenceModelRewrite\nmetadata: {name: r}\nspec: {rules: [5, {matches: [{}], targets: [{}]}]}\n",
+        "apiVersion: llm-d.ai/v1alpha2\nkind: InferenceObjective\nmetadata: {name: o}\nspec: {priority: high, poolRef: {name: p}}\n",
+        "apiVersion: llm-d.ai/v1alpha2\nkind: InferenceModelRewrite\nmetadata: {name: r}\nspec: {rules: [5, {matches: [{}], targets: [{}]}]}\n",
+        "apiVersion: other/v1\nkind: InferenceObjective\nmetadata: {name: o}\nspec: {poolRef: {name: p}}\n",
         "kind: ConfigMap\nmetadata: {name: c}\ndata: {a: 'kind: EndpointPickerConfig\n\n\n\n plugins: [5, {}]', b: '{EndpointPickerConfig'}\n",
         "kind: Deployment\nmetadata: {name: d}\nspec: {template: {spec: {containers: [{name: routing-proxy, args: ['--', --x, 5]}]}}}\n",
     ] {

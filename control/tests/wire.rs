@@ -11,7 +11,7 @@ use pd_core::endpoints::table::Applied;
 use pd_core::envoys::message::{Batch, ExchangeRequest, ExchangeResponse, Record};
 use pd_core::prefix::block_log::block_event;
 use pd_core::prefix::hash::BlockHash;
-use pd_core::wire::{Endpoint, Engine, ModelCard, Role, Snapshot, State};
+use pd_core::wire::{Endpoint, Engine, ModelCard, Role, Snapshot, State, Stated, Target};
 use pd_core::workers::worker::Worker;
 use serde_json::{Value, json};
 
@@ -71,8 +71,15 @@ fn written() -> Vec<(&'static str, String)> {
         },
         ModelCard { parent: Some("llama".into()), ..ModelCard::new("adapter \"ä\"") },
     ];
+    let target = |model: &str, weight| Target { model: model.to_owned(), weight };
+    let stated = Stated {
+        objectives: [("batch".to_owned(), -5)].into(),
+        aliases: [("chat".to_owned(), vec![target("llama", 9), target("adapter \"ä\"", 1)])].into(),
+        others: vec![target("llama", 1)],
+    };
     let publish = |list: &[Endpoint]| {
-        let list = EndpointList::new(list.to_vec()).unwrap().with_cards(cards.iter());
+        let list = EndpointList::new(list.to_vec()).unwrap().with_stated(stated.clone()).unwrap();
+        let list = list.with_cards(cards.iter());
         registry.publish(list, SystemTime::UNIX_EPOCH).unwrap();
         registry.current()
     };
@@ -213,20 +220,25 @@ fn a_filter_follows_the_lists_of_every_version_and_keeps_its_own_where_one_is_re
 
 #[test]
 fn what_a_newer_version_adds_is_ignored() {
-    fn extended(value: &Value) -> Value {
+    /// Members of these objects are names, not fields.
+    const NAMES: [&str; 2] = ["objectives", "aliases"];
+    fn extended(value: &Value, has_fields: bool) -> Value {
         match value {
             Value::Object(members) => {
-                let mut members: serde_json::Map<_, _> =
-                    members.iter().map(|(key, value)| (key.clone(), extended(value))).collect();
-                members.insert("of_a_newer_version".into(), json!({"a": [1, null]}));
+                let member =
+                    |(key, value): (&String, &Value)| (key.clone(), extended(value, !NAMES.contains(&key.as_str())));
+                let mut members: serde_json::Map<_, _> = members.iter().map(member).collect();
+                if has_fields {
+                    members.insert("of_a_newer_version".into(), json!({"a": [1, null]}));
+                }
                 members.into()
             }
-            Value::Array(items) => items.iter().map(extended).collect(),
+            Value::Array(items) => items.iter().map(|item| extended(item, true)).collect(),
             _ => value.clone(),
         }
     }
     for (name, text) in written() {
-        let newer = extended(&serde_json::from_str(&text).unwrap()).to_string();
+        let newer = extended(&serde_json::from_str(&text).unwrap(), true).to_string();
         assert_eq!(Snapshot::parse(newer.as_bytes()), Snapshot::parse(text.as_bytes()), "{name}");
     }
 }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use pd_core::wire::{Endpoint, MAX_MODELS, State};
+use pd_core::wire::{Endpoint, MAX_MODELS, State, Stated};
 
 use crate::list::EndpointList;
 use crate::publish::updates::{Facts, Update};
@@ -69,7 +69,8 @@ impl Merge {
         for endpoint in lists.iter().flat_map(|list| list.as_slice()) {
             endpoints.entry(endpoint.id()).or_insert_with(|| self.with_fact(endpoint.clone()));
         }
-        let list = EndpointList::new(endpoints.into_values().collect()).map_err(|error| error.to_string());
+        let list = EndpointList::new(endpoints.into_values().collect());
+        let list = list.and_then(|list| list.with_stated(stated(&lists))).map_err(|error| error.to_string());
         let cards = || self.facts.values().flat_map(|fact| &fact.models);
         Some(list.map(|list| list.with_cards(cards())))
     }
@@ -101,6 +102,19 @@ impl Merge {
         }
         endpoint
     }
+}
+
+/// What the objects of all sources state. Where two state the same name, the first source counts.
+fn stated(lists: &[&EndpointList]) -> Stated {
+    let mut all = Stated::default();
+    for stated in lists.iter().rev().map(|list| list.stated()) {
+        all.objectives.extend(stated.objectives.clone());
+        all.aliases.extend(stated.aliases.clone());
+        if !stated.others.is_empty() {
+            all.others.clone_from(&stated.others);
+        }
+    }
+    all
 }
 
 #[cfg(test)]
@@ -142,6 +156,20 @@ mod tests {
         merge.take(second, list(&[(1, 9.0), (2, 3.0)]));
         assert_eq!(weights(&merge.take(first, list(&[(1, 2.0)]))), Some(vec![2.0, 3.0]));
         assert_eq!(weights(&merge.take(first, list(&[]))), Some(vec![9.0, 3.0]));
+    }
+
+    #[test]
+    fn the_first_source_says_what_a_name_stands_for() {
+        let mut merge = Merge::default();
+        let (first, second) = (merge.add(), merge.add());
+        let states = |objectives: &[(&str, i64)]| {
+            let objectives = objectives.iter().map(|(name, priority)| ((*name).to_owned(), *priority)).collect();
+            let list = EndpointList::new(vec![]).unwrap().with_stated(Stated { objectives, ..Stated::default() });
+            Update::from(Ok(list.unwrap()))
+        };
+        merge.take(second, states(&[("a", 1), ("b", 2)]));
+        let merged = merge.take(first, states(&[("a", 3)])).list.unwrap();
+        assert_eq!(merged.stated().objectives, [("a".to_owned(), 3), ("b".to_owned(), 2)].into());
     }
 
     #[test]

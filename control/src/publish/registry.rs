@@ -38,6 +38,8 @@ pub struct Published {
     endpoints: EndpointList,
     /// Cards of the models that endpoints serve or served, each with the version that changed it last.
     cards: Cards,
+    /// Version that changed last what objects of the cluster state.
+    stated_in: u64,
     /// Changes that led to versions `version - history.len() + 1 ..= version`, oldest first.
     history: VecDeque<Arc<Step>>,
     /// Encoded answers by base version; `None` is the whole list. Each is encoded once for all filters.
@@ -82,6 +84,7 @@ impl Published {
             changed_at: now,
             endpoints: EndpointList::default(),
             cards: Cards::new(),
+            stated_in: 0,
             history: VecDeque::new(),
             encoded: Mutex::default(),
         }
@@ -115,14 +118,15 @@ impl Published {
     #[must_use]
     pub fn advance(&self, list: EndpointList, now: SystemTime) -> Option<(Self, Change)> {
         let (step, change) = diff(&self.endpoints, &list);
-        if step.0.is_empty() && self.version > 0 && list.cards() == self.endpoints.cards() {
+        let states_the_same = list.stated() == self.endpoints.stated();
+        if step.0.is_empty() && self.version > 0 && list.cards() == self.endpoints.cards() && states_the_same {
             return None;
         }
         let cards = self.next_cards(&step, &list);
         let mut history = self.history.clone();
         history.push_back(Arc::new(step));
         let limit = HISTORY_IDS.max(list.as_slice().len());
-        // A step without a name has changed cards.
+        // A step without a name has changed cards, or what objects state.
         let mut ids: usize = history.iter().map(|step| step.0.len().max(1)).sum();
         while ids > limit
             && let Some(oldest) = history.pop_front()
@@ -135,6 +139,7 @@ impl Published {
             changed_at: now,
             endpoints: list,
             cards,
+            stated_in: if states_the_same { self.stated_in } else { self.version + 1 },
             history,
             encoded: Mutex::default(),
         };
@@ -228,6 +233,7 @@ impl Published {
             endpoints,
             removed,
             models: self.cards.values().filter(|(_, version)| is_new(version)).map(|(card, _)| card.clone()).collect(),
+            stated: (self.stated_in > 0 && is_new(&self.stated_in)).then(|| self.endpoints.stated().clone()),
         }
     }
 

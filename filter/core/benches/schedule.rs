@@ -96,6 +96,7 @@ fn worker(endpoints: u32, split: &str) -> Worker {
         endpoints,
         removed: Vec::new(),
         models: Vec::new(),
+        stated: None,
     };
     worker.apply(&snapshot.to_json()).expect("the snapshot is valid");
     worker

@@ -14,10 +14,9 @@ use core::time::Duration;
 use std::collections::BTreeMap;
 
 use hashbrown::HashMap;
-use serde::Deserialize;
 
 use crate::paths::{is_inference, matches};
-use crate::wire::{Endpoint, Snapshot, WIRE_VERSION};
+use crate::wire::{Endpoint, Snapshot, Stated, Target, WIRE_VERSION};
 
 pub use error::ConfigError;
 pub use pool::{Cost, LegLimit, Limits, MediaCost, OnPrefillFailure, Pool, Queue, Split};
@@ -109,21 +108,6 @@ pub struct Alias {
     pub is_put_back: bool,
 }
 
-/// A model that an alias may stand for.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Target {
-    /// Name as endpoints list it.
-    pub model: String,
-    /// Share of the requests, against the sum of the alias's weights.
-    #[serde(default = "default_weight")]
-    pub weight: u32,
-}
-
-fn default_weight() -> u32 {
-    1
-}
-
 /// How the filter reaches `pd-control`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Control {
@@ -158,10 +142,12 @@ impl Config {
         self.pools.get(name).unwrap_or(&self.default_pool)
     }
 
-    /// Priority of an inference objective: as configured, else the number that the name is, else 0.
+    /// Priority of an inference objective: as configured, else as the cluster states it, else the number that the name is,
+    /// else 0.
     #[must_use]
-    pub fn priority(&self, objective: &str) -> i64 {
-        self.objectives.get(objective).copied().or_else(|| objective.parse().ok()).unwrap_or(0)
+    pub fn priority(&self, objective: &str, stated: &Stated) -> i64 {
+        let known = self.objectives.get(objective).or_else(|| stated.objectives.get(objective));
+        known.copied().or_else(|| objective.parse().ok()).unwrap_or(0)
     }
 
     /// The policies: each pool that the configuration names, and `default` if it does not name that.
@@ -208,6 +194,7 @@ impl Config {
             endpoints: self.endpoints.clone(),
             removed: Vec::new(),
             models: Vec::new(),
+            stated: None,
         }
     }
 }

@@ -14,11 +14,13 @@ pub use card::ModelCard;
 pub use check::{MAX_CARD_BYTES, MAX_CARDS, MAX_ENDPOINTS, MAX_MODELS, MAX_NAME_BYTES, WIRE_VERSION, WireError};
 pub use endpoint::{ENDPOINT_KEYS, Endpoint, EndpointId, Role, State, unknown_endpoint_key};
 pub use snapshot::Snapshot;
+pub use stated::{MAX_STATED, MAX_TARGETS, Stated, Target};
 
 mod card;
 mod check;
 mod endpoint;
 mod snapshot;
+mod stated;
 
 /// Path of the long poll on `pd-control`.
 pub const WATCH_PATH: &str = "/v1/watch";

@@ -220,6 +220,7 @@ impl Filter {
             endpoints: prefill.chain(decode).collect(),
             removed: Vec::new(),
             models: Vec::new(),
+            stated: None,
         };
         let (mut states, mut logs) = (Vec::new(), Vec::new());
         let (gateways, workers) = (brains.count.max(1), brains.workers.max(1));

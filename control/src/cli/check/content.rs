@@ -29,7 +29,8 @@ pub(super) enum Kind {
 }
 
 /// Keys that only a file of `--kubernetes-config` has.
-const KUBERNETES_KEYS: &[&str] = &["allowed_cidrs", "inference_pools", "labels", "namespaces", "selectors"];
+const KUBERNETES_KEYS: &[&str] =
+    &["allowed_cidrs", "inference_objects", "inference_pools", "labels", "namespaces", "selectors"];
 
 /// The findings on a valid file.
 pub(super) struct Good {

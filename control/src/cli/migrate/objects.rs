@@ -5,27 +5,22 @@ use serde_json::{Map, Value};
 use super::report::Report;
 use super::values::Values;
 use crate::cli::manifests::{Manifests, Object, items, text};
+use crate::sources::kubernetes::config::ObjectGroup;
+use crate::sources::kubernetes::stated::{StatedKind, StatedObject};
 
 pub(super) fn read(manifests: &Manifests, values: &mut Values, report: &mut Report) {
     for pool in manifests.of_kind("InferencePool") {
         inference_pool(pool, values, report);
     }
-    for objective in manifests.of_kind("InferenceObjective") {
-        match objective.value.pointer("/spec/priority").map_or(Some(0), Value::as_i64) {
-            Some(priority) => {
-                values.objectives.insert(objective.name.clone(), priority);
-                report.carried(objective, "spec.priority", "filter.config.objectives has the name and its priority");
-            }
-            None => report.dropped(objective, "spec.priority", "is no integer"),
+    for (kind, stated) in
+        [("InferenceObjective", StatedKind::Objective), ("InferenceModelRewrite", StatedKind::Rewrite)]
+    {
+        for object in manifests.of_kind(kind) {
+            followed(object, stated, values, report);
         }
     }
     for model in manifests.of_kind("InferenceModel") {
         inference_model(model, values, report);
-    }
-    for rewrite in manifests.of_kind("InferenceModelRewrite") {
-        for (i, rule) in items(&rewrite.value, "/spec/rules").iter().enumerate() {
-            rewrite_rule(rewrite, &format!("spec.rules[{i}]"), rule, values, report);
-        }
     }
     for route in manifests.of_kind("HTTPRoute") {
         http_route(route, values, report);
@@ -88,6 +83,23 @@ fn inference_pool(pool: &Object, values: &mut Values, report: &mut Report) {
     }
 }
 
+/// An object that pd-control follows: it stays where it is.
+fn followed(object: &Object, kind: StatedKind, values: &mut Values, report: &mut Report) {
+    let group = text(&object.value, "/apiVersion").split('/').next().unwrap_or_default();
+    if !ObjectGroup::ALL.iter().any(|known| known.group_version().0 == group) {
+        return report.dropped(object, "apiVersion", format!("{group:?} is no API group of such objects"));
+    }
+    let read = serde_json::from_value(object.value.clone()).map_err(|error| error.to_string());
+    match read.and_then(|object| StatedObject::read(kind, object)) {
+        Ok(_) => {
+            values.inference_objects.insert(group.to_owned());
+            let how = "kubernetesConfig.inference_objects: pd-control follows such objects, so keep this one";
+            report.carried(object, "spec", how);
+        }
+        Err(why) => report.dropped(object, "spec", why),
+    }
+}
+
 /// An InferenceModel of the API before v1: an alias and a criticality.
 fn inference_model(model: &Object, values: &mut Values, report: &mut Report) {
     let asked = text(&model.value, "/spec/modelName");
@@ -113,28 +125,6 @@ fn inference_model(model: &Object, values: &mut Values, report: &mut Report) {
             model.name
         ),
     );
-}
-
-fn rewrite_rule(rewrite: &Object, key: &str, rule: &Value, values: &mut Values, report: &mut Report) {
-    let targets: Vec<_> = items(rule, "/targets").iter().map(|it| weighted(it, "modelRewrite")).collect();
-    let matches: Vec<_> = items(rule, "/matches").iter().map(|it| text(it, "/model/value")).collect();
-    if targets.is_empty() {
-        return report.dropped(rewrite, key, "has no targets");
-    }
-    if matches.is_empty() {
-        let why = "a rule without matches is for every model: filter.config.models needs the names";
-        return report.dropped(rewrite, key, why);
-    }
-    for asked in matches {
-        if asked.is_empty() {
-            report.dropped(rewrite, &format!("{key}.matches"), "a match names no model");
-        } else if values.models.contains_key(asked) {
-            report.dropped(rewrite, &format!("{key}.matches"), format!("an earlier rule is for {asked:?}"));
-        } else {
-            values.models.insert(asked.to_owned(), targets.clone());
-            report.carried(rewrite, key, format!("filter.config.models has the alias {asked:?}"));
-        }
-    }
 }
 
 fn http_route(route: &Object, values: &mut Values, report: &mut Report) {

@@ -1,6 +1,6 @@
 //! The values of the chart, as they are put together.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Context;
 use serde_json::{Map, Value, json};
@@ -26,6 +26,8 @@ pub(super) struct Values {
     pub(super) pool: Map<String, Value>,
     /// `inference_pools` of pd-control: namespace, name and API group.
     pub(super) inference_pools: Vec<(String, String, String)>,
+    /// `inference_objects` of pd-control: API groups.
+    pub(super) inference_objects: BTreeSet<String>,
 }
 
 impl Values {
@@ -55,7 +57,10 @@ impl Values {
                 pool
             };
             let pools: Vec<_> = self.inference_pools.iter().map(pool).collect();
-            values["kubernetesConfig"] = json!({"inference_pools": pools});
+            values["kubernetesConfig"]["inference_pools"] = json!(pools);
+        }
+        if !self.inference_objects.is_empty() {
+            values["kubernetesConfig"]["inference_objects"] = json!(self.inference_objects);
         }
         if values["engines"] == json!({}) {
             values.as_object_mut().map(|values| values.remove("engines"));

@@ -1,4 +1,4 @@
-use pd_core::wire::{Role, State};
+use pd_core::wire::{Role, State, Stated};
 use proptest::prelude::*;
 
 use super::*;
@@ -119,6 +119,25 @@ fn cards_go_out_when_they_change_and_stay_when_their_endpoints_leave() {
     let third = advance(&second, with(both()[1..3].to_vec(), &[card("n", 4)]));
     let gone = ModelCard::new("label-only");
     assert_eq!(third.snapshot("", 0).unwrap().models, [gone, card("m", 2), card("n", 4)]);
+}
+
+#[test]
+fn what_objects_state_goes_out_when_it_changes() {
+    let with = |priority: i64| {
+        let objectives = [("batch".to_owned(), priority)].into();
+        list([1, 2, 3]).with_stated(Stated { objectives, ..Stated::default() }).unwrap()
+    };
+    let nothing = advance(&Published::nothing("e", NOW), list([1, 2, 3]));
+    assert_eq!(nothing.snapshot("", 0).unwrap().stated, None);
+    let first = advance(&nothing, with(1));
+    assert!(first.advance(with(1), NOW).is_none());
+    let delta = first.snapshot("e", 1).unwrap();
+    assert_eq!((delta.base, delta.endpoints.len()), (Some(1), 0));
+    assert_eq!(delta.stated.as_ref(), Some(with(1).stated()));
+    let second = advance(&first, list([1, 2, 3]));
+    assert_eq!(second.snapshot("e", 2).unwrap().stated, Some(Stated::default()), "nothing any more");
+    let third = advance(&second, list([1, 2, 4]));
+    assert_eq!(third.snapshot("e", 3).unwrap().stated, None, "no change");
 }
 
 #[test]

@@ -4,17 +4,18 @@ use std::collections::BTreeMap;
 
 use kube::api::DynamicObject;
 use kube::core::SelectorExt;
-use pd_core::wire::{Endpoint, EndpointId, State};
+use pd_core::wire::{Endpoint, EndpointId, State, Stated};
 
 use crate::sources::allow::AllowedNetworks;
 use crate::sources::kubernetes::classify::{PodClass, classify};
-use crate::sources::kubernetes::config::{KubernetesConfig, PoolGroup, PoolReference};
+use crate::sources::kubernetes::config::{KubernetesConfig, ObjectGroup, PoolGroup, PoolReference};
 use crate::sources::kubernetes::follow::Event;
 use crate::sources::kubernetes::pod::{Pod, PodName};
 use crate::sources::kubernetes::pods::{PodsView, WatchView};
 use crate::sources::kubernetes::pools;
 use crate::sources::kubernetes::readiness::{Owned, Readiness};
 use crate::sources::kubernetes::rule::Rule;
+use crate::sources::kubernetes::stated::{StatedKind, StatedObject, together};
 
 /// The objects that one watch follows.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -23,6 +24,8 @@ pub enum Watched {
     Pods(String),
     /// InferencePools of a namespace.
     Pools(PoolGroup, String),
+    /// InferenceObjectives or InferenceModelRewrites of a namespace.
+    Stated(ObjectGroup, StatedKind, String),
 }
 
 /// The view of the cluster.
@@ -32,6 +35,7 @@ pub struct Cluster {
     rules: Vec<Rule>,
     references: Vec<PoolReference>,
     pools: BTreeMap<(PoolGroup, PodName), Result<Rule, String>>,
+    stated: BTreeMap<(ObjectGroup, StatedKind, PodName), Result<StatedObject, String>>,
     pods: BTreeMap<PodName, Known>,
     watches: BTreeMap<Watched, Health>,
     readiness: Readiness,
@@ -55,6 +59,9 @@ impl std::fmt::Display for Watched {
         match self {
             Self::Pods(namespace) => write!(f, "pods in {namespace}"),
             Self::Pools(group, namespace) => write!(f, "inferencepools.{} in {namespace}", group.group_version().0),
+            Self::Stated(group, kind, namespace) => {
+                write!(f, "{}.{} in {namespace}", kind.names().1, group.group_version().0)
+            }
         }
     }
 }
@@ -69,6 +76,7 @@ impl Cluster {
             rules,
             references: config.inference_pools.clone(),
             pools: BTreeMap::new(),
+            stated: BTreeMap::new(),
             pods: BTreeMap::new(),
             watches: watches(config).into_iter().map(|watched| (watched, Health::default())).collect(),
             readiness: Readiness::default(),
@@ -92,6 +100,7 @@ impl Cluster {
         match watched {
             Watched::Pods(namespace) => self.take_pod(namespace, event),
             Watched::Pools(group, namespace) => self.take_pool(*group, namespace, event),
+            Watched::Stated(group, kind, namespace) => self.take_stated((*group, *kind), namespace, event),
         }
     }
 
@@ -145,6 +154,34 @@ impl Cluster {
         self.pods = pods;
     }
 
+    fn take_stated(&mut self, (group, kind): (ObjectGroup, StatedKind), namespace: &str, event: Event) {
+        let apply = |all: &mut BTreeMap<_, _>, object: DynamicObject| {
+            if let Some(name) = PodName::of(&object) {
+                all.insert((group, kind, name), StatedObject::read(kind, object));
+            }
+        };
+        match event {
+            Event::Listed(objects) => {
+                self.stated.retain(|(of, what, name), _| (*of, *what) != (group, kind) || name.namespace != namespace);
+                objects.into_iter().for_each(|object| apply(&mut self.stated, object));
+            }
+            Event::Applied(object) => apply(&mut self.stated, *object),
+            Event::Deleted(object) => {
+                if let Some(name) = PodName::of(&object) {
+                    self.stated.remove(&(group, kind, name));
+                }
+            }
+            Event::Current | Event::Stale(_) => {}
+        }
+    }
+
+    /// What InferenceObjectives and InferenceModelRewrites state.
+    #[must_use]
+    pub fn stated(&self) -> Stated {
+        let good = self.stated.iter().filter_map(|((_, _, name), object)| Some((name, object.as_ref().ok()?)));
+        together(good, &self.references)
+    }
+
     fn apply_pool(&mut self, group: PoolGroup, object: DynamicObject) {
         let Some(name) = PodName::of(&object) else { return };
         let is_followed = self.references.iter().any(|reference| {
@@ -172,10 +209,13 @@ impl Cluster {
         classify(pod, rule, self.by_labels, &self.networks)
     }
 
-    /// Whether every watch has listed its objects.
+    /// Whether every watch has listed its objects. One of objects without endpoints may have failed: no API group or right
+    /// that is missing keeps endpoints back.
     #[must_use]
     pub fn is_listed(&self) -> bool {
-        self.watches.values().all(|health| health.is_listed)
+        self.watches.iter().all(|(watched, health)| {
+            health.is_listed || (matches!(watched, Watched::Stated(..)) && health.problem.is_some())
+        })
     }
 
     /// Why the view may be old or incomplete; `None` when it is up to date.
@@ -191,7 +231,11 @@ impl Cluster {
             let reason = rule.as_ref().err()?;
             Some(format!("InferencePool {name}: {reason}"))
         });
-        let problems: Vec<_> = lost.chain(refused).collect();
+        let unread = self.stated.iter().filter_map(|((_, kind, name), object)| {
+            let reason = object.as_ref().err()?;
+            Some(format!("{} {name}: {reason}", kind.names().0))
+        });
+        let problems: Vec<_> = lost.chain(refused).chain(unread).collect();
         (!problems.is_empty()).then(|| problems.join("; "))
     }
 
@@ -264,6 +308,11 @@ fn watches(config: &KubernetesConfig) -> Vec<Watched> {
             if reference.namespace.as_ref().is_none_or(|named| named == namespace) {
                 watches.push(Watched::Pools(reference.group, namespace.clone()));
             }
+        }
+    }
+    for group in &config.inference_objects {
+        for namespace in &config.namespaces {
+            watches.extend(StatedKind::ALL.map(|kind| Watched::Stated(*group, kind, namespace.clone())));
         }
     }
     watches

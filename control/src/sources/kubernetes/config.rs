@@ -4,6 +4,7 @@
 //! namespaces: [inference]              # else --namespace, else the pod's own
 //! labels: true                         # follow the labels of llm-d and AIBrix
 //! inference_pools: [{name: llama}]     # their selectors and target ports; the name becomes the pool's
+//! inference_objects: [llm-d.ai]        # InferenceObjectives and InferenceModelRewrites of these API groups
 //! selectors:
 //!   - match: {matchLabels: {app: engine}}
 //!     role: {label: tier, values: {front: prefill, back: decode}}
@@ -41,6 +42,9 @@ pub struct KubernetesConfig {
     pub labels: bool,
     /// InferencePools to follow.
     pub inference_pools: Vec<PoolReference>,
+    /// API groups whose InferenceObjectives and InferenceModelRewrites are followed: those for `inference_pools`, where there
+    /// are any.
+    pub inference_objects: Vec<ObjectGroup>,
     /// Selectors of the operator, in order.
     pub selectors: Vec<SelectorConfig>,
     /// Allow-list for the addresses of pods; empty: all but special networks.
@@ -70,6 +74,31 @@ pub enum PoolGroup {
     /// `inference.networking.x-k8s.io/v1alpha2`.
     #[serde(rename = "inference.networking.x-k8s.io")]
     Alpha,
+}
+
+/// API groups that have InferenceObjectives and InferenceModelRewrites, each in version `v1alpha2`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+pub enum ObjectGroup {
+    /// Of llm-d.
+    #[serde(rename = "llm-d.ai")]
+    LlmD,
+    /// Of the Gateway API Inference Extension, before they moved to llm-d.
+    #[serde(rename = "inference.networking.x-k8s.io")]
+    Alpha,
+}
+
+impl ObjectGroup {
+    /// Every group.
+    pub const ALL: [Self; 2] = [Self::LlmD, Self::Alpha];
+
+    /// API group and version.
+    #[must_use]
+    pub fn group_version(self) -> (&'static str, &'static str) {
+        match self {
+            Self::LlmD => ("llm-d.ai", "v1alpha2"),
+            Self::Alpha => ("inference.networking.x-k8s.io", "v1alpha2"),
+        }
+    }
 }
 
 /// A selector, and how to read the pods that it selects.
@@ -140,6 +169,7 @@ impl Default for KubernetesConfig {
             namespaces: Vec::new(),
             labels: true,
             inference_pools: Vec::new(),
+            inference_objects: Vec::new(),
             selectors: Vec::new(),
             allowed_cidrs: Vec::new(),
         }
@@ -157,6 +187,7 @@ impl KubernetesConfig {
         let lists = [
             ("namespaces", config.namespaces.len()),
             ("inference_pools", config.inference_pools.len()),
+            ("inference_objects", config.inference_objects.len()),
             ("selectors", config.selectors.len()),
             ("allowed_cidrs", config.allowed_cidrs.len()),
         ];

@@ -44,6 +44,12 @@ pub const KEYS: &[Entry] = &[
         "API group. The second one is `v1alpha2` of the API.",
     ),
     entry(
+        "inference_objects",
+        "[]",
+        Values::Described("list of `llm-d.ai`, `inference.networking.x-k8s.io`"),
+        "API groups whose InferenceObjectives and InferenceModelRewrites pd-control follows. With `inference_pools` only objects of those pools count. The plugin configuration's `objectives` and `models` come first.",
+    ),
+    entry(
         "selectors",
         "[]",
         Values::Described("list of objects"),

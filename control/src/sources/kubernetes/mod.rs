@@ -13,6 +13,7 @@ pub mod pools;
 pub mod readiness;
 pub mod rule;
 pub mod source;
+pub mod stated;
 pub mod vocabulary;
 
 pub use config::KubernetesConfig;

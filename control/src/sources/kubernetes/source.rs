@@ -10,7 +10,7 @@ use kube::Api;
 use kube::Client;
 use kube::api::ApiResource;
 use kube::core::GroupVersionKind;
-use pd_core::wire::Endpoint;
+use pd_core::wire::{Endpoint, Stated};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
@@ -81,7 +81,7 @@ impl KubernetesSource {
             followers.spawn(follower.run(sender.clone(), move |event| (watched.clone(), event)));
         }
         drop(sender);
-        let mut sent: Option<(Option<Vec<Endpoint>>, Option<String>)> = None;
+        let mut sent: Option<(Option<(Vec<Endpoint>, Stated)>, Option<String>)> = None;
         loop {
             let first = tokio::select! {
                 () = updates.closed() => return,
@@ -100,13 +100,14 @@ impl KubernetesSource {
             for (pod, reason) in self.pods.set(view) {
                 tracing::warn!(%pod, reason, "refused a pod");
             }
-            let now = (cluster.is_listed().then_some(endpoints), cluster.problem());
+            let now = (cluster.is_listed().then(|| (endpoints, cluster.stated())), cluster.problem());
             if sent.as_ref() == Some(&now) {
                 continue;
             }
             sent = Some(now.clone());
             let (endpoints, problem) = now;
-            let update = match endpoints.map(EndpointList::new).transpose() {
+            let list = endpoints.map(|(endpoints, stated)| EndpointList::new(endpoints)?.with_stated(stated));
+            let update = match list.transpose() {
                 Ok(list) => Update { list, problem },
                 Err(error) => Update { list: None, problem: Some(error.to_string()) },
             };
@@ -126,6 +127,11 @@ fn follower(watched: &Watched, client: &Client, limits: Limits) -> Follower {
         Watched::Pools(group, namespace) => {
             let (group, version) = group.group_version();
             let resource = resource(group, version, "InferencePool", "inferencepools");
+            Follower::new(Api::namespaced_with(client.clone(), namespace, &resource), None, limits)
+        }
+        Watched::Stated(group, kind, namespace) => {
+            let ((group, version), (kind, plural)) = (group.group_version(), kind.names());
+            let resource = resource(group, version, kind, plural);
             Follower::new(Api::namespaced_with(client.clone(), namespace, &resource), None, limits)
         }
     }

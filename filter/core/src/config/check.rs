@@ -8,9 +8,9 @@ use serde_json::{Map, Value};
 
 use super::error::ConfigError;
 use super::keys::{Key, Values};
-use super::raw::{AnswerModel, CachedTokens, Raw, RawAlias, RawControl, RawPool, SplitMode};
+use super::raw::{AnswerModel, CachedTokens, Raw, RawAlias, RawControl, RawPool, RawTarget, SplitMode};
 use super::{Alias, Config, Control, Cost, LegLimit, Limits, MediaCost, Pool, Prefix, Queue, Split, TRUSTABLE_HEADERS};
-use crate::wire::{Endpoint, Snapshot, WIRE_VERSION, WireError, unknown_endpoint_key};
+use crate::wire::{Endpoint, Snapshot, Target, WIRE_VERSION, WireError, unknown_endpoint_key};
 
 impl Raw {
     /// Checks names of clusters, headers and paths.
@@ -121,7 +121,9 @@ impl Alias {
         if raw.targets.iter().all(|target| target.weight == 0) {
             return Err(ConfigError::new(key, "targets: there must be one with a weight"));
         }
-        Ok(Self { targets: raw.targets, is_put_back: matches!(raw.answer, AnswerModel::Asked) })
+        let target = |RawTarget { model, weight }| Target { model, weight };
+        let targets = raw.targets.into_iter().map(target).collect();
+        Ok(Self { targets, is_put_back: matches!(raw.answer, AnswerModel::Asked) })
     }
 }
 
@@ -240,6 +242,7 @@ fn check_endpoints(raw: Vec<Map<String, Value>>) -> Result<Vec<Endpoint>, Config
         endpoints,
         removed: Vec::new(),
         models: Vec::new(),
+        stated: None,
     };
     snapshot.validate().map_err(|error: WireError| ConfigError::new("endpoints", error))?;
     Ok(snapshot.endpoints)

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::{OnPrefillFailure, SESSION_HEADERS, Target};
+use super::{OnPrefillFailure, SESSION_HEADERS};
 use crate::wire::Engine;
 
 #[derive(Deserialize)]
@@ -64,9 +64,21 @@ pub(super) struct RawObjective {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct RawAlias {
-    pub(super) targets: Vec<Target>,
+    pub(super) targets: Vec<RawTarget>,
     #[serde(default)]
     pub(super) answer: AnswerModel,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RawTarget {
+    pub(super) model: String,
+    #[serde(default = "default_weight")]
+    pub(super) weight: u32,
+}
+
+fn default_weight() -> u32 {
+    1
 }
 
 #[derive(Default, Deserialize)]

@@ -18,7 +18,7 @@ use crate::endpoints::usage::Usage;
 use crate::metrics::tag_value;
 use crate::prefix::index::EndpointIndex;
 use crate::time::Monotonic;
-use crate::wire::{Endpoint, EndpointId, ModelCard, Snapshot, State};
+use crate::wire::{Endpoint, EndpointId, ModelCard, Snapshot, State, Stated};
 
 mod apply;
 
@@ -44,6 +44,8 @@ pub struct Table {
     fits: Vec<(String, FittedCost)>,
     sets: CandidateSets,
     models: KnownModels,
+    /// Objectives and aliases of the list in force.
+    stated: Stated,
     generation: u32,
     /// Generation before the first endpoint of this table.
     first_generation: u32,
@@ -144,7 +146,14 @@ impl Table {
             endpoints: self.iter().map(|(_, state)| state.endpoint.clone()).collect(),
             removed: Vec::new(),
             models: self.models.cards(),
+            stated: Some(&self.stated).filter(|stated| **stated != Stated::default()).cloned(),
         }
+    }
+
+    /// Objectives and aliases that objects of the cluster state.
+    #[must_use]
+    pub fn stated(&self) -> &Stated {
+        &self.stated
     }
 
     /// Endpoints to choose from for a model.

@@ -12,7 +12,7 @@ use crate::endpoints::candidates::{Candidates, NoCandidates};
 use crate::endpoints::endpoint_state::EndpointState;
 use crate::endpoints::table::Table;
 use crate::headers::Headers;
-use crate::wire::EndpointId;
+use crate::wire::{EndpointId, Stated};
 
 /// What a request's headers say.
 #[derive(Clone, Debug)]
@@ -108,14 +108,14 @@ pub(crate) struct Claims {
 }
 
 impl Claims {
-    pub(crate) fn read(headers: &Headers, config: &Config) -> Self {
+    pub(crate) fn read(headers: &Headers, config: &Config, stated: &Stated) -> Self {
         let either = |name: &str, old: &str| headers.get(name).or_else(|| headers.get(old));
         let text = |value| core::str::from_utf8(value).ok();
         let objective = either("x-llm-d-inference-objective", "x-gateway-inference-objective").and_then(text);
         let fairness = either("x-llm-d-inference-fairness-id", "x-gateway-inference-fairness-id");
         let deadline = headers.get(DEADLINE_HEADER).and_then(text).and_then(|ms| ms.parse().ok());
         Self {
-            priority: objective.map_or(0, |objective| config.priority(objective)),
+            priority: objective.map_or(0, |objective| config.priority(objective, stated)),
             fairness: fairness.map_or(0, xxhash_rust::xxh3::xxh3_64),
             deadline: deadline.map(Duration::from_millis),
         }

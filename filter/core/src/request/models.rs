@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use crate::config::{Alias, Config};
+use crate::config::Config;
 use crate::endpoints::candidates::{Candidates, NoCandidates};
 use crate::endpoints::table::Table;
 use crate::request::head::{RequestHead, Subset, candidates};
 use crate::request::reply::{Rejection, Reply};
 use crate::time::Monotonic;
-use crate::wire::ModelCard;
+use crate::wire::{ModelCard, Stated, Target};
 use crate::workers::worker::Worker;
 
 /// The model that serves a request.
@@ -34,11 +34,23 @@ pub(super) fn serving_model(
     now: Monotonic,
 ) -> Result<Served, Rejection> {
     let bits = match head.session() {
-        _ if !head.config.models.contains_key(asked) => 0,
+        _ if alias(&head.config, worker.state.table.stated(), asked).is_none() => 0,
         Some(id) => xxhash_rust::xxh3::xxh3_64(id),
         None => worker.pair_id(head.request_id(), now),
     };
     resolve_model(&head.config, &worker.state.table, head.subset.as_ref(), asked, bits)
+}
+
+/// Targets of a name that stands for other models, by the configuration or else by what the cluster states, and whether answers
+/// name it.
+pub(super) fn alias<'a>(config: &'a Config, stated: &'a Stated, asked: &str) -> Option<(&'a [Target], bool)> {
+    let configured = config.models.get(asked).map(|alias| (alias.targets.as_slice(), alias.is_put_back));
+    configured.or_else(|| Some((stated.targets(asked)?, false)))
+}
+
+/// Whether the configuration or the cluster names a model.
+fn is_named(config: &Config, stated: &Stated, name: &str) -> bool {
+    config.names_model(name) || stated.names_model(name)
 }
 
 /// Finds the model for what a client asks, and its endpoints. An alias goes to one of its targets by their weights among
@@ -51,14 +63,14 @@ fn resolve_model(
     bits: u64,
 ) -> Result<Served, Rejection> {
     let refused = |none| match none {
-        NoCandidates::UnknownModel if !config.names_model(asked) => unknown(config, table, asked),
+        NoCandidates::UnknownModel if !is_named(config, table.stated(), asked) => unknown(config, table, asked),
         NoCandidates::UnknownModel | NoCandidates::NoEndpoint => Rejection::NoEndpoint,
     };
-    let (model, is_put_back) = match config.models.get(asked) {
+    let (model, is_put_back) = match alias(config, table.stated(), asked) {
         None => (asked, false),
-        Some(alias) => {
+        Some((targets, is_put_back)) => {
             let is_served = |model: &str| candidates(table, model, subset).is_ok();
-            (target(alias, is_served, bits).unwrap_or(asked), alias.is_put_back)
+            (target(targets, is_served, bits).unwrap_or(asked), is_put_back)
         }
     };
     let candidates = candidates(table, model, subset).map_err(refused)?;
@@ -68,8 +80,8 @@ fn resolve_model(
 }
 
 /// The target at `bits` of those that are served; the first of all where none is, for its error.
-fn target(alias: &Alias, is_served: impl Fn(&str) -> bool, bits: u64) -> Option<&str> {
-    let served: Vec<_> = alias.targets.iter().filter(|target| target.weight > 0 && is_served(&target.model)).collect();
+fn target(targets: &[Target], is_served: impl Fn(&str) -> bool, bits: u64) -> Option<&str> {
+    let served: Vec<_> = targets.iter().filter(|target| target.weight > 0 && is_served(&target.model)).collect();
     let sum = served.iter().fold(0_u64, |sum, target| sum.saturating_add(u64::from(target.weight)));
     let mut left = bits.checked_rem(sum).unwrap_or(0);
     for target in &served {
@@ -78,7 +90,7 @@ fn target(alias: &Alias, is_served: impl Fn(&str) -> bool, bits: u64) -> Option<
             None => return Some(&target.model),
         }
     }
-    alias.targets.first().map(|target| target.model.as_str())
+    targets.first().map(|target| target.model.as_str())
 }
 
 fn unknown(config: &Config, table: &Table, asked: &str) -> Rejection {
@@ -87,7 +99,9 @@ fn unknown(config: &Config, table: &Table, asked: &str) -> Rejection {
 
 /// Every model that a client may ask for by name, sorted: those that endpoints list, ready or not, and aliases of them.
 pub(crate) fn known(config: &Config, table: &Table) -> Vec<String> {
-    let aliases = config.models.iter().filter(|(_, alias)| listed(alias, table).next().is_some());
+    let configured = config.models.iter().map(|(name, alias)| (name, &alias.targets));
+    let aliases =
+        configured.chain(&table.stated().aliases).filter(|(_, targets)| listed(targets, table).next().is_some());
     let aliases = aliases.map(|(name, _)| name.as_str());
     let mut names: Vec<String> = table.model_names().into_iter().chain(aliases).map(str::to_owned).collect();
     names.sort_unstable();
@@ -96,8 +110,8 @@ pub(crate) fn known(config: &Config, table: &Table) -> Vec<String> {
 }
 
 /// The targets of an alias that endpoints list.
-fn listed<'a>(alias: &'a Alias, table: &'a Table) -> impl Iterator<Item = &'a str> {
-    let targets = alias.targets.iter().filter(|target| target.weight > 0).map(|target| target.model.as_str());
+fn listed<'a>(targets: &'a [Target], table: &'a Table) -> impl Iterator<Item = &'a str> {
+    let targets = targets.iter().filter(|target| target.weight > 0).map(|target| target.model.as_str());
     targets.filter(|model| table.lists_model(model))
 }
 
@@ -140,9 +154,10 @@ pub(super) fn tell_models(table: &Table, config: &Config, question: &Question) -
             serde_json::json!({"object": "list", "data": data})
         }
         Question::One(name) => {
-            let is_listed = |alias| listed(alias, table).next().is_some();
-            if !table.lists_model(name) && !config.models.get(name).is_some_and(is_listed) {
-                let is_gone = table.card(name).is_some() || config.names_model(name);
+            let stated = table.stated();
+            let is_listed = |(targets, _): (&[Target], _)| listed(targets, table).next().is_some();
+            if !table.lists_model(name) && !alias(config, stated, name).is_some_and(is_listed) {
+                let is_gone = table.card(name).is_some() || is_named(config, stated, name);
                 return Err(if is_gone { Rejection::NoEndpoint } else { unknown(config, table, name) });
             }
             card(config, table, name)
@@ -154,8 +169,8 @@ pub(super) fn tell_models(table: &Table, config: &Config, question: &Question) -
 
 /// A model as the engines list it. Of an alias: what its targets have in common, and their smallest length.
 fn card(config: &Config, table: &Table, name: &str) -> serde_json::Value {
-    let of_targets = config.models.get(name).and_then(|alias| {
-        let cards = listed(alias, table).filter_map(|model| table.card(model)).cloned();
+    let of_targets = alias(config, table.stated(), name).and_then(|(targets, _)| {
+        let cards = listed(targets, table).filter_map(|model| table.card(model)).cloned();
         cards.reduce(|one, other| ModelCard {
             root: one.root.clone().filter(|root| other.root.as_ref() == Some(root)),
             parent: one.parent.clone().filter(|parent| other.parent.as_ref() == Some(parent)),
@@ -181,20 +196,38 @@ fn card(config: &Config, table: &Table, name: &str) -> serde_json::Value {
 mod tests {
     use super::*;
 
-    fn alias(targets: &str) -> Alias {
-        let config = Config::parse(format!(r#"{{"models":{{"a":{{"targets":{targets}}}}}}}"#).as_bytes()).unwrap();
-        config.models["a"].clone()
+    fn targets(text: &str) -> Vec<Target> {
+        let config = Config::parse(format!(r#"{{"models":{{"a":{{"targets":{text}}}}}}}"#).as_bytes()).unwrap();
+        config.models["a"].targets.clone()
     }
 
     #[test]
     fn targets_are_taken_by_weight_among_those_that_are_served() {
-        let alias = alias(r#"[{"model":"x","weight":3},{"model":"y"},{"model":"z","weight":0}]"#);
-        let picks = |is_served: fn(&str) -> bool| (0..8).map(|bits| target(&alias, is_served, bits).unwrap()).collect();
+        let targets = targets(r#"[{"model":"x","weight":3},{"model":"y"},{"model":"z","weight":0}]"#);
+        let picks =
+            |is_served: fn(&str) -> bool| (0..8).map(|bits| target(&targets, is_served, bits).unwrap()).collect();
         let all: Vec<&str> = picks(|_| true);
         assert_eq!(all, ["x", "x", "x", "y", "x", "x", "x", "y"]);
         let some: Vec<&str> = picks(|model| model == "y");
         assert_eq!(some, ["y"; 8]);
         let none: Vec<&str> = picks(|_| false);
         assert_eq!(none, ["x"; 8]);
+    }
+
+    #[test]
+    fn the_configuration_comes_before_what_the_cluster_states() {
+        let config = Config::parse(br#"{"models":{"a":{"targets":[{"model":"x"}],"answer":"asked"}}}"#).unwrap();
+        let to = |model: &str| vec![Target { model: model.into(), weight: 1 }];
+        let aliases = [("a".to_owned(), to("y")), ("b".to_owned(), to("z"))].into();
+        let mut stated = Stated { aliases, ..Stated::default() };
+        let model = |stated: &Stated, asked: &str| {
+            alias(&config, stated, asked).map(|(targets, is_put_back)| (targets[0].model.clone(), is_put_back))
+        };
+        assert_eq!(model(&stated, "a"), Some(("x".to_owned(), true)));
+        assert_eq!(model(&stated, "b"), Some(("z".to_owned(), false)));
+        assert_eq!(model(&stated, "c"), None);
+        stated.others = to("w");
+        assert_eq!(model(&stated, "c"), Some(("w".to_owned(), false)));
+        assert!(is_named(&config, &stated, "w") && is_named(&config, &stated, "x") && !is_named(&config, &stated, "c"));
     }
 }

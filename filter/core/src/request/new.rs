@@ -151,7 +151,7 @@ fn classify(worker: &Worker, config: &Arc<Config>, headers: Headers, end_of_stre
         if !config.upgrades {
             return Err(Rejection::Upgrade);
         }
-        let claims = Claims::read(&headers, config);
+        let claims = Claims::read(&headers, config, worker.state.table.stated());
         let config = Arc::clone(config);
         let head = RequestHead { config, headers, api: None, form: None, phase: None, prefiller: None, claims, subset };
         return Ok(Class::Upgrade(head));
@@ -182,6 +182,6 @@ fn classify(worker: &Worker, config: &Arc<Config>, headers: Headers, end_of_stre
         return Err(Rejection::TooLarge(config.max_body_bytes));
     }
     let prefiller = headers.get(PREFILLER_HEADER).filter(|_| config.trusts(PREFILLER_HEADER)).map(endpoint_ids);
-    let claims = Claims::read(&headers, config);
+    let claims = Claims::read(&headers, config, worker.state.table.stated());
     Ok(Class::Body(RequestHead { config: Arc::clone(config), headers, api, form, phase, prefiller, claims, subset }))
 }

@@ -5,8 +5,10 @@ use super::state::{Parked, Reading, State};
 use super::step::Step;
 use crate::config::Queue;
 use crate::metrics::Metric;
+use crate::request::models::alias;
 use crate::request::reply::Rejection;
 use crate::time::Monotonic;
+use crate::wire::Stated;
 use crate::workers::bind::Act;
 use crate::workers::worker::{Ticket, Worker};
 
@@ -26,7 +28,10 @@ impl Reading {
         (body_bytes, arrival): (usize, Monotonic),
         now: Monotonic,
     ) -> Result<Step, Rejection> {
-        let Some(reading) = spare.filter(|reading| reading.may_be_served_later(&step)) else { return step };
+        let Some(reading) = spare.filter(|reading| reading.may_be_served_later(&step, worker.state.table.stated()))
+        else {
+            return step;
+        };
         let Some(id) = worker.park(queue(&reading), body_bytes, arrival, now) else { return step };
         if let Ok(Step { rejection: Some(_), .. }) = step {
             // It is not answered yet.
@@ -38,11 +43,11 @@ impl Reading {
         Ok(Step::new(State::Parked(Box::new(Parked { reading, id, arrival })), Flow::Pause, Vec::new()))
     }
 
-    fn may_be_served_later(&self, step: &Result<Step, Rejection>) -> bool {
+    fn may_be_served_later(&self, step: &Result<Step, Rejection>, stated: &Stated) -> bool {
         match step {
             Err(rejection) | Ok(Step { rejection: Some(rejection), .. }) => match rejection {
                 Rejection::NoEndpoint => true,
-                Rejection::UnknownModel { model, .. } => self.head.config.models.contains_key(model),
+                Rejection::UnknownModel { model, .. } => alias(&self.head.config, stated, model).is_some(),
                 _ => false,
             },
             Ok(_) => false,

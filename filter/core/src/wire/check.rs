@@ -7,6 +7,7 @@ use hashbrown::HashSet;
 use super::card::ModelCard;
 use super::endpoint::{Endpoint, EndpointId};
 use super::snapshot::Snapshot;
+use super::stated::Stated;
 
 /// Version of this format, in every snapshot. A filter refuses a snapshot of another one and keeps its last good list.
 pub const WIRE_VERSION: u32 = 1;
@@ -102,7 +103,7 @@ impl Snapshot {
             let why = format!("models: {:.64}: a name or a text is empty or too long", card.id);
             return Err(WireError::Malformed(why));
         }
-        Ok(())
+        self.stated.as_ref().map_or(Ok(()), Stated::validate)
     }
 }
 

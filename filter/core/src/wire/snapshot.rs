@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::card::ModelCard;
 use super::endpoint::Endpoint;
+use super::stated::Stated;
 
 /// A list of endpoints, or what changed since an earlier one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -27,6 +28,9 @@ pub struct Snapshot {
     /// more. A model that has no card here keeps the one that the filter has.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub models: Vec<ModelCard>,
+    /// What objects of the cluster state. Absent: nothing in a whole list, no change in a change.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stated: Option<Stated>,
 }
 
 impl Snapshot {

@@ -40,6 +40,7 @@ fn a_snapshot_survives_the_wire() {
         endpoints: vec![Endpoint { models_pending: true, ..endpoint() }],
         removed: vec!["[::1]:80#3".into()],
         models: vec![ModelCard { max_model_len: Some(8), parent: Some("b".into()), ..ModelCard::new("m") }],
+        stated: None,
     };
     assert_eq!(Snapshot::parse(&snapshot.to_json()), Ok(snapshot));
 }
@@ -65,6 +66,7 @@ fn an_older_peer_sends_no_cards_and_reads_a_list_that_has_some() {
         endpoints: vec![now],
         removed: vec![],
         models: vec![ModelCard::new("m")],
+        stated: None,
     };
     let first: First = serde_json::from_slice(&snapshot.to_json()).unwrap();
     assert_eq!((first.wire, first.endpoints[0].models.as_slice()), (1, ["m".to_owned()].as_slice()));

@@ -23,8 +23,16 @@ pub(crate) fn fixture(prefill: u16, decode: u16, config: &str) -> Fixture {
     let roles =
         (0..prefill).map(|port| (port, Role::Prefill)).chain((0..decode).map(|port| (10_000 + port, Role::Decode)));
     let endpoints = roles.map(|(port, role)| Endpoint::new(([10, 0, 0, 1], 1 + port).into(), role)).collect();
-    let snapshot =
-        Snapshot { wire: 1, epoch: "e".into(), version: 1, base: None, endpoints, removed: vec![], models: vec![] };
+    let snapshot = Snapshot {
+        wire: 1,
+        epoch: "e".into(),
+        version: 1,
+        base: None,
+        endpoints,
+        removed: vec![],
+        models: vec![],
+        stated: None,
+    };
     table.apply(&snapshot, &config, &mut index);
     let candidates = table.candidates("m").unwrap();
     Fixture { table, index, config, candidates }

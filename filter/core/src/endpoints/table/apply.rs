@@ -11,7 +11,7 @@ use crate::endpoints::departed::InFlight;
 use crate::endpoints::endpoint_state::{EndpointState, FromPool};
 use crate::endpoints::fitted_cost::FittedCost;
 use crate::prefix::index::{EndpointIndex, PrefixIndex};
-use crate::wire::{Endpoint, EndpointId, MAX_MODELS, Snapshot, State};
+use crate::wire::{Endpoint, EndpointId, MAX_MODELS, Snapshot, State, Stated};
 
 impl Table {
     /// Applies a [validated](Snapshot::validate) snapshot. Endpoints that stay keep their state. `prefixes` is the index of
@@ -40,6 +40,11 @@ impl Table {
             self.upsert(endpoint, config, prefixes);
         }
         self.models.learn(&snapshot.models);
+        match &snapshot.stated {
+            Some(stated) => self.stated.clone_from(stated),
+            None if snapshot.base.is_none() => self.stated = Stated::default(),
+            None => {}
+        }
         self.epoch.clone_from(&snapshot.epoch);
         self.version = snapshot.version;
         self.rebuild();

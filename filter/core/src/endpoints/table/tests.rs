@@ -2,7 +2,7 @@ use super::*;
 use crate::config::Config;
 use crate::prefix::hash::BlockHash;
 use crate::prefix::index::PrefixIndex;
-use crate::wire::{Endpoint, Role};
+use crate::wire::{Endpoint, Role, Stated};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 
@@ -12,7 +12,16 @@ pub(crate) fn endpoint(port: u16, role: Role, models: &[&str]) -> Endpoint {
 }
 
 pub(crate) fn whole(version: u64, endpoints: Vec<Endpoint>) -> Snapshot {
-    Snapshot { wire: 1, epoch: "e".into(), version, base: None, endpoints, removed: vec![], models: vec![] }
+    Snapshot {
+        wire: 1,
+        epoch: "e".into(),
+        version,
+        base: None,
+        endpoints,
+        removed: vec![],
+        models: vec![],
+        stated: None,
+    }
 }
 
 pub(crate) struct Fixture {
@@ -39,6 +48,22 @@ impl Fixture {
         ports.sort_unstable();
         ports
     }
+}
+
+#[test]
+fn what_the_cluster_states_stays_until_a_list_says_otherwise() {
+    let stated = |priority| Stated { objectives: [("batch".to_owned(), priority)].into(), ..Stated::default() };
+    let list = vec![endpoint(1, Role::Both, &[])];
+    let mut fixture = Fixture::new(list.clone());
+    let change = |version, stated| Snapshot { base: Some(version - 1), stated, ..whole(version, vec![]) };
+    fixture.apply(&change(2, Some(stated(1))));
+    fixture.apply(&change(3, None));
+    assert_eq!(fixture.table.stated(), &stated(1));
+    assert_eq!(fixture.table.snapshot().stated, Some(stated(1)), "for the other workers");
+    fixture.apply(&change(4, Some(stated(2))));
+    assert_eq!(fixture.table.stated(), &stated(2));
+    fixture.apply(&whole(5, list));
+    assert_eq!((fixture.table.stated(), fixture.table.snapshot().stated), (&Stated::default(), None));
 }
 
 #[test]

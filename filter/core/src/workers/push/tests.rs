@@ -18,7 +18,17 @@ fn node(store: &Store, config: &[u8], now: Monotonic) -> Node {
 
 fn list(epoch: &str, version: u64, ports: &[u16]) -> Vec<u8> {
     let endpoints = ports.iter().map(|port| Endpoint::new(([10, 0, 0, 1], *port).into(), Role::Both)).collect();
-    Snapshot { wire: 1, epoch: epoch.into(), version, base: None, endpoints, removed: vec![], models: vec![] }.to_json()
+    Snapshot {
+        wire: 1,
+        epoch: epoch.into(),
+        version,
+        base: None,
+        endpoints,
+        removed: vec![],
+        models: vec![],
+        stated: None,
+    }
+    .to_json()
 }
 
 fn ms(ms: u64) -> Monotonic {
