@@ -172,9 +172,10 @@ test-cluster: wasm ## The manifests on a real control plane with Envoy Gateway, 
 #> PD_AI_GATEWAY_BIN=folder                 with Envoy AI Gateway, in place of building it
 #> PD_CLUSTER_SECONDS=900                   after which it says that it did not run, or is given up
 #> TESTS=rollout                            some of them
+#> GATEWAY=v1.9.1                           another version of Envoy Gateway, or `latest`
 	@envoy/fetch.sh $(GATEWAY_ENVOY_VERSION) >/dev/null
-	$(call say,tests on a cluster with Envoy Gateway $(shell cat tests/cluster/programs/envoy-gateway.version))
-	@PD_ENVOY_VERSION=$(GATEWAY_ENVOY_VERSION) tests/cluster/run.sh $(TESTS)
+	$(call say,tests on a cluster with Envoy Gateway $(or $(GATEWAY),$(shell cat tests/cluster/programs/envoy-gateway.version)))
+	@$(if $(GATEWAY),PD_ENVOY_GATEWAY_VERSION=$(GATEWAY)) PD_ENVOY_VERSION=$(GATEWAY_ENVOY_VERSION) tests/cluster/run.sh $(TESTS)
 
 cluster-up: wasm ## That cluster with simulators on it, to try things out; `make cluster-down` ends it
 	@envoy/fetch.sh $(GATEWAY_ENVOY_VERSION) >/dev/null

@@ -24,11 +24,11 @@ command -v go >/dev/null || { say "needs Go to build Envoy AI Gateway (https://g
 
 mkdir -p "$directory"
 say "building Envoy AI Gateway $version into $directory"
-for program in controller extproc; do
-    GOBIN=$directory go install "github.com/envoyproxy/ai-gateway/cmd/$program@$version"
-    mv "$directory/$program" "$directory/ai-gateway-$program"
-done
 module=$(go mod download -json "github.com/envoyproxy/ai-gateway@$version" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
+# In the module's own folder: `go install PROGRAM@VERSION` also asks for the list of versions, which not every proxy has.
+for program in controller extproc; do
+    (cd "$module" && go build -o "$directory/ai-gateway-$program" "./cmd/$program")
+done
 rm -rf "$directory/charts"
 cp -r "$module/manifests/charts" "$directory/charts"
 cp "$module/manifests/envoy-gateway-values.yaml" "$directory/"

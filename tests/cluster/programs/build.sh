@@ -5,10 +5,12 @@
 #
 # etcd, kube-apiserver, kube-controller-manager, kubectl, helm, Envoy Gateway and its chart go to .cache/cluster-VERSION/.
 # From nothing that takes about ten minutes on two cores and 4 GB of disk in Go's caches.
+# PD_ENVOY_GATEWAY_VERSION is another version of Envoy Gateway, or `latest`. It shares the other programs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 
-gateway=$(<tests/cluster/programs/envoy-gateway.version)
+gateway=${PD_ENVOY_GATEWAY_VERSION:-$(<tests/cluster/programs/envoy-gateway.version)}
+[ "$gateway" != latest ] || gateway=$(go list -m -f '{{.Version}}' github.com/envoyproxy/gateway@latest)
 helm=v3.18.6
 sources=$(cat tests/cluster/programs/go.{mod,sum} | sha256sum | cut -c1-8)
 directory=$PWD/.cache/cluster-$gateway-$sources
@@ -28,14 +30,18 @@ command -v go >/dev/null || { say "needs Go to build a control plane (https://go
 mkdir -p "$directory"
 say "building etcd, Kubernetes, helm and Envoy Gateway $gateway into $directory"
 export GOBIN=$directory
+# The others are those of another version of Envoy Gateway, where there is one.
+for other in .cache/cluster-*-"$sources"/complete; do
+    [ ! -e "$other" ] || (cd "${other%/complete}" && cp -l etcd kube-apiserver kube-controller-manager kubectl helm "$directory/")
+done
 (
     cd tests/cluster/programs
-    go build -o "$directory/etcd" ./etcd
+    [ -e "$directory/etcd" ] || go build -o "$directory/etcd" ./etcd
     for program in kube-apiserver kube-controller-manager kubectl; do
-        go build -o "$directory/$program" "k8s.io/kubernetes/cmd/$program"
+        [ -e "$directory/$program" ] || go build -o "$directory/$program" "k8s.io/kubernetes/cmd/$program"
     done
 )
-go install "helm.sh/helm/v3/cmd/helm@$helm"
+[ -e "$directory/helm" ] || go install "helm.sh/helm/v3/cmd/helm@$helm"
 go install "github.com/envoyproxy/gateway/cmd/envoy-gateway@$gateway"
 
 # The chart is in Envoy Gateway's module; its release fills two variables of the values.

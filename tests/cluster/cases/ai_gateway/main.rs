@@ -6,6 +6,8 @@
 mod cluster;
 mod install;
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use http::{HeaderValue, Request};
 use k8s_openapi::api::core::v1::Pod;
@@ -33,6 +35,7 @@ struct Caller {
 impl Caller {
     async fn new(cluster: &Cluster, gateway: &str, host: Option<&'static str>) -> Self {
         let client = Client::connect(cluster.gateway_address(gateway).await, Http::One).await;
+        let client = client.with_patience(Duration::from_secs(60));
         Self { client, host }
     }
 
@@ -151,6 +154,18 @@ async fn large_bodies_and_other_apis_pass(cluster: &Cluster, caller: &mut Caller
     assert!(seen.iter().any(|request| has_session(&request)), "the session's header reaches the engine");
 }
 
+/// More than a buffer of Envoy holds by default, as one answer and as a stream.
+async fn long_answers_pass(caller: &mut Caller) {
+    for is_stream in [false, true] {
+        let body = format!(r#","max_tokens":12000,"ignore_eos":true,"stream":{is_stream}"#);
+        let body = format!(r#"{{"model":"sim"{body},"prompt":"{}"}}"#, new_prompt("long"));
+        let answer = caller.post("/v1/completions", body, &[]).await;
+        let bytes = answer.body.len();
+        assert!(answer.status == 200 && bytes > 40_000, "{}: {bytes} bytes, stream: {is_stream}", answer.status);
+        assert_eq!(is_done(&answer.body), is_stream);
+    }
+}
+
 /// The last requests that an engine got.
 async fn recorded(cluster: &Cluster, pod: &str) -> Vec<Value> {
     let path = format!("/api/v1/namespaces/{OURS}/pods/{pod}:8000/proxy/requests");
@@ -166,6 +181,7 @@ async fn one_envoy_with_a_hostname_of_its_own() {
     every_request_is_split(&cluster, &mut caller).await;
     clients_steer_nothing(&cluster, &mut caller).await;
     large_bodies_and_other_apis_pass(&cluster, &mut caller).await;
+    long_answers_pass(&mut caller).await;
     // Without the hostname there is nothing; our own route is for legs.
     caller.host = None;
     assert_eq!(caller.post("/v1/completions", completion("none", ""), &[]).await.status, 404);
@@ -180,5 +196,6 @@ async fn two_tiers() {
     every_request_is_split(&cluster, &mut caller).await;
     clients_steer_nothing(&cluster, &mut caller).await;
     large_bodies_and_other_apis_pass(&cluster, &mut caller).await;
+    long_answers_pass(&mut caller).await;
     install::metered(&cluster).await;
 }

@@ -2,6 +2,9 @@
 //! a cluster that has one. The tests share the cluster, so they run one after another.
 
 mod cluster;
+mod families;
+mod listener;
+mod matrix;
 mod operation;
 mod policies;
 mod replicas;

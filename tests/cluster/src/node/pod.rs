@@ -1,7 +1,7 @@
 //! The life of one pod.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +23,8 @@ use super::{NAME, Order, Shared, delete, probe, volumes};
 use crate::network::{KUBERNETES, NODE, Sandbox};
 use crate::program::signal;
 
+/// Annotation of a pod whose first address is of IPv6, as in a cluster of that family; the other one comes second.
+const FAMILY: &str = "pd-cluster/ip-family";
 /// Between two looks at a pod's processes.
 const TICK: Duration = Duration::from_millis(100);
 /// Between two probes, whatever the pod says: tests are impatient.
@@ -131,7 +133,7 @@ struct Part {
 impl<'a> Life<'a> {
     async fn begin(shared: &'a Shared, pod: &'a Pod, number: u16) -> anyhow::Result<Self> {
         let sandbox = Sandbox::new(number).await?;
-        let ip = sandbox.address.to_string();
+        let ip = addresses(pod, &sandbox)[0].to_string();
         let folder = shared.state.join("pods").join(pod.uid().unwrap_or_default());
         std::fs::create_dir_all(folder.join("etc"))?;
         let namespace = pod.namespace().unwrap_or_default();
@@ -167,8 +169,8 @@ impl<'a> Life<'a> {
         Ok(Self { shared, pod, sandbox, folder, volumes, parts, start_time, told, is_over, refresh_at })
     }
 
-    fn address(&self) -> Ipv4Addr {
-        self.sandbox.address
+    fn address(&self) -> IpAddr {
+        addresses(self.pod, &self.sandbox)[0]
     }
 
     /// Until an order comes or all containers have ended for good.
@@ -256,7 +258,7 @@ impl<'a> Life<'a> {
             false => "Running",
         };
         let ready = if all_ready && !all_ended { "True" } else { "False" };
-        let ip = self.address().to_string();
+        let [ip, other] = addresses(self.pod, &self.sandbox).map(|address| address.to_string());
         let statuses = |is_sidecar| -> Vec<_> {
             let parts = self.parts.iter().filter(|part| part.is_sidecar == is_sidecar);
             parts.map(|part| part.status(&self.start_time)).collect()
@@ -264,7 +266,7 @@ impl<'a> Life<'a> {
         let (sidecars, containers) = (statuses(true), statuses(false));
         let condition = |kind: &str, status: &str| json!({"type": kind, "status": status});
         let status = json!({"status": {
-            "phase": phase, "podIP": ip, "podIPs": [{"ip": ip}], "hostIP": NODE.to_string(), "startTime": self.start_time,
+            "phase": phase, "podIP": ip, "podIPs": [{"ip": ip}, {"ip": other}], "hostIP": NODE.to_string(), "startTime": self.start_time,
             "conditions": [
                 condition("PodScheduled", "True"), condition("Initialized", "True"),
                 condition("ContainersReady", ready), condition("Ready", ready),
@@ -382,7 +384,7 @@ impl StartOwned<'_> {
 
 impl Part {
     /// Ends a container whose liveness probe fails; it is started again as any other that ended.
-    async fn end_if_dead(&mut self, address: Ipv4Addr) {
+    async fn end_if_dead(&mut self, address: IpAddr) {
         let Some(probe) = &self.container.liveness_probe else { return };
         let Some(child) = &self.child else {
             (self.alive_at, self.dead) = (None, 0);
@@ -413,6 +415,12 @@ impl Part {
             "ready": self.is_ready, "started": self.child.is_some(), "restartCount": self.restarts,
         })
     }
+}
+
+/// The pod's addresses, its own first.
+fn addresses(pod: &Pod, sandbox: &Sandbox) -> [IpAddr; 2] {
+    let (four, six) = (sandbox.address.into(), sandbox.address_six.into());
+    if pod.annotations().get(FAMILY).is_some_and(|family| family == "IPv6") { [six, four] } else { [four, six] }
 }
 
 fn is_sidecar(container: &Container) -> bool {

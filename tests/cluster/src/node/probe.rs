@@ -1,6 +1,6 @@
 //! Probes and hooks over HTTP and TCP.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Container, HTTPGetAction, Probe};
@@ -10,7 +10,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 /// Whether a probe succeeds. Those that would run a program in the container do.
-pub async fn succeeds(probe: &Probe, container: &Container, address: Ipv4Addr) -> bool {
+pub async fn succeeds(probe: &Probe, container: &Container, address: IpAddr) -> bool {
     let limit = Duration::from_secs(probe.timeout_seconds.and_then(|seconds| seconds.try_into().ok()).unwrap_or(1));
     if let Some(get) = &probe.http_get {
         self::get(get, container, address, limit).await
@@ -23,7 +23,7 @@ pub async fn succeeds(probe: &Probe, container: &Container, address: Ipv4Addr) -
 }
 
 /// Whether `GET` is answered with success in time.
-pub async fn get(get: &HTTPGetAction, container: &Container, address: Ipv4Addr, limit: Duration) -> bool {
+pub async fn get(get: &HTTPGetAction, container: &Container, address: IpAddr, limit: Duration) -> bool {
     let Some(port) = port(&get.port, container) else { return false };
     let path = get.path.as_deref().unwrap_or("/");
     let answer = timeout(limit, client::get((address, port).into(), path)).await;
