@@ -1,7 +1,7 @@
 //! Prompts without what does not reach the model, for block hashes.
 //!
-//! Clients mark how far a provider should cache a prompt by a member `cache_control`, and the mark moves with each turn.
-//! Engines ignore it, so two prompts that differ in their marks only are one prompt to an engine's prefix cache. A mark needs
+//! Clients mark how far a provider should cache a prompt by a member `cache_control` (Anthropic's, LiteLLM's on every API) or
+//! `prompt_cache_breakpoint` (OpenAI's), and the mark moves with each turn. Engines ignore it, so two prompts that differ in their marks only are one prompt to an engine's prefix cache. A mark needs
 //! a content part to stand in: agents write the text that they mark as a list of one part, and the same text as a plain
 //! string in the next turn. Claude Code also puts a line of its own into the system text, with a hash of each request; vLLM
 //! leaves that out (`vllm#36829`).
@@ -13,16 +13,16 @@ use memchr::memmem;
 use super::json::{elements, members, string};
 use super::{Api, Key};
 
-/// Member that marks the end of what a provider should cache.
-const MARKER: &str = "cache_control";
+/// Members that mark the end of what a provider should cache.
+const MARKERS: [&str; 2] = ["cache_control", "prompt_cache_breakpoint"];
 /// Begin of the text that Claude Code adds to the system text.
 const BILLING: &str = "x-anthropic-billing-header";
 
 /// A part of a prompt as the engine's prefix cache sees it: a text to hash, not to send. `value` stays as it is where it has
 /// nothing to leave out, or where the engine may put such members into the prompt, as it does with tools of OpenAI's APIs.
 ///
-/// In a part that has a mark anywhere, marks are left out of tools, system text, messages and their content, and a content
-/// of one text is written as that text. Members of those names deeper inside, such as arguments of a tool, stay.
+/// In a part that has a mark anywhere, marks are left out of tools, system text, messages, items of an input and their content,
+/// and a content of one text is written as that text. Members of those names deeper inside, such as arguments of a tool, stay.
 /// `drops_billing`: the engine leaves out Claude Code's own line.
 #[must_use]
 pub fn without_markers(api: Api, key: Key, value: &[u8], drops_billing: bool) -> Cow<'_, [u8]> {
@@ -31,17 +31,20 @@ pub fn without_markers(api: Api, key: Key, value: &[u8], drops_billing: bool) ->
     let is_read = match key {
         Key::System | Key::Tools => api == Api::Messages,
         Key::Messages => matches!(api, Api::Messages | Api::Chat),
+        Key::Input => api == Api::Responses,
         _ => false,
     };
-    if !is_read || value.first() != Some(&b'[') || !(drops_billing || has(MARKER)) {
+    if !is_read || value.first() != Some(&b'[') || !(drops_billing || MARKERS.into_iter().any(has)) {
         return Cow::Borrowed(value);
     }
     let mut out = Vec::with_capacity(value.len());
     match key {
         Key::System => content(&mut out, value, drops_billing, 0),
-        Key::Messages => list(&mut out, elements(value), |out, message| {
-            object(out, message, |out, key, value| {
-                if key == "content" { content(out, value, false, 0) } else { out.extend_from_slice(value) }
+        Key::Messages | Key::Input => list(&mut out, elements(value), |out, message| {
+            object(out, message, |out, name, value| {
+                // The output of a tool is an item of an input by itself.
+                let is_content = name == "content" || name == "output" && key == Key::Input;
+                if is_content { content(out, value, false, 0) } else { out.extend_from_slice(value) }
             })
         }),
         _ => {
@@ -82,9 +85,9 @@ fn only_text(part: &[u8]) -> Option<&[u8]> {
     let (mut text, mut is_text) = (None, false);
     for (key, value) in members(part) {
         match &*key {
-            "type" => is_text = value == b"\"text\"",
+            "type" => is_text = matches!(value, b"\"text\"" | b"\"input_text\""),
             "text" if value.first() == Some(&b'"') => text = Some(value),
-            MARKER => {}
+            name if MARKERS.contains(&name) => {}
             _ => return None,
         }
     }
@@ -113,7 +116,7 @@ fn object(out: &mut Vec<u8>, value: &[u8], write: impl Fn(&mut Vec<u8>, &str, &[
         return;
     }
     out.push(b'{');
-    for (key, value) in members(value).filter(|(key, _)| key != MARKER) {
+    for (key, value) in members(value).filter(|(key, _)| !MARKERS.contains(&&**key)) {
         out.push(b'"');
         out.extend_from_slice(key.as_bytes());
         out.extend_from_slice(b"\":");
@@ -134,6 +137,7 @@ mod tests {
     #[test]
     fn marks_that_move_leave_no_trace() {
         const MARK: &str = r#","cache_control":{"type":"ephemeral","ttl":"1h"}"#;
+        const BREAKPOINT: &str = r#","prompt_cache_breakpoint":{"mode":"explicit"}"#;
         for (api, key, text) in [
             (Api::Messages, Key::Tools, r#"[{"name":"a","input_schema":{"type":"object"}~},{"name":"b"~}]"#),
             (Api::Messages, Key::System, r#"[{"type":"text","text":"one"~},{"type":"text","text":"two"~}]"#),
@@ -147,18 +151,25 @@ mod tests {
                 Key::Messages,
                 r#"[{"role":"system","content":[{"type":"text","text":"a"~},{"type":"text","text":"b"~}]},{"role":"user","content":"c"~}]"#,
             ),
+            (
+                Api::Responses,
+                Key::Input,
+                r#"[{"role":"user","content":[{"type":"input_text","text":"a"~},{"type":"input_image","image_url":"u"~}]},{"type":"function_call_output","call_id":"c","output":[{"type":"input_text","text":"b"~},{"type":"input_text","text":"c"~}]~}]"#,
+            ),
         ] {
             let places = text.matches('~').count();
-            let marked = |places: &[usize]| {
+            let marked = |mark: &str, places: &[usize]| {
                 let pieces: Vec<_> = text.split('~').collect();
-                let mark = |i: usize| if places.contains(&i) { MARK } else { "" };
+                let mark = |i: usize| if places.contains(&i) { mark } else { "" };
                 pieces.iter().enumerate().map(|(i, piece)| format!("{piece}{}", mark(i))).collect::<String>()
             };
-            let first = seen(api, key, &marked(&[0]));
+            let first = seen(api, key, &marked(MARK, &[0]));
             assert!(!first.contains("cache_control"));
             for place in 0..places {
-                assert_eq!(seen(api, key, &marked(&[place])), first);
-                assert_eq!(seen(api, key, &marked(&[0, place])), first);
+                for mark in [MARK, BREAKPOINT] {
+                    assert_eq!(seen(api, key, &marked(mark, &[place])), first);
+                    assert_eq!(seen(api, key, &marked(mark, &[0, place])), first);
+                }
             }
         }
     }
@@ -184,7 +195,8 @@ mod tests {
     fn what_may_reach_the_model_stays() {
         for (api, key, value) in [
             (Api::Chat, Key::Tools, r#"[{"type":"function","cache_control":1}]"#),
-            (Api::Responses, Key::Input, r#"[{"content":[{"cache_control":1}]}]"#),
+            (Api::Responses, Key::Tools, r#"[{"type":"function","cache_control":1}]"#),
+            (Api::Responses, Key::Input, r#""cache_control""#),
             (Api::Completions, Key::Prompt, r#""cache_control""#),
             (Api::Messages, Key::Messages, r#""cache_control""#),
             (Api::Messages, Key::Messages, r#"[{"role": "user", "content": "no mark"}]"#),
