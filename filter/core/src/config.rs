@@ -40,8 +40,9 @@ pub const PREFILLER_HEADER: &str = "x-prefiller-host-port";
 pub const SUBSET_HEADER: &str = "x-gateway-destination-endpoint-subset";
 /// The same, as the extension's conformance tests send it.
 pub const TEST_SELECTION_HEADER: &str = "test-epp-endpoint-selection";
-/// Default of [`Config::session_headers`]: the header of llm-d and of most gateways, then those of coding agents (Claude
-/// Code; OpenCode and Crush; Codex, its older releases with an underscore; OpenCode with its own provider; Qwen Code).
+/// Default of [`Config::session_headers`]: the header of llm-d and of most gateways, then those of clients. Which client sends
+/// which, and where that is written, stands in docs/headers-and-access-log.md. The last three may be narrower than a
+/// conversation, so they count only where no other is there.
 pub const SESSION_HEADERS: &[&str] = &[
     "x-session-id",
     "x-claude-code-session-id",
@@ -50,6 +51,16 @@ pub const SESSION_HEADERS: &[&str] = &[
     "session_id",
     "x-opencode-session",
     "x-qwen-code-session-id",
+    "agent-session-id",
+    "x-kilocode-taskid",
+    "x-client-session-id",
+    "x-amp-thread-id",
+    "x-task-id",
+    "x-roo-task-id",
+    "x-openwebui-chat-id",
+    "x-litellm-session-id",
+    "x-litellm-trace-id",
+    "x-interaction-id",
 ];
 
 /// Headers that [`Config::trusted_headers`] may name.

@@ -11,11 +11,15 @@ use crate::support::{assert_right, short_chat};
 fn whole_requests_of_a_session_stay_on_one_server_whichever_worker_has_them() {
     run(async {
         let rig = Rig::builder().plugin(json!({"session_cookies": ["sid"]})).start().await;
-        let sessions: [&[(&str, &[u8])]; 6] = [
+        let sessions: [&[(&str, &[u8])]; 10] = [
             &[("x-session-id", b"a")],
             &[("session_id", b"b")],
             &[("x-claude-code-session-id", b"c")],
             &[("x-session-affinity", b"d")],
+            &[("agent-session-id", b"g")],
+            &[("x-kilocode-taskid", b"h")],
+            &[("x-openwebui-chat-id", b"i")],
+            &[("x-litellm-trace-id", b"j")],
             &[("cookie", b"theme=dark; sid=e")],
             &[("x-session-id", b"f"), ("cookie", b"sid=e")],
         ];

@@ -179,6 +179,22 @@ fn whole_requests_of_a_session_stay_on_one_endpoint_by_header_or_else_by_cookie(
     assert_eq!(spread.len(), 2, "without a session they spread");
 }
 
+#[test]
+fn each_header_of_a_well_known_client_names_a_session() {
+    for header in crate::config::SESSION_HEADERS {
+        let mut t = fixture();
+        let mut served = std::collections::BTreeSet::new();
+        for turn in 0..12 {
+            t.request = Request::default();
+            t.headers(&[(header, "a")]);
+            let outcome = t.body(&format!(r#"{{"model":"m","messages":[{{"role":"user","content":"{turn}"}}]}}"#));
+            t.done();
+            served.insert(state(&outcome, DECODE).to_owned());
+        }
+        assert_eq!(served.len(), 1, "{header}");
+    }
+}
+
 fn upgrade_to(t: &mut Fixture, path: &str) -> Outcome {
     t.request = Request::default();
     let pairs = [(":method", "GET"), (":path", path), ("upgrade", "websocket"), ("connection", "Upgrade")];
