@@ -195,7 +195,11 @@ impl Form {
                 continue;
             }
             if let Some(model) = model.filter(|_| field.name == "model") {
-                replace(field.value, &self.encoded(model.as_bytes()));
+                let model = self.encoded(model.as_bytes());
+                // A pair may be a name alone.
+                let before = (field.value.start as usize).checked_sub(1).and_then(|at| body.get(at));
+                let is_bare = self.encoding == Encoding::Url && before != Some(&b'=');
+                replace(field.value, &if is_bare { [b"=", &*model].concat() } else { model.into_owned() });
                 continue;
             }
             let value = self.value(body, field);

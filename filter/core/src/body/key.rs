@@ -75,6 +75,8 @@ keys! {
     "return_hidden_states" ReturnHiddenStates,
     "return_routed_experts" ReturnRoutedExperts,
     "temperature" Temperature,
+    "truncate_prompt_tokens" TruncatePromptTokens,
+    "truncation" Truncation,
     "thinking" Thinking,
     "seed" Seed,
     // `/inference/v1/generate` keeps its limits in here: scan and rewrite the value, then replace it.

@@ -42,6 +42,8 @@ pub enum WholeReason {
     Several,
     /// The decode endpoint may refuse the request, and a prefill leg would strand its KV blocks.
     Refusable,
+    /// Prompt and limit of tokens exceed the length of the model, by the prompt's estimate: the decode endpoint refuses it.
+    TooLong,
     /// The answer tells of the prompt what only the endpoint that computes it knows.
     Told,
     /// The request goes on from a response that the endpoint keeps.
@@ -60,6 +62,7 @@ impl WholeReason {
             Self::Aggregated => "aggregated",
             Self::Several => "several_sequences",
             Self::Refusable => "refusable",
+            Self::TooLong => "too_long",
             Self::Told => "prompt_told",
             Self::Stored => "stored_response",
         }
@@ -161,5 +164,8 @@ fn unsplittable(prompt: &Prompt, protocol: &Protocol) -> Option<WholeReason> {
         return Some(WholeReason::Told);
     }
     let is_refusable = protocol.limits_prefill && prompt.is_refusable;
-    (is_refusable || prompt.has_budget && !protocol.allows_budget).then_some(WholeReason::Refusable)
+    if is_refusable || prompt.has_budget && !protocol.allows_budget {
+        return Some(WholeReason::Refusable);
+    }
+    (protocol.limits_prefill && prompt.is_too_long).then_some(WholeReason::TooLong)
 }

@@ -26,6 +26,8 @@ pub struct Prompt {
     pub is_several: bool,
     /// Whether the decode endpoint may refuse what the prefill leg leaves out.
     pub is_refusable: bool,
+    /// Whether the prompt and the limit of tokens are longer together than the model takes, by the prompt's estimate.
+    pub is_too_long: bool,
     /// Whether the request has a thinking budget, which no limit of one token holds.
     pub has_budget: bool,
     /// Whether the answer tells of the prompt what only the endpoint that computes it knows.

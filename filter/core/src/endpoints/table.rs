@@ -186,6 +186,14 @@ impl Table {
         self.models.get(model)
     }
 
+    /// Longest prompt and answer together that a model takes, in tokens: its own, else its base model's, for engines tell none
+    /// of an adapter. `None` where no engine told it.
+    #[must_use]
+    pub fn model_len(&self, model: &str) -> Option<u64> {
+        let card = self.card(model)?;
+        card.max_model_len.or_else(|| self.card(card.parent.as_deref()?)?.max_model_len)
+    }
+
     /// Whether an endpoint of the list names the model, ready or not.
     #[must_use]
     pub fn lists_model(&self, model: &str) -> bool {

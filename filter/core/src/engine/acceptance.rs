@@ -33,7 +33,31 @@ pub fn is_refusable(api: Api, body: &[u8], scan: &Scan) -> bool {
         _ if api == Api::Generate => return true,
         _ => top,
     };
-    !(has_valid_stream(&top) && members.are_accepted())
+    // What the engine cuts off a prompt depends on the limit of tokens, which is another one in the prefill leg.
+    let keeps_prompt = top.is(Key::TruncatePromptTokens, Null::Allowed, |_| false);
+    !(has_valid_stream(&top) && members.are_accepted() && keeps_prompt)
+}
+
+/// Whether the engine is to cut the prompt where it is too long for the model's length: the two legs cut it in different places.
+#[must_use]
+pub fn cuts_prompt(api: Api, body: &[u8], scan: &Scan) -> bool {
+    api == Api::Responses && scan.raw(body, Key::Truncation) == Some(b"\"auto\"")
+}
+
+/// Tokens that the answer may have, by the request's own limit or by the API's. An engine refuses a prompt that leaves less
+/// room than that in the model's length. `None` where nothing limits the answer: it then ends where the model's length ends.
+#[must_use]
+pub fn asked_tokens(api: Api, body: &[u8], scan: &Scan) -> Option<u64> {
+    let nested = scan.raw(body, Key::SamplingParams).filter(|_| api == Api::Generate);
+    let members = Members { api, body, scan, nested };
+    let limit = |key| members.integer(key);
+    let asked = match api {
+        Api::Chat => limit(Key::MaxCompletionTokens).or(limit(Key::MaxTokens)),
+        Api::Completions => limit(Key::MaxTokens).or(Some(COMPLETION_TOKENS)),
+        Api::Responses => limit(Key::MaxOutputTokens),
+        Api::Messages | Api::Generate => limit(Key::MaxTokens),
+    };
+    asked.and_then(|asked| u64::try_from(asked).ok())
 }
 
 /// Whether the answer tells of the prompt what only the endpoint that computes it knows: probabilities of its tokens
@@ -154,6 +178,7 @@ impl<'a> Members<'a> {
                     && has_stops(Key::Stop)
                     && self.is(Key::StopTokenIds, Null::Allowed, are_token_ids)
                     && self.has_alternatives(Key::TopLogprobs, true)
+                    && self.is(Key::Truncation, Null::Allowed, |value| matches!(value, b"\"auto\"" | b"\"disabled\""))
             }
             Api::Messages => {
                 let limit = self.integer(Key::MaxTokens).filter(|limit| *limit >= 1);

@@ -52,6 +52,9 @@ impl Forwarded {
         } else if answer.is_refusal() {
             worker.answered(concurrent.endpoint);
         }
+        if answer.is_refusal() {
+            worker.lacks(concurrent.endpoint, &concurrent.new_blocks);
+        }
         if let PrefillAnswer::Answered { status: 200, body, .. } = answer {
             let mut effects = vec![prefill_ms(worker, concurrent.started, now)];
             if let Some(editor) = &mut self.editor {

@@ -3,7 +3,7 @@
 use super::effect::{Call, Effect};
 use super::head::is_ours;
 use super::parsed::{ParsedRequest, ScannedBody};
-use super::route::{destination, remember_prompt};
+use super::route::destination;
 use super::state::Split;
 use crate::choose::scheduler::Pick;
 use crate::config::Config;
@@ -74,7 +74,6 @@ pub(super) fn start_leg(
     if let Some(endpoint) = worker.state.table.refer(pick.endpoint) {
         worker.prefill_started(endpoint, leg, pick.seconds, now, now.saturating_add(timeout));
     }
-    remember_prompt(worker, pick.endpoint, &parsed.prompt);
     worker.counts.add(Metric::PrefillInFlight, 1);
     let path = leg_path(parsed);
     let headers = leg_headers(&parsed.head.headers, config, &path, destination.as_bytes(), rank);

@@ -17,7 +17,7 @@ use crate::body::{Api, decode_percent};
 use crate::config::{Config, PHASE_HEADER, PREFILLER_HEADER};
 use crate::headers::Headers;
 use crate::metrics::Metric;
-use crate::paths::engines_path;
+use crate::paths::{engines_path, is_inference};
 use crate::request::reply::{Rejection, Reply};
 use crate::time::Monotonic;
 use crate::workers::worker::Worker;
@@ -53,6 +53,7 @@ pub(super) fn headers(worker: &mut Worker, headers: Headers, end_of_stream: bool
     let ours = headers.iter().map(|(name, _)| name).filter(|name| is_ours(name, &config));
     let mut removed: Vec<_> = ours.map(|name| Effect::RemoveHeader(name.to_vec())).collect();
     worker.counts.add(Metric::HeadersStripped, i64::try_from(removed.len()).unwrap_or(i64::MAX));
+    let without_slash = without_last_slash(&headers, &config).map(Effect::SetPath);
     let step = match classify(worker, &config, headers, end_of_stream) {
         Ok(Class::Readiness) => return Step::reply(Vec::new(), readiness(worker, &config)),
         Ok(Class::Models(reply)) => {
@@ -63,6 +64,7 @@ pub(super) fn headers(worker: &mut Worker, headers: Headers, end_of_stream: bool
         Ok(Class::Upgrade(head)) => Step::or_reject(upgrade(worker, &head, now), worker),
         Ok(Class::NoBody { subset, response }) => {
             let restriction = Restriction { subset: subset.as_ref(), response: response.as_deref() };
+            removed.extend(without_slash);
             Step::or_reject(pass(worker, &config, None, restriction, now), worker)
         }
         Ok(Class::Body(head)) => {
@@ -70,7 +72,7 @@ pub(super) fn headers(worker: &mut Worker, headers: Headers, end_of_stream: bool
                 // The body may change; the buffer filter puts the right length back.
                 removed.push(Effect::RemoveHeader(b"content-length".to_vec()));
             }
-            removed.extend(head.api.and_then(|_| without_last_slash(&head.headers)).map(Effect::SetPath));
+            removed.extend(without_slash);
             Step::new(State::Reading(Box::new(Reading { head })), Flow::Continue, Vec::new())
         }
         Err(rejection) => Step::reject(worker, rejection),
@@ -78,13 +80,15 @@ pub(super) fn headers(worker: &mut Worker, headers: Headers, end_of_stream: bool
     step.after(removed)
 }
 
-/// The path and query without the slash at the end of the path, where one is there: engines answer such a path with a
-/// redirect, which clients do not follow with a body.
-fn without_last_slash(headers: &Headers) -> Option<Vec<u8>> {
+/// The path and query without the slash at the end of a path of an inference API, where one is there: engines answer such a
+/// path with a redirect, which clients do not follow with a body.
+fn without_last_slash(headers: &Headers, config: &Config) -> Option<Vec<u8>> {
     let path = headers.get(":path")?;
     let end = path.iter().position(|byte| *byte == b'?').unwrap_or(path.len());
     let (path, query) = path.split_at_checked(end)?;
-    Some([path.strip_suffix(b"/")?, query].concat())
+    let without = path.strip_suffix(b"/")?;
+    let is_known = is_inference(engines_path(&decoded_path(path), &config.path_prefixes));
+    is_known.then(|| [without, query].concat())
 }
 
 /// Sends a request for another protocol to an endpoint.

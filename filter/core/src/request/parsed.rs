@@ -90,6 +90,9 @@ impl ParsedRequest {
         let batch = batch(api, body);
         let mut prompt = prompt(worker, &config, &served, api, body, session);
         prompt.is_several |= batch.is_some_and(|batch| batch > 1);
+        if batch.is_none_or(|batch| batch == 1) {
+            check_length(worker.state.table.model_len(&served.model), api, body, &mut prompt);
+        }
         served.candidates = worker.state.table.with_room(served.candidates, prompt.tokens);
         worker.counts.add(Metric::PromptTokens, prompt.tokens as i64);
         let plan = legs::decode_plan(bytes, scan, KeySet::EMPTY, served.rewrite.as_deref());
@@ -149,6 +152,20 @@ fn output_tokens(body: &ScannedBody<'_>) -> u64 {
     limit.unwrap_or(EXPECTED_OUTPUT_TOKENS).min(EXPECTED_OUTPUT_TOKENS)
 }
 
+/// By what factor the estimate of a prompt's tokens may be too low.
+const ESTIMATE_ERROR: f64 = 2.0;
+
+/// Compares the prompt, by its estimate, and the limit of tokens with the model's length, where that is known. A prompt without a
+/// limit is never too long: the prefill endpoint refuses it before it computes anything.
+fn check_length(longest: Option<u64>, api: Api, body: &ScannedBody<'_>, prompt: &mut Prompt) {
+    let asked = acceptance::asked_tokens(api, body.bytes, &body.scan);
+    let exceeds = |tokens: f64, longest: u64| tokens + asked.unwrap_or(0) as f64 > longest as f64;
+    prompt.is_too_long = asked.is_some() && longest.is_some_and(|longest| exceeds(prompt.tokens, longest));
+    if acceptance::cuts_prompt(api, body.bytes, &body.scan) {
+        prompt.is_refusable |= longest.is_none_or(|longest| exceeds(prompt.tokens * ESTIMATE_ERROR, longest));
+    }
+}
+
 /// The prompt as the scheduler sees it.
 fn prompt(
     worker: &mut Worker,
@@ -186,6 +203,7 @@ fn prompt(
         is_refusable: acceptance::is_refusable(api, body.bytes, &body.scan),
         has_budget: acceptance::has_thinking_budget(api, body.bytes, &body.scan),
         is_told: acceptance::tells_prompt(api, body.bytes, &body.scan),
+        is_too_long: false,
         hash,
     }
 }

@@ -57,6 +57,7 @@ impl Prefilling {
                 self.hand_over(worker, &answer, seconds, body, now)
             }
             (PrefillAnswer::Answered { status, content_type, body: answer }, None) => {
+                worker.lacks(self.prefiller.endpoint, &self.prefiller.new_blocks);
                 self.refused(worker, engines_reply(status, content_type, answer), body, now)
             }
             // Another endpoint would compute the same prompt against the same limit.

@@ -116,15 +116,12 @@ pub(super) fn forward(
     let assignment = account(worker, parsed, &route, now).ok_or(Rejection::NoEndpoint)?;
     let mut effects = describe(worker, &route, now);
     worker.record_decision(now, |worker| decision_record(worker, parsed, &route));
-    let concurrent_prefill =
-        if let Prefill::Concurrent(_, concurrent) = route.prefill { Some(concurrent) } else { None };
     let is_judged = is_judged(worker, parsed, &route);
     let believed_tokens = believed_tokens(parsed, &route);
     let reads_usage = is_judged || believed_tokens.is_some();
     let forwarded = Forwarded {
         assignment,
         alternates: route.alternates.iter().filter_map(|index| worker.state.table.refer(*index)).collect(),
-        concurrent_prefill,
         strands_if_refused: matches!(
             route.prefill,
             Prefill::Done { is_kv_missing: false, .. } | Prefill::Concurrent(..)
@@ -144,6 +141,11 @@ pub(super) fn forward(
         response: Response::Awaited,
         is_accepted: false,
         has_first_byte: false,
+        concurrent_prefill: if let Prefill::Concurrent(_, concurrent) = route.prefill {
+            Some(concurrent)
+        } else {
+            None
+        },
     };
     effects.extend(Effect::edit_body(route.edit));
     Ok(Step::new(State::Forwarded(Box::new(forwarded)), Flow::Continue, effects))

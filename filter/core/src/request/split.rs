@@ -34,7 +34,7 @@ impl Split {
         else {
             return Err(Rejection::NoEndpoint);
         };
-        let prefiller = Prefiller { pick, endpoint, partner: Partner::of(state) };
+        let mut prefiller = Prefiller { pick, endpoint, partner: Partner::of(state), new_blocks: Vec::new() };
         let protocol = state.engine.protocol();
         if let (Some(batch), Some(most)) = (self.parsed.batch, protocol.max_sequences)
             && batch > most
@@ -51,6 +51,7 @@ impl Split {
         match protocol.legs {
             LegOrder::Sequential => {
                 let (call, leg) = start_leg(worker, &self, pick, None, body, now);
+                prefiller.new_blocks = remember_prompt(worker, pick.endpoint, &self.parsed.prompt);
                 Ok(self.await_call(prefiller, Some(leg), call, now))
             }
             LegOrder::Concurrent => self.start_both(worker, &prefiller, body, now),
@@ -93,7 +94,8 @@ impl Split {
             return Err(Rejection::TooLarge(limit));
         }
         let (call, leg) = start_leg(worker, &self, prefiller.pick, Some(id), body, now);
-        let concurrent = ConcurrentPrefill { endpoint: prefiller.endpoint, leg, started: self.started };
+        let new_blocks = remember_prompt(worker, prefiller.pick.endpoint, &parsed.prompt);
+        let concurrent = ConcurrentPrefill { endpoint: prefiller.endpoint, leg, started: self.started, new_blocks };
         let prefill = Prefill::Concurrent(prefiller.pick, concurrent);
         let edit = parsed.plan.with_insert(&members);
         let route = Route { decision: Metric::RequestsSplit, reason: "concurrent", pick, alternates, prefill, edit };

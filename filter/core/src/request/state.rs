@@ -10,6 +10,7 @@ use super::response_editor::ResponseEditor;
 use crate::choose::scheduler::Pick;
 use crate::endpoints::candidates::Partner;
 use crate::endpoints::table::EndpointRef;
+use crate::prefix::hash::BlockHash;
 use crate::request::reply::Reply;
 use crate::time::Monotonic;
 
@@ -89,6 +90,8 @@ pub(super) struct Prefiller {
     pub(super) endpoint: EndpointRef,
     /// Which decode endpoints can take over from it.
     pub(super) partner: Partner,
+    /// Blocks of the prompt that it did not hold before the leg, in case that it refuses the prompt.
+    pub(super) new_blocks: Vec<BlockHash>,
 }
 
 /// A request that an engine endpoint has.
@@ -135,11 +138,13 @@ pub(super) struct Sent {
 }
 
 /// A prefill leg in flight beside its decode leg.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct ConcurrentPrefill {
     pub(super) endpoint: EndpointRef,
     pub(super) leg: u64,
     pub(super) started: Monotonic,
+    /// As [`Prefiller::new_blocks`].
+    pub(super) new_blocks: Vec<BlockHash>,
 }
 
 /// How far the response's headers are.

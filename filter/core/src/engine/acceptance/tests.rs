@@ -43,7 +43,7 @@ const ACCEPTED: &[(Api, &[&str])] = &[
     ),
     (
         Api::Responses,
-        &["", r#""max_output_tokens":1,"store":true,"background":false"#, r#""top_logprobs":3,"stop":["a"]"#],
+        &["", r#""max_output_tokens":1,"store":true,"background":false"#, r#""top_logprobs":3,"stop":["a"],"truncation":"auto""#],
     ),
     (
         Api::Messages,
@@ -178,6 +178,39 @@ fn what_every_engine_takes_is_accepted_and_all_else_is_refusable() {
                 assert_eq!(refusable(*api, body), expected, "{api:?} {body}");
             }
         }
+    }
+}
+
+#[test]
+fn a_prompt_that_a_leg_would_cut_otherwise_is_not_split() {
+    assert!(refusable(Api::Completions, r#""truncate_prompt_tokens":-1"#));
+    assert!(refusable(Api::Chat, r#""truncate_prompt_tokens":5"#));
+    assert!(refusable(Api::Responses, r#""truncation":"never""#));
+    assert!(!refusable(Api::Chat, r#""truncation":"auto","truncate_prompt_tokens":null"#));
+    for (api, body, expected) in [
+        (Api::Responses, r#"{"truncation":"auto"}"#, true),
+        (Api::Responses, r#"{"truncation":"disabled"}"#, false),
+        (Api::Chat, r#"{"truncation":"auto"}"#, false),
+    ] {
+        assert_eq!(cuts_prompt(api, body.as_bytes(), &scan(body.as_bytes()).unwrap()), expected, "{body}");
+    }
+}
+
+#[test]
+fn the_limit_of_tokens_is_the_one_that_the_engine_reads() {
+    for (api, body, expected) in [
+        (Api::Chat, r#"{"max_tokens":4,"max_completion_tokens":8}"#, Some(8)),
+        (Api::Chat, r#"{"max_tokens":4,"max_completion_tokens":null}"#, Some(4)),
+        (Api::Chat, "{}", None),
+        (Api::Completions, "{}", Some(16)),
+        (Api::Completions, r#"{"max_tokens":5}"#, Some(5)),
+        (Api::Responses, r#"{"max_output_tokens":7,"max_tokens":5}"#, Some(7)),
+        (Api::Messages, r#"{"max_tokens":9}"#, Some(9)),
+        (Api::Generate, r#"{"max_tokens":1,"sampling_params":{"max_tokens":3}}"#, Some(3)),
+        (Api::Chat, r#"{"max_tokens":-4}"#, None),
+        (Api::Chat, r#"{"max_tokens":"x"}"#, None),
+    ] {
+        assert_eq!(asked_tokens(api, body.as_bytes(), &scan(body.as_bytes()).unwrap()), expected, "{api:?} {body}");
     }
 }
 

@@ -249,13 +249,18 @@ fn prompts_go_to_pods_whose_bounds_have_room() {
 
 #[test]
 fn a_mark_of_the_providers_cache_that_moves_does_not_hide_what_an_endpoint_holds() {
-    let mark = r#","cache_control":{"type":"ephemeral"}"#;
     let text = "word ".repeat(600);
-    let first = format!(r#"[{{"role":"user","content":[{{"type":"text","text":"{text}"{mark}}}]}}]"#);
-    let second = format!(
-        r#"[{{"role":"user","content":"{text}"}},{{"role":"assistant","content":"ok"}},{{"role":"user","content":[{{"type":"text","text":"on"{mark}}}]}}]"#
-    );
-    for path in ["/v1/messages", "/v1/chat/completions"] {
+    for (path, key, kind, mark) in [
+        ("/v1/messages", "messages", "text", r#""cache_control":{"type":"ephemeral"}"#),
+        ("/v1/chat/completions", "messages", "text", r#""cache_control":{"type":"ephemeral"}"#),
+        ("/v1/chat/completions", "messages", "text", r#""prompt_cache_breakpoint":{"mode":"explicit"}"#),
+        ("/v1/responses", "input", "input_text", r#""cache_control":{"type":"ephemeral"}"#),
+        ("/v1/responses", "input", "input_text", r#""prompt_cache_breakpoint":{"mode":"explicit"}"#),
+    ] {
+        let part = |text: &str| format!(r#"{{"role":"user","content":[{{"type":"{kind}","text":"{text}",{mark}}}]}}"#);
+        let first = format!("[{}]", part(&text));
+        let second =
+            format!(r#"[{{"role":"user","content":"{text}"}},{{"role":"assistant","content":"ok"}},{}]"#, part("on"));
         let mut t = fixture();
         let mut matched = Vec::new();
         for messages in [&first, &second] {
@@ -263,7 +268,7 @@ fn a_mark_of_the_providers_cache_that_moves_does_not_hide_what_an_endpoint_holds
             let headers = Headers::from_pairs([(":method", "POST"), (":path", path)]);
             t.request.headers(&mut t.worker, headers, false, t.now);
             let line = format!(r#"[{{"type":"text","text":"x-anthropic-billing-header: {}"}}]"#, matched.len());
-            let outcome = t.body(&format!(r#"{{"model":"m","max_tokens":4,"system":{line},"messages":{messages}}}"#));
+            let outcome = t.body(&format!(r#"{{"model":"m","max_tokens":4,"system":{line},"{key}":{messages}}}"#));
             let outcome = if outcome.effects.iter().any(|effect| matches!(effect, Effect::Call(_))) {
                 t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#))
             } else {
@@ -275,4 +280,69 @@ fn a_mark_of_the_providers_cache_that_moves_does_not_hide_what_an_endpoint_holds
         assert_eq!(matched[0], 0, "{path}");
         assert!(matched[1] > 500, "{path}: {matched:?}");
     }
+}
+
+/// A gateway whose engines told the length of `m`, 1,000 tokens, and nothing of its adapter's.
+fn with_length() -> Fixture {
+    let mut t = fixture();
+    let endpoints = ["prefill", "decode"].map(|role| {
+        let port = role.len();
+        format!(r#"{{"address":"10.0.0.1:{port}","role":"{role}","models":["m","lora"]}}"#)
+    });
+    let list = format!(
+        r#"{{"wire":1,"epoch":"e","version":1,"endpoints":[{}],
+            "models":[{{"id":"m","max_model_len":1000}},{{"id":"lora","parent":"m"}}]}}"#,
+        endpoints.join(",")
+    );
+    t.worker.apply(list.as_bytes()).unwrap();
+    t
+}
+
+#[test]
+fn a_prompt_that_leaves_no_room_for_its_answer_runs_no_prefill_leg() {
+    // Some 770 tokens.
+    for (members, is_split) in [
+        (r#""max_tokens":100"#, true),
+        (r#""max_tokens":900"#, false),
+        (r#""max_tokens":900,"max_completion_tokens":100"#, true),
+        (r#""max_tokens":2000"#, false),
+        (r#""x":1"#, true),
+    ] {
+        for model in ["m", "lora"] {
+            let mut t = with_length();
+            t.headers(&[]);
+            let body = long_body_with(members).replace(r#""model":"m""#, &format!(r#""model":"{model}""#));
+            let outcome = t.body(&body);
+            assert_eq!(t.request.is_prefilling(), is_split, "{model} {members}");
+            let expected = if is_split { ("", "") } else { ("decode_only", "too_long") };
+            assert_eq!((state(&outcome, DECISION), state(&outcome, REASON)), expected, "{model} {members}");
+        }
+    }
+    let mut t = fixture();
+    t.headers(&[]);
+    t.body(&long_body_with(r#""max_tokens":2000"#));
+    assert!(t.request.is_prefilling(), "nobody told the length");
+}
+
+#[test]
+fn a_prompt_that_the_engine_may_cut_is_split_only_where_it_surely_fits() {
+    for (words, is_known, is_split) in [(300, true, true), (600, true, false), (300, false, false)] {
+        let mut t = if is_known { with_length() } else { fixture() };
+        let headers = Headers::from_pairs([(":method", "POST"), (":path", "/v1/responses")]);
+        t.request.headers(&mut t.worker, headers, false, t.now);
+        let input = "word ".repeat(words);
+        let outcome = t.body(&format!(r#"{{"model":"m","input":"{input}","truncation":"auto"}}"#));
+        assert_eq!(t.request.is_prefilling(), is_split, "{words} {is_known}");
+        assert_eq!(state(&outcome, REASON), if is_split { "" } else { "refusable" });
+    }
+}
+
+#[test]
+fn a_batch_of_prompts_is_not_measured_as_one() {
+    let mut t = with_length();
+    let headers = Headers::from_pairs([(":method", "POST"), (":path", "/v1/completions")]);
+    t.request.headers(&mut t.worker, headers, false, t.now);
+    let prompt = "word ".repeat(400);
+    let outcome = t.body(&format!(r#"{{"model":"m","prompt":["{prompt}","{prompt}"],"max_tokens":100}}"#));
+    assert_eq!(state(&outcome, REASON), "several_sequences");
 }

@@ -443,6 +443,51 @@ fn a_refusal_behind_a_prefill_leg_is_stranded_and_leaves_no_prompt_at_the_decode
     assert!(t.is_idle());
 }
 
+/// Blocks that a prefill endpoint is believed to hold, of a prompt that was held nowhere before.
+fn believed(t: &Fixture) -> usize {
+    t.worker.state.index.len()
+}
+
+#[test]
+fn a_prompt_that_prefill_endpoints_refuse_is_not_believed_to_be_held_there() {
+    let mut t = fixture();
+    t.headers(&[]);
+    t.body(&long_body());
+    assert!(believed(&t) > 0);
+    t.answer(400, r#"{"error":"too long"}"#);
+    let outcome = t.answer(400, r#"{"error":"too long"}"#);
+    assert_eq!(reply(&outcome).0, 400);
+    assert_eq!(believed(&t), 0);
+    t.done();
+
+    // What an endpoint held before, it still holds.
+    t.request = Request::default();
+    t.headers(&[]);
+    t.body(&long_body());
+    t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+    t.done();
+    let held = believed(&t);
+    t.request = Request::default();
+    t.headers(&[("x-pd-phase", "prefill")]);
+    t.body(&long_body());
+    t.done();
+    assert_eq!(believed(&t), held);
+}
+
+#[test]
+fn a_prompt_that_a_prefill_endpoint_refuses_beside_the_decode_leg_is_not_believed_to_be_held_there() {
+    let mut t = of_engine("sglang");
+    t.headers(&[]);
+    let outcome = t.body(&long_body());
+    let decode = state(&outcome, DECODE).to_owned();
+    let both = believed(&t);
+    t.answer(400, r#"{"error":"too long"}"#);
+    assert_eq!(believed(&t), both / 2, "the decode endpoint has not answered");
+    t.request.response_headers(&mut t.worker, Answerer::Host(decode.as_bytes()), Some(400), t.now);
+    t.done();
+    assert!(t.is_idle());
+}
+
 const TIMEOUT: &str = "upstream request timeout";
 
 #[test]
