@@ -57,7 +57,7 @@ const CONFIGS: [&str; 8] = [
     r#"{"prefix":{"block_bytes":64},"pools":{"default":{"engine":"sidecar","split":{"uncached_tokens":1},"queue":{"enabled":true,"lead_ms":1}}},"endpoints":[
         {"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.2:1","role":"decode","rank":3}]}"#,
 ];
-const BODIES: [&str; 11] = [
+const BODIES: [&str; 13] = [
     r#"{"model":"m","messages":[{"role":"user","content":"a rather long prompt that fills more than one block of the index, twice and more"}],"stream":true}"#,
     r#"{"kv_transfer_params":{"do_remote_prefill":true},"model":"m","prompt":"p","kv_transfer\u005fparams":1}"#,
     r#"{"model":"x","input":[],"max_tokens":18446744073709551615}"#,
@@ -67,6 +67,8 @@ const BODIES: [&str; 11] = [
     r#"{"model":"m","input":"a rather long prompt that fills more than one block of the index","stream":true,"vllm_xargs":{"kv_transfer_params":[]}}"#,
     r#"{"model":"m","prompt":"a rather long prompt that fills more than one block of the index","echo":true,"logprobs":1,"min_tokens":17}"#,
     r#"{"model":"m","messages":[{"content":"a rather long prompt that fills more than one block of the index"}],"sampling_params":{"extra_args":{"kv_transfer_params":0},"stop":5}}"#,
+    "--B\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\nm\r\n--B\r\nContent-Disposition: form-data; name=\"kv_transfer_params\"\r\n\r\n{}\r\n--B--\r\n",
+    r#"{"model":"m","max_tokens":900,"truncate_prompt_tokens":-1,"messages":[{"content":[{"type":"text","text":"a rather long prompt that fills more than one block of the index","cache_control":{}}]}]}"#,
     "{}",
     "",
 ];
@@ -78,7 +80,7 @@ const ANSWERS: [&str; 6] = [
     "upstream connect error",
     "",
 ];
-const PATHS: [&str; 8] = [
+const PATHS: [&str; 9] = [
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/responses?x",
@@ -87,6 +89,7 @@ const PATHS: [&str; 8] = [
     "/v1/responses/resp_1/cancel",
     "/v1/messages",
     "/inference/v1/generate",
+    "/v1/audio/transcriptions",
 ];
 const HEADERS: [(&str, &str); 6] = [
     ("x-pd-phase", "prefill"),
@@ -94,13 +97,13 @@ const HEADERS: [(&str, &str); 6] = [
     ("x-prefiller-host-port", "10.0.0.1:2,10.0.0.1:1"),
     ("x-pd-destination", "6.6.6.6:6"),
     ("content-length", "17"),
-    ("content-type", "multipart/form-data"),
+    ("content-type", "multipart/form-data; boundary=B"),
 ];
 const LISTS: [&str; 4] = [
     r#"{"wire":1,"epoch":"e","version":1,"endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.3:3","role":"both"}]}"#,
     r#"{"wire":1,"epoch":"e","version":2,"base":1,"endpoints":[{"address":"10.0.0.2:1","role":"decode","state":"draining"}],"removed":["10.0.0.1:1"]}"#,
     r#"{"wire":1,"epoch":"f","version":1,"endpoints":[{"address":"10.0.0.2:1","role":"prefill","weight":0.01},{"address":"10.0.0.1:1","role":"decode"}]}"#,
-    r#"{"wire":1,"epoch":"g","version":1}"#,
+    r#"{"wire":1,"epoch":"g","version":1,"models":[{"id":"m","max_model_len":40}]}"#,
 ];
 
 struct Live {
@@ -125,7 +128,7 @@ pub fn run(input: &[u8]) {
         }
         let event = choices.below(12);
         if event == 0 || live.is_empty() {
-            let mut headers = vec![(":method", "POST"), (":path", PATHS[usize::from(choices.below(8))])];
+            let mut headers = vec![(":method", "POST"), (":path", PATHS[usize::from(choices.below(9))])];
             let extra = choices.byte();
             headers.extend((0..6).filter(|bit| extra & (1 << bit) != 0).map(|bit| HEADERS[bit]));
             let headers = match choices.below(8) {
@@ -284,7 +287,9 @@ fn check(outcome: &Outcome, body: &[u8], known: &HashSet<String>) {
                 let ours = ["kv_transfer_params", "bootstrap_room", "disaggregated_params", "disagg_prefill_resp"];
                 splices = ours.iter().any(|key| head.contains(key));
                 sent.splice(..edit.drain as usize, edit.head.iter().copied());
-                assert!(scan(&sent).is_ok(), "{}", String::from_utf8_lossy(&sent));
+                // What is edited is JSON, or a form.
+                let is_form = body.starts_with(b"--B");
+                assert!(scan(&sent).is_ok() || is_form, "{}", String::from_utf8_lossy(&sent));
             }
             Effect::Call(call) => {
                 calls += 1;
