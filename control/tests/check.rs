@@ -133,14 +133,14 @@ fn names_that_do_not_agree_are_found() {
              is no HTTPRoute llm/control",
         ),
         (
-            "extractFrom: [{header: x-pd-destination}]",
-            "extractFrom: [{header: x-destination}]",
+            "extractFrom: [{header: x-pd-destination}]\n  # The filter's",
+            "extractFrom: [{header: x-destination}]\n  # The filter's",
             "BackendTrafficPolicy llm/pd: spec.loadBalancer.endpointOverride.extractFrom: must have header \
              x-pd-destination",
         ),
         (
-            "{name: x-pd-destination, value: '%FILTER_STATE(wasm.pd.destination:PLAIN)%'}",
-            "{name: x-pd-destination, value: '%FILTER_STATE(pd.destination:PLAIN)%'}",
+            "{name: x-pd-destination, value: '%FILTER_STATE(wasm.pd.destination:PLAIN)%'}\n        # For",
+            "{name: x-pd-destination, value: '%FILTER_STATE(pd.destination:PLAIN)%'}\n        # For",
             "HTTPRoute llm/pd: spec.rules[0].filters: must set x-pd-destination to",
         ),
         (
@@ -158,6 +158,12 @@ fn names_that_do_not_agree_are_found() {
             "requestBuffer: {limit: 16Mi}",
             "requestBuffer: {limit: 8Mi}",
             "BackendTrafficPolicy llm/pd: spec.requestBuffer.limit: is below config.max_body_bytes",
+        ),
+        (
+            "httpUpgrade: [{type: websocket}]",
+            "requestBuffer: {limit: 16Mi}",
+            "BackendTrafficPolicy llm/pd-upgrade: spec.requestBuffer: must not be there: HTTPRoute llm/pd-upgrade is for \
+             upgrades",
         ),
         (
             "env: {hostKeys: [PD_CONTROL_TOKEN]}",
@@ -180,6 +186,18 @@ fn names_that_do_not_agree_are_found() {
         let fault = fault(&with(from, to));
         assert!(fault.starts_with(expected), "{fault}");
     }
+}
+
+#[test]
+fn upgrades_need_a_route_that_lets_them_through() {
+    let on = |text: &str| replaced(text, "destination_header: x-pd", "upgrades: true\n      destination_header: x-pd");
+    assert_eq!(check(&on(&manifests())).faults, "");
+    let target = "  - {group: gateway.networking.k8s.io, kind: HTTPRoute, name: pd-upgrade}\n  wasm:";
+    let lost = fault(&on(&with(target, "  wasm:")));
+    assert!(
+        lost.starts_with("EnvoyExtensionPolicy llm/pd: spec.wasm[0].config.upgrades: is true, and no HTTPRoute"),
+        "{lost}"
+    );
 }
 
 #[test]

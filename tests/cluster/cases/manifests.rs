@@ -208,6 +208,29 @@ fn the_destination_header_is_the_same_everywhere() {
     assert_eq!(removed, set.iter().map(|header| header["name"].clone()).collect::<Value>());
 }
 
+/// A buffer waits for the end of a body, and a WebSocket has none.
+#[test]
+fn upgrades_have_a_route_that_buffers_nothing() {
+    let (route, plain) = (get("HTTPRoute", "pd-upgrade"), get("HTTPRoute", "pd"));
+    let rule = &route["spec"]["rules"][0];
+    for of in rule["matches"].as_array().unwrap() {
+        assert_eq!(of["headers"], json!([{"type": "RegularExpression", "name": "upgrade", "value": "(?i)websocket"}]));
+    }
+    assert_eq!(rule["backendRefs"], plain["spec"]["rules"][0]["backendRefs"]);
+    let set = |rule: &Value| rule["filters"][0]["requestHeaderModifier"]["set"].clone();
+    assert_eq!(set(rule)[0], set(&plain["spec"]["rules"][0])[0]);
+    let filter = get("EnvoyExtensionPolicy", "pd");
+    let targets = filter["spec"]["targetRefs"].as_array().unwrap();
+    assert!(targets.iter().any(|target| target["name"] == "pd-upgrade"));
+    let (mut own, mut traffic) =
+        (get("BackendTrafficPolicy", "pd-upgrade")["spec"].clone(), get("BackendTrafficPolicy", "pd")["spec"].clone());
+    assert_eq!(own["httpUpgrade"].take(), json!([{"type": "websocket"}]));
+    assert_eq!(own["targetRefs"].take()[0]["name"], "pd-upgrade");
+    assert!(traffic["targetRefs"].take().is_array() && traffic["requestBuffer"].take().is_object());
+    let rest = |spec: Value| spec.as_object().unwrap().clone().into_iter().filter(|(_, value)| !value.is_null());
+    assert!(rest(own).eq(rest(traffic)), "in all else the policies agree");
+}
+
 /// The paths that the filter lets through.
 #[test]
 fn the_route_has_all_paths_of_inference_apis() {

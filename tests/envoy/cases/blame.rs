@@ -93,8 +93,8 @@ fn own_errors(config: &mut Config) {
         ("idle", json!({"route": {"idle_timeout": "0.3s"}})),
         ("duration", json!({"route": {"max_stream_duration": {"max_stream_duration": "0.3s"}}})),
     ];
-    let routes = config.http()["route_config"]["virtual_hosts"][0]["routes"].as_array_mut().unwrap();
-    let plain = routes[0].clone();
+    let routes = config.routes();
+    let plain = routes.last().unwrap().clone();
     for (name, patch) in cases {
         let mut route = plain.clone();
         merge(&mut route, &patch);

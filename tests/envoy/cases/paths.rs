@@ -12,8 +12,8 @@ use crate::support::{assert_right, long_chat, recorded, short_chat, sum};
 fn a_prefix_and_a_slash_at_the_end_reach_engines_as_they_know_them() {
     run(async {
         let rewrites = |config: &mut pd_support::config::Config| {
-            let routes = config.http()["route_config"]["virtual_hosts"][0]["routes"].as_array_mut().unwrap();
-            let mut team = routes[0].clone();
+            let routes = config.routes();
+            let mut team = routes.last().unwrap().clone();
             team["match"]["prefix"] = json!("/team/");
             team["route"]["prefix_rewrite"] = json!("/");
             routes.insert(0, team);

@@ -17,7 +17,7 @@ use pd_support::wait::PATIENCE;
 use pd_tests::rig::{Rig, run};
 use pd_tests::shared::shared;
 use serde_json::json;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::support::{assert_rejected, assert_right, long_chat, only, recorded, short_chat, sum};
@@ -138,30 +138,18 @@ async fn handshake(rig: &Rig, path: &str) -> (TcpStream, String) {
     (stream, head)
 }
 
-/// WebSockets at Envoy: upgrades allowed, and no buffer filter on their path.
-fn allow_upgrades(config: &mut Config) {
-    config.http()["upgrade_configs"] = json!([{"upgrade_type": "websocket"}]);
-    let routes = config.http()["route_config"]["virtual_hosts"][0]["routes"].as_array_mut().unwrap();
-    let mut realtime = routes[0].clone();
-    realtime["match"] = json!({"path": "/v1/realtime"});
-    realtime["typed_per_filter_config"] = json!({"envoy.filters.http.buffer": {
-        "@type": "type.googleapis.com/envoy.extensions.filters.http.buffer.v3.BufferPerRoute", "disabled": true
-    }});
-    routes.insert(0, realtime);
-}
-
 #[test]
 fn an_upgrade_is_refused_at_once_where_it_is_not_allowed() {
     run(async {
-        let only_envoy = |config: &mut Config| {
-            config.http()["upgrade_configs"] = json!([{"upgrade_type": "websocket"}]);
-        };
-        let rig = Rig::builder().engines(1, 1).envoy(only_envoy).start().await;
-        let (_, head) = handshake(&rig, "/v1/realtime?model=sim").await;
-        assert!(head.starts_with("HTTP/1.1 501") && head.contains("x-pd-reason: upgrade"), "{head}");
         let rig = shared().await;
-        let (_, head) = handshake(&rig, "/v1/realtime?model=sim").await;
+        for path in ["/v1/realtime?model=sim", "/v1/responses", CHAT] {
+            let (_, head) = handshake(&rig, path).await;
+            assert!(head.starts_with("HTTP/1.1 501") && head.contains("x-pd-reason: upgrade"), "{head}");
+        }
+        let (_, head) = handshake(&rig, "/tokenize").await;
         assert!(head.starts_with("HTTP/1.1 403"), "Envoy's own answer, without upgrade_configs: {head}");
+        let (answer, _) = rig.client(Http::Two).await.web_socket("/v1/realtime?model=sim").await.unwrap();
+        assert_rejected(&answer, 501, "upgrade");
     });
 }
 
@@ -178,26 +166,68 @@ fn an_upgrade_that_is_allowed_reaches_an_endpoint_of_the_model() {
                 }
             })
             .plugin(json!({"upgrades": true, "models": {"talk": {"targets": [{"model": "voice/1"}]}}}))
-            .envoy(allow_upgrades)
             .start()
             .await;
         for (path, line) in [
             ("/v1/realtime?model=voice/1", "/v1/realtime?model=voice/1"),
             ("/v1/realtime?a=b&model=talk", "/v1/realtime?a=b&model=voice%2F1"),
         ] {
-            let (mut stream, head) = handshake(&rig, path).await;
+            let (stream, head) = handshake(&rig, path).await;
             assert!(head.starts_with("HTTP/1.1 101"), "{head}");
             assert_eq!(seen.recv().await.unwrap(), format!("GET {line} HTTP/1.1"));
-            for part in [&b"\x81\x85frame"[..], &[7; 100_000]] {
-                stream.write_all(part).await.unwrap();
-                let mut back = vec![0; part.len()];
-                stream.read_exact(&mut back).await.unwrap();
-                assert_eq!(back, part);
-            }
+            assert_echoes(stream).await;
+            let (answer, stream) = rig.client(Http::Two).await.web_socket(path).await.unwrap();
+            assert_eq!(answer.status, 200, "{}", answer.text());
+            assert_eq!(seen.recv().await.unwrap(), format!("GET {line} HTTP/1.1"));
+            assert_echoes(stream.unwrap()).await;
         }
         let (_, head) = handshake(&rig, "/v1/realtime?model=never").await;
         assert!(head.starts_with("HTTP/1.1 404"), "{head}");
+        let (answer, _) = rig.client(Http::Two).await.web_socket("/v1/realtime?model=never").await.unwrap();
+        assert_rejected(&answer, 404, "unknown_model");
         assert!(recorded(rig.engines()).is_empty());
+    });
+}
+
+/// Sends bytes to the server that sends them back.
+async fn assert_echoes(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
+    for part in [&b"\x81\x85frame"[..], &[7; 100_000]] {
+        stream.write_all(part).await.unwrap();
+        let mut back = vec![0; part.len()];
+        stream.read_exact(&mut back).await.unwrap();
+        assert_eq!(back, part);
+    }
+}
+
+/// Java's HttpClient offers h2c with each request, Apache's HttpClient TLS (envoyproxy/envoy#36305, vllm-project/vllm#57203).
+/// Engines lose the body of a request that offers either.
+#[test]
+fn offers_of_other_protocols_are_ignored_and_reach_no_engine() {
+    run(async {
+        let rig = shared().await;
+        for offer in [
+            "connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAAA\r\n",
+            "connection: Upgrade\r\nupgrade: TLS/1.2\r\n",
+        ] {
+            for body in [long_chat(), short_chat()] {
+                rig.engines().for_each(pd_sim::Handle::clear_requests);
+                let mut stream = TcpStream::connect(rig.address()).await.unwrap();
+                let head = format!(
+                    "POST {CHAT} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n{offer}\
+                     transfer-encoding: chunked\r\n\r\n{:x}\r\n{body}\r\n0\r\n\r\n",
+                    body.len()
+                );
+                stream.write_all(head.as_bytes()).await.unwrap();
+                let head = tokio::time::timeout(PATIENCE, read_head(&mut stream)).await.expect("an answer");
+                assert!(head.starts_with("HTTP/1.1 200"), "{offer}: {head}");
+                let got = recorded(rig.engines());
+                assert!(!got.is_empty());
+                for leg in got {
+                    let offered = ["upgrade", "connection", "http2-settings"].map(|name| leg.header(name).is_some());
+                    assert_eq!((offered, leg.body.is_empty()), ([false; 3], false), "{offer}");
+                }
+            }
+        }
     });
 }
 

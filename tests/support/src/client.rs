@@ -14,6 +14,8 @@ use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt as _, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::client::conn::{http1, http2};
+use hyper::ext::Protocol;
+use hyper::upgrade::Upgraded;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -208,6 +210,25 @@ impl Client {
         let response = tokio::time::timeout(self.patience, self.start(request)).await.map_err(broken)?;
         let (parts, body) = response?.into_parts();
         Ok(Streaming { status: parts.status.as_u16(), headers: parts.headers, body, read: BytesMut::new() })
+    }
+
+    /// Asks for a WebSocket over HTTP/2 (RFC 8441): the answer, and the connection if the answer takes it.
+    ///
+    /// # Errors
+    /// [`Broken`]
+    pub async fn web_socket(&mut self, path: &str) -> Result<(Answer, Option<TokioIo<Upgraded>>), Broken> {
+        // The server allows it in its settings, which are there with the first answer.
+        self.get("/.pd-ready").await;
+        let mut request = self.request("CONNECT", path);
+        request.extensions_mut().insert(Protocol::from_static("websocket"));
+        let mut response = tokio::time::timeout(PATIENCE, self.start(request)).await.map_err(broken)??;
+        let (status, headers) = (response.status().as_u16(), response.headers().clone());
+        if status == 200 {
+            let upgraded = hyper::upgrade::on(&mut response).await.map_err(broken)?;
+            return Ok((Answer { status, headers, body: Bytes::new() }, Some(TokioIo::new(upgraded))));
+        }
+        let body = response.into_body().collect().await.map_err(broken)?.to_bytes();
+        Ok((Answer { status, headers, body }, None))
     }
 
     /// `GET path`.

@@ -168,6 +168,11 @@ impl Config {
         at(self.listener(), MANAGER)
     }
 
+    /// The routes. The last one takes all but upgrades.
+    pub fn routes(&mut self) -> &mut Vec<Value> {
+        list(self.http(), "/route_config/virtual_hosts/0/routes")
+    }
+
     /// The HTTP filters.
     pub fn http_filters(&mut self) -> &mut Vec<Value> {
         list(self.http(), "/http_filters")

@@ -49,8 +49,9 @@ pub fn edit_filter(config: &mut Config, edit: impl FnOnce(&mut Value)) {
 /// When the file is not as this module knows it.
 pub fn make_plain(config: &mut Config, retries: bool) -> Result<()> {
     config.http_filters().retain(|filter| filter["name"] == "envoy.filters.http.router");
-    let route = config.http().pointer_mut("/route_config/virtual_hosts/0/routes/0").context("no route")?;
-    let route = route.as_object_mut().context("route")?;
+    let route = config.routes().pop().context("no route")?;
+    *config.routes() = vec![route];
+    let route = config.routes()[0].as_object_mut().context("route")?;
     route.remove("request_headers_to_add");
     if !retries && let Some(action) = route.get_mut("route").and_then(Value::as_object_mut) {
         action.remove("retry_policy");

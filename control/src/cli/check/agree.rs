@@ -3,7 +3,7 @@
 use pd_core::config::Config;
 use serde_json::Value;
 
-use super::attached::{gateways, proxy, serves_engines};
+use super::attached::{gateways, is_for_upgrades, proxy, serves_engines};
 use super::containers::has_token;
 use super::filters::Filter;
 use super::images::digest;
@@ -42,6 +42,12 @@ pub(super) fn check(filter: &Filter<'_>, config: &Config, all: &Manifests, repor
             check_proxy(filter, config, proxy, report);
             readiness::check(filter, proxy, all, report);
         }
+    }
+    let mut routes = all.of_kind("HTTPRoute").filter(|route| filter.policy.targets(route));
+    if config.upgrades && !routes.any(is_for_upgrades) {
+        let what = "is true, and no HTTPRoute of the policy has only matches with the header upgrade: routes whose bodies are \
+                    buffered let no upgrade through";
+        report.fault(filter.says("config.upgrades", what));
     }
     others::check_generated(filter, config, all, report);
 }

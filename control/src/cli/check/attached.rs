@@ -40,6 +40,19 @@ pub(super) fn serves_engines(rule: &Value) -> bool {
     matches.is_empty() || matches.iter().any(|it| !is_exactly_ready(it))
 }
 
+/// Whether a route is for upgrades to other protocols alone: every match of its rules asks for the header `upgrade`.
+pub(super) fn is_for_upgrades(route: &Object) -> bool {
+    let is_upgrade = |of_match: &Value| {
+        items(of_match, "/headers").iter().any(|header| text(header, "/name").eq_ignore_ascii_case("upgrade"))
+    };
+    let matches = |rule: &Value| {
+        let matches = items(rule, "/matches");
+        !matches.is_empty() && matches.iter().all(is_upgrade)
+    };
+    let rules = items(&route.value, "/spec/rules");
+    !rules.is_empty() && rules.iter().all(matches)
+}
+
 fn is_exactly_ready(of_match: &Value) -> bool {
     text(of_match, "/path/type") == "Exact" && text(of_match, "/path/value").as_bytes() == pd_core::request::READY_PATH
 }

@@ -2,7 +2,7 @@
 
 use pd_core::config::Config;
 
-use super::attached::{policies, serves_engines};
+use super::attached::{is_for_upgrades, policies, serves_engines};
 use super::filters::Filter;
 use super::report::Report;
 use super::units::{milliseconds, quantity};
@@ -28,7 +28,11 @@ pub(super) fn check(filter: &Filter<'_>, config: &Config, route: &Object, all: &
     }
     for policy in &policies {
         check_destination(filter, config, policy, report);
-        check_buffer(filter, config, policy, report);
+        if is_for_upgrades(route) {
+            check_no_buffer(route, policy, report);
+        } else {
+            check_buffer(filter, config, policy, report);
+        }
         check_idle_time(policy, report);
         check_retries(policy, report);
         check_protocol(policy, report);
@@ -65,6 +69,14 @@ fn check_buffer(filter: &Filter<'_>, config: &Config, policy: &Object, report: &
             let what = "must be there: without the buffer filter headers leave before the filter has chosen";
             report.fault(policy.says("spec.requestBuffer.limit", what));
         }
+    }
+}
+
+/// A buffer waits for the end of a body that an upgrade does not have.
+fn check_no_buffer(route: &Object, policy: &Object, report: &mut Report) {
+    if policy.value.pointer("/spec/requestBuffer").is_some() {
+        let what = format!("must not be there: {} is for upgrades, and a buffer lets none through", route.title());
+        report.fault(policy.says("spec.requestBuffer", what));
     }
 }
 

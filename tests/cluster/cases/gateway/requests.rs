@@ -1,9 +1,13 @@
 //! What a client gets.
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use pd_support::body::words;
 use pd_support::client::{Client, Http};
+use pd_support::wait::PATIENCE;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 
 use crate::cluster::Cluster;
 
@@ -90,6 +94,33 @@ async fn a_large_body_passes_and_one_above_the_limit_gets_413() {
     assert_eq!(answer.status, 200, "{}", answer.text());
     let mut client = Client::connect(cluster.address, Http::One).await;
     assert_eq!(client.post("/v1/completions", body(17 << 20)).await.status, 413);
+}
+
+/// The head of the answer to a request that is written as it stands.
+async fn head_of(address: SocketAddr, request: &str) -> String {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut head = Vec::new();
+    let read = async {
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(stream.read_u8().await.unwrap());
+        }
+    };
+    tokio::time::timeout(PATIENCE, read).await.expect("an answer, at once");
+    String::from_utf8(head).unwrap()
+}
+
+/// The filter's configuration has no `upgrades`, so it refuses them. Other offers than WebSocket are passed over.
+#[tokio::test]
+async fn an_upgrade_is_refused_by_the_filter_and_an_offer_of_tls_is_ignored() {
+    let cluster = Cluster::ready().await;
+    let socket = "GET /v1/realtime?model=sim HTTP/1.1\r\nhost: a\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\
+                  sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+    let head = head_of(cluster.address, socket).await;
+    assert!(head.starts_with("HTTP/1.1 501") && head.contains("x-pd-reason: upgrade"), "{head}");
+    let tls = "GET /v1/models HTTP/1.1\r\nhost: a\r\nconnection: Upgrade\r\nupgrade: TLS/1.2\r\n\r\n";
+    let head = head_of(cluster.address, tls).await;
+    assert!(head.starts_with("HTTP/1.1 200"), "{head}");
 }
 
 /// As nodes do: pulled from the registry by digest, and run with nothing but its one file.
