@@ -51,6 +51,22 @@ function* openaiCases(base) {
     yield [`completion ${size}`, () => client.completions.create({ model: 'sim', prompt: text, max_tokens: 9 })];
   }
   yield ['chat tools', () => chat({ messages: user(LONG), tools: [TOOL], tool_choice: 'auto' })];
+  const asked = { messages: user(LONG), tools: [TOOL], tool_choice: 'required' };
+  yield ['chat tool call', () => chat(asked)];
+  yield ['chat tool call stream', () => all(chat({ ...asked, stream: true }))];
+  yield ['chat tool call gathered', () => client.chat.completions.stream({ model: 'sim', max_tokens: 12, ...asked }).finalMessage()];
+  const responseTool = { type: 'function', name: 'weather', parameters: PARAMETERS, strict: false };
+  const response = { model: 'sim', input: LONG, max_output_tokens: 9, tools: [responseTool], tool_choice: 'required' };
+  yield ['response tool call', () => client.responses.create(response)];
+  yield ['response tool call stream', () => all(client.responses.create({ ...response, stream: true }))];
+  yield ['chat batch', () => client.post('/chat/completions/batch', { body: { model: 'sim', messages: [user('a'), user(LONG)] } })];
+  yield ['completion batch', () => client.completions.create({ model: 'sim', prompt: ['a', LONG], max_tokens: 5 })];
+  yield ['image edit', async () => client.images.edit({
+    model: 'sim', prompt: 'blue', image: await toFile(Buffer.from(PNG, 'base64'), 'a.png', { type: 'image/png' }),
+  })];
+  yield ['chat structured stream', () => all(chat({
+    messages: user(LONG), stream: true, response_format: { type: 'json_schema', json_schema: { name: 'said', schema: PARAMETERS } },
+  }))];
   yield ['chat image', () => chat({ messages: user([
     { type: 'text', text: 'What is this?' },
     { type: 'image_url', image_url: { url: `data:image/png;base64,${PNG}` } },
@@ -87,6 +103,10 @@ function* anthropicCases(base) {
     messages: user([{ type: 'text', text: 'Go on', ...MARK }]),
     tools: [{ name: 'weather', description: 'The weather', input_schema: PARAMETERS, ...MARK }],
   })];
+  const tools = [{ name: 'weather', description: 'The weather', input_schema: PARAMETERS }];
+  const forced = { messages: user(LONG), tools, tool_choice: { type: 'any' } };
+  yield ['message tool call', () => send(forced)];
+  yield ['message tool call stream', async () => client.messages.stream({ model: 'sim', max_tokens: 12, ...forced }).finalMessage()];
   yield ['message image', () => send({ messages: user([
     { type: 'image', source: { type: 'base64', media_type: 'image/png', data: PNG } },
     { type: 'text', text: 'What is this?' },

@@ -17,6 +17,7 @@ os.environ["LITELLM_LOG"] = "ERROR"
 import anthropic  # noqa: E402
 import litellm  # noqa: E402
 import openai  # noqa: E402
+import pydantic  # noqa: E402
 
 litellm.telemetry = False
 litellm.suppress_debug_info = True
@@ -49,6 +50,12 @@ CLAUDE_TOOL = {
 MARK = {"cache_control": {"type": "ephemeral"}}
 
 
+class Said(pydantic.BaseModel):
+    """What the simulator answers where a schema is asked for."""
+
+    said: str
+
+
 def plain(value):
     """What is stable of a parsed answer."""
     if hasattr(value, "model_dump"):
@@ -58,6 +65,11 @@ def plain(value):
     if isinstance(value, (list, tuple)):
         return [plain(part) for part in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else repr(type(value))
+
+
+def plain_or_list(answer):
+    """A whole answer, or all parts of a stream."""
+    return plain(answer if hasattr(answer, "model_dump") else list(answer))
 
 
 def user(content):
@@ -83,11 +95,37 @@ def openai_cases(base):
         return [plain(first), plain(chat(messages=user("after")))]
 
     def refused(**more):
+        return status(lambda: chat(messages=user("x"), **more))
+
+    def status(call):
         try:
-            chat(messages=user("x"), **more)
+            call()
         except openai.APIStatusError as error:
             return [type(error).__name__, error.status_code]
         return "no error"
+
+    def agent(stream):
+        """Turns of an agent: a call of a tool, its result, an answer."""
+        messages = user(LONG + "How is the weather?")
+        seen = []
+        for choice in ("required", "none"):
+            answer = chat(messages=messages, tools=[TOOL], tool_choice=choice, stream=stream)
+            if stream:
+                parts = list(answer)
+                deltas = [call for part in parts for call in part.choices[0].delta.tool_calls or []]
+                calls = [{"id": deltas[0].id, "type": "function", "function": {
+                    "name": deltas[0].function.name,
+                    "arguments": "".join(delta.function.arguments for delta in deltas)}}] if deltas else []
+                seen.append(plain(parts))
+            else:
+                calls = [call.model_dump() for call in answer.choices[0].message.tool_calls or []]
+                seen.append(plain(answer))
+            for call in calls:
+                json.loads(call["function"]["arguments"])
+                messages += [{"role": "assistant", "content": None, "tool_calls": [call]},
+                             {"role": "tool", "tool_call_id": call["id"], "content": "rain"}]
+        assert len(messages) == 3, messages
+        return seen
 
     tool_turn = [
         {"role": "user", "content": LONG + "How is the weather?"},
@@ -118,6 +156,25 @@ def openai_cases(base):
             client.responses.create(model="sim", input=text, max_output_tokens=9, stream=True))
     yield "chat tools", lambda: chat(messages=tool_turn, tools=[TOOL], tool_choice="auto", parallel_tool_calls=False)
     yield "chat tools stream", lambda: list(chat(messages=tool_turn, tools=[TOOL], stream=True))
+    for stream in (False, True):
+        kind = " stream" if stream else ""
+        yield f"agent{kind}", lambda stream=stream: agent(stream)
+        yield f"chat named tool{kind}", lambda stream=stream: plain_or_list(chat(
+            messages=user("Hello"), tools=[TOOL], stream=stream,
+            tool_choice={"type": "function", "function": {"name": "weather"}}))
+        yield f"response tool call{kind}", lambda stream=stream: plain_or_list(client.responses.create(
+            model="sim", input=LONG, stream=stream, max_output_tokens=9, tool_choice="required",
+            tools=[{"type": "function", "name": "weather", "parameters": TOOL["function"]["parameters"], "strict": False}]))
+        yield f"chat structured{kind} text", lambda stream=stream: plain_or_list(chat(
+            messages=user(LONG + "a schema"), response_format=schema, stream=stream))
+        yield f"chat image{kind} long", lambda stream=stream: plain_or_list(chat(
+            messages=user([{"type": "text", "text": LONG}, *picture]), stream=stream))
+        yield f"chat audio{kind} long", lambda stream=stream: plain_or_list(chat(
+            messages=user([{"type": "text", "text": LONG}, *sound]), stream=stream))
+    yield "chat parsed", lambda: client.chat.completions.parse(
+        model="sim", messages=user(LONG + "parse"), response_format=Said, max_tokens=12).choices[0].message.parsed
+    yield "response parsed", lambda: client.responses.parse(
+        model="sim", input=LONG + "parse", text_format=Said, max_output_tokens=12).output_parsed
     yield "chat image", lambda: chat(messages=user(picture))
     yield "chat audio", lambda: chat(messages=user(sound))
     yield "chat structured", lambda: chat(messages=user(LONG + "a number"), response_format=schema)
@@ -127,6 +184,17 @@ def openai_cases(base):
         extra_headers={"x-session-id": "corpus"})
     yield "chat turns", turns
     yield "chat cancelled", cancelled
+    yield "chat batch", lambda: client.post("/chat/completions/batch", cast_to=object, body={
+        "model": "sim", "max_tokens": 5, "messages": [user("a"), user(LONG)]})
+    yield "completion batch stream", lambda: list(client.completions.create(
+        model="sim", prompt=["a", LONG], max_tokens=5, stream=True))
+    yield "batch of a file", lambda: status(lambda: client.batches.create(
+        input_file_id="file-1", endpoint="/v1/chat/completions", completion_window="24h"))
+    yield "file", lambda: status(lambda: client.files.create(file=("a.jsonl", b"{}"), purpose="batch"))
+    yield "image", lambda: client.images.generate(model="sim", prompt=LONG)
+    yield "image edit", lambda: client.images.edit(
+        model="sim", prompt="blue", image=("a.png", base64.b64decode(PNG), "image/png"))
+    yield "translation", lambda: client.audio.translations.create(model="sim", file=("a.wav", b"RIFF" * 2000, "audio/wav"))
     yield "completion batch", lambda: client.completions.create(model="sim", prompt=["a", "b", LONG], max_tokens=5)
     yield "response tools", lambda: client.responses.create(
         model="sim", input=[{"role": "user", "content": [{"type": "input_text", "text": LONG}]}], instructions="Be brief",
@@ -168,6 +236,34 @@ def anthropic_cases(base):
             return [type(error).__name__, error.status_code]
         return "no error"
 
+    def status(call):
+        try:
+            call()
+        except anthropic.APIStatusError as error:
+            return [type(error).__name__, error.status_code]
+        return "no error"
+
+    def agent(streams):
+        """Turns of an agent: a call of a tool, its result, an answer."""
+        messages = user([{"type": "text", "text": LONG, **MARK}])
+        seen = []
+        for choice in ({"type": "any"}, {"type": "none"}):
+            asked = {"model": "sim", "max_tokens": 12, "messages": messages, "tools": [CLAUDE_TOOL], "tool_choice": choice}
+            if streams:
+                with client.messages.stream(**asked) as stream:
+                    answer = stream.get_final_message()
+            else:
+                answer = client.messages.create(**asked)
+            seen.append(plain(answer))
+            for part in answer.content:
+                if part.type == "tool_use":
+                    messages = messages + [
+                        {"role": "assistant", "content": [part.model_dump(include={"type", "id", "name", "input"})]},
+                        {"role": "user", "content": [
+                            {"type": "tool_result", "tool_use_id": part.id, "content": "rain", **MARK}]}]
+        assert len(messages) == 3, messages
+        return seen
+
     picture = [
         {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}},
         {"type": "text", "text": "What is this?"},
@@ -181,7 +277,16 @@ def anthropic_cases(base):
         yield f"message {size}", lambda text=text: send(messages=user(text))
         yield f"message {size} stream", lambda text=text: streamed(messages=user(text))
     yield "message tools", lambda: send(messages=tool_turn, tools=[CLAUDE_TOOL], tool_choice={"type": "auto"})
+    yield "agent", lambda: agent(False)
+    yield "agent stream", lambda: agent(True)
+    yield "message named tool", lambda: send(
+        messages=user("Hello"), tools=[CLAUDE_TOOL], tool_choice={"type": "tool", "name": "weather"})
+    yield "message structured", lambda: send(
+        messages=user(LONG), extra_body={"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}})
     yield "message image", lambda: send(messages=user(picture))
+    yield "message image stream", lambda: streamed(messages=user([{"type": "text", "text": LONG}, *picture]))
+    yield "batch", lambda: status(lambda: client.messages.batches.create(requests=[
+        {"custom_id": "a", "params": {"model": "sim", "max_tokens": 4, "messages": user("x")}}]))
     yield "message turns", turns
     yield "count tokens", lambda: client.messages.count_tokens(model="sim", messages=user(LONG))
     yield "unknown model", refused
@@ -197,6 +302,15 @@ def litellm_cases(base):
         yield f"completion {size} stream", lambda text=text: list(litellm.completion(messages=user(text), stream=True, **ours))
         yield f"claude {size}", lambda text=text: litellm.completion(messages=user(text), **claude)
     yield "tools", lambda: litellm.completion(messages=user(LONG), tools=[TOOL], **ours)
+    for where, to in (("", ours), ("claude ", claude)):
+        yield f"{where}tool call", lambda to=to: litellm.completion(
+            messages=user(LONG), tools=[TOOL], tool_choice="required", **to)
+        yield f"{where}tool call stream", lambda to=to: list(litellm.completion(
+            messages=user(LONG), tools=[TOOL], tool_choice="required", stream=True, **to))
+    yield "structured", lambda: litellm.completion(messages=user(LONG), response_format=Said, **ours)
+    yield "batch", lambda: litellm.batch_completion(messages=[user("a"), user(LONG)], **ours)
+    yield "image", lambda: litellm.completion(messages=user([
+        {"type": "text", "text": LONG}, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}]), **ours)
     yield "openai", lambda: litellm.completion(messages=marked, **{**ours, "model": "openai/sim"})
     yield "claude marked stream", lambda: list(litellm.completion(messages=marked, stream=True, **claude))
     yield "embedding", lambda: litellm.embedding(

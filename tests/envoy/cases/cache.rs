@@ -78,6 +78,38 @@ fn a_small_rest_is_left_to_the_decode_pod_that_holds_the_prefix() {
     });
 }
 
+/// Clients mark where a provider's cache is to end, and the mark moves with each turn (BerriAI/litellm#27950,
+/// 0xPlaygrounds/rig#2170).
+#[test]
+fn a_mark_of_the_providers_cache_that_moves_hides_nothing() {
+    run(async {
+        let rig = Rig::start().await;
+        let mut client = rig.client(Http::One).await;
+        let (ours, theirs) =
+            (r#""cache_control":{"type":"ephemeral"}"#, r#""prompt_cache_breakpoint":{"mode":"explicit"}"#);
+        for (api, key, limit, kind, mark) in [
+            ("/v1/messages", "messages", "max_tokens", "text", ours),
+            (CHAT, "messages", "max_tokens", "text", ours),
+            (CHAT, "messages", "max_tokens", "text", theirs),
+            ("/v1/responses", "input", "max_output_tokens", "input_text", ours),
+            ("/v1/responses", "input", "max_output_tokens", "input_text", theirs),
+        ] {
+            let prompt = words(&new_id("marked"), 6_000);
+            let marked =
+                |text: &str| format!(r#"{{"role":"user","content":[{{"type":"{kind}","text":"{text}",{mark}}}]}}"#);
+            let plain = format!(r#"{{"role":"user","content":"{prompt}"}},{{"role":"assistant","content":"yes"}}"#);
+            for (turns, reason) in [(marked(&prompt), "prefilled"), (format!("{plain},{}", marked("go on")), "cached")]
+            {
+                let path = format!("{api}?{}", new_id("request"));
+                let body = format!(r#"{{"model":"sim","{limit}":4,"{key}":[{turns}]}}"#);
+                let answer = client.post(&path, body).await;
+                assert_eq!(answer.status, 200, "{}", answer.text());
+                assert_eq!(rig.access_log_of(&path).await["reason"], reason, "{api} {mark}");
+            }
+        }
+    });
+}
+
 #[test]
 fn the_threshold_is_the_configurations() {
     run(async {

@@ -29,6 +29,7 @@ mod plugin;
 mod prefill_failure;
 mod protocols;
 mod refusable;
+mod reports;
 mod sessions;
 mod soak;
 mod split;

@@ -3,6 +3,8 @@
 
 use pd_support::body::{CHAT, COMPLETIONS, chat, completion};
 use pd_support::client::{Client, Http};
+use pd_support::wait::until;
+use pd_tests::answer::text;
 use pd_tests::rig::{Rig, run};
 use pd_tests::shared::shared;
 
@@ -78,12 +80,11 @@ fn what_a_decode_server_refuses_is_refused_by_it_and_strands_no_blocks() {
 fn a_refusal_that_nobody_foresees_is_counted_and_its_prompt_is_not_believed_to_be_held() {
     run(async {
         const STRANDED: &str = "pd_kv_stranded_total{reason=\"refused\"}";
-        // Its leases stay open.
-        let rig = Rig::start().await;
+        // Its leases stay open. Without pd-control the filter does not know the length of the model's context.
+        let rig = Rig::builder().without_control().start().await;
         let before = rig.metric(STRANDED).await;
         let mut client = rig.client(Http::One).await;
         let prompt = new_prompt();
-        // Beyond the length of the model's context, which the filter does not know.
         let body = chat(&[&prompt], r#","max_tokens":100000000"#);
         for legs in 1..=2_u32 {
             assert_eq!(client.post(CHAT, body.clone()).await.status, 400);
@@ -97,6 +98,106 @@ fn a_refusal_that_nobody_foresees_is_counted_and_its_prompt_is_not_believed_to_b
         let (request, path) = logged_chat(&client, &body, &[]);
         assert_right(&client.send(request).await, &body);
         assert_eq!(rig.access_log_of(&path).await["reason"], "prefilled");
+    });
+}
+
+/// Requests with a prompt of 1,000 tokens, and a limit that is too much for a context of 4,096.
+fn too_long() -> Vec<(&'static str, String)> {
+    let limit = r#""max_tokens":3500"#;
+    vec![
+        (CHAT, chat(&[&new_prompt()], &format!(",{limit}"))),
+        (CHAT, chat(&[&new_prompt()], r#","max_tokens":1,"max_completion_tokens":3500"#)),
+        (COMPLETIONS, completion(&new_prompt(), &format!(",{limit}"))),
+        ("/v1/responses", format!(r#"{{"model":"sim","input":"{}","max_output_tokens":3500}}"#, new_prompt())),
+        (
+            "/v1/messages",
+            format!(r#"{{"model":"sim","messages":[{{"role":"user","content":"{}"}}],{limit}}}"#, new_prompt()),
+        ),
+    ]
+}
+
+#[test]
+fn a_prompt_that_leaves_no_room_for_its_answer_runs_no_prefill_leg() {
+    run(async {
+        let rig = Rig::builder()
+            .control(&["--scrape-interval=0.1"])
+            .every_engine(|config| {
+                config.max_model_len = 4_096;
+                config.loras = vec!["lora".to_owned()];
+            })
+            .start()
+            .await;
+        until("the engines have told the length", async || {
+            rig.client(Http::One).await.get("/v1/models").await.text().contains("4096").then_some(())
+        })
+        .await;
+        let mut client = rig.client(Http::One).await;
+        for (path, body) in too_long() {
+            for model in ["sim", "lora"] {
+                let body = body.replace("\"sim\"", &format!("\"{model}\""));
+                let answer = client.post(path, body.clone()).await;
+                let own = Client::connect(rig.decode[0].addr(), Http::One).await.post(path, body.clone()).await;
+                assert_eq!((answer.status, own.status), (400, 400), "{path} {}: {}", &body[..60], answer.text());
+                assert_eq!(answer.text(), own.text(), "the engine's words");
+            }
+        }
+        assert_nothing_is_pinned(&rig);
+        let (request, path) = logged_chat(&client, &too_long()[0].1, &[]);
+        assert_eq!(client.send(request).await.status, 400);
+        assert_eq!(rig.access_log_of(&path).await["reason"], "too_long");
+        // One that fits is split, and so is one without a limit.
+        for members in [r#","max_tokens":2500"#, ""] {
+            let body = chat(&[&new_prompt()], members);
+            let (request, path) = logged_chat(&client, &body, &[]);
+            assert_eq!(client.send(request).await.status, 200);
+            assert_eq!(rig.access_log_of(&path).await["reason"], "prefilled");
+        }
+    });
+}
+
+#[test]
+fn a_prompt_that_a_leg_would_cut_otherwise_is_computed_by_the_server_that_answers() {
+    run(async {
+        let rig = Rig::builder().without_control().every_engine(|config| config.max_model_len = 800).start().await;
+        let mut client = rig.client(Http::One).await;
+        let prompt = new_prompt();
+        for (path, body) in [
+            (COMPLETIONS, completion(&prompt, r#","max_tokens":100,"truncate_prompt_tokens":-1"#)),
+            (CHAT, chat(&[&prompt], r#","max_tokens":100,"truncate_prompt_tokens":-1"#)),
+            (
+                "/v1/responses",
+                format!(r#"{{"model":"sim","input":"{prompt}","max_output_tokens":100,"truncation":"auto"}}"#),
+            ),
+        ] {
+            let answer = client.post(path, body.clone()).await;
+            let own = Client::connect(rig.decode[0].addr(), Http::One).await.post(path, body).await;
+            assert_eq!((answer.status, own.status), (200, 200), "{path}: {}", answer.text());
+            assert_eq!(text(&answer.body), text(&own.body), "{path}");
+        }
+        assert_nothing_is_pinned(&rig);
+    });
+}
+
+#[test]
+fn a_prompt_that_prefill_servers_refuse_is_not_believed_to_be_held_there() {
+    run(async {
+        let rig =
+            Rig::builder().without_control().prefill_engines(|config, _| config.max_model_len = 800).start().await;
+        let mut client = rig.client(Http::One).await;
+        let prompt = new_prompt();
+        let answer = client.post(CHAT, chat(&[&prompt], r#","max_tokens":8"#)).await;
+        assert_eq!(answer.status, 400, "{}", answer.text());
+        let begin = chat(&[&prompt[..2_000]], r#","max_tokens":8"#);
+        for matched in ["0", "held"] {
+            let (request, path) = logged_chat(&client, &begin, &[]);
+            assert_right(&client.send(request).await, &begin);
+            let logged = rig.access_log_of(&path).await;
+            if matched == "0" {
+                assert_eq!((&logged["reason"], &logged["matched_tokens"]), (&"prefilled".into(), &"0".into()));
+            } else {
+                assert_eq!(logged["reason"], "cached");
+            }
+        }
     });
 }
 

@@ -13,6 +13,7 @@ use crate::api_error::ApiError;
 use crate::dialects;
 use crate::head::{Head, Usage, quote};
 use crate::rules::Api;
+use crate::shape::CALL_ID;
 use crate::tokens::Output;
 
 /// Body of every answer; an error closes the connection in mid-body.
@@ -88,12 +89,17 @@ impl Head {
             let finish = &choice.output.finish;
             let stop = stop_reason(choice.output);
             let _ = match self.api {
-                Api::Chat => write!(
-                    out,
-                    r#"{{"index":{index},"message":{{"role":"assistant","content":{},"refusal":null,"annotations":null,"audio":null,"function_call":null,"tool_calls":[],"reasoning":null}},"logprobs":null,"finish_reason":"{}","stop_reason":{stop},"token_ids":null}}"#,
-                    quote(&choice.output.text),
-                    finish.reason()
-                ),
+                Api::Chat => {
+                    let said = quote(&self.shape.whole(&choice.output.text));
+                    let (content, calls, finish) = match self.shape.tool() {
+                        None => (said, String::new(), finish.reason()),
+                        Some(name) => ("null".to_owned(), call(name, &said), TOOL_CALLS),
+                    };
+                    write!(
+                        out,
+                        r#"{{"index":{index},"message":{{"role":"assistant","content":{content},"refusal":null,"annotations":null,"audio":null,"function_call":null,"tool_calls":[{calls}],"reasoning":null}},"logprobs":null,"finish_reason":"{finish}","stop_reason":{stop},"token_ids":null}}"#,
+                    )
+                }
                 _ => {
                     let text = match choice.echo {
                         Some(prompt) => quote(&format!("{prompt}{}", choice.output.text)),
@@ -128,19 +134,31 @@ impl Head {
         .into()
     }
 
-    /// One token; `last` also says why the text ended.
-    pub(crate) fn token_event(&self, index: usize, text: &str, last: Option<&Output>, usage: Option<Usage>) -> Bytes {
-        let text = quote(text);
+    /// One piece of a text; `last` also says why the text ended.
+    pub(crate) fn token_event(
+        &self,
+        index: usize,
+        (text, is_first): (&str, bool),
+        last: Option<&Output>,
+        usage: Option<Usage>,
+    ) -> Bytes {
+        let text = quote(&self.shape.piece(text, is_first, last.is_some()));
         let (finish, stop) = match last {
             None => ("null".to_owned(), String::new()),
             Some(output) => {
-                (format!("\"{}\"", output.finish.reason()), format!(",\"stop_reason\":{}", stop_reason(output)))
+                let finish = if self.shape.tool().is_some() { TOOL_CALLS } else { output.finish.reason() };
+                (format!("\"{finish}\""), format!(",\"stop_reason\":{}", stop_reason(output)))
             }
+        };
+        let delta = match self.shape.tool() {
+            None => format!("\"content\":{text}"),
+            Some(name) if is_first => format!("\"tool_calls\":[{}]", call(name, &text)),
+            Some(_) => format!("\"tool_calls\":[{{\"index\":0,\"function\":{{\"arguments\":{text}}}}}]"),
         };
         let usage = usage.map(|usage| format!(",\"usage\":{}", usage.to_json())).unwrap_or_default();
         match self.api {
             Api::Chat => format!(
-                "data: {}\"chat.completion.chunk\"{},\"choices\":[{{\"index\":{index},\"delta\":{{\"content\":{text}}},\"logprobs\":null,\"finish_reason\":{finish}{stop},\"token_ids\":null}}]{usage}}}\n\n",
+                "data: {}\"chat.completion.chunk\"{},\"choices\":[{{\"index\":{index},\"delta\":{{{delta}}},\"logprobs\":null,\"finish_reason\":{finish}{stop},\"token_ids\":null}}]{usage}}}\n\n",
                 self.before, self.after
             ),
             _ => format!(
@@ -157,6 +175,15 @@ impl Head {
         format!("data: {}\"{object}\"{},\"choices\":[],\"usage\":{}}}\n\n", self.before, self.after, usage.to_json())
             .into()
     }
+}
+
+/// Why a chat ends that calls a tool.
+const TOOL_CALLS: &str = "tool_calls";
+
+/// A tool call of a chat; `arguments` are a JSON string.
+fn call(name: &str, arguments: &str) -> String {
+    let name = quote(name);
+    format!(r#"{{"index":0,"id":"{CALL_ID}","type":"function","function":{{"name":{name},"arguments":{arguments}}}}}"#)
 }
 
 fn stop_reason(output: &Output) -> String {

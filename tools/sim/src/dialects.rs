@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 
 use crate::head::{Head, Usage};
 use crate::rules::Api;
+use crate::shape::CALL_ID;
 use crate::tokens::{BYTES_PER_TOKEN, Finish, Output};
 
 /// A whole answer; `kv` is the value of `kv_transfer_params`, absent: no such key.
@@ -30,7 +31,7 @@ pub(crate) fn whole<'a>(
 }
 
 fn response(head: &Head, output: Option<&Output>, usage: Usage) -> Value {
-    let is_cut = output.is_some_and(|output| output.finish == Finish::Length);
+    let is_cut = output.is_some_and(|output| output.finish == Finish::Length && head.shape.tool().is_none());
     let status = match output {
         None => "in_progress",
         Some(_) if is_cut => "incomplete",
@@ -38,7 +39,11 @@ fn response(head: &Head, output: Option<&Output>, usage: Usage) -> Value {
     };
     let items: Vec<Value> = output
         .map(|output| {
-            let content = json!({"type": "output_text", "text": output.text, "annotations": []});
+            let said = head.shape.whole(&output.text);
+            if let Some(name) = head.shape.tool() {
+                return function_call(head, name, &said, status);
+            }
+            let content = json!({"type": "output_text", "text": said, "annotations": []});
             json!({
                 "type": "message", "id": format!("{}-0", head.id), "role": "assistant", "status": status,
                 "content": [content],
@@ -64,9 +69,20 @@ fn response(head: &Head, output: Option<&Output>, usage: Usage) -> Value {
     })
 }
 
+fn function_call(head: &Head, name: &str, arguments: &str, status: &str) -> Value {
+    json!({
+        "type": "function_call", "id": format!("{}-0", head.id), "call_id": CALL_ID, "name": name, "arguments": arguments,
+        "status": status,
+    })
+}
+
 fn message(head: &Head, output: Option<&Output>, usage: Usage) -> Value {
-    let content: Vec<Value> = output.map(|output| json!({"type": "text", "text": output.text})).into_iter().collect();
-    let (reason, sequence) = output.map_or((None, None), stop);
+    let part = |output: &Output| match head.shape.tool() {
+        None => json!({"type": "text", "text": head.shape.whole(&output.text)}),
+        Some(name) => json!({"type": "tool_use", "id": CALL_ID, "name": name, "input": {"said": output.text}}),
+    };
+    let content: Vec<Value> = output.map(part).into_iter().collect();
+    let (reason, sequence) = output.map_or((None, None), |output| stop(head, output));
     json!({
         "id": head.id,
         "type": "message",
@@ -80,8 +96,9 @@ fn message(head: &Head, output: Option<&Output>, usage: Usage) -> Value {
 }
 
 /// Anthropic's reason for the end of a text, and the sequence that ended it.
-fn stop(output: &Output) -> (Option<&str>, Option<&str>) {
+fn stop<'a>(head: &Head, output: &'a Output) -> (Option<&'a str>, Option<&'a str>) {
     match &output.finish {
+        _ if head.shape.tool().is_some() => (Some("tool_use"), None),
         Finish::End => (Some("end_turn"), None),
         Finish::Stop(sequence) => (Some("stop_sequence"), Some(sequence)),
         Finish::Length => (Some("max_tokens"), None),
@@ -122,24 +139,45 @@ pub fn text_of_ids(ids: impl IntoIterator<Item = u32>) -> String {
 /// What a stream begins with.
 pub(crate) fn first_events(head: &Head, usage: Usage) -> Vec<Bytes> {
     match head.api {
-        Api::Responses => vec![event("response.created", json!({"response": response(head, None, usage)}))],
-        Api::Messages => vec![
-            event("message_start", json!({"message": message(head, None, usage)})),
-            event("content_block_start", json!({"index": 0, "content_block": {"type": "text", "text": ""}})),
-        ],
+        Api::Responses => {
+            let item = head.shape.tool().map(|name| function_call(head, name, "", "in_progress"));
+            let added = item.map(|item| event("response.output_item.added", json!({"output_index": 0, "item": item})));
+            let created = event("response.created", json!({"response": response(head, None, usage)}));
+            [created].into_iter().chain(added).collect()
+        }
+        Api::Messages => {
+            let block = match head.shape.tool() {
+                None => json!({"type": "text", "text": ""}),
+                Some(name) => json!({"type": "tool_use", "id": CALL_ID, "name": name, "input": {}}),
+            };
+            vec![
+                event("message_start", json!({"message": message(head, None, usage)})),
+                event("content_block_start", json!({"index": 0, "content_block": block})),
+            ]
+        }
         _ => Vec::new(),
     }
 }
 
-/// One token of a choice.
-pub(crate) fn token_event(head: &Head, index: usize, text: &str, last: Option<&Output>) -> Bytes {
+/// One piece of a choice's text.
+pub(crate) fn token_event(head: &Head, index: usize, (text, is_first): (&str, bool), last: Option<&Output>) -> Bytes {
+    let piece = head.shape.piece(text, is_first, last.is_some());
+    let is_call = head.shape.tool().is_some();
     match head.api {
+        Api::Responses if is_call => event(
+            "response.function_call_arguments.delta",
+            json!({"item_id": format!("{}-0", head.id), "output_index": 0, "delta": piece}),
+        ),
         Api::Responses => event(
             "response.output_text.delta",
-            json!({"item_id": format!("{}-0", head.id), "output_index": 0, "content_index": 0, "delta": text}),
+            json!({"item_id": format!("{}-0", head.id), "output_index": 0, "content_index": 0, "delta": piece}),
         ),
         Api::Messages => {
-            event("content_block_delta", json!({"index": 0, "delta": {"type": "text_delta", "text": text}}))
+            let delta = match is_call {
+                true => json!({"type": "input_json_delta", "partial_json": piece}),
+                false => json!({"type": "text_delta", "text": piece}),
+            };
+            event("content_block_delta", json!({"index": 0, "delta": delta}))
         }
         _ => {
             let finish = last.map(|output| output.finish.reason());
@@ -152,9 +190,14 @@ pub(crate) fn token_event(head: &Head, index: usize, text: &str, last: Option<&O
 /// What a stream ends with.
 pub(crate) fn last_events(head: &Head, output: Option<&Output>, usage: Usage) -> Vec<Bytes> {
     match head.api {
-        Api::Responses => vec![event("response.completed", json!({"response": response(head, output, usage)}))],
+        Api::Responses => {
+            let answer = response(head, output, usage);
+            let item = head.shape.tool().map(|_| answer["output"][0].clone());
+            let done = item.map(|item| event("response.output_item.done", json!({"output_index": 0, "item": item})));
+            done.into_iter().chain([event("response.completed", json!({"response": answer}))]).collect()
+        }
         Api::Messages => {
-            let (reason, sequence) = output.map_or((None, None), stop);
+            let (reason, sequence) = output.map_or((None, None), |output| stop(head, output));
             let delta = json!({"stop_reason": reason, "stop_sequence": sequence});
             let usage = json!({"input_tokens": usage.prompt, "output_tokens": usage.completion});
             vec![

@@ -42,7 +42,8 @@ pub(crate) async fn generate(
         Some(id) => String::from_utf8_lossy(id.as_bytes()).into_owned(),
         None => format!("{:016x}{:016x}", pod.ticket(), pod.ticket()),
     };
-    let head = Head::new(generation.api, &request_id, created, &generation.model);
+    let mut head = Head::new(generation.api, &request_id, created, &generation.model);
+    head.shape = generation.shape.clone();
     if generation.store {
         let prompts: Vec<u8> = generation.prompts.iter().flat_map(|prompt| prompt.rendered.clone()).collect();
         pod.stored.insert(&head.id, &prompts);

@@ -1,6 +1,7 @@
 //! What every part of an answer says of it.
 
 use crate::rules::Api;
+use crate::shape::Shape;
 
 /// Tokens of one answer.
 #[derive(Clone, Copy, Debug, Default)]
@@ -35,6 +36,7 @@ pub(crate) struct Head {
     pub(crate) after: String,
     pub(crate) created: u64,
     pub(crate) model: String,
+    pub(crate) shape: Shape,
 }
 
 impl Head {
@@ -48,7 +50,7 @@ impl Head {
         };
         let before = format!(r#"{{"id":{},"object":"#, quote(&id));
         let after = format!(r#","created":{created},"model":{}"#, quote(model));
-        Self { api, id, before, after, created, model: model.to_owned() }
+        Self { api, id, before, after, created, model: model.to_owned(), shape: Shape::Text }
     }
 }
 

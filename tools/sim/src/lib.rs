@@ -39,6 +39,7 @@ mod rooms;
 mod rules;
 mod run;
 mod server;
+mod shape;
 mod stats;
 mod stored;
 mod stream;

@@ -1,4 +1,4 @@
-//! APIs without a prompt to generate from: embeddings, transcriptions and counts of tokens.
+//! APIs that are not read as a prompt: embeddings, media, batches of chats and counts of tokens.
 //!
 //! What they answer depends on what they got, so that a test sees a body that changed on its way.
 
@@ -28,7 +28,17 @@ pub(crate) fn serve(pod: &Pod, parts: &Parts, body: &Bytes) -> Option<Response<B
             check_model(pod, &request["model"])?;
             Ok(json!({"input_tokens": tokens(&request["messages"].to_string())}))
         }),
-        "/v1/audio/transcriptions" | "/v1/audio/translations" => transcription(pod, body),
+        "/v1/chat/completions/batch" => read(body).and_then(|request| chats(pod, &request)),
+        "/v1/audio/transcriptions" | "/v1/audio/translations" => {
+            form(pod, body, "file").map(|file| json!({"text": file, "usage": {"type": "duration", "seconds": 1}}))
+        }
+        "/v1/images/edits" => {
+            form(pod, body, "image").map(|image| json!({"created": 0, "data": [{"b64_json": image}]}))
+        }
+        "/v1/images/generations" => read(body).and_then(|request| {
+            check_model(pod, &request["model"])?;
+            Ok(json!({"created": 0, "data": [{"b64_json": hash(&request["prompt"].to_string())}]}))
+        }),
         _ => return None,
     };
     Some(match answer {
@@ -82,7 +92,31 @@ fn find(text: &[u8], wanted: &[u8]) -> Option<usize> {
     text.windows(wanted.len()).position(|window| window == wanted)
 }
 
-fn transcription(pod: &Pod, body: &[u8]) -> Result<Value, ApiError> {
+/// vLLM's batch: a conversation in each element of `messages`.
+fn chats(pod: &Pod, request: &Value) -> Result<Value, ApiError> {
+    check_model(pod, &request["model"])?;
+    let Value::Array(conversations) = &request["messages"] else {
+        return Err(ApiError::bad_field("messages", "Field required"));
+    };
+    let choice = |(index, chat): (usize, &Value)| {
+        let message = json!({"role": "assistant", "content": hash(&chat.to_string())});
+        json!({"index": index, "message": message, "finish_reason": "stop"})
+    };
+    let choices: Vec<Value> = conversations.iter().enumerate().map(choice).collect();
+    let used = tokens(&request["messages"].to_string());
+    let usage = json!({"prompt_tokens": used, "completion_tokens": 1, "total_tokens": used + 1});
+    let answer = json!({"id": "chatcmpl-1", "object": "chat.completion", "created": 0, "model": request["model"]});
+    let mut answer = answer.as_object().cloned().unwrap_or_default();
+    answer.extend([("choices".to_owned(), choices.into()), ("usage".to_owned(), usage)]);
+    Ok(answer.into())
+}
+
+fn hash(text: &str) -> String {
+    format!("{:016x}", xxh3_64(text.as_bytes()))
+}
+
+/// Reads a form with a model and a file; the hash of the file.
+fn form(pod: &Pod, body: &[u8], file: &'static str) -> Result<String, ApiError> {
     // The first line is the delimiter. Of a form of another kind nothing is read.
     let delimiter = find(body, b"\r\n").map(|end| &body[..end]).filter(|line| line.starts_with(b"--"));
     let Some(delimiter) = delimiter else {
@@ -95,6 +129,6 @@ fn transcription(pod: &Pod, body: &[u8]) -> Result<Value, ApiError> {
         Some(&content[..find(content, &[b"\r\n", delimiter].concat())?])
     };
     check_model(pod, &field("model").map_or(Value::Null, |model| String::from_utf8_lossy(model).into()))?;
-    let Some(file) = field("file") else { return Err(ApiError::bad_field("file", "Field required")) };
-    Ok(json!({"text": format!("{:016x}", xxh3_64(file)), "usage": {"type": "duration", "seconds": 1}}))
+    let Some(content) = field(file) else { return Err(ApiError::bad_field(file, "Field required")) };
+    Ok(format!("{:016x}", xxh3_64(content)))
 }

@@ -8,9 +8,10 @@ use crate::fault::Leg;
 use crate::fields::{Fields, missing};
 use crate::handoff::{KvParams, kv_params, trtllm_prompts};
 use crate::rules::{Api, Rules};
+use crate::shape::Shape;
 use crate::tokens::{Limits, Output, Prompt, generate};
 
-use limits::{limits, told_tokens};
+use limits::{asked_tokens, limits, told_tokens, truncated};
 use render::{render_chat, render_prompts};
 
 mod limits;
@@ -52,6 +53,8 @@ pub struct Generation {
     pub recomputes: bool,
     /// How long the server stands still before it fetches the KV cache.
     pub stall: Option<std::time::Duration>,
+    /// Form of the answer.
+    pub(crate) shape: Shape,
     limits: Vec<Limits>,
 }
 
@@ -95,6 +98,7 @@ impl Generation {
             (None, Api::Completions) => render_prompts(fields, "prompt")?,
             (None, Api::Generate) => render_prompts(fields, "token_ids")?,
         };
+        let rendered = truncated(api, fields, asked_tokens(api, sampling)?, rules, rendered)?;
         let kv = kv_params(fields, rules, rendered.len(), n as usize, stream)?;
         if tells_prompt && matches!(kv, KvParams::Pull(_) | KvParams::Meet(_)) {
             // It has the KV of the prompt and no logits of it (vllm#27449).
@@ -119,6 +123,7 @@ impl Generation {
             request_id: None,
             recomputes: false,
             stall: None,
+            shape: Shape::of(api, fields),
             limits,
         })
     }

@@ -118,13 +118,13 @@ impl Streaming {
             let token = output.token(run.step - 1);
             let last = (output.tokens == run.step).then_some(output);
             if !matches!(self.generation.api, Api::Chat | Api::Completions) {
-                queue.push_back(dialects::token_event(&self.head, index, token, last));
+                queue.push_back(dialects::token_event(&self.head, index, (token, run.step == 1), last));
             } else if self.generation.echo && run.step == 1 {
                 let prompt = &self.generation.prompts[index / self.generation.n as usize].rendered;
                 let text = format!("{}{token}", String::from_utf8_lossy(prompt));
-                queue.push_back(self.head.token_event(index, &text, last, usage));
+                queue.push_back(self.head.token_event(index, (&text, true), last, usage));
             } else {
-                queue.push_back(self.head.token_event(index, token, last, usage));
+                queue.push_back(self.head.token_event(index, (token, run.step == 1), last, usage));
             }
         }
     }

@@ -5,7 +5,7 @@ use serde::Deserialize;
 use crate::api_error::ApiError;
 use crate::fields::{Fields, missing};
 use crate::rules::{Api, Rules};
-use crate::tokens::{Limits, Prompt};
+use crate::tokens::{BYTES_PER_TOKEN, Limits, Prompt};
 
 /// Tokens that `/v1/completions` generates when no limit is given (OpenAI's and vLLM's default).
 const COMPLETIONS_DEFAULT_MAX_TOKENS: u64 = 16;
@@ -46,6 +46,39 @@ pub(crate) fn told_tokens(api: Api, sampling: &Fields<'_>, n: u64, echo: bool) -
         Api::Responses | Api::Messages | Api::Generate => false,
     };
     Ok(count("prompt_logprobs")?.is_some() || echoes)
+}
+
+/// The limit of tokens that a request names.
+pub(crate) fn asked_tokens(api: Api, fields: &Fields<'_>) -> Result<Option<i64>, ApiError> {
+    Ok(match api {
+        Api::Chat => fields.get::<i64>("max_completion_tokens")?.or(fields.get("max_tokens")?),
+        Api::Responses => fields.get("max_output_tokens")?,
+        Api::Completions | Api::Messages | Api::Generate => fields.get("max_tokens")?,
+    })
+}
+
+/// The last tokens of each prompt, where the request wants only so many: -1 for as many as the limit of tokens leaves room for.
+pub(crate) fn truncated(
+    api: Api,
+    fields: &Fields<'_>,
+    asked: Option<i64>,
+    rules: Rules,
+    mut prompts: Vec<Vec<u8>>,
+) -> Result<Vec<Vec<u8>>, ApiError> {
+    let is_auto = api == Api::Responses && fields.get::<String>("truncation")?.as_deref() == Some("auto");
+    let wanted = fields.get::<i64>("truncate_prompt_tokens")?.or(is_auto.then_some(-1));
+    let Some(wanted) = wanted else { return Ok(prompts) };
+    let room = rules.max_model_len.saturating_sub(u64::try_from(asked.unwrap_or(0)).unwrap_or(0));
+    let kept = u64::try_from(wanted).unwrap_or(room);
+    if kept > room {
+        let why = format!("truncate_prompt_tokens={kept} cannot be greater than max_model_len - max_tokens = {room}.");
+        return Err(ApiError::bad_field("truncate_prompt_tokens", why));
+    }
+    for prompt in &mut prompts {
+        let cut = prompt.len().saturating_sub(kept as usize * BYTES_PER_TOKEN);
+        prompt.drain(..cut);
+    }
+    Ok(prompts)
 }
 
 /// How long an answer may get, and what ends it.
@@ -110,12 +143,7 @@ fn max_tokens(api: Api, fields: &Fields<'_>, prompt: &Prompt, rules: Rules) -> R
         });
     }
     let left = most - tokens;
-    let asked = match api {
-        Api::Chat => fields.get::<i64>("max_completion_tokens")?.or(fields.get("max_tokens")?),
-        Api::Responses => fields.get("max_output_tokens")?,
-        Api::Completions | Api::Messages | Api::Generate => fields.get("max_tokens")?,
-    };
-    Ok(match asked {
+    Ok(match asked_tokens(api, fields)? {
         None if matches!(api, Api::Chat | Api::Responses) => left,
         None if api == Api::Messages => return Err(missing("max_tokens")),
         None => left.min(COMPLETIONS_DEFAULT_MAX_TOKENS),

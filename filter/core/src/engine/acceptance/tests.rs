@@ -43,7 +43,11 @@ const ACCEPTED: &[(Api, &[&str])] = &[
     ),
     (
         Api::Responses,
-        &["", r#""max_output_tokens":1,"store":true,"background":false"#, r#""top_logprobs":3,"stop":["a"],"truncation":"auto""#],
+        &[
+            "",
+            r#""max_output_tokens":1,"store":true,"background":false"#,
+            r#""top_logprobs":3,"stop":["a"],"truncation":"auto""#,
+        ],
     ),
     (
         Api::Messages,
