@@ -3,7 +3,6 @@
 use serde_json::Value;
 
 use crate::fields::Fields;
-use crate::head::quote;
 use crate::rules::Api;
 
 /// What the tokens of an answer are wrapped in. The wrapping is the same whole and as a stream.
@@ -57,7 +56,7 @@ impl Shape {
         if *self == Self::Text {
             return text.to_owned();
         }
-        let quoted = quote(text);
+        let quoted = serde_json::to_string(text).unwrap_or_default();
         let inner = quoted.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')).unwrap_or_default();
         [if is_first { OPEN } else { "" }, inner, if is_last { CLOSE } else { "" }].concat()
     }
