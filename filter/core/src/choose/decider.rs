@@ -94,7 +94,12 @@ impl Scheduler<'_> {
         // Without a decode endpoint no prefill leg is sent.
         let may_serve =
             |index: &EndpointIndex| self.table.get(*index).is_some_and(|state| !state.health.is_excluded(self.now));
-        let pick = candidates.decode.iter().any(may_serve).then(|| self.pick_by_cost(among, prompt, &[])).flatten();
+        let pick = candidates
+            .decode
+            .iter()
+            .any(may_serve)
+            .then(|| self.pick_prefill(candidates, among, prompt, &[]))
+            .flatten();
         let Some((pick, state)) = pick.and_then(|pick| Some((pick, self.table.get(pick.endpoint)?))) else {
             return alone(WholeReason::NoPrefill);
         };

@@ -5,8 +5,10 @@ use crate::choose::prompt::Prompt;
 use crate::choose::scheduler::{Pick, Scheduler};
 use crate::choose::shortlist::HOLDERS;
 use crate::endpoints::endpoint_state::EndpointState;
+use crate::endpoints::pairings::Partner;
 use crate::prefix::hash::rendezvous_weight;
 use crate::prefix::index::EndpointIndex;
+use crate::wire::Role;
 
 impl Scheduler<'_> {
     /// The endpoint of the conversation, else the one that is cheapest by its assigned KV tokens and by the tokens to move
@@ -59,12 +61,16 @@ impl Scheduler<'_> {
     }
 
     /// Healthy alternates of an endpoint, those with the fewest assigned tokens first. They have the same engine and rank,
-    /// so the same request suits them.
+    /// so the same request suits them, and those of a prefill endpoint hand over to the same decode endpoints.
     #[must_use]
     pub fn alternates(&self, among: &[EndpointIndex], prompt: &Prompt, chosen: EndpointIndex) -> Vec<EndpointIndex> {
         let Some(first) = self.table.get(chosen) else { return Vec::new() };
+        let partner = (first.endpoint.role == Role::Prefill).then(|| Partner::of(first));
         let stands_in = |state: &EndpointState| {
-            self.view().is_usable(state) && state.engine == first.engine && state.endpoint.rank == first.endpoint.rank
+            self.view().is_usable(state)
+                && state.engine == first.engine
+                && state.endpoint.rank == first.endpoint.rank
+                && partner.as_ref().is_none_or(|partner| Partner::of(state) == *partner)
         };
         let others = self.view().usable(among, prompt, &[chosen]).into_iter().filter(|(_, state)| stands_in(state));
         self.least(others.map(|(index, state)| Ranked::new(index, state, prompt)).collect())

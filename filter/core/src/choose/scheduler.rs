@@ -1,7 +1,9 @@
 //! The scheduler: which endpoint serves each leg.
 //!
 //! - **Prefill**, in this file: the endpoint with the lowest W + w·S. W are the seconds of work ahead of the prompt, S the
-//!   seconds of the prompt itself, given what the endpoint holds.
+//!   seconds of the prompt itself, given what the endpoint holds. Where there are endpoints of several revisions, each
+//!   [pairing's](crate::endpoints::pairings) best endpoint is compared, and a pairing that got more than its share counts as
+//!   more expensive.
 //! - **Decode**, in [`decode_profile`](super::decode_profile): the endpoint of the conversation, inside a load bound; else
 //!   the [cheapest](super::decode_cost) by assigned KV tokens and by the tokens to move.
 //! - **Split or whole**, in [`decider`](super::decider).
@@ -13,11 +15,14 @@ use crate::choose::prompt::Prompt;
 use crate::choose::shortlist::{Legs, View};
 use crate::choose::weight::affinity_weight;
 use crate::config::{Cost, Pool};
+use crate::endpoints::candidates::Candidates;
 use crate::endpoints::endpoint_state::EndpointState;
+use crate::endpoints::pairings::Pairing;
 use crate::endpoints::table::Table;
 use crate::prefix::hash::{prefix_units, rendezvous_weight};
 use crate::prefix::index::{EndpointIndex, PrefixIndex};
 use crate::time::Monotonic;
+use crate::wire::Role;
 
 /// A chosen endpoint, and what the choice expects of it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -65,19 +70,78 @@ impl<'a> Scheduler<'a> {
     /// picks among all: a pool is never ejected as a whole. `None` where there is none left.
     #[must_use]
     pub fn pick_by_cost(&self, among: &[EndpointIndex], prompt: &Prompt, tried: &[EndpointIndex]) -> Option<Pick> {
+        self.cheapest(among, prompt, tried).map(|(best, _)| best.pick)
+    }
+
+    /// The endpoint for a prefill leg among these, which are the candidates' prefill endpoints, with aggregated ones or
+    /// without. As [`pick_by_cost`](Self::pick_by_cost), but that a pairing which got more than its share of the load counts
+    /// as more expensive, and that a pairing with a healthy endpoint on both sides goes before the others.
+    #[must_use]
+    pub fn pick_prefill(
+        &self,
+        candidates: &Candidates,
+        among: &[EndpointIndex],
+        prompt: &Prompt,
+        tried: &[EndpointIndex],
+    ) -> Option<Pick> {
+        if candidates.pairings.is_empty() {
+            return self.pick_by_cost(among, prompt, tried);
+        }
+        let mut best: Option<(bool, f64, u64, Pick)> = None;
+        let mut compare = |is_failing: bool, (found, weight): (CostedPick, u64), price: f64| {
+            let cost = found.cost + price;
+            let better = |(failing, lowest, other, _): &(bool, f64, u64, Pick)| {
+                is_failing.cmp(failing).then(cost.total_cmp(lowest)).then(other.cmp(&weight)).is_lt()
+            };
+            if best.as_ref().is_none_or(better) {
+                best = Some((is_failing, cost, weight, found.pick));
+            }
+        };
+        let is_healthy =
+            |index: &EndpointIndex| self.table.get(*index).is_some_and(|state| self.view().is_usable(state));
+        for pairing in &candidates.pairings {
+            let Some(found) = self.cheapest(&pairing.prefill, prompt, tried) else { continue };
+            let takes_over = candidates.partners(&pairing.partner).iter().any(is_healthy);
+            compare(
+                !(takes_over && is_healthy(&found.0.pick.endpoint)),
+                found,
+                self.price(candidates, pairing, found.0),
+            );
+        }
+        let is_aggregated =
+            |index: &&EndpointIndex| self.table.get(**index).is_some_and(|state| state.endpoint.role == Role::Both);
+        let aggregated: Vec<_> = among.iter().filter(is_aggregated).copied().collect();
+        if let Some(found) = self.cheapest(&aggregated, prompt, tried) {
+            compare(!is_healthy(&found.0.pick.endpoint), found, 0.0);
+        }
+        best.map(|(.., pick)| pick)
+    }
+
+    /// What a pairing costs more for having got more than its share, weighted seconds; below 0: less.
+    fn price(&self, candidates: &Candidates, pairing: &Pairing, found: CostedPick) -> f64 {
+        let (Some(given), Some(state)) = (self.table.given(&candidates.pool), self.table.get(found.pick.endpoint))
+        else {
+            return 0.0;
+        };
+        let cost = self.prefill_cost(state);
+        given.price(pairing.key, found.weight, |tokens| cost.seconds(tokens, 0.0))
+    }
+
+    /// The endpoint with the lowest W + w·S, and its rendezvous weight.
+    fn cheapest(&self, among: &[EndpointIndex], prompt: &Prompt, tried: &[EndpointIndex]) -> Option<(CostedPick, u64)> {
         let shortlist = self.view().shortlist(among, prompt, tried);
         let session = self.view().session_holder(among, prompt);
-        let mut best: Option<(f64, u64, Pick)> = None;
+        let mut best: Option<(CostedPick, u64)> = None;
         for (index, state) in shortlist.endpoints {
             let claims = (shortlist.owner == Some(index), session == Some(index));
-            let CostedPick { pick, cost, .. } = self.cost(index, state, prompt, claims, &shortlist.legs);
+            let found = self.cost(index, state, prompt, claims, &shortlist.legs);
             let rendezvous = rendezvous_weight(prompt.key, state.key);
-            let better = |(lowest, weight, _): &(f64, u64, Pick)| (cost, *weight) < (*lowest, rendezvous);
+            let better = |(lowest, weight): &(CostedPick, u64)| (found.cost, *weight) < (lowest.cost, rendezvous);
             if best.as_ref().is_none_or(better) {
-                best = Some((cost, rendezvous, pick));
+                best = Some((found, rendezvous));
             }
         }
-        best.map(|(_, _, pick)| pick)
+        best
     }
 
     /// That endpoint, whatever it has to do.

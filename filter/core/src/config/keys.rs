@@ -272,6 +272,12 @@ pub const ENDPOINT: &[Entry] = &[
         meaning: "Pairing group. Prefill endpoints of a group hand over to decode endpoints of the same group only. `null`: any group.",
     },
     Entry {
+        key: "revision",
+        default_value: "null",
+        values: Values::Described("1 to 256 bytes"),
+        meaning: "Revision of model and engine. A prefill and a decode endpoint are a pair only if they have the same revision; endpoints without one pair with each other only. While there are several, [load follows what each can take](architecture.md#revisions).",
+    },
+    Entry {
         key: "weight",
         default_value: "1",
         values: Values::between(0.01, 100.0, ""),

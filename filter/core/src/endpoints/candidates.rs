@@ -6,33 +6,17 @@ use std::sync::Arc;
 use hashbrown::{HashMap, HashSet};
 
 use crate::endpoints::endpoint_state::EndpointState;
+use crate::endpoints::pairings::{Pairing, Partner, pairings};
 use crate::prefix::index::EndpointIndex;
 use crate::wire::{Endpoint, Engine, Role, State};
 
-/// What a decode endpoint and a prefill endpoint must have in common for a hand-over.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Partner {
-    /// Engine, and so the hand-over protocol.
-    pub engine: Engine,
-    /// Group; `None`: endpoints of any group.
-    pub group: Option<String>,
-}
-
-impl Partner {
-    /// What a decode endpoint must have to take over from this prefill endpoint.
-    #[must_use]
-    pub fn of(prefill: &EndpointState) -> Self {
-        Self { engine: prefill.engine, group: prefill.endpoint.group.clone() }
-    }
-}
-
 /// Candidates of one model: ready endpoints of one pool that serve it. Each set is sorted by [`EndpointState::key`].
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Candidates {
     /// Name of the pool, whose policy applies.
     pub pool: Arc<str>,
-    /// Endpoints of role `prefill`. Those without a decode endpoint of their engine and group are left out: no endpoint
-    /// could take over from them.
+    /// Endpoints of role `prefill`. Those without a decode endpoint of their engine, group and revision are left out: no
+    /// endpoint could take over from them.
     pub prefill: Vec<EndpointIndex>,
     /// Endpoints of role `decode`.
     pub decode: Vec<EndpointIndex>,
@@ -43,6 +27,13 @@ pub struct Candidates {
     pub compute: Vec<EndpointIndex>,
     /// The decode endpoints, by what they have in common with prefill endpoints.
     pub(crate) partners: HashMap<Partner, Vec<EndpointIndex>>,
+    /// Decode endpoints that drain, in the same way. They take over prompts whose prefill leg was sent before they began
+    /// to drain, where no other endpoint can.
+    pub(crate) leaving: HashMap<Partner, Vec<EndpointIndex>>,
+    /// The draining decode endpoints, before `leaving` is made of them.
+    pub(crate) draining: Vec<EndpointIndex>,
+    /// The prefill endpoints by their partners, where load has to follow the [shares](super::pairings) of these.
+    pub(crate) pairings: Vec<Pairing>,
     /// Whether any endpoint has bounds for the length of a prompt.
     pub(crate) has_prompt_bounds: bool,
 }
@@ -91,11 +82,11 @@ impl CandidateSets {
                 if *role == Role::Prefill { &mut prefilling } else { &mut generating }.push(*index);
             }
             for model in models {
-                named.entry(model).or_default().entry(pool).or_default().push(*index, *role, of.engine, ready);
+                named.entry(model).or_default().entry(pool).or_default().push(*index, *role, of.engine, *state);
             }
             if models.is_empty() && (of.endpoint.models_closed || !told.contains(&work(&of.endpoint))) {
                 is_open |= !of.endpoint.models_pending;
-                unnamed.entry(pool).or_default().push(*index, *role, of.engine, ready);
+                unnamed.entry(pool).or_default().push(*index, *role, of.engine, *state);
             }
         }
         let models = named
@@ -106,6 +97,7 @@ impl CandidateSets {
                         candidates.extend(others);
                         let key = |index: &EndpointIndex| state_of(*index).map(|state| state.key);
                         candidates.sets().into_iter().for_each(|set| set.sort_by_key(key));
+                        candidates.draining.sort_by_key(key);
                     }
                 }
                 Some((model.to_owned(), first_that_generates(pools, &state_of)?))
@@ -155,8 +147,11 @@ impl Candidates {
         !self.decode.is_empty() || !self.whole.is_empty()
     }
 
-    fn push(&mut self, index: EndpointIndex, role: Role, engine: Engine, ready: bool) {
-        if !ready {
+    fn push(&mut self, index: EndpointIndex, role: Role, engine: Engine, state: State) {
+        if state == State::Draining && role == Role::Decode {
+            self.draining.push(index);
+        }
+        if state != State::Ready {
             return;
         }
         match role {
@@ -178,6 +173,7 @@ impl Candidates {
         {
             set.extend(more);
         }
+        self.draining.extend(&others.draining);
     }
 
     /// Keeps the endpoints for which `stays` is true, in every set, and of the prefill endpoints those with a partner that
@@ -188,8 +184,21 @@ impl Candidates {
         state_of: impl Fn(EndpointIndex) -> Option<&'a EndpointState>,
     ) {
         self.sets().into_iter().for_each(|set| set.retain(|index| stays(*index)));
-        self.partners.values_mut().for_each(|set| set.retain(|index| stays(*index)));
+        let of_partners = self.partners.values_mut().chain(self.leaving.values_mut());
+        of_partners.for_each(|set| set.retain(|index| stays(*index)));
         self.drop_those_without_partner(&state_of);
+        self.pairings = pairings(&self.prefill, &self.decode, &self.partners, &state_of);
+    }
+
+    /// Keeps of the prefill endpoints those of one pairing.
+    #[must_use]
+    pub(crate) fn of_pairing(self: &Arc<Self>, key: u64) -> Option<Arc<Self>> {
+        let pairing = self.pairings.iter().find(|pairing| pairing.key == key)?;
+        let mut some = Self::clone(self);
+        some.prefill.clone_from(&pairing.prefill);
+        some.compute.retain(|index| pairing.prefill.contains(index) || !self.prefill.contains(index));
+        some.pairings.clear();
+        Some(Arc::new(some))
     }
 
     /// Leaves out prefill endpoints that no decode endpoint could take over from. Without any decode endpoint all stay.
@@ -223,6 +232,10 @@ impl Candidates {
         };
         rest.sets().into_iter().for_each(keep);
         rest.partners.values_mut().for_each(keep);
+        for pairing in &mut rest.pairings {
+            pairing.prefill.retain(|index| rest.prefill.contains(index));
+        }
+        rest.pairings.retain(|pairing| !pairing.prefill.is_empty());
         Arc::new(rest)
     }
 
@@ -237,6 +250,12 @@ impl Candidates {
     #[must_use]
     pub fn partners(&self, of: &Partner) -> &[EndpointIndex] {
         self.partners.get(of).map_or(&[], Vec::as_slice)
+    }
+
+    /// Decode endpoints that drain and could take over from a prefill endpoint.
+    #[must_use]
+    pub fn leaving_partners(&self, of: &Partner) -> &[EndpointIndex] {
+        self.leaving.get(of).map_or(&[], Vec::as_slice)
     }
 
     fn sets(&mut self) -> [&mut Vec<EndpointIndex>; 4] {
@@ -254,16 +273,28 @@ fn first_that_generates<'a>(
     let is_bounded = |index: &EndpointIndex| state_of(*index).is_some_and(|state| state.endpoint.has_prompt_bounds());
     let has_prompt_bounds = candidates.sets().into_iter().any(|set| set.iter().any(is_bounded));
     candidates.has_prompt_bounds = has_prompt_bounds;
-    for index in &candidates.decode {
+    candidates.partners = by_partner(&candidates.decode, state_of);
+    candidates.leaving = by_partner(&core::mem::take(&mut candidates.draining), state_of);
+    candidates.drop_those_without_partner(state_of);
+    candidates.pairings = pairings(&candidates.prefill, &candidates.decode, &candidates.partners, state_of);
+    Some(Arc::new(candidates))
+}
+
+/// Decode endpoints by the prefill endpoints that they can take over from.
+fn by_partner<'a>(
+    decode: &[EndpointIndex],
+    state_of: &impl Fn(EndpointIndex) -> Option<&'a EndpointState>,
+) -> HashMap<Partner, Vec<EndpointIndex>> {
+    let mut partners: HashMap<Partner, Vec<EndpointIndex>> = HashMap::new();
+    for index in decode {
         let Some(partner) = state_of(*index).map(Partner::of) else { continue };
         if partner.group.is_some() {
-            let any = Partner { group: None, ..partner };
-            candidates.partners.entry(any).or_default().push(*index);
+            let any = Partner { group: None, ..partner.clone() };
+            partners.entry(any).or_default().push(*index);
         }
-        candidates.partners.entry(partner).or_default().push(*index);
+        partners.entry(partner).or_default().push(*index);
     }
-    candidates.drop_those_without_partner(state_of);
-    Some(Arc::new(candidates))
+    partners
 }
 
 #[cfg(test)]

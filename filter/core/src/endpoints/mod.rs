@@ -1,7 +1,7 @@
 //! The endpoints: the list that `pd-control` pushed, and what a worker knows of each endpoint.
 //!
 //! - [`table`]: the list in force; [`endpoint_state`]: one endpoint; [`candidates`]: the sets that a choice picks from;
-//!   `known_models`: models that are or were in the list.
+//!   [`pairings`]: which of them can hand over to each other; `known_models`: models that are or were in the list.
 //! - [`load`]: what this Envoy has in flight, `departed` at endpoints that are not in the list; [`elsewhere`]: what other
 //!   Envoys have in flight.
 //! - [`health`]: ejection and probe; [`outliers`]: that an endpoint answers errors that its pool does not; [`retry_budget`]: how many prefill legs may be run again.
@@ -17,6 +17,7 @@ pub mod health;
 mod known_models;
 pub mod load;
 pub mod outliers;
+pub mod pairings;
 pub mod retry_budget;
 pub mod table;
 pub mod usage;

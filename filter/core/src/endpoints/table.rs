@@ -14,6 +14,7 @@ use crate::endpoints::fitted_media::{CLASSES, MediaTokens};
 use crate::endpoints::known_models::KnownModels;
 use crate::endpoints::load::LedgerEntry;
 use crate::endpoints::outliers::{ErrorKind, Leg, Peers};
+use crate::endpoints::pairings::{Given, Partner};
 use crate::endpoints::usage::Usage;
 use crate::metrics::tag_value;
 use crate::prefix::index::EndpointIndex;
@@ -43,6 +44,8 @@ pub struct Table {
     by_key: Vec<(u64, EndpointIndex)>,
     fits: Vec<(String, FittedCost)>,
     sets: CandidateSets,
+    /// What the pairings of each pool got.
+    given: HashMap<Arc<str>, Given>,
     models: KnownModels,
     /// Objectives and aliases of the list in force.
     stated: Stated,
@@ -172,6 +175,28 @@ impl Table {
     #[must_use]
     pub fn with_room(&self, candidates: Arc<Candidates>, tokens: f64) -> Arc<Candidates> {
         candidates.with_room(|index| self.get(*index).is_some_and(|state| state.endpoint.takes_prompt(tokens)))
+    }
+
+    /// The candidates of a model, also where none of them is ready: decode endpoints that drain may have to take over.
+    #[must_use]
+    pub(crate) fn listed_candidates(&self, model: &str) -> Option<Arc<Candidates>> {
+        self.sets.of_model(model).map(Arc::clone)
+    }
+
+    /// A request of so many KV tokens is split, with its prefill leg at this endpoint.
+    pub(crate) fn gave(&mut self, candidates: &Candidates, prefill: EndpointIndex, tokens: f64) {
+        if candidates.pairings.is_empty() {
+            self.given.remove(&candidates.pool);
+        } else if let Some(key) = self.get(prefill).map(|state| Partner::of(state).key()) {
+            let given = self.given.entry(Arc::clone(&candidates.pool)).or_default();
+            given.add(&candidates.pairings, key, tokens);
+        }
+    }
+
+    /// What the pairings of a pool got; `None` where shares do not count.
+    #[must_use]
+    pub(crate) fn given(&self, pool: &str) -> Option<&Given> {
+        self.given.get(pool)
     }
 
     /// Models that endpoints name, sorted.

@@ -91,9 +91,15 @@ impl Subset {
 pub(crate) fn candidates(table: &Table, model: &str, subset: Option<&Subset>) -> Result<Arc<Candidates>, NoCandidates> {
     let all = table.candidates(model)?;
     let Some(subset) = subset else { return Ok(all) };
-    let mut some = Candidates::clone(&all);
+    let some = within(table, &all, subset);
+    if some.is_empty() { Err(NoCandidates::NoEndpoint) } else { Ok(some) }
+}
+
+/// Those of the candidates that a subset allows; the sets may be empty.
+pub(crate) fn within(table: &Table, all: &Candidates, subset: &Subset) -> Arc<Candidates> {
+    let mut some = all.clone();
     some.retain(|index| table.get(index).is_some_and(|state| subset.allows(state)), |index| table.get(index));
-    if some.is_empty() { Err(NoCandidates::NoEndpoint) } else { Ok(Arc::new(some)) }
+    Arc::new(some)
 }
 
 /// What a client claims for admission.

@@ -11,11 +11,12 @@ use crate::body::{Api, Key, KeySet, Scan, json, scan};
 use crate::choose::prompt::Prompt;
 use crate::choose::scheduler::Scheduler;
 use crate::config::{Config, Pool};
+use crate::endpoints::candidates::Candidates;
 use crate::endpoints::fitted_media::{self, CLASSES, MediaTokens};
 use crate::engine::{acceptance, legs};
 use crate::metrics::Metric;
 use crate::prefix::hash::{BlockHash, Piece, pieces_hash, session_hash};
-use crate::request::head::RequestHead;
+use crate::request::head::{RequestHead, within};
 use crate::request::models::{Served, serving_model};
 use crate::request::reply::Rejection;
 use crate::request::stored::{is_kept, previous_id};
@@ -118,6 +119,19 @@ impl ParsedRequest {
             body_bytes: bytes.len(),
             plan,
         })
+    }
+
+    /// The list may have changed since the request came: its places may be other endpoints' now. Where no endpoint is ready
+    /// any more, those stay that drain and may have to take over.
+    pub(super) fn refresh_candidates(&mut self, worker: &Worker) {
+        let table = &worker.state.table;
+        let mut current = table.listed_candidates(&self.served.model).unwrap_or_else(|| {
+            Arc::new(Candidates { pool: Arc::clone(&self.served.candidates.pool), ..Candidates::default() })
+        });
+        if let Some(subset) = &self.head.subset {
+            current = within(table, &current, subset);
+        }
+        self.served.candidates = table.with_room(current, self.prompt.tokens);
     }
 
     pub(super) fn pool(&self) -> &Pool {

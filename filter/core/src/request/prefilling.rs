@@ -1,9 +1,6 @@
 //! A request that waits for its prefill leg: the leg's end, another try, and the way on.
 
-use std::sync::Arc;
-
 use super::effect::Effect;
-use super::head::candidates;
 use super::leg::{Fault, LegEnd, PrefillAnswer, abandon, engines_reply, leg_ended, refused_alone};
 use super::parsed::{ParsedRequest, ScannedBody};
 use super::route::{Prefill, Route, forward};
@@ -14,7 +11,6 @@ use crate::body::splice::HeadEdit;
 use crate::choose::prompt::Prompt;
 use crate::choose::scheduler::Pick;
 use crate::config::OnPrefillFailure;
-use crate::endpoints::candidates::Candidates;
 use crate::endpoints::table::{EndpointRef, PromptEstimate};
 use crate::endpoints::usage::Usage;
 use crate::engine::{CachedTokensOf, Handover, legs};
@@ -42,12 +38,12 @@ impl Prefilling {
         now: Monotonic,
     ) -> Result<Step, Rejection> {
         let Some(leg) = self.leg else {
-            self.refresh_candidates(worker);
+            self.split.parsed.refresh_candidates(worker);
             return self.engine_id_answered(worker, answer, body, now);
         };
         let LegEnd { seconds, mut warning, is_too_slow } =
             leg_ended(worker, self.prefiller.endpoint, (leg, self.sent), &answer, now);
-        self.refresh_candidates(worker);
+        self.split.parsed.refresh_candidates(worker);
         let step = match (answer, answer.fault()) {
             (PrefillAnswer::Answered { status: 200, body: answer, .. }, None) => {
                 if let Some((refusing, _)) = self.split.refusal.take() {
@@ -106,16 +102,6 @@ impl Prefilling {
         if let Some(leg) = self.leg {
             abandon(worker, self.prefiller.endpoint, leg, now);
         }
-    }
-
-    /// The list may have changed since the leg began: its places may be other endpoints' now.
-    fn refresh_candidates(&mut self, worker: &Worker) {
-        let parsed = &mut self.split.parsed;
-        let current = candidates(&worker.state.table, &parsed.served.model, parsed.head.subset.as_ref());
-        let current = current.unwrap_or_else(|_| {
-            Arc::new(Candidates { pool: Arc::clone(&parsed.served.candidates.pool), ..Candidates::default() })
-        });
-        parsed.served.candidates = worker.state.table.with_room(current, parsed.prompt.tokens);
     }
 
     /// The bootstrap server told the engine's id, or failed to.
@@ -177,7 +163,8 @@ impl Prefilling {
         }
         let is_listed = |tried: &&EndpointRef| worker.state.table.refer(tried.index) == Some(**tried);
         let tried: Vec<_> = tried.iter().filter(is_listed).map(|tried| tried.index).collect();
-        parsed.scheduler(worker, now).pick_by_cost(&parsed.served.candidates.prefill, &parsed.prompt, &tried)
+        let candidates = &parsed.served.candidates;
+        parsed.scheduler(worker, now).pick_prefill(candidates, &candidates.prefill, &parsed.prompt, &tried)
     }
 
     /// The prompt is computed: on to a decode endpoint.

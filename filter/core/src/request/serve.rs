@@ -38,7 +38,11 @@ pub(super) fn serve(
 ) -> Step {
     let is_asked = parsed.head.config.trusts(EXPLAIN_HEADER) && parsed.head.headers.get(EXPLAIN_HEADER).is_some();
     let explained = is_asked.then(|| parsed.scheduler(worker, now).explain(&parsed.served.candidates, &parsed.prompt));
-    let started = match choose_legs(worker, &parsed, now) {
+    let legs = choose_legs(worker, &parsed, now);
+    if let Ok(Legs::Two(pick)) = &legs {
+        worker.state.table.gave(&parsed.served.candidates, pick.endpoint, parsed.kv_tokens() as f64);
+    }
+    let started = match legs {
         Ok(Legs::One(route)) => forward(worker, &parsed, route, now),
         Ok(Legs::Two(pick)) if may_wait(worker, &parsed, pick) => {
             split_or_wait(worker, parsed, pick, body, arrival, now)

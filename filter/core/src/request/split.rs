@@ -9,7 +9,7 @@ use super::route::{Prefill, Route, forward, remember_prompt};
 use super::state::{ConcurrentPrefill, Prefiller, Prefilling, Split, State};
 use super::step::Step;
 use crate::choose::scheduler::Pick;
-use crate::endpoints::candidates::Partner;
+use crate::endpoints::pairings::Partner;
 use crate::engine::{EngineIdQuery, LegOrder};
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
@@ -113,15 +113,18 @@ impl Split {
         forward(worker, &self.parsed, route, now)
     }
 
-    /// A decode endpoint that can take over from the prefill endpoint, and its alternates.
+    /// A decode endpoint that can take over from the prefill endpoint, and its alternates. One that drains takes over where
+    /// no other can: it ends what it has, and the prompt is part of that.
     pub(super) fn pick_decode(
         &self,
         worker: &Worker,
         partner: &Partner,
         now: Monotonic,
     ) -> Result<(Pick, Vec<EndpointIndex>), Rejection> {
-        let partners = self.parsed.served.candidates.partners(partner);
-        let picked = self.parsed.scheduler(worker, now).pick_decode(partners, &self.parsed.prompt, &[]);
+        let candidates = &self.parsed.served.candidates;
+        let scheduler = self.parsed.scheduler(worker, now);
+        let pick = |among: &[EndpointIndex]| scheduler.pick_decode(among, &self.parsed.prompt, &[]);
+        let picked = pick(candidates.partners(partner)).or_else(|| pick(candidates.leaving_partners(partner)));
         picked.ok_or(Rejection::NoEndpoint)
     }
 }

@@ -8,7 +8,7 @@ use super::kv_lease::KvLease;
 use super::parsed::ParsedRequest;
 use super::response_editor::ResponseEditor;
 use crate::choose::scheduler::Pick;
-use crate::endpoints::candidates::Partner;
+use crate::endpoints::pairings::Partner;
 use crate::endpoints::table::EndpointRef;
 use crate::prefix::hash::BlockHash;
 use crate::request::reply::Reply;

@@ -1,13 +1,9 @@
 //! The turn of a waiting request: it goes to an endpoint, is scheduled anew, or gives up.
 
-use std::sync::Arc;
-
-use super::head::candidates;
 use super::parsed::ScannedBody;
 use super::serve::serve;
 use super::state::{Reading, Waiting};
 use super::step::Step;
-use crate::endpoints::candidates::Candidates;
 use crate::request::reply::{QueueRefusal, Rejection};
 use crate::time::Monotonic;
 use crate::workers::bind::Act;
@@ -38,7 +34,7 @@ impl Waiting {
             worker.stop_waiting(self.id);
             return Err(Rejection::PrefillFailed);
         };
-        self.refresh_candidates(worker);
+        self.parsed.refresh_candidates(worker);
         match act {
             Act::Bind(endpoint) => {
                 let pick = self.parsed.scheduler(worker, now).pick(endpoint, &self.parsed.prompt);
@@ -52,15 +48,5 @@ impl Waiting {
                 Reading::or_park(spare, Ok(step), worker, ticket, (bytes, arrival), now)
             }
         }
-    }
-
-    /// The list may have changed since the request came: its places may be other endpoints' now.
-    fn refresh_candidates(&mut self, worker: &Worker) {
-        let parsed = &mut self.parsed;
-        let current = candidates(&worker.state.table, &parsed.served.model, parsed.head.subset.as_ref());
-        let current = current.unwrap_or_else(|_| {
-            Arc::new(Candidates { pool: Arc::clone(&parsed.served.candidates.pool), ..Candidates::default() })
-        });
-        parsed.served.candidates = worker.state.table.with_room(current, parsed.prompt.tokens);
     }
 }

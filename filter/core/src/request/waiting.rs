@@ -5,6 +5,7 @@ use super::parsed::{ParsedRequest, ScannedBody};
 use super::state::{Split, State, Waiting};
 use super::step::Step;
 use crate::choose::scheduler::Pick;
+use crate::endpoints::pairings::Partner;
 use crate::engine::LegOrder;
 use crate::metrics::Metric;
 use crate::request::reply::{QueueRefusal, Rejection};
@@ -31,18 +32,25 @@ pub(super) fn may_wait(worker: &Worker, parsed: &ParsedRequest, pick: Pick) -> b
 /// A request that is to be split goes to a prefill endpoint with room, or waits for one.
 pub(super) fn split_or_wait(
     worker: &mut Worker,
-    parsed: ParsedRequest,
+    mut parsed: ParsedRequest,
     pick: Pick,
     body: &ScannedBody<'_>,
     arrival: Monotonic,
     now: Monotonic,
 ) -> Result<Step, Rejection> {
+    // It waits for the endpoints of the pairing whose turn it was: one that has room may be of a pairing that got its share.
+    let pairing = worker.state.table.get(pick.endpoint).map(|state| Partner::of(state).key());
+    let pairing = pairing.filter(|_| !parsed.served.candidates.pairings.is_empty());
+    if let Some(those) = pairing.and_then(|key| parsed.served.candidates.of_pairing(key)) {
+        parsed.served.candidates = those;
+    }
     if worker.state.waiting.is_empty() && parsed.scheduler(worker, now).has_room(pick.endpoint) {
         worker.counts.count(Metric::BoundAtOnce);
         return Split { parsed, tried: Vec::new(), refusal: None, started: now }.start(worker, pick, body, now);
     }
     let ask = Ask {
         candidates: &parsed.served.candidates,
+        pairing,
         model: &parsed.served.model,
         prompt: &parsed.prompt,
         priority: parsed.head.claims.priority,

@@ -132,8 +132,12 @@ impl Endpoint {
         if self.models.len() > MAX_MODELS {
             return Err(bad("models", "too many"));
         }
-        let names =
-            [("pool", Some(&self.pool)), ("group", self.group.as_ref()), ("container", self.container.as_ref())];
+        let names = [
+            ("pool", Some(&self.pool)),
+            ("group", self.group.as_ref()),
+            ("revision", self.revision.as_ref()),
+            ("container", self.container.as_ref()),
+        ];
         for (key, name) in names.into_iter().chain(self.models.iter().map(|model| ("models", Some(model)))) {
             if let Some(name) = name
                 && (name.is_empty() || name.len() > MAX_NAME_BYTES)

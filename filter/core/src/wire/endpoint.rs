@@ -61,6 +61,9 @@ pub struct Endpoint {
     /// Pairing group: a prefill endpoint of a group serves decode endpoints of the same group only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
+    /// Revision of model and engine: a prefill endpoint serves decode endpoints of the same revision only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
     /// Speed relative to the pool's other endpoints, 0.01 to 100.
     #[serde(default = "default_weight", skip_serializing_if = "is_default_weight")]
     pub weight: f64,
@@ -102,6 +105,7 @@ pub const ENDPOINT_KEYS: &[&str] = &[
     "models_closed",
     "engine",
     "group",
+    "revision",
     "weight",
     "cache_tokens",
     "bootstrap_port",
@@ -177,6 +181,7 @@ impl Endpoint {
             models_pending: false,
             engine: None,
             group: None,
+            revision: None,
             weight: default_weight(),
             cache_tokens: None,
             bootstrap_port: None,

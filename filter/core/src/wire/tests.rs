@@ -14,6 +14,7 @@ fn endpoint_keys_are_the_fields_of_endpoint() {
         models_closed: true,
         engine: Some(Engine::VllmNixl),
         group: Some("g".into()),
+        revision: Some("r".into()),
         weight: 2.0,
         cache_tokens: Some(1),
         bootstrap_port: Some(1),

@@ -220,6 +220,10 @@ impl Worker {
             let candidates = candidates.map(|all| self.state.table.with_room(all, own.prompt.tokens));
             let suited =
                 candidates.filter(|candidates| !candidates.prefill.is_empty() && !candidates.decode.is_empty());
+            let suited = suited.and_then(|all| match own.pairing {
+                Some(key) => all.of_pairing(key),
+                None => all.pairings.is_empty().then_some(all),
+            });
             let Some(candidates) = suited else { return Some(id) };
             let name = queue_name(self, &candidates);
             let (before, mut request) = (own.queue, own.request.clone());

@@ -43,6 +43,8 @@ pub(crate) struct Turns {
 pub(super) struct Own {
     pub(super) prompt: Prompt,
     pub(super) model: String,
+    /// Key of the pairing for whose endpoints it waits, where shares count.
+    pub(super) pairing: Option<u64>,
     pub(super) request: WaitingRequest,
     pub(super) queue: u64,
     pub(super) end: Monotonic,

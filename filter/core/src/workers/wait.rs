@@ -23,6 +23,8 @@ use crate::workers::worker::Worker;
 #[derive(Debug)]
 pub(crate) struct Ask<'a> {
     pub(crate) candidates: &'a Arc<Candidates>,
+    /// Key of the pairing whose endpoints these are, where shares count.
+    pub(crate) pairing: Option<u64>,
     pub(crate) model: &'a str,
     pub(crate) prompt: &'a Prompt,
     pub(crate) priority: i64,
@@ -96,7 +98,7 @@ impl Worker {
         self.turns.pools.entry(pool_key).or_insert_with(|| candidates.pool.to_string());
         self.happens_at(name, &Event::Waits { request: Cow::Borrowed(&request) });
         let (prompt, model) = (ask.prompt.clone(), ask.model.to_owned());
-        self.turns.own.insert(id, Own { prompt, model, request, queue: name, end, has_deadline });
+        self.turns.own.insert(id, Own { prompt, model, pairing: ask.pairing, request, queue: name, end, has_deadline });
         self.turns.ends.insert((end, id));
         self.turns.enter_queue(name, candidates);
         let binding = self.next_own(name, now);

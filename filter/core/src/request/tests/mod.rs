@@ -19,6 +19,7 @@ mod kv_lease;
 mod media;
 mod models;
 mod refusals;
+mod revisions;
 mod stored;
 mod waiting;
 

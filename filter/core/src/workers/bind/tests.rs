@@ -72,6 +72,7 @@ impl Node {
         let candidates = self.worker.state.table.candidates("m").unwrap();
         let ask = Ask {
             candidates: &candidates,
+            pairing: None,
             model: "m",
             prompt,
             priority: 0,
