@@ -1,6 +1,7 @@
 //! What the root context and the streams of a worker share: core's parts, each with the host calls that it needs.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 
 use log::{error, info, warn};
 use pd_core::envoys::client::{ExchangeCall, ExchangeClient};
@@ -108,6 +109,9 @@ impl Shell {
 
     /// Puts a configuration in force, or the last good one that a worker of this Envoy had.
     pub fn configure(&mut self, text: &[u8]) {
+        // A variable that is no text has no part in a header either.
+        let text_of = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
+        self.worker.environment = std::env::vars_os().filter_map(text_of).collect();
         let config = match self.worker.configure_or_last_good(text, &self.metrics) {
             Configured::New(config) => config,
             Configured::LastGood(config, refusal) => {

@@ -161,6 +161,9 @@ impl Stream {
                 Effect::SetPath(path) => {
                     shell.expect_ok(":path", host::set_header(Map::Request, ":path", &path));
                 }
+                Effect::SetHeader(name, value) => {
+                    shell.expect_ok(&name, host::set_header(Map::Request, &name, &value));
+                }
                 Effect::SetState(path, value) => {
                     shell.expect_ok(path, host::set_property(path, &value));
                 }

@@ -277,6 +277,7 @@ fn check(outcome: &Outcome, body: &[u8], known: &HashSet<String>) {
             Effect::SetState(..)
             | Effect::RemoveHeader(_)
             | Effect::SetPath(_)
+            | Effect::SetHeader(..)
             | Effect::AddResponseHeader(..)
             | Effect::RemoveResponseHeader(_)
             | Effect::EditResponse(_)

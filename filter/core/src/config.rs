@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 
 use hashbrown::HashMap;
 
+use crate::config::legs::Legs;
 use crate::paths::{is_inference, matches};
 use crate::wire::{Endpoint, Snapshot, Stated, Target, WIRE_VERSION};
 
@@ -24,6 +25,7 @@ pub use pool::{Cost, LegLimit, Limits, MediaCost, OnPrefillFailure, Pool, Queue,
 mod check;
 mod error;
 pub mod keys;
+pub mod legs;
 mod pool;
 mod raw;
 
@@ -89,6 +91,8 @@ pub struct Config {
     /// Prefixes that the gateway's routes take away from a path after the filter has seen it; see
     /// [`crate::paths::engines_path`].
     pub path_prefixes: Vec<String>,
+    /// How prefill legs differ from the client's request.
+    pub legs: Legs,
     /// Whether requests that ask for another protocol, such as WebSocket, go to an endpoint. Otherwise they are refused.
     pub upgrades: bool,
     /// Request headers that name a client's session, the first one present counts: its requests stay together.

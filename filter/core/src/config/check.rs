@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 
 use super::error::ConfigError;
 use super::keys::{Key, Values};
+use super::legs::Legs;
 use super::raw::{AnswerModel, CachedTokens, Raw, RawAlias, RawControl, RawPool, RawTarget, SplitMode};
 use super::{Alias, Config, Control, Cost, LegLimit, Limits, MediaCost, Pool, Prefix, Queue, Split, TRUSTABLE_HEADERS};
 use crate::wire::{Endpoint, Snapshot, Target, WIRE_VERSION, WireError, unknown_endpoint_key};
@@ -96,6 +97,7 @@ impl Config {
             trusted_headers: raw.trusted_headers,
             allowed_paths: raw.allowed_paths,
             path_prefixes: raw.path_prefixes,
+            legs: Legs::check(raw.legs)?,
             upgrades: raw.upgrades,
             session_headers: raw.session_headers,
             session_cookies: raw.session_cookies,
@@ -248,14 +250,14 @@ fn check_endpoints(raw: Vec<Map<String, Value>>) -> Result<Vec<Endpoint>, Config
     Ok(snapshot.endpoints)
 }
 
-fn check_name(key: &str, value: &str) -> Result<(), ConfigError> {
+pub(super) fn check_name(key: &str, value: &str) -> Result<(), ConfigError> {
     if value.is_empty() || value.len() > 512 || !value.bytes().all(|b| b.is_ascii_graphic()) {
         return Err(ConfigError::new(key, "must be 1 to 512 visible ASCII characters"));
     }
     Ok(())
 }
 
-fn check_header_name(key: &str, value: &str) -> Result<(), ConfigError> {
+pub(super) fn check_header_name(key: &str, value: &str) -> Result<(), ConfigError> {
     let token = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
     if value.is_empty() || value.len() > 128 || !value.bytes().all(token) {
         return Err(ConfigError::new(key, "must be a header name in lower case"));

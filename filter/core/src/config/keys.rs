@@ -113,6 +113,14 @@ keys! {
         "Paths that a client may reach beside [those of inference APIs](#paths). Requests to other paths get 404, because engines serve their administration on the same port."
     PathPrefixes "path_prefixes" "[]", Values::Described("list of paths such as `/team`, without a slash at the end"),
         "Prefixes that the gateway's routes take away from a path after the filter has seen it. The filter reads `/team/v1/chat/completions` as `/v1/chat/completions`, and its prefill leg has the path without the prefix."
+    Legs "legs" "{}", OBJECT,
+        "[How prefill legs differ from the client's request](#legs). No route of the gateway changes a leg."
+    LegsHeaders "legs.headers" "[]", Values::Described("list of [headers of legs](#legs)"),
+        "Headers of prefill legs, in place of those that the client sent under the same names."
+    LegsAuthority "legs.authority" "null", NAME,
+        "`:authority` of prefill legs. `null`: the client's."
+    LegsPathPrefix "legs.path_prefix" r#""""#, Values::Described("path such as `/llm`, without a slash at the end"),
+        "What stands before the path of a prefill leg. By default the leg has the path at which engines serve the request's API, such as `/v1/chat/completions`."
     Upgrades "upgrades" "false", BOOLEAN,
         "Whether requests that ask for another protocol, such as the WebSockets of `/v1/realtime`, go to an endpoint of the model that their query names. [Envoy must be set up for it](#upgrades-and-compressed-bodies). `false`: they get 501."
     SessionHeaders "session_headers" r#"["x-session-id", "x-claude-code-session-id", "x-session-affinity", "session-id", "session_id", "x-opencode-session", "x-qwen-code-session-id", "agent-session-id", "x-kilocode-taskid", "x-client-session-id", "x-amp-thread-id", "x-task-id", "x-roo-task-id", "x-openwebui-chat-id", "x-litellm-session-id", "x-litellm-trace-id", "x-interaction-id"]"#, Values::Described("list of header names in lower case"),

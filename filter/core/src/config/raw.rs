@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use super::legs::RawLegs;
 use super::{OnPrefillFailure, SESSION_HEADERS};
 use crate::wire::Engine;
 
@@ -20,6 +21,7 @@ pub(super) struct Raw {
     pub(super) trusted_headers: Vec<String>,
     pub(super) allowed_paths: Vec<String>,
     pub(super) path_prefixes: Vec<String>,
+    pub(super) legs: RawLegs,
     pub(super) upgrades: bool,
     pub(super) session_headers: Vec<String>,
     pub(super) session_cookies: Vec<String>,
@@ -42,6 +44,7 @@ impl Default for Raw {
             trusted_headers: Vec::new(),
             allowed_paths: Vec::new(),
             path_prefixes: Vec::new(),
+            legs: RawLegs::default(),
             upgrades: false,
             session_headers: SESSION_HEADERS.iter().map(|&name| name.to_owned()).collect(),
             session_cookies: Vec::new(),

@@ -62,6 +62,8 @@ pub enum Effect {
     RemoveHeader(Vec<u8>),
     /// Set the request's `:path`. Only [`Request::headers`](super::Request::headers) asks for it.
     SetPath(Vec<u8>),
+    /// Set a request header, in place of all of that name. Only [`Request::headers`](super::Request::headers) asks for it.
+    SetHeader(String, Vec<u8>),
     /// Set the filter state of this name, one of [`STATES`].
     SetState(&'static str, Vec<u8>),
     /// Edit the front of the buffered request body, which is complete.

@@ -248,14 +248,16 @@ const NOT_FORWARDED: &[&[u8]] = &[
 /// Header that tells the ranks behind one address apart.
 const RANK_HEADER: &[u8] = b"x-data-parallel-rank";
 
-/// The path at which engines have the request's API, with the client's query: no route rewrites a call's path.
+/// The path at which engines have the request's API, with the configured prefix and the client's query: no route rewrites a
+/// call's path.
 fn leg_path(parsed: &ParsedRequest) -> Vec<u8> {
     let path = parsed.head.headers.get(":path").unwrap_or_default();
     let query = path.iter().position(|byte| *byte == b'?').and_then(|start| path.get(start..)).unwrap_or_default();
-    [parsed.api.path().as_bytes(), query].concat()
+    [parsed.head.config.legs.path_prefix.as_bytes(), parsed.api.path().as_bytes(), query].concat()
 }
 
-/// Headers of the prefill leg: the client's, the leg's path, the destination, and the rank there if it has one.
+/// Headers of the prefill leg: the client's, changed as configured, the leg's path, the destination, and the rank there if
+/// it has one.
 fn leg_headers(headers: &Headers, config: &Config, path: &[u8], destination: &[u8], rank: Option<u32>) -> Headers {
     const PSEUDO: &[&[u8]] = &[b":method", b":path", b":authority", b":scheme"];
     let forwarded = |name: &[u8]| {
@@ -268,8 +270,15 @@ fn leg_headers(headers: &Headers, config: &Config, path: &[u8], destination: &[u
     let own = (config.destination_header.as_bytes(), destination);
     let rank = rank.map(|rank| rank.to_string());
     let rank = rank.as_ref().map(|rank| (RANK_HEADER, rank.as_bytes()));
+    // What the configuration copies may be a header that is not forwarded itself.
+    let headers = config.legs.apply(headers.clone());
+    let authority = config.legs.authority.as_deref().map(str::as_bytes);
     let kept = headers.iter().filter(|(name, _)| forwarded(name));
-    let kept = kept.map(|(name, value)| (name, if name == b":path" { path } else { value }));
+    let kept = kept.map(|(name, value)| match name {
+        b":path" => (name, path),
+        b":authority" => (name, authority.unwrap_or(value)),
+        _ => (name, value),
+    });
     Headers::from_pairs(kept.chain([own]).chain(rank))
 }
 
@@ -320,5 +329,18 @@ mod tests {
         );
         assert_eq!(leg.get("x-data-parallel-rank"), Some(&b"3"[..]));
         assert_eq!(leg.get("x-custom"), Some(&b"10.0.0.1:1"[..]));
+    }
+
+    #[test]
+    fn a_leg_carries_what_is_configured() {
+        let text = br#"{"legs":{"authority":"engines.internal","headers":[
+            {"name":"x-user","from":"x-envoy-user"},{"name":"x-pd-phase","value":"decode"},{"name":"x-a","value":"1"}]}}"#;
+        let config = Config::parse(text).unwrap();
+        let headers = [(":method", "POST"), (":path", "/p"), (":authority", "a"), ("x-envoy-user", "u"), ("x-a", "2")];
+        let leg = leg_headers(&Headers::from_pairs(headers), &config, b"/llm/v1/x", b"10.0.0.1:1", None);
+        let value = |name: &str| leg.get(name).map(|value| core::str::from_utf8(value).unwrap());
+        assert_eq!((value(":authority"), value(":path")), (Some("engines.internal"), Some("/llm/v1/x")));
+        assert_eq!((value("x-user"), value("x-a"), value("x-envoy-user")), (Some("u"), Some("1"), None));
+        assert_eq!(value("x-pd-phase"), None, "what steers the filter never goes on");
     }
 }

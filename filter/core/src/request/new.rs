@@ -54,6 +54,7 @@ pub(super) fn headers(worker: &mut Worker, headers: Headers, end_of_stream: bool
     let mut removed: Vec<_> = ours.map(|name| Effect::RemoveHeader(name.to_vec())).collect();
     worker.counts.add(Metric::HeadersStripped, i64::try_from(removed.len()).unwrap_or(i64::MAX));
     let without_slash = without_last_slash(&headers, &config).map(Effect::SetPath);
+    let for_engines = headers_for_engines(&config, &headers);
     let step = match classify(worker, &config, headers, end_of_stream) {
         Ok(Class::Readiness) => return Step::reply(Vec::new(), readiness(worker, &config)),
         Ok(Class::Models(reply)) => {
@@ -77,7 +78,21 @@ pub(super) fn headers(worker: &mut Worker, headers: Headers, end_of_stream: bool
         }
         Err(rejection) => Step::reject(worker, rejection),
     };
-    step.after(removed)
+    step.after(removed.into_iter().chain(for_engines))
+}
+
+/// Headers that the configuration gives to all legs, on the client's own request.
+fn headers_for_engines(config: &Config, headers: &Headers) -> Vec<Effect> {
+    let mut effects = Vec::new();
+    for header in config.legs.headers.iter().filter(|header| header.is_for_all) {
+        // Several values under one name are one list.
+        match header.values(headers).join(&b", "[..]) {
+            value if value.is_empty() && headers.get(&header.name).is_none() => {}
+            value if value.is_empty() => effects.push(Effect::RemoveHeader(header.name.clone().into_bytes())),
+            value => effects.push(Effect::SetHeader(header.name.clone(), value)),
+        }
+    }
+    effects
 }
 
 /// The path and query without the slash at the end of a path of an inference API, where one is there: engines answer such a

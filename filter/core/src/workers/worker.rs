@@ -1,5 +1,6 @@
 //! One worker: its configuration, its state, the events it has to publish and its counts.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::choose::admission::{Ask, Shed, pool_key};
@@ -48,6 +49,8 @@ pub struct Worker {
     pub retries: RetryBudget,
     /// This worker's waiting requests.
     pub(crate) turns: Turns,
+    /// Environment variables of the Envoy process that the filter sees. Set it before the configuration.
+    pub environment: BTreeMap<String, String>,
     legs: u64,
 }
 
@@ -62,6 +65,7 @@ impl Default for Worker {
             recent: Recent::default(),
             retries: RetryBudget::default(),
             turns: Turns::default(),
+            environment: BTreeMap::new(),
             legs: 0,
         }
     }
@@ -93,7 +97,11 @@ impl Worker {
     /// # Errors
     /// Why the configuration is refused. The one before stays in force; where there was none, requests get the refusal.
     pub fn configure(&mut self, text: &[u8]) -> Result<Arc<Config>, ConfigError> {
-        match Config::parse(text) {
+        let parsed = Config::parse(text).and_then(|mut config| {
+            config.legs.resolve(|name| self.environment.get(name).cloned())?;
+            Ok(config)
+        });
+        match parsed {
             Ok(config) => {
                 let config = Arc::new(config);
                 self.counts.count(Metric::ConfigAccepted);
