@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use bytes::{Bytes, BytesMut};
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE, SERVER};
+use http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, SERVER};
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use http_body_util::BodyExt as _;
@@ -19,7 +19,7 @@ use crate::generate::{REQUEST_ID, generate};
 use crate::guard::Guard;
 use crate::head::quote;
 use crate::metrics;
-use crate::nixl::{ENGINE_HEADER, PAIR_HEADER, PULL_PATH, Refusal};
+use crate::nixl::{ENGINE_HEADER, PAIR_HEADER, PULL_PATH, REVISION_HEADER, Refusal};
 use crate::plain;
 use crate::request::Generation;
 use crate::role::Engine;
@@ -50,6 +50,10 @@ pub(crate) async fn serve(pod: Arc<Pod>, connection: Arc<Connection>, request: R
     // Probes and scrapes would push the requests out that a test looks for.
     if !matches!(path, "/health" | "/metrics") {
         pod.recorder.record(&parts, &body);
+    }
+    if !is_authorised(&pod, &parts) {
+        pod.stats.status(StatusCode::UNAUTHORIZED.as_u16());
+        return json(StatusCode::UNAUTHORIZED, r#"{"error":"Unauthorized"}"#);
     }
     let api = Api::of_path(path).filter(|_| parts.method == Method::POST);
     let mut guard = api.is_some().then(|| Guard::new(&pod));
@@ -82,6 +86,14 @@ pub(crate) async fn serve(pod: Arc<Pod>, connection: Arc<Connection>, request: R
     response
 }
 
+/// Whether a request may be served: vLLM asks for its API key below these paths only.
+fn is_authorised(pod: &Pod, parts: &Parts) -> bool {
+    let Some(key) = &pod.config.api_key else { return true };
+    let is_guarded = ["/v1", "/inference"].iter().any(|prefix| parts.uri.path().starts_with(prefix));
+    let given = parts.headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok()?.split_once(' '));
+    !is_guarded || given.is_some_and(|(scheme, given)| scheme.eq_ignore_ascii_case("bearer") && given == key)
+}
+
 /// Answers one request of the side channel.
 pub(crate) async fn serve_side(pod: Arc<Pod>, request: Request<Incoming>) -> Response<Body> {
     let (parts, body) = request.into_parts();
@@ -90,6 +102,10 @@ pub(crate) async fn serve_side(pod: Arc<Pod>, request: Request<Incoming>) -> Res
         pod.stats.request(QUERY_PATH);
         let engine_id = quote(&pod.engine_id);
         return json(StatusCode::OK, format!(r#"{{"0":{{"engine_id":{engine_id},"worker_addr":{{"0":{{}}}}}}}}"#));
+    }
+    let revision = parts.headers.get(REVISION_HEADER).map(HeaderValue::as_bytes);
+    if revision != pod.config.revision.as_deref().map(str::as_bytes) {
+        return typed(StatusCode::UPGRADE_REQUIRED, "text/plain", "compatibility hash mismatch");
     }
     if let Some(key) = parts.uri.path().strip_prefix(ROOM_PATH)
         && engine_id.is_none_or(|id| id == pod.engine_id.as_bytes())

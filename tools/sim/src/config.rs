@@ -21,6 +21,11 @@ pub struct Config {
     pub role: Role,
     /// Engine and connector.
     pub engine: Engine,
+    /// Revision of engine and model. A server refuses to fetch a KV cache from one of another revision, as vLLM does where
+    /// the compatibility hashes differ.
+    pub revision: Option<String>,
+    /// API key: requests below `/v1` and `/inference` without it as a bearer token are answered 401, as by vLLM.
+    pub api_key: Option<String>,
     /// Names of base models, at least one. Each gives other text.
     pub models: Vec<String>,
     /// Names of LoRA adapters of the first model.
@@ -94,6 +99,8 @@ impl Default for Config {
             side_channel: None,
             role: Role::Both,
             engine: Engine::VllmNixl,
+            revision: None,
+            api_key: None,
             models: vec!["sim".to_owned()],
             loras: Vec::new(),
             speed: 0.0,
@@ -134,6 +141,12 @@ impl Config {
     pub fn validate(&self) -> Result<(), String> {
         if self.engine == Engine::VllmShared && self.shared_dir.is_none() {
             return Err("--engine vllm-shared needs --shared-dir".to_owned());
+        }
+        let in_header = [("--revision", &self.revision), ("--api-key", &self.api_key)];
+        for (option, text) in in_header {
+            if text.as_ref().is_some_and(|text| text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_graphic())) {
+                return Err(format!("{option} must be visible ASCII characters"));
+            }
         }
         if self.models.is_empty() || self.models.iter().chain(&self.loras).any(String::is_empty) {
             return Err("--model and --lora must not be empty".to_owned());

@@ -104,7 +104,7 @@ impl Pod {
             lease_opened: Notify::new(),
             side_channel: OnceLock::new(),
             timing: Timing::new(&config),
-            puller: Puller::new(),
+            puller: Puller::new(config.revision.clone()),
             seats: Semaphore::new(config.max_num_seqs),
             prefill: Semaphore::new(1),
             decoding: AtomicUsize::new(0),

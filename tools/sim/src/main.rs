@@ -16,8 +16,15 @@ use pd_sim::{Config, Engine, Fault, Role};
 #[command(name = "pd-sim", version, max_term_width = 120)]
 struct Args {
     /// Address of the API
-    #[arg(long, default_value = "127.0.0.1:8100")]
+    #[arg(long, default_value = "127.0.0.1:8100", value_parser = address)]
     listen: SocketAddr,
+    /// Revision of engine and model: servers of different ones refuse each other's KV caches, as vLLM does by its
+    /// compatibility hash [default: none, compared with none]
+    #[arg(long)]
+    revision: Option<String>,
+    /// API key that requests below /v1 and /inference must carry as a bearer token
+    #[arg(long)]
+    api_key: Option<String>,
     /// Address from which other simulators fetch KV [default: a free port at the IP of --listen]
     #[arg(long)]
     side_channel: Option<SocketAddr>,
@@ -91,6 +98,16 @@ struct Args {
     record: usize,
 }
 
+/// An address; the last colon of an IPv6 address without brackets stands before the port, as in Kubernetes'
+/// `$(POD_IP):8000`.
+fn address(text: &str) -> Result<SocketAddr, String> {
+    let parsed = text.parse::<SocketAddr>().ok().or_else(|| {
+        let (ip, port) = text.rsplit_once(':')?;
+        Some(SocketAddr::new(ip.parse().ok()?, port.parse().ok()?))
+    });
+    parsed.ok_or_else(|| "must be IP:PORT".to_owned())
+}
+
 impl Args {
     fn into_config(self) -> Result<Config, String> {
         let lease = Duration::try_from_secs_f64(self.lease_s)
@@ -101,6 +118,8 @@ impl Args {
         let keep_alive = keep_alive.map_err(|error| format!("--keep-alive-s: {error}"))?;
         Ok(Config {
             listen: self.listen,
+            revision: self.revision,
+            api_key: self.api_key,
             side_channel: self.side_channel,
             role: self.role,
             engine: self.engine,

@@ -6,6 +6,8 @@
 //!   200 digest of the prompt   the KV moves, the lease ends
 //!   409 reason                 the blocks are no longer what they were: the caller reads other KV
 //!   404                        no such engine here
+//!   412                        the other leg's request id is another one
+//!   426                        the caller's revision (`x-revision`) is another one: the hand-shake fails, the blocks wait on
 //! ```
 
 use std::collections::{HashMap, VecDeque};
@@ -29,6 +31,8 @@ use crate::rooms::ROOM_PATH;
 pub(crate) const PULL_PATH: &str = "/pull";
 /// Request header that names the engine the caller believes to reach.
 pub(crate) const ENGINE_HEADER: &str = "x-engine-id";
+/// Request header with the caller's revision.
+pub(crate) const REVISION_HEADER: &str = "x-revision";
 /// Request header with the decode leg's `x-request-id`, by which push mode pairs the legs.
 pub(crate) const PAIR_HEADER: &str = "x-pair-id";
 /// Ended leases of which the server still knows why they ended; older ones count as unknown.
@@ -244,15 +248,16 @@ pub(crate) enum Pulled {
 /// Fetches KV from other servers.
 pub(crate) struct Puller {
     client: Client<HttpConnector, Full<Bytes>>,
+    revision: Option<String>,
 }
 
 impl Puller {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(revision: Option<String>) -> Self {
         let mut connector = HttpConnector::new();
         connector.set_connect_timeout(Some(CONNECT_LIMIT));
         connector.set_nodelay(true);
         let client = Client::builder(TokioExecutor::new()).pool_timer(TokioTimer::new()).build(connector);
-        Self { client }
+        Self { client, revision }
     }
 
     pub(crate) async fn pull(&self, remote: &Remote, source: &Source, pair: Option<&str>) -> Pulled {
@@ -274,10 +279,14 @@ impl Puller {
     }
 
     async fn fetch(&self, request: http::Result<http::Request<Full<Bytes>>>) -> Pulled {
-        let request = match request {
+        let mut request = match request {
             Ok(request) => request,
             Err(error) => return Pulled::Unreachable(error.to_string()),
         };
+        if let Some(revision) = self.revision.as_deref().and_then(|revision| revision.parse::<http::HeaderValue>().ok())
+        {
+            request.headers_mut().insert(REVISION_HEADER, revision);
+        }
         let response = match self.client.request(request).await {
             Ok(response) => response,
             Err(error) => return Pulled::Unreachable(error.to_string()),

@@ -9,6 +9,25 @@ use serde_json::{Value, json};
 use crate::client::{CHAT, COMPLETIONS, ask, chat, exchange, get, post, send};
 
 #[tokio::test]
+async fn an_api_key_is_asked_for_where_vllm_asks_for_it() {
+    let sim = start(Config { api_key: Some("s3cret".into()), ..Config::default() }).await.unwrap();
+    let body = chat("Tell me.", "");
+    let status = async |mut request: Request<Bytes>, key: Option<&str>| {
+        if let Some(key) = key {
+            request.headers_mut().insert("authorization", HeaderValue::from_str(key).unwrap());
+        }
+        send(request).await.unwrap().status
+    };
+    for (key, expected) in
+        [(None, 401), (Some("Bearer other"), 401), (Some("s3cret"), 401), (Some("bearer s3cret"), 200)]
+    {
+        assert_eq!(status(post(&sim, CHAT, &body), key).await, expected, "{key:?}");
+        assert_eq!(status(get(&sim, "/v1/models"), key).await, expected, "{key:?}");
+    }
+    assert_eq!((status(get(&sim, "/metrics"), None).await, status(get(&sim, "/health"), None).await), (200, 200));
+}
+
+#[tokio::test]
 async fn a_chat_answer_has_vllms_fields() {
     let sim = start(Config::default()).await.unwrap();
     let body = chat("Tell me.", r#","max_tokens":5"#);

@@ -43,6 +43,23 @@ async fn fresh_params_move_the_kv_and_give_the_right_text() {
 }
 
 #[tokio::test]
+async fn a_server_of_another_revision_cannot_fetch() {
+    let of = |role, revision: Option<&str>| Config { revision: revision.map(str::to_owned), ..Config::of(role) };
+    for (one, other) in [(Some("a"), Some("b")), (Some("a"), None), (None, Some("b"))] {
+        let prefill = start(of(Role::Prefill, one)).await.unwrap();
+        let (same, different) =
+            (start(of(Role::Decode, one)).await.unwrap(), start(of(Role::Decode, other)).await.unwrap());
+        let issued = params(&prefill, PROMPT).await;
+        let refused = decode(&different, PROMPT, &issued).await;
+        assert!(refused.status == 500 && refused.text.contains("compatibility hash mismatch"), "{}", refused.text);
+        assert_eq!((different.stats().failed_pulls, prefill.stats().leases_open), (1, 1), "the blocks stay");
+        assert_eq!(decode(&same, PROMPT, &issued).await.choice(0), expected_text("sim", chat(PROMPT, "")));
+        let streamed = ask(&different, CHAT, &decode_leg(PROMPT, &issued, r#","stream":true"#)).await;
+        assert!(streamed.text.contains("compatibility hash mismatch"), "{}", streamed.text);
+    }
+}
+
+#[tokio::test]
 async fn params_come_only_without_stream_and_by_length() {
     let sim = start(Config::of(Role::Prefill)).await.unwrap();
     let ask_kv = |fields: &str| {
