@@ -327,7 +327,7 @@ async fn objectives_and_rewrites_reach_filters_and_are_followed() {
 async fn selectors_of_ones_own_read_labels_of_ones_own() {
     let (server, _listening) = ApiServer::start().await;
     let mut front = pod("decode", "10.0.0.1");
-    front["metadata"]["labels"] = json!({"app": "engine", "tier": "front", "shard": "7"});
+    front["metadata"]["labels"] = json!({"app": "engine", "tier": "front", "shard": "7", "pod-template-hash": "5f"});
     front["spec"]["containers"][0]["ports"] = json!([{"containerPort": 1}, {"containerPort": 9000, "name": "api"}]);
     server.apply("n", "a", front);
     server.apply("n", "b", pod("prefill", "10.0.0.2"));
@@ -338,6 +338,7 @@ selectors:
   - match: {matchLabels: {app: engine}, matchExpressions: [{key: tier, operator: In, values: [front, back]}]}
     role: {label: tier, values: {front: prefill, back: decode}}
     group: {label: shard}
+    revision: {label: pod-template-hash}
     engine: sglang
     port: {name: api}
     pool: big
@@ -347,7 +348,7 @@ selectors:
     let rig = Rig::start_without_file(|it| follow(it, &server, config)).await;
     until_true("there is a list", || async { view(&rig).await["version"] == 1 }).await;
     let expected = json!([{"address": "10.0.0.1:9000", "role": "prefill", "pool": "big", "engine": "sglang",
-                           "group": "7", "weight": 2.0}]);
+                           "group": "7", "revision": "5f", "weight": 2.0}]);
     assert_eq!(view(&rig).await["endpoints"], expected);
 }
 
@@ -369,6 +370,7 @@ fn a_wrong_configuration_is_refused_with_its_key() {
         ("namespaces: [a, a]", "k.yaml: namespaces: a is listed twice"),
         ("allowed_cidrs: [10.0.0.0/33]", "k.yaml:1:17: "),
         ("inference_pools: [{name: a, group: b}]", "k.yaml:1:36: unknown variant `b`"),
+        ("revision: {label: a, annotation: b}", "k.yaml: revision: either label or annotation"),
         ("selectors: [{match: {}}]", "k.yaml: selectors[0].match: selects every pod"),
         ("selectors: [{match: {matchLabels: {a: b}}, role: boss}]", "k.yaml: selectors[0].role: \"boss\" is no role"),
         (

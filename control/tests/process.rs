@@ -329,6 +329,16 @@ fn check_warns_of_lists_that_cannot_serve() {
          prompt over"
     );
     assert_eq!(
+        list(&[
+            "role: prefill, revision: a",
+            "role: decode, revision: a",
+            "role: decode, revision: b",
+            "role: prefill"
+        ]),
+        "pool \"default\": revision \"b\" has no prefill endpoint, so decode endpoint 10.0.0.3:80 takes no prompt over\n\
+         pool \"default\": the rest without a revision has no decode endpoint, so prefill endpoint 10.0.0.4:80 is never used"
+    );
+    assert_eq!(
         list(&["role: prefill", "role: both"]),
         "pool \"default\": there is no decode endpoint, so prefill endpoint 10.0.0.1:80 is never used"
     );

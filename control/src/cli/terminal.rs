@@ -37,7 +37,8 @@ pub async fn follow_top(server: &Server, once: bool) -> anyhow::Result<()> {
 /// A table of all endpoints.
 #[must_use]
 pub fn endpoints(status: &StatusView) -> String {
-    let mut rows = vec![["ENDPOINT", "ROLE", "STATE", "POOL", "ENGINE", "GROUP", "MODELS", "POD"].map(str::to_owned)];
+    let mut rows =
+        vec![["ENDPOINT", "ROLE", "STATE", "POOL", "ENGINE", "GROUP", "REVISION", "MODELS", "POD"].map(str::to_owned)];
     rows.extend(status.endpoints.iter().map(|it| {
         [
             it.endpoint.id().to_string(),
@@ -46,6 +47,7 @@ pub fn endpoints(status: &StatusView) -> String {
             it.endpoint.pool.clone(),
             engine(it),
             it.endpoint.group.clone().unwrap_or_default(),
+            it.endpoint.revision.clone().unwrap_or_default(),
             it.endpoint.models.join(","),
             it.pod.clone().unwrap_or_default(),
         ]
@@ -158,6 +160,9 @@ pub fn explain(status: &StatusView, name: &str) -> Option<String> {
         let _ = writeln!(text, "  engine  {}", engine(it));
         if let Some(group) = &it.endpoint.group {
             let _ = writeln!(text, "  group   {group}: pairs with this group only");
+        }
+        if let Some(revision) = &it.endpoint.revision {
+            let _ = writeln!(text, "  rev     {revision}: pairs with this revision only");
         }
         match (it.endpoint.min_prompt_tokens, it.endpoint.max_prompt_tokens) {
             (None, None) => {}

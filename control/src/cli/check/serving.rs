@@ -37,6 +37,16 @@ impl Member<'_> {
         self.endpoint.role == role
     }
 
+    fn has_revision_of(self, other: &Self) -> bool {
+        self.endpoint.revision == other.endpoint.revision
+    }
+
+    /// The revision, as the subject of a sentence.
+    fn revision(self) -> String {
+        let revision = self.endpoint.revision.as_ref();
+        revision.map_or_else(|| "the rest without a revision".to_owned(), |revision| format!("revision {revision:?}"))
+    }
+
     /// Whether it serves a model, by name or as every model of its pool.
     fn serves(self, model: &str) -> bool {
         self.endpoint.models.is_empty() || self.endpoint.models.iter().any(|known| known == model)
@@ -89,6 +99,11 @@ fn pair_warning(member: Member<'_>, members: &[Member<'_>]) -> Option<String> {
             if let (Some(group), true) = (group, partners.is_empty()) {
                 return Some(format!("group {group:?} has no decode endpoint, so prefill endpoint {id} is never used"));
             }
+            let partners: Vec<_> = partners.into_iter().filter(|it| it.has_revision_of(&member)).collect();
+            if partners.is_empty() {
+                let revision = member.revision();
+                return Some(format!("{revision} has no decode endpoint, so prefill endpoint {id} is never used"));
+            }
             let engine = mismatch(member, &partners)?;
             Some(format!(
                 "prefill endpoint {id} speaks {engine}, which no decode endpoint speaks: nothing takes its prompts over"
@@ -111,6 +126,13 @@ fn pair_warning(member: Member<'_>, members: &[Member<'_>]) -> Option<String> {
                         "every prefill endpoint has a group, so decode endpoint {id}, which has none, takes no prompt over"
                     ),
                 });
+            }
+            let partners: Vec<_> = partners.into_iter().filter(|it| it.has_revision_of(&member)).collect();
+            if partners.is_empty() {
+                let revision = member.revision();
+                return Some(format!(
+                    "{revision} has no prefill endpoint, so decode endpoint {id} takes no prompt over"
+                ));
             }
             let engine = mismatch(member, &partners)?;
             Some(format!(

@@ -16,6 +16,7 @@ pub const ANNOTATIONS: &[&str] = &[
     "port",
     "engine",
     "group",
+    "revision",
     "weight",
     "cache-tokens",
     "bootstrap-port",

@@ -7,6 +7,7 @@
 //! | port | the `InferencePool`'s, the routing sidecar's | `model.aibrix.ai/port`, label or annotation | `envoy-pd/port` |
 //! | engine | `llm-d.ai/engine-type` | `model.aibrix.ai/engine`, `model.aibrix.ai/kv-connector-type` | `envoy-pd/engine` |
 //! | group | – | `roleset-name` | `envoy-pd/group` |
+//! | revision | `disaggregatedset.x-k8s.io/revision` | – | `envoy-pd/revision` |
 //! | prompt lengths | – | `promptLenBucketMinLength` and `Max` in annotation `model.aibrix.ai/config`, labels `prompt-len-bucket-min-length` and `max` | `envoy-pd/min-prompt-tokens`, `max-prompt-tokens` |
 //!
 //! and `envoy-pd/pool`, `weight`, `cache-tokens`, `bootstrap-port`, `ranks`, `state`. An annotation of pd-control wins
@@ -31,6 +32,8 @@ const MAX_RANKS: u32 = 256;
 
 /// Number of a pod in its group of a LeaderWorkerSet; the leader has 0.
 const LWS_WORKER_INDEX: &str = "leaderworkerset.sigs.k8s.io/worker-index";
+/// Revision of a DisaggregatedSet, the same on the pods of all its roles.
+const SET_REVISION: &str = "disaggregatedset.x-k8s.io/revision";
 const LLMD_ROLE: &str = "llm-d.ai/role";
 const LLMD_ENGINE: &str = "llm-d.ai/engine-type";
 const LLMD_SERVING: [&str; 2] = ["llm-d.ai/inferenceServing", "llm-d.ai/inference-serving"];
@@ -48,27 +51,39 @@ pub enum PodClass {
     Refused(String),
 }
 
+/// What holds for all pods.
+#[derive(Clone, Debug, Default)]
+pub struct Defaults {
+    /// Whether the labels of llm-d and AIBrix make a pod an engine.
+    pub by_labels: bool,
+    /// Source of the revision of pods whose rule names none; none: the label of a DisaggregatedSet.
+    pub revision: Option<Source<String>>,
+    /// Allow-list for the addresses of pods.
+    pub networks: AllowedNetworks,
+}
+
 /// A pod and the rule that selects it.
 struct Reader<'a> {
     pod: &'a Pod,
     rule: Option<&'a Rule>,
+    defaults: &'a Defaults,
     ours: Annotations<'a>,
 }
 
-/// Classifies a pod: by `rule`, if one selects it, else by the labels of llm-d and AIBrix if `by_labels`.
+/// Classifies a pod: by `rule`, if one selects it, else by the labels of llm-d and AIBrix, if the defaults say so.
 #[must_use]
-pub fn classify(pod: &Pod, rule: Option<&Rule>, by_labels: bool, networks: &AllowedNetworks) -> PodClass {
-    let reader = Reader { pod, rule, ours: Annotations(&pod.annotations) };
+pub fn classify(pod: &Pod, rule: Option<&Rule>, defaults: &Defaults) -> PodClass {
+    let reader = Reader { pod, rule, defaults, ours: Annotations(&pod.annotations) };
     let is_ignored = reader.ours.text("ignore") == Some("true") || pod.is_finished;
     let follows = pod.labels.get(aibrix::GROUP_INDEX).is_some_and(|index| index != "0");
-    if is_ignored || follows || (rule.is_none() && !by_labels) {
+    if is_ignored || follows || (rule.is_none() && !defaults.by_labels) {
         return PodClass::Other;
     }
-    reader.endpoints(networks).unwrap_or_else(PodClass::Refused)
+    reader.endpoints().unwrap_or_else(PodClass::Refused)
 }
 
 impl Reader<'_> {
-    fn endpoints(&self, networks: &AllowedNetworks) -> Result<PodClass, String> {
+    fn endpoints(&self) -> Result<PodClass, String> {
         let Some(role) = self.role()? else { return Ok(PodClass::Other) };
         if let Some(unknown) = self.ours.unknown() {
             return Err(format!("{unknown}: no such annotation; there are {}", ANNOTATIONS.join(", ")));
@@ -90,6 +105,7 @@ impl Reader<'_> {
         endpoint.group = self
             .value("group", self.rule.and_then(|rule| rule.group.as_ref()))?
             .or_else(|| self.pod.labels.get(aibrix::ROLESET).cloned());
+        endpoint.revision = self.revision()?;
         endpoint.weight =
             self.ours.number("weight")?.or(self.rule.and_then(|rule| rule.weight)).unwrap_or(endpoint.weight);
         endpoint.cache_tokens = self.ours.number("cache-tokens")?.or(self.rule.and_then(|rule| rule.cache_tokens));
@@ -114,7 +130,7 @@ impl Reader<'_> {
             return Ok(PodClass::Other);
         }
         let Some(ip) = self.pod.ip else { return Ok(PodClass::Pending) };
-        networks.check(ip)?;
+        self.defaults.networks.check(ip)?;
         let mut endpoints = Vec::new();
         for port in ports {
             endpoint.address = SocketAddr::new(ip, port);
@@ -131,6 +147,12 @@ impl Reader<'_> {
             Some(error) => Err(error.to_string()),
             None => Ok(PodClass::Endpoints(endpoints)),
         }
+    }
+
+    fn revision(&self) -> Result<Option<String>, String> {
+        let source = self.rule.and_then(|rule| rule.revision.as_ref()).or(self.defaults.revision.as_ref());
+        let named = self.value("revision", source)?;
+        Ok(if source.is_some() { named } else { named.or_else(|| self.pod.labels.get(SET_REVISION).cloned()) })
     }
 
     /// Whether the pod is a worker of a LeaderWorkerSet that serves no HTTP: its containers do not have the port. The

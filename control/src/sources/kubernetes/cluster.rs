@@ -7,7 +7,7 @@ use kube::core::SelectorExt;
 use pd_core::wire::{Endpoint, EndpointId, State, Stated};
 
 use crate::sources::allow::AllowedNetworks;
-use crate::sources::kubernetes::classify::{PodClass, classify};
+use crate::sources::kubernetes::classify::{Defaults, PodClass, classify};
 use crate::sources::kubernetes::config::{KubernetesConfig, ObjectGroup, PoolGroup, PoolReference};
 use crate::sources::kubernetes::follow::Event;
 use crate::sources::kubernetes::pod::{Pod, PodName};
@@ -30,8 +30,7 @@ pub enum Watched {
 
 /// The view of the cluster.
 pub struct Cluster {
-    networks: AllowedNetworks,
-    by_labels: bool,
+    defaults: Defaults,
     rules: Vec<Rule>,
     references: Vec<PoolReference>,
     pools: BTreeMap<(PoolGroup, PodName), Result<Rule, String>>,
@@ -71,8 +70,12 @@ impl Cluster {
     #[must_use]
     pub fn new(config: &KubernetesConfig, rules: Vec<Rule>) -> Self {
         Self {
-            networks: AllowedNetworks::new(config.allowed_cidrs.clone()),
-            by_labels: config.labels,
+            defaults: Defaults {
+                by_labels: config.labels,
+                // The configuration was checked when it was read.
+                revision: config.revision().unwrap_or_default(),
+                networks: AllowedNetworks::new(config.allowed_cidrs.clone()),
+            },
             rules,
             references: config.inference_pools.clone(),
             pools: BTreeMap::new(),
@@ -206,7 +209,7 @@ impl Cluster {
         };
         let pools = self.pools.values().filter_map(|rule| rule.as_ref().ok());
         let rule = self.rules.iter().chain(pools).find(selects);
-        classify(pod, rule, self.by_labels, &self.networks)
+        classify(pod, rule, &self.defaults)
     }
 
     /// Whether every watch has listed its objects. One of objects without endpoints may have failed: no API group or right

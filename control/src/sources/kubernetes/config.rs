@@ -45,6 +45,8 @@ pub struct KubernetesConfig {
     /// API groups whose InferenceObjectives and InferenceModelRewrites are followed: those for `inference_pools`, where there
     /// are any.
     pub inference_objects: Vec<ObjectGroup>,
+    /// Revision of pods whose selector names none.
+    revision: Option<SourceConfig>,
     /// Selectors of the operator, in order.
     pub selectors: Vec<SelectorConfig>,
     /// Allow-list for the addresses of pods; empty: all but special networks.
@@ -111,6 +113,7 @@ pub struct SelectorConfig {
     pool: Option<SourceConfig>,
     engine: Option<SourceConfig>,
     group: Option<SourceConfig>,
+    revision: Option<SourceConfig>,
     port: Option<PortConfig>,
     models: Option<Vec<String>>,
     models_closed: Option<bool>,
@@ -170,6 +173,7 @@ impl Default for KubernetesConfig {
             labels: true,
             inference_pools: Vec::new(),
             inference_objects: Vec::new(),
+            revision: None,
             selectors: Vec::new(),
             allowed_cidrs: Vec::new(),
         }
@@ -199,6 +203,7 @@ impl KubernetesConfig {
             return Err(refuse(format!("namespaces: {twice} is listed twice")));
         }
         config.rules().map_err(refuse)?;
+        config.revision().map_err(refuse)?;
         Ok(config)
     }
 
@@ -211,6 +216,14 @@ impl KubernetesConfig {
             selector.rule().map_err(|error| format!("selectors[{index}].{error}"))
         };
         self.selectors.iter().enumerate().map(named).collect()
+    }
+
+    /// Source of the revision of pods whose selector names none; `None`: the label of a DisaggregatedSet.
+    ///
+    /// # Errors
+    /// One line that begins with the key.
+    pub fn revision(&self) -> Result<Option<Source<String>>, String> {
+        self.revision.as_ref().map(|source| source.read("revision", |text| Ok(text.to_owned()))).transpose()
     }
 }
 
@@ -262,6 +275,7 @@ impl SelectorConfig {
             pool: self.pool.as_ref().map(|source| source.read("pool", text)).transpose()?,
             engine: self.engine.as_ref().map(|source| source.read("engine", engine)).transpose()?,
             group: self.group.as_ref().map(|source| source.read("group", text)).transpose()?,
+            revision: self.revision.as_ref().map(|source| source.read("revision", text)).transpose()?,
             ports,
             models: self.models.clone(),
             models_closed: self.models_closed,

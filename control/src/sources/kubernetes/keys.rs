@@ -50,6 +50,12 @@ pub const KEYS: &[Entry] = &[
         "API groups whose InferenceObjectives and InferenceModelRewrites pd-control follows. With `inference_pools` only objects of those pools count. The plugin configuration's `objectives` and `models` come first.",
     ),
     entry(
+        "revision",
+        "null",
+        TEXT_OR_SOURCE,
+        "[Revision](#revisions) of pods whose selector names none. `null`: the label `disaggregatedset.x-k8s.io/revision`.",
+    ),
+    entry(
         "selectors",
         "[]",
         Values::Described("list of objects"),
@@ -81,6 +87,12 @@ pub const KEYS: &[Entry] = &[
         "Engine. `values` translates as for `role`. `null`: the pod's labels, else the pool's.",
     ),
     entry("selectors[].group", "null", TEXT_OR_SOURCE, "Pairing group. `null`: none."),
+    entry(
+        "selectors[].revision",
+        "null",
+        TEXT_OR_SOURCE,
+        "[Revision](#revisions) of model and engine. `null`: the key `revision` of the file.",
+    ),
     entry(
         "selectors[].port",
         "null",

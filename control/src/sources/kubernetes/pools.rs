@@ -78,6 +78,7 @@ pub fn rule(group: PoolGroup, object: DynamicObject) -> Result<Rule, String> {
         pool: Some(Source::Fixed(name)),
         engine: None,
         group: None,
+        revision: None,
         ports: PortSource::Numbers(ports),
         models: None,
         models_closed: None,

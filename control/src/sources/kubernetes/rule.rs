@@ -47,6 +47,8 @@ pub struct Rule {
     pub engine: Option<Source<Engine>>,
     /// Pairing group.
     pub group: Option<Source<String>>,
+    /// Revision of model and engine; none: as for pods without a rule.
+    pub revision: Option<Source<String>>,
     /// Ports.
     pub ports: PortSource,
     /// Models; none: from the pod's labels.

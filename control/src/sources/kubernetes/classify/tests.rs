@@ -18,7 +18,7 @@ fn read(value: Value) -> Result<Pod, String> {
 }
 
 fn classify(pod: &Pod) -> PodClass {
-    super::classify(pod, None, true, &AllowedNetworks::default())
+    super::classify(pod, None, &Defaults { by_labels: true, ..Defaults::default() })
 }
 
 fn one(pod: &Pod) -> Endpoint {
@@ -81,6 +81,31 @@ fn aibrix_labels_say_all_of_an_endpoint() {
 }
 
 #[test]
+fn a_revision_comes_from_the_set_or_from_a_named_label() {
+    let labels = json!({
+        "llm-d.ai/role": "decode",
+        "disaggregatedset.x-k8s.io/revision": "set",
+        "pod-template-hash": "abc",
+        "app.kubernetes.io/version": "",
+    });
+    let revision = |annotations: Value, source: Option<&str>| {
+        let revision = source.map(|label| Source::Label(label.to_owned(), [("abc".into(), "v1".into())].into()));
+        let defaults = Defaults { by_labels: true, revision, ..Defaults::default() };
+        match super::classify(&pod(labels.clone(), annotations), None, &defaults) {
+            PodClass::Endpoints(endpoints) => Ok(endpoints[0].revision.clone()),
+            PodClass::Refused(why) => Err(why),
+            other => panic!("{other:?}"),
+        }
+    };
+    let none = json!({});
+    assert_eq!(revision(none.clone(), None).unwrap().as_deref(), Some("set"));
+    assert_eq!(revision(none.clone(), Some("pod-template-hash")).unwrap().as_deref(), Some("v1"));
+    assert_eq!(revision(none.clone(), Some("absent")).unwrap(), None, "no other label in its place");
+    assert_eq!(revision(json!({"envoy-pd/revision": "r"}), None).unwrap().as_deref(), Some("r"));
+    assert!(revision(none, Some("app.kubernetes.io/version")).unwrap_err().contains("revision"), "an empty one");
+}
+
+#[test]
 fn annotations_win_over_labels() {
     let labels = json!({"llm-d.ai/role": "both", "llm-d.ai/engine-type": "sglang", "roleset-name": "x"});
     let annotations = json!({
@@ -91,6 +116,7 @@ fn annotations_win_over_labels() {
         "envoy-pd/port": "1234",
         "envoy-pd/engine": "vllm-shared",
         "envoy-pd/group": "g",
+        "envoy-pd/revision": "v2",
         "envoy-pd/weight": "2.5",
         "envoy-pd/cache-tokens": "1000",
         "envoy-pd/bootstrap-port": "77",
@@ -105,6 +131,7 @@ fn annotations_win_over_labels() {
         models_closed: true,
         engine: Some(Engine::VllmShared),
         group: Some("g".into()),
+        revision: Some("v2".into()),
         weight: 2.5,
         cache_tokens: Some(1_000),
         bootstrap_port: Some(77),
