@@ -21,6 +21,7 @@ use crate::api::in_flight::{InFlight, MAX_EXCHANGE_BYTES, MAX_HOST_EXCHANGE_BYTE
 use crate::api::metrics::Metrics;
 use crate::api::server::{self, MAX_CONNECTIONS, MAX_SCALER_CONNECTIONS, Serving};
 use crate::counters::Counters;
+use crate::engines::access::EngineAccess;
 use crate::engines::answers::Scrapes;
 use crate::engines::scrape::Scraper;
 use crate::envoys::hub::SharedHub;
@@ -55,6 +56,8 @@ pub struct Config {
     pub networks: AllowedNetworks,
     /// Time between two requests to an engine for its metrics; none: pd-control asks no engine.
     pub scrape: Option<Duration>,
+    /// How pd-control reaches engines for their metrics.
+    pub engines: EngineAccess,
     /// Other replicas, to which pd-control relays the exchange of the Envoys; none: pd-control relays nothing.
     pub peers: Option<Peers>,
     /// Certificate and key of the server; none: the server speaks plain HTTP.
@@ -298,7 +301,8 @@ impl Parts {
         sources.follow(&mut publisher, &sender, tasks)?;
         if let Some(interval) = config.scrape {
             publisher.ask_engines();
-            let scraper = Scraper::new(Arc::clone(registry), Arc::clone(counters), Arc::clone(scrapes), interval);
+            let how = (interval, &config.engines);
+            let scraper = Scraper::new(Arc::clone(registry), Arc::clone(counters), Arc::clone(scrapes), how)?;
             tasks.spawn(scraper.run(Updates::new(usize::MAX, sender)));
         }
         publisher.start()?;

@@ -77,6 +77,7 @@ impl Rig {
             named: Vec::new(),
             networks: pd_control::sources::allow::AllowedNetworks::default(),
             scrape: None,
+            engines: Default::default(),
             peers: None,
             tls: None,
             log: None,

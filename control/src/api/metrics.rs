@@ -159,10 +159,15 @@ impl Collector for PodsCollector {
 impl Collector for EnginesCollector {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         type Read = fn(&Scraped) -> Option<f64>;
-        let families: [(&str, &str, Read); 9] = [
+        let families: [(&str, &str, Read); 10] = [
             ("engine_up", "1 while the engine answers", |it| {
                 Some(if it.has_answered && it.failures == 0 { 1.0 } else { 0.0 })
             }),
+            (
+                "engine_refusing",
+                "1 while the engine answers 401 or 403 to pd-control: it wants another API key",
+                |it| Some(f64::from(u8::from(it.refusal.is_some()))),
+            ),
             ("engine_waiting", "Requests that wait in the engine", |it| it.load.waiting),
             ("engine_running", "Requests that run in the engine", |it| it.load.running),
             ("engine_kv_usage_ratio", "Share of the engine's KV cache in use", |it| it.load.kv_usage),

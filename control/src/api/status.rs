@@ -87,7 +87,7 @@ pub struct EndpointView {
     pub pod: Option<String>,
     /// Whether the engine answers pd-control; none: pd-control does not ask it.
     pub answers: Option<bool>,
-    /// Why the engine does not answer pd-control, or how many Envoys avoid it, why, and since when.
+    /// Why the engine does not answer pd-control, or answers less than asked, or how many Envoys avoid it, why, and since when.
     pub problem: Option<String>,
     /// Requests that wait in the engine; none: unknown, as all loads.
     pub waiting: Option<f64>,
@@ -114,7 +114,7 @@ pub fn view(app: &App) -> StatusView {
             pod: pods.names.get(&endpoint.id()).map(ToString::to_string),
             answers: scraped.map(|it| it.failures == 0),
             problem: scraped
-                .and_then(|it| it.error.clone())
+                .and_then(|it| it.error.clone().or_else(|| it.refusal.clone()))
                 .or_else(|| to_envoys(&endpoint.address))
                 .or_else(|| scraped.and_then(Scraped::late_fetches)),
             waiting: load.and_then(|load| load.waiting),

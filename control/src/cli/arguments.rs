@@ -12,6 +12,7 @@ use crate::access::tls::TlsFiles;
 use crate::access::token::Token;
 use crate::cli::client::Server;
 use crate::control::{Config, DEFAULT_POLL, Kubernetes};
+use crate::engines::access::{EngineAccess, EngineTls};
 use crate::engines::scrape;
 use crate::envoys::relay::{Peers, PeersTls};
 use crate::publish::eds::EdsFile;
@@ -107,6 +108,18 @@ pub(super) struct ServeArgs {
     /// Seconds between two requests to an engine for its metrics; 0: none [default: 5 with --kubernetes, else 0]
     #[arg(long, value_name = "SECONDS", env = "PD_CONTROL_SCRAPE_INTERVAL")]
     scrape_interval: Option<f64>,
+    /// Ask engines for their metrics and models over TLS
+    #[arg(long, env = "PD_CONTROL_ENGINE_TLS")]
+    engine_tls: bool,
+    /// Certificates to trust engines by, PEM [default: the system's]
+    #[arg(long, value_name = "FILE", env = "PD_CONTROL_ENGINE_CA_FILE", requires = "engine_tls")]
+    engine_ca_file: Option<PathBuf>,
+    /// Host that the engines' certificates are for [default: their IP addresses]
+    #[arg(long, value_name = "NAME", env = "PD_CONTROL_ENGINE_SERVER_NAME", requires = "engine_tls")]
+    engine_server_name: Option<String>,
+    /// File with the API key that engines require, sent as a bearer token. pd-control reads it again when it changes
+    #[arg(long, value_name = "FILE", env = "PD_CONTROL_ENGINE_TOKEN_FILE")]
+    engine_token_file: Option<PathBuf>,
     /// Name that resolves to every replica of pd-control (a headless Service): replicas relay what Envoys exchange
     #[arg(long, value_name = "HOST:PORT", env = "PD_CONTROL_PEERS")]
     peers: Option<String>,
@@ -162,6 +175,19 @@ pub(super) enum LogFormat {
 pub(crate) struct Files {
     pub(crate) endpoints: Option<PathBuf>,
     pub(crate) kubernetes_config: Option<PathBuf>,
+    /// Whether pd-control follows pods.
+    pub(crate) follows_pods: bool,
+    /// Whether pd-control asks engines, and how.
+    pub(crate) asks_engines: Option<AsksEngines>,
+}
+
+/// How pd-control asks engines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct AsksEngines {
+    /// Over TLS.
+    pub(crate) tls: bool,
+    /// With a token.
+    pub(crate) token: bool,
 }
 
 /// Reads the arguments and environment variables of a container.
@@ -186,7 +212,16 @@ pub(crate) fn files_of(arguments: &[&str], variables: &[(&str, &str)]) -> Result
     if cli.command.is_some() {
         return Err("the arguments run a command that ends, not the server".to_owned());
     }
-    Ok(Files { endpoints: cli.serve.endpoints, kubernetes_config: cli.serve.kubernetes_config })
+    let serve = cli.serve;
+    let follows_pods = serve.kubernetes || serve.kubernetes_config.is_some();
+    let asks = serve.scrape_interval.map_or(follows_pods, |seconds| seconds > 0.0);
+    let how = AsksEngines { tls: serve.engine_tls, token: serve.engine_token_file.is_some() };
+    Ok(Files {
+        endpoints: serve.endpoints,
+        kubernetes_config: serve.kubernetes_config,
+        follows_pods,
+        asks_engines: asks.then_some(how),
+    })
 }
 
 /// The token in the variable that an option names, or in the usual one; `None` where neither is set.
@@ -231,6 +266,9 @@ impl ServeArgs {
             Some(seconds) if (0.1..=3_600.0).contains(&seconds) => Some(Duration::from_secs_f64(seconds)),
             Some(_) => bail!("--scrape-interval: must be 0, or between 0.1 and 3600"),
         };
+        let engine_tls = EngineTls { ca_file: self.engine_ca_file, server_name: self.engine_server_name };
+        let engines = EngineAccess { tls: self.engine_tls.then_some(engine_tls), token_file: self.engine_token_file };
+        engines.check()?;
         let peers_tls = self.tls_cert.is_some().then_some(PeersTls { ca_file: self.peers_ca_file });
         let tls = self.tls_cert.zip(self.tls_key).map(|(certificate, key)| TlsFiles { certificate, key });
         Ok(Config {
@@ -239,6 +277,7 @@ impl ServeArgs {
             named: self.endpoint,
             networks: AllowedNetworks::new(self.allowed_cidr),
             scrape,
+            engines,
             peers: self.peers.map(|name| Peers { name, token: to_peers, tls: peers_tls }),
             tls,
             log: None,

@@ -21,15 +21,35 @@ const MAX_CACHE_TOKENS: u64 = 1_000_000_000;
 #[derive(Debug, Default)]
 pub struct Scrapes(RwLock<BTreeMap<SocketAddr, Scraped>>);
 
-/// Metrics and models; or why there is no answer. `None`: the metrics came, and no answer to the question for models.
-pub type Outcome = Result<(EngineLoad, Option<Told>), String>;
+/// An answer; or why there is none.
+pub type Outcome = Result<Answer, String>;
+
+/// What an engine that works answers.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Answer {
+    /// Its metrics; none: it refused the question.
+    pub load: Option<EngineLoad>,
+    /// Its models; none: no answer to that question.
+    pub told: Option<Told>,
+    /// That it wants other credentials, and what to do.
+    pub refusal: Option<String>,
+}
+
+/// What an answer changes.
+#[derive(Debug, Default)]
+pub struct Taken {
+    /// The facts of all engines, where they may have changed.
+    pub facts: Option<Facts>,
+    /// That the engine began to want other credentials.
+    pub news: Option<String>,
+}
 
 /// What an engine answers to the question for its models.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Told {
     /// Its models, sorted by name.
     Models(Vec<ModelCard>),
-    /// That it tells none: for lack of an API key, or of the path.
+    /// That it tells none: for lack of credentials, or of the path.
     Nothing,
 }
 
@@ -48,6 +68,8 @@ pub struct Scraped {
     pub failures: u32,
     /// Why the last request failed; none: it did not fail.
     pub error: Option<String>,
+    /// That it wants other credentials; none: it does not, or does not answer.
+    pub refusal: Option<String>,
     /// Requests sent to it.
     pub asked: u32,
     /// How often its cache was seen to be cleared, other than by a start that it tells: its counters fell, or it slept.
@@ -84,13 +106,15 @@ impl Scrapes {
         self.0.read().unwrap_or_else(PoisonError::into_inner).get(&address)?.late_fetch
     }
 
-    /// Takes an answer; returns the facts of all engines when the answer may have changed them.
-    pub fn take(&self, address: SocketAddr, outcome: Outcome) -> Option<Facts> {
+    /// Takes an answer.
+    pub fn take(&self, address: SocketAddr, outcome: Outcome) -> Taken {
         let mut scraped = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        let known = scraped.get_mut(&address)?;
-        let before = known.basis();
+        let Some(known) = scraped.get_mut(&address) else { return Taken::default() };
+        let (before, refused_before) = (known.basis(), known.refusal.is_some());
         known.take(outcome);
-        (known.basis() != before).then(|| facts(&scraped))
+        let news = known.refusal.clone().filter(|_| !refused_before);
+        let has_changed = known.basis() != before;
+        Taken { facts: has_changed.then(|| facts(&scraped)), news }
     }
 }
 
@@ -98,15 +122,11 @@ impl Scraped {
     fn take(&mut self, outcome: Outcome) {
         self.asked = self.asked.wrapping_add(1);
         match outcome {
-            Ok((load, told)) => {
-                let before = core::mem::replace(&mut self.load, load);
-                // A start that the engine tells names the cache itself.
-                let fell = load.process_start.is_none() && has_risen(load.prefix_queries, before.prefix_queries);
-                let slept = load.is_asleep && !before.is_asleep;
-                self.clearings += u64::from(fell || slept);
-                if has_risen(before.late_fetches, load.late_fetches) {
-                    self.late_fetch = Some(Instant::now());
+            Ok(Answer { load, told, refusal }) => {
+                if let Some(load) = load {
+                    self.take_load(load);
                 }
+                self.refusal = refusal;
                 self.has_told |= told.is_some();
                 if let Some(Told::Models(models)) = told
                     && !models.is_empty()
@@ -119,6 +139,17 @@ impl Scraped {
                 self.failures = self.failures.saturating_add(1);
                 self.error = Some(reason);
             }
+        }
+    }
+
+    fn take_load(&mut self, load: EngineLoad) {
+        let before = core::mem::replace(&mut self.load, load);
+        // A start that the engine tells names the cache itself.
+        let fell = load.process_start.is_none() && has_risen(load.prefix_queries, before.prefix_queries);
+        let slept = load.is_asleep && !before.is_asleep;
+        self.clearings += u64::from(fell || slept);
+        if has_risen(before.late_fetches, load.late_fetches) {
+            self.late_fetch = Some(Instant::now());
         }
     }
 
@@ -193,6 +224,10 @@ mod tests {
         Scraped { has_answered: true, failures, ..Scraped::default() }
     }
 
+    fn known(load: EngineLoad) -> Outcome {
+        Ok(Answer { load: Some(load), ..Answer::default() })
+    }
+
     fn all(failures: &[u32]) -> BTreeMap<SocketAddr, Scraped> {
         (1_u8..).zip(failures).map(|(n, failures)| (([10, 0, 0, n], 80).into(), scraped(*failures))).collect()
     }
@@ -226,7 +261,7 @@ mod tests {
             (Some(Told::Models(vec![])), true),
         ] {
             let expected = if has_told { models.clone() } else { vec![] };
-            engine.take(Ok((EngineLoad::default(), told)));
+            engine.take(Ok(Answer { load: Some(EngineLoad::default()), told, refusal: None }));
             assert_eq!((&engine.models, engine.has_told), (&expected, has_told));
         }
         engine.take(Err("gone".to_owned()));
@@ -245,7 +280,7 @@ mod tests {
             let mut engine = Scraped::default();
             assert_eq!(engine.cache_epoch(), None);
             let mut take = |load: &EngineLoad| {
-                engine.take(Ok((*load, None)));
+                engine.take(known(*load));
                 engine.take(Err("gone".to_owned()));
                 engine.cache_epoch().unwrap()
             };
@@ -267,13 +302,35 @@ mod tests {
         let mut engine = Scraped::default();
         for (count, is_told) in [(3.0, false), (3.0, false), (4.0, true), (4.0, true)] {
             let load = EngineLoad { late_fetches: Some(count), ..EngineLoad::default() };
-            engine.take(Ok((load, None)));
+            engine.take(known(load));
             assert_eq!(
                 engine.late_fetches().is_some(),
                 is_told,
                 "{count}: those before pd-control are none of its news"
             );
         }
+    }
+
+    #[test]
+    fn an_engine_that_wants_a_key_works_and_is_news_once() {
+        let address: SocketAddr = ([10, 0, 0, 1], 80).into();
+        let scrapes: Scrapes = [(address, Scraped::default())].into_iter().collect();
+        let load = EngineLoad { cache_tokens: Some(7), ..EngineLoad::default() };
+        let refused = || Ok(Answer { refusal: Some("why".to_owned()), ..Answer::default() });
+        let known = || Ok(Answer { load: Some(load), ..Answer::default() });
+        let steps = [
+            (refused(), true),
+            (refused(), false),
+            (Err("gone".to_owned()), false),
+            (refused(), false),
+            (known(), false),
+            (refused(), true),
+        ];
+        for (outcome, is_news) in steps {
+            assert_eq!(scrapes.take(address, outcome).news.is_some(), is_news);
+        }
+        let scraped = &scrapes.view()[&address];
+        assert!(scraped.has_answered && scraped.failures == 0 && scraped.load == load, "{scraped:?}");
     }
 
     #[test]

@@ -1,32 +1,29 @@
 //! Fetches the metrics and the models of one engine over HTTP.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::body::Incoming;
+use hyper::header::AUTHORIZATION;
 use hyper::{Request, Response, StatusCode};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 use pd_core::wire::{MAX_CARD_BYTES, MAX_MODELS, ModelCard};
 use serde::Deserialize;
 use serde_json::Value;
 use tokio::time::timeout;
 
-use crate::engines::answers::{Outcome, Told};
+use crate::engines::access::Reach;
+use crate::engines::answers::{Answer, Outcome, Told};
 use crate::engines::metrics::{EngineLoad, Reader};
 
-/// Time limit of one question, and of connecting.
+/// Time limit of one question, connecting included.
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// Bytes of metrics that pd-control reads; vLLM sends a hundred thousand.
 const MAX_METRICS_BYTES: usize = 8 << 20;
 /// Bytes of a list of models that pd-control reads.
 const MAX_MODELS_BYTES: usize = 1 << 20;
-
-/// A client that keeps one connection to each engine open.
-pub type EngineClient = Client<HttpConnector, Empty<Bytes>>;
 
 #[derive(Deserialize)]
 struct Models {
@@ -64,48 +61,59 @@ impl Model {
     }
 }
 
-/// A client without open connections.
-#[must_use]
-pub fn client() -> EngineClient {
-    let mut connector = HttpConnector::new();
-    connector.set_connect_timeout(Some(TIMEOUT));
-    connector.set_nodelay(true);
-    Client::builder(TokioExecutor::new()).pool_timer(TokioTimer::new()).pool_max_idle_per_host(1).build(connector)
+/// Why a question was not answered.
+enum Fault {
+    /// The engine wants other credentials. It works.
+    Refused(String),
+    /// Any other fault.
+    Failed(String),
 }
 
 /// Asks one engine for its metrics and its models.
-pub async fn ask(client: EngineClient, address: SocketAddr) -> (SocketAddr, Outcome) {
-    let limited = timeout(TIMEOUT, metrics_of(&client, address)).await;
-    let outcome = match limited.unwrap_or_else(|_| Err(format!("no answer in {TIMEOUT:?}"))) {
-        Err(reason) => Err(reason),
-        // Without its models an engine is up all the same.
-        Ok(load) => {
-            let told = timeout(TIMEOUT, models_of(&client, address)).await;
-            Ok((load, told.ok().and_then(Result::ok)))
+pub(super) async fn ask(reach: Arc<Reach>, address: SocketAddr) -> (SocketAddr, Outcome) {
+    let limited = timeout(TIMEOUT, metrics_of(&reach, address)).await;
+    let metrics = limited.unwrap_or_else(|_| Err(Fault::Failed(format!("no answer in {TIMEOUT:?}"))));
+    let mut answer = Answer::default();
+    match metrics {
+        Err(Fault::Failed(reason)) => return (address, Err(reason)),
+        Err(Fault::Refused(what)) => answer.refusal = Some(what),
+        Ok(load) => answer.load = Some(load),
+    }
+    // Without its models an engine is up all the same.
+    match timeout(TIMEOUT, models_of(&reach, address)).await {
+        Ok(Ok(told)) => answer.told = Some(told),
+        Ok(Err(Fault::Refused(what))) => {
+            answer.told = Some(Told::Nothing);
+            answer.refusal.get_or_insert(what);
         }
-    };
-    (address, outcome)
+        Ok(Err(Fault::Failed(_))) | Err(_) => {}
+    }
+    (address, Ok(answer))
 }
 
 /// TensorRT-LLM serves its metrics at a path of its own; at `/metrics` it serves other data.
-async fn metrics_of(client: &EngineClient, address: SocketAddr) -> Result<EngineLoad, String> {
-    let usual = metrics_at(client, address, "/metrics").await;
+async fn metrics_of(reach: &Reach, address: SocketAddr) -> Result<EngineLoad, Fault> {
+    let usual = metrics_at(reach, address, "/metrics").await;
     if usual.as_ref().is_ok_and(EngineLoad::is_known) {
         return usual;
     }
-    let other = metrics_at(client, address, "/prometheus/metrics").await;
+    let other = metrics_at(reach, address, "/prometheus/metrics").await;
     if other.as_ref().is_ok_and(EngineLoad::is_known) { other } else { usual }
 }
 
-async fn metrics_at(client: &EngineClient, address: SocketAddr, path: &str) -> Result<EngineLoad, String> {
-    let mut body = get(client, address, path).await?;
+async fn metrics_at(reach: &Reach, address: SocketAddr, path: &str) -> Result<EngineLoad, Fault> {
+    let response = send(reach, address, path).await?;
+    let mut body = match response.status() {
+        StatusCode::OK => response.into_body(),
+        other => return Err(Fault::Failed(format!("{path} answers {other}"))),
+    };
     let (mut reader, mut len) = (Reader::default(), 0_usize);
     while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|error| error.to_string())?;
+        let frame = frame.map_err(failed)?;
         if let Some(data) = frame.data_ref() {
             len = len.saturating_add(data.len());
             if len > MAX_METRICS_BYTES {
-                return Err(format!("more than {MAX_METRICS_BYTES} bytes of metrics"));
+                return Err(Fault::Failed(format!("more than {MAX_METRICS_BYTES} bytes of metrics")));
             }
             reader.push(data);
         }
@@ -113,17 +121,17 @@ async fn metrics_at(client: &EngineClient, address: SocketAddr, path: &str) -> R
     Ok(reader.finish())
 }
 
-/// An engine may require an API key for its models, or have no such path. That is an answer, too.
-async fn models_of(client: &EngineClient, address: SocketAddr) -> Result<Told, String> {
-    let response = send(client, address, "/v1/models").await?;
+/// An engine may have no such path. That is an answer, too.
+async fn models_of(reach: &Reach, address: SocketAddr) -> Result<Told, Fault> {
+    let response = send(reach, address, "/v1/models").await?;
     match response.status() {
         StatusCode::OK => {}
-        refused if refused.is_client_error() => return Ok(Told::Nothing),
-        other => return Err(format!("/v1/models answers {other}")),
+        other if other.is_client_error() => return Ok(Told::Nothing),
+        other => return Err(Fault::Failed(format!("/v1/models answers {other}"))),
     }
     let body = Limited::new(response.into_body(), MAX_MODELS_BYTES);
-    let bytes = body.collect().await.map_err(|error| error.to_string())?.to_bytes();
-    let models: Models = serde_json::from_slice(&bytes).map_err(|error| error.to_string())?;
+    let bytes = body.collect().await.map_err(failed)?.to_bytes();
+    let models: Models = serde_json::from_slice(&bytes).map_err(failed)?;
     let mut cards: Vec<_> = models.data.into_iter().filter_map(Model::card).collect();
     cards.sort_by(|one, other| one.id.cmp(&other.id));
     cards.dedup_by(|one, other| one.id == other.id);
@@ -131,19 +139,30 @@ async fn models_of(client: &EngineClient, address: SocketAddr) -> Result<Told, S
     Ok(Told::Models(cards))
 }
 
-async fn get(client: &EngineClient, address: SocketAddr, path: &str) -> Result<Incoming, String> {
-    let response = send(client, address, path).await?;
+/// An answer of any status but 401 and 403.
+async fn send(reach: &Reach, address: SocketAddr, path: &str) -> Result<Response<Incoming>, Fault> {
+    let mut request = Request::get(format!("{}://{address}{path}", reach.scheme));
+    if let Some(authorization) = reach.authorization() {
+        request = request.header(AUTHORIZATION, authorization);
+    }
+    let request = request.body(Empty::<Bytes>::new()).map_err(failed)?;
+    let response = reach.client.request(request).await.map_err(|error| {
+        let mut text = error.to_string();
+        let mut cause = std::error::Error::source(&error);
+        while let Some(inner) = cause {
+            text = format!("{text}: {inner}");
+            cause = inner.source();
+        }
+        Fault::Failed(text)
+    })?;
     match response.status() {
-        StatusCode::OK => Ok(response.into_body()),
-        other => Err(format!("{path} answers {other}")),
+        status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => {
+            Err(Fault::Refused(format!("{path} answers {status}: {}", reach.remedy())))
+        }
+        _ => Ok(response),
     }
 }
 
-async fn send(client: &EngineClient, address: SocketAddr, path: &str) -> Result<Response<Incoming>, String> {
-    let request =
-        Request::get(format!("http://{address}{path}")).body(Empty::new()).map_err(|error| error.to_string())?;
-    client.request(request).await.map_err(|error| {
-        let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
-        format!("{error}{cause}")
-    })
+fn failed(error: impl std::fmt::Display) -> Fault {
+    Fault::Failed(error.to_string())
 }

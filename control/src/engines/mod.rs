@@ -1,6 +1,7 @@
 //! Asks the engines for their metrics and their models.
 
+pub mod access;
 pub mod answers;
-pub mod fetch;
+mod fetch;
 pub mod metrics;
 pub mod scrape;

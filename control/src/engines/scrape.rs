@@ -14,8 +14,9 @@ use tokio::time::{Instant, sleep_until};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::counters::Counters;
+use crate::engines::access::{EngineAccess, Reach};
 use crate::engines::answers::{Outcome, Scrapes};
-use crate::engines::fetch::{self, EngineClient, ask};
+use crate::engines::fetch::ask;
 use crate::publish::registry::Registry;
 use crate::publish::updates::{Facts, Updates};
 
@@ -30,14 +31,21 @@ pub struct Scraper {
     counters: Arc<Counters>,
     scrapes: Arc<Scrapes>,
     interval: Duration,
-    client: EngineClient,
+    reach: Arc<Reach>,
 }
 
 impl Scraper {
     /// A scraper that asks each engine of the list in force every `interval`.
-    #[must_use]
-    pub fn new(registry: Arc<Registry>, counters: Arc<Counters>, scrapes: Arc<Scrapes>, interval: Duration) -> Self {
-        Self { registry, counters, scrapes, interval, client: fetch::client() }
+    ///
+    /// # Errors
+    /// One line where the way to the engines cannot be had.
+    pub fn new(
+        registry: Arc<Registry>,
+        counters: Arc<Counters>,
+        scrapes: Arc<Scrapes>,
+        (interval, access): (Duration, &EngineAccess),
+    ) -> anyhow::Result<Self> {
+        Ok(Self { registry, counters, scrapes, interval, reach: Arc::new(access.reach()?) })
     }
 
     /// Asks until the publisher has ended.
@@ -71,11 +79,14 @@ impl Scraper {
                 Some(Ok((address, outcome))) = asking.join_next(), if !asking.is_empty() => {
                     self.counters.scraped(outcome.is_ok());
                     let had_late_fetch = self.scrapes.late_fetch(address);
-                    let facts = self.scrapes.take(address, outcome);
+                    let taken = self.scrapes.take(address, outcome);
                     if self.scrapes.late_fetch(address) != had_late_fetch {
                         tracing::warn!(%address, "decode servers fetched KV caches from this engine after their KV lease: the answers were refused, or had wrong text");
                     }
-                    let Some(facts) = facts else { continue };
+                    if let Some(news) = taken.news {
+                        tracing::warn!(%address, "{news}");
+                    }
+                    let Some(facts) = taken.facts else { continue };
                     if facts != sent {
                         for (address, fact) in &facts {
                             if fact.is_down && !sent.get(address).is_some_and(|fact| fact.is_down) {
@@ -93,7 +104,7 @@ impl Scraper {
                 {
                     let Some((address, at)) = next else { continue };
                     due.insert(address, self.next_turn(address, at));
-                    asking.spawn(ask(self.client.clone(), address));
+                    asking.spawn(ask(Arc::clone(&self.reach), address));
                 }
             }
         }

@@ -8,7 +8,7 @@ use super::containers::has_token;
 use super::filters::Filter;
 use super::images::digest;
 use super::report::Report;
-use super::{order, others, ports, readiness, repeats, rewrites, security, traffic};
+use super::{engines, order, others, ports, readiness, repeats, rewrites, security, traffic};
 use crate::cli::manifests::{Manifests, Object, items, text};
 
 /// Value of the destination header that the route sets.
@@ -29,13 +29,14 @@ pub(super) fn check(filter: &Filter<'_>, config: &Config, all: &Manifests, repor
         check_cluster(filter, "control.cluster", &control.cluster, all, report);
         check_token(filter, &control.token_env, all, report);
     }
+    check_leg_variables(filter, config, report);
     for route in all.of_kind("HTTPRoute").filter(|route| filter.policy.targets(route)) {
         if items(&route.value, "/spec/rules").iter().any(serves_engines) {
             check_destination_is_set(filter, config, route, report);
             traffic::check(filter, config, route, all, report);
             repeats::check(route, report);
             security::check(filter, config, route, all, report);
-            rewrites::check(filter, route, all, report);
+            rewrites::check(filter, config, route, all, report);
             others::check_route(route, all, report);
         }
         for proxy in gateways(route, all).filter_map(|gateway| proxy(gateway, all)) {
@@ -88,6 +89,7 @@ fn check_cluster(filter: &Filter<'_>, key: &str, cluster: &str, all: &Manifests,
     }
     if key == "cluster" {
         ports::check(&services, all, report);
+        engines::check(&services, all, report);
     }
 }
 
@@ -100,6 +102,17 @@ fn check_token(filter: &Filter<'_>, variable: &str, all: &Manifests, report: &mu
     if !is_passed_on {
         let what = format!("must have {variable}: pd-control asks for a token, and config.control.token_env names it");
         report.fault(filter.says("env.hostKeys", what));
+    }
+}
+
+/// Checks that the module gets the variables that headers of legs come from. It refuses a configuration without them.
+fn check_leg_variables(filter: &Filter<'_>, config: &Config, report: &mut Report) {
+    for (i, header) in config.legs.headers.iter().enumerate() {
+        let Some(variable) = header.value.variable() else { continue };
+        if !items(filter.entry, "/env/hostKeys").iter().any(|key| key == variable) {
+            let what = format!("must have {variable}: config.legs.headers[{i}].env names it");
+            report.fault(filter.says("env.hostKeys", what));
+        }
     }
 }
 
@@ -134,7 +147,8 @@ fn check_proxy(filter: &Filter<'_>, config: &Config, proxy: &Object, report: &mu
         let key = format!("spec.provider.kubernetes.envoyDeployment.pod.annotations.{IMAGE_ANNOTATION}");
         report.fault(proxy.says(&key, what));
     }
-    for variable in config.control.iter().map(|control| &control.token_env) {
+    let of_legs = config.legs.headers.iter().filter_map(|header| header.value.variable());
+    for variable in config.control.iter().map(|control| control.token_env.as_str()).chain(of_legs) {
         let is_passed_on = items(filter.entry, "/env/hostKeys").iter().any(|key| key == variable);
         let is_there = items(envoys, "/container/env").iter().any(|env| text(env, "/name") == variable);
         if is_passed_on && !is_there {

@@ -8,6 +8,7 @@ mod agree;
 mod attached;
 mod containers;
 mod content;
+mod engines;
 mod faults;
 mod filters;
 mod images;
@@ -25,6 +26,7 @@ mod security;
 mod serving;
 mod traffic;
 mod units;
+mod upstream_tls;
 mod workloads;
 
 use std::path::{Path, PathBuf};

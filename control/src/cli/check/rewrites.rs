@@ -1,5 +1,7 @@
 //! What a route changes of a request after the filter has seen it, and of which prefill legs, which pass no route, have nothing.
 
+use pd_core::config::Config;
+use pd_core::config::legs::{LegValue, Legs};
 use serde_json::Value;
 
 use super::attached::{gateways, proxy, serves_engines};
@@ -13,8 +15,38 @@ const OURS: &str = "%FILTER_STATE(wasm.pd.";
 /// The key that tells the filter what stands before the paths that it knows.
 const PREFIXES: &str = "path_prefixes";
 
+/// A part of a route that changes requests, and what is configured for prefill legs.
+struct Place<'a> {
+    filter: &'a Filter<'a>,
+    legs: &'a Legs,
+    object: &'a Object,
+    key: String,
+}
+
+impl Place<'_> {
+    fn says(&self, what: impl std::fmt::Display) -> String {
+        self.object.says(&self.key, what)
+    }
+
+    /// A change that prefill legs do not have, and the key that gives it to them.
+    fn lacks(&self, what: &str, verb: &str, key: &str) -> String {
+        let policy = self.filter.policy.title();
+        self.says(format!(
+            "{what}, which prefill legs {verb}: they pass no route. Name it in config.legs.{key} of {policy}"
+        ))
+    }
+
+    /// Whether prefill legs have a header of that name from the configuration, or are freed of it.
+    fn has(&self, name: &str, is_removed: bool) -> bool {
+        self.legs
+            .headers
+            .iter()
+            .any(|header| header.name.eq_ignore_ascii_case(name) && (header.value == LegValue::Removed) == is_removed)
+    }
+}
+
 /// Checks the filters of a route's rules and of their backends.
-pub(super) fn check(filter: &Filter<'_>, route: &Object, all: &Manifests, report: &mut Report) {
+pub(super) fn check(filter: &Filter<'_>, config: &Config, route: &Object, all: &Manifests, report: &mut Report) {
     let rules = items(&route.value, "/spec/rules").iter().enumerate();
     let mut proxies = gateways(route, all).filter_map(|gateway| proxy(gateway, all)).peekable();
     let has_credential = proxies.peek().is_some() && proxies.all(order::has_credential);
@@ -27,12 +59,13 @@ pub(super) fn check(filter: &Filter<'_>, route: &Object, all: &Manifests, report
             filters.map(move |(j, it)| (format!("spec.rules[{i}].backendRefs[{b}].filters[{j}]"), it))
         });
         for (key, value) in of_rule.chain(of_backends) {
-            check_headers(value, &|what| route.says(&key, what), report);
+            let place = Place { filter, legs: &config.legs, object: route, key };
+            check_headers(value, &place, report);
             for change in paths(rule, value, route, all) {
-                check_path(filter, change, &|what| route.says(&key, what), report);
+                check_path(change, &place, report);
             }
             if let Some(object) = extension(value, route, all) {
-                check_extension(object, has_credential, report);
+                check_extension(&Place { object, key: "spec".to_owned(), ..place }, has_credential, report);
             }
         }
     }
@@ -74,66 +107,76 @@ fn extension<'a>(filter: &Value, route: &Object, all: &'a Manifests) -> Option<&
     is_one.then(|| all.find(kind, &route.namespace, text(filter, "/extensionRef/name"))).flatten()
 }
 
-fn check_path(filter: &Filter<'_>, change: Change<'_>, says: &dyn Fn(String) -> String, report: &mut Report) {
-    let stripped = match change {
-        Change::Prefix(from, to) => stripped(from, to),
-        Change::Other => None,
+fn check_path(change: Change<'_>, place: &Place<'_>, report: &mut Report) {
+    let Change::Prefix(from, to) = change else {
+        return report.fault(place.says(format!(
+            "changes the path after the filter has read it, and the filter can be told only of prefixes (ReplacePrefixMatch, \
+             config.{PREFIXES} and config.legs.path_prefix)"
+        )));
     };
-    match stripped {
-        Some("") => {}
-        Some(prefix) => {
-            let told = items(filter.raw_config(), &format!("/{PREFIXES}"));
-            if !told.iter().any(|it| text(it, "").trim_end_matches('/') == prefix) {
-                let what = format!(
-                    "takes {prefix} off the path after the filter has read it: config.{PREFIXES} of {} must have \
-                     {prefix:?}, or the filter knows none of these paths",
-                    filter.policy.title()
-                );
-                report.fault(says(what));
-            }
-        }
-        None => report.fault(says(format!(
-            "changes the path after the filter has read it, and the filter can be told only of a prefix that is taken \
-             off (ReplacePrefixMatch, config.{PREFIXES})"
-        ))),
+    let policy = place.filter.policy.title();
+    let (taken_off, put_on) = replaced(from, to);
+    let told = items(place.filter.raw_config(), &format!("/{PREFIXES}"));
+    if !taken_off.is_empty() && !told.iter().any(|it| text(it, "").trim_end_matches('/') == taken_off) {
+        report.fault(place.says(format!(
+            "takes {taken_off} off the path after the filter has read it: config.{PREFIXES} of {policy} must have \
+             {taken_off:?}, or the filter knows none of these paths"
+        )));
+    }
+    if put_on != place.legs.path_prefix {
+        report.fault(place.says(format!(
+            "puts {put_on:?} before the path of engines: config.legs.path_prefix of {policy} must be {put_on:?}, or prefill \
+             legs go to other paths"
+        )));
     }
 }
 
-/// What is taken off a path when one prefix becomes another; `None` where the new one is no end of the old one.
-fn stripped<'a>(from: &'a str, to: &str) -> Option<&'a str> {
+/// What is taken off a path, and what is put before it, when one prefix becomes another.
+fn replaced<'a>(from: &'a str, to: &'a str) -> (&'a str, &'a str) {
     let (from, to) = (from.trim_end_matches('/'), to.trim_end_matches('/'));
-    from.strip_suffix(to)
+    match (from.strip_suffix(to), to.strip_suffix(from)) {
+        (Some(taken_off), _) => (taken_off, ""),
+        (None, Some(put_on)) => ("", put_on),
+        (None, None) => (from, to),
+    }
 }
 
 /// Headers that the route adds or takes away: the prefill leg is sent as the client's request was before.
-fn check_headers(filter: &Value, says: &dyn Fn(String) -> String, report: &mut Report) {
+fn check_headers(filter: &Value, place: &Place<'_>, report: &mut Report) {
     let at = "/requestHeaderModifier";
     for verb in ["set", "add"] {
         let headers = items(filter, &format!("{at}/{verb}")).iter();
         for header in headers.filter(|header| !text(header, "/value").starts_with(OURS)) {
             let name = text(header, "/name");
-            report.warn(says(format!("{verb}s header {name}, which prefill legs lack: they pass no route")));
+            if !place.has(name, false) {
+                report.warn(place.lacks(&format!("{verb}s header {name}"), "lack", "headers"));
+            }
         }
     }
     for name in items(filter, &format!("{at}/remove")).iter().filter_map(Value::as_str) {
-        report.warn(says(format!("removes header {name}, which prefill legs keep: they pass no route")));
+        if !place.has(name, true) {
+            report.warn(place.lacks(&format!("removes header {name}"), "keep", "headers"));
+        }
     }
     let host = text(filter, "/urlRewrite/hostname");
-    if !host.is_empty() {
-        report.warn(says(format!("makes {host} the host, which prefill legs lack: they pass no route")));
+    if !host.is_empty() && place.legs.authority.as_deref() != Some(host) {
+        report.warn(place.lacks(&format!("makes {host} the host"), "lack", "authority"));
     }
 }
 
 /// What an `HTTPRouteFilter` changes beside paths.
-fn check_extension(object: &Object, has_credential: bool, report: &mut Report) {
-    if object.value.pointer("/spec/credentialInjection").is_some() && !has_credential {
-        let what = "adds a credential after the filter has read the headers, so prefill legs lack it: spec.filterOrder of the \
-                    EnvoyProxy must have {name: envoy.filters.http.credential_injector, before: envoy.filters.http.wasm}";
-        report.warn(object.says("spec.credentialInjection", what));
+fn check_extension(place: &Place<'_>, has_credential: bool, report: &mut Report) {
+    let of = |key: &str| place.object.value.pointer(&format!("/spec/{key}"));
+    if let Some(injection) = of("credentialInjection") {
+        let header = Some(text(injection, "/header")).filter(|name| !name.is_empty()).unwrap_or("Authorization");
+        if !has_credential && !place.has(header, false) {
+            let what = format!("adds a credential in header {header}");
+            report.warn(Place { key: "spec.credentialInjection".to_owned(), ..*place }.lacks(&what, "lack", "headers"));
+        }
     }
-    if object.value.pointer("/spec/urlRewrite/hostname").is_some() {
-        let what = "changes the host, which prefill legs lack: they pass no route";
-        report.warn(object.says("spec.urlRewrite.hostname", what));
+    if of("urlRewrite/hostname").is_some() && place.legs.authority.is_none() {
+        let place = Place { key: "spec.urlRewrite.hostname".to_owned(), ..*place };
+        report.warn(place.lacks("changes the host", "lack", "authority"));
     }
 }
 
@@ -152,7 +195,9 @@ mod tests {
         let mut all = Manifests::default();
         all.read("m.yaml".as_ref(), text.as_bytes()).unwrap();
         let mut report = Report::default();
-        check(&filters(&all).next().unwrap(), all.of_kind("HTTPRoute").next().unwrap(), &all, &mut report);
+        let filter = filters(&all).next().unwrap();
+        let config = filter.config(&mut report).unwrap();
+        check(&filter, &config, all.of_kind("HTTPRoute").next().unwrap(), &all, &mut report);
         report
     }
 
@@ -175,10 +220,8 @@ mod tests {
                  none of these paths"
             );
             assert_eq!(checked("path_prefixes: [/other]", &rule(from, to), "").faults, [expected]);
-            for told in [prefix.to_owned(), format!("{prefix}/")] {
-                let config = format!("path_prefixes: [/other, '{told}']");
-                assert_eq!(checked(&config, &rule(from, to), ""), Report::default());
-            }
+            let config = format!("path_prefixes: [/other, '{prefix}']");
+            assert_eq!(checked(&config, &rule(from, to), ""), Report::default());
         }
         assert_eq!(checked("", &rule("/v1", "/v1"), ""), Report::default());
     }
@@ -190,7 +233,7 @@ mod tests {
         let regex = "filters: [{extensionRef: {kind: HTTPRouteFilter, name: f}}]";
         let object = "---\nkind: HTTPRouteFilter\nmetadata: {name: f, namespace: ns}\n\
                       spec: {urlRewrite: {path: {type: ReplaceRegexMatch}}}\n";
-        for (rule, more) in [(full, ""), (&exact, ""), (&rule("/v1", "/v2"), ""), (regex, object)] {
+        for (rule, more) in [(full, ""), (&exact, ""), (regex, object)] {
             let found = checked("path_prefixes: [/v1]", rule, more).faults;
             assert!(
                 found.len() == 1 && found[0].contains("changes the path after the filter has read it"),
@@ -209,14 +252,18 @@ mod tests {
             "---\nkind: HTTPRouteFilter\nmetadata: {name: f, namespace: ns}\nspec: {credentialInjection: {}}\n";
         let found = checked("", rule, object);
         assert_eq!(found.faults, Vec::<String>::new());
+        let rest = |verb: &str, key: &str| {
+            format!(
+                "which prefill legs {verb}: they pass no route. Name it in config.legs.{key} of EnvoyExtensionPolicy ns/pd"
+            )
+        };
+        let (lack, keep) = (rest("lack", "headers"), rest("keep", "headers"));
         let expected = [
-            "spec.rules[0].filters[0]: sets header a, which prefill legs lack: they pass no route",
-            "spec.rules[0].filters[0]: adds header c, which prefill legs lack: they pass no route",
-            "spec.rules[0].filters[0]: removes header e, which prefill legs keep: they pass no route",
-            "spec.credentialInjection: adds a credential after the filter has read the headers, so prefill legs lack it: \
-             spec.filterOrder of the EnvoyProxy must have {name: envoy.filters.http.credential_injector, before: \
-             envoy.filters.http.wasm}",
-            "spec.rules[0].backendRefs[0].filters[0]: makes h.example the host, which prefill legs lack: they pass no route",
+            format!("spec.rules[0].filters[0]: sets header a, {lack}"),
+            format!("spec.rules[0].filters[0]: adds header c, {lack}"),
+            format!("spec.rules[0].filters[0]: removes header e, {keep}"),
+            format!("spec.credentialInjection: adds a credential in header Authorization, {lack}"),
+            format!("spec.rules[0].backendRefs[0].filters[0]: makes h.example the host, {}", rest("lack", "authority")),
         ];
         let found: Vec<_> = found
             .warnings
@@ -224,5 +271,24 @@ mod tests {
             .map(|line| line.split(": ").nth(2).unwrap().to_owned() + ": " + line.splitn(4, ": ").nth(3).unwrap())
             .collect();
         assert_eq!(found, expected);
+        let config = "legs: {authority: h.example, headers: [{name: a, value: b}, {name: c, from: d}, {name: e, remove: true}, \
+                      {name: authorization, env: KEY, prefix: 'Bearer '}]}";
+        assert_eq!(checked(config, rule, object), Report::default());
+    }
+
+    #[test]
+    fn a_prefix_that_the_route_puts_on_is_told_to_the_filter() {
+        let puts = |prefix: &str| {
+            format!(
+                "m.yaml:5: HTTPRoute ns/r: spec.rules[0].filters[0]: puts {prefix:?} before the path of engines: \
+                 config.legs.path_prefix of EnvoyExtensionPolicy ns/pd must be {prefix:?}, or prefill legs go to other paths"
+            )
+        };
+        assert_eq!(checked("", &rule("/", "/llm"), "").faults, [puts("/llm")]);
+        assert_eq!(checked("", &rule("/v1", "/llm/v1"), "").faults, [puts("/llm")]);
+        assert_eq!(checked("path_prefixes: [/team]", &rule("/team", "/llm"), "").faults, [puts("/llm")]);
+        let config = "path_prefixes: [/team], legs: {path_prefix: /llm}";
+        assert_eq!(checked(config, &rule("/team", "/llm"), ""), Report::default());
+        assert_eq!(checked("legs: {path_prefix: /llm}", &rule("/v1", "/v1"), "").faults, [puts("")]);
     }
 }

@@ -9,6 +9,7 @@ use super::content::{self, Kind, kind};
 use super::faults::MAX_FAULTS;
 use super::release;
 use super::report::Report;
+use super::upstream_tls;
 use crate::cli::arguments::files_of;
 use crate::cli::manifests::{Manifests, Object, items, text};
 use crate::sources::yaml::FileError;
@@ -64,6 +65,9 @@ fn check_container<'a>(container: &Container<'_>, all: &'a Manifests, report: &m
             return Vec::new();
         }
     };
+    if let Some(how) = files.asks_engines {
+        upstream_tls::check_asking(container, how, all, report);
+    }
     let files = [(Kind::Endpoints, files.endpoints), (Kind::Kubernetes, files.kubernetes_config)];
     let named = files.into_iter().filter_map(|(kind, path)| Some((kind, path?)));
     named.filter_map(|(kind, path)| check_mounted(container, &kind, &path, all, report)).collect()
