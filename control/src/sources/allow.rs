@@ -4,7 +4,7 @@
 //! Without it, anyone who may write a pod's status or a DNS record could direct requests, with the prompts of clients,
 //! to the node itself or to a cloud's metadata server.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::LazyLock;
 
 use ipnet::IpNet;
@@ -19,8 +19,9 @@ const SPECIAL: &[&str] = &[
     // Link-local, where clouds have their metadata servers.
     "169.254.0.0/16",
     "fe80::/10",
-    // Metadata servers elsewhere: AWS, Azure, Alibaba, Oracle.
+    // Metadata servers elsewhere: AWS, Google, Azure, Alibaba, Oracle.
     "fd00:ec2::/32",
+    "fd20:ce::254/128",
     "168.63.129.16/32",
     "100.100.100.200/32",
     "192.0.0.192/32",
@@ -49,9 +50,10 @@ impl AllowedNetworks {
     /// # Errors
     /// One line that says why the address is refused.
     pub fn check(&self, address: IpAddr) -> Result<(), String> {
-        // An IPv4-mapped IPv6 address reaches the same host.
-        let address = address.to_canonical();
-        let named: Vec<_> = self.0.iter().filter(|network| network.contains(&address)).collect();
+        // An IPv4-mapped IPv6 address reaches the same host, and so does the one behind a translator (RFC 6052).
+        let (given, address) = (address.to_canonical(), embedded(address).unwrap_or(address.to_canonical()));
+        let is_named = |network: &&IpNet| network.contains(&given) || network.contains(&address);
+        let named: Vec<_> = self.0.iter().filter(is_named).collect();
         if let Some(special) = SPECIAL_NETWORKS.iter().find(|network| network.contains(&address))
             && !named.iter().any(|network| special.contains(*network))
         {
@@ -62,6 +64,13 @@ impl AllowedNetworks {
         }
         Ok(())
     }
+}
+
+/// The IPv4 address that a translator's IPv6 address stands for.
+fn embedded(address: IpAddr) -> Option<IpAddr> {
+    let IpAddr::V6(address) = address else { return None };
+    let [0x64, 0xff9b, 0, 0, 0, 0, high, low] = address.segments() else { return None };
+    Some(Ipv4Addr::from(u32::from(high) << 16 | u32::from(low)).into())
 }
 
 #[cfg(test)]
@@ -99,6 +108,8 @@ mod tests {
             "255.255.255.255",
             "::ffff:127.0.0.1",
             "::ffff:169.254.169.254",
+            "64:ff9b::a9fe:a9fe",
+            "fd20:ce::254",
         ] {
             assert!(!is_allowed(&any, special), "{special}");
             assert!(
@@ -115,6 +126,7 @@ mod tests {
     fn with_a_list_the_rest_is_refused() {
         let pods = networks(&["10.244.0.0/16", "fd01::/64"]);
         assert!(is_allowed(&pods, "10.244.3.4") && is_allowed(&pods, "fd01::5"));
+        assert!(is_allowed(&networks(&["64:ff9b::/96"]), "64:ff9b::a00:1"));
         assert!(!is_allowed(&pods, "10.245.0.1") && !is_allowed(&pods, "fd02::1"));
         assert_eq!(pods.check("10.1.1.1".parse().unwrap()).unwrap_err(), "10.1.1.1 is in none of the allowed networks");
     }

@@ -91,6 +91,24 @@ fn keda_and_monitoring_are_kustomizes_components() {
 }
 
 #[test]
+fn families_of_addresses_are_kustomizes_components() {
+    let target = places::root().join("target");
+    std::fs::create_dir_all(&target).unwrap();
+    for (family, component) in [("DualStack", "dual-stack"), ("IPv6", "ipv6")] {
+        let overlay = tempfile::tempdir_in(&target).unwrap();
+        let file = format!(
+            "resources: [../../gateway-manifests/base]\ncomponents: [../../gateway-manifests/components/{component}]\n"
+        );
+        std::fs::write(overlay.path().join("kustomization.yaml"), file).unwrap();
+        let set = format!("gateway.ipFamily={family}");
+        let rendered = rendered(&["--values", &values("base"), "--set", &set]);
+        let (Some(kustomized), Some(rendered)) = (kustomized(overlay.path()), rendered) else { return };
+        assert_same(&rendered, &kustomized);
+        assert!(kustomized.contains(&format!("ipFamily: {family}")) && kustomized.contains("[::]:9000"));
+    }
+}
+
+#[test]
 fn the_default_chart_runs_simulators_and_is_one_that_pd_control_finds_no_fault_with() {
     let Some(text) = rendered(&[]) else { return };
     let objects = objects(&text);
