@@ -8,4 +8,5 @@
 pub mod answer;
 pub mod rig;
 pub mod shared;
+pub mod tls;
 pub mod traffic;

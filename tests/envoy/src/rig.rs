@@ -410,6 +410,15 @@ impl Rig {
         self.places.control.address()
     }
 
+    /// What pd-control has logged.
+    ///
+    /// # Panics
+    /// When it does not run.
+    #[must_use]
+    pub fn control_log(&self) -> String {
+        self.control.as_ref().expect("a pd-control").log()
+    }
+
     /// Kills pd-control.
     pub fn kill_control(&mut self) {
         self.control = None;

@@ -34,8 +34,18 @@ impl Traffic {
     /// Starts that many clients.
     #[must_use]
     pub fn start(address: SocketAddr, clients: usize) -> Self {
+        Self::start_with(address, clients, true)
+    }
+
+    /// As [`start`](Self::start), with long prompts only.
+    #[must_use]
+    pub fn start_long(address: SocketAddr, clients: usize) -> Self {
+        Self::start_with(address, clients, false)
+    }
+
+    fn start_with(address: SocketAddr, clients: usize, has_short: bool) -> Self {
         let shared = Arc::new(Shared::default());
-        let start = |number| tokio::spawn(flow(address, number, Arc::clone(&shared)));
+        let start = |number| tokio::spawn(flow(address, number, has_short, Arc::clone(&shared)));
         let clients = (0..clients).map(start).collect();
         Self { shared, clients }
     }
@@ -93,14 +103,14 @@ impl Traffic {
     }
 }
 
-async fn flow(address: SocketAddr, number: usize, shared: Arc<Shared>) {
+async fn flow(address: SocketAddr, number: usize, has_short: bool, shared: Arc<Shared>) {
     let http = if number.is_multiple_of(2) { Http::One } else { Http::Two };
     let mut client = Client::connect(address, http).await;
     for round in 0_u64.. {
         if shared.is_over.load(Relaxed) {
             return;
         }
-        let bytes = if round.is_multiple_of(3) { 40 } else { 4_000 };
+        let bytes = if has_short && round.is_multiple_of(3) { 40 } else { 4_000 };
         let stream = if round.is_multiple_of(2) { r#","stream":true"# } else { "" };
         let body = chat(&[&words(&format!("{number}-{round}"), bytes)], &format!(r#","max_tokens":8{stream}"#));
         let failure = match client.try_send(client.json(CHAT, body.clone(), &[])).await {
