@@ -13,7 +13,7 @@ use tokio::time::sleep;
 
 use super::fleet::Server;
 
-/// Group of the servers that stay.
+/// Revision of the servers that stay.
 const STAYING: &str = "stays";
 /// A look at how far the requests are.
 const LOOK: Duration = Duration::from_millis(5);
@@ -22,7 +22,7 @@ const LOOK: Duration = Duration::from_millis(5);
 pub struct World {
     pub prefill: Vec<Arc<Server>>,
     pub decode: Vec<Arc<Server>>,
-    /// Servers of the group that is rolled out, and those that it replaced.
+    /// Servers of the revision that is rolled out, and those that it replaces.
     pub rolled: Mutex<Vec<Arc<Server>>>,
     pub computed: Arc<Computed>,
     /// Requests that have ended.
@@ -78,7 +78,7 @@ enum Fault {
 
 #[derive(Clone, Copy)]
 enum Change {
-    /// A pair of a new group comes, and that of the old group goes.
+    /// Servers of a new revision come one after the other, and those of the old one go.
     RollOut,
     /// Servers are down and ready again, several times.
     Flaps,
@@ -107,11 +107,11 @@ impl World {
     pub async fn start(seed: u64, total: u64) -> Self {
         let computed = Arc::new(Computed::default());
         let mut number = 0;
-        let mut servers = async |role, group: &str, count| {
+        let mut servers = async |role, revision: &str, count| {
             let mut started = Vec::new();
             for _ in 0..count {
                 number += 1;
-                started.push(Arc::new(Server::start(role, group, mix(seed, number), &computed).await));
+                started.push(Arc::new(Server::start(role, revision, mix(seed, number), &computed).await));
             }
             started
         };
@@ -136,7 +136,7 @@ impl World {
         self.now.iter().filter_map(|lane| *lane.lock().unwrap_or_else(PoisonError::into_inner)).collect()
     }
 
-    /// Servers of the group that is rolled out.
+    /// Servers of the revision that is rolled out.
     fn rolled(&self) -> Vec<Arc<Server>> {
         self.rolled.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -226,11 +226,11 @@ impl World {
     }
 
     pub async fn change_list(&self, rigs: [&Rig; 2]) {
-        let mut group = 0;
+        let mut revision = 0;
         self.lane(2, LIST.map(|(name, _)| name), async |at, round| match LIST[at].1 {
             Change::RollOut => {
-                group += 1;
-                self.roll_out(rigs, group).await;
+                revision += 1;
+                self.roll_out(rigs, revision).await;
             }
             Change::Flaps => self.flap(rigs, round).await,
             Change::NamesTheDead => self.name_the_dead(rigs).await,
@@ -263,12 +263,12 @@ impl World {
         }
     }
 
-    async fn roll_out(&self, rigs: [&Rig; 2], group: u64) {
-        let group = group.to_string();
+    async fn roll_out(&self, rigs: [&Rig; 2], revision: u64) {
+        let revision = revision.to_string();
         let old = self.rolled();
         for (number, leaving) in old.iter().enumerate() {
             let seed = mix(self.seed, 1_000_000 + number as u64);
-            let comes = Arc::new(Server::start(leaving.role, &group, seed, &self.computed).await);
+            let comes = Arc::new(Server::start(leaving.role, &revision, seed, &self.computed).await);
             self.rolled.lock().unwrap_or_else(PoisonError::into_inner).push(comes);
             self.publish(rigs, &[(leaving, "draining")]);
             self.until_hosts(rigs).await;

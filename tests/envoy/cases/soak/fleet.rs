@@ -16,7 +16,8 @@ const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// One server, at one address for as long as it lives.
 pub struct Server {
     pub role: Role,
-    pub group: String,
+    /// Revision of its engine: servers refuse KV caches of another one.
+    pub revision: String,
     pub address: SocketAddr,
     config: Config,
     /// Its addresses, which nobody else gets while no process listens there.
@@ -67,7 +68,7 @@ impl Done {
 }
 
 impl Server {
-    pub async fn start(role: Role, group: &str, seed: u64, computed: &Arc<Computed>) -> Self {
+    pub async fn start(role: Role, revision: &str, seed: u64, computed: &Arc<Computed>) -> Self {
         let ports = [Port::reserve(), Port::reserve()];
         let config = Config {
             listen: ports[0].address(),
@@ -76,6 +77,7 @@ impl Server {
             record: 0,
             lease: LEASE,
             keep_alive: Some(KEEP_ALIVE),
+            revision: Some(revision.to_owned()),
             seed,
             computed: Some(Arc::clone(computed)),
             ..Config::of(role)
@@ -83,12 +85,12 @@ impl Server {
         let handle = pd_sim::start(config.clone()).await.unwrap_or_else(|error| panic!("{error}"));
         let address = handle.addr();
         let handle = tokio::sync::Mutex::new(Some(handle));
-        Self { role, group: group.to_owned(), address, config, _ports: ports, handle, before: Mutex::default() }
+        Self { role, revision: revision.to_owned(), address, config, _ports: ports, handle, before: Mutex::default() }
     }
 
     /// Its entry in the list.
     pub fn entry(&self) -> Value {
-        json!({"address": self.address.to_string(), "role": self.role.name(), "group": self.group})
+        json!({"address": self.address.to_string(), "role": self.role.name(), "revision": self.revision})
     }
 
     pub async fn set_faults(&self, faults: &str) {
