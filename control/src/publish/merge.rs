@@ -192,13 +192,21 @@ mod tests {
         let source = merge.add();
         merge.take(source, list(&[(1, 1.0), (2, 1.0)]));
         let models = vec![ModelCard { max_model_len: Some(8), ..ModelCard::new("m") }];
-        let fact = Fact { models, has_told: true, cache_tokens: Some(9), is_down: true };
+        let fact = Fact {
+            models,
+            has_told: true,
+            cache_tokens: Some(9),
+            is_down: true,
+            cache_epoch: Some(7),
+            expired_kv_leases: Some(2),
+        };
         let merged = merge.take_facts(Facts::from([(([10, 0, 0, 1], 80).into(), fact)])).unwrap().unwrap();
         let [first, second] = merged.as_slice() else { panic!() };
         assert_eq!(
             (first.models.as_slice(), first.cache_tokens, first.state),
             (["m".to_owned()].as_slice(), Some(9), State::Down)
         );
+        assert_eq!((first.cache_epoch, first.expired_kv_leases), (Some(7), Some(2)));
         assert_eq!(*second, Endpoint::new(([10, 0, 0, 2], 80).into(), Role::Both));
         let said = Endpoint {
             models: vec!["x".into()],
