@@ -159,6 +159,10 @@ fn control_metrics() -> Vec<Row> {
         cache_tokens: Some(1),
         prefix_queries: Some(1.0),
         prefix_hits: Some(1.0),
+        expired_kv_leases: Some(1.0),
+        late_fetches: Some(1.0),
+        process_start: Some(1.0),
+        is_asleep: false,
     };
     let scrapes = Scrapes::from_iter([(address, Scraped { load, ..Scraped::default() })]);
     let counters = Counters::default();
