@@ -3,6 +3,7 @@
 use core::time::Duration;
 
 use crate::body::splice::HeadEdit;
+use crate::config::Config;
 use crate::headers::Headers;
 use crate::metrics::Metric;
 use crate::request::reply::Reply;
@@ -113,6 +114,15 @@ pub struct Call {
     pub body: Vec<u8>,
     /// Time limit.
     pub timeout: Duration,
+}
+
+impl Call {
+    /// The question for a path of one server, `ip:port`, in that cluster.
+    pub(super) fn question(config: &Config, cluster: &str, path: &str, server: &str, timeout: Duration) -> Self {
+        let own = [(":method", "GET"), (":path", path), (":authority", server), (":scheme", "http")];
+        let headers = Headers::from_pairs(own.into_iter().chain([(config.destination_header.as_str(), server)]));
+        Self { cluster: cluster.to_owned(), headers, body: Vec::new(), timeout }
+    }
 }
 
 /// What an event leads to.

@@ -9,7 +9,6 @@ use core::time::Duration;
 use std::sync::Arc;
 
 use super::effect::{Call, Effect, Flow, Outcome};
-use super::leg::question_headers;
 use super::parsed::ParsedRequest;
 use crate::body::Api;
 use crate::body::splice::HeadEdit;
@@ -117,12 +116,7 @@ impl KvLease {
         let server = worker.state.table.resolve(self.prefill).map(|state| state.address.to_string());
         let (false, Some(server)) = (self.is_stream, server) else { return Headers::Late };
         self.state = KvLeaseState::Asked;
-        Headers::Ask(Call {
-            cluster: self.config.cluster.clone(),
-            headers: question_headers(&self.config, METRICS_PATH, &server),
-            body: Vec::new(),
-            timeout: METRICS_TIMEOUT,
-        })
+        Headers::Ask(Call::question(&self.config, &self.config.cluster, METRICS_PATH, &server, METRICS_TIMEOUT))
     }
 
     /// Whether the prefill server's metrics show that no lease expired since this one began.

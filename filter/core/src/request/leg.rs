@@ -282,12 +282,6 @@ fn leg_headers(headers: &Headers, config: &Config, path: &[u8], destination: &[u
     Headers::from_pairs(kept.chain([own]).chain(rank))
 }
 
-/// Headers of a question to a bootstrap server.
-pub(super) fn question_headers(config: &Config, path: &str, server: &str) -> Headers {
-    let own = [(":method", "GET"), (":path", path), (":authority", server), (":scheme", "http")];
-    Headers::from_pairs(own.into_iter().chain([(config.destination_header.as_str(), server)]))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

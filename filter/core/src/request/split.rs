@@ -3,7 +3,7 @@
 use core::time::Duration;
 
 use super::effect::{Call, Effect, Flow};
-use super::leg::{question_headers, start_leg, with_pair};
+use super::leg::{start_leg, with_pair};
 use super::parsed::ScannedBody;
 use super::route::{Prefill, Route, forward, remember_prompt};
 use super::state::{ConcurrentPrefill, Prefiller, Prefilling, Split, State};
@@ -62,12 +62,7 @@ impl Split {
     /// The decode leg will name the engine, so its id is asked for first.
     fn ask_engine_id(self, prefiller: Prefiller, query: &EngineIdQuery, server: &str, now: Monotonic) -> Step {
         let config = &self.parsed.head.config;
-        let call = Call {
-            cluster: config.bootstrap_cluster.clone(),
-            headers: question_headers(config, query.path, server),
-            body: Vec::new(),
-            timeout: QUESTION_TIMEOUT,
-        };
+        let call = Call::question(config, &config.bootstrap_cluster, query.path, server, QUESTION_TIMEOUT);
         self.await_call(prefiller, None, call, now)
     }
 
