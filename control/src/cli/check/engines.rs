@@ -102,7 +102,8 @@ fn workloads(all: &Manifests) -> impl Iterator<Item = Workload<'_>> {
 
 /// Endpoints of each workload, by its place among them, as pd-control would list a pod of it.
 fn listed(config: &KubernetesConfig, workloads: &[Workload<'_>], all: &Manifests) -> BTreeMap<usize, Vec<Endpoint>> {
-    let mut config = KubernetesConfig { allowed_cidrs: Vec::new(), ..config.clone() };
+    let mut config = config.clone();
+    config.allowed_cidrs.clear();
     if config.namespaces.is_empty() {
         // Its own namespace, which is that of the engines unless somebody says otherwise.
         config.namespaces = workloads.iter().map(|workload| workload.object.namespace.clone()).collect();
