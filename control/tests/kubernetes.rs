@@ -26,7 +26,9 @@ fn follow(config: &mut Config, server: &ApiServer, kubernetes: KubernetesConfig)
 }
 
 fn namespaces(names: &[&str]) -> KubernetesConfig {
-    KubernetesConfig { namespaces: names.iter().map(|name| (*name).to_owned()).collect(), ..Default::default() }
+    let mut config = KubernetesConfig::default();
+    config.namespaces = names.iter().map(|name| (*name).to_owned()).collect();
+    config
 }
 
 /// A server with two pods, and a pd-control that follows it.
