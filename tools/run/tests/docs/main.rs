@@ -13,6 +13,8 @@ use pd_core::wire::Engine;
 
 use markdown::Document;
 
+mod circles;
+mod cost;
 mod markdown;
 mod tables;
 

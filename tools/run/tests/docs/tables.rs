@@ -25,6 +25,7 @@ use pd_core::metrics::{FAMILIES, Level, Metric, MetricKind};
 use pd_core::paths::INFERENCE;
 use pd_core::wire::{Endpoint, Role};
 
+use crate::cost;
 use crate::markdown::root;
 
 /// A metric for its table: name, kind, labels, meaning.
@@ -40,7 +41,7 @@ pub fn all() -> BTreeMap<&'static str, String> {
     let filter_keys = Key::ALL.iter().map(|key| (key.path(), key.default_value(), key.values(), key.meaning()));
     let entries =
         |entries: &'static [Entry]| keys(entries.iter().map(|it| (it.key, it.default_value, it.values, it.meaning)));
-    BTreeMap::from([
+    [
         ("plugin configuration", keys(filter_keys)),
         ("endpoint keys", entries(ENDPOINT)),
         ("kubernetes configuration", entries(KEYS)),
@@ -52,7 +53,10 @@ pub fn all() -> BTreeMap<&'static str, String> {
         ("filter metrics", metrics(&filter_metrics())),
         ("pd-control metrics", metrics(&control_metrics())),
         ("pd-control options", command_line()),
-    ])
+    ]
+    .into_iter()
+    .chain(cost::tables())
+    .collect()
 }
 
 /// Names of all metrics, without labels.
