@@ -6,7 +6,6 @@
 
 use std::borrow::Cow;
 
-use crate::codec::{Reader, Writer};
 use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::endpoints::health::Cause;
 use crate::endpoints::load::LedgerEntry;
@@ -18,6 +17,8 @@ use crate::prefix::index::EndpointIndex;
 use crate::time::Monotonic;
 use crate::workers::state::State;
 use crate::workers::waiting::{HeldByKey, WaitingRequest};
+
+mod wire;
 
 /// Most blocks of an event, 4 MiB of prompt or more. The other workers take what lies behind as not held.
 const MAX_EVENT_BLOCKS: usize = 2_048;
@@ -156,168 +157,6 @@ impl<'a> Event<'a> {
             Self::Answered { leg, error } => endpoint_state.answers.note(leg, error),
             _ => {}
         }
-    }
-
-    /// Appends the event, little endian: its length in bytes (4), its kind (1), the key (8), what the kind has.
-    pub(crate) fn write(&self, endpoint: u64, into: &mut Vec<u8>) {
-        let start = into.len();
-        let mut out = Writer(core::mem::take(into));
-        out.0.extend_from_slice(&[0; 4]);
-        let mut head = |kind: u8| {
-            out.0.push(kind);
-            out.word(endpoint);
-        };
-        match self {
-            Self::PrefillStarted { leg, seconds, at, expires } => {
-                head(1);
-                out.word(*leg);
-                out.word(seconds.to_bits());
-                out.time(*at);
-                out.time(*expires);
-            }
-            Self::PrefillEnded { leg, at, answered } => {
-                head(2);
-                out.word(*leg);
-                out.time(*at);
-                out.0.push(u8::from(*answered));
-            }
-            Self::PrefillAbandoned { leg, at } => {
-                head(3);
-                out.word(*leg);
-                out.time(*at);
-            }
-            Self::DecodeStarted { tokens } => {
-                head(4);
-                out.word(*tokens);
-            }
-            Self::DecodeEnded { tokens } => {
-                head(5);
-                out.word(*tokens);
-            }
-            Self::Holds { blocks } => {
-                head(6);
-                blocks.iter().take(MAX_EVENT_BLOCKS).for_each(|block| out.word(block.0));
-            }
-            Self::Failed { at, cause } => {
-                head(7);
-                out.time(*at);
-                out.0.push(cause.code());
-            }
-            Self::Healed => head(8),
-            Self::Forgot => head(19),
-            Self::Admitted { fairness, tokens } => {
-                head(9);
-                out.word(*fairness);
-                out.word(*tokens);
-            }
-            Self::Released { fairness, tokens } => {
-                head(10);
-                out.word(*fairness);
-                out.word(*tokens);
-            }
-            Self::BusyElsewhere { by } => {
-                head(11);
-                by.write(&mut out);
-            }
-            Self::HoldsByOthers { blocks } => {
-                head(12);
-                blocks.iter().take(MAX_EVENT_BLOCKS).for_each(|block| out.word(block.0));
-            }
-            Self::FleetIs { fleet } => {
-                head(13);
-                fleet.write(&mut out);
-            }
-            Self::Answered { leg, error } => {
-                head(14);
-                out.0.push(u8::from(*leg == Leg::Prefill));
-                out.0.push(error.map_or(0, ErrorKind::code));
-            }
-            Self::Waits { request } => {
-                head(15);
-                request.write(&mut out);
-            }
-            Self::HeldChanged { id, held } => {
-                head(16);
-                out.word(*id);
-                held.write(&mut out);
-            }
-            Self::Bound { id, seconds } => {
-                head(17);
-                out.word(*id);
-                out.word(seconds.to_bits());
-            }
-            Self::WaitEnded { id } => {
-                head(18);
-                out.word(*id);
-            }
-            Self::Lacks { blocks } => {
-                head(20);
-                blocks.iter().take(MAX_EVENT_BLOCKS).for_each(|block| out.word(block.0));
-            }
-        }
-        *into = out.0;
-        let length = u32::try_from(into.len().saturating_sub(start)).unwrap_or(u32::MAX);
-        if let Some(place) = into.get_mut(start..).and_then(|event| event.first_chunk_mut()) {
-            *place = length.to_le_bytes();
-        }
-    }
-
-    /// Splits encoded events behind the first one; `None` where there is none.
-    pub(crate) fn split_first(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
-        let length = u32::from_le_bytes(*bytes.first_chunk()?) as usize;
-        bytes.split_at_checked(length).filter(|(event, _)| !event.is_empty())
-    }
-
-    /// The events in `bytes`, each with its key. Kinds that only a newer filter knows are left out.
-    pub(crate) fn read(bytes: &[u8]) -> impl Iterator<Item = (u64, Self)> {
-        let mut rest = bytes;
-        core::iter::from_fn(move || {
-            loop {
-                let (event, behind) = Self::split_first(rest)?;
-                rest = behind;
-                if let Some(event) = event.get(4..).and_then(Self::from_bytes) {
-                    return Some(event);
-                }
-            }
-        })
-    }
-
-    fn from_bytes(bytes: &[u8]) -> Option<(u64, Self)> {
-        let (kind, rest) = bytes.split_first()?;
-        let mut rest = Reader(rest);
-        let endpoint = rest.word()?;
-        let event = match kind {
-            1 => {
-                let (leg, seconds) = (rest.word()?, f64::from_bits(rest.word()?));
-                Self::PrefillStarted { leg, seconds, at: rest.time()?, expires: rest.time()? }
-            }
-            // An older filter does not write whether the endpoint answered.
-            2 => Self::PrefillEnded { leg: rest.word()?, at: rest.time()?, answered: rest.byte() == Some(1) },
-            3 => Self::PrefillAbandoned { leg: rest.word()?, at: rest.time()? },
-            4 => Self::DecodeStarted { tokens: rest.word()? },
-            5 => Self::DecodeEnded { tokens: rest.word()? },
-            6 => Self::Holds { blocks: core::iter::from_fn(|| rest.word().map(BlockHash)).collect() },
-            // An older filter writes no cause.
-            7 => Self::Failed { at: rest.time()?, cause: Cause::of_code(rest.byte().unwrap_or_default()) },
-            8 => Self::Healed,
-            19 => Self::Forgot,
-            9 => Self::Admitted { fairness: rest.word()?, tokens: rest.word()? },
-            10 => Self::Released { fairness: rest.word()?, tokens: rest.word()? },
-            11 => Self::BusyElsewhere { by: Totals::read(&mut rest)? },
-            12 => Self::HoldsByOthers { blocks: core::iter::from_fn(|| rest.word().map(BlockHash)).collect() },
-            13 => Self::FleetIs { fleet: Fleet::read(&mut rest)? },
-            14 => {
-                let leg = if rest.byte()? == 1 { Leg::Prefill } else { Leg::Decode };
-                Self::Answered { leg, error: ErrorKind::of_code(rest.byte()?) }
-            }
-            15 => Self::Waits { request: Cow::Owned(WaitingRequest::read(&mut rest)?) },
-            16 => Self::HeldChanged { id: rest.word()?, held: Cow::Owned(HeldByKey::read(&mut rest)?) },
-            17 => Self::Bound { id: rest.word()?, seconds: f64::from_bits(rest.word()?) },
-            18 => Self::WaitEnded { id: rest.word()? },
-            20 => Self::Lacks { blocks: core::iter::from_fn(|| rest.word().map(BlockHash)).collect() },
-            _ => return None,
-        };
-        Some((endpoint, event))
     }
 }
 
