@@ -26,6 +26,7 @@ mod check;
 mod error;
 pub mod keys;
 pub mod legs;
+mod names;
 mod pool;
 mod raw;
 

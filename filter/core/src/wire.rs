@@ -11,14 +11,15 @@
 
 pub use crate::engine::Engine;
 pub use card::ModelCard;
-pub use check::{MAX_CARD_BYTES, MAX_CARDS, MAX_ENDPOINTS, MAX_MODELS, MAX_NAME_BYTES, WIRE_VERSION, WireError};
 pub use endpoint::{ENDPOINT_KEYS, Endpoint, EndpointId, Role, State, unknown_endpoint_key};
+pub use error::{MAX_CARD_BYTES, MAX_CARDS, MAX_ENDPOINTS, MAX_MODELS, MAX_NAME_BYTES, WIRE_VERSION, WireError};
 pub use snapshot::Snapshot;
 pub use stated::{MAX_STATED, MAX_TARGETS, Stated, Target};
 
 mod card;
 mod check;
 mod endpoint;
+mod error;
 mod snapshot;
 mod stated;
 

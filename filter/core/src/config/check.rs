@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use super::error::ConfigError;
 use super::keys::{Key, Values};
 use super::legs::Legs;
+use super::names::{check_header_name, check_name};
 use super::raw::{AnswerModel, CachedTokens, Raw, RawAlias, RawControl, RawPool, RawTarget, SplitMode};
 use super::{Alias, Config, Control, Cost, LegLimit, Limits, MediaCost, Pool, Prefix, Queue, Split, TRUSTABLE_HEADERS};
 use crate::wire::{Endpoint, Snapshot, Target, WIRE_VERSION, WireError, unknown_endpoint_key};
@@ -248,21 +249,6 @@ fn check_endpoints(raw: Vec<Map<String, Value>>) -> Result<Vec<Endpoint>, Config
     };
     snapshot.validate().map_err(|error: WireError| ConfigError::new("endpoints", error))?;
     Ok(snapshot.endpoints)
-}
-
-pub(super) fn check_name(key: &str, value: &str) -> Result<(), ConfigError> {
-    if value.is_empty() || value.len() > 512 || !value.bytes().all(|b| b.is_ascii_graphic()) {
-        return Err(ConfigError::new(key, "must be 1 to 512 visible ASCII characters"));
-    }
-    Ok(())
-}
-
-pub(super) fn check_header_name(key: &str, value: &str) -> Result<(), ConfigError> {
-    let token = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-    if value.is_empty() || value.len() > 128 || !value.bytes().all(token) {
-        return Err(ConfigError::new(key, "must be a header name in lower case"));
-    }
-    Ok(())
 }
 
 fn check_number(key: Key, value: f64) -> Result<(), ConfigError> {

@@ -5,8 +5,8 @@ use core::fmt;
 
 use serde::Deserialize;
 
-use super::ConfigError;
-use super::check::{check_header_name, check_name};
+use super::error::ConfigError;
+use super::names::{check_header_name, check_name};
 use crate::headers::Headers;
 
 /// Headers that carry credentials. Their values must not stand in a configuration, which Envoy and Kubernetes show.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::check::{MAX_NAME_BYTES, WireError};
+use super::error::{MAX_NAME_BYTES, WireError};
 
 /// Objectives, and aliases, that one snapshot may state; more is refused.
 pub const MAX_STATED: usize = 4_096;
