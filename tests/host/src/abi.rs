@@ -218,3 +218,9 @@ mod tests {
         assert!(decode_pairs(&u32::MAX.to_le_bytes()).is_empty());
     }
 }
+
+impl From<Status> for u32 {
+    fn from(status: Status) -> Self {
+        status as u32
+    }
+}

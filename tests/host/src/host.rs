@@ -8,7 +8,7 @@ use wasmtime::{Memory, StoreLimits, StoreLimitsBuilder, TypedFunc};
 
 use crate::abi::{BufferType, MapType, text, texts};
 use crate::shared::Metric;
-use crate::stream::{Body, LocalReply, StreamState};
+use crate::stream_state::{Body, LocalReply, StreamState};
 use crate::{ClusterState, Fault, LogLevel, MetricKind, Pairs, SharedStore, WorkerConfig, find_header};
 
 /// Envoy's cap on linear memory.

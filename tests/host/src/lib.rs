@@ -39,6 +39,8 @@ mod manager;
 mod measure;
 mod shared;
 mod stream;
+mod stream_state;
+mod vm;
 mod wasi;
 mod worker;
 
@@ -51,7 +53,8 @@ pub use fleet::Fleet;
 pub use host::{CallbackTime, Callout, HeaderMiss, Violation};
 pub use measure::Measure;
 pub use shared::{MetricKind, SharedStore};
-pub use stream::{ClientView, Forwarded, LocalReply, Seen, Stream};
+pub use stream::Stream;
+pub use stream_state::{ClientView, Forwarded, LocalReply, Seen};
 pub use worker::{Throwaway, Worker};
 
 /// An error of the host itself: a module that does not load, a token that is not waiting.

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use wasmtime::{Caller, Linker, Result, format_err};
 
-use super::host_call;
+use super::call::host_call;
 use super::memory::{Fail, HostResult, give, read, write_u32};
 use crate::abi::{BufferType, MapType, decode_pairs, encode_pairs};
 use crate::host::{Action, Callout, Host, Violation};
-use crate::stream::LocalReply;
+use crate::stream_state::LocalReply;
 use crate::{ClusterState, Pairs, Status, find_header};
 
 type Guest<'a> = Caller<'a, Host>;

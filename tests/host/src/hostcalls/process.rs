@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use wasmtime::{Caller, Linker, Result};
 
-use super::host_call;
+use super::call::host_call;
 use super::memory::{HostResult, give, read, write_u32, write_u64};
 use crate::host::{Action, Host, VM_CONTEXT, Violation};
 use crate::{LogLevel, MetricKind, Status};
