@@ -46,7 +46,7 @@ pub struct KubernetesConfig {
     /// are any.
     pub inference_objects: Vec<ObjectGroup>,
     /// Revision of pods whose selector names none.
-    pub revision: Option<SourceConfig>,
+    revision: Option<SourceConfig>,
     /// Selectors of the operator, in order.
     pub selectors: Vec<SelectorConfig>,
     /// Allow-list for the addresses of pods; empty: all but special networks.
@@ -144,7 +144,7 @@ struct MatchExpression {
 }
 
 #[derive(Clone, Debug, PartialEq)]
-pub enum SourceConfig {
+enum SourceConfig {
     Fixed(String),
     Found(Found),
 }
