@@ -46,6 +46,12 @@ fn replaced(text: &str, from: &str, to: &str) -> String {
     text.replace(from, to)
 }
 
+/// The same, where it stands first.
+fn replaced_once(text: &str, from: &str, to: &str) -> String {
+    assert!(text.contains(from), "{from} stands in no manifest any more");
+    text.replacen(from, to, 1)
+}
+
 struct Checked {
     is_good: bool,
     said: String,
@@ -290,7 +296,7 @@ fn envoy_closes_idle_connections_before_engines_do() {
         (", connectionIdleTimeout: 5s", "5s, and an engine"),
         (", connectionIdleTimeout: 1m", "1m, and"),
     ] {
-        let warning = warning(&with(", connectionIdleTimeout: 3s", to));
+        let warning = warning(&replaced_once(&manifests(), ", connectionIdleTimeout: 3s", to));
         assert!(warning.contains(&format!("{KEY}{expected}")), "{warning}");
     }
 }
@@ -305,7 +311,7 @@ fn a_route_that_rewrites_paths_tells_the_filter() {
     let (_, matches) = matches.split_once("    # The paths of engines' inference APIs.").unwrap();
     let (matches, _) = matches.split_once("    # Generation takes").unwrap();
     let text = replaced(&manifests(), matches, "\n    - path: {type: PathPrefix, value: /team}\n");
-    let text = replaced(&text, &format!("{BEGIN}{HEADERS}"), &format!("{BEGIN}{REWRITE}{HEADERS}"));
+    let text = replaced_once(&text, &format!("{BEGIN}{HEADERS}"), &format!("{BEGIN}{REWRITE}{HEADERS}"));
     let faults = check(&text).faults;
     assert!(faults.contains("HTTPRoute llm/pd: spec.rules[0].filters[0]: takes /team off the path"), "{faults}");
     let told = "destination_header: x-pd-destination\n      path_prefixes: [/team]\n";
@@ -315,7 +321,8 @@ fn a_route_that_rewrites_paths_tells_the_filter() {
 
 #[test]
 fn headers_that_prefill_legs_lack_are_warned_of() {
-    let warning = warning(&with(
+    let warning = warning(&replaced_once(
+        &manifests(),
         "        - {name: x-pd-destination,",
         "        - {name: x-api-key, value: secret}\n        - {name: x-pd-destination,",
     ));
@@ -417,8 +424,8 @@ fn the_readiness_probe_reaches_the_filter() {
             &*format!("{probe}without a host name for /.pd-ready, and no HTTPRoute of Gateway llm/pd has it"),
         ),
         (
-            "  - {group: gateway.networking.k8s.io, kind: HTTPRoute, name: pd-ready}\n  wasm:",
-            "  wasm:",
+            "kind: HTTPRoute, name: pd-ready}\n  - {group: gateway.networking.k8s.io, kind: HTTPRoute, name: pd-upgrade}",
+            "kind: HTTPRoute, name: pd-upgrade}",
             "EnvoyExtensionPolicy llm/pd: spec.targetRefs: must have HTTPRoute llm/pd-ready",
         ),
         (

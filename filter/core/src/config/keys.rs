@@ -113,8 +113,6 @@ keys! {
         "Paths that a client may reach beside [those of inference APIs](#paths). Requests to other paths get 404, because engines serve their administration on the same port."
     PathPrefixes "path_prefixes" "[]", Values::Described("list of paths such as `/team`, without a slash at the end"),
         "Prefixes that the gateway's routes take away from a path after the filter has seen it. The filter reads `/team/v1/chat/completions` as `/v1/chat/completions`, and its prefill leg has the path without the prefix."
-    Legs "legs" "{}", OBJECT,
-        "[How prefill legs differ from the client's request](#legs). No route of the gateway changes a leg."
     LegsHeaders "legs.headers" "[]", Values::Described("list of [headers of legs](#legs)"),
         "Headers of prefill legs, in place of those that the client sent under the same names."
     LegsAuthority "legs.authority" "null", NAME,

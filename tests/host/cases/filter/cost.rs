@@ -26,7 +26,7 @@ fn a_request_makes_no_more_host_calls_than_it_did() {
     let whole = Gateway::new(&two_and_two());
     let passed = Gateway::new(&two_and_two());
     let flows: [(&str, f64, _); 3] = [
-        ("split", 31.1, calls(&split, |worker, id| drop(run_split(worker, &long_chat(id))))),
+        ("split", 33.1, calls(&split, |worker, id| drop(run_split(worker, &long_chat(id))))),
         ("decode only", 19.1, calls(&whole, |worker, id| respond(&short_chat(id).send(worker)))),
         ("passed", 6.0, calls(&passed, |worker, _| respond(&Request::get("/v1/models").send(worker)))),
     ];

@@ -576,9 +576,14 @@ fn check_listed(addresses: &[String], roles: &[&str], listed: &Listed) {
 }
 
 fn check_leg(call: &Callout, listed: &Listed) {
+    assert!(call.headers.iter().all(|(_, value)| value != EVIL.as_bytes()));
+    if call.header(":path") == Some(b"/metrics") {
+        // The filter asks the engine of a leg whether a KV lease has expired. The list may have changed since the leg.
+        assert_eq!((call.header("x-any"), call.body.as_slice()), (None, &[][..]));
+        return;
+    }
     check_listed(&addresses(call.header("x-pd-destination")), &["prefill"], listed);
     assert_eq!(call.header("x-any"), Some(&[0xff, 0xc3, b'a'][..]));
-    assert!(call.headers.iter().all(|(_, value)| value != EVIL.as_bytes()));
     let body: Value = serde_json::from_slice(&call.body).unwrap();
     assert_eq!((&body["stream"], &body["max_tokens"]), (&Value::Bool(false), &Value::from(1)));
     assert!(body.get("n").is_none() && body.get("stop").is_none());

@@ -177,7 +177,7 @@ fn unknown_prefixes_spread_and_stick() {
 
 #[test]
 fn an_unseen_prefix_is_worth_a_wait_at_its_rendezvous_endpoint() {
-    let mut fixture = fixture(2, 1, r#"{"pools":{"default":{"rendezvous_share":0.6}}}"#);
+    let mut fixture = fixture(2, 1, r#"{"pools":{"default":{"rendezvous_share":0.6,"affinity_weight":3}}}"#);
     let unseen = Prompt { is_unseen: true, ..prompt(1, 40) };
     let owner = fixture.prefill(&unseen).endpoint;
     fixture.busy(owner, 0.1);

@@ -493,7 +493,9 @@ const TIMEOUT: &str = "upstream request timeout";
 #[test]
 fn a_leg_over_its_limit_is_no_mark_against_an_endpoint_that_answers_others() {
     for policy in ["decode_only", "fail"] {
-        let pool = format!(r#"{{"pools":{{"default":{{"on_prefill_failure":"{policy}","prefill_attempts":3}}}},"#);
+        let pool = format!(
+            r#"{{"pools":{{"default":{{"on_prefill_failure":"{policy}","prefill_attempts":3,"affinity_weight":3}}}},"#
+        );
         let mut t = configured(&CONFIG.replacen('{', &pool, 1));
         t.headers(&[]);
         let slow = leg_destination(&t.body(&long_body())).split(',').next().unwrap().to_owned();
