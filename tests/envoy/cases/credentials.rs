@@ -79,8 +79,13 @@ fn a_prefill_leg_has_the_key_that_the_route_gives_to_the_decode_leg() {
             .envoy(|config| {
                 let header = json!({"header": {"key": "authorization", "value": format!("Bearer {KEY}")},
                     "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"});
-                let route = &mut config.http()["route_config"]["virtual_hosts"][0]["routes"][0];
-                route["request_headers_to_add"].as_array_mut().expect("a list").push(header);
+                let routes = &mut config.http()["route_config"]["virtual_hosts"][0]["routes"];
+                for route in routes.as_array_mut().expect("a list") {
+                    route["request_headers_to_add"]
+                        .as_array_mut()
+                        .into_iter()
+                        .for_each(|list| list.push(header.clone()));
+                }
             })
             .start()
             .await;
@@ -168,7 +173,7 @@ fn pd_control_says_that_engines_want_a_key() {
                 (engine["problem"] == text && engine["answers"] == true && engine["state"] != "down").then_some(())
             })
             .await;
-            let line = format!("pd_control_engine_refusing{{address=\"{address}\"}} 1");
+            let line = format!("pd_control_engine_refusing{{address=\"{address}\"}} 1.0");
             let metrics = rig.ask_control("/metrics").await.expect("metrics");
             assert!(metrics.lines().any(|known| known == line), "{metrics}");
         }

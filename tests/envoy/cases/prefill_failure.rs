@@ -183,7 +183,9 @@ fn unusable_parameters_cost_a_second_prefill_and_never_the_right_text() {
 #[test]
 fn a_slow_prompt_puts_no_server_out_and_is_computed_twice_at_most() {
     run(async {
-        let pool = json!({"prefill_timeout_ms": 500, "prefill_timeout_factor": 1, "on_prefill_failure": "decode_only"});
+        // With a constant weight the server of the slow prompt gets others, too.
+        let pool = json!({"prefill_timeout_ms": 500, "prefill_timeout_factor": 1, "on_prefill_failure": "decode_only",
+            "affinity_weight": 3});
         let rig = Rig::builder().pool(pool).start().await;
         let mut slow = rig.client(Http::One).await;
         let body = long_chat();

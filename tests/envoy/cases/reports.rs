@@ -5,7 +5,7 @@ use pd_support::client::{BOTH, Client, Http};
 use pd_support::wait::until;
 use pd_tests::rig::{Rig, run};
 use pd_tests::shared::shared;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::support::{assert_rejected, assert_right, long_chat, new_id, new_prompt, recorded, short_chat, sum};
 
@@ -63,7 +63,8 @@ fn parameters_of_a_hand_over_reach_no_engine() {
 #[test]
 fn paths_are_understood_or_refused_with_a_reason() {
     run(async {
-        let rig = shared().await;
+        let models = |list: &mut [Value]| list.iter_mut().for_each(|entry| entry["models"] = json!(["sim"]));
+        let rig = Rig::builder().list(models).start().await;
         for http in BOTH {
             let mut client = rig.client(http).await;
             // unslothai/unsloth#9876, Routstr/routstr-core#424: a list is asked for with a slash at its end. Agenta-AI/agenta#5487:

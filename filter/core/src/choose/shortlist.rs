@@ -44,8 +44,8 @@ impl Legs {
     fn new(endpoints: &[(EndpointIndex, &EndpointState)]) -> Self {
         let queues = endpoints.iter().map(|(_, state)| &state.prefill);
         let (own, seconds) =
-            queues.fold((0, 0.0), |(legs, seconds), queue| (queue.len() + legs, queue.seconds() + seconds));
-        let legs = Self { mean_seconds: seconds / own.max(1) as f64, each: 0.0 };
+            queues.fold((0.0, 0.0), |(legs, seconds), queue| (queue.len() as f64 + legs, queue.seconds() + seconds));
+        let legs = Self { mean_seconds: seconds / f64::max(own, 1.0), each: 0.0 };
         let all: f64 = endpoints.iter().map(|(_, state)| legs.at(state)).sum();
         Self { each: all / endpoints.len().max(1) as f64, ..legs }
     }
