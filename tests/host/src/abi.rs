@@ -198,6 +198,12 @@ fn take_terminated(bytes: &[u8], len: usize) -> Option<(&[u8], &[u8])> {
     (*bytes.get(len)? == 0).then(|| (value, &bytes[len + 1..]))
 }
 
+impl From<Status> for u32 {
+    fn from(status: Status) -> Self {
+        status as u32
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -216,11 +222,5 @@ mod tests {
         bytes.extend_from_slice(&[0, 0]);
         assert!(decode_pairs(&bytes).is_empty());
         assert!(decode_pairs(&u32::MAX.to_le_bytes()).is_empty());
-    }
-}
-
-impl From<Status> for u32 {
-    fn from(status: Status) -> Self {
-        status as u32
     }
 }

@@ -40,6 +40,9 @@ pub struct KubernetesSource {
     pods: Arc<Pods>,
 }
 
+/// What the cluster says: endpoints with what objects state, once all are listed, and a problem.
+type View = (Option<(Vec<Endpoint>, Stated)>, Option<String>);
+
 impl KubernetesSource {
     /// A source that has not connected yet.
     ///
@@ -81,7 +84,7 @@ impl KubernetesSource {
             followers.spawn(follower.run(sender.clone(), move |event| (watched.clone(), event)));
         }
         drop(sender);
-        let mut sent: Option<(Option<(Vec<Endpoint>, Stated)>, Option<String>)> = None;
+        let mut sent: Option<View> = None;
         loop {
             let first = tokio::select! {
                 () = updates.closed() => return,
