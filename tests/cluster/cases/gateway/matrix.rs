@@ -204,7 +204,8 @@ async fn credentials_are_checked_and_reach_both_legs() {
     cluster.edit(ROUTES, FILTERS, &format!("    filters:\n{extension}    - type: RequestHeaderModifier\n"));
     cluster.apply_checked().await;
 
-    let (key, token): ((&str, &[u8]), (&str, &[u8])) = (("x-api-key", b"good"), ("x-token", TOKEN.as_bytes()));
+    let key: (&str, &[u8]) = ("x-api-key", b"good");
+    let token: (&str, &[u8]) = ("x-token", TOKEN.as_bytes());
     let mut client = Client::connect(cluster.address, Http::One).await;
     until("a token is asked for", async || {
         let without = ask(&mut client, COMPLETIONS, "sim", 1, &[key]).await.status;
