@@ -172,9 +172,9 @@ def openai_cases(base):
         yield f"chat audio{kind} long", lambda stream=stream: plain_or_list(chat(
             messages=user([{"type": "text", "text": LONG}, *sound]), stream=stream))
     yield "chat parsed", lambda: client.chat.completions.parse(
-        model="sim", messages=user(LONG + "parse"), response_format=Said, max_tokens=12).choices[0].message.parsed
+        model="sim", messages=user(LONG + "parse"), response_format=Said).choices[0].message.parsed
     yield "response parsed", lambda: client.responses.parse(
-        model="sim", input=LONG + "parse", text_format=Said, max_output_tokens=12).output_parsed
+        model="sim", input=LONG + "parse", text_format=Said).output_parsed
     yield "chat image", lambda: chat(messages=user(picture))
     yield "chat audio", lambda: chat(messages=user(sound))
     yield "chat structured", lambda: chat(messages=user(LONG + "a number"), response_format=schema)
