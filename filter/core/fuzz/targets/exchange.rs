@@ -43,7 +43,7 @@ fn with_endpoints(message: &[u8], keys: &[u64]) -> Vec<u8> {
 
 fn answer(hub: &mut Hub, request: &ExchangeRequest, now: Monotonic) -> ExchangeResponse {
     assert_eq!(ExchangeRequest::from_bytes(&request.to_bytes()).as_ref(), Some(request));
-    hub.take(request, now);
+    hub.take(request, 0, now);
     let _ = hub.has_news(request);
     let response = hub.answer(request, 3);
     assert_eq!(ExchangeResponse::from_bytes(&response.to_bytes()).as_ref(), Some(&response));
