@@ -46,7 +46,7 @@ fn a_refusing_decode_pod_is_an_error_to_nobody_and_comes_back() {
             .await;
         }
         rig.until_idle().await;
-        assert_eq!(rig.metric(UNANSWERED).await, 0.0);
+        assert_eq!(rig.final_metric(UNANSWERED).await, 0.0);
         assert_eq!(
             sum(&rig.decode, |stats| stats.local_prefills),
             rig.metric("pd_requests_total{decision=\"decode_only\"}").await as u64
@@ -131,7 +131,7 @@ fn an_error_of_the_decode_pod_is_the_clients() {
                 assert_eq!(answer.json()["error"]["message"], format!("fault: {fault}"));
             }
         }
-        assert_eq!(rig.metric(MOVED).await, 0.0, "parameters are good once: nothing is sent twice");
+        assert_eq!(rig.final_metric(MOVED).await, 0.0, "parameters are good once: nothing is sent twice");
         let seen = |stats: &Stats| stats.requests;
         assert_eq!(sum(&rig.decode, seen), 4);
         rig.until_idle().await;

@@ -44,7 +44,7 @@ fn during_the_body() {
             }
         }
         every_worker_is_alive(&rig).await;
-        assert_eq!(rig.metric(STRANDED).await, 0.0);
+        assert_eq!(rig.final_metric(STRANDED).await, 0.0);
         assert_eq!(sum(rig.engines(), |stats| stats.client_disconnects), 0, "no engine has seen any of it");
     });
 }
@@ -160,7 +160,7 @@ fn during_the_stream() {
             engine.wait_for(|stats| stats.in_flight == 0).await;
         }
         assert_eq!(sum(&rig.decode, |stats| stats.client_disconnects), left);
-        assert_eq!(rig.metric(STRANDED).await, 0.0);
+        assert_eq!(rig.final_metric(STRANDED).await, 0.0);
     });
 }
 

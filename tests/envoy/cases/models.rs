@@ -205,7 +205,7 @@ fn cached_tokens_are_those_that_the_prefill_engine_had() {
                 assert_eq!(cached, sum(&rig.prefill, |stats| stats.cached_tokens) - before);
                 assert_eq!(cached > prompt / 2, !is_first, "{cached} of {prompt}");
             }
-            assert_eq!(rig.metric("pd_kv_not_moved_total").await, 0.0);
+            assert_eq!(rig.final_metric("pd_kv_not_moved_total").await, 0.0);
         }
         let rig = always("vllm-nixl").pool(json!({"cached_tokens": "decode"})).start().await;
         let mut client = rig.client(BOTH[0]).await;

@@ -177,7 +177,7 @@ fn no_client_sees_the_error_of_one_prefill_server() {
             assert!((3..=12).contains(&requests), "{requests} legs met {fault}");
             ejected(&rig, reason).await;
             rig.until_idle().await;
-            assert_eq!(rig.metric("pd_prefill_retries_denied_total").await, 0.0, "{fault}");
+            assert_eq!(rig.final_metric("pd_prefill_retries_denied_total").await, 0.0, "{fault}");
             assert_eq!(sum(&rig.decode, |stats| stats.local_prefills), 0, "decode computed no prompt");
         }
     });

@@ -313,6 +313,25 @@ impl Rig {
         until(name, async || Some(self.metric(name).await).filter(|value| condition(*value))).await
     }
 
+    /// A metric of the filter after all requests so far ended and were counted: what a test needs to say that something
+    /// did not happen.
+    pub async fn final_metric(&self, name: &str) -> f64 {
+        until_true("all requests are counted", async || {
+            let metrics = self.metrics().await;
+            let sum = |name: &str| -> f64 {
+                let is_it = |series: &str| series.starts_with(name) && !series.contains("\"admin\"");
+                metrics.iter().filter(|(series, _)| is_it(series)).map(|(_, value)| value).sum()
+            };
+            let log = self.access_log();
+            let decided = log.iter().filter(|entry| !entry["decision"].is_null()).count();
+            sum("envoy_http_downstream_rq_active") == 0.0
+                && log.len() as f64 >= sum("envoy_http_downstream_rq_completed")
+                && sum("pd_requests_total") >= decided as f64
+        })
+        .await;
+        self.metric(name).await
+    }
+
     /// Waits until nothing is in flight, by the filter's gauges and by the engines' own.
     pub async fn until_idle(&self) {
         until_true("nothing is in flight", async || {
