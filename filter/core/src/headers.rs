@@ -7,13 +7,17 @@
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Headers {
     wire: Vec<u8>,
+    /// A bit for each name; see [`bit`]. A name whose bit is not set is not here: most names that are asked for are not.
+    names: u64,
 }
 
 impl Headers {
     /// Takes the bytes that the host returned. Bytes that are not a whole map yield the pairs up to the break.
     #[must_use]
     pub fn from_wire(wire: Vec<u8>) -> Self {
-        Self { wire }
+        let mut headers = Self { wire, names: 0 };
+        headers.names = headers.iter().fold(0, |names, (name, _)| names | bit(name));
+        headers
     }
 
     /// Serialises pairs, in their order; equal names stay apart.
@@ -24,7 +28,7 @@ impl Headers {
     {
         let (mut wire, mut text) = (Vec::with_capacity(1_024), Vec::with_capacity(512));
         wire.extend_from_slice(&[0; 4]);
-        let mut count: u32 = 0;
+        let (mut count, mut names): (u32, u64) = (0, 0);
         for (name, value) in pairs {
             let (name, value) = (name.as_ref(), value.as_ref());
             wire.extend_from_slice(&length(name).to_le_bytes());
@@ -34,12 +38,13 @@ impl Headers {
             text.extend_from_slice(value);
             text.push(0);
             count = count.saturating_add(1);
+            names |= bit(name);
         }
         if let Some(head) = wire.first_chunk_mut() {
             *head = count.to_le_bytes();
         }
         wire.append(&mut text);
-        Self { wire }
+        Self { wire, names }
     }
 
     /// The serialised form.
@@ -58,6 +63,9 @@ impl Headers {
     /// First value of `name`, which must be in lower case (Envoy lower-cases names).
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&[u8]> {
+        if self.names & bit(name.as_bytes()) == 0 {
+            return None;
+        }
         let mut pairs = self.iter();
         // Most names are of another length: they are passed over unread.
         while let Some(bytes) = pairs.name_bytes() {
@@ -114,6 +122,16 @@ impl<'a> Iterator for Pairs<'a> {
         self.data = value_end.checked_add(1)?;
         Some(pair)
     }
+}
+
+/// The bit of a name, by its length, its last byte and the one in its middle: names of headers often begin alike.
+fn bit(name: &[u8]) -> u64 {
+    let byte = |index: usize| u32::from(name.get(index).copied().unwrap_or(0));
+    let length = name.len();
+    let mixed = (length as u32).wrapping_mul(7)
+        ^ byte(length.wrapping_sub(1)).wrapping_mul(3)
+        ^ byte(length / 2).wrapping_mul(5);
+    1_u64.wrapping_shl(mixed)
 }
 
 fn length(bytes: &[u8]) -> u32 {

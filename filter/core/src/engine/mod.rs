@@ -8,7 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use protocol::CachedTokensOf;
+pub(crate) use protocol::{CachedTokensOf, LegAnswer};
 pub use protocol::{EngineIdQuery, Handover, LegOrder, Pair, Protocol, pair_id};
 
 pub mod acceptance;
@@ -72,7 +72,6 @@ engines! {
 #[cfg(test)]
 mod testing {
     use super::*;
-    use crate::body::json::Object;
     use crate::body::{Api, scan};
 
     pub fn pair() -> Pair<'static> {
@@ -96,7 +95,7 @@ mod testing {
     }
 
     pub fn handover(engine: Engine, api: Api, answer: &str) -> Handover {
-        let answer = Object::read(answer.as_bytes()).unwrap_or_default();
+        let answer = LegAnswer::read(answer.as_bytes());
         (engine.protocol().handover)(api, &answer, CachedTokensOf::Prefill)
     }
 

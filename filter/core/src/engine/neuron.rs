@@ -1,8 +1,7 @@
 //! AWS Neuron: the decode leg quotes the whole prefill answer.
 
-use super::protocol::{CachedTokensOf, Handover, LegOrder, Protocol, no_members, no_told_cached_tokens};
+use super::protocol::{CachedTokensOf, Handover, LegAnswer, LegOrder, Protocol, no_members, no_told_cached_tokens};
 use crate::body::Api;
-use crate::body::json::Object;
 
 pub(super) static PROTOCOL: Protocol = Protocol {
     legs: LegOrder::Sequential,
@@ -21,8 +20,8 @@ pub(super) static PROTOCOL: Protocol = Protocol {
     told_cached_tokens: no_told_cached_tokens,
 };
 
-fn handover(_: Api, answer: &Object<'_>, _: CachedTokensOf) -> Handover {
-    match answer.text() {
+fn handover(_: Api, leg: &LegAnswer<'_>, _: CachedTokensOf) -> Handover {
+    match leg.answer.text() {
         text @ [b'{', ..] => Handover::insert([br#""disagg_prefill_resp":"#, text].concat()),
         _ => Handover::Missing,
     }

@@ -1,5 +1,6 @@
 //! What can be true of an engine: the order of its legs, their members, and what a prefill answer says.
 
+use core::cell::OnceCell;
 use core::net::SocketAddr;
 
 use crate::body::json::Object;
@@ -38,10 +39,31 @@ pub struct Protocol {
     /// Members to put in front of the body of a decode leg that goes out with its prefill leg; may be empty.
     pub(crate) decode_members: fn(&Pair<'_>) -> Vec<u8>,
     /// Reads the answer of a prefill leg that the decode leg waited for.
-    pub(crate) handover: fn(Api, &Object<'_>, CachedTokensOf) -> Handover,
+    pub(crate) handover: fn(Api, &LegAnswer<'_>, CachedTokensOf) -> Handover,
     /// Reads the prompt tokens that the prefill endpoint had cached out of the parameters in its answer, where the decode
     /// endpoint reports them as its own. `None` where the parameters do not tell them.
-    pub(crate) told_cached_tokens: fn(&Object<'_>) -> Option<u64>,
+    pub(crate) told_cached_tokens: fn(&LegAnswer<'_>) -> Option<u64>,
+}
+
+/// The JSON answer of a prefill leg.
+#[derive(Debug, Default)]
+pub(crate) struct LegAnswer<'a> {
+    /// The answer. Without members where it is no valid JSON object.
+    pub(crate) answer: Object<'a>,
+    /// Its member `kv_transfer_params`, once somebody asked for it.
+    params: OnceCell<Option<Object<'a>>>,
+}
+
+impl<'a> LegAnswer<'a> {
+    /// Reads an answer's body.
+    pub(crate) fn read(body: &'a [u8]) -> Self {
+        Self { answer: Object::read(body).unwrap_or_default(), params: OnceCell::new() }
+    }
+
+    /// The member `kv_transfer_params`, read once; `None` where there is none.
+    pub(super) fn kv_transfer_params(&self) -> Option<&Object<'a>> {
+        self.params.get_or_init(|| Object::read(self.answer.get("kv_transfer_params")?).ok()).as_ref()
+    }
 }
 
 /// Whose cached tokens the decode endpoint is to report, where the parameters of the hand-over decide that.
@@ -127,11 +149,11 @@ pub(super) fn no_members(_: &Pair<'_>) -> Vec<u8> {
 }
 
 /// For protocols whose decode leg needs no parameters.
-pub(super) fn no_handover(_: Api, _: &Object<'_>, _: CachedTokensOf) -> Handover {
+pub(super) fn no_handover(_: Api, _: &LegAnswer<'_>, _: CachedTokensOf) -> Handover {
     Handover::Nothing
 }
 
 /// For protocols whose decode endpoint always reports its own cached tokens.
-pub(super) fn no_told_cached_tokens(_: &Object<'_>) -> Option<u64> {
+pub(super) fn no_told_cached_tokens(_: &LegAnswer<'_>) -> Option<u64> {
     None
 }

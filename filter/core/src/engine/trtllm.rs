@@ -1,7 +1,7 @@
 //! TensorRT-LLM: parameters travel from the context answer to the generation request.
 
-use super::protocol::{Handover, LegOrder, Pair, Protocol, no_members, no_told_cached_tokens};
-use crate::body::json::{self, Object};
+use super::protocol::{Handover, LegAnswer, LegOrder, Pair, Protocol, no_members, no_told_cached_tokens};
+use crate::body::json;
 use crate::body::{Api, Key, KeySet};
 
 pub(super) static PROTOCOL: Protocol = Protocol {
@@ -26,7 +26,8 @@ fn prefill_members(pair: &Pair<'_>) -> Vec<u8> {
 }
 
 /// The answer's parameters, now for generation, and the prompt as the prefill endpoint tokenised it.
-fn handover(api: Api, answer: &Object<'_>) -> Option<Handover> {
+fn handover(api: Api, leg: &LegAnswer<'_>) -> Option<Handover> {
+    let answer = &leg.answer;
     let choice = answer.get("choices").and_then(|choices| json::elements(choices).next());
     let of_choice = |key: &str| Some(json::members(choice?).filter(|(name, _)| name == key).last()?.1);
     // An answer that ended otherwise is complete, and its KV cache is gone.

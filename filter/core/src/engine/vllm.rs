@@ -1,10 +1,10 @@
 //! vLLM: its NIXL connector, and connectors over shared storage.
 
 use super::protocol::{
-    CachedTokensOf, Handover, LegOrder, Pair, Protocol, no_handover, no_members, no_told_cached_tokens,
+    CachedTokensOf, Handover, LegAnswer, LegOrder, Pair, Protocol, no_handover, no_members, no_told_cached_tokens,
 };
 use crate::body::Api;
-use crate::body::json::{self, Object};
+use crate::body::json::Object;
 
 /// Pull or push. Push mode pairs the legs by `x-request-id`, which both carry.
 pub(super) static NIXL: Protocol = Protocol {
@@ -55,23 +55,26 @@ fn prefill_members(_: &Pair<'_>) -> Vec<u8> {
 /// its own.
 const TOLD_CACHED_TOKENS: &str = "remote_prefill_cached_tokens";
 
-fn handover(_: Api, answer: &Object<'_>, cached_tokens: CachedTokensOf) -> Handover {
-    let Some(params) = answer.get("kv_transfer_params").filter(|params| is_usable(params)) else {
+fn handover(_: Api, answer: &LegAnswer<'_>, cached_tokens: CachedTokensOf) -> Handover {
+    let Some(params) = answer.kv_transfer_params().filter(|params| is_usable(params)) else {
         return Handover::Missing;
     };
     let is_taken_back = cached_tokens == CachedTokensOf::Decode && told_cached_tokens(answer).is_some();
-    let changed = if is_taken_back { json::with_member(params, TOLD_CACHED_TOKENS, b"null") } else { None };
-    Handover::insert([br#""kv_transfer_params":"#, changed.as_deref().unwrap_or(params)].concat())
+    let mut members = br#""kv_transfer_params":"#.to_vec();
+    if is_taken_back {
+        params.write_with(TOLD_CACHED_TOKENS, b"null", &mut members);
+    } else {
+        members.extend_from_slice(params.text());
+    }
+    Handover::insert(members)
 }
 
-fn told_cached_tokens(answer: &Object<'_>) -> Option<u64> {
-    let params = Object::read(answer.get("kv_transfer_params")?).ok()?;
-    core::str::from_utf8(params.get(TOLD_CACHED_TOKENS)?).ok()?.parse().ok()
+fn told_cached_tokens(answer: &LegAnswer<'_>) -> Option<u64> {
+    core::str::from_utf8(answer.kv_transfer_params()?.get(TOLD_CACHED_TOKENS)?).ok()?.parse().ok()
 }
 
 /// Whether a decode server can use the parameters. One that lacks `remote_request_id` hangs, null block ids end it.
-fn is_usable(params: &[u8]) -> bool {
-    let Ok(params) = Object::read(params) else { return false };
+fn is_usable(params: &Object<'_>) -> bool {
     let starts = |key: &str, with: &[u8]| params.get(key).is_some_and(|value| value.starts_with(with));
     starts("do_remote_prefill", b"true") && starts("remote_block_ids", b"[") && starts("remote_request_id", b"\"")
 }
@@ -106,7 +109,7 @@ mod tests {
             ("", "", None),
         ] {
             let answer = format!(r#"{{"kv_transfer_params":{}}}"#, with(told));
-            let answer = Object::read(answer.as_bytes()).unwrap();
+            let answer = LegAnswer::read(answer.as_bytes());
             let members = |told: &str| insert(&format!(r#""kv_transfer_params":{}"#, with(told)));
             assert_eq!((NIXL.handover)(Api::Chat, &answer, CachedTokensOf::Prefill), members(told));
             assert_eq!((NIXL.handover)(Api::Chat, &answer, CachedTokensOf::Decode), members(of_prefill));

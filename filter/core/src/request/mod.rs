@@ -201,6 +201,7 @@ impl Request {
             State::Parked(parked) => parked.end(worker),
             State::New | State::Reading(_) | State::Watched | State::Over => {}
         }
+        worker.pending.request_ended();
     }
 
     fn enter(&mut self, step: Step) -> Outcome {

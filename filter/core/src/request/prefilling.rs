@@ -6,14 +6,13 @@ use super::parsed::{ParsedRequest, ScannedBody};
 use super::route::{Prefill, Route, forward};
 use super::state::{Prefilling, Split};
 use super::step::Step;
-use crate::body::json::Object;
 use crate::body::splice::HeadEdit;
 use crate::choose::prompt::Prompt;
 use crate::choose::scheduler::Pick;
 use crate::config::OnPrefillFailure;
 use crate::endpoints::table::{EndpointRef, PromptEstimate};
 use crate::endpoints::usage::Usage;
-use crate::engine::{CachedTokensOf, Handover, legs};
+use crate::engine::{CachedTokensOf, Handover, LegAnswer, legs};
 use crate::metrics::Metric;
 use crate::request::reply::{Rejection, Reply};
 use crate::time::Monotonic;
@@ -49,7 +48,7 @@ impl Prefilling {
                 if let Some((refusing, _)) = self.split.refusal.take() {
                     warning = refused_alone(worker, refusing, now).or(warning);
                 }
-                let answer = Object::read(answer).unwrap_or_default();
+                let answer = LegAnswer::read(answer);
                 self.hand_over(worker, &answer, seconds, body, now)
             }
             (PrefillAnswer::Answered { status, content_type, body: answer }, None) => {
@@ -171,7 +170,7 @@ impl Prefilling {
     fn hand_over<B: AsRef<[u8]>>(
         self,
         worker: &mut Worker,
-        answer: &Object<'_>,
+        answer: &LegAnswer<'_>,
         seconds: Option<f64>,
         body: impl FnOnce() -> Option<B>,
         now: Monotonic,
@@ -182,7 +181,7 @@ impl Prefilling {
         let estimate = PromptEstimate { bytes: bytes as f64, media, tokens, matched_tokens };
         let protocol = prefiller.partner.engine.protocol();
         let told = (protocol.told_cached_tokens)(answer);
-        let usage = Usage::of_answer(answer).map(|usage| usage.with_cached_tokens(told));
+        let usage = Usage::of_answer(&answer.answer).map(|usage| usage.with_cached_tokens(told));
         worker.state.table.saw_prefill(prefiller.endpoint, estimate, seconds, usage);
         if let Some(cached) = usage.and_then(|usage| usage.cached_tokens) {
             worker.judge_belief(prefiller.endpoint, matched_tokens, cached);

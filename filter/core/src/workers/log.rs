@@ -39,7 +39,8 @@ use crate::workers::worker::Worker;
 const RENEWAL: Duration = Duration::from_millis(350);
 /// Bytes of a segment beyond which the next one begins.
 const SEGMENT_BYTES: usize = 4_096;
-/// How long the end of a request waits, so that it can be written together with a decision.
+/// How long the end of a request, or the choice of its decode endpoint, waits, so that it can be written together with a
+/// decision.
 const PATIENCE: Duration = Duration::from_millis(10);
 
 /// One worker's end of the workers' log: it writes its own segments and reads those of the others.

@@ -8,8 +8,12 @@ use crate::workers::ledger::WorkerLedger;
 pub(crate) struct PendingEvents {
     /// The events, encoded; `None` where there is no workers' log: then no event is kept.
     pub(crate) unpublished: Option<Vec<u8>>,
-    /// Whether one of the events matters to the next decision of another worker. The end of a leg or request may wait.
+    /// Whether one of the events must be published at once. The end of a leg or request may wait, and so may the choice of
+    /// a decode endpoint behind a prefill leg: one write to shared data then tells of several requests.
     pub(crate) is_urgent: bool,
+    /// Whether one of the events that may wait says where a request went. Such an event waits until the request ends, not
+    /// longer: later no callback may come soon.
+    has_choice: bool,
     /// What this worker has in flight, published or not.
     pub(crate) own_ledger: WorkerLedger,
     /// Whether the ledger has changed since it was written to shared data.
@@ -22,9 +26,16 @@ impl PendingEvents {
         let Some(unpublished) = &mut self.unpublished else { return };
         event.write(endpoint, unpublished);
         let is_end = matches!(event, Event::PrefillEnded { .. } | Event::DecodeEnded { .. } | Event::Released { .. });
-        self.is_urgent |= !is_end;
+        let is_choice = matches!(event, Event::DecodeStarted { .. } | Event::Holds { .. });
+        self.is_urgent |= !is_end && !is_choice;
+        self.has_choice |= is_choice;
         self.own_ledger.note(endpoint, event);
         self.is_ledger_new = true;
+    }
+
+    /// A request ended: what waits of it must not wait longer.
+    pub(crate) fn request_ended(&mut self) {
+        self.is_urgent |= self.has_choice;
     }
 
     /// Whether no event waits.
@@ -35,6 +46,7 @@ impl PendingEvents {
     /// Takes the events that wait.
     pub(crate) fn take(&mut self) -> Vec<u8> {
         self.is_urgent = false;
+        self.has_choice = false;
         self.unpublished.as_mut().map(core::mem::take).unwrap_or_default()
     }
 

@@ -100,6 +100,17 @@ impl<'a> Object<'a> {
         let is_meant = |(found, _): &&(Span, Span)| means(found.get(self.json), key);
         self.members.iter().rev().find(is_meant).map(|(_, value)| value.get(self.json))
     }
+
+    /// Writes the document with another value for every member of that key. All other bytes stay.
+    pub(crate) fn write_with(&self, key: &str, value: &[u8], out: &mut Vec<u8>) {
+        let mut copied = 0;
+        for (_, old) in self.members.iter().filter(|(found, _)| means(found.get(self.json), key)) {
+            out.extend_from_slice(slice(self.json, copied, old.start));
+            out.extend_from_slice(value);
+            copied = old.end;
+        }
+        out.extend_from_slice(self.json.get(copied as usize..).unwrap_or_default());
+    }
 }
 
 /// The members of a JSON object in their order, duplicates included: decoded key and the bytes of the value.
