@@ -151,7 +151,8 @@ impl WorkersLog {
 
     /// Writes this worker's events for the others, unless they may wait. Call it after every event.
     pub fn publish(&mut self, worker: &mut Worker, shared: &impl Shared, now: Monotonic) {
-        let may_wait = !worker.pending.is_urgent && now.saturating_sub(self.published_at) < PATIENCE;
+        let is_small = worker.pending.bytes() < SEGMENT_BYTES / 4;
+        let may_wait = is_small && !worker.pending.is_urgent && now.saturating_sub(self.published_at) < PATIENCE;
         if !worker.pending.is_empty() && !may_wait {
             self.write_now(worker, shared, now);
         }

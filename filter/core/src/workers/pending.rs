@@ -43,6 +43,11 @@ impl PendingEvents {
         self.unpublished.as_ref().is_none_or(Vec::is_empty)
     }
 
+    /// Bytes of the events that wait.
+    pub(crate) fn bytes(&self) -> usize {
+        self.unpublished.as_ref().map_or(0, Vec::len)
+    }
+
     /// Takes the events that wait.
     pub(crate) fn take(&mut self) -> Vec<u8> {
         self.is_urgent = false;
