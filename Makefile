@@ -206,6 +206,9 @@ fmt: toolchain ## Format the sources
 docs: toolchain ## Write the tables of docs/ that are generated from the code
 	PD_DOCS=write cargo test $(LOCKED) --quiet -p pd-run --test docs generated_tables
 
+budgets: wasm ## Write what a request costs now (host calls, instructions, allocations) into tests/host/budgets.csv, which tests hold
+	PD_BUDGETS=write cargo test $(LOCKED) --quiet --workspace --exclude pd-filter --test allocations --test filter budget
+
 soak: build envoy ## Many requests at 64 concurrent while everything goes wrong on two Envoys, then with random faults at every engine
 #> SOAK_REQUESTS=100000 SOAK_SEED=1          how many, in each of the two; in which order what goes wrong
 #> SOAK_MINUTES=25                           after which the first one is given up

@@ -4,6 +4,7 @@
 
 pub mod admin;
 pub mod body;
+pub mod budgets;
 pub mod certificate;
 pub mod client;
 pub mod config;

@@ -1,5 +1,6 @@
 //! The built filter on a host that behaves as Envoy's.
 
+mod budgets;
 mod changes;
 mod configuration;
 mod cost;
