@@ -152,10 +152,17 @@ impl WorkersLog {
     /// Writes this worker's events for the others, unless they may wait. Call it after every event.
     pub fn publish(&mut self, worker: &mut Worker, shared: &impl Shared, now: Monotonic) {
         let is_small = worker.pending.bytes() < SEGMENT_BYTES / 4;
-        let may_wait = is_small && !worker.pending.is_urgent && now.saturating_sub(self.published_at) < PATIENCE;
+        let is_patient = !worker.pending.is_urgent && now.saturating_sub(self.published_at) < PATIENCE;
+        let may_wait = is_small && (is_patient || self.serves_alone());
         if !worker.pending.is_empty() && !may_wait {
             self.write_now(worker, shared, now);
         }
+    }
+
+    /// Whether no other worker of this Envoy can get a request. Envoy runs a VM on each worker thread and one on its main
+    /// thread, which no request reaches: with one worker thread there are two VMs. Events then wait for the tick.
+    fn serves_alone(&self) -> bool {
+        self.peers.len() <= 1
     }
 
     fn write_now(&mut self, worker: &mut Worker, shared: &impl Shared, now: Monotonic) {

@@ -66,7 +66,7 @@ fn what_one_worker_routed_every_worker_knows() {
 
 #[test]
 fn a_vm_that_is_gone_leaves_nothing_in_flight() {
-    for count in [2, 4, 16] {
+    for count in [3, 4, 16] {
         let mut fleet = fleet(count, &config(&[], FOUR_AND_ONE, r#""split":{"mode":"always"}"#));
         let lost: Vec<_> = (0..8).map(|id| long_chat(id).send(&fleet.workers()[0])).collect();
         let of_lost = chosen(&fleet.workers()[0]);

@@ -32,7 +32,7 @@ fn in_flight(fleet: &Fleet) -> usize {
 
 #[test]
 fn each_endpoint_has_one_leg_and_every_request_is_served_once() {
-    for count in [1, 2, 4, 16] {
+    for count in [1, 3, 4, 16] {
         let fleet = fleet(count, &config(&[], TWO_AND_TWO, UNPREDICTABLE));
         let workers = fleet.workers();
         let streams: Vec<_> = (0..48).map(|id| (id % count, long_chat(id as u64).send(&workers[id % count]))).collect();
@@ -55,7 +55,7 @@ fn each_endpoint_has_one_leg_and_every_request_is_served_once() {
 
 #[test]
 fn a_leg_goes_a_lead_before_the_one_ahead_ends_without_any_event() {
-    let fleet = fleet(2, &config(&[], &[(P1, "prefill"), (D1, "decode")], QUEUE));
+    let fleet = fleet(3, &config(&[], &[(P1, "prefill"), (D1, "decode")], QUEUE));
     let [first, second] = [0, 1].map(|at| long_chat(at as u64).send(&fleet.workers()[at]));
     assert!(!waits(&fleet.workers()[0], &first) && waits(&fleet.workers()[1], &second));
     let mut passed = Duration::ZERO;
@@ -94,7 +94,7 @@ fn a_vm_that_is_gone_takes_its_waiting_requests_with_it() {
 
 #[test]
 fn waiting_requests_of_two_generations_stand_in_one_queue() {
-    let mut fleet = fleet(2, &config(&[], TWO_AND_TWO, UNPREDICTABLE));
+    let mut fleet = fleet(3, &config(&[], TWO_AND_TWO, UNPREDICTABLE));
     let old: Vec<_> = (0..6).map(|id| long_chat(id).send(&fleet.workers()[id as usize % 2])).collect();
     fleet.add_roots(config(&[r#""revision":"2""#], TWO_AND_TWO, UNPREDICTABLE).as_bytes());
     fleet.advance(Duration::from_millis(200));

@@ -122,7 +122,7 @@ fn a_worker_with_room_for_a_request_of_another_one_wakes_that_one() {
 #[test]
 fn the_shorter_request_of_another_worker_goes_first_and_one_that_does_not_come_is_passed_over() {
     let store = Store::default();
-    let mut nodes = fleet(&store, 2);
+    let mut nodes = fleet(&store, 3);
     let leg = nodes[0].start(0, 9.0, ms(0));
     nodes[0].start(1, 9.0, ms(0));
     nodes[0].publish(&store, ms(0));
@@ -173,7 +173,6 @@ fn a_worker_that_comes_later_knows_what_waits() {
     nodes[0].start(0, 9.0, ms(0));
     nodes[0].start(1, 9.0, ms(0));
     let (id, _) = nodes[0].wait(&prompt(1, 8_000.0), ms(0));
-    nodes[0].publish(&store, ms(0));
     nodes[0].tick(&store, ms(0));
     let mut worker = Worker::default();
     worker.configure(CONFIG).unwrap();
@@ -182,7 +181,7 @@ fn a_worker_that_comes_later_knows_what_waits() {
     assert_eq!(worker.state.waiting.len(), 1);
     assert_eq!(worker.state.waiting.workers().collect::<Vec<_>>(), [1]);
     nodes[0].worker.stop_waiting(id);
-    nodes[0].publish(&store, ms(2));
+    nodes[0].tick(&store, ms(2));
     log.catch_up(&mut worker, &store, store.announced(), ms(2));
     assert!(worker.state.waiting.is_empty());
 }

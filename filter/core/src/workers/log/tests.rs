@@ -58,7 +58,9 @@ impl Node {
 }
 
 fn fleet(store: &Store, count: u64, now: Monotonic) -> Vec<Node> {
-    (1..=count).map(|id| Node::new(store, id, now)).collect()
+    let mut nodes: Vec<_> = (1..=count).map(|id| Node::new(store, id, now)).collect();
+    nodes.iter_mut().for_each(|node| node.catch_up(store, now));
+    nodes
 }
 
 fn blocks(id: u64, len: u64) -> Vec<BlockHash> {
@@ -67,7 +69,7 @@ fn blocks(id: u64, len: u64) -> Vec<BlockHash> {
 
 #[test]
 fn a_decision_is_seen_before_the_next_one_of_any_worker() {
-    for count in [2, 4, 16] {
+    for count in [3, 4, 16] {
         let (store, now) = (Store::default(), Monotonic::from_secs(1));
         let mut nodes = fleet(&store, count, now);
         for i in 0..count as usize {
@@ -234,7 +236,7 @@ fn a_reader_that_fell_far_behind_catches_up_with_the_next_tick() {
 #[test]
 fn a_new_generation_begins_with_what_the_old_one_knew() {
     let (store, mut now) = (Store::default(), Monotonic::from_secs(1));
-    let mut old = fleet(&store, 2, now);
+    let mut old = fleet(&store, 3, now);
     for id in 0..40 {
         let held = old[1].endpoint(id as usize % 3);
         old[1].worker.holds(held, &blocks(id, 12));
@@ -246,7 +248,7 @@ fn a_new_generation_begins_with_what_the_old_one_knew() {
         now += TICK;
         old.iter_mut().for_each(|node| node.tick(&store, now));
     }
-    let mut new = Node::new(&store, 3, now);
+    let mut new = Node::new(&store, 9, now);
     for id in 0..40 {
         assert_eq!(new.worker.state.index.matched(new.endpoint(id as usize % 3).index, &blocks(id, 12)), 12, "{id}");
     }
@@ -263,9 +265,26 @@ fn a_new_generation_begins_with_what_the_old_one_knew() {
 }
 
 #[test]
+fn a_worker_beside_which_only_the_main_thread_has_a_vm_publishes_at_its_tick() {
+    for (vms, is_seen) in [(2, false), (3, true)] {
+        let (store, now) = (Store::default(), Monotonic::from_secs(1));
+        let mut nodes = fleet(&store, vms, now);
+        let leg = nodes[0].worker.next_leg();
+        let prefill = nodes[0].endpoint(0);
+        nodes[0].worker.prefill_started(prefill, leg, 0.5, now, now + Duration::from_secs(9));
+        nodes[0].publish(&store, now);
+        nodes[1].catch_up(&store, now);
+        assert_eq!(nodes[1].ledger(now) == nodes[0].ledger(now), is_seen, "{vms} VMs");
+        nodes[0].tick(&store, now + TICK);
+        nodes[1].catch_up(&store, now + TICK);
+        assert_eq!(nodes[1].ledger(now + TICK), nodes[0].ledger(now + TICK), "{vms} VMs");
+    }
+}
+
+#[test]
 fn ends_of_requests_wait_for_a_decision_but_not_for_long() {
     let (store, now) = (Store::default(), Monotonic::from_secs(1));
-    let mut nodes = fleet(&store, 2, now);
+    let mut nodes = fleet(&store, 3, now);
     let decode = nodes[0].endpoint(2);
     nodes[0].worker.decode_started(decode, 10);
     nodes[0].publish(&store, now);
