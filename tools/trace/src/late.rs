@@ -1,7 +1,7 @@
 //! Gateways that hold requests until a prefill server has room: the rule of [`pd_core::choose::queue`].
 //!
 //! They know either everything, at once (a bound), or what pd-core knows: its approximate index of prefixes and its
-//! ledger of work. Several gateways tell each other what waits, what is bound and what has ended, after a delay; each
+//! ledger of work. Several gateways announce to each other what waits, what is bound and what has ended, after a delay; each
 //! finds the same order from what it knows and binds its own requests only.
 
 use std::collections::VecDeque;
@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Result, anyhow};
 use hashbrown::HashMap;
 use pd_bench::trace::BLOCK_TOKENS;
-use pd_core::choose::queue::{Binding, Held, Queue, Request, Rule, Server};
+use pd_core::choose::queue::{Binding, Held, PrefillEndpoint, Queue, Request, Rule};
 use pd_core::config::Cost;
 use pd_core::endpoints::load::PrefillQueue;
 use pd_core::prefix::hash::{BlockHash, prefix_units, prompt_hash, rendezvous_weight};
@@ -41,8 +41,8 @@ pub enum Knowledge {
 pub struct Classes {
     /// Share of the requests, 0 to 1, that go before all others.
     pub high: f64,
-    /// Tenants with as many requests each; 0 and 1: one.
-    pub tenants: u64,
+    /// Fairness ids with as many requests each; 0 and 1: one.
+    pub fairness_ids: u64,
 }
 
 impl Classes {
@@ -50,7 +50,7 @@ impl Classes {
     #[must_use]
     pub fn of(&self, number: usize) -> (bool, u64) {
         let draw = rendezvous_weight(number as u64, 1) as f64 / u64::MAX as f64;
-        (draw < self.high, rendezvous_weight(number as u64, 2) % self.tenants.max(1))
+        (draw < self.high, rendezvous_weight(number as u64, 2) % self.fairness_ids.max(1))
     }
 }
 
@@ -61,7 +61,7 @@ struct Known {
     blocks: Vec<BlockHash>,
 }
 
-/// What gateways tell each other of a request.
+/// What gateways announce to each other about a request.
 #[derive(Clone, Copy)]
 enum News {
     Waits(Request),
@@ -77,7 +77,7 @@ pub struct Late {
     classes: Classes,
     rng: fastrand::Rng,
     delay: Duration,
-    /// What the others hear at some time.
+    /// What the other gateways receive, and when.
     news: VecDeque<(Duration, usize, News)>,
 }
 
@@ -111,8 +111,8 @@ impl Late {
         let count = if knowledge == Knowledge::Exact { 1 } else { brains.count.max(1) };
         let gateway = |_| {
             let mut index = PrefixIndex::new(INDEX_BYTES);
-            for at in 0..pods.prefill {
-                index.set_capacity(at as u32, (pods.cache_tokens as f64 / BLOCK) as usize);
+            for endpoint in 0..pods.prefill {
+                index.set_capacity(endpoint as u32, (pods.cache_tokens as f64 / BLOCK) as usize);
             }
             // Nobody is refused here: what an overload does to the queue is what is to be seen.
             let rule = Rule { most_requests: usize::MAX, most_bytes: usize::MAX, ..Rule::new(COST) };
@@ -133,18 +133,18 @@ impl Late {
     /// When a server has room, as far as the gateways know: they bind then.
     #[must_use]
     pub fn room_at(&self, server: usize, pods: &[Prefill], now: Duration) -> Duration {
-        let rooms =
-            (0..self.gateways.len()).map(|at| self.work(at, server, pods, now) - self.gateways[at].queue.rule().lead);
+        let rooms = (0..self.gateways.len())
+            .map(|gateway| self.work(gateway, server, pods, now) - self.gateways[gateway].queue.rule().lead);
         now + Duration::from_secs_f64(rooms.fold(f64::INFINITY, f64::min).max(0.0)) + Duration::from_micros(1)
     }
 
     /// Seconds of work that a server has, as far as a gateway knows.
-    fn work(&self, at: usize, server: usize, pods: &[Prefill], now: Duration) -> f64 {
+    fn work(&self, gateway: usize, server: usize, pods: &[Prefill], now: Duration) -> f64 {
         match self.knowledge {
             Knowledge::Exact => pods.get(server).map_or(0.0, |pod| pod.work(now)),
             Knowledge::Own => self
                 .gateways
-                .get(at)
+                .get(gateway)
                 .and_then(|gateway| gateway.ledgers.get(server))
                 .map_or(0.0, |ledger| ledger.work(now)),
         }
@@ -173,28 +173,28 @@ impl Late {
     /// # Errors
     /// When the queue does not take it.
     pub fn arrive(&mut self, number: usize, job: &Job, pods: &[Prefill]) -> Result<()> {
-        let at = if self.gateways.len() > 1 { self.rng.usize(..self.gateways.len()) } else { 0 };
+        let gateway = if self.gateways.len() > 1 { self.rng.usize(..self.gateways.len()) } else { 0 };
         let id = number as u64;
         let (mut blocks, mut key) = (Vec::new(), job.blocks.get(1).or(job.blocks.first()).copied().unwrap_or(0));
         if self.knowledge == Knowledge::Own {
             blocks = prompt_hash(b"m", b"", &[&prompt(job)], HASH_BLOCK_BYTES).blocks;
-            if let Some(block) = self.gateways[at].index.distinctive(&blocks, HOT_SHARE) {
+            if let Some(block) = self.gateways[gateway].index.distinctive(&blocks, HOT_SHARE) {
                 key = block.0;
             }
         }
-        let (is_high, tenant) = self.classes.of(number);
+        let (is_high, fairness) = self.classes.of(number);
         let request = Request {
             id,
             arrival: job.at,
             tokens: job.tokens as f64,
             key,
             priority: i32::from(is_high),
-            tenant,
+            fairness,
             deadline: None,
             bytes: 0,
         };
-        self.known.insert(id, Known { job: job.clone(), gateway: at, blocks });
-        self.tell(at, News::Waits(request), job.at, pods)
+        self.known.insert(id, Known { job: job.clone(), gateway, blocks });
+        self.announce(gateway, News::Waits(request), job.at, pods)
     }
 
     /// A prompt is computed.
@@ -204,7 +204,7 @@ impl Late {
     pub fn prefilled(&mut self, number: usize, server: usize, now: Duration, pods: &[Prefill]) -> Result<()> {
         let id = number as u64;
         let Some(known) = self.known.get(&id) else { return Ok(()) };
-        self.tell(known.gateway, News::Computed { id, server }, now, pods)?;
+        self.announce(known.gateway, News::Computed { id, server }, now, pods)?;
         if self.delay().is_none() {
             self.known.remove(&id);
         }
@@ -216,93 +216,93 @@ impl Late {
     /// # Errors
     /// When a gateway does not understand what another one did.
     pub fn next(&mut self, pods: &[Prefill], now: Duration) -> Result<Option<(usize, usize, Job)>> {
-        while self.news.front().is_some_and(|(at, ..)| *at <= now) {
+        while self.news.front().is_some_and(|(due, ..)| *due <= now) {
             let Some((_, from, news)) = self.news.pop_front() else { break };
-            for at in (0..self.gateways.len()).filter(|at| *at != from) {
-                self.hear(at, &news, now, pods)?;
+            for gateway in (0..self.gateways.len()).filter(|gateway| *gateway != from) {
+                self.apply(gateway, &news, now, pods)?;
             }
         }
-        for at in 0..self.gateways.len() {
-            if let Some(binding) = self.bind(at, pods, now) {
+        for gateway in 0..self.gateways.len() {
+            if let Some(binding) = self.bind(gateway, pods, now) {
                 let known = self.known.get(&binding.id).ok_or_else(|| anyhow!("no such request"))?;
                 let job = known.job.clone();
-                self.tell(at, News::Bound(binding), now, pods)?;
-                return Ok(Some((binding.id as usize, binding.server as usize, job)));
+                self.announce(gateway, News::Bound(binding), now, pods)?;
+                return Ok(Some((binding.id as usize, binding.endpoint as usize, job)));
             }
         }
         Ok(None)
     }
 
     /// What a gateway binds now.
-    fn bind(&mut self, at: usize, pods: &[Prefill], now: Duration) -> Option<Binding> {
+    fn bind(&mut self, gateway: usize, pods: &[Prefill], now: Duration) -> Option<Binding> {
         let server = |of: usize| {
-            let work = self.work(at, of, pods, now);
-            Server { at: of as u32, key: of as u64, work, cost: COST }
+            let work = self.work(gateway, of, pods, now);
+            PrefillEndpoint { index: of as u32, key: of as u64, work, cost: COST }
         };
-        let mut servers: Vec<Server> = (0..pods.len()).map(server).collect();
+        let mut servers: Vec<PrefillEndpoint> = (0..pods.len()).map(server).collect();
         loop {
-            let binding = self.gateways.get(at)?.queue.next(&servers, now)?;
-            let held = self.held(at, binding.id, pods);
-            let queue = &mut self.gateways.get_mut(at)?.queue;
+            let binding = self.gateways.get(gateway)?.queue.next(&servers, now)?;
+            let held = self.held(gateway, binding.id, pods);
+            let queue = &mut self.gateways.get_mut(gateway)?.queue;
             let before = queue.held(binding.id).to_vec();
             queue.set_held(binding.id, &held);
             if queue.held(binding.id) != before {
                 continue;
             }
-            if self.known.get(&binding.id).is_some_and(|known| known.gateway == at) {
+            if self.known.get(&binding.id).is_some_and(|known| known.gateway == gateway) {
                 return Some(binding);
             }
             // Another gateway's request is the one to go there: that gateway sends it.
-            if let Some(server) = servers.get_mut(binding.server as usize) {
+            if let Some(server) = servers.get_mut(binding.endpoint as usize) {
                 server.work = server.work.max(queue.rule().lead);
             }
         }
     }
 
     /// What the servers hold of a request, as far as this gateway knows.
-    fn held(&self, at: usize, id: u64, pods: &[Prefill]) -> Vec<Held> {
-        let (Some(gateway), Some(known)) = (self.gateways.get(at), self.known.get(&id)) else { return Vec::new() };
+    fn held(&self, gateway: usize, id: u64, pods: &[Prefill]) -> Vec<Held> {
+        let (Some(gateway), Some(known)) = (self.gateways.get(gateway), self.known.get(&id)) else { return Vec::new() };
         let tokens = |server: usize, pod: &Prefill| match self.knowledge {
             Knowledge::Exact => (pod.cache.leading(known.job.whole()) as u64 * BLOCK_TOKENS) as f64,
             Knowledge::Own => prefix_units(gateway.index.matched(server as u32, &known.blocks)) as f64 * BLOCK,
         };
         let servers = pods.iter().enumerate();
-        let held = servers.map(|(server, pod)| Held { server: server as u32, tokens: tokens(server, pod) });
+        let held = servers.map(|(server, pod)| Held { endpoint: server as u32, tokens: tokens(server, pod) });
         held.filter(|held| held.tokens > 0.0).collect()
     }
 
-    /// One gateway does something; the others hear of it later.
-    fn tell(&mut self, at: usize, news: News, now: Duration, pods: &[Prefill]) -> Result<()> {
-        self.hear(at, &news, now, pods)?;
+    /// One gateway does something; the other gateways receive it after the delay.
+    fn announce(&mut self, gateway: usize, news: News, now: Duration, pods: &[Prefill]) -> Result<()> {
+        self.apply(gateway, &news, now, pods)?;
         if let Some(delay) = self.delay() {
-            self.news.push_back((now.saturating_add(delay), at, news));
+            self.news.push_back((now.saturating_add(delay), gateway, news));
         }
         Ok(())
     }
 
-    fn hear(&mut self, at: usize, news: &News, now: Duration, pods: &[Prefill]) -> Result<()> {
+    fn apply(&mut self, gateway: usize, news: &News, now: Duration, pods: &[Prefill]) -> Result<()> {
         match *news {
             News::Waits(request) => {
-                let held = self.held(at, request.id, pods);
-                self.gateways[at].queue.push(request, &held).map_err(|full| anyhow!("the queue: {full:?}"))?;
+                let held = self.held(gateway, request.id, pods);
+                self.gateways[gateway].queue.push(request, &held).map_err(|full| anyhow!("the queue: {full:?}"))?;
             }
-            News::Bound(Binding { id, server, seconds, .. }) => {
-                let gateway = &mut self.gateways[at];
+            News::Bound(Binding { id, endpoint, seconds, .. }) => {
+                let of = &mut self.gateways[gateway];
                 if let Some(known) = self.known.get(&id) {
-                    gateway.index.insert(server, &known.blocks);
+                    of.index.insert(endpoint, &known.blocks);
                 }
-                let ledger = &mut gateway.ledgers[server as usize];
+                let ledger = &mut of.ledgers[endpoint as usize];
                 ledger.queue.add(id, seconds, Monotonic::new(now), Monotonic::new(Duration::MAX));
                 ledger.legs.push_back((id, seconds));
-                let Some(request) = gateway.queue.bind(id, seconds) else { return Ok(()) };
+                let Some(request) = of.queue.bind(id, seconds) else { return Ok(()) };
                 // The server may now hold a begin of those that share one with it. In the exact case it does so once
                 // the request is in its queue, see `bound`.
                 if self.knowledge == Knowledge::Own {
-                    self.refresh(at, request.key, pods);
+                    self.refresh(gateway, request.key, pods);
                 }
             }
             News::Computed { id, server } => {
-                let ledger = &mut self.gateways[at].ledgers[server];
+                let ledger = &mut self.gateways[gateway].ledgers[server];
                 ledger.queue.remove(id, Monotonic::new(now));
                 ledger.legs.retain(|(leg, _)| *leg != id);
             }
@@ -317,11 +317,11 @@ impl Late {
         }
     }
 
-    fn refresh(&mut self, at: usize, key: u64, pods: &[Prefill]) {
-        let sharing: Vec<u64> = self.gateways[at].queue.sharing(key).collect();
+    fn refresh(&mut self, gateway: usize, key: u64, pods: &[Prefill]) {
+        let sharing: Vec<u64> = self.gateways[gateway].queue.sharing(key).collect();
         for id in sharing {
-            let held = self.held(at, id, pods);
-            self.gateways[at].queue.set_held(id, &held);
+            let held = self.held(gateway, id, pods);
+            self.gateways[gateway].queue.set_held(id, &held);
         }
     }
 }
@@ -377,9 +377,9 @@ mod tests {
     }
 
     #[test]
-    fn overload_is_shared_by_tenants_and_spared_by_those_with_priority() {
+    fn overload_is_shared_by_fairness_ids_and_spared_by_those_with_priority() {
         let entries = agents();
-        let classes = Classes { high: 0.1, tenants: 2 };
+        let classes = Classes { high: 0.1, fairness_ids: 2 };
         let over = run(&entries, 1.5, Policy::Late, |setup, _| setup.classes = classes);
         assert!(over.fairness() > 0.95, "{}", over.fairness());
         assert!(over.high_ttft(0.99) < 0.5 * over.ttft(0.9), "{} {}", over.high_ttft(0.99), over.ttft(0.9));
@@ -388,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn gateways_that_hear_of_each_other_late_do_nearly_as_well_as_one() {
+    fn gateways_that_learn_of_each_other_late_do_nearly_as_well_as_one() {
         let entries = agents();
         let one = run(&entries, 0.7, Policy::Late, |_, _| ()).mean_ttft();
         let four = run(&entries, 0.7, Policy::Late, |_, brains| {

@@ -58,9 +58,9 @@ struct Args {
     /// Share of the requests that have a higher priority, for the policies that hold requests
     #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
     high: f64,
-    /// Tenants with as many requests each, for the policies that hold requests
+    /// Fairness ids with as many requests each, for the policies that hold requests
     #[arg(long, value_name = "N", default_value_t = 1)]
-    tenants: u64,
+    fairness_ids: u64,
     /// Runs, each with other shifts
     #[arg(long, value_name = "N", default_value_t = 3)]
     seeds: u64,
@@ -150,7 +150,7 @@ fn run(args: &Args) -> Result<()> {
     let mut policies = if args.policies.is_empty() { Policy::value_variants().to_vec() } else { args.policies.clone() };
     // The bounds have no answers that a turn could follow.
     policies.retain(|policy| !args.closed_loop || !matches!(policy, Policy::NoWait | Policy::Pooled));
-    let classes = Classes { high: args.high, tenants: args.tenants };
+    let classes = Classes { high: args.high, fairness_ids: args.fairness_ids };
     let brains = Brains {
         count: args.gateways,
         workers: args.workers,

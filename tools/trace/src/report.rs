@@ -106,20 +106,20 @@ pub fn print(cases: &[Case], rows: &[(usize, Row)], slo: f64) {
     }
 }
 
-/// Prints what those that hold requests did for priorities and tenants, if there are any.
+/// Prints what those that hold requests did for priorities and fairness ids, if there are any.
 fn print_classes(case: &Case, at: usize, rows: &[(usize, Row)]) {
-    if case.classes == Classes::default() || case.classes == (Classes { high: 0.0, tenants: 1 }) {
+    if case.classes == Classes::default() || case.classes == (Classes { high: 0.0, fairness_ids: 1 }) {
         return;
     }
     let runs = rows.iter().filter(|(of, row)| *of == at && matches!(row.policy, Policy::Late | Policy::LateTrue));
     for (_, Row { policy, seed, outcome }) in runs {
         println!(
-            "{}, seed {seed}: high priority TTFT p50 {:.3} s, p99 {:.3} s; Jain's index of {} tenants {:.4}; idle while a \
+            "{}, seed {seed}: high priority TTFT p50 {:.3} s, p99 {:.3} s; Jain's index of {} fairness_ids {:.4}; idle while a \
              request waits {:.1} of {:.0} s",
             policy.name(),
             outcome.high_ttft(0.5),
             outcome.high_ttft(0.99),
-            case.classes.tenants,
+            case.classes.fairness_ids,
             outcome.fairness(),
             outcome.idle_seconds,
             outcome.busy.iter().sum::<f64>(),

@@ -38,8 +38,8 @@ pub struct Outcome {
     pub new_tokens: u64,
     /// Seconds to the first token of those that go before all others, sorted.
     pub high_ttft: Vec<f64>,
-    /// Seconds of prefill that each tenant got until the last request came.
-    pub tenant_seconds: Vec<f64>,
+    /// Seconds of prefill that each fairness id got until the last request came.
+    pub seconds_by_fairness_id: Vec<f64>,
     /// Seconds in which a prefill server was idle while a request waited in the gateway, until the last request came.
     pub idle_seconds: f64,
 }
@@ -70,12 +70,12 @@ impl Outcome {
         self.ttft.iter().sum::<f64>() / self.ttft.len().max(1) as f64
     }
 
-    /// Jain's index of what the tenants got: 1 is even, 1/n is one of n that gets everything.
+    /// Jain's index of what the fairness ids got: 1 is even, 1/n is one of n that gets everything.
     #[must_use]
     pub fn fairness(&self) -> f64 {
-        let sum: f64 = self.tenant_seconds.iter().sum();
-        let squares: f64 = self.tenant_seconds.iter().map(|seconds| seconds * seconds).sum();
-        sum * sum / (self.tenant_seconds.len().max(1) as f64 * squares).max(1e-9)
+        let sum: f64 = self.seconds_by_fairness_id.iter().sum();
+        let squares: f64 = self.seconds_by_fairness_id.iter().map(|seconds| seconds * seconds).sum();
+        sum * sum / (self.seconds_by_fairness_id.len().max(1) as f64 * squares).max(1e-9)
     }
 
     /// Seconds to the first token of those that go before all others, at a share of them, 0 to 1.
@@ -235,7 +235,10 @@ pub fn run(load: &Load<'_>, policy: Policy, setup: &Setup<'_>, mut progress: imp
         coming: load.len(),
         looked: Duration::ZERO,
         events,
-        outcome: Outcome { tenant_seconds: vec![0.0; setup.classes.tenants.max(1) as usize], ..Outcome::default() },
+        outcome: Outcome {
+            seconds_by_fairness_id: vec![0.0; setup.classes.fairness_ids.max(1) as usize],
+            ..Outcome::default()
+        },
     };
     world.run(&mut progress)?;
     world.outcome.busy = world.prefill.iter().map(|pod| pod.busy.as_secs_f64()).collect();
@@ -326,8 +329,8 @@ impl World<'_> {
             self.outcome.cached_tokens += held.blocks as u64 * BLOCK_TOKENS;
         }
         if self.coming > 0 {
-            let (_, tenant) = self.setup.classes.of(number);
-            self.outcome.tenant_seconds[tenant as usize] += (end - before).as_secs_f64();
+            let (_, fairness) = self.setup.classes.of(number);
+            self.outcome.seconds_by_fairness_id[fairness as usize] += (end - before).as_secs_f64();
         }
         self.events.push(Reverse((end, Event::Prefilled(number))));
         Ok(())

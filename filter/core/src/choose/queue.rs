@@ -1,27 +1,27 @@
-//! Requests that wait in the gateway for a prefill server with room, and which of them a server gets next.
+//! Requests that wait in the gateway for a prefill endpoint with room, and which of them an endpoint gets next.
 //!
-//! A server has *room* when the work it has left is below a lead time of some tens of milliseconds. Until a server has
-//! room for it, a request is bound to none, so that it goes to whichever server serves it best when its turn comes, and
+//! An endpoint has *room* when the work it has left is below a lead time of some tens of milliseconds. Until an endpoint has
+//! room for it, a request is bound to none, so that it goes to whichever endpoint serves it best when its turn comes, and
 //! so that a short request never stands behind a long one that came first.
 //!
-//! # Which server a request prefers
+//! # Which endpoint a request prefers
 //! The one with the lowest `R + w·S`:
-//! - `R`: seconds until the server has room, 0 where it has,
-//! - `S`: seconds of the server for the prompt, given the tokens that it holds,
-//! - `w = 2 + n`, where `n` is the number of waiting requests per server.
+//! - `R`: seconds until the endpoint has room, 0 where it has,
+//! - `S`: seconds of the endpoint for the prompt, given the tokens that it holds,
+//! - `w = 2 + n`, where `n` is the number of waiting requests per endpoint.
 //!
 //! A second of work counts once for the request itself. It counts a second time because a prompt that is computed anew
-//! displaces as much from the server's cache, which another request has to compute again. And it counts once for each of
-//! the `n` requests that the server could have computed instead: they all wait a second longer.
+//! displaces as much from the endpoint's cache, which another request has to compute again. And it counts once for each of
+//! the `n` requests that the endpoint could have computed instead: they all wait a second longer.
 //!
-//! A request that prefers a server without room keeps waiting for it, and others overtake. It gives that server up when
+//! A request that prefers an endpoint without room keeps waiting for it, and others overtake. It gives that endpoint up when
 //! another one has room and waiting costs more than computing anew: when `R > w·(S elsewhere − S there)`.
 //!
-//! # Which request a server gets
-//! Of the requests that prefer a server with room, in this order:
+//! # Which request an endpoint gets
+//! Of the requests that prefer an endpoint with room, in this order:
 //! 1. the highest priority,
 //! 2. a request that has waited longer than [`Rule::longest_wait`], the oldest first,
-//! 3. a request of a tenant that has got at most [`Rule::fair_seconds`] more than the tenant with the least,
+//! 3. a request of a fairness id that has got at most [`Rule::fair_seconds`] more than the fairness id with the least,
 //! 4. the lowest `S·exp(−waited/patience)`: the shortest, where waiting makes a request shorter.
 //!
 //! # Starvation
@@ -32,9 +32,9 @@
 //!
 //! # Cost
 //! The order of two requests does not depend on the time that passes (both wait for the same time more), so requests
-//! stand in ordered sets, one for each server of which they hold a prefix and one for all. `n` requests: [`Queue::push`],
-//! [`Queue::remove`] and [`Queue::set_held`] take `O(log n)`. [`Queue::next`] takes `O(log n)` for each server with room,
-//! priority and tenant, and looks at [`LOOK`] requests of each at most. While requests wait, nothing is done. A
+//! stand in ordered sets, one for each endpoint of which they hold a prefix and one for all. `n` requests: [`Queue::push`],
+//! [`Queue::remove`] and [`Queue::set_held`] take `O(log n)`. [`Queue::next`] takes `O(log n)` for each endpoint with room,
+//! priority and fairness id, and looks at [`LOOK`] requests of each at most. While requests wait, nothing is done. A
 //! request takes [`REQUEST_BYTES`] at most, beside its body.
 //!
 //! Every worker that has pushed, removed and updated the same requests finds the same order: ties go by id.
@@ -49,14 +49,14 @@ use crate::config::Cost;
 use crate::prefix::index::EndpointIndex;
 
 use place::{Group, Place, Rank};
-pub use request::{Binding, Full, Held, LOOK, MOST_HELD, REQUEST_BYTES, Request, Rule, Server};
+pub use request::{Binding, Full, Held, LOOK, MOST_HELD, PrefillEndpoint, REQUEST_BYTES, Request, Rule};
 
 mod next;
 mod place;
 mod request;
 
-/// Tenants that are told apart: tenants whose hash is the same in these bits share what one gets (McKenney 1990).
-const TENANTS: u64 = 256;
+/// Accounts of a queue. Fairness ids whose hashes are equal modulo this number share one account (McKenney 1990).
+const ACCOUNTS: u64 = 256;
 /// The least that a request's seconds count for in the order, so that their logarithm is a number.
 const LEAST_SECONDS: f64 = 1e-6;
 
@@ -68,8 +68,8 @@ struct Entry {
 }
 
 impl Entry {
-    fn held_tokens(&self, server: EndpointIndex) -> f64 {
-        self.held.iter().find(|held| held.server == server).map_or(0.0, |held| held.tokens)
+    fn held_tokens(&self, endpoint: EndpointIndex) -> f64 {
+        self.held.iter().find(|held| held.endpoint == endpoint).map_or(0.0, |held| held.tokens)
     }
 
     /// Seconds where most of it is held.
@@ -77,27 +77,31 @@ impl Entry {
         cost.seconds(self.request.tokens, self.held.first().map_or(0.0, |held| held.tokens))
     }
 
-    fn tenant(&self) -> u8 {
-        (self.request.tenant % TENANTS) as u8
+    fn account(&self) -> u8 {
+        (self.request.fairness % ACCOUNTS) as u8
     }
 
     /// Its places under this rule.
     fn places(&self, rule: &Rule) -> impl Iterator<Item = Place> {
         let Request { id, arrival, tokens, priority, .. } = self.request;
-        let tenant = self.tenant();
+        let account = self.account();
         let came = arrival.as_secs_f64() / rule.patience;
-        let servers = self.held.iter().map(|held| (Some(held.server), held.tokens));
-        servers.chain([(None, 0.0)]).map(move |(server, held)| {
+        let endpoints = self.held.iter().map(|held| (Some(held.endpoint), held.tokens));
+        endpoints.chain([(None, 0.0)]).map(move |(endpoint, held)| {
             let seconds = rule.cost.seconds(tokens, held).max(LEAST_SECONDS);
-            Place { group: Group { server, priority: Reverse(priority), tenant }, rank: Rank(seconds.ln() + came), id }
+            Place {
+                group: Group { endpoint, priority: Reverse(priority), account },
+                rank: Rank(seconds.ln() + came),
+                id,
+            }
         })
     }
 }
 
 #[derive(Clone, Copy, Debug, Default)]
-struct Tenant {
+struct Account {
     waiting: usize,
-    /// Seconds of work that it got, on a clock that all tenants have in common.
+    /// Seconds of work that it got, on a clock that all accounts have in common.
     got: f64,
 }
 
@@ -110,7 +114,7 @@ pub struct Queue {
     arrivals: BTreeSet<(Reverse<i32>, Duration, u64)>,
     deadlines: BTreeSet<(Duration, u64)>,
     keys: BTreeSet<(u64, u64)>,
-    tenants: BTreeMap<u8, Tenant>,
+    accounts: BTreeMap<u8, Account>,
     /// Seconds of work that wait, by priority.
     seconds: BTreeMap<Reverse<i32>, (usize, f64)>,
     bytes: usize,
@@ -127,7 +131,7 @@ impl Queue {
             arrivals: BTreeSet::new(),
             deadlines: BTreeSet::new(),
             keys: BTreeSet::new(),
-            tenants: BTreeMap::new(),
+            accounts: BTreeMap::new(),
             seconds: BTreeMap::new(),
             bytes: 0,
         }
@@ -158,7 +162,7 @@ impl Queue {
     }
 
     /// Seconds of work that wait and go before a new request of this priority, or beside it. Divided by the number of
-    /// servers this is about as long as the new one waits at most.
+    /// endpoints this is about as long as the new one waits at most.
     #[must_use]
     pub fn seconds(&self, priority: i32) -> f64 {
         self.seconds.range(..=Reverse(priority)).map(|(_, (_, seconds))| seconds).sum()
@@ -170,13 +174,13 @@ impl Queue {
         self.entries.get(&id).map(|entry| &entry.request)
     }
 
-    /// What the servers hold of a request, as far as it counts: the longest first. Empty for unknown ids.
+    /// What the endpoints hold of a request, as far as it counts: the longest first. Empty for unknown ids.
     #[must_use]
     pub fn held(&self, id: u64) -> &[Held] {
         self.entries.get(&id).map_or(&[], |entry| &entry.held)
     }
 
-    /// Requests with this [key](Request::key), lowest id first: when a server has got one of them, it may hold a begin of
+    /// Requests with this [key](Request::key), lowest id first: when an endpoint has got one of them, it may hold a begin of
     /// the others.
     pub fn sharing(&self, key: u64) -> impl Iterator<Item = u64> {
         self.keys.range((key, 0)..=(key, u64::MAX)).map(|(_, id)| *id)
@@ -203,20 +207,20 @@ impl Queue {
         self.arrivals.insert((Reverse(priority), arrival, id));
         self.deadlines.extend(deadline.map(|deadline| (deadline, id)));
         self.keys.insert((key, id));
-        self.add_tenant(entry.tenant());
-        self.enter(&entry);
+        self.open_account(entry.account());
+        self.add_places(&entry);
         self.entries.insert(id, entry);
         Ok(())
     }
 
-    /// Says anew what the servers hold of a request. Unknown ids are ignored.
+    /// Says anew what the endpoints hold of a request. Unknown ids are ignored.
     pub fn set_held(&mut self, id: u64, held: &[Held]) {
         let Some(mut entry) = self.entries.remove(&id) else { return };
         let held = longest(held);
         if entry.held != held {
-            self.leave(&entry);
+            self.remove_places(&entry);
             entry.held = held;
-            self.enter(&entry);
+            self.add_places(&entry);
         }
         self.entries.insert(id, entry);
     }
@@ -224,28 +228,28 @@ impl Queue {
     /// Takes a request out: its client has left, its deadline is over, it is refused. Unknown ids are ignored.
     pub fn remove(&mut self, id: u64) -> Option<Request> {
         let entry = self.entries.remove(&id)?;
-        self.leave(&entry);
+        self.remove_places(&entry);
         let Request { arrival, key, priority, deadline, bytes, .. } = entry.request;
         self.arrivals.remove(&(Reverse(priority), arrival, id));
         deadline.map(|deadline| self.deadlines.remove(&(deadline, id)));
         self.keys.remove(&(key, id));
         self.bytes = self.bytes.saturating_sub(bytes).saturating_sub(REQUEST_BYTES);
-        if let Some(tenant) = self.tenants.get_mut(&entry.tenant()) {
-            tenant.waiting = tenant.waiting.saturating_sub(1);
+        if let Some(account) = self.accounts.get_mut(&entry.account()) {
+            account.waiting = account.waiting.saturating_sub(1);
         }
         if self.entries.is_empty() {
             // Who comes to an empty queue has no claim from before.
-            self.tenants.clear();
+            self.accounts.clear();
             self.seconds.clear();
         }
         Some(entry.request)
     }
 
-    /// Takes a request out because a server gets it: its tenant has got so many seconds.
+    /// Takes a request out because an endpoint gets it: its fairness id has got so many seconds.
     pub fn bind(&mut self, id: u64, seconds: f64) -> Option<Request> {
-        let tenant = self.entries.get(&id).map(Entry::tenant)?;
-        if let Some(tenant) = self.tenants.get_mut(&tenant) {
-            tenant.got += seconds.max(0.0);
+        let account = self.entries.get(&id).map(Entry::account)?;
+        if let Some(account) = self.accounts.get_mut(&account) {
+            account.got += seconds.max(0.0);
         }
         self.remove(id)
     }
@@ -270,20 +274,20 @@ impl Queue {
         self.deadlines.first().map(|(deadline, _)| *deadline)
     }
 
-    /// `w`, the price of a second of work, with so many servers.
+    /// `w`, the price of a second of work, with so many endpoints.
     #[must_use]
-    pub fn price(&self, servers: usize) -> f64 {
-        2.0 + self.len() as f64 / servers.max(1) as f64
+    pub fn price(&self, endpoints: usize) -> f64 {
+        2.0 + self.len() as f64 / endpoints.max(1) as f64
     }
 
-    fn enter(&mut self, entry: &Entry) {
+    fn add_places(&mut self, entry: &Entry) {
         self.places.extend(entry.places(&self.rule));
         let (count, seconds) = self.seconds.entry(Reverse(entry.request.priority)).or_default();
         *count = count.saturating_add(1);
         *seconds += entry.least_seconds(&self.rule.cost);
     }
 
-    fn leave(&mut self, entry: &Entry) {
+    fn remove_places(&mut self, entry: &Entry) {
         for place in entry.places(&self.rule) {
             self.places.remove(&place);
         }
@@ -297,28 +301,28 @@ impl Queue {
         }
     }
 
-    /// A tenant that had nothing waiting begins with what the one with the least has got: nobody saves up.
-    fn add_tenant(&mut self, tenant: u8) {
+    /// A fairness id that had nothing waiting begins with what the one with the least has got: nobody saves up.
+    fn open_account(&mut self, account: u8) {
         let least = self.least_got();
-        let tenant = self.tenants.entry(tenant).or_default();
-        if tenant.waiting == 0 {
-            tenant.got = tenant.got.max(least.unwrap_or(0.0));
+        let account = self.accounts.entry(account).or_default();
+        if account.waiting == 0 {
+            account.got = account.got.max(least.unwrap_or(0.0));
         }
-        tenant.waiting = tenant.waiting.saturating_add(1);
+        account.waiting = account.waiting.saturating_add(1);
     }
 
     fn least_got(&self) -> Option<f64> {
-        self.tenants.values().filter(|tenant| tenant.waiting > 0).map(|tenant| tenant.got).reduce(f64::min)
+        self.accounts.values().filter(|account| account.waiting > 0).map(|account| account.got).reduce(f64::min)
     }
 }
 
-/// The longest of what servers hold, at most [`MOST_HELD`] and one for each server.
+/// The longest of what endpoints hold, at most [`MOST_HELD`] and one for each endpoint.
 fn longest(held: &[Held]) -> Vec<Held> {
     let mut held: Vec<Held> = held.iter().copied().filter(|held| held.tokens > 0.0).collect();
-    held.sort_by(|a, b| b.tokens.total_cmp(&a.tokens).then(a.server.cmp(&b.server)));
+    held.sort_by(|a, b| b.tokens.total_cmp(&a.tokens).then(a.endpoint.cmp(&b.endpoint)));
     let mut longest: Vec<Held> = Vec::with_capacity(MOST_HELD);
     for next in held {
-        if longest.len() < MOST_HELD && longest.iter().all(|of| of.server != next.server) {
+        if longest.len() < MOST_HELD && longest.iter().all(|of| of.endpoint != next.endpoint) {
             longest.push(next);
         }
     }

@@ -3,7 +3,7 @@
 use core::time::Duration;
 
 use crate::choose::prompt::Prompt;
-use crate::choose::queue::{Held, Server};
+use crate::choose::queue::{Held, PrefillEndpoint};
 use crate::choose::scheduler::Scheduler;
 use crate::choose::shortlist::HOLDERS;
 use crate::endpoints::endpoint_state::EndpointState;
@@ -26,24 +26,24 @@ impl Scheduler<'_> {
         state.is_some_and(|state| self.seconds_left(state, Duration::ZERO) < self.pool.queue.lead.as_secs_f64())
     }
 
-    /// These endpoints as servers of the queue, by index: the healthy ones, or all where none is healthy.
+    /// The healthy ones of `among`, ordered by index; all of them where none is healthy.
     #[must_use]
-    pub(crate) fn servers(&self, among: &[EndpointIndex], waited: Duration) -> Vec<Server> {
-        let server = |at: EndpointIndex, state: &EndpointState| Server {
-            at,
+    pub(crate) fn prefill_endpoints(&self, among: &[EndpointIndex], waited: Duration) -> Vec<PrefillEndpoint> {
+        let endpoint = |index: EndpointIndex, state: &EndpointState| PrefillEndpoint {
+            index,
             key: state.key,
             work: self.seconds_left(state, waited),
             cost: self.prefill_cost(state),
         };
         let states = || among.iter().filter_map(|index| Some((*index, self.table.get(*index)?)));
         let healthy = states().filter(|(_, state)| self.view().is_usable(state));
-        let mut servers: Vec<Server> = healthy.map(|(index, state)| server(index, state)).collect();
-        if servers.is_empty() {
-            servers = states().map(|(index, state)| server(index, state)).collect();
+        let mut endpoints: Vec<PrefillEndpoint> = healthy.map(|(index, state)| endpoint(index, state)).collect();
+        if endpoints.is_empty() {
+            endpoints = states().map(|(index, state)| endpoint(index, state)).collect();
         }
-        servers.sort_unstable_by_key(|server| server.at);
-        servers.dedup_by_key(|server| server.at);
-        servers
+        endpoints.sort_unstable_by_key(|endpoint| endpoint.index);
+        endpoints.dedup_by_key(|endpoint| endpoint.index);
+        endpoints
     }
 
     /// What these endpoints hold of a prompt. The endpoint of its session counts as holding all.
@@ -54,7 +54,7 @@ impl Scheduler<'_> {
         let session = self.view().session_holder(among, prompt);
         let holders = self.index.holders(&prompt.hash.blocks, HOLDERS).into_iter().filter(is_among);
         let held = holders.filter(|index| session != Some(*index));
-        let held = held.map(|server| Held { server, tokens: self.matched_tokens(server, prompt) });
-        session.map(|server| Held { server, tokens: prompt.tokens }).into_iter().chain(held).collect()
+        let held = held.map(|endpoint| Held { endpoint, tokens: self.matched_tokens(endpoint, prompt) });
+        session.map(|endpoint| Held { endpoint, tokens: prompt.tokens }).into_iter().chain(held).collect()
     }
 }

@@ -54,7 +54,7 @@ pub(super) fn split_or_wait(
         model: &parsed.served.model,
         prompt: &parsed.prompt,
         priority: parsed.head.claims.priority,
-        tenant: parsed.head.claims.fairness,
+        fairness: parsed.head.claims.fairness,
         body_bytes: parsed.body_bytes,
         arrival,
         deadline: parsed.head.claims.deadline,

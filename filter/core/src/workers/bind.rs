@@ -8,7 +8,7 @@ use core::time::Duration;
 use std::sync::Arc;
 
 use crate::choose::admission::pool_key;
-use crate::choose::queue::{Binding, Held, Server};
+use crate::choose::queue::{Binding, Held, PrefillEndpoint};
 use crate::choose::scheduler::Scheduler;
 use crate::endpoints::candidates::Candidates;
 use crate::metrics::{WAITING_GAUGES, tag_value};
@@ -81,7 +81,7 @@ impl Worker {
         let names: Vec<u64> = self.turns.queues.keys().copied().collect();
         names.into_iter().find_map(|name| {
             let binding = self.next_own(name, now)?;
-            Some(Turn { id: binding.id, act: Act::Bind(binding.server) })
+            Some(Turn { id: binding.id, act: Act::Bind(binding.endpoint) })
         })
     }
 
@@ -124,37 +124,37 @@ impl Worker {
         let (end, _) = self.turns.ends.first()?;
         let mut next = end.saturating_sub(now);
         for (name, queue) in &self.turns.queues {
-            let (lead, servers) = self.servers(*name, &queue.candidates, now);
+            let (lead, endpoints) = self.lead_and_endpoints(*name, &queue.candidates, now);
             // An endpoint with room has been looked at.
-            let busy = servers.into_iter().filter(|server| server.work >= lead);
-            next = busy.map(|server| duration(server.work - lead)).fold(next, Duration::min);
+            let busy = endpoints.into_iter().filter(|endpoint| endpoint.work >= lead);
+            next = busy.map(|endpoint| duration(endpoint.work - lead)).fold(next, Duration::min);
         }
-        let woken = self.turns.woken.values().map(|woken| woken.at.saturating_add(WAKE));
-        let woken = woken.filter(|at| *at > now).map(|at| at.saturating_sub(now));
+        let woken = self.turns.woken.values().map(|woken| woken.since.saturating_add(WAKE));
+        let woken = woken.filter(|end| *end > now).map(|end| end.saturating_sub(now));
         Some(woken.fold(next, Duration::min).max(LEAST_PAUSE))
     }
 }
 
 impl Worker {
-    /// The lead of a queue, and its servers.
-    fn servers(&self, name: u64, candidates: &Candidates, now: Monotonic) -> (f64, Vec<Server>) {
+    /// The lead of a queue in seconds, and its endpoints.
+    fn lead_and_endpoints(&self, name: u64, candidates: &Candidates, now: Monotonic) -> (f64, Vec<PrefillEndpoint>) {
         let Ok(config) = &self.config else { return (0.0, Vec::new()) };
         let pool = config.pool(&candidates.pool);
         let oldest = self.state.waiting.queue(name).and_then(|queue| queue.oldest());
         let waited = oldest.map_or(Duration::ZERO, |arrival| now.since_zero().saturating_sub(arrival));
         let scheduler = Scheduler { table: &self.state.table, index: &self.state.index, pool, now };
-        (pool.queue.lead.as_secs_f64(), scheduler.servers(&candidates.prefill, waited))
+        (pool.queue.lead.as_secs_f64(), scheduler.prefill_endpoints(&candidates.prefill, waited))
     }
 
     /// The next binding in a queue that is one of this worker's requests. Others' are noted for a wake.
     pub(super) fn next_own(&mut self, name: u64, now: Monotonic) -> Option<Binding> {
         self.refresh();
         let candidates = Arc::clone(&self.turns.queues.get(&name)?.candidates);
-        let (lead, mut servers) = self.servers(name, &candidates, now);
+        let (lead, mut endpoints) = self.lead_and_endpoints(name, &candidates, now);
         loop {
             let turns = &self.turns;
             let passed_over = |id| turns.is_passed_over(id, now);
-            let binding = self.state.waiting.next(name, &servers, now, &passed_over)?;
+            let binding = self.state.waiting.next(name, &endpoints, now, &passed_over)?;
             if self.turns.own.contains_key(&binding.id) {
                 if self.find_held(binding.id) {
                     continue;
@@ -166,8 +166,8 @@ impl Worker {
                 continue;
             }
             // Another worker's request is the one to go there.
-            if let Some(server) = servers.iter_mut().find(|server| server.at == binding.server) {
-                server.work = server.work.max(lead);
+            if let Some(endpoint) = endpoints.iter_mut().find(|endpoint| endpoint.index == binding.endpoint) {
+                endpoint.work = endpoint.work.max(lead);
             }
         }
     }

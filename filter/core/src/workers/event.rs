@@ -215,14 +215,14 @@ pub(crate) mod tests {
     fn waiting() -> impl Strategy<Value = WaitingRequest> {
         let words = (0_u64..5, 0_u64..2, any::<u64>(), 0_u64..3, any::<u64>());
         (words, 0.0..1e6, any::<u64>(), -2_i32..3, held()).prop_map(
-            |((id, pool, arrival, tenant, bytes), tokens, key, priority, held)| WaitingRequest {
+            |((id, pool, arrival, fairness, bytes), tokens, key, priority, held)| WaitingRequest {
                 id,
                 pool,
                 arrival: Monotonic::from_nanos(arrival),
                 tokens,
                 key,
                 priority,
-                tenant,
+                fairness,
                 bytes,
                 held,
             },

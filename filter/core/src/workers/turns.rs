@@ -69,7 +69,7 @@ pub(super) struct OwnQueue {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Woken {
     id: u64,
-    pub(super) at: Monotonic,
+    pub(super) since: Monotonic,
     passed_over_until: Monotonic,
 }
 
@@ -113,14 +113,14 @@ impl Turns {
         let worker = worker_of(id);
         let woken = self.woken.get(&worker).copied();
         match woken {
-            Some(woken) if woken.id == id && now < woken.at.saturating_add(WAKE) => {}
+            Some(woken) if woken.id == id && now < woken.since.saturating_add(WAKE) => {}
             Some(woken) if woken.id == id && woken.passed_over_until == Monotonic::ZERO => {
                 let passed_over_until = now.saturating_add(PASSED_OVER);
-                self.woken.insert(worker, Woken { id, at: now, passed_over_until });
+                self.woken.insert(worker, Woken { id, since: now, passed_over_until });
             }
             _ => {
                 self.wakes.insert(worker);
-                self.woken.insert(worker, Woken { id, at: now, passed_over_until: Monotonic::ZERO });
+                self.woken.insert(worker, Woken { id, since: now, passed_over_until: Monotonic::ZERO });
             }
         }
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::choose::admission::pool_key;
 use crate::choose::prompt::Prompt;
-use crate::choose::queue::{Held, REQUEST_BYTES, Server};
+use crate::choose::queue::{Held, PrefillEndpoint, REQUEST_BYTES};
 use crate::choose::scheduler::Scheduler;
 use crate::config::Queue;
 use crate::endpoints::candidates::Candidates;
@@ -28,7 +28,7 @@ pub(crate) struct Ask<'a> {
     pub(crate) model: &'a str,
     pub(crate) prompt: &'a Prompt,
     pub(crate) priority: i64,
-    pub(crate) tenant: u64,
+    pub(crate) fairness: u64,
     pub(crate) body_bytes: usize,
     pub(crate) arrival: Monotonic,
     /// Time from the arrival on within which the prompt must be computed.
@@ -61,8 +61,8 @@ impl Worker {
         let held = scheduler.held(&candidates.prefill, ask.prompt);
         let priority = i32::try_from(ask.priority).unwrap_or(if ask.priority < 0 { i32::MIN } else { i32::MAX });
         let ahead = self.state.waiting.queue(name).map_or(0.0, |queue| queue.seconds(priority));
-        let servers = scheduler.servers(&candidates.prefill, Duration::ZERO);
-        let ahead = ahead / servers.len().max(1) as f64;
+        let endpoints = scheduler.prefill_endpoints(&candidates.prefill, Duration::ZERO);
+        let ahead = ahead / endpoints.len().max(1) as f64;
         let (requests, bytes, _) = self.state.waiting.of_pool(pool_key);
         let retry_after = (ahead.ceil() as u64).clamp(1, 60);
         if requests >= pool.queue.max_requests {
@@ -72,7 +72,7 @@ impl Worker {
         if requests > 0 && bytes.saturating_add(own_bytes) > pool.queue.max_bytes {
             return Err(Full::Bytes(retry_after));
         }
-        let seconds = least_seconds(&servers, &held, ask.prompt.tokens);
+        let seconds = least_seconds(&endpoints, &held, ask.prompt.tokens);
         let mut end = ask.arrival.saturating_add(pool.queue.max_wait);
         let mut has_deadline = false;
         if let Some(deadline) = ask.deadline {
@@ -90,7 +90,7 @@ impl Worker {
             tokens: ask.prompt.tokens,
             key: ask.prompt.key,
             priority,
-            tenant: ask.tenant,
+            fairness: ask.fairness,
             bytes: ask.body_bytes as u64,
             held: HeldByKey::new(&held, &self.state.table),
         };
@@ -105,7 +105,7 @@ impl Worker {
         if binding.is_some_and(|binding| binding.id != id) {
             self.turns.wakes.insert(self.turns.worker_id);
         }
-        Ok((id, binding.filter(|binding| binding.id == id).map(|binding| binding.server)))
+        Ok((id, binding.filter(|binding| binding.id == id).map(|binding| binding.endpoint)))
     }
 
     /// A request that came at `arrival` waits until an endpoint is ready; `None` where it may not.
@@ -160,13 +160,13 @@ impl Worker {
 struct LeastSeconds {
     /// Seconds of the prompt where most of it is held.
     own: f64,
-    /// Seconds until some server has room.
+    /// Seconds until some endpoint has room.
     until_room: f64,
 }
 
-fn least_seconds(servers: &[Server], held: &[Held], tokens: f64) -> LeastSeconds {
-    let held_at = |at| held.iter().find(|held| held.server == at).map_or(0.0, |held| held.tokens);
-    let own = servers.iter().map(|server| server.cost.seconds(tokens, held_at(server.at)));
-    let until_room = servers.iter().map(|server| server.work).fold(f64::INFINITY, f64::min);
+fn least_seconds(endpoints: &[PrefillEndpoint], held: &[Held], tokens: f64) -> LeastSeconds {
+    let held_tokens = |index| held.iter().find(|held| held.endpoint == index).map_or(0.0, |held| held.tokens);
+    let own = endpoints.iter().map(|endpoint| endpoint.cost.seconds(tokens, held_tokens(endpoint.index)));
+    let until_room = endpoints.iter().map(|endpoint| endpoint.work).fold(f64::INFINITY, f64::min);
     LeastSeconds { own: own.fold(f64::INFINITY, f64::min), until_room }
 }

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use hashbrown::HashMap;
 
 use crate::choose::admission::pool_key;
-use crate::choose::queue::{Binding, Held, Queue, Request, Rule, Server};
+use crate::choose::queue::{Binding, Held, PrefillEndpoint, Queue, Request, Rule};
 use crate::codec::{Reader, Writer};
 use crate::config::{Config, Pool};
 use crate::endpoints::table::Table;
@@ -31,7 +31,7 @@ pub(crate) struct WaitingRequest {
     pub(crate) key: u64,
     pub(crate) priority: i32,
     /// Hash of the fairness id.
-    pub(crate) tenant: u64,
+    pub(crate) fairness: u64,
     /// Bytes of its body.
     pub(crate) bytes: u64,
     pub(crate) held: HeldByKey,
@@ -43,12 +43,12 @@ pub(crate) struct HeldByKey(pub(crate) Vec<(u64, f64)>);
 
 impl HeldByKey {
     pub(crate) fn new(held: &[Held], table: &Table) -> Self {
-        let key = |held: &Held| Some((table.get(held.server)?.key, held.tokens));
+        let key = |held: &Held| Some((table.get(held.endpoint)?.key, held.tokens));
         Self(held.iter().filter_map(key).take(MOST_HOLDERS).collect())
     }
 
     fn by_index(&self, table: &Table) -> Vec<Held> {
-        let index = |(key, tokens): &(u64, f64)| Some(Held { server: table.index_of_key(*key)?, tokens: *tokens });
+        let index = |(key, tokens): &(u64, f64)| Some(Held { endpoint: table.index_of_key(*key)?, tokens: *tokens });
         self.0.iter().filter_map(index).collect()
     }
 
@@ -75,7 +75,7 @@ impl WaitingRequest {
         out.word(self.tokens.to_bits());
         out.word(self.key);
         out.word(u64::from(self.priority.cast_unsigned()));
-        out.word(self.tenant);
+        out.word(self.fairness);
         out.word(self.bytes);
         self.held.write(out);
     }
@@ -88,7 +88,7 @@ impl WaitingRequest {
             tokens: f64::from_bits(rest.word()?),
             key: rest.word()?,
             priority: u32::try_from(rest.word()?).ok()?.cast_signed(),
-            tenant: rest.word()?,
+            fairness: rest.word()?,
             bytes: rest.word()?,
             held: HeldByKey::read(rest)?,
         })
@@ -149,14 +149,14 @@ impl Waiting {
         let Some(rule) = self.rules.get(&request.pool).copied().or_else(default_rule) else { return };
         let queue =
             self.queues.entry(name).or_insert_with(|| PoolQueue { pool: request.pool, queue: Queue::new(rule) });
-        let WaitingRequest { id, arrival, tokens, key, priority, tenant, bytes, ref held, .. } = *request;
+        let WaitingRequest { id, arrival, tokens, key, priority, fairness, bytes, ref held, .. } = *request;
         let entry = Request {
             id,
             arrival: arrival.since_zero(),
             tokens,
             key,
             priority,
-            tenant,
+            fairness,
             deadline: None,
             bytes: usize::try_from(bytes).unwrap_or(usize::MAX),
         };
@@ -251,11 +251,11 @@ impl Waiting {
     pub(crate) fn next(
         &self,
         name: u64,
-        servers: &[Server],
+        endpoints: &[PrefillEndpoint],
         now: Monotonic,
         passed_over: &dyn Fn(u64) -> bool,
     ) -> Option<Binding> {
-        self.queue(name)?.next_without(servers, now.since_zero(), passed_over)
+        self.queue(name)?.next_without(endpoints, now.since_zero(), passed_over)
     }
 
     /// What endpoints hold of a request, as the queue counts it.

@@ -5,35 +5,35 @@ use core::ops::Bound::{Excluded, Included, Unbounded};
 use core::time::Duration;
 
 use super::place::{Group, Place, Rank};
-use super::request::{Binding, LOOK, Request, Server};
+use super::request::{Binding, LOOK, PrefillEndpoint, Request};
 use super::{Entry, Queue};
 use crate::prefix::hash::rendezvous_weight;
 use crate::prefix::index::EndpointIndex;
 
-/// A candidate: whether its tenant has got its share already, its place in the order, itself.
+/// A candidate: whether its fairness id has got its part already, its place in the order, itself.
 type Candidate = (bool, Rank, u64);
 
 impl Queue {
-    /// The request to bind next, and the server for it. `servers` are those that may be bound to, ordered by
-    /// [`at`](Server::at). `None`: no server has room, or every request that was looked at prefers to wait for one
+    /// The request to bind next, and the endpoint for it. `endpoints` are those that may be bound to, ordered by
+    /// [`index`](PrefillEndpoint::index). `None`: no endpoint has room, or every request that was looked at prefers to wait for one
     /// that has not.
     ///
-    /// The caller checks that the server still holds what is said of it ([`set_held`](Self::set_held), and asks again if
+    /// The caller checks that the endpoint still holds what is said of it ([`set_held`](Self::set_held), and asks again if
     /// not), sends the request and calls [`bind`](Self::bind).
     #[must_use]
-    pub fn next(&self, servers: &[Server], now: Duration) -> Option<Binding> {
-        self.next_without(servers, now, &|_| false)
+    pub fn next(&self, endpoints: &[PrefillEndpoint], now: Duration) -> Option<Binding> {
+        self.next_without(endpoints, now, &|_| false)
     }
 
     /// As [`next`](Self::next), of the requests that are not `passed_over`, by their ids.
     #[must_use]
     pub fn next_without(
         &self,
-        servers: &[Server],
+        endpoints: &[PrefillEndpoint],
         now: Duration,
         passed_over: &dyn Fn(u64) -> bool,
     ) -> Option<Binding> {
-        let view = View { queue: self, servers, price: self.price(servers.len()), passed_over };
+        let view = View { queue: self, endpoints, price: self.price(endpoints.len()), passed_over };
         if self.is_empty() || !view.with_room().any(|_| true) {
             return None;
         }
@@ -46,43 +46,48 @@ impl Queue {
     }
 }
 
-/// The queue, as it looks with these servers.
+/// The queue, as it looks with these endpoints.
 #[derive(Clone, Copy)]
 struct View<'a> {
     queue: &'a Queue,
-    servers: &'a [Server],
+    endpoints: &'a [PrefillEndpoint],
     price: f64,
     passed_over: &'a dyn Fn(u64) -> bool,
 }
 
 impl<'a> View<'a> {
-    fn has_room(&self, server: &Server) -> bool {
-        server.work < self.queue.rule.lead
+    fn has_room(&self, endpoint: &PrefillEndpoint) -> bool {
+        endpoint.work < self.queue.rule.lead
     }
 
-    fn with_room(&self) -> impl Iterator<Item = &'a Server> {
+    fn with_room(&self) -> impl Iterator<Item = &'a PrefillEndpoint> {
         let this = *self;
-        self.servers.iter().filter(move |server| this.has_room(server))
+        self.endpoints.iter().filter(move |endpoint| this.has_room(endpoint))
     }
 
-    fn server(&self, at: EndpointIndex) -> Option<&'a Server> {
-        self.servers.get(self.servers.binary_search_by_key(&at, |server| server.at).ok()?)
+    fn endpoint(&self, index: EndpointIndex) -> Option<&'a PrefillEndpoint> {
+        self.endpoints.get(self.endpoints.binary_search_by_key(&index, |endpoint| endpoint.index).ok()?)
     }
 
-    /// The server that the request prefers, if that one has room: of the servers with room, and of those that hold some
+    /// The endpoint that the request prefers, if that one has room: of the endpoints with room, and of those that hold some
     /// of the request. No other one can be better, unless it is faster.
     fn preferred(&self, entry: &Entry) -> Option<Binding> {
         let Request { id, tokens, key, .. } = entry.request;
-        let holders = entry.held.iter().filter_map(|held| self.server(held.server));
-        let costs = self.with_room().chain(holders.filter(|server| !self.has_room(server))).map(|server| {
-            let held_tokens = entry.held_tokens(server.at).min(tokens);
-            let seconds = server.cost.seconds(tokens, held_tokens);
-            let wait = if self.has_room(server) { 0.0 } else { server.work };
-            let tie = Reverse(rendezvous_weight(key, server.key));
-            (Rank(wait + self.price * seconds), tie, server, Binding { id, server: server.at, held_tokens, seconds })
+        let holders = entry.held.iter().filter_map(|held| self.endpoint(held.endpoint));
+        let costs = self.with_room().chain(holders.filter(|endpoint| !self.has_room(endpoint))).map(|endpoint| {
+            let held_tokens = entry.held_tokens(endpoint.index).min(tokens);
+            let seconds = endpoint.cost.seconds(tokens, held_tokens);
+            let wait = if self.has_room(endpoint) { 0.0 } else { endpoint.work };
+            let tie = Reverse(rendezvous_weight(key, endpoint.key));
+            (
+                Rank(wait + self.price * seconds),
+                tie,
+                endpoint,
+                Binding { id, endpoint: endpoint.index, held_tokens, seconds },
+            )
         });
-        let (_, _, server, binding) = costs.min_by_key(|(cost, tie, server, _)| (*cost, *tie, server.at))?;
-        self.has_room(server).then_some(binding)
+        let (_, _, endpoint, binding) = costs.min_by_key(|(cost, tie, endpoint, _)| (*cost, *tie, endpoint.index))?;
+        self.has_room(endpoint).then_some(binding)
     }
 
     /// The oldest request that has waited too long.
@@ -98,19 +103,22 @@ impl<'a> View<'a> {
     fn least(&self, priority: Reverse<i32>) -> Option<Binding> {
         let least_got = self.queue.least_got().unwrap_or(0.0);
         let mut best: Option<(Candidate, Binding)> = None;
-        let servers = self.with_room().map(|server| Some(server.at)).chain([None]);
-        for server in servers {
-            let mut after =
-                Excluded(Place { group: Group { server, priority, tenant: 0 }, rank: Rank(f64::NEG_INFINITY), id: 0 });
-            // From tenant to tenant.
+        let endpoints = self.with_room().map(|endpoint| Some(endpoint.index)).chain([None]);
+        for endpoint in endpoints {
+            let mut after = Excluded(Place {
+                group: Group { endpoint, priority, account: 0 },
+                rank: Rank(f64::NEG_INFINITY),
+                id: 0,
+            });
+            // From fairness id to fairness id.
             while let Some(first) = self.queue.places.range((after, Unbounded)).next() {
                 let group = first.group;
-                if (group.server, group.priority) != (server, priority) {
+                if (group.endpoint, group.priority) != (endpoint, priority) {
                     break;
                 }
                 self.improve(group, first, least_got, &mut best);
-                let Some(tenant) = group.tenant.checked_add(1) else { break };
-                after = Included(Place { group: Group { tenant, ..group }, rank: Rank(f64::NEG_INFINITY), id: 0 });
+                let Some(account) = group.account.checked_add(1) else { break };
+                after = Included(Place { group: Group { account, ..group }, rank: Rank(f64::NEG_INFINITY), id: 0 });
             }
         }
         best.map(|(_, binding)| binding)
@@ -118,8 +126,8 @@ impl<'a> View<'a> {
 
     /// Looks for a better one in a group.
     fn improve(&self, group: Group, first: &Place, least_got: f64, best: &mut Option<(Candidate, Binding)>) {
-        let tenant = self.queue.tenants.get(&group.tenant).copied().unwrap_or_default();
-        let is_over = tenant.got > least_got + self.queue.rule.fair_seconds;
+        let account = self.queue.accounts.get(&group.account).copied().unwrap_or_default();
+        let is_over = account.got > least_got + self.queue.rule.fair_seconds;
         for place in self.queue.places.range(first..).take(LOOK) {
             let candidate = (is_over, place.rank, place.id);
             if place.group != group || best.as_ref().is_some_and(|(best, _)| *best <= candidate) {
@@ -128,9 +136,10 @@ impl<'a> View<'a> {
             let Some(entry) = self.queue.entries.get(&place.id).filter(|_| !(self.passed_over)(place.id)) else {
                 continue;
             };
-            // Its rank says where it stands on this server only.
+            // Its rank says where it stands on this endpoint only.
             if let Some(binding) = self.preferred(entry)
-                && (group.server == Some(binding.server) || (group.server.is_none() && binding.held_tokens == 0.0))
+                && (group.endpoint == Some(binding.endpoint)
+                    || (group.endpoint.is_none() && binding.held_tokens == 0.0))
             {
                 *best = Some((candidate, binding));
                 return;

@@ -28,13 +28,13 @@ impl Ord for Rank {
     }
 }
 
-/// Requests that are compared with each other: those that a server holds a begin of, or all.
+/// Requests that are compared with each other: those that an endpoint holds a begin of, or all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Group {
     /// `None`: all requests, as if nobody held anything of them.
-    pub(super) server: Option<EndpointIndex>,
+    pub(super) endpoint: Option<EndpointIndex>,
     pub(super) priority: Reverse<i32>,
-    pub(super) tenant: u8,
+    pub(super) account: u8,
 }
 
 /// A request's place among those.

@@ -5,15 +5,15 @@ use core::time::Duration;
 use crate::config::Cost;
 use crate::prefix::index::EndpointIndex;
 
-/// Requests of one server, priority and tenant that are looked at when none of them prefers the server: with more of
-/// them a server may stay idle until an event of another server, with fewer it does so more often.
+/// Requests of one endpoint, priority and fairness id that are looked at when none of them prefers the endpoint: with more of
+/// them an endpoint may stay idle until an event of another endpoint, with fewer it does so more often.
 pub const LOOK: usize = 256;
 
-/// A server that may be bound to.
+/// An endpoint that may be bound to.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Server {
+pub struct PrefillEndpoint {
     /// Which.
-    pub at: EndpointIndex,
+    pub index: EndpointIndex,
     /// Key for ties, which every worker and replica has alike.
     pub key: u64,
     /// Seconds until it is through with what it has.
@@ -22,37 +22,37 @@ pub struct Server {
     pub cost: Cost,
 }
 
-/// A request and the server that it should go to now.
+/// A request and the endpoint that it should go to now.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Binding {
     /// The request.
     pub id: u64,
-    /// The server.
-    pub server: EndpointIndex,
-    /// Tokens of the prompt that the server holds.
+    /// The endpoint.
+    pub endpoint: EndpointIndex,
+    /// Tokens of the prompt that the endpoint holds.
     pub held_tokens: f64,
-    /// Seconds of the server for the prompt.
+    /// Seconds of the endpoint for the prompt.
     pub seconds: f64,
 }
 
-/// Servers of a request whose prefix counts: the longest. More of them make every request larger.
+/// Endpoints of a request whose prefix counts: the longest. More of them make every request larger.
 pub const MOST_HELD: usize = 4;
 
 /// Bytes that a waiting request takes at most beside its body: its entry, and its places in the ordered sets, which are
-/// half empty at worst. It has one place for each server that counts, and five more.
+/// half empty at worst. It has one place for each endpoint that counts, and five more.
 pub const REQUEST_BYTES: usize = 1_024;
 
 /// What holds for all requests of a queue.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rule {
-    /// Seconds of work that a server may have left and still have room. Longer ones bind requests earlier than needed;
-    /// shorter ones leave the server idle for as long as a request takes to reach it.
+    /// Seconds of work that an endpoint may have left and still have room. Longer ones bind requests earlier than needed;
+    /// shorter ones leave the endpoint idle for as long as a request takes to reach it.
     pub lead: f64,
     /// Seconds of waiting that make a request count as `1/e` of its seconds. Longer ones favour short requests.
     pub patience: f64,
     /// How long a request can be overtaken.
     pub longest_wait: Duration,
-    /// Seconds of work that a tenant may get more than the one with the least, while both wait.
+    /// Seconds of work that a fairness id may get more than the one with the least, while both wait.
     pub fair_seconds: f64,
     /// Seconds of a prompt, for the order.
     pub cost: Cost,
@@ -63,7 +63,7 @@ pub struct Rule {
 }
 
 impl Rule {
-    /// The rule as it ships, for servers with such seconds.
+    /// The rule as it ships, for endpoints with such seconds.
     #[must_use]
     pub fn new(cost: Cost) -> Self {
         Self {
@@ -91,19 +91,19 @@ pub struct Request {
     pub key: u64,
     /// Higher ones go first.
     pub priority: i32,
-    /// Hash of whose it is.
-    pub tenant: u64,
+    /// Hash of the fairness id.
+    pub fairness: u64,
     /// When it gives up.
     pub deadline: Option<Duration>,
     /// Bytes of its body that are kept for it.
     pub bytes: usize,
 }
 
-/// Tokens of a prompt's begin that a server holds.
+/// Tokens of a prompt's begin that an endpoint holds.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Held {
-    /// The server.
-    pub server: EndpointIndex,
+    /// The endpoint.
+    pub endpoint: EndpointIndex,
     /// Tokens.
     pub tokens: f64,
 }

@@ -3,7 +3,7 @@ use proptest::prelude::*;
 
 const COST: Cost = Cost { a: 0.015, b: 25e-6, c: 5.24e-10 };
 
-fn at(seconds: f64) -> Duration {
+fn time(seconds: f64) -> Duration {
     Duration::from_secs_f64(seconds)
 }
 
@@ -12,23 +12,28 @@ fn queue() -> Queue {
 }
 
 fn request(id: u64, arrival: f64, tokens: f64) -> Request {
-    Request { id, arrival: at(arrival), tokens, key: id, ..Request::default() }
+    Request { id, arrival: time(arrival), tokens, key: id, ..Request::default() }
 }
 
-/// Servers with so much work each.
-fn servers(work: &[f64]) -> Vec<Server> {
-    let server = |(at, work): (usize, &f64)| Server { at: at as u32, key: at as u64 + 1, work: *work, cost: COST };
-    work.iter().enumerate().map(server).collect()
+/// Endpoints with so much work each.
+fn endpoints(work: &[f64]) -> Vec<PrefillEndpoint> {
+    let endpoint = |(index, work): (usize, &f64)| PrefillEndpoint {
+        index: index as u32,
+        key: index as u64 + 1,
+        work: *work,
+        cost: COST,
+    };
+    work.iter().enumerate().map(endpoint).collect()
 }
 
-fn held(server: EndpointIndex, tokens: f64) -> Held {
-    Held { server, tokens }
+fn held(endpoint: EndpointIndex, tokens: f64) -> Held {
+    Held { endpoint, tokens }
 }
 
-/// Binds everything to one server that always has room, and says in which order.
+/// Binds everything to one endpoint that always has room, and says in which order.
 fn drain(queue: &mut Queue, now: f64) -> Vec<u64> {
     let next = |queue: &mut Queue| {
-        let binding = queue.next(&servers(&[0.0]), at(now))?;
+        let binding = queue.next(&endpoints(&[0.0]), time(now))?;
         queue.bind(binding.id, binding.seconds).map(|request| request.id)
     };
     core::iter::from_fn(|| next(queue)).collect()
@@ -37,12 +42,12 @@ fn drain(queue: &mut Queue, now: f64) -> Vec<u64> {
 #[test]
 fn nothing_is_bound_to_a_server_without_room() {
     let mut queue = queue();
-    assert_eq!(queue.next(&servers(&[0.0]), at(0.0)), None, "nothing waits");
+    assert_eq!(queue.next(&endpoints(&[0.0]), time(0.0)), None, "nothing waits");
     queue.push(request(1, 0.0, 1_000.0), &[]).unwrap();
-    assert_eq!(queue.next(&servers(&[0.02, 5.0]), at(0.0)), None);
-    assert_eq!(queue.next(&[], at(0.0)), None);
-    let binding = queue.next(&servers(&[5.0, 0.019]), at(0.0)).unwrap();
-    assert_eq!((binding.id, binding.server, binding.held_tokens), (1, 1, 0.0));
+    assert_eq!(queue.next(&endpoints(&[0.02, 5.0]), time(0.0)), None);
+    assert_eq!(queue.next(&[], time(0.0)), None);
+    let binding = queue.next(&endpoints(&[5.0, 0.019]), time(0.0)).unwrap();
+    assert_eq!((binding.id, binding.endpoint, binding.held_tokens), (1, 1, 0.0));
     assert_eq!(binding.seconds, COST.seconds(1_000.0, 0.0));
 }
 
@@ -61,12 +66,12 @@ fn a_request_waits_for_the_server_that_holds_its_prefix_while_others_overtake() 
     let mut queue = queue();
     queue.push(request(1, 0.0, 40_000.0), &[held(0, 39_000.0)]).unwrap();
     queue.push(request(2, 1.0, 60_000.0), &[]).unwrap();
-    let binding = queue.next(&servers(&[3.0, 0.0]), at(1.0)).unwrap();
-    assert_eq!((binding.id, binding.server), (2, 1));
+    let binding = queue.next(&endpoints(&[3.0, 0.0]), time(1.0)).unwrap();
+    assert_eq!((binding.id, binding.endpoint), (2, 1));
     queue.bind(2, binding.seconds);
-    assert_eq!(queue.next(&servers(&[3.0, 0.0]), at(1.0)), None, "server 1 stays idle: 0 is through soon");
-    let binding = queue.next(&servers(&[0.01, 0.0]), at(4.0)).unwrap();
-    assert_eq!((binding.id, binding.server, binding.held_tokens), (1, 0, 39_000.0));
+    assert_eq!(queue.next(&endpoints(&[3.0, 0.0]), time(1.0)), None, "endpoint 1 stays idle: 0 is through soon");
+    let binding = queue.next(&endpoints(&[0.01, 0.0]), time(4.0)).unwrap();
+    assert_eq!((binding.id, binding.endpoint, binding.held_tokens), (1, 0, 39_000.0));
 }
 
 #[test]
@@ -76,32 +81,32 @@ fn a_request_gives_its_server_up_when_waiting_costs_more_than_computing_anew() {
     let price = queue.price(2);
     assert_eq!(price, 2.5);
     let saved = COST.seconds(40_000.0, 0.0) - COST.seconds(40_000.0, 39_000.0);
-    assert_eq!(queue.next(&servers(&[price * saved * 0.99, 0.0]), at(0.0)), None);
-    assert_eq!(queue.next(&servers(&[price * saved * 1.01, 0.0]), at(0.0)).unwrap().server, 1);
+    assert_eq!(queue.next(&endpoints(&[price * saved * 0.99, 0.0]), time(0.0)), None);
+    assert_eq!(queue.next(&endpoints(&[price * saved * 1.01, 0.0]), time(0.0)).unwrap().endpoint, 1);
     // One that has left the list is not waited for.
-    assert_eq!(queue.next(&servers(&[3.0, 0.0])[1..], at(0.0)).unwrap().server, 1);
+    assert_eq!(queue.next(&endpoints(&[3.0, 0.0])[1..], time(0.0)).unwrap().endpoint, 1);
     // The more others wait, the dearer is the extra work.
     for id in 2..20 {
         queue.push(Request { priority: -1, ..request(id, 0.0, 40_000.0) }, &[held(0, 39_000.0)]).unwrap();
     }
-    assert_eq!(queue.next(&servers(&[price * saved * 1.01, 0.0]), at(0.0)), None);
+    assert_eq!(queue.next(&endpoints(&[price * saved * 1.01, 0.0]), time(0.0)), None);
 }
 
 #[test]
 fn a_request_goes_to_the_holder_among_several_with_room_and_else_by_its_key() {
     let mut queue = queue();
     queue.push(request(1, 0.0, 9_000.0), &[held(2, 512.0), held(1, 4_096.0)]).unwrap();
-    assert_eq!(queue.next(&servers(&[0.0; 4]), at(0.0)).unwrap().server, 1);
+    assert_eq!(queue.next(&endpoints(&[0.0; 4]), time(0.0)).unwrap().endpoint, 1);
     queue.set_held(1, &[]);
-    let first = queue.next(&servers(&[0.0; 4]), at(0.0)).unwrap().server;
+    let first = queue.next(&endpoints(&[0.0; 4]), time(0.0)).unwrap().endpoint;
     queue.set_held(1, &[held(3, 512.0)]);
-    assert_eq!(queue.next(&servers(&[0.0; 4]), at(0.0)).unwrap().server, 3);
+    assert_eq!(queue.next(&endpoints(&[0.0; 4]), time(0.0)).unwrap().endpoint, 3);
     queue.remove(1);
     let picks = (2..100).map(|id| {
         queue.push(request(id, 0.0, 9_000.0), &[]).unwrap();
-        let server = queue.next(&servers(&[0.0; 4]), at(0.0)).unwrap().server;
+        let endpoint = queue.next(&endpoints(&[0.0; 4]), time(0.0)).unwrap().endpoint;
         queue.remove(id);
-        server
+        endpoint
     });
     let mut picks: Vec<_> = picks.chain([first]).collect();
     picks.sort_unstable();
@@ -124,21 +129,21 @@ fn who_has_waited_too_long_goes_before_the_shorter_the_oldest_first() {
     queue.push(request(1, 5.0, 400_000.0), &[]).unwrap();
     queue.push(request(2, 0.0, 450_000.0), &[]).unwrap();
     queue.push(request(3, 6.0, 100.0), &[]).unwrap();
-    assert_eq!(queue.next(&servers(&[0.0]), at(599.0)).unwrap().id, 3);
+    assert_eq!(queue.next(&endpoints(&[0.0]), time(599.0)).unwrap().id, 3);
     assert_eq!(drain(&mut queue, 605.0), [2, 1, 3]);
 }
 
 #[test]
-fn a_tenant_with_many_short_requests_leaves_the_other_its_share() {
+fn a_fairness_id_with_many_short_requests_leaves_the_other_its_share() {
     let mut queue = queue();
     for id in 0..200 {
-        let tenant = id % 2;
-        let tokens = if tenant == 0 { 40_000.0 } else { 80_000.0 };
-        queue.push(Request { tenant, ..request(id, 0.0, tokens) }, &[]).unwrap();
+        let fairness = id % 2;
+        let tokens = if fairness == 0 { 40_000.0 } else { 80_000.0 };
+        queue.push(Request { fairness, ..request(id, 0.0, tokens) }, &[]).unwrap();
     }
     let mut got = [0.0, 0.0];
     for _ in 0..100 {
-        let binding = queue.next(&servers(&[0.0]), at(0.0)).unwrap();
+        let binding = queue.next(&endpoints(&[0.0]), time(0.0)).unwrap();
         queue.bind(binding.id, binding.seconds);
         got[(binding.id % 2) as usize] += binding.seconds;
         assert!(f64::abs(got[0] - got[1]) < 10.0 + COST.seconds(80_000.0, 0.0), "{got:?}");
@@ -146,17 +151,17 @@ fn a_tenant_with_many_short_requests_leaves_the_other_its_share() {
 }
 
 #[test]
-fn a_tenant_that_comes_back_has_not_saved_up() {
+fn a_fairness_id_that_comes_back_has_not_saved_up() {
     let mut queue = queue();
     for id in 0..50 {
-        queue.push(Request { tenant: 1, ..request(id, 0.0, 80_000.0) }, &[]).unwrap();
+        queue.push(Request { fairness: 1, ..request(id, 0.0, 80_000.0) }, &[]).unwrap();
     }
     for _ in 0..40 {
-        let binding = queue.next(&servers(&[0.0]), at(0.0)).unwrap();
+        let binding = queue.next(&endpoints(&[0.0]), time(0.0)).unwrap();
         queue.bind(binding.id, binding.seconds);
     }
     for id in 50..100 {
-        queue.push(Request { tenant: 2, ..request(id, 0.0, 90_000.0) }, &[]).unwrap();
+        queue.push(Request { fairness: 2, ..request(id, 0.0, 90_000.0) }, &[]).unwrap();
     }
     let order = drain(&mut queue, 0.0);
     assert!(order[..12].iter().any(|id| *id < 50), "{order:?}");
@@ -196,14 +201,14 @@ fn deadlines_end_in_their_order() {
     let mut queue = queue();
     assert_eq!(queue.next_deadline(), None);
     for (id, deadline) in [(1, Some(9.0)), (2, None), (3, Some(4.0))] {
-        queue.push(Request { deadline: deadline.map(at), ..request(id, 0.0, 10.0) }, &[]).unwrap();
+        queue.push(Request { deadline: deadline.map(time), ..request(id, 0.0, 10.0) }, &[]).unwrap();
     }
-    assert_eq!((queue.next_deadline(), queue.expired(at(3.9))), (Some(at(4.0)), None));
-    assert_eq!(queue.expired(at(4.0)), Some(3));
+    assert_eq!((queue.next_deadline(), queue.expired(time(3.9))), (Some(time(4.0)), None));
+    assert_eq!(queue.expired(time(4.0)), Some(3));
     queue.remove(3);
-    assert_eq!((queue.expired(at(4.0)), queue.expired(at(10.0))), (None, Some(1)));
+    assert_eq!((queue.expired(time(4.0)), queue.expired(time(10.0))), (None, Some(1)));
     queue.bind(1, 1.0);
-    assert_eq!((queue.expired(at(1e6)), queue.next_deadline()), (None, None));
+    assert_eq!((queue.expired(time(1e6)), queue.next_deadline()), (None, None));
 }
 
 #[test]
@@ -232,7 +237,7 @@ fn requests_with_a_key_are_found() {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Push { tokens: f64, priority: i32, tenant: u64, held: Vec<(u32, f64)> },
+    Push { tokens: f64, priority: i32, fairness: u64, held: Vec<(u32, f64)> },
     Remove(usize),
     Hold(usize, Vec<(u32, f64)>),
     Bind(Vec<f64>),
@@ -245,9 +250,9 @@ fn holds() -> impl Strategy<Value = Vec<(u32, f64)>> {
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         3 => (1.0_f64..100_000.0, -1..2_i32, 0_u64..3, holds())
-            .prop_map(|(tokens, priority, tenant, held)| Step::Push { tokens, priority, tenant, held }),
+            .prop_map(|(tokens, priority, fairness, held)| Step::Push { tokens, priority, fairness, held }),
         1 => any::<usize>().prop_map(Step::Remove),
-        1 => (any::<usize>(), holds()).prop_map(|(at, held)| Step::Hold(at, held)),
+        1 => (any::<usize>(), holds()).prop_map(|(index, held)| Step::Hold(index, held)),
         3 => prop::collection::vec(prop_oneof![Just(0.0), 0.0_f64..50.0], 0..6).prop_map(Step::Bind),
     ]
 }
@@ -257,13 +262,13 @@ proptest! {
     fn nothing_is_lost_and_nothing_is_bound_twice(steps in prop::collection::vec(step(), 1..120)) {
         let mut queue = queue();
         let mut waiting: Vec<u64> = Vec::new();
-        let helds = |held: Vec<(u32, f64)>| held.into_iter().map(|(at, tokens)| Held { server: at, tokens }).collect::<Vec<_>>();
+        let helds = |held: Vec<(u32, f64)>| held.into_iter().map(|(endpoint, tokens)| Held { endpoint, tokens }).collect::<Vec<_>>();
         for (i, step) in steps.into_iter().enumerate() {
             let now = i as f64 * 30.0;
-            let some = |at: usize| waiting.get(at % waiting.len().max(1)).copied();
+            let some = |index: usize| waiting.get(index % waiting.len().max(1)).copied();
             match step {
-                Step::Push { tokens, priority, tenant, held } => {
-                    let request = Request { priority, tenant, deadline: Some(at(now + 7.0)), ..request(i as u64, now, tokens) };
+                Step::Push { tokens, priority, fairness, held } => {
+                    let request = Request { priority, fairness, deadline: Some(time(now + 7.0)), ..request(i as u64, now, tokens) };
                     prop_assert_eq!(queue.push(request, &helds(held)), Ok(()));
                     waiting.push(i as u64);
                 }
@@ -275,15 +280,15 @@ proptest! {
                     queue.set_held(id, &helds(held));
                 },
                 Step::Bind(work) => {
-                    let servers = servers(&work);
-                    let next = queue.next(&servers, at(now));
+                    let endpoints = endpoints(&work);
+                    let next = queue.next(&endpoints, time(now));
                     if waiting.is_empty() || work.iter().all(|work| *work >= 0.02) {
                         prop_assert_eq!(next, None);
                     } else if work.iter().all(|work| *work < 0.02) {
                         prop_assert!(next.is_some(), "all have room and nobody is sent");
                     }
                     if let Some(binding) = next {
-                        prop_assert!(work[binding.server as usize] < 0.02);
+                        prop_assert!(work[binding.endpoint as usize] < 0.02);
                         prop_assert!(waiting.contains(&binding.id));
                         let highest = waiting.iter().filter_map(|id| queue.get(*id)).map(|request| request.priority).max();
                         let all_have_room = work.iter().all(|work| *work < 0.02);
@@ -321,7 +326,7 @@ proptest! {
                 queue.push(request(next as u64, next as f64 * gap, tokens[next]), &[]).unwrap();
                 next += 1;
             }
-            match queue.next(&servers(&[0.0]), at(now)) {
+            match queue.next(&endpoints(&[0.0]), time(now)) {
                 None => now = next as f64 * gap,
                 Some(binding) => {
                     queue.bind(binding.id, binding.seconds);
@@ -349,14 +354,14 @@ proptest! {
         let (mut one, mut other) = (queue(), queue());
         let push = |queue: &mut Queue, i: usize| {
             let (tokens, held) = &tokens[i];
-            let held: Vec<Held> = held.iter().map(|(server, tokens)| Held { server: *server, tokens: *tokens }).collect();
+            let held: Vec<Held> = held.iter().map(|(endpoint, tokens)| Held { endpoint: *endpoint, tokens: *tokens }).collect();
             queue.push(request(i as u64, 0.0, *tokens), &held).unwrap();
         };
         (0..tokens.len()).for_each(|i| push(&mut one, i));
         (0..tokens.len()).rev().for_each(|i| push(&mut other, i));
         loop {
-            let next = one.next(&servers(&work), at(1.0));
-            prop_assert_eq!(next, other.next(&servers(&work), at(1.0)));
+            let next = one.next(&endpoints(&work), time(1.0));
+            prop_assert_eq!(next, other.next(&endpoints(&work), time(1.0)));
             let Some(binding) = next else { break };
             one.bind(binding.id, binding.seconds);
             other.bind(binding.id, binding.seconds);

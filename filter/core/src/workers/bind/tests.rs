@@ -76,7 +76,7 @@ impl Node {
             model: "m",
             prompt,
             priority: 0,
-            tenant: 0,
+            fairness: 0,
             body_bytes: 100,
             arrival: now,
             deadline: None,
@@ -195,22 +195,22 @@ fn a_burst_is_served_once_each_by_whichever_worker_has_it() {
     let mut legs: Vec<(usize, u64, EndpointRef, u64)> = Vec::new();
     let mut served = std::collections::BTreeSet::new();
     for request in 0..200_u64 {
-        let at = (request % 4) as usize;
-        nodes[at].catch_up(&store, ms(now));
-        let (id, room) = nodes[at].wait(&prompt(request % 7, 1_000.0 + request as f64), ms(now));
+        let index = (request % 4) as usize;
+        nodes[index].catch_up(&store, ms(now));
+        let (id, room) = nodes[index].wait(&prompt(request % 7, 1_000.0 + request as f64), ms(now));
         waiting += 1;
         if let Some(endpoint) = room {
-            legs.push(start(&mut nodes[at], at, id, endpoint, now));
+            legs.push(start(&mut nodes[index], index, id, endpoint, now));
             assert!(served.insert(id));
         }
-        nodes[at].publish(&store, ms(now));
+        nodes[index].publish(&store, ms(now));
     }
     while served.len() < waiting {
         now += 1;
         let ended: Vec<_> = legs.extract_if(.., |leg| leg.3 <= now).collect();
-        for (at, leg, endpoint, _) in ended {
-            nodes[at].worker.prefill_ended(endpoint, leg, ms(now));
-            nodes[at].publish(&store, ms(now));
+        for (index, leg, endpoint, _) in ended {
+            nodes[index].worker.prefill_ended(endpoint, leg, ms(now));
+            nodes[index].publish(&store, ms(now));
         }
         // Wakes go round until nobody has anything to do.
         let mut woken: Vec<u64> =
@@ -219,15 +219,15 @@ fn a_burst_is_served_once_each_by_whichever_worker_has_it() {
         while let Some(worker) = woken.pop() {
             rounds += 1;
             assert!(rounds < 200, "workers wake each other without end");
-            let at = worker as usize - 1;
-            nodes[at].catch_up(&store, ms(now));
-            if let Some(Turn { id, act: Act::Bind(endpoint) }) = nodes[at].worker.next_turn(ms(now)) {
-                legs.push(start(&mut nodes[at], at, id, endpoint, now));
+            let index = worker as usize - 1;
+            nodes[index].catch_up(&store, ms(now));
+            if let Some(Turn { id, act: Act::Bind(endpoint) }) = nodes[index].worker.next_turn(ms(now)) {
+                legs.push(start(&mut nodes[index], index, id, endpoint, now));
                 assert!(served.insert(id), "{id} twice");
                 woken.push(worker);
             }
-            nodes[at].publish(&store, ms(now));
-            woken.extend(nodes[at].worker.workers_to_wake());
+            nodes[index].publish(&store, ms(now));
+            woken.extend(nodes[index].worker.workers_to_wake());
         }
         assert!(now < 60_000, "{} of {waiting}", served.len());
     }
@@ -240,14 +240,14 @@ fn a_burst_is_served_once_each_by_whichever_worker_has_it() {
 }
 
 /// Binds a request and starts its leg, which takes as long as the ledger says.
-fn start(node: &mut Node, at: usize, id: u64, endpoint: EndpointIndex, now: u64) -> (usize, u64, EndpointRef, u64) {
+fn start(node: &mut Node, index: usize, id: u64, endpoint: EndpointIndex, now: u64) -> (usize, u64, EndpointRef, u64) {
     let seconds = 0.045;
     node.worker.bind(id, seconds, ms(now));
     let of = node.worker.state.table.refer(endpoint).unwrap();
     let leg = node.worker.next_leg();
     let work = node.worker.state.table.get(endpoint).unwrap().prefill.work(ms(now));
     node.worker.prefill_started(of, leg, seconds, ms(now), FAR);
-    (at, leg, of, now + ((work + seconds) * 1e3) as u64)
+    (index, leg, of, now + ((work + seconds) * 1e3) as u64)
 }
 
 #[test]
