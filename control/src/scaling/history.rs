@@ -150,7 +150,7 @@ impl History {
         }
         // The newest at least, however short the window.
         let newest = samples.len().saturating_sub(1);
-        let inside = samples.iter().enumerate().filter(|(at, sample)| *at == newest || age(sample) <= window);
+        let inside = samples.iter().enumerate().filter(|(index, sample)| *index == newest || age(sample) <= window);
         read(&inside.map(|(_, (_, sample))| sample).collect::<Vec<_>>())
     }
 }
@@ -176,9 +176,9 @@ mod tests {
 
     fn history(seconds: u64, work_at: impl Fn(u64) -> f64) -> (History, Instant) {
         let (history, start) = (History::default(), Instant::now());
-        let at = |second| start + Duration::from_secs(second);
-        (0..=seconds).for_each(|second| history.push(at(second), work(work_at(second))));
-        (history, at(seconds))
+        let time = |second| start + Duration::from_secs(second);
+        (0..=seconds).for_each(|second| history.push(time(second), work(work_at(second))));
+        (history, time(seconds))
     }
 
     #[test]

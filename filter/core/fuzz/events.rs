@@ -141,8 +141,8 @@ pub fn run(input: &[u8]) {
             live.push(Live { request, body: Vec::new() });
             continue;
         }
-        let at = usize::from(choices.byte()) % live.len();
-        let Live { request, body } = &mut live[at];
+        let index = usize::from(choices.byte()) % live.len();
+        let Live { request, body } = &mut live[index];
         match event {
             1 | 2 => {
                 let text = match choices.below(8) {
@@ -210,7 +210,7 @@ pub fn run(input: &[u8]) {
             }
             8 => {
                 request.done(&mut worker, now);
-                live.remove(at);
+                live.remove(index);
             }
             9 => {
                 let _ = match choices.below(6) {

@@ -74,8 +74,8 @@ fn parts(body: &[u8], boundary: &[u8]) -> Vec<Field> {
     let whole = [b"\r\n", body].concat();
     let mut found = Vec::new();
     let mut rest = &whole[..];
-    while let Some(at) = rest.windows(delimiter.len()).position(|window| window == delimiter) {
-        rest = &rest[at + delimiter.len()..];
+    while let Some(index) = rest.windows(delimiter.len()).position(|window| window == delimiter) {
+        rest = &rest[index + delimiter.len()..];
         if rest.starts_with(b"--") {
             break;
         }
@@ -124,8 +124,8 @@ fn parameters(line: &str) -> Vec<(String, String)> {
 /// The pairs of a URL-encoded form, without empty ones.
 fn pairs(body: &[u8]) -> Vec<Field> {
     let pair = |pair: &[u8]| {
-        let at = pair.iter().position(|byte| *byte == b'=').unwrap_or(pair.len());
-        let (name, value) = pair.split_at(at);
+        let index = pair.iter().position(|byte| *byte == b'=').unwrap_or(pair.len());
+        let (name, value) = pair.split_at(index);
         let name = String::from_utf8_lossy(&decoded(name)).into_owned();
         (name, decoded(value.get(1..).unwrap_or_default()), false)
     };
@@ -135,19 +135,20 @@ fn pairs(body: &[u8]) -> Vec<Field> {
 
 fn decoded(text: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
-    let mut at = 0;
-    while at < text.len() {
-        let hex = text.get(at + 1..at + 3).and_then(|two| u8::from_str_radix(std::str::from_utf8(two).ok()?, 16).ok());
-        let is_hex = text.get(at + 1).is_some_and(u8::is_ascii_hexdigit);
-        match (text[at], hex.filter(|_| is_hex)) {
+    let mut index = 0;
+    while index < text.len() {
+        let hex =
+            text.get(index + 1..index + 3).and_then(|two| u8::from_str_radix(std::str::from_utf8(two).ok()?, 16).ok());
+        let is_hex = text.get(index + 1).is_some_and(u8::is_ascii_hexdigit);
+        match (text[index], hex.filter(|_| is_hex)) {
             (b'%', Some(byte)) => {
                 out.push(byte);
-                at += 2;
+                index += 2;
             }
             (b'+', _) => out.push(b' '),
             (byte, _) => out.push(byte),
         }
-        at += 1;
+        index += 1;
     }
     out
 }

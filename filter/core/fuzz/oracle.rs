@@ -154,10 +154,10 @@ fn check_members(bytes: &[u8], scan: &Scan, members: &[(String, Json)]) {
     assert_eq!(bytes[scan.open as usize - 1], b'{');
     assert_eq!(scan.count as usize, members.len());
     let mut known = scan.members().iter();
-    for (at, (name, value)) in members.iter().enumerate() {
+    for (index, (name, value)) in members.iter().enumerate() {
         let Some(key) = Key::of_name(name) else { continue };
         let member = known.next().expect("a known member was not seen");
-        assert_eq!((member.key, member.first, member.last), (key, at == 0, at + 1 == members.len()));
+        assert_eq!((member.key, member.first, member.last), (key, index == 0, index + 1 == members.len()));
         assert_eq!(&Json::parse(member.value.get(bytes)).unwrap(), value);
         assert_eq!(bytes[member.span.start as usize], b'"');
         assert_eq!(member.span.end, member.value.end);

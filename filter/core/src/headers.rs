@@ -99,7 +99,7 @@ impl Pairs<'_> {
 
     /// Passes over a pair.
     fn pass(&mut self) {
-        let bytes = |at| read_u32(self.wire, at).unwrap_or(0) as usize;
+        let bytes = |offset| read_u32(self.wire, offset).unwrap_or(0) as usize;
         let (name, value) = (bytes(self.lengths), bytes(self.lengths.saturating_add(4)));
         self.left = self.left.saturating_sub(1);
         self.lengths = self.lengths.saturating_add(8);
@@ -138,8 +138,8 @@ fn length(bytes: &[u8]) -> u32 {
     u32::try_from(bytes.len()).unwrap_or(u32::MAX)
 }
 
-fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
+fn read_u32(bytes: &[u8], offset: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(*bytes.get(offset..)?.first_chunk()?))
 }
 
 #[cfg(test)]

@@ -37,7 +37,7 @@ fn number() -> impl Strategy<Value = String> {
 /// A key of the filter's, perhaps written with escapes, or another.
 fn key() -> impl Strategy<Value = String> {
     let escaped = (select(Key::ALL), any::<u64>()).prop_map(|(key, mask)| {
-        let escape = |(at, byte): (usize, u8)| match mask >> (at % 64) & 1 {
+        let escape = |(index, byte): (usize, u8)| match mask >> (index % 64) & 1 {
             1 => format!("\\u00{byte:02x}"),
             _ => char::from(byte).to_string(),
         };
@@ -96,9 +96,9 @@ proptest! {
         choice: u64,
     ) {
         let mut body = body.into_bytes();
-        for (at, byte) in mutations {
-            let at = at.index(body.len());
-            body[at] = byte;
+        for (choice, byte) in mutations {
+            let index = choice.index(body.len());
+            body[index] = byte;
         }
         check_body(&body, choice);
     }
@@ -193,10 +193,10 @@ fn numbers_at_the_edges() {
 #[test]
 fn every_byte_in_every_place_of_a_string() {
     for len in 0..40 {
-        for at in 0..=len {
+        for index in 0..=len {
             for byte in 0..=u8::MAX {
                 let mut body = format!("{{\"prompt\":\"{}\",\"n\":1}}", "x".repeat(len)).into_bytes();
-                body[11 + at.min(len.saturating_sub(1))] = byte;
+                body[11 + index.min(len.saturating_sub(1))] = byte;
                 check_scan(&body);
             }
         }
@@ -263,9 +263,9 @@ fn nesting_up_to_the_limit() {
 #[test]
 fn white_space_is_jsons() {
     for byte in 0..=u8::MAX {
-        for at in 0..10 {
+        for spaces in 0..10 {
             let mut body = b"{\"n\":[1],\"model\":{\"a\":1}}".to_vec();
-            for place in [0, 1, 4, 5, 6, 7, 8, 9, 25][..at.min(9)].iter().rev() {
+            for place in [0, 1, 4, 5, 6, 7, 8, 9, 25][..spaces.min(9)].iter().rev() {
                 body.insert(*place, byte);
             }
             check_every_edit(&body);

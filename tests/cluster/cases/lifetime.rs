@@ -92,12 +92,12 @@ fn nothing_is_left_whatever_ends_it() {
         let running = inside(&cluster.processes).len();
         // etcd, API server, controllers, registry, a pod with its sandbox, the command, and the harness.
         assert!(running >= 8, "{running} processes");
-        let at = Instant::now();
+        let begun = Instant::now();
         end(&cluster);
         assert!(!cluster.outer.wait().unwrap().success(), "{what}");
         block_until(TO_GO, format_args!("nothing is left after {what}"), || inside(&cluster.processes).is_empty());
         assert_eq!(interfaces(), before, "{what}");
         assert_eq!(mounts(&state), Vec::<String>::new(), "{what}");
-        eprintln!("{what}: {running} processes gone after {:?}", at.elapsed());
+        eprintln!("{what}: {running} processes gone after {:?}", begun.elapsed());
     }
 }

@@ -169,10 +169,10 @@ fn a_mistake_is_found() {
 fn cluster_of(service: &str) -> String {
     for ((kind, name), route) in base() {
         let rules = route["spec"]["rules"].as_array().cloned().unwrap_or_default();
-        let at = rules.iter().position(|rule| rule["backendRefs"][0]["name"] == service);
-        if let Some(at) = at.filter(|_| kind == "HTTPRoute") {
+        let index = rules.iter().position(|rule| rule["backendRefs"][0]["name"] == service);
+        if let Some(index) = index.filter(|_| kind == "HTTPRoute") {
             let namespace = route["metadata"]["namespace"].as_str().unwrap();
-            return format!("httproute/{namespace}/{name}/rule/{at}");
+            return format!("httproute/{namespace}/{name}/rule/{index}");
         }
     }
     panic!("no route to {service}")

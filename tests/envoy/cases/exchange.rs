@@ -98,7 +98,9 @@ fn a_pod_that_one_envoy_keeps_busy_is_busy_to_the_other() {
         // More than what just ended and the other worker has not heard of yet.
         let body = chat(&[&words(&new_id("prompt"), 40_000)], r#","max_tokens":8"#);
         let held = tokio::spawn(async move { ask(&mut client, &body).await });
-        let busy = until("a decode pod has it", async || (0..2).find(|at| of(&first.decode[*at]) > before[*at])).await;
+        let busy =
+            until("a decode pod has it", async || (0..2).find(|index| of(&first.decode[*index]) > before[*index]))
+                .await;
         first.decode.iter().for_each(|engine| engine.set_faults("").unwrap());
         sleep(HEARD).await;
         let had = of(&first.decode[busy]);

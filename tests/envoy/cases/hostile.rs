@@ -76,9 +76,9 @@ fn bodies() -> Vec<Vec<u8>> {
     ];
     // Cut anywhere, and with a byte turned over.
     bodies.extend((1..chat.len()).step_by(397).map(|cut| chat[..cut].to_vec()));
-    bodies.extend((0..chat.len()).step_by(397).map(|at| {
+    bodies.extend((0..chat.len()).step_by(397).map(|index| {
         let mut body = chat.clone();
-        body[at] ^= 0xa5;
+        body[index] ^= 0xa5;
         body
     }));
     bodies
@@ -113,8 +113,8 @@ fn no_body_ends_a_worker() {
                 for (i, path) in PATHS.iter().enumerate() {
                     let rest = if *member == "model" { "" } else { r#""model":"sim","# };
                     let body = format!(r#"{{{rest}"messages":[{{"role":"user","content":"a"}}],"{member}":{value}}}"#);
-                    let at = i % clients.len();
-                    provoke(&mut clients[at], path, body.into_bytes(), &[]).await;
+                    let index = i % clients.len();
+                    provoke(&mut clients[index], path, body.into_bytes(), &[]).await;
                 }
             }
             alive(&mut clients, member).await;

@@ -166,7 +166,7 @@ fn during_the_stream() {
 
 /// Requests that each decode server got.
 fn served(rig: &Rig) -> [u64; 2] {
-    [0, 1].map(|at| rig.decode[at].stats().requests)
+    [0, 1].map(|index| rig.decode[index].stats().requests)
 }
 
 /// Sends chats, one after the other arrived, until the decode servers have got so many.

@@ -76,9 +76,9 @@ impl Traffic {
     pub async fn until_spared(&self, engine: &Handle) -> Duration {
         let start = Instant::now();
         until(format_args!("{} gets nothing", engine.addr()), async || {
-            let (before, at) = (engine.stats().requests, start.elapsed());
+            let (before, lasted) = (engine.stats().requests, start.elapsed());
             self.more(40).await;
-            (engine.stats().requests == before).then_some(at)
+            (engine.stats().requests == before).then_some(lasted)
         })
         .await
     }

@@ -152,7 +152,7 @@ impl Request {
 
 /// Every way to cut a body in two, the cuts at its ends included.
 pub fn split_at_each_byte(body: &[u8]) -> impl Iterator<Item = Vec<Vec<u8>>> + '_ {
-    (0..=body.len()).map(|at| vec![body[..at].to_vec(), body[at..].to_vec()])
+    (0..=body.len()).map(|bytes| vec![body[..bytes].to_vec(), body[bytes..].to_vec()])
 }
 
 /// Cuts a body into chunks of 0 to `max` bytes, the same ones for the same seed.

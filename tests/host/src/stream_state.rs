@@ -285,9 +285,9 @@ impl StreamState {
         let request = |name: &str| field(MapType::RequestHeaders, name.as_bytes());
         let path_parts = || {
             let path = request(":path")?;
-            let at = path.iter().position(|b| *b == b'?').unwrap_or(path.len());
-            let query = path.get(at + 1..).unwrap_or_default().to_vec();
-            Some((path[..at].to_vec(), query))
+            let end = path.iter().position(|b| *b == b'?').unwrap_or(path.len());
+            let query = path.get(end + 1..).unwrap_or_default().to_vec();
+            Some((path[..end].to_vec(), query))
         };
         let int = |n: u64| Some((n as i64).to_le_bytes().to_vec());
         match parts.as_slice() {

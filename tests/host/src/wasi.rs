@@ -102,9 +102,9 @@ fn fd_write(c: &mut Guest<'_>, fd: u32, iovs: u32, count: u32, written: u32) -> 
     };
     let mut text = Vec::new();
     for i in 0..count {
-        let at = iovs.checked_add(i.wrapping_mul(8)).ok_or(FAULT)?;
-        let pointer = read_u32(c, at).map_err(|_| FAULT)?;
-        let len = read_u32(c, at.wrapping_add(4)).map_err(|_| FAULT)?;
+        let entry = iovs.checked_add(i.wrapping_mul(8)).ok_or(FAULT)?;
+        let pointer = read_u32(c, entry).map_err(|_| FAULT)?;
+        let len = read_u32(c, entry.wrapping_add(4)).map_err(|_| FAULT)?;
         text.extend_from_slice(&read(c, pointer, len).map_err(|_| FAULT)?);
     }
     put_u32(c, written, text.len() as u32)?;
@@ -130,8 +130,8 @@ fn environment(c: &Guest<'_>) -> Vec<Vec<u8>> {
     c.data().config.environment.iter().map(|(k, v)| format!("{k}={v}\0").into_bytes()).collect()
 }
 
-fn put_u32(c: &mut Guest<'_>, at: u32, value: u32) -> std::result::Result<(), u32> {
-    write(c, at, &value.to_le_bytes()).map_err(|_| FAULT)
+fn put_u32(c: &mut Guest<'_>, pointer: u32, value: u32) -> std::result::Result<(), u32> {
+    write(c, pointer, &value.to_le_bytes()).map_err(|_| FAULT)
 }
 
 fn note(c: &mut Guest<'_>, call: &'static str) {

@@ -160,8 +160,8 @@ fn the_workflows_are_yaml_and_call_targets_and_scripts_that_exist() {
         let commands: Vec<String> = steps.filter_map(|step| Some(step["run"].as_str()?.to_owned())).collect();
         for line in commands.iter().flat_map(|command| command.lines()) {
             let words: Vec<_> = line.split_whitespace().collect();
-            if let Some(at) = words.iter().position(|word| *word == "make") {
-                assert!(makefile.contains(&format!("\n{}:", words[at + 1])), "{line}");
+            if let Some(index) = words.iter().position(|word| *word == "make") {
+                assert!(makefile.contains(&format!("\n{}:", words[index + 1])), "{line}");
                 count += 1;
             }
             for script in words.iter().filter(|word| word.starts_with("tools/") || word.starts_with(".ci/")) {

@@ -95,23 +95,23 @@ impl Config {
 
     /// Sets where the admin interface listens.
     pub fn set_admin(&mut self, address: SocketAddr) {
-        *at(&mut self.root, ADMIN) = socket_address(address);
+        *value_at(&mut self.root, ADMIN) = socket_address(address);
     }
 
     /// Sets where clients connect.
     pub fn set_listener(&mut self, address: SocketAddr) {
-        *at(self.listener(), "/address") = socket_address(address);
+        *value_at(self.listener(), "/address") = socket_address(address);
     }
 
     /// Sets where pd-control is.
     pub fn set_control(&mut self, address: SocketAddr) {
-        *at(self.cluster("pd-control"), CONTROL) = socket_address(address);
+        *value_at(self.cluster("pd-control"), CONTROL) = socket_address(address);
     }
 
     /// Sets the file of the engines' hosts; Envoy watches its directory.
     pub fn set_eds(&mut self, file: &Path) {
         let directory = file.parent().map(path_value);
-        *at(self.cluster("engines"), EDS_SOURCE) =
+        *value_at(self.cluster("engines"), EDS_SOURCE) =
             json!({"path": path_value(file), "watched_directory": {"path": directory}});
     }
 
@@ -128,7 +128,7 @@ impl Config {
 
     /// Sets the module that the filter runs.
     pub fn set_module(&mut self, path: &Path) {
-        *at(self.plugin(), MODULE) = path_value(path);
+        *value_at(self.plugin(), MODULE) = path_value(path);
     }
 
     /// The plugin configuration.
@@ -136,13 +136,13 @@ impl Config {
     /// # Panics
     /// When it is no JSON.
     pub fn plugin_configuration(&mut self) -> Value {
-        let value = at(self.plugin(), PLUGIN_CONFIGURATION);
+        let value = value_at(self.plugin(), PLUGIN_CONFIGURATION);
         serde_json::from_str(value.as_str().unwrap_or_default()).expect("the plugin configuration is JSON")
     }
 
     /// Sets the plugin configuration, any text.
     pub fn set_plugin_configuration(&mut self, text: &str) {
-        *at(self.plugin(), PLUGIN_CONFIGURATION) = text.into();
+        *value_at(self.plugin(), PLUGIN_CONFIGURATION) = text.into();
     }
 
     /// Takes the listener out, as the text of a file for Envoy's listener discovery.
@@ -165,7 +165,7 @@ impl Config {
 
     /// The listener's HTTP connection manager.
     pub fn http(&mut self) -> &mut Value {
-        at(self.listener(), MANAGER)
+        value_at(self.listener(), MANAGER)
     }
 
     /// The routes. The last one takes all but upgrades.
@@ -194,16 +194,16 @@ impl Config {
     /// A cluster.
     pub fn cluster(&mut self, name: &str) -> &mut Value {
         let place = self.cluster_place(name);
-        at(&mut self.root, &place)
+        value_at(&mut self.root, &place)
     }
 
     fn listener(&mut self) -> &mut Value {
-        at(&mut self.root, LISTENER)
+        value_at(&mut self.root, LISTENER)
     }
 
     fn plugin(&mut self) -> &mut Value {
         let place = self.plugin_place().unwrap_or_else(|| missing("filter pd"));
-        at(&mut self.root, &place)
+        value_at(&mut self.root, &place)
     }
 
     /// Pointer to the configuration of the filter's plugin.
@@ -276,12 +276,12 @@ fn path_value(path: &Path) -> Value {
     path.to_string_lossy().into()
 }
 
-fn at<'a>(value: &'a mut Value, place: &str) -> &'a mut Value {
+fn value_at<'a>(value: &'a mut Value, place: &str) -> &'a mut Value {
     value.pointer_mut(place).unwrap_or_else(|| missing(place))
 }
 
 fn list<'a>(value: &'a mut Value, place: &str) -> &'a mut Vec<Value> {
-    at(value, place).as_array_mut().unwrap_or_else(|| missing(place))
+    value_at(value, place).as_array_mut().unwrap_or_else(|| missing(place))
 }
 
 fn missing(place: &str) -> ! {
@@ -303,7 +303,7 @@ mod tests {
             ("/static_resources/listeners/0/filter_chains/0/filters/0/typed_config/http_filters", "it has no filter"),
         ] {
             let mut config = whole.clone();
-            *at(&mut config.root, place) = Value::Null;
+            *value_at(&mut config.root, place) = Value::Null;
             assert_eq!(config.check().unwrap_err().to_string(), why, "{place}");
         }
         let mut config = whole.clone();

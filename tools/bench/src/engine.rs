@@ -89,7 +89,7 @@ pub(crate) fn framing(head: &[u8]) -> Framing {
 /// Length of a message's head, its empty line included, if it is all there.
 #[must_use]
 pub fn head_length(bytes: &[u8]) -> Option<usize> {
-    bytes.windows(4).position(|window| window == b"\r\n\r\n").map(|at| at + 4)
+    bytes.windows(4).position(|window| window == b"\r\n\r\n").map(|index| index + 4)
 }
 
 const LAST_CHUNK: &[u8] = b"0\r\n\r\n";

@@ -15,8 +15,8 @@ impl Sample {
     /// Adds a measurement; what is not a finite number is left out.
     pub fn push(&mut self, value: f64) {
         if value.is_finite() {
-            let at = self.0.partition_point(|other| *other < value);
-            self.0.insert(at, value);
+            let index = self.0.partition_point(|other| *other < value);
+            self.0.insert(index, value);
         }
     }
 

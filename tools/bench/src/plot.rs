@@ -118,8 +118,8 @@ fn draw_bars(area: &Area<'_>, panel: &Panel) -> Result<()> {
         } else {
             text(12).pos(Pos::new(HPos::Center, VPos::Bottom))
         };
-        let at = (middle, bar.value.max(bar.range.1) + top * 0.01);
-        chart.draw_series([Text::new(bar.label.clone(), at, style)]).map_err(failed)?;
+        let place = (middle, bar.value.max(bar.range.1) + top * 0.01);
+        chart.draw_series([Text::new(bar.label.clone(), place, style)]).map_err(failed)?;
     }
     Ok(())
 }
@@ -216,7 +216,7 @@ fn draw_graph(area: &Area<'_>, graph: &Graph) -> Result<()> {
                 .draw_series([PathElement::new(points.collect::<Vec<_>>(), colour.stroke_width(2))])
                 .map_err(failed)?;
         } else {
-            let dots = points.map(|at| Circle::new(at, 1.5, colour.mix(0.5).filled()));
+            let dots = points.map(|point| Circle::new(point, 1.5, colour.mix(0.5).filled()));
             chart.draw_series(dots).map_err(failed)?;
         }
     }

@@ -49,9 +49,9 @@ impl Template {
         ]
         .concat();
         let mut bytes = format!("{lines}content-length: {}\r\n\r\n", body.len()).into_bytes();
-        let at = bytes.len() + head.len() + before;
+        let end = bytes.len() + head.len() + before;
         bytes.extend_from_slice(body.as_bytes());
-        Self { bytes, mark: if sharing == Sharing::Whole { 0 } else { at } }
+        Self { bytes, mark: if sharing == Sharing::Whole { 0 } else { end } }
     }
 
     /// The request with a mark.
@@ -72,8 +72,8 @@ mod tests {
 
     fn body(template: &mut Template, mark: u64) -> Vec<u8> {
         let bytes = template.marked(mark);
-        let at = bytes.windows(4).position(|window| window == b"\r\n\r\n").unwrap() + 4;
-        bytes[at..].to_vec()
+        let index = bytes.windows(4).position(|window| window == b"\r\n\r\n").unwrap() + 4;
+        bytes[index..].to_vec()
     }
 
     #[test]

@@ -191,9 +191,14 @@ impl Percentiles {
         let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         let mut sorted: Vec<u64> = times.into_iter().map(nanos).collect();
         sorted.sort_unstable();
-        let at = |share| percentile(&sorted, share) as f64 * 1e-6;
+        let quantile = |share| percentile(&sorted, share) as f64 * 1e-6;
         let sum: f64 = sorted.iter().map(|nanos| *nanos as f64).sum();
-        Self { mean: sum / sorted.len().max(1) as f64 * 1e-6, p50: at(0.5), p90: at(0.9), p99: at(0.99) }
+        Self {
+            mean: sum / sorted.len().max(1) as f64 * 1e-6,
+            p50: quantile(0.5),
+            p90: quantile(0.9),
+            p99: quantile(0.99),
+        }
     }
 }
 

@@ -246,14 +246,15 @@ mod tests {
     #[test]
     fn buckets_are_spread_until_the_next_one() {
         let times = [0.0, 0.0, 0.0, 3_000.0, 3_000.0, 4_000.0, 4_000.0];
-        let spread: Vec<f64> =
-            Spread::new(times.into_iter().map(|at| Ok(entry(at, 0, &[])))).map(|entry| entry.unwrap().at_ms).collect();
+        let spread: Vec<f64> = Spread::new(times.into_iter().map(|at_ms| Ok(entry(at_ms, 0, &[]))))
+            .map(|entry| entry.unwrap().at_ms)
+            .collect();
         assert_eq!(spread, [0.0, 1_000.0, 2_000.0, 3_000.0, 3_500.0, 4_000.0, 4_500.0]);
     }
 
     #[test]
     fn a_trace_that_goes_back_is_refused() {
-        let mut spread = Spread::new([5.0, 1.0].into_iter().map(|at| Ok(entry(at, 0, &[]))));
+        let mut spread = Spread::new([5.0, 1.0].into_iter().map(|at_ms| Ok(entry(at_ms, 0, &[]))));
         assert!(spread.next().unwrap().is_err());
     }
 

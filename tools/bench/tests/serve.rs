@@ -19,8 +19,8 @@ fn rows(out: &Path) -> Vec<Vec<String>> {
 }
 
 fn number(row: &[String], column: &str) -> f64 {
-    let at = COLUMNS.iter().position(|name| *name == column).unwrap();
-    row[at].parse().unwrap()
+    let index = COLUMNS.iter().position(|name| *name == column).unwrap();
+    row[index].parse().unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -19,8 +19,8 @@ pub fn of_static(program: &[u8]) -> anyhow::Result<&'static str> {
         other => bail!("a program for machine {other}"),
     };
     let (table, size, count) = (number(program, 0x20, 8)?, number(program, 0x36, 2)?, number(program, 0x38, 2)?);
-    for at in 0..count {
-        if number(program, table.saturating_add(at * size), 4)? == u64::from(INTERPRETER) {
+    for index in 0..count {
+        if number(program, table.saturating_add(index * size), 4)? == u64::from(INTERPRETER) {
             bail!("the program needs a dynamic loader; link it statically (target x86_64-unknown-linux-musl)");
         }
     }
@@ -28,9 +28,9 @@ pub fn of_static(program: &[u8]) -> anyhow::Result<&'static str> {
 }
 
 /// A little-endian number.
-fn number(program: &[u8], at: u64, bytes: usize) -> anyhow::Result<u64> {
-    let at = usize::try_from(at)?;
-    let field = at.checked_add(bytes).and_then(|end| program.get(at..end)).context("the program is cut off")?;
+fn number(program: &[u8], offset: u64, bytes: usize) -> anyhow::Result<u64> {
+    let offset = usize::try_from(offset)?;
+    let field = offset.checked_add(bytes).and_then(|end| program.get(offset..end)).context("the program is cut off")?;
     Ok(field.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte)))
 }
 

@@ -77,7 +77,7 @@ fn image(docker: &Path, arguments: &[&str]) -> Result<String, String> {
 #[test]
 fn a_module_that_would_not_start_gets_no_image() {
     let directory = tempfile::tempdir().unwrap();
-    let at = |name: &str| directory.path().join(name).display().to_string();
+    let path = |name: &str| directory.path().join(name).display().to_string();
     for (bytes, why) in [
         (b"\0asm\x01\0\0\0".to_vec(), "this is no Proxy-Wasm module"),
         (b"\0asm\x01\0\0\0proxy_abi_version_0_2_1".to_vec(), "it does not load"),
@@ -85,19 +85,19 @@ fn a_module_that_would_not_start_gets_no_image() {
         (module("(i32.const 0)"), "it does not start"),
         (module("(i32.const 1)"), "asked for /.pd-ready it does not answer: it is another filter"),
     ] {
-        fs::write(at("module.wasm"), bytes).unwrap();
-        let refused = image(directory.path(), &["make", "--module", &at("module.wasm"), "--layout", &at("layout")]);
+        fs::write(path("module.wasm"), bytes).unwrap();
+        let refused = image(directory.path(), &["make", "--module", &path("module.wasm"), "--layout", &path("layout")]);
         let refused = refused.unwrap_err();
-        assert!(refused.starts_with(&format!("pd-image: {}: {why}", at("module.wasm"))), "{refused}");
+        assert!(refused.starts_with(&format!("pd-image: {}: {why}", path("module.wasm"))), "{refused}");
         assert_eq!(refused.lines().count(), 1, "{refused}");
-        assert!(!Path::new(&at("layout")).exists());
+        assert!(!Path::new(&path("layout")).exists());
     }
 }
 
 #[test]
 fn an_image_is_pushed_pinned_and_pulled_back() {
     let directory = tempfile::tempdir().unwrap();
-    let at = |name: &str| directory.path().join(name).display().to_string();
+    let path = |name: &str| directory.path().join(name).display().to_string();
     let Some(registry) = start(directory.path()) else {
         eprintln!("skipped: no docker-registry here (Debian, Ubuntu: apt-get install docker-registry)");
         return;
@@ -110,31 +110,31 @@ fn an_image_is_pushed_pinned_and_pulled_back() {
     let module = places::wasm();
     let filter = fs::read(&module).expect("the module");
     let module = module.display().to_string();
-    let digest = image(&docker, &["make", "--module", &module, "--layout", &at("layout")]).unwrap();
-    assert_eq!(digest, image(&docker, &["make", "--module", &module, "--layout", &at("again")]).unwrap());
+    let digest = image(&docker, &["make", "--module", &module, "--layout", &path("layout")]).unwrap();
+    assert_eq!(digest, image(&docker, &["make", "--module", &module, "--layout", &path("again")]).unwrap());
 
     let tagged = format!("{}/pd/filter:1", registry.address);
-    let refused = image(&stranger, &["push", &tagged, "--layout", &at("layout")]).unwrap_err();
+    let refused = image(&stranger, &["push", &tagged, "--layout", &path("layout")]).unwrap_err();
     assert!(refused.starts_with(&format!("pd-image: {tagged}: ")), "{refused}");
 
-    let pinned = image(&docker, &["push", &tagged, "--layout", &at("layout"), "--pin", &at("pin")]).unwrap();
+    let pinned = image(&docker, &["push", &tagged, "--layout", &path("layout"), "--pin", &path("pin")]).unwrap();
     assert_eq!(pinned, format!("{}/pd/filter@{digest}", registry.address));
     assert_eq!(
-        fs::read_to_string(at("pin")).unwrap(),
+        fs::read_to_string(path("pin")).unwrap(),
         format!("image={pinned}\nversion={}\n", env!("CARGO_PKG_VERSION"))
     );
-    assert_eq!(image(&docker, &["push", &tagged, "--layout", &at("again")]).unwrap(), pinned);
+    assert_eq!(image(&docker, &["push", &tagged, "--layout", &path("again")]).unwrap(), pinned);
 
-    let checked = image(&docker, &["check", &at("pin")]).unwrap();
+    let checked = image(&docker, &["check", &path("pin")]).unwrap();
     assert_eq!(checked, format!("{pinned}: ok, {} bytes of module", filter.len()));
-    fs::write(at("pin"), format!("image={}/pd/filter@sha256:{}\n", registry.address, "1".repeat(64))).unwrap();
-    assert!(image(&docker, &["check", &at("pin")]).is_err(), "an image that does not exist");
-    fs::write(at("pin"), format!("image={tagged}\n")).unwrap();
-    assert!(image(&docker, &["check", &at("pin")]).unwrap_err().contains("name it by digest"));
+    fs::write(path("pin"), format!("image={}/pd/filter@sha256:{}\n", registry.address, "1".repeat(64))).unwrap();
+    assert!(image(&docker, &["check", &path("pin")]).is_err(), "an image that does not exist");
+    fs::write(path("pin"), format!("image={tagged}\n")).unwrap();
+    assert!(image(&docker, &["check", &path("pin")]).unwrap_err().contains("name it by digest"));
 
     for name in [&tagged, &pinned] {
-        assert_eq!(image(&docker, &["pull", name, "--module", &at("back.wasm")]).unwrap(), digest);
-        assert!(fs::read(at("back.wasm")).unwrap() == filter);
-        fs::remove_file(at("back.wasm")).unwrap();
+        assert_eq!(image(&docker, &["pull", name, "--module", &path("back.wasm")]).unwrap(), digest);
+        assert!(fs::read(path("back.wasm")).unwrap() == filter);
+        fs::remove_file(path("back.wasm")).unwrap();
     }
 }

@@ -55,7 +55,7 @@ mod tests {
     fn other_ports_and_endpoints_change_nothing_else() {
         let endpoints = [Endpoint::new("10.0.0.1:80".parse().unwrap(), Role::Both)];
         let mut rendered = render(&local(), 100, &endpoints, Path::new("d/eds.json")).unwrap();
-        let listening = [rendered.gateway(), rendered.admin(), rendered.control()].map(|at| at.port());
+        let listening = [rendered.gateway(), rendered.admin(), rendered.control()].map(|address| address.port());
         assert_eq!(listening, [8180, 10001, 9100]);
         let mut expected = plugin(&mut local());
         expected.endpoints = endpoints.to_vec();

@@ -65,8 +65,8 @@ impl Processes {
             std::future::pending::<()>().await;
         }
         let ends = self.running.iter_mut().map(|process| process.child.wait().boxed());
-        let (ended, at, _) = select_all(ends).await;
-        let Process { name, log, .. } = self.running.remove(at);
+        let (ended, index, _) = select_all(ends).await;
+        let Process { name, log, .. } = self.running.remove(index);
         let how = ended.map_or_else(|error| error.to_string(), describe);
         let last = last_line(&log).map(|line| format!(": {line}")).unwrap_or_default();
         anyhow::anyhow!("{name} ended ({how}){last} (log: {})", log.display())

@@ -82,9 +82,9 @@ mod tests {
 
     #[test]
     fn speed_scales_and_zero_takes_no_time() {
-        let at = |speed| Timing::new(&Config { speed, ..Config::default() });
-        assert_eq!(at(0.5).prefill(0, 0).as_micros(), 7_500);
-        assert_eq!(at(0.0).prefill(1 << 20, 0), Duration::ZERO);
-        assert_eq!(at(0.0).token(1_000), Duration::ZERO);
+        let timing = |speed| Timing::new(&Config { speed, ..Config::default() });
+        assert_eq!(timing(0.5).prefill(0, 0).as_micros(), 7_500);
+        assert_eq!(timing(0.0).prefill(1 << 20, 0), Duration::ZERO);
+        assert_eq!(timing(0.0).token(1_000), Duration::ZERO);
     }
 }

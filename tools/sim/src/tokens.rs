@@ -157,12 +157,12 @@ pub fn generate(digest: u64, seed: Option<i64>, choice: u32, limits: &Limits, wr
         .stop
         .iter()
         .filter(|stop| !stop.is_empty())
-        .filter_map(|stop| text.get(from..)?.find(stop.as_str()).map(|at| (from + at, stop)))
-        .min_by_key(|(at, _)| *at);
-    if let Some((at, stop)) = first_stop {
-        kept = ((at + stop.len()).div_ceil(BYTES_PER_TOKEN) as u64).clamp(1, tokens);
+        .filter_map(|stop| text.get(from..)?.find(stop.as_str()).map(|index| (from + index, stop)))
+        .min_by_key(|(index, _)| *index);
+    if let Some((index, stop)) = first_stop {
+        kept = ((index + stop.len()).div_ceil(BYTES_PER_TOKEN) as u64).clamp(1, tokens);
         finish = Finish::Stop(stop.clone());
-        text.truncate(at);
+        text.truncate(index);
     }
     Output { text, tokens: kept, finish }
 }

@@ -98,7 +98,7 @@ pub async fn run(entries: &[Entry], setup: &Setup, mut progress: impl FnMut()) -
     let brains = Brains { config: over, ..Brains::default() };
     let config = configuration(&setup.pods, &brains);
     let mut reality = Reality::start(setup, &config).await?;
-    let mut filter = Filter::at(reality.places(), &config, &brains, 0)?;
+    let mut filter = Filter::with_places(reality.places(), &config, &brains, 0)?;
     let pods = Pods { fast_tokens: setup.pods.cache_tokens, ..setup.pods };
     let mut caches = vec![Prefill::new(&pods); pods.prefill];
     let timing = pd_sim::Timing::new(&pd_sim::Config { speed: 0.0, ..pd_sim::Config::default() });
@@ -206,7 +206,7 @@ impl Reality {
         let Some((decode, task)) = self.open.pop_front() else { return Ok(()) };
         ensure!(!task.is_finished(), "a request ended before it was cancelled");
         task.abort();
-        let left = self.open.iter().filter(|(at, _)| *at == decode).count() as u64;
+        let left = self.open.iter().filter(|(server, _)| *server == decode).count() as u64;
         let begun = Instant::now();
         while self.decode[decode].stats().in_flight > left {
             ensure!(begun.elapsed() < LIMIT, "a cancelled request goes on");
@@ -226,7 +226,7 @@ impl Reality {
 
 fn the_one_that_grew(before: &[u64], after: &[u64]) -> Result<Option<usize>> {
     let mut grown = before.iter().zip(after).enumerate().filter(|(_, (before, after))| after > before);
-    let first = grown.next().map(|(at, _)| at);
+    let first = grown.next().map(|(server, _)| server);
     ensure!(grown.next().is_none(), "a request went to several servers of a role");
     Ok(first)
 }

@@ -58,9 +58,9 @@ impl Lru {
         if self.capacity == 0 {
             return Some(block);
         }
-        if let Some(&at) = self.places.get(&block) {
-            self.unlink(at);
-            self.link_newest(at);
+        if let Some(&index) = self.places.get(&block) {
+            self.unlink(index);
+            self.link_newest(index);
             return None;
         }
         let out = (self.len() >= self.capacity).then(|| self.nodes[self.oldest as usize].block);
@@ -68,18 +68,18 @@ impl Lru {
             self.remove(out);
         }
         let node = Node { block, newer: NIL, older: NIL };
-        let at = match self.spare.pop() {
-            Some(at) => {
-                self.nodes[at as usize] = node;
-                at
+        let index = match self.spare.pop() {
+            Some(index) => {
+                self.nodes[index as usize] = node;
+                index
             }
             None => {
                 self.nodes.push(node);
                 (self.nodes.len() - 1) as u32
             }
         };
-        self.places.insert(block, at);
-        self.link_newest(at);
+        self.places.insert(block, index);
+        self.link_newest(index);
         out
     }
 
@@ -92,25 +92,25 @@ impl Lru {
 
     /// Drops a block, if it is held.
     pub fn remove(&mut self, block: u64) {
-        if let Some(at) = self.places.remove(&block) {
-            self.unlink(at);
-            self.spare.push(at);
+        if let Some(index) = self.places.remove(&block) {
+            self.unlink(index);
+            self.spare.push(index);
         }
     }
 
-    fn link_newest(&mut self, at: u32) {
+    fn link_newest(&mut self, index: u32) {
         let second = self.newest;
-        self.nodes[at as usize].newer = NIL;
-        self.nodes[at as usize].older = second;
+        self.nodes[index as usize].newer = NIL;
+        self.nodes[index as usize].older = second;
         match second {
-            NIL => self.oldest = at,
-            second => self.nodes[second as usize].newer = at,
+            NIL => self.oldest = index,
+            second => self.nodes[second as usize].newer = index,
         }
-        self.newest = at;
+        self.newest = index;
     }
 
-    fn unlink(&mut self, at: u32) {
-        let Node { newer, older, .. } = self.nodes[at as usize];
+    fn unlink(&mut self, index: u32) {
+        let Node { newer, older, .. } = self.nodes[index as usize];
         match older {
             NIL => self.oldest = newer,
             older => self.nodes[older as usize].newer = newer,

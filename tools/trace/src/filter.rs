@@ -28,7 +28,7 @@ use crate::load::{Job, Pods};
 pub(crate) const BYTES_PER_TOKEN: f64 = 0.5;
 pub(crate) const HASH_BLOCK_BYTES: usize = 64;
 const TEXT_BYTES: usize = (BLOCK_TOKENS as f64 * BYTES_PER_TOKEN) as usize;
-/// How often ledger entries are dropped whose end was never told.
+/// How often ledger entries are dropped whose end was never seen.
 const PRUNE_EVERY: Duration = Duration::from_millis(250);
 /// Answer of a prefill leg, as vLLM gives it, up to the number of prompt tokens and behind it.
 const ANSWER_HEAD: &str =
@@ -113,7 +113,7 @@ struct Stream {
     decode: usize,
 }
 
-/// What the gateways tell each other: pd-core's own exchange, with calls that take no time.
+/// The exchange between the gateways: pd-core's own exchange, with calls that take no time.
 struct Gateways {
     hub: Hub,
     /// Of each gateway's first worker, and its question that waits.
@@ -124,11 +124,11 @@ struct Gateways {
 
 impl Gateways {
     fn new(period: Duration, states: &mut [Worker], workers: usize) -> Self {
-        let leader = |(at, worker): (usize, &mut Worker)| {
+        let leader = |(number, worker): (usize, &mut Worker)| {
             let config = worker.config.clone().ok();
             let mut exchange = ExchangeClient::default();
             exchange.configure(worker, config.as_ref().and_then(|config| config.control.as_ref()));
-            exchange.lead(worker, at as u64 + 1, 0, Monotonic::ZERO);
+            exchange.lead(worker, number as u64 + 1, 0, Monotonic::ZERO);
             (exchange, None)
         };
         let gateways = states.iter_mut().step_by(workers).enumerate().map(leader).collect();
@@ -164,7 +164,7 @@ pub struct Places {
 
 impl Places {
     fn made_up(pods: &Pods) -> Self {
-        let address = |at| SocketAddr::from((Ipv4Addr::from_bits(0x0a00_0001 + at as u32), 8_000));
+        let address = |number| SocketAddr::from((Ipv4Addr::from_bits(0x0a00_0001 + number as u32), 8_000));
         let prefill = (0..pods.prefill).map(address).collect();
         Self { prefill, decode: (pods.prefill..pods.prefill + pods.decode).map(address).collect() }
     }
@@ -201,14 +201,14 @@ impl Filter {
     /// # Errors
     /// When pd-core refuses its configuration.
     pub fn new(pods: &Pods, brains: &Brains, seed: u64) -> Result<Self> {
-        Self::at(Places::made_up(pods), &configuration(pods, brains), brains, seed)
+        Self::with_places(Places::made_up(pods), &configuration(pods, brains), brains, seed)
     }
 
     /// A gateway in front of servers at these addresses, with this configuration of pd-core.
     ///
     /// # Errors
     /// When pd-core refuses it.
-    pub fn at(places: Places, config: &serde_json::Value, brains: &Brains, seed: u64) -> Result<Self> {
+    pub fn with_places(places: Places, config: &serde_json::Value, brains: &Brains, seed: u64) -> Result<Self> {
         let of = |role| move |address: &SocketAddr| Endpoint::new(*address, role);
         let prefill = places.prefill.iter().map(of(Role::Prefill));
         let decode = places.decode.iter().map(of(Role::Decode));
@@ -225,13 +225,13 @@ impl Filter {
         let (mut states, mut logs) = (Vec::new(), Vec::new());
         let (gateways, workers) = (brains.count.max(1), brains.workers.max(1));
         let stores: Vec<_> = (0..gateways).map(|_| Store::default()).collect();
-        for at in 0..gateways * workers {
+        for index in 0..gateways * workers {
             let mut worker = Worker::default();
             worker.configure(config.to_string().as_bytes()).context("pd-core's configuration")?;
             worker.apply(&snapshot.to_json()).context("the list of endpoints")?;
             if workers > 1 {
                 let mut log = WorkersLog::default();
-                log.configure(&mut worker, &stores[at / workers], at as u64 + 1, Monotonic::ZERO);
+                log.configure(&mut worker, &stores[index / workers], index as u64 + 1, Monotonic::ZERO);
                 logs.push(log);
             }
             states.push(worker);
@@ -268,9 +268,9 @@ impl Filter {
     pub fn ask(&mut self, number: usize, path: &str, body: &[u8], tokens: u64, now: Duration) -> Result<usize> {
         let now = Monotonic::new(now);
         self.catch_up(now);
-        let at = if self.states.len() > 1 { self.rng.usize(..self.states.len()) } else { 0 };
-        self.listen(at, now);
-        let Some(state) = self.states.get_mut(at) else { bail!("no state") };
+        let index = if self.states.len() > 1 { self.rng.usize(..self.states.len()) } else { 0 };
+        self.listen(index, now);
+        let Some(state) = self.states.get_mut(index) else { bail!("no state") };
         let mut request = Request::default();
         let headers = Headers::from_pairs([(":method", "POST"), (":path", path), (":authority", "gateway")]);
         request.headers(state, headers, false, now);
@@ -281,8 +281,8 @@ impl Filter {
         });
         let prefill = call.and_then(|text| Places::find(&self.places.prefill, text));
         let prefill = prefill.with_context(|| format!("no prefill leg: {outcome:?}"))?;
-        self.streams.insert(number, Stream { state: at, request, tokens, decode: 0 });
-        self.publish(at, now);
+        self.streams.insert(number, Stream { state: index, request, tokens, decode: 0 });
+        self.publish(index, now);
         Ok(prefill)
     }
 
@@ -293,8 +293,8 @@ impl Filter {
     pub fn prefilled(&mut self, number: usize, now: Duration) -> Result<usize> {
         let now = Monotonic::new(now);
         self.catch_up(now);
-        let at = self.streams.get(&number).context("no such request")?.state;
-        self.listen(at, now);
+        let index = self.streams.get(&number).context("no such request")?.state;
+        self.listen(index, now);
         let stream = self.streams.get_mut(&number).context("no such request")?;
         let state = self.states.get_mut(stream.state).context("no state")?;
         let body = format!("{ANSWER_HEAD}{}{ANSWER_TAIL}", stream.tokens);
@@ -307,7 +307,7 @@ impl Filter {
         });
         let decode = decode.context("no decode server")?;
         stream.decode = decode;
-        self.publish(at, now);
+        self.publish(index, now);
         Ok(decode)
     }
 
@@ -320,8 +320,8 @@ impl Filter {
             let upstream = self.places.decode[stream.decode].to_string();
             stream.request.response_headers(state, Answerer::Host(upstream.as_bytes()), Some(200), now);
             stream.request.first_byte(state, now);
-            let at = stream.state;
-            self.publish(at, now);
+            let index = stream.state;
+            self.publish(index, now);
         }
     }
 
@@ -335,22 +335,22 @@ impl Filter {
         self.publish(stream.state, now);
     }
 
-    /// A worker hears what the others of its gateway did.
-    fn listen(&mut self, at: usize, now: Monotonic) {
-        if let (Some(log), Some(state)) = (self.logs.get_mut(at), self.states.get_mut(at)) {
-            let store = &self.stores[at / self.workers];
+    /// Applies to a worker what the other workers of its gateway did.
+    fn listen(&mut self, index: usize, now: Monotonic) {
+        if let (Some(log), Some(state)) = (self.logs.get_mut(index), self.states.get_mut(index)) {
+            let store = &self.stores[index / self.workers];
             log.catch_up(state, store, store.announced(), now);
         }
     }
 
-    /// It tells them what it did.
-    fn publish(&mut self, at: usize, now: Monotonic) {
-        if let (Some(log), Some(state)) = (self.logs.get_mut(at), self.states.get_mut(at)) {
-            log.publish(state, &self.stores[at / self.workers], now);
+    /// Publishes to the other workers of its gateway what a worker did.
+    fn publish(&mut self, index: usize, now: Monotonic) {
+        if let (Some(log), Some(state)) = (self.logs.get_mut(index), self.states.get_mut(index)) {
+            log.publish(state, &self.stores[index / self.workers], now);
         }
     }
 
-    /// Tells the gateways what others did, when its time has come.
+    /// Ticks the workers, and passes between the gateways what each did, where that is due.
     fn catch_up(&mut self, now: Monotonic) {
         if now >= self.pruned + PRUNE_EVERY {
             self.pruned = now;
@@ -358,8 +358,8 @@ impl Filter {
         }
         while !self.logs.is_empty() && now >= self.ticked + TICK {
             self.ticked += TICK;
-            for (at, (log, state)) in self.logs.iter_mut().zip(&mut self.states).enumerate() {
-                let store = &self.stores[at / self.workers];
+            for (index, (log, state)) in self.logs.iter_mut().zip(&mut self.states).enumerate() {
+                let store = &self.stores[index / self.workers];
                 log.catch_up(state, store, store.announced(), self.ticked);
                 log.tick(state, store, self.ticked);
             }

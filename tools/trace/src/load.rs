@@ -189,7 +189,7 @@ impl<'a> Load<'a> {
         let turn = |(number, arrival): (usize, &Arrival)| {
             let after = *places.get(&(arrival.copy, before[arrival.entry]?))?;
             let entry = &self.entries[self.arrivals[after].entry];
-            let cached = before[self.arrivals[after].entry].map_or(0, |at| self.entries[at].input_tokens);
+            let cached = before[self.arrivals[after].entry].map_or(0, |index| self.entries[index].input_tokens);
             let answer = timing.prefill(entry.input_tokens, cached)
                 + timing.transfer(entry.input_tokens)
                 + timing.token(1).mul_f64(entry.output_tokens as f64);
@@ -217,12 +217,12 @@ fn entries_before(entries: &[Entry]) -> Vec<Option<usize>> {
     let mut ends: HashMap<u64, usize> = HashMap::new();
     let whole = |entry: &Entry| ((entry.input_tokens / BLOCK_TOKENS) as usize).min(entry.blocks.len());
     let mut before = Vec::with_capacity(entries.len());
-    for (at, entry) in entries.iter().enumerate() {
+    for (index, entry) in entries.iter().enumerate() {
         let whole = whole(entry);
         // Equal ids mean an equal prefix, so the last block says it all.
         before.push(entry.blocks[..whole].iter().rev().find_map(|block| ends.get(block).copied()));
         if let Some(last) = whole.checked_sub(1) {
-            ends.insert(entry.blocks[last], at);
+            ends.insert(entry.blocks[last], index);
         }
     }
     before

@@ -114,7 +114,7 @@ pub struct Decode {
     /// Thousandths of tokens that each running request would have got since the begin.
     given: f64,
     since: Duration,
-    epoch: u64,
+    batch: u64,
 }
 
 /// Scale of [`Decode::given`]: integers order a heap, and a thousandth of a token is nothing.
@@ -131,7 +131,7 @@ impl Decode {
             running: BinaryHeap::new(),
             given: 0.0,
             since: Duration::ZERO,
-            epoch: 0,
+            batch: 0,
         }
     }
 
@@ -145,7 +145,7 @@ impl Decode {
     pub fn join(&mut self, timing: &Timing, job: usize, more: u64, now: Duration) {
         self.advance(timing, now);
         self.running.push(Reverse(((self.given + more as f64 * PARTS) as u64, job)));
-        self.epoch += 1;
+        self.batch += 1;
     }
 
     /// When the next request is through, and the name of this promise: it is void when the name has changed.
@@ -153,18 +153,18 @@ impl Decode {
     pub fn next(&self, timing: &Timing) -> Option<(Duration, u64)> {
         let Reverse((end, _)) = self.running.peek()?;
         let steps = (*end as f64 - self.given).max(0.0) / PARTS;
-        Some((self.since + timing.token(self.running.len()).mul_f64(steps), self.epoch))
+        Some((self.since + timing.token(self.running.len()).mul_f64(steps), self.batch))
     }
 
     /// Takes out the next request that is through, if the promise still holds.
-    pub fn finish(&mut self, timing: &Timing, epoch: u64, now: Duration) -> Option<usize> {
-        if epoch != self.epoch {
+    pub fn finish(&mut self, timing: &Timing, batch: u64, now: Duration) -> Option<usize> {
+        if batch != self.batch {
             return None;
         }
         self.advance(timing, now);
         let Reverse((end, job)) = self.running.pop()?;
         self.given = self.given.max(end as f64);
-        self.epoch += 1;
+        self.batch += 1;
         Some(job)
     }
 

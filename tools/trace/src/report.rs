@@ -64,9 +64,9 @@ const P90: usize = 4;
 const P99: usize = 5;
 
 /// Means over the seeds.
-fn means(rows: &[(usize, Row)], case: usize, policy: Policy, slo: f64) -> Option<Vec<f64>> {
+fn means(rows: &[(usize, Row)], index: usize, policy: Policy, slo: f64) -> Option<Vec<f64>> {
     let runs: Vec<&Outcome> =
-        rows.iter().filter(|(at, row)| *at == case && row.policy == policy).map(|(_, row)| &row.outcome).collect();
+        rows.iter().filter(|(of, row)| *of == index && row.policy == policy).map(|(_, row)| &row.outcome).collect();
     let count = runs.len() as f64;
     (count > 0.0).then(|| {
         let mean = |figure: &Figure| runs.iter().map(|run| figure.2(run, slo)).sum::<f64>() / count;
@@ -83,13 +83,13 @@ fn policies(rows: &[(usize, Row)]) -> Vec<Policy> {
 
 /// Prints a table for each case: means over the seeds, and shares of those of the row `greedy-true`.
 pub fn print(cases: &[Case], rows: &[(usize, Row)], slo: f64) {
-    for (at, case) in cases.iter().enumerate() {
-        let base = means(rows, at, Policy::GreedyTrue, slo);
+    for (index, case) in cases.iter().enumerate() {
+        let base = means(rows, index, Policy::GreedyTrue, slo);
         let mut lines = vec![vec!["policy".to_owned()]];
         lines[0].extend(FIGURES.iter().map(|(name, ..)| (*name).to_owned()));
         lines[0].extend(["hits ×", "mean ×", "p90 ×", "p99 ×"].map(str::to_owned));
         for policy in policies(rows) {
-            let Some(means) = means(rows, at, policy, slo) else { continue };
+            let Some(means) = means(rows, index, policy, slo) else { continue };
             let mut line = vec![policy.name()];
             line.extend(means.iter().zip(FIGURES).map(|(mean, (_, digits, _))| format!("{mean:.digits$}")));
             if let Some(base) = &base {
@@ -100,21 +100,21 @@ pub fn print(cases: &[Case], rows: &[(usize, Row)], slo: f64) {
             }
             lines.push(line);
         }
-        let requests = rows.iter().find(|(of, _)| *of == at).map_or(0, |(_, row)| row.outcome.requests);
+        let requests = rows.iter().find(|(of, _)| *of == index).map_or(0, |(_, row)| row.outcome.requests);
         println!("{}, {requests} requests measured per run\n{}", case.title(), table(&lines));
-        print_classes(case, at, rows);
+        print_classes(case, index, rows);
     }
 }
 
 /// Prints what those that hold requests did for priorities and fairness ids, if there are any.
-fn print_classes(case: &Case, at: usize, rows: &[(usize, Row)]) {
+fn print_classes(case: &Case, index: usize, rows: &[(usize, Row)]) {
     if case.classes == Classes::default() || case.classes == (Classes { high: 0.0, fairness_ids: 1 }) {
         return;
     }
-    let runs = rows.iter().filter(|(of, row)| *of == at && matches!(row.policy, Policy::Late | Policy::LateTrue));
+    let runs = rows.iter().filter(|(of, row)| *of == index && matches!(row.policy, Policy::Late | Policy::LateTrue));
     for (_, Row { policy, seed, outcome }) in runs {
         println!(
-            "{}, seed {seed}: high priority TTFT p50 {:.3} s, p99 {:.3} s; Jain's index of {} fairness_ids {:.4}; idle while a \
+            "{}, seed {seed}: high priority TTFT p50 {:.3} s, p99 {:.3} s; Jain's index of {} fairness ids {:.4}; idle while a \
              request waits {:.1} of {:.0} s",
             policy.name(),
             outcome.high_ttft(0.5),
@@ -137,8 +137,8 @@ pub fn save(out: &Path, cases: &[Case], rows: &[(usize, Row)], slo: f64) -> Resu
     let key = |name: &str| name.replace('%', "percent").replace([' ', '/'], "_").to_lowercase();
     FIGURES.iter().for_each(|(name, ..)| _ = write!(csv, ",{}", key(name)));
     csv.push('\n');
-    for (at, row) in rows {
-        let Case { load, pods, share, .. } = &cases[*at];
+    for (index, row) in rows {
+        let Case { load, pods, share, .. } = &cases[*index];
         let (policy, seed, requests) = (row.policy.name(), row.seed, row.outcome.requests);
         let _ = write!(csv, "{load},{share},{},{},{},", pods.prefill, pods.decode, pods.cache_tokens);
         let _ = write!(csv, "{policy},{seed},{requests}");
@@ -148,10 +148,10 @@ pub fn save(out: &Path, cases: &[Case], rows: &[(usize, Row)], slo: f64) -> Resu
     let path = out.join("sim.csv");
     std::fs::write(&path, csv).with_context(|| path.display().to_string())?;
     println!("{}", path.display());
-    for (at, case) in cases.iter().enumerate() {
+    for (index, case) in cases.iter().enumerate() {
         let Pods { prefill, decode, cache_tokens, .. } = case.pods;
         let path = out.join(format!("{}-{:.0}-{prefill}x{decode}-{cache_tokens}.svg", case.load, case.share * 100.0));
-        picture(&path, case, at, rows, slo)?;
+        picture(&path, case, index, rows, slo)?;
         println!("{}", path.display());
     }
     Ok(())
@@ -160,12 +160,12 @@ pub fn save(out: &Path, cases: &[Case], rows: &[(usize, Row)], slo: f64) -> Resu
 /// Colours of the bars: ours, what knows everything, the field's.
 const LEGEND: [(&str, usize); 3] = [("knows everything", 1), ("pd-core", 5), ("the field's rules", 2)];
 
-fn picture(path: &Path, case: &Case, at: usize, rows: &[(usize, Row)], slo: f64) -> Result<()> {
+fn picture(path: &Path, case: &Case, index: usize, rows: &[(usize, Row)], slo: f64) -> Result<()> {
     let panel = |figure: usize| {
         let (name, digits, of) = FIGURES[figure];
         let bars = policies(rows).into_iter().filter_map(|policy| {
-            let value = means(rows, at, policy, slo)?[figure];
-            let runs = rows.iter().filter(|(case, row)| *case == at && row.policy == policy);
+            let value = means(rows, index, policy, slo)?[figure];
+            let runs = rows.iter().filter(|(case, row)| *case == index && row.policy == policy);
             let range = runs
                 .map(|(_, row)| of(&row.outcome, slo))
                 .fold((f64::MAX, f64::MIN), |(low, high), value| (low.min(value), high.max(value)));

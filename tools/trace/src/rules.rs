@@ -151,8 +151,8 @@ impl<'a> Rules<'a> {
 
     /// The lowest score; of several, any.
     fn lowest(&mut self, pods: &[Prefill], score: impl Fn(usize, &Prefill) -> f64) -> Option<usize> {
-        let scores = pods.iter().enumerate().map(|(at, pod)| (score(at, pod), self.rng.u32(..), at));
-        scores.min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1))).map(|(.., at)| at)
+        let scores = pods.iter().enumerate().map(|(server, pod)| (score(server, pod), self.rng.u32(..), server));
+        scores.min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1))).map(|(.., server)| server)
     }
 
     /// Ties go by rendezvous, as pd-core's: for the rule's own cost they make no difference, for later hits they do.
@@ -168,8 +168,9 @@ impl<'a> Rules<'a> {
             pod.work(now) + weight(pod) * own.as_secs_f64()
         };
         let key = job.blocks.get(1).or(job.blocks.first()).copied().unwrap_or(0);
-        let scores = pods.iter().enumerate().map(|(at, pod)| (cost(pod), rendezvous_weight(key, at as u64), at));
-        scores.min_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1))).map(|(.., at)| at)
+        let scores =
+            pods.iter().enumerate().map(|(server, pod)| (cost(pod), rendezvous_weight(key, server as u64), server));
+        scores.min_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1))).map(|(.., server)| server)
     }
 
     fn compared<'j>(&self, job: &'j Job) -> &'j [u64] {
@@ -189,25 +190,25 @@ impl<'a> Rules<'a> {
         let least = pods.iter().map(waiting).fold(f64::INFINITY, f64::min);
         let most = pods.iter().map(waiting).fold(0.0, f64::max);
         let fast = self.pods.fast_tokens.max(1) as f64;
-        self.lowest(pods, |at, pod| {
+        self.lowest(pods, |server, pod| {
             let queue = if most > least { (most - waiting(pod)) / (most - least) } else { 1.0 };
             let kv_free = 1.0 - (pod.running_tokens() as f64 / fast).min(1.0);
-            -(2.0 * queue + 2.0 * kv_free + 3.0 * matches[at])
+            -(2.0 * queue + 2.0 * kv_free + 3.0 * matches[server])
         })
     }
 
     fn llm_d(&mut self, job: &Job, pods: &[Prefill]) -> Option<usize> {
         let matches = self.matches(job);
-        let is_sticky = |at: usize| matches[at] >= LLM_D_MATCH;
+        let is_sticky = |server: usize| matches[server] >= LLM_D_MATCH;
         let least = |sticky: bool| {
-            let of = pods.iter().enumerate().filter(|(at, _)| is_sticky(*at) == sticky);
+            let of = pods.iter().enumerate().filter(|(server, _)| is_sticky(*server) == sticky);
             of.map(|(_, pod)| pod.uncached_tokens()).min()
         };
         let lead = least(true).zip(least(false)).map_or(0, |(sticky, other)| sticky.saturating_sub(other));
         let is_over = self.policy == Policy::LlmDBound && lead as f64 / LLM_D_TOKENS_PER_SECOND > LLM_D_PENALTY_SECONDS;
         let any = !is_over && (0..pods.len()).any(is_sticky);
-        self.lowest(pods, |at, pod| {
-            let out = any && !is_sticky(at);
+        self.lowest(pods, |server, pod| {
+            let out = any && !is_sticky(server);
             pod.uncached_tokens() as f64 + if out { f64::MAX / 2.0 } else { 0.0 }
         })
     }
@@ -219,10 +220,10 @@ impl<'a> Rules<'a> {
         }
         let matches = self.matches(job);
         if matches.iter().any(|share| *share > 0.3) {
-            return self.lowest(pods, |at, _| -matches[at]);
+            return self.lowest(pods, |server, _| -matches[server]);
         }
         let sizes: Vec<usize> = self.index.iter().map(Lru::len).collect();
-        self.lowest(pods, |at, _| sizes[at] as f64)
+        self.lowest(pods, |server, _| sizes[server] as f64)
     }
 
     fn aibrix(&mut self, job: &Job, pods: &[Prefill]) -> Option<usize> {
@@ -234,11 +235,11 @@ impl<'a> Rules<'a> {
         let count = pods.len() as f64;
         let mean = pods.iter().map(|pod| pod.in_flight() as f64).sum::<f64>() / count;
         let deviation = (pods.iter().map(|pod| (pod.in_flight() as f64 - mean).powi(2)).sum::<f64>() / count).sqrt();
-        self.lowest(pods, |at, pod| {
+        self.lowest(pods, |server, pod| {
             let requests = pod.in_flight() as f64;
             let out = requests > mean + deviation;
             let load = if most > 0 { requests / most as f64 } else { 0.0 };
-            (100.0 - 100.0 * matches[at]) * 0.1 + load + if out { f64::MAX / 2.0 } else { 0.0 }
+            (100.0 - 100.0 * matches[server]) * 0.1 + load + if out { f64::MAX / 2.0 } else { 0.0 }
         })
     }
 }
@@ -253,8 +254,8 @@ fn chwbl(job: &Job, pods: &[Prefill]) -> Option<usize> {
     let key = job.blocks.first().copied().unwrap_or(0);
     let all: usize = pods.iter().map(Prefill::in_flight).sum();
     let bound = (1.25 * (all + 1) as f64 / pods.len().max(1) as f64).ceil();
-    let open = (0..pods.len()).filter(|at| ((pods[*at].in_flight() + 1) as f64) <= bound);
-    open.max_by_key(|at| rendezvous_weight(key, *at as u64))
+    let open = (0..pods.len()).filter(|server| ((pods[*server].in_flight() + 1) as f64) <= bound);
+    open.max_by_key(|server| rendezvous_weight(key, *server as u64))
 }
 
 #[cfg(test)]

@@ -128,7 +128,8 @@ pub enum DecodeBy {
 }
 
 fn choose_decode(by: DecodeBy, pods: &[Decode], job: &Job) -> Option<usize> {
-    let lowest = |load: fn(&Decode) -> u64| pods.iter().enumerate().min_by_key(|(_, pod)| load(pod)).map(|(at, _)| at);
+    let lowest =
+        |load: fn(&Decode) -> u64| pods.iter().enumerate().min_by_key(|(_, pod)| load(pod)).map(|(index, _)| index);
     match by {
         DecodeBy::Requests => lowest(|pod| pod.assigned as u64),
         DecodeBy::Tokens => lowest(|pod| pod.tokens),
@@ -172,7 +173,7 @@ enum Event {
     /// The first token of a request is there.
     Joined(usize),
     /// A decode server may be through with a request.
-    Finished { decode: usize, epoch: u64 },
+    Finished { decode: usize, batch: u64 },
     /// A request comes.
     Arrives(usize),
 }
@@ -275,7 +276,7 @@ impl World<'_> {
                 Event::Prefilled(number) => self.prefilled(number, now)?,
                 Event::Room => self.bind(now)?,
                 Event::Joined(number) => self.joined(number, now),
-                Event::Finished { decode, epoch } => self.finished(decode, epoch, now),
+                Event::Finished { decode, batch } => self.finished(decode, batch, now),
                 Event::Arrives(number) => {
                     self.arrive(number, now)?;
                     progress();
@@ -302,7 +303,7 @@ impl World<'_> {
         let measured = number >= self.load.warm_up();
         let Job { at, tokens, output, .. } = job;
         self.flights[number] = Flight { at, tokens, output, measured, ..Flight::default() };
-        let at = match &mut self.gateway {
+        let prefill = match &mut self.gateway {
             Gateway::Filter(filter) => filter.arrive(number, &job, now)?,
             Gateway::Rules(rules) => rules.pick(&job, &self.prefill, now).context("no server")?,
             Gateway::Late(late) => {
@@ -313,14 +314,14 @@ impl World<'_> {
                 return self.bind(now);
             }
         };
-        self.enqueue(number, at, &job, now)
+        self.enqueue(number, prefill, &job, now)
     }
 
     /// A request goes to a prefill server.
-    fn enqueue(&mut self, number: usize, at: usize, job: &Job, now: Duration) -> Result<()> {
-        let pod = self.prefill.get_mut(at).context("no such server")?;
+    fn enqueue(&mut self, number: usize, prefill: usize, job: &Job, now: Duration) -> Result<()> {
+        let pod = self.prefill.get_mut(prefill).context("no such server")?;
         let flight = &mut self.flights[number];
-        flight.prefill = at;
+        flight.prefill = prefill;
         let before = pod.free_at.max(now);
         let (held, end) = pod.enqueue(self.setup.pods, self.setup.timing, job, now, flight.measured);
         if flight.measured {
@@ -339,12 +340,12 @@ impl World<'_> {
     /// The gateways send what they hold, where there is room.
     fn bind(&mut self, now: Duration) -> Result<()> {
         while let Gateway::Late(late) = &mut self.gateway
-            && let Some((number, at, job)) = late.next(&self.prefill, now)?
+            && let Some((number, prefill, job)) = late.next(&self.prefill, now)?
         {
-            self.enqueue(number, at, &job, now)?;
+            self.enqueue(number, prefill, &job, now)?;
             if let Gateway::Late(late) = &mut self.gateway {
                 late.bound(&job, &self.prefill);
-                self.events.push(Reverse((late.room_at(at, &self.prefill, now), Event::Room)));
+                self.events.push(Reverse((late.room_at(prefill, &self.prefill, now), Event::Room)));
             }
         }
         Ok(())
@@ -363,14 +364,14 @@ impl World<'_> {
         }
         let job = self.load.job(number);
         let flight = &mut self.flights[number];
-        let at = match &mut self.gateway {
+        let decode = match &mut self.gateway {
             Gateway::Filter(filter) => filter.prefilled(number, now)?,
             Gateway::Rules(_) | Gateway::Late(_) => {
                 choose_decode(self.decode_by, &self.decode, &job).context("no decode server")?
             }
         };
-        flight.decode = at;
-        let pod = self.decode.get_mut(at).context("no such decode server")?;
+        flight.decode = decode;
+        let pod = self.decode.get_mut(decode).context("no such decode server")?;
         pod.assigned += 1;
         pod.tokens += flight.tokens + EXPECTED_OUTPUT_TOKENS;
         let moved = flight.tokens - pod.cache.matched(job.whole()) as u64 * BLOCK_TOKENS;
@@ -404,8 +405,8 @@ impl World<'_> {
         self.look_again(decode);
     }
 
-    fn finished(&mut self, decode: usize, epoch: u64, now: Duration) {
-        let Some(number) = self.decode[decode].finish(self.setup.timing, epoch, now) else { return };
+    fn finished(&mut self, decode: usize, batch: u64, now: Duration) {
+        let Some(number) = self.decode[decode].finish(self.setup.timing, batch, now) else { return };
         self.look_again(decode);
         let flight = self.flights[number];
         let pod = &mut self.decode[decode];
@@ -424,8 +425,8 @@ impl World<'_> {
     }
 
     fn look_again(&mut self, decode: usize) {
-        if let Some((at, epoch)) = self.decode[decode].next(self.setup.timing) {
-            self.events.push(Reverse((at, Event::Finished { decode, epoch })));
+        if let Some((at, batch)) = self.decode[decode].next(self.setup.timing) {
+            self.events.push(Reverse((at, Event::Finished { decode, batch })));
         }
     }
 }
@@ -435,22 +436,22 @@ fn pooled(load: &Load<'_>, is_at_once: bool, setup: &Setup<'_>, mut progress: im
     let Setup { pods, timing, .. } = setup;
     let mut cache = pooled_cache(pods);
     let mut free: BinaryHeap<Reverse<(Duration, usize)>> =
-        (0..pods.prefill).map(|at| Reverse((Duration::ZERO, at))).collect();
+        (0..pods.prefill).map(|server| Reverse((Duration::ZERO, server))).collect();
     let mut outcome = Outcome { busy: vec![0.0; pods.prefill], ..Outcome::default() };
     for (number, job) in load.jobs().enumerate() {
         progress();
         let held = cache.held(job.whole());
         cache.enter(job.whole());
-        let Some(Reverse((free_at, at))) = free.pop() else { break };
+        let Some(Reverse((free_at, server))) = free.pop() else { break };
         let time = pods.prefill_time(timing, &job, held);
         let end = if is_at_once { job.at } else { free_at.max(job.at) } + time;
-        free.push(Reverse((end, at)));
+        free.push(Reverse((end, server)));
         if number >= load.warm_up() {
             let first = end + timing.transfer(job.tokens) + timing.token(1);
             outcome.requests += 1;
             outcome.tokens += job.tokens;
             outcome.cached_tokens += held.blocks as u64 * BLOCK_TOKENS;
-            outcome.busy[at] += time.as_secs_f64();
+            outcome.busy[server] += time.as_secs_f64();
             outcome.ttft.push((first - job.at).as_secs_f64());
         }
     }

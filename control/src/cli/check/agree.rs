@@ -63,7 +63,7 @@ fn check_cluster(filter: &Filter<'_>, key: &str, cluster: &str, all: &Manifests,
         return report.fault(says(format!("there is no HTTPRoute {namespace}/{name}")));
     };
     let rules = items(&route.value, "/spec/rules");
-    let Some(rule) = rule.parse().ok().and_then(|at: usize| rules.get(at)) else {
+    let Some(rule) = rule.parse().ok().and_then(|index: usize| rules.get(index)) else {
         return report.fault(says(format!("{} has {} rules, counted from 0", route.title(), rules.len())));
     };
     let backends = items(rule, "/backendRefs");

@@ -24,7 +24,8 @@ impl<'m> Container<'m> {
     /// `None` when none of them is a version.
     pub(super) fn version(&self, all: &'m Manifests) -> Option<&'m str> {
         let labels = ["/spec/template/metadata/labels", "/metadata/labels"];
-        let labelled = labels.iter().find_map(|at| self.workload.value.pointer(at)?.get(VERSION_LABEL)?.as_str());
+        let labelled =
+            labels.iter().find_map(|pointer| self.workload.value.pointer(pointer)?.get(VERSION_LABEL)?.as_str());
         let name = text(self.value, "/image");
         let tag = || name.split('@').next()?.rsplit_once(':').map(|(_, tag)| tag);
         let version = labelled.or_else(|| images::version(all, name)).or_else(tag)?;

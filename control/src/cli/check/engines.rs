@@ -36,13 +36,13 @@ pub(super) fn check(backends: &[(&Object, Option<&Value>)], all: &Manifests, rep
     let Some(config) = followed(all) else { return };
     let workloads: Vec<Workload<'_>> = workloads(all).collect();
     let listed = listed(&config, &workloads, all);
-    for (at, workload) in workloads.iter().enumerate() {
+    for (index, workload) in workloads.iter().enumerate() {
         let selecting: Vec<_> = backends.iter().filter(|(service, _)| workload.is_selected_by(service)).collect();
         let services = |of: &[&(&Object, Option<&Value>)]| {
             of.iter().map(|(service, _)| service.title()).collect::<Vec<_>>().join(", ")
         };
         let labels = "spec.template.metadata.labels";
-        match listed.get(&at) {
+        match listed.get(&index) {
             Some(_) if selecting.is_empty() => report.fault(workload.object.says(
                 labels,
                 format!(
@@ -120,9 +120,9 @@ fn listed(config: &KubernetesConfig, workloads: &[Workload<'_>], all: &Manifests
         let group = if is_alpha { PoolGroup::Alpha } else { PoolGroup::V1 };
         apply(&Watched::Pools(group, pool.namespace.clone()), with_namespace(&pool.value, &pool.namespace));
     }
-    for (at, workload) in workloads.iter().enumerate() {
+    for (index, workload) in workloads.iter().enumerate() {
         if config.namespaces.contains(&workload.object.namespace) {
-            apply(&Watched::Pods(workload.object.namespace.clone()), workload.pod(at));
+            apply(&Watched::Pods(workload.object.namespace.clone()), workload.pod(index));
         }
     }
     let (endpoints, view) = cluster.endpoints();
@@ -144,15 +144,15 @@ fn with_namespace(object: &Value, namespace: &str) -> Value {
 
 impl Workload<'_> {
     /// A ready pod of it, with its place for a name.
-    fn pod(&self, at: usize) -> Value {
+    fn pod(&self, index: usize) -> Value {
         let of = |key: &str| self.template.pointer(&format!("/metadata/{key}")).cloned().unwrap_or(json!({}));
         // Addresses for tests of networks (RFC 2544), which no pod has.
-        let ip = format!("198.18.{}.{}", at / 250, 1 + at % 250);
+        let ip = format!("198.18.{}.{}", index / 250, 1 + index % 250);
         json!({
             "apiVersion": "v1",
             "kind": "Pod",
             "metadata": {
-                "name": at.to_string(), "namespace": self.object.namespace,
+                "name": index.to_string(), "namespace": self.object.namespace,
                 "labels": of("labels"), "annotations": of("annotations"),
             },
             "spec": self.template.get("spec").cloned().unwrap_or(json!({"containers": []})),

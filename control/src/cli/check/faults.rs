@@ -107,8 +107,8 @@ impl Fault {
                 (Step::Index(index), Node::Sequence(items)) => items.get(*index).map(|node| (node.defined, node)),
                 _ => None,
             };
-            let Some((at, next)) = next else { break };
-            (place, node) = ((at.line(), at.column()), next);
+            let Some((mark, next)) = next else { break };
+            (place, node) = ((mark.line(), mark.column()), next);
         }
         place
     }
@@ -275,7 +275,7 @@ mod tests {
         let read = |text: &str| {
             let value: Value = serde_json::from_str(text).unwrap();
             let item = value["a"].get(0)?;
-            let line = text.lines().position(|line| line.contains("\"b\"")).map(|at| at + 1);
+            let line = text.lines().position(|line| line.contains("\"b\"")).map(|index| index + 1);
             match item.get("b") {
                 Some(_) => Some(Error { line, message: "wrong".into() }),
                 None => Some(Error { line: Some(3), message: "missing field `b`".into() }),

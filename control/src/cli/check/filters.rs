@@ -30,7 +30,8 @@ pub(super) fn filters(manifests: &Manifests) -> impl Iterator<Item = Filter<'_>>
 
 impl Filter<'_> {
     fn is_ours(&self) -> bool {
-        let is_named = ["/name", "/rootID"].iter().any(|at| matches!(text(self.entry, at), "pd" | "pd-filter"));
+        let is_named =
+            ["/name", "/rootID"].iter().any(|pointer| matches!(text(self.entry, pointer), "pd" | "pd-filter"));
         let has_key = |key: &&str| self.entry.pointer("/config").is_some_and(|config| config.get(key).is_some());
         is_named || self.image().contains("pd-filter") || OUR_KEYS.iter().any(has_key)
     }

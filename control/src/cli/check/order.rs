@@ -111,7 +111,7 @@ fn effective(entries: &[Value]) -> Vec<&'static str> {
         };
         let Some(from) = place(&order, "/name") else { continue };
         let name = order.remove(from);
-        let to = place(&order, "/before").or_else(|| place(&order, "/after").map(|at| at + 1)).unwrap_or(from);
+        let to = place(&order, "/before").or_else(|| place(&order, "/after").map(|index| index + 1)).unwrap_or(from);
         order.insert(to, name);
     }
     order

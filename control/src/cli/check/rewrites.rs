@@ -143,9 +143,9 @@ fn replaced<'a>(from: &'a str, to: &'a str) -> (&'a str, &'a str) {
 
 /// Headers that the route adds or takes away: the prefill leg is sent as the client's request was before.
 fn check_headers(filter: &Value, place: &Place<'_>, report: &mut Report) {
-    let at = "/requestHeaderModifier";
+    let modifier = "/requestHeaderModifier";
     for verb in ["set", "add"] {
-        let headers = items(filter, &format!("{at}/{verb}")).iter();
+        let headers = items(filter, &format!("{modifier}/{verb}")).iter();
         for header in headers.filter(|header| !text(header, "/value").starts_with(OURS)) {
             let name = text(header, "/name");
             if !place.has(name, false) {
@@ -153,7 +153,7 @@ fn check_headers(filter: &Value, place: &Place<'_>, report: &mut Report) {
             }
         }
     }
-    for name in items(filter, &format!("{at}/remove")).iter().filter_map(Value::as_str) {
+    for name in items(filter, &format!("{modifier}/remove")).iter().filter_map(Value::as_str) {
         if !place.has(name, true) {
             report.warn(place.lacks(&format!("removes header {name}"), "keep", "headers"));
         }

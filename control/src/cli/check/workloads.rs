@@ -120,13 +120,13 @@ fn check_mounted<'a>(
 
 fn check_content(map: &Object, key: &str, kind: &Kind, content: &str, report: &mut Report) {
     let kind = if matches!(kind, Kind::Kubernetes) { Kind::Kubernetes } else { Kind::Endpoints };
-    let at = format!("data[{key:?}]");
+    let entry = format!("data[{key:?}]");
     match content::check(&kind, Path::new(key), content.as_bytes()) {
-        Ok(good) => good.warnings.into_iter().for_each(|warning| report.warn(map.says(&at, warning))),
+        Ok(good) => good.warnings.into_iter().for_each(|warning| report.warn(map.says(&entry, warning))),
         Err(errors) => {
             for FileError { position, message, .. } in errors.iter().take(MAX_FAULTS) {
                 let place = position.map_or(String::new(), |(line, column)| format!("line {line}, column {column}: "));
-                report.fault(map.says(&at, format!("{place}{message}")));
+                report.fault(map.says(&entry, format!("{place}{message}")));
             }
         }
     }

@@ -86,8 +86,8 @@ struct Reader {
 }
 
 impl Reader {
-    fn refuse(&mut self, at: Location, message: impl Into<String>) {
-        self.problems.push(Problem::at(at, message));
+    fn refuse(&mut self, location: Location, message: impl Into<String>) {
+        self.problems.push(Problem::at(location, message));
     }
 
     fn is_full(&self) -> bool {

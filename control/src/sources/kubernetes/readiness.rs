@@ -36,7 +36,7 @@ impl Readiness {
         let present: BTreeSet<_> = all.iter().map(|it| it.endpoint.id()).collect();
         self.seen_ready.retain(|id, _| present.contains(id));
         let mut roles: BTreeMap<(String, &str), (Vec<usize>, usize)> = BTreeMap::new();
-        for (at, it) in all.iter().enumerate() {
+        for (index, it) in all.iter().enumerate() {
             let (id, run) = (it.endpoint.id(), (it.name.clone(), it.pod.restarts));
             if it.endpoint.state == State::Ready {
                 self.seen_ready.insert(id, run.clone());
@@ -48,7 +48,7 @@ impl Readiness {
             *known += 1;
             let is_unready = it.pod.state == State::Down && it.pod.is_running && !it.is_taken_out();
             if it.endpoint.state == State::Down && is_unready {
-                busy.push(at);
+                busy.push(index);
             }
         }
         let mut lines = Vec::new();
@@ -58,12 +58,12 @@ impl Readiness {
                 continue;
             }
             lines.push(format!(
-                "{} of {known} {role} endpoints of pool {pool} are unready at once. They count as busy and stay in the \
-                 list. If requests wait, add servers; if they fail, look at the engines' readiness probes",
+                "{} of {known} {role} endpoints of pool {pool} are unready index once. They count as busy and stay in the \
+                 list. If requests wait, add servers; if they fail, look index the engines' readiness probes",
                 busy.len()
             ));
-            for at in busy {
-                if let Some(it) = all.get_mut(at) {
+            for index in busy {
+                if let Some(it) = all.get_mut(index) {
                     it.endpoint.state = State::Ready;
                 }
             }

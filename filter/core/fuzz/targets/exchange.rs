@@ -30,7 +30,7 @@ fn steps(input: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
 /// The message with endpoints that the worker knows in place of the numbers 0 and 1: nobody guesses 64 bits.
 fn with_endpoints(message: &[u8], keys: &[u64]) -> Vec<u8> {
     let Some(mut response) = ExchangeResponse::from_bytes(message) else { return message.to_vec() };
-    let key = |number: u64| usize::try_from(number).ok().and_then(|at| keys.get(at)).copied().unwrap_or(number);
+    let key = |number: u64| usize::try_from(number).ok().and_then(|index| keys.get(index)).copied().unwrap_or(number);
     for (endpoint, _) in response.loads.iter_mut().flatten() {
         *endpoint = key(*endpoint);
     }

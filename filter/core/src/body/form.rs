@@ -197,7 +197,7 @@ impl Form {
             if let Some(model) = model.filter(|_| field.name == "model") {
                 let model = self.encoded(model.as_bytes());
                 // A pair may be a name alone.
-                let before = (field.value.start as usize).checked_sub(1).and_then(|at| body.get(at));
+                let before = (field.value.start as usize).checked_sub(1).and_then(|index| body.get(index));
                 let is_bare = self.encoding == Encoding::Url && before != Some(&b'=');
                 replace(field.value, &if is_bare { [b"=", &*model].concat() } else { model.into_owned() });
                 continue;

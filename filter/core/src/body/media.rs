@@ -130,14 +130,14 @@ impl Image<'_> {
     }
 
     fn be(&self, index: usize, bytes: usize) -> Option<u32> {
-        (0..bytes).try_fold(0_u32, |number, at| {
-            Some(number.wrapping_shl(8) | u32::from(self.byte(index.saturating_add(at))?))
+        (0..bytes).try_fold(0_u32, |number, offset| {
+            Some(number.wrapping_shl(8) | u32::from(self.byte(index.saturating_add(offset))?))
         })
     }
 
     fn le(&self, index: usize, bytes: usize) -> Option<u32> {
-        (0..bytes).rev().try_fold(0_u32, |number, at| {
-            Some(number.wrapping_shl(8) | u32::from(self.byte(index.saturating_add(at))?))
+        (0..bytes).rev().try_fold(0_u32, |number, offset| {
+            Some(number.wrapping_shl(8) | u32::from(self.byte(index.saturating_add(offset))?))
         })
     }
 

@@ -64,10 +64,10 @@ impl DecodeCost {
         };
         let stays = stays.min_by(|(_, a), (_, b)| better(&place(a), &place(b)));
         let cheapest = || {
-            let costs = loads.iter().enumerate().map(|(at, load)| (self.seconds(tokens, *load), at));
-            costs.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, at)| at)
+            let costs = loads.iter().enumerate().map(|(index, load)| (self.seconds(tokens, *load), index));
+            costs.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, index)| index)
         };
-        stays.map(|(at, _)| at).or_else(cheapest)
+        stays.map(|(index, _)| index).or_else(cheapest)
     }
 }
 

@@ -185,7 +185,7 @@ impl<'a> Scheduler<'a> {
 
     /// w of W + w·S at an endpoint: as configured, else by what is in flight.
     pub(super) fn weight(&self, state: &EndpointState, legs: &Legs) -> f64 {
-        self.pool.affinity_weight.unwrap_or_else(|| affinity_weight(legs.at(state), legs.each))
+        self.pool.affinity_weight.unwrap_or_else(|| affinity_weight(legs.legs_at(state), legs.each))
     }
 
     /// The prefill cost of an endpoint.

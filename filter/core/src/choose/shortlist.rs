@@ -46,13 +46,13 @@ impl Legs {
         let (own, seconds) =
             queues.fold((0.0, 0.0), |(legs, seconds), queue| (queue.len() as f64 + legs, queue.seconds() + seconds));
         let legs = Self { mean_seconds: seconds / f64::max(own, 1.0), each: 0.0 };
-        let all: f64 = endpoints.iter().map(|(_, state)| legs.at(state)).sum();
+        let all: f64 = endpoints.iter().map(|(_, state)| legs.legs_at(state)).sum();
         Self { each: all / endpoints.len().max(1) as f64, ..legs }
     }
 
     /// Legs at an endpoint. Other Envoys tell the seconds of theirs only: these legs are taken to be as long as this Envoy's,
     /// and a second each where this Envoy has none in flight.
-    pub(super) fn at(&self, state: &EndpointState) -> f64 {
+    pub(super) fn legs_at(&self, state: &EndpointState) -> f64 {
         let each = if self.mean_seconds > 0.0 { self.mean_seconds } else { 1.0 };
         state.prefill.len() as f64 + state.elsewhere_seconds() / each
     }

@@ -280,7 +280,7 @@ mod tests {
             let mut given = Given::default();
             let mut got = vec![0.0; found.len()];
             for turn in 1..=turns {
-                let price = |at: &usize| given.price(found[*at].key, 3.0, |tokens| tokens);
+                let price = |index: &usize| given.price(found[*index].key, 3.0, |tokens| tokens);
                 let next = (0..found.len()).min_by(|a, b| price(a).total_cmp(&price(b))).unwrap();
                 given.add(&found, found[next].key, 1_000.0);
                 got[next] += 1.0;

@@ -267,7 +267,7 @@ impl Hub {
     pub fn has_news(&self, request: &ExchangeRequest) -> bool {
         let is_new = |id: &u64, gateway: &Gateway| {
             let known = request.known.binary_search_by_key(&gateway.public_name, |(known, _)| *known).ok();
-            let known = known.and_then(|at| request.known.get(at)).map_or(0, |(_, next)| *next);
+            let known = known.and_then(|index| request.known.get(index)).map_or(0, |(_, next)| *next);
             *id != request.from && gateway.log.next() > known.max(gateway.log.oldest())
         };
         request.wants

@@ -250,9 +250,9 @@ fn replaced(module: &[u8], from: &str, to: &str) -> Vec<u8> {
     assert_eq!(from.len(), to.len());
     let mut new = module.to_vec();
     let mut count = 0;
-    for at in 0..new.len().saturating_sub(from.len()) {
-        if new[at..].starts_with(from.as_bytes()) {
-            new[at..at + from.len()].copy_from_slice(to.as_bytes());
+    for index in 0..new.len().saturating_sub(from.len()) {
+        if new[index..].starts_with(from.as_bytes()) {
+            new[index..index + from.len()].copy_from_slice(to.as_bytes());
             count += 1;
         }
     }

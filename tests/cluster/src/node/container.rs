@@ -157,9 +157,9 @@ impl Start<'_> {
 pub fn expand(text: &str, variables: &BTreeMap<String, String>) -> String {
     let mut expanded = String::new();
     let mut rest = text;
-    while let Some(at) = rest.find('$') {
-        expanded.push_str(&rest[..at]);
-        rest = &rest[at..];
+    while let Some(index) = rest.find('$') {
+        expanded.push_str(&rest[..index]);
+        rest = &rest[index..];
         let named = rest.strip_prefix("$(").and_then(|name| name.split_once(')'));
         if let Some(after) = rest.strip_prefix("$$") {
             expanded.push('$');

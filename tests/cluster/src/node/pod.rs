@@ -176,8 +176,8 @@ impl<'a> Life<'a> {
     /// Until an order comes or all containers have ended for good.
     async fn run(&mut self, orders: &mut watch::Receiver<Order>) {
         loop {
-            for at in 0..self.parts.len() {
-                self.look(at).await;
+            for index in 0..self.parts.len() {
+                self.look(index).await;
             }
             self.tell().await;
             if self.is_over {
@@ -198,11 +198,11 @@ impl<'a> Life<'a> {
         }
     }
 
-    async fn look(&mut self, at: usize) {
+    async fn look(&mut self, index: usize) {
         let address = self.address();
-        let waits = self.parts[..at].iter().any(|before| before.is_sidecar && before.child.is_none());
-        let restarts = self.policy() == "Always" || self.parts[at].is_sidecar;
-        let part = &mut self.parts[at];
+        let waits = self.parts[..index].iter().any(|before| before.is_sidecar && before.child.is_none());
+        let restarts = self.policy() == "Always" || self.parts[index].is_sidecar;
+        let part = &mut self.parts[index];
         if let Some(child) = &mut part.child
             && let Ok(Some(status)) = child.try_wait()
         {
@@ -216,16 +216,16 @@ impl<'a> Life<'a> {
         // A container that ran before waits for no sidecar.
         let is_due = if part.exit.is_none() { !waits } else { restarts && Instant::now() >= part.start_at };
         if part.child.is_none() && is_due {
-            match self.start(at).and_then(|start| start.spawn()) {
-                Ok(child) => self.parts[at].child = Some(child),
+            match self.start(index).and_then(|start| start.spawn()) {
+                Ok(child) => self.parts[index].child = Some(child),
                 Err(error) => {
                     tracing::error!("{}: {error:#}", self.pod.name_any());
-                    self.parts[at].exit = Some(128);
-                    self.parts[at].start_at = Instant::now() + MAX_BACK_OFF;
+                    self.parts[index].exit = Some(128);
+                    self.parts[index].start_at = Instant::now() + MAX_BACK_OFF;
                 }
             }
         }
-        let part = &mut self.parts[at];
+        let part = &mut self.parts[index];
         if part.child.is_some() && Instant::now() >= part.probe_at {
             part.probe_at = Instant::now() + PROBE;
             match part.container.readiness_probe.as_ref() {
@@ -242,8 +242,8 @@ impl<'a> Life<'a> {
         part.end_if_dead(address).await;
     }
 
-    fn start(&self, at: usize) -> anyhow::Result<StartOwned<'_>> {
-        let part = &self.parts[at];
+    fn start(&self, index: usize) -> anyhow::Result<StartOwned<'_>> {
+        let part = &self.parts[index];
         Ok(StartOwned { life: self, part, network: self.sandbox.path()? })
     }
 
@@ -306,7 +306,7 @@ impl<'a> Life<'a> {
     }
 
     async fn end_in_peace(&mut self) {
-        let hooks = (0..self.parts.len()).map(|at| self.hook(at)).collect::<Vec<_>>();
+        let hooks = (0..self.parts.len()).map(|index| self.hook(index)).collect::<Vec<_>>();
         join_all(hooks).await;
         let (sidecars, containers): (Vec<_>, Vec<_>) = self.parts.iter_mut().partition(|part| part.is_sidecar);
         for part in &containers {
@@ -328,8 +328,8 @@ impl<'a> Life<'a> {
         }
     }
 
-    async fn hook(&self, at: usize) {
-        let part = &self.parts[at];
+    async fn hook(&self, index: usize) {
+        let part = &self.parts[index];
         let hook = part.container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.pre_stop.as_ref());
         let Some(LifecycleHandler { exec, http_get, sleep: pause, .. }) = hook else { return };
         if let Some(pause) = pause {
@@ -338,7 +338,7 @@ impl<'a> Life<'a> {
             // The grace period ends it where it does not end.
             probe::get(get, &part.container, self.address(), Duration::MAX).await;
         } else if let Some(command) = exec.as_ref().and_then(|exec| exec.command.as_ref()) {
-            let spawned = self.start(at).and_then(|start| start.as_start().spawn_hook(command));
+            let spawned = self.start(index).and_then(|start| start.as_start().spawn_hook(command));
             match spawned {
                 Ok(mut child) => drop(child.wait().await),
                 Err(error) => tracing::warn!("hook of {}: {error:#}", self.pod.name_any()),
@@ -392,8 +392,9 @@ impl Part {
         };
         let seconds = |of: Option<i32>, default| Duration::from_secs(of.map_or(default, |n| n.unsigned_abs().into()));
         let pause = seconds(probe.period_seconds, 10);
-        let at = *self.alive_at.get_or_insert_with(|| Instant::now() + seconds(probe.initial_delay_seconds, 0) + pause);
-        if Instant::now() < at {
+        let due =
+            *self.alive_at.get_or_insert_with(|| Instant::now() + seconds(probe.initial_delay_seconds, 0) + pause);
+        if Instant::now() < due {
             return;
         }
         self.dead = if probe::succeeds(probe, &self.container, address).await { 0 } else { self.dead + 1 };

@@ -99,7 +99,7 @@ pub fn mix(seed: u64, number: u64) -> u64 {
 /// The numbers below `count` in an order that the seed decides.
 fn shuffled(count: usize, seed: u64) -> Vec<usize> {
     let mut order: Vec<_> = (0..count).collect();
-    order.sort_by_key(|at| mix(seed, *at as u64));
+    order.sort_by_key(|index| mix(seed, *index as u64));
     order
 }
 
@@ -172,14 +172,14 @@ impl World {
     ) {
         let set = |what| *self.now[lane].lock().unwrap_or_else(PoisonError::into_inner) = what;
         for round in 0_u64.. {
-            for at in shuffled(N, mix(self.seed, 1_000 * (lane as u64 + 1) + round)) {
+            for index in shuffled(N, mix(self.seed, 1_000 * (lane as u64 + 1) + round)) {
                 // The lanes are out of step.
                 self.requests(self.window() * (1 + lane as u64) / 2).await;
                 if self.is_over() {
                     return;
                 }
-                set(Some(names[at]));
-                disturb(at, round).await;
+                set(Some(names[index]));
+                disturb(index, round).await;
                 set(None);
             }
         }
@@ -215,19 +215,23 @@ impl World {
         };
         match lane {
             0 => {
-                self.lane(lane, PREFILL.map(|(name, _)| name), async |at, round| disturb(PREFILL[at].1, round).await)
-                    .await
+                self.lane(lane, PREFILL.map(|(name, _)| name), async |index, round| {
+                    disturb(PREFILL[index].1, round).await
+                })
+                .await
             }
             _ => {
-                self.lane(lane, DECODE.map(|(name, _)| name), async |at, round| disturb(DECODE[at].1, round).await)
-                    .await
+                self.lane(lane, DECODE.map(|(name, _)| name), async |index, round| {
+                    disturb(DECODE[index].1, round).await
+                })
+                .await
             }
         }
     }
 
     pub async fn change_list(&self, rigs: [&Rig; 2]) {
         let mut revision = 0;
-        self.lane(2, LIST.map(|(name, _)| name), async |at, round| match LIST[at].1 {
+        self.lane(2, LIST.map(|(name, _)| name), async |index, round| match LIST[index].1 {
             Change::RollOut => {
                 revision += 1;
                 self.roll_out(rigs, revision).await;
@@ -290,8 +294,9 @@ impl World {
     }
 
     async fn flap(&self, rigs: [&Rig; 2], round: u64) {
-        let at = |servers: &[Arc<Server>], offset: u64| Arc::clone(&servers[(round + offset) as usize % servers.len()]);
-        let flapping = [at(&self.prefill, 1), at(&self.decode, 1), at(&self.decode, 2)];
+        let server =
+            |servers: &[Arc<Server>], offset: u64| Arc::clone(&servers[(round + offset) as usize % servers.len()]);
+        let flapping = [server(&self.prefill, 1), server(&self.decode, 1), server(&self.decode, 2)];
         let down: Vec<_> = flapping.iter().map(|server| (server, "down")).collect();
         for _ in 0..4 {
             self.publish(rigs, &down);

@@ -170,8 +170,9 @@ fn everything_at_once_on_two_envoys_leaves_no_wrong_answer_and_nothing_behind() 
         let (tally, next, rigs) = (Tally::default(), AtomicU64::new(0), [&first, &second]);
         let third = AtomicU64::new(0);
         let clients = async {
-            let http = |at: u64| if (at / 2).is_multiple_of(2) { Http::One } else { Http::Two };
-            let all = (0..CONCURRENT).map(|at| client(rigs[at as usize % 2], &world, &tally, seed, &next, http(at)));
+            let http = |index: u64| if (index / 2).is_multiple_of(2) { Http::One } else { Http::Two };
+            let all =
+                (0..CONCURRENT).map(|index| client(rigs[index as usize % 2], &world, &tally, seed, &next, http(index)));
             join_all(all).await;
             world.is_over.store(true, Relaxed);
         };

@@ -158,8 +158,8 @@ impl Run {
         if self.clients.len() >= 10 {
             return self.reset();
         }
-        let at = self.random.below(self.fleet.workers().len());
-        let worker = self.fleet.workers()[at].clone();
+        let index = self.random.below(self.fleet.workers().len());
+        let worker = self.fleet.workers()[index].clone();
         let method = *self.random.pick(&["POST", "POST", "POST", "POST", "POST", "POST", "POST", "POST", "GET", "PUT"]);
         let path = *self.random.pick(&[
             CHAT,
@@ -214,7 +214,7 @@ impl Run {
         }
         self.log(format_args!("{method} {path} of {} bytes", body.len()));
         let stream = worker.stream();
-        let place = (self.generation, at, worker.root());
+        let place = (self.generation, index, worker.root());
         stream.request_headers(headers, ends_at_once);
         self.clients.push(Client {
             worker,
@@ -230,8 +230,8 @@ impl Run {
     }
 
     fn any_client(&mut self) -> Option<&mut Client> {
-        let at = self.random.below(self.clients.len());
-        self.clients.get_mut(at)
+        let index = self.random.below(self.clients.len());
+        self.clients.get_mut(index)
     }
 
     fn more_of_a_request(&mut self) {
@@ -322,11 +322,11 @@ impl Run {
         if let Some(record) = request.records.iter().find(|record| !record.blocks.is_empty()) {
             self.blocks.clone_from(&record.blocks);
         }
-        let endpoints: Vec<u64> = split_events(&self.blocks).filter_map(read_event).map(|(at, _)| at).collect();
+        let endpoints: Vec<u64> = split_events(&self.blocks).filter_map(read_event).map(|(key, _)| key).collect();
         let hash_scheme = *self.random.pick(&[BLOCK_BYTES, BLOCK_BYTES, 0]);
         let mut number = || self.random.below(3) as u64 * 1_000;
         let mut totals = || Totals { work: number() * 1_000, tokens: number(), requests: number() };
-        let loads: Vec<(u64, Totals)> = endpoints.into_iter().map(|at| (at, totals())).collect();
+        let loads: Vec<(u64, Totals)> = endpoints.into_iter().map(|key| (key, totals())).collect();
         let batch = Batch { gateway: 5, hash_scheme, first: number(), blocks: self.blocks.clone() };
         let response = ExchangeResponse {
             hub: *self.random.pick(&[1, 1, 2]),
@@ -347,8 +347,8 @@ impl Run {
             1 => return worker.refuse(call.token).unwrap(),
             2 => bytes.truncate(self.random.below(bytes.len())),
             3 => {
-                let at = self.random.below(bytes.len());
-                bytes[at] = *self.random.pick(&[0, 1, 0x7f, 0xff]);
+                let index = self.random.below(bytes.len());
+                bytes[index] = *self.random.pick(&[0, 1, 0x7f, 0xff]);
             }
             _ => {}
         }
@@ -390,8 +390,8 @@ impl Run {
         if self.clients.is_empty() {
             return;
         }
-        let at = self.random.below(self.clients.len());
-        let client = self.clients.swap_remove(at);
+        let index = self.random.below(self.clients.len());
+        let client = self.clients.swap_remove(index);
         self.log(format_args!("client {} leaves", client.stream.context()));
         client.stream.reset();
     }
@@ -686,16 +686,16 @@ fn body(random: &mut Random, prompts: &mut u64) -> Vec<u8> {
                 .to_string(),
         );
     }
-    for at in (1..members.len()).rev() {
-        members.swap(at, random.below(at + 1));
+    for index in (1..members.len()).rev() {
+        members.swap(index, random.below(index + 1));
     }
     let mut body = format!("{{{}}}", members.join(",")).into_bytes();
     match random.below(20) {
         0 => body.truncate(random.below(body.len())),
         1 => {
             for _ in 0..=random.below(3) {
-                let at = random.below(body.len());
-                body[at] = *random.pick(b"\"\\{}[],:0\xff\x00 ");
+                let index = random.below(body.len());
+                body[index] = *random.pick(b"\"\\{}[],:0\xff\x00 ");
             }
         }
         2 => body = body.repeat(2),

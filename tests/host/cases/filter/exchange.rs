@@ -105,8 +105,8 @@ fn always_split() -> String {
 /// A split request that waits for its prefill leg, which takes some seconds, and where that is.
 fn waiting(worker: &Worker, id: u64) -> (Stream, String) {
     let stream = Request::post(CHAT, chat(id, 200_000)).send(worker);
-    let at = chosen(worker);
-    (stream, at)
+    let endpoint = chosen(worker);
+    (stream, endpoint)
 }
 
 #[test]
@@ -121,11 +121,11 @@ fn every_worker_decides_as_if_all_envoys_were_one() {
                 busy.push(waiting(worker, 100 * round as u64 + id as u64));
                 envoys.pass(2 * TICK);
             }
-            let at: BTreeSet<_> = busy.iter().map(|(_, at)| at.clone()).collect();
-            assert_eq!(at.len(), 3, "{workers} workers, round {round}: {busy:?}");
+            let endpoints: BTreeSet<_> = busy.iter().map(|(_, endpoint)| endpoint.clone()).collect();
+            assert_eq!(endpoints.len(), 3, "{workers} workers, round {round}: {busy:?}");
             for worker in envoys.workers(2) {
                 let (stream, free) = waiting(worker, 100 * round as u64 + 50);
-                assert!(!at.contains(&free), "{workers} workers, round {round}: {free} of {at:?}");
+                assert!(!endpoints.contains(&free), "{workers} workers, round {round}: {free} of {endpoints:?}");
                 stream.reset();
             }
             for (stream, _) in &busy {
@@ -194,7 +194,7 @@ fn a_leader_that_dies_is_replaced_and_its_loads_count_once() {
     for round in 0..3 {
         let leader = envoys.workers(0).iter().position(|worker| worker.tick_period() == Some(TICK)).unwrap();
         let survivor = (leader + 1) % 3;
-        let (stream, at) = waiting(&envoys.workers(0)[survivor], 10 + round);
+        let (stream, endpoint) = waiting(&envoys.workers(0)[survivor], 10 + round);
         envoys.pass(2 * TICK);
         envoys.fleets[0].replace(leader).unwrap();
         envoys.requests.clear();
@@ -205,7 +205,7 @@ fn a_leader_that_dies_is_replaced_and_its_loads_count_once() {
         // The surviving worker's leg is in flight once, whatever became of the leader that sent it first.
         assert_eq!(envoys.in_flight().len(), 1);
         let (other, free) = waiting(&envoys.workers(1)[0], 20 + round);
-        assert_ne!(free, at);
+        assert_ne!(free, endpoint);
         other.reset();
         stream.reset();
         envoys.pass(Duration::from_secs(1));
@@ -221,12 +221,12 @@ fn a_generation_that_takes_over_takes_the_exchange_with_it() {
     envoys.fleets[0].retire();
     envoys.pass(Duration::from_secs(3));
     let busy: Vec<_> = (0..3).map(|id| waiting(&envoys.workers(0)[1], id)).collect();
-    let at: BTreeSet<_> = busy.iter().map(|(_, at)| at.clone()).collect();
-    assert_eq!(at.len(), 3, "{busy:?}");
+    let endpoints: BTreeSet<_> = busy.iter().map(|(_, endpoint)| endpoint.clone()).collect();
+    assert_eq!(endpoints.len(), 3, "{busy:?}");
     envoys.pass(4 * TICK);
     for worker in envoys.workers(1) {
         let (stream, free) = waiting(worker, 50);
-        assert!(!at.contains(&free), "{free} of {at:?}");
+        assert!(!endpoints.contains(&free), "{free} of {endpoints:?}");
         stream.reset();
     }
     envoys.assert_clean();
@@ -273,7 +273,7 @@ fn bad_answers(request: &ExchangeRequest) -> Vec<(&'static str, &'static str, Ve
 #[test]
 fn bad_answers_are_counted_and_change_nothing() {
     let request = ExchangeRequest::default();
-    for at in 0..bad_answers(&request).len() + 2 {
+    for index in 0..bad_answers(&request).len() + 2 {
         let gateway = Gateway::pushed(FOUR_AND_ONE);
         // Counters are told every 200 ms.
         let counter = |result: &str| {
@@ -284,10 +284,10 @@ fn bad_answers_are_counted_and_change_nothing() {
         let call = exchanges(&gateway).remove(0);
         let request = ExchangeRequest::from_bytes(&call.body).unwrap();
         let bad = bad_answers(&request);
-        let name = bad.get(at).map_or("none at all", |(name, ..)| name);
-        match bad.get(at) {
+        let name = bad.get(index).map_or("none at all", |(name, ..)| name);
+        match bad.get(index) {
             Some((_, status, body)) => gateway.answer(call.token, [(":status", *status)], body).unwrap(),
-            None if at == bad.len() => gateway.refuse(call.token).unwrap(),
+            None if index == bad.len() => gateway.refuse(call.token).unwrap(),
             None => gateway.time_out(call.token).unwrap(),
         }
         assert_eq!(counter("failed"), 1, "{name}");

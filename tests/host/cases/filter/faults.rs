@@ -36,8 +36,8 @@ fn the_legs_are_the_same_wherever_the_body_is_split() {
     let whole = legs_of(&gateway, &request);
     assert!(!String::from_utf8(whole.3.clone()).unwrap().contains(r#""a":[1]"#));
     for chunks in split_at_each_byte(body.as_bytes()) {
-        let at = chunks[0].len();
-        assert!(legs_of(&gateway, &request.clone().chunks(chunks)) == whole, "split at {at}");
+        let first_bytes = chunks[0].len();
+        assert!(legs_of(&gateway, &request.clone().chunks(chunks)) == whole, "split at {first_bytes}");
     }
     gateway.assert_idle();
 }

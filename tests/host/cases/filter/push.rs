@@ -76,9 +76,9 @@ fn one_worker_polls_whatever_their_number() {
         assert_eq!(the_poll(fleet.workers()).0, poller);
         for _ in 0..3 {
             fleet.advance(Duration::from_secs(30));
-            let (at, poll) = the_poll(fleet.workers());
-            assert_eq!(at, poller);
-            answer(&fleet.workers()[at], &poll, "304", "");
+            let (index, poll) = the_poll(fleet.workers());
+            assert_eq!(index, poller);
+            answer(&fleet.workers()[index], &poll, "304", "");
         }
         assert_eq!(the_poll(fleet.workers()).0, poller);
         assert_eq!(fleet.violations(), []);

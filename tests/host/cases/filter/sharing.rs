@@ -24,9 +24,9 @@ fn each_decision_sees_those_of_the_other_workers() {
         let mut legs = BTreeMap::new();
         let mut streams: Vec<(usize, Stream)> = Vec::new();
         for id in 0..32 {
-            let at = id % count;
-            let worker = &fleet.workers()[at];
-            streams.push((at, long_chat(id as u64).send(worker)));
+            let index = id % count;
+            let worker = &fleet.workers()[index];
+            streams.push((index, long_chat(id as u64).send(worker)));
             *legs.entry(chosen(worker)).or_insert(0) += 1;
             // Every worker's next request goes where the least work is, whoever sent it.
             let (least, most) = (legs.values().min().unwrap(), legs.values().max().unwrap());
@@ -98,10 +98,10 @@ fn a_new_generation_takes_over_while_the_old_one_drains() {
         let known: Vec<_> = (0..8)
             .map(|id| {
                 let stream = long_chat(id).send(&fleet.workers()[0]);
-                let at = chosen(&fleet.workers()[0]);
+                let endpoint = chosen(&fleet.workers()[0]);
                 answer_legs(&fleet.workers()[0]);
                 respond(&stream);
-                at
+                endpoint
             })
             .collect();
         settle(&fleet);
@@ -113,10 +113,10 @@ fn a_new_generation_takes_over_while_the_old_one_drains() {
             fleet.reconfigure(always("new").as_bytes(), None).unwrap();
         }
         settle(&fleet);
-        for (id, at) in (0..8).zip(known) {
+        for (id, endpoint) in (0..8).zip(known) {
             let worker = &fleet.workers()[id % count];
             let stream = long_chat(id as u64).send(worker);
-            assert_eq!(chosen(worker), at, "{count} workers: the prompt goes where the old generation sent it");
+            assert_eq!(chosen(worker), endpoint, "{count} workers: the prompt goes where the old generation sent it");
             answer_legs(worker);
             assert_ne!(state(&stream, "matched_tokens"), "0");
             respond(&stream);
@@ -130,13 +130,13 @@ fn a_new_generation_takes_over_while_the_old_one_drains() {
 fn a_pools_limit_is_that_of_all_workers_together() {
     for count in COUNTS {
         let fleet = fleet(count, &config(&[], TWO_AND_TWO, r#""max_requests":6"#));
-        let worker = |at: usize| &fleet.workers()[at % count];
+        let worker = |index: usize| &fleet.workers()[index % count];
         for round in 0..3 {
             let streams: Vec<_> = (0..6).map(|id| short_chat(6 * round + id).send(worker(id as usize))).collect();
             assert!(streams.iter().all(|stream| stream.forwarded().is_some()), "{count} workers");
-            for at in 0..count {
-                let refused = short_chat(1_000).send(worker(at)).client().local_reply.map(|reply| reply.code);
-                assert_eq!(refused, Some(429), "worker {at} of {count}");
+            for index in 0..count {
+                let refused = short_chat(1_000).send(worker(index)).client().local_reply.map(|reply| reply.code);
+                assert_eq!(refused, Some(429), "worker {index} of {count}");
             }
             // Half of them are answered, half of the clients leave.
             for (id, stream) in streams.iter().enumerate() {

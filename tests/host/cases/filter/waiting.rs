@@ -56,7 +56,7 @@ fn each_endpoint_has_one_leg_and_every_request_is_served_once() {
 #[test]
 fn a_leg_goes_a_lead_before_the_one_ahead_ends_without_any_event() {
     let fleet = fleet(3, &config(&[], &[(P1, "prefill"), (D1, "decode")], QUEUE));
-    let [first, second] = [0, 1].map(|at| long_chat(at as u64).send(&fleet.workers()[at]));
+    let [first, second] = [0, 1].map(|index| long_chat(index as u64).send(&fleet.workers()[index]));
     assert!(!waits(&fleet.workers()[0], &first) && waits(&fleet.workers()[1], &second));
     let mut passed = Duration::ZERO;
     while waits(&fleet.workers()[1], &second) {

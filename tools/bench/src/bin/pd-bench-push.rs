@@ -163,8 +163,8 @@ fn share(cpu: Duration, of: Duration) -> f64 {
 
 fn show(what: &str, micros: &mut [u64]) {
     micros.sort_unstable();
-    let at = |share| percentile(micros, share) as f64 / 1e3;
-    println!("{what}: median {:.1} ms, p99 {:.1} ms, longest {:.1} ms", at(0.5), at(0.99), at(1.0));
+    let quantile = |share| percentile(micros, share) as f64 / 1e3;
+    println!("{what}: median {:.1} ms, p99 {:.1} ms, longest {:.1} ms", quantile(0.5), quantile(0.99), quantile(1.0));
 }
 
 /// The endpoints file; the first one's weight counts the changes.

@@ -187,10 +187,12 @@ fn every_pd_control_command_is_understood() {
     for document in documents() {
         for line in document.commands() {
             let command = line.split(" #").next().unwrap_or(line);
-            let Some(at) = command.find("pd-control ").filter(|at| *at == 0 || command[..*at].ends_with("| ")) else {
+            let Some(start) =
+                command.find("pd-control ").filter(|start| *start == 0 || command[..*start].ends_with("| "))
+            else {
                 continue;
             };
-            let words = command[at..].split_whitespace();
+            let words = command[start..].split_whitespace();
             if let Err(error) = Cli::try_parse_from(words) {
                 panic!("{}: {line}: {error}", document.path.display());
             }

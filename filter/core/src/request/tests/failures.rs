@@ -607,11 +607,11 @@ fn another_decode_endpoint_that_answers_has_the_request() {
     let other = if decode == "10.0.0.2:1" { "10.0.0.2:2" } else { "10.0.0.2:1" };
     let outcome = t.request.response_headers(&mut t.worker, Answerer::Host(other.as_bytes()), Some(200), t.now);
     assert_eq!(outcome.flow, Flow::Continue);
-    let at = |t: &Fixture, address: &str| {
+    let requests_at = |t: &Fixture, address: &str| {
         let (_, state) = t.worker.state.table.iter().find(|(_, state)| &*state.address == address).unwrap();
         state.decode.requests
     };
-    assert_eq!((at(&t, &decode), at(&t, other)), (0, 1));
+    assert_eq!((requests_at(&t, &decode), requests_at(&t, other)), (0, 1));
     assert_eq!(failing(&t, ""), [decode]);
     t.done();
     assert!(t.is_idle());

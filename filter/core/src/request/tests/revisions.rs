@@ -287,8 +287,8 @@ fn requests_wait_for_room_at_the_revision_whose_turn_it_is() {
         rollout.now += Duration::from_millis(10);
         rollout.hand_over_oldest();
         while let Some(turn) = rollout.worker.next_turn(rollout.now) {
-            let at = waiting.iter().position(|(request, _)| request.waiting_id() == Some(turn.id)).unwrap();
-            let (mut request, body) = waiting.swap_remove(at);
+            let index = waiting.iter().position(|(request, _)| request.waiting_id() == Some(turn.id)).unwrap();
+            let (mut request, body) = waiting.swap_remove(index);
             let outcome = request.turn(&mut rollout.worker, turn, || Some(body.clone()), rollout.now);
             started(&mut rollout, request, &outcome, body);
         }

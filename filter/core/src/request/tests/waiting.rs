@@ -44,8 +44,8 @@ impl Gate {
     /// Passes the next turn to the request that it is for.
     fn turn(&mut self, waiting: &mut [Request], body: &str) -> Option<(usize, Outcome)> {
         let turn = self.worker.next_turn(self.now)?;
-        let at = waiting.iter().position(|request| request.waiting_id() == Some(turn.id)).unwrap();
-        Some((at, waiting[at].turn(&mut self.worker, turn, || Some(body), self.now)))
+        let index = waiting.iter().position(|request| request.waiting_id() == Some(turn.id)).unwrap();
+        Some((index, waiting[index].turn(&mut self.worker, turn, || Some(body), self.now)))
     }
 
     fn later(&mut self, ms: u64) {
@@ -139,12 +139,12 @@ fn the_holder_of_a_prefix_gets_its_requests_first() {
     let (of_first, _) = gate.send(&prompt("a ", "x "), &[]);
     let mut waiting = [other, of_first];
     gate.answer(&mut first);
-    let (at, outcome) = gate.turn(&mut waiting, &prompt("a ", "x ")).unwrap();
-    assert_eq!(at, 1, "it came later");
+    let (index, outcome) = gate.turn(&mut waiting, &prompt("a ", "x ")).unwrap();
+    assert_eq!(index, 1, "it came later");
     assert!(leg_destination(&outcome).starts_with(&first_at));
     gate.answer(&mut second);
-    let (at, outcome) = gate.turn(&mut waiting, &prompt("e ", "f ")).unwrap();
-    assert!(at == 0 && leg_destination(&outcome).starts_with(&second_at));
+    let (index, outcome) = gate.turn(&mut waiting, &prompt("e ", "f ")).unwrap();
+    assert!(index == 0 && leg_destination(&outcome).starts_with(&second_at));
 }
 
 #[test]
@@ -185,12 +185,12 @@ fn who_has_waited_too_long_gets_503_and_who_misses_a_deadline_429() {
     let mut waiting = [patient, hasty];
     // The legs ahead never end.
     gate.later(400);
-    let (at, outcome) = gate.turn(&mut waiting, "").unwrap();
-    assert_eq!((at, reply(&outcome)), (1, (429, "deadline")));
+    let (index, outcome) = gate.turn(&mut waiting, "").unwrap();
+    assert_eq!((index, reply(&outcome)), (1, (429, "deadline")));
     assert_eq!(gate.worker.next_turn(gate.now), None);
     gate.later(100);
-    let (at, outcome) = gate.turn(&mut waiting, "").unwrap();
-    assert_eq!((at, reply(&outcome)), (0, (503, "queue_timeout")));
+    let (index, outcome) = gate.turn(&mut waiting, "").unwrap();
+    assert_eq!((index, reply(&outcome)), (0, (503, "queue_timeout")));
     assert!(!gate.worker.has_waiting());
     let counted = [Metric::QueueDeadline, Metric::QueueTimeout].map(|metric| gate.worker.counts.pending(metric));
     assert_eq!(counted, [1, 1], "beside the one that was refused at once");

@@ -53,7 +53,7 @@ fn figures(rounds: &Rounds, size: usize, variant: Variant) -> Option<Figures> {
     let pair = |figure: &dyn Fn(&Round, &Round) -> f64| {
         own.iter().zip(floor).map(|(own, floor)| figure(own, floor)).collect::<Sample>()
     };
-    let at = |round: &Round, share: f64| percentile(&round.alone.latencies, share) as f64 / 1e3;
+    let quantile = |round: &Round, share: f64| percentile(&round.alone.latencies, share) as f64 / 1e3;
     Some(Figures {
         rate: of(&|round| round.loaded.requests as f64 / round.loaded.elapsed.as_secs_f64()),
         busy: of(&|round| 100.0 * round.envoy.cpu.as_secs_f64() / round.loaded.elapsed.as_secs_f64()),
@@ -61,10 +61,10 @@ fn figures(rounds: &Rounds, size: usize, variant: Variant) -> Option<Figures> {
         cpu: of(&Round::cpu_us),
         ratio: pair(&|own, floor| own.cpu_us() / floor.cpu_us()),
         extra: pair(&|own, floor| own.cpu_us() - floor.cpu_us()),
-        p50: of(&|round| at(round, 0.5)),
-        p99: of(&|round| at(round, 0.99)),
-        added_p50: pair(&|own, floor| at(own, 0.5) - at(floor, 0.5)),
-        added_p99: pair(&|own, floor| at(own, 0.99) - at(floor, 0.99)),
+        p50: of(&|round| quantile(round, 0.5)),
+        p99: of(&|round| quantile(round, 0.99)),
+        added_p50: pair(&|own, floor| quantile(own, 0.5) - quantile(floor, 0.5)),
+        added_p99: pair(&|own, floor| quantile(own, 0.99) - quantile(floor, 0.99)),
     })
 }
 

@@ -127,8 +127,15 @@ fn print_latency(records: &[Record]) {
         ("first token (streams)", sorted_us(right().filter_map(|record| record.first))),
         ("whole answer", sorted_us(right().map(|record| record.whole))),
     ] {
-        let at = |share| format!("{:.1}", percentile(&times, share) as f64 / 1e3);
-        rows.push(row([name.to_owned(), times.len().to_string(), at(0.5), at(0.9), at(0.99), at(1.0)]));
+        let quantile = |share| format!("{:.1}", percentile(&times, share) as f64 / 1e3);
+        rows.push(row([
+            name.to_owned(),
+            times.len().to_string(),
+            quantile(0.5),
+            quantile(0.9),
+            quantile(0.99),
+            quantile(1.0),
+        ]));
     }
     println!("{}", table(&rows));
 }
