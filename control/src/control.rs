@@ -25,7 +25,7 @@ use crate::engines::access::EngineAccess;
 use crate::engines::answers::Scrapes;
 use crate::engines::scrape::Scraper;
 use crate::envoys::hub::SharedHub;
-use crate::envoys::relay::Peers;
+use crate::envoys::relay::Replicas;
 use crate::list::EndpointList;
 use crate::publish::eds::EdsFile;
 use crate::publish::publisher::{ListHealth, Publisher};
@@ -59,7 +59,7 @@ pub struct Config {
     /// How pd-control reaches engines for their metrics.
     pub engines: EngineAccess,
     /// Other replicas, to which pd-control relays the exchange of the Envoys; none: pd-control relays nothing.
-    pub peers: Option<Peers>,
+    pub replicas: Option<Replicas>,
     /// Certificate and key of the server; none: the server speaks plain HTTP.
     pub tls: Option<TlsFiles>,
     /// Sets the log level for `PUT /v1/log-level`; none: that path answers 404.
@@ -75,7 +75,7 @@ pub struct Config {
     /// Bearer token of operators; none: that of the filters does.
     pub operator: Option<Token>,
     /// Bearer token of replicas; none: that of the filters does.
-    pub peers_token: Option<Token>,
+    pub replicas_token: Option<Token>,
     /// How often to compare the file where the kernel reports no changes.
     pub poll: Duration,
 }
@@ -107,8 +107,8 @@ impl Control {
     /// # Errors
     /// One line when the address is in use, the endpoints file is refused or the EDS file cannot be written.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
-        if let Some(peers) = &config.peers {
-            peers.check()?;
+        if let Some(replicas) = &config.replicas {
+            replicas.check()?;
         }
         let listeners = Listeners::open(&config).await?;
         let sources = Sources::open(&config).await?;
@@ -116,8 +116,8 @@ impl Control {
         let mut tasks = JoinSet::new();
         parts.publish(sources, &config, &mut tasks)?;
         tasks.spawn(Arc::clone(&parts.hub).prune(Arc::clone(&parts.counters)));
-        if let Some(peers) = config.peers.clone() {
-            tasks.spawn(peers.relay(Arc::clone(&parts.hub), Arc::clone(&parts.counters)));
+        if let Some(replicas) = config.replicas.clone() {
+            tasks.spawn(replicas.relay(Arc::clone(&parts.hub), Arc::clone(&parts.counters)));
         }
         let (stop, stopping) = watch::channel(false);
         let address = listeners.api.socket.local_addr()?;
@@ -286,7 +286,7 @@ impl Parts {
             registry: Arc::new(Registry::new(&new_epoch(), SystemTime::now())),
             counters: Arc::default(),
             health: Arc::new(ListHealth::new(sources.names())),
-            hub: Arc::new(SharedHub::new(config.peers_token.as_ref().or(config.token.as_ref()))),
+            hub: Arc::new(SharedHub::new(config.replicas_token.as_ref().or(config.token.as_ref()))),
             scrapes: Arc::default(),
             pods: Arc::clone(&sources.pods),
         }
@@ -331,7 +331,7 @@ impl Parts {
             log: config.log,
             exchanges: Arc::new(InFlight::new(MAX_EXCHANGE_BYTES, MAX_HOST_EXCHANGE_BYTES)),
             views: Arc::new(InFlight::new(MAX_VIEWS, MAX_HOST_VIEWS)),
-            rights: Rights { filter: config.token, operator: config.operator, peers: config.peers_token },
+            rights: Rights { filter: config.token, operator: config.operator, replicas: config.replicas_token },
             stopping,
         }
     }

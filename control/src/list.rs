@@ -57,10 +57,10 @@ impl EndpointList {
     /// Adds what engines tell of models, of those that an endpoint of the list serves. Cards that a snapshot cannot have
     /// are left out.
     #[must_use]
-    pub fn with_cards<'a>(mut self, told: impl Iterator<Item = &'a ModelCard>) -> Self {
+    pub fn with_cards<'a>(mut self, cards: impl Iterator<Item = &'a ModelCard>) -> Self {
         let mut cards: BTreeMap<&str, Option<ModelCard>> =
             self.endpoints.iter().flat_map(|it| &it.models).map(|model| (model.as_str(), None)).collect();
-        for card in told.filter(|card| card.is_valid()) {
+        for card in cards.filter(|card| card.is_valid()) {
             if let Some(known) = cards.get_mut(card.id.as_str()) {
                 *known = Some(known.take().map_or_else(|| card.clone(), |known| known.or(card.clone())));
             }

@@ -158,14 +158,14 @@ async fn gigabytes_of_messages_fit_into_the_memory_limit_and_keep_nobody_from_th
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_replicas_speak_for_other_envoys_and_a_name_that_was_told_opens_nothing() {
+async fn only_replicas_speak_for_other_envoys_and_a_public_name_gives_no_right() {
     let rig = Rig::start_with(&four(1.0), |config, directory| {
         with_token(config, directory);
-        config.peers_token = Token::new("peer");
+        config.replicas_token = Token::new("replica");
     })
     .await;
     let as_ = |token| HttpClient { token: Some(token), ..rig.client.clone() };
-    let (filter, peer) = (as_("secret"), as_("peer"));
+    let (filter, replica) = (as_("secret"), as_("replica"));
     let key = "127.0.0.1:1".parse::<pd_core::wire::EndpointId>().unwrap().key();
     let load = |tokens| vec![(key, Totals { work: 0, tokens, requests: 1 })];
     let mut honest = one(71, 1, load(500));
@@ -192,9 +192,9 @@ async fn only_replicas_speak_for_other_envoys_and_a_name_that_was_told_opens_not
     let relayed = ExchangeRequest { from: 5, ..one(71, 2, load(7)) };
     assert_eq!(post(&filter, &relayed).await.0, StatusCode::FORBIDDEN);
     assert_eq!(sum().await.0, 500);
-    assert_eq!(post(&peer, &relayed).await.0, StatusCode::OK);
+    assert_eq!(post(&replica, &relayed).await.0, StatusCode::OK);
     assert_eq!(sum().await.0, 7);
-    assert_eq!(peer.get("/v1/status").await.status, StatusCode::UNAUTHORIZED);
+    assert_eq!(replica.get("/v1/status").await.status, StatusCode::UNAUTHORIZED);
     let status = filter.get("/v1/status").await.body;
     assert!(!status.contains(&format!("{:016x}", 71)), "{status}");
     // A message that came before, and loads of endpoints that nobody listed, count for nothing.

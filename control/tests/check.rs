@@ -267,7 +267,7 @@ fn versions_that_do_not_know_each_other_are_stopped() {
 }
 
 #[test]
-fn what_follows_on_what_is_in_force_is_told() {
+fn what_follows_on_what_is_in_force_is_reported() {
     let new = manifests().replace(IMAGE, OTHER);
     let checked = check_after(&new, Some(&manifests()));
     assert!(checked.is_good, "{}", checked.faults);
@@ -302,7 +302,7 @@ fn envoy_closes_idle_connections_before_engines_do() {
 }
 
 #[test]
-fn a_route_that_rewrites_paths_tells_the_filter() {
+fn a_route_that_rewrites_paths_needs_path_prefixes() {
     const BEGIN: &str = "    filters:\n";
     const HEADERS: &str = "    - type: RequestHeaderModifier\n      requestHeaderModifier:\n        set:\n";
     const REWRITE: &str =
@@ -314,8 +314,8 @@ fn a_route_that_rewrites_paths_tells_the_filter() {
     let text = replaced_once(&text, &format!("{BEGIN}{HEADERS}"), &format!("{BEGIN}{REWRITE}{HEADERS}"));
     let faults = check(&text).faults;
     assert!(faults.contains("HTTPRoute llm/pd: spec.rules[0].filters[0]: takes /team off the path"), "{faults}");
-    let told = "destination_header: x-pd-destination\n      path_prefixes: [/team]\n";
-    let checked = check(&replaced(&text, "destination_header: x-pd-destination\n", told));
+    let with_prefixes = "destination_header: x-pd-destination\n      path_prefixes: [/team]\n";
+    let checked = check(&replaced(&text, "destination_header: x-pd-destination\n", with_prefixes));
     assert!(checked.is_good, "{}", checked.faults);
 }
 

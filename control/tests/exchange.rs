@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use axum::http::{Response, StatusCode};
 use bytes::Bytes;
 use pd_control::access::token::Token;
-use pd_control::envoys::relay::Peers;
+use pd_control::envoys::relay::Replicas;
 use pd_core::endpoints::elsewhere::Totals;
 use pd_core::envoys::message::{ExchangeRequest, ExchangeResponse, Record};
 use pd_core::envoys::report::Report;
@@ -43,14 +43,14 @@ impl Gateway {
         self.client.send("POST", &format!("/v1/exchange?wait_ms={}", wait.as_millis()), body).await.unwrap()
     }
 
-    async fn ask(&self, told: &ExchangeRequest, wait: Duration) -> ExchangeResponse {
-        let answer = self.post(told.to_bytes(), wait).await;
+    async fn ask(&self, request: &ExchangeRequest, wait: Duration) -> ExchangeResponse {
+        let answer = self.post(request.to_bytes(), wait).await;
         assert_eq!(answer.status(), StatusCode::OK);
         ExchangeResponse::from_bytes(answer.body()).unwrap()
     }
 
-    /// Tells of so many tokens at the first endpoint, and of a block there.
-    async fn tell(&mut self, tokens: u64) -> ExchangeResponse {
+    /// Sends a request with so many tokens at the first endpoint, and a block there.
+    async fn send(&mut self, tokens: u64) -> ExchangeResponse {
         self.turn += 1;
         let generation = Generation { version: "0.1.0".into(), build: "b".into(), revision: "r".into(), workers: 4 };
         let record = Record {
@@ -85,32 +85,32 @@ impl Gateway {
     }
 }
 
-fn tokens(heard: &ExchangeResponse) -> Option<u64> {
-    Some(heard.loads.as_ref()?.iter().find(|(endpoint, _)| *endpoint == key())?.1.tokens)
+fn tokens(response: &ExchangeResponse) -> Option<u64> {
+    Some(response.loads.as_ref()?.iter().find(|(endpoint, _)| *endpoint == key())?.1.tokens)
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_one_envoy_tells_answers_the_question_of_another() {
+async fn what_one_envoy_sends_answers_the_request_of_another() {
     let rig = Rig::start(&four(1.0)).await;
     let (mut a, b) = (Gateway::new(1, rig.client.address), Gateway::new(2, rig.client.address));
-    assert_eq!(a.tell(10).await.have, [(1, 1)]);
+    assert_eq!(a.send(10).await.have, [(1, 1)]);
     let first = b.receive((0, 0), &[], PATIENCE).await;
     assert_eq!((tokens(&first), first.exchanging, first.batches.len()), (Some(10), 1, 1));
     assert_eq!(split_events(&first.batches[0].blocks).count(), 1);
     let known = [(first.batches[0].gateway, 1)];
     let question = tokio::spawn(async move {
-        let heard = b.receive((first.hub, first.state), &known, PATIENCE).await;
-        (heard, Instant::now(), b)
+        let response = b.receive((first.hub, first.state), &known, PATIENCE).await;
+        (response, Instant::now(), b)
     });
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert!(!question.is_finished(), "nothing is new");
-    let told = Instant::now();
-    a.tell(30).await;
+    let sent = Instant::now();
+    a.send(30).await;
     let (second, answered, mut b) = question.await.unwrap();
-    println!("told to heard: {:?}", answered - told);
+    println!("from request to response: {:?}", answered - sent);
     assert_eq!((tokens(&second), second.batches.len()), (Some(30), 0));
-    // Its own load is not news to it, nor is it in what it hears.
-    b.tell(7).await;
+    // Its own load is not news to it, nor is it in the response.
+    b.send(7).await;
     let third = b.receive((second.hub, second.state), &known, Duration::from_millis(50)).await;
     assert_eq!((third.loads, third.exchanging, third.gateways), (None, 2, 2));
     let status: serde_json::Value = serde_json::from_str(&rig.client.get("/v1/status").await.body).unwrap();
@@ -124,7 +124,7 @@ async fn what_one_envoy_tells_answers_the_question_of_another() {
 async fn an_envoy_that_is_silent_is_forgotten_and_its_blocks_are_not() {
     let rig = Rig::start(&four(1.0)).await;
     let (mut a, b) = (Gateway::new(1, rig.client.address), Gateway::new(2, rig.client.address));
-    a.tell(10).await;
+    a.send(10).await;
     let first = b.receive((0, 0), &[], PATIENCE).await;
     let known = [(first.batches[0].gateway, 1)];
     let second = b.receive((first.hub, first.state), &known, Duration::from_secs(5)).await;
@@ -135,38 +135,39 @@ async fn an_envoy_that_is_silent_is_forgotten_and_its_blocks_are_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn replicas_pass_on_what_they_are_told() {
+async fn replicas_relay_what_envoys_send() {
     let ports = [Port::reserve(), Port::reserve()];
     let [first, second] = ports.each_ref().map(Port::address);
     let start = |own: SocketAddr, other: SocketAddr| async move {
         Rig::start_with(&four(1.0), |config, directory| {
             with_token(config, directory);
             config.listen = own;
-            config.peers_token = Token::new("replica");
-            config.peers = Some(Peers { name: other.to_string(), token: config.peers_token.clone(), tls: None });
+            config.replicas_token = Token::new("replica");
+            config.replicas =
+                Some(Replicas { name: other.to_string(), token: config.replicas_token.clone(), tls: None });
         })
         .await
     };
     let mut rigs = vec![start(first, second).await, start(second, first).await];
     let gateway = |id, address| Gateway::new(id, address).with_token();
     let (mut a, b) = (gateway(1, first), gateway(2, second));
-    a.tell(10).await;
-    let told = Instant::now();
-    let mut heard = b.receive((0, 0), &[], PATIENCE).await;
-    while tokens(&heard) != Some(10) {
-        assert!(told.elapsed() < PATIENCE);
-        heard = b.receive((heard.hub, heard.state), &[], PATIENCE).await;
+    a.send(10).await;
+    let sent = Instant::now();
+    let mut response = b.receive((0, 0), &[], PATIENCE).await;
+    while tokens(&response) != Some(10) {
+        assert!(sent.elapsed() < PATIENCE);
+        response = b.receive((response.hub, response.state), &[], PATIENCE).await;
     }
-    println!("from replica to replica: {:?}", told.elapsed());
-    assert_eq!(heard.batches.len(), 1);
-    // The second one dies; one that knows nothing takes its place and hears all of it.
+    println!("from replica to replica: {:?}", sent.elapsed());
+    assert_eq!(response.batches.len(), 1);
+    // The second one dies; one that knows nothing takes its place and receives all of it.
     rigs.pop().unwrap().control.stop().await;
     rigs.push(start(second, first).await);
     let restarted = Instant::now();
     loop {
-        a.tell(20).await;
-        let heard = b.receive((0, 0), &[], Duration::ZERO).await;
-        if tokens(&heard) == Some(20) && heard.batches.len() == 1 {
+        a.send(20).await;
+        let response = b.receive((0, 0), &[], Duration::ZERO).await;
+        if tokens(&response) == Some(20) && response.batches.len() == 1 {
             break;
         }
         assert!(restarted.elapsed() < PATIENCE);
@@ -181,12 +182,12 @@ async fn a_replica_that_finds_itself_among_the_others_lets_itself_be() {
     let address = port.address();
     let rig = Rig::start_with(&four(1.0), |config, _| {
         config.listen = address;
-        config.peers = Some(Peers { name: address.to_string(), token: None, tls: None });
+        config.replicas = Some(Replicas { name: address.to_string(), token: None, tls: None });
     })
     .await;
     let mut a = Gateway::new(1, address);
     for tokens in 0..20 {
-        a.tell(tokens).await;
+        a.send(tokens).await;
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     assert_eq!(rig.client.metric("pd_control_relays_total{result=\"ok\"}").await, 0.0);
@@ -198,7 +199,7 @@ async fn a_replica_that_finds_itself_among_the_others_lets_itself_be() {
 async fn messages_that_are_none_are_refused_and_change_nothing() {
     let rig = Rig::start_with(&four(1.0), with_token).await;
     let mut a = Gateway::new(1, rig.client.address).with_token();
-    a.tell(10).await;
+    a.send(10).await;
     let stranger = Gateway::new(2, rig.client.address);
     assert_eq!(
         stranger.post(ExchangeRequest::default().to_bytes(), Duration::ZERO).await.status(),

@@ -59,9 +59,9 @@ fn reporting(address: SocketAddr, gateway: u64, workers: u64) -> JoinHandle<()> 
     tokio::spawn(async move {
         for turn in 1.. {
             let record = Record { gateway, turn, report: report.clone(), ..Record::default() };
-            let told = ExchangeRequest { from: gateway, records: vec![record], ..ExchangeRequest::default() };
-            // In the end there is nobody to tell.
-            let _ = client.send("POST", "/v1/exchange?wait_ms=0", told.to_bytes()).await;
+            let request = ExchangeRequest { from: gateway, records: vec![record], ..ExchangeRequest::default() };
+            // At the end no pd-control answers.
+            let _ = client.send("POST", "/v1/exchange?wait_ms=0", request.to_bytes()).await;
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
     })

@@ -78,7 +78,7 @@ impl Rig {
             networks: pd_control::sources::allow::AllowedNetworks::default(),
             scrape: None,
             engines: Default::default(),
-            peers: None,
+            replicas: None,
             tls: None,
             log: None,
             listen: ([127, 0, 0, 1], 0).into(),
@@ -86,7 +86,7 @@ impl Rig {
             eds: None,
             token: None,
             operator: None,
-            peers_token: None,
+            replicas_token: None,
             // Out of the way: what is seen, the kernel has reported.
             poll: Duration::from_secs(3_600),
         };

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use pd_control::access::tls::TlsFiles;
-use pd_control::envoys::relay::{Peers, PeersTls};
+use pd_control::envoys::relay::{Replicas, ReplicasTls};
 use pd_control::{Config, Control};
 use pd_core::envoys::message::{ExchangeRequest, Record};
 use pd_core::envoys::report::Report;
@@ -86,19 +86,19 @@ async fn with_a_certificate_only_tls_is_spoken() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn replicas_speak_tls_to_each_other_and_trust_whom_they_are_told_to() {
+async fn replicas_speak_tls_to_each_other_and_trust_the_given_authorities() {
     let ports = [Port::reserve(), Port::reserve(), Port::reserve()];
     let [first, second, third] = ports.each_ref().map(Port::address);
     let directory = tempfile::tempdir().unwrap();
     let files = made(directory.path(), "IP:127.0.0.1");
     let stranger = tempfile::tempdir().unwrap();
     let other = made(stranger.path(), "IP:127.0.0.1");
-    let start = async |own, peer: std::net::SocketAddr, ca_file: &Path| {
+    let start = async |own, other: std::net::SocketAddr, ca_file: &Path| {
         Rig::start_with(&four(1.0), |config, _| {
             config.listen = own;
             config.tls = Some(files.clone());
-            let tls = Some(PeersTls { ca_file: Some(ca_file.to_owned()) });
-            config.peers = Some(Peers { name: peer.to_string(), token: None, tls });
+            let tls = Some(ReplicasTls { ca_file: Some(ca_file.to_owned()) });
+            config.replicas = Some(Replicas { name: other.to_string(), token: None, tls });
         })
         .await
     };
@@ -108,21 +108,21 @@ async fn replicas_speak_tls_to_each_other_and_trust_whom_they_are_told_to() {
     let trusting = |address: std::net::SocketAddr, path: &str| {
         vec!["--cacert".into(), files.certificate.display().to_string(), format!("https://{address}{path}")]
     };
-    let tell = async |address, id| {
+    let send = async |address, id| {
         // Which Envoy it is, people see by its report: its number is nobody's business.
         let report = Report { epoch: format!("of {id}"), ..Report::default() }.to_json();
         let record = Record { gateway: id, turn: 1, report, ..Record::default() };
         let request = ExchangeRequest { from: id, records: vec![record], ..ExchangeRequest::default() };
-        let body = directory.path().join(format!("told{id}"));
+        let body = directory.path().join(format!("request{id}"));
         std::fs::write(&body, request.to_bytes()).unwrap();
         let mut arguments = trusting(address, "/v1/exchange");
         arguments.extend(["--fail".into(), "--data-binary".into(), format!("@{}", body.display())]);
         assert!(curl(arguments).await.status.success());
     };
-    until_true("the second one hears what the first was told, and the third is not believed", async || {
+    until_true("the second replica has what the first one received, and nothing of the third", async || {
         // They are silent for good after a few seconds.
-        tell(first, 1).await;
-        tell(third, 3).await;
+        send(first, 1).await;
+        send(third, 3).await;
         let text = async |address, path| String::from_utf8(curl(trusting(address, path)).await.stdout).unwrap();
         let is_known = text(second, "/v1/status").await.contains(r#""epoch":"of 1""#);
         let refused = "pd_control_relays_total{result=\"failed\"} ";
@@ -137,10 +137,10 @@ async fn replicas_speak_tls_to_each_other_and_trust_whom_they_are_told_to() {
     assert!(!text.contains(r#""epoch":"of 3""#), "{text}");
 
     // What it could never trust, it says before it serves.
-    let tls = Some(PeersTls { ca_file: Some(stranger.path().join("none")) });
-    let peers = Some(Peers { name: "pd-control-peers:1".into(), token: None, tls });
+    let tls = Some(ReplicasTls { ca_file: Some(stranger.path().join("none")) });
+    let replicas = Some(Replicas { name: "pd-control-peers:1".into(), token: None, tls });
     let port = Port::reserve();
-    let refused = Control::start(Config { listen: port.address(), peers, ..running.config.clone() }).await;
+    let refused = Control::start(Config { listen: port.address(), replicas, ..running.config.clone() }).await;
     let error = format!("{:#}", refused.expect_err("no such file"));
     assert!(error.starts_with("--peers-ca-file ") && !error.contains('\n'), "{error}");
 }

@@ -154,14 +154,15 @@ fn from_hex(text: &str) -> Vec<u8> {
 fn messages_of_the_exchange_of_every_version_are_read() {
     let (request, response) = messages();
     let folder = goldens().join(VERSION);
-    for (name, text) in [("told.hex", to_hex(&request.to_bytes())), ("heard.hex", to_hex(&response.to_bytes()))] {
+    for (name, text) in [("request.hex", to_hex(&request.to_bytes())), ("response.hex", to_hex(&response.to_bytes()))] {
         if std::env::var_os("PD_WRITE_GOLDENS").is_some() {
             fs::write(folder.join(name), &text).unwrap();
         }
         assert_eq!(read(&folder.join(name)), text, "{VERSION}/{name}: {WHAT_TO_DO}");
     }
-    for folder in versions().iter().filter(|folder| folder.join("told.hex").exists()) {
-        let [request_bytes, response_bytes] = ["told.hex", "heard.hex"].map(|name| from_hex(&read(&folder.join(name))));
+    for folder in versions().iter().filter(|folder| folder.join("request.hex").exists()) {
+        let [request_bytes, response_bytes] =
+            ["request.hex", "response.hex"].map(|name| from_hex(&read(&folder.join(name))));
         assert_eq!(ExchangeRequest::from_bytes(&request_bytes), Some(request.clone()), "{}", folder.display());
         assert_eq!(ExchangeResponse::from_bytes(&response_bytes), Some(response.clone()), "{}", folder.display());
         // A newer one may add words behind.

@@ -14,7 +14,7 @@ pub struct Rights {
     /// Token of filters; none: anyone may read.
     pub filter: Option<Token>,
     /// Token of replicas; none: that of the filters does.
-    pub peers: Option<Token>,
+    pub replicas: Option<Token>,
     /// Token of operators; none: that of the filters does.
     pub operator: Option<Token>,
 }
@@ -47,7 +47,7 @@ impl Rights {
     ) -> Result<(), Refusal> {
         let has = |token: &Option<Token>| token.as_ref().is_some_and(|token| token.is_in(authorization));
         let (is_filter, is_operator) = (has(&self.filter), has(&self.operator));
-        if path == EXCHANGE_PATH && has(&self.peers) {
+        if path == EXCHANGE_PATH && has(&self.replicas) {
             return Ok(());
         }
         let is_log_level = path == LOG_LEVEL_PATH && method == Method::PUT;
@@ -70,7 +70,7 @@ impl Rights {
     /// Whether a client that [may](Self::check) send to the exchange speaks for Envoys other than itself.
     #[must_use]
     pub fn may_relay(&self, authorization: Option<&HeaderValue>) -> bool {
-        self.peers.as_ref().is_none_or(|token| token.is_in(authorization))
+        self.replicas.as_ref().is_none_or(|token| token.is_in(authorization))
     }
 }
 
@@ -101,23 +101,23 @@ mod tests {
 
     fn rights(filter: bool, operator: bool) -> Rights {
         let token = |is_set: bool, text| Token::new(text).filter(|_| is_set);
-        Rights { filter: token(filter, "filter"), operator: token(operator, "operator"), peers: None }
+        Rights { filter: token(filter, "filter"), operator: token(operator, "operator"), replicas: None }
     }
 
     #[test]
     fn only_replicas_speak_for_others_where_they_have_a_token() {
-        let peer = HeaderValue::from_static("Bearer peer");
+        let replica = HeaderValue::from_static("Bearer replica");
         let filter = HeaderValue::from_static("Bearer filter");
         let shared = rights(true, true);
         assert!(shared.may_relay(Some(&filter)));
         for filters_have_one in [true, false] {
-            let own = Rights { peers: Token::new("peer"), ..rights(filters_have_one, true) };
-            assert!(own.may_relay(Some(&peer)) && !own.may_relay(Some(&filter)) && !own.may_relay(None));
+            let own = Rights { replicas: Token::new("replica"), ..rights(filters_have_one, true) };
+            assert!(own.may_relay(Some(&replica)) && !own.may_relay(Some(&filter)) && !own.may_relay(None));
             let may = |method, path, header| own.check(&method, path, Some(header), false).is_ok();
-            assert!(may(Method::POST, EXCHANGE_PATH, &peer));
+            assert!(may(Method::POST, EXCHANGE_PATH, &replica));
             assert_eq!(may(Method::POST, EXCHANGE_PATH, &filter), filters_have_one);
-            assert!(!may(Method::PUT, LOG_LEVEL_PATH, &peer));
-            assert_eq!(may(Method::GET, "/v1/status", &peer), !filters_have_one);
+            assert!(!may(Method::PUT, LOG_LEVEL_PATH, &replica));
+            assert_eq!(may(Method::GET, "/v1/status", &replica), !filters_have_one);
         }
     }
 

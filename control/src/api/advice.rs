@@ -109,7 +109,7 @@ fn named(generation: &Generation) -> String {
 
 #[cfg(test)]
 mod tests {
-    use pd_core::endpoints::outliers::ErrorKind;
+    use pd_core::endpoints::outliers::ErrorClass;
     use pd_core::envoys::report::Ejected;
 
     use super::*;
@@ -169,7 +169,7 @@ mod tests {
     fn an_engine_that_answers_errors_is_said_with_its_remedy() {
         let mut ill = report(&[("x", "1", 4)]);
         ill.failing = vec!["10.0.0.1:1".into()];
-        let reason = Cause::Outlier(ErrorKind::Server).text().to_owned();
+        let reason = Cause::Outlier(ErrorClass::Server).text().to_owned();
         ill.ejected = vec![Ejected { address: "10.0.0.1:1".into(), reason, ..Ejected::default() }];
         let said = said(&[ill, report(&[("x", "1", 4)])]);
         let begin = "10.0.0.1:1 answers 5xx where others of its pool do not, by 1 of 2 Envoys.";

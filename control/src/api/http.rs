@@ -147,11 +147,11 @@ pub fn router(app: App) -> Router {
 
 async fn authorize(
     State(app): State<App>,
-    peer: Option<Extension<ClientAddress>>,
+    client: Option<Extension<ClientAddress>>,
     mut request: Request,
     next: Next,
 ) -> Response {
-    let is_local = peer.is_none_or(|Extension(ClientAddress(address))| address.to_canonical().is_loopback());
+    let is_local = client.is_none_or(|Extension(ClientAddress(address))| address.to_canonical().is_loopback());
     let (path, authorization) = (request.uri().path(), request.headers().get(header::AUTHORIZATION));
     let Err(refusal) = app.rights.check(request.method(), path, authorization, is_local) else {
         let may_relay = MayRelay(app.rights.may_relay(authorization));
@@ -175,13 +175,13 @@ async fn authorize(
 
 async fn watch(
     State(app): State<App>,
-    peer: Option<Extension<ClientAddress>>,
+    client: Option<Extension<ClientAddress>>,
     query: Result<Query<Watch>, QueryRejection>,
 ) -> Response {
     let answer = match query {
         Err(rejection) => failure(StatusCode::BAD_REQUEST, &rejection.body_text()),
         Ok(Query(query)) => {
-            if let Some(Extension(ClientAddress(address))) = peer {
+            if let Some(Extension(ClientAddress(address))) = client {
                 let is_ours = query.epoch == app.registry.current().epoch();
                 app.polls.seen(address, if is_ours { query.since } else { 0 });
             }
@@ -200,12 +200,12 @@ async fn watch(
 
 async fn exchange(
     State(app): State<App>,
-    peer: Option<Extension<ClientAddress>>,
+    client: Option<Extension<ClientAddress>>,
     Extension(MayRelay(may_relay)): Extension<MayRelay>,
     query: Result<Query<Exchanged>, QueryRejection>,
     request: Request,
 ) -> Response {
-    let host = host(peer);
+    let host = host(client);
     let answer = match query {
         Err(_) => Err(NO_MESSAGE),
         Ok(Query(query)) => exchanged(&app, host, may_relay, &query, request).await,
@@ -256,11 +256,11 @@ async fn exchanged(
 /// Holds a place for an answer until that is written.
 async fn bound_views(
     State(app): State<App>,
-    peer: Option<Extension<ClientAddress>>,
+    client: Option<Extension<ClientAddress>>,
     request: Request,
     next: Next,
 ) -> Response {
-    let Some(held) = app.views.hold(host(peer), 1) else {
+    let Some(held) = app.views.hold(host(client), 1) else {
         return failure(StatusCode::SERVICE_UNAVAILABLE, "too many of these answers are in flight");
     };
     let (parts, body) = next.run(request).await.into_parts();
@@ -269,8 +269,8 @@ async fn bound_views(
     Response::from_parts(parts, Body::from(Bytes::from_owner(HeldBytes { bytes, _held: held })))
 }
 
-fn host(peer: Option<Extension<ClientAddress>>) -> IpAddr {
-    peer.map_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED), |Extension(ClientAddress(address))| address.to_canonical())
+fn host(client: Option<Extension<ClientAddress>>) -> IpAddr {
+    client.map_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED), |Extension(ClientAddress(address))| address.to_canonical())
 }
 
 /// The answer to a poll, as soon as there is a change; `None` when the poll's time is over or pd-control stops.

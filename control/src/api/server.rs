@@ -69,7 +69,7 @@ pub async fn serve(
             accepted = listener.accept() => accepted,
             _ = stopping.wait_for(|is_stopping| *is_stopping) => break,
         };
-        let (stream, peer) = match accepted {
+        let (stream, client) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!("cannot accept a connection: {error}");
@@ -82,7 +82,7 @@ pub async fn serve(
             continue;
         };
         let (watcher, router, tls) =
-            (graceful.watcher(), router.clone().layer(Extension(ClientAddress(peer.ip()))), tls.clone());
+            (graceful.watcher(), router.clone().layer(Extension(ClientAddress(client.ip()))), tls.clone());
         let open = counters.connections.clone();
         open.inc();
         tokio::spawn(async move {

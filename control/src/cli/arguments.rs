@@ -14,7 +14,7 @@ use crate::cli::client::Server;
 use crate::control::{Config, DEFAULT_POLL, Kubernetes};
 use crate::engines::access::{EngineAccess, EngineTls};
 use crate::engines::scrape;
-use crate::envoys::relay::{Peers, PeersTls};
+use crate::envoys::relay::{Replicas, ReplicasTls};
 use crate::publish::eds::EdsFile;
 use crate::sources::allow::AllowedNetworks;
 use crate::sources::kubernetes::KubernetesConfig;
@@ -250,8 +250,8 @@ impl ServeArgs {
         let named = self.operator_token_env.as_deref();
         let operator = token_of("--operator-token-env", named, OPERATOR_TOKEN_VARIABLE, &variable)?;
         let named = self.peers_token_env.as_deref();
-        let peers_token = token_of("--peers-token-env", named, PEERS_TOKEN_VARIABLE, &variable)?;
-        let to_peers = peers_token.clone().or_else(|| token.clone());
+        let replicas_token = token_of("--peers-token-env", named, PEERS_TOKEN_VARIABLE, &variable)?;
+        let to_replicas = replicas_token.clone().or_else(|| token.clone());
         if token.is_none() && !self.listen.ip().is_loopback() {
             tracing::warn!(
                 "pd-control listens on {} and requires no token: anyone may read the endpoints, and no other host may send \
@@ -269,7 +269,7 @@ impl ServeArgs {
         let engine_tls = EngineTls { ca_file: self.engine_ca_file, server_name: self.engine_server_name };
         let engines = EngineAccess { tls: self.engine_tls.then_some(engine_tls), token_file: self.engine_token_file };
         engines.check()?;
-        let peers_tls = self.tls_cert.is_some().then_some(PeersTls { ca_file: self.peers_ca_file });
+        let replicas_tls = self.tls_cert.is_some().then_some(ReplicasTls { ca_file: self.peers_ca_file });
         let tls = self.tls_cert.zip(self.tls_key).map(|(certificate, key)| TlsFiles { certificate, key });
         Ok(Config {
             endpoints: self.endpoints,
@@ -278,7 +278,7 @@ impl ServeArgs {
             networks: AllowedNetworks::new(self.allowed_cidr),
             scrape,
             engines,
-            peers: self.peers.map(|name| Peers { name, token: to_peers, tls: peers_tls }),
+            replicas: self.peers.map(|name| Replicas { name, token: to_replicas, tls: replicas_tls }),
             tls,
             log: None,
             listen: self.listen,
@@ -286,7 +286,7 @@ impl ServeArgs {
             eds,
             token,
             operator,
-            peers_token,
+            replicas_token,
             poll: DEFAULT_POLL,
         })
     }
@@ -345,7 +345,7 @@ mod tests {
         let line = "pd-control --endpoints e.yaml --peers pd-control-peers:9000";
         let token = |names: &[&str]| {
             let config = config(line, |name| names.contains(&name).then(|| name.to_owned())).unwrap();
-            config.peers.unwrap().token.map(|token| token.header())
+            config.replicas.unwrap().token.map(|token| token.header())
         };
         assert_eq!(token(&[]), None);
         assert_eq!(token(&["PD_CONTROL_TOKEN"]).unwrap(), "Bearer PD_CONTROL_TOKEN");
@@ -361,12 +361,12 @@ mod tests {
     #[test]
     fn replicas_speak_tls_where_pd_control_serves_it() {
         let line = "pd-control --endpoints e.yaml --peers pd-control-peers:9000";
-        let peers = |line: &str| config(line, |_| None).unwrap().peers.unwrap();
-        assert!(peers(line).tls.is_none());
+        let replicas = |line: &str| config(line, |_| None).unwrap().replicas.unwrap();
+        assert!(replicas(line).tls.is_none());
         let serving = format!("{line} --tls-cert c.pem --tls-key k.pem");
-        assert_eq!(peers(&serving).tls.unwrap().ca_file, None);
+        assert_eq!(replicas(&serving).tls.unwrap().ca_file, None);
         let trusting = format!("{serving} --peers-ca-file ca.pem");
-        assert_eq!(peers(&trusting).tls.unwrap().ca_file, Some("ca.pem".into()));
+        assert_eq!(replicas(&trusting).tls.unwrap().ca_file, Some("ca.pem".into()));
         for line in [format!("{line} --peers-ca-file ca.pem"), trusting.replace("--peers pd-control-peers:9000 ", "")] {
             let error = Cli::try_parse_from(line.split(' ')).unwrap_err();
             assert_eq!(error.kind(), clap::error::ErrorKind::MissingRequiredArgument, "{line}: {error}");

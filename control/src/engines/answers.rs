@@ -30,7 +30,7 @@ pub struct Answer {
     /// Its metrics; none: it refused the question.
     pub load: Option<EngineLoad>,
     /// Its models; none: no answer to that question.
-    pub told: Option<Told>,
+    pub models: Option<ModelsAnswer>,
     /// That it wants other credentials, and what to do.
     pub refusal: Option<String>,
 }
@@ -46,11 +46,11 @@ pub struct Taken {
 
 /// What an engine answers to the question for its models.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Told {
+pub enum ModelsAnswer {
     /// Its models, sorted by name.
-    Models(Vec<ModelCard>),
+    Listed(Vec<ModelCard>),
     /// That it tells none: for lack of credentials, or of the path.
-    Nothing,
+    Unlisted,
 }
 
 /// The last answer of one engine.
@@ -61,7 +61,7 @@ pub struct Scraped {
     /// Its models, base models and adapters; empty: the engine has not named any.
     pub models: Vec<ModelCard>,
     /// Whether the engine ever answered the question for its models.
-    pub has_told: bool,
+    pub has_answered_models: bool,
     /// Whether the engine ever answered.
     pub has_answered: bool,
     /// Failed requests since the last answer.
@@ -122,13 +122,13 @@ impl Scraped {
     fn take(&mut self, outcome: Outcome) {
         self.asked = self.asked.wrapping_add(1);
         match outcome {
-            Ok(Answer { load, told, refusal }) => {
+            Ok(Answer { load, models, refusal }) => {
                 if let Some(load) = load {
                     self.take_load(load);
                 }
                 self.refusal = refusal;
-                self.has_told |= told.is_some();
-                if let Some(Told::Models(models)) = told
+                self.has_answered_models |= models.is_some();
+                if let Some(ModelsAnswer::Listed(models)) = models
                     && !models.is_empty()
                 {
                     self.models = models;
@@ -162,7 +162,7 @@ impl Scraped {
     fn fact(&self, is_believed: bool) -> Fact {
         Fact {
             models: self.models.clone(),
-            has_told: self.has_told,
+            has_answered_models: self.has_answered_models,
             cache_tokens: self.load.cache_tokens.map(|tokens| tokens.min(MAX_CACHE_TOKENS)),
             is_down: is_believed && self.is_silent(),
             cache_epoch: self.cache_epoch(),
@@ -253,16 +253,16 @@ mod tests {
     fn models_stay_while_an_engine_does_not_tell_them() {
         let mut engine = Scraped::default();
         let models = vec![ModelCard::new("m")];
-        for (told, has_told) in [
+        for (answered, has_answered_models) in [
             (None, false),
-            (Some(Told::Models(models.clone())), true),
+            (Some(ModelsAnswer::Listed(models.clone())), true),
             (None, true),
-            (Some(Told::Nothing), true),
-            (Some(Told::Models(vec![])), true),
+            (Some(ModelsAnswer::Unlisted), true),
+            (Some(ModelsAnswer::Listed(vec![])), true),
         ] {
-            let expected = if has_told { models.clone() } else { vec![] };
-            engine.take(Ok(Answer { load: Some(EngineLoad::default()), told, refusal: None }));
-            assert_eq!((&engine.models, engine.has_told), (&expected, has_told));
+            let expected = if has_answered_models { models.clone() } else { vec![] };
+            engine.take(Ok(Answer { load: Some(EngineLoad::default()), models: answered, refusal: None }));
+            assert_eq!((&engine.models, engine.has_answered_models), (&expected, has_answered_models));
         }
         engine.take(Err("gone".to_owned()));
         assert_eq!(engine.models, models);
@@ -287,8 +287,8 @@ mod tests {
             loads.iter().map(&mut take).collect()
         };
         // The process tells when it started.
-        let told = [load(Some(5.0), 9.0, false), load(Some(5.0), 9.0, false), load(Some(7.5), 1.0, false)];
-        assert_eq!(epochs(&told), [5_000, 5_000, 7_500]);
+        let answers = [load(Some(5.0), 9.0, false), load(Some(5.0), 9.0, false), load(Some(7.5), 1.0, false)];
+        assert_eq!(epochs(&answers), [5_000, 5_000, 7_500]);
         // It does not: its counters fall.
         let fell = [load(None, 9.0, false), load(None, 12.0, false), load(None, 3.0, false), load(None, 4.0, false)];
         assert_eq!(epochs(&fell), [0, 0, 1, 1]);
@@ -298,14 +298,14 @@ mod tests {
     }
 
     #[test]
-    fn fetches_after_a_lease_are_told_while_they_are_news() {
+    fn fetches_after_a_lease_are_shown_for_some_minutes() {
         let mut engine = Scraped::default();
-        for (count, is_told) in [(3.0, false), (3.0, false), (4.0, true), (4.0, true)] {
+        for (count, is_shown) in [(3.0, false), (3.0, false), (4.0, true), (4.0, true)] {
             let load = EngineLoad { late_fetches: Some(count), ..EngineLoad::default() };
             engine.take(known(load));
             assert_eq!(
                 engine.late_fetches().is_some(),
-                is_told,
+                is_shown,
                 "{count}: those before pd-control are none of its news"
             );
         }

@@ -15,7 +15,7 @@ use serde_json::Value;
 use tokio::time::timeout;
 
 use crate::engines::access::Reach;
-use crate::engines::answers::{Answer, Outcome, Told};
+use crate::engines::answers::{Answer, ModelsAnswer, Outcome};
 use crate::engines::metrics::{EngineLoad, Reader};
 
 /// Time limit of one question, connecting included.
@@ -81,9 +81,9 @@ pub(super) async fn ask(reach: Arc<Reach>, address: SocketAddr) -> (SocketAddr, 
     }
     // Without its models an engine is up all the same.
     match timeout(TIMEOUT, models_of(&reach, address)).await {
-        Ok(Ok(told)) => answer.told = Some(told),
+        Ok(Ok(models)) => answer.models = Some(models),
         Ok(Err(Fault::Refused(what))) => {
-            answer.told = Some(Told::Nothing);
+            answer.models = Some(ModelsAnswer::Unlisted);
             answer.refusal.get_or_insert(what);
         }
         Ok(Err(Fault::Failed(_))) | Err(_) => {}
@@ -122,11 +122,11 @@ async fn metrics_at(reach: &Reach, address: SocketAddr, path: &str) -> Result<En
 }
 
 /// An engine may have no such path. That is an answer, too.
-async fn models_of(reach: &Reach, address: SocketAddr) -> Result<Told, Fault> {
+async fn models_of(reach: &Reach, address: SocketAddr) -> Result<ModelsAnswer, Fault> {
     let response = send(reach, address, "/v1/models").await?;
     match response.status() {
         StatusCode::OK => {}
-        other if other.is_client_error() => return Ok(Told::Nothing),
+        other if other.is_client_error() => return Ok(ModelsAnswer::Unlisted),
         other => return Err(Fault::Failed(format!("/v1/models answers {other}"))),
     }
     let body = Limited::new(response.into_body(), MAX_MODELS_BYTES);
@@ -136,7 +136,7 @@ async fn models_of(reach: &Reach, address: SocketAddr) -> Result<Told, Fault> {
     cards.sort_by(|one, other| one.id.cmp(&other.id));
     cards.dedup_by(|one, other| one.id == other.id);
     cards.truncate(MAX_MODELS);
-    Ok(Told::Models(cards))
+    Ok(ModelsAnswer::Listed(cards))
 }
 
 /// An answer of any status but 401 and 403.

@@ -41,29 +41,29 @@ const RELAY_FAILURE_PAUSE: Duration = Duration::from_secs(1);
 /// How often pd-control resolves the name of the replicas.
 const RESOLVE_EVERY: Duration = Duration::from_secs(5);
 /// Replicas that get messages; further addresses of the name are ignored.
-const MAX_PEERS: usize = 32;
+const MAX_REPLICAS: usize = 32;
 
 /// The other replicas of pd-control.
 #[derive(Clone, Debug)]
-pub struct Peers {
+pub struct Replicas {
     /// `host:port` that resolves to all replicas, this one included.
     pub name: String,
     /// Bearer token that the replicas require.
     pub token: Option<Token>,
     /// Set when the replicas speak TLS.
-    pub tls: Option<PeersTls>,
+    pub tls: Option<ReplicasTls>,
 }
 
-/// TLS of the replicas. Each one's certificate must be for the host of [`Peers::name`].
+/// TLS of the replicas. Each one's certificate must be for the host of [`Replicas::name`].
 #[derive(Clone, Debug, Default)]
-pub struct PeersTls {
+pub struct ReplicasTls {
     /// Trusted certificates, PEM; read again when a replica cannot be reached. None: the system's certificates.
     pub ca_file: Option<PathBuf>,
 }
 
-type PeerClient = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
+type ReplicaClient = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
 
-impl Peers {
+impl Replicas {
     /// Checks name and certificates without connecting.
     ///
     /// # Errors
@@ -72,11 +72,11 @@ impl Peers {
         self.client().map(drop)
     }
 
-    fn client(&self) -> anyhow::Result<PeerClient> {
+    fn client(&self) -> anyhow::Result<ReplicaClient> {
         let (host, _) = self.name.rsplit_once(':').with_context(|| format!("--peers {}: no port", self.name))?;
         let connector = match &self.tls {
             None => tls::connector(Trust::Nobody, None),
-            Some(PeersTls { ca_file }) => {
+            Some(ReplicasTls { ca_file }) => {
                 let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned());
                 let name = name.with_context(|| format!("--peers {}", self.name))?;
                 let trust = match ca_file {
@@ -99,7 +99,7 @@ impl Peers {
         loop {
             match lookup_host(&self.name).await {
                 Ok(addresses) => {
-                    let addresses: Vec<_> = addresses.take(MAX_PEERS).collect();
+                    let addresses: Vec<_> = addresses.take(MAX_REPLICAS).collect();
                     running.retain(|address, task| {
                         let is_here = addresses.contains(address);
                         if !is_here {
@@ -109,8 +109,8 @@ impl Peers {
                     });
                     for address in addresses {
                         running.entry(address).or_insert_with(|| {
-                            let (peers, hub, counters) = (self.clone(), Arc::clone(&hub), Arc::clone(&counters));
-                            tasks.spawn(Replica { address, peers, hub, counters }.run())
+                            let (replicas, hub, counters) = (self.clone(), Arc::clone(&hub), Arc::clone(&counters));
+                            tasks.spawn(Replica { address, replicas, hub, counters }.run())
                         });
                     }
                     was_resolved = true;
@@ -131,7 +131,7 @@ impl Peers {
 /// One other replica.
 struct Replica {
     address: SocketAddr,
-    peers: Peers,
+    replicas: Replicas,
     hub: Arc<SharedHub>,
     counters: Arc<Counters>,
 }
@@ -179,12 +179,12 @@ impl Replica {
     /// process.
     async fn send_all(
         &self,
-        client: &mut Option<PeerClient>,
+        client: &mut Option<ReplicaClient>,
         messages: &[ExchangeRequest],
     ) -> anyhow::Result<Option<HashMap<u64, u64>>> {
         let client = match client {
             Some(client) => client,
-            None => client.insert(self.peers.client()?),
+            None => client.insert(self.replicas.client()?),
         };
         let mut have = HashMap::new();
         for message in messages {
@@ -197,10 +197,10 @@ impl Replica {
         Ok(Some(have))
     }
 
-    async fn send(&self, client: &PeerClient, message: &ExchangeRequest) -> anyhow::Result<ExchangeResponse> {
-        let scheme = if self.peers.tls.is_some() { "https" } else { "http" };
+    async fn send(&self, client: &ReplicaClient, message: &ExchangeRequest) -> anyhow::Result<ExchangeResponse> {
+        let scheme = if self.replicas.tls.is_some() { "https" } else { "http" };
         let mut request = Request::post(format!("{scheme}://{}{EXCHANGE_PATH}", self.address));
-        if let Some(token) = &self.peers.token {
+        if let Some(token) = &self.replicas.token {
             request = request.header(header::AUTHORIZATION, token.header());
         }
         let request = request.body(Full::from(message.to_bytes()))?;

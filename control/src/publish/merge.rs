@@ -86,7 +86,7 @@ impl Merge {
     fn with_fact(&self, mut endpoint: Endpoint) -> Endpoint {
         let fact = self.facts.get(&endpoint.address);
         let is_open = !endpoint.models_closed;
-        endpoint.models_pending = is_open && self.asks_engines && !fact.is_some_and(|fact| fact.has_told);
+        endpoint.models_pending = is_open && self.asks_engines && !fact.is_some_and(|fact| fact.has_answered_models);
         if let Some(fact) = fact {
             for card in fact.models.iter().filter(|_| is_open) {
                 if endpoint.models.len() < MAX_MODELS && !endpoint.models.contains(&card.id) {
@@ -194,7 +194,7 @@ mod tests {
         let models = vec![ModelCard { max_model_len: Some(8), ..ModelCard::new("m") }];
         let fact = Fact {
             models,
-            has_told: true,
+            has_answered_models: true,
             cache_tokens: Some(9),
             is_down: true,
             cache_epoch: Some(7),
@@ -233,8 +233,8 @@ mod tests {
         let pending = |list: EndpointList| list.as_slice().iter().map(|it| it.models_pending).collect::<Vec<_>>();
         let update = merge.take(source, list(&[(1, 1.0), (2, 1.0)]));
         assert_eq!(pending(update.list.unwrap()), [true, true]);
-        let told = Fact { has_told: true, ..Fact::default() };
-        let merged = merge.take_facts(Facts::from([(([10, 0, 0, 1], 80).into(), told)]));
+        let fact = Fact { has_answered_models: true, ..Fact::default() };
+        let merged = merge.take_facts(Facts::from([(([10, 0, 0, 1], 80).into(), fact)]));
         assert_eq!(pending(merged.unwrap().unwrap()), [false, true]);
     }
 }

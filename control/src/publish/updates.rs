@@ -26,7 +26,7 @@ pub struct Fact {
     /// Models that the engine serves, for an endpoint whose list of models is not closed.
     pub models: Vec<ModelCard>,
     /// Whether the engine has answered the question for its models.
-    pub has_told: bool,
+    pub has_answered_models: bool,
     /// Tokens of the KV cache, for an endpoint whose `cache_tokens` the sources leave open.
     pub cache_tokens: Option<u64>,
     /// Whether the engine stopped answering.

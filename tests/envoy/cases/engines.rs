@@ -144,7 +144,7 @@ fn a_failed_prefill_leg_beside_its_decode_leg_is_an_error_at_once() {
 }
 
 #[test]
-fn a_data_parallel_rank_is_told_to_each_leg() {
+fn each_leg_carries_the_data_parallel_rank() {
     run(async {
         let rig = adapted(Engine::VllmNixl, |builder| {
             builder.engines(1, 1).list(|list| {
@@ -180,7 +180,7 @@ fn a_data_parallel_rank_is_told_to_each_leg() {
 }
 
 #[test]
-fn a_sidecar_is_told_the_prefill_endpoint() {
+fn a_sidecar_gets_the_prefill_endpoint() {
     run(async {
         let rig = Rig::builder().pool(json!({"engine": "sidecar"})).start().await;
         let mut client = rig.client(Http::One).await;

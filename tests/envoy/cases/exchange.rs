@@ -24,11 +24,11 @@ async fn status(rig: &Rig) -> Value {
 async fn two() -> (Rig, Rig) {
     let first = Rig::start().await;
     let second = first.beside().await;
-    until_heard(&first, &second).await;
+    until_exchanged(&first, &second).await;
     (first, second)
 }
 
-async fn until_heard(first: &Rig, second: &Rig) {
+async fn until_exchanged(first: &Rig, second: &Rig) {
     until("both exchange", async || {
         let status = status(first).await;
         (status["gateways"].as_array().map(Vec::len) == Some(2)).then_some(())
@@ -81,7 +81,7 @@ fn a_conversation_keeps_its_pods_whichever_envoy_it_comes_through() {
         // An Envoy that is new has it all from pd-control.
         drop(second);
         second = first.beside().await;
-        until_heard(&first, &second).await;
+        until_exchanged(&first, &second).await;
         let (held, hit) = converse(&first, &second).await;
         assert!(hit >= held, "{hit} of {held} tokens with a new Envoy");
     });
@@ -133,7 +133,7 @@ fn without_pd_control_each_envoy_goes_on_by_itself_and_later_they_find_each_othe
             }
         }
         first.start_control().await;
-        until_heard(&first, &second).await;
+        until_exchanged(&first, &second).await;
         let (held, hit) = converse(&first, &second).await;
         assert!(hit >= held, "{hit} of {held} tokens");
         // They report once a second.

@@ -106,7 +106,7 @@ fn the_decode_pod_computes_the_prompt_when_no_prefill_pod_can() {
 }
 
 #[test]
-fn the_client_is_told_when_no_prefill_pod_can_and_the_policy_is_to_fail() {
+fn the_client_gets_an_error_when_no_prefill_pod_can_and_the_policy_is_to_fail() {
     run(async {
         let rig = rig("fail").await;
         for (i, fault) in FAULTS[..5].iter().enumerate() {

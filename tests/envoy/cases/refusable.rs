@@ -202,7 +202,7 @@ fn a_prompt_that_prefill_servers_refuse_is_not_believed_to_be_held_there() {
 }
 
 #[test]
-fn what_is_told_of_a_prompt_is_computed_by_the_server_that_answers() {
+fn an_answer_that_describes_the_prompt_is_computed_by_one_server() {
     run(async {
         let rig = shared().await;
         let mut client = rig.client(Http::One).await;
@@ -218,7 +218,7 @@ fn what_is_told_of_a_prompt_is_computed_by_the_server_that_answers() {
         assert_nothing_is_pinned(&rig);
         let (request, path) = logged_chat(&client, &long_chat().replace(":8}", ":8,\"prompt_logprobs\":1}"), &[]);
         assert_eq!(client.send(request).await.status, 200);
-        assert_eq!(rig.access_log_of(&path).await["reason"], "prompt_told");
+        assert_eq!(rig.access_log_of(&path).await["reason"], "prompt_in_answer");
         // What is told of the answer's own tokens is asked of the server that samples them.
         let body = long_chat().replace(":8}", ":8,\"logprobs\":true,\"top_logprobs\":2}");
         assert_right(&client.post(CHAT, body.clone()).await, &body);

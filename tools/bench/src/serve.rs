@@ -160,12 +160,12 @@ impl Answer {
             return Err(format!("the stream ended after {} tokens, before [DONE]", self.events));
         }
         let first_token = self.first.ok_or("there was no token in the stream")?;
-        let told = self.usage.map(|usage| usage.completion_tokens).filter(|tokens| *tokens > 0);
+        let reported = self.usage.map(|usage| usage.completion_tokens).filter(|tokens| *tokens > 0);
         Ok(Timing {
             first_token,
             whole: self.last,
             gaps: self.gaps,
-            output_tokens: told.unwrap_or(self.events),
+            output_tokens: reported.unwrap_or(self.events),
             input_tokens: self.usage.map(|usage| usage.prompt_tokens).filter(|tokens| *tokens > 0),
         })
     }

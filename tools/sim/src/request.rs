@@ -11,7 +11,7 @@ use crate::rules::{Api, Rules};
 use crate::shape::Shape;
 use crate::tokens::{Limits, Output, Prompt, generate};
 
-use limits::{asked_tokens, limits, told_tokens, truncated};
+use limits::{asked_tokens, describes_tokens, limits, truncated};
 use render::{render_chat, render_prompts};
 
 mod limits;
@@ -89,7 +89,7 @@ impl Generation {
             ));
         }
         let echo = fields.get("echo")?.unwrap_or(false);
-        let tells_prompt = told_tokens(api, sampling, n, echo)?;
+        let describes_prompt = describes_tokens(api, sampling, n, echo)?;
         let rendered = match (trtllm_prompts(api, fields, rules)?, api) {
             (Some(prompts), _) => prompts,
             (None, Api::Chat) => vec![render_chat(fields, None, "messages")?],
@@ -100,7 +100,7 @@ impl Generation {
         };
         let rendered = truncated(api, fields, asked_tokens(api, sampling)?, rules, rendered)?;
         let kv = kv_params(fields, rules, rendered.len(), n as usize, stream)?;
-        if tells_prompt && matches!(kv, KvParams::Pull(_) | KvParams::Meet(_)) {
+        if describes_prompt && matches!(kv, KvParams::Pull(_) | KvParams::Meet(_)) {
             // It has the KV of the prompt and no logits of it (vllm#27449).
             return Err(ApiError::internal("out of range integral type conversion attempted"));
         }

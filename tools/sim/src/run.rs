@@ -71,8 +71,8 @@ impl Pod {
             run.sequences.push(sequence);
         }
         // vLLM 0.32 reports the prefill server's hits in place of its own, whether the KV cache came or not.
-        if let Some(told) = remote.and_then(|remote| remote.prefills_cached) {
-            run.usage.cached = told;
+        if let Some(cached) = remote.and_then(|remote| remote.prefills_cached) {
+            run.usage.cached = cached;
         }
         run.due = Instant::now();
         self.ttft.observe(run.due - since);

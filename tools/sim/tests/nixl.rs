@@ -103,10 +103,10 @@ async fn used_altered_and_expired_params_give_wrong_text_with_200() {
 }
 
 #[tokio::test]
-async fn decode_reports_the_prefill_servers_hits_unless_it_is_told_none() {
+async fn decode_reports_the_prefill_servers_hits_unless_it_gets_none() {
     let (prefill, other) = pair().await;
     let details = |answer: &Answer| answer.json()["usage"]["prompt_tokens_details"].clone();
-    for (number, (fault, told, is_own)) in
+    for (number, (fault, in_params, is_own)) in
         [("", true, false), ("handover:recompute", true, false), ("", false, true), ("handover:recompute", false, true)]
             .into_iter()
             .enumerate()
@@ -114,7 +114,7 @@ async fn decode_reports_the_prefill_servers_hits_unless_it_is_told_none() {
         let prompt = format!("{number} {PROMPT}");
         let mut params = params(&prefill, &prompt).await;
         assert!(params.contains("\"remote_prefill_cached_tokens\" : 0,"), "{params}");
-        if !told {
+        if !in_params {
             params = params.replace("cached_tokens\" : 0", "cached_tokens\" : null");
         }
         let answer = ask_with_fault(&other, fault, &decode_leg(&prompt, &params, "")).await.unwrap();
@@ -122,7 +122,7 @@ async fn decode_reports_the_prefill_servers_hits_unless_it_is_told_none() {
         let (prompt_tokens, details) = (answer.json()["usage"]["prompt_tokens"].clone(), details(&answer));
         // Its own count tells whether the KV cache came; the one that it is told does not.
         let own = if fault.is_empty() { prompt_tokens } else { json!(0) };
-        assert_eq!(details["cached_tokens"], if is_own { own } else { json!(0) }, "{fault} {told}");
+        assert_eq!(details["cached_tokens"], if is_own { own } else { json!(0) }, "{fault} {in_params}");
         assert_eq!(details["created_cache_tokens"] == json!(0), fault.is_empty(), "{details}");
     }
 }

@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn pods_that_are_no_engines_are_told() {
+    fn pods_that_are_no_engines_are_warned_of() {
         let found = checked(CONTROL, "app: vllm", "8000", "app: vllm");
         assert_eq!(found.faults, Vec::<String>::new());
         assert!(found.warnings.len() == 1 && found.warnings[0].contains("no engines to pd-control"), "{found:?}");

@@ -116,8 +116,8 @@ fn check_path(change: Change<'_>, place: &Place<'_>, report: &mut Report) {
     };
     let policy = place.filter.policy.title();
     let (taken_off, put_on) = replaced(from, to);
-    let told = items(place.filter.raw_config(), &format!("/{PREFIXES}"));
-    if !taken_off.is_empty() && !told.iter().any(|it| text(it, "").trim_end_matches('/') == taken_off) {
+    let prefixes = items(place.filter.raw_config(), &format!("/{PREFIXES}"));
+    if !taken_off.is_empty() && !prefixes.iter().any(|it| text(it, "").trim_end_matches('/') == taken_off) {
         report.fault(place.says(format!(
             "takes {taken_off} off the path after the filter has read it: config.{PREFIXES} of {policy} must have \
              {taken_off:?}, or the filter knows none of these paths"
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_prefix_that_the_route_takes_off_is_told_to_the_filter() {
+    fn a_prefix_that_the_route_takes_off_must_be_in_path_prefixes() {
         for (from, to, prefix) in [
             ("/team/v1", "/v1", "/team"),
             ("/team", "/", "/team"),
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_that_prefill_legs_lack_are_told() {
+    fn headers_that_prefill_legs_lack_are_warned_of() {
         let rule = "filters: [{requestHeaderModifier: {\
                     set: [{name: x-pd-destination, value: '%FILTER_STATE(wasm.pd.destination:PLAIN)%'}, {name: a, value: b}], \
                     add: [{name: c, value: d}], remove: [e]}}, {extensionRef: {kind: HTTPRouteFilter, name: f}}], \
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_prefix_that_the_route_puts_on_is_told_to_the_filter() {
+    fn a_prefix_that_the_route_puts_on_must_be_in_path_prefixes() {
         let puts = |prefix: &str| {
             format!(
                 "m.yaml:5: HTTPRoute ns/r: spec.rules[0].filters[0]: puts {prefix:?} before the path of engines: \

@@ -44,8 +44,8 @@ pub enum WholeReason {
     Refusable,
     /// Prompt and limit of tokens exceed the length of the model, by the prompt's estimate: the decode endpoint refuses it.
     TooLong,
-    /// The answer tells of the prompt what only the endpoint that computes it knows.
-    Told,
+    /// The answer describes the prompt (probabilities of its tokens): only the endpoint that computes the prompt knows them.
+    DescribesPrompt,
     /// The request goes on from a response that the endpoint keeps.
     Stored,
 }
@@ -63,7 +63,7 @@ impl WholeReason {
             Self::Several => "several_sequences",
             Self::Refusable => "refusable",
             Self::TooLong => "too_long",
-            Self::Told => "prompt_told",
+            Self::DescribesPrompt => "prompt_in_answer",
             Self::Stored => "stored_response",
         }
     }
@@ -165,8 +165,8 @@ impl Scheduler<'_> {
 
 /// Why a request of one sequence is served whole by an engine that could hand it over.
 fn unsplittable(prompt: &Prompt, protocol: &Protocol) -> Option<WholeReason> {
-    if prompt.is_told {
-        return Some(WholeReason::Told);
+    if prompt.describes_prompt {
+        return Some(WholeReason::DescribesPrompt);
     }
     let is_refusable = protocol.limits_prefill && prompt.is_refusable;
     if is_refusable || prompt.has_budget && !protocol.allows_budget {

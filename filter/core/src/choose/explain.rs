@@ -27,7 +27,7 @@ impl Scheduler<'_> {
                     WholeReason::Several => "whole: several sequences, lowest W+wS",
                     WholeReason::Refusable => "whole: decode may refuse it, lowest W+wS",
                     WholeReason::Stored => "whole: at the endpoint that keeps the response",
-                    WholeReason::Told => "whole: the answer tells of the prompt, lowest W+wS",
+                    WholeReason::DescribesPrompt => "whole: the answer tells of the prompt, lowest W+wS",
                     WholeReason::TooLong => "whole: no room for its answer, lowest W+wS",
                 };
                 (pick, why, &candidates.whole)

@@ -31,5 +31,5 @@ pub struct Prompt {
     /// Whether the request has a thinking budget, which no limit of one token holds.
     pub has_budget: bool,
     /// Whether the answer tells of the prompt what only the endpoint that computes it knows.
-    pub is_told: bool,
+    pub describes_prompt: bool,
 }

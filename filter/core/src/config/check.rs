@@ -211,7 +211,7 @@ impl Pool {
                 video_tokens: raw.media.video_tokens,
                 file_tokens: raw.media.file_tokens,
             },
-            tells_prefills_cached_tokens: matches!(raw.cached_tokens, CachedTokens::Prefill),
+            shows_prefills_cached_tokens: matches!(raw.cached_tokens, CachedTokens::Prefill),
             kv_lease: (raw.kv_lease_ms > 0).then(|| Duration::from_millis(raw.kv_lease_ms)),
             limits: Limits { requests: raw.max_requests, tokens: raw.max_tokens },
             queue: Queue {

@@ -45,7 +45,7 @@ pub struct Pool {
     /// Tokens of media, for estimates.
     pub media: MediaCost,
     /// Whether `cached_tokens` in the answer of a split request are those of its prefill leg.
-    pub tells_prefills_cached_tokens: bool,
+    pub shows_prefills_cached_tokens: bool,
     /// How long prefill endpoints keep a KV cache for its decode leg; `None`: answers that begin later are not looked at.
     pub kv_lease: Option<Duration>,
     /// What may be in flight.

@@ -73,7 +73,8 @@ impl CandidateSets {
         let (mut generating, mut prefilling) = (Vec::new(), Vec::new());
         let work = |endpoint: &'a Endpoint| (endpoint.pool.as_str(), endpoint.role == Role::Prefill);
         let names = |state: &&EndpointState| !state.endpoint.models.is_empty() && state.endpoint.state == State::Ready;
-        let told: HashSet<_> = sorted.iter().map(|(_, of)| *of).filter(names).map(|of| work(&of.endpoint)).collect();
+        let named_work: HashSet<_> =
+            sorted.iter().map(|(_, of)| *of).filter(names).map(|of| work(&of.endpoint)).collect();
         let mut is_open = false;
         for (index, of) in sorted {
             let Endpoint { pool, models, role, state, .. } = &of.endpoint;
@@ -84,7 +85,7 @@ impl CandidateSets {
             for model in models {
                 named.entry(model).or_default().entry(pool).or_default().push(*index, *role, of.engine, *state);
             }
-            if models.is_empty() && (of.endpoint.models_closed || !told.contains(&work(&of.endpoint))) {
+            if models.is_empty() && (of.endpoint.models_closed || !named_work.contains(&work(&of.endpoint))) {
                 is_open |= !of.endpoint.models_pending;
                 unnamed.entry(pool).or_default().push(*index, *role, of.engine, *state);
             }

@@ -2,7 +2,7 @@
 
 use core::time::Duration;
 
-use crate::endpoints::outliers::ErrorKind;
+use crate::endpoints::outliers::ErrorClass;
 use crate::time::Monotonic;
 
 /// Why an endpoint is ejected.
@@ -16,7 +16,7 @@ pub enum Cause {
     /// Decode endpoints answer 5xx to its prompts, and serve whole requests: its KV caches cannot be fetched.
     Handover,
     /// It answers errors that the other endpoints of its pool and role do not answer.
-    Outlier(ErrorKind),
+    Outlier(ErrorClass),
 }
 
 impl Cause {
@@ -27,9 +27,9 @@ impl Cause {
             Self::Unreachable => "does not answer",
             Self::Absent => "is not in Envoy's cluster",
             Self::Handover => "computes prompts at which decode servers fail: KV caches cannot be fetched from it",
-            Self::Outlier(ErrorKind::Server) => "answers 5xx where others of its pool do not",
-            Self::Outlier(ErrorKind::Overload) => "answers 429 or 503 where others of its pool do not",
-            Self::Outlier(ErrorKind::Refusal) => "answers 4xx where others of its pool do not",
+            Self::Outlier(ErrorClass::Server) => "answers 5xx where others of its pool do not",
+            Self::Outlier(ErrorClass::Overload) => "answers 429 or 503 where others of its pool do not",
+            Self::Outlier(ErrorClass::Refusal) => "answers 4xx where others of its pool do not",
         }
     }
 
@@ -45,7 +45,7 @@ impl Cause {
 
     /// The cause of that number; an unknown one, of a newer filter, is the first.
     pub(crate) const fn of_code(code: u8) -> Self {
-        match ErrorKind::of_code(code) {
+        match ErrorClass::of_code(code) {
             Some(kind) => Self::Outlier(kind),
             None if code == ABSENT => Self::Absent,
             None if code == HANDOVER => Self::Handover,
@@ -164,8 +164,8 @@ mod tests {
         assert!(health.is_usable(ms(500)));
         health.sent(ms(500));
         assert!(!health.is_usable(ms(501)), "one probe at a time");
-        health.failed(Cause::Outlier(ErrorKind::Server), ms(510));
-        assert_eq!(health.ejection(), Some((Cause::Outlier(ErrorKind::Server), ms(0))));
+        health.failed(Cause::Outlier(ErrorClass::Server), ms(510));
+        assert_eq!(health.ejection(), Some((Cause::Outlier(ErrorClass::Server), ms(0))));
         assert!(!health.is_usable(ms(1_509)));
         assert!(health.is_usable(ms(1_510)));
         health.sent(ms(1_510));

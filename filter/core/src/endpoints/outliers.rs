@@ -13,9 +13,9 @@ pub enum Leg {
     Decode,
 }
 
-/// Kinds of errors. Peers are compared by the same kind.
+/// Classes of errors. An endpoint is compared with its peers within one class.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ErrorKind {
+pub enum ErrorClass {
     /// 5xx other than 503.
     Server,
     /// 429 or 503: the endpoint says that it is full.
@@ -24,8 +24,8 @@ pub enum ErrorKind {
     Refusal,
 }
 
-impl ErrorKind {
-    /// The kind of a status; `None` where the status is no error, or may be the client's.
+impl ErrorClass {
+    /// The class of a status; `None` where the status is no error, or may be the client's.
     #[must_use]
     pub const fn of_status(status: u16) -> Option<Self> {
         match status {
@@ -44,7 +44,7 @@ impl ErrorKind {
         }
     }
 
-    /// The kind of that number.
+    /// The class of that number; `None` for a number of no class.
     pub(crate) const fn of_code(code: u8) -> Option<Self> {
         match code {
             1 => Some(Self::Server),
@@ -65,7 +65,7 @@ impl ErrorKind {
     }
 }
 
-/// Answers that are compared. The window of each kind has one bit for each.
+/// Answers that are compared. The window of each class has one bit for each.
 const WINDOW: u32 = 16;
 
 /// Latest answers of an endpoint to one kind of leg. All zero: none.
@@ -73,7 +73,7 @@ const WINDOW: u32 = 16;
 struct Recent {
     /// Answers in the windows, at most [`WINDOW`].
     answers: u16,
-    /// Errors of each kind; the newest answer is the lowest bit.
+    /// Errors of each class; the newest answer is the lowest bit.
     errors: [u16; 3],
 }
 
@@ -96,16 +96,16 @@ pub struct Peers {
 
 impl Answers {
     /// Notes an answer; `None`: a good one. The answer before the last 16 is forgotten.
-    pub fn note(&mut self, leg: Leg, error: Option<ErrorKind>) {
+    pub fn note(&mut self, leg: Leg, error: Option<ErrorClass>) {
         let recent = match leg {
             Leg::Prefill => &mut self.prefill,
             Leg::Decode => &mut self.decode,
         };
         recent.answers = recent.answers.saturating_add(1).min(WINDOW as u16);
-        for (kind, window) in
-            [ErrorKind::Server, ErrorKind::Overload, ErrorKind::Refusal].iter().zip(&mut recent.errors)
+        for (class, window) in
+            [ErrorClass::Server, ErrorClass::Overload, ErrorClass::Refusal].iter().zip(&mut recent.errors)
         {
-            *window = (*window << 1) | u16::from(error == Some(*kind));
+            *window = (*window << 1) | u16::from(error == Some(*class));
         }
     }
 
@@ -118,17 +118,17 @@ impl Answers {
     /// Whether an endpoint answered this error several times in a row, or to half of a full window. Refusals of a decode
     /// endpoint must fill the window.
     #[must_use]
-    pub fn is_suspect(&self, leg: Leg, kind: ErrorKind) -> bool {
-        let window = self.window(leg, kind);
-        let row = kind.in_a_row(leg);
+    pub fn is_suspect(&self, leg: Leg, class: ErrorClass) -> bool {
+        let window = self.window(leg, class);
+        let row = class.in_a_row(leg);
         window.trailing_ones() >= row || (row < WINDOW && window.count_ones() >= WINDOW / 2)
     }
 
     /// Whether the peers answer this error less than half as often: as a share of the latest answers, which for the
     /// endpoint are those of the row that makes it suspect.
     #[must_use]
-    pub fn is_worse_than(&self, leg: Leg, kind: ErrorKind, peers: &Peers) -> bool {
-        let window = self.window(leg, kind);
+    pub fn is_worse_than(&self, leg: Leg, class: ErrorClass, peers: &Peers) -> bool {
+        let window = self.window(leg, class);
         let recent = self.recent(leg);
         let (errors, answers) = match window.trailing_ones() {
             0 => (window.count_ones(), u32::from(recent.answers)),
@@ -147,21 +147,21 @@ impl Answers {
         }
     }
 
-    const fn window(&self, leg: Leg, kind: ErrorKind) -> u16 {
+    const fn window(&self, leg: Leg, class: ErrorClass) -> u16 {
         let [server, overload, refusal] = self.recent(leg).errors;
-        match kind {
-            ErrorKind::Server => server,
-            ErrorKind::Overload => overload,
-            ErrorKind::Refusal => refusal,
+        match class {
+            ErrorClass::Server => server,
+            ErrorClass::Overload => overload,
+            ErrorClass::Refusal => refusal,
         }
     }
 }
 
 impl Peers {
     /// Adds the answers of one peer to one leg. `is_ejected`: the peer gets no requests now.
-    pub fn add(&mut self, answers: &Answers, leg: Leg, kind: ErrorKind, is_ejected: bool) {
+    pub fn add(&mut self, answers: &Answers, leg: Leg, class: ErrorClass, is_ejected: bool) {
         self.answers = self.answers.saturating_add(u32::from(answers.recent(leg).answers));
-        self.errors = self.errors.saturating_add(answers.window(leg, kind).count_ones());
+        self.errors = self.errors.saturating_add(answers.window(leg, class).count_ones());
         self.endpoints = self.endpoints.saturating_add(1);
         self.ejected = self.ejected.saturating_add(u32::from(is_ejected));
     }
@@ -179,54 +179,54 @@ mod tests {
 
     const LEG: Leg = Leg::Decode;
 
-    fn answers(errors: &[Option<ErrorKind>]) -> Answers {
+    fn answers(errors: &[Option<ErrorClass>]) -> Answers {
         let mut answers = Answers::default();
         errors.iter().for_each(|error| answers.note(LEG, *error));
         answers
     }
 
-    fn peers(of: &[(Answers, bool)], kind: ErrorKind) -> Peers {
+    fn peers(of: &[(Answers, bool)], class: ErrorClass) -> Peers {
         let mut peers = Peers::default();
-        of.iter().for_each(|(answers, is_ejected)| peers.add(answers, LEG, kind, *is_ejected));
+        of.iter().for_each(|(answers, is_ejected)| peers.add(answers, LEG, class, *is_ejected));
         peers
     }
 
     #[test]
     fn errors_in_a_row_or_in_half_of_the_answers_make_an_endpoint_suspect() {
-        for (kind, row) in [(ErrorKind::Server, 3), (ErrorKind::Overload, 5)] {
-            assert!(!answers(&vec![Some(kind); row - 1]).is_suspect(LEG, kind));
-            assert!(answers(&vec![Some(kind); row]).is_suspect(LEG, kind));
-            assert!(answers(&[None, Some(kind)].repeat(8)).is_suspect(LEG, kind));
-            assert!(!answers(&[None, None, Some(kind)].repeat(8)).is_suspect(LEG, kind));
-            assert!(!answers(&vec![Some(kind); row]).is_suspect(Leg::Prefill, kind), "each kind of leg for itself");
+        for (class, row) in [(ErrorClass::Server, 3), (ErrorClass::Overload, 5)] {
+            assert!(!answers(&vec![Some(class); row - 1]).is_suspect(LEG, class));
+            assert!(answers(&vec![Some(class); row]).is_suspect(LEG, class));
+            assert!(answers(&[None, Some(class)].repeat(8)).is_suspect(LEG, class));
+            assert!(!answers(&[None, None, Some(class)].repeat(8)).is_suspect(LEG, class));
+            assert!(!answers(&vec![Some(class); row]).is_suspect(Leg::Prefill, class), "each kind of leg for itself");
         }
     }
 
     #[test]
     fn a_decode_endpoint_is_suspect_only_where_it_refuses_everything() {
-        let kind = ErrorKind::Refusal;
-        assert!(!answers(&[Some(kind); 15]).is_suspect(LEG, kind));
-        assert!(answers(&[Some(kind); 16]).is_suspect(LEG, kind));
-        let mixed = [&[Some(kind); 15][..], &[None], &[Some(kind); 15]].concat();
-        assert!(!answers(&mixed).is_suspect(LEG, kind), "one client's fault");
+        let class = ErrorClass::Refusal;
+        assert!(!answers(&[Some(class); 15]).is_suspect(LEG, class));
+        assert!(answers(&[Some(class); 16]).is_suspect(LEG, class));
+        let mixed = [&[Some(class); 15][..], &[None], &[Some(class); 15]].concat();
+        assert!(!answers(&mixed).is_suspect(LEG, class), "one client's fault");
         let mut of_prefill = Answers::default();
-        (0..3).for_each(|_| of_prefill.note(Leg::Prefill, Some(kind)));
-        assert!(of_prefill.is_suspect(Leg::Prefill, kind), "another endpoint accepted the same");
+        (0..3).for_each(|_| of_prefill.note(Leg::Prefill, Some(class)));
+        assert!(of_prefill.is_suspect(Leg::Prefill, class), "another endpoint accepted the same");
     }
 
     #[test]
     fn an_endpoint_is_worse_only_where_its_peers_do_not_answer_the_same() {
-        let kind = ErrorKind::Overload;
-        let bad = answers(&[Some(kind); 5]);
+        let class = ErrorClass::Overload;
+        let bad = answers(&[Some(class); 5]);
         let worse = |of: &[Answers]| {
             let of: Vec<_> = of.iter().map(|answers| (*answers, false)).collect();
-            bad.is_worse_than(LEG, kind, &peers(&of, kind))
+            bad.is_worse_than(LEG, class, &peers(&of, class))
         };
         assert!(worse(&[answers(&[None; 20])]));
         assert!(worse(&[Answers::default()]), "a peer without answers counts as healthy");
-        assert!(worse(&[answers(&[Some(ErrorKind::Server); 9])]), "another kind is another cause");
-        assert!(worse(&[answers(&[None, None, None, Some(kind)])]));
-        assert!(!worse(&[answers(&[None, Some(kind)])]));
+        assert!(worse(&[answers(&[Some(ErrorClass::Server); 9])]), "another class is another cause");
+        assert!(worse(&[answers(&[None, None, None, Some(class)])]));
+        assert!(!worse(&[answers(&[None, Some(class)])]));
         assert!(!worse(&[bad, bad]));
     }
 
@@ -234,7 +234,7 @@ mod tests {
     fn at_most_half_of_a_pool_is_ejected_and_never_the_last_endpoint() {
         let fine = (Answers::default(), false);
         let out = (Answers::default(), true);
-        let allowed = |of: &[(Answers, bool)]| peers(of, ErrorKind::Server).allow_ejection();
+        let allowed = |of: &[(Answers, bool)]| peers(of, ErrorClass::Server).allow_ejection();
         assert!(!allowed(&[]));
         assert!(allowed(&[fine]));
         assert!(!allowed(&[out]));

@@ -13,7 +13,7 @@ use crate::endpoints::fitted_cost::{FittedCost, SeenPrefill};
 use crate::endpoints::fitted_media::{CLASSES, MediaTokens};
 use crate::endpoints::known_models::KnownModels;
 use crate::endpoints::load::LedgerEntry;
-use crate::endpoints::outliers::{ErrorKind, Leg, Peers};
+use crate::endpoints::outliers::{ErrorClass, Leg, Peers};
 use crate::endpoints::pairings::{Given, Partner};
 use crate::endpoints::usage::Usage;
 use crate::metrics::tag_value;
@@ -364,7 +364,7 @@ impl Table {
 
     /// What the other ready endpoints of an endpoint's pool and role answered lately: a pass over all endpoints.
     #[must_use]
-    pub fn peers(&self, of: EndpointIndex, leg: Leg, kind: ErrorKind) -> Peers {
+    pub fn peers(&self, of: EndpointIndex, leg: Leg, class: ErrorClass) -> Peers {
         let mut peers = Peers::default();
         let Some(own) = self.get(of) else { return peers };
         let is_peer = |other: &EndpointState| {
@@ -372,7 +372,7 @@ impl Table {
             other.state == State::Ready && other.role == own.role && other.pool == own.pool
         };
         for (_, state) in self.iter().filter(|(index, state)| *index != of && is_peer(state)) {
-            peers.add(&state.answers, leg, kind, state.health.is_failing());
+            peers.add(&state.answers, leg, class, state.health.is_failing());
         }
         peers
     }

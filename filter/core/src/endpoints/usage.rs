@@ -14,8 +14,8 @@ pub struct Usage {
 impl Usage {
     /// The usage with cached tokens that the engine told elsewhere, unless its usage has them.
     #[must_use]
-    pub fn with_cached_tokens(self, told: Option<u64>) -> Self {
-        Self { cached_tokens: self.cached_tokens.or(told), ..self }
+    pub fn with_cached_tokens(self, cached_tokens: Option<u64>) -> Self {
+        Self { cached_tokens: self.cached_tokens.or(cached_tokens), ..self }
     }
 
     /// Reads `usage.prompt_tokens` and `usage.prompt_tokens_details.cached_tokens`, or the same with `input_` as

@@ -64,13 +64,13 @@ pub fn asked_tokens(api: Api, body: &[u8], scan: &Scan) -> Option<u64> {
 /// (`prompt_logprobs`, `echo` with `logprobs`), its hidden states, its experts. A decode endpoint that fetched the KV cache
 /// computes the whole prompt again for them, or fails (vllm#27449, vllm-ascend#13363).
 #[must_use]
-pub fn tells_prompt(api: Api, body: &[u8], scan: &Scan) -> bool {
+pub fn describes_prompt(api: Api, body: &[u8], scan: &Scan) -> bool {
     let top = Members { api, body, scan, nested: None };
     let is_asked = |key| top.get(key).is_some_and(|value| !matches!(value, b"null" | b"false"));
     let of_sampling = || {
         let nested = members(scan.raw(body, Key::SamplingParams).unwrap_or_default());
-        let mut told = nested.filter(|(key, _)| key.starts_with("prompt_logprob"));
-        told.any(|(_, value)| !is_null(value))
+        let mut found = nested.filter(|(key, _)| key.starts_with("prompt_logprob"));
+        found.any(|(_, value)| !is_null(value))
     };
     let is_echoed = match api {
         // vLLM takes `top_logprobs` for the prompt's, and its default is 0, not none.

@@ -1,6 +1,6 @@
 //! vLLM with the Mooncake connector: both legs name a transfer, the decode leg also the prefill engine's id.
 
-use super::protocol::{EngineIdQuery, LegOrder, Pair, Protocol, no_handover, no_told_cached_tokens};
+use super::protocol::{EngineIdQuery, LegOrder, Pair, Protocol, no_cached_tokens_in_params, no_handover};
 use crate::body::json;
 
 pub(super) static PROTOCOL: Protocol = Protocol {
@@ -17,7 +17,7 @@ pub(super) static PROTOCOL: Protocol = Protocol {
     prefill_members,
     decode_members,
     handover: no_handover,
-    told_cached_tokens: no_told_cached_tokens,
+    cached_tokens_in_params: no_cached_tokens_in_params,
 };
 
 fn prefill_members(pair: &Pair<'_>) -> Vec<u8> {

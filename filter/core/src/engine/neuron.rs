@@ -1,6 +1,6 @@
 //! AWS Neuron: the decode leg quotes the whole prefill answer.
 
-use super::protocol::{CachedTokensOf, Handover, LegAnswer, LegOrder, Protocol, no_members, no_told_cached_tokens};
+use super::protocol::{CachedTokensOf, Handover, LegAnswer, LegOrder, Protocol, no_members, no_cached_tokens_in_params};
 use crate::body::Api;
 
 pub(super) static PROTOCOL: Protocol = Protocol {
@@ -17,7 +17,7 @@ pub(super) static PROTOCOL: Protocol = Protocol {
     prefill_members: no_members,
     decode_members: no_members,
     handover,
-    told_cached_tokens: no_told_cached_tokens,
+    cached_tokens_in_params: no_cached_tokens_in_params,
 };
 
 fn handover(_: Api, leg: &LegAnswer<'_>, _: CachedTokensOf) -> Handover {

@@ -42,7 +42,7 @@ pub struct Protocol {
     pub(crate) handover: fn(Api, &LegAnswer<'_>, CachedTokensOf) -> Handover,
     /// Reads the prompt tokens that the prefill endpoint had cached out of the parameters in its answer, where the decode
     /// endpoint reports them as its own. `None` where the parameters do not tell them.
-    pub(crate) told_cached_tokens: fn(&LegAnswer<'_>) -> Option<u64>,
+    pub(crate) cached_tokens_in_params: fn(&LegAnswer<'_>) -> Option<u64>,
 }
 
 /// The JSON answer of a prefill leg.
@@ -154,6 +154,6 @@ pub(super) fn no_handover(_: Api, _: &LegAnswer<'_>, _: CachedTokensOf) -> Hando
 }
 
 /// For protocols whose decode endpoint always reports its own cached tokens.
-pub(super) fn no_told_cached_tokens(_: &LegAnswer<'_>) -> Option<u64> {
+pub(super) fn no_cached_tokens_in_params(_: &LegAnswer<'_>) -> Option<u64> {
     None
 }

@@ -1,6 +1,6 @@
 //! SGLang: both legs meet in a bootstrap room at the prefill endpoint.
 
-use super::protocol::{LegOrder, Pair, Protocol, no_handover, no_told_cached_tokens};
+use super::protocol::{LegOrder, Pair, Protocol, no_cached_tokens_in_params, no_handover};
 
 /// Sequences that one request may ask for; each has a bootstrap room of its own, which takes 50 bytes of both legs'
 /// bodies. vLLM's own bound of `n` is 16,384.
@@ -22,7 +22,7 @@ pub(super) static PROTOCOL: Protocol = Protocol {
     prefill_members: rooms,
     decode_members,
     handover: no_handover,
-    told_cached_tokens: no_told_cached_tokens,
+    cached_tokens_in_params: no_cached_tokens_in_params,
 };
 
 /// Where the legs meet: one value each, or a list with one for every sequence of a batch.

@@ -1,6 +1,6 @@
 //! llm-d's routing sidecar beside the decode endpoint: it runs the prefill leg at the endpoint that a header names.
 
-use super::protocol::{LegOrder, Protocol, no_handover, no_members, no_told_cached_tokens};
+use super::protocol::{LegOrder, Protocol, no_cached_tokens_in_params, no_handover, no_members};
 
 pub(super) static PROTOCOL: Protocol = Protocol {
     legs: LegOrder::DecodeOnly,
@@ -16,5 +16,5 @@ pub(super) static PROTOCOL: Protocol = Protocol {
     prefill_members: no_members,
     decode_members: no_members,
     handover: no_handover,
-    told_cached_tokens: no_told_cached_tokens,
+    cached_tokens_in_params: no_cached_tokens_in_params,
 };

@@ -1,6 +1,6 @@
 //! TensorRT-LLM: parameters travel from the context answer to the generation request.
 
-use super::protocol::{Handover, LegAnswer, LegOrder, Pair, Protocol, no_members, no_told_cached_tokens};
+use super::protocol::{Handover, LegAnswer, LegOrder, Pair, Protocol, no_members, no_cached_tokens_in_params};
 use crate::body::json;
 use crate::body::{Api, Key, KeySet};
 
@@ -18,7 +18,7 @@ pub(super) static PROTOCOL: Protocol = Protocol {
     prefill_members,
     decode_members: no_members,
     handover: |api, answer, _| handover(api, answer).unwrap_or(Handover::Missing),
-    told_cached_tokens: no_told_cached_tokens,
+    cached_tokens_in_params: no_cached_tokens_in_params,
 };
 
 fn prefill_members(pair: &Pair<'_>) -> Vec<u8> {

@@ -1,7 +1,7 @@
 //! vLLM: its NIXL connector, and connectors over shared storage.
 
 use super::protocol::{
-    CachedTokensOf, Handover, LegAnswer, LegOrder, Pair, Protocol, no_handover, no_members, no_told_cached_tokens,
+    CachedTokensOf, Handover, LegAnswer, LegOrder, Pair, Protocol, no_handover, no_members, no_cached_tokens_in_params,
 };
 use crate::body::Api;
 use crate::body::json::Object;
@@ -22,7 +22,7 @@ pub(super) static NIXL: Protocol = Protocol {
     prefill_members,
     decode_members: no_members,
     handover,
-    told_cached_tokens,
+    cached_tokens_in_params,
 };
 
 /// LMCache or a shared directory: the decode endpoint looks the prompt's blocks up there.
@@ -40,7 +40,7 @@ pub(super) static SHARED_STORAGE: Protocol = Protocol {
     prefill_members: no_members,
     decode_members: no_members,
     handover: no_handover,
-    told_cached_tokens: no_told_cached_tokens,
+    cached_tokens_in_params: no_cached_tokens_in_params,
 };
 
 /// Parameters that make a prefill endpoint keep the blocks and name them in its answer.
@@ -59,7 +59,7 @@ fn handover(_: Api, answer: &LegAnswer<'_>, cached_tokens: CachedTokensOf) -> Ha
     let Some(params) = answer.kv_transfer_params().filter(|params| is_usable(params)) else {
         return Handover::Missing;
     };
-    let is_taken_back = cached_tokens == CachedTokensOf::Decode && told_cached_tokens(answer).is_some();
+    let is_taken_back = cached_tokens == CachedTokensOf::Decode && cached_tokens_in_params(answer).is_some();
     let mut members = br#""kv_transfer_params":"#.to_vec();
     if is_taken_back {
         params.write_with(TOLD_CACHED_TOKENS, b"null", &mut members);
@@ -69,7 +69,7 @@ fn handover(_: Api, answer: &LegAnswer<'_>, cached_tokens: CachedTokensOf) -> Ha
     Handover::insert(members)
 }
 
-fn told_cached_tokens(answer: &LegAnswer<'_>) -> Option<u64> {
+fn cached_tokens_in_params(answer: &LegAnswer<'_>) -> Option<u64> {
     core::str::from_utf8(answer.kv_transfer_params()?.get(TOLD_CACHED_TOKENS)?).ok()?.parse().ok()
 }
 
@@ -98,22 +98,22 @@ mod tests {
 
     #[test]
     fn a_decode_server_that_is_to_count_itself_does_not_get_the_prefill_servers_count() {
-        let with = |told: &str| {
+        let with = |params: &str| {
             format!(
-                r#"{{"do_remote_prefill":true,"remote_block_ids":[[1]],"remote_request_id":"r", {told}"n":18446744073709551617}}"#
+                r#"{{"do_remote_prefill":true,"remote_block_ids":[[1]],"remote_request_id":"r", {params}"n":18446744073709551617}}"#
             )
         };
-        for (told, of_prefill, read) in [
+        for (params, of_prefill, read) in [
             (r#""remote_prefill_cached_tokens" : 16, "#, r#""remote_prefill_cached_tokens" : null, "#, Some(16)),
             (r#""remote_prefill_cached_tokens":null,"#, r#""remote_prefill_cached_tokens":null,"#, None),
             ("", "", None),
         ] {
-            let answer = format!(r#"{{"kv_transfer_params":{}}}"#, with(told));
+            let answer = format!(r#"{{"kv_transfer_params":{}}}"#, with(params));
             let answer = LegAnswer::read(answer.as_bytes());
-            let members = |told: &str| insert(&format!(r#""kv_transfer_params":{}"#, with(told)));
-            assert_eq!((NIXL.handover)(Api::Chat, &answer, CachedTokensOf::Prefill), members(told));
+            let members = |params: &str| insert(&format!(r#""kv_transfer_params":{}"#, with(params)));
+            assert_eq!((NIXL.handover)(Api::Chat, &answer, CachedTokensOf::Prefill), members(params));
             assert_eq!((NIXL.handover)(Api::Chat, &answer, CachedTokensOf::Decode), members(of_prefill));
-            assert_eq!((NIXL.told_cached_tokens)(&answer), read);
+            assert_eq!((NIXL.cached_tokens_in_params)(&answer), read);
         }
     }
 

@@ -275,7 +275,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_told_is_heard(
+        fn a_request_is_read_as_it_was_written(
             from: u64, known_state: (u64, u64), wants: bool, known in pairs(), records in prop::collection::vec(record(), 0..3),
             origins in prop::collection::vec(any::<u64>(), 0..3),
         ) {
@@ -289,7 +289,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_answered_is_heard(
+        fn a_response_is_read_as_it_was_written(
             words: [u64; 4], have in pairs(),
             loads in prop::option::of(prop::collection::vec((any::<u64>(), totals()), 0..4)),
             batches in prop::collection::vec((any::<[u64; 3]>(), bytes()), 0..3),

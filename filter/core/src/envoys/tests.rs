@@ -172,7 +172,7 @@ fn loads_of(hub: &Hub) -> Vec<(u64, Totals)> {
 const ONE: Totals = Totals { work: 1, tokens: 1, requests: 1 };
 
 #[test]
-fn who_is_told_of_an_envoy_cannot_name_it() {
+fn the_public_name_of_an_envoy_does_not_let_others_speak_for_it() {
     let mut hub = Hub::new(9).with_public_names(|gateway| gateway ^ 0xffff);
     let mut honest = claims(7, 1, vec![(4, ONE)], Vec::new());
     honest.records[0].blocks = block_event(4, &blocks(1, 3)).into_vec();

@@ -6,12 +6,12 @@ use super::effect::{Effect, Flow, KV_HEADER, Outcome, SERVED_HEADER};
 use super::kv_lease::{self, KvLease, Part};
 use super::leg::{PrefillAnswer, abandon, engines_reply, leg_ended, refused_alone};
 use super::route::{JUDGED_TOKENS, prefill_ms};
-use super::state::{ConcurrentPrefill, Forwarded, Response, Sent, State};
+use super::state::{ConcurrentPrefill, DecodeLeg, Forwarded, Response, State};
 use super::step::Step;
 use crate::body::json::Object;
 use crate::body::splice::HeadEdit;
 use crate::endpoints::health::Cause;
-use crate::endpoints::outliers::{ErrorKind, Leg};
+use crate::endpoints::outliers::{ErrorClass, Leg};
 use crate::endpoints::table::EndpointRef;
 use crate::endpoints::usage::Usage;
 use crate::metrics::Metric;
@@ -41,7 +41,7 @@ impl Forwarded {
         now: Monotonic,
     ) -> Step {
         if self.kv_lease.as_ref().is_some_and(KvLease::is_asking) {
-            return self.kv_lease_told(worker, &answer, now);
+            return self.kv_lease_answered(worker, &answer, now);
         }
         let Some(concurrent) = self.concurrent_prefill.take() else { return self.stay(Vec::new()) };
         let mut warning =
@@ -84,7 +84,7 @@ impl Forwarded {
     }
 
     /// The prefill server told its metrics, or did not, while the answer's headers were held.
-    fn kv_lease_told(mut self: Box<Self>, worker: &mut Worker, answer: &PrefillAnswer<'_>, now: Monotonic) -> Step {
+    fn kv_lease_answered(mut self: Box<Self>, worker: &mut Worker, answer: &PrefillAnswer<'_>, now: Monotonic) -> Step {
         let metrics: &[u8] = if let PrefillAnswer::Answered { status: 200, body, .. } = answer { body } else { b"" };
         let is_kept = self.kv_lease.take().is_some_and(|lease| lease.is_kept(worker, metrics));
         if is_kept {
@@ -181,7 +181,7 @@ impl Forwarded {
                     let warnings = refused(worker, endpoint, status, now).into_iter().collect();
                     return AnsweredBy { warnings, may_not_answer: false };
                 }
-                let error = status.and_then(ErrorKind::of_status);
+                let error = status.and_then(ErrorClass::of_status);
                 let of_handover = self.judge_handover(worker, endpoint, error, now);
                 let of_answer = worker.judge_answer(endpoint, Leg::Decode, error, now);
                 AnsweredBy { warnings: of_answer.into_iter().chain(of_handover).collect(), may_not_answer: false }
@@ -210,12 +210,12 @@ impl Forwarded {
     /// have answered, it hangs. What it waits for may be a prefill endpoint: where that is so for sure, it is not judged.
     fn judge_silence(&self, worker: &mut Worker, now: Monotonic) {
         let endpoint = self.assignment.endpoint;
-        let Sent { at, silent_after, .. } = self.sent;
+        let DecodeLeg { started, silent_after, .. } = self.decode_leg;
         let table = &mut worker.state.table;
-        let is_silent = table.resolve(endpoint).is_some_and(|state| state.answered_at <= at)
-            && now.saturating_sub(at) >= silent_after
+        let is_silent = table.resolve(endpoint).is_some_and(|state| state.answered_at <= started)
+            && now.saturating_sub(started) >= silent_after
             && self.concurrent_prefill.is_none()
-            && table.have_peers_answered(endpoint.index, at);
+            && table.have_peers_answered(endpoint.index, started);
         if is_silent {
             worker.counts.count(Metric::DecodeUnanswered);
             worker.failed(endpoint, now);
@@ -228,13 +228,13 @@ impl Forwarded {
         &self,
         worker: &mut Worker,
         decode: EndpointRef,
-        error: Option<ErrorKind>,
+        error: Option<ErrorClass>,
         now: Monotonic,
     ) -> Option<String> {
         let failed = match error {
             None => false,
-            Some(ErrorKind::Server) => true,
-            Some(ErrorKind::Overload | ErrorKind::Refusal) => return None,
+            Some(ErrorClass::Server) => true,
+            Some(ErrorClass::Overload | ErrorClass::Refusal) => return None,
         };
         match self.handed_over_by {
             Some(prefill) => worker.judge_handover(prefill, decode, failed, now),
@@ -337,7 +337,7 @@ impl Forwarded {
     /// The stream ended. Where there was no answer the client left: of an answer that is no stream, the first byte comes with
     /// the last one, so only a stream shows that the endpoint hangs.
     pub(super) fn end(&mut self, worker: &mut Worker, now: Monotonic) {
-        if self.response == Response::Awaited && self.sent.is_stream {
+        if self.response == Response::Awaited && self.decode_leg.is_stream {
             self.judge_silence(worker, now);
         }
         self.assignment.end(worker, now);
@@ -357,12 +357,12 @@ pub(super) fn served_by(answerer: Answerer<'_>) -> Option<Effect> {
 /// model that only the others know, is an outlier; a warning where that begins.
 fn refused(worker: &mut Worker, endpoint: EndpointRef, status: u16, now: Monotonic) -> Option<String> {
     let ejection = worker.state.table.resolve(endpoint)?.health.ejection();
-    let is_other = ejection.is_some_and(|(cause, _)| cause != Cause::Outlier(ErrorKind::Refusal));
+    let is_other = ejection.is_some_and(|(cause, _)| cause != Cause::Outlier(ErrorClass::Refusal));
     if !matches!(status, 401 | 403 | 404) || is_other {
         worker.answered(endpoint);
         return None;
     }
-    worker.judge_answer(endpoint, Leg::Decode, Some(ErrorKind::Refusal), now)
+    worker.judge_answer(endpoint, Leg::Decode, Some(ErrorClass::Refusal), now)
 }
 
 /// Responses in a row that must show a KV cache that came, before the next one without it is worth a warning again.

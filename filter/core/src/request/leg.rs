@@ -7,7 +7,7 @@ use super::route::destination;
 use super::state::Split;
 use crate::choose::scheduler::Pick;
 use crate::config::Config;
-use crate::endpoints::outliers::{ErrorKind, Leg};
+use crate::endpoints::outliers::{ErrorClass, Leg};
 use crate::endpoints::table::EndpointRef;
 use crate::engine::{Pair, legs};
 use crate::headers::Headers;
@@ -147,7 +147,7 @@ pub(super) fn leg_ended(
         Some(Fault::NotStarted) => {}
         Some(Fault::ServerError) | None if answer.is_refusal() => {}
         Some(Fault::ServerError) | None => {
-            let error = answer.status().and_then(ErrorKind::of_status);
+            let error = answer.status().and_then(ErrorClass::of_status);
             warning = worker.judge_answer(endpoint, Leg::Prefill, error, now).map(Effect::Warn);
         }
     }
@@ -156,7 +156,7 @@ pub(super) fn leg_ended(
 
 /// A prefill endpoint refused what another one accepts; a warning where that ejects it.
 pub(super) fn refused_alone(worker: &mut Worker, endpoint: EndpointRef, now: Monotonic) -> Option<Effect> {
-    worker.judge_answer(endpoint, Leg::Prefill, Some(ErrorKind::Refusal), now).map(Effect::Warn)
+    worker.judge_answer(endpoint, Leg::Prefill, Some(ErrorClass::Refusal), now).map(Effect::Warn)
 }
 
 /// The request ended before its prefill leg did.

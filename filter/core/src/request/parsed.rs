@@ -216,7 +216,7 @@ fn prompt(
         is_several: asks_for_several(body),
         is_refusable: acceptance::is_refusable(api, body.bytes, &body.scan),
         has_budget: acceptance::has_thinking_budget(api, body.bytes, &body.scan),
-        is_told: acceptance::tells_prompt(api, body.bytes, &body.scan),
+        describes_prompt: acceptance::describes_prompt(api, body.bytes, &body.scan),
         is_too_long: false,
         hash,
     }

@@ -180,8 +180,8 @@ impl Prefilling {
         let matched_tokens = prefiller.pick.matched_tokens;
         let estimate = PromptEstimate { bytes: bytes as f64, media, tokens, matched_tokens };
         let protocol = prefiller.partner.engine.protocol();
-        let told = (protocol.told_cached_tokens)(answer);
-        let usage = Usage::of_answer(&answer.answer).map(|usage| usage.with_cached_tokens(told));
+        let cached_tokens = (protocol.cached_tokens_in_params)(answer);
+        let usage = Usage::of_answer(&answer.answer).map(|usage| usage.with_cached_tokens(cached_tokens));
         worker.state.table.saw_prefill(prefiller.endpoint, estimate, seconds, usage);
         if let Some(cached) = usage.and_then(|usage| usage.cached_tokens) {
             worker.judge_belief(prefiller.endpoint, matched_tokens, cached);

@@ -16,7 +16,7 @@ pub(crate) struct ResponseEditor {
     /// The model's name to replace, and the JSON string to put in its place.
     names: Option<(String, Vec<u8>)>,
     /// Whether [`cached_tokens`](Self::cached_tokens) is to be told.
-    tells_cached_tokens: bool,
+    replaces_cached_tokens: bool,
     /// Tokens that the prefill leg found in its cache.
     pub(crate) cached_tokens: Option<u64>,
     /// Whether the response's id is looked for.
@@ -67,8 +67,8 @@ enum Found {
 
 impl ResponseEditor {
     /// Looks for what an answer used, and tells the prefill leg's cached tokens if it is to and they are known.
-    pub(crate) fn new(tells_cached_tokens: bool, cached_tokens: Option<u64>) -> Self {
-        Self { tells_cached_tokens, cached_tokens, ..Self::default() }
+    pub(crate) fn new(replaces_cached_tokens: bool, cached_tokens: Option<u64>) -> Self {
+        Self { replaces_cached_tokens, cached_tokens, ..Self::default() }
     }
 
     /// Looks for the response's id and nothing else.
@@ -214,7 +214,7 @@ impl ResponseEditor {
                 self.usage.cached_tokens = Some(said);
                 // What was computed here again was not cached, whatever the prefill leg found. White space keeps the
                 // answer's length, and so its content-length.
-                let cached = self.cached_tokens.filter(|cached| self.tells_cached_tokens && *cached < said)?;
+                let cached = self.cached_tokens.filter(|cached| self.replaces_cached_tokens && *cached < said)?;
                 Some(format!("{cached:>width$}", width = value.len()).into_bytes())
             }
         }

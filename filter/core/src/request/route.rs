@@ -7,7 +7,7 @@ use super::effect::{
 use super::head::Subset;
 use super::kv_lease::KvLease;
 use super::parsed::ParsedRequest;
-use super::state::{ConcurrentPrefill, Forwarded, Response, Sent, State};
+use super::state::{ConcurrentPrefill, DecodeLeg, Forwarded, Response, State};
 use super::step::Step;
 use super::stored::keeper;
 use crate::body::splice::HeadEdit;
@@ -133,8 +133,8 @@ pub(super) fn forward(
         is_judged,
         believed_tokens,
         is_restricted: parsed.head.subset.is_some(),
-        sent: Sent {
-            at: now,
+        decode_leg: DecodeLeg {
+            started: now,
             silent_after: parsed.pool().prefill_timeout.of(route.pick.seconds),
             is_stream: parsed.is_stream,
         },
@@ -289,7 +289,7 @@ fn believed_tokens(parsed: &ParsedRequest, route: &Route) -> Option<f64> {
 /// Editor of the response to a request: of the model's name where it is put back, and of the usage where the response
 /// will tell it. A stream is read for its cached tokens only where they are corrected, for it has many parts.
 fn response_editor(parsed: &ParsedRequest, prefill: &Prefill, reads_usage: bool) -> Option<ResponseEditor> {
-    let (tells_cached_tokens, cached_tokens) = match prefill {
+    let (replaces_cached_tokens, cached_tokens) = match prefill {
         Prefill::Done { usage, .. } => {
             let cached = usage.and_then(|usage| usage.cached_tokens);
             (cached.is_some(), cached)
@@ -298,12 +298,12 @@ fn response_editor(parsed: &ParsedRequest, prefill: &Prefill, reads_usage: bool)
         Prefill::Own | Prefill::Sidecar(..) => (false, None),
     };
     let is_split = prefill.hands_over();
-    let tells_cached_tokens = tells_cached_tokens && is_split && parsed.pool().tells_prefills_cached_tokens;
-    let reads_usage = parsed.shows_usage && (tells_cached_tokens || reads_usage && !parsed.is_stream);
+    let replaces_cached_tokens = replaces_cached_tokens && is_split && parsed.pool().shows_prefills_cached_tokens;
+    let reads_usage = parsed.shows_usage && (replaces_cached_tokens || reads_usage && !parsed.is_stream);
     if !reads_usage && parsed.put_back.is_none() {
         return parsed.is_kept.then(ResponseEditor::of_id);
     }
-    let mut editor = ResponseEditor::new(tells_cached_tokens, cached_tokens);
+    let mut editor = ResponseEditor::new(replaces_cached_tokens, cached_tokens);
     if let Some(asked) = &parsed.put_back {
         editor.rename(&parsed.served.model, asked);
     }

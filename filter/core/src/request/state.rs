@@ -119,7 +119,7 @@ pub(super) struct Forwarded {
     pub(super) believed_tokens: Option<f64>,
     /// Whether a peer restricted the endpoints, and wants to know who served.
     pub(super) is_restricted: bool,
-    pub(super) sent: Sent,
+    pub(super) decode_leg: DecodeLeg,
     pub(super) response: Response,
     /// Whether an endpoint answered 200.
     pub(super) is_accepted: bool,
@@ -127,10 +127,10 @@ pub(super) struct Forwarded {
     pub(super) has_first_byte: bool,
 }
 
-/// When a request went to its endpoint, and how long that may be silent.
+/// When the decode leg began, and how long its endpoint may be silent.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Sent {
-    pub(super) at: Monotonic,
+pub(super) struct DecodeLeg {
+    pub(super) started: Monotonic,
     /// As long as a prefill leg of the same prompt may take there.
     pub(super) silent_after: Duration,
     /// Whether the client wants a stream, which begins with the first token.

@@ -10,7 +10,7 @@ use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::endpoints::health::Cause;
 use crate::endpoints::load::LedgerEntry;
 use crate::endpoints::load::Load;
-use crate::endpoints::outliers::{ErrorKind, Leg};
+use crate::endpoints::outliers::{ErrorClass, Leg};
 use crate::endpoints::table::Table;
 use crate::prefix::hash::BlockHash;
 use crate::prefix::index::EndpointIndex;
@@ -55,7 +55,7 @@ pub(crate) enum Event<'a> {
     /// The endpoint does not hold what it was sent: its process is a new one.
     Forgot,
     /// The endpoint answered a leg with an error, or without one after errors.
-    Answered { leg: Leg, error: Option<ErrorKind> },
+    Answered { leg: Leg, error: Option<ErrorClass> },
     /// A request waits for a prefill endpoint with room. The key is the name of its queue. A request that waited in
     /// another queue waits there no longer.
     Waits { request: Cow<'a, WaitingRequest> },
@@ -187,7 +187,7 @@ pub(crate) mod tests {
             (time(), 0_u8..6).prop_map(|(at, code)| Event::Failed { at, cause: Cause::of_code(code) }),
             (any::<bool>(), 0_u8..4).prop_map(|(prefill, code)| Event::Answered {
                 leg: if prefill { Leg::Prefill } else { Leg::Decode },
-                error: ErrorKind::of_code(code)
+                error: ErrorClass::of_code(code)
             }),
             prop::collection::vec(any::<u64>().prop_map(BlockHash), 0..9)
                 .prop_map(|blocks| Event::Lacks { blocks: blocks.into() }),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::endpoints::health::Cause;
-use crate::endpoints::outliers::{ErrorKind, Leg};
+use crate::endpoints::outliers::{ErrorClass, Leg};
 use crate::endpoints::table::EndpointRef;
 use crate::metrics::Metric;
 use crate::time::Monotonic;
@@ -107,7 +107,7 @@ impl Worker {
 
     /// Notes an answer for the comparison with the endpoint's peers. An error, and what follows errors, is an event: all
     /// workers judge by the same errors. An endpoint without errors costs the others nothing.
-    fn note_answer(&mut self, endpoint: EndpointRef, leg: Leg, error: Option<ErrorKind>) {
+    fn note_answer(&mut self, endpoint: EndpointRef, leg: Leg, error: Option<ErrorClass>) {
         let Some(state) = self.state.table.resolve(endpoint) else { return };
         if error.is_some() || state.answers.has_errors(leg) {
             self.happens(endpoint, &Event::Answered { leg, error });
@@ -174,37 +174,37 @@ impl Worker {
         &mut self,
         endpoint: EndpointRef,
         leg: Leg,
-        error: Option<ErrorKind>,
+        error: Option<ErrorClass>,
         now: Monotonic,
     ) -> Option<String> {
         self.note_answer(endpoint, leg, error);
-        let Some(kind) = error else {
+        let Some(class) = error else {
             self.answered(endpoint);
             return None;
         };
         let state = self.state.table.resolve(endpoint)?;
         let (answers, health) = (state.answers, state.health);
-        let cause = Cause::Outlier(kind);
+        let cause = Cause::Outlier(class);
         if health.is_failing() {
             // Of legs that were sent before the ejection, nothing more is learnt.
             if health.is_probing() {
-                let is_worse = answers.is_worse_than(leg, kind, &self.state.table.peers(endpoint.index, leg, kind));
+                let is_worse = answers.is_worse_than(leg, class, &self.state.table.peers(endpoint.index, leg, class));
                 if is_worse { self.eject(endpoint, cause, now) } else { self.answered(endpoint) }
             }
             return None;
         }
-        if !answers.is_suspect(leg, kind) {
+        if !answers.is_suspect(leg, class) {
             return None;
         }
-        let peers = self.state.table.peers(endpoint.index, leg, kind);
-        if !answers.is_worse_than(leg, kind, &peers) || !peers.allow_ejection() {
+        let peers = self.state.table.peers(endpoint.index, leg, class);
+        if !answers.is_worse_than(leg, class, &peers) || !peers.allow_ejection() {
             return None;
         }
         self.eject(endpoint, cause, now);
-        self.counts.count(match kind {
-            ErrorKind::Server => Metric::OutliersServer,
-            ErrorKind::Overload => Metric::OutliersOverload,
-            ErrorKind::Refusal => Metric::OutliersRefusal,
+        self.counts.count(match class {
+            ErrorClass::Server => Metric::OutliersServer,
+            ErrorClass::Overload => Metric::OutliersOverload,
+            ErrorClass::Refusal => Metric::OutliersRefusal,
         });
         let address = &self.state.table.get(endpoint.index)?.address;
         Some(format!("{address} {}: it is ejected until a probe succeeds", cause.text()))

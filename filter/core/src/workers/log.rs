@@ -29,7 +29,7 @@ use crate::time::Monotonic;
 use crate::workers::event::Event;
 use crate::workers::inheritance::Inheritance;
 use crate::workers::ledger::WorkerLedger;
-use crate::workers::peer::{HEAD_BYTES, PeerWorker, ledger_key, log_key};
+use crate::workers::other::{HEAD_BYTES, OtherWorker, ledger_key, log_key};
 use crate::workers::recent::{DecisionRecord, Generation, MAX_DECISIONS};
 use crate::workers::shared::Shared;
 use crate::workers::slots::{SLOTS_KEY, WorkerSlot, slots, to_bytes};
@@ -58,7 +58,7 @@ pub struct WorkersLog {
     published_at: Monotonic,
     renewed: Monotonic,
     announced: Option<u64>,
-    peers: Vec<PeerWorker>,
+    others: Vec<OtherWorker>,
     inheritance: Inheritance,
 }
 
@@ -79,19 +79,19 @@ impl WorkersLog {
     /// The slot that another worker holds, as far as this one knows.
     #[must_use]
     pub fn slot_of(&self, worker_id: u64) -> Option<usize> {
-        self.peers.iter().find(|peer| peer.worker_id == worker_id).map(|peer| peer.slot)
+        self.others.iter().find(|other| other.worker_id == worker_id).map(|other| other.slot)
     }
 
     /// Generations of this Envoy's workers that are alive, sorted. A worker that has not written what it runs counts in
     /// an empty generation.
     pub fn generations(&self, shared: &impl Shared) -> Vec<Generation> {
-        let of_peer = |peer: &PeerWorker| {
-            let (bytes, _) = shared.get(&who_key(peer.slot))?;
+        let of_other = |other: &OtherWorker| {
+            let (bytes, _) = shared.get(&who_key(other.slot))?;
             let mut rest = Reader(&bytes);
-            (rest.word()? == peer.worker_id).then(|| Generation::read(&mut rest)).flatten()
+            (rest.word()? == other.worker_id).then(|| Generation::read(&mut rest)).flatten()
         };
         let mut generations = vec![self.who.clone()];
-        for who in self.peers.iter().map(|peer| of_peer(peer).unwrap_or_default()) {
+        for who in self.others.iter().map(|other| of_other(other).unwrap_or_default()) {
             let same = |of: &&mut Generation| {
                 (&of.version, &of.build, &of.revision) == (&who.version, &who.build, &who.revision)
             };
@@ -107,10 +107,10 @@ impl WorkersLog {
     /// The latest decisions of all workers that recorded any, with their times, newest first, at most [`MAX_DECISIONS`].
     pub fn decisions(&self, worker: &Worker, shared: &impl Shared) -> Vec<(Monotonic, DecisionRecord)> {
         let mut decisions: Vec<_> = worker.recent.iter().cloned().collect();
-        for peer in &self.peers {
-            let Some((bytes, _)) = shared.get(&recent_key(peer.slot)) else { continue };
+        for other in &self.others {
+            let Some((bytes, _)) = shared.get(&recent_key(other.slot)) else { continue };
             let mut rest = Reader(&bytes);
-            if rest.word() == Some(peer.worker_id) {
+            if rest.word() == Some(other.worker_id) {
                 decisions.extend(core::iter::from_fn(|| DecisionRecord::read(&mut rest)));
             }
         }
@@ -141,10 +141,10 @@ impl WorkersLog {
             self.meet(worker, shared, &slots, now);
             self.inheritance.inherit(worker, shared, now);
         }
-        for peer in &mut self.peers {
-            let position = shared.position(peer.slot);
-            if position != peer.position && !peer.is_behind {
-                peer.read(worker, shared, self.hash_scheme, position);
+        for other in &mut self.others {
+            let position = shared.position(other.slot);
+            if position != other.position && !other.is_behind {
+                other.read(worker, shared, self.hash_scheme, position);
             }
         }
     }
@@ -203,16 +203,16 @@ impl WorkersLog {
         self.renew(worker, shared, now);
         self.save_ledger(worker, shared);
         self.save_decisions(worker, shared);
-        for peer in &mut self.peers {
-            peer.ledger.prune(now);
-            if peer.is_behind {
-                peer.ledger.retract(&mut worker.state, now);
-                peer.join(worker, shared);
+        for other in &mut self.others {
+            other.ledger.prune(now);
+            if other.is_behind {
+                other.ledger.retract(&mut worker.state, now);
+                other.join(worker, shared);
             }
         }
         self.catch_up(worker, shared, shared.announced(), now);
         self.inheritance.inherit(worker, shared, now);
-        if self.slot.is_some_and(|mine| self.peers.iter().all(|peer| peer.slot > mine)) {
+        if self.slot.is_some_and(|mine| self.others.iter().all(|other| other.slot > mine)) {
             self.inheritance.save(worker, shared);
         }
     }
@@ -269,24 +269,24 @@ impl WorkersLog {
 
     /// Retracts the ledgers of workers that are gone, and joins workers that are new.
     fn meet(&mut self, worker: &mut Worker, shared: &impl Shared, slots: &[WorkerSlot], now: Monotonic) {
-        let is_here = |peer: &PeerWorker| {
-            slots.get(peer.slot).is_some_and(|slot| slot.worker_id == peer.worker_id && slot.is_taken(now))
+        let is_here = |other: &OtherWorker| {
+            slots.get(other.slot).is_some_and(|slot| slot.worker_id == other.worker_id && slot.is_taken(now))
         };
-        for gone in self.peers.extract_if(.., |peer| !is_here(peer)) {
+        for gone in self.others.extract_if(.., |other| !is_here(other)) {
             gone.ledger.retract(&mut worker.state, now);
         }
         for (index, slot) in slots.iter().enumerate() {
-            let is_known = self.peers.iter().any(|peer| peer.slot == index);
+            let is_known = self.others.iter().any(|other| other.slot == index);
             if slot.is_taken(now) && slot.worker_id != self.worker_id && !is_known {
-                let mut peer = PeerWorker {
+                let mut other = OtherWorker {
                     slot: index,
                     worker_id: slot.worker_id,
                     position: 0,
                     ledger: WorkerLedger::default(),
                     is_behind: false,
                 };
-                peer.join(worker, shared);
-                self.peers.push(peer);
+                other.join(worker, shared);
+                self.others.push(other);
             }
         }
     }

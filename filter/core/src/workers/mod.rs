@@ -15,7 +15,7 @@ pub(crate) mod judge;
 mod keepers;
 pub(crate) mod ledger;
 pub mod log;
-mod peer;
+mod other_worker;
 mod pending;
 pub mod push;
 pub mod recent;

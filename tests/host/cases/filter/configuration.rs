@@ -148,7 +148,7 @@ fn no_configuration_stands_for_every_default() {
 }
 
 #[test]
-fn a_configuration_that_cannot_be_read_is_told_and_ends_nothing() {
+fn a_configuration_that_cannot_be_read_is_logged_and_ends_nothing() {
     let gateway = Gateway::new(&two_and_two());
     for status in [2, 6, 12] {
         gateway.fail_host_call("proxy_get_buffer_bytes", pd_host::Fault::Once(status));

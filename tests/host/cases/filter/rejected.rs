@@ -129,7 +129,7 @@ fn what_is_json_is_what_serde_json_takes_for_json() {
 }
 
 #[test]
-fn an_unknown_model_is_told_which_are_known() {
+fn the_error_for_an_unknown_model_names_the_known_ones() {
     let gateway = Gateway::new(r#"{"endpoints":[{"address":"10.0.0.1:8000","role":"both","models":["b","a"]}]}"#);
     let stream = Request::post(CHAT, r#"{"model":"c\u0022"}"#).send(&gateway);
     assert_rejected(&stream, 404, "unknown_model");

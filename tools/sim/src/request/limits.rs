@@ -17,7 +17,7 @@ const MAX_LOGPROBS: i64 = 20;
 const MAX_STOPS: usize = 4;
 
 /// Checks what the answer is to tell of tokens, and whether that is something of the prompt's.
-pub(crate) fn told_tokens(api: Api, sampling: &Fields<'_>, n: u64, echo: bool) -> Result<bool, ApiError> {
+pub(crate) fn describes_tokens(api: Api, sampling: &Fields<'_>, n: u64, echo: bool) -> Result<bool, ApiError> {
     let count = |name: &'static str| -> Result<Option<i64>, ApiError> {
         let count: Option<i64> = sampling.get(name)?;
         match count {
@@ -27,13 +27,13 @@ pub(crate) fn told_tokens(api: Api, sampling: &Fields<'_>, n: u64, echo: bool) -
             count => Ok(count),
         }
     };
-    let (of_tokens, told) = match api {
+    let (of_tokens, is_on) = match api {
         Api::Chat => (count("top_logprobs")?, sampling.get("logprobs")?.unwrap_or(false)),
         Api::Responses => (count("top_logprobs")?, true),
         Api::Completions | Api::Generate => (count("logprobs")?, true),
         Api::Messages => (None, true),
     };
-    if of_tokens.is_some_and(|count| count != 0) && !told {
+    if of_tokens.is_some_and(|count| count != 0) && !is_on {
         let why = "when using `top_logprobs`, `logprobs` must be set to true.";
         return Err(ApiError::bad_field("top_logprobs", why));
     }

@@ -219,7 +219,7 @@ fn the_limit_of_tokens_is_the_one_that_the_engine_reads() {
 }
 
 #[test]
-fn what_is_told_of_the_prompt_is_found() {
+fn an_answer_that_describes_the_prompt_is_found() {
     for (api, body, expected) in [
         (Api::Chat, r#"{"prompt_logprobs":0}"#, true),
         (Api::Chat, r#"{"prompt_logprobs":null}"#, false),
@@ -237,7 +237,7 @@ fn what_is_told_of_the_prompt_is_found() {
         (Api::Generate, r#"{"sampling_params":{"prompt_logprobs":null,"logprobs":1}}"#, false),
         (Api::Completions, r#"{"sampling_params":{"prompt_logprobs":1}}"#, false),
     ] {
-        assert_eq!(tells_prompt(api, body.as_bytes(), &scan(body.as_bytes()).unwrap()), expected, "{api:?} {body}");
+        assert_eq!(describes_prompt(api, body.as_bytes(), &scan(body.as_bytes()).unwrap()), expected, "{api:?} {body}");
     }
 }
 

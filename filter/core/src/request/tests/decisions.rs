@@ -157,12 +157,16 @@ fn an_engine_that_cannot_decode_alone_gets_both_legs_as_they_are() {
 }
 
 #[test]
-fn what_is_told_of_the_prompt_is_computed_where_it_is_answered() {
+fn an_answer_that_describes_the_prompt_is_computed_by_one_endpoint() {
     for engine in ["vllm-nixl", "vllm-shared", "mooncake"] {
         let mut t = of_engine(engine);
         t.headers(&[]);
         let outcome = t.body(&long_body_with(r#""prompt_logprobs":1"#));
-        assert_eq!((state(&outcome, DECISION), state(&outcome, REASON)), ("decode_only", "prompt_told"), "{engine}");
+        assert_eq!(
+            (state(&outcome, DECISION), state(&outcome, REASON)),
+            ("decode_only", "prompt_in_answer"),
+            "{engine}"
+        );
     }
     let mut t = of_engine("sglang");
     t.headers(&[]);

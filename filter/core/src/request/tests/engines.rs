@@ -71,7 +71,7 @@ fn without_an_engine_id_the_next_endpoint_is_asked_then_the_policy_rules() {
 }
 
 #[test]
-fn a_sidecar_is_told_the_prefill_endpoint() {
+fn a_sidecar_gets_the_prefill_endpoint() {
     let mut t = of_engine("sidecar");
     t.headers(&[]);
     let outcome = t.body(&long_body());

@@ -105,7 +105,7 @@ fn cached_tokens_are_those_of_the_prefill_leg() {
 /// vLLM 0.32 and later: decode reports the `remote_prefill_cached_tokens` of its parameters, unless they tell none.
 #[test]
 fn a_decode_endpoint_that_would_repeat_the_prefill_legs_count_is_judged_by_its_own() {
-    let told = PARAMS.replacen('{', r#"{"remote_prefill_cached_tokens":16,"#, 1);
+    let params = PARAMS.replacen('{', r#"{"remote_prefill_cached_tokens":16,"#, 1);
     let streamed = long_body().replacen('{', r#"{"stream_options":{"include_usage":true},"#, 1);
     for (path, body, details, repeats) in [
         ("/v1/chat/completions", whole_body(), true, false),
@@ -124,7 +124,7 @@ fn a_decode_endpoint_that_would_repeat_the_prefill_legs_count_is_judged_by_its_o
         );
         t.body(&body);
         let details = if details { r#","prompt_tokens_details":{"cached_tokens":16}"# } else { "" };
-        let answer = format!(r#"{{"usage":{{"prompt_tokens":1000{details}}},"kv_transfer_params":{told}}}"#);
+        let answer = format!(r#"{{"usage":{{"prompt_tokens":1000{details}}},"kv_transfer_params":{params}}}"#);
         let outcome = t.answer(200, &answer);
         let leg = edited(&outcome, &body);
         let count = member(member(&leg, "kv_transfer_params"), "remote_prefill_cached_tokens").to_owned();
@@ -136,11 +136,11 @@ fn a_decode_endpoint_that_would_repeat_the_prefill_legs_count_is_judged_by_its_o
         t.request.response_headers(&mut t.worker, Answerer::Host(decode.as_bytes()), Some(200), t.now);
         let own = r#"{"usage":{"prompt_tokens":1000,"prompt_tokens_details":{"cached_tokens":999}}}"#;
         let effects = t.request.response_part(&mut t.worker, own.as_bytes(), true, t.now).effects;
-        let told = effects.iter().any(|effect| match effect {
+        let is_edited = effects.iter().any(|effect| match effect {
             Effect::EditResponse(edit) => text(&edit.head).contains(r#""cached_tokens": 16}"#),
             _ => false,
         });
-        assert!(told, "the client reads the prefill leg's count: {effects:?}");
+        assert!(is_edited, "the client reads the prefill leg's count: {effects:?}");
         assert_eq!(t.worker.counts.pending(Metric::KvNotMoved), 0);
     }
 }

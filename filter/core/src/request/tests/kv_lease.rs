@@ -121,7 +121,7 @@ fn a_stream_whose_first_token_is_late_ends_with_an_error() {
 #[test]
 fn a_late_whole_answer_waits_for_the_prefill_servers_count_of_expired_kv_leases() {
     let page = |count: u32| format!("# x\nvllm:nixl_num_kv_expired_reqs_total{{engine=\"0\"}} {count}.0\n");
-    for (told, is_right) in [
+    for (answer, is_right) in [
         (Some((200, page(0))), true),
         (Some((200, page(1))), false),
         (Some((200, "other 1\n".to_owned())), false),
@@ -137,7 +137,7 @@ fn a_late_whole_answer_waits_for_the_prefill_servers_count_of_expired_kv_leases(
         let question = call(&outcome);
         assert_eq!(question.headers.get(":path"), Some(&b"/metrics"[..]));
         assert!(leg_destination(&outcome).starts_with("10.0.0.1:"));
-        let outcome = match &told {
+        let outcome = match &answer {
             Some((status, body)) => t.answer(*status, body),
             None => t.request.prefill_answer(&mut t.worker, PrefillAnswer::None, || None::<Vec<u8>>, t.now),
         };
@@ -145,7 +145,7 @@ fn a_late_whole_answer_waits_for_the_prefill_servers_count_of_expired_kv_leases(
             assert_eq!(outcome, Outcome { flow: Flow::Pause, effects: vec![Effect::ResumeResponse] });
             assert_eq!(part(&mut t, "{}", true).effects, []);
         } else {
-            assert_eq!(reply(&outcome), (503, "kv_lease_over"), "{told:?}");
+            assert_eq!(reply(&outcome), (503, "kv_lease_over"), "{answer:?}");
         }
         t.done();
         assert!(t.is_idle());

@@ -6,7 +6,7 @@ use super::{Event, MAX_EVENT_BLOCKS};
 use crate::codec::{Reader, Writer};
 use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::endpoints::health::Cause;
-use crate::endpoints::outliers::{ErrorKind, Leg};
+use crate::endpoints::outliers::{ErrorClass, Leg};
 use crate::prefix::hash::BlockHash;
 use crate::workers::waiting::{HeldByKey, WaitingRequest};
 
@@ -86,7 +86,7 @@ impl Event<'_> {
             Self::FleetIs { fleet } => fleet.write(out),
             Self::Answered { leg, error } => {
                 out.0.push(u8::from(*leg == Leg::Prefill));
-                out.0.push(error.map_or(0, ErrorKind::code));
+                out.0.push(error.map_or(0, ErrorClass::code));
             }
             Self::Waits { request } => request.write(out),
             Self::HeldChanged { id, held } => {
@@ -147,7 +147,7 @@ impl Event<'_> {
             13 => Self::FleetIs { fleet: Fleet::read(&mut rest)? },
             14 => {
                 let leg = if rest.byte()? == 1 { Leg::Prefill } else { Leg::Decode };
-                Self::Answered { leg, error: ErrorKind::of_code(rest.byte()?) }
+                Self::Answered { leg, error: ErrorClass::of_code(rest.byte()?) }
             }
             15 => Self::Waits { request: Cow::Owned(WaitingRequest::read(&mut rest)?) },
             16 => Self::HeldChanged { id: rest.word()?, held: Cow::Owned(HeldByKey::read(&mut rest)?) },

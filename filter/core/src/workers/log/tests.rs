@@ -107,7 +107,7 @@ fn a_worker_that_died_is_out_of_the_ledger_within_a_second() {
         now += TICK;
         nodes.iter_mut().for_each(|node| node.tick(&store, now));
     }
-    assert!(nodes.iter().all(|node| node.is_idle() && node.log.peers.len() == 1));
+    assert!(nodes.iter().all(|node| node.is_idle() && node.log.others.len() == 1));
     // Its slot is given to the next one.
     let mut next = Node::new(&store, 9, now);
     assert_eq!(next.log.slot, Some(2));
@@ -412,7 +412,7 @@ proptest! {
         settle(&mut nodes, &mut now);
         for node in &nodes {
             prop_assert!(node.is_idle());
-            prop_assert_eq!(node.log.peers.len(), nodes.len() - 1);
+            prop_assert_eq!(node.log.others.len(), nodes.len() - 1);
         }
     }
 }

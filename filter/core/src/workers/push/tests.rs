@@ -85,7 +85,7 @@ fn a_new_configuration_takes_the_lease_from_the_one_that_drains() {
 }
 
 #[test]
-fn failures_pause_longer_and_longer_and_are_told_once() {
+fn failures_pause_longer_and_longer_and_are_logged_once() {
     let store = Store::default();
     let mut a = node(&store, CONFIG, ms(0));
     let mut now = ms(0);

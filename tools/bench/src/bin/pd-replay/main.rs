@@ -168,7 +168,7 @@ async fn run(args: &Arc<Args>) -> Result<()> {
     let begun = Instant::now();
     let records = drive(args, &summary, scale, &setup.gateway).await?;
     let elapsed = begun.elapsed();
-    let after = setup.ask_when_told(&records, &before).await?;
+    let after = setup.ask_when_counted(&records, &before).await?;
     report::write(args, &summary, &records, &after, elapsed)
 }
 
@@ -221,7 +221,7 @@ async fn drive(args: &Arc<Args>, summary: &Summary, scale: f64, gateway: &str) -
 struct Progress {
     bar: ProgressBar,
     lines: bool,
-    told: std::cell::Cell<Instant>,
+    logged: std::cell::Cell<Instant>,
     errors: std::cell::Cell<(usize, usize)>,
 }
 
@@ -233,7 +233,7 @@ impl Progress {
             bar.set_style(style);
         }
         let lines = bar.is_hidden();
-        Self { bar, lines, told: Instant::now().into(), errors: (0, 0).into() }
+        Self { bar, lines, logged: Instant::now().into(), errors: (0, 0).into() }
     }
 
     fn show(&self, records: &[Record], in_flight: usize) {
@@ -241,8 +241,8 @@ impl Progress {
         errors += records.iter().skip(counted).filter(|record| !record.is_right()).count();
         self.errors.set((records.len(), errors));
         let message = format!("{in_flight} in flight, {errors} wrong or failed");
-        if self.lines && self.told.get().elapsed() > Duration::from_secs(10) {
-            self.told.set(Instant::now());
+        if self.lines && self.logged.get().elapsed() > Duration::from_secs(10) {
+            self.logged.set(Instant::now());
             eprintln!("{} of {} requests, {message}", records.len(), self.bar.length().unwrap_or_default());
         }
         self.bar.set_message(message);

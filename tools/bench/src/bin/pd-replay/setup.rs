@@ -104,15 +104,15 @@ impl Setup {
     }
 
     /// Counters since `before`, once the filter has told all of its decisions.
-    pub async fn ask_when_told(&self, records: &[Record], before: &Counted) -> Result<Counted> {
+    pub async fn ask_when_counted(&self, records: &[Record], before: &Counted) -> Result<Counted> {
         let begun = Instant::now();
         loop {
             let mut after = self.ask().await?;
             for (name, value) in &mut after.filter {
                 *value = value.saturating_sub(before.filter.get(name).copied().unwrap_or(0));
             }
-            let told: u64 = after.decisions().map(|(_, count)| count).sum();
-            if self.admin.is_none() || told >= records.len() as u64 || begun.elapsed() > SETTLE_LIMIT {
+            let counted: u64 = after.decisions().map(|(_, count)| count).sum();
+            if self.admin.is_none() || counted >= records.len() as u64 || begun.elapsed() > SETTLE_LIMIT {
                 after.pods = pods::since(&before.pods, after.pods);
                 return Ok(after);
             }

@@ -13,7 +13,7 @@ pub(super) const HEAD_BYTES: usize = 24;
 
 /// Another worker.
 #[derive(Debug)]
-pub(super) struct PeerWorker {
+pub(super) struct OtherWorker {
     pub(super) slot: usize,
     pub(super) worker_id: u64,
     pub(super) position: u64,
@@ -22,7 +22,7 @@ pub(super) struct PeerWorker {
     pub(super) is_behind: bool,
 }
 
-impl PeerWorker {
+impl OtherWorker {
     /// Reads and applies the worker's ledger as a whole; the log goes on from the ledger's position.
     pub(super) fn join(&mut self, worker: &mut Worker, shared: &impl Shared) {
         self.ledger = WorkerLedger::default();
