@@ -84,7 +84,7 @@ impl Lru {
     }
 
     /// Enters a prompt: its last block first, so that a prefix outlives what stands behind it.
-    pub fn enter(&mut self, blocks: &[u64]) {
+    pub fn hold(&mut self, blocks: &[u64]) {
         for block in blocks.iter().take(self.capacity).rev() {
             self.touch(*block);
         }
@@ -169,7 +169,7 @@ impl Tiers {
     }
 
     /// Enters a prompt that was computed.
-    pub fn enter(&mut self, blocks: &[u64]) {
+    pub fn hold(&mut self, blocks: &[u64]) {
         let room = self.fast.capacity + self.slow.capacity;
         for block in blocks.iter().take(room).rev() {
             self.slow.remove(*block);
@@ -187,30 +187,30 @@ mod tests {
     #[test]
     fn the_end_of_the_oldest_prompt_goes_first() {
         let mut lru = Lru::new(4);
-        lru.enter(&[1, 2, 3]);
-        lru.enter(&[7, 8]);
+        lru.hold(&[1, 2, 3]);
+        lru.hold(&[7, 8]);
         assert_eq!((lru.matched(&[1, 2, 3]), lru.matched(&[7, 8]), lru.len()), (2, 2, 4));
-        lru.enter(&[1, 2, 3, 4, 5]);
+        lru.hold(&[1, 2, 3, 4, 5]);
         assert_eq!(lru.matched(&[1, 2, 3, 4, 5]), 4, "a prompt longer than the cache keeps its front");
     }
 
     #[test]
     fn what_leaves_the_fast_tier_is_still_held() {
         let mut tiers = Tiers::new(5, 2);
-        tiers.enter(&[1, 2]);
-        tiers.enter(&[3, 4]);
+        tiers.hold(&[1, 2]);
+        tiers.hold(&[3, 4]);
         assert_eq!(tiers.held(&[1, 2]), Held { blocks: 2, slow: 2 });
         assert_eq!(tiers.held(&[3, 4]), Held { blocks: 2, slow: 0 });
-        tiers.enter(&[1, 2]);
+        tiers.hold(&[1, 2]);
         assert_eq!(tiers.held(&[1, 2, 9]), Held { blocks: 2, slow: 0 });
-        tiers.enter(&[5, 6]);
+        tiers.hold(&[5, 6]);
         assert_eq!(tiers.held(&[3, 4]), Held { blocks: 1, slow: 1 }, "five blocks in all");
     }
 
     #[test]
     fn a_cache_without_room_holds_nothing() {
         let mut tiers = Tiers::new(0, 10);
-        tiers.enter(&[1]);
+        tiers.hold(&[1]);
         assert_eq!(tiers.held(&[1]), Held::default());
     }
 }

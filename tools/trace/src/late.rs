@@ -334,8 +334,9 @@ mod tests {
     use super::*;
     use crate::generate::Shape;
     use crate::load::Load;
+    use crate::outcome::Outcome;
     use crate::rules::Policy;
-    use crate::sim::{self, DecodeBy, Outcome, Setup};
+    use crate::sim::{self, DecodeBy, Setup};
 
     const PODS: Pods =
         Pods { prefill: 4, decode: 4, cache_tokens: 1_000_000, fast_tokens: 400_000, decode_cache_tokens: 1_000_000 };

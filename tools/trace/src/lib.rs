@@ -9,6 +9,8 @@ pub mod filter;
 pub mod generate;
 pub mod late;
 pub mod load;
+pub mod outcome;
 pub mod pods;
+mod pooled;
 pub mod rules;
 pub mod sim;

@@ -120,7 +120,7 @@ impl<'a> Load<'a> {
         let mut work = 0.0;
         for (i, job) in self.jobs().enumerate() {
             let held = cache.held(job.whole());
-            cache.enter(job.whole());
+            cache.hold(job.whole());
             if i >= self.warm_up() {
                 work += pods.prefill_time(timing, &job, held).as_secs_f64();
             }

@@ -81,7 +81,7 @@ impl Prefill {
         measured: bool,
     ) -> (Held, Duration) {
         let held = self.cache.held(job.whole());
-        self.cache.enter(job.whole());
+        self.cache.hold(job.whole());
         let time = pods.prefill_time(timing, job, held);
         self.free_at = self.free_at.max(now) + time;
         if measured {

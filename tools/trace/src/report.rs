@@ -8,8 +8,8 @@ use pd_bench::figures::table;
 use pd_bench::plot::{self, Bar, Panel};
 use pd_trace::late::Classes;
 use pd_trace::load::Pods;
+use pd_trace::outcome::Outcome;
 use pd_trace::rules::Policy;
-use pd_trace::sim::Outcome;
 
 /// What was simulated.
 #[derive(Clone, Debug)]

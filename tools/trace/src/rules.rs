@@ -145,7 +145,7 @@ impl<'a> Rules<'a> {
             Policy::Chwbl => chwbl(job, pods),
         }?;
         let compared = self.compared(job);
-        self.index[pick].enter(compared);
+        self.index[pick].hold(compared);
         Some(pick)
     }
 
@@ -279,7 +279,7 @@ mod tests {
         let mut rules = Rules::new(policy, &PODS, &timing, 1);
         let mut pods: Vec<Prefill> = (0..4).map(|_| Prefill::new(&PODS)).collect();
         let known = job(&[1, 2, 3, 4]);
-        rules.index[2].enter(known.whole());
+        rules.index[2].hold(known.whole());
         pods[2].enqueue(&PODS, &timing, &known, Duration::ZERO, false);
         pods[2].finish();
         pods[2].free_at = Duration::ZERO;

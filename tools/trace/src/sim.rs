@@ -13,107 +13,11 @@ use pd_sim::Timing;
 
 use crate::filter::{Brains, Filter};
 use crate::late::{Classes, Knowledge, Late};
-use crate::load::{Job, Load, Pods, pooled_cache};
+use crate::load::{Job, Load, Pods};
+use crate::outcome::Outcome;
 use crate::pods::{Decode, Prefill};
+use crate::pooled::pooled;
 use crate::rules::{Policy, Rules};
-
-/// What came of one run, without its warm-up.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Outcome {
-    /// Requests.
-    pub requests: usize,
-    /// Prompt tokens.
-    pub tokens: u64,
-    /// Of these, tokens found in the cache of the server that computed the prompt.
-    pub cached_tokens: u64,
-    /// Seconds of work of each prefill server.
-    pub busy: Vec<f64>,
-    /// Seconds to the first token, sorted.
-    pub ttft: Vec<f64>,
-    /// Milliseconds per further token of each request, sorted.
-    pub tpot_ms: Vec<f64>,
-    /// Tokens whose KV was moved to a decode server that did not hold them.
-    pub moved_tokens: u64,
-    /// Tokens that no prompt before had.
-    pub new_tokens: u64,
-    /// Seconds to the first token of those that go before all others, sorted.
-    pub high_ttft: Vec<f64>,
-    /// Seconds of prefill that each fairness id got until the last request came.
-    pub seconds_by_fairness_id: Vec<f64>,
-    /// Seconds in which a prefill server was idle while a request waited in the gateway, until the last request came.
-    pub idle_seconds: f64,
-}
-
-impl Outcome {
-    /// Percent of prompt tokens found in a cache.
-    #[must_use]
-    pub fn hit_percent(&self) -> f64 {
-        100.0 * self.cached_tokens as f64 / self.tokens.max(1) as f64
-    }
-
-    /// Work of the busiest prefill server over the mean; 1 is even.
-    #[must_use]
-    pub fn busy_over_mean(&self) -> f64 {
-        let mean = self.busy.iter().sum::<f64>() / self.busy.len().max(1) as f64;
-        self.busy.iter().copied().fold(0.0, f64::max) / mean.max(1e-9)
-    }
-
-    /// Tokens moved to decode servers over tokens that no prompt before had; 0 where nothing is moved.
-    #[must_use]
-    pub fn moved_over_new(&self) -> f64 {
-        self.moved_tokens as f64 / self.new_tokens.max(1) as f64
-    }
-
-    /// Seconds to the first token on average.
-    #[must_use]
-    pub fn mean_ttft(&self) -> f64 {
-        self.ttft.iter().sum::<f64>() / self.ttft.len().max(1) as f64
-    }
-
-    /// Jain's index of what the fairness ids got: 1 is even, 1/n is one of n that gets everything.
-    #[must_use]
-    pub fn fairness(&self) -> f64 {
-        let sum: f64 = self.seconds_by_fairness_id.iter().sum();
-        let squares: f64 = self.seconds_by_fairness_id.iter().map(|seconds| seconds * seconds).sum();
-        sum * sum / (self.seconds_by_fairness_id.len().max(1) as f64 * squares).max(1e-9)
-    }
-
-    /// Seconds to the first token of those that go before all others, at a share of them, 0 to 1.
-    #[must_use]
-    pub fn high_ttft(&self, share: f64) -> f64 {
-        at_share(&self.high_ttft, share)
-    }
-
-    /// Seconds to the first token at a share of the requests, 0 to 1.
-    #[must_use]
-    pub fn ttft(&self, share: f64) -> f64 {
-        at_share(&self.ttft, share)
-    }
-
-    /// Milliseconds per further token at a share of the requests, 0 to 1.
-    #[must_use]
-    pub fn tpot_ms(&self, share: f64) -> f64 {
-        at_share(&self.tpot_ms, share)
-    }
-
-    /// Percent of requests whose first token came within so many seconds.
-    #[must_use]
-    pub fn slo_percent(&self, seconds: f64) -> f64 {
-        100.0 * self.ttft.partition_point(|ttft| *ttft <= seconds) as f64 / self.ttft.len().max(1) as f64
-    }
-
-    fn sort(mut self) -> Self {
-        self.ttft.sort_by(f64::total_cmp);
-        self.tpot_ms.sort_by(f64::total_cmp);
-        self.high_ttft.sort_by(f64::total_cmp);
-        self
-    }
-}
-
-fn at_share(sorted: &[f64], share: f64) -> f64 {
-    let rank = (share * sorted.len() as f64).ceil() as usize;
-    sorted.get(rank.max(1) - 1).copied().unwrap_or(0.0)
-}
 
 /// What a decode server is chosen by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -208,7 +112,9 @@ pub fn run(load: &Load<'_>, policy: Policy, setup: &Setup<'_>, mut progress: imp
     let late =
         |knowledge| Gateway::Late(Box::new(Late::new(knowledge, setup.pods, setup.brains, setup.classes, setup.seed)));
     let gateway = match policy {
-        Policy::NoWait | Policy::Pooled => return Ok(pooled(load, policy == Policy::NoWait, setup, progress)),
+        Policy::NoWait | Policy::Pooled => {
+            return Ok(pooled(load, policy == Policy::NoWait, setup.pods, setup.timing, progress));
+        }
         Policy::PdCore => Gateway::Filter(Box::new(Filter::new(setup.pods, setup.brains, setup.seed)?)),
         Policy::Late => late(Knowledge::Own),
         Policy::LateTrue => late(Knowledge::Exact),
@@ -243,7 +149,7 @@ pub fn run(load: &Load<'_>, policy: Policy, setup: &Setup<'_>, mut progress: imp
     };
     world.run(&mut progress)?;
     world.outcome.busy = world.prefill.iter().map(|pod| pod.busy.as_secs_f64()).collect();
-    Ok(world.outcome.sort())
+    Ok(world.outcome.sorted())
 }
 
 struct World<'a> {
@@ -375,7 +281,7 @@ impl World<'_> {
         pod.assigned += 1;
         pod.tokens += flight.tokens + EXPECTED_OUTPUT_TOKENS;
         let moved = flight.tokens - pod.cache.matched(job.whole()) as u64 * BLOCK_TOKENS;
-        pod.cache.enter(job.whole());
+        pod.cache.hold(job.whole());
         let seen = job.whole().iter().take_while(|block| self.seen.contains(*block)).count();
         self.seen.extend(job.whole());
         if flight.measured {
@@ -429,31 +335,4 @@ impl World<'_> {
             self.events.push(Reverse((at, Event::Finished { decode, batch })));
         }
     }
-}
-
-/// One queue before all prefill servers, or none, and one cache as large as all of theirs.
-fn pooled(load: &Load<'_>, is_at_once: bool, setup: &Setup<'_>, mut progress: impl FnMut()) -> Outcome {
-    let Setup { pods, timing, .. } = setup;
-    let mut cache = pooled_cache(pods);
-    let mut free: BinaryHeap<Reverse<(Duration, usize)>> =
-        (0..pods.prefill).map(|server| Reverse((Duration::ZERO, server))).collect();
-    let mut outcome = Outcome { busy: vec![0.0; pods.prefill], ..Outcome::default() };
-    for (number, job) in load.jobs().enumerate() {
-        progress();
-        let held = cache.held(job.whole());
-        cache.enter(job.whole());
-        let Some(Reverse((free_at, server))) = free.pop() else { break };
-        let time = pods.prefill_time(timing, &job, held);
-        let end = if is_at_once { job.at } else { free_at.max(job.at) } + time;
-        free.push(Reverse((end, server)));
-        if number >= load.warm_up() {
-            let first = end + timing.transfer(job.tokens) + timing.token(1);
-            outcome.requests += 1;
-            outcome.tokens += job.tokens;
-            outcome.cached_tokens += held.blocks as u64 * BLOCK_TOKENS;
-            outcome.busy[server] += time.as_secs_f64();
-            outcome.ttft.push((first - job.at).as_secs_f64());
-        }
-    }
-    outcome.sort()
 }

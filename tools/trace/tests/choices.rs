@@ -6,8 +6,9 @@ use pd_trace::filter::Brains;
 use pd_trace::generate::Shape;
 use pd_trace::late::Classes;
 use pd_trace::load::{Load, Pods};
+use pd_trace::outcome::Outcome;
 use pd_trace::rules::Policy;
-use pd_trace::sim::{DecodeBy, Outcome, Setup, run};
+use pd_trace::sim::{DecodeBy, Setup, run};
 
 const PODS: Pods =
     Pods { prefill: 4, decode: 4, cache_tokens: 2_000_000, fast_tokens: 400_000, decode_cache_tokens: 0 };
