@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use pd_support::body::CHAT;
 use pd_support::client::{BOTH, Http};
-use pd_tests::rig::{Builder, Rig, run};
+use pd_tests::builder::Builder;
+use pd_tests::rig::{Rig, run};
 use serde_json::{Value, json};
 
 use crate::support::{ask, logged_chat, only, short_chat, sum};

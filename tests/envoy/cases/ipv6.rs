@@ -6,7 +6,8 @@ use pd_sim::Engine;
 use pd_support::client::{BOTH, Http};
 use pd_support::port::Port;
 use pd_support::wait::until;
-use pd_tests::rig::{Builder, Rig, run};
+use pd_tests::builder::Builder;
+use pd_tests::rig::{Rig, run};
 use serde_json::json;
 
 use crate::support::{ask, logged_chat, long_chat, short_chat, sum};

@@ -9,7 +9,8 @@ use pd_support::client::{BOTH, Client, Http};
 use pd_support::port::Port;
 use pd_support::wait::until;
 use pd_tests::answer::text;
-use pd_tests::rig::{Builder, Rig, run};
+use pd_tests::builder::Builder;
+use pd_tests::rig::{Rig, run};
 use serde_json::{Value, json};
 
 use crate::support::{ask, assert_rejected, decode_process, long_chat, new_prompt, sum};

@@ -7,7 +7,8 @@ use pd_support::body::{CHAT, COMPLETIONS, request};
 use pd_support::client::{BOTH, Client};
 use pd_support::wait::until;
 use pd_tests::answer::{is_done, text};
-use pd_tests::rig::{Builder, Rig, run};
+use pd_tests::builder::Builder;
+use pd_tests::rig::{Rig, run};
 use serde_json::{Value, json};
 
 use crate::support::*;

@@ -7,7 +7,8 @@ use pd_sim::Handle;
 use pd_support::body::CHAT;
 use pd_support::client::BOTH;
 use pd_support::wait::until;
-use pd_tests::rig::{Builder, Rig, run};
+use pd_tests::builder::Builder;
+use pd_tests::rig::{Rig, run};
 use serde_json::Value;
 
 use crate::support::{ask, long_chat, short_chat, sum};

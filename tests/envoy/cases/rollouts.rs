@@ -2,7 +2,8 @@
 //! load follows what each revision can take.
 
 use pd_sim::Handle;
-use pd_tests::rig::{Builder, Rig, entries, run};
+use pd_tests::builder::Builder;
+use pd_tests::rig::{Rig, entries, run};
 use pd_tests::traffic::Traffic;
 use serde_json::Value;
 

@@ -7,7 +7,8 @@ use pd_sim::Handle;
 use pd_support::body::{CHAT, chat, words};
 use pd_support::client::{Client, Http};
 use pd_support::wait::until_true;
-use pd_tests::rig::{Builder, Rig, entries, run};
+use pd_tests::builder::Builder;
+use pd_tests::rig::{Rig, entries, run};
 use serde_json::{Value, json};
 
 use crate::support::*;

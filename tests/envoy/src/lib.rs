@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod answer;
+pub mod builder;
 pub mod rig;
 pub mod shared;
 pub mod tls;

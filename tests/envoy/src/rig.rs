@@ -1,49 +1,31 @@
 //! One gateway under test: engines, pd-control, Envoy.
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::LazyLock;
 
-use pd_sim::{Handle, Role};
-use serde_json::{Value, json};
-use tempfile::TempDir;
-use tokio::runtime::Runtime;
-
+use pd_sim::Handle;
 use pd_support::admin::{Admin, Metrics};
 use pd_support::client::{Client, Http};
-use pd_support::config::{Config, eds_file, merge};
+use pd_support::config::Config;
 use pd_support::file::replace;
-use pd_support::places;
-use pd_support::port::Port;
 use pd_support::process::{self, Process};
 use pd_support::wait::{PATIENCE, until, until_true};
+use serde_json::Value;
+use tokio::runtime::Runtime;
 
-/// Workers of every Envoy here: what one knows, the other must learn.
-pub const WORKERS: usize = 2;
+pub use list::{endpoints_file, entries};
+use places::Places;
+pub use places::WORKERS;
+
+mod list;
+pub(crate) mod places;
 
 /// Runs a test. All tests share a runtime, so that a rig can serve several of them.
 pub fn run<T>(test: impl Future<Output = T>) -> T {
     static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().expect("a runtime"));
     RUNTIME.block_on(test)
 }
-
-/// What a rig is made of. The default: two prefill and two decode engines without delays, pd-control with all of them
-/// in its file, and the shipped configuration.
-pub struct Builder {
-    prefill: Vec<pd_sim::Config>,
-    decode: Vec<pd_sim::Config>,
-    others: Vec<(SocketAddr, Value)>,
-    plugin: Value,
-    plugin_text: Option<String>,
-    is_pushed: bool,
-    has_lds: bool,
-    control: Vec<String>,
-    adapt: Vec<Adapt>,
-    adapt_list: Vec<AdaptList>,
-}
-
-type Adapt = Box<dyn FnOnce(&mut Config) + Send>;
-type AdaptList = Box<dyn FnOnce(&mut [Value]) + Send>;
 
 /// A running gateway.
 pub struct Rig {
@@ -58,195 +40,12 @@ pub struct Rig {
     /// The configuration that Envoy was started with.
     pub config: Config,
     /// Endpoints of the list that it was started with.
-    listed: usize,
-    control: Option<Process>,
-    places: Places,
-}
-
-struct Places {
-    listener: Port,
-    admin: Port,
-    control: Port,
-    control_options: Vec<String>,
-    directory: TempDir,
-}
-
-impl Default for Builder {
-    fn default() -> Self {
-        let of = |role| vec![pd_sim::Config::of(role); 2];
-        Self {
-            prefill: of(Role::Prefill),
-            decode: of(Role::Decode),
-            others: Vec::new(),
-            plugin: json!({}),
-            plugin_text: None,
-            is_pushed: true,
-            has_lds: false,
-            control: Vec::new(),
-            adapt: Vec::new(),
-            adapt_list: Vec::new(),
-        }
-    }
-}
-
-impl Builder {
-    /// Sets how many engines there are.
-    #[must_use]
-    pub fn engines(mut self, prefill: usize, decode: usize) -> Self {
-        self.prefill = vec![pd_sim::Config::of(Role::Prefill); prefill];
-        self.decode = vec![pd_sim::Config::of(Role::Decode); decode];
-        self
-    }
-
-    /// Adds an engine that somebody else runs.
-    #[must_use]
-    pub fn other(mut self, address: SocketAddr, role: &str) -> Self {
-        self.others.push((address, json!({"address": address.to_string(), "role": role})));
-        self
-    }
-
-    /// Changes the configuration of every engine.
-    #[must_use]
-    pub fn every_engine(mut self, change: impl Fn(&mut pd_sim::Config)) -> Self {
-        self.prefill.iter_mut().chain(&mut self.decode).for_each(change);
-        self
-    }
-
-    /// Changes the configuration of the prefill engines; the second argument counts them.
-    #[must_use]
-    pub fn prefill_engines(mut self, change: impl Fn(&mut pd_sim::Config, usize)) -> Self {
-        self.prefill.iter_mut().enumerate().for_each(|(i, config)| change(config, i));
-        self
-    }
-
-    /// Changes the configuration of the decode engines; the second argument counts them.
-    #[must_use]
-    pub fn decode_engines(mut self, change: impl Fn(&mut pd_sim::Config, usize)) -> Self {
-        self.decode.iter_mut().enumerate().for_each(|(i, config)| change(config, i));
-        self
-    }
-
-    /// Merges members into the plugin configuration; `null` removes one.
-    #[must_use]
-    pub fn plugin(mut self, patch: Value) -> Self {
-        merge(&mut self.plugin, &patch);
-        self
-    }
-
-    /// Merges members into the default pool's policy.
-    #[must_use]
-    pub fn pool(self, patch: Value) -> Self {
-        self.plugin(json!({"pools": {"default": patch}}))
-    }
-
-    /// Takes this text for the whole plugin configuration. Envoy then counts as ready without endpoints.
-    #[must_use]
-    pub fn plugin_text(mut self, text: &str) -> Self {
-        self.plugin_text = Some(text.to_owned());
-        self
-    }
-
-    /// Without pd-control: the endpoints stand in the plugin configuration.
-    #[must_use]
-    pub fn without_control(mut self) -> Self {
-        self.is_pushed = false;
-        self
-    }
-
-    /// Envoy reads its listener from a file that can be replaced: [`Rig::replace_listener`].
-    #[must_use]
-    pub fn with_listener_file(mut self) -> Self {
-        self.has_lds = true;
-        self
-    }
-
-    /// Starts pd-control with more options.
-    #[must_use]
-    pub fn control(mut self, options: &[&str]) -> Self {
-        self.control.extend(options.iter().map(|option| (*option).to_owned()));
-        self
-    }
-
-    /// Changes Envoy's configuration.
-    #[must_use]
-    pub fn envoy(mut self, change: impl FnOnce(&mut Config) + Send + 'static) -> Self {
-        self.adapt.push(Box::new(change));
-        self
-    }
-
-    /// Changes the list of endpoints, prefill engines first.
-    #[must_use]
-    pub fn list(mut self, change: impl FnOnce(&mut [Value]) + Send + 'static) -> Self {
-        self.adapt_list.push(Box::new(change));
-        self
-    }
-
-    /// Starts all of it and waits until every worker knows every endpoint.
-    ///
-    /// # Panics
-    /// When something is missing or does not come up.
-    pub async fn start(self) -> Rig {
-        let start = |configs: Vec<pd_sim::Config>| async {
-            let started = configs.into_iter().map(pd_sim::start);
-            futures::future::try_join_all(started).await.unwrap_or_else(|error| panic!("{error}"))
-        };
-        let (prefill, decode) = (start(self.prefill).await, start(self.decode).await);
-        let others = self.others.iter().map(|(_, entry)| entry.clone());
-        let mut list: Vec<Value> =
-            entries(&prefill, "prefill").chain(entries(&decode, "decode")).chain(others).collect();
-        for change in self.adapt_list {
-            change(&mut list);
-        }
-        let places = Places { control_options: self.control, ..Places::new() };
-        let others = self.others.iter().map(|(address, _)| *address);
-        let hosts: Vec<_> = prefill.iter().chain(&decode).map(Handle::addr).chain(others).collect();
-        replace(&places.endpoints(), &endpoints_file(&list)).expect("replaced");
-        replace(&places.eds(), &eds_file(&hosts)).expect("replaced");
-        let control = if self.is_pushed { Some(places.start_control().await) } else { None };
-
-        let mut config = Config::shipped();
-        config.set_admin(places.admin.address());
-        config.set_listener(places.listener.address());
-        config.set_control(places.control.address());
-        config.set_eds(&places.eds());
-        let mut plugin = config.plugin_configuration();
-        plugin["endpoints"] = list.clone().into();
-        if !self.is_pushed {
-            merge(&mut plugin, &json!({"control": null}));
-        }
-        merge(&mut plugin, &self.plugin);
-        let text = self.plugin_text.clone().unwrap_or_else(|| plugin.to_string());
-        config.set_plugin_configuration(&text);
-        for change in self.adapt {
-            change(&mut config);
-        }
-        let running = config.clone();
-        if self.has_lds {
-            replace(&places.lds(), &config.listener_file()).expect("replaced");
-            config.set_lds(&places.lds());
-        }
-        let file = places.file("envoy.json");
-        replace(&file, &config.root.to_string()).expect("replaced");
-        let envoy = places.start_envoy(&file);
-        let admin = Admin { address: places.admin.address() };
-        let rig = Rig { prefill, decode, admin, envoy, config: running, listed: list.len(), control, places };
-        rig.until_ready(self.plugin_text.is_none().then_some(list.len())).await;
-        rig
-    }
+    pub(crate) listed: usize,
+    pub(crate) control: Option<Process>,
+    pub(crate) places: Places,
 }
 
 impl Rig {
-    /// See [`Builder`].
-    #[must_use]
-    pub fn builder() -> Builder {
-        Builder::default()
-    }
-
-    /// The default one.
-    pub async fn start() -> Self {
-        Builder::default().start().await
-    }
-
     /// Another Envoy with the same configuration, in front of the same engines and asking the same pd-control.
     pub async fn beside(&self) -> Self {
         let places = Places::new();
@@ -456,12 +255,13 @@ impl Rig {
         self.control = Some(self.places.start_control().await);
     }
 
-    /// Replaces the listener by the one of another configuration; see [`Builder::with_listener_file`].
+    /// Replaces the listener by the one of another configuration; see [`Builder::with_listener_file`](crate::builder::Builder::with_listener_file).
     pub fn replace_listener(&self, mut config: Config) {
         replace(&self.places.lds(), &config.listener_file()).expect("replaced");
     }
 
-    async fn until_ready(&self, endpoints: Option<usize>) {
+    /// Waits until Envoy is ready and has so many endpoints, where that is known.
+    pub(crate) async fn until_ready(&self, endpoints: Option<usize>) {
         let ready = process::ready(&self.envoy, self.admin.address, "/ready", PATIENCE).await;
         ready.unwrap_or_else(|error| panic!("{error}"));
         if let Some(endpoints) = endpoints {
@@ -486,80 +286,4 @@ impl Drop for Rig {
             }
         }
     }
-}
-
-impl Places {
-    fn new() -> Self {
-        let directory = tempfile::tempdir().expect("a temporary directory");
-        // Envoy watches directories: each kind of file has its own.
-        for name in ["eds", "lds"] {
-            std::fs::create_dir(directory.path().join(name)).expect("a directory");
-        }
-        Self {
-            listener: Port::reserve(),
-            admin: Port::reserve(),
-            control: Port::reserve(),
-            control_options: Vec::new(),
-            directory,
-        }
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    fn endpoints(&self) -> PathBuf {
-        self.file("endpoints.yaml")
-    }
-
-    fn eds(&self) -> PathBuf {
-        self.file("eds/eds.json")
-    }
-
-    fn lds(&self) -> PathBuf {
-        self.file("lds/lds.json")
-    }
-
-    async fn start_control(&self) -> Process {
-        let own = [
-            format!("--endpoints={}", self.endpoints().display()),
-            format!("--eds-file={}", self.eds().display()),
-            format!("--listen={}", self.control.address()),
-        ];
-        let arguments = [&own[..], &self.control_options].concat();
-        let control = Process::start("pd-control", self.directory.path(), &places::control(), &arguments);
-        let ready = process::ready(&control, self.control.address(), "/readyz", PATIENCE).await;
-        ready.unwrap_or_else(|error| panic!("{error}"));
-        control
-    }
-
-    fn start_envoy(&self, config: &Path) -> Process {
-        let config = config.display().to_string();
-        let workers = WORKERS.to_string();
-        let arguments = [
-            ["--config-path", &config],
-            ["--concurrency", &workers],
-            // The access log is read while it is written.
-            ["--file-flush-interval-msec", "10"],
-        ];
-        let arguments = arguments.concat().into_iter().chain(["--disable-hot-restart"]).map(str::to_owned);
-        Process::start("envoy", self.directory.path(), &places::envoy(), &arguments.collect::<Vec<_>>())
-    }
-}
-
-/// The list's entries for some engines.
-pub fn entries<'a>(engines: impl IntoIterator<Item = &'a Handle>, role: &str) -> impl Iterator<Item = Value> {
-    engines.into_iter().map(move |engine| {
-        let mut entry = json!({"address": engine.addr().to_string(), "role": role});
-        if role == "prefill" {
-            entry["bootstrap_port"] = engine.bootstrap_addr().port().into();
-        }
-        entry
-    })
-}
-
-/// Text of pd-control's file.
-#[must_use]
-pub fn endpoints_file(list: &[Value]) -> String {
-    json!({"endpoints": list}).to_string()
 }
