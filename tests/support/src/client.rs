@@ -1,28 +1,29 @@
 //! An HTTP client of one connection at a time, over HTTP/1.1 or HTTP/2 with prior knowledge, that hands bytes on as they
 //! are. It connects again when the peer has closed or announced that it will, never to send a request again.
 
-use std::fmt;
-use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use futures::StreamExt as _;
-use futures::channel::mpsc;
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
-use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt as _, Full, StreamBody};
-use hyper::body::{Frame, Incoming};
+use http::{HeaderName, HeaderValue, Request, Response};
+use http_body_util::BodyExt as _;
+use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper::ext::Protocol;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
 use crate::wait::PATIENCE;
+
+use answer::broken;
+pub use answer::{Answer, Broken, Streaming};
+pub use feed::{Body, Feed, full};
+
+mod answer;
+mod feed;
 
 /// Protocol of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,33 +36,6 @@ pub enum Http {
 
 /// Both protocols.
 pub const BOTH: [Http; 2] = [Http::One, Http::Two];
-
-/// Body of a request.
-pub type Body = UnsyncBoxBody<Bytes, io::Error>;
-
-/// Why there is no answer.
-#[derive(Debug)]
-pub struct Broken(String);
-
-impl Broken {
-    /// That there is none for this reason.
-    #[must_use]
-    pub fn of(why: &str) -> Self {
-        Self(why.to_owned())
-    }
-}
-
-impl fmt::Display for Broken {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for Broken {}
-
-fn broken(error: impl fmt::Debug) -> Broken {
-    Broken(format!("{error:?}"))
-}
 
 /// A connection. Dropping it closes it, in whatever state its requests are.
 pub struct Client {
@@ -78,30 +52,6 @@ enum Sender {
     One(http1::SendRequest<Body>),
     Two(http2::SendRequest<Body>),
 }
-
-/// A whole answer.
-#[derive(Clone, Debug)]
-pub struct Answer {
-    /// Status.
-    pub status: u16,
-    /// Headers.
-    pub headers: HeaderMap,
-    /// Body.
-    pub body: Bytes,
-}
-
-/// An answer whose body is read as it comes.
-pub struct Streaming {
-    /// Status.
-    pub status: u16,
-    /// Headers.
-    pub headers: HeaderMap,
-    body: Incoming,
-    read: BytesMut,
-}
-
-/// The end of a request body from which it is fed. Dropping it ends the body; see also [`Feed::break_off`].
-pub struct Feed(mpsc::UnboundedSender<io::Result<Frame<Bytes>>>);
 
 impl Client {
     /// Connects.
@@ -295,108 +245,6 @@ impl Drop for Client {
     }
 }
 
-impl Answer {
-    /// This answer, if its status is 200.
-    ///
-    /// # Errors
-    /// [`Broken`] with another status.
-    pub fn ok(self) -> Result<Self, Broken> {
-        if self.status == 200 {
-            Ok(self)
-        } else {
-            Err(Broken(format!("status {} {}", self.status, self.text().trim())))
-        }
-    }
-
-    /// Body as text.
-    #[must_use]
-    pub fn text(&self) -> String {
-        String::from_utf8_lossy(&self.body).into_owned()
-    }
-
-    /// Body as JSON; `null` where it is none.
-    #[must_use]
-    pub fn json(&self) -> Value {
-        serde_json::from_slice(&self.body).unwrap_or_default()
-    }
-
-    /// A header's first value, where it is text.
-    #[must_use]
-    pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.get(name)?.to_str().ok()
-    }
-
-    /// The filter's reason code.
-    #[must_use]
-    pub fn reason(&self) -> Option<&str> {
-        self.header("x-pd-reason")
-    }
-}
-
-impl Streaming {
-    /// The next piece of the body; `None` at its end.
-    ///
-    /// # Errors
-    /// [`Broken`] when the body breaks off.
-    pub async fn piece(&mut self) -> Result<Option<Bytes>, Broken> {
-        let next = async {
-            while let Some(frame) = self.body.frame().await {
-                if let Ok(data) = frame.map_err(broken)?.into_data() {
-                    return Ok(Some(data));
-                }
-            }
-            Ok(None)
-        };
-        tokio::time::timeout(PATIENCE, next).await.map_err(broken)?
-    }
-
-    /// The next server-sent event with its empty line; `None` at the end.
-    ///
-    /// # Errors
-    /// [`Broken`] when the body breaks off.
-    pub async fn event(&mut self) -> Result<Option<Bytes>, Broken> {
-        loop {
-            if let Some(end) = self.read.windows(2).position(|two| two == b"\n\n") {
-                return Ok(Some(self.read.split_to(end + 2).freeze()));
-            }
-            match self.piece().await? {
-                Some(piece) => self.read.extend_from_slice(&piece),
-                None => return Ok(None),
-            }
-        }
-    }
-
-    /// All that is left of the body.
-    ///
-    /// # Errors
-    /// [`Broken`] when the body breaks off.
-    pub async fn rest(mut self) -> Result<Bytes, Broken> {
-        while let Some(piece) = self.piece().await? {
-            self.read.extend_from_slice(&piece);
-        }
-        Ok(self.read.freeze())
-    }
-}
-
-impl Feed {
-    /// A body to feed, chunked in HTTP/1.1.
-    #[must_use]
-    pub fn new() -> (Self, Body) {
-        let (sender, receiver) = mpsc::unbounded();
-        (Self(sender), StreamBody::new(receiver.map(|frame: io::Result<Frame<Bytes>>| frame)).boxed_unsync())
-    }
-
-    /// Sends a part. Whoever does not want it any more is no error.
-    pub fn send(&self, part: impl Into<Bytes>) {
-        let _ = self.0.unbounded_send(Ok(Frame::data(part.into())));
-    }
-
-    /// Ends the body by an error: the client gives the request up.
-    pub fn break_off(self) {
-        let _ = self.0.unbounded_send(Err(io::ErrorKind::BrokenPipe.into()));
-    }
-}
-
 /// The answer to a `GET`, over a connection of its own.
 ///
 /// # Errors
@@ -404,12 +252,6 @@ impl Feed {
 pub async fn get(address: SocketAddr, path: &str) -> Result<Answer, Broken> {
     let mut client = Client::try_connect(address, Http::One).await?;
     client.try_send(client.try_request("GET", path)?).await
-}
-
-/// A body of known length.
-#[must_use]
-pub fn full(bytes: Bytes) -> Body {
-    Full::new(bytes).map_err(|never| match never {}).boxed_unsync()
 }
 
 /// Writes bytes to a new connection and reads until the peer closes or falls silent for a while after an answer.
