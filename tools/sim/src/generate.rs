@@ -12,13 +12,14 @@ use tokio::time::Instant;
 use crate::answer::{self, Body, Choice, json};
 use crate::api_error::ApiError;
 use crate::engine::Pod;
+use crate::failure::Failure;
 use crate::fault::{Kind, Leg, Malformed};
 use crate::guard::Guard;
 use crate::handoff::tokenise;
 use crate::head::{Head, quote};
 use crate::request::Generation;
 use crate::role::Engine;
-use crate::run::{Failure, Run};
+use crate::run::Run;
 use crate::stream::{Streaming, cut_after};
 
 /// Header that names a request.

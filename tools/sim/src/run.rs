@@ -1,8 +1,7 @@
 //! One request in the engine: admitted, computed or fetched, generated, kept for a decode leg.
 
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, PoisonError};
 
 use tokio::sync::SemaphorePermit;
 use tokio::time::Instant;
@@ -10,22 +9,14 @@ use tokio::time::Instant;
 use crate::api_error::ApiError;
 use crate::cache::Allocation;
 use crate::engine::Pod;
+use crate::failure::Failure;
 use crate::fault::Leg;
 use crate::handoff::KvParams;
 use crate::head::Usage;
-use crate::nixl::{Issue, Pulled, trtllm_params, write_params};
+use crate::presence::Presence;
 use crate::request::Generation;
-use crate::role::Engine;
 use crate::timing::pause;
 use crate::tokens::{Finish, Output, Prompt};
-
-/// Why a request gets no text.
-pub(crate) enum Failure {
-    /// An error answer.
-    Error(ApiError),
-    /// No answer, ever.
-    Hang,
-}
 
 impl Pod {
     /// Everything up to the first token.
@@ -48,8 +39,8 @@ impl Pod {
             return Err(Failure::Hang);
         }
         let presence = Presence::waiting(self, generation);
-        let seat = self.seats.acquire().await.map_err(|_| Failure::Hang)?;
-        seat.forget();
+        let permit = self.sequence_permits.acquire().await.map_err(|_| Failure::Hang)?;
+        permit.forget();
         let mut run = Run {
             pod: Arc::clone(self),
             sequences: Vec::with_capacity(generation.prompts.len()),
@@ -164,103 +155,6 @@ impl Pod {
         self.lifetime.external_tokens.fetch_add(external, Relaxed);
         self.lifetime.computed_tokens.fetch_add(computed, Relaxed);
     }
-
-    /// Fetches the KV of one prompt, once for every sequence that asks for it; says what is wrong with it.
-    async fn fetch(&self, generation: &Generation, index: usize, prompt: &Prompt) -> Result<Option<String>, Failure> {
-        let mut wrong = None;
-        // The sequences of one prompt are requests of their own inside the engine, with the same parameters each.
-        let times = if matches!(generation.kv, KvParams::Pull(_)) { generation.n } else { 1 };
-        for _ in 0..times {
-            let pulled = match &generation.kv {
-                KvParams::Pull(remote) => match &remote.source {
-                    Some(source) => self.puller.pull(remote, source, generation.request_id.as_deref()).await,
-                    None => Pulled::Unpaired,
-                },
-                // A second prompt without a room of its own reads the first one's.
-                KvParams::Meet(rooms) => match rooms.get(index).or(rooms.first()) {
-                    Some(room) => self.puller.meet(room).await,
-                    None => Pulled::Unpaired,
-                },
-                KvParams::None | KvParams::Keep | KvParams::Offer(_) => return Ok(None),
-            };
-            match pulled {
-                Pulled::Kv(digest) if digest == prompt.digest => {}
-                Pulled::Kv(_) => wrong = Some("other_prompt".to_owned()),
-                Pulled::Gone(reason) => wrong = Some(reason),
-                Pulled::Unpaired => {
-                    self.stats.add(&self.stats.hung, 1);
-                    return Err(Failure::Hang);
-                }
-                Pulled::Unreachable(why) => {
-                    self.stats.add(&self.stats.failed_pulls, 1);
-                    if matches!(generation.kv, KvParams::Meet(_)) {
-                        // It goes on trying to reach the room until its own limit.
-                        tokio::time::sleep(self.config.lease).await;
-                    }
-                    return Err(Failure::Error(ApiError::internal(format!("KV transfer failed: {why}"))));
-                }
-            }
-        }
-        Ok(wrong)
-    }
-
-    /// Offers the KV of a prompt in a room. SGLang's answer waits until it has been taken.
-    async fn offer(&self, room: &str, prompt: &Prompt) -> Result<(), Failure> {
-        if !self.rooms.offer(room, prompt.digest) {
-            return Err(Failure::Error(ApiError::internal(format!("room {room} is in use"))));
-        }
-        self.stats.add(&self.stats.leases_issued, 1);
-        if self.config.engine == Engine::Sglang && !self.rooms.until_taken(room, self.config.lease).await {
-            self.stats.add(&self.stats.leases_expired, 1);
-            return Err(Failure::Error(ApiError::internal("Prefill bootstrap failed: nobody came")));
-        }
-        Ok(())
-    }
-
-    /// File that says the KV of these blocks lies in the shared directory. The connector saves and finds whole
-    /// prompts, rounded down to blocks.
-    fn shared_file(&self, hashes: &[u64]) -> Option<PathBuf> {
-        let directory = self.config.shared_dir.as_ref().filter(|_| self.config.engine == Engine::VllmShared)?;
-        Some(directory.join(format!("{:016x}", hashes.last()?)))
-    }
-
-    fn share(&self, hashes: &[u64]) {
-        if let Some(file) = self.shared_file(hashes) {
-            // A full disk or a missing directory means that others do not find it, as with the real connector.
-            let _ = std::fs::write(file, b"");
-        }
-    }
-
-    fn shared_tokens(&self, hashes: &[u64], cached: u64) -> Option<u64> {
-        let file = self.shared_file(hashes)?;
-        let tokens = (hashes.len() as u64 * u64::from(self.config.block_tokens)).checked_sub(cached)?;
-        (tokens > 0 && file.exists()).then_some(tokens)
-    }
-
-    fn keep(&self, blocks: Allocation, prompt: &Prompt, cached: u64, id: &str, request_id: Option<&str>) -> String {
-        let ticket = self.ticket();
-        let (host, port) = self.side_channel.get().map_or(("127.0.0.1", 0), |(host, port)| (host.as_str(), *port));
-        let issue = Issue {
-            engine_id: &self.engine_id,
-            request_id: &format!("{id}-{:08x}", ticket as u32),
-            host,
-            port,
-            tokens: prompt.tokens(),
-            cached,
-            // Between 2^62 and 2^63: a legal int64 that no double holds.
-            ticket: (1 << 62) | (ticket >> 2) | 1,
-        };
-        let mut raw = write_params(&issue, blocks.ids());
-        if self.config.engine == Engine::Trtllm {
-            raw = trtllm_params(&raw);
-        }
-        // Where the client sent no id the engine makes one up, which no other leg has.
-        let pair = (self.config.engine == Engine::VllmNixlPush).then(|| request_id.unwrap_or(id));
-        self.leases.open(&raw, pair, prompt.digest, prompt.tokens(), blocks, self.config.lease);
-        self.stats.add(&self.stats.leases_issued, 1);
-        self.lease_opened.notify_one();
-        raw
-    }
 }
 
 /// One prompt of a request, with its KV.
@@ -274,7 +168,7 @@ pub(crate) struct Sequence {
     reused_tokens: u64,
 }
 
-/// A request from its first token on. Dropping it gives its blocks and its seat back.
+/// A request from its first token on. Dropping it gives its blocks and its place among the sequences back.
 pub(crate) struct Run {
     pod: Arc<Pod>,
     pub(crate) sequences: Vec<Sequence>,
@@ -357,55 +251,6 @@ impl Drop for Run {
         if self.decoding {
             self.pod.decoding.fetch_sub(1, Relaxed);
         }
-        self.pod.seats.add_permits(1);
-    }
-}
-
-/// Counts a request as waiting, then as running.
-struct Presence {
-    pod: Arc<Pod>,
-    adapter: Option<String>,
-    running: bool,
-}
-
-impl Presence {
-    fn waiting(pod: &Arc<Pod>, generation: &Generation) -> Self {
-        pod.waiting.fetch_add(1, Relaxed);
-        let adapter = pod.loras().contains(&generation.model).then(|| generation.model.clone());
-        let presence = Self { pod: Arc::clone(pod), adapter, running: false };
-        presence.adapter(|counts| counts.1 += 1);
-        presence
-    }
-
-    /// The engine has begun; later calls change nothing.
-    fn run(&mut self) {
-        if self.running {
-            return;
-        }
-        self.running = true;
-        self.pod.waiting.fetch_sub(1, Relaxed);
-        self.pod.running.fetch_add(1, Relaxed);
-        self.adapter(|counts| {
-            counts.1 -= 1;
-            counts.0 += 1;
-        });
-    }
-
-    fn adapter(&self, change: impl Fn(&mut (u64, u64))) {
-        if let Some(name) = &self.adapter {
-            change(self.pod.adapters.lock().unwrap_or_else(PoisonError::into_inner).entry(name.clone()).or_default());
-        }
-    }
-}
-
-impl Drop for Presence {
-    fn drop(&mut self) {
-        if self.running {
-            self.pod.running.fetch_sub(1, Relaxed);
-            self.adapter(|counts| counts.0 -= 1);
-        } else {
-            self.pod.waiting.fetch_sub(1, Relaxed);
-            self.adapter(|counts| counts.1 -= 1);
-        }
+        self.pod.sequence_permits.add_permits(1);
     }
 }

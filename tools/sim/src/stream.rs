@@ -14,12 +14,13 @@ use crate::answer::{Body, DONE_EVENT, error_event};
 use crate::api_error::ApiError;
 use crate::dialects;
 use crate::engine::Pod;
+use crate::failure::Failure;
 use crate::fault::Kind;
 use crate::guard::Guard;
 use crate::head::{Head, Usage};
 use crate::request::Generation;
 use crate::rules::Api;
-use crate::run::{Failure, Run};
+use crate::run::Run;
 
 /// A stream under way.
 pub(crate) struct Streaming {
