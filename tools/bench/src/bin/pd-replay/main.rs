@@ -168,7 +168,7 @@ async fn run(args: &Arc<Args>) -> Result<()> {
     let begun = Instant::now();
     let records = drive(args, &summary, scale, &setup.gateway).await?;
     let elapsed = begun.elapsed();
-    let after = setup.ask_when_counted(&records, &before).await?;
+    let after = setup.ask_when_counted(records.len() as u64, &before).await?;
     report::write(args, &summary, &records, &after, elapsed)
 }
 

@@ -11,10 +11,9 @@ use pd_sim::{Handle, Role};
 use pd_support::client::{Answer, get};
 use serde_json::json;
 
-use crate::report::Record;
 use crate::{Args, SplitMode};
 
-/// How long counters may take to reach what was seen: the filter tells Envoy its counts a few times a second.
+/// How long counters may take to reach what was seen: the filter passes its counts to Envoy a few times a second.
 const SETTLE_LIMIT: Duration = Duration::from_secs(5);
 
 /// What requests go through. What was started here ends with it.
@@ -103,8 +102,8 @@ impl Setup {
         Ok(Counted { pods, filter })
     }
 
-    /// Counters since `before`, once the filter has told all of its decisions.
-    pub async fn ask_when_counted(&self, records: &[Record], before: &Counted) -> Result<Counted> {
+    /// Counters since `before`, once the filter has counted so many requests.
+    pub async fn ask_when_counted(&self, requests: u64, before: &Counted) -> Result<Counted> {
         let begun = Instant::now();
         loop {
             let mut after = self.ask().await?;
@@ -112,7 +111,7 @@ impl Setup {
                 *value = value.saturating_sub(before.filter.get(name).copied().unwrap_or(0));
             }
             let counted: u64 = after.decisions().map(|(_, count)| count).sum();
-            if self.admin.is_none() || counted >= records.len() as u64 || begun.elapsed() > SETTLE_LIMIT {
+            if self.admin.is_none() || counted >= requests || begun.elapsed() > SETTLE_LIMIT {
                 after.pods = pods::since(&before.pods, after.pods);
                 return Ok(after);
             }
