@@ -1,51 +1,31 @@
 //! The node: takes every pod and runs it as processes, with the kubelet's part of its life.
 
 pub mod container;
+mod downward;
+mod environment;
 pub mod pod;
+mod pod_container;
 pub mod probe;
+pub mod shared;
 pub mod volumes;
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 
 use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::{Binding, Node, ObjectReference, Pod};
-use kube::api::{DeleteParams, ObjectMeta, Patch, PatchParams, PostParams};
+use kube::api::{ObjectMeta, Patch, PatchParams, PostParams};
 use kube::runtime::watcher::{self, Event};
 use kube::{Api, Client, ResourceExt as _};
 use serde_json::json;
 use tokio::sync::watch;
 
 use crate::network::NODE;
-use container::Images;
+use shared::{NAME, Order, Shared, delete};
 
-/// The node's name.
-pub const NAME: &str = "node";
 /// Pods that it takes at a time.
 const MAX_PODS: usize = 200;
-
-/// What a pod is told from outside.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Order {
-    /// Live on.
-    Run,
-    /// End in peace, within the grace period.
-    Stop,
-    /// The pod is no more.
-    Kill,
-}
-
-/// What all pods share.
-pub struct Shared {
-    /// The API server.
-    pub client: Client,
-    /// Programs of images.
-    pub images: Images,
-    /// Where files of pods and their logs go.
-    pub state: PathBuf,
-}
 
 /// Registers the node and runs pods until it is dropped.
 ///
@@ -124,16 +104,5 @@ async fn bind(client: &Client, pod: &Pod) {
     if let Err(error) = bound {
         // Another event of the same pod may have been first.
         tracing::debug!("binding {}: {error}", pod.name_any());
-    }
-}
-
-/// Removes a pod that has ended from the API server.
-pub async fn delete(client: &Client, pod: &Pod) {
-    let pods: Api<Pod> = Api::namespaced(client.clone(), &pod.namespace().unwrap_or_default());
-    let params = DeleteParams::default()
-        .grace_period(0)
-        .preconditions(kube::api::Preconditions { uid: pod.uid(), resource_version: None });
-    if let Err(error) = pods.delete(&pod.name_any(), &params).await {
-        tracing::debug!("deleting {}: {error}", pod.name_any());
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use futures::future::join_all;
-use k8s_openapi::api::core::v1::{ConfigMap, Container, EnvVar, LifecycleHandler, Pod, Secret};
+use k8s_openapi::api::core::v1::{LifecycleHandler, Pod};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Patch, PatchParams};
 use kube::{Api, ResourceExt as _};
@@ -16,11 +16,13 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::process::Child;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until};
 
-use super::container::{Program, Start, expand};
-use super::{NAME, Order, Shared, delete, probe, volumes};
-use crate::network::{KUBERNETES, NODE, Sandbox};
+use super::container::Start;
+use super::pod_container::{FAILURES, PodContainer, is_sidecar, prepare};
+use super::shared::{Order, Shared, delete};
+use super::{probe, volumes};
+use crate::network::{NODE, Sandbox};
 use crate::program::signal;
 
 /// Annotation of a pod whose first address is of IPv6, as in a cluster of that family; the other one comes second.
@@ -37,36 +39,12 @@ const REFRESH: Duration = Duration::from_secs(2);
 const MAX_BACK_OFF: Duration = Duration::from_secs(10);
 /// Grace of pods that do not say.
 const GRACE_SECONDS: i64 = 30;
-/// Failures in a row that take a container's readiness or life, where its probe does not say.
-const FAILURES: i32 = 3;
 
 /// Whether a pod has ended for good.
 #[must_use]
 pub fn is_over(pod: &Pod) -> bool {
     let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
     matches!(phase, Some("Succeeded" | "Failed"))
-}
-
-/// A field that the downward API knows; empty for others.
-#[must_use]
-pub fn field(pod: &Pod, ip: &str, path: &str) -> String {
-    let quoted = |path: &str| path.split('\'').nth(1).unwrap_or_default().to_owned();
-    match path {
-        "metadata.name" => pod.name_any(),
-        "metadata.namespace" => pod.namespace().unwrap_or_default(),
-        "metadata.uid" => pod.uid().unwrap_or_default(),
-        "spec.nodeName" => NAME.to_owned(),
-        "spec.serviceAccountName" => {
-            pod.spec.as_ref().and_then(|spec| spec.service_account_name.clone()).unwrap_or_default()
-        }
-        "status.podIP" | "status.podIPs" => ip.to_owned(),
-        "status.hostIP" | "status.hostIPs" => NODE.to_string(),
-        _ if path.starts_with("metadata.labels[") => pod.labels().get(&quoted(path)).cloned().unwrap_or_default(),
-        _ if path.starts_with("metadata.annotations[") => {
-            pod.annotations().get(&quoted(path)).cloned().unwrap_or_default()
-        }
-        _ => String::new(),
-    }
 }
 
 /// Runs a pod from its binding to its end.
@@ -86,7 +64,7 @@ pub async fn live(shared: Arc<Shared>, pod: Pod, number: u16, mut orders: watch:
             if !life.is_over {
                 life.stop(&mut orders).await;
             } else {
-                // Its end was told; it stays until somebody deletes it.
+                // The API server knows its end; it stays until somebody deletes it.
                 ordered(&mut orders, |order| order != Order::Run).await;
             }
             tracing::info!("{name} has ended");
@@ -104,30 +82,12 @@ struct Life<'a> {
     sandbox: Sandbox,
     folder: PathBuf,
     volumes: BTreeMap<String, PathBuf>,
-    parts: Vec<Part>,
+    containers: Vec<PodContainer>,
     start_time: String,
-    told: Value,
+    /// The status that the API server has.
+    reported: Value,
     is_over: bool,
     refresh_at: Instant,
-}
-
-/// A container and what became of it.
-struct Part {
-    container: Container,
-    /// An init container that lives as long as the pod: it starts before the others, ends after them, and always starts again.
-    is_sidecar: bool,
-    program: Program,
-    variables: BTreeMap<String, String>,
-    log: PathBuf,
-    child: Option<Child>,
-    exit: Option<i32>,
-    restarts: u32,
-    start_at: Instant,
-    probe_at: Instant,
-    failures: i32,
-    alive_at: Option<Instant>,
-    dead: i32,
-    is_ready: bool,
 }
 
 impl<'a> Life<'a> {
@@ -150,7 +110,7 @@ impl<'a> Life<'a> {
             bail!("of init containers this node knows those that live on (restartPolicy: Always)");
         }
         let mut last = String::new();
-        let (volumes, parts) = loop {
+        let (volumes, containers) = loop {
             match prepare(shared, pod, &ip, &folder).await {
                 Ok(prepared) => break prepared,
                 Err(error) => {
@@ -165,8 +125,8 @@ impl<'a> Life<'a> {
         };
         let start_time = Timestamp::now().to_string();
         let refresh_at = Instant::now() + REFRESH;
-        let (told, is_over) = (Value::Null, false);
-        Ok(Self { shared, pod, sandbox, folder, volumes, parts, start_time, told, is_over, refresh_at })
+        let (reported, is_over) = (Value::Null, false);
+        Ok(Self { shared, pod, sandbox, folder, volumes, containers, start_time, reported, is_over, refresh_at })
     }
 
     fn address(&self) -> IpAddr {
@@ -176,10 +136,10 @@ impl<'a> Life<'a> {
     /// Until an order comes or all containers have ended for good.
     async fn run(&mut self, orders: &mut watch::Receiver<Order>) {
         loop {
-            for index in 0..self.parts.len() {
+            for index in 0..self.containers.len() {
                 self.look(index).await;
             }
-            self.tell().await;
+            self.report_status().await;
             if self.is_over {
                 return;
             }
@@ -200,70 +160,71 @@ impl<'a> Life<'a> {
 
     async fn look(&mut self, index: usize) {
         let address = self.address();
-        let waits = self.parts[..index].iter().any(|before| before.is_sidecar && before.child.is_none());
-        let restarts = self.policy() == "Always" || self.parts[index].is_sidecar;
-        let part = &mut self.parts[index];
-        if let Some(child) = &mut part.child
+        let waits = self.containers[..index].iter().any(|before| before.is_sidecar && before.child.is_none());
+        let restarts = self.policy() == "Always" || self.containers[index].is_sidecar;
+        let container = &mut self.containers[index];
+        if let Some(child) = &mut container.child
             && let Ok(Some(status)) = child.try_wait()
         {
-            tracing::info!("{}: {} ended: {status}", self.pod.name_any(), part.container.name);
-            part.child = None;
-            part.is_ready = false;
-            part.exit = Some(status.code().unwrap_or(137));
-            part.start_at = Instant::now() + (RETRY * 2_u32.saturating_pow(part.restarts)).min(MAX_BACK_OFF);
-            part.restarts += 1;
+            tracing::info!("{}: {} ended: {status}", self.pod.name_any(), container.container.name);
+            container.child = None;
+            container.is_ready = false;
+            container.exit = Some(status.code().unwrap_or(137));
+            container.start_at = Instant::now() + (RETRY * 2_u32.saturating_pow(container.restarts)).min(MAX_BACK_OFF);
+            container.restarts += 1;
         }
         // A container that ran before waits for no sidecar.
-        let is_due = if part.exit.is_none() { !waits } else { restarts && Instant::now() >= part.start_at };
-        if part.child.is_none() && is_due {
+        let is_due = if container.exit.is_none() { !waits } else { restarts && Instant::now() >= container.start_at };
+        if container.child.is_none() && is_due {
             match self.start(index).and_then(|start| start.spawn()) {
-                Ok(child) => self.parts[index].child = Some(child),
+                Ok(child) => self.containers[index].child = Some(child),
                 Err(error) => {
                     tracing::error!("{}: {error:#}", self.pod.name_any());
-                    self.parts[index].exit = Some(128);
-                    self.parts[index].start_at = Instant::now() + MAX_BACK_OFF;
+                    self.containers[index].exit = Some(128);
+                    self.containers[index].start_at = Instant::now() + MAX_BACK_OFF;
                 }
             }
         }
-        let part = &mut self.parts[index];
-        if part.child.is_some() && Instant::now() >= part.probe_at {
-            part.probe_at = Instant::now() + PROBE;
-            match part.container.readiness_probe.as_ref() {
-                None => part.is_ready = true,
-                Some(probe) if probe::succeeds(probe, &part.container, address).await => {
-                    (part.is_ready, part.failures) = (true, 0);
+        let container = &mut self.containers[index];
+        if container.child.is_some() && Instant::now() >= container.probe_at {
+            container.probe_at = Instant::now() + PROBE;
+            match container.container.readiness_probe.as_ref() {
+                None => container.is_ready = true,
+                Some(probe) if probe::succeeds(probe, &container.container, address).await => {
+                    (container.is_ready, container.failures) = (true, 0);
                 }
                 Some(probe) => {
-                    part.failures += 1;
-                    part.is_ready &= part.failures < probe.failure_threshold.unwrap_or(FAILURES);
+                    container.failures += 1;
+                    container.is_ready &= container.failures < probe.failure_threshold.unwrap_or(FAILURES);
                 }
             }
         }
-        part.end_if_dead(address).await;
+        container.end_if_dead(address).await;
     }
 
     fn start(&self, index: usize) -> anyhow::Result<StartOwned<'_>> {
-        let part = &self.parts[index];
-        Ok(StartOwned { life: self, part, network: self.sandbox.path()? })
+        let container = &self.containers[index];
+        Ok(StartOwned { life: self, container, network: self.sandbox.path()? })
     }
 
-    /// Tells the API server what is new.
-    async fn tell(&mut self) {
-        let of_pod = || self.parts.iter().filter(|part| !part.is_sidecar);
-        let all_ended = self.policy() != "Always" && of_pod().all(|part| part.child.is_none() && part.exit.is_some());
-        let all_ready = self.parts.iter().all(|part| part.is_ready);
+    /// Reports the pod's status to the API server where it has changed.
+    async fn report_status(&mut self) {
+        let of_pod = || self.containers.iter().filter(|container| !container.is_sidecar);
+        let all_ended = self.policy() != "Always"
+            && of_pod().all(|container| container.child.is_none() && container.exit.is_some());
+        let all_ready = self.containers.iter().all(|container| container.is_ready);
         let phase = match all_ended {
-            true if of_pod().all(|part| part.exit == Some(0)) => "Succeeded",
+            true if of_pod().all(|container| container.exit == Some(0)) => "Succeeded",
             true => "Failed",
             false => "Running",
         };
         let ready = if all_ready && !all_ended { "True" } else { "False" };
         let [ip, other] = addresses(self.pod, &self.sandbox).map(|address| address.to_string());
         let statuses = |is_sidecar| -> Vec<_> {
-            let parts = self.parts.iter().filter(|part| part.is_sidecar == is_sidecar);
-            parts.map(|part| part.status(&self.start_time)).collect()
+            let containers = self.containers.iter().filter(|container| container.is_sidecar == is_sidecar);
+            containers.map(|container| container.status(&self.start_time)).collect()
         };
-        let (sidecars, containers) = (statuses(true), statuses(false));
+        let (sidecars, others) = (statuses(true), statuses(false));
         let condition = |kind: &str, status: &str| json!({"type": kind, "status": status});
         let status = json!({"status": {
             "phase": phase, "podIP": ip, "podIPs": [{"ip": ip}, {"ip": other}], "hostIP": NODE.to_string(), "startTime": self.start_time,
@@ -271,15 +232,15 @@ impl<'a> Life<'a> {
                 condition("PodScheduled", "True"), condition("Initialized", "True"),
                 condition("ContainersReady", ready), condition("Ready", ready),
             ],
-            "initContainerStatuses": sidecars, "containerStatuses": containers,
+            "initContainerStatuses": sidecars, "containerStatuses": others,
         }});
-        if status == self.told {
+        if status == self.reported {
             return;
         }
         let pods: Api<Pod> = Api::namespaced(self.shared.client.clone(), &self.pod.namespace().unwrap_or_default());
         match pods.patch_status(&self.pod.name_any(), &PatchParams::default(), &Patch::Merge(&status)).await {
             Ok(_) => {
-                self.told = status;
+                self.reported = status;
                 self.is_over = all_ended;
             }
             Err(error) => tracing::debug!("status of {}: {error}", self.pod.name_any()),
@@ -296,8 +257,8 @@ impl<'a> Life<'a> {
             () = self.end_in_peace() => {}
             () = sleep_until(end) => {}
         }
-        for part in &mut self.parts {
-            if let Some(child) = &mut part.child {
+        for container in &mut self.containers {
+            if let Some(child) = &mut container.child {
                 signal(child, Signal::KILL);
                 let _ = child.wait().await;
             }
@@ -306,22 +267,23 @@ impl<'a> Life<'a> {
     }
 
     async fn end_in_peace(&mut self) {
-        let hooks = (0..self.parts.len()).map(|index| self.hook(index)).collect::<Vec<_>>();
+        let hooks = (0..self.containers.len()).map(|index| self.hook(index)).collect::<Vec<_>>();
         join_all(hooks).await;
-        let (sidecars, containers): (Vec<_>, Vec<_>) = self.parts.iter_mut().partition(|part| part.is_sidecar);
-        for part in &containers {
-            if let Some(child) = &part.child {
+        let (sidecars, containers): (Vec<_>, Vec<_>) =
+            self.containers.iter_mut().partition(|container| container.is_sidecar);
+        for container in &containers {
+            if let Some(child) = &container.child {
                 signal(child, Signal::TERM);
             }
         }
-        for part in containers {
-            if let Some(child) = &mut part.child {
+        for container in containers {
+            if let Some(child) = &mut container.child {
                 let _ = child.wait().await;
             }
         }
         // The last that came goes first.
-        for part in sidecars.into_iter().rev() {
-            if let Some(child) = &mut part.child {
+        for container in sidecars.into_iter().rev() {
+            if let Some(child) = &mut container.child {
                 signal(child, Signal::TERM);
                 let _ = child.wait().await;
             }
@@ -329,14 +291,14 @@ impl<'a> Life<'a> {
     }
 
     async fn hook(&self, index: usize) {
-        let part = &self.parts[index];
-        let hook = part.container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.pre_stop.as_ref());
+        let container = &self.containers[index];
+        let hook = container.container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.pre_stop.as_ref());
         let Some(LifecycleHandler { exec, http_get, sleep: pause, .. }) = hook else { return };
         if let Some(pause) = pause {
             sleep(Duration::from_secs(u64::try_from(pause.seconds).unwrap_or(0))).await;
         } else if let Some(get) = http_get {
             // The grace period ends it where it does not end.
-            probe::get(get, &part.container, self.address(), Duration::MAX).await;
+            probe::get(get, &container.container, self.address(), Duration::MAX).await;
         } else if let Some(command) = exec.as_ref().and_then(|exec| exec.command.as_ref()) {
             let spawned = self.start(index).and_then(|start| start.as_start().spawn_hook(command));
             match spawned {
@@ -359,7 +321,7 @@ async fn ordered(orders: &mut watch::Receiver<Order>, is_it: impl Fn(Order) -> b
 /// What [`Start`] borrows.
 struct StartOwned<'a> {
     life: &'a Life<'a>,
-    part: &'a Part,
+    container: &'a PodContainer,
     network: String,
 }
 
@@ -367,13 +329,13 @@ impl StartOwned<'_> {
     fn as_start(&self) -> Start<'_> {
         Start {
             pod: self.life.pod,
-            container: &self.part.container,
-            program: &self.part.program,
-            variables: &self.part.variables,
+            container: &self.container.container,
+            program: &self.container.program,
+            variables: &self.container.variables,
             volumes: &self.life.volumes,
             network: &self.network,
             folder: &self.life.folder,
-            log: &self.part.log,
+            log: &self.container.log,
         }
     }
 
@@ -382,137 +344,8 @@ impl StartOwned<'_> {
     }
 }
 
-impl Part {
-    /// Ends a container whose liveness probe fails; it is started again as any other that ended.
-    async fn end_if_dead(&mut self, address: IpAddr) {
-        let Some(probe) = &self.container.liveness_probe else { return };
-        let Some(child) = &self.child else {
-            (self.alive_at, self.dead) = (None, 0);
-            return;
-        };
-        let seconds = |of: Option<i32>, default| Duration::from_secs(of.map_or(default, |n| n.unsigned_abs().into()));
-        let pause = seconds(probe.period_seconds, 10);
-        let due =
-            *self.alive_at.get_or_insert_with(|| Instant::now() + seconds(probe.initial_delay_seconds, 0) + pause);
-        if Instant::now() < due {
-            return;
-        }
-        self.dead = if probe::succeeds(probe, &self.container, address).await { 0 } else { self.dead + 1 };
-        self.alive_at = Some(Instant::now() + pause);
-        if self.dead >= probe.failure_threshold.unwrap_or(FAILURES) {
-            tracing::warn!("{} is not alive", self.container.name);
-            signal(child, Signal::KILL);
-        }
-    }
-
-    fn status(&self, start_time: &str) -> Value {
-        let state = match (&self.child, self.exit) {
-            (Some(_), _) => json!({"running": {"startedAt": start_time}}),
-            (None, Some(code)) => json!({"terminated": {"exitCode": code}}),
-            (None, None) => json!({"waiting": {"reason": "ContainerCreating"}}),
-        };
-        json!({
-            "name": self.container.name, "image": self.container.image, "imageID": self.container.image, "state": state,
-            "ready": self.is_ready, "started": self.child.is_some(), "restartCount": self.restarts,
-        })
-    }
-}
-
 /// The pod's addresses, its own first.
 fn addresses(pod: &Pod, sandbox: &Sandbox) -> [IpAddr; 2] {
     let (four, six) = (sandbox.address.into(), sandbox.address_six.into());
     if pod.annotations().get(FAMILY).is_some_and(|family| family == "IPv6") { [six, four] } else { [four, six] }
-}
-
-fn is_sidecar(container: &Container) -> bool {
-    container.restart_policy.as_deref() == Some("Always")
-}
-
-/// Volumes and containers, sidecars first, once everything that they name is there.
-async fn prepare(
-    shared: &Shared,
-    pod: &Pod,
-    ip: &str,
-    folder: &std::path::Path,
-) -> anyhow::Result<(BTreeMap<String, PathBuf>, Vec<Part>)> {
-    let folders = volumes::write(&shared.client, pod, ip, &folder.join("volumes")).await?;
-    let mut parts = Vec::new();
-    let now = Instant::now();
-    let sidecars = pod.spec.iter().flat_map(|spec| spec.init_containers.iter().flatten());
-    for container in sidecars.chain(pod.spec.iter().flat_map(|spec| &spec.containers)) {
-        let program = shared.images.program(container.image.as_deref().unwrap_or_default()).await?;
-        let log = shared.state.join(format!("{}.{}.log", pod.name_any(), container.name));
-        let looking = variables(shared, pod, ip, container);
-        let variables = timeout(Duration::from_secs(10), looking).await.context("the API server is slow")??;
-        parts.push(Part {
-            container: container.clone(),
-            is_sidecar: is_sidecar(container),
-            program,
-            variables,
-            log,
-            child: None,
-            exit: None,
-            restarts: 0,
-            start_at: now,
-            probe_at: now,
-            failures: 0,
-            alive_at: None,
-            dead: 0,
-            is_ready: false,
-        });
-    }
-    Ok((folders, parts))
-}
-
-async fn variables(
-    shared: &Shared,
-    pod: &Pod,
-    ip: &str,
-    container: &Container,
-) -> anyhow::Result<BTreeMap<String, String>> {
-    let mut variables: BTreeMap<String, String> = [
-        ("KUBERNETES_SERVICE_HOST".to_owned(), KUBERNETES.to_string()),
-        ("KUBERNETES_SERVICE_PORT".to_owned(), "443".to_owned()),
-        ("HOSTNAME".to_owned(), pod.name_any()),
-    ]
-    .into();
-    for variable in container.env.iter().flatten() {
-        if let Some(value) = value(shared, pod, ip, variable, &variables).await? {
-            variables.insert(variable.name.clone(), value);
-        }
-    }
-    Ok(variables)
-}
-
-async fn value(
-    shared: &Shared,
-    pod: &Pod,
-    ip: &str,
-    variable: &EnvVar,
-    known: &BTreeMap<String, String>,
-) -> anyhow::Result<Option<String>> {
-    let namespace = pod.namespace().unwrap_or_default();
-    let Some(from) = &variable.value_from else {
-        return Ok(Some(expand(variable.value.as_deref().unwrap_or_default(), known)));
-    };
-    if let Some(of) = &from.field_ref {
-        return Ok(Some(field(pod, ip, &of.field_path)));
-    }
-    let (found, optional, what) = if let Some(of) = &from.secret_key_ref {
-        let secrets: Api<Secret> = Api::namespaced(shared.client.clone(), &namespace);
-        let data = secrets.get_opt(&of.name).await?.and_then(|secret| secret.data?.remove(&of.key));
-        let text = data.map(|bytes| String::from_utf8(bytes.0)).transpose()?;
-        (text, of.optional, format!("key {} of secret {}", of.key, of.name))
-    } else if let Some(of) = &from.config_map_key_ref {
-        let maps: Api<ConfigMap> = Api::namespaced(shared.client.clone(), &namespace);
-        let text = maps.get_opt(&of.name).await?.and_then(|map| map.data?.remove(&of.key));
-        (text, of.optional, format!("key {} of config map {}", of.key, of.name))
-    } else {
-        // Resources of the container: there are no limits here.
-        return Ok(None);
-    };
-    if found.is_none() && optional != Some(true) {
-        bail!("there is no {what} for {}", variable.name);
-    }
-    Ok(found)
 }

@@ -12,7 +12,7 @@ use k8s_openapi::api::core::v1::{
 use kube::api::{ObjectMeta, PostParams};
 use kube::{Api, Client, ResourceExt as _};
 
-use super::pod::field;
+use super::downward::field;
 
 /// Seconds for which a token of a service account is good; nothing here lives longer.
 const TOKEN_SECONDS: i64 = 86_400;
