@@ -1,5 +1,5 @@
-//! Admission: whether a pool with limits lets a request in. Under pressure it sheds sheddable requests, and those whose
-//! fairness id has its fair share in flight already.
+//! Admission: whether a pool with limits lets a request in. A pool under pressure sheds sheddable requests, and requests
+//! whose fairness id has its fair share in flight already.
 
 use hashbrown::HashMap;
 
@@ -73,11 +73,13 @@ struct InFlight {
 }
 
 impl Admission {
-    /// Whether a pool lets a request in. A pool with nothing in flight lets any request in, however large. The caller
-    /// [adds](Self::add) the request then.
+    /// Whether a pool lets a request in. If it does, the caller [adds](Self::add) the request.
+    ///
+    /// - A limit of 0 is no limit.
+    /// - A pool with nothing in flight lets any request in, however large.
     ///
     /// # Errors
-    /// Why the pool sheds the request.
+    /// [`Shed`]: why the pool sheds the request.
     pub fn check(&self, pool: u64, limits: Limits, ask: Ask) -> Result<(), Shed> {
         let Some(has) = self.pools.get(&pool) else { return Ok(()) };
         let share = |used: u64, limit: u64| if limit == 0 { 0.0 } else { used as f64 / limit as f64 };
@@ -98,14 +100,14 @@ impl Admission {
         }
     }
 
-    /// Adds to what a pool has in flight for a fairness id.
+    /// Adds `load` to what a pool has in flight for the fairness id with the hash `id`.
     pub fn add(&mut self, pool: u64, id: u64, load: &Load) {
         let has = self.pools.entry(pool).or_default();
         has.all.merge(load);
         has.by_id.entry(id).or_default().merge(load);
     }
 
-    /// Takes back what was [added](Self::add). Without effect where the pool has nothing in flight.
+    /// Takes back what was [added](Self::add). A pool or an id with nothing in flight stays as it is.
     pub fn subtract(&mut self, pool: u64, id: u64, load: &Load) {
         let Some(has) = self.pools.get_mut(&pool) else { return };
         has.all.subtract(load);

@@ -42,11 +42,12 @@ pub enum WholeReason {
     Several,
     /// The decode endpoint may refuse the request, and a prefill leg would strand its KV blocks.
     Refusable,
-    /// Prompt and limit of tokens exceed the length of the model, by the prompt's estimate: the decode endpoint refuses it.
+    /// The estimated prompt and the limit of tokens together exceed the model's length: the decode endpoint refuses the
+    /// request.
     TooLong,
-    /// The answer describes the prompt (probabilities of its tokens): only the endpoint that computes the prompt knows them.
+    /// The answer describes the prompt, by probabilities of its tokens. Only the endpoint that computes the prompt has them.
     DescribesPrompt,
-    /// The request goes on from a response that the endpoint keeps.
+    /// The request continues a response that this endpoint keeps.
     Stored,
 }
 
@@ -69,8 +70,8 @@ impl WholeReason {
     }
 }
 
-/// How many tokens more than the least loaded decode endpoint one may have assigned and still get a request because it
-/// holds the prefix: about the KV cache of one long prompt.
+/// KV tokens by which a decode endpoint may exceed the least loaded one and still get a request whose prefix it holds:
+/// about the KV cache of one long prompt.
 pub(super) const AFFINITY_SLACK_TOKENS: f64 = 32_768.0;
 
 impl Scheduler<'_> {

@@ -1,6 +1,6 @@
-//! Which endpoint generates, by what it has to do already and by what must be moved to it.
+//! The cost of a decode endpoint: the KV tokens that it has assigned, and the tokens that must be moved to it.
 
-/// What a decode endpoint costs, for the choice between several.
+/// Formula by which decode endpoints are compared.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DecodeCost {
     /// Seconds to move the KV of one token: its bytes by the bandwidth between endpoints. 131 kB (8 billion parameters,
@@ -11,8 +11,8 @@ pub struct DecodeCost {
     pub step_seconds: f64,
     /// Steps that a request is expected to take: tokens of its answer.
     pub steps: f64,
-    /// A conversation stays while its endpoint has at most so many times the request's own tokens more assigned than the
-    /// endpoint with the fewest. 0: it never stays for its own sake.
+    /// Bound within which a conversation stays at its endpoint: that endpoint may exceed the least loaded one by `stay`
+    /// times the request's tokens. 0 or more; 0: the choice ignores the conversation.
     pub stay: f64,
 }
 
@@ -28,30 +28,32 @@ const CONVERSATION: f64 = 0.5;
 /// A decode endpoint, for one request.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct DecodeLoad {
-    /// Tokens in the KV cache for requests in flight, by the endpoint's speed.
+    /// Assigned tokens, divided by the endpoint's weight; 0 or more.
     pub assigned: f64,
-    /// Tokens of the prompt that it holds.
+    /// Tokens of the prompt that the endpoint holds; 0 or more.
     pub held: f64,
-    /// Whether it served the session of the request last.
+    /// Whether the endpoint served the session of the request last.
     pub is_session: bool,
 }
 
 impl DecodeCost {
     /// Seconds that the choice of an endpoint costs for a prompt of `tokens`: `move·missing + step·steps·assigned`.
     ///
-    /// The first is the time until the answer begins. The second is how much longer the answer takes because of what the
-    /// endpoint reads for others in each step.
+    /// The first term is the time until the answer begins. The second is the time that the answer takes longer, because the
+    /// endpoint reads the KV cache of other requests in each step.
     #[must_use]
     pub fn seconds(&self, tokens: f64, load: DecodeLoad) -> f64 {
         self.move_seconds * (tokens - load.held).max(0.0) + self.step_seconds * self.steps * load.assigned
     }
 
-    /// The place of the one to choose in the order of these.
+    /// Index in `loads` of the endpoint to choose; `None` where `loads` is empty.
     ///
-    /// The conversation stays where it is inside the bound of [`stay`](Self::stay): with the endpoint of the session, else
-    /// with the one that holds most of the prompt, if that is half of it or more. Any other request goes to the cheapest, of
-    /// several alike the first. That what is moved crosses the network and displaces as much from the cache there is not in
-    /// the seconds: it costs others, and the bound is the price.
+    /// 1. The endpoint of the session, within the bound of [`stay`](Self::stay).
+    /// 2. Within the same bound, the endpoint that holds most of the prompt, if it holds half of the prompt or more.
+    /// 3. The cheapest endpoint; of several with equal cost the first.
+    ///
+    /// The seconds leave out what a move costs other requests: it uses the network, and it displaces as many tokens from
+    /// the cache of the new endpoint. The bound stands for that cost.
     #[must_use]
     pub fn choose(&self, tokens: f64, loads: &[DecodeLoad]) -> Option<usize> {
         let least = loads.iter().map(|load| load.assigned).reduce(f64::min)?;

@@ -1,4 +1,4 @@
-//! The decode profile: which endpoint gets a decode leg, and which others may stand in for it.
+//! The decode profile: which endpoint gets a decode leg, and which alternates it has.
 
 use crate::choose::decode_cost::{DecodeCost, DecodeLoad};
 use crate::choose::prompt::Prompt;
@@ -11,9 +11,10 @@ use crate::prefix::index::EndpointIndex;
 use crate::wire::Role;
 
 impl Scheduler<'_> {
-    /// The endpoint of the conversation, else the one that is cheapest by its assigned KV tokens and by the tokens to move
-    /// to it, among these without those that were `tried`; and its alternates, those with the fewest tokens first. `None`
-    /// where there is none left.
+    /// The endpoint for a decode leg, and its alternates, those with the fewest assigned tokens first.
+    ///
+    /// It is the endpoint of the conversation, else the [cheapest](super::decode_cost). Endpoints in `tried` are left out.
+    /// `None` where no endpoint is left.
     #[must_use]
     pub fn pick_decode(
         &self,
@@ -24,12 +25,12 @@ impl Scheduler<'_> {
         let suited = self.view().usable(among, prompt, tried).into_iter();
         let mut ranked: Vec<Ranked> = suited.map(|(index, state)| Ranked::new(index, state, prompt)).collect();
         let first = self.choose_decode(&mut ranked, among, prompt, tried)?;
-        // One header names the rank for all of them, so alternates have the same rank.
+        // One header names the rank for the pick and its alternates, so all have the same rank.
         ranked.retain(|other| other.rank == first.rank && other.index != first.index);
         Some((self.pick(first.index, prompt), self.least(ranked)))
     }
 
-    /// Chooses among `ranked`, to which it adds the holders of the prompt where they are a part of many.
+    /// Chooses among `ranked`. Where `ranked` is a sample of many endpoints, it first adds the holders of the prompt.
     fn choose_decode(
         &self,
         ranked: &mut Vec<Ranked>,
@@ -48,7 +49,7 @@ impl Scheduler<'_> {
                     .map(|state| Ranked::new(index, state, prompt)),
             );
         }
-        // Of several alike the first is chosen.
+        // Of several endpoints with equal cost the first is chosen.
         ranked.sort_unstable_by_key(|ranked| ranked.tie);
         let load = |ranked: &Ranked| DecodeLoad {
             assigned: ranked.tokens,
@@ -60,8 +61,10 @@ impl Scheduler<'_> {
         ranked.get(cost.choose(prompt.tokens, &loads)?).copied()
     }
 
-    /// Healthy alternates of an endpoint, those with the fewest assigned tokens first. They have the same engine and rank,
-    /// so the same request suits them, and those of a prefill endpoint hand over to the same decode endpoints.
+    /// Healthy alternates of an endpoint, those with the fewest assigned tokens first; empty where there is none.
+    ///
+    /// An alternate has the engine and the rank of the chosen endpoint, so the same request suits it. An alternate of a
+    /// prefill endpoint hands over to the same decode endpoints.
     #[must_use]
     pub fn alternates(&self, among: &[EndpointIndex], prompt: &Prompt, chosen: EndpointIndex) -> Vec<EndpointIndex> {
         let Some(first) = self.table.get(chosen) else { return Vec::new() };

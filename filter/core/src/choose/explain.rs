@@ -1,4 +1,4 @@
-//! Description of a choice, for people.
+//! Text that describes a choice to a person.
 
 use crate::choose::decider::{Schedule, WholeReason};
 use crate::choose::prompt::Prompt;
@@ -7,10 +7,11 @@ use crate::endpoints::candidates::Candidates;
 use crate::prefix::index::EndpointIndex;
 
 impl Scheduler<'_> {
-    /// Describes in one line what [`schedule`](Self::schedule) chooses, and among which endpoints. Its form may change.
+    /// Describes in one line what [`schedule`](Self::schedule) chooses, and among which endpoints. Releases may change the
+    /// form of the line.
     ///
-    /// The line has for each endpoint that was compared: W, S and W + w·S in seconds, w, matched tokens, assigned tokens, and
-    /// whether it is the rendezvous endpoint, the holder of the session, or ejected.
+    /// For each compared endpoint the line has W, S and W + w·S in seconds, w, matched tokens, assigned tokens, and whether
+    /// the endpoint is the rendezvous endpoint, the endpoint of the session, or ejected.
     #[must_use]
     pub fn explain(&self, candidates: &Candidates, prompt: &Prompt) -> String {
         let name = |index: EndpointIndex| self.table.get(index).map_or("?", |state| state.address.as_ref());
@@ -27,7 +28,7 @@ impl Scheduler<'_> {
                     WholeReason::Several => "whole: several sequences, lowest W+wS",
                     WholeReason::Refusable => "whole: decode may refuse it, lowest W+wS",
                     WholeReason::Stored => "whole: at the endpoint that keeps the response",
-                    WholeReason::DescribesPrompt => "whole: the answer tells of the prompt, lowest W+wS",
+                    WholeReason::DescribesPrompt => "whole: the answer describes the prompt, lowest W+wS",
                     WholeReason::TooLong => "whole: no room for its answer, lowest W+wS",
                 };
                 (pick, why, &candidates.whole)

@@ -1,4 +1,4 @@
-//! The prompt as a choice sees it.
+//! What a choice needs to know of a prompt.
 
 use crate::endpoints::fitted_media::MediaTokens;
 use crate::prefix::hash::{BlockHash, PromptHash};
@@ -20,16 +20,16 @@ pub struct Prompt {
     pub session: Option<BlockHash>,
     /// Key for rendezvous hashing: the prompt's first block that is not hot.
     pub key: u64,
-    /// Whether this worker never routed a prompt with that block. Another Envoy may have.
+    /// Whether this worker never routed a prompt with the block of [`key`](Self::key). Another Envoy may have routed one.
     pub is_unseen: bool,
     /// Whether the request wants more than one sequence: a batch of prompts, or several answers.
     pub is_several: bool,
-    /// Whether the decode endpoint may refuse what the prefill leg leaves out.
+    /// Whether the decode endpoint may refuse the request because of members that the prefill leg leaves out.
     pub is_refusable: bool,
-    /// Whether the prompt and the limit of tokens are longer together than the model takes, by the prompt's estimate.
+    /// Whether the estimated prompt and the limit of tokens together exceed the model's length.
     pub is_too_long: bool,
-    /// Whether the request has a thinking budget, which no limit of one token holds.
+    /// Whether the request has a thinking budget, which a limit of one token does not allow.
     pub has_budget: bool,
-    /// Whether the answer tells of the prompt what only the endpoint that computes it knows.
+    /// Whether the answer describes the prompt, so that only the endpoint that computes the prompt can give it.
     pub describes_prompt: bool,
 }

@@ -1,8 +1,8 @@
-//! Requests that wait in the gateway for a prefill endpoint with room, and which of them an endpoint gets next.
+//! The queue of requests that wait in the gateway for a prefill endpoint with room, and the order in which it binds them.
 //!
-//! An endpoint has *room* when the work it has left is below a lead time of some tens of milliseconds. Until an endpoint has
-//! room for it, a request is bound to none, so that it goes to whichever endpoint serves it best when its turn comes, and
-//! so that a short request never stands behind a long one that came first.
+//! An endpoint has *room* while the work that it has left takes less than [`Rule::lead`]. A request is bound to no endpoint
+//! before one has room. So the request goes to the endpoint that serves it best at its turn, and a short request never
+//! stands behind a long one that came first.
 //!
 //! # Which endpoint a request prefers
 //! The one with the lowest `R + w·S`:
@@ -10,12 +10,15 @@
 //! - `S`: seconds of the endpoint for the prompt, given the tokens that it holds,
 //! - `w = 2 + n`, where `n` is the number of waiting requests per endpoint.
 //!
-//! A second of work counts once for the request itself. It counts a second time because a prompt that is computed anew
-//! displaces as much from the endpoint's cache, which another request has to compute again. And it counts once for each of
-//! the `n` requests that the endpoint could have computed instead: they all wait a second longer.
+//! The terms of `w`:
+//! - 1 for the request itself,
+//! - 1 because a prompt that is computed anew displaces as much from the endpoint's cache, and another request has to
+//!   compute that again,
+//! - 1 for each of the `n` requests that the endpoint could have computed instead: each of them waits a second longer.
 //!
-//! A request that prefers an endpoint without room keeps waiting for it, and others overtake. It gives that endpoint up when
-//! another one has room and waiting costs more than computing anew: when `R > w·(S elsewhere − S there)`.
+//! A request that prefers an endpoint without room keeps waiting for it, and other requests overtake. The request gives
+//! the endpoint up when another one has room and waiting costs more than computing anew: when
+//! `R > w·(S elsewhere − S there)`.
 //!
 //! # Which request an endpoint gets
 //! Of the requests that prefer an endpoint with room, in this order:
@@ -25,19 +28,21 @@
 //! 4. the lowest `S·exp(−waited/patience)`: the shortest, where waiting makes a request shorter.
 //!
 //! # Starvation
-//! By the fourth rule a request can be overtaken only by requests that come within `patience·ln(S/s)` after it, where `S`
-//! are its own seconds and `s` those of the one that overtakes. By the second rule nobody overtakes it at all, within its
-//! priority, once it has waited for `longest_wait`. Priorities are strict: a lower one waits for as long as there is a higher one,
-//! at most until its [deadline](Request::deadline).
+//! - By the fourth rule, only requests that come within `patience·ln(S/s)` after a request can overtake it. `S` are the
+//!   seconds of the request and `s` those of the request that overtakes.
+//! - By the second rule, no request of the same priority overtakes a request that has waited for `longest_wait`.
+//! - Priorities are strict: a request waits while one of a higher priority waits, until its
+//!   [deadline](Request::deadline) at most.
 //!
 //! # Cost
-//! The order of two requests does not depend on the time that passes (both wait for the same time more), so requests
-//! stand in ordered sets, one for each endpoint of which they hold a prefix and one for all. `n` requests: [`Queue::push`],
-//! [`Queue::remove`] and [`Queue::set_held`] take `O(log n)`. [`Queue::next`] takes `O(log n)` for each endpoint with room,
-//! priority and fairness id, and looks at [`LOOK`] requests of each at most. While requests wait, nothing is done. A
-//! request takes [`REQUEST_BYTES`] at most, beside its body.
+//! Time does not change the order of two requests, because it passes for both. So requests stand in ordered sets: one for
+//! each endpoint that holds a prefix of them, and one for all. With `n` requests:
+//! - [`Queue::push`], [`Queue::remove`] and [`Queue::set_held`] take `O(log n)`.
+//! - [`Queue::next`] takes `O(log n)` for each endpoint with room, priority and account, and looks at [`LOOK`] requests
+//!   of each at most.
+//! - A request takes [`REQUEST_BYTES`] at most, beside its body.
 //!
-//! Every worker that has pushed, removed and updated the same requests finds the same order: ties go by id.
+//! The order is the same at every worker that pushed, removed and updated the same requests: ties go by id.
 
 use core::cmp::Reverse;
 use core::time::Duration;
@@ -63,7 +68,7 @@ const LEAST_SECONDS: f64 = 1e-6;
 #[derive(Clone, Debug)]
 struct Entry {
     request: Request,
-    /// Longest first.
+    /// What endpoints hold of the prompt, the longest first.
     held: Vec<Held>,
 }
 
@@ -72,7 +77,7 @@ impl Entry {
         self.held.iter().find(|held| held.endpoint == endpoint).map_or(0.0, |held| held.tokens)
     }
 
-    /// Seconds where most of it is held.
+    /// Seconds at the endpoint that holds most of the prompt.
     fn least_seconds(&self, cost: &Cost) -> f64 {
         cost.seconds(self.request.tokens, self.held.first().map_or(0.0, |held| held.tokens))
     }
@@ -81,7 +86,7 @@ impl Entry {
         (self.request.fairness % ACCOUNTS) as u8
     }
 
-    /// Its places under this rule.
+    /// The request's places under this rule.
     fn places(&self, rule: &Rule) -> impl Iterator<Item = Place> {
         let Request { id, arrival, tokens, priority, .. } = self.request;
         let account = self.account();
@@ -101,7 +106,7 @@ impl Entry {
 #[derive(Clone, Copy, Debug, Default)]
 struct Account {
     waiting: usize,
-    /// Seconds of work that it got, on a clock that all accounts have in common.
+    /// Seconds of work that its requests got. The accounts of a queue are compared by these.
     got: f64,
 }
 
@@ -115,7 +120,7 @@ pub struct Queue {
     deadlines: BTreeSet<(Duration, u64)>,
     keys: BTreeSet<(u64, u64)>,
     accounts: BTreeMap<u8, Account>,
-    /// Seconds of work that wait, by priority.
+    /// Number and seconds of the waiting requests, by priority.
     seconds: BTreeMap<Reverse<i32>, (usize, f64)>,
     bytes: usize,
 }
@@ -155,14 +160,14 @@ impl Queue {
         self.entries.is_empty()
     }
 
-    /// Bytes that the waiting requests take: at most, and with their bodies.
+    /// Upper bound of the bytes that the waiting requests take, with their bodies.
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Seconds of work that wait and go before a new request of this priority, or beside it. Divided by the number of
-    /// endpoints this is about as long as the new one waits at most.
+    /// Seconds of work of the waiting requests that have this priority or a higher one; 0 where none waits. Divided by
+    /// the number of endpoints, it is about the longest wait of a new request with this priority.
     #[must_use]
     pub fn seconds(&self, priority: i32) -> f64 {
         self.seconds.range(..=Reverse(priority)).map(|(_, (_, seconds))| seconds).sum()
@@ -174,22 +179,22 @@ impl Queue {
         self.entries.get(&id).map(|entry| &entry.request)
     }
 
-    /// What the endpoints hold of a request, as far as it counts: the longest first. Empty for unknown ids.
+    /// What endpoints hold of a request, the longest first, at most [`MOST_HELD`]. Empty for unknown ids.
     #[must_use]
     pub fn held(&self, id: u64) -> &[Held] {
         self.entries.get(&id).map_or(&[], |entry| &entry.held)
     }
 
-    /// Requests with this [key](Request::key), lowest id first: when an endpoint has got one of them, it may hold a begin of
-    /// the others.
+    /// Ids of the requests with this [key](Request::key), the lowest first. An endpoint that got one of them may hold a
+    /// prefix of the others.
     pub fn sharing(&self, key: u64) -> impl Iterator<Item = u64> {
         self.keys.range((key, 0)..=(key, u64::MAX)).map(|(_, id)| *id)
     }
 
-    /// A request comes. Of `held` the [longest](MOST_HELD) count.
+    /// Adds a request. The [longest](MOST_HELD) entries of `held` count.
     ///
     /// # Errors
-    /// When there is no room for it. The queue is as it was.
+    /// [`Full`] where the queue takes no more, or has the id. The queue is then unchanged.
     pub fn push(&mut self, request: Request, held: &[Held]) -> Result<(), Full> {
         let bytes = self.bytes.saturating_add(request.bytes).saturating_add(REQUEST_BYTES);
         if self.entries.contains_key(&request.id) {
@@ -213,7 +218,7 @@ impl Queue {
         Ok(())
     }
 
-    /// Says anew what the endpoints hold of a request. Unknown ids are ignored.
+    /// Replaces what endpoints hold of a request. An unknown id changes nothing.
     pub fn set_held(&mut self, id: u64, held: &[Held]) {
         let Some(mut entry) = self.entries.remove(&id) else { return };
         let held = longest(held);
@@ -225,7 +230,8 @@ impl Queue {
         self.entries.insert(id, entry);
     }
 
-    /// Takes a request out: its client has left, its deadline is over, it is refused. Unknown ids are ignored.
+    /// Removes a request that no endpoint gets: its client has left, its deadline is over, or it is refused. `None` for an
+    /// unknown id.
     pub fn remove(&mut self, id: u64) -> Option<Request> {
         let entry = self.entries.remove(&id)?;
         self.remove_places(&entry);
@@ -238,14 +244,15 @@ impl Queue {
             account.waiting = account.waiting.saturating_sub(1);
         }
         if self.entries.is_empty() {
-            // Who comes to an empty queue has no claim from before.
+            // A request that comes to an empty queue has no claim from before.
             self.accounts.clear();
             self.seconds.clear();
         }
         Some(entry.request)
     }
 
-    /// Takes a request out because an endpoint gets it: its fairness id has got so many seconds.
+    /// Removes a request that an endpoint gets, and adds `seconds` to the account of its fairness id. Negative seconds
+    /// count as 0. `None` for an unknown id.
     pub fn bind(&mut self, id: u64, seconds: f64) -> Option<Request> {
         let account = self.entries.get(&id).map(Entry::account)?;
         if let Some(account) = self.accounts.get_mut(&account) {
@@ -254,7 +261,7 @@ impl Queue {
         self.remove(id)
     }
 
-    /// When the oldest request came.
+    /// Arrival of the oldest request; `None` where none waits.
     #[must_use]
     pub fn oldest(&self) -> Option<Duration> {
         let priorities = self.seconds.keys();
@@ -262,19 +269,19 @@ impl Queue {
         oldest.map(|(_, arrival, _)| *arrival).min()
     }
 
-    /// A request whose deadline is over, the earliest first.
+    /// The request with the earliest deadline, where that deadline is over; `None` otherwise.
     #[must_use]
     pub fn expired(&self, now: Duration) -> Option<u64> {
         self.deadlines.first().filter(|(deadline, _)| *deadline <= now).map(|(_, id)| *id)
     }
 
-    /// When the next deadline is over.
+    /// The earliest deadline; `None` where no request has one.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Duration> {
         self.deadlines.first().map(|(deadline, _)| *deadline)
     }
 
-    /// `w`, the price of a second of work, with so many endpoints.
+    /// `w`, the price of a second of work, with so many endpoints: 2 or more. 0 endpoints count as 1.
     #[must_use]
     pub fn price(&self, endpoints: usize) -> f64 {
         2.0 + self.len() as f64 / endpoints.max(1) as f64
@@ -301,7 +308,8 @@ impl Queue {
         }
     }
 
-    /// A fairness id that had nothing waiting begins with what the one with the least has got: nobody saves up.
+    /// Counts one more waiting request. An account without any begins with the seconds of the account that has the least,
+    /// so no fairness id saves up while it sends nothing.
     fn open_account(&mut self, account: u8) {
         let least = self.least_got();
         let account = self.accounts.entry(account).or_default();
@@ -316,7 +324,7 @@ impl Queue {
     }
 }
 
-/// The longest of what endpoints hold, at most [`MOST_HELD`] and one for each endpoint.
+/// The longest entries, at most [`MOST_HELD`] and one for each endpoint.
 fn longest(held: &[Held]) -> Vec<Held> {
     let mut held: Vec<Held> = held.iter().copied().filter(|held| held.tokens > 0.0).collect();
     held.sort_by(|a, b| b.tokens.total_cmp(&a.tokens).then(a.endpoint.cmp(&b.endpoint)));

@@ -1,4 +1,4 @@
-//! The endpoints as the queue sees them: the work that each has left, and what it holds of a prompt.
+//! What the queue needs to know of endpoints: the work that each has left, and what each holds of a prompt.
 
 use core::time::Duration;
 
@@ -12,8 +12,9 @@ use crate::prefix::index::EndpointIndex;
 impl Scheduler<'_> {
     /// Seconds until an endpoint is through with its work, for requests of which the oldest has `waited` so long.
     ///
-    /// Work of other Envoys counts for as long as it takes, and no longer: who has waited that long gets an endpoint at
-    /// which this Envoy has nothing. Otherwise an Envoy that sees the end of its own legs at once would always be first.
+    /// Work of other Envoys is reduced by `waited`: a request that has waited as long as that work takes gets an endpoint at
+    /// which this Envoy has nothing in flight. Otherwise an Envoy that sees the end of its own legs at once would keep the
+    /// endpoint for itself.
     #[must_use]
     pub(crate) fn seconds_left(&self, state: &EndpointState, waited: Duration) -> f64 {
         state.own_seconds_left(self.now) + (state.elsewhere_seconds() - waited.as_secs_f64()).max(0.0)

@@ -66,16 +66,19 @@ impl<'a> Scheduler<'a> {
         View { table: self.table, index: self.index, now: self.now }
     }
 
-    /// The endpoint with the lowest W + w·S among these, without those that were `tried`. Where no endpoint is healthy it
-    /// picks among all: a pool is never ejected as a whole. `None` where there is none left.
+    /// The endpoint with the lowest W + w·S among `among` without those in `tried`; `None` where none is left. Where no
+    /// endpoint is healthy, it picks among all: a pool is never ejected as a whole.
     #[must_use]
     pub fn pick_by_cost(&self, among: &[EndpointIndex], prompt: &Prompt, tried: &[EndpointIndex]) -> Option<Pick> {
         self.cheapest(among, prompt, tried).map(|(best, _)| best.pick)
     }
 
-    /// The endpoint for a prefill leg among these, which are the candidates' prefill endpoints, with aggregated ones or
-    /// without. As [`pick_by_cost`](Self::pick_by_cost), but that a pairing which got more than its share of the load counts
-    /// as more expensive, and that a pairing with a healthy endpoint on both sides goes before the others.
+    /// The endpoint for a prefill leg; `None` where none is left. `among` are the candidates' prefill endpoints, with
+    /// aggregated ones or without.
+    ///
+    /// It differs from [`pick_by_cost`](Self::pick_by_cost) in two points:
+    /// - A pairing that got more than its share of the load counts as more expensive.
+    /// - Pairings without a healthy endpoint on both sides come last.
     #[must_use]
     pub fn pick_prefill(
         &self,
@@ -117,7 +120,7 @@ impl<'a> Scheduler<'a> {
         best.map(|(.., pick)| pick)
     }
 
-    /// What a pairing costs more for having got more than its share, weighted seconds; below 0: less.
+    /// Weighted seconds that a pairing counts as more expensive, because it got more than its share; below 0: cheaper.
     fn price(&self, candidates: &Candidates, pairing: &Pairing, found: CostedPick) -> f64 {
         let (Some(given), Some(state)) = (self.table.given(&candidates.pool), self.table.get(found.pick.endpoint))
         else {
@@ -144,7 +147,7 @@ impl<'a> Scheduler<'a> {
         best
     }
 
-    /// That endpoint, whatever it has to do.
+    /// The pick of one given endpoint, whatever its load is.
     #[must_use]
     pub fn pick(&self, endpoint: EndpointIndex, prompt: &Prompt) -> Pick {
         let matched_tokens = self.matched_tokens(endpoint, prompt);
@@ -157,7 +160,7 @@ impl<'a> Scheduler<'a> {
         self.prefill_cost(state).seconds(prompt.tokens, held)
     }
 
-    /// W + w·S of an endpoint; `owner`: it is the rendezvous endpoint, `session`: it served the session last.
+    /// W + w·S of an endpoint. `owner` is the rendezvous endpoint, `session` the endpoint that served the session last.
     ///
     /// - An unseen prompt may have been routed by another Envoy, to the rendezvous endpoint. That endpoint counts as holding
     ///   the part β of the tokens that it lacks.

@@ -24,7 +24,7 @@ const SAMPLE: usize = 24;
 
 /// Endpoints that a choice compares.
 pub(super) struct Shortlist<'a> {
-    /// They may be there twice.
+    /// The endpoints. One may be there twice.
     pub(super) endpoints: Vec<(EndpointIndex, &'a EndpointState)>,
     /// The rendezvous endpoint of the prompt.
     pub(super) owner: Option<EndpointIndex>,
@@ -34,9 +34,9 @@ pub(super) struct Shortlist<'a> {
 
 /// Prefill legs in flight at endpoints that may be chosen; of many endpoints at a sample of them.
 pub(super) struct Legs {
-    /// Seconds of one, on average over those of this Envoy; 0 where it has none in flight.
+    /// Mean seconds of this Envoy's legs; 0 where this Envoy has none in flight.
     mean_seconds: f64,
-    /// Legs at each endpoint, on average, from every Envoy that exchanges.
+    /// Mean number of legs at an endpoint, from every Envoy that exchanges.
     pub(super) each: f64,
 }
 
@@ -50,8 +50,8 @@ impl Legs {
         Self { each: all / endpoints.len().max(1) as f64, ..legs }
     }
 
-    /// Legs at an endpoint. Other Envoys tell the seconds of theirs only: these legs are taken to be as long as this Envoy's,
-    /// and a second each where this Envoy has none in flight.
+    /// Number of legs at an endpoint. Of other Envoys' legs only the seconds are known: each counts as long as the mean leg
+    /// of this Envoy, or a second where this Envoy has none in flight.
     pub(super) fn legs_at(&self, state: &EndpointState) -> f64 {
         let each = if self.mean_seconds > 0.0 { self.mean_seconds } else { 1.0 };
         state.prefill.len() as f64 + state.elsewhere_seconds() / each
@@ -73,7 +73,8 @@ impl<'a> View<'a> {
         holders.into_iter().find(|index| self.table.get(*index).is_some_and(|state| self.is_among(among, state)))
     }
 
-    /// The least loaded endpoints, the rendezvous endpoint, those that hold most of the prompt, and that of its session.
+    /// The least loaded endpoints, the rendezvous endpoint, those that hold most of the prompt, and the endpoint of its
+    /// session.
     pub(super) fn shortlist(self, among: &[EndpointIndex], prompt: &Prompt, tried: &[EndpointIndex]) -> Shortlist<'a> {
         let usable = self.usable(among, prompt, tried);
         let legs = Legs::new(&usable);
@@ -112,8 +113,8 @@ impl<'a> View<'a> {
         among.binary_search_by_key(&Some(state.key), |index| self.table.get(*index).map(|state| state.key)).is_ok()
     }
 
-    /// Endpoints that may be chosen: the healthy ones that were not tried; where there is none, all that were not tried,
-    /// without those that are excluded. Of many endpoints it is a part, unless none in that part is healthy.
+    /// Endpoints that may be chosen: the healthy ones that were not tried, else all that were not tried. Of many endpoints
+    /// it is a sample, unless no endpoint of the sample is healthy.
     pub(super) fn usable(
         self,
         among: &[EndpointIndex],
@@ -141,8 +142,8 @@ impl<'a> View<'a> {
         states.filter(|(_, state)| self.is_usable(state)).collect()
     }
 
-    /// Some of many endpoints: the neighbours of the prompt's key, and every n-th of all, from a place on that differs from
-    /// request to request. Candidates are sorted by a hash, so that is a random sample.
+    /// A sample of many endpoints: the neighbours of the prompt's key, and every n-th endpoint, starting at a place that
+    /// differs from request to request. Candidates are sorted by a hash, so the sample is random.
     fn sample(self, among: &[EndpointIndex], prompt: &Prompt) -> Vec<EndpointIndex> {
         let mut sample = self.neighbours(among, prompt);
         let step = among.len().div_ceil(SAMPLE);

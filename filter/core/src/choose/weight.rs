@@ -1,16 +1,21 @@
-//! The price of a second of prefill work where a server is chosen when the request comes.
+//! The affinity weight that follows the load.
 
-/// `w` of `W + w·S` at one endpoint: what a second of work there costs all, in seconds. `legs_there`: prompts in flight at
-/// the endpoint, waiting or computed; `legs_each`: those at each endpoint that may be chosen, on average.
+/// `w` of `W + w·S` at one endpoint: the seconds that one second of work there costs all requests together.
 ///
-/// `w = 1 + legs_there + legs_each`. The second counts once for the request itself. It counts once for each prompt that
-/// comes to stand behind it before the endpoint has caught up: about as many as stand there now. And a prompt that is computed
-/// anew displaces as much from the endpoint's cache, which others have to compute again, before those that stand there then:
-/// `legs_each`. An idle pool gives 1: the endpoint that is through first.
+/// - `legs_there`: prompts in flight at the endpoint, waiting or computed.
+/// - `legs_each`: the mean of that number over the endpoints that may be chosen.
+/// - Negative numbers count as 0.
 ///
-/// A constant is right at one load only: 3 leaves warm endpoints too early when much waits, and each departure adds to what
-/// waits; 30 makes short prompts stand behind long ones when little waits. `1 + 2·legs_each` keeps prompts at a busy endpoint
-/// while another one is idle. Negative numbers count as 0.
+/// `w = 1 + legs_there + legs_each`, so an idle pool has 1 and the prompt goes to the endpoint that is ready first.
+/// - 1 for the request itself.
+/// - `legs_there` for the prompts that come behind it before the endpoint has caught up: about as many as are there now.
+/// - `legs_each` because a prompt that is computed anew displaces as much from the endpoint's cache, and others have to
+///   compute that again.
+///
+/// Alternatives:
+/// - 3 leaves warm endpoints too early at a high load, and each departure adds work.
+/// - 30 makes short prompts wait behind long ones at a low load.
+/// - `1 + 2·legs_each` keeps prompts at a busy endpoint while another one is idle.
 #[must_use]
 pub fn affinity_weight(legs_there: f64, legs_each: f64) -> f64 {
     1.0 + legs_there.max(0.0) + legs_each.max(0.0)

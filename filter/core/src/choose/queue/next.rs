@@ -10,22 +10,28 @@ use super::{Entry, Queue};
 use crate::prefix::hash::rendezvous_weight;
 use crate::prefix::index::EndpointIndex;
 
-/// A candidate: whether its fairness id has got its part already, its place in the order, itself.
+/// A candidate: whether its account has had its part already, its rank, and its id. The lowest one is bound.
 type Candidate = (bool, Rank, u64);
 
 impl Queue {
-    /// The request to bind next, and the endpoint for it. `endpoints` are those that may be bound to, ordered by
-    /// [`index`](PrefillEndpoint::index). `None`: no endpoint has room, or every request that was looked at prefers to wait for one
-    /// that has not.
+    /// The request to bind next, and the endpoint for it.
     ///
-    /// The caller checks that the endpoint still holds what is said of it ([`set_held`](Self::set_held), and asks again if
-    /// not), sends the request and calls [`bind`](Self::bind).
+    /// `endpoints` are the endpoints that may be bound to, ordered by [`index`](PrefillEndpoint::index).
+    ///
+    /// `None` where
+    /// - no request waits,
+    /// - no endpoint has room,
+    /// - or every request that was looked at prefers an endpoint without room.
+    ///
+    /// The caller checks that the endpoint still holds the tokens of the binding. If it does not, the caller corrects them
+    /// by [`set_held`](Self::set_held) and asks again. Otherwise the caller sends the request and calls
+    /// [`bind`](Self::bind).
     #[must_use]
     pub fn next(&self, endpoints: &[PrefillEndpoint], now: Duration) -> Option<Binding> {
         self.next_without(endpoints, now, &|_| false)
     }
 
-    /// As [`next`](Self::next), of the requests that are not `passed_over`, by their ids.
+    /// As [`next`](Self::next), without the requests whose ids are `passed_over`.
     #[must_use]
     pub fn next_without(
         &self,
@@ -46,7 +52,7 @@ impl Queue {
     }
 }
 
-/// The queue, as it looks with these endpoints.
+/// The queue together with the endpoints that may be bound to.
 #[derive(Clone, Copy)]
 struct View<'a> {
     queue: &'a Queue,
@@ -69,8 +75,8 @@ impl<'a> View<'a> {
         self.endpoints.get(self.endpoints.binary_search_by_key(&index, |endpoint| endpoint.index).ok()?)
     }
 
-    /// The endpoint that the request prefers, if that one has room: of the endpoints with room, and of those that hold some
-    /// of the request. No other one can be better, unless it is faster.
+    /// The endpoint that the request prefers, if that endpoint has room; `None` otherwise. It compares the endpoints with
+    /// room and those that hold some of the prompt. Any other endpoint is worse, unless it is faster.
     fn preferred(&self, entry: &Entry) -> Option<Binding> {
         let Request { id, tokens, key, .. } = entry.request;
         let holders = entry.held.iter().filter_map(|held| self.endpoint(held.endpoint));
@@ -90,7 +96,8 @@ impl<'a> View<'a> {
         self.has_room(endpoint).then_some(binding)
     }
 
-    /// The oldest request that has waited too long.
+    /// The oldest request that has waited longer than [`Rule::longest_wait`](super::Rule::longest_wait) and that can be
+    /// bound.
     fn overdue(&self, priority: Reverse<i32>, now: Duration) -> Option<Binding> {
         let since = now.checked_sub(self.queue.rule.longest_wait)?;
         let old = self.queue.arrivals.range((priority, Duration::ZERO, 0)..=(priority, since, u64::MAX));
@@ -99,7 +106,7 @@ impl<'a> View<'a> {
         entries.find_map(|entry| self.preferred(entry))
     }
 
-    /// The request with the lowest rank.
+    /// The request with the lowest rank that can be bound.
     fn least(&self, priority: Reverse<i32>) -> Option<Binding> {
         let least_got = self.queue.least_got().unwrap_or(0.0);
         let mut best: Option<(Candidate, Binding)> = None;
@@ -110,7 +117,7 @@ impl<'a> View<'a> {
                 rank: Rank(f64::NEG_INFINITY),
                 id: 0,
             });
-            // From fairness id to fairness id.
+            // From account to account.
             while let Some(first) = self.queue.places.range((after, Unbounded)).next() {
                 let group = first.group;
                 if (group.endpoint, group.priority) != (endpoint, priority) {
@@ -124,7 +131,7 @@ impl<'a> View<'a> {
         best.map(|(_, binding)| binding)
     }
 
-    /// Looks for a better one in a group.
+    /// Replaces `best` where a request of this group is better.
     fn improve(&self, group: Group, first: &Place, least_got: f64, best: &mut Option<(Candidate, Binding)>) {
         let account = self.queue.accounts.get(&group.account).copied().unwrap_or_default();
         let is_over = account.got > least_got + self.queue.rule.fair_seconds;
@@ -136,7 +143,7 @@ impl<'a> View<'a> {
             let Some(entry) = self.queue.entries.get(&place.id).filter(|_| !(self.passed_over)(place.id)) else {
                 continue;
             };
-            // Its rank says where it stands on this endpoint only.
+            // A rank holds for one endpoint only.
             if let Some(binding) = self.preferred(entry)
                 && (group.endpoint == Some(binding.endpoint)
                     || (group.endpoint.is_none() && binding.held_tokens == 0.0))

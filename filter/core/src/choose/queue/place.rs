@@ -1,4 +1,4 @@
-//! Where a request stands among others.
+//! The place of a request in the order of a queue.
 
 use core::cmp::Reverse;
 
@@ -28,16 +28,16 @@ impl Ord for Rank {
     }
 }
 
-/// Requests that are compared with each other: those that an endpoint holds a begin of, or all.
+/// Requests that are compared with each other: those of which one endpoint holds a prefix, or all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Group {
-    /// `None`: all requests, as if nobody held anything of them.
+    /// `None`: all requests, as if no endpoint held anything of them.
     pub(super) endpoint: Option<EndpointIndex>,
     pub(super) priority: Reverse<i32>,
     pub(super) account: u8,
 }
 
-/// A request's place among those.
+/// A request's place in a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Place {
     pub(super) group: Group,

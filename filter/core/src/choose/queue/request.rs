@@ -1,41 +1,41 @@
-//! What a queue is given and what it gives.
+//! Values that a queue takes and returns.
 
 use core::time::Duration;
 
 use crate::config::Cost;
 use crate::prefix::index::EndpointIndex;
 
-/// Requests of one endpoint, priority and fairness id that are looked at when none of them prefers the endpoint: with more of
-/// them an endpoint may stay idle until an event of another endpoint, with fewer it does so more often.
+/// Requests of one endpoint, priority and account that [`Queue::next`](super::Queue::next) looks at before it gives the
+/// endpoint up. If more than these prefer another endpoint, the endpoint stays idle until an event of another one.
 pub const LOOK: usize = 256;
 
 /// An endpoint that may be bound to.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PrefillEndpoint {
-    /// Which.
+    /// Index in the endpoint list.
     pub index: EndpointIndex,
-    /// Key for ties, which every worker and replica has alike.
+    /// Key for ties. Every worker of every Envoy has the same one.
     pub key: u64,
-    /// Seconds until it is through with what it has.
+    /// Seconds until the endpoint has done the work that it has; 0 or more.
     pub work: f64,
-    /// Its seconds for a prompt.
+    /// Prefill cost of the endpoint.
     pub cost: Cost,
 }
 
 /// A request and the endpoint that it should go to now.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Binding {
-    /// The request.
+    /// Id of the request.
     pub id: u64,
     /// The endpoint.
     pub endpoint: EndpointIndex,
-    /// Tokens of the prompt that the endpoint holds.
+    /// Tokens of the prompt that the endpoint holds: 0 to the prompt's tokens.
     pub held_tokens: f64,
-    /// Seconds of the endpoint for the prompt.
+    /// Seconds that the endpoint needs for the prompt.
     pub seconds: f64,
 }
 
-/// Endpoints of a request whose prefix counts: the longest. More of them make every request larger.
+/// Holders of a request's prefix that count: those that hold most. A larger number makes every request larger.
 pub const MOST_HELD: usize = 4;
 
 /// Bytes that a waiting request takes at most beside its body: its entry, and its places in the ordered sets, which are
@@ -45,25 +45,25 @@ pub const REQUEST_BYTES: usize = 1_024;
 /// What holds for all requests of a queue.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rule {
-    /// Seconds of work that an endpoint may have left and still have room. Longer ones bind requests earlier than needed;
-    /// shorter ones leave the endpoint idle for as long as a request takes to reach it.
+    /// Seconds of work below which an endpoint has room. A larger number binds requests earlier than needed. A smaller one
+    /// leaves the endpoint idle while a request is on its way to it.
     pub lead: f64,
-    /// Seconds of waiting that make a request count as `1/e` of its seconds. Longer ones favour short requests.
+    /// Seconds of waiting after which a request counts as `1/e` of its seconds. A larger number favours short requests.
     pub patience: f64,
-    /// How long a request can be overtaken.
+    /// Wait after which no request of the same priority overtakes a request.
     pub longest_wait: Duration,
-    /// Seconds of work that a fairness id may get more than the one with the least, while both wait.
+    /// Seconds of work by which an account may be ahead of the account with the least, while both have requests waiting.
     pub fair_seconds: f64,
-    /// Seconds of a prompt, for the order.
+    /// Prefill cost by which requests are ordered.
     pub cost: Cost,
-    /// Most requests that wait.
+    /// Most requests that the queue takes.
     pub most_requests: usize,
-    /// Most bytes that they take, [`REQUEST_BYTES`] of each among them.
+    /// Most bytes that the requests take, with their bodies and [`REQUEST_BYTES`] of each.
     pub most_bytes: usize,
 }
 
 impl Rule {
-    /// The rule as it ships, for endpoints with such seconds.
+    /// The default rule for endpoints of this prefill cost.
     #[must_use]
     pub fn new(cost: Cost) -> Self {
         Self {
@@ -81,40 +81,40 @@ impl Rule {
 /// A request that waits.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Request {
-    /// Its name, which no other request has. Of two requests that are alike the lower one goes first.
+    /// Number that no other request of the queue has. Of two requests with the same rank the lower id goes first.
     pub id: u64,
-    /// When it came.
+    /// When the request came.
     pub arrival: Duration,
-    /// Tokens of the prompt.
+    /// Tokens of the prompt; 0 or more.
     pub tokens: f64,
-    /// Key that prompts with the same begin share; see [`Queue::sharing`](super::Queue::sharing).
+    /// Key that prompts with a common prefix have; see [`Queue::sharing`](super::Queue::sharing).
     pub key: u64,
     /// Higher ones go first.
     pub priority: i32,
     /// Hash of the fairness id.
     pub fairness: u64,
-    /// When it gives up.
+    /// When the request gives up; `None`: never.
     pub deadline: Option<Duration>,
-    /// Bytes of its body that are kept for it.
+    /// Bytes of the body that the gateway keeps for the request.
     pub bytes: usize,
 }
 
-/// Tokens of a prompt's begin that an endpoint holds.
+/// How much of a prompt one endpoint holds.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Held {
     /// The endpoint.
     pub endpoint: EndpointIndex,
-    /// Tokens.
+    /// Tokens from the beginning of the prompt; an entry of 0 or fewer does not count.
     pub tokens: f64,
 }
 
 /// Why a request cannot wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Full {
-    /// As many requests wait as may. The caller refuses the request.
+    /// [`Rule::most_requests`] wait. The caller refuses the request.
     Requests,
-    /// With its bytes there would be more than there may be. The caller refuses the request.
+    /// With this request the bytes exceed [`Rule::most_bytes`]. The caller refuses the request.
     Bytes,
-    /// A request with this id waits already. The caller has a fault; the one that waits stays.
+    /// A request with this id waits already: a fault of the caller. The queue keeps the earlier request.
     Taken,
 }
