@@ -75,7 +75,7 @@ impl Reader<'_> {
         String::from_utf8(self.bytes()?).ok()
     }
 
-    /// Reads items. The list grows item by item: a length that the message does not bear out takes no memory.
+    /// Reads items. The list grows item by item, so a false length takes no memory.
     pub(crate) fn list<T>(&mut self, mut read: impl FnMut(&mut Self) -> Option<T>) -> Option<Vec<T>> {
         (0..self.word()?).map(|_| read(self)).collect()
     }

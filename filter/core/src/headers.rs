@@ -3,7 +3,7 @@
 //! Layout (ABI 0.2.1, "serialized map", little endian): `u32` count, then per pair `u32` name length and `u32` value
 //! length, then per pair the name, NUL, the value, NUL. Names and values are any bytes but are never copied to be read.
 
-/// A header map in its serialised form: one allocation, whatever the number of headers.
+/// A header map in its serialised form: one allocation for any number of headers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Headers {
     wire: Vec<u8>,
@@ -12,7 +12,7 @@ pub struct Headers {
 }
 
 impl Headers {
-    /// Takes the bytes that the host returned. Bytes that are not a whole map yield the pairs up to the break.
+    /// Takes the bytes that the host returned. Of malformed bytes the pairs up to the fault count.
     #[must_use]
     pub fn from_wire(wire: Vec<u8>) -> Self {
         let mut headers = Self { wire, names: 0 };

@@ -1,6 +1,6 @@
-//! Times: of the clock that never goes back, and of the day.
+//! Times of the monotonic clock, and of the day.
 //!
-//! Core has no clock: the shell reads both and passes them in. Everything is decided by [`Monotonic`]; [`UnixTime`] is for
+//! Core has no clock: the shell reads both clocks and passes the times in. Decisions use [`Monotonic`]; [`UnixTime`] is for
 //! people.
 
 use core::ops::{Add, AddAssign, Sub};
@@ -8,10 +8,11 @@ use core::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// A time of the monotonic clock, which never goes back: the time since a point that the process chose.
+/// A time of the monotonic clock, which never goes back: the time since the clock's zero, which a process chooses.
 ///
-/// All workers of one Envoy share that point; times of other processes cannot be compared. [`ZERO`](Self::ZERO) is before
-/// every event. The length between two times is a [`Duration`].
+/// - All workers of one Envoy share the zero. Times of different processes cannot be compared.
+/// - [`ZERO`](Self::ZERO) is before every event.
+/// - The length between two times is a [`Duration`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Monotonic(Duration);
 
@@ -25,19 +26,19 @@ impl Monotonic {
         Self(since_zero)
     }
 
-    /// As the clock counts: nanoseconds since its own zero.
+    /// The time so many nanoseconds after the clock's zero, as the host's clock counts.
     #[must_use]
     pub const fn from_nanos(nanos: u64) -> Self {
         Self(Duration::from_nanos(nanos))
     }
 
-    /// As messages between workers have it: milliseconds since the clock's own zero.
+    /// The time so many milliseconds after the clock's zero, as messages between workers have it.
     #[must_use]
     pub const fn from_millis(millis: u64) -> Self {
         Self(Duration::from_millis(millis))
     }
 
-    /// Seconds since the clock's own zero.
+    /// The time so many seconds after the clock's zero.
     #[must_use]
     pub const fn from_secs(secs: u64) -> Self {
         Self(Duration::from_secs(secs))
@@ -142,7 +143,8 @@ pub struct Clocks {
 }
 
 impl Clocks {
-    /// The time of the day at a time of the monotonic clock, if neither was set since; that moment for a later one.
+    /// The time of the day at a time of the monotonic clock, if neither clock was set since. A time after these clocks counts
+    /// as their time.
     #[must_use]
     pub fn unix_at(self, at: Monotonic) -> UnixTime {
         UnixTime { millis: self.unix.millis.saturating_sub(millis(self.monotonic.saturating_sub(at))) }

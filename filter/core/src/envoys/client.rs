@@ -1,4 +1,4 @@
-//! The client of the exchange. Every worker has one; that of the leader calls the hub.
+//! The client of the exchange. Every worker has one, and only the client of the leader calls the hub.
 
 use core::time::Duration;
 
@@ -17,7 +17,7 @@ use crate::workers::worker::Worker;
 pub const TICK: Duration = Duration::from_millis(50);
 /// Least time between two calls of one kind: a little less than a tick, because ticks jitter.
 const PAUSE: Duration = Duration::from_millis(40);
-/// Time without anything new after which an Envoy sends all the same, so that the hub knows that it is alive.
+/// Time after which an Envoy sends a request although it has nothing new. The request shows the hub that the Envoy is alive.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Time without an answer after which an Envoy uses its own view alone.
 const PATIENCE: Duration = Duration::from_millis(2_500);
@@ -27,7 +27,7 @@ const WAIT: Duration = Duration::from_secs(1);
 const GRACE: Duration = Duration::from_millis(1_000);
 /// Pause after a call that failed.
 const FAILURE_PAUSE: Duration = Duration::from_millis(500);
-/// Most Envoys whose block logs the client remembers its position in.
+/// Most other Envoys of which the client remembers the next block event.
 const MAX_KNOWN: usize = 1_024;
 
 /// Shared key of the number of this Envoy's latest leader. Workers of two releases share it.
@@ -55,7 +55,7 @@ pub struct ExchangeCall {
     pub timeout: Duration,
 }
 
-/// What one worker does for the exchange.
+/// The exchange at one worker.
 #[derive(Debug, Default)]
 pub struct ExchangeClient {
     is_on: bool,
@@ -76,22 +76,22 @@ pub struct ExchangeClient {
     answered_at: Monotonic,
     is_sending: bool,
     is_receiving: bool,
-    /// Until when the client calls nobody, after a failure.
+    /// End of the pause after a failed call. The client starts no call before it.
     rest_until: Monotonic,
     fleet: Fleet,
-    /// What other Envoys have in flight, as the workers of this one know it.
+    /// What other Envoys have in flight, as the workers' log of this Envoy has it.
     elsewhere: HashMap<u64, Totals>,
 }
 
 impl ExchangeClient {
-    /// Starts over with a configuration's `control`: there is an exchange where it says so.
+    /// Starts over with a configuration's `control`. `control.exchange` switches the exchange on; `None` leaves it off.
     pub fn configure(&mut self, worker: &mut Worker, control: Option<&Control>) {
         self.resign(worker);
         self.is_on = control.is_some_and(|control| control.exchange);
     }
 
-    /// Whether other Envoys exchange with this worker. [`tick`](Self::tick) is then due every [`TICK`], and otherwise with
-    /// every tick of the push.
+    /// Whether other Envoys exchange with this worker. Then [`tick`](Self::tick) is due every [`TICK`], otherwise at every
+    /// tick of the push.
     #[must_use]
     pub fn is_busy(&self) -> bool {
         self.gateway != 0 && self.fleet.exchanging > 1
@@ -102,8 +102,8 @@ impl ExchangeClient {
         self.is_on && holds_lease && self.gateway == 0
     }
 
-    /// Becomes the leader, where this worker holds the lease and does not lead yet. It replaces the latest leader of its
-    /// Envoy, whose number is in shared data. `random` makes a number that no other leader has; 0 counts as 1.
+    /// Makes this worker the leader, if it holds the lease and does not lead yet. The worker replaces the latest leader of
+    /// its Envoy, whose number is in shared data. `random` returns a number that no other leader has; 0 counts as 1.
     pub fn take_lead(
         &mut self,
         worker: &mut Worker,
@@ -121,23 +121,24 @@ impl ExchangeClient {
         self.lead(worker, gateway, before.unwrap_or(0), now);
     }
 
-    /// Becomes the leader with the number `gateway`, above 0. The hub drops the loads of the leader `replaces`; 0: none.
+    /// Makes this worker the leader with the number `gateway`, above 0. The hub drops the loads of the leader `replaces`; 0:
+    /// of none.
     pub fn lead(&mut self, worker: &mut Worker, gateway: u64, replaces: u64, now: Monotonic) {
-        // The fleet that the leader before it knew, until an answer says otherwise.
+        // The fleet of the leader before this one counts until the first answer.
         let fleet = worker.state.table.fleet;
         *self = Self { is_on: self.is_on, gateway, replaces, answered_at: now, fleet, ..Self::default() };
         worker.outbox = Some(Box::default());
     }
 
-    /// Is the leader no more, and takes back what its workers know of other Envoys.
+    /// Ends the leadership of this worker, and takes the loads of other Envoys out of the workers' log.
     pub fn resign(&mut self, worker: &mut Worker) {
         self.apply_loads(worker, &[]);
         worker.outbox = None;
         *self = Self { is_on: self.is_on, ..Self::default() };
     }
 
-    /// The calls that are due; none where this worker is not the leader. Without the lease it resigns. `report` makes a
-    /// [`Report`](super::report::Report) in JSON; it is called at most once a second.
+    /// The calls that are due; none where this worker is not the leader. A leader without the lease resigns. `report` returns
+    /// a [`Report`](super::report::Report) in JSON and is called at most once a second.
     pub fn tick(
         &mut self,
         worker: &mut Worker,
@@ -153,7 +154,7 @@ impl ExchangeClient {
             return Vec::new();
         }
         if self.fleet.exchanging > 1 && now.saturating_sub(self.answered_at) > PATIENCE {
-            // The other Envoys may be there as before, so the number of all of them stays.
+            // The other Envoys may be alive, so the number of all Envoys stays.
             self.apply_loads(worker, &[]);
             self.apply_fleet(worker, Fleet { exchanging: 1, ..self.fleet });
             self.known_state = (0, 0);
@@ -224,7 +225,7 @@ impl ExchangeClient {
             blocks: log.from(first, MAX_BLOCKS_BYTES),
             report,
         };
-        // Where other Envoys exchange, the receiving call brings what is new, and this one only the fleet.
+        // Where other Envoys exchange, the receiving call brings loads and blocks. This call then asks for the fleet only.
         let wants = self.fleet.exchanging <= 1;
         let request = ExchangeRequest {
             from: self.gateway,
@@ -248,17 +249,18 @@ impl ExchangeClient {
         known
     }
 
-    /// A call could not be started, or has no usable answer. The client calls again after a pause.
+    /// Takes the failure of a call: the shell could not start it, or it has no usable answer. The client calls again after a
+    /// pause.
     pub fn failed(&mut self, worker: &mut Worker, kind: CallKind, now: Monotonic) {
         self.ended(kind);
         worker.counts.count(Metric::ExchangesFailed);
         self.rest_until = now.saturating_add(FAILURE_PAUSE);
-        // The next answer may come from another hub, which knows nothing of what was sent.
+        // The next answer may come from another hub, which lacks everything that was sent.
         self.sent_loads = None;
     }
 
-    /// A call ended; `status` is `None` where no answer came. Any answer but a 200 with an [`ExchangeResponse`] counts as
-    /// [`failed`](Self::failed).
+    /// Takes the end of a call; `status` is `None` where no answer came. Any answer but a 200 with an [`ExchangeResponse`]
+    /// counts as [`failed`](Self::failed).
     pub fn answered(&mut self, worker: &mut Worker, kind: CallKind, status: Option<u16>, body: &[u8], now: Monotonic) {
         let response = ExchangeResponse::from_bytes(body).filter(|_| status == Some(200));
         let (Some(response), true) = (response, self.gateway != 0) else {
@@ -310,7 +312,7 @@ impl ExchangeClient {
         }
     }
 
-    /// Passes on to all workers how the loads of other Envoys differ from those that they know.
+    /// Writes the changes of other Envoys' loads to the workers' log.
     fn apply_loads(&mut self, worker: &mut Worker, loads: &[(u64, Totals)]) {
         let new: HashMap<u64, Totals> = loads.iter().copied().collect();
         let old = core::mem::replace(&mut self.elsewhere, new);
@@ -326,7 +328,8 @@ impl ExchangeClient {
     }
 }
 
-/// What this Envoy has in flight at each endpoint, sorted by the endpoints' keys; endpoints without anything are left out.
+/// What this Envoy has in flight at each endpoint, sorted by the endpoints' keys, without endpoints that have nothing in
+/// flight.
 fn loads(worker: &Worker, now: Monotonic) -> Vec<(u64, Totals)> {
     let totals = |state: &crate::endpoints::endpoint_state::EndpointState| Totals {
         work: (state.prefill.work(now) * 1e6) as u64,

@@ -5,9 +5,9 @@
 //!   silent for [`GATEWAY_LIFE`] has nothing in flight.
 //! - Blocks are a numbered log for each Envoy. The hub says in its answer which number it expects next, and the Envoy sends
 //!   from there on what it still has. So a hub may be replaced by one that knows nothing.
-//! - The number of an Envoy is its secret: who knows it may change what the Envoy has in flight, and end it. So answers name
-//!   other Envoys by [public names](Hub::with_public_names).
-//! - What is kept has bounds. Beyond one, the hosts whose Envoys have the most lose it.
+//! - The number of an Envoy is its secret: a client that knows the number can change what the Envoy has in flight. So
+//!   answers name other Envoys by [public names](Hub::with_public_names).
+//! - The memory of the hub has bounds. Beyond a bound, the hosts whose Envoys have the most lose records.
 
 mod bounds;
 
@@ -27,20 +27,21 @@ use crate::time::Monotonic;
 pub const GATEWAY_LIFE: Duration = Duration::from_secs(3);
 /// Most bytes of records in a message to another hub. A single record may be longer.
 const RELAY_BYTES: usize = MAX_MESSAGE_BYTES / 4;
-/// Bytes of block events in one round of messages to another hub, by and large.
+/// Bytes of block events in one round of messages to another hub, shared by all Envoys.
 const RELAY_BLOCKS_BYTES: usize = 8 << 20;
-/// Bytes of block events of one Envoy in such a round, at least.
+/// Least bytes of block events of one Envoy in such a round.
 const LEAST_RELAY_BLOCKS_BYTES: usize = 16 << 10;
 /// Most endpoints of one record; the hub ignores further ones.
 const MAX_LOADS: usize = crate::wire::MAX_ENDPOINTS;
-/// The most that one Envoy can have in flight at one endpoint. More is a claim that would keep all others away from it.
+/// Cap of what one Envoy has in flight at one endpoint. A false claim above it would keep all other Envoys away from the
+/// endpoint.
 const MOST_IN_FLIGHT: Totals = Totals { work: 1_000_000_000_000, tokens: 10_000_000_000, requests: 1_000_000 };
 
 /// What one replica of pd-control knows of all Envoys: their loads, their block logs, their reports.
 #[derive(Debug)]
 pub struct Hub {
     id: u64,
-    /// By number, sorted, so that equal messages get equal answers.
+    /// Envoys by number, sorted, so that equal messages get equal answers.
     gateways: BTreeMap<u64, Gateway>,
     /// Number of changes of loads.
     changes: u64,
@@ -70,9 +71,9 @@ struct Gateway {
     replaces: u64,
     turn: u64,
     hash_scheme: u64,
-    /// When a message with its record came last, from the Envoy or from another hub.
+    /// Time of the last message with the Envoy's record, from the Envoy or from another hub.
     last_seen: Monotonic,
-    /// When a request came last from the Envoy itself.
+    /// Time of the last request from the Envoy itself; `None`: other hubs relay its records.
     last_request: Option<Monotonic>,
     is_gone: bool,
     loads: Vec<(u64, Totals)>,
@@ -109,7 +110,7 @@ impl Gateway {
     }
 }
 
-/// The loads that count, each capped.
+/// The loads at endpoints that count, each capped.
 fn counted(endpoints: &Option<HashSet<u64>>, loads: &[(u64, Totals)]) -> Vec<(u64, Totals)> {
     let counts = |endpoint: &u64| endpoints.as_ref().is_none_or(|known| known.contains(endpoint));
     let loads = loads.iter().filter(|(endpoint, _)| counts(endpoint)).take(MAX_LOADS);
@@ -130,14 +131,14 @@ impl Hub {
         }
     }
 
-    /// Names Envoys to each other by `name` of their number, in place of the number itself. All hubs of a fleet need the
-    /// same function. Nobody may find the number by the name.
+    /// Has the hub name Envoys to each other by `name` of their number. All hubs of a fleet need the same function. The
+    /// number must not be computable from the name.
     #[must_use]
     pub fn with_public_names(self, name: impl Fn(u64) -> u64 + Send + 'static) -> Self {
         Self { public_name: PublicName(Box::new(name)), ..self }
     }
 
-    /// From now on only the loads of these endpoints count, by their keys; `None`: of all. The hub forgets those of others.
+    /// Counts only the loads of the endpoints with these keys from now on, and forgets the others; `None`: of all endpoints.
     pub fn count_only(&mut self, endpoints: Option<HashSet<u64>>) {
         self.endpoints = endpoints;
         for gateway in self.gateways.values_mut() {
@@ -156,8 +157,10 @@ impl Hub {
         self.id
     }
 
-    /// Takes the records of a request, and says whether others should get an answer now. `origin` is a number of the host
-    /// that an Envoy sends from, 0 where it is unknown. A request of another hub has the origins of its records.
+    /// Takes the records of a request. Returns whether requests that wait should be answered now.
+    ///
+    /// `origin` is a number of the host that sends the request; 0: unknown. A request of another hub has the origins of its
+    /// records.
     pub fn take(&mut self, request: &ExchangeRequest, origin: u64, now: Monotonic) -> bool {
         let before = (self.changes, self.total_next());
         for (index, record) in request.records.iter().enumerate() {
@@ -200,7 +203,7 @@ impl Hub {
         self.shorten();
     }
 
-    /// Takes what a record says of now, which is in place of everything that the records before it said.
+    /// Takes the loads and the report of a record in place of those of the records before it.
     fn take_state(&mut self, record: &Record, now: Monotonic) {
         if record.replaces != 0
             && record.replaces != record.gateway
@@ -228,7 +231,7 @@ impl Hub {
 
     fn take_blocks(&mut self, record: &Record) {
         let Some(gateway) = self.gateways.get_mut(&record.gateway) else { return };
-        // Where events are missing in front, the Envoy sends them next; it no longer has those before its oldest one.
+        // The Envoy sends missing events next. It no longer has events before its oldest one.
         if record.first > gateway.log.next() && record.first == record.oldest {
             gateway.log.restart(record.first);
         }
@@ -241,7 +244,7 @@ impl Hub {
         }
     }
 
-    /// Takes back what silent Envoys had in flight, and says whether there was any. Call it a few times a second.
+    /// Takes back what silent Envoys had in flight. Returns whether that changed anything. Call it a few times a second.
     pub fn prune(&mut self, now: Monotonic) -> bool {
         let mut has_changed = false;
         for gateway in self.gateways.values_mut() {
@@ -262,7 +265,7 @@ impl Hub {
         self.changes.wrapping_sub(own)
     }
 
-    /// Whether an answer to the request would bring anything new.
+    /// Whether the answer to a request would have anything that the sender lacks.
     #[must_use]
     pub fn has_news(&self, request: &ExchangeRequest) -> bool {
         let is_new = |id: &u64, gateway: &Gateway| {
@@ -275,8 +278,7 @@ impl Hub {
                 || self.gateways.iter().any(|(id, of)| is_new(id, of)))
     }
 
-    /// The answer to a request. `watching` is the number of Envoys that follow the endpoint list, as far as known; 0 where
-    /// nobody counts them.
+    /// The answer to a request. `watching` is the number of Envoys that follow the endpoint list; 0: unknown.
     #[must_use]
     pub fn answer(&self, request: &ExchangeRequest, watching: u64) -> ExchangeResponse {
         let have = |record: &Record| (record.gateway, self.gateways.get(&record.gateway).map_or(0, |of| of.log.next()));
@@ -321,8 +323,8 @@ impl Hub {
         batches
     }
 
-    /// The messages for another hub: records of the Envoys that called this hub itself lately, with the block events that
-    /// the other hub does not `have` by its last answer. Each message is short enough to be taken.
+    /// The messages for another hub: the records of the Envoys that called this hub in the last 3 s, with the block events
+    /// that the other hub does not `have` by its last answer. No message exceeds [`MAX_MESSAGE_BYTES`].
     #[must_use]
     pub fn relay(&self, have: &HashMap<u64, u64>, now: Monotonic) -> Vec<ExchangeRequest> {
         let has_asked =
@@ -367,8 +369,7 @@ impl Hub {
         messages
     }
 
-    /// The reports of the Envoys that are there: public name of the Envoy, time since its last message, report in JSON, which is
-    /// empty before the first one.
+    /// The reports of the live Envoys: public name, time since the last message, and report in JSON; empty: no report yet.
     pub fn reports(&self, now: Monotonic) -> impl Iterator<Item = (u64, Duration, &[u8])> {
         let here = self.gateways.values().filter(|gateway| !gateway.is_gone);
         here.map(move |gateway| (gateway.public_name, now.saturating_sub(gateway.last_seen), gateway.report.as_slice()))

@@ -1,5 +1,5 @@
-//! Several Envoys: each learns through `pd-control` what the others have in flight and which blocks they sent where, about
-//! 50 ms later.
+//! Several Envoys: each learns through `pd-control`, about 50 ms later, what the others have in flight and which endpoint got
+//! which blocks.
 //!
 //! The worker that holds the [lease](crate::workers::push) is its Envoy's leader, and the only one that exchanges. It
 //! passes what it learns on to the other workers as its own [events](crate::workers::event). When the leader dies, the

@@ -1,4 +1,4 @@
-//! Pace of the host's ticks: the exchange and waiting requests want more of them than the rest of the worker.
+//! Pace of the host's ticks: the exchange and waiting requests need more ticks than the rest of the worker.
 
 use core::time::Duration;
 
@@ -6,7 +6,7 @@ use crate::envoys::client;
 use crate::time::Monotonic;
 use crate::workers::push;
 
-/// How much earlier than asked for a tick may come.
+/// How much earlier than asked for the host's tick may come.
 const SLACK: Duration = Duration::from_millis(20);
 
 /// When the host ticks, and when the whole of the worker's work was done last.
@@ -17,7 +17,8 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// Whether all that a worker does at a tick is due, or a part of it. Call it once a tick.
+    /// Whether the whole of a worker's work is due at this tick. If not, only the exchange and waiting requests are. Call it
+    /// once a tick.
     pub fn is_whole(&mut self, now: Monotonic) -> bool {
         let since = now.saturating_sub(self.last_whole).saturating_add(SLACK);
         let is_whole = self.period >= push::TICK || since >= push::TICK;
@@ -27,9 +28,10 @@ impl Pace {
         is_whole
     }
 
-    /// The time between two ticks from now on; `None` where it has not changed. `is_exchanging` is
-    /// [`ExchangeClient::is_busy`](client::ExchangeClient::is_busy), `look` the time until waiting requests are to be
-    /// looked at, where there are any.
+    /// The new time between two ticks; `None` where it has not changed.
+    ///
+    /// - `is_exchanging` is [`ExchangeClient::is_busy`](client::ExchangeClient::is_busy).
+    /// - `look` is [`Worker::next_look`](crate::workers::worker::Worker::next_look).
     pub fn new_period(&mut self, is_exchanging: bool, look: Option<Duration>) -> Option<Duration> {
         let period = if is_exchanging { client::TICK } else { push::TICK };
         // The host counts milliseconds.

@@ -10,9 +10,9 @@ use crate::workers::worker::Worker;
 pub const MAX_REPORT_BYTES: usize = 64 << 10;
 /// Most failing endpoints that a report names.
 const MAX_FAILING: usize = 64;
-/// Most generations and decisions that people are shown of a report.
+/// Most generations and most decisions of a report that the status page shows.
 const MAX_SHOWN: usize = 64;
-/// Most characters that people are shown of one text.
+/// Most characters of one text that the status page shows.
 const MAX_TEXT: usize = 256;
 
 /// Report of one Envoy. A reader ignores fields that it does not know, and takes the default for fields that are missing.
@@ -29,29 +29,29 @@ pub struct Report {
     pub endpoints: u64,
     /// `ip:port` of endpoints that are ejected, 64 at most.
     pub failing: Vec<String>,
-    /// Why these endpoints are ejected, 64 at most. A filter of an earlier build does not say it.
+    /// These endpoints with the reason, 64 at most. Empty in a report of an earlier build.
     pub ejected: Vec<Ejected>,
     /// Latest decisions, newest first.
     pub decisions: Vec<ReportedDecision>,
 }
 
-/// An endpoint that an Envoy avoids, and probes now and then.
+/// An ejected endpoint.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Ejected {
     /// `ip:port`.
     pub address: String,
-    /// What the endpoint does: the part of a sentence behind its address.
+    /// What the endpoint does, as the rest of a sentence that begins with its address.
     pub reason: String,
-    /// Time of the day of the first failure since the endpoint answered last.
+    /// Time of the day of the first failure after the endpoint's last answer.
     pub since_ms: UnixTime,
 }
 
-/// A decision and when it was taken.
+/// A decision and its time.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ReportedDecision {
-    /// Time of the day.
+    /// Time of the day at which the worker took the decision.
     pub at_ms: UnixTime,
     /// The decision.
     #[serde(flatten)]
@@ -59,8 +59,8 @@ pub struct ReportedDecision {
 }
 
 impl Report {
-    /// The report of a worker's Envoy, whose workers run these generations and took these decisions. `clocks` are the
-    /// times of now, by which decisions get a time of the day.
+    /// The report of a worker's Envoy. `generations` and `decisions` are those of all its workers. `clocks` are read now;
+    /// they turn the times of decisions into times of the day.
     #[must_use]
     pub fn of(
         worker: &Worker,
@@ -91,12 +91,14 @@ impl Report {
     /// As JSON, for [`Record::report`](super::message::Record::report).
     #[must_use]
     pub fn to_json(&self) -> Vec<u8> {
-        // serde_json refuses no strings and integers.
+        // Strings and integers never fail to serialise.
         serde_json::to_vec(self).unwrap_or_default()
     }
 
-    /// The report as people may see it: texts and lists have a bound, texts have no control characters, and no time is after
-    /// `now`. A report may say anything.
+    /// The report as the status page shows it. A report may have any content, so
+    /// - texts and lists are cut to a bound,
+    /// - texts lose their control characters,
+    /// - times after `now` become `now`.
     #[must_use]
     pub fn for_people(mut self, now: UnixTime) -> Self {
         self.generations.truncate(MAX_SHOWN);
@@ -123,7 +125,7 @@ impl Report {
         self
     }
 
-    /// Reads a report in JSON, also that of a newer filter; `None` where the bytes are none.
+    /// Reads a report in JSON, also one of a newer filter; `None` where the bytes are no report.
     #[must_use]
     pub fn from_json(bytes: &[u8]) -> Option<Self> {
         serde_json::from_slice(bytes).ok()

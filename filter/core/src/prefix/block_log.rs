@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use crate::codec::{Reader, Writer};
 use crate::prefix::hash::BlockHash;
 
-/// Bytes that keeping one event costs beside the event itself: its place in the queue, and what the allocator adds.
+/// Overhead of one event in bytes: its place in the queue, and what the allocator adds.
 const EVENT_BYTES: usize = 40;
 
 /// Latest block events of one Envoy, oldest first.
@@ -37,7 +37,7 @@ impl BlockLog {
         *self = Self { next, ..Self::default() };
     }
 
-    /// Number of the oldest event that is kept; that of the next one where none is.
+    /// Number of the oldest event in the log; the number of the next event where the log is empty.
     #[must_use]
     pub fn oldest(&self) -> u64 {
         self.next.saturating_sub(self.events.len() as u64)
@@ -55,8 +55,10 @@ impl BlockLog {
         self.bytes
     }
 
-    /// The events from number `first` on, joined, as many as fit into `room` bytes. Where `room` is above 0 the first event
-    /// counts as fitting: it is smaller than a message may be. Starts with the oldest event where `first` is older.
+    /// The joined events from number `first` on, as many as fit into `room` bytes.
+    ///
+    /// - A `first` before the oldest event counts as the oldest.
+    /// - The first event is returned even if it exceeds a `room` above 0: one event always fits into a message.
     #[must_use]
     pub fn from(&self, first: u64, room: usize) -> Vec<u8> {
         let skip = usize::try_from(first.saturating_sub(self.oldest())).unwrap_or(usize::MAX);
@@ -72,7 +74,7 @@ impl BlockLog {
     }
 }
 
-/// Encodes the event that the endpoint of this key got these blocks.
+/// Encodes the event that the endpoint with this key got these blocks.
 #[must_use]
 pub fn block_event(endpoint: u64, blocks: &[BlockHash]) -> Box<[u8]> {
     let mut out = Writer(Vec::with_capacity(blocks.len().saturating_add(2).saturating_mul(8)));
@@ -82,7 +84,7 @@ pub fn block_event(endpoint: u64, blocks: &[BlockHash]) -> Box<[u8]> {
     out.0.into_boxed_slice()
 }
 
-/// Splits joined events, up to the first piece that is none.
+/// Splits joined events. It ends at the first malformed one.
 pub fn split_events(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     let mut rest = bytes;
     core::iter::from_fn(move || {

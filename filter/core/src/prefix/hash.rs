@@ -1,8 +1,8 @@
 //! Block hashes. Two prompts with equal hashes of a block are equal up to the end of that block.
 //!
 //! A block is a piece of the request body as it stands, without a tokenizer or a template. Its hash is XXH3-64 with the hash
-//! of the block before as the seed. The first seed is made of the model and the `cache_salt`, so equal text under another
-//! model, adapter or tenant does not match. The approach is the approximate prefix index of the Gateway API Inference
+//! of the block before as the seed. The first seed is made of the model and the `cache_salt`, so equal text with another
+//! model, adapter or salt does not match. The approach is the approximate prefix index of the Gateway API Inference
 //! Extension (64-token blocks, chained xxhash), on bytes in place of estimated tokens.
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
@@ -20,15 +20,15 @@ const RESPONSE_SEED: u64 = 0x7064_2d72_6573_706f;
 /// Highest 16 bits of every response's hash, and of one in 65,536 others.
 const RESPONSE_MARK: u64 = 0x7265_0000_0000_0000;
 const RESPONSE_MASK: u64 = 0xffff_0000_0000_0000;
-/// Number of blocks of one size; those behind them are twice as large. Changing it remaps affinity on upgrade.
+/// Number of blocks of one size; the blocks behind them are twice as large. Changing it remaps affinity on upgrade.
 const BLOCKS_PER_SIZE: usize = 32;
 /// Number of doublings: the largest blocks have 4 times the size of the smallest. Agents add a few hundred tokens to a
 /// hundred thousand, so larger blocks hide most of what two turns share. With blocks of 64 times the smallest size the
 /// agents of the trace simulator had 3.2 times the oracle's p90 TTFT, with 4 times the oracle's. Changing it remaps
 /// affinity on upgrade.
 const MAX_DOUBLINGS: usize = 2;
-/// Most blocks of one prompt, 16 MiB of prompt with blocks of 512 bytes at the front. What lies behind is not hashed and
-/// counts as not held.
+/// Most blocks of one prompt: 16 MiB of prompt with blocks of 512 bytes at the front. The rest of a longer prompt is not
+/// hashed and counts as not held.
 pub const MAX_BLOCKS: usize = 8_192;
 
 /// Size of the block at a position, from 0 on, in units of the smallest block.
@@ -77,7 +77,7 @@ pub enum Piece<'a> {
     Text(&'a [u8]),
     /// One of the media. It fills blocks of its own.
     Media {
-        /// Its payload, which tells it from others.
+        /// Payload, which is hashed.
         payload: &'a [u8],
         /// Units of the smallest block that its tokens take in a cache; 0 counts as 1.
         units: usize,
@@ -142,16 +142,16 @@ pub fn response_hash(id: &str) -> BlockHash {
 }
 
 impl BlockHash {
-    /// Whether it may be a response's. Of the hashes of prompts and sessions one in 65,536 may be one, too.
+    /// Whether this may be the hash of a response. It is also true of one in 65,536 hashes of prompts and sessions.
     #[must_use]
     pub fn is_response(self) -> bool {
         self.0 & RESPONSE_MASK == RESPONSE_MARK
     }
 }
 
-/// Weight of the endpoint with the key `endpoint` for a prompt's key, under rendezvous hashing (highest random weight,
-/// Thaler and Ravishankar 1998). The endpoint with the highest weight owns the prompt's key. Only its keys move when it
-/// leaves.
+/// Weight of the endpoint with the key `endpoint` for a prompt's `key`, under rendezvous hashing (highest random weight,
+/// Thaler and Ravishankar 1998). The endpoint with the highest weight owns the prompt's key. When an endpoint leaves, only
+/// the keys that it owned move.
 #[must_use]
 pub fn rendezvous_weight(key: u64, endpoint: u64) -> u64 {
     // Two multiply-xorshift rounds (SplitMix64's finaliser) on the pair. They mix well enough for a choice and take 2 ns.

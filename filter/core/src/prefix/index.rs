@@ -11,8 +11,8 @@ use crate::prefix::lru::{List, Lru, NIL, NODE_BYTES, put};
 
 pub use crate::prefix::lru::EndpointIndex;
 
-/// Endpoints that a block lists as its holders, newest first. Others match too, and are not found by the block alone. With
-/// five of them a block fills one cache line, and the index costs as much time as it misses lines.
+/// Endpoints that a block lists as its holders, newest first. Other holders match, but [`PrefixIndex::holders`] does not find
+/// them. With five holders a block fills one cache line; the time of the index goes by the cache lines that it misses.
 const RECENT_HOLDERS: usize = 5;
 /// Bytes of one place of the table of blocks, its control byte included.
 const PLACE_BYTES: usize = size_of::<u32>() + 1;
@@ -21,8 +21,8 @@ const BLOCK_BYTES: usize = 64;
 /// Places of the table for so many (endpoint, block) pairs. At that load the table does not grow because of removals.
 const PLACES: usize = 16;
 const PAIRS: usize = 7;
-/// Bytes of a pair: its block, its node, the lists of free ones, its part of the table, and the table of other holders
-/// where all endpoints hold the same blocks. Vectors and tables grow by doubling, so they may take twice what they need.
+/// Bytes of a pair: its block, its node, the lists of free ones, its part of the table, and the table of other holders if
+/// all endpoints hold the same blocks. Vectors and tables grow by doubling, so they may take twice that.
 const BYTES_PER_PAIR: usize =
     2 * (BLOCK_BYTES + NODE_BYTES + 4 * size_of::<u32>() + (PLACES * PLACE_BYTES).div_ceil(PAIRS));
 /// Number of requests over which the share of requests with a block is averaged.
@@ -32,8 +32,8 @@ const SHARE_WINDOW: f32 = 1_000.0;
 #[derive(Debug)]
 pub struct PrefixIndex {
     lru: Lru,
-    /// A new block takes the room of the one that was dropped last. Blocks of a prompt are dropped together, so the blocks
-    /// of the next prompt lie side by side. (With the blocks in the table itself, each cost two cache misses.)
+    /// The blocks. A new block takes the place of the block that was dropped last. Blocks of a prompt are dropped together,
+    /// so the blocks of the next prompt lie side by side. Blocks in the table itself would cost two cache misses each.
     blocks: Vec<Block>,
     free_blocks: Vec<u32>,
     /// Numbers of the blocks, by hash.
@@ -138,8 +138,8 @@ impl PrefixIndex {
         blocks.partition_point(|block| self.node_of(*block, endpoint).is_some())
     }
 
-    /// Endpoints that hold the most leading blocks, longest match first, at most `limit`. Endpoints that no block lists are
-    /// left out.
+    /// Endpoints that hold the most leading blocks, longest match first, at most `limit`. Holders that no block lists are
+    /// left out. Empty where no endpoint holds the first block.
     #[must_use]
     pub fn holders(&self, blocks: &[BlockHash], limit: usize) -> Vec<EndpointIndex> {
         let known = blocks.partition_point(|block| self.block_of(*block).is_some());
@@ -165,8 +165,10 @@ impl PrefixIndex {
         self.block_of(block).is_some()
     }
 
-    /// Records that `endpoint` now holds these blocks, the first of a prompt first. Without effect for an endpoint without a
-    /// capacity. In a full index each endpoint has an equal share of the pairs, and what the others leave of theirs.
+    /// Records that `endpoint` now holds these blocks, in the order of the prompt.
+    ///
+    /// - An endpoint without a capacity takes no blocks.
+    /// - In a full index each endpoint has an equal part of the pairs, and what other endpoints leave of theirs.
     pub fn insert(&mut self, endpoint: EndpointIndex, blocks: &[BlockHash]) {
         let room = self.max_nodes.checked_div(self.lru.lists()).unwrap_or(0);
         let Some(capacity) = self.lru.list(endpoint).map(|list| list.capacity) else { return };
@@ -199,7 +201,7 @@ impl PrefixIndex {
         }
     }
 
-    /// Records that `endpoint` does not hold these blocks after all, the first of a prompt first.
+    /// Records that `endpoint` does not hold these blocks, in the order of the prompt. Unknown blocks change nothing.
     pub fn remove(&mut self, endpoint: EndpointIndex, blocks: &[BlockHash]) {
         for hash in blocks.iter().rev() {
             if let Some(node) = self.node_of(*hash, endpoint) {
@@ -222,7 +224,7 @@ impl PrefixIndex {
         self.lru.list(endpoint).map_or(0, |list| list.touches)
     }
 
-    /// Gives an endpoint the blocks that [`newest`](Self::newest) of another index had for it, as far as there is room.
+    /// Gives an endpoint the blocks that [`newest`](Self::newest) of another index returned for it, up to its capacity.
     pub(crate) fn restore(&mut self, endpoint: EndpointIndex, blocks: impl Iterator<Item = (BlockHash, usize)>) {
         let Some(list) = self.lru.list(endpoint).copied() else { return };
         let mut room = self.max_nodes.saturating_sub(self.len());
@@ -243,11 +245,12 @@ impl PrefixIndex {
         }
     }
 
-    /// Counts a request, and returns its first block that is not hot. That block decides who should hold the prompt. `None`
-    /// where every block is hot, or there is none.
+    /// Counts a request, and returns its first block that is not hot. That block decides which endpoint should hold the
+    /// prompt. `None` where every block is hot, or where there is no block.
     ///
-    /// A block is hot if it occurs in more than `hot_share` (0 to 1) of recent requests, as that of a shared system prompt
-    /// does. A block occurs at least as often as those behind it, so blocks behind the first that is not hot need no count.
+    /// A block is hot if it occurs in more than `hot_share` (0 to 1) of recent requests, such as a block of a shared system
+    /// prompt. A block occurs at least as often as the blocks behind it, so those behind the first that is not hot need no
+    /// count.
     pub fn distinctive(&mut self, blocks: &[BlockHash], hot_share: f64) -> Option<BlockHash> {
         self.requests = self.requests.wrapping_add(1);
         let now = self.requests;
@@ -264,8 +267,8 @@ impl PrefixIndex {
         None
     }
 
-    /// The node of a block at an endpoint, where it is there. The endpoint is then the block's newest holder, unless many
-    /// others have the block.
+    /// The node of a block at an endpoint; `None` where the endpoint does not hold the block. The endpoint becomes the
+    /// block's newest holder, unless the block has more holders than it lists.
     fn touch(&mut self, hash: BlockHash, endpoint: EndpointIndex) -> Option<u32> {
         let number = self.find(hash)?;
         let block = self.blocks.get_mut(number as usize)?;
@@ -304,7 +307,7 @@ impl PrefixIndex {
         self.by_hash.find(hash.0, is_it).copied()
     }
 
-    /// Number of a block, which is added where it is not known.
+    /// Number of a block. An unknown block is added; `None` where no number is left.
     fn find_or_add(&mut self, hash: BlockHash) -> Option<u32> {
         if let Some(number) = self.find(hash) {
             return Some(number);

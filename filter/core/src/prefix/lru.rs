@@ -15,7 +15,7 @@ pub(super) struct Lru {
     free_nodes: Vec<u32>,
     lists: Vec<List>,
     len: usize,
-    /// List at which the last search for one above its share ended.
+    /// List at which the last search for a list above its share ended.
     cursor: usize,
 }
 
@@ -60,7 +60,7 @@ impl Lru {
         self.nodes.capacity().saturating_mul(NODE_BYTES).saturating_add(free)
     }
 
-    /// The node of a number; `None` where there never was one.
+    /// The node with that number; `None` where there never was one.
     pub(super) fn get(&self, node: u32) -> Option<&Node> {
         self.nodes.get(node as usize)
     }

@@ -1,8 +1,8 @@
 //! Binding: when an endpoint has room for one of this worker's waiting requests, and which request that is.
 //!
-//! Every worker has the same [waiting requests](super::waiting), and each binds its own alone. The worker that sees room for
-//! a request of another worker wakes that worker. A worker whose request is not bound soon after that is passed over for a
-//! while: it may be gone, or know better.
+//! Every worker has the same [waiting requests](super::waiting), and each worker binds only its own. A worker that sees room
+//! for a request of another worker wakes that worker. If the other worker does not bind the request soon, its requests are
+//! passed over for a while: that worker may be gone, or may know of events that this one has not read.
 
 use core::time::Duration;
 use std::sync::Arc;
@@ -19,12 +19,12 @@ use crate::workers::turns::WAKE;
 use crate::workers::waiting::HeldByKey;
 use crate::workers::worker::Worker;
 
-/// Least time to the next look at the endpoints: a tick of the host.
+/// Least time to the next look at the endpoints: the shortest tick of the host.
 const LEAST_PAUSE: Duration = Duration::from_millis(1);
-/// Requests with the prefix of one that was bound of which is found out anew what endpoints hold.
+/// Most requests for which the worker looks up again what endpoints hold, after a request with the same prefix was bound.
 const REFRESHED: usize = 128;
 
-/// What becomes of a waiting request of this worker.
+/// The turn of a waiting request of this worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Turn {
     /// The request's number.
@@ -33,16 +33,16 @@ pub struct Turn {
     pub act: Act,
 }
 
-/// What a waiting request does when it is its turn.
+/// What a waiting request does at its turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Act {
-    /// It goes to this endpoint, which has room for it.
+    /// The request goes to this endpoint, which has room for it.
     Bind(EndpointIndex),
-    /// The endpoints that it waited for are gone: it is scheduled anew.
+    /// The endpoints for which the request waited are gone: it is scheduled as if it had just come.
     Reschedule,
-    /// It has waited as long as it may.
+    /// The request has waited as long as it may.
     GiveUp,
-    /// Its prompt cannot be computed by the client's deadline any more.
+    /// No endpoint can compute the prompt by the client's deadline any more.
     MissDeadline,
 }
 
@@ -53,7 +53,7 @@ pub(super) fn queue_name(worker: &Worker, candidates: &Candidates) -> u64 {
     xxhash_rust::xxh3::xxh3_64(&bytes)
 }
 
-/// For the shell.
+/// What the shell calls.
 impl Worker {
     /// Whether requests of this worker wait.
     #[must_use]
@@ -61,8 +61,10 @@ impl Worker {
         !self.turns.own.is_empty() || !self.turns.parked.is_empty()
     }
 
-    /// The next of this worker's requests whose turn it is. The caller passes the turn to the request, or calls
-    /// [`forget_waiting`](Self::forget_waiting) where it has no such request.
+    /// The next turn of one of this worker's requests; `None` where none has its turn.
+    ///
+    /// The caller passes the turn to the request. Where it has no such request, it calls
+    /// [`forget_waiting`](Self::forget_waiting).
     pub fn next_turn(&mut self, now: Monotonic) -> Option<Turn> {
         if !self.has_waiting() {
             return None;
@@ -85,13 +87,14 @@ impl Worker {
         })
     }
 
-    /// The stream of a waiting request is gone.
+    /// Drops a waiting request whose stream is gone. An unknown id changes nothing.
     pub fn forget_waiting(&mut self, id: u64) {
         self.unpark(id);
         self.stop_waiting(id);
     }
 
-    /// Numbers of the workers to wake, this one among them, after an event. Each gets its [turns](Self::next_turn).
+    /// Numbers of the workers to wake, this one included; each is returned once. Call it after every event. A woken worker
+    /// asks for its [turns](Self::next_turn).
     pub fn workers_to_wake(&mut self) -> impl Iterator<Item = u64> {
         if core::mem::take(&mut self.turns.may_bind) {
             if self.has_waiting() {
@@ -106,8 +109,8 @@ impl Worker {
         core::mem::take(&mut self.turns.wakes).into_iter()
     }
 
-    /// The [gauges](WAITING_GAUGES) of pools of which requests of this worker have waited: name with the pool as a tag,
-    /// and value.
+    /// The [gauges](WAITING_GAUGES) of the pools in which requests of this worker have waited: each gauge's name with the
+    /// pool as a tag, and its value.
     pub(crate) fn waiting_gauges(&self) -> impl Iterator<Item = (String, u64)> {
         self.turns.pools.iter().flat_map(|(key, name)| {
             let (requests, _, seconds) = self.state.waiting.of_pool(*key);
@@ -117,15 +120,15 @@ impl Worker {
         })
     }
 
-    /// How long until an endpoint has room for one of this worker's requests, by the ledger, or one of them gives up.
-    /// `None` where no request of this worker waits.
+    /// Time until an endpoint has room for one of this worker's requests, by the ledger, or until one of them gives up; at
+    /// least 1 ms. `None` where no request of this worker waits.
     #[must_use]
     pub fn next_look(&self, now: Monotonic) -> Option<Duration> {
         let (end, _) = self.turns.ends.first()?;
         let mut next = end.saturating_sub(now);
         for (name, queue) in &self.turns.queues {
             let (lead, endpoints) = self.lead_and_endpoints(*name, &queue.candidates, now);
-            // An endpoint with room has been looked at.
+            // The worker has looked at the endpoints with room already.
             let busy = endpoints.into_iter().filter(|endpoint| endpoint.work >= lead);
             next = busy.map(|endpoint| duration(endpoint.work - lead)).fold(next, Duration::min);
         }
@@ -146,7 +149,8 @@ impl Worker {
         (pool.queue.lead.as_secs_f64(), scheduler.prefill_endpoints(&candidates.prefill, waited))
     }
 
-    /// The next binding in a queue that is one of this worker's requests. Others' are noted for a wake.
+    /// The next binding in a queue that is of a request of this worker. Where requests of other workers come first, those
+    /// workers are noted for a wake.
     pub(super) fn next_own(&mut self, name: u64, now: Monotonic) -> Option<Binding> {
         self.refresh();
         let candidates = Arc::clone(&self.turns.queues.get(&name)?.candidates);
@@ -165,14 +169,14 @@ impl Worker {
             if self.turns.is_passed_over(binding.id, now) {
                 continue;
             }
-            // Another worker's request is the one to go there.
+            // The endpoint is for the request of the other worker.
             if let Some(endpoint) = endpoints.iter_mut().find(|endpoint| endpoint.index == binding.endpoint) {
                 endpoint.work = endpoint.work.max(lead);
             }
         }
     }
 
-    /// Finds out anew what endpoints hold of requests that share a prefix with one that was bound.
+    /// Looks up what endpoints hold of the requests that share a prefix with a request that was bound.
     fn refresh(&mut self) {
         for (name, key) in self.state.waiting.take_bound() {
             let Some(queue) = self.state.waiting.queue(name) else { continue };
@@ -184,7 +188,7 @@ impl Worker {
         }
     }
 
-    /// Finds out anew what endpoints hold of one of this worker's requests. Returns whether that has changed.
+    /// Looks up what endpoints hold of one of this worker's requests. Returns whether that has changed.
     fn find_held(&mut self, id: u64) -> bool {
         let Ok(config) = &self.config else { return false };
         let Some(own) = self.turns.own.get(&id) else { return false };
@@ -206,8 +210,8 @@ impl Worker {
         has_changed
     }
 
-    /// After a change of the list or of the configuration, puts this worker's requests into the queues of the endpoints
-    /// that there are now. Returns a request for which there is none.
+    /// After a change of the list or of the configuration, puts this worker's requests into the queues of the new
+    /// candidates. Returns the id of a request that has no candidates any more.
     fn file_anew(&mut self) -> Option<u64> {
         let changes = self.state.table.changes();
         if self.turns.changes == changes {
@@ -244,7 +248,7 @@ impl Worker {
     }
 }
 
-/// Seconds as a length; the longest one where there is no such length.
+/// The length of so many seconds. Negative seconds are 0; too many are the longest length.
 pub(super) fn duration(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX)
 }

@@ -1,5 +1,5 @@
-//! Events: what a worker does or sees at the endpoints. A worker applies its own events at once, and those of the other
-//! workers when it reads them.
+//! Events: what a worker does or sees at the endpoints. A worker applies its own events at once, and the events of the
+//! other workers when it reads them.
 //!
 //! An event names its endpoint by [`EndpointState::key`](crate::endpoints::endpoint_state::EndpointState::key). Every worker
 //! computes the same key, so workers whose lists differ for a moment understand each other's events.
@@ -20,25 +20,25 @@ use crate::workers::waiting::{HeldByKey, WaitingRequest};
 
 mod wire;
 
-/// Most blocks of an event, 4 MiB of prompt or more. The other workers take what lies behind as not held.
+/// Most blocks of an event, 4 MiB of prompt or more. The other workers treat the blocks behind these as not held.
 const MAX_EVENT_BLOCKS: usize = 2_048;
 
 /// Something that one worker did or saw.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Event<'a> {
-    /// A prefill leg was sent to the endpoint, which needs `seconds` for it. Nobody counts it beyond `expires`.
+    /// A prefill leg was sent to the endpoint, which needs `seconds` for it. The leg counts until `expires` at most.
     PrefillStarted { leg: u64, seconds: f64, at: Monotonic, expires: Monotonic },
-    /// That leg ended. `answered`: the endpoint answered it, well or not.
+    /// A prefill leg ended. `answered`: the endpoint answered it, with success or with an error.
     PrefillEnded { leg: u64, at: Monotonic, answered: bool },
-    /// The client of that leg is gone, and the endpoint may still compute it.
+    /// The client of a prefill leg is gone, and the endpoint may still compute the leg.
     PrefillAbandoned { leg: u64, at: Monotonic },
     /// A request with so many KV tokens was assigned to the endpoint.
     DecodeStarted { tokens: u64 },
-    /// That request ended.
+    /// A request with so many KV tokens ended at the endpoint.
     DecodeEnded { tokens: u64 },
     /// The endpoint holds these blocks now.
     Holds { blocks: Cow<'a, [BlockHash]> },
-    /// The endpoint could not be reached, or answered what its peers do not: it is ejected.
+    /// The endpoint is ejected, because it could not be reached or answered errors that its peers do not.
     Failed { at: Monotonic, cause: Cause },
     /// The endpoint answered after a failure.
     Healed,
@@ -46,31 +46,32 @@ pub(crate) enum Event<'a> {
     Admitted { fairness: u64, tokens: u64 },
     /// A request that a pool let in is over.
     Released { fairness: u64, tokens: u64 },
-    /// What other Envoys have in flight at the endpoint has changed by so much.
+    /// The load of other Envoys at the endpoint has changed by so much.
     BusyElsewhere { by: Totals },
     /// Another Envoy sent these blocks to the endpoint.
     HoldsByOthers { blocks: Cow<'a, [BlockHash]> },
-    /// Number of the Envoys. The key has no meaning.
+    /// The fleet has so many Envoys. The key has no meaning.
     FleetIs { fleet: Fleet },
-    /// The endpoint does not hold what it was sent: its process is a new one.
+    /// The endpoint holds nothing: its process is a new one.
     Forgot,
     /// The endpoint answered a leg with an error, or without one after errors.
     Answered { leg: Leg, error: Option<ErrorClass> },
     /// A request waits for a prefill endpoint with room. The key is the name of its queue. A request that waited in
     /// another queue waits there no longer.
     Waits { request: Cow<'a, WaitingRequest> },
-    /// Endpoints hold so much of a waiting request's prompt now. The key has no meaning.
+    /// What endpoints hold of a waiting request's prompt has changed to `held`. The key has no meaning.
     HeldChanged { id: u64, held: Cow<'a, HeldByKey> },
     /// A waiting request was sent to an endpoint, which needs `seconds` for it. The key has no meaning.
     Bound { id: u64, seconds: f64 },
-    /// A request waits no longer, and no endpoint has it. The key has no meaning.
+    /// A request stopped waiting, and no endpoint got it. The key has no meaning.
     WaitEnded { id: u64 },
-    /// The endpoint refused a request: it does not hold these blocks of the prompt.
+    /// The endpoint refused a request, so it does not hold these blocks of the prompt.
     Lacks { blocks: Cow<'a, [BlockHash]> },
 }
 
 impl<'a> Event<'a> {
-    /// Whether the event says what is in flight at an endpoint. It counts also while the endpoint is not in the list.
+    /// Whether the event changes what is in flight at an endpoint. Such an event counts also while the list lacks the
+    /// endpoint.
     const fn is_of_ledger(&self) -> bool {
         matches!(
             self,
@@ -82,8 +83,8 @@ impl<'a> Event<'a> {
         )
     }
 
-    /// Applies an event of this worker at an endpoint that is not in the list, or not any more. Its entry in the ledger
-    /// waits for its return; of the rest nothing is kept.
+    /// Applies an event of this worker at an endpoint that the list lacks. What is in flight there is kept for the
+    /// endpoint's return. Any other event changes nothing.
     pub(crate) fn apply_at_absent(&self, key: u64, table: &mut Table) {
         if self.is_of_ledger() {
             self.apply_to_ledger(table.ledger_entry(key));
@@ -106,8 +107,8 @@ impl<'a> Event<'a> {
         }
     }
 
-    /// Applies the event at the endpoint, or pool, of that key. Where the list has no such endpoint, only the ledger
-    /// changes.
+    /// Applies the event at the endpoint, or pool, with that key. Where the list lacks the endpoint, only what is in flight
+    /// there changes.
     pub(crate) fn apply(&self, key: u64, state: &mut State) {
         match *self {
             Self::Admitted { fairness, tokens } => state.admission.add(key, fairness, &Load { tokens, requests: 1 }),
@@ -127,7 +128,7 @@ impl<'a> Event<'a> {
         }
     }
 
-    /// Applies the event at the endpoint of that index. Without effect for events that are not those of an endpoint.
+    /// Applies the event at the endpoint with that index. An event that is not of an endpoint changes nothing.
     pub(crate) fn apply_at(&self, index: EndpointIndex, state: &mut State) {
         if let Self::Holds { blocks } | Self::HoldsByOthers { blocks } = self {
             state.insert(index, blocks);

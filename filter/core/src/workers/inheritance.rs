@@ -21,19 +21,19 @@ const MAX_INHERITED: usize = 65_536;
 /// Which endpoints this worker has written, and which it has taken over.
 #[derive(Debug, Default)]
 pub(super) struct Inheritance {
-    /// This worker's hash scheme. It leaves out blocks of another one.
+    /// This worker's hash scheme. The worker leaves out blocks of another one.
     hash_scheme: u64,
     began: Monotonic,
-    /// Place of the endpoint that is written next.
+    /// Index of the endpoint that is written next.
     next_saved: usize,
-    /// By place: the endpoint's key and touches when it was written.
+    /// By index: the endpoint's key and touches when its blocks were written.
     saved: HashMap<u32, (u64, u64)>,
-    /// Keys of the endpoints that were read, or that nobody wrote.
+    /// Keys of the endpoints whose blocks were read or are not in shared data.
     inherited: HashSet<u64>,
 }
 
 impl Inheritance {
-    /// A worker that starts now.
+    /// The state of a worker that starts now.
     pub(super) fn new(hash_scheme: u64, now: Monotonic) -> Self {
         Self { hash_scheme, began: now, ..Self::default() }
     }
@@ -44,7 +44,7 @@ impl Inheritance {
         let place = self.next_saved.checked_rem(places).unwrap_or(0);
         self.next_saved = place.wrapping_add(1);
         let Ok(index) = u32::try_from(place) else { return };
-        // An empty place is written too: the endpoint that was there has left the list.
+        // A free index is written too: its endpoint has left the list.
         let key = worker.state.table.get(index).map_or(0, |state| state.key);
         let looks = (key, worker.state.index.touches(index));
         if self.saved.insert(index, looks) == Some(looks) {

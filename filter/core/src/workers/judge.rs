@@ -1,4 +1,4 @@
-//! What a worker concludes from answers: an endpoint is ejected or trusted again, what it holds is forgotten.
+//! What a worker concludes from answers: whether an endpoint is ejected or trusted again, and whether its cache is lost.
 
 use std::sync::Arc;
 
@@ -13,11 +13,11 @@ use crate::workers::worker::Worker;
 /// Failed hand-overs in a row that eject a prefill endpoint.
 const HANDOVERS_IN_A_ROW: u8 = 3;
 
-/// Fewest tokens that an endpoint must be believed to hold for a comparison with what it says. Engines cache whole blocks,
-/// and the tokens are an estimate.
+/// Fewest matched tokens for which an engine's cached tokens are compared with them. Below that the comparison shows
+/// nothing: engines cache whole blocks, and the matched tokens are an estimate.
 pub(crate) const LEAST_BELIEF: f64 = 512.0;
 
-/// Doubts at which what an endpoint holds is forgotten: three answers, or two where nothing was cached.
+/// Doubts after which the filter forgets what an endpoint holds: three answers with few cached tokens, or two with none.
 const MOST_DOUBTS: u8 = 3;
 
 impl Worker {
@@ -26,8 +26,8 @@ impl Worker {
         self.eject(endpoint, Cause::Unreachable, at);
     }
 
-    /// Another endpoint of the list answered in place of this one: Envoy's cluster does not have it. A warning where that
-    /// begins.
+    /// Another endpoint of the list answered in place of this one, so Envoy's cluster lacks this one. Returns a warning the
+    /// first time.
     pub(crate) fn absent(&mut self, endpoint: EndpointRef, instead: &str, at: Monotonic) -> Option<String> {
         let state = self.state.table.resolve(endpoint)?;
         let is_known = matches!(state.health.ejection(), Some((Cause::Absent, _)));
@@ -40,19 +40,19 @@ impl Worker {
         })
     }
 
-    /// Envoy could not connect to an endpoint: no process listens there. The next one has an empty cache.
+    /// Envoy could not connect to an endpoint: no process listens there. The next process has an empty cache.
     pub(crate) fn failed_to_connect(&mut self, endpoint: EndpointRef, at: Monotonic) {
         let is_new = self.state.table.resolve(endpoint).is_some_and(|state| !state.health.is_failing());
         self.failed(endpoint, at);
-        // Each request that was sent meanwhile left its prompt in the index.
+        // The index also has the prompts of the requests that were sent in the meantime.
         self.happens(endpoint, &Event::Forgot);
         if is_new {
             self.counts.count(Metric::CachesForgotten);
         }
     }
 
-    /// A decode endpoint began its answer to a split request later than its KV lease: the client got an error. A warning
-    /// where that begins.
+    /// A decode endpoint began its answer to a split request later than its KV lease, and the client got an error. Returns
+    /// a warning the first time.
     pub(crate) fn answered_late(&mut self, decode: EndpointRef) -> Option<String> {
         self.counts.count(Metric::LateRefused);
         let state = self.state.table.resolve(decode)?;
@@ -73,9 +73,12 @@ impl Worker {
         }
     }
 
-    /// An endpoint says that it had `cached` tokens of a prompt of which it was believed to hold `believed`. What it was
-    /// believed to hold and did not is counted. Several answers of which most was not there show a new process: what the
-    /// endpoint holds is forgotten.
+    /// Compares the tokens that an endpoint `cached`, by its answer, with those that the index `believed` it to hold.
+    ///
+    /// - The missing tokens are counted.
+    /// - After several answers in which most of the tokens were missing, the filter forgets what the endpoint holds: such
+    ///   answers show a new process.
+    /// - Fewer than [`LEAST_BELIEF`] believed tokens show nothing.
     pub(crate) fn judge_belief(&mut self, endpoint: EndpointRef, believed: f64, cached: u64) {
         if believed < LEAST_BELIEF {
             return;
@@ -105,8 +108,8 @@ impl Worker {
         self.room_changed();
     }
 
-    /// Notes an answer for the comparison with the endpoint's peers. An error, and what follows errors, is an event: all
-    /// workers judge by the same errors. An endpoint without errors costs the others nothing.
+    /// Notes an answer for the comparison with the endpoint's peers. An error, and an answer after errors, is an event, so
+    /// all workers judge by the same errors. An endpoint without errors makes no events.
     fn note_answer(&mut self, endpoint: EndpointRef, leg: Leg, error: Option<ErrorClass>) {
         let Some(state) = self.state.table.resolve(endpoint) else { return };
         if error.is_some() || state.answers.has_errors(leg) {
@@ -116,7 +119,8 @@ impl Worker {
         }
     }
 
-    /// An endpoint answered. That is an event only where the endpoint had failed. An answer says nothing of a hand-over.
+    /// An endpoint answered. That is an event only if the endpoint had failed. It does not heal a prefill endpoint that is
+    /// ejected for failed hand-overs.
     pub(crate) fn answered(&mut self, endpoint: EndpointRef) {
         let ejection = self.state.table.resolve(endpoint).and_then(|state| state.health.ejection());
         if ejection.is_some_and(|(cause, _)| cause != Cause::Handover) {
@@ -125,9 +129,11 @@ impl Worker {
         }
     }
 
-    /// A decode endpoint answered a request whose prompt the prefill endpoint computed; `failed`: with 5xx. Where that is so
-    /// several times in a row, and the decode endpoint serves whole requests, the prefill endpoint's KV caches cannot be
-    /// fetched: it is ejected, and requests are served whole if there is no other. A warning where that begins.
+    /// A decode endpoint answered a split request; `failed`: with 5xx.
+    ///
+    /// After several failures in a row, while the decode endpoint serves whole requests, the KV caches of the prefill
+    /// endpoint cannot be fetched. The prefill endpoint is then ejected. If no other prefill endpoint is left, requests are
+    /// served whole. Returns a warning the first time.
     pub(crate) fn judge_handover(
         &mut self,
         prefill: EndpointRef,
@@ -167,9 +173,12 @@ impl Worker {
         ))
     }
 
-    /// An endpoint answered a leg, with an error of its own or without. The error ejects the endpoint where its peers do
-    /// not answer the same, and keeps it ejected where the leg was the probe. The text is a warning for the operator, once
-    /// per ejection.
+    /// An endpoint answered a leg, with an error of its own or without.
+    ///
+    /// - The error ejects the endpoint if its peers do not answer the same error.
+    /// - The error keeps the endpoint ejected if the leg was the probe.
+    ///
+    /// Returns a warning for the operator, once per ejection.
     pub(crate) fn judge_answer(
         &mut self,
         endpoint: EndpointRef,

@@ -6,7 +6,7 @@ use hashbrown::HashMap;
 
 use crate::prefix::hash::BlockHash;
 
-/// Responses that are known; the oldest ones are forgotten. They take 3 MB at most.
+/// Most responses that a worker remembers. It forgets the oldest first. They take 3 MB at most.
 const MAX_RESPONSES: usize = 65_536;
 
 /// Keepers by the hash of the response's id.
@@ -19,7 +19,7 @@ pub(super) struct Keepers {
 }
 
 impl Keepers {
-    /// The endpoint of that key keeps a response.
+    /// Notes that the endpoint with that key keeps a response.
     pub(super) fn insert(&mut self, response: BlockHash, endpoint: u64) {
         if self.keys.insert(response.0, endpoint).is_some() {
             return;

@@ -1,5 +1,5 @@
-//! The ledger of one worker: what that worker has in flight, by its own events alone. When the worker is gone the others
-//! retract its ledger as a whole.
+//! The worker ledger: what one worker has in flight, by its own events alone. When that worker is gone, the others retract
+//! its worker ledger as a whole.
 
 use hashbrown::HashMap;
 
@@ -35,7 +35,7 @@ pub(crate) struct WorkerLedger {
 }
 
 impl WorkerLedger {
-    /// Enters an event at the endpoint, or pool, of that key.
+    /// Notes an event at the endpoint, or pool, with that key.
     pub(crate) fn note(&mut self, endpoint: u64, event: &Event<'_>) {
         match *event {
             Event::PrefillStarted { leg, seconds, at, expires } => {
@@ -123,7 +123,7 @@ impl WorkerLedger {
         }
     }
 
-    /// Takes the ledger out of a worker's state again, as far as it was [applied](Self::apply).
+    /// Takes out of a worker's state what [`apply`](Self::apply) added.
     pub(crate) fn retract(&self, state: &mut State, now: Monotonic) {
         for (leg, Leg { endpoint, .. }) in &self.legs {
             state.table.ledger_entry(*endpoint).prefill.remove(*leg, now);

@@ -1,4 +1,4 @@
-//! The workers' log: every worker knows what every other worker decided before it decides itself.
+//! The workers' log: through it every worker of an Envoy reads the events of the others before each of its decisions.
 //!
 //! Each worker holds a [worker slot](crate::workers::slots). In its slot a worker writes a log of
 //! [events](crate::workers::event) to shared data, and a gauge with the length of that log. At each tick the worker renews
@@ -18,9 +18,9 @@
 //! pd/1/recent/S         some of the worker's latest decisions                   the worker in slot S
 //! gauge of slot S       position: segment · 2¹⁶ + bytes of that segment         the worker in slot S
 //! ```
-//! A reader that fell behind by more than the ring holds reads the ledger as a whole and goes on from its position. It
-//! loses index entries and nothing else. During a roll-out each thread runs two workers, one of each generation, and
-//! each of them holds a slot.
+//! A reader that is behind by more than the ring reads the worker ledger as a whole and goes on from the ledger's position.
+//! It loses index entries and nothing else. During a roll-out each thread runs two workers, one of each generation. Each of
+//! them holds a slot.
 
 use core::time::Duration;
 
@@ -35,7 +35,7 @@ use crate::workers::shared::Shared;
 use crate::workers::slots::{SLOTS_KEY, WorkerSlot, slots, to_bytes};
 use crate::workers::worker::Worker;
 
-/// Time since the last renewal after which a worker renews its slot before it writes: half of the slot's life.
+/// Age of the last renewal at which a worker renews its slot before it writes: half of the slot's life.
 const RENEWAL: Duration = Duration::from_millis(350);
 /// Bytes of a segment beyond which the next one begins.
 const SEGMENT_BYTES: usize = 4_096;
@@ -48,7 +48,7 @@ const PATIENCE: Duration = Duration::from_millis(10);
 pub struct WorkersLog {
     worker_id: u64,
     who: Generation,
-    /// This worker's hash scheme. It leaves out blocks of workers with another one.
+    /// This worker's hash scheme. The worker leaves out blocks of workers with another one.
     hash_scheme: u64,
     slot: Option<usize>,
     segment: u64,
@@ -63,8 +63,8 @@ pub struct WorkersLog {
 }
 
 impl WorkersLog {
-    /// Says what this worker runs: release, source revision and revision of the configuration. Call it before
-    /// [`configure`](Self::configure), which writes it to shared data.
+    /// Sets what this worker runs: release, source revision and configuration revision. Call it before
+    /// [`configure`](Self::configure), which writes them to shared data.
     pub fn introduce(&mut self, version: &str, build: &str, revision: &str) {
         let (version, build, revision) = (version.to_owned(), build.to_owned(), revision.to_owned());
         self.who = Generation { version, build, revision, workers: 1 };
@@ -76,14 +76,14 @@ impl WorkersLog {
         self.slot
     }
 
-    /// The slot that another worker holds, as far as this one knows.
+    /// The slot of another worker; `None` where this worker does not know that worker.
     #[must_use]
     pub fn slot_of(&self, worker_id: u64) -> Option<usize> {
         self.others.iter().find(|other| other.worker_id == worker_id).map(|other| other.slot)
     }
 
-    /// Generations of this Envoy's workers that are alive, sorted. A worker that has not written what it runs counts in
-    /// an empty generation.
+    /// Generations of this Envoy's live workers, sorted. A worker that has not written what it runs counts in a generation
+    /// with empty texts.
     pub fn generations(&self, shared: &impl Shared) -> Vec<Generation> {
         let of_other = |other: &OtherWorker| {
             let (bytes, _) = shared.get(&who_key(other.slot))?;
@@ -119,9 +119,11 @@ impl WorkersLog {
         decisions
     }
 
-    /// Starts over with the configuration that `worker` has in force: takes a slot, announces the worker and reads what
-    /// the others have. `worker_id` is [`Push::worker_id`](crate::workers::push::Push::worker_id), above 0. Where all slots
-    /// are taken the worker decides alone.
+    /// Starts over with the configuration that `worker` has in force: takes a slot, announces the worker, and reads the logs
+    /// and ledgers of the others.
+    ///
+    /// - `worker_id` is [`Push::worker_id`](crate::workers::push::Push::worker_id), above 0.
+    /// - Where all slots are taken, the worker decides alone.
     pub fn configure(&mut self, worker: &mut Worker, shared: &impl Shared, worker_id: u64, now: Monotonic) {
         let block_bytes = worker.config.as_ref().map_or(0, |config| config.prefix.block_bytes);
         let (slot, who) = (self.slot, core::mem::take(&mut self.who));
@@ -133,7 +135,8 @@ impl WorkersLog {
         self.catch_up(worker, shared, shared.announced(), now);
     }
 
-    /// Applies what the other workers did to `worker`. `announced` is [`Shared::announced`]. Call it before every decision.
+    /// Applies to `worker` the events of the other workers. `announced` is [`Shared::announced`]. Call it before every
+    /// decision.
     pub fn catch_up(&mut self, worker: &mut Worker, shared: &impl Shared, announced: u64, now: Monotonic) {
         if self.announced != Some(announced) {
             self.announced = Some(announced);
@@ -196,7 +199,7 @@ impl WorkersLog {
         worker.pending.reuse(unpublished);
     }
 
-    /// Renews the slot, and writes and reads what changes less often than events. Call it every
+    /// Renews the slot, and writes and reads the worker ledgers, decisions and blocks for new workers. Call it every
     /// [`TICK`](crate::workers::push::TICK): a slot that is not renewed for 700 ms is free.
     pub fn tick(&mut self, worker: &mut Worker, shared: &impl Shared, now: Monotonic) {
         self.write_now(worker, shared, now);
@@ -249,7 +252,7 @@ impl WorkersLog {
             if held.is_none() || self.open.is_empty() {
                 self.slot = Some(index);
                 self.renewed = now;
-                // Behind the segments of the worker that had the slot before.
+                // The segments follow those of the worker that had the slot before.
                 self.begin_segment(index, shared.position(index).wrapping_shr(16).wrapping_add(1));
                 // Events that wait are in the ledger already, so the ledger's position must lie behind them.
                 self.write_pending(worker, shared, index);
@@ -267,7 +270,7 @@ impl WorkersLog {
         }
     }
 
-    /// Retracts the ledgers of workers that are gone, and joins workers that are new.
+    /// Retracts the ledgers of workers that are gone, and applies those of new workers.
     fn meet(&mut self, worker: &mut Worker, shared: &impl Shared, slots: &[WorkerSlot], now: Monotonic) {
         let is_here = |other: &OtherWorker| {
             slots.get(other.slot).is_some_and(|slot| slot.worker_id == other.worker_id && slot.is_taken(now))

@@ -3,9 +3,10 @@
 //! - [`worker`]: configuration, [`state`] and counts of one worker.
 //! - [`event`]: what a worker does or sees, and how it changes the state; [`ledger`]: what one worker has in flight.
 //! - [`log`]: a worker publishes its events and reads those of the others; [`slots`]: which workers there are.
-//! - [`waiting`]: requests of all workers that wait for a prefill endpoint with room; `turns`: what a worker has of its own
-//!   ones; `wait`: how one begins and ends to wait; [`bind`]: which one an endpoint with room gets.
-//! - `judge`: what a worker concludes from the answers of an endpoint: ejected, trusted again, its cache is lost.
+//! - [`waiting`]: requests of all workers that wait for a prefill endpoint with room; `turns`: the requests of one worker;
+//!   `wait`: how a request begins and ends to wait; [`bind`]: which request an endpoint with room gets.
+//! - `judge`: what a worker concludes from answers: whether an endpoint is ejected or trusted again, whether its cache is
+//!   lost.
 //! - [`push`]: one worker polls `pd-control` for the endpoint list, and every worker gets it.
 
 pub mod bind;

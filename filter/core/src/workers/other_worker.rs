@@ -6,7 +6,7 @@ use crate::workers::ledger::WorkerLedger;
 use crate::workers::shared::Shared;
 use crate::workers::worker::Worker;
 
-/// Segments of a log that are kept: 100 kB or more, which a busy worker writes in a tenth of a second.
+/// Segments that shared data keeps of a log: 100 kB or more, which a busy worker writes in a tenth of a second.
 const RING: u64 = 32;
 /// Bytes before a segment's events: worker, segment, hash scheme.
 pub(super) const HEAD_BYTES: usize = 24;
@@ -42,7 +42,7 @@ impl OtherWorker {
         }
     }
 
-    /// Reads and applies the log up to `position`, or as far as it goes.
+    /// Reads and applies the log up to `position`. Where a segment is missing, the worker counts as behind.
     pub(super) fn read(&mut self, worker: &mut Worker, shared: &impl Shared, hash_scheme: u64, position: u64) {
         let last = position.wrapping_shr(16);
         let mut segment = self.position.wrapping_shr(16);

@@ -6,7 +6,7 @@ use crate::workers::ledger::WorkerLedger;
 /// Events of this worker that the others cannot read yet, and what this worker has in flight.
 #[derive(Debug, Default)]
 pub(crate) struct PendingEvents {
-    /// The events, encoded; `None` where there is no workers' log: then no event is kept.
+    /// The encoded events; `None` without a workers' log, because no other worker reads them then.
     pub(crate) unpublished: Option<Vec<u8>>,
     /// Whether one of the events must be published at once. The end of a leg or request may wait, and so may the choice of
     /// a decode endpoint behind a prefill leg: one write to shared data then tells of several requests.
@@ -21,7 +21,7 @@ pub(crate) struct PendingEvents {
 }
 
 impl PendingEvents {
-    /// Adds an event at the endpoint, or pool, of that key.
+    /// Adds an event at the endpoint, or pool, with that key.
     pub(crate) fn push(&mut self, endpoint: u64, event: &Event<'_>) {
         let Some(unpublished) = &mut self.unpublished else { return };
         event.write(endpoint, unpublished);
@@ -55,7 +55,7 @@ impl PendingEvents {
         self.unpublished.as_mut().map(core::mem::take).unwrap_or_default()
     }
 
-    /// Gives back the memory of events that were [taken](Self::take).
+    /// Takes back the memory of events that were [taken](Self::take), for the next ones.
     pub(crate) fn reuse(&mut self, mut published: Vec<u8>) {
         published.clear();
         self.unpublished = Some(published);

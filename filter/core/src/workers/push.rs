@@ -49,7 +49,7 @@ pub struct Poll {
 pub enum News {
     /// A new list is in force.
     Applied,
-    /// A list was refused; the last good one stays in force.
+    /// The worker refused a list; the last good one stays in force.
     Refused(WireError),
     /// `pd-control` sent an empty list; the last good one stays in force.
     Empty,
@@ -59,12 +59,12 @@ pub enum News {
     Found,
 }
 
-/// What one worker does for the push.
+/// The push at one worker.
 #[derive(Debug, Default)]
 pub struct Push {
     id: u64,
     control: Option<Control>,
-    /// Announcements seen; `None` before the first look.
+    /// Announcements that the worker has seen; `None` before its first look.
     seen: Option<u64>,
     /// Epoch and version of the list in the last answer. The next poll asks for the changes since.
     list: (String, u64),
@@ -76,8 +76,8 @@ pub struct Push {
 }
 
 impl Push {
-    /// Starts over with a configuration's `control`; `None`: this worker polls nobody and takes no list. The worker gets
-    /// its id at the first call.
+    /// Starts over with a configuration's `control`. With `None` the worker sends no polls and takes no lists. The first
+    /// call gives the worker its id.
     pub fn configure(&mut self, control: Option<Control>, shared: &impl Shared, now: Monotonic) {
         let id = if self.id == 0 { next_worker_id(shared) } else { self.id };
         let polling = self.polling;
@@ -97,7 +97,8 @@ impl Push {
         self.holds_lease
     }
 
-    /// Applies a list that another worker announced. `announced` is [`Shared::announced`]. Call it before every decision.
+    /// Applies the list that another worker announced; `None` where there is nothing new. `announced` is
+    /// [`Shared::announced`]. Call it before every decision.
     pub fn catch_up(&mut self, worker: &mut Worker, shared: &impl Shared, announced: u64) -> Option<News> {
         if self.control.is_none() || self.seen == Some(announced) {
             return None;
@@ -111,7 +112,8 @@ impl Push {
         }
     }
 
-    /// Takes or renews the lease, and returns the poll that the leader should start. Call it every [`TICK`].
+    /// Takes or renews the lease. Returns the poll that the shell should start, if this worker is the leader and no poll is
+    /// open. Call it every [`TICK`].
     pub fn tick(&mut self, shared: &impl Shared, now: Monotonic) -> Option<Poll> {
         self.holds_lease = self.control.is_some() && self.take_lease(shared, now);
         self.next_poll(now)
@@ -137,7 +139,8 @@ impl Push {
         self.failed(worker, now)
     }
 
-    /// The poll ended; `status` is `None` where no answer came. Returns the next poll, to start at once, where one is due.
+    /// Takes the end of a poll; `status` is `None` where no answer came. Returns the next poll, to start at once, where one
+    /// is due.
     pub fn answered(
         &mut self,
         worker: &mut Worker,
@@ -245,7 +248,7 @@ impl Push {
         free && shared.set(LEASE_KEY, &mine.to_bytes(), Some(current.map_or(ABSENT, |(_, version)| version)))
     }
 
-    /// Hash of the `pd-control` that a lease is for. Workers with the same configuration have the same.
+    /// Hash of the cluster and the authority of `pd-control`. Workers that poll the same one have the same hash.
     fn terms(&self) -> u64 {
         let control = self.control.as_ref().map(|control| format!("{}\n{}", control.cluster, control.authority));
         xxhash_rust::xxh3::xxh3_64(control.unwrap_or_default().as_bytes())
@@ -272,8 +275,8 @@ impl Lease {
     }
 }
 
-/// The next number of a worker, counted in shared data. If 64 writes in a row fail the number is 1: two workers may then
-/// hold one lease, and `pd-control` gets a second poll.
+/// The next worker id, counted in shared data. If 64 writes in a row fail, the id is 1: two workers may then hold one
+/// lease, and `pd-control` gets a second poll.
 fn next_worker_id(shared: &impl Shared) -> u64 {
     for _ in 0..64 {
         let current = shared.get(WORKERS_KEY);

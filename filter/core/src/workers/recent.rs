@@ -1,4 +1,4 @@
-//! What a worker runs and what it decided lately: parts of the report of its Envoy.
+//! What a worker runs, and its latest decisions: parts of the report of its Envoy.
 
 use core::time::Duration;
 use std::collections::VecDeque;
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::codec::{Reader, Writer};
 use crate::time::Monotonic;
 
-/// Most decisions of a report; the oldest give way.
+/// Most decisions of a report. The newest ones stay.
 pub const MAX_DECISIONS: usize = 8;
 /// Least time between two decisions of a worker that are recorded.
 const DECISION_PAUSE: Duration = Duration::from_millis(200);
@@ -56,7 +56,7 @@ pub struct DecisionRecord {
     pub decode: String,
     /// Estimated tokens of the prompt.
     pub prompt_tokens: u64,
-    /// Of these, tokens that the endpoint held that computed the prompt.
+    /// Matched tokens at the endpoint that computed the prompt; at most `prompt_tokens`.
     pub matched_tokens: u64,
 }
 
@@ -92,7 +92,7 @@ impl Recent {
         self.decisions.front().is_none_or(|(at, _)| now.saturating_sub(*at) >= DECISION_PAUSE)
     }
 
-    /// Records a decision, and forgets the oldest one where there are too many.
+    /// Records a decision. Beyond [`MAX_DECISIONS`] the oldest one is dropped.
     pub(crate) fn push(&mut self, at: Monotonic, decision: DecisionRecord) {
         self.decisions.truncate(MAX_DECISIONS.saturating_sub(1));
         self.decisions.push_front((at, decision));

@@ -1,10 +1,10 @@
-//! What core asks of the host's shared data.
+//! The host's shared data, as core uses it.
 
 /// Data that the workers of one Envoy share. The shell implements it by host calls, which may fail.
 pub trait Shared {
     /// Value and version of a key; `None` where the key is absent or cannot be read.
     fn get(&self, key: &str) -> Option<(Vec<u8>, u32)>;
-    /// Writes a key and says whether it did. With a `version` it writes only while the key has that version or is absent.
+    /// Writes a key; returns whether it did. With a `version` it writes only while the key has that version or is absent.
     fn set(&self, key: &str, value: &[u8], version: Option<u32>) -> bool;
     /// Number of calls of [`announce`](Self::announce) by all workers; 0 where it cannot be read.
     fn announced(&self) -> u64;
@@ -12,7 +12,7 @@ pub trait Shared {
     fn announce(&self);
     /// Position up to which the log of a worker slot is written; 0 where there is none.
     fn position(&self, slot: usize) -> u64;
-    /// Sets that position.
+    /// Sets the position up to which the log of a worker slot is written.
     fn set_position(&self, slot: usize, position: u64);
 }
 

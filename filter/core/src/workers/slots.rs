@@ -8,12 +8,12 @@ use crate::workers::shared::{ABSENT, Shared};
 
 /// Slots of one Envoy: two generations of 31 worker threads and the main thread. A worker without a slot decides alone.
 pub const WORKER_SLOTS: usize = 64;
-/// Time since the last renewal after which a slot is free, and the others retract its worker's ledger.
+/// Time since the last renewal after which a slot is free and the other workers retract its worker ledger.
 const SLOT_LIFE: Duration = Duration::from_millis(700);
 /// Key of the slots. Workers of two releases share it, so its name stays.
 pub(super) const SLOTS_KEY: &str = "pd/1/seats";
 
-/// The slot of one worker; a slot that nobody ever held has worker id 0.
+/// The slot of one worker. A slot that no worker ever held has worker id 0.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct WorkerSlot {
     pub(super) worker_id: u64,

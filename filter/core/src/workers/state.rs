@@ -8,7 +8,7 @@ use crate::prefix::index::{EndpointIndex, PrefixIndex};
 use crate::workers::keepers::Keepers;
 use crate::workers::waiting::Waiting;
 
-/// What decisions are taken from. All of it may be lost and built again.
+/// Everything that decisions read. A worker can lose it and build it again.
 #[derive(Debug)]
 pub struct State {
     /// The endpoint list, and the state of each endpoint.
@@ -24,7 +24,7 @@ pub struct State {
 }
 
 impl State {
-    /// An endpoint holds blocks of a prompt, or a response.
+    /// Notes that an endpoint holds blocks of a prompt, or keeps a response.
     pub(super) fn insert(&mut self, endpoint: EndpointIndex, blocks: &[BlockHash]) {
         if let ([block], Some(state)) = (blocks, self.table.get(endpoint))
             && block.is_response()

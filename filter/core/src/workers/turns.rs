@@ -1,4 +1,4 @@
-//! What a worker has of its own waiting requests: when they end, in which queues they are, and which workers it woke.
+//! The waiting requests of one worker: when they give up, in which queues they are, and which other workers were woken.
 
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,9 +11,9 @@ use crate::endpoints::candidates::Candidates;
 use crate::time::Monotonic;
 use crate::workers::waiting::{WaitingRequest, worker_of};
 
-/// How soon a worker that was woken must have bound the request that it was woken for.
+/// Time within which a woken worker must bind the request that it was woken for.
 pub(super) const WAKE: Duration = Duration::from_millis(5);
-/// How long a worker is passed over that did not.
+/// How long a worker is passed over that did not bind the request in time.
 const PASSED_OVER: Duration = Duration::from_millis(100);
 
 /// This worker's waiting requests.
@@ -25,17 +25,17 @@ pub(crate) struct Turns {
     pub(super) ends: BTreeSet<(Monotonic, u64)>,
     /// Queues in which own requests wait, by name.
     pub(super) queues: HashMap<u64, OwnQueue>,
-    /// [`Table::changes`](crate::endpoints::table::Table::changes) for which the queues are right.
+    /// [`Table::changes`](crate::endpoints::table::Table::changes) when the requests were put into the queues.
     pub(super) changes: u64,
     /// Workers to wake.
     pub(super) wakes: BTreeSet<u64>,
     /// Whether an endpoint may have got room since the last look.
     pub(super) may_bind: bool,
     pub(super) woken: BTreeMap<u64, Woken>,
-    /// Requests that wait for an endpoint.
+    /// Requests that wait until an endpoint is ready.
     pub(super) parked: BTreeMap<u64, ParkedRequest>,
     pub(super) parked_bytes: usize,
-    /// Pools of which requests of this worker have waited: key and name.
+    /// Pools in which requests of this worker have waited: key and name.
     pub(super) pools: BTreeMap<u64, String>,
 }
 
@@ -43,7 +43,7 @@ pub(crate) struct Turns {
 pub(super) struct Own {
     pub(super) prompt: Prompt,
     pub(super) model: String,
-    /// Key of the pairing for whose endpoints it waits, where shares count.
+    /// Key of the pairing for whose endpoints the request waits, where shares count.
     pub(super) pairing: Option<u64>,
     pub(super) request: WaitingRequest,
     pub(super) queue: u64,
@@ -53,7 +53,7 @@ pub(super) struct Own {
 
 #[derive(Debug)]
 pub(super) struct ParkedRequest {
-    /// [`Table::changes`](crate::endpoints::table::Table::changes) for which it found no endpoint.
+    /// [`Table::changes`](crate::endpoints::table::Table::changes) when no endpoint was found for the request.
     pub(super) changes: u64,
     pub(super) end: Monotonic,
     pub(super) bytes: usize,
@@ -78,7 +78,8 @@ impl Turns {
         self.worker_id = worker_id;
     }
 
-    /// The configuration or the list may have changed: own requests are filed anew.
+    /// Has the worker put its requests into queues anew at the next turn, because the configuration or the list may have
+    /// changed.
     pub(crate) fn forget_queues(&mut self) {
         self.changes = u64::MAX;
         self.may_bind = true;
@@ -87,7 +88,7 @@ impl Turns {
     pub(super) fn enter_queue(&mut self, name: u64, candidates: &Arc<Candidates>) {
         let queue =
             self.queues.entry(name).or_insert_with(|| OwnQueue { candidates: Arc::clone(candidates), requests: 0 });
-        // Endpoints may have other places since the queue began.
+        // Endpoints may have other indices since the queue began.
         queue.candidates = Arc::clone(candidates);
         queue.requests = queue.requests.saturating_add(1);
     }

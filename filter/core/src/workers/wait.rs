@@ -1,4 +1,4 @@
-//! How requests of this worker begin to wait, and how they end it.
+//! How requests of this worker begin to wait, and how their wait ends.
 
 use core::time::Duration;
 use std::borrow::Cow;
@@ -19,11 +19,11 @@ use crate::workers::turns::{Own, ParkedRequest};
 use crate::workers::waiting::{HeldByKey, WaitingRequest};
 use crate::workers::worker::Worker;
 
-/// A request that wants to wait.
+/// A request that is to wait.
 #[derive(Debug)]
 pub(crate) struct Ask<'a> {
     pub(crate) candidates: &'a Arc<Candidates>,
-    /// Key of the pairing whose endpoints these are, where shares count.
+    /// Key of the pairing of these candidates, where shares count.
     pub(crate) pairing: Option<u64>,
     pub(crate) model: &'a str,
     pub(crate) prompt: &'a Prompt,
@@ -31,26 +31,26 @@ pub(crate) struct Ask<'a> {
     pub(crate) fairness: u64,
     pub(crate) body_bytes: usize,
     pub(crate) arrival: Monotonic,
-    /// Time from the arrival on within which the prompt must be computed.
+    /// Time after the arrival within which the prompt must be computed; `None`: no limit.
     pub(crate) deadline: Option<Duration>,
 }
 
-/// Why a request may not wait, and after how many seconds another try may be worth it.
+/// Why a request may not wait. The numbers are the seconds after which the client may try again, 1 to 60.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Full {
-    /// As many requests wait as may.
+    /// `queue.max_requests` of the pool wait.
     Requests(u64),
-    /// With its bytes more would wait than may.
+    /// With this request the bytes would exceed `queue.max_bytes` of the pool.
     Bytes(u64),
-    /// It would wait beyond the client's deadline.
+    /// The request would wait beyond the client's deadline.
     Deadline,
 }
 
 impl Worker {
-    /// A request waits until an endpoint has room for it. `Ok(Some(endpoint))`: one has room now.
+    /// Has a request wait until an endpoint has room for it. Returns its id, and the endpoint where one has room now.
     ///
     /// # Errors
-    /// Why the request may not wait.
+    /// [`Full`]: why the request may not wait.
     pub(crate) fn wait(&mut self, ask: &Ask<'_>, now: Monotonic) -> Result<(u64, Option<EndpointIndex>), Full> {
         let Ok(config) = self.config.clone() else { return Err(Full::Requests(1)) };
         let candidates = ask.candidates;
@@ -108,7 +108,8 @@ impl Worker {
         Ok((id, binding.filter(|binding| binding.id == id).map(|binding| binding.endpoint)))
     }
 
-    /// A request that came at `arrival` waits until an endpoint is ready; `None` where it may not.
+    /// Has a request that came at `arrival` wait until an endpoint is ready. Returns its id; `None` where the time is over,
+    /// or where too many requests or bytes wait.
     pub(crate) fn park(&mut self, queue: &Queue, body_bytes: usize, arrival: Monotonic, now: Monotonic) -> Option<u64> {
         let end = arrival.saturating_add(queue.no_endpoint);
         let bytes = self.turns.parked_bytes.saturating_add(body_bytes).saturating_add(REQUEST_BYTES);
@@ -123,7 +124,7 @@ impl Worker {
         Some(id)
     }
 
-    /// A request waits for an endpoint no longer.
+    /// Ends the wait of a request for a ready endpoint. An unknown id changes nothing.
     pub(crate) fn unpark(&mut self, id: u64) {
         if let Some(parked) = self.turns.parked.remove(&id) {
             self.turns.ends.remove(&(parked.end, id));
@@ -133,22 +134,22 @@ impl Worker {
         }
     }
 
-    /// A waiting request goes to an endpoint, which needs `seconds` for it. Returns how long it waited; `None` where it
-    /// does not wait.
+    /// Binds a waiting request to an endpoint that needs `seconds` for it. Returns how long the request waited; `None` where
+    /// it does not wait.
     pub(crate) fn bind(&mut self, id: u64, seconds: f64, now: Monotonic) -> Option<Duration> {
         let own = self.turns.take(id)?;
         self.happens_at(own.queue, &Event::Bound { id, seconds });
         Some(now.saturating_sub(own.request.arrival))
     }
 
-    /// A waiting request waits no longer, and no endpoint has it.
+    /// Ends the wait of a request that no endpoint gets. An unknown id changes nothing.
     pub(crate) fn stop_waiting(&mut self, id: u64) {
         if let Some(own) = self.turns.take(id) {
             self.happens_at(own.queue, &Event::WaitEnded { id });
         }
     }
 
-    /// An endpoint may have got room.
+    /// Notes that an endpoint may have got room.
     pub(crate) fn room_changed(&mut self) {
         if !self.state.waiting.is_empty() || !self.turns.parked.is_empty() {
             self.turns.may_bind = true;
@@ -158,7 +159,7 @@ impl Worker {
 }
 
 struct LeastSeconds {
-    /// Seconds of the prompt where most of it is held.
+    /// Fewest seconds of the prompt at any endpoint.
     own: f64,
     /// Seconds until some endpoint has room.
     until_room: f64,

@@ -1,8 +1,8 @@
-//! Requests that wait for a prefill endpoint with room, of all workers of this Envoy. [Events](super::event) change them,
-//! so that every worker has the same ones in the same order.
+//! Requests of all workers of this Envoy that wait for a prefill endpoint with room. [Events](super::event) change them, so
+//! every worker has the same requests in the same order.
 //!
-//! Requests that may go to the same endpoints stand in one queue. Its name is a hash of these endpoints' keys, which every
-//! worker computes alike.
+//! Requests that may go to the same endpoints stand in one queue. The name of the queue is a hash of these endpoints' keys,
+//! so it is the same at every worker.
 
 use std::collections::BTreeMap;
 
@@ -21,13 +21,13 @@ const MOST_HOLDERS: usize = 8;
 /// What all workers know of a waiting request.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct WaitingRequest {
-    /// Its number, unique in this Envoy: that of a leg, which tells the worker too.
+    /// Number, unique in this Envoy, made as the number of a leg. Its upper bits are the worker's.
     pub(crate) id: u64,
     /// Key of its pool.
     pub(crate) pool: u64,
     pub(crate) arrival: Monotonic,
     pub(crate) tokens: f64,
-    /// Key that prompts with the same begin share.
+    /// Key that prompts with a common prefix have.
     pub(crate) key: u64,
     pub(crate) priority: i32,
     /// Hash of the fairness id.
@@ -103,9 +103,9 @@ pub struct Waiting {
     queues: BTreeMap<u64, PoolQueue>,
     /// Name of the queue in which a request is.
     queue_of: HashMap<u64, u64>,
-    /// Requests that each worker has, by its number.
+    /// Number of waiting requests by worker id.
     workers: BTreeMap<u64, usize>,
-    /// Queues and keys of which a request was bound: its endpoint may hold a begin of the others now.
+    /// Queue and key of each request that was bound. Its endpoint may now hold a prefix of other requests with that key.
     bound: Vec<(u64, u64)>,
 }
 
@@ -115,10 +115,10 @@ struct PoolQueue {
     queue: Queue,
 }
 
-/// Bound keys that are remembered. Of more, what endpoints hold is found when it is the request's turn.
+/// Most bound keys that are remembered. For further ones a worker looks up what endpoints hold at the request's turn.
 const MOST_BOUND: usize = 64;
 
-/// The worker that a request's number names.
+/// The worker id in a request's number.
 pub(crate) fn worker_of(id: u64) -> u64 {
     id.wrapping_shr(40)
 }
@@ -128,7 +128,7 @@ fn rule(pool: &Pool) -> Rule {
     Rule {
         lead: pool.queue.lead.as_secs_f64(),
         longest_wait: pool.queue.overtaken,
-        // A worker limits what it adds, by what all have.
+        // Each worker checks the limits for all workers before it adds a request.
         most_requests: usize::MAX,
         most_bytes: usize::MAX,
         ..Rule::new(pool.cost)
@@ -136,13 +136,13 @@ fn rule(pool: &Pool) -> Rule {
 }
 
 impl Waiting {
-    /// An empty one, with the rules of a configuration.
+    /// No requests, with the rules of a configuration.
     pub(crate) fn new(config: &Config) -> Self {
         let rules = config.policies().map(|(name, pool)| (pool_key(name), rule(pool))).collect();
         Self { rules, ..Self::default() }
     }
 
-    /// A request waits in the queue of that name, and no longer in another one.
+    /// Puts a request into the queue with that name, and removes it from any other queue.
     pub(crate) fn push(&mut self, name: u64, request: &WaitingRequest, table: &Table) {
         self.remove(request.id);
         let default_rule = || self.rules.get(&pool_key("default")).copied();
@@ -167,19 +167,19 @@ impl Waiting {
         }
     }
 
-    /// Endpoints hold so much of a request's prompt.
+    /// Replaces what endpoints hold of a request's prompt.
     pub(crate) fn set_held(&mut self, id: u64, held: &HeldByKey, table: &Table) {
         if let Some(queue) = self.queue_with(id) {
             queue.set_held(id, &held.by_index(table));
         }
     }
 
-    /// A request waits no longer.
+    /// Removes a request. An unknown id changes nothing.
     pub(crate) fn remove(&mut self, id: u64) {
         self.take_out(id, |queue| queue.remove(id));
     }
 
-    /// An endpoint got a request, which takes it so many seconds.
+    /// Removes a request that an endpoint got, which needs so many seconds for it.
     pub(crate) fn bind(&mut self, id: u64, seconds: f64) {
         let Some(name) = self.queue_of.get(&id).copied() else { return };
         if let Some(request) = self.take_out(id, |queue| queue.bind(id, seconds))
@@ -222,7 +222,7 @@ impl Waiting {
         self.queue_of.len()
     }
 
-    /// Number of a pool's waiting requests, the bytes that they take, and the seconds of their work, by the pool's key.
+    /// Number, bytes and seconds of work of the waiting requests of the pool with that key.
     #[must_use]
     pub fn of_pool(&self, pool: u64) -> (usize, usize, f64) {
         let queues = self.queues.values().filter(|queue| queue.pool == pool);
@@ -232,12 +232,12 @@ impl Waiting {
         })
     }
 
-    /// Keys of pools of which requests wait.
+    /// Keys of the pools that have waiting requests.
     pub fn pools(&self) -> impl Iterator<Item = u64> {
         self.queues.values().map(|queue| queue.pool)
     }
 
-    /// Workers whose requests wait.
+    /// Ids of the workers that have waiting requests.
     pub(crate) fn workers(&self) -> impl Iterator<Item = u64> {
         self.workers.keys().copied()
     }
@@ -263,7 +263,7 @@ impl Waiting {
         Some(self.queues.get(self.queue_of.get(&id)?)?.queue.held(id))
     }
 
-    /// Takes the queues and keys of which requests were bound.
+    /// Takes the queues and keys of the requests that were bound.
     pub(crate) fn take_bound(&mut self) -> Vec<(u64, u64)> {
         core::mem::take(&mut self.bound)
     }

@@ -29,11 +29,11 @@ const LAST_GOOD_CONFIG_KEY: &str = "pd/config";
 /// Bytes of block events that the leader keeps for the other Envoys.
 const OUTBOX_BYTES: usize = 1 << 20;
 
-/// One worker. All of it may be lost and built again.
+/// One worker. The host can drop it at any time; a new one builds everything again.
 #[derive(Debug)]
 pub struct Worker {
-    /// Configuration in force. The error of the latest refusal as long as no configuration was accepted: requests then
-    /// get 503.
+    /// Configuration in force. Before the first accepted configuration it is the error of the latest refused one, and
+    /// requests get 503.
     pub config: Result<Arc<Config>, ConfigError>,
     /// Endpoints, index and admission, as the events of all workers made them.
     pub state: State,
@@ -71,7 +71,7 @@ impl Default for Worker {
     }
 }
 
-/// What came of a configuration.
+/// Result of a new configuration.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Configured {
     /// The configuration is in force.
@@ -91,11 +91,11 @@ pub(crate) struct Ticket {
 }
 
 impl Worker {
-    /// Puts a configuration in force, as JSON; empty: all defaults. The state starts anew, with the endpoints that the
-    /// configuration names.
+    /// Puts a configuration in force. `text` is JSON; an empty text stands for all defaults. The state starts anew, with the
+    /// endpoints that the configuration names.
     ///
     /// # Errors
-    /// Why the configuration is refused. The one before stays in force; where there was none, requests get the refusal.
+    /// Why the configuration is refused. The configuration before it stays in force. Without one, requests get 503.
     pub fn configure(&mut self, text: &[u8]) -> Result<Arc<Config>, ConfigError> {
         let parsed = Config::parse(text).and_then(|mut config| {
             config.legs.resolve(|name| self.environment.get(name).cloned())?;
@@ -123,8 +123,8 @@ impl Worker {
         }
     }
 
-    /// As [`configure`](Self::configure), or else puts the last good configuration in force that a worker of this Envoy
-    /// had: a worker that starts while the configuration is bad serves with the one before it.
+    /// As [`configure`](Self::configure). Where the configuration is refused, it puts the last good configuration of any
+    /// worker of this Envoy in force. So a worker that starts with a bad configuration serves with the one before it.
     pub fn configure_or_last_good(&mut self, text: &[u8], shared: &impl Shared) -> Configured {
         match self.configure(text) {
             Ok(config) => {
@@ -143,7 +143,7 @@ impl Worker {
         }
     }
 
-    /// Applies a snapshot in JSON, whole or not at all. Changes nothing where no configuration is in force.
+    /// Applies a snapshot in JSON, whole or not at all. Without a configuration in force nothing changes.
     ///
     /// # Errors
     /// Why the snapshot is refused. The list before it stays in force.
@@ -191,7 +191,7 @@ impl Worker {
     /// Lets a request into a pool with limits. Call [`release`](Self::release) with the ticket at the request's end.
     ///
     /// # Errors
-    /// Why the pool does not let the request in.
+    /// [`Shed`]: why the pool does not let the request in.
     pub(crate) fn admit(&mut self, pool: &str, limits: Limits, ask: Ask) -> Result<Ticket, Shed> {
         let ticket = Ticket { pool: pool_key(pool), fairness: ask.fairness, tokens: ask.tokens };
         self.state.admission.check(ticket.pool, limits, ask)?;
@@ -204,8 +204,8 @@ impl Worker {
         self.happens_at(pool, &Event::Released { fairness, tokens });
     }
 
-    /// Applies an event of this worker at an endpoint, and keeps it for the others. The endpoint may have left the list, and
-    /// may have returned: the end of a request finds its begin in the ledger either way.
+    /// Applies an event of this worker at an endpoint, and keeps it for the other workers. The endpoint may have left the
+    /// list, and may have returned: the ledger matches the end of a leg with its start in both cases.
     pub(super) fn happens(&mut self, endpoint: EndpointRef, event: &Event<'_>) {
         if self.state.table.resolve(endpoint).is_some() {
             event.apply_at(endpoint.index, &mut self.state);
@@ -254,21 +254,21 @@ impl Worker {
         self.happens(endpoint, &Event::DecodeEnded { tokens });
     }
 
-    /// An endpoint gets a prompt, and will hold its blocks.
+    /// Notes that an endpoint gets a prompt and will hold its blocks.
     pub(crate) fn holds(&mut self, endpoint: EndpointRef, blocks: &[BlockHash]) {
         self.happens(endpoint, &Event::Holds { blocks: blocks.into() });
         self.queue_for_gateways(endpoint.key, blocks);
     }
 
-    /// An endpoint refused a prompt, and does not hold these blocks of it. Other Envoys are not told.
+    /// Notes that an endpoint refused a prompt and does not hold these blocks of it. Other Envoys do not learn of it.
     pub(crate) fn lacks(&mut self, endpoint: EndpointRef, blocks: &[BlockHash]) {
         if !blocks.is_empty() {
             self.happens(endpoint, &Event::Lacks { blocks: blocks.into() });
         }
     }
 
-    /// Keeps for the other Envoys which blocks the endpoint of that key got. Without effect where this worker is not its
-    /// Envoy's leader.
+    /// Keeps for the other Envoys which blocks the endpoint with that key got. At a worker that is not the leader it changes
+    /// nothing.
     pub(crate) fn queue_for_gateways(&mut self, endpoint: u64, blocks: &[BlockHash]) {
         if let Some(outbox) = self.outbox.as_mut().filter(|_| !blocks.is_empty()) {
             outbox.push(block_event(endpoint, blocks));
@@ -276,29 +276,29 @@ impl Worker {
         }
     }
 
-    /// Another Envoy sent these blocks to the endpoint of that key.
+    /// Notes that another Envoy sent these blocks to the endpoint with that key.
     pub(crate) fn holds_by_others(&mut self, endpoint: u64, blocks: &[BlockHash]) {
         self.happens_at(endpoint, &Event::HoldsByOthers { blocks: blocks.into() });
     }
 
-    /// What other Envoys have in flight at the endpoint of that key has changed by so much.
+    /// Adds `by` to the load of other Envoys at the endpoint with that key.
     pub(crate) fn busy_elsewhere(&mut self, endpoint: u64, by: Totals) {
         self.happens_at(endpoint, &Event::BusyElsewhere { by });
     }
 
-    /// Number of the Envoys that there are.
+    /// Sets the number of Envoys in the fleet.
     pub(crate) fn fleet_is(&mut self, fleet: Fleet) {
         self.happens_at(0, &Event::FleetIs { fleet });
     }
 
-    /// Applies an event of this worker at the endpoint, or pool, of that key, and keeps it for the others.
+    /// Applies an event of this worker at the endpoint, or pool, with that key, and keeps it for the other workers.
     pub(super) fn happens_at(&mut self, key: u64, event: &Event<'_>) {
         event.apply(key, &mut self.state);
         self.pending.push(key, event);
     }
 
-    /// Records a decision for the report. Without effect where the configuration has no exchange, or where a decision was
-    /// recorded less than 200 ms ago: `decision` is then not called.
+    /// Records a decision for the report. It does nothing, and does not call `decision`, where the configuration has no
+    /// exchange or where the last record is less than 200 ms old.
     pub(crate) fn record_decision(&mut self, now: Monotonic, decision: impl FnOnce(&Self) -> DecisionRecord) {
         let is_reported = || {
             let control = self.config.as_ref().ok().and_then(|config| config.control.as_ref());
@@ -316,8 +316,8 @@ impl Worker {
         self.legs
     }
 
-    /// A name for a pair of legs that no other pair in flight has, at any gateway: Envoy's random request id, this
-    /// worker's clock and count.
+    /// A name for a pair of legs that no other pair in flight has at any Envoy. It is a hash of Envoy's random request id and
+    /// of this worker's clock and count.
     pub(crate) fn pair_id(&mut self, request_id: &[u8], now: Monotonic) -> u64 {
         let now = now.since_zero();
         let ours = [self.next_leg().to_le_bytes(), now.as_secs().to_le_bytes()].concat();

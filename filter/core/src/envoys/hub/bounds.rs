@@ -1,23 +1,23 @@
 //! Bounds of what a hub keeps. Together they fit into the container's memory limit that the manifests set (256 MiB), beside
 //! requests in flight, which `pd-control` bounds.
 //!
-//! Beyond a bound the host whose Envoys have the most loses it. So a client that makes up a thousand Envoys has the share of
-//! one host.
+//! Beyond a bound, the host whose Envoys have the most loses records. So a client that makes up a thousand Envoys gets no more
+//! than one host.
 
 use hashbrown::HashMap;
 
 use super::{Gateway, Hub};
 
-/// Most Envoys that a hub remembers. Those that are gone count as long as the hub keeps their blocks.
+/// Most Envoys that a hub remembers. An Envoy that is gone counts until the hub drops its blocks.
 const MAX_GATEWAYS: usize = 1_024;
-/// Most bytes of block events of all Envoys together, with what keeping each costs.
+/// Most bytes of block events of all Envoys together, with the overhead of each.
 const MAX_LOG_BYTES: usize = 24 << 20;
 /// Most endpoints in the loads of all Envoys together: 32 bytes each, and as much again in the sums.
 const MAX_ALL_LOADS: usize = 1 << 18;
 /// Most bytes of the reports of all Envoys together.
 const MAX_ALL_REPORT_BYTES: usize = 8 << 20;
 
-/// What the Envoys of one host have of something.
+/// The part of one bound that the Envoys of one host use.
 #[derive(Clone, Copy, Default)]
 struct Share {
     all: usize,
@@ -27,8 +27,8 @@ struct Share {
 }
 
 impl Hub {
-    /// Makes room for an Envoy that the hub does not know: forgets the one that has been gone longest, else one of the host
-    /// that has the most Envoys. `false` where no host has more than the one that asks.
+    /// Makes room for an unknown Envoy. The hub forgets the Envoy that has been gone longest, else one of the host that has
+    /// the most Envoys. `false` where no host has more Envoys than the host `origin`.
     pub(super) fn make_room(&mut self, gateway: u64, origin: u64) -> bool {
         if self.gateways.len() < MAX_GATEWAYS || self.gateways.contains_key(&gateway) {
             return true;
@@ -58,7 +58,7 @@ impl Hub {
         true
     }
 
-    /// Brings everything back within its bound.
+    /// Forgets block events, loads and reports until all are within their bounds.
     pub(super) fn shorten(&mut self) {
         self.shorten_logs();
         self.shorten_loads();

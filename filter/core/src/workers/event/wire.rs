@@ -11,7 +11,7 @@ use crate::prefix::hash::BlockHash;
 use crate::workers::waiting::{HeldByKey, WaitingRequest};
 
 impl Event<'_> {
-    /// Appends the event, little endian: its length in bytes (4), its kind (1), the key (8), what the kind has.
+    /// Appends the event, little endian: its length in bytes (4), its kind (1), the key (8), and the fields of the kind.
     pub(crate) fn write(&self, endpoint: u64, into: &mut Vec<u8>) {
         let start = into.len();
         let mut out = Writer(core::mem::take(into));
@@ -101,7 +101,7 @@ impl Event<'_> {
         }
     }
 
-    /// Splits encoded events behind the first one; `None` where there is none.
+    /// The first encoded event and the bytes behind it; `None` where `bytes` has no whole event.
     pub(crate) fn split_first(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
         let length = u32::from_le_bytes(*bytes.first_chunk()?) as usize;
         bytes.split_at_checked(length).filter(|(event, _)| !event.is_empty())
