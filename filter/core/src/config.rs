@@ -1,4 +1,4 @@
-//! Plugin configuration: raw JSON → checked values. Unknown keys are refused, whatever is refused names its key.
+//! Plugin configuration: raw JSON becomes checked values. Unknown keys are refused. Each refusal names its key.
 //!
 //! ```json
 //! {
@@ -39,7 +39,7 @@ pub const EXPLAIN_HEADER: &str = "x-pd-explain";
 /// Header by which llm-d names the prefill pod (`ip:port`).
 pub const PREFILLER_HEADER: &str = "x-prefiller-host-port";
 
-/// Header by which a peer restricts the endpoints of a request: `ip[:port],…` (Gateway API Inference Extension).
+/// Header that restricts the endpoints of a request: `ip[:port],…` (Gateway API Inference Extension).
 pub const SUBSET_HEADER: &str = "x-gateway-destination-endpoint-subset";
 /// The same, as the extension's conformance tests send it.
 pub const TEST_SELECTION_HEADER: &str = "test-epp-endpoint-selection";
@@ -73,11 +73,12 @@ pub const TRUSTABLE_HEADERS: &[&str] =
 /// A checked configuration.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
-    /// Free text that an operator changes to tell roll-outs apart; shown in logs and the answer of `/v1/endpoints`.
+    /// Configuration revision: text that an operator changes with each roll-out. Logs and the answer of `/v1/endpoints` show
+    /// it.
     pub revision: String,
     /// Envoy cluster of the prefill leg. One cluster over all engine pods usually carries both legs.
     pub cluster: String,
-    /// Envoy cluster of the prefill endpoints' bootstrap servers, which Mooncake's engine ids are asked from.
+    /// Envoy cluster of the prefill endpoints' bootstrap servers, which the filter asks for Mooncake's engine ids.
     pub bootstrap_cluster: String,
     /// Request header that the route fills from filter state and the cluster's `override_host` policy reads.
     pub destination_header: String,
@@ -85,7 +86,7 @@ pub struct Config {
     pub control: Option<Control>,
     /// Endpoints that serve until `pd-control` has answered, or where there is none.
     pub endpoints: Vec<Endpoint>,
-    /// Of [`TRUSTABLE_HEADERS`], those a client may set. The others are stripped.
+    /// Those of [`TRUSTABLE_HEADERS`] that a client may set. The filter strips the others.
     pub trusted_headers: Vec<String>,
     /// Paths that a client may reach beside those of inference APIs; see [`crate::paths::matches`].
     pub allowed_paths: Vec<String>,
@@ -96,9 +97,9 @@ pub struct Config {
     pub legs: Legs,
     /// Whether requests that ask for another protocol, such as WebSocket, go to an endpoint. Otherwise they are refused.
     pub upgrades: bool,
-    /// Request headers that name a client's session, the first one present counts: its requests stay together.
+    /// Request headers that name a client's session, whose requests stay together. The first one present counts.
     pub session_headers: Vec<String>,
-    /// Cookies that name it where no such header does; the first one present counts.
+    /// Cookies that name the session where no such header does. The first one present counts.
     pub session_cookies: Vec<String>,
     /// Largest request body, bytes, the spliced parameters included; above it clients get 413. Must not be above the
     /// limit of Envoy's buffer filter: an edit that takes a paused body past that limit ends the Envoy process.
@@ -135,7 +136,7 @@ pub struct Control {
     pub wait: Duration,
     /// Environment variable of the Envoy process that holds the bearer token, if there is one.
     pub token_env: String,
-    /// Whether what is in flight and which blocks went where is [exchanged](crate::envoys) with other Envoys.
+    /// Whether this Envoy [exchanges](crate::envoys) with others.
     pub exchange: bool,
 }
 
@@ -147,7 +148,7 @@ pub struct Prefix {
     pub block_bytes: usize,
     /// Bound of the index in bytes, per worker.
     pub index_bytes: usize,
-    /// Share of recent requests, 0 to 1, above which a block says nothing about who should hold it.
+    /// Share of recent requests, 0 to 1, above which a block is hot: it does not decide which endpoint gets a prompt.
     pub hot_share: f64,
 }
 

@@ -19,8 +19,8 @@
 //! | [`endpoints`] | which endpoints there are; load, health and prefill cost of each |
 //! | [`prefix`] | how a prompt becomes blocks, and which endpoint holds them |
 //! | [`engine`] | what is true of each engine: the order of the legs and their members |
-//! | [`workers`] | what the workers of one Envoy tell each other; the endpoint list of all of them |
-//! | [`envoys`] | what several Envoys tell each other |
+//! | [`workers`] | what the workers of one Envoy share, through their log; the endpoint list of all of them |
+//! | [`envoys`] | what several Envoys exchange, through `pd-control` |
 //! | [`body`] | where the members of a JSON or form body are, and how bytes change |
 //!
 //! [`config`] is the plugin configuration, [`wire`] the endpoint list on its way from `pd-control`, [`metrics`] all that is

@@ -1,10 +1,10 @@
-//! Names and help texts of everything the filter counts, and the counts that wait to be told to Envoy.
+//! Names and help texts of the filter's metrics, and the counts that are not flushed to Envoy yet.
 //!
 //! The ABI knows no labels, so a tag stands in the name: `name;tag=value`. `stats_tags` in Envoy's bootstrap make it a
 //! label again (see `envoy/local.yaml`). Counts are kept in the worker and flushed at its tick: a request pays for an
 //! addition, not for a host call each.
 
-/// What Envoy calls the kind of a metric.
+/// Kind of a metric, as Envoy has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MetricKind {
     /// Only grows.
@@ -117,7 +117,7 @@ metrics! {
     HostErrors Counter "pd_host_errors_total" "Host calls of Envoy that failed where none should",
 }
 
-/// Values that a worker sets as they are, not as changes: every worker knows the same ones.
+/// Gauges that a worker sets to a value. Every worker has the same value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Level {
     /// Endpoints in the list.

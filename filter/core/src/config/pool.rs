@@ -13,32 +13,35 @@ pub struct Pool {
     pub engine: Engine,
     /// When to run a prefill leg.
     pub split: Split,
-    /// What to do when no prefill endpoint could be had.
+    /// What to do with a request that no prefill endpoint served.
     pub on_prefill_failure: OnPrefillFailure,
     /// Prefill endpoints to try, 1 to 8.
     pub prefill_attempts: u32,
     /// How long a prefill leg may take.
     pub prefill_timeout: LegLimit,
-    /// Port of a prefill endpoint's bootstrap server (SGLang, Mooncake) where the endpoint does not say.
+    /// Port of a prefill endpoint's bootstrap server (SGLang, Mooncake) where the endpoint gives none.
     pub bootstrap_port: u16,
     /// Alternates named beside the decode endpoint for Envoy's connect-failure retry, 0 to 4.
     pub alternates: usize,
-    /// Prefill seconds of a prompt, to begin with.
+    /// Prefill cost, from which the fit begins.
     pub cost: Cost,
-    /// Whether [`cost`](Self::cost) and [`bytes_per_token`](Self::bytes_per_token) follow what is seen.
+    /// Whether [`cost`](Self::cost), [`bytes_per_token`](Self::bytes_per_token) and [`media`](Self::media) are fitted.
     pub fit: bool,
-    /// `w`: what a second of this prompt's own prefill weighs against a second of work ahead of it. `None`: by what is in
-    /// flight, see [`affinity_weight`](crate::choose::weight::affinity_weight).
+    /// `w`: weight of a second of the prompt's own prefill against a second of work ahead of it; 0 or more. `None`: by what is
+    /// in flight, see [`affinity_weight`](crate::choose::weight::affinity_weight).
     pub affinity_weight: Option<f64>,
-    /// β: share of a prompt that its rendezvous endpoint is costed as holding, 0 to 1, when this worker has not seen
-    /// the prefix but others may have. Right where Envoys know of each other's decisions within 50 ms: 0, a prompt
-    /// that is new to all of them would wait for nothing (+16 % p99 at 0.6). Without any exchange 0.3 to 0.6 keeps hits.
-    /// `None`: 0.6 times the share of the other Envoys that [do not exchange](crate::endpoints::elsewhere::Fleet::not_exchanging).
+    /// β, 0 to 1: part of an unseen prompt that its rendezvous endpoint counts as holding, because other Envoys may have sent
+    /// it there.
+    ///
+    /// - Where Envoys exchange, 0 is right: a larger β makes a prompt that is new to all of them wait (+16 % p99 at 0.6).
+    /// - Without an exchange, 0.3 to 0.6 keeps hits.
+    /// - `None`: 0.6 times the part of the other Envoys that
+    ///   [do not exchange](crate::endpoints::elsewhere::Fleet::not_exchanging).
     pub rendezvous_share: Option<f64>,
-    /// A conversation keeps its decode endpoint while that has at most so many times the prompt's tokens more assigned than
-    /// the least loaded one. 0: it never stays for its own sake.
+    /// Bound within which a conversation keeps its decode endpoint: the endpoint may exceed the least loaded one by so many
+    /// times the prompt's tokens. 0 or more; 0: the choice ignores the conversation.
     pub decode_stay: f64,
-    /// Tokens of an endpoint's prefix cache where the endpoint does not say.
+    /// Tokens of an endpoint's prefix cache where the endpoint gives none.
     pub cache_tokens: u64,
     /// Bytes of JSON per token, for estimates.
     pub bytes_per_token: f64,
@@ -46,9 +49,10 @@ pub struct Pool {
     pub media: MediaCost,
     /// Whether `cached_tokens` in the answer of a split request are those of its prefill leg.
     pub shows_prefills_cached_tokens: bool,
-    /// How long prefill endpoints keep a KV cache for its decode leg; `None`: answers that begin later are not looked at.
+    /// KV lease: how long prefill endpoints keep a KV cache for its decode leg. `None`: the filter does not look for late
+    /// answers.
     pub kv_lease: Option<Duration>,
-    /// What may be in flight.
+    /// Limits of what is in flight.
     pub limits: Limits,
     /// Whether and how requests wait for a prefill endpoint with room.
     pub queue: Queue,
@@ -57,27 +61,27 @@ pub struct Pool {
 /// How requests of a pool wait for a prefill endpoint with room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Queue {
-    /// Whether they wait at all. Otherwise each goes to an endpoint as soon as it comes.
+    /// Whether requests wait. Otherwise each request goes to an endpoint as soon as it comes.
     pub is_on: bool,
-    /// Work that an endpoint may have left and still have room.
+    /// An endpoint has room while the work that it has left takes less than this.
     pub lead: Duration,
-    /// Longest wait. Who has waited so long gets 503.
+    /// Longest wait. A request that has waited so long gets 503.
     pub max_wait: Duration,
-    /// How long a request can be overtaken by others of its priority.
+    /// Wait after which no request of the same priority overtakes a request.
     pub overtaken: Duration,
-    /// Most requests that wait at this Envoy.
+    /// Most requests of the pool that wait at this Envoy.
     pub max_requests: usize,
-    /// Most bytes that they take.
+    /// Most bytes that the waiting requests of the pool take.
     pub max_bytes: usize,
-    /// How long a request waits for an endpoint where none is ready for its model. Zero: it gets 503 at once. The one of the
-    /// pool `default` counts, since a model without endpoints belongs to no pool.
+    /// How long a request waits while no endpoint is ready for its model. Zero: it gets 503 at once. Only the value of the
+    /// pool `default` counts, because a model without endpoints belongs to no pool.
     pub no_endpoint: Duration,
 }
 
-/// Tokens of media in a prompt, to begin with.
+/// Tokens of media in a prompt, from which the fit begins.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MediaCost {
-    /// Pixels of an image per token, where its data says how many it has.
+    /// Pixels per token of an image whose size is known from its data.
     pub pixels_per_token: f64,
     /// Tokens of any other image.
     pub image_tokens: f64,
@@ -118,13 +122,13 @@ impl Cost {
     }
 }
 
-/// Time limit of a prefill leg. It follows what the ledger expects, so that a long prompt behind a long queue is not taken
-/// for an endpoint that does not answer.
+/// Time limit of a prefill leg. It follows the seconds that the ledger expects, so a long prompt behind much work does not
+/// make an endpoint look dead.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LegLimit {
     /// Shortest limit.
     pub floor: Duration,
-    /// Times of the expected seconds, 1 or more.
+    /// Factor on the expected seconds, 1 or more.
     pub factor: f64,
 }
 
@@ -158,7 +162,7 @@ pub enum Split {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnPrefillFailure {
-    /// The decode endpoint computes the prompt itself.
+    /// The decode endpoint computes the prompt.
     DecodeOnly,
     /// The client gets 503.
     Fail,

@@ -15,8 +15,8 @@ use crate::wire::{Endpoint, Engine, Role, State};
 pub struct Candidates {
     /// Name of the pool, whose policy applies.
     pub pool: Arc<str>,
-    /// Endpoints of role `prefill`. Those without a decode endpoint of their engine, group and revision are left out: no
-    /// endpoint could take over from them.
+    /// Endpoints of role `prefill`, without those that have no decode endpoint of their engine, group and revision: no
+    /// endpoint could take over from these.
     pub prefill: Vec<EndpointIndex>,
     /// Endpoints of role `decode`.
     pub decode: Vec<EndpointIndex>,
@@ -27,12 +27,12 @@ pub struct Candidates {
     pub compute: Vec<EndpointIndex>,
     /// The decode endpoints, by what they have in common with prefill endpoints.
     pub(crate) partners: HashMap<Partner, Vec<EndpointIndex>>,
-    /// Decode endpoints that drain, in the same way. They take over prompts whose prefill leg was sent before they began
-    /// to drain, where no other endpoint can.
+    /// Decode endpoints that drain, in the same way. Where no other endpoint can, they take over prompts whose prefill leg
+    /// was sent before they began to drain.
     pub(crate) leaving: HashMap<Partner, Vec<EndpointIndex>>,
-    /// The draining decode endpoints, before `leaving` is made of them.
+    /// The draining decode endpoints, from which `leaving` is made.
     pub(crate) draining: Vec<EndpointIndex>,
-    /// The prefill endpoints by their partners, where load has to follow the [shares](super::pairings) of these.
+    /// The prefill endpoints by pairing, where the load has to follow [shares](super::pairings); else empty.
     pub(crate) pairings: Vec<Pairing>,
     /// Whether any endpoint has bounds for the length of a prompt.
     pub(crate) has_prompt_bounds: bool,
@@ -41,9 +41,9 @@ pub struct Candidates {
 /// Why a model has no candidates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NoCandidates {
-    /// No endpoint is ready that serves the model, or the list is empty.
+    /// No endpoint that serves the model is ready, or the list is empty.
     NoEndpoint,
-    /// There are endpoints, and none of them serves the model.
+    /// The list has endpoints, but none of them serves the model.
     UnknownModel,
 }
 
@@ -60,10 +60,11 @@ pub(super) struct CandidateSets {
 impl CandidateSets {
     /// The sets of these endpoints, which are sorted by [`EndpointState::key`].
     ///
-    /// A model belongs to one pool. Where endpoints of several pools serve the model, its pool is the first one by name
-    /// that can generate. An endpoint without models is left out where a ready one of its pool that does the same work
-    /// names its models, unless its list is closed: it says that it serves any. Otherwise it serves every model of its pool,
-    /// and models that no endpoint names.
+    /// - A model belongs to one pool. Where endpoints of several pools serve it, its pool is the first one by name that can
+    ///   generate.
+    /// - An endpoint that names no models is left out while a ready endpoint of its pool does the same work and names its
+    ///   models. If the endpoint's empty list is closed, it serves any model.
+    /// - Any other endpoint that names no models serves every model of its pool, and models that no endpoint names.
     pub(super) fn new<'a>(
         sorted: &[(EndpointIndex, &'a EndpointState)],
         state_of: impl Fn(EndpointIndex) -> Option<&'a EndpointState>,
@@ -125,13 +126,13 @@ impl CandidateSets {
         self.models.contains_key(model)
     }
 
-    /// Whether endpoints name models, and no other may serve any.
+    /// Whether endpoints name models, and no endpoint may serve a model that none names.
     pub(super) fn names_all_models(&self) -> bool {
         !self.is_open && !self.models.is_empty()
     }
 
-    /// For requests that name no model: every ready endpoint that does more than prefill, whatever its pool and models, or
-    /// where there is none, every ready endpoint. Sorted by [`EndpointState::key`].
+    /// Endpoints for requests that name no model: every ready endpoint of any pool that does more than prefill; without any
+    /// such endpoint, every ready one. Sorted by [`EndpointState::key`].
     pub(super) fn without_model(&self) -> &[EndpointIndex] {
         &self.without_model
     }
@@ -177,8 +178,8 @@ impl Candidates {
         self.draining.extend(&others.draining);
     }
 
-    /// Keeps the endpoints for which `stays` is true, in every set, and of the prefill endpoints those with a partner that
-    /// stays. A set may become empty. `state_of`: the table.
+    /// Keeps in every set the endpoints for which `stays` is true, and of the prefill endpoints only those that still have a
+    /// partner. A set may become empty. `state_of` looks an endpoint up in the table.
     pub fn retain<'a>(
         &mut self,
         stays: impl Fn(EndpointIndex) -> bool,
@@ -191,7 +192,7 @@ impl Candidates {
         self.pairings = pairings(&self.prefill, &self.decode, &self.partners, &state_of);
     }
 
-    /// Keeps of the prefill endpoints those of one pairing.
+    /// The candidates with the prefill endpoints of one pairing only; `None` where there is no such pairing.
     #[must_use]
     pub(crate) fn of_pairing(self: &Arc<Self>, key: u64) -> Option<Arc<Self>> {
         let pairing = self.pairings.iter().find(|pairing| pairing.key == key)?;
@@ -202,7 +203,7 @@ impl Candidates {
         Some(Arc::new(some))
     }
 
-    /// Leaves out prefill endpoints that no decode endpoint could take over from. Without any decode endpoint all stay.
+    /// Drops the prefill endpoints from which no decode endpoint could take over. Without any decode endpoint all stay.
     fn drop_those_without_partner<'a>(&mut self, state_of: &impl Fn(EndpointIndex) -> Option<&'a EndpointState>) {
         if self.decode.is_empty() {
             return;
@@ -218,8 +219,8 @@ impl Candidates {
         compute.retain(has_partner);
     }
 
-    /// Keeps the endpoints that `takes` says take the prompt. A set in which no endpoint takes it stays whole. Without any
-    /// bounds this costs nothing; otherwise it is a pass over all candidates.
+    /// Keeps in each set the endpoints for which `takes` is true; a set without such an endpoint stays whole. It passes over
+    /// all candidates, unless no endpoint has bounds.
     #[must_use]
     pub(super) fn with_room(self: Arc<Self>, takes: impl Fn(&EndpointIndex) -> bool) -> Arc<Self> {
         if !self.has_prompt_bounds {
@@ -240,7 +241,7 @@ impl Candidates {
         Arc::new(rest)
     }
 
-    /// For requests that have a model and no prompt: endpoints that generate, or where there is none, those that prefill.
+    /// Endpoints for requests with a model and without a prompt: those that generate; without any, those that prefill.
     #[must_use]
     pub fn without_prompt(&self) -> &[EndpointIndex] {
         let sets = [&self.whole, &self.decode, &self.prefill];

@@ -1,7 +1,7 @@
-//! What is in flight at endpoints that are not in the list: they left it, or have not come yet to this worker's.
+//! What is in flight at endpoints that this worker's list lacks: they left the list, or another worker has a newer list.
 //!
-//! Requests do not end when their endpoint leaves the list. Where the endpoint returns, or comes to this worker later than
-//! to another one, its entry in the ledger begins with what is in flight there.
+//! Requests go on when their endpoint leaves the list. When the endpoint comes to the list, its entry in the ledger begins
+//! with what is in flight there.
 
 use hashbrown::HashMap;
 
@@ -21,25 +21,25 @@ impl InFlight {
     }
 }
 
-/// What is in flight at endpoints that are not in the list, by their key. As many entries as there are requests at most,
-/// after each [`prune`](Self::prune).
+/// What is in flight at endpoints that the list lacks, by their keys. After a [`prune`](Self::prune) there are at most as
+/// many entries as requests.
 #[derive(Debug, Default)]
 pub(super) struct Departed(HashMap<u64, InFlight>);
 
 impl Departed {
-    /// An endpoint left the list.
+    /// Keeps what is in flight at an endpoint that left the list.
     pub(super) fn left(&mut self, key: u64, in_flight: InFlight) {
         if !in_flight.is_empty() {
             self.0.insert(key, in_flight);
         }
     }
 
-    /// An endpoint comes to the list.
+    /// Takes what is in flight at an endpoint that comes to the list.
     pub(super) fn comes(&mut self, key: u64) -> InFlight {
         self.0.remove(&key).unwrap_or_default()
     }
 
-    /// The entry of an endpoint that is not in the list.
+    /// The entry of an endpoint that the list lacks.
     pub(super) fn entry(&mut self, key: u64) -> &mut InFlight {
         self.0.entry(key).or_default()
     }

@@ -2,7 +2,7 @@
 
 use crate::codec::{Reader, Writer};
 
-/// What is in flight at one endpoint, or a difference of that. Numbers wrap around: a difference may be below zero.
+/// What is in flight at one endpoint, or a change of that. Numbers wrap around, so a change may be below zero.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
     /// Prefill work in microseconds of the endpoint's time.
@@ -24,7 +24,7 @@ impl Totals {
         }
     }
 
-    /// Each number, or that of `most` where it is larger.
+    /// The smaller of each count and that of `most`.
     #[must_use]
     pub fn at_most(self, most: Self) -> Self {
         Self {
@@ -56,9 +56,9 @@ impl Totals {
 /// Number of Envoys that follow the same `pd-control`. All 0 where there is no exchange.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Fleet {
-    /// All of them, as far as `pd-control` knows.
+    /// All Envoys that `pd-control` knows.
     pub gateways: u64,
-    /// Those that exchange, this one included.
+    /// Envoys that exchange, this one included.
     pub exchanging: u64,
 }
 

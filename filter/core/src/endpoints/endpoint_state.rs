@@ -1,4 +1,4 @@
-//! One endpoint: what `pd-control` pushed, and what this worker knows of it.
+//! The state of one endpoint: what `pd-control` pushed, and what this worker learnt of it.
 
 use core::net::SocketAddr;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use crate::endpoints::outliers::Answers;
 use crate::time::Monotonic;
 use crate::wire::{Endpoint, Engine};
 
-/// One endpoint, and what this worker knows of it.
+/// The state of one endpoint at one worker.
 #[derive(Debug)]
 pub struct EndpointState {
     /// The endpoint as it was pushed.
@@ -30,16 +30,17 @@ pub struct EndpointState {
     pub engine_id: Option<Arc<[u8]>>,
     /// Whether the endpoint's last prefill answer had no usable KV parameters.
     pub is_kv_missing: bool,
-    /// 0 while hand-overs to this endpoint are believed. After an answer that shows a prompt computed twice: answers that
-    /// must show a KV cache that came until they are believed again.
+    /// Answers that must show a KV cache that came before the filter believes hand-overs to this endpoint again; 0: it
+    /// believes them. An answer that shows a prompt computed twice sets it.
     pub kv_doubts: u8,
-    /// Leases on KV caches that this prefill endpoint let expire since it started, as far as is known.
+    /// KV leases that this prefill endpoint let expire since it started, by its last scrape.
     pub(crate) expired_kv_leases: f64,
-    /// Whether the last answer to a split request began later than the lease on its KV cache.
+    /// Whether the last answer to a split request began later than its KV lease.
     pub(crate) answers_late: bool,
-    /// Doubts in the blocks that the index has for this endpoint, from answers that say how much was cached.
+    /// Doubts in the blocks that the index has for this endpoint, from the cached tokens in its answers.
     pub(crate) wrong_beliefs: u8,
-    /// Prompts in a row that this endpoint computed and at which decode endpoints failed that serve whole requests.
+    /// Failed hand-overs in a row: prompts that this endpoint computed and at which decode endpoints failed, although those
+    /// serve whole requests.
     pub(crate) failed_handovers: u8,
     /// Whether the endpoint answered 5xx to the last request that it got whole.
     pub(crate) fails_whole: bool,
@@ -47,24 +48,23 @@ pub struct EndpointState {
     pub prefill: PrefillQueue,
     /// Decode legs that this Envoy has in flight here.
     pub decode: Load,
-    /// What other Envoys have in flight here, as far as they exchange.
+    /// What the other Envoys that exchange have in flight here.
     pub(super) elsewhere: Totals,
     /// Whether the endpoint answered the last time.
     pub health: Health,
-    /// When the endpoint last answered, well or not; zero: never. Answers to prefill legs and first bytes of whole requests
-    /// count of all workers of this Envoy, others of this worker only.
+    /// Time of the endpoint's last answer, with success or with an error; zero: never. For prefill legs and whole requests it
+    /// is the last answer to any worker of this Envoy, otherwise to this worker.
     pub(crate) answered_at: Monotonic,
-    /// What it answered lately: errors, and what followed them, to legs of every worker of this Envoy; other answers to
-    /// those of this worker only.
+    /// The latest answers. Errors, and answers after errors, are those to any worker of this Envoy; other answers are those
+    /// to this worker.
     pub answers: Answers,
-    /// Number of this endpoint among those that the table has had: it differs from that of an earlier endpoint at the
-    /// same index.
+    /// Number that an earlier or later endpoint at the same index does not have.
     pub(super) generation: u32,
     /// Index of its pool's fitted cost.
     pub(super) fit: usize,
 }
 
-/// What an endpoint has of its pool, as far as it does not say it itself.
+/// Values that an endpoint takes from its pool where it has none of its own.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct FromPool {
     /// Engine in force.
@@ -76,7 +76,7 @@ pub(super) struct FromPool {
 }
 
 impl EndpointState {
-    /// An endpoint of which nothing is known yet but what is in flight there.
+    /// The state of an endpoint that comes to the list, with what is in flight there.
     pub(super) fn new(
         endpoint: Endpoint,
         key: u64,
@@ -109,7 +109,7 @@ impl EndpointState {
         }
     }
 
-    /// Takes over what its pool says now.
+    /// Replaces the values from the pool.
     pub(super) fn set(&mut self, FromPool { engine, bootstrap, fit }: FromPool) {
         self.engine = engine;
         self.bootstrap = bootstrap;
@@ -122,8 +122,8 @@ impl EndpointState {
         self.prefill.work(now) + self.elsewhere_seconds()
     }
 
-    /// Seconds until the endpoint is through with what this Envoy has in flight here. A leg that takes longer than it
-    /// should is taken to need as long again as it is late.
+    /// Seconds until the endpoint has done the work that this Envoy has in flight here; 0 or more. A leg that is late is
+    /// expected to need as long again as it is late.
     #[must_use]
     pub(crate) fn own_seconds_left(&self, now: Monotonic) -> f64 {
         self.prefill.work(now) + self.prefill.late(now)
@@ -148,7 +148,7 @@ impl EndpointState {
     }
 }
 
-/// A sum of differences as a number from 0 on. While a difference is missing the sum may be below zero, and counts as 0.
+/// A sum of changes; 0 where the sum is below zero because a change has not arrived yet.
 fn above_zero(sum: u64) -> u64 {
     u64::try_from(sum.cast_signed()).unwrap_or(0)
 }

@@ -25,7 +25,7 @@ const TEXT_RIDGE: f64 = 20_000.0;
 /// Most bytes of one prompt that count in the fit.
 const TEXT_BYTES: f64 = 16.0 * TEXT_RIDGE;
 
-/// Prefill cost and bytes per token of one pool, as learnt so far.
+/// Prefill cost and bytes per token of one pool, fitted to the legs so far.
 #[derive(Clone, Debug)]
 pub struct FittedCost {
     configured: Cost,
@@ -41,14 +41,14 @@ pub struct FittedCost {
     observations: u64,
 }
 
-/// A prefill that ended.
+/// A prefill leg that ended.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SeenPrefill {
     /// Tokens of the prompt.
     pub tokens: f64,
-    /// Of these, tokens that the endpoint had cached; above `tokens` it counts as `tokens`.
+    /// Tokens of the prompt that the endpoint had cached; more than `tokens` counts as `tokens`.
     pub cached_tokens: f64,
-    /// Seconds that an endpoint of weight 1 would have taken.
+    /// Seconds that the leg would have taken at an endpoint of weight 1.
     pub seconds: f64,
 }
 
@@ -90,13 +90,13 @@ impl FittedCost {
         self.media.factors()
     }
 
-    /// Number of prefills that were observed.
+    /// Number of prefill legs that were observed.
     #[must_use]
     pub fn observations(&self) -> u64 {
         self.observations
     }
 
-    /// Observes a prefill. Without effect where the numbers are not finite or not above 0.
+    /// Observes a prefill leg. Numbers that are not finite or not above 0 change nothing.
     pub fn saw_prefill(&mut self, seen: SeenPrefill) {
         let SeenPrefill { tokens: n, cached_tokens, seconds } = seen;
         let p = cached_tokens.clamp(0.0, n.max(0.0));
@@ -120,21 +120,21 @@ impl FittedCost {
         self.solve();
     }
 
-    /// Observes a prompt of text, of so many bytes and tokens. Without effect where one of them is not finite or not above 0.
-    /// Huber's weights limit outliers, and no prompt counts for more than the configured figure.
+    /// Observes a prompt of text with so many bytes and tokens. Numbers that are not finite or not above 0 change nothing.
+    /// Huber's weights limit outliers, and no prompt counts for more than the configured bytes per token.
     pub fn saw_text(&mut self, bytes: f64, tokens: f64) {
         let ratio = bytes / tokens / self.bytes_per_token();
         if !(bytes > 0.0 && tokens > 0.0 && ratio.is_finite() && ratio > 0.0) {
             return;
         }
-        // Twice as many bytes and half as many are as far off.
+        // Twice as many bytes and half as many bytes are equally wrong.
         let error = ratio.max(1.0 / ratio) - 1.0;
         let weight = (HUBER / error).min(1.0) * (TEXT_RIDGE / tokens).min(1.0) * (TEXT_BYTES / bytes).min(1.0);
         self.text_bytes = FORGETTING * self.text_bytes + weight * bytes;
         self.text_tokens = FORGETTING * self.text_tokens + weight * tokens;
     }
 
-    /// Observes a prompt with media beside its text, of so many bytes of text and tokens in all.
+    /// Observes a prompt with media, which has so many bytes of text and so many tokens of text and media together.
     pub fn saw_media(&mut self, media: &MediaTokens, bytes: f64, tokens: f64) {
         let text_tokens = bytes / self.bytes_per_token();
         self.media.saw(media, text_tokens, tokens);

@@ -1,14 +1,14 @@
 //! Tokens of media in the prompts of one pool, fitted to what engines report.
 //!
-//! Each class of media has an estimate by the configuration, and a factor on it that follows the `usage` of prefill answers.
-//! Models differ by more than a factor of 4 in what they make of an image.
+//! Each class of media has a configured estimate, and a factor on it that follows the `usage` of prefill answers. Models
+//! differ by more than a factor of 4 in the tokens of an image.
 
 use crate::body::media::{Media, MediaKind};
 use crate::config::MediaCost;
 
-/// Images of a known size, other images, sound, films, documents.
+/// Number of classes: images of a known size, other images, sound, films, documents.
 pub const CLASSES: usize = 5;
-/// Most tokens of one image of a known size: engines make larger ones smaller (Qwen2.5-VL at 12.8 million pixels).
+/// Most tokens of one image of a known size: engines scale larger images down (Qwen2.5-VL at 12.8 million pixels).
 const MAX_IMAGE_TOKENS: f64 = 16_384.0;
 /// Factor on the weight of an observation at each further one of its class.
 const FORGETTING: f64 = 0.98;
@@ -18,7 +18,7 @@ const RIDGE_TOKENS: f64 = 2_000.0;
 const MAX_FACTOR: f64 = 16.0;
 /// Relative error beyond which the pull of an observation grows no further.
 const HUBER: f64 = 0.5;
-/// Least share of media in a prompt from which something is learnt: in others the error of the text is too large.
+/// Least part of media in a prompt for an observation. In other prompts the error of the text's estimate is too large.
 const LEAST_SHARE: f64 = 0.25;
 
 /// Tokens of a prompt's media by class, as configured.
@@ -26,7 +26,7 @@ const LEAST_SHARE: f64 = 0.25;
 pub struct MediaTokens([f64; CLASSES]);
 
 impl MediaTokens {
-    /// Tokens of some media.
+    /// Tokens of these media; all 0 for none.
     #[must_use]
     pub fn of(cost: &MediaCost, media: &[Media]) -> Self {
         let mut sums = [0.0; CLASSES];
@@ -39,7 +39,7 @@ impl MediaTokens {
         Self(sums)
     }
 
-    /// Tokens with these factors.
+    /// Sum of the tokens of each class times its factor.
     #[must_use]
     pub fn total(&self, factors: &[f64; CLASSES]) -> f64 {
         self.0.iter().zip(factors).map(|(tokens, factor)| tokens * factor).sum()
@@ -64,7 +64,7 @@ pub fn tokens(cost: &MediaCost, media: &Media) -> (usize, f64) {
     }
 }
 
-/// Factors on the tokens of each class, as learnt so far.
+/// Factors on the tokens of each class, fitted to the answers so far.
 #[derive(Clone, Debug, Default)]
 pub struct FittedMedia {
     seen: [f64; CLASSES],
@@ -82,8 +82,8 @@ impl FittedMedia {
         factors
     }
 
-    /// Observes a prompt with media of one class, which has `tokens` beside `text_tokens` of text. Without effect where it
-    /// has media of several classes, or where they are a small part of it.
+    /// Observes a prompt with media of one class, which has `tokens` of them beside `text_tokens` of text. A prompt with
+    /// media of several classes, or with few of them, changes nothing.
     pub fn saw(&mut self, media: &MediaTokens, text_tokens: f64, tokens: f64) {
         let mut classes = media.0.iter().enumerate().filter(|(_, estimate)| **estimate > 0.0);
         let (Some((class, estimate)), None) = (classes.next(), classes.next()) else { return };

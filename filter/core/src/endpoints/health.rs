@@ -8,19 +8,19 @@ use crate::time::Monotonic;
 /// Why an endpoint is ejected.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Cause {
-    /// It could not be reached, or reset the connection.
+    /// The endpoint could not be reached, or reset the connection.
     #[default]
     Unreachable,
-    /// Envoy's cluster does not have it: another endpoint answered in its place.
+    /// Envoy's cluster lacks the endpoint: another one answered in its place.
     Absent,
-    /// Decode endpoints answer 5xx to its prompts, and serve whole requests: its KV caches cannot be fetched.
+    /// The KV caches of the endpoint cannot be fetched: decode endpoints answer 5xx to its prompts and serve whole requests.
     Handover,
-    /// It answers errors that the other endpoints of its pool and role do not answer.
+    /// The endpoint answers errors that its peers do not answer.
     Outlier(ErrorClass),
 }
 
 impl Cause {
-    /// What the endpoint does, for an operator: the part of a sentence behind its address.
+    /// Text for an operator: the rest of a sentence that begins with the endpoint's address.
     #[must_use]
     pub const fn text(self) -> &'static str {
         match self {
@@ -43,7 +43,7 @@ impl Cause {
         }
     }
 
-    /// The cause of that number; an unknown one, of a newer filter, is the first.
+    /// The cause with that number. An unknown number, which a newer filter wrote, is [`Unreachable`](Self::Unreachable).
     pub(crate) const fn of_code(code: u8) -> Self {
         match ErrorClass::of_code(code) {
             Some(kind) => Self::Outlier(kind),
@@ -63,7 +63,7 @@ const HANDOVER: u8 = 5;
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Health {
     failures: u32,
-    /// First failure since the endpoint answered last.
+    /// Time of the first failure after the endpoint's last answer.
     since: Monotonic,
     /// Cause of the latest failure.
     cause: Cause,
@@ -73,10 +73,10 @@ pub struct Health {
 
 /// First pause after a failure; each further one doubles it up to [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
-/// The pauses of [`Cause::Handover`]: each probe costs a client its answer, and only a new process or a new configuration
-/// helps.
+/// First and longest pause of [`Cause::Handover`]. They are long because each probe costs a client its answer, and because
+/// only a new process or a new configuration helps.
 const HANDOVER_PAUSES: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
-/// Longest pause: an endpoint that works again gets requests within this time and one probe.
+/// Longest pause. An endpoint that works again gets requests after this time and one probe at the latest.
 const MAX_PAUSE: Duration = Duration::from_secs(5);
 
 impl Health {
@@ -86,24 +86,25 @@ impl Health {
         self.failures == 0 || (now >= self.out_until && !self.probing)
     }
 
-    /// Whether the endpoint gets no request even where its whole pool is ejected, and no probe is due. Envoy's cluster does
-    /// not have it, so another endpoint would answer, of any role; or its KV caches cannot be fetched, and decode endpoints
-    /// serve requests whole.
+    /// Whether the endpoint gets no request even while its whole pool is ejected, unless a probe is due. So it is
+    /// - for an endpoint that Envoy's cluster lacks, because another endpoint of any role would answer,
+    /// - for an endpoint whose KV caches cannot be fetched, because decode endpoints serve the requests whole.
     #[must_use]
     pub fn is_excluded(&self, now: Monotonic) -> bool {
         matches!(self.cause, Cause::Absent | Cause::Handover) && !self.is_usable(now)
     }
 
-    /// A request goes to the endpoint. After a failure that request is the probe, and the endpoint gets no other one.
+    /// Notes that a request goes to the endpoint. For an ejected endpoint that request is the probe, and the endpoint gets no
+    /// other one before it ends.
     pub fn sent(&mut self, now: Monotonic) {
         if self.failures > 0 {
             self.probing = true;
-            // A probe without an end, because its client left, counts as over after the longest pause.
+            // A probe whose client left has no end. It counts as over after the longest pause.
             self.out_until = now;
         }
     }
 
-    /// The endpoint could not be reached, reset the connection or answered that it is broken: it is ejected for a pause.
+    /// Ejects the endpoint for a pause.
     pub fn failed(&mut self, cause: Cause, now: Monotonic) {
         if self.failures == 0 {
             self.since = now;
@@ -116,12 +117,12 @@ impl Health {
         self.probing = false;
     }
 
-    /// The endpoint answered: it is healthy, its failures are forgotten and its probe has ended.
+    /// Notes an answer: the endpoint is healthy, its failures are forgotten and its probe has ended.
     pub fn answered(&mut self) {
         *self = Self::default();
     }
 
-    /// Ends a probe that has had no end for the longest pause.
+    /// Ends a probe that has lasted as long as the longest pause.
     pub fn prune(&mut self, now: Monotonic) {
         if self.probing && now.saturating_sub(self.out_until) > MAX_PAUSE {
             self.probing = false;
@@ -140,7 +141,7 @@ impl Health {
         self.is_failing().then_some((self.cause, self.since))
     }
 
-    /// Whether the endpoint failed the last time.
+    /// Whether the endpoint is ejected.
     #[must_use]
     pub fn is_failing(&self) -> bool {
         self.failures > 0

@@ -1,8 +1,8 @@
 //! Models that endpoints serve or served: their cards, and so which names are known.
 //!
-//! A model stays known when its last endpoint leaves the list, for requests that name it get another answer then than
-//! those for a name that nobody ever served. Up to [`MAX_CARDS`] models without an endpoint are remembered; beyond that,
-//! those that left first are forgotten.
+//! A model stays known after its last endpoint left the list: requests for it get 503, and requests for a name that no
+//! endpoint ever served get 404. Up to [`MAX_CARDS`] models without an endpoint stay known. Beyond that, the worker forgets
+//! those that left first.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use crate::wire::{MAX_CARDS, ModelCard};
 #[derive(Debug, Default)]
 pub(super) struct KnownModels {
     models: BTreeMap<String, Known>,
-    /// Counts the lists, so that what left first is forgotten first.
+    /// Number of lists so far. It shows which model left first.
     lists: u64,
 }
 
@@ -31,7 +31,7 @@ impl KnownModels {
         }
     }
 
-    /// Takes the names that the endpoints of the list in force serve, and forgets what is too much.
+    /// Takes the names that the endpoints of the list in force serve, and forgets models beyond the bound.
     pub(super) fn serve<'a>(&mut self, names: impl Iterator<Item = &'a str>) {
         self.lists = self.lists.wrapping_add(1);
         let lists = self.lists;
@@ -53,7 +53,7 @@ impl KnownModels {
         self.models.get(model).map(|known| &known.card)
     }
 
-    /// As many cards as a snapshot may have, those first that endpoints serve.
+    /// The cards, at most as many as a snapshot may have; those of served models first.
     pub(super) fn cards(&self) -> Vec<ModelCard> {
         let is_served = |known: &&Known| known.served_in == self.lists;
         let served = self.models.values().filter(is_served);

@@ -6,12 +6,12 @@ use std::collections::VecDeque;
 use crate::codec::{Reader, Writer};
 use crate::time::Monotonic;
 
-/// Prefill legs in flight at one endpoint, oldest first, in seconds of the endpoint's time. The endpoint is taken to work
-/// on the oldest one alone.
+/// Prefill legs in flight at one endpoint, oldest first, in seconds of the endpoint's time. The model of the endpoint is one
+/// leg after the other: only the oldest makes progress.
 #[derive(Clone, Debug, Default)]
 pub struct PrefillQueue {
     jobs: VecDeque<Job>,
-    /// Sum over the jobs. It is read far more often than the jobs change.
+    /// Sum over the legs, kept because it is read far more often than it changes.
     seconds: f64,
     head_since: Monotonic,
 }
@@ -21,7 +21,7 @@ struct Job {
     id: u64,
     seconds: f64,
     expires: Monotonic,
-    /// Whether work of other Envoys was ahead of the leg: its time then says nothing of the endpoint's speed.
+    /// Whether work of other Envoys was ahead of the leg, so that the leg's time does not show the endpoint's speed.
     is_behind: bool,
 }
 
@@ -31,8 +31,8 @@ impl PrefillQueue {
         self.add_behind(0.0, id, seconds, now, expires);
     }
 
-    /// As [`add`](Self::add), behind `ahead` seconds of work that is not in this queue. Where the queue is empty the leg
-    /// makes no progress until that work is over.
+    /// As [`add`](Self::add), behind `ahead` seconds of work that is not in this queue. In an empty queue the leg makes no
+    /// progress for these seconds.
     pub fn add_behind(&mut self, ahead: f64, id: u64, seconds: f64, now: Monotonic, expires: Monotonic) {
         if self.jobs.is_empty() {
             self.head_since = now.saturating_add(self::seconds(ahead));
@@ -42,14 +42,14 @@ impl PrefillQueue {
     }
 
     /// Seconds that the endpoint has spent on a leg. `None` where the leg is not the oldest one, had work of other Envoys
-    /// ahead of it, or is not here.
+    /// ahead of it, or is not in the queue.
     #[must_use]
     pub fn service_seconds(&self, id: u64, now: Monotonic) -> Option<f64> {
         let head = self.jobs.front().filter(|job| job.id == id && !job.is_behind)?;
         Some(now.saturating_sub(self.head_since).as_secs_f64()).filter(|seconds| head.seconds > 0.0 && *seconds > 0.0)
     }
 
-    /// Removes a leg that ended; `false` where it is not here, or no longer.
+    /// Removes a leg that ended; `false` where the leg is not in the queue.
     pub fn remove(&mut self, id: u64, now: Monotonic) -> bool {
         let Some(index) = self.jobs.iter().position(|job| job.id == id) else { return false };
         if index == 0 {
@@ -60,8 +60,8 @@ impl PrefillQueue {
         is_removed
     }
 
-    /// The client of a leg is gone, so its answer will not come; the endpoint may still compute it. The leg counts until
-    /// the endpoint would have worked through the queue up to it.
+    /// Notes that the client of a leg is gone: no answer comes, and the endpoint may still compute the leg. The leg counts
+    /// until the endpoint would have computed the queue up to it.
     pub fn abandon(&mut self, id: u64, now: Monotonic) {
         let mut left = -self.progress(now);
         for job in &mut self.jobs {
@@ -73,7 +73,7 @@ impl PrefillQueue {
         }
     }
 
-    /// Drops legs that have expired. Where the oldest one is among them, the next one's progress starts at `now`.
+    /// Drops legs that have expired. If the oldest leg is among them, the progress of the next one starts at `now`.
     pub fn prune(&mut self, now: Monotonic) {
         let head = self.jobs.front().map(|job| job.id);
         self.jobs.retain(|job| job.expires > now);
@@ -89,14 +89,14 @@ impl PrefillQueue {
         self.seconds - self.progress(now)
     }
 
-    /// Seconds by which the oldest leg takes longer than it should; 0 where it does not.
+    /// Seconds by which the oldest leg is late; 0 where it is not.
     #[must_use]
     pub fn late(&self, now: Monotonic) -> f64 {
         let Some(head) = self.jobs.front() else { return 0.0 };
         (now.saturating_sub(self.head_since).as_secs_f64() - head.seconds).max(0.0)
     }
 
-    /// Seconds of all legs in flight, the oldest one's progress among them.
+    /// Seconds of all legs in flight, without regard to the progress of the oldest one.
     #[must_use]
     pub fn seconds(&self) -> f64 {
         self.seconds
@@ -145,13 +145,13 @@ impl Load {
         self.subtract(&Self { tokens, requests: 1 });
     }
 
-    /// Adds what another worker has in flight.
+    /// Adds the load of another worker.
     pub(crate) fn merge(&mut self, other: &Self) {
         self.tokens = self.tokens.saturating_add(other.tokens);
         self.requests = self.requests.saturating_add(other.requests);
     }
 
-    /// Removes what another worker had in flight.
+    /// Removes the load of another worker.
     pub(crate) fn subtract(&mut self, other: &Self) {
         self.tokens = self.tokens.saturating_sub(other.tokens);
         self.requests = self.requests.saturating_sub(other.requests);

@@ -4,7 +4,8 @@
 //!   [`pairings`]: which of them can hand over to each other; `known_models`: models that are or were in the list.
 //! - [`load`]: what this Envoy has in flight, `departed` at endpoints that are not in the list; [`elsewhere`]: what other
 //!   Envoys have in flight.
-//! - [`health`]: ejection and probe; [`outliers`]: that an endpoint answers errors that its pool does not; [`retry_budget`]: how many prefill legs may be run again.
+//! - [`health`]: ejection and probe; [`outliers`]: whether an endpoint answers errors that its peers do not answer;
+//!   [`retry_budget`]: how many prefill legs may be run again.
 //! - [`fitted_cost`]: what a prefill costs, learnt from [`usage`] and times; [`fitted_media`]: tokens of media.
 
 pub mod candidates;

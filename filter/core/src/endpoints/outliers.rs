@@ -1,8 +1,8 @@
-//! Outlier detection: whether an endpoint answers errors that the other endpoints of its pool do not answer.
+//! Outlier detection: whether an endpoint answers errors that its peers do not answer.
 //!
-//! An endpoint that fails at once is always the least loaded one, so without this it would win most choices. Its answers
-//! are compared with those of its peers: the ready endpoints of the same pool and role. Where the peers answer the same
-//! error, the cause is not the endpoint, and it stays.
+//! An endpoint that fails at once is always the least loaded one, so without detection it would win most choices. Its peers
+//! are the ready endpoints of the same pool and role. Where the peers answer the same error, the cause is not the endpoint,
+//! and the endpoint is not ejected.
 
 /// The leg that an endpoint answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +20,7 @@ pub enum ErrorClass {
     Server,
     /// 429 or 503: the endpoint says that it is full.
     Overload,
-    /// 4xx to a prefill leg that another endpoint accepts; 401, 403 or 404 to a decode leg, which no other one can be asked.
+    /// 4xx to a prefill leg that another endpoint accepts. For decode legs, which are not repeated: 401, 403 or 404.
     Refusal,
 }
 
@@ -35,7 +35,7 @@ impl ErrorClass {
         }
     }
 
-    /// Its number in an event; 0 is for no error.
+    /// Number of the class in an event. 0 stands for no error.
     pub(crate) const fn code(self) -> u8 {
         match self {
             Self::Server => 1,
@@ -54,8 +54,10 @@ impl ErrorClass {
         }
     }
 
-    /// Errors in a row that make an endpoint suspect. An endpoint may be full for a moment, so overload takes more. What a
-    /// decode endpoint refuses may be the client's fault: only one that refuses everything is suspect.
+    /// Errors in a row that make an endpoint suspect.
+    ///
+    /// - Overload takes more of them: an endpoint may be full for a moment.
+    /// - Refusals of a decode endpoint must fill the window: a single one may be the client's fault.
     const fn in_a_row(self, leg: Leg) -> u32 {
         match (self, leg) {
             (Self::Refusal, Leg::Decode) => WINDOW,
@@ -84,7 +86,7 @@ pub struct Answers {
     decode: Recent,
 }
 
-/// What the peers of an endpoint answered lately, and how many of the pool are ejected.
+/// Sums over the peers of an endpoint: their latest answers, and how many of them are ejected.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Peers {
     answers: u32,
@@ -95,7 +97,7 @@ pub struct Peers {
 }
 
 impl Answers {
-    /// Notes an answer; `None`: a good one. The answer before the last 16 is forgotten.
+    /// Notes an answer; `None`: without an error. The last 16 answers count.
     pub fn note(&mut self, leg: Leg, error: Option<ErrorClass>) {
         let recent = match leg {
             Leg::Prefill => &mut self.prefill,
@@ -124,8 +126,8 @@ impl Answers {
         window.trailing_ones() >= row || (row < WINDOW && window.count_ones() >= WINDOW / 2)
     }
 
-    /// Whether the peers answer this error less than half as often: as a share of the latest answers, which for the
-    /// endpoint are those of the row that makes it suspect.
+    /// Whether the peers answer errors of this class less than half as often, relative to their latest answers. The answers
+    /// of this endpoint are those in the row of errors that makes it suspect.
     #[must_use]
     pub fn is_worse_than(&self, leg: Leg, class: ErrorClass, peers: &Peers) -> bool {
         let window = self.window(leg, class);
@@ -158,7 +160,7 @@ impl Answers {
 }
 
 impl Peers {
-    /// Adds the answers of one peer to one leg. `is_ejected`: the peer gets no requests now.
+    /// Adds one peer's answers to one kind of leg. `is_ejected`: the peer gets no requests now.
     pub fn add(&mut self, answers: &Answers, leg: Leg, class: ErrorClass, is_ejected: bool) {
         self.answers = self.answers.saturating_add(u32::from(answers.recent(leg).answers));
         self.errors = self.errors.saturating_add(answers.window(leg, class).count_ones());
@@ -166,7 +168,7 @@ impl Peers {
         self.ejected = self.ejected.saturating_add(u32::from(is_ejected));
     }
 
-    /// Whether one more endpoint may be ejected: at most half of the pool is, and never the last one.
+    /// Whether one more endpoint may be ejected: at most half of them are, and never the last one.
     #[must_use]
     pub fn allow_ejection(&self) -> bool {
         self.ejected.saturating_add(1) <= self.endpoints.saturating_add(1) / 2

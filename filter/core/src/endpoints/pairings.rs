@@ -18,15 +18,15 @@ use crate::wire::Engine;
 
 /// Pairings up to which each one's best endpoint is compared. A choice among more does not look at shares.
 const MOST: usize = 64;
-/// By how much a pairing's part of the prefill endpoints may exceed its share before shares count. Below that the choice
-/// by work in flight does as well, and it keeps prompts where their prefixes are.
+/// Excess of a pairing's part of the prefill endpoints over its share, from which on shares count. Below it the work in
+/// flight is a rule as good, and prompts stay where their prefixes are.
 const LOPSIDED: f64 = 0.02;
-/// Mean requests by which a pairing may be ahead or behind. A pairing that cannot keep up with its share is not flooded
-/// later to make good for it.
+/// Most mean requests by which a pairing counts as ahead or behind. So a pairing that could not take its share is not
+/// flooded later.
 const MOST_AHEAD: f64 = 8.0;
-/// Pairings of a pool of which is known how far they are ahead.
+/// Most pairings of a pool for which a worker remembers how far they are ahead.
 const MOST_KNOWN: usize = 4 * MOST;
-/// Weight of the newest request in the mean of their tokens.
+/// Weight of the newest request in the mean tokens of a request.
 const NEWEST: f64 = 1.0 / 32.0;
 
 /// What a prefill and a decode endpoint must have in common for a hand-over.
@@ -48,7 +48,7 @@ impl Partner {
         Self { engine: prefill.engine, group: endpoint.group.clone(), revision: endpoint.revision.clone() }
     }
 
-    /// Name of the pairing; every worker computes the same one.
+    /// Key of the pairing. Every worker computes the same one.
     #[must_use]
     pub fn key(&self) -> u64 {
         let Self { engine, group, revision } = self;
@@ -65,7 +65,7 @@ pub struct Pairing {
     pub key: u64,
     /// The prefill endpoints, in the order of the candidates.
     pub prefill: Vec<EndpointIndex>,
-    /// Its part of the split requests' load, 0 to 1. All pairings' together are 1.
+    /// Part of the split requests' load that the pairing takes, 0 to 1. The sum over all pairings is 1.
     pub share: f64,
 }
 
@@ -116,8 +116,8 @@ pub(super) fn pairings<'a>(
     if sum > 0.0 && (is_rolled_out || is_lopsided) { pairings } else { Vec::new() }
 }
 
-/// How far each pairing is ahead of its share, by what this worker has split. Each worker keeps its own account: where
-/// every worker follows the shares, all together do.
+/// How far each pairing is ahead of its share, by the requests that this worker split. Each worker has its own: if every
+/// worker follows the shares, the whole Envoy does.
 #[derive(Debug, Default)]
 pub struct Given {
     /// KV tokens more than its share that a pairing got, by [`Pairing::key`]; below 0: fewer.
@@ -127,7 +127,7 @@ pub struct Given {
 }
 
 impl Given {
-    /// A request of so many KV tokens is split at the pairing of this key.
+    /// Notes that a request of so many KV tokens goes to the pairing with this key.
     pub(crate) fn add(&mut self, pairings: &[Pairing], key: u64, tokens: f64) {
         if !pairings.iter().any(|pairing| pairing.key == key) {
             return;
@@ -135,7 +135,7 @@ impl Given {
         let is_first = self.mean == 0.0;
         self.mean = if is_first { tokens } else { self.mean + NEWEST * (tokens - self.mean) };
         let most = MOST_AHEAD * self.mean;
-        // Models of one pool may have pairings of their own. Those of revisions that are gone must not pile up.
+        // Models of one pool may have different pairings. Pairings of old revisions must not accumulate.
         if self.ahead.len() > MOST_KNOWN {
             self.ahead.clear();
         }
@@ -153,8 +153,8 @@ impl Given {
         if self.mean > 0.0 { ahead / self.mean } else { 0.0 }
     }
 
-    /// Seconds by which an endpoint of the pairing counts as more expensive, where a mean request takes what `seconds_of`
-    /// says and waits for work `weight` times as unwillingly as for its own.
+    /// Seconds by which an endpoint of the pairing counts as more expensive. `seconds_of` returns the seconds of a request
+    /// with so many tokens, `weight` is w of W + w·S.
     ///
     /// The price is in the unit of W + w·S: a pairing that is one request ahead costs as much as a prompt that is
     /// computed anew. So a prompt whose prefix one pairing holds may go there for about one request, and a pairing whose

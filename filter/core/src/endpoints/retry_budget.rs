@@ -1,6 +1,6 @@
-//! Retry budget: retries cannot multiply the load of a pool that fails.
+//! The retry budget, which keeps retries from multiplying the load of a failing pool.
 
-/// Prefill legs that one worker may still run again: some at the start, and a share of its first tries.
+/// Number of prefill legs that one worker may still run again: 10 at the start, and one for every five first tries.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RetryBudget {
     retries: f64,
@@ -20,7 +20,7 @@ impl Default for RetryBudget {
 }
 
 impl RetryBudget {
-    /// A request made its first try: the budget grows by a share of a retry, up to its bound.
+    /// Adds the fifth of a retry for a request's first try, up to the bound.
     pub fn earn(&mut self) {
         self.retries = (self.retries + RETRIES_PER_TRY).min(MOST_RETRIES);
     }

@@ -1,4 +1,4 @@
-//! The endpoint table: the pushed list, each endpoint's state, and what was fitted of its pools.
+//! The endpoint table: the list in force, each endpoint's state, and the fitted cost of each pool.
 
 use std::sync::Arc;
 
@@ -23,8 +23,8 @@ use crate::wire::{Endpoint, EndpointId, ModelCard, Snapshot, State, Stated};
 
 mod apply;
 
-/// Names an endpoint across changes of the list. It does not [resolve](Table::resolve) once the endpoint left the list, also
-/// where another endpoint has its index.
+/// Reference to an endpoint that survives changes of the list. Once the endpoint left the list, the reference does not
+/// [resolve](Table::resolve), even if another endpoint has the same index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EndpointRef {
     /// Index in the table.
@@ -44,7 +44,7 @@ pub struct Table {
     by_key: Vec<(u64, EndpointIndex)>,
     fits: Vec<(String, FittedCost)>,
     sets: CandidateSets,
-    /// What the pairings of each pool got.
+    /// How far the pairings of each pool are ahead of their shares.
     given: HashMap<Arc<str>, Given>,
     models: KnownModels,
     /// Objectives and aliases of the list in force.
@@ -62,12 +62,12 @@ pub struct Table {
     changes: u64,
 }
 
-/// What a snapshot did to the table.
+/// Effect of a snapshot on the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Applied {
     /// The table has the snapshot's version now.
     Changed,
-    /// The table had that version already; for a change: that one or a later one.
+    /// The table has the snapshot's version already; for a snapshot of changes, that version or a later one.
     Unchanged,
     /// The snapshot has the changes since a version that the table does not have. The whole list is needed.
     OutOfStep,
@@ -75,16 +75,16 @@ pub enum Applied {
     Empty,
 }
 
-/// What was estimated of a prompt before its prefill.
+/// Estimates of a prompt before its prefill leg.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PromptEstimate {
-    /// Bytes of the prompt's JSON without media, which are known.
+    /// Bytes of the prompt's JSON without media: an exact number.
     pub bytes: f64,
     /// Tokens of its media, as configured.
     pub media: MediaTokens,
     /// Tokens of the prompt.
     pub tokens: f64,
-    /// Of these, tokens that the endpoint held by the index.
+    /// Matched tokens at the endpoint.
     pub matched_tokens: f64,
 }
 
@@ -95,13 +95,13 @@ impl Table {
         Self { generation: self.generation, first_generation: self.generation, ..Self::default() }
     }
 
-    /// Whether a reference is to an endpoint of this table, in the list or not any more.
+    /// Whether a reference is to an endpoint that this table has or had.
     #[must_use]
     pub(crate) fn issued(&self, reference: EndpointRef) -> bool {
         reference.generation > self.first_generation
     }
 
-    /// The ledger's entry of the endpoint with this [`EndpointState::key`], which need not be in the list.
+    /// The ledger's entry of the endpoint with this [`EndpointState::key`]. The list may lack the endpoint.
     pub(crate) fn ledger_entry(&mut self, key: u64) -> LedgerEntry<'_> {
         match self.index_of_key(key).and_then(|index| self.states.get_mut(index as usize)?.as_mut()) {
             Some(state) => state.ledger_entry(),
@@ -112,8 +112,8 @@ impl Table {
         }
     }
 
-    /// Adds to what other Envoys have in flight at the endpoint of this [`EndpointState::key`], which need not be in the
-    /// list.
+    /// Adds `by` to what other Envoys have in flight at the endpoint with this [`EndpointState::key`]. The list may lack the
+    /// endpoint.
     pub(crate) fn busy_elsewhere(&mut self, key: u64, by: Totals) {
         let sum = self.elsewhere.entry(key).or_default();
         *sum = sum.plus(by);
@@ -132,7 +132,7 @@ impl Table {
         (&self.epoch, self.version)
     }
 
-    /// Number of changes of the list. Candidates that were had at the same number are still those of the list.
+    /// Number of changes of the list. While it stays the same, candidates stay valid.
     #[must_use]
     pub(crate) fn changes(&self) -> u64 {
         self.changes
@@ -153,16 +153,16 @@ impl Table {
         }
     }
 
-    /// Objectives and aliases that objects of the cluster state.
+    /// Objectives and aliases from objects of the Kubernetes cluster.
     #[must_use]
     pub fn stated(&self) -> &Stated {
         &self.stated
     }
 
-    /// Endpoints to choose from for a model.
+    /// The candidates of a model.
     ///
     /// # Errors
-    /// Whether no endpoint ever served the model, or none that serves it is ready.
+    /// [`NoCandidates`]: why there are none.
     pub fn candidates(&self, model: &str) -> Result<Arc<Candidates>, NoCandidates> {
         match self.sets.of_model(model) {
             Some(candidates) if !candidates.is_empty() => Ok(Arc::clone(candidates)),
@@ -183,7 +183,7 @@ impl Table {
         self.sets.of_model(model).map(Arc::clone)
     }
 
-    /// A request of so many KV tokens is split, with its prefill leg at this endpoint.
+    /// Notes that a request of so many KV tokens is split, with its prefill leg at this endpoint.
     pub(crate) fn gave(&mut self, candidates: &Candidates, prefill: EndpointIndex, tokens: f64) {
         if candidates.pairings.is_empty() {
             self.given.remove(&candidates.pool);
@@ -193,7 +193,7 @@ impl Table {
         }
     }
 
-    /// What the pairings of a pool got; `None` where shares do not count.
+    /// How far the pairings of a pool are ahead of their shares; `None` where shares do not count.
     #[must_use]
     pub(crate) fn given(&self, pool: &str) -> Option<&Given> {
         self.given.get(pool)
@@ -205,14 +205,14 @@ impl Table {
         self.sets.model_names()
     }
 
-    /// What engines tell of a model that an endpoint serves or served; `None` for a name that none ever served.
+    /// The card of a model that an endpoint serves or served; `None` for a name that no endpoint ever served.
     #[must_use]
     pub fn card(&self, model: &str) -> Option<&ModelCard> {
         self.models.get(model)
     }
 
-    /// Longest prompt and answer together that a model takes, in tokens: its own, else its base model's, for engines tell none
-    /// of an adapter. `None` where no engine told it.
+    /// Most tokens of prompt and answer together that a model takes: its own length, else the length of its base model,
+    /// because engines report none for an adapter. `None` where no engine reported it.
     #[must_use]
     pub fn model_len(&self, model: &str) -> Option<u64> {
         let card = self.card(model)?;
@@ -225,15 +225,15 @@ impl Table {
         self.sets.names(model)
     }
 
-    /// Whether the models that endpoints name are all that there are. Endpoints of which `pd-control` has yet to learn the
-    /// models do not count where others name theirs.
+    /// Whether no endpoint may serve a model that none names. Endpoints whose models `pd-control` has yet to learn do not
+    /// count while others name theirs.
     #[must_use]
     pub fn names_all_models(&self) -> bool {
         self.sets.names_all_models()
     }
 
-    /// For requests that name no model: every ready endpoint that does more than prefill, whatever its pool and models, or
-    /// where there is none, every ready endpoint. Sorted by [`EndpointState::key`].
+    /// Endpoints for requests that name no model: every ready endpoint of any pool that does more than prefill; without any
+    /// such endpoint, every ready one. Sorted by [`EndpointState::key`].
     #[must_use]
     pub fn without_model(&self) -> &[EndpointIndex] {
         self.sets.without_model()
@@ -251,7 +251,7 @@ impl Table {
         self.by_id.is_empty()
     }
 
-    /// The endpoint of an index; `None` where there is none, or no longer.
+    /// The endpoint at an index; `None` where the index is free.
     #[must_use]
     pub fn get(&self, index: EndpointIndex) -> Option<&EndpointState> {
         self.states.get(index as usize)?.as_ref()
@@ -262,7 +262,7 @@ impl Table {
         self.states.get_mut(index as usize)?.as_mut()
     }
 
-    /// A name for the endpoint of an index that survives changes of the list.
+    /// A reference to the endpoint at an index, which survives changes of the list. `None` where the index is free.
     #[must_use]
     pub fn refer(&self, index: EndpointIndex) -> Option<EndpointRef> {
         self.get(index).map(|state| EndpointRef { index, generation: state.generation, key: state.key })
@@ -273,7 +273,7 @@ impl Table {
         self.get_mut(reference.index).filter(|state| state.generation == reference.generation)
     }
 
-    /// Number of places, empty ones included: every [`EndpointIndex`] is below it.
+    /// Number of indices, free ones included: every [`EndpointIndex`] is below it.
     #[must_use]
     pub(crate) fn places(&self) -> usize {
         self.states.len()
@@ -308,13 +308,13 @@ impl Table {
         self.fits.get(state.fit).map(|(_, fit)| fit.cost())
     }
 
-    /// Fitted bytes per token of a pool's prompts; `None` where no endpoint was ever of that pool.
+    /// Fitted bytes per token of a pool's prompts; `None` where the pool never had an endpoint.
     #[must_use]
     pub fn bytes_per_token(&self, pool: &str) -> Option<f64> {
         self.fits().find(|(name, _)| *name == pool).map(|(_, fit)| fit.bytes_per_token())
     }
 
-    /// Fitted factors on the tokens of a pool's media; `None` where no endpoint was ever of that pool.
+    /// Fitted factors on the tokens of a pool's media; `None` where the pool never had an endpoint.
     #[must_use]
     pub fn media_factors(&self, pool: &str) -> Option<[f64; CLASSES]> {
         self.fits().find(|(name, _)| *name == pool).map(|(_, fit)| fit.media_factors())
@@ -334,8 +334,8 @@ impl Table {
         })
     }
 
-    /// Learns from a prefill leg that ended well, by what was estimated before it, what its answer says, and the `seconds`
-    /// that the endpoint took, where they are known. Without effect where the endpoint left the list.
+    /// Fits the pool's cost to a prefill leg that ended with success: to the `estimate` before it, the usage in its answer,
+    /// and the `seconds` that the endpoint took, where they are known. If the endpoint left the list, nothing changes.
     pub fn saw_prefill(
         &mut self,
         reference: EndpointRef,
@@ -354,7 +354,8 @@ impl Table {
         } else if usage.is_some() {
             fit.saw_media(&estimate.media, estimate.bytes, tokens);
         }
-        // The matched tokens are an estimate. Where most of a prompt matches, a small error there is a large one in the rest.
+        // The matched tokens are an estimate. Where they are most of the prompt, a small error in them is a large one in the
+        // rest.
         let guess = Some(estimate.matched_tokens).filter(|matched| matched * 8.0 <= estimate.tokens);
         let cached_tokens = usage.and_then(|usage| usage.cached_tokens).map(|cached| cached as f64).or(guess);
         if let (Some(cached_tokens), Some(seconds)) = (cached_tokens, seconds) {
@@ -362,7 +363,7 @@ impl Table {
         }
     }
 
-    /// What the other ready endpoints of an endpoint's pool and role answered lately: a pass over all endpoints.
+    /// Sums over the peers of an endpoint. It passes over all endpoints.
     #[must_use]
     pub fn peers(&self, of: EndpointIndex, leg: Leg, class: ErrorClass) -> Peers {
         let mut peers = Peers::default();
@@ -377,7 +378,7 @@ impl Table {
         peers
     }
 
-    /// Whether a peer, as of [`peers`](Self::peers), has answered since then, by what this worker knows.
+    /// Whether a [peer](Self::peers) of an endpoint has answered since then, as far as this worker knows.
     #[must_use]
     pub(crate) fn have_peers_answered(&self, of: EndpointIndex, since: Monotonic) -> bool {
         let Some(own) = self.get(of).map(|state| &state.endpoint) else { return false };

@@ -7,12 +7,12 @@ use crate::body::json::{self, Object};
 pub struct Usage {
     /// Tokens of the prompt, above 0.
     pub prompt_tokens: u64,
-    /// Of these, tokens that the engine found in its prefix cache; `None` where the answer does not say.
+    /// Tokens of the prompt that the engine found in its prefix cache; `None` where the answer does not say.
     pub cached_tokens: Option<u64>,
 }
 
 impl Usage {
-    /// The usage with cached tokens that the engine told elsewhere, unless its usage has them.
+    /// The usage, with these cached tokens where it has none of its own.
     #[must_use]
     pub fn with_cached_tokens(self, cached_tokens: Option<u64>) -> Self {
         Self { cached_tokens: self.cached_tokens.or(cached_tokens), ..self }

@@ -1,22 +1,21 @@
-//! Whether a decode endpoint may refuse what its prefill leg does not carry.
+//! Whether a decode endpoint may refuse members that the prefill leg does not carry.
 //!
 //! The prefill leg drops the members that say how an answer ends ([`legs`](super::legs)), so the prefill endpoint never
 //! checks them. The decode endpoint answers 400 to a value of a wrong type or out of range, and the prefill endpoint keeps
 //! the KV blocks of that prompt until its own time limit. Such a request goes to a decode endpoint alone, which answers in
 //! its own words.
 //!
-//! Only spellings that every engine takes count as accepted. An engine may take more (`"5"` and `5.0` for an integer): that
-//! request is served whole, and nothing else happens to it. Sources: the request models of vLLM 0.33, SGLang 0.5.23 and
-//! TensorRT-LLM.
+//! Only spellings that every engine takes count as accepted. An engine may take more, such as `"5"` and `5.0` for an integer.
+//! Such a request is served whole. Sources: the request models of vLLM 0.33, SGLang 0.5.23 and TensorRT-LLM.
 
 use crate::body::json::{self, members};
 use crate::body::{Api, Key, Scan};
 
-/// Most stop strings that vLLM takes unless it is told otherwise (`VLLM_MAX_STOP_STRINGS`), and OpenAI's API.
+/// Most stop strings by vLLM's default (`VLLM_MAX_STOP_STRINGS`) and OpenAI's API.
 const MAX_STOPS: usize = 4;
-/// Most alternatives of one token whose probability vLLM tells unless it is told otherwise (`--max-logprobs`).
+/// Most alternatives of one token by vLLM's default (`--max-logprobs`).
 const MAX_LOGPROBS: i64 = 20;
-/// Most answers of one request that vLLM takes unless it is told otherwise (`VLLM_MAX_N_SEQUENCES`).
+/// Most answers of one request by vLLM's default (`VLLM_MAX_N_SEQUENCES`).
 const MAX_ANSWERS: i64 = 16_384;
 /// Temperature below which vLLM takes the most likely token, and more than one answer is an error.
 const GREEDY: f64 = 1e-5;
@@ -60,9 +59,9 @@ pub fn asked_tokens(api: Api, body: &[u8], scan: &Scan) -> Option<u64> {
     asked.and_then(|asked| u64::try_from(asked).ok())
 }
 
-/// Whether the answer tells of the prompt what only the endpoint that computes it knows: probabilities of its tokens
-/// (`prompt_logprobs`, `echo` with `logprobs`), its hidden states, its experts. A decode endpoint that fetched the KV cache
-/// computes the whole prompt again for them, or fails (vllm#27449, vllm-ascend#13363).
+/// Whether the answer describes the prompt: by probabilities of its tokens (`prompt_logprobs`, `echo` with `logprobs`), by its
+/// hidden states or its experts. Only the endpoint that computes the prompt has these. A decode endpoint that fetched the KV
+/// cache computes the whole prompt again for them, or fails (vllm#27449, vllm-ascend#13363).
 #[must_use]
 pub fn describes_prompt(api: Api, body: &[u8], scan: &Scan) -> bool {
     let top = Members { api, body, scan, nested: None };
@@ -169,7 +168,7 @@ impl<'a> Members<'a> {
                     && self.has_alternatives(Key::Logprobs, self.integer(Key::Logprobs).is_some())
             }
             Api::Responses => {
-                // An answer in the background needs a store, which engines have only where they were told to.
+                // An answer in the background needs a store, which is off by default in engines.
                 let is_kept = self.get(Key::Background).is_none_or(|value| matches!(value, b"false" | b"null"));
                 is_kept
                     && self.is(Key::PreviousResponseId, Null::Allowed, |value| value.starts_with(b"\""))

@@ -5,8 +5,8 @@ use super::protocol::{Pair, Protocol};
 use crate::body::splice::{Edits, HeadPlan, rewrite};
 use crate::body::{Api, FORBIDDEN, Key, KeySet, Scan, scan};
 
-/// Members that could end the prefill leg otherwise than by length, and thus without KV parameters, or make it answer
-/// more than one token once.
+/// Members that could end the prefill leg otherwise than by length, and so without KV parameters, or that could make its
+/// answer longer than one token.
 const GENERATION: KeySet = KeySet::of(&[
     Key::Stream,
     Key::StreamOptions,
@@ -24,8 +24,8 @@ const GENERATION: KeySet = KeySet::of(&[
     Key::Store,
 ]);
 
-/// Members that say what an answer tells of its tokens.
-const TOLD_TOKENS: KeySet = KeySet::of(&[Key::Logprobs, Key::TopLogprobs, Key::LogprobTokenIds, Key::Echo]);
+/// Members that ask for more about the tokens of an answer.
+const TOKEN_DETAILS: KeySet = KeySet::of(&[Key::Logprobs, Key::TopLogprobs, Key::LogprobTokenIds, Key::Echo]);
 
 /// Members that make an answer a stream.
 const STREAM: KeySet = KeySet::of(&[Key::Stream, Key::StreamOptions]);
@@ -71,7 +71,7 @@ pub fn prefill_body(
 
 /// Members that a leg of one token leaves out.
 fn dropped(protocol: &Protocol) -> KeySet {
-    if protocol.samples_first_token { GENERATION.union(TOLD_TOKENS) } else { GENERATION }
+    if protocol.samples_first_token { GENERATION.union(TOKEN_DETAILS) } else { GENERATION }
 }
 
 /// Members that end an answer at one token, in one piece.
@@ -96,7 +96,7 @@ fn one_token(params: &[u8], drop: KeySet) -> Vec<u8> {
     }
 }
 
-/// How the client's body becomes the decode leg's body, once the members to put in front are known.
+/// Plans how the client's body becomes the body of the decode leg. The members to put in front are known later.
 ///
 /// `drop` names members that the engine gets another value for; `model` is as for [`prefill_body`].
 #[must_use]

@@ -1,7 +1,7 @@
-//! Hand-over protocols: in which order the legs go, what each leg's body is, and what the prefill answer must hold.
+//! Hand-over protocols: the order of the legs, the body of each leg, and what the prefill answer must contain.
 //!
-//! Each engine has a file with its [`Protocol`]. To add an engine: write that file, and add a row to the table below.
-//! Bodies of legs are made in [`legs`], alike for all engines except for the members that a [`Protocol`] adds.
+//! Each engine has a file with its [`Protocol`]. To add an engine, write such a file and add a row to the table below.
+//! [`legs`] makes the bodies of legs in the same way for all engines. A [`Protocol`] adds its own members.
 //!
 //! Sources: vLLM's NIXL and Mooncake connectors and their example proxies, llm-d's routing sidecar, SGLang's router,
 //! TensorRT-LLM's disaggregated server, AIBrix's gateway (Neuron).

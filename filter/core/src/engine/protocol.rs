@@ -1,4 +1,4 @@
-//! What can be true of an engine: the order of its legs, their members, and what a prefill answer says.
+//! The facts of an engine: the order of its legs, the members of each leg, and how its prefill answers are read.
 
 use core::cell::OnceCell;
 use core::net::SocketAddr;
@@ -6,7 +6,7 @@ use core::net::SocketAddr;
 use crate::body::json::Object;
 use crate::body::{Api, KeySet};
 
-/// What is true of one engine.
+/// The facts of one engine.
 #[derive(Debug)]
 pub struct Protocol {
     /// In which order the legs go.
@@ -21,14 +21,14 @@ pub struct Protocol {
     /// Whether prefill endpoints keep a KV cache for a time only, and a decode endpoint that fetches it later answers wrong
     /// text.
     pub has_kv_lease: bool,
-    /// Whether the cached tokens of a decode endpoint's answer include those that it fetched, so that they show whether
-    /// the endpoint computed the prompt itself.
+    /// Whether the cached tokens in a decode endpoint's answer include the tokens that it fetched. Then they show whether the
+    /// endpoint computed the prompt itself.
     pub counts_fetched_tokens: bool,
-    /// Whether the prefill leg must be told to end after one token. Otherwise the prefill server ends by itself, and both
-    /// legs must ask for the same sequences.
+    /// Whether the prefill leg must have a limit of one token. Otherwise the prefill server ends it by itself, and both legs
+    /// must ask for the same sequences.
     pub limits_prefill: bool,
-    /// Whether the decode endpoint samples the answer's first token itself. The prefill leg then need not ask for what an
-    /// answer tells of it (`logprobs`). Elsewhere the token comes from the prefill endpoint.
+    /// Whether the decode endpoint samples the answer's first token itself. The prefill leg then needs no `logprobs`. With
+    /// other engines the first token comes from the prefill endpoint.
     pub samples_first_token: bool,
     /// Whether a prefill leg may ask for a thinking budget above its limit of tokens.
     pub allows_budget: bool,
@@ -40,17 +40,17 @@ pub struct Protocol {
     pub(crate) decode_members: fn(&Pair<'_>) -> Vec<u8>,
     /// Reads the answer of a prefill leg that the decode leg waited for.
     pub(crate) handover: fn(Api, &LegAnswer<'_>, CachedTokensOf) -> Handover,
-    /// Reads the prompt tokens that the prefill endpoint had cached out of the parameters in its answer, where the decode
-    /// endpoint reports them as its own. `None` where the parameters do not tell them.
+    /// Reads the prefill endpoint's cached tokens from the parameters in its answer, for engines whose decode endpoint
+    /// reports them as its own. `None` where the parameters lack them.
     pub(crate) cached_tokens_in_params: fn(&LegAnswer<'_>) -> Option<u64>,
 }
 
 /// The JSON answer of a prefill leg.
 #[derive(Debug, Default)]
 pub(crate) struct LegAnswer<'a> {
-    /// The answer. Without members where it is no valid JSON object.
+    /// The answer; without members where it is no valid JSON object.
     pub(crate) answer: Object<'a>,
-    /// Its member `kv_transfer_params`, once somebody asked for it.
+    /// Its member `kv_transfer_params`, read at the first use.
     params: OnceCell<Option<Object<'a>>>,
 }
 
@@ -69,9 +69,9 @@ impl<'a> LegAnswer<'a> {
 /// Whose cached tokens the decode endpoint is to report, where the parameters of the hand-over decide that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum CachedTokensOf {
-    /// Those of the prefill leg, if the engine tells them to the decode endpoint.
+    /// The cached tokens of the prefill leg, if the parameters have them.
     Prefill,
-    /// Its own, with the tokens that it fetched: they show whether the KV cache came.
+    /// Its own, with the tokens that it fetched. They show whether the KV cache came.
     Decode,
 }
 
@@ -96,7 +96,7 @@ pub struct EngineIdQuery {
     pub(crate) read: fn(&[u8], Option<u32>) -> Option<&[u8]>,
 }
 
-/// What both legs may say of a prefill endpoint and of their pairing.
+/// Values that the members of both legs may contain.
 #[derive(Clone, Debug)]
 pub struct Pair<'a> {
     /// The endpoint's bootstrap server.
@@ -105,14 +105,14 @@ pub struct Pair<'a> {
     pub rank: Option<u32>,
     /// The id of the endpoint's engine, where [`Protocol::engine_id`] asks for it: a JSON string. Empty elsewhere.
     pub engine_id: &'a [u8],
-    /// Names this pair of legs; from [`pair_id`].
+    /// Number of this pair of legs, from [`pair_id`].
     pub id: u64,
     /// Sequences, where the body asks for a batch of them.
     pub batch: Option<u32>,
 }
 
-/// A name for a pair of legs out of evenly spread bits: at least 2^42 (TensorRT-LLM takes smaller ones for its own), and
-/// with [`Protocol::max_sequences`] to follow below 2^63 (SGLang's bound).
+/// Number of a pair of legs, made of evenly spread bits. It is at least 2^42, because TensorRT-LLM uses smaller numbers
+/// itself. The [`Protocol::max_sequences`] numbers behind it are below 2^63, SGLang's bound.
 #[must_use]
 pub fn pair_id(bits: u64) -> u64 {
     const BITS: u64 = (1 << 62) - 1;
@@ -130,14 +130,14 @@ pub enum Handover {
         /// Members of the client's body that they replace.
         drop: KeySet,
     },
-    /// The engine needs no parameters: decode finds the KV cache by itself.
+    /// The engine needs no parameters: the decode endpoint finds the KV cache by itself.
     Nothing,
-    /// The engine should have given parameters and gave none, or unusable ones: decode computes the prompt itself.
+    /// The answer lacks the parameters that it should have, or they are unusable: the decode endpoint computes the prompt.
     Missing,
 }
 
 impl Handover {
-    /// Members that replace none of the client's.
+    /// Parameters that replace no member of the client's body.
     pub(super) fn insert(members: Vec<u8>) -> Self {
         Self::Insert { members, drop: KeySet::EMPTY }
     }

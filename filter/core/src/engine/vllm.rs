@@ -53,7 +53,7 @@ fn prefill_members(_: &Pair<'_>) -> Vec<u8> {
 /// Parameter with the prompt tokens that the prefill server had cached. vLLM 0.32 and later report them as the decode
 /// server's `cached_tokens`, whether the KV cache came or not. Any value that is no integer makes the decode server report
 /// its own.
-const TOLD_CACHED_TOKENS: &str = "remote_prefill_cached_tokens";
+const CACHED_TOKENS_PARAM: &str = "remote_prefill_cached_tokens";
 
 fn handover(_: Api, answer: &LegAnswer<'_>, cached_tokens: CachedTokensOf) -> Handover {
     let Some(params) = answer.kv_transfer_params().filter(|params| is_usable(params)) else {
@@ -62,7 +62,7 @@ fn handover(_: Api, answer: &LegAnswer<'_>, cached_tokens: CachedTokensOf) -> Ha
     let is_taken_back = cached_tokens == CachedTokensOf::Decode && cached_tokens_in_params(answer).is_some();
     let mut members = br#""kv_transfer_params":"#.to_vec();
     if is_taken_back {
-        params.write_with(TOLD_CACHED_TOKENS, b"null", &mut members);
+        params.write_with(CACHED_TOKENS_PARAM, b"null", &mut members);
     } else {
         members.extend_from_slice(params.text());
     }
@@ -70,7 +70,7 @@ fn handover(_: Api, answer: &LegAnswer<'_>, cached_tokens: CachedTokensOf) -> Ha
 }
 
 fn cached_tokens_in_params(answer: &LegAnswer<'_>) -> Option<u64> {
-    core::str::from_utf8(answer.kv_transfer_params()?.get(TOLD_CACHED_TOKENS)?).ok()?.parse().ok()
+    core::str::from_utf8(answer.kv_transfer_params()?.get(CACHED_TOKENS_PARAM)?).ok()?.parse().ok()
 }
 
 /// Whether a decode server can use the parameters. One that lacks `remote_request_id` hangs, null block ids end it.

@@ -34,7 +34,7 @@ pub const PREFILL_MS: &str = "pd.prefill_ms";
 /// Filter state for the access log: milliseconds that the request waited in the gateway for a prefill endpoint with room.
 /// Unset where the request did not wait.
 pub const WAIT_MS: &str = "pd.wait_ms";
-/// Filter state for a response header: a line for people with the candidates and the reason of the choice. Set where the
+/// Filter state for a response header: a line of text with the candidates and the reason of the choice. Set where the
 /// request has [`EXPLAIN_HEADER`](crate::config::EXPLAIN_HEADER) and the configuration trusts that header.
 pub const EXPLAIN: &str = "pd.explain";
 /// All filter states that a request may get.

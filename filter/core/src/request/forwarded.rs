@@ -83,7 +83,7 @@ impl Forwarded {
         .after(warning)
     }
 
-    /// The prefill server told its metrics, or did not, while the answer's headers were held.
+    /// The prefill server answered the question for its metrics, or did not, while the answer's headers were held.
     fn kv_lease_answered(mut self: Box<Self>, worker: &mut Worker, answer: &PrefillAnswer<'_>, now: Monotonic) -> Step {
         let metrics: &[u8] = if let PrefillAnswer::Answered { status: 200, body, .. } = answer { body } else { b"" };
         let is_kept = self.kv_lease.take().is_some_and(|lease| lease.is_kept(worker, metrics));

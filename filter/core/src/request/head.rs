@@ -24,7 +24,7 @@ pub(crate) struct RequestHead {
     /// How the body is written if it is a form and its path is not one of an [`Api`].
     pub(crate) form: Option<Encoding>,
     pub(crate) phase: Option<Phase>,
-    /// Prefill endpoint that a trusted peer names.
+    /// Prefill endpoint that a trusted header names.
     pub(crate) prefiller: Option<Vec<EndpointId>>,
     pub(crate) claims: Claims,
     pub(crate) subset: Option<Subset>,

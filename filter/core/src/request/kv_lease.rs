@@ -22,14 +22,14 @@ use crate::workers::worker::Worker;
 const METRICS_PATH: &str = "/metrics";
 /// vLLM's counter of leases that it let expire, of each engine.
 const EXPIRED: &[u8] = b"vllm:nixl_num_kv_expired_reqs_total";
-/// How long a prefill server may take to tell its metrics.
+/// Time limit of the question for a prefill server's metrics.
 const METRICS_TIMEOUT: Duration = Duration::from_secs(5);
 /// Share of the lease that the prefill answer's way to the filter may take: a second of vLLM's 30.
 const MARGIN: u32 = 30;
 /// Events that `/v1/responses` streams before the first token.
 const PREFACES: [&[u8]; 3] = [b"response.created", b"response.in_progress", b"response.queued"];
 
-/// The lease on a KV cache that a decode endpoint was told to fetch, until its answer is known to be in time.
+/// The KV lease of a request that was handed over, until its answer is known to be in time.
 #[derive(Clone, Debug)]
 pub(super) struct KvLease {
     prefill: EndpointRef,

@@ -245,7 +245,7 @@ const NOT_FORWARDED: &[&[u8]] = &[
     b"upgrade",
 ];
 
-/// Header that tells the ranks behind one address apart.
+/// Header with the rank, where several ranks share an address.
 const RANK_HEADER: &[u8] = b"x-data-parallel-rank";
 
 /// The path at which engines have the request's API, with the configured prefix and the client's query: no route rewrites a

@@ -30,7 +30,7 @@ enum Class {
     Models(Reply),
     /// An answer of any engine endpoint to a request that has no body.
     NoBody {
-        /// Endpoints that a trusted peer names.
+        /// Endpoints that a trusted header names.
         subset: Option<Subset>,
         /// Id of the response that the path names.
         response: Option<String>,

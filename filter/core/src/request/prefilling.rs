@@ -103,7 +103,7 @@ impl Prefilling {
         }
     }
 
-    /// The bootstrap server told the engine's id, or failed to.
+    /// The bootstrap server answered the question for the engine's id, or failed.
     fn engine_id_answered<B: AsRef<[u8]>>(
         self,
         worker: &mut Worker,
@@ -260,7 +260,7 @@ fn edit_with<B: AsRef<[u8]>>(
     fits.then(|| plan.with_insert(members))
 }
 
-/// No prefill endpoint could be had: the pool's policy decides.
+/// Applies the pool's policy to a request that no prefill endpoint served.
 fn give_up(
     worker: &mut Worker,
     parsed: &ParsedRequest,

@@ -1,4 +1,4 @@
-//! The answer to probes that ask whether this Envoy may get requests.
+//! The answer to readiness probes of this Envoy.
 
 use crate::config::{Config, STATIC_EPOCH};
 use crate::endpoints::endpoint_state::EndpointState;
@@ -6,11 +6,11 @@ use crate::request::reply::{REASON_HEADER, Reply};
 use crate::wire::{Role, State};
 use crate::workers::worker::Worker;
 
-/// Path that probes ask whether this Envoy may get requests.
+/// Path of readiness probes.
 pub const READY_PATH: &[u8] = b"/.pd-ready";
 
-/// 200 once the filter has a list of endpoints, which may be empty. A filter that did not start, or got no list from
-/// pd-control, answers 503: a rollout then does not replace Envoys that serve by Envoys that cannot.
+/// 200 once the filter has a list of endpoints, which may be empty. A filter without a list or without a configuration answers
+/// 503, so a roll-out does not replace Envoys that serve by Envoys that cannot.
 pub(super) fn readiness(worker: &Worker, config: &Config) -> Reply {
     let is_ready =
         config.control.is_none() || !worker.state.table.is_empty() || worker.state.table.version().0 != STATIC_EPOCH;

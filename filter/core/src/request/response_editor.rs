@@ -15,7 +15,7 @@ use crate::endpoints::usage::Usage;
 pub(crate) struct ResponseEditor {
     /// The model's name to replace, and the JSON string to put in its place.
     names: Option<(String, Vec<u8>)>,
-    /// Whether [`cached_tokens`](Self::cached_tokens) is to be told.
+    /// Whether [`cached_tokens`](Self::cached_tokens) replaces the count in the answer.
     replaces_cached_tokens: bool,
     /// Tokens that the prefill leg found in its cache.
     pub(crate) cached_tokens: Option<u64>,
@@ -66,7 +66,8 @@ enum Found {
 }
 
 impl ResponseEditor {
-    /// Looks for what an answer used, and tells the prefill leg's cached tokens if it is to and they are known.
+    /// An editor that looks for the usage. With `replaces_cached_tokens` it writes the prefill leg's `cached_tokens` into the
+    /// answer, if they are known.
     pub(crate) fn new(replaces_cached_tokens: bool, cached_tokens: Option<u64>) -> Self {
         Self { replaces_cached_tokens, cached_tokens, ..Self::default() }
     }

@@ -286,8 +286,8 @@ fn believed_tokens(parsed: &ParsedRequest, route: &Route) -> Option<f64> {
     Some(route.pick.matched_tokens).filter(|tokens| is_whole && *tokens >= LEAST_BELIEF)
 }
 
-/// Editor of the response to a request: of the model's name where it is put back, and of the usage where the response
-/// will tell it. A stream is read for its cached tokens only where they are corrected, for it has many parts.
+/// Editor of the response to a request: of the model's name where it is put back, and of the usage where the response has
+/// one. A stream, which has many parts, is read for its cached tokens only if the editor replaces them.
 fn response_editor(parsed: &ParsedRequest, prefill: &Prefill, reads_usage: bool) -> Option<ResponseEditor> {
     let (replaces_cached_tokens, cached_tokens) = match prefill {
         Prefill::Done { usage, .. } => {
@@ -316,7 +316,7 @@ fn response_editor(parsed: &ParsedRequest, prefill: &Prefill, reads_usage: bool)
 /// Which endpoints may get a request without a prompt, beside those of its model.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Restriction<'a> {
-    /// Those that a trusted peer names.
+    /// Those that a trusted header names.
     pub(super) subset: Option<&'a Subset>,
     /// The one that keeps the response of that id.
     pub(super) response: Option<&'a str>,

@@ -74,7 +74,7 @@ fn choose_legs(worker: &mut Worker, parsed: &ParsedRequest, now: Monotonic) -> R
     chosen.ok_or(Rejection::NoEndpoint)
 }
 
-/// A trusted peer marked the request as a prefill leg.
+/// A trusted header marks the request as a prefill leg.
 fn prefill_only(scheduler: &Scheduler<'_>, parsed: &ParsedRequest) -> Option<Route> {
     let among = &parsed.served.candidates.prefill;
     let pick = scheduler.pick_by_cost(among, &parsed.prompt, &[])?;
@@ -82,7 +82,7 @@ fn prefill_only(scheduler: &Scheduler<'_>, parsed: &ParsedRequest) -> Option<Rou
     Some(one_leg(parsed, (Metric::RequestsPrefillOnly, "phase_header"), pick, alternates))
 }
 
-/// A trusted peer marked the request as a decode leg.
+/// A trusted header marks the request as a decode leg.
 fn decode_only(scheduler: &Scheduler<'_>, parsed: &ParsedRequest) -> Option<Route> {
     let candidates = &parsed.served.candidates;
     let among = if candidates.decode.is_empty() { &candidates.whole } else { &candidates.decode };
@@ -97,7 +97,7 @@ fn at_keeper(worker: &Worker, scheduler: &Scheduler<'_>, parsed: &ParsedRequest,
     Ok(one_leg(parsed, (Metric::RequestsDecodeOnly, WholeReason::Stored.code()), pick, Vec::new()))
 }
 
-/// No header says how to serve the request. A `hint` is the prefill endpoint that a trusted peer names.
+/// No header says how to serve the request. A `hint` is the prefill endpoint that a trusted header names.
 fn by_content(
     scheduler: &Scheduler<'_>,
     parsed: &ParsedRequest,
@@ -132,7 +132,8 @@ fn one_leg(
     Route { decision, reason, pick, alternates, prefill: Prefill::Own, edit: parsed.plain_edit() }
 }
 
-/// The prefill endpoint that a trusted peer names, if it is one of the candidates. A name without a rank is any rank's.
+/// The prefill endpoint that a trusted header names, if it is one of the candidates. A name without a rank stands for any
+/// rank.
 fn hinted(worker: &Worker, ids: &[EndpointId], candidates: &Candidates) -> Option<EndpointIndex> {
     let is_meant = |id: &EndpointId, index: EndpointIndex| {
         let found = worker.state.table.get(index).map(|state| state.endpoint.id());

@@ -17,7 +17,7 @@ use crate::request::reply::Rejection;
 use crate::time::Monotonic;
 use crate::workers::worker::Worker;
 
-/// How long a bootstrap server may take to tell an engine's id, which it has in memory.
+/// Time limit of the question for an engine's id, which a bootstrap server has in memory.
 const QUESTION_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Split {

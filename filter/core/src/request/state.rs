@@ -1,4 +1,4 @@
-//! Where a request is, and what it has there. What a state's events do stands in the file of that state.
+//! The states of a request, and the data of each. The file of a state has the transitions of that state.
 
 use core::time::Duration;
 
@@ -14,10 +14,10 @@ use crate::prefix::hash::BlockHash;
 use crate::request::reply::Reply;
 use crate::time::Monotonic;
 
-/// Where a request is. Each state has a file, which says what may happen to a request in it.
+/// State of a request. Each state has a file with its transitions.
 #[derive(Debug, Default)]
 pub(super) enum State {
-    /// Nothing is known yet.
+    /// No event has come yet.
     #[default]
     New,
     /// The headers are there, the body is not complete.
@@ -104,7 +104,7 @@ pub(super) struct Forwarded {
     pub(super) concurrent_prefill: Option<ConcurrentPrefill>,
     /// Whether a prefill endpoint keeps KV blocks for the decode endpoint, until their time limit if it refuses the request.
     pub(super) strands_if_refused: bool,
-    /// The prefill endpoint whose KV cache the decode endpoint was told to fetch.
+    /// The prefill endpoint whose KV cache the decode endpoint fetches.
     pub(super) handed_over_by: Option<EndpointRef>,
     /// The lease on that KV cache, while it is not known that the answer is in time.
     pub(super) kv_lease: Option<KvLease>,
@@ -114,10 +114,9 @@ pub(super) struct Forwarded {
     pub(super) editor: Option<Box<ResponseEditor>>,
     /// Whether the usage in the response shows that the KV cache came.
     pub(super) is_judged: bool,
-    /// Tokens of the prompt that the endpoint was believed to hold, where it serves the request whole and its usage will
-    /// tell.
+    /// Matched tokens at an endpoint that serves the request whole, if its usage can be compared with them.
     pub(super) believed_tokens: Option<f64>,
-    /// Whether a peer restricted the endpoints, and wants to know who served.
+    /// Whether a trusted header restricted the endpoints, so that the answer names the endpoint that served.
     pub(super) is_restricted: bool,
     pub(super) decode_leg: DecodeLeg,
     pub(super) response: Response,

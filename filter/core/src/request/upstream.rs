@@ -30,10 +30,10 @@ const FAILED_ATTEMPT: &[u8] = b"upstream_reset_before_response_started{";
 /// Reasons in these braces that are Envoy's own. Envoy did not send the request, or ended it by a limit of its own.
 const OWN_REASONS: [&[u8]; 4] = [b"overflow", b"no_healthy_upstream", b"upstream_per_try_timeout", b"overload_manager"];
 
-/// What the host tells of an answer; [`answerer`](Self::answerer) says who gave it.
+/// The host's properties of an answer, from which [`answerer`](Self::answerer) concludes who gave it.
 ///
-/// Envoy names the host that it tried last also where the answer, an error, is Envoy's own. So the details decide over
-/// errors, and are read of errors only.
+/// For an error of its own, Envoy names the host that it tried last. So for errors the details count. They are read for errors
+/// only.
 #[derive(Clone, Debug, Default)]
 pub struct AnswerSource {
     code_details: Option<Vec<u8>>,

@@ -16,7 +16,7 @@ use crate::workers::worker::Worker;
 /// Whether a request whose first choice is this endpoint waits for room.
 ///
 /// - An engine that wants both legs at once needs a decode endpoint too when it begins.
-/// - A peer that names an endpoint or restricts the endpoints has chosen already.
+/// - A trusted header that names an endpoint, or restricts the endpoints, has taken the choice already.
 /// - Where an aggregated endpoint may serve the request as well, the choice is taken when it comes.
 pub(super) fn may_wait(worker: &Worker, parsed: &ParsedRequest, pick: Pick) -> bool {
     let candidates = &parsed.served.candidates;

@@ -1,13 +1,13 @@
-//! What engines tell of a model.
+//! The card of a model.
 
 use serde::{Deserialize, Serialize};
 
-/// What engines tell of a model, beside its name.
+/// Facts of a model that engines report.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelCard {
     /// Its name.
     pub id: String,
-    /// Longest prompt and answer together, tokens. Where servers differ, the smallest.
+    /// Most tokens of prompt and answer together. Where servers differ, the smallest number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_model_len: Option<u64>,
     /// Where the engine loaded it from.
@@ -28,7 +28,7 @@ impl ModelCard {
         Self { id: id.to_owned(), ..Self::default() }
     }
 
-    /// What two servers tell of one model: the smaller length, and each text from the first that has it.
+    /// The card of a model that two servers report: the smaller length, and each text from the first one that has it.
     #[must_use]
     pub fn or(self, other: Self) -> Self {
         let max_model_len = match (self.max_model_len, other.max_model_len) {

@@ -48,7 +48,7 @@ pub struct Endpoint {
     /// Models and adapters it serves; empty: it has not said.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub models: Vec<String>,
-    /// Whether `models` is complete: `pd-control` adds none that the engine tells.
+    /// Whether `models` is complete, so that `pd-control` adds no model that the engine reports.
     #[serde(default, skip_serializing_if = "core::ops::Not::not")]
     pub models_closed: bool,
     /// Whether `pd-control` has yet to learn models from the engine. A filter then keeps those that it knows of the
@@ -90,7 +90,7 @@ pub struct Endpoint {
     /// another cache, which is empty. Files do not have this key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_epoch: Option<u64>,
-    /// KV leases that the engine let expire since it started, as it tells. Files do not have this key.
+    /// KV leases that the engine let expire since it started, by its metrics. Files do not have this key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expired_kv_leases: Option<u64>,
 }

@@ -15,7 +15,7 @@ use crate::wire::{Endpoint, EndpointId, MAX_MODELS, Snapshot, State, Stated};
 
 impl Table {
     /// Applies a [validated](Snapshot::validate) snapshot. Endpoints that stay keep their state. `prefixes` is the index of
-    /// the same worker: endpoints that leave are dropped there, and those that come get a cache.
+    /// the same worker: it drops endpoints that leave, and gets the cache sizes of new ones.
     pub fn apply(&mut self, snapshot: &Snapshot, config: &Config, prefixes: &mut PrefixIndex) -> Applied {
         let same_epoch = snapshot.epoch == self.epoch;
         match snapshot.base {
@@ -54,11 +54,11 @@ impl Table {
         Applied::Changed
     }
 
-    /// Sizes each endpoint's cache in the index by the bytes per token as learnt by now.
+    /// Sets the size of each endpoint's cache in the index by the fitted bytes per token.
     pub fn resize_caches(&self, config: &Config, prefixes: &mut PrefixIndex) {
         for (index, state) in self.iter() {
             let units = self.cache_units(state, config);
-            // A small change is not worth dropping blocks that the endpoint may still hold.
+            // For a small change no blocks are dropped that the endpoint may still hold.
             if prefixes.capacity(index).abs_diff(units) > units / 16 {
                 prefixes.set_capacity(index, units);
             }
@@ -73,7 +73,7 @@ impl Table {
         (tokens as f64 * bytes_per_token / config.prefix.block_bytes as f64) as usize
     }
 
-    /// Index of a pool's fitted cost, which is added where it is new.
+    /// Index of a pool's fitted cost. A new pool gets one.
     fn fit_of(&mut self, name: &str, pool: &Pool) -> usize {
         match self.fits.iter().position(|(known, _)| known == name) {
             Some(index) => index,
@@ -120,7 +120,7 @@ impl Table {
         }
     }
 
-    /// Adds an endpoint that is not in the list. `None` where there are too many.
+    /// Adds a new endpoint; `None` where there are too many.
     fn add(&mut self, endpoint: &Endpoint, from_pool: FromPool) -> Option<EndpointIndex> {
         let next = EndpointIndex::try_from(self.states.len());
         let index = self.free.pop().or(next.ok())?;
@@ -164,8 +164,8 @@ impl Table {
     }
 }
 
-/// Whether the process behind an endpoint is a new one, so that its cache is empty. Where nothing names the process, one
-/// that was down is a new one.
+/// Whether the process behind an endpoint is a new one, so that its cache is empty. If no source names the process, an
+/// endpoint that was down has a new one.
 fn is_new_process(before: &Endpoint, now: &Endpoint) -> bool {
     let containers = before.container.as_ref().zip(now.container.as_ref()).map(|(before, now)| before == now);
     let caches = before.cache_epoch.zip(now.cache_epoch).map(|(before, now)| before == now);
@@ -176,7 +176,7 @@ fn is_new_process(before: &Endpoint, now: &Endpoint) -> bool {
     }
 }
 
-/// Keeps models that are known of an endpoint while `pd-control` has yet to learn them again.
+/// Keeps the known models of an endpoint while `pd-control` has yet to learn them again.
 fn keep_models(endpoint: &mut Endpoint, before: Endpoint) {
     let is_same = before.pool == endpoint.pool && before.role == endpoint.role && before.engine == endpoint.engine;
     if !endpoint.models_pending || !is_same {
