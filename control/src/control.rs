@@ -52,7 +52,7 @@ pub struct Config {
     pub kubernetes: Option<Kubernetes>,
     /// Endpoints named on the command line.
     pub named: Vec<NamedEndpoint>,
-    /// Allow-list for the addresses of DNS names. Addresses from files and of the command line are not checked.
+    /// Allow-list for the addresses of DNS names. Addresses from files and from the command line are not checked.
     pub networks: AllowedNetworks,
     /// Time between two requests to an engine for its metrics; none: pd-control asks no engine.
     pub scrape: Option<Duration>,
@@ -72,9 +72,9 @@ pub struct Config {
     pub eds: Option<EdsFile>,
     /// Bearer token of filters, which `/v1/…` requires; none: anyone may read.
     pub token: Option<Token>,
-    /// Bearer token of operators; none: that of the filters does.
+    /// Bearer token of operators; none: operators use the filters' token.
     pub operator: Option<Token>,
-    /// Bearer token of replicas; none: that of the filters does.
+    /// Bearer token of replicas; none: replicas use the filters' token.
     pub replicas_token: Option<Token>,
     /// How often to compare the file where the kernel reports no changes.
     pub poll: Duration,
@@ -85,7 +85,7 @@ pub struct Config {
 pub struct Kubernetes {
     /// Namespaces, selectors and InferencePools to follow.
     pub config: KubernetesConfig,
-    /// How to reach the API server; none: as `KUBECONFIG` or the pod's service account says.
+    /// How to reach the API server; none: by `KUBECONFIG` or the pod's service account.
     pub cluster: Option<kube::Config>,
     /// Time limits of requests to the API server.
     pub limits: Limits,

@@ -1,4 +1,4 @@
-//! pd-control tells the prefill/decode filter of every Envoy which endpoints there are, within milliseconds of a change.
+//! pd-control pushes the endpoint list to the prefill/decode filter of every Envoy, within milliseconds of a change.
 //!
 //! ```text
 //!  sources ──Update──▶ publish: merge ─▶ publisher ─▶ registry ──▶ api ──long poll──▶ filters of the Envoys

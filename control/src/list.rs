@@ -1,4 +1,4 @@
-//! The endpoint list: valid, sorted, each endpoint once; and its names for people.
+//! The endpoint list: valid, sorted, each endpoint once. Also the texts of roles and states.
 
 use std::collections::BTreeMap;
 
@@ -48,19 +48,19 @@ impl EndpointList {
         Ok(self)
     }
 
-    /// Objectives and aliases that objects of the cluster state.
+    /// Objectives and aliases from objects of the Kubernetes cluster.
     #[must_use]
     pub fn stated(&self) -> &Stated {
         &self.stated
     }
 
-    /// Adds what engines tell of models, of those that an endpoint of the list serves. Cards that a snapshot cannot have
+    /// Adds the cards that engines report, for models that an endpoint of the list serves. Cards that a snapshot cannot have
     /// are left out.
     #[must_use]
-    pub fn with_cards<'a>(mut self, cards: impl Iterator<Item = &'a ModelCard>) -> Self {
+    pub fn with_cards<'a>(mut self, reported: impl Iterator<Item = &'a ModelCard>) -> Self {
         let mut cards: BTreeMap<&str, Option<ModelCard>> =
             self.endpoints.iter().flat_map(|it| &it.models).map(|model| (model.as_str(), None)).collect();
-        for card in cards.filter(|card| card.is_valid()) {
+        for card in reported.filter(|card| card.is_valid()) {
             if let Some(known) = cards.get_mut(card.id.as_str()) {
                 *known = Some(known.take().map_or_else(|| card.clone(), |known| known.or(card.clone())));
             }
@@ -70,7 +70,7 @@ impl EndpointList {
         self
     }
 
-    /// What engines tell of models, by name.
+    /// The cards of models, by name.
     #[must_use]
     pub fn cards(&self) -> &BTreeMap<String, ModelCard> {
         &self.cards

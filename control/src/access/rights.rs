@@ -1,4 +1,4 @@
-//! Who may do what: filters, operators, replicas, and clients without a token.
+//! Rights of filters, operators, replicas, and clients without a token.
 
 use axum::http::{HeaderValue, Method};
 use pd_core::envoys::message::EXCHANGE_PATH;
@@ -13,9 +13,9 @@ pub const LOG_LEVEL_PATH: &str = "/v1/log-level";
 pub struct Rights {
     /// Token of filters; none: anyone may read.
     pub filter: Option<Token>,
-    /// Token of replicas; none: that of the filters does.
+    /// Token of replicas; none: replicas use the filters' token.
     pub replicas: Option<Token>,
-    /// Token of operators; none: that of the filters does.
+    /// Token of operators; none: operators use the filters' token.
     pub operator: Option<Token>,
 }
 
@@ -24,20 +24,20 @@ pub struct Rights {
 pub enum Refusal {
     /// The request has no token that opens the path.
     TokenNeeded,
-    /// pd-control has no token, and from another host nobody may write without one.
+    /// pd-control has no token, so only clients on the same host may write.
     NoTokenSet,
 }
 
 impl Rights {
-    /// Whether a client may send a request. `is_local`: it runs on the same host.
+    /// Checks whether a client may send a request. `is_local`: the client runs on the same host.
     ///
-    /// - The list is for filters, and for operators.
-    /// - The exchange is for filters and replicas.
-    /// - The log level is for operators.
-    /// - Everything else is for both.
+    /// - Filters and operators may read the list.
+    /// - Filters and replicas may use the exchange.
+    /// - Operators may set the log level.
+    /// - Filters and operators may send every other request.
     ///
     /// # Errors
-    /// Why not.
+    /// [`Refusal`]: why the client may not send the request.
     pub fn check(
         &self,
         method: &Method,

@@ -17,7 +17,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
 /// Time after which the files are read again. Operators replace certificates days before they expire.
 const MAX_AGE: Duration = Duration::from_secs(30);
 
-/// What is spoken on an address.
+/// Protocol of an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {
     /// HTTP/1.1.

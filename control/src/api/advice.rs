@@ -75,7 +75,7 @@ fn differing(reports: &[(&str, &Report)]) -> Vec<String> {
     builds.into_iter().chain(revisions).collect()
 }
 
-/// An engine that one Envoy avoids may be out of its reach; one that many Envoys avoid has a fault.
+/// An engine that one Envoy ejected may be out of that Envoy's reach. An engine that many Envoys ejected has a fault.
 fn failing(reports: &[(&str, &Report)]) -> Vec<String> {
     let mut failed: BTreeMap<&str, usize> = BTreeMap::new();
     for address in

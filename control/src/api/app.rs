@@ -35,9 +35,9 @@ pub struct App {
     pub polls: Arc<Polls>,
     /// The hub of the exchange between Envoys.
     pub hub: Arc<SharedHub>,
-    /// Bytes of messages of the exchange that are being read, answered or written.
+    /// Bytes of messages of the exchange that pd-control reads, answers or writes now.
     pub exchanges: Arc<InFlight>,
-    /// Answers for people and scrapers that are being made or written.
+    /// Answers to people and scrapers that pd-control makes or writes now.
     pub views: Arc<InFlight>,
     /// Sets the log level; none: the log is not pd-control's own.
     pub log: Option<LogLevel>,

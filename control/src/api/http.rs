@@ -45,13 +45,13 @@ use crate::api::status;
 const DEFAULT_WAIT: Duration = Duration::from_secs(30);
 /// Longest time that a poll waits. Proxies cut longer requests.
 pub const MAX_WAIT: Duration = Duration::from_secs(60);
-/// Time limit for a message of the exchange to come. A filter gives up after a second.
+/// Time limit within which a message of the exchange must arrive. A filter gives up after a second.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
 /// Bytes that each message of the exchange counts for at least: its head and its task.
 const LEAST_HELD: usize = 16 << 10;
 /// Bytes that a waiting message counts for each Envoy that it names.
 const HELD_PER_ITEM: usize = 160;
-/// Why a message of the exchange is refused that is none.
+/// Answer to a body that is no message of the exchange.
 const NO_MESSAGE: (StatusCode, &str) = (StatusCode::BAD_REQUEST, "no message of the exchange");
 /// Longest body of `PUT /v1/log-level`, in bytes.
 const MAX_LEVEL_BYTES: usize = 1 << 10;
@@ -233,7 +233,7 @@ async fn exchanged(
     if length > MAX_MESSAGE_BYTES {
         return Err((StatusCode::PAYLOAD_TOO_LARGE, "the message is too large"));
     }
-    // The message, what it says, and what grows while it is read.
+    // The bytes of the message, its parsed form, and what grows while pd-control reads it.
     let mut held = app.exchanges.hold(host, length.saturating_mul(3).saturating_add(LEAST_HELD)).ok_or(busy)?;
     let body = timeout(READ_TIMEOUT, to_bytes(request.into_body(), length)).await;
     let body = body.map_err(|_| (StatusCode::REQUEST_TIMEOUT, "the message did not come in time"))?;

@@ -1,6 +1,6 @@
 //! Bounds what is in flight at a time, for all clients together and for each host.
 //!
-//! A host that takes all it may have leaves the rest to the others.
+//! A host at its bound leaves the rest to the other hosts.
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -39,14 +39,14 @@ const STOP_TIMEOUT: Duration = Duration::from_millis(800);
 /// Pause after a failed accept, such as for lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// What is served on an address.
+/// One address that pd-control serves.
 #[derive(Debug)]
 pub struct Serving {
-    /// What is spoken there.
+    /// Protocol of the address.
     pub protocol: Protocol,
     /// Certificate; none: no TLS.
     pub tls: Option<Arc<Tls>>,
-    /// What answers.
+    /// Routes of the address.
     pub router: Router,
     /// Connections open at a time; more are closed at once.
     pub max_connections: usize,
@@ -112,7 +112,7 @@ pub async fn serve(
     }
 }
 
-/// Answers what comes over one connection, until it ends.
+/// Answers the requests of one connection until it ends.
 async fn drive<S>(protocol: Protocol, stream: S, router: Router, watcher: Watcher) -> hyper::Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,

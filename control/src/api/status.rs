@@ -28,7 +28,7 @@ pub struct StatusView {
     pub source: String,
     /// Why the newest list is not in force or may be old; none: it is in force.
     pub degraded: Option<String>,
-    /// Who polls.
+    /// The last poll of every Envoy.
     pub filters: Vec<PollView>,
     /// The last report of every Envoy.
     pub gateways: Vec<GatewayView>,
@@ -87,7 +87,8 @@ pub struct EndpointView {
     pub pod: Option<String>,
     /// Whether the engine answers pd-control; none: pd-control does not ask it.
     pub answers: Option<bool>,
-    /// Why the engine does not answer pd-control, or answers less than asked, or how many Envoys avoid it, why, and since when.
+    /// Problem of the endpoint; none: there is none. It says why the engine does not answer pd-control, which answers are
+    /// missing, or how many Envoys ejected the endpoint, why, and since when.
     pub problem: Option<String>,
     /// Requests that wait in the engine; none: unknown, as all loads.
     pub waiting: Option<f64>,
@@ -153,11 +154,11 @@ pub fn view(app: &App) -> StatusView {
     }
 }
 
-/// How many Envoys avoid an endpoint, why, and since when; `None` where none does.
+/// How many Envoys ejected an endpoint, why, and since when; `None` where none did.
 fn avoided(gateways: &[GatewayView], address: &str) -> Option<String> {
     let count = gateways.iter().filter(|of| of.report.failing.iter().any(|it| it == address)).count();
     let ejected = gateways.iter().flat_map(|of| &of.report.ejected).filter(|it| it.address == address);
-    // A filter of an earlier build does not say why.
+    // A filter of an earlier build reports no reason.
     let first = ejected.min_by_key(|it| it.since_ms);
     let why = first.map(|it| format!(" since {}: it {}", time_of_day(it.since_ms), it.reason)).unwrap_or_default();
     (count > 0).then(|| format!("{count} of {} Envoys avoid it{why}", gateways.len()))

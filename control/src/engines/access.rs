@@ -19,7 +19,7 @@ use crate::access::token::Token;
 /// Time after which the token's file is read again: Kubernetes replaces files of Secrets within a minute or two.
 const MAX_AGE: Duration = Duration::from_secs(30);
 
-/// What the command line says of the engines.
+/// Options of the command line about access to engines.
 #[derive(Clone, Debug, Default)]
 pub struct EngineAccess {
     /// TLS; none: engines speak plain HTTP.
@@ -28,7 +28,7 @@ pub struct EngineAccess {
     pub token_file: Option<PathBuf>,
 }
 
-/// How engines are known over TLS.
+/// How pd-control verifies engines over TLS.
 #[derive(Clone, Debug, Default)]
 pub struct EngineTls {
     /// Certificates to trust, PEM; none: the system's.

@@ -21,35 +21,35 @@ const MAX_CACHE_TOKENS: u64 = 1_000_000_000;
 #[derive(Debug, Default)]
 pub struct Scrapes(RwLock<BTreeMap<SocketAddr, Scraped>>);
 
-/// An answer; or why there is none.
+/// An answer, or the reason why there is none.
 pub type Outcome = Result<Answer, String>;
 
-/// What an engine that works answers.
+/// Answer of a working engine to one scrape.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Answer {
-    /// Its metrics; none: it refused the question.
+    /// Its metrics; none: the engine refused the question.
     pub load: Option<EngineLoad>,
-    /// Its models; none: no answer to that question.
+    /// Its answer to the question for models; none: it gave none.
     pub models: Option<ModelsAnswer>,
-    /// That it wants other credentials, and what to do.
+    /// Set when the engine wants other credentials: what an operator should do.
     pub refusal: Option<String>,
 }
 
-/// What an answer changes.
+/// Effect of an answer.
 #[derive(Debug, Default)]
 pub struct Taken {
     /// The facts of all engines, where they may have changed.
     pub facts: Option<Facts>,
-    /// That the engine began to want other credentials.
+    /// Set when the engine began to want other credentials: what an operator should do.
     pub news: Option<String>,
 }
 
-/// What an engine answers to the question for its models.
+/// An engine's answer to the question for its models.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ModelsAnswer {
     /// Its models, sorted by name.
     Listed(Vec<ModelCard>),
-    /// That it tells none: for lack of credentials, or of the path.
+    /// No models: the engine wants other credentials, or has no such path.
     Unlisted,
 }
 
@@ -68,13 +68,13 @@ pub struct Scraped {
     pub failures: u32,
     /// Why the last request failed; none: it did not fail.
     pub error: Option<String>,
-    /// That it wants other credentials; none: it does not, or does not answer.
+    /// Set while the engine wants other credentials: what an operator should do.
     pub refusal: Option<String>,
     /// Requests sent to it.
     pub asked: u32,
-    /// How often its cache was seen to be cleared, other than by a start that it tells: its counters fell, or it slept.
+    /// Number of times that the engine's cache was cleared without a new start time: its counters fell, or it slept.
     pub clearings: u64,
-    /// When an answer last told of KV caches that were fetched after their lease.
+    /// Time of the last answer that counts new KV caches fetched after their lease.
     pub late_fetch: Option<Instant>,
 }
 
@@ -85,7 +85,7 @@ impl FromIterator<(SocketAddr, Scraped)> for Scrapes {
 }
 
 impl Scrapes {
-    /// What every engine said last.
+    /// The last answer of every engine.
     #[must_use]
     pub fn view(&self) -> BTreeMap<SocketAddr, Scraped> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
@@ -100,7 +100,7 @@ impl Scrapes {
         }
     }
 
-    /// When an engine last told of KV caches that were fetched after their lease.
+    /// Time of the engine's last answer that counts new KV caches fetched after their lease.
     #[must_use]
     pub fn late_fetch(&self, address: SocketAddr) -> Option<Instant> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).get(&address)?.late_fetch
@@ -144,7 +144,7 @@ impl Scraped {
 
     fn take_load(&mut self, load: EngineLoad) {
         let before = core::mem::replace(&mut self.load, load);
-        // A start that the engine tells names the cache itself.
+        // An engine with a start time names its cache by it.
         let fell = load.process_start.is_none() && has_risen(load.prefix_queries, before.prefix_queries);
         let slept = load.is_asleep && !before.is_asleep;
         self.clearings += u64::from(fell || slept);
@@ -158,7 +158,7 @@ impl Scraped {
         (self.fact(true), self.has_answered)
     }
 
-    /// What the engine's answers add to the list. `is_believed`: whether its silence counts.
+    /// What the engine's answers add to the list. `is_believed`: whether the engine counts as down when it does not answer.
     fn fact(&self, is_believed: bool) -> Fact {
         Fact {
             models: self.models.clone(),
@@ -170,15 +170,15 @@ impl Scraped {
         }
     }
 
-    /// Names the engine's prefix cache by the time at which its process started, in milliseconds, and by the number of
-    /// times that the cache was seen to be cleared. `None` before the first answer, and of an engine that tells neither.
+    /// Cache epoch of the engine: the time at which its process started, in milliseconds, plus the number of times that its
+    /// cache was cleared. `None` before the first answer, and for an engine whose metrics show neither.
     fn cache_epoch(&self) -> Option<u64> {
         let start = self.load.process_start.map(|seconds| (seconds.max(0.0) * 1e3) as u64);
         let start = start.or_else(|| self.load.prefix_queries.map(|_| 0))?;
         Some(start.saturating_add(self.clearings))
     }
 
-    /// What the engine's metrics tell of KV caches that were fetched too late, for some minutes after the last one.
+    /// Text about KV caches that were fetched too late, for some minutes after the last one; `None` otherwise.
     #[must_use]
     pub fn late_fetches(&self) -> Option<String> {
         let latest = self.late_fetch.filter(|latest| latest.elapsed() < LATE_FETCH_SHOWN)?;
@@ -286,7 +286,7 @@ mod tests {
             };
             loads.iter().map(&mut take).collect()
         };
-        // The process tells when it started.
+        // The metrics have the start of the process.
         let answers = [load(Some(5.0), 9.0, false), load(Some(5.0), 9.0, false), load(Some(7.5), 1.0, false)];
         assert_eq!(epochs(&answers), [5_000, 5_000, 7_500]);
         // It does not: its counters fall.

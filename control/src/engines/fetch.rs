@@ -30,7 +30,7 @@ struct Models {
     data: Vec<Model>,
 }
 
-/// A card as engines send it. What they do not have, or have in another form, is left out.
+/// A card as engines send it. Fields that are missing or have another form are left out.
 #[derive(Deserialize)]
 struct Model {
     id: String,
@@ -79,7 +79,7 @@ pub(super) async fn ask(reach: Arc<Reach>, address: SocketAddr) -> (SocketAddr, 
         Err(Fault::Refused(what)) => answer.refusal = Some(what),
         Ok(load) => answer.load = Some(load),
     }
-    // Without its models an engine is up all the same.
+    // An engine that does not list its models is up.
     match timeout(TIMEOUT, models_of(&reach, address)).await {
         Ok(Ok(models)) => answer.models = Some(models),
         Ok(Err(Fault::Refused(what))) => {

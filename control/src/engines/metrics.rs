@@ -73,7 +73,7 @@ impl EngineLoad {
     /// Whether the page had a metric of an engine.
     #[must_use]
     pub fn is_known(&self) -> bool {
-        // Every Python program tells when it started.
+        // The metrics of every Python program have its start time.
         Self { process_start: None, ..*self } != Self::default()
     }
 }

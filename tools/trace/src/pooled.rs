@@ -11,8 +11,13 @@ use crate::load::{Load, Pods, pooled_cache};
 use crate::outcome::Outcome;
 
 /// Runs a load through one queue before all prefill servers, or none, and one cache as large as all of theirs.
-pub(crate) fn pooled(load: &Load<'_>, is_at_once: bool, setup: &Setup<'_>, mut progress: impl FnMut()) -> Outcome {
-    let Setup { pods, timing, .. } = setup;
+pub(crate) fn pooled(
+    load: &Load<'_>,
+    is_at_once: bool,
+    pods: &Pods,
+    timing: &Timing,
+    mut progress: impl FnMut(),
+) -> Outcome {
     let mut cache = pooled_cache(pods);
     let mut free: BinaryHeap<Reverse<(Duration, usize)>> =
         (0..pods.prefill).map(|server| Reverse((Duration::ZERO, server))).collect();

@@ -110,7 +110,7 @@ fn extension<'a>(filter: &Value, route: &Object, all: &'a Manifests) -> Option<&
 fn check_path(change: Change<'_>, place: &Place<'_>, report: &mut Report) {
     let Change::Prefix(from, to) = change else {
         return report.fault(place.says(format!(
-            "changes the path after the filter has read it, and the filter can be told only of prefixes (ReplacePrefixMatch, \
+            "changes the path after the filter has read it, and the filter knows only prefixes of its path_prefixes (ReplacePrefixMatch, \
              config.{PREFIXES} and config.legs.path_prefix)"
         )));
     };

@@ -105,13 +105,13 @@ pub const KEYS: &[Entry] = &[
         "selectors[].models",
         "null",
         Values::Described("list of names"),
-        "Models, beside those that the engine tells. `null`: the pod's labels.",
+        "Models, beside those that the engine reports. `null`: the pod's labels.",
     ),
     entry(
         "selectors[].models_closed",
         "null",
         Values::OneOf(&["true", "false"]),
-        "Whether pd-control adds no model that the engine tells. `null`: `false`.",
+        "Whether pd-control adds no model that the engine reports. `null`: `false`.",
     ),
     entry(
         "selectors[].weight",

@@ -86,7 +86,7 @@ const OBJECT: Values = Values::Described("object");
 
 keys! {
     Revision "revision" r#""""#, Values::Described("text"),
-        "Text that an operator changes to tell roll-outs apart. The filter's log and pd-control's status page show it."
+        "Configuration revision: text that an operator changes with each roll-out. The filter's log and pd-control's status page show it."
     Cluster "cluster" r#""engines""#, NAME,
         "Envoy cluster of the prefill leg. One cluster over all engine servers usually carries both legs."
     BootstrapCluster "bootstrap_cluster" "null", NAME,
@@ -257,13 +257,13 @@ pub const ENDPOINT: &[Entry] = &[
         key: "models",
         default_value: "[]",
         values: Values::Described("up to 1,024 names of 1 to 256 bytes"),
-        meaning: "Models and adapters that the endpoint serves. pd-control adds those that the engine tells. `[]`, and the engine tells none: the endpoint is left out while a ready endpoint of its pool that does the same work (prefill, or decode and both) names its models; otherwise it serves every model of its pool, and models that no endpoint names.",
+        meaning: "Models and adapters that the endpoint serves. pd-control adds those that the engine reports. `[]`, and the engine reports none: the endpoint is left out while a ready endpoint of its pool that does the same work (prefill, or decode and both) names its models; otherwise it serves every model of its pool, and models that no endpoint names.",
     },
     Entry {
         key: "models_closed",
         default_value: "false",
         values: BOOLEAN,
-        meaning: "Whether `models` is complete. `true`: pd-control adds no model that the engine tells, and an endpoint with `[]` serves every model of its pool whatever others name.",
+        meaning: "Whether `models` is complete. `true`: pd-control adds no model that the engine reports, and an endpoint with `[]` serves every model of its pool whatever others name.",
     },
     Entry {
         key: "engine",

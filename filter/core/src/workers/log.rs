@@ -29,7 +29,7 @@ use crate::time::Monotonic;
 use crate::workers::event::Event;
 use crate::workers::inheritance::Inheritance;
 use crate::workers::ledger::WorkerLedger;
-use crate::workers::other::{HEAD_BYTES, OtherWorker, ledger_key, log_key};
+use crate::workers::other_worker::{HEAD_BYTES, OtherWorker, ledger_key, log_key};
 use crate::workers::recent::{DecisionRecord, Generation, MAX_DECISIONS};
 use crate::workers::shared::Shared;
 use crate::workers::slots::{SLOTS_KEY, WorkerSlot, slots, to_bytes};

@@ -17,7 +17,7 @@ pub(crate) struct Places {
     pub(crate) admin: Port,
     pub(crate) control: Port,
     pub(crate) control_options: Vec<String>,
-    directory: TempDir,
+    pub(crate) directory: TempDir,
 }
 
 impl Places {
