@@ -1,6 +1,8 @@
 //! AWS Neuron: the decode leg quotes the whole prefill answer.
 
-use super::protocol::{CachedTokensOf, Handover, LegAnswer, LegOrder, Protocol, no_members, no_cached_tokens_in_params};
+use super::protocol::{
+    CachedTokensOf, Handover, LegAnswer, LegOrder, Protocol, no_cached_tokens_in_params, no_members,
+};
 use crate::body::Api;
 
 pub(super) static PROTOCOL: Protocol = Protocol {

@@ -1,6 +1,6 @@
 //! TensorRT-LLM: parameters travel from the context answer to the generation request.
 
-use super::protocol::{Handover, LegAnswer, LegOrder, Pair, Protocol, no_members, no_cached_tokens_in_params};
+use super::protocol::{Handover, LegAnswer, LegOrder, Pair, Protocol, no_cached_tokens_in_params, no_members};
 use crate::body::json;
 use crate::body::{Api, Key, KeySet};
 

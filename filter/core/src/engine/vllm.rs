@@ -1,7 +1,7 @@
 //! vLLM: its NIXL connector, and connectors over shared storage.
 
 use super::protocol::{
-    CachedTokensOf, Handover, LegAnswer, LegOrder, Pair, Protocol, no_handover, no_members, no_cached_tokens_in_params,
+    CachedTokensOf, Handover, LegAnswer, LegOrder, Pair, Protocol, no_cached_tokens_in_params, no_handover, no_members,
 };
 use crate::body::Api;
 use crate::body::json::Object;
