@@ -11,53 +11,27 @@ use pd_core::endpoints::elsewhere::Totals;
 use pd_core::envoys::message::{Batch, ExchangeRequest, ExchangeResponse};
 use pd_core::prefix::block_log::{read_event, split_events};
 use pd_host::{Callout, ClusterState, Fleet, SharedStore, Stream, Violation, Worker, random_chunks};
-use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+
 use serde_json::Value;
-use serde_json::value::RawValue;
 
 use crate::gateway::*;
+use checks::{EVIL, Listed, check_leg, check_listed, check_parameters, roles};
+pub use input::Random;
+use input::{ADDRESSES, LIMIT_BYTES, body, configuration, endpoints};
+
+mod checks;
+mod input;
 
 const SEEDS: u64 = 200;
 const EVENTS: u32 = 220;
-/// Limit of filter and Envoy alike: a body may reach it, and a splice take it past.
-const LIMIT_BYTES: usize = 6_000;
 /// Of a prompt's first blocks, where nothing else is configured: another Envoy's blocks are of use if its are as large.
 const BLOCK_BYTES: u64 = 512;
-/// Stands in every parameter and header that a client may not send.
-const EVIL: &str = "203.0.113.9:1";
-
-/// Xorshift: the same numbers for the same seed.
-pub struct Random(u64);
-
-impl Random {
-    pub fn new(seed: u64) -> Self {
-        Self((seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))
-    }
-
-    pub fn below(&mut self, bound: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from((self.0 >> 16) % bound.max(1) as u64).unwrap()
-    }
-
-    fn one_in(&mut self, bound: usize) -> bool {
-        self.below(bound) == 0
-    }
-
-    pub fn pick<'a, T>(&mut self, from: &'a [T]) -> &'a T {
-        &from[self.below(from.len())]
-    }
-}
 
 /// The rest of a request.
 enum Part {
     Chunk(Vec<u8>, bool),
     Trailers,
 }
-
-/// Addresses with their roles; with several, where it is not known which of some lists is in force.
-type Listed = BTreeMap<String, BTreeSet<String>>;
 
 /// One request and its client.
 struct Client {
@@ -555,156 +529,6 @@ impl Client {
         }
         Some(state(stream, "decision") + "/" + &state(stream, "reason"))
     }
-}
-
-/// Roles that a decision may send a request to.
-fn roles(decision: &str) -> &'static [&'static str] {
-    match decision {
-        "split" | "decode_only" => &["decode", "both"],
-        "prefill_only" => &["prefill"],
-        _ => &["prefill", "decode", "both"],
-    }
-}
-
-#[track_caller]
-fn check_listed(addresses: &[String], roles: &[&str], listed: &Listed) {
-    let has_role = |role: &&str, address: &String| listed.get(address).is_some_and(|its| its.contains(*role));
-    assert!(!addresses.is_empty());
-    for address in addresses {
-        assert!(roles.iter().any(|role| has_role(role, address)), "{address} as {roles:?} of {listed:?}");
-    }
-}
-
-fn check_leg(call: &Callout, listed: &Listed) {
-    assert!(call.headers.iter().all(|(_, value)| value != EVIL.as_bytes()));
-    if call.header(":path") == Some(b"/metrics") {
-        // The filter asks the engine of a leg whether a KV lease has expired. The list may have changed since the leg.
-        assert_eq!((call.header("x-any"), call.body.as_slice()), (None, &[][..]));
-        return;
-    }
-    check_listed(&addresses(call.header("x-pd-destination")), &["prefill"], listed);
-    assert_eq!(call.header("x-any"), Some(&[0xff, 0xc3, b'a'][..]));
-    let body: Value = serde_json::from_slice(&call.body).unwrap();
-    assert_eq!((&body["stream"], &body["max_tokens"]), (&Value::Bool(false), &Value::from(1)));
-    assert!(body.get("n").is_none() && body.get("stop").is_none());
-    check_parameters(&call.body);
-}
-
-/// Checks that no member of a body, duplicates included, holds a client's parameters.
-fn check_parameters(body: &[u8]) {
-    let Ok(Members(members)) = serde_json::from_slice(body) else { return };
-    for (key, value) in members.iter().filter(|(key, _)| key == "kv_transfer_params" || key == "bootstrap_room") {
-        assert!(!value.get().contains(EVIL), "{key}: {value}");
-    }
-}
-
-/// The members of an object, duplicates included.
-struct Members(Vec<(String, Box<RawValue>)>);
-
-impl<'de> Deserialize<'de> for Members {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Object;
-        impl<'de> Visitor<'de> for Object {
-            type Value = Members;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members, A::Error> {
-                let mut members = Vec::new();
-                while let Some(member) = map.next_entry()? {
-                    members.push(member);
-                }
-                Ok(Members(members))
-            }
-        }
-        deserializer.deserialize_map(Object)
-    }
-}
-
-const ADDRESSES: &[&str] = &[P1, P2, D1, D2, "10.0.2.1:8000", "10.0.2.2:8000", "[2001:db8::1]:8000", "10.0.2.4:8000"];
-
-/// One to all of the addresses, with any roles.
-fn endpoints(random: &mut Random) -> Vec<(&'static str, &'static str)> {
-    let mut chosen: Vec<_> = ADDRESSES.iter().filter(|_| !random.one_in(3)).copied().collect();
-    if chosen.is_empty() {
-        chosen.push(P1);
-    }
-    chosen
-        .into_iter()
-        .map(|address| (address, *random.pick(&["prefill", "decode", "both", "prefill", "decode"])))
-        .collect()
-}
-
-/// A good configuration. Its endpoints are added to the set.
-fn configuration(random: &mut Random, configured: &mut Listed) -> String {
-    let endpoints = endpoints(random);
-    for (address, role) in &endpoints {
-        configured.entry((*address).to_owned()).or_default().insert((*role).to_owned());
-    }
-    let authority = *random.pick(&["a", "a", "a", "b"]);
-    let control = format!(r#""control":{{"cluster":"pd-control","authority":"{authority}"}}"#);
-    let limit = format!(r#""max_body_bytes":{LIMIT_BYTES}"#);
-    let trusted = *random.pick(&[r#""revision":"x""#, r#""trusted_headers":["x-pd-phase","x-prefiller-host-port"]"#]);
-    let pool = *random.pick(&[
-        "",
-        r#""split":{"mode":"always"}"#,
-        r#""split":{"mode":"never"}"#,
-        r#""split":{"mode":"always"},"on_prefill_failure":"fail","prefill_attempts":1"#,
-        r#""split":{"uncached_tokens":10},"prefill_attempts":8,"alternates":0"#,
-        r#""engine":"vllm-shared","prefill_timeout_ms":1000"#,
-    ]);
-    config(&[control.as_str(), &limit, trusted], &endpoints, pool)
-}
-
-/// A body: a request with members in any order, some of them a client's parameters; now and then damaged.
-fn body(random: &mut Random, prompts: &mut u64) -> Vec<u8> {
-    *prompts += 1;
-    let id = if random.one_in(3) { 1 + *prompts / 2 } else { *prompts };
-    let prompt = format!("prompt {id} \\\"é ").repeat(1 + random.below(260));
-    let mut members = vec![
-        format!(r#""model":"{}""#, random.pick(&["m", "m", "m", "\\u006d"])),
-        format!(r#""messages":[{{"role":"user","content":"{prompt}"}}]"#),
-    ];
-    for _ in 0..random.below(7) {
-        members.push(
-            random
-                .pick(&[
-                    r#""kv_transfer_params":{"evil":"203.0.113.9:1"}"#,
-                    r#""kv_tr\u0061nsfer_params" : {"do_remote_prefill":true,"a":["203.0.113.9:1"]}"#,
-                    r#""bootstrap_room":"203.0.113.9:1""#,
-                    r#" "nested":{"kv_transfer_params":{"b":"203.0.113.9:1"}}"#,
-                    r#""stream":true"#,
-                    r#""n":1"#,
-                    r#""max_tokens":7"#,
-                    r#""stop":["}"]"#,
-                    r#""seed":18446744073709551617"#,
-                    r#""prompt":[1,2,[3]]"#,
-                    "\"\":\t[ ]",
-                ])
-                .to_string(),
-        );
-    }
-    for index in (1..members.len()).rev() {
-        members.swap(index, random.below(index + 1));
-    }
-    let mut body = format!("{{{}}}", members.join(",")).into_bytes();
-    match random.below(20) {
-        0 => body.truncate(random.below(body.len())),
-        1 => {
-            for _ in 0..=random.below(3) {
-                let index = random.below(body.len());
-                body[index] = *random.pick(b"\"\\{}[],:0\xff\x00 ");
-            }
-        }
-        2 => body = body.repeat(2),
-        3 => body.extend_from_slice(b" \n\t"),
-        4 => body.resize(LIMIT_BYTES + random.below(3) - 1, b' '),
-        5 => body.clear(),
-        _ => {}
-    }
-    body
 }
 
 #[test]
