@@ -2,9 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use pd_core::wire::{
-    Endpoint, EndpointId, MAX_CARDS, ModelCard, Role, Snapshot, State, Stated, WIRE_VERSION, WireError,
-};
+use pd_core::wire::{Endpoint, EndpointId, MAX_CARDS, ModelCard, Role, Snapshot, State, Stated, WireError};
 
 /// A list that may be published.
 ///
@@ -24,16 +22,7 @@ impl EndpointList {
     /// The first [`WireError`] for which a filter would refuse the list.
     pub fn new(mut endpoints: Vec<Endpoint>) -> Result<Self, WireError> {
         endpoints.sort_by_key(Endpoint::id);
-        let snapshot = Snapshot {
-            wire: WIRE_VERSION,
-            epoch: String::new(),
-            version: 1,
-            base: None,
-            endpoints,
-            removed: Vec::new(),
-            models: Vec::new(),
-            stated: None,
-        };
+        let snapshot = Snapshot::whole("", 1, endpoints);
         snapshot.validate()?;
         Ok(Self { endpoints: snapshot.endpoints, ..Self::default() })
     }

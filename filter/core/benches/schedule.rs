@@ -13,7 +13,7 @@ use pd_core::prefix::index::PrefixIndex;
 use pd_core::request::upstream::Answerer;
 use pd_core::request::{Effect, Flow, PrefillAnswer, Request};
 use pd_core::time::Monotonic;
-use pd_core::wire::{Endpoint, Role, Snapshot, WIRE_VERSION};
+use pd_core::wire::{Endpoint, Role, Snapshot};
 use pd_core::workers::worker::Worker;
 
 fn main() {
@@ -88,16 +88,7 @@ fn worker(endpoints: u32, split: &str) -> Worker {
         Endpoint::new(address, if i.is_multiple_of(2) { Role::Prefill } else { Role::Decode })
     };
     let endpoints = (0..endpoints).map(endpoint).collect();
-    let snapshot = Snapshot {
-        wire: WIRE_VERSION,
-        epoch: "b".to_owned(),
-        version: 1,
-        base: None,
-        endpoints,
-        removed: Vec::new(),
-        models: Vec::new(),
-        stated: None,
-    };
+    let snapshot = Snapshot::whole("b", 1, endpoints);
     worker.apply(&snapshot.to_json()).expect("the snapshot is valid");
     worker
 }

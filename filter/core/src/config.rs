@@ -17,7 +17,7 @@ use hashbrown::HashMap;
 
 use crate::config::legs::Legs;
 use crate::paths::{is_inference, matches};
-use crate::wire::{Endpoint, Snapshot, Stated, Target, WIRE_VERSION};
+use crate::wire::{Endpoint, Snapshot, Stated, Target};
 
 pub use error::ConfigError;
 pub use pool::{Cost, LegLimit, Limits, MediaCost, OnPrefillFailure, Pool, Queue, Split};
@@ -203,16 +203,7 @@ impl Config {
     /// The configured endpoints as a snapshot that any list of `pd-control` replaces.
     #[must_use]
     pub fn static_snapshot(&self) -> Snapshot {
-        Snapshot {
-            wire: WIRE_VERSION,
-            epoch: STATIC_EPOCH.to_owned(),
-            version: 1,
-            base: None,
-            endpoints: self.endpoints.clone(),
-            removed: Vec::new(),
-            models: Vec::new(),
-            stated: None,
-        }
+        Snapshot::whole(STATIC_EPOCH, 1, self.endpoints.clone())
     }
 }
 

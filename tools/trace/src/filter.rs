@@ -14,7 +14,7 @@ use pd_core::headers::Headers;
 use pd_core::request::upstream::Answerer;
 use pd_core::request::{DECODE, Effect, Outcome, PrefillAnswer, Request};
 use pd_core::time::Monotonic;
-use pd_core::wire::{Endpoint, Role, Snapshot, WIRE_VERSION};
+use pd_core::wire::{Endpoint, Role, Snapshot};
 use pd_core::workers::log::WorkersLog;
 use pd_core::workers::push::TICK;
 use pd_core::workers::shared::Shared;
@@ -212,16 +212,7 @@ impl Filter {
         let of = |role| move |address: &SocketAddr| Endpoint::new(*address, role);
         let prefill = places.prefill.iter().map(of(Role::Prefill));
         let decode = places.decode.iter().map(of(Role::Decode));
-        let snapshot = Snapshot {
-            wire: WIRE_VERSION,
-            epoch: "sim".to_owned(),
-            version: 1,
-            base: None,
-            endpoints: prefill.chain(decode).collect(),
-            removed: Vec::new(),
-            models: Vec::new(),
-            stated: None,
-        };
+        let snapshot = Snapshot::whole("sim", 1, prefill.chain(decode).collect());
         let (mut states, mut logs) = (Vec::new(), Vec::new());
         let (gateways, workers) = (brains.count.max(1), brains.workers.max(1));
         let stores: Vec<_> = (0..gateways).map(|_| Store::default()).collect();

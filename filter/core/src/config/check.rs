@@ -12,7 +12,7 @@ use super::legs::Legs;
 use super::names::{check_header_name, check_name};
 use super::raw::{AnswerModel, CachedTokens, Raw, RawAlias, RawControl, RawPool, RawTarget, SplitMode};
 use super::{Alias, Config, Control, Cost, LegLimit, Limits, MediaCost, Pool, Prefix, Queue, Split, TRUSTABLE_HEADERS};
-use crate::wire::{Endpoint, Snapshot, Target, WIRE_VERSION, WireError, unknown_endpoint_key};
+use crate::wire::{Endpoint, Snapshot, Target, WireError, unknown_endpoint_key};
 
 impl Raw {
     /// Checks names of clusters, headers and paths.
@@ -237,16 +237,7 @@ fn check_endpoints(raw: Vec<Map<String, Value>>) -> Result<Vec<Endpoint>, Config
             .map_err(|error| ConfigError::new(&format!("endpoints[{i}]"), error))?;
         endpoints.push(endpoint);
     }
-    let snapshot = Snapshot {
-        wire: WIRE_VERSION,
-        epoch: String::new(),
-        version: 1,
-        base: None,
-        endpoints,
-        removed: Vec::new(),
-        models: Vec::new(),
-        stated: None,
-    };
+    let snapshot = Snapshot::whole("", 1, endpoints);
     snapshot.validate().map_err(|error: WireError| ConfigError::new("endpoints", error))?;
     Ok(snapshot.endpoints)
 }

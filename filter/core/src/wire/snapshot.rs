@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::card::ModelCard;
 use super::endpoint::Endpoint;
+use super::error::WIRE_VERSION;
 use super::stated::Stated;
 
 /// A list of endpoints, or what changed since an earlier one.
@@ -34,6 +35,21 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
+    /// A whole list of these endpoints, without models and without stated objectives and aliases. The list may be empty.
+    #[must_use]
+    pub fn whole(epoch: &str, version: u64, endpoints: Vec<Endpoint>) -> Self {
+        Self {
+            wire: WIRE_VERSION,
+            epoch: epoch.to_owned(),
+            version,
+            base: None,
+            endpoints,
+            removed: Vec::new(),
+            models: Vec::new(),
+            stated: None,
+        }
+    }
+
     /// The bytes that go over the wire.
     #[must_use]
     pub fn to_json(&self) -> Vec<u8> {
