@@ -253,7 +253,7 @@ pub fn resume_request() -> HostResult<()> {
     check(unsafe { abi::proxy_continue_stream(HTTP_REQUEST) })
 }
 
-/// Lets a response go on whose headers were held back. Call it as the last act of a callback.
+/// Resumes a response at its held headers. Call it as the last act of a callback.
 pub fn resume_response() -> HostResult<()> {
     const HTTP_RESPONSE: u32 = 1;
     // SAFETY: no pointers.

@@ -1,5 +1,5 @@
-//! The filter as Envoy loads it. It turns Envoy's callbacks into events of pd-core, and effects into host calls. pd-core
-//! takes every decision.
+//! The filter as Envoy loads it. It turns Envoy's callbacks into events of pd-core, and pd-core's effects into host calls.
+//! pd-core takes every decision.
 #![allow(missing_docs, reason = "the entry point that the SDK's macro makes has none")]
 
 mod host;

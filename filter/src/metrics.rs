@@ -1,4 +1,4 @@
-//! Metrics of the worker: Envoy's numbers of them, and the host's shared data, whose gauges and counter are metrics too.
+//! Metrics of the worker: Envoy's numbers of them. Also the host's shared data, because its counter and its gauges are metrics.
 
 use core::cell::OnceCell;
 use std::collections::BTreeMap;

@@ -36,8 +36,8 @@ impl Root {
         Self { id, shell: Rc::default(), poll: None, calls: Vec::new(), stream_calls: BTreeMap::new() }
     }
 
-    /// Passes its turn to one waiting request. One only: the host must not start a call and answer a client in the same
-    /// callback. Another callback follows where more of them wait.
+    /// Passes a turn to one waiting request. It is one only, because the host must not start a call and answer a client in the
+    /// same callback. If more requests wait, another callback follows.
     fn take_turn(&mut self) {
         let now = host::now();
         let (turn, waiting) = {
@@ -66,7 +66,7 @@ impl Root {
         }
     }
 
-    /// Does something for a stream in a callback of this context. `false`: the stream is gone.
+    /// Runs `act` for a stream in a callback of this context. `false`: the stream is gone.
     fn with_stream(&mut self, of: WaitingStream, act: impl FnOnce(&dyn WaitsForTurn)) -> bool {
         let Some(stream) = of.stream.upgrade() else { return false };
         if host::set_effective_context(of.context).is_err() {
@@ -163,7 +163,8 @@ impl Context for Root {
         self.start(poll);
     }
 
-    /// The root context ticks no more. Without this flush gauges that its last requests lowered would stay up.
+    /// Flushes the counts a last time: the root context ticks no more. Otherwise gauges would keep the counts of its last
+    /// requests.
     fn on_done(&mut self) -> bool {
         if let Ok(mut shell) = self.shell.try_borrow_mut() {
             shell.flush();

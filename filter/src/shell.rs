@@ -1,4 +1,4 @@
-//! What the root context and the streams of a worker share: core's parts, each with the host calls that it needs.
+//! The shell of a worker, which its root context and its streams share: core's parts, with the host calls that each needs.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -21,30 +21,30 @@ use crate::version::{BUILD, VERSION};
 use crate::waiting::WaitingStream;
 use crate::wake::WakeQueues;
 
-/// What the root context and the streams of a worker share.
+/// The parts of core at one worker, and the worker's access to the host.
 #[derive(Default)]
 pub struct Shell {
     /// State and configuration of the worker.
     pub worker: Worker,
-    /// How the endpoint list comes.
+    /// The push of the endpoint list.
     pub push: Push,
     log: WorkersLog,
     /// The exchange with other Envoys.
     pub exchange: ExchangeClient,
     /// Envoy's numbers of the metrics, and shared data.
     pub metrics: MetricIds,
-    /// When what is due.
+    /// Pace of the ticks.
     pub pace: Pace,
     /// Streams whose requests wait, by the request's number.
     pub waiting: BTreeMap<u64, WaitingStream>,
-    /// How workers are woken.
+    /// Queues that wake workers.
     pub wakes: WakeQueues,
     /// Whether the host could not wake this worker, so that its next tick takes a turn.
     pub is_turn_missed: bool,
 }
 
 impl Shell {
-    /// Applies what other workers learnt and decided. Call it before every decision.
+    /// Applies lists that other workers announced, and their events. Call it before every decision.
     pub fn catch_up(&mut self, now: Monotonic) {
         let announced = self.metrics.announced();
         let news = self.push.catch_up(&mut self.worker, &self.metrics, announced);
@@ -57,7 +57,7 @@ impl Shell {
         self.log.publish(&mut self.worker, &self.metrics, now);
     }
 
-    /// Wakes the workers for whose waiting requests there may be room. Call it when their events are published.
+    /// Wakes the workers that may have a turn. Call it after the events of this worker are published.
     pub fn wake_workers(&mut self) {
         let own = self.push.worker_id();
         let workers: Vec<u64> = self.worker.workers_to_wake().collect();
@@ -107,9 +107,9 @@ impl Shell {
         self.metrics.flush(&mut self.worker);
     }
 
-    /// Puts a configuration in force, or the last good one that a worker of this Envoy had.
+    /// Puts a configuration in force. If it is refused, the last good one of any worker of this Envoy is in force.
     pub fn configure(&mut self, text: &[u8]) {
-        // A variable that is no text has no part in a header either.
+        // A variable that is not UTF-8 cannot stand in a header.
         let text_of = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
         self.worker.environment = std::env::vars_os().filter_map(text_of).collect();
         let config = match self.worker.configure_or_last_good(text, &self.metrics) {

@@ -31,7 +31,7 @@ pub struct Stream {
 pub struct StreamContext(Rc<RefCell<Stream>>);
 
 impl StreamContext {
-    /// A request of which nothing has come yet.
+    /// A request before its first event.
     pub fn new(shell: Rc<RefCell<Shell>>, context: u32) -> Self {
         Self(Rc::new_cyclic(|own| {
             let (own, request) = (Weak::clone(own), Request::default());

@@ -5,12 +5,12 @@ use std::rc::Weak;
 use pd_core::time::Monotonic;
 use pd_core::workers::bind::Turn;
 
-/// What the root context does for a stream whose request waits. A trait, because every stream has the shell and the shell
+/// Calls of the root context to a stream whose request waits. It is a trait because every stream has the shell and the shell
 /// has these streams.
 pub trait WaitsForTurn {
-    /// It is the turn of the stream's request.
+    /// Passes a turn to the stream's request.
     fn turn(&self, turn: Turn, now: Monotonic);
-    /// A call of the stream ended.
+    /// Passes the end of a call to the stream.
     fn call_ended(&self, token: u32, num_headers: usize);
     /// The call whose end the stream waits for.
     fn call(&self) -> Option<u32>;

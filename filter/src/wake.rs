@@ -1,13 +1,13 @@
 //! Waking the workers of this Envoy, by one shared queue of the host for each worker slot.
 //!
-//! The host runs the callback of the root context that registered the queue last, on that context's thread. An item says
-//! nothing: the worker that is woken looks for itself.
+//! The host runs the callback of the root context that registered the queue last, on that context's thread. An item has no
+//! content: the woken worker looks for turns itself.
 
 use std::collections::BTreeMap;
 
 use crate::host;
 
-/// What an item holds. The host copies it, so it is short.
+/// Bytes of an item. The host copies them, so they are few.
 const ITEM: &[u8] = b"w";
 
 /// The queues of the worker slots.
@@ -21,7 +21,7 @@ pub struct WakeQueues {
 }
 
 impl WakeQueues {
-    /// This worker holds that slot from now on. Items of the slot's queue wake this root context.
+    /// Sets the slot of this worker. From now on items of the slot's queue wake this root context.
     pub fn hold(&mut self, slot: Option<usize>) {
         if self.own.map(|(slot, _)| slot) != slot {
             self.own = slot.and_then(|slot| Some((slot, host::register_queue(&name(slot)).ok()?)));

@@ -46,7 +46,7 @@ impl Default for SharedHub {
     }
 }
 
-/// The number by which other Envoys know an Envoy. Nobody can tell the Envoy's own number from it, and all replicas that have
+/// Public name of an Envoy. The Envoy's own number cannot be computed from it, and all replicas that have
 /// the same secret make the same one.
 fn public_name(secret: &[u8], gateway: u64) -> u64 {
     let digest = Sha256::new_with_prefix(secret).chain_update(gateway.to_le_bytes()).finalize();

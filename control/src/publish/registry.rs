@@ -147,7 +147,7 @@ impl Published {
     }
 
     /// The cards of the next version: those of before, what changed, and the names of models whose endpoints leave. When
-    /// they are too many, those that nobody serves any more and that changed first are dropped.
+    /// they are too many, those without an endpoint that changed first are dropped.
     fn next_cards(&self, step: &Step, list: &EndpointList) -> Cards {
         let mut cards = self.cards.clone();
         let version = self.version + 1;

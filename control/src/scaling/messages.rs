@@ -8,7 +8,7 @@ use prost::Message;
 /// Path of the gRPC service.
 pub const SERVICE: &str = "/externalscaler.ExternalScaler";
 
-/// Who asks, with the metadata of its trigger.
+/// The ScaledObject that asks, with the metadata of its trigger.
 #[derive(Clone, PartialEq, Message)]
 pub struct ScaledObjectRef {
     /// Name of the ScaledObject.
@@ -55,7 +55,7 @@ pub struct MetricSpec {
 /// Question of `GetMetrics`.
 #[derive(Clone, PartialEq, Message)]
 pub struct GetMetricsRequest {
-    /// Who asks.
+    /// The ScaledObject that asks.
     #[prost(message, optional, tag = "1")]
     pub scaled_object_ref: Option<ScaledObjectRef>,
     /// A name of `GetMetricSpec`.

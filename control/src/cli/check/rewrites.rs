@@ -1,4 +1,4 @@
-//! What a route changes of a request after the filter has seen it, and of which prefill legs, which pass no route, have nothing.
+//! Changes that a route makes to a request behind the filter. Prefill legs pass no route, so they lack these changes.
 
 use pd_core::config::Config;
 use pd_core::config::legs::{LegValue, Legs};
@@ -12,7 +12,7 @@ use crate::cli::manifests::{Manifests, Object, items, text};
 
 /// Begin of the values that the route takes from the filter itself.
 const OURS: &str = "%FILTER_STATE(wasm.pd.";
-/// The key that tells the filter what stands before the paths that it knows.
+/// The key with the prefixes that stand before the paths of inference APIs.
 const PREFIXES: &str = "path_prefixes";
 
 /// A part of a route that changes requests, and what is configured for prefill legs.

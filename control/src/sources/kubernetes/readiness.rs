@@ -8,7 +8,7 @@ use pd_core::wire::{Endpoint, EndpointId, State};
 use crate::list::role;
 use crate::sources::kubernetes::pod::{Pod, PodName};
 
-/// An endpoint, and whose it is.
+/// An endpoint and its pod.
 pub struct Owned<'a> {
     /// The pod.
     pub name: &'a PodName,

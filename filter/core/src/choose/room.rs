@@ -10,7 +10,7 @@ use crate::endpoints::endpoint_state::EndpointState;
 use crate::prefix::index::EndpointIndex;
 
 impl Scheduler<'_> {
-    /// Seconds until an endpoint is through with its work, for requests of which the oldest has `waited` so long.
+    /// Seconds until an endpoint has done its work; 0 or more. `waited` is the wait of the oldest waiting request.
     ///
     /// Work of other Envoys is reduced by `waited`: a request that has waited as long as that work takes gets an endpoint at
     /// which this Envoy has nothing in flight. Otherwise an Envoy that sees the end of its own legs at once would keep the

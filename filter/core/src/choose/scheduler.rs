@@ -7,7 +7,7 @@
 //! - **Decode**, in [`decode_profile`](super::decode_profile): the endpoint of the conversation, inside a load bound; else
 //!   the [cheapest](super::decode_cost) by assigned KV tokens and by the tokens to move.
 //! - **Split or whole**, in [`decider`](super::decider).
-//! - Ties and unseen prompts go by rendezvous hash, which every worker of every Envoy computes alike.
+//! - Ties and unseen prompts go by rendezvous hash, which is the same at every worker of every Envoy.
 //!
 //! Of many endpoints a choice compares a [shortlist](super::shortlist).
 

@@ -1,7 +1,7 @@
 //! Pairings: which prefill and decode endpoints can hand over to each other, and how much of the load each pairing takes.
 //!
 //! A hand-over needs endpoints of one engine, one group and one revision. While an engine is rolled out there are
-//! endpoints of two revisions, and the two sides of a revision rarely grow alike: a revision with three of four prefill
+//! endpoints of two revisions, and the two sides of a revision rarely grow together: a revision with three of four prefill
 //! endpoints and one of four decode endpoints can take a quarter of the load, whatever its prefill endpoints could do.
 //!
 //! The *share* of a pairing is therefore the smaller of two parts: its part of the weights of all prefill endpoints, and

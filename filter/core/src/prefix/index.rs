@@ -1,4 +1,4 @@
-//! The prefix index: which endpoint holds the KV cache of which blocks, learnt from what this worker and others sent where.
+//! The prefix index: which endpoint holds which blocks. It learns from the requests that this worker and others sent.
 //!
 //! Each endpoint has an LRU list of blocks, as long as the endpoint's cache. A prompt's blocks are touched from the last to
 //! the first, as vLLM frees them, so an endpoint that holds a block holds every block before it. The length of a match is

@@ -26,14 +26,14 @@ impl Assignment {
         Self { endpoint, tokens, own_prefill: None, new_blocks: Vec::new() }
     }
 
-    /// The prompt has been computed: its endpoint is alive, which all workers get to know.
+    /// Ends a prefill that an answer shows: all workers learn that its endpoint is alive.
     pub(super) fn own_prefill_answered(&mut self, worker: &mut Worker, now: Monotonic) {
         if let Some((endpoint, leg)) = self.own_prefill.take() {
             worker.prefill_answered(endpoint, leg, now);
         }
     }
 
-    /// The prompt will not be computed, or nobody knows whether it was.
+    /// Ends a prefill that will not happen, or of which no answer will come.
     pub(super) fn end_own_prefill(&mut self, worker: &mut Worker, now: Monotonic) {
         if let Some((endpoint, leg)) = self.own_prefill.take() {
             worker.prefill_ended(endpoint, leg, now);

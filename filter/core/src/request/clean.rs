@@ -1,4 +1,4 @@
-//! Bodies without a prompt: which model they name, and what goes on of them.
+//! Bodies without a prompt: which model they name, and which of their bytes go to the endpoint.
 
 use std::borrow::Cow;
 

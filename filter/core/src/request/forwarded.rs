@@ -1,4 +1,4 @@
-//! A request that an engine endpoint has: the endpoint that answers, and the prefill leg that may run beside it.
+//! The state Forwarded: an endpoint has the request. Its answer comes, and a prefill leg may run beside it.
 
 use std::sync::Arc;
 
@@ -22,10 +22,10 @@ use crate::time::Monotonic;
 use crate::wire::Role;
 use crate::workers::worker::Worker;
 
-/// What is known of an answer by who gave it.
+/// What follows from the host that gave an answer.
 #[derive(Debug, Default)]
 struct AnsweredBy {
-    /// For the operator.
+    /// Warnings for the operator.
     warnings: Vec<String>,
     /// Whether the client must not get the answer.
     may_not_answer: bool,
@@ -95,7 +95,7 @@ impl Forwarded {
         self.refuse_late(worker, Vec::new(), now)
     }
 
-    /// The answer may be wrong, and nothing of it has gone to the client.
+    /// Replies with an error in place of an answer that may be wrong. The client has no part of the answer yet.
     fn refuse_late(mut self: Box<Self>, worker: &mut Worker, mut effects: Vec<Effect>, now: Monotonic) -> Step {
         effects.extend(worker.answered_late(self.assignment.endpoint).map(Effect::Warn));
         self.end(worker, now);
@@ -205,9 +205,11 @@ impl Forwarded {
         }
     }
 
-    /// The request ends without a byte from its endpoint, by a limit of Envoy's or because the client left. Where the endpoint
-    /// has answered nothing since the request came, for as long as a prefill leg may take, and others of its pool and role
-    /// have answered, it hangs. What it waits for may be a prefill endpoint: where that is so for sure, it is not judged.
+    /// Judges the endpoint of a request that ended without a byte of an answer, by a limit of Envoy's or because the client left.
+    /// The endpoint counts as failed if
+    /// - it has answered nothing since the request came, for as long as a prefill leg may take,
+    /// - its peers have answered in that time,
+    /// - and no prefill leg runs beside this one, for which the endpoint may have waited.
     fn judge_silence(&self, worker: &mut Worker, now: Monotonic) {
         let endpoint = self.assignment.endpoint;
         let DecodeLeg { started, silent_after, .. } = self.decode_leg;
@@ -245,8 +247,8 @@ impl Forwarded {
         }
     }
 
-    /// A host answered that the filter did not name: Envoy's cluster lacks all that it named. An endpoint of the list shows
-    /// that for sure; a host outside of the list may be an endpoint that left it.
+    /// A host answered that the filter did not name. If the host is in the list, Envoy's cluster lacks all endpoints that the
+    /// filter named. A host outside of the list may be an endpoint that left the list.
     fn answered_by_other(&mut self, worker: &mut Worker, address: &[u8], now: Monotonic) -> AnsweredBy {
         let table = &mut worker.state.table;
         let named: Vec<_> = self.order().collect();
@@ -282,7 +284,7 @@ impl Forwarded {
         })
     }
 
-    /// Envoy went on to `reached`: it could not connect to the endpoints before, for it tries another one after nothing else.
+    /// Envoy went on to `reached`, which it does only if it cannot connect. So the endpoints before `reached` failed.
     fn fail_before(&self, worker: &mut Worker, reached: EndpointRef, now: Monotonic) {
         for endpoint in self.order().take_while(|endpoint| *endpoint != reached) {
             worker.failed_to_connect(endpoint, now);
@@ -347,7 +349,7 @@ impl Forwarded {
     }
 }
 
-/// The header that says who served the request.
+/// The header that names the endpoint that served the request.
 pub(super) fn served_by(answerer: Answerer<'_>) -> Option<Effect> {
     let upstream = core::str::from_utf8(answerer.host()?).ok()?;
     Some(Effect::AddResponseHeader(SERVED_HEADER, upstream.to_owned()))

@@ -27,7 +27,7 @@ pub enum PrefillAnswer<'a> {
     Answered {
         /// HTTP status.
         status: u16,
-        /// `content-type`; `None` where the answer has none, or where the shell knows that nobody reads it (status 200).
+        /// `content-type`; `None` where the answer has none, or where the shell leaves it out because core does not read it (status 200).
         content_type: Option<&'a [u8]>,
         /// Body.
         body: &'a [u8],
@@ -93,7 +93,7 @@ pub(super) fn with_pair<T: Default>(
     make(&Pair { bootstrap: state.bootstrap, rank: state.endpoint.rank, engine_id, id, batch: parsed.batch })
 }
 
-/// What is known of a prefill leg that ended.
+/// Facts of a prefill leg that ended.
 #[derive(Debug)]
 pub(super) struct LegEnd {
     /// Seconds that the endpoint spent on it, where known.

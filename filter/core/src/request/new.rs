@@ -1,4 +1,4 @@
-//! A request whose headers come: they are classified, and freed of those that steer the filter.
+//! The state New: the filter classifies the headers, and strips those that steer the filter.
 
 use core::ops::Range;
 use std::borrow::Cow;

@@ -1,4 +1,4 @@
-//! A request for which no endpoint is ready, which waits until there is one.
+//! The state Parked: no endpoint is ready for the request, which waits until one is.
 
 use super::effect::Flow;
 use super::state::{Parked, Reading, State};

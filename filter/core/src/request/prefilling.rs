@@ -1,4 +1,4 @@
-//! A request that waits for its prefill leg: the leg's end, another try, and the way on.
+//! The state Prefilling: the end of the prefill leg, another try, and the decode leg.
 
 use super::effect::Effect;
 use super::leg::{Fault, LegEnd, PrefillAnswer, abandon, engines_reply, leg_ended, refused_alone};
@@ -96,7 +96,7 @@ impl Prefilling {
         Ok(Step::answer(refusal))
     }
 
-    /// The stream ended: nobody waits for the leg any more.
+    /// Takes back what was counted for the leg: the stream ended, so its answer will not be read.
     pub(super) fn end(&self, worker: &mut Worker, now: Monotonic) {
         if let Some(leg) = self.leg {
             abandon(worker, self.prefiller.endpoint, leg, now);

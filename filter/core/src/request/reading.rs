@@ -1,4 +1,4 @@
-//! A request whose headers are there and whose body is not complete.
+//! The state Reading: the headers have come, the body is not complete.
 
 use super::clean::ReadBody;
 use super::effect::Effect;

@@ -44,13 +44,13 @@ pub(super) struct Route {
     pub(super) reason: &'static str,
     pub(super) pick: Pick,
     pub(super) alternates: Vec<EndpointIndex>,
-    /// Who computes the prompt.
+    /// Where the prompt is computed.
     pub(super) prefill: Prefill,
     /// How the client's body becomes this leg's.
     pub(super) edit: HeadEdit,
 }
 
-/// Who computes a prompt.
+/// Where a prompt is computed.
 #[derive(Debug)]
 pub(super) enum Prefill {
     /// The endpoint that generates.

@@ -28,7 +28,7 @@ enum Legs {
     Two(Pick),
 }
 
-/// Serves a request whose body was there at `arrival`, and explains the choice to a caller who is trusted to ask.
+/// Serves a request whose body was complete at `arrival`. Where a trusted header asks for it, explains the choice.
 pub(super) fn serve(
     worker: &mut Worker,
     parsed: ParsedRequest,

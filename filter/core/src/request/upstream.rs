@@ -1,6 +1,6 @@
-//! Who answered a request: an engine, or Envoy itself, and whether an engine is to blame for Envoy's answer.
+//! The answerer of a request: an engine, or Envoy itself. For an answer of Envoy it says whether an endpoint failed.
 
-/// Who answered.
+/// The answerer of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answerer<'a> {
     /// The host of this address, `ip:port`, with whatever status.
@@ -30,7 +30,7 @@ const FAILED_ATTEMPT: &[u8] = b"upstream_reset_before_response_started{";
 /// Reasons in these braces that are Envoy's own. Envoy did not send the request, or ended it by a limit of its own.
 const OWN_REASONS: [&[u8]; 4] = [b"overflow", b"no_healthy_upstream", b"upstream_per_try_timeout", b"overload_manager"];
 
-/// The host's properties of an answer, from which [`answerer`](Self::answerer) concludes who gave it.
+/// The host's properties of an answer, from which [`answerer`](Self::answerer) finds its answerer.
 ///
 /// For an error of its own, Envoy names the host that it tried last. So for errors the details count. They are read for errors
 /// only.
@@ -41,7 +41,7 @@ pub struct AnswerSource {
 }
 
 impl AnswerSource {
-    /// Reads what matters for an answer of that status; `None` where the answer has no valid one.
+    /// Reads the properties that matter for an answer with that status; `None`: the answer has no valid status.
     pub fn read(
         status: Option<u16>,
         code_details: impl FnOnce() -> Option<Vec<u8>>,
@@ -51,7 +51,7 @@ impl AnswerSource {
         Self { code_details: if is_error { code_details() } else { None }, address: address() }
     }
 
-    /// Who answered. An error without details is the host's: such an Envoy is believed.
+    /// The answerer. An error without details counts as the host's.
     #[must_use]
     pub fn answerer(&self) -> Answerer<'_> {
         let address = self.address.as_deref();

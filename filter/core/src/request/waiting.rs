@@ -1,4 +1,4 @@
-//! A request that waits until a prefill endpoint has room for it.
+//! The state Waiting: the request waits until a prefill endpoint has room for it.
 
 use super::effect::{Effect, Flow, WAIT_MS};
 use super::parsed::{ParsedRequest, ScannedBody};

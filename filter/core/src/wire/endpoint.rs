@@ -200,7 +200,7 @@ impl Endpoint {
         EndpointId { address: self.address, rank: self.rank }
     }
 
-    /// Whether it says of which length prompts should be.
+    /// Whether it has a bound for the length of prompts.
     #[must_use]
     pub fn has_prompt_bounds(&self) -> bool {
         self.min_prompt_tokens.is_some() || self.max_prompt_tokens.is_some()

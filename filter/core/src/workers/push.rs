@@ -232,7 +232,8 @@ impl Push {
         })
     }
 
-    /// Takes or renews the lease. A younger worker whose configuration differs takes it from an older one, which drains.
+    /// Takes or renews the lease; returns whether this worker holds it. A younger worker with another `control` takes the lease
+    /// from an older worker, because the older one drains.
     fn take_lease(&self, shared: &impl Shared, now: Monotonic) -> bool {
         let until = now.saturating_add(LEASE);
         let current = shared.get(LEASE_KEY);

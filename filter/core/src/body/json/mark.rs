@@ -1,5 +1,4 @@
-//! Marks: where the scan met a member whose name is one of media. What the member's value is, [`media`](crate::body::media)
-//! finds out.
+//! Marks: the places of members whose names are names of media. [`media`](crate::body::media) then reads their values.
 
 /// Most payloads of one body; those behind count as text.
 pub const MAX_MEDIA: usize = 1_024;
