@@ -198,7 +198,7 @@ keys! {
     PoolsBytesPerToken "pools.NAME.bytes_per_token" "4.0", Values::between(0.5, 64.0, "bytes"),
         "Bytes of JSON per prompt token, for estimates of prompt lengths."
     PoolsMediaPixelsPerToken "pools.NAME.media.pixels_per_token" "784.0", Values::between(1.0, 1e6, "pixels"),
-        "Pixels per token of an image whose size its data tells (PNG, JPEG, GIF, WebP). The filter counts media in prompts by themselves, not as text, and adapts these estimates with `fit` by a factor of at most 16."
+        "Pixels per token of an image whose data has its size (PNG, JPEG, GIF, WebP). The filter counts media in prompts by themselves, not as text, and adapts these estimates with `fit` by a factor of at most 16."
     PoolsMediaImageTokens "pools.NAME.media.image_tokens" "1024.0", Values::between(1.0, 1e6, "tokens"),
         "Tokens of any other image: one at an address, or in another format."
     PoolsMediaAudioTokens "pools.NAME.media.audio_tokens" "768.0", Values::between(1.0, 1e6, "tokens"),
