@@ -165,7 +165,7 @@ impl WorkersLog {
     /// Whether no other worker of this Envoy can get a request. Envoy runs a VM on each worker thread and one on its main
     /// thread, which no request reaches: with one worker thread there are two VMs. Events then wait for the tick.
     fn serves_alone(&self) -> bool {
-        self.peers.len() <= 1
+        self.others.len() <= 1
     }
 
     fn write_now(&mut self, worker: &mut Worker, shared: &impl Shared, now: Monotonic) {
