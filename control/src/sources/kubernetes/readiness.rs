@@ -58,8 +58,8 @@ impl Readiness {
                 continue;
             }
             lines.push(format!(
-                "{} of {known} {role} endpoints of pool {pool} are unready index once. They count as busy and stay in the \
-                 list. If requests wait, add servers; if they fail, look index the engines' readiness probes",
+                "{} of {known} {role} endpoints of pool {pool} are unready at once. They count as busy and stay in the \
+                 list. If requests wait, add servers; if they fail, look at the engines' readiness probes",
                 busy.len()
             ));
             for index in busy {
