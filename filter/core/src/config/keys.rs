@@ -108,7 +108,7 @@ keys! {
     Endpoints "endpoints" "[]", Values::Described("list of [endpoints](#endpoints)"),
         "Endpoints that serve until pd-control has answered, or for good where `control` is `null`."
     TrustedHeaders "trusted_headers" "[]", Values::Described("list of `x-pd-phase`, `x-prefiller-host-port`, `x-pd-explain`, `x-gateway-destination-endpoint-subset`, `test-epp-endpoint-selection`"),
-        "Headers that a client may set. The filter removes the others."
+        "Headers that a client may set. The filter strips each of these headers that the list does not name."
     AllowedPaths "allowed_paths" "[]", Values::Described("list of paths without a query; a path that ends in `/*` stands for all paths below it"),
         "Paths that a client may reach beside [those of inference APIs](#paths). Requests to other paths get 404, because engines serve their administration on the same port."
     PathPrefixes "path_prefixes" "[]", Values::Described("list of paths such as `/team`, without a slash at the end"),
@@ -122,7 +122,7 @@ keys! {
     Upgrades "upgrades" "false", BOOLEAN,
         "Whether requests that ask for another protocol, such as the WebSockets of `/v1/realtime`, go to an endpoint of the model that their query names. [Envoy must be set up for it](#upgrades-and-compressed-bodies). `false`: they get 501."
     SessionHeaders "session_headers" r#"["x-session-id", "x-claude-code-session-id", "x-session-affinity", "session-id", "session_id", "x-opencode-session", "x-qwen-code-session-id", "agent-session-id", "x-kilocode-taskid", "x-client-session-id", "x-amp-thread-id", "x-task-id", "x-roo-task-id", "x-openwebui-chat-id", "x-litellm-session-id", "x-litellm-trace-id", "x-interaction-id"]"#, Values::Described("list of header names in lower case"),
-        "Headers that name a client's session. The first header that the request has counts. The filter sends a session's prompts to the endpoint that served the session last, until too much work waits there; of the requests that one endpoint serves whole, too. The defaults are the [headers of well-known clients](headers-and-access-log.md#sessions-of-well-known-clients). Envoy must let names with `_` through (`headers_with_underscores_action`)."
+        "Headers that name a client's session. The first header that the request has counts. The filter sends a session's requests, split or whole, to the endpoint that served the session last, until too much work waits at that endpoint. The defaults are the [headers of well-known clients](headers-and-access-log.md#sessions-of-well-known-clients). Envoy must let names with `_` through (`headers_with_underscores_action`)."
     SessionCookies "session_cookies" "[]", Values::Described("list of cookie names"),
         "Cookies that name a client's session where no header of `session_headers` does. The first cookie that the request has counts. The filter sets no cookie."
     MaxBodyBytes "max_body_bytes" "16777216", Values::between(1_024.0, 1_073_741_824.0, "bytes"),
@@ -156,7 +156,7 @@ keys! {
     PoolsPrefillTimeoutMs "pools.NAME.prefill_timeout_ms" "60000", Values::between(1.0, 3_600_000.0, "ms"),
         "Time limit of one prefill leg, where `prefill_timeout_factor` does not give a longer one."
     PoolsPrefillTimeoutFactor "pools.NAME.prefill_timeout_factor" "4.0", Values::between(1.0, 1_000.0, ""),
-        "A prefill leg may take this many times what the filter expects for the work ahead of it and its own prompt, if that is longer than `prefill_timeout_ms`; an hour at most."
+        "Factor on the time that the filter expects for the work ahead of a prefill leg and for its own prompt. The leg may take the product, if that is longer than `prefill_timeout_ms`; an hour at most."
     PoolsBootstrapPort "pools.NAME.bootstrap_port" "8998", Values::between(1.0, 65_535.0, ""),
         "Port of a prefill server's bootstrap server (SGLang, Mooncake) where the endpoint does not give one."
     PoolsAlternates "pools.NAME.alternates" "2", Values::between(0.0, 4.0, "endpoints"),
@@ -164,7 +164,7 @@ keys! {
     PoolsMaxRequests "pools.NAME.max_requests" "0", Values::Described("requests; 0: no limit"),
         "Limit of requests in flight at this Envoy, all workers together. Above it requests get 429. From 80 % of the limit on, sheddable requests and requests beyond a fair share get 429."
     PoolsMaxTokens "pools.NAME.max_tokens" "0", Values::Described("tokens; 0: no limit"),
-        "The same limit for KV tokens in flight: prompts and expected output. A pool with nothing in flight takes any request."
+        "Limit of KV tokens in flight at this Envoy, all workers together: prompts and expected output. Above it requests get 429, and from 80 % of it on, as for `max_requests`. A pool with nothing in flight takes any request."
     PoolsQueueEnabled "pools.NAME.queue.enabled" "false", BOOLEAN,
         "Whether requests that are to be split wait in the gateway until a prefill endpoint has room, and go to an endpoint only then. Requests for engines that want both legs at once (SGLang, Mooncake) do not wait."
     PoolsQueueLeadMs "pools.NAME.queue.lead_ms" "20", Values::between(1.0, 60_000.0, "ms"),
@@ -188,11 +188,11 @@ keys! {
     PoolsFit "pools.NAME.fit" "true", BOOLEAN,
         "Whether the filter adapts `cost` (by a factor of at most 10) and `bytes_per_token` (of at most 4) to the times and token counts of its prefill legs."
     PoolsAffinityWeight "pools.NAME.affinity_weight" "null", Values::between(0.0, 100.0, ""),
-        "Weight of a second of the prompt's own prefill against a second of waiting work: w in W + w·S. A larger value keeps prompts on the endpoint that holds their prefix for longer. `null`: the weight follows the load: 1, and 1 more for each prompt that is in flight at the endpoint, and for each that is at an endpoint on average."
+        "Weight of a second of the prompt's own prefill against a second of waiting work: w in W + w·S. A larger value keeps prompts on the endpoint that holds their prefix for longer. `null`: the weight follows the load: 1 + the number of prompts in flight at the endpoint + the mean of that number over the endpoints."
     PoolsRendezvousShare "pools.NAME.rendezvous_share" "null", Values::between(0.0, 1.0, ""),
         "Share of an unseen prompt that the filter assumes cached at the prompt's rendezvous endpoint, where every Envoy would send it. `null`: 0.6 times the share of the other Envoys that do not exchange, so 0 while all Envoys exchange."
     PoolsDecodeStay "pools.NAME.decode_stay" "2.0", Values::between(0.0, 100.0, ""),
-        "A conversation keeps the decode endpoint that served its session last, or that holds half of its prompt, while that endpoint has at most this many times the prompt's tokens more assigned than the least loaded one. Its KV cache then moves once and not at each turn. 0: each turn goes to the cheapest endpoint by assigned tokens and tokens to move."
+        "A conversation keeps the decode endpoint that served its session last, or that holds half of its prompt, while that endpoint has at most this many times the prompt's tokens more assigned than the least loaded one. The KV cache of the conversation then moves once and not with each request. 0: each request goes to the cheapest endpoint by assigned tokens and tokens to move."
     PoolsCacheTokens "pools.NAME.cache_tokens" "500000", Values::between(0.0, 1e9, "tokens"),
         "Size of an endpoint's prefix cache where neither the endpoint nor its engine gives one."
     PoolsBytesPerToken "pools.NAME.bytes_per_token" "4.0", Values::between(0.5, 64.0, "bytes"),
@@ -200,7 +200,7 @@ keys! {
     PoolsMediaPixelsPerToken "pools.NAME.media.pixels_per_token" "784.0", Values::between(1.0, 1e6, "pixels"),
         "Pixels per token of an image whose data has its size (PNG, JPEG, GIF, WebP). The filter counts media in prompts by themselves, not as text, and adapts these estimates with `fit` by a factor of at most 16."
     PoolsMediaImageTokens "pools.NAME.media.image_tokens" "1024.0", Values::between(1.0, 1e6, "tokens"),
-        "Tokens of any other image: one at an address, or in another format."
+        "Tokens of an image whose data does not have its size: an image at an address, or in a format other than PNG, JPEG, GIF and WebP."
     PoolsMediaAudioTokens "pools.NAME.media.audio_tokens" "768.0", Values::between(1.0, 1e6, "tokens"),
         "Tokens of a sound."
     PoolsMediaVideoTokens "pools.NAME.media.video_tokens" "4096.0", Values::between(1.0, 1e6, "tokens"),
@@ -257,7 +257,7 @@ pub const ENDPOINT: &[Entry] = &[
         key: "models",
         default_value: "[]",
         values: Values::Described("up to 1,024 names of 1 to 256 bytes"),
-        meaning: "Models and adapters that the endpoint serves. pd-control adds those that the engine reports. `[]`, and the engine reports none: the endpoint is left out while a ready endpoint of its pool that does the same work (prefill, or decode and both) names its models; otherwise it serves every model of its pool, and models that no endpoint names.",
+        meaning: "Models and adapters that the endpoint serves. pd-control adds those that the engine reports. If both name none, the filter leaves the endpoint out while a ready endpoint of its pool that does the same work (prefill, or decode and both) names its models. Without such an endpoint, this one serves every model of its pool, and models that no endpoint names.",
     },
     Entry {
         key: "models_closed",
@@ -311,7 +311,7 @@ pub const ENDPOINT: &[Entry] = &[
         key: "max_prompt_tokens",
         default_value: "null",
         values: Values::Described("tokens, not below `min_prompt_tokens`"),
-        meaning: "The same for longer prompts. `null`: no bound.",
+        meaning: "Longer prompts (estimated tokens) go to other endpoints while one of them takes such a length. The bound applies to each leg by itself. `null`: no bound.",
     },
     Entry {
         key: "state",
