@@ -144,7 +144,7 @@ impl Collector for PodsCollector {
             let is_up = watch.is_listed && watch.problem.is_none();
             ConstGauge::new(i64::from(is_up)).encode(family.encode_family(&[("watch", watch.name.as_str())])?)?;
         }
-        let help = "1 for each pod that is left out because it says something wrong; the log says what";
+        let help = "1 for each pod that pd-control refused; the log has the reason";
         let mut family = encoder.encode_descriptor("pod_refused", help, None, MetricType::Gauge)?;
         for pod in view.refused.keys() {
             let labels = [("namespace", pod.namespace.as_str()), ("pod", pod.name.as_str())];

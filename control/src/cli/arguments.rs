@@ -152,8 +152,8 @@ pub(super) struct ServeArgs {
     /// PD_CONTROL_OPERATOR_TOKEN, if set; else the token of the filters]
     #[arg(long, value_name = "NAME")]
     operator_token_env: Option<String>,
-    /// Environment variable with the bearer token that replicas send each other. Only with it, a client speaks for
-    /// Envoys other than itself [default: PD_CONTROL_PEERS_TOKEN, if set; else the token of the filters]
+    /// Environment variable with the bearer token that replicas send each other. Only a client with this token may send
+    /// records of other Envoys [default: PD_CONTROL_PEERS_TOKEN, if set; else the token of the filters]
     #[arg(long, value_name = "NAME")]
     peers_token_env: Option<String>,
     /// Log level: error, warn, info, debug, trace, or a filter such as info,pd_control=debug

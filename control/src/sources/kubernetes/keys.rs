@@ -47,7 +47,7 @@ pub const KEYS: &[Entry] = &[
         "inference_objects",
         "[]",
         Values::Described("list of `llm-d.ai`, `inference.networking.x-k8s.io`"),
-        "API groups whose InferenceObjectives and InferenceModelRewrites pd-control follows. With `inference_pools` only objects of those pools count. The plugin configuration's `objectives` and `models` come first.",
+        "API groups whose InferenceObjectives and InferenceModelRewrites pd-control follows. With `inference_pools` only objects of those pools count. For a name that the plugin configuration's `objectives` or `models` have, the plugin configuration counts.",
     ),
     entry(
         "revision",
@@ -59,7 +59,7 @@ pub const KEYS: &[Entry] = &[
         "selectors",
         "[]",
         Values::Described("list of objects"),
-        "Selectors of one's own. The first one that matches a pod describes it. Pods that no selector matches are described by InferencePools, then by labels.",
+        "Selectors of the operator. The first selector that matches a pod gives the values of its endpoints. If no selector matches, the first InferencePool that selects the pod does, else the pod's labels.",
     ),
     entry(
         "selectors[].match",
