@@ -1,10 +1,14 @@
-//! Prompts without what does not reach the model, for block hashes.
+//! Removes from a prompt, before it is hashed, the parts that do not reach the model: marks, and Claude Code's own
+//! line.
 //!
-//! Clients mark how far a provider should cache a prompt by a member `cache_control` (Anthropic's, LiteLLM's on every API) or
-//! `prompt_cache_breakpoint` (OpenAI's), and the mark moves with each turn. Engines ignore it, so two prompts that differ in their marks only are one prompt to an engine's prefix cache. A mark needs
-//! a content part to stand in: agents write the text that they mark as a list of one part, and the same text as a plain
-//! string in the next turn. Claude Code also puts a line of its own into the system text, with a hash of each request; vLLM
-//! leaves that out (`vllm#36829`).
+//! - A mark says how far a provider should cache a prompt. It is a member `cache_control` (Anthropic's API, LiteLLM on
+//!   every API) or `prompt_cache_breakpoint` (OpenAI's API), and stands at another place in each request of a
+//!   conversation. Engines ignore marks, so an engine's prefix cache does not tell apart two prompts that differ only
+//!   in their marks.
+//! - A mark must stand in a content part. Agents therefore write a text with a mark as a list of one part, and the same
+//!   text as a plain string in the next request.
+//! - Claude Code puts a line of its own into the system text, with a hash of the request. vLLM leaves this line out
+//!   (`vllm#36829`).
 
 use std::borrow::Cow;
 

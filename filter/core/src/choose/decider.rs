@@ -70,8 +70,8 @@ impl WholeReason {
     }
 }
 
-/// KV tokens by which a decode endpoint may exceed the least loaded one and still get a request whose prefix it holds:
-/// about the KV cache of one long prompt.
+/// KV tokens by which a decode endpoint may exceed twice the load of the least loaded one and still get a request whose
+/// prefix it holds: about the KV cache of one long prompt.
 pub(super) const AFFINITY_SLACK_TOKENS: f64 = 32_768.0;
 
 impl Scheduler<'_> {

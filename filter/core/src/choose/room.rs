@@ -12,9 +12,9 @@ use crate::prefix::index::EndpointIndex;
 impl Scheduler<'_> {
     /// Seconds until an endpoint has done its work; 0 or more. `waited` is the wait of the oldest waiting request.
     ///
-    /// Work of other Envoys is reduced by `waited`: a request that has waited as long as that work takes gets an endpoint at
-    /// which this Envoy has nothing in flight. Otherwise an Envoy that sees the end of its own legs at once would keep the
-    /// endpoint for itself.
+    /// `waited` is subtracted from the work of other Envoys. An Envoy learns of the end of its own legs first, so
+    /// without the subtraction one Envoy could always bind its own requests first. With it, a request that has waited
+    /// as long as that work takes gets an endpoint at which this Envoy has nothing in flight.
     #[must_use]
     pub(crate) fn seconds_left(&self, state: &EndpointState, waited: Duration) -> f64 {
         state.own_seconds_left(self.now) + (state.elsewhere_seconds() - waited.as_secs_f64()).max(0.0)

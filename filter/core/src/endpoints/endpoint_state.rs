@@ -30,8 +30,8 @@ pub struct EndpointState {
     pub engine_id: Option<Arc<[u8]>>,
     /// Whether the endpoint's last prefill answer had no usable KV parameters.
     pub is_kv_missing: bool,
-    /// Answers that must show a KV cache that came before the filter believes hand-overs to this endpoint again; 0: it
-    /// believes them. An answer that shows a prompt computed twice sets it.
+    /// Number of further answers with a KV cache that arrived, until the filter trusts hand-overs to this endpoint
+    /// again; 0: the filter trusts them. An answer that shows a prompt computed twice sets the number.
     pub kv_doubts: u8,
     /// KV leases that this prefill endpoint let expire since it started, by its last scrape.
     pub(crate) expired_kv_leases: f64,

@@ -18,8 +18,9 @@ use crate::wire::Engine;
 
 /// Pairings up to which each one's best endpoint is compared. A choice among more does not look at shares.
 const MOST: usize = 64;
-/// Excess of a pairing's part of the prefill endpoints over its share, from which on shares count. Below it the work in
-/// flight is a rule as good, and prompts stay where their prefixes are.
+/// Excess of a pairing's part of the prefill endpoints over its share above which shares count, if all pairings have
+/// one revision. Below this excess the choice by work in flight gives each pairing about its share, and prompts stay at
+/// the endpoints that hold their prefixes.
 const LOPSIDED: f64 = 0.02;
 /// Most mean requests by which a pairing counts as ahead or behind. So a pairing that could not take its share is not
 /// flooded later.
@@ -157,8 +158,8 @@ impl Given {
     /// with so many tokens, `weight` is w of W + w·S.
     ///
     /// The price is in the unit of W + w·S: a pairing that is one request ahead costs as much as a prompt that is
-    /// computed anew. So a prompt whose prefix one pairing holds may go there for about one request, and a pairing whose
-    /// endpoints fall behind by more than the price gets less than its share.
+    /// computed anew. So a pairing that holds the prefix of a prompt may get the prompt while the pairing is up to
+    /// about one request ahead. A pairing whose endpoints fall behind by more than the price gets less than its share.
     #[must_use]
     pub(crate) fn price(&self, key: u64, weight: f64, seconds_of: impl Fn(f64) -> f64) -> f64 {
         weight.max(1.0) * seconds_of(self.mean) * self.ahead(key)

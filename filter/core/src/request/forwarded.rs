@@ -355,8 +355,9 @@ pub(super) fn served_by(answerer: Answerer<'_>) -> Option<Effect> {
     Some(Effect::AddResponseHeader(SERVED_HEADER, upstream.to_owned()))
 }
 
-/// A decode endpoint refused a request: mostly an error of the client. An endpoint that refuses all clients, for a key or a
-/// model that only the others know, is an outlier; a warning where that begins.
+/// Judges a refusal of a decode endpoint. Most refusals are errors of the client. An endpoint that refuses all clients
+/// while its peers do not is an outlier, such as one that lacks an API key or a model. Returns a warning when that
+/// begins.
 fn refused(worker: &mut Worker, endpoint: EndpointRef, status: u16, now: Monotonic) -> Option<String> {
     let ejection = worker.state.table.resolve(endpoint)?.health.ejection();
     let is_other = ejection.is_some_and(|(cause, _)| cause != Cause::Outlier(ErrorClass::Refusal));
@@ -367,7 +368,8 @@ fn refused(worker: &mut Worker, endpoint: EndpointRef, status: u16, now: Monoton
     worker.judge_answer(endpoint, Leg::Decode, Some(ErrorClass::Refusal), now)
 }
 
-/// Responses in a row that must show a KV cache that came, before the next one without it is worth a warning again.
+/// Number of responses in a row with a KV cache that arrived, after which a response without one causes a warning
+/// again.
 const KV_DOUBTS: u8 = 32;
 
 /// Counts a split prompt of which the decode endpoint had less than half cached; a warning where that begins.

@@ -1,9 +1,10 @@
-//! The lease: how long a prefill server keeps a KV cache for its decode leg. A decode server that fetches the cache later
-//! reads whatever is in its place, and answers wrong text with 200.
+//! The KV lease: how long a prefill server keeps a KV cache for its decode leg. A decode server that fetches the KV
+//! cache later reads blocks that may be another prompt's, and answers wrong text with 200.
 //!
-//! vLLM's lease is 30 s unless `kv_lease_duration` says otherwise; a decode server that is alive renews it. The first token
-//! of a stream shows when the cache had been fetched at the latest. An answer that is no stream shows only its end: the
-//! prefill server's counter of leases that it let expire then tells whether this one may be among them.
+//! vLLM's KV lease is 30 s unless `kv_lease_duration` says otherwise; a running decode server renews it. The first
+//! token of a stream shows that the KV cache was fetched before that time. An answer that is no stream shows only its
+//! end. The filter then asks the prefill server for its counter of expired KV leases: if the counter did not grow, the
+//! answer is right.
 
 use core::time::Duration;
 use std::sync::Arc;
@@ -35,7 +36,7 @@ pub(super) struct KvLease {
     prefill: EndpointRef,
     /// Until when the KV cache is there for sure.
     ends: Monotonic,
-    /// Leases that the prefill server had let expire before this one began, at least.
+    /// Lower bound of the KV leases that had expired at the prefill server before this one began.
     expired_before: f64,
     api: Api,
     is_stream: bool,

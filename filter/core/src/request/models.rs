@@ -41,8 +41,8 @@ pub(super) fn serving_model(
     resolve_model(&head.config, &worker.state.table, head.subset.as_ref(), asked, bits)
 }
 
-/// Targets of a name that stands for other models, by the configuration or else by what the cluster states, and whether answers
-/// name it.
+/// Targets of an alias, and whether answers name the alias. An alias of the configuration counts before one that the
+/// cluster states. `None` for a name that is no alias.
 pub(super) fn alias<'a>(config: &'a Config, stated: &'a Stated, asked: &str) -> Option<(&'a [Target], bool)> {
     let configured = config.models.get(asked).map(|alias| (alias.targets.as_slice(), alias.is_put_back));
     configured.or_else(|| Some((stated.targets(asked)?, false)))

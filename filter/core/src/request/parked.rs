@@ -19,7 +19,8 @@ impl Reading {
         waits.then(|| Self { head: self.head.clone() })
     }
 
-    /// Makes a request wait that no endpoint could serve. Another step, and one of a request that may not wait, stays.
+    /// Parks a request for which no endpoint is ready. Returns `step` unchanged if it is another step, or if the
+    /// request may not wait.
     pub(super) fn or_park(
         spare: Option<Self>,
         step: Result<Step, Rejection>,

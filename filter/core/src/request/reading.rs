@@ -43,7 +43,8 @@ impl Reading {
         Ok(serve(worker, parsed, &body, arrival, now))
     }
 
-    /// The complete body is not one that is split. It goes to an endpoint of the model that it names, or else to any.
+    /// The body is complete and has no prompt. The request goes to an endpoint of the model that its body names, or to
+    /// any endpoint if the body names none.
     fn body_without_prompt(
         self,
         worker: &mut Worker,

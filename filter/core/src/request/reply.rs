@@ -1,4 +1,4 @@
-//! Answers that the filter gives itself: OpenAI-style JSON errors with a reason header.
+//! Answers that the filter gives itself: JSON errors in the form of OpenAI's or Anthropic's API, with a reason header.
 
 use crate::body::form::FormError;
 use crate::choose::admission::Shed;

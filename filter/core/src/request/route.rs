@@ -267,8 +267,8 @@ pub(super) fn remember_prompt(worker: &mut Worker, endpoint: EndpointIndex, prom
     new
 }
 
-/// Whether the usage in the response shows that the KV cache came. A response is read for that only if the prompt may be
-/// long enough, were its estimate half of what it is.
+/// Whether the usage in the response shows that the KV cache arrived. The filter reads the response for that only if
+/// the estimated prompt has at least half of [`JUDGED_TOKENS`]: the real prompt may be twice the estimate.
 fn is_judged(worker: &Worker, parsed: &ParsedRequest, route: &Route) -> bool {
     route.prefill.hands_over()
         && parsed.prompt.tokens as u64 >= JUDGED_TOKENS / 2
@@ -279,8 +279,8 @@ fn is_judged(worker: &Worker, parsed: &ParsedRequest, route: &Route) -> bool {
             .is_some_and(|state| state.engine.protocol().counts_fetched_tokens)
 }
 
-/// Tokens of a prompt that the endpoint which serves it whole is believed to hold, where they are so many that its answer
-/// can be judged by them.
+/// Matched tokens of a whole request at its endpoint; `None` if they are too few to compare the answer's cached tokens
+/// with.
 fn believed_tokens(parsed: &ParsedRequest, route: &Route) -> Option<f64> {
     let is_whole = matches!(route.prefill, Prefill::Own) && parsed.shows_cached_tokens();
     Some(route.pick.matched_tokens).filter(|tokens| is_whole && *tokens >= LEAST_BELIEF)

@@ -36,10 +36,11 @@ pub(super) fn is_kept(api: Api, scan: &Scan, body: &[u8]) -> bool {
     api == Api::Responses && scan.bool(body, Key::Store) != Some(false)
 }
 
-/// The endpoint that has a response: the one that gave it, or the only one of these.
+/// The endpoint that keeps a response. If it is not known or has left the list: the endpoint in `among`, if there is
+/// one alone.
 ///
 /// # Errors
-/// [`Rejection::UnknownResponse`] where that is not known, or the endpoint has left the list.
+/// [`Rejection::UnknownResponse`] where the endpoint is not known and `among` has none or several.
 pub(super) fn keeper(worker: &Worker, id: &str, among: &[EndpointIndex]) -> Result<EndpointIndex, Rejection> {
     let known = worker.state.keeper_of(response_hash(id));
     let only = if let [only] = among { Some(*only) } else { None };

@@ -11,8 +11,8 @@ pub(crate) struct PendingEvents {
     /// Whether one of the events must be published at once. The end of a leg or request may wait, and so may the choice of
     /// a decode endpoint behind a prefill leg: one write to shared data then tells of several requests.
     pub(crate) is_urgent: bool,
-    /// Whether one of the events that may wait says where a request went. Such an event waits until the request ends, not
-    /// longer: later no callback may come soon.
+    /// Whether one of the events that may wait says which endpoint got a request. Such an event waits no longer than
+    /// until the request ends, because no callback may follow soon after the end.
     has_choice: bool,
     /// What this worker has in flight, published or not.
     pub(crate) own_ledger: WorkerLedger,
