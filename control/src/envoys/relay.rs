@@ -1,8 +1,8 @@
 //! The relay between replicas of pd-control.
 //!
 //! Each replica sends the records of its own Envoys to every other replica, so every replica has the records of all
-//! Envoys. It does not send on what another replica sent. A replica that starts gets all records again; when one ends,
-//! the Envoys turn to the others.
+//! Envoys. It does not relay records of another replica. A replica that starts gets all records again. When a replica
+//! ends, its Envoys send to another replica.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

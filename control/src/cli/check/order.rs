@@ -67,7 +67,8 @@ const REFUSING: &[&str] = &[
     "ratelimit",
 ];
 
-/// What refuses a request stands before the filter, which would have its prompt computed first; the buffer stands after it.
+/// Checks that filters that may refuse a request stand before this project's filter, because it would have the prompt
+/// computed first, and that the buffer stands after it.
 pub(super) fn check(proxy: &Object, report: &mut Report) {
     let order = effective(items(&proxy.value, "/spec/filterOrder"));
     let place = |name: &str| order.iter().position(|known| *known == name);

@@ -117,7 +117,7 @@ fn check_listener(probe: &Probe<'_>, proxy: &Object, gateway: &Object, report: &
     }
 }
 
-/// The route that answers the probe; else one that would if it had no hostnames.
+/// The route that answers the probe. `Err`: a route that would answer if it had no hostnames, if there is one.
 fn answering<'a>(probe: &Probe<'_>, gateway: &Object, all: &'a Manifests) -> Result<&'a Object, Option<&'a Object>> {
     let attached = all.of_kind("HTTPRoute").filter(|route| gateways(route, all).any(|it| is(it, gateway)));
     let mut found: Vec<_> = attached.filter_map(|route| Some((best(route)?, route))).collect();

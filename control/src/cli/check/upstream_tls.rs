@@ -8,7 +8,7 @@ use super::report::Report;
 use crate::cli::arguments::AsksEngines;
 use crate::cli::manifests::{Manifests, Object, items, text};
 
-/// Checks that pd-control asks engines as the gateway's objects say that they are reached.
+/// Checks that pd-control uses TLS and a credential for engines if the gateway's objects do.
 pub(super) fn check_asking(container: &Container<'_>, how: AsksEngines, all: &Manifests, report: &mut Report) {
     if let Some(policy) = all.of_kind("BackendTLSPolicy").find(|policy| is_for_engines(policy, all))
         && !how.tls

@@ -10,9 +10,9 @@
 //! | revision | `disaggregatedset.x-k8s.io/revision` | – | `envoy-pd/revision` |
 //! | prompt lengths | – | `promptLenBucketMinLength` and `Max` in annotation `model.aibrix.ai/config`, labels `prompt-len-bucket-min-length` and `max` | `envoy-pd/min-prompt-tokens`, `max-prompt-tokens` |
 //!
-//! and `envoy-pd/pool`, `weight`, `cache-tokens`, `bootstrap-port`, `ranks`, `state`. An annotation of pd-control wins
-//! over a rule of the configuration, and a rule over labels. pd-control refuses a pod with a wrong value and keeps the
-//! others.
+//! Other values have annotations only: `envoy-pd/pool`, `weight`, `cache-tokens`, `bootstrap-port`, `ranks`, `state`.
+//! An annotation of pd-control wins over a rule (a selector of the configuration file, or an InferencePool), and a rule
+//! over labels. pd-control refuses a pod with a wrong value and keeps the other pods.
 
 use std::net::{IpAddr, SocketAddr};
 

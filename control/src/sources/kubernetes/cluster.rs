@@ -212,8 +212,8 @@ impl Cluster {
         classify(pod, rule, &self.defaults)
     }
 
-    /// Whether every watch has listed its objects. One of objects without endpoints may have failed: no API group or right
-    /// that is missing keeps endpoints back.
+    /// Whether every watch has listed its objects. A failed watch of InferenceObjectives or InferenceModelRewrites
+    /// counts as listed: pd-control sends endpoints even if the API group or a right for these objects is missing.
     #[must_use]
     pub fn is_listed(&self) -> bool {
         self.watches.iter().all(|(watched, health)| {

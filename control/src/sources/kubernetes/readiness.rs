@@ -28,10 +28,11 @@ pub struct Readiness {
 }
 
 impl Readiness {
-    /// Puts unready endpoints back into service where most of those of their pool and role that have been ready turned
-    /// unready: they are busy. Returns one line for each such pool and role.
+    /// Sets busy endpoints to ready again. Endpoints are busy if, of those of their pool and role that were
+    /// ready before, more than half and at least two are unready now. Returns one line for each such pool and role.
     ///
-    /// An endpoint whose containers have ended or started anew is not busy, nor one that is leaving.
+    /// An endpoint whose containers have ended or restarted is not busy. An endpoint whose pod is being deleted is not
+    /// busy.
     pub fn settle(&mut self, all: &mut [Owned<'_>]) -> Vec<String> {
         let present: BTreeSet<_> = all.iter().map(|it| it.endpoint.id()).collect();
         self.seen_ready.retain(|id, _| present.contains(id));

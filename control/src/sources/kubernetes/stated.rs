@@ -138,7 +138,7 @@ impl StatedObject {
     }
 }
 
-/// What the objects state together, those of other pools left out. What a filter would refuse is left out, too.
+/// Merges what the objects state. Leaves out objects of other pools, and values that a filter would refuse.
 pub fn together<'a>(objects: impl Iterator<Item = (&'a PodName, &'a StatedObject)>, pools: &[PoolReference]) -> Stated {
     let mut objects: Vec<_> = objects.filter(|(_, object)| object.is_for(pools)).collect();
     // Older objects come last and so count.
