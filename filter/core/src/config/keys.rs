@@ -94,7 +94,7 @@ keys! {
     DestinationHeader "destination_header" r#""x-pd-destination""#, Values::Described("header name in lower case, 1 to 128 characters"),
         "Request header that carries the chosen endpoint. The route fills it from filter state, and the cluster's `override_host` policy reads it."
     Control "control" "null", OBJECT,
-        "How the filter reaches pd-control. `null`: the filter serves the endpoints of `endpoints` and no others."
+        "How the filter reaches pd-control. `null`: the filter chooses among the endpoints of `endpoints` only."
     ControlCluster "control.cluster" REQUIRED, NAME,
         "Envoy cluster of pd-control."
     ControlAuthority "control.authority" r#""pd-control""#, NAME,
@@ -138,7 +138,7 @@ keys! {
     PrefixBlockBytes "prefix.block_bytes" "512", Values::between(64.0, 65_536.0, "bytes"),
         "Size of the first 32 blocks of a prompt. The next 32 blocks are twice as large, all later ones four times. Smaller blocks find shorter common prefixes and cost more time per request. All Envoys of a fleet need the same value."
     PrefixIndexBytes "prefix.index_bytes" "268435456", Values::between(65_536.0, 536_870_912.0, "bytes"),
-        "Bound of the prefix index of one worker. The index needs about 220 bytes for every 350 tokens of all endpoints' prefix caches together, and takes memory as the caches fill. The default follows 50 caches of 8 million tokens."
+        "Bound of the prefix index of one worker. The index needs about 220 bytes for every 350 tokens of all endpoints' prefix caches together, and takes memory as the caches fill. The default is enough for 50 caches of 8 million tokens."
     PrefixHotShare "prefix.hot_share" "0.02", Values::between(0.0, 1.0, ""),
         "A block that occurs in more than this share of recent requests, such as a common system prompt, does not decide which endpoint gets a prompt."
     Pools "pools" "{}", OBJECT,
@@ -168,17 +168,17 @@ keys! {
     PoolsQueueEnabled "pools.NAME.queue.enabled" "false", BOOLEAN,
         "Whether requests that are to be split wait in the gateway until a prefill endpoint has room, and go to an endpoint only then. Requests for engines that want both legs at once (SGLang, Mooncake) do not wait."
     PoolsQueueLeadMs "pools.NAME.queue.lead_ms" "20", Values::between(1.0, 60_000.0, "ms"),
-        "A prefill endpoint has room while the work that it has left takes less than this. More binds requests earlier than needed; less leaves an endpoint idle for as long as a request takes to reach it."
+        "A prefill endpoint has room while the work that it has left takes less than this. A larger value binds requests earlier than needed. A smaller value leaves an endpoint idle for as long as a request takes to reach it."
     PoolsQueueMaxWaitMs "pools.NAME.queue.max_wait_ms" "600000", Values::between(1.0, 3_600_000.0, "ms"),
         "Longest wait of a request. A request that has waited so long gets 503 with the reason `queue_timeout`."
     PoolsQueueOvertakenMs "pools.NAME.queue.overtaken_ms" "300000", Values::between(0.0, 3_600_000.0, "ms"),
-        "A waiting request can be overtaken by other requests of its priority for this long. After that the oldest goes first."
+        "How long other requests of the same priority can overtake a waiting request. After this time, the request that has waited longest goes first."
     PoolsQueueMaxRequests "pools.NAME.queue.max_requests" "8192", Values::between(1.0, 1_000_000.0, "requests"),
         "Most requests that wait at this Envoy, all workers together. Above it requests get 429 with the reason `queue_requests`."
     PoolsQueueMaxBytes "pools.NAME.queue.max_bytes" "536870912", Values::between(1_024.0, 1_099_511_627_776.0, "bytes"),
         "Most bytes that the bodies of waiting requests and the filter's 1,024 bytes for each take at this Envoy. Above it requests get 429 with the reason `queue_bytes`."
     PoolsQueueNoEndpointMs "pools.NAME.queue.no_endpoint_ms" "0", Values::between(0.0, 3_600_000.0, "ms"),
-        "How long a request waits in the gateway when no endpoint is ready that could serve it, as after scaling to zero. 0: it gets 503 at once. The filter reads this key of the pool `default`, with its `max_requests` and `max_bytes`, because a model without endpoints belongs to no pool. It does not need `enabled`. A model that neither an endpoint nor an alias names gets 404."
+        "How long a request waits in the gateway when no endpoint is ready that could serve it, as after scaling to zero. 0: it gets 503 at once. The filter reads this key of the pool `default`, with its `max_requests` and `max_bytes`, because a model without endpoints belongs to no pool. The key works without `enabled`. A model that neither an endpoint nor an alias names gets 404."
     PoolsCostA "pools.NAME.cost.a_ms" "15.0", Values::between(0.0, 60_000.0, "ms"),
         "Constant of the prefill cost. A prompt of *n* tokens of which *p* are cached takes a + b·(n − p) + c·(n² − p²). The defaults fit an 8-billion-parameter model on one H100."
     PoolsCostB "pools.NAME.cost.b_us" "25.0", Values::between(0.0, 1e6, "µs per token"),
@@ -190,7 +190,7 @@ keys! {
     PoolsAffinityWeight "pools.NAME.affinity_weight" "null", Values::between(0.0, 100.0, ""),
         "Weight of a second of the prompt's own prefill against a second of waiting work: w in W + w·S. A larger value keeps prompts on the endpoint that holds their prefix for longer. `null`: the weight follows the load: 1 + the number of prompts in flight at the endpoint + the mean of that number over the endpoints."
     PoolsRendezvousShare "pools.NAME.rendezvous_share" "null", Values::between(0.0, 1.0, ""),
-        "Share of an unseen prompt that the filter assumes cached at the prompt's rendezvous endpoint, where every Envoy would send it. `null`: 0.6 times the share of the other Envoys that do not exchange, so 0 while all Envoys exchange."
+        "Share of an unseen prompt that the filter assumes cached at the prompt's rendezvous endpoint, because another Envoy may have sent the prompt to that endpoint. `null`: 0.6 times the share of the other Envoys that do not exchange, so 0 while all Envoys exchange."
     PoolsDecodeStay "pools.NAME.decode_stay" "2.0", Values::between(0.0, 100.0, ""),
         "A conversation keeps the decode endpoint that served its session last, or that holds half of its prompt, while that endpoint has at most this many times the prompt's tokens more assigned than the least loaded one. The KV cache of the conversation then moves once and not with each request. 0: each request goes to the cheapest endpoint by assigned tokens and tokens to move."
     PoolsCacheTokens "pools.NAME.cache_tokens" "500000", Values::between(0.0, 1e9, "tokens"),
@@ -208,7 +208,7 @@ keys! {
     PoolsMediaFileTokens "pools.NAME.media.file_tokens" "2048.0", Values::between(1.0, 1e6, "tokens"),
         "Tokens of a document."
     PoolsCachedTokens "pools.NAME.cached_tokens" r#""prefill""#, Values::OneOf(&["prefill", "decode"]),
-        "Whose `cached_tokens` the answer of a split request carries. `prefill`: the tokens that the prefill server found in its cache; the filter then reads each part of an answer that carries its usage. `decode`: the decode server's count, which includes the tokens it fetched."
+        "Which server's `cached_tokens` the answer of a split request carries. `prefill`: the tokens that the prefill server found in its cache; the filter then reads each part of an answer that carries its usage. `decode`: the decode server's count, which includes the tokens it fetched."
     PoolsKvLeaseMs "pools.NAME.kv_lease_ms" "30000", Values::between(0.0, 86_400_000.0, "ms"),
         "How long vLLM's prefill servers keep a KV cache for its decode leg: `kv_lease_duration` of their `kv_connector_extra_config`, or `VLLM_NIXL_ABORT_REQUEST_TIMEOUT` of versions without it. A split request whose first token comes later gets an error with the reason `kv_lease_over`, because its text may be wrong. 0: the filter passes such answers on."
 }
@@ -317,7 +317,7 @@ pub const ENDPOINT: &[Entry] = &[
         key: "state",
         default_value: "\"ready\"",
         values: Values::OneOf(&["ready", "draining", "down"]),
-        meaning: "`ready`: takes requests. `draining`: ends the requests that it has and gets no new ones. `down`: gets no requests.",
+        meaning: "`ready`: gets requests. `draining`: ends the requests that it has and gets no new ones. `down`: gets no requests.",
     },
 ];
 
