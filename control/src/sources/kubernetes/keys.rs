@@ -41,7 +41,7 @@ pub const KEYS: &[Entry] = &[
         "inference_pools[].group",
         "\"inference.networking.k8s.io\"",
         Values::OneOf(&["inference.networking.k8s.io", "inference.networking.x-k8s.io"]),
-        "API group. The second one is `v1alpha2` of the API.",
+        "API group of the InferencePool. pd-control reads version `v1` of the first group and `v1alpha2` of the second.",
     ),
     entry(
         "inference_objects",
