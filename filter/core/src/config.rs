@@ -106,7 +106,7 @@ pub struct Config {
     pub max_body_bytes: usize,
     /// Prefix hashing and index.
     pub prefix: Prefix,
-    /// Names that clients may ask for and that stand for other models.
+    /// Aliases by name.
     pub models: BTreeMap<String, Alias>,
     /// Priority of each inference objective that a request may name.
     objectives: HashMap<String, i64>,
@@ -116,7 +116,7 @@ pub struct Config {
     default_pool: Pool,
 }
 
-/// A name that stands for other models.
+/// An alias: its targets, and the model name in answers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Alias {
     /// At least one, and at least one with a weight.

@@ -3,8 +3,8 @@
 use super::json::unescape;
 
 /// Most known members of one body, duplicates included, and most nested members that are cut out of one; a body with more
-/// of either is refused. With [`MAX_MEDIA`](super::json::MAX_MEDIA) it bounds a [`Scan`](super::Scan) to 80 kB. There are
-/// some sixty keys, and no client repeats one for a reason.
+/// of either is refused. With [`MAX_MEDIA`](super::json::MAX_MEDIA) it bounds a [`Scan`](super::Scan) to 80 kB. The
+/// filter knows about sixty keys, and a client has no reason to repeat one.
 pub const MAX_MEMBERS: usize = 1_024;
 
 macro_rules! keys {

@@ -17,7 +17,7 @@ use memchr::memmem;
 use super::json::{elements, members, string};
 use super::{Api, Key};
 
-/// Members that mark the end of what a provider should cache.
+/// Names of marks.
 const MARKERS: [&str; 2] = ["cache_control", "prompt_cache_breakpoint"];
 /// Begin of the text that Claude Code adds to the system text.
 const BILLING: &str = "x-anthropic-billing-header";

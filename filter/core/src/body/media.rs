@@ -1,4 +1,4 @@
-//! Media in a prompt: images, sounds, films and documents, as data or by their address.
+//! Media in a prompt: images, sounds, videos and documents, as data or by their address.
 //!
 //! A model reads them as tokens of another kind than text: an image of 4 MB may be 1,000 tokens. The scan notes where such
 //! payloads are, so that their bytes count neither as text nor as blocks of text.

@@ -87,7 +87,7 @@ pub struct MediaCost {
     pub image_tokens: f64,
     /// Tokens of a sound.
     pub audio_tokens: f64,
-    /// Tokens of a film.
+    /// Tokens of a video.
     pub video_tokens: f64,
     /// Tokens of a document.
     pub file_tokens: f64,
@@ -158,7 +158,7 @@ pub enum Split {
     Never,
 }
 
-/// What to do when no prefill endpoint could be had.
+/// What follows when every prefill leg of a request failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnPrefillFailure {

@@ -37,7 +37,7 @@ pub struct EndpointState {
     pub(crate) expired_kv_leases: f64,
     /// Whether the last answer to a split request began later than its KV lease.
     pub(crate) answers_late: bool,
-    /// Doubts in the blocks that the index has for this endpoint, from the cached tokens in its answers.
+    /// Doubts that this endpoint holds the blocks that the index has for it. Answers with few cached tokens add doubts.
     pub(crate) wrong_beliefs: u8,
     /// Failed hand-overs in a row: prompts that this endpoint computed and at which decode endpoints failed, although those
     /// serve whole requests.

@@ -6,7 +6,7 @@
 use crate::body::media::{Media, MediaKind};
 use crate::config::MediaCost;
 
-/// Number of classes: images of a known size, other images, sound, films, documents.
+/// Number of classes: images of a known size, other images, sounds, videos, documents.
 pub const CLASSES: usize = 5;
 /// Most tokens of one image of a known size: engines scale larger images down (Qwen2.5-VL at 12.8 million pixels).
 const MAX_IMAGE_TOKENS: f64 = 16_384.0;

@@ -86,7 +86,7 @@ impl Health {
         self.failures == 0 || (now >= self.out_until && !self.probing)
     }
 
-    /// Whether the endpoint gets no request even while its whole pool is ejected, unless a probe is due. So it is
+    /// Whether the endpoint gets no request even while its whole pool is ejected, unless a probe is due. That is true
     /// - for an endpoint that Envoy's cluster lacks, because another endpoint of any role would answer,
     /// - for an endpoint whose KV caches cannot be fetched, because decode endpoints serve the requests whole.
     #[must_use]

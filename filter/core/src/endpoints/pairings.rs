@@ -16,14 +16,14 @@ use crate::endpoints::endpoint_state::EndpointState;
 use crate::prefix::index::EndpointIndex;
 use crate::wire::Engine;
 
-/// Pairings up to which each one's best endpoint is compared. A choice among more does not look at shares.
+/// Most pairings for which a choice compares the best endpoint of each. With more pairings, a choice ignores shares.
 const MOST: usize = 64;
 /// Excess of a pairing's part of the prefill endpoints over its share above which shares count, if all pairings have
 /// one revision. Below this excess the choice by work in flight gives each pairing about its share, and prompts stay at
 /// the endpoints that hold their prefixes.
 const LOPSIDED: f64 = 0.02;
-/// Most mean requests by which a pairing counts as ahead or behind. So a pairing that could not take its share is not
-/// flooded later.
+/// Most mean requests by which a pairing counts as ahead or behind. So a pairing that could not take its share
+/// for a while does not get all of the missed requests later.
 const MOST_AHEAD: f64 = 8.0;
 /// Most pairings of a pool for which a worker remembers how far they are ahead.
 const MOST_KNOWN: usize = 4 * MOST;

@@ -37,7 +37,8 @@ pub fn is_refusable(api: Api, body: &[u8], scan: &Scan) -> bool {
     !(has_valid_stream(&top) && members.are_accepted() && keeps_prompt)
 }
 
-/// Whether the engine is to cut the prompt where it is too long for the model's length: the two legs cut it in different places.
+/// Whether the request asks the engine to cut a prompt that is too long for the model. The two legs would cut the
+/// prompt at different places.
 #[must_use]
 pub fn cuts_prompt(api: Api, body: &[u8], scan: &Scan) -> bool {
     api == Api::Responses && scan.raw(body, Key::Truncation) == Some(b"\"auto\"")

@@ -63,7 +63,8 @@ pub struct PromptHash {
 /// `block_bytes` bytes and, further back, [multiples](block_units) of that.
 ///
 /// - The last block of every part but the last may be short, so the next part starts with a block of its own.
-/// - The piece behind the last whole block of the last part is left out: the next turn of the conversation would extend it.
+/// - The piece behind the last whole block of the last part is left out: the next request of the conversation would
+///   extend it.
 #[must_use]
 pub fn prompt_hash(model: &[u8], cache_salt: &[u8], parts: &[&[u8]], block_bytes: usize) -> PromptHash {
     let pieces: Vec<_> = parts.iter().copied().map(Piece::Text).collect();

@@ -11,7 +11,8 @@ use crate::workers::worker::Worker;
 pub(super) struct Assignment {
     pub(super) endpoint: EndpointRef,
     tokens: u64,
-    /// The prefill that no leg of the filter does: its endpoint, and its number in the ledger. `None` from the first byte on.
+    /// The prefill work of a request without a prefill leg of the filter: its endpoint, and its number in the ledger.
+    /// `None` after the first byte of the answer.
     pub(super) own_prefill: Option<(EndpointRef, u64)>,
     /// Blocks of the prompt that the endpoint did not hold before. Empty once it has answered.
     pub(super) new_blocks: Vec<BlockHash>,
@@ -26,14 +27,14 @@ impl Assignment {
         Self { endpoint, tokens, own_prefill: None, new_blocks: Vec::new() }
     }
 
-    /// Ends a prefill that an answer shows: all workers learn that its endpoint is alive.
+    /// Ends the prefill work because an answer came: all workers learn that the endpoint answers.
     pub(super) fn own_prefill_answered(&mut self, worker: &mut Worker, now: Monotonic) {
         if let Some((endpoint, leg)) = self.own_prefill.take() {
             worker.prefill_answered(endpoint, leg, now);
         }
     }
 
-    /// Ends a prefill that will not happen, or of which no answer will come.
+    /// Ends prefill work that the endpoint will not do, or whose answer will not come.
     pub(super) fn end_own_prefill(&mut self, worker: &mut Worker, now: Monotonic) {
         if let Some((endpoint, leg)) = self.own_prefill.take() {
             worker.prefill_ended(endpoint, leg, now);

@@ -47,7 +47,8 @@ impl Forwarded {
         let mut warning =
             leg_ended(worker, concurrent.endpoint, (concurrent.leg, concurrent.started), &answer, now).warning;
         if let PrefillAnswer::Answered { status: 401 | 403 | 404, .. } = answer {
-            // No other endpoint can be asked. What all of them answer is the client's error, and ejects none.
+            // The filter cannot ask another endpoint. An error that all endpoints answer is the client's and ejects
+            // none.
             warning = refused_alone(worker, concurrent.endpoint, now);
         } else if answer.is_refusal() {
             worker.answered(concurrent.endpoint);
@@ -372,7 +373,8 @@ fn refused(worker: &mut Worker, endpoint: EndpointRef, status: u16, now: Monoton
 /// again.
 const KV_DOUBTS: u8 = 32;
 
-/// Counts a split prompt of which the decode endpoint had less than half cached; a warning where that begins.
+/// Counts a split request if the decode endpoint had less than half of its prompt cached. Returns a warning when that
+/// begins.
 fn judge(worker: &mut Worker, endpoint: EndpointRef, usage: Usage) -> Option<Effect> {
     let cached = usage.cached_tokens.filter(|_| usage.prompt_tokens >= JUDGED_TOKENS)?;
     let is_moved = cached >= usage.prompt_tokens / 2;

@@ -21,11 +21,12 @@ use crate::workers::worker::Worker;
 
 /// Path of the prefill server's metrics.
 const METRICS_PATH: &str = "/metrics";
-/// vLLM's counter of leases that it let expire, of each engine.
+/// vLLM's counter of expired KV leases, one for each engine of a server.
 const EXPIRED: &[u8] = b"vllm:nixl_num_kv_expired_reqs_total";
 /// Time limit of the question for a prefill server's metrics.
 const METRICS_TIMEOUT: Duration = Duration::from_secs(5);
-/// Share of the lease that the prefill answer's way to the filter may take: a second of vLLM's 30.
+/// Divisor of the KV lease. The quotient is the time that the prefill answer may take to the filter (1 s of vLLM's
+/// 30 s).
 const MARGIN: u32 = 30;
 /// Events that `/v1/responses` streams before the first token.
 const PREFACES: [&[u8]; 3] = [b"response.created", b"response.in_progress", b"response.queued"];
@@ -34,7 +35,7 @@ const PREFACES: [&[u8]; 3] = [b"response.created", b"response.in_progress", b"re
 #[derive(Clone, Debug)]
 pub(super) struct KvLease {
     prefill: EndpointRef,
-    /// Until when the KV cache is there for sure.
+    /// End of the time for which the prefill server keeps the KV cache for certain.
     ends: Monotonic,
     /// Lower bound of the KV leases that had expired at the prefill server before this one began.
     expired_before: f64,
@@ -56,13 +57,13 @@ enum KvLeaseState {
 
 /// What becomes of an answer whose headers are there.
 pub(super) enum Headers {
-    /// It goes on. Its first token came in time.
+    /// The answer goes on. Its first token came in time.
     InTime,
-    /// It goes on. Its first token is to come.
+    /// The answer goes on. Its first token has not come yet.
     Stream,
-    /// It waits for the prefill server's metrics.
+    /// The answer waits for the prefill server's metrics.
     Ask(Call),
-    /// It may be wrong.
+    /// The answer may be wrong.
     Late,
 }
 
@@ -70,7 +71,7 @@ pub(super) enum Headers {
 pub(super) enum Part {
     /// Nothing: it has no token.
     Preface,
-    /// The first token came in time. The lease is of no interest any more.
+    /// The first token came in time. The KV lease no longer matters.
     InTime,
     /// The first token came too late. The client gets the error in its place.
     Late(Effect),
@@ -79,7 +80,7 @@ pub(super) enum Part {
 }
 
 impl KvLease {
-    /// The lease of a request whose prefill leg has just ended; `None` where the pool or the engine has none.
+    /// The KV lease of a request whose prefill leg has just ended; `None` where the pool or the engine has no KV lease.
     pub(super) fn begin(
         worker: &mut Worker,
         parsed: &ParsedRequest,
@@ -120,7 +121,7 @@ impl KvLease {
         Headers::Ask(Call::question(&self.config, &self.config.cluster, METRICS_PATH, &server, METRICS_TIMEOUT))
     }
 
-    /// Whether the prefill server's metrics show that no lease expired since this one began.
+    /// Whether the prefill server's metrics show that no KV lease expired since this one began.
     pub(super) fn is_kept(&self, worker: &mut Worker, metrics: &[u8]) -> bool {
         let Some(expired) = expired_kv_leases(metrics) else { return false };
         if let Some(state) = worker.state.table.resolve(self.prefill) {
@@ -152,7 +153,7 @@ impl KvLease {
     }
 }
 
-/// Sum of the counter of expired leases over all engines of a page of metrics; `None` where the page has none.
+/// Sum of the counters of expired KV leases on a page of metrics; `None` where the page has no such counter.
 fn expired_kv_leases(metrics: &[u8]) -> Option<f64> {
     let value = |line: &[u8]| {
         let rest = line.strip_prefix(EXPIRED)?;
@@ -167,13 +168,13 @@ fn expired_kv_leases(metrics: &[u8]) -> Option<f64> {
     metrics.split(|byte| *byte == b'\n').filter_map(value).reduce(|sum, value| sum + value)
 }
 
-/// Whether a part of a stream has nothing that was generated: comments, and what `/v1/responses` begins with.
+/// Whether a part of a stream has no generated text: only comments, or the first events of `/v1/responses`.
 fn is_preface(api: Api, part: &[u8]) -> bool {
     let mut lines = part.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii).filter(|line| !line.is_empty());
     lines.all(|line| match line.strip_prefix(b"event:") {
         _ if line.starts_with(b":") => true,
         Some(name) => api == Api::Responses && PREFACES.contains(&name.trim_ascii()),
-        // The event's name, which stands before its data, has said what it is.
+        // The line with the event's name, which comes first, decides.
         None => api == Api::Responses && line.starts_with(b"data:"),
     })
 }

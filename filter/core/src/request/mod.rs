@@ -77,9 +77,9 @@ pub use ready::READY_PATH;
 #[derive(Debug, Default)]
 pub struct Request {
     state: State,
-    /// How the filter's own errors are spelt.
+    /// Form of the filter's own errors.
     error_form: ErrorForm,
-    /// Given back at the end, whatever way the stream ended.
+    /// The request's place in a pool with limits. It is given back at the end of the stream, however the stream ended.
     ticket: Option<Ticket>,
 }
 

@@ -17,13 +17,13 @@ pub(crate) struct Served {
     /// Its name, as endpoints list it.
     pub(crate) model: String,
     pub(crate) candidates: Arc<Candidates>,
-    /// The name as a JSON string, where both legs must say another one than the client.
+    /// The name as a JSON string, if the legs' bodies must name another model than the client's body.
     pub(crate) rewrite: Option<Vec<u8>>,
     /// Whether the response names the model that the client asked for.
     pub(crate) is_put_back: bool,
 }
 
-/// The model that serves what a client asks. All requests of a session get the same target of an alias.
+/// The model that serves the model name `asked` of a client. All requests of a session get the same target of an alias.
 ///
 /// # Errors
 /// [`Rejection::UnknownModel`], [`Rejection::NoEndpoint`]
@@ -53,8 +53,8 @@ fn is_named(config: &Config, stated: &Stated, name: &str) -> bool {
     config.names_model(name) || stated.names_model(name)
 }
 
-/// Finds the model for what a client asks, and its endpoints. An alias goes to one of its targets by their weights among
-/// those that are served; equal `bits`, to be spread evenly, go to the same one.
+/// Finds the model for the model name of a client, and its endpoints. An alias gets one of the targets that endpoints
+/// serve, by their weights. `bits` should be evenly spread; equal `bits` give the same target.
 fn resolve_model(
     config: &Config,
     table: &Table,

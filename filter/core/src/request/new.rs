@@ -95,8 +95,8 @@ fn headers_for_engines(config: &Config, headers: &Headers) -> Vec<Effect> {
     effects
 }
 
-/// The path and query without the slash at the end of a path of an inference API, where one is there: engines answer such a
-/// path with a redirect, which clients do not follow with a body.
+/// The path and query of an inference API without a slash at the end of the path; `None` where the path has none.
+/// Engines redirect a path with such a slash, and clients do not follow the redirect with a body.
 fn without_last_slash(headers: &Headers, config: &Config) -> Option<Vec<u8>> {
     let path = headers.get(":path")?;
     let end = path.iter().position(|byte| *byte == b'?').unwrap_or(path.len());

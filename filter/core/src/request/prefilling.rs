@@ -62,8 +62,8 @@ impl Prefilling {
         Ok(Step::or_reject(step, worker).after(warning))
     }
 
-    /// The endpoint refused the request. One other endpoint is asked, at no cost to the budget of retries: what both
-    /// refuse is the client's error.
+    /// The endpoint refused the request. The filter asks one other endpoint, without the retry budget. If both refuse
+    /// the request, the refusal is the client's error.
     fn refused<B: AsRef<[u8]>>(
         mut self,
         worker: &mut Worker,
@@ -75,7 +75,7 @@ impl Prefilling {
         let refusal = match self.split.refusal.take() {
             Some((first, earlier)) => {
                 worker.answered(first);
-                // An endpoint that knows neither the client nor the model says less than one that read the request.
+                // 401, 403 and 404 may come from an endpoint that did not read the body, so another refusal says more.
                 if matches!(refusal.status, 401 | 403 | 404) { earlier } else { refusal }
             }
             None => {

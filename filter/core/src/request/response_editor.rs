@@ -154,7 +154,7 @@ impl ResponseEditor {
         Some(out)
     }
 
-    /// What begins behind a quote.
+    /// Whether a known member begins behind a quote, and which one.
     fn member(&self, text: &[u8]) -> Found {
         let Some((name, kind)) = NAMES.iter().find(|(name, _)| text.starts_with(name)) else {
             let begins = |name: &[u8]| name.len() > text.len() && name.starts_with(text);
@@ -193,7 +193,7 @@ impl ResponseEditor {
         }
     }
 
-    /// Takes note of a value; another one in its place, if there is to be one.
+    /// Notes the value of a member. Returns the value to write in its place; `None` to leave it.
     fn read(&mut self, name: Name, value: &[u8]) -> Option<Vec<u8>> {
         let number = || core::str::from_utf8(value).ok()?.parse::<u64>().ok();
         match name {

@@ -251,8 +251,8 @@ pub(super) fn destination(
     text
 }
 
-/// Records that an endpoint has the prompt, and its session. Returns the blocks that it did not have before, in case that
-/// it refuses the request.
+/// Records that an endpoint has the prompt, and its session. Returns the blocks that the endpoint did not hold before.
+/// If the endpoint refuses the request, the caller takes these blocks out of the index again.
 pub(super) fn remember_prompt(worker: &mut Worker, endpoint: EndpointIndex, prompt: &Prompt) -> Vec<BlockHash> {
     let Some(endpoint) = worker.state.table.refer(endpoint) else { return Vec::new() };
     let index = &worker.state.index;
@@ -286,8 +286,9 @@ fn believed_tokens(parsed: &ParsedRequest, route: &Route) -> Option<f64> {
     Some(route.pick.matched_tokens).filter(|tokens| is_whole && *tokens >= LEAST_BELIEF)
 }
 
-/// Editor of the response to a request: of the model's name where it is put back, and of the usage where the response has
-/// one. A stream, which has many parts, is read for its cached tokens only if the editor replaces them.
+/// Editor of the response; `None` if the filter does not read its body. The editor replaces the model's name for an
+/// alias, and reads or replaces the cached tokens. It reads a stream for cached tokens only to replace them, since a
+/// stream has many parts.
 fn response_editor(parsed: &ParsedRequest, prefill: &Prefill, reads_usage: bool) -> Option<ResponseEditor> {
     let (replaces_cached_tokens, cached_tokens) = match prefill {
         Prefill::Done { usage, .. } => {
@@ -322,8 +323,8 @@ pub(super) struct Restriction<'a> {
     pub(super) response: Option<&'a str>,
 }
 
-/// Sends a request without a prompt to the endpoint that has the least to do: of those that serve its model, or of all
-/// where it names none. An endpoint that only prefills gets it where no other could.
+/// Sends a request without a prompt to the least loaded endpoint that serves its model; if the request names no model,
+/// to the least loaded of all. A prefill endpoint gets the request only if no other endpoint could.
 pub(super) fn pass(
     worker: &mut Worker,
     config: &Config,

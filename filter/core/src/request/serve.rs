@@ -1,4 +1,4 @@
-//! How a request that was read is served: by two legs or by one, and where that one goes.
+//! How a request is served after its body was read: by two legs or by one, and which endpoint gets the first leg.
 
 use super::effect::{EXPLAIN, Effect};
 use super::head::Phase;
@@ -22,9 +22,9 @@ use crate::workers::worker::Worker;
 
 /// By how many legs a request is served.
 enum Legs {
-    /// One leg, which goes there.
+    /// One leg, by this route.
     One(Route),
-    /// Two, of which the prefill leg goes there.
+    /// Two legs, the prefill leg at this endpoint.
     Two(Pick),
 }
 

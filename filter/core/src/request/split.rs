@@ -108,8 +108,8 @@ impl Split {
         forward(worker, &self.parsed, route, now)
     }
 
-    /// A decode endpoint that can take over from the prefill endpoint, and its alternates. One that drains takes over where
-    /// no other can: it ends what it has, and the prompt is part of that.
+    /// A decode endpoint that can take over from the prefill endpoint, and its alternates. A draining endpoint is
+    /// picked only if no other can take over, because the prompt was sent before that endpoint began to drain.
     pub(super) fn pick_decode(
         &self,
         worker: &Worker,

@@ -106,7 +106,7 @@ pub(super) struct Forwarded {
     pub(super) strands_if_refused: bool,
     /// The prefill endpoint whose KV cache the decode endpoint fetches.
     pub(super) handed_over_by: Option<EndpointRef>,
-    /// The lease on that KV cache, while it is not known that the answer is in time.
+    /// The KV lease of that KV cache, until the answer is known to be in time.
     pub(super) kv_lease: Option<KvLease>,
     /// Whether the decode endpoint computes the prompt a second time.
     pub(super) is_kv_missing: bool,

@@ -11,7 +11,8 @@ use crate::workers::worker::Worker;
 pub(super) struct Step {
     pub(super) next: State,
     pub(super) outcome: Outcome,
-    /// What the client is refused for, where it is: the answer follows the effects, in the form of the client's API.
+    /// Why the filter refuses the request; `None` where it does not. The error answer follows the effects, in the form
+    /// of the client's API.
     pub(super) rejection: Option<Rejection>,
 }
 

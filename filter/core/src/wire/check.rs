@@ -1,4 +1,4 @@
-//! What of a list is refused, and why.
+//! Checks a list, and says why a list is refused.
 
 use hashbrown::HashSet;
 

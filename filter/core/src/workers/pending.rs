@@ -33,7 +33,7 @@ impl PendingEvents {
         self.is_ledger_new = true;
     }
 
-    /// A request ended: what waits of it must not wait longer.
+    /// A request ended: its waiting events become urgent.
     pub(crate) fn request_ended(&mut self) {
         self.is_urgent |= self.has_choice;
     }

@@ -10,7 +10,7 @@ pub enum MediaKind {
     Image,
     /// Sound.
     Audio,
-    /// A film.
+    /// A video.
     Video,
     /// A document.
     File,
