@@ -40,7 +40,7 @@ pub struct EngineTls {
 /// A client that keeps one connection to each engine open.
 pub(super) type EngineClient = Client<HttpsConnector<HttpConnector>, Empty<Bytes>>;
 
-/// A way to engines.
+/// How pd-control reaches engines: a client, a scheme and a token.
 pub(super) struct Reach {
     pub(super) client: EngineClient,
     /// `http` or `https`.

@@ -74,7 +74,7 @@ pub struct Scraped {
     pub asked: u32,
     /// Number of times that the engine's cache was cleared without a new start time: its counters fell, or it slept.
     pub clearings: u64,
-    /// Time of the last answer that counts new KV caches fetched after their lease.
+    /// Time of the last answer that counts new KV caches fetched after their KV lease.
     pub late_fetch: Option<Instant>,
 }
 
@@ -100,7 +100,7 @@ impl Scrapes {
         }
     }
 
-    /// Time of the engine's last answer that counts new KV caches fetched after their lease.
+    /// Time of the engine's last answer that counts new KV caches fetched after their KV lease.
     #[must_use]
     pub fn late_fetch(&self, address: SocketAddr) -> Option<Instant> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).get(&address)?.late_fetch

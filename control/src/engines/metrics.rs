@@ -44,9 +44,10 @@ pub struct EngineLoad {
     pub prefix_queries: Option<f64>,
     /// Prompt tokens found in the prefix cache since the engine started.
     pub prefix_hits: Option<f64>,
-    /// Leases on KV caches that expired before a decode server fetched them, since the engine started.
+    /// KV leases that expired before a decode server fetched the KV cache, since the engine started.
     pub expired_kv_leases: Option<f64>,
-    /// KV caches that a decode server fetched after their lease, since the engine started: it may have answered wrong text.
+    /// KV caches that a decode server fetched after their KV lease, since the engine started. The text of such an
+    /// answer may be wrong.
     pub late_fetches: Option<f64>,
     /// When the process started, seconds of Unix time.
     pub process_start: Option<f64>,

@@ -26,7 +26,7 @@ use crate::publish::registry::Published;
 const MAX_WAIT: Duration = Duration::from_secs(5);
 /// Time between the first news and the response, in which more news may arrive.
 const GATHER: Duration = Duration::from_millis(5);
-/// How often the hub drops gateways that no longer send.
+/// How often the hub drops Envoys that no longer send.
 const PRUNE_EVERY: Duration = Duration::from_millis(500);
 
 /// The hub behind a lock, and a counter of news for requests that wait.

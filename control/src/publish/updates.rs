@@ -31,9 +31,9 @@ pub struct Fact {
     pub cache_tokens: Option<u64>,
     /// Whether the engine stopped answering.
     pub is_down: bool,
-    /// Names the engine's prefix cache: another number is another cache.
+    /// Cache epoch: a number that changes when the engine restarts or clears its prefix cache.
     pub cache_epoch: Option<u64>,
-    /// Leases on KV caches that the engine let expire.
+    /// KV leases that the engine let expire.
     pub expired_kv_leases: Option<u64>,
 }
 

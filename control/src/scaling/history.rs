@@ -1,5 +1,5 @@
-//! Demand of the last minutes: autoscalers ask every 15 to 30 s, and one look at a queue that fills and empties within a
-//! second says little.
+//! Demand of the last minutes, so that an autoscaler gets means. Autoscalers ask every 15 to 30 s, and a queue can fill
+//! and empty within a second.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -46,7 +46,7 @@ pub struct History {
     taken: watch::Sender<u64>,
 }
 
-/// Why a window says nothing.
+/// Why a window has no mean.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unknown {
     /// No Envoy has exchanged for so long, or pd-control has not run for so long.

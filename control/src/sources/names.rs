@@ -1,5 +1,5 @@
-//! Endpoints of the command line: `host:port,role=…`. The host is an address, or a name that DNS resolves again and
-//! again.
+//! Endpoints of the command line: `host:port,role=…`. The host is an address, or a name that pd-control
+//! resolves by DNS at intervals.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};

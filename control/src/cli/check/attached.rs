@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::cli::manifests::{Manifests, Object, items, text};
 
-/// The Gateways of a route, as far as they are here.
+/// The Gateways of a route that the files have.
 pub(super) fn gateways<'a>(route: &'a Object, all: &'a Manifests) -> impl Iterator<Item = &'a Object> {
     items(&route.value, "/spec/parentRefs").iter().filter_map(|parent| {
         let namespace = Some(text(parent, "/namespace")).filter(|text| !text.is_empty()).unwrap_or(&route.namespace);
@@ -23,7 +23,8 @@ pub(super) fn proxy<'a>(gateway: &'a Object, all: &'a Manifests) -> Option<&'a O
     })
 }
 
-/// The policies of a kind that are in force for a route: its own, else its Gateways'; both where its own is merged into theirs.
+/// The policies of a kind that are in force for a route: its own, else those of its Gateways; both where a policy of
+/// the route has a `mergeType`.
 pub(super) fn policies<'a>(kind: &'a str, route: &'a Object, all: &'a Manifests) -> Vec<&'a Object> {
     let own: Vec<_> = all.of_kind(kind).filter(|policy| policy.targets(route)).collect();
     if !own.is_empty() && own.iter().all(|policy| policy.value.pointer("/spec/mergeType").is_none()) {

@@ -105,7 +105,7 @@ fn listed(config: &KubernetesConfig, workloads: &[Workload<'_>], all: &Manifests
     let mut config = config.clone();
     config.allowed_cidrs.clear();
     if config.namespaces.is_empty() {
-        // Its own namespace, which is that of the engines unless somebody says otherwise.
+        // pd-control then follows its own namespace, which is taken to be that of the engines.
         config.namespaces = workloads.iter().map(|workload| workload.object.namespace.clone()).collect();
     }
     let Ok(rules) = config.rules() else { return BTreeMap::new() };

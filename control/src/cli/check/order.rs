@@ -5,10 +5,10 @@ use serde_json::Value;
 use super::report::Report;
 use crate::cli::manifests::{Object, items, text};
 
-/// The filter that holds the headers until ours has chosen, and ours.
+/// Envoy's buffer filter, which holds the headers until this project's filter has chosen, and the filter itself.
 const BUFFER: &str = "buffer";
 const WASM: &str = "wasm";
-/// The filter that knows where a client is, and the one that asks it.
+/// Envoy's filter that finds the place of a client, and the filter that may need the place.
 const GEOIP: &str = "geoip";
 const RBAC: &str = "rbac";
 const PREFIX: &str = "envoy.filters.http.";

@@ -8,9 +8,9 @@ use super::filters::Filter;
 use super::report::Report;
 use crate::cli::manifests::{Manifests, Object, items, text};
 
-/// What of a `SecurityPolicy` asks for credentials, which a probe has not.
+/// Keys of a `SecurityPolicy` that make requests need credentials. A probe has none.
 const CREDENTIALS: &[&str] = &["apiKeyAuth", "basicAuth", "extAuth", "jwt", "oidc"];
-/// What of a `BackendTrafficPolicy` refuses requests.
+/// Keys of a `BackendTrafficPolicy` that make Envoy refuse requests.
 const LIMITS: &[&str] = &["faultInjection", "rateLimit"];
 /// Envoy Gateway adds this to listeners' ports below 1,024 in the pod.
 const PORT_SHIFT: u64 = 10_000;
@@ -160,7 +160,7 @@ fn fit(of_match: &Value) -> Option<(bool, usize)> {
     }
 }
 
-/// The filter must be on it, and nothing that refuses.
+/// Checks that the filter is on the route, and that no policy of the route refuses the probe.
 fn check_route(filter: &Filter<'_>, route: &Object, all: &Manifests, report: &mut Report) {
     let has_filter = policies("EnvoyExtensionPolicy", route, all).iter().any(|it| is(it, filter.policy));
     if !has_filter {

@@ -1,4 +1,4 @@
-//! What sends a request with KV parameters to an endpoint that the filter has not chosen for it.
+//! Checks for settings that send a request with KV parameters to an endpoint that the filter did not choose.
 
 use super::attached::serves_engines;
 use super::report::Report;

@@ -7,7 +7,7 @@ pub struct Report {
     pub said: Vec<String>,
     /// One line for each valid list, or part of one, that cannot serve.
     pub warnings: Vec<String>,
-    /// One line for each fault: what would be refused or would not work.
+    /// One line for each fault: an object that would be refused, or a setting that does not work.
     pub faults: Vec<String>,
 }
 

@@ -8,7 +8,7 @@ use super::filters::Filter;
 use super::report::Report;
 use crate::cli::manifests::{Manifests, Object};
 
-/// An external authorization that reads bodies must take those that the filter takes.
+/// Checks that an external authorization that reads bodies accepts bodies of the size that the filter accepts.
 pub(super) fn check(filter: &Filter<'_>, config: &Config, route: &Object, all: &Manifests, report: &mut Report) {
     for policy in policies("SecurityPolicy", route, all) {
         let limit = policy.value.pointer("/spec/extAuth/bodyToExtAuth/maxRequestBytes").and_then(Value::as_u64);

@@ -118,7 +118,7 @@ fn check_protocol(policy: &Object, report: &mut Report) {
     }
 }
 
-/// Generation takes as long as it takes. A rule's own limit comes before the policy's.
+/// Warns of time limits that cut off long answers. A rule's own limit wins over the policy's.
 fn check_time(route: &Object, policies: &[&Object], report: &mut Report) {
     let of_policy = |key: &str| {
         let found = policies.iter().map(|policy| (*policy, text(&policy.value, &format!("/spec/timeout/http/{key}"))));

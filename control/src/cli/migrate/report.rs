@@ -1,4 +1,4 @@
-//! What became of each setting.
+//! The report of a migration: which settings the values carry over, and which not.
 
 use std::fmt::Display;
 
@@ -9,17 +9,17 @@ use crate::cli::manifests::Object;
 pub struct Report {
     /// Settings that the values carry over.
     pub carried: Vec<String>,
-    /// Settings that nothing stands for, and why.
+    /// Settings that the values do not carry over, and why.
     pub dropped: Vec<String>,
 }
 
 impl Report {
-    /// A setting became something.
+    /// Adds a line about a setting that the values carry over.
     pub(super) fn carried(&mut self, object: &Object, key: &str, what: impl Display) {
         self.carried.push(object.says(key, what));
     }
 
-    /// A setting became nothing.
+    /// Adds a line about a setting that the values do not carry over.
     pub(super) fn dropped(&mut self, object: &Object, key: &str, why: impl Display) {
         self.dropped.push(object.says(key, why));
     }

@@ -1,6 +1,6 @@
 //! Classifies pods: which are engines, and which endpoints they have.
 //!
-//! | | llm-d | AIBrix | annotation of ours |
+//! | | llm-d | AIBrix | annotation of pd-control |
 //! |---|---|---|---|
 //! | role | `llm-d.ai/role` | `role-name` | `envoy-pd/role` |
 //! | models | – | `model.aibrix.ai/name` | `envoy-pd/models`, with commas; `models-closed` |
@@ -51,7 +51,7 @@ pub enum PodClass {
     Refused(String),
 }
 
-/// What holds for all pods.
+/// Settings for all pods.
 #[derive(Clone, Debug, Default)]
 pub struct Defaults {
     /// Whether the labels of llm-d and AIBrix make a pod an engine.

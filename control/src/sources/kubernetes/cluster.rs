@@ -245,7 +245,7 @@ impl Cluster {
     /// The endpoints of all pods, each name once, and the class of each pod.
     ///
     /// When two pods have the same address, the endpoint is the one that is ready, else the one that drains, else the
-    /// newer pod's. Where most of a role turned unready at once they stay ready.
+    /// newer pod's. [Busy](super::readiness) endpoints stay ready.
     #[must_use]
     pub fn endpoints(&mut self) -> (Vec<Endpoint>, PodsView) {
         let mut owners: BTreeMap<EndpointId, (&PodName, &Endpoint, i64)> = BTreeMap::new();

@@ -54,7 +54,7 @@ impl Readiness {
         }
         let mut lines = Vec::new();
         for ((pool, role), (busy, known)) in roles {
-            // One that is unready alone says no more than that.
+            // A single unready endpoint shows nothing about the others.
             if busy.len() < 2 || busy.len() * 2 <= known {
                 continue;
             }

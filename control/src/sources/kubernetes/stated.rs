@@ -1,6 +1,6 @@
-//! Reads InferenceObjectives and InferenceModelRewrites: priorities, and models that stand for other models.
+//! Reads InferenceObjectives and InferenceModelRewrites: priorities, and aliases of models.
 //!
-//! Of two objects that say something of one name the older one counts, as the API has it.
+//! If two objects state something about one name, the older object counts, as the API specifies.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -128,7 +128,7 @@ impl StatedObject {
         Ok(Self { created, pool, namespace: metadata.namespace.unwrap_or_default(), content })
     }
 
-    /// Whether it is for one of the pools; it is, where there are none.
+    /// Whether the object is for one of `pools`. With no `pools`, every object is.
     fn is_for(&self, pools: &[PoolReference]) -> bool {
         let is_it = |pool: &PoolReference| {
             (pool.name == "*" || pool.name == self.pool)

@@ -14,14 +14,14 @@ pub fn role_named(text: &str) -> Option<Role> {
     }
 }
 
-/// The name is no engine's.
+/// No engine has the name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UnknownEngine;
 
 /// The hand-over protocol of the engine of this name. `None` for plain vLLM: its connector is in the pool's policy.
 ///
 /// # Errors
-/// [`UnknownEngine`] when the name is no engine's.
+/// [`UnknownEngine`] when no engine has the name.
 pub fn engine_named(text: &str) -> Result<Option<Engine>, UnknownEngine> {
     match text {
         "vllm" => Ok(None),
