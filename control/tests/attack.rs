@@ -181,7 +181,7 @@ async fn only_replicas_speak_for_other_envoys_and_a_public_name_gives_no_right()
     assert_eq!(tokens, 500);
     let name = name.unwrap();
     assert_ne!(name, 71);
-    // The name of the Envoy, which the exchange tells, is not the number by which it speaks.
+    // The exchange gives Envoys the name of another Envoy, but not the number by which that Envoy identifies itself.
     for replaces in [name, 0] {
         let mut liar = one(if replaces == 0 { name } else { 88 }, 1, Vec::new());
         liar.records[0].replaces = replaces;

@@ -269,7 +269,7 @@ async fn a_real_api_server_is_followed_with_exactly_the_shipped_role() {
     latencies.sort_unstable();
     println!("status to answered poll, 40 changes: median {:?}, worst {:?}", latencies[20], latencies[39]);
 
-    // The server dies and comes back; what it is told then is followed.
+    // The API server dies and comes back. pd-control follows the changes that it gets then.
     cluster.api_server = None;
     until_true("the loss is said", || async { rig.client.metric("pd_control_degraded").await == 1.0 }).await;
     assert_eq!(rig.filter().await.table.len(), 2, "the last list is kept");
@@ -284,7 +284,7 @@ async fn a_real_api_server_is_followed_with_exactly_the_shipped_role() {
     Api::<Pod>::namespaced(admin.clone(), "inference").delete("decode-0", &parameters).await.unwrap();
     until_true("it is gone", || async { !rig.filter().await.table.contains_key("10.244.0.2:8000") }).await;
 
-    // Without the Role it is told what is missing.
+    // Without the Role, pd-control says which right is missing.
     let bindings = Api::<RoleBinding>::namespaced(admin, "inference");
     bindings.delete("pd-control", &DeleteParams::default()).await.unwrap();
     let is_said = || async { rig.client.get("/readyz").await.body.contains("cannot watch resource \"pods\"") };

@@ -15,7 +15,7 @@ umask 022
 registry=${REGISTRY:-registry.example}
 [ -z "$(ls -A "$output")" ] || { echo "release: $output is not empty" >&2; exit 1; }
 
-# An archive that tells nothing of the machine: names in order, one time, no owner, plain modes. Links are followed.
+# An archive without traces of the machine: names in order, one time, no owner, plain modes. Links are followed.
 archive() { # FOLDER NAME
     tar --create --dereference --directory "$1" --sort=name --format=ustar --owner=0 --group=0 --numeric-owner \
         --mtime="@$EPOCH" --mode='u+rw,go+r,go-w,a+X,a-s' "$2"

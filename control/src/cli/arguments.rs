@@ -29,9 +29,9 @@ const OPERATOR_TOKEN_VARIABLE: &str = "PD_CONTROL_OPERATOR_TOKEN";
 /// Environment variable with the token of replicas, unless `--peers-token-env` names another one.
 const PEERS_TOKEN_VARIABLE: &str = "PD_CONTROL_PEERS_TOKEN";
 
-/// Tells every Envoy's prefill/decode filter which endpoints there are.
+/// Publishes the list of endpoints to the prefill/decode filter of every Envoy.
 ///
-/// It follows the pods of a cluster, a file of endpoints or both, and pushes every change to the filters that poll.
+/// pd-control follows the pods of a cluster, a file of endpoints or both, and pushes every change to the filters that poll.
 #[derive(Debug, Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
 pub struct Cli {

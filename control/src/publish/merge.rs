@@ -31,7 +31,7 @@ impl Merge {
         self.sources.len() - 1
     }
 
-    /// Says that facts will come: an engine without a fact has yet to tell its models.
+    /// Says that facts will come: an engine without a fact has not answered its models yet.
     pub fn ask_engines(&mut self) {
         self.asks_engines = true;
     }

@@ -397,7 +397,7 @@ fn selectors_find_their_pods() {
     }
 }
 
-/// What one machine's Envoy tells, the cluster's tells, too.
+/// Envoy on one machine and Envoy in a cluster write the same tags and access log.
 #[test]
 fn tags_and_access_log_are_those_of_one_machine() {
     let local: Value = serde_saphyr::from_str(&fs::read_to_string(places::local_yaml()).unwrap()).unwrap();

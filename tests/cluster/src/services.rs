@@ -141,7 +141,8 @@ async fn follow_slices(client: Client, services: &Services) {
     }
 }
 
-/// Listens on a service's address, and tells it as the load balancer's where the service asks for one.
+/// Listens on a service's address, and writes the address into the service's status if the service asks for a load
+/// balancer.
 async fn serve(client: &Client, services: &Arc<Services>, service: &Service) -> Vec<JoinHandle<()>> {
     let Some((address, spec)) = address(service).zip(service.spec.as_ref()) else { return Vec::new() };
     let name = name(service);

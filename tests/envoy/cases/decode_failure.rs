@@ -179,7 +179,7 @@ fn a_decode_pod_without_a_first_byte_ends_at_envoys_limit() {
     });
 }
 
-/// No connection fails and no error comes: only that others answer tells.
+/// No connection fails and no error comes. The only evidence is that other endpoints answer.
 #[test]
 fn a_decode_pod_that_is_silent_while_another_one_answers_is_avoided() {
     run(async {

@@ -95,7 +95,7 @@ fn a_pod_that_one_envoy_keeps_busy_is_busy_to_the_other() {
         first.decode.iter().for_each(|engine| engine.set_faults("delay=6000").unwrap());
         let before: Vec<u64> = first.decode.iter().map(of).collect();
         let mut client = first.client(Http::Two).await;
-        // More than what just ended and the other worker has not heard of yet.
+        // More than the load of a request that just ended and whose end the other worker has not read yet.
         let body = chat(&[&words(&new_id("prompt"), 40_000)], r#","max_tokens":8"#);
         let held = tokio::spawn(async move { ask(&mut client, &body).await });
         let busy =

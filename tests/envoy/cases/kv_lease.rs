@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::support::{ask, assert_rejected, decode_process, long_chat, new_prompt, sum};
 
-/// Lease of the prefill servers, and what the filter is told of it.
+/// Lease of the prefill servers, and the lease in the filter's configuration.
 const LEASE: Duration = Duration::from_millis(1_500);
 const LATE: &str = "pd_late_answers_total{result=\"refused\"}";
 

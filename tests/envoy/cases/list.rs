@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use crate::support::{ask, assert_rejected, long_chat, short_chat, sum};
 
-/// Sends one request after the other until told to stop; says when each that `is_old` answered was sent, and came back.
+/// Sends one request after the other until `stop` is set. Returns when the last answer of the server `old` came.
 async fn watch(mut client: Client, old: &str, stop: Arc<AtomicBool>) -> Option<Instant> {
     let mut last_old = None;
     while !stop.load(Relaxed) {

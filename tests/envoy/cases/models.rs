@@ -127,8 +127,8 @@ fn lists_have_the_engines_cards_and_adapters_that_are_loaded_later() {
         for engine in [&rig.prefill[0], &rig.decode[0]] {
             engine.load_lora("late");
         }
-        // It is listed with the first server that tells it.
-        until("a decode server tells the adapter", async || {
+        // pd-control lists the adapter with the first server that answers it.
+        until("a decode server lists the adapter", async || {
             let body = short_chat().replace("\"sim\"", "\"late\"");
             (rig.client(BOTH[0]).await.post(CHAT, body).await.status == 200).then_some(())
         })
@@ -156,7 +156,7 @@ fn lists_do_not_change_while_a_new_pd_control_asks_the_engines() {
     run(async {
         let mut rig =
             Rig::builder().control(SCRAPES).every_engine(|config| config.loras = vec!["lora".to_owned()]).start().await;
-        until("the engines have told their models", async || {
+        until("the filter knows the engines' models", async || {
             (cards(&mut rig.client(BOTH[0]).await).await.len() == 2).then_some(())
         })
         .await;

@@ -127,7 +127,7 @@ fn a_prompt_that_leaves_no_room_for_its_answer_runs_no_prefill_leg() {
             })
             .start()
             .await;
-        until("the engines have told the length", async || {
+        until("the filter knows the engines' context length", async || {
             rig.client(Http::One).await.get("/v1/models").await.text().contains("4096").then_some(())
         })
         .await;
@@ -219,7 +219,7 @@ fn an_answer_that_describes_the_prompt_is_computed_by_one_server() {
         let (request, path) = logged_chat(&client, &long_chat().replace(":8}", ":8,\"prompt_logprobs\":1}"), &[]);
         assert_eq!(client.send(request).await.status, 200);
         assert_eq!(rig.access_log_of(&path).await["reason"], "prompt_in_answer");
-        // What is told of the answer's own tokens is asked of the server that samples them.
+        // The decode server samples the answer's tokens, so the filter asks it for their log probabilities.
         let body = long_chat().replace(":8}", ":8,\"logprobs\":true,\"top_logprobs\":2}");
         assert_right(&client.post(CHAT, body.clone()).await, &body);
         let legs: Vec<_> = rig.prefill.iter().flat_map(pd_sim::Handle::requests).collect();

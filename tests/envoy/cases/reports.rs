@@ -106,7 +106,7 @@ fn media(begin: &str, bytes: usize) -> String {
 fn media_are_counted_by_what_they_show() {
     run(async {
         let rig = Rig::builder().control(&["--scrape-interval=0.1"]).start().await;
-        until("the engines have told the length", async || {
+        until("the filter knows the engines' context length", async || {
             rig.client(Http::One).await.get("/v1/models").await.text().contains("131072").then_some(())
         })
         .await;
@@ -201,7 +201,7 @@ fn what_the_engine_refuses_is_refused_in_its_words_and_computed_nowhere() {
             .plugin(json!({"pools": {"default": {"split": {"mode": "always"}}}}))
             .start()
             .await;
-        until("the engines have told the length", async || {
+        until("the filter knows the engines' context length", async || {
             rig.client(Http::One).await.get("/v1/models").await.text().contains("4096").then_some(())
         })
         .await;

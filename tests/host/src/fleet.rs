@@ -94,7 +94,7 @@ impl Fleet {
         }
     }
 
-    /// Ends the draining generations: their roots are told, then the VMs go.
+    /// Ends the draining generations: the host notifies their root contexts, then deletes the VMs.
     pub fn retire(&mut self) {
         for worker in self.draining.drain(..) {
             worker.shutdown();

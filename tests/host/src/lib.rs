@@ -5,7 +5,7 @@
 //! the root context, shared data, metrics and queues of the process, ticks, and the order of the last callbacks. Time
 //! stands still unless a test moves the [`Clock`]; nothing sleeps and nothing is random.
 //!
-//! On top of that stand knobs a real Envoy does not have: any host call can be told to fail, a call-out can stay
+//! On top of that stand knobs a real Envoy does not have: any host call can be made to fail, a call-out can stay
 //! unanswered, a hook can run between reading and writing shared data, and breaches of Envoy's rules are collected as
 //! [`Violation`]s instead of being undefined behaviour.
 //!

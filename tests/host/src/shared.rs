@@ -131,7 +131,7 @@ impl SharedStore {
         lock(&self.metrics).entry((kind, name.to_owned())).or_default().clone()
     }
 
-    /// The last worker to register a queue is told about its items.
+    /// The host notifies the last worker that registered a queue of the queue's items.
     pub(crate) fn register_queue(&self, vm_id: &str, name: &[u8], owner: (u32, u32)) -> u32 {
         let mut state = lock(&self.queues);
         let next = state.last_token + 1;

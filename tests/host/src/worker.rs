@@ -88,7 +88,8 @@ impl Worker {
         vm.root
     }
 
-    /// Ends one root context when its listener has drained: it is told that it is done, and deleted if it agrees.
+    /// Ends one root context when its listener has drained: the host calls `on_done`, and deletes the context if that
+    /// returns true.
     pub fn retire_root(&self, root: u32) {
         let mut vm = lock(&self.vm);
         vm.retire_root(root);

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Replaces a file at once: whoever reads it finds the old text or the new one, and whoever watches its directory is told.
+/// Replaces a file at once: a reader finds the old text or the new one, and a watcher of its directory gets an event.
 ///
 /// # Errors
 /// When the directory cannot be written.

@@ -96,7 +96,7 @@ impl Process {
     /// Memory that it has in RAM, bytes.
     ///
     /// # Panics
-    /// When the system does not tell.
+    /// When the system does not say.
     #[must_use]
     pub fn resident_bytes(&self) -> u64 {
         resident_bytes(self.pid).expect("VmRSS in /proc")

@@ -26,7 +26,7 @@ impl Gate {
         let acts = Arc::clone(&next);
         let accepting = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                // Whoever is gone is told so by the connection's end.
+                // If the server is gone, the connection ends, which tells the client.
                 if let Ok(server) = TcpStream::connect(server).await {
                     tokio::spawn(relay(client, server, Arc::clone(&acts)));
                 }

@@ -60,7 +60,7 @@ pub struct Timing {
     pub gaps: Vec<Duration>,
     /// Output tokens: the server's count, else the events.
     pub output_tokens: u64,
-    /// Prompt tokens, if the server tells them.
+    /// Prompt tokens, if the server reports them.
     pub input_tokens: Option<u64>,
 }
 
@@ -213,7 +213,7 @@ pub struct Level {
     pub failures: u64,
     /// Seconds from the first request to the last answer.
     pub seconds: f64,
-    /// Mean prompt tokens, by the server's count; 0: not told.
+    /// Mean prompt tokens, by the server's count; 0: not reported.
     pub input_tokens: f64,
     /// Output tokens of all answers.
     pub output_tokens: u64,

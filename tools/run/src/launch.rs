@@ -218,8 +218,8 @@ impl Plan {
         ready(processes, probe::wait(self.admin, "/ready", READY_LIMIT, |_| true)).await?;
         let has_list = |stats: &str| stats.lines().any(|line| line.contains("=changed: ") && !line.ends_with(": 0"));
         let polled = probe::wait(self.admin, "/stats?filter=pd_polls_total", READY_LIMIT, has_list);
-        let unheard = || format!("the filter has not heard pd-control (log: {})", self.log("envoy").display());
-        ready(processes, polled).await.with_context(unheard)
+        let without_list = || format!("the filter has no list from pd-control (log: {})", self.log("envoy").display());
+        ready(processes, polled).await.with_context(without_list)
     }
 
     fn log(&self, name: &str) -> PathBuf {

@@ -67,8 +67,8 @@ pub struct Config {
     /// Bytes that a request body may have; more is answered 413.
     pub max_body_bytes: usize,
     /// How long a connection may be without a request before the server closes it, as uvicorn does after 5 s; absent: for
-    /// ever. The client hears of it when it sends the next request, which is lost: the race that it loses now and then at
-    /// a real server. Time between two parts of a stream counts, too.
+    /// ever. A client that sends its next request at that moment loses the request, as it sometimes does at a real server.
+    /// Time between two parts of a stream counts, too.
     pub keep_alive: Option<Duration>,
     /// Counts the prompts that were computed, for all servers of a test together; absent: nobody counts.
     pub computed: Option<Arc<Computed>>,

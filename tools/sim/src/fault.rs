@@ -105,7 +105,7 @@ pub struct Fault {
 /// Which half of a split request a request is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leg {
-    /// A whole request, or one of which the server cannot tell.
+    /// A whole request, or one whose leg the server cannot know.
     Plain,
     /// `do_remote_decode`.
     Prefill,

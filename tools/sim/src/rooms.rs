@@ -1,4 +1,4 @@
-//! Rooms in which the legs of engines meet that are told of each other beforehand (SGLang, Mooncake).
+//! Rooms in which the two legs of a request meet, for engines whose legs name each other beforehand (SGLang, Mooncake).
 //!
 //! ```text
 //! POST /room/KEY   x-engine-id: id, where the protocol names it
@@ -15,7 +15,7 @@ use tokio::sync::watch;
 
 /// Path of the side channel below which rooms are.
 pub(crate) const ROOM_PATH: &str = "/room/";
-/// Path at which Mooncake's bootstrap server tells its engines' ids.
+/// Path at which Mooncake's bootstrap server answers its engines' ids.
 pub(crate) const QUERY_PATH: &str = "/query";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -134,7 +134,7 @@ pub fn generate(digest: u64, seed: Option<i64>, choice: u32, limits: &Limits, wr
     if choice > 0 {
         state = xxh3_64_with_seed(&choice.to_le_bytes(), state);
     }
-    // The length stays the right one: only the words tell.
+    // The length stays the right one: only the words differ.
     let natural = (NATURAL_TOKENS_MIN + state % (NATURAL_TOKENS_MAX - NATURAL_TOKENS_MIN + 1)).max(limits.min_tokens);
     if wrong {
         state = !state;

@@ -120,7 +120,7 @@ async fn decode_reports_the_prefill_servers_hits_unless_it_gets_none() {
         let answer = ask_with_fault(&other, fault, &decode_leg(&prompt, &params, "")).await.unwrap();
         assert_eq!(answer.choice(0), expected_text("sim", chat(&prompt, "")));
         let (prompt_tokens, details) = (answer.json()["usage"]["prompt_tokens"].clone(), details(&answer));
-        // Its own count tells whether the KV cache came; the one that it is told does not.
+        // The server's own count shows whether the KV cache came; the count in the parameters does not.
         let own = if fault.is_empty() { prompt_tokens } else { json!(0) };
         assert_eq!(details["cached_tokens"], if is_own { own } else { json!(0) }, "{fault} {in_params}");
         assert_eq!(details["created_cache_tokens"] == json!(0), fault.is_empty(), "{details}");

@@ -89,7 +89,7 @@ struct Reality {
     _envoy: Envoy,
 }
 
-/// Sends requests through both, in their order; `progress` is told of each.
+/// Sends requests through both, in their order; it calls `progress` for each.
 ///
 /// # Errors
 /// When a request fails, or something does not start.

@@ -104,7 +104,7 @@ enum Gateway<'a> {
 /// Output tokens that a gateway expects of a request which does not say: pd-core's figure, for those that count tokens.
 const EXPECTED_OUTPUT_TOKENS: u64 = 256;
 
-/// Runs a load under a policy; `progress` is told of every request that was sent.
+/// Runs a load under a policy; it calls `progress` for every request that it sent.
 ///
 /// # Errors
 /// When pd-core does not choose.

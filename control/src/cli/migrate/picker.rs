@@ -87,8 +87,9 @@ fn plugin(object: &Object, key: &str, plugin: &Value, all: &[Value], values: &mu
                 Some(blocks) => {
                     let tokens = blocks.saturating_mul(block.unwrap_or(DEFAULT_BLOCK_TOKENS));
                     values.pool.insert("cache_tokens".to_owned(), json!(tokens));
-                    let what =
-                        format!("filter.config.pools.default.cache_tokens: {tokens}; engines that tell theirs count");
+                    let what = format!(
+                        "filter.config.pools.default.cache_tokens: {tokens}; an engine that reports its own counts instead"
+                    );
                     report.carried(object, key, what);
                 }
                 None => {

@@ -53,7 +53,7 @@ pub struct Rule {
     pub ports: PortSource,
     /// Models; none: from the pod's labels.
     pub models: Option<Vec<String>>,
-    /// Whether pd-control adds no model that the engine tells; none: it adds them.
+    /// Whether pd-control adds no model from the engine's answer; none: pd-control adds them.
     pub models_closed: Option<bool>,
     /// Speed relative to the pool's others.
     pub weight: Option<f64>,

@@ -1,5 +1,5 @@
-//! The exchange: whatever pd-control answers to an Envoy and whatever Envoys tell pd-control, both stay sane, what they
-//! write can be read, and an Envoy that falls silent forgets the others' loads to the last.
+//! The exchange under any answer of pd-control and any request of an Envoy. Both sides keep their invariants, each can
+//! read the other's bytes, and an Envoy without answers retracts all loads of the other Envoys.
 #![no_main]
 
 use core::time::Duration;
@@ -68,7 +68,7 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
             }
             2 => {
                 for call in exchange.tick(&mut worker, true, now, |_| Report::default().to_json()) {
-                    let request = ExchangeRequest::from_bytes(&call.body).expect("what an Envoy tells can be read");
+                    let request = ExchangeRequest::from_bytes(&call.body).expect("pd-control can read an Envoy's request");
                     let response = answer(&mut hub, &request, now).to_bytes();
                     exchange.answered(&mut worker, call.kind, Some(200), &response, now);
                 }

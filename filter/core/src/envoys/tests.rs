@@ -182,7 +182,7 @@ fn the_public_name_of_an_envoy_does_not_let_others_speak_for_it() {
     let name = answer.batches[0].gateway;
     assert_eq!(name, 7 ^ 0xffff);
     assert!(hub.reports(Monotonic::ZERO).all(|(id, ..)| id == name));
-    // It claims to be the other Envoy, and to be in its place, by the name that it was told.
+    // It claims to be the other Envoy, and to replace it, by the name that the exchange gave it.
     let mut attack = claims(name, 9, Vec::new(), Vec::new());
     hub.take(&attack, 0, Monotonic::ZERO);
     (attack.from, attack.records[0].gateway, attack.records[0].replaces) = (8, 8, name);

@@ -186,7 +186,7 @@ impl Prefilling {
         if let Some(cached) = usage.and_then(|usage| usage.cached_tokens) {
             worker.judge_belief(prefiller.endpoint, matched_tokens, cached);
         }
-        // The filter knows what the prefill leg had cached, and tells the client.
+        // The filter knows the prefill leg's cached tokens, and writes them into the answer.
         let cached_tokens = if usage.is_some() && split.parsed.shows_cached_tokens() {
             CachedTokensOf::Decode
         } else {

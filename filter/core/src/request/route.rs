@@ -1,4 +1,4 @@
-//! Forwarding: the filter state that tells Envoy where a request goes, and what is counted there.
+//! Forwarding: the filter state by which Envoy routes a request, and the counters of a forwarded request.
 
 use super::assignment::Assignment;
 use super::effect::{

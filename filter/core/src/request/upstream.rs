@@ -86,7 +86,7 @@ mod tests {
     fn an_engines_answer_has_a_host_whatever_its_status() {
         assert_eq!(of(Some(503), Some("via_upstream")).answerer(), Answerer::Host(HOST));
         assert_eq!(of(Some(200), Some("anything")).answerer(), Answerer::Host(HOST));
-        assert_eq!(of(Some(500), None).answerer(), Answerer::Host(HOST), "an Envoy that tells no details is believed");
+        assert_eq!(of(Some(500), None).answerer(), Answerer::Host(HOST), "the filter believes the address");
     }
 
     #[test]

@@ -9,7 +9,7 @@ pub(crate) struct PendingEvents {
     /// The encoded events; `None` without a workers' log, because no other worker reads them then.
     pub(crate) unpublished: Option<Vec<u8>>,
     /// Whether one of the events must be published at once. The end of a leg or request may wait, and so may the choice of
-    /// a decode endpoint behind a prefill leg: one write to shared data then tells of several requests.
+    /// a decode endpoint behind a prefill leg: one write to shared data then serves several requests.
     pub(crate) is_urgent: bool,
     /// Whether one of the events that may wait says which endpoint got a request. Such an event waits no longer than
     /// until the request ends, because no callback may follow soon after the end.

@@ -227,7 +227,7 @@ impl Cluster {
         self.pod_names(GATEWAY, ENVOY).await
     }
 
-    /// Metrics of an Envoy; empty while it does not tell.
+    /// Metrics of an Envoy; empty while it does not answer.
     pub async fn metrics(&self, envoy: &str) -> String {
         let path = format!("/api/v1/namespaces/{GATEWAY}/pods/{envoy}:19001/proxy/stats/prometheus");
         self.client.request_text(Request::get(path).body(Vec::new()).expect("a request")).await.unwrap_or_default()

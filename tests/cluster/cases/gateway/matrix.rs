@@ -284,7 +284,7 @@ async fn compression_and_changes_of_headers_work() {
     Cluster::ready().await;
 }
 
-/// A prefix that the route takes off the path, of which the filter is told.
+/// The route removes a prefix from the path, and the filter's configuration names the prefix.
 #[tokio::test]
 async fn paths_that_the_route_rewrites_are_split() {
     let cluster = Cluster::ready().await;

@@ -73,7 +73,7 @@ async fn two_envoys_keep_conversations_where_their_prefixes_are() {
     for envoy in &envoys {
         let calls = async || cluster.metric_of(envoy, "pd_exchanges_total", EXCHANGED).await;
         let before = calls().await;
-        until(format!("{envoy} hears of the other"), async || (calls().await >= before + 4.0).then_some(())).await;
+        until(format!("{envoy} knows of the other"), async || (calls().await >= before + 4.0).then_some(())).await;
     }
     let (mut held, mut hit) = (0, 0);
     for conversation in 0..CONVERSATIONS {

@@ -183,7 +183,7 @@ async fn a_module_that_does_not_start_replaces_no_envoy() {
     assert_eq!(rolled_out(&cluster, &after).await, before);
 }
 
-/// A new Envoy is ready when it has a list of endpoints, so it replaces none while there is nobody to tell one.
+/// A new Envoy is ready when it has a list of endpoints. Without pd-control it gets none, so it replaces no Envoy.
 #[tokio::test]
 async fn without_pd_control_no_envoy_is_replaced() {
     let cluster = Cluster::ready().await;

@@ -116,7 +116,7 @@ fn ticks_of_two_generations_run_in_the_order_of_time() {
     assert_eq!(lines(&fleet.draining()[0]), ["00", "00", "abc", "00", "00"][3..]);
     assert_eq!(lines(&fleet.workers()[0]), ["00"]);
     fleet.run_posted();
-    assert_eq!(lines(&fleet.workers()[1]).len(), 1 + 2 * 6, "the last to register is told of every item");
+    assert_eq!(lines(&fleet.workers()[1]).len(), 1 + 2 * 6, "the last to register is notified of every item");
     fleet.retire();
     assert!(fleet.violations().is_empty());
 }

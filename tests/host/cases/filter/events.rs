@@ -60,7 +60,7 @@ struct Run {
     /// Endpoints of every configuration so far.
     configured: Listed,
     version: u64,
-    /// Block events that some Envoy told.
+    /// Block events that some Envoy sent.
     blocks: Vec<u8>,
     prompts: u64,
     may_refuse_calls: bool,

@@ -1,4 +1,4 @@
-//! Several Envoys that tell each other what they do, by way of the hub that `pd-control` serves.
+//! Several Envoys that exchange their loads and blocks through the hub that `pd-control` serves.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use pd_host::{Callout, ClusterState, Fleet, Request, SharedStore, Stream, Worker
 
 use crate::gateway::*;
 
-/// How often an Envoy that is not alone tells and asks.
+/// How often an Envoy that is not alone sends an exchange request.
 const TICK: Duration = Duration::from_millis(50);
 /// How often every other one looks for work.
 const IDLE_TICK: Duration = Duration::from_millis(200);
@@ -26,7 +26,7 @@ struct Envoys {
     hub: Hub,
     now: Monotonic,
     fleets: Vec<Fleet>,
-    /// What was told, oldest first.
+    /// The requests that the hub got, oldest first.
     requests: Vec<ExchangeRequest>,
 }
 
@@ -275,7 +275,7 @@ fn bad_answers_are_counted_and_change_nothing() {
     let request = ExchangeRequest::default();
     for index in 0..bad_answers(&request).len() + 2 {
         let gateway = Gateway::pushed(FOUR_AND_ONE);
-        // Counters are told every 200 ms.
+        // The filter writes counters every 200 ms.
         let counter = |result: &str| {
             gateway.advance(IDLE_TICK);
             gateway.shared.counter(&format!("pd_exchanges_total;result={result}"))
@@ -292,7 +292,7 @@ fn bad_answers_are_counted_and_change_nothing() {
         }
         assert_eq!(counter("failed"), 1, "{name}");
         run_split(&gateway, &long_chat(1));
-        // A pause, then it tells again, and a good answer is taken.
+        // After a pause, the filter sends the next request, and takes a good answer.
         assert_eq!(exchanges(&gateway), [], "{name}");
         gateway.advance(Duration::from_secs(1));
         let call = exchanges(&gateway).remove(0);
@@ -319,7 +319,7 @@ fn a_call_that_the_host_refuses_is_tried_again() {
         let request = ExchangeRequest::from_bytes(&call.body).unwrap();
         gateway.answer(call.token, [(":status", "200")], response(&request).to_bytes()).unwrap();
         gateway.advance(IDLE_TICK);
-        // Once a pause while there was nobody to tell.
+        // One failure for each pause while no hub answered.
         let failed = gateway.shared.counter("pd_exchanges_total;result=failed");
         assert!((12..=25).contains(&failed), "{failed}");
         assert_eq!(gateway.shared.counter("pd_exchanges_total;result=ok"), 1);
@@ -337,7 +337,7 @@ fn whatever_the_hub_says_requests_are_served() {
     gateway.advance(Duration::from_secs(2));
     let call = exchanges(&gateway).remove(0);
     let request = ExchangeRequest::from_bytes(&call.body).unwrap();
-    // The endpoints' own keys, as this gateway told them.
+    // The endpoints' own keys, as this gateway sent them.
     let events: Vec<u8> = request.records[0].blocks.clone();
     let keys: BTreeSet<u64> = split_events(&events).filter_map(read_event).map(|(endpoint, _)| endpoint).collect();
     assert!(!keys.is_empty());

@@ -1,4 +1,4 @@
-//! How long an answer may get, what ends it, and what it tells of tokens.
+//! How long an answer may get, what ends it, and which token probabilities it carries.
 
 use serde::Deserialize;
 
@@ -16,7 +16,7 @@ const MAX_LOGPROBS: i64 = 20;
 /// vLLM's default of `VLLM_MAX_STOP_STRINGS`.
 const MAX_STOPS: usize = 4;
 
-/// Checks what the answer is to tell of tokens, and whether that is something of the prompt's.
+/// Checks which token probabilities the request asks for. Returns whether it asks for some of the prompt's tokens.
 pub(crate) fn describes_tokens(api: Api, sampling: &Fields<'_>, n: u64, echo: bool) -> Result<bool, ApiError> {
     let count = |name: &'static str| -> Result<Option<i64>, ApiError> {
         let count: Option<i64> = sampling.get(name)?;

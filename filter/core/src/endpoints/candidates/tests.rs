@@ -48,7 +48,7 @@ fn an_endpoint_that_has_not_said_its_models_serves_where_no_other_could() {
     assert_eq!(fixture.ports(&fixture.table.candidates("m").unwrap().whole), [2], "a roll-out of one server");
     assert!(fixture.table.names_all_models(), "the list does not change meanwhile");
     let fixture = Fixture::new(vec![draining, endpoint(2, Role::Both, &[])]);
-    assert!(!fixture.table.names_all_models(), "its engine tells nothing: it may serve any model");
+    assert!(!fixture.table.names_all_models(), "without an answer of its engine, it may serve any model");
     let fixture = Fixture::new(vec![endpoint(1, Role::Decode, &["m"]), endpoint(2, Role::Prefill, &[])]);
     let m = fixture.table.candidates("m").unwrap();
     assert_eq!((fixture.ports(&m.prefill), fixture.ports(&m.decode)), (vec![2], vec![1]), "other work");

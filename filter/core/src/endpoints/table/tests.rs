@@ -160,7 +160,7 @@ fn a_new_run_of_pd_control_takes_no_models_away_before_it_asked() {
     fixture.apply(&list("g", Endpoint { pool: "other".into(), ..pending(&["n"]) }));
     assert_eq!(fixture.table.model_names(), ["n"], "another server has the address");
     fixture.apply(&list("h", endpoint(1, Role::Both, &["m"])));
-    assert_eq!(fixture.table.model_names(), ["m"], "the engine has told");
+    assert_eq!(fixture.table.model_names(), ["m"], "the engine has answered its models");
 }
 
 proptest! {
@@ -182,7 +182,7 @@ proptest! {
             let rebuilt = Fixture::new(after);
             for model in ["m", "other"] {
                 let sorted = |fixture: &Fixture| {
-                    // A list alone does not tell a model that is gone from one that never was.
+                    // A list alone does not separate a model that is gone from one that never existed.
                     let set = fixture.table.candidates(model).ok()?;
                     Some((fixture.ports(&set.prefill), fixture.ports(&set.decode)))
                 };

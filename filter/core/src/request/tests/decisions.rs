@@ -286,7 +286,7 @@ fn a_mark_of_the_providers_cache_that_moves_does_not_hide_what_an_endpoint_holds
     }
 }
 
-/// A gateway whose engines told the length of `m`, 1,000 tokens, and nothing of its adapter's.
+/// A gateway that knows the context length of `m`, 1,000 tokens, and not that of its adapter.
 fn with_length() -> Fixture {
     let mut t = fixture();
     let endpoints = ["prefill", "decode"].map(|role| {
@@ -325,7 +325,7 @@ fn a_prompt_that_leaves_no_room_for_its_answer_runs_no_prefill_leg() {
     let mut t = fixture();
     t.headers(&[]);
     t.body(&long_body_with(r#""max_tokens":2000"#));
-    assert!(t.request.is_prefilling(), "nobody told the length");
+    assert!(t.request.is_prefilling(), "the length is unknown");
 }
 
 #[test]

@@ -720,7 +720,7 @@ fn what_an_endpoint_holds_is_forgotten_after_answers_that_say_otherwise() {
         let missing: u64 = cached.iter().map(|cached| 1_000 - cached).sum();
         assert_eq!(t.worker.counts.pending(Metric::BelievedTokensMissing), missing as i64);
         t.worker.judge_belief(endpoint, 511.0, 0);
-        assert_eq!(t.worker.counts.pending(Metric::BelievedTokensMissing), missing as i64, "too few to tell");
+        assert_eq!(t.worker.counts.pending(Metric::BelievedTokensMissing), missing as i64, "too few to judge");
     }
 }
 
@@ -739,7 +739,7 @@ fn an_endpoint_that_returns_from_down_holds_nothing() {
         held(&t, &prefill)
     };
     assert!(list(1, "ready") > 0 && list(2, "draining") > 0 && list(3, "ready") > 0);
-    assert!(list(4, "down") > 0, "the requests that it has may tell");
+    assert!(list(4, "down") > 0, "the endpoint's requests may show it");
     assert_eq!(list(5, "ready"), 0);
 }
 

@@ -102,7 +102,7 @@ fn cached_tokens_are_those_of_the_prefill_leg() {
     }
 }
 
-/// vLLM 0.32 and later: decode reports the `remote_prefill_cached_tokens` of its parameters, unless they tell none.
+/// vLLM 0.32 and later: decode reports the `remote_prefill_cached_tokens` of its parameters, if they have it.
 #[test]
 fn a_decode_endpoint_that_would_repeat_the_prefill_legs_count_is_judged_by_its_own() {
     let params = PARAMS.replacen('{', r#"{"remote_prefill_cached_tokens":16,"#, 1);

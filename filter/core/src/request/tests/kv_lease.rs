@@ -168,7 +168,7 @@ fn leases_that_expired_before_are_no_news() {
     // Without pd-control the first look is the first that is known; prompts go to either prefill endpoint.
     let passed: Vec<_> = (0..6).map(|_| ask(&mut t, 7)).collect();
     assert!(passed.iter().filter(|passed| !**passed).count() <= 2 && passed[5], "{passed:?}");
-    // As pd-control tells it.
+    // As pd-control publishes it.
     let list = |expired: u32| {
         let of = |address: &str, role| {
             format!(r#"{{"address":"{address}","role":"{role}","models":["m"],"expired_kv_leases":{expired}}}"#)

@@ -109,7 +109,7 @@ fn it_is_ready_once_there_is_a_list() {
         reply(&outcome)
     };
     assert_eq!(ask(&mut fixture()), (200, "ready"));
-    assert_eq!(ask(&mut configured("{}")), (200, "ready"), "nobody will tell one");
+    assert_eq!(ask(&mut configured("{}")), (200, "ready"), "no list will come");
     let mut t = configured(r#"{"control":{"cluster":"c"}}"#);
     assert_eq!(ask(&mut t), (503, "no_list"));
     t.worker.apply(br#"{"wire":1,"epoch":"e","version":1,"endpoints":[]}"#).unwrap();

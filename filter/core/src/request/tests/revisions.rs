@@ -19,8 +19,7 @@ struct RollOut {
     asked: usize,
 }
 
-/// The list: a digit of the address tells the revision, another one the role. Decode endpoints that there were `before`
-/// drain.
+/// A list: one digit of the address is the revision, another one the role. Decode endpoints of `before` drain.
 fn list(version: u64, sides: [Sides; 2], before: [Sides; 2]) -> String {
     let mut entries = Vec::new();
     for (revision, (side, before)) in [1, 2].into_iter().zip(sides.into_iter().zip(before)) {

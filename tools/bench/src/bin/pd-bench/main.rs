@@ -105,8 +105,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Keeps this thread from sleeping. To wake a thread that sleeps costs the one who wakes it, on a virtual machine even
-/// more than a request does: Envoy's figures would tell how often we slept.
+/// Keeps this thread from sleeping. Waking a sleeping thread costs time in the thread that wakes it: on a virtual machine
+/// more than a request. Envoy's figures would then contain the sleeps of this program.
 async fn stay_awake() {
     loop {
         tokio::task::yield_now().await;
