@@ -79,7 +79,7 @@ impl ApiServer {
         (server, listening)
     }
 
-    /// Listens again after a stop; what it knows is what it knew.
+    /// Listens again after a stop, with the objects of before.
     pub async fn restart(&self) -> Listening {
         self.listen(TcpListener::bind(self.address).await.unwrap())
     }

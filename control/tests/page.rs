@@ -122,7 +122,7 @@ async fn the_status_page_shows_all_that_is_known() {
     for address in [engines[0].addr(), engines[1].addr(), silent] {
         until_shown(&mut browser, &address.to_string());
     }
-    // Envoys, what is amiss among them, and what they decided.
+    // Envoys, their problems, and their decisions.
     for shown in ["blue", "0123456789ab", "4 of 4", "3 of 4", "Recent decisions", "prefilled", "4321"] {
         until_shown(&mut browser, shown);
     }

@@ -1,4 +1,4 @@
-//! The long poll: who is answered when, and with what.
+//! The long poll: when pd-control answers a poll, and with which list.
 
 use std::time::{Duration, Instant};
 

@@ -69,7 +69,7 @@ async fn a_terminal_shows_one_that_speaks_tls() {
 #[tokio::test(flavor = "multi_thread")]
 async fn with_a_certificate_only_tls_is_spoken() {
     let rig = Rig::start_with(&four(1.0), |config, directory| config.tls = Some(made(directory, "IP:127.0.0.1"))).await;
-    // Somebody who never begins his handshake keeps nobody else from theirs.
+    // A client that never begins its handshake does not delay other clients.
     let _silent = TcpStream::connect(rig.client.address).await.unwrap();
     let certificate = rig.directory.path().join("cert.pem").display().to_string();
     let url = |scheme: &str| format!("{scheme}://{}/v1/watch", rig.client.address);

@@ -140,7 +140,7 @@ impl Shell {
         );
     }
 
-    /// Does what is due at every tick of the push, and returns the poll that is due.
+    /// Does the work of a push's tick, and returns the poll if one is due.
     pub fn whole_tick(&mut self, now: Monotonic) -> Option<Poll> {
         self.flush();
         let Self { worker, push, log, metrics, wakes, .. } = self;

@@ -16,7 +16,7 @@ pub struct WakeQueues {
     vm_id: Option<Vec<u8>>,
     /// This worker's slot, and the token of its queue.
     own: Option<(usize, u32)>,
-    /// Tokens of the other slots' queues. A slot keeps its queue, whoever holds it.
+    /// Tokens of the other slots' queues. A slot keeps its queue when another worker takes the slot.
     tokens: BTreeMap<usize, u32>,
 }
 

@@ -41,7 +41,7 @@ pub struct App {
     pub views: Arc<InFlight>,
     /// Sets the log level; none: the log is not pd-control's own.
     pub log: Option<LogLevel>,
-    /// Who may send which requests.
+    /// Which clients may send which requests.
     pub rights: Rights,
     /// Becomes true when pd-control stops and has to answer open polls.
     pub stopping: watch::Receiver<bool>,

@@ -1,5 +1,5 @@
-//! A plain parser finds in an edited form what it found before, without what no client may send; the fuzz target of the same name
-//! searches further.
+//! A plain parser finds the same fields in a form before and after its edit, except the fields that no client may send. The
+//! fuzz target of the same name searches further.
 
 #[path = "../fuzz/form.rs"]
 mod form;

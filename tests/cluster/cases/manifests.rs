@@ -275,7 +275,8 @@ fn the_buffer_takes_what_the_filter_takes() {
     assert_eq!(plugin()["config"]["max_body_bytes"], mebibytes << 20);
 }
 
-/// What Envoy Gateway fetches first is what the filter's policy names then, and who asks for it is held to that.
+/// The preflight policy names the same image as the filter's policy, and the API server denies pods and policies with an
+/// image other than the preflight's.
 #[test]
 fn an_image_is_fetched_before_it_is_named() {
     let preflight = get("EnvoyExtensionPolicy", "pd-preflight");

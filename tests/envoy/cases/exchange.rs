@@ -34,7 +34,7 @@ async fn until_exchanged(first: &Rig, second: &Rig) {
         (status["gateways"].as_array().map(Vec::len) == Some(2)).then_some(())
     })
     .await;
-    // Whoever thinks it is alone looks around once a second; then there are twenty calls in a second and not one.
+    // An Envoy that knows no other one sends one exchange request a second; with another one it sends twenty.
     for rig in [first, second] {
         let before = rig.metric(OK).await;
         rig.until_metric(OK, |value| value >= before + 4.0).await;

@@ -51,7 +51,7 @@ async fn change(rig: &Rig, to: usize, in_place: bool) -> Duration {
         }
         let requests = rig.decode[to].stats().requests;
         rig.decode[to].wait_for(|stats| stats.requests > requests + 100).await;
-        // Nobody goes to the old one any more: there is time for one who would.
+        // No request goes to the old server any more: there is time for one that would.
         let requests = rig.decode[to].stats().requests;
         rig.decode[to].wait_for(|stats| stats.requests > requests + 100).await;
         stop.store(true, Relaxed);

@@ -67,7 +67,7 @@ async fn traffic(rig: &Rig, http: Http, stop: &AtomicBool) {
     }
 }
 
-/// Replaces the listener under traffic, waits for what follows, and checks that no request was lost.
+/// Replaces the listener under traffic, waits until `follows` holds, and checks that no request was lost.
 async fn update(rig: &Rig, patch: &Value, follows: impl AsyncFnOnce()) {
     let stop = Arc::new(AtomicBool::new(false));
     let change = async {

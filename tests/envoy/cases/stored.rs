@@ -1,4 +1,4 @@
-//! Responses that one server keeps: whoever asks for one, or goes on from one, gets to that server.
+//! Stored responses: a request for one, or one that continues one, goes to the server that keeps it.
 
 use pd_support::body::words;
 use pd_support::client::{BOTH, Client, Http};

@@ -112,7 +112,7 @@ impl Rig {
         until(name, async || Some(self.metric(name).await).filter(|value| condition(*value))).await
     }
 
-    /// A metric of the filter after all requests so far ended and were counted: what a test needs to say that something
+    /// A metric of the filter after all requests so far ended and were counted. Only then can a test assert that something
     /// did not happen.
     pub async fn final_metric(&self, name: &str) -> f64 {
         until_true("all requests are counted", async || {

@@ -1,7 +1,7 @@
 //! Envoy's filter manager for the chain `wasm → buffer → router`, and the wasm filter's side of it.
 //!
-//! The order of steps is the substance here: what is buffered when, who sees it, when a deferred action runs. It follows
-//! Envoy's filter manager, wasm context and buffer filter.
+//! The order of steps is the substance here: when data is buffered, which filter sees it, when a deferred action runs. It
+//! follows Envoy's filter manager, wasm context and buffer filter.
 
 use crate::Pairs;
 use crate::host::{Action, Violation};

@@ -215,7 +215,7 @@ impl Vm {
         self.call(name, context, callback, context);
     }
 
-    /// `absent` is what Envoy takes for the answer of a module that lacks the callback.
+    /// `absent` is the value that Envoy assumes if the module lacks the callback.
     pub(crate) fn call_word1(
         &mut self,
         name: &'static str,

@@ -120,7 +120,7 @@ fn the_chart_of_a_release_names_its_images_and_its_version() {
 fn whatever_is_changed_is_found() {
     let input = input();
     let resign = |folder: &Path| {
-        // An attacker who can write the files but has no key cannot do this.
+        // Only a holder of the key can do this, not an attacker with write access to the files.
         let command = "rm SHA256SUMS.sig; sha256sum -- $(ls | grep -v SHA256SUMS) >SHA256SUMS; \
                        openssl pkeyutl -sign -rawin -inkey ../private.pem -in SHA256SUMS -out SHA256SUMS.sig";
         assert!(Command::new("bash").args(["-c", command]).current_dir(folder).status().unwrap().success());

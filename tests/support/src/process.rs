@@ -15,8 +15,8 @@ use crate::wait::PAUSE;
 /// Lines of a log that say why its program is not ready.
 const LOG_LINES: usize = 40;
 
-/// A shell stands between: it kills its child, and what that one has started, by the child's process group once the pipe
-/// from here closes, also when this process is killed, or at a signal.
+/// A shell between this process and its child. It kills the child's process group at a signal, or when the pipe from this
+/// process closes. The pipe closes also when this process is killed.
 const KEEPER: &str = r#"
 trap : HUP INT TERM
 out=$1; log=$2; shift 2

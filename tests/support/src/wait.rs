@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::time::{Duration, Instant};
 
-/// How long anything may take: far above what it takes, below what a person waits for.
+/// Longest time for anything that a test waits for: far above the usual time, and short enough for a person.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 /// Between two looks.
 pub(crate) const PAUSE: Duration = Duration::from_millis(3);

@@ -61,7 +61,7 @@ struct Pair {
 }
 
 impl Pair {
-    /// Starts the servers, then Envoy; `failure` is what decode does about a KV cache that it cannot get.
+    /// Starts the servers, then Envoy; `failure` is the decode server's policy for a KV cache that it cannot fetch.
     async fn start(connector: Connector, failure: &str) -> Self {
         Self::with(connector, Options::new(failure)).await
     }

@@ -131,7 +131,7 @@ fn resolve(name: &str) -> anyhow::Result<SocketAddr> {
     first.copied().context("has no address")
 }
 
-/// Says what an address lacks, or has too much, and what to write.
+/// Checks `host:port`. The error says which part is missing or too much, and the right form.
 fn check_host_and_port(name: &str) -> anyhow::Result<()> {
     ensure!(!name.is_empty(), "an entry is empty: separate host:port by one comma");
     let (scheme, rest) = name.split_once("://").map_or(("", name), |(scheme, rest)| (scheme, rest));

@@ -1,4 +1,4 @@
-//! Faults on demand: what they are, how they are written, which requests they hit.
+//! Faults on demand: the list of faults, their syntax, and the requests that each fault affects.
 //!
 //! ```text
 //! [role:]kind[=arg][:probability][*count][@path]     role: prefill, decode, both, or handover: legs that fetch a KV cache

@@ -21,7 +21,7 @@ pub enum KvParams {
     None,
     /// Keep the KV for another server and say in the answer where it is.
     Keep,
-    /// Keep the KV of each prompt for whoever comes to its room.
+    /// Keep the KV of each prompt for the decode leg that comes to its room.
     Offer(Vec<String>),
     /// Fetch the KV from another server by the parameters that it issued.
     Pull(Remote),

@@ -11,7 +11,7 @@ use pd_sim::{Config, Engine, Fault, Role};
 
 /// An engine server without an engine: vLLM's API, prefix cache, KV hand-over and timing, and faults on demand.
 ///
-/// GET /stats counts what it did, GET /requests shows what it got, POST /fault (a list of faults as text) breaks it.
+/// GET /stats returns its counters, GET /requests the requests that it got. POST /fault sets faults (a list as text).
 #[derive(Parser)]
 #[command(name = "pd-sim", version, max_term_width = 120)]
 struct Args {

@@ -1,6 +1,6 @@
-//! APIs that are not read as a prompt: embeddings, media, batches of chats and counts of tokens.
+//! APIs without a prompt: embeddings, media, batches of chats and counts of tokens.
 //!
-//! What they answer depends on what they got, so that a test sees a body that changed on its way.
+//! Each answer depends on the request's body, so a test sees a body that changed on its way.
 
 use bytes::Bytes;
 use http::request::Parts;

@@ -138,7 +138,7 @@ impl Counters {
         self.maps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds and wakes those who wait for a change.
+    /// Adds to a counter and wakes the tasks that wait for a change.
     pub(crate) fn add(&self, counter: &AtomicU64, amount: u64) {
         counter.fetch_add(amount, Relaxed);
         self.touch();

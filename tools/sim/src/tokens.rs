@@ -118,7 +118,7 @@ impl Output {
     pub fn token(&self, i: u64) -> &str {
         let end = self.text.len();
         let start = (i as usize).saturating_mul(BYTES_PER_TOKEN).min(end);
-        // The last token takes what is left, which is more than four bytes for wrong text only.
+        // The last token takes the rest. Only wrong text leaves more than four bytes.
         let stop = if i + 1 >= self.tokens { end } else { start.saturating_add(BYTES_PER_TOKEN).min(end) };
         self.text.get(start..stop).unwrap_or_default()
     }

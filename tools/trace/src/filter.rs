@@ -341,7 +341,7 @@ impl Filter {
         }
     }
 
-    /// Ticks the workers, and passes between the gateways what each did, where that is due.
+    /// Ticks the workers, and passes each gateway's events to the others, when either is due.
     fn catch_up(&mut self, now: Monotonic) {
         if now >= self.pruned + PRUNE_EVERY {
             self.pruned = now;

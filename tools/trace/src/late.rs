@@ -1,8 +1,8 @@
 //! Gateways that hold requests until a prefill server has room: the rule of [`pd_core::choose::queue`].
 //!
 //! They know either everything, at once (a bound), or what pd-core knows: its approximate index of prefixes and its
-//! ledger of work. Several gateways announce to each other what waits, what is bound and what has ended, after a delay; each
-//! finds the same order from what it knows and binds its own requests only.
+//! ledger of work. Several gateways announce waiting, bound and ended requests to each other, after a delay. Each gateway
+//! computes the same order from its knowledge and binds its own requests only.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -36,7 +36,7 @@ pub enum Knowledge {
     Own,
 }
 
-/// Who asks.
+/// Priorities and fairness ids of the requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Classes {
     /// Share of the requests, 0 to 1, that go before all others.
@@ -114,7 +114,7 @@ impl Late {
             for endpoint in 0..pods.prefill {
                 index.set_capacity(endpoint as u32, (pods.cache_tokens as f64 / BLOCK) as usize);
             }
-            // Nobody is refused here: what an overload does to the queue is what is to be seen.
+            // The simulation refuses no request, so that it shows the queue under overload.
             let rule = Rule { most_requests: usize::MAX, most_bytes: usize::MAX, ..Rule::new(COST) };
             let ledgers = (0..pods.prefill).map(|_| Ledger::default()).collect();
             Gateway { queue: Queue::new(rule), index, ledgers }

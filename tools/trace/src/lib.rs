@@ -1,7 +1,7 @@
 //! A simulation of prefill and decode servers in which pd-core itself decides, beside the field's rules and bounds.
 //!
-//! Discrete events, no clock and no network: the same trace, seed and code give the same figures. It leaves out what
-//! does not depend on who is chosen: failures, networks, the decider (every request is split).
+//! Discrete events, no clock and no network: the same trace, seed and code give the same figures. It leaves out
+//! everything that does not depend on the chosen endpoints: failures, networks, the decider (every request is split).
 
 pub mod agree;
 pub mod cache;

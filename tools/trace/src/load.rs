@@ -72,7 +72,7 @@ impl Pods {
         ((self.cache_tokens / BLOCK_TOKENS) as usize, (self.fast_tokens / BLOCK_TOKENS) as usize)
     }
 
-    /// Seconds of prefill for a prompt: what is computed, and what is fetched from the slow tier.
+    /// Time of prefill for a prompt: to compute its new blocks, and to fetch blocks from the slow tier.
     #[must_use]
     pub fn prefill_time(&self, timing: &Timing, job: &Job, held: crate::cache::Held) -> Duration {
         let fetch = match held.slow as u64 * BLOCK_TOKENS {

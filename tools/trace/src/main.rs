@@ -64,7 +64,7 @@ struct Args {
     /// Runs, each with other shifts
     #[arg(long, value_name = "N", default_value_t = 3)]
     seeds: u64,
-    /// Who chooses [default: all]
+    /// Policies that choose the servers [default: all]
     #[arg(long, value_enum, value_name = "POLICY", value_delimiter = ',')]
     policies: Vec<Policy>,
     /// Seconds to the first token that are good enough

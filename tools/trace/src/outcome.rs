@@ -53,7 +53,7 @@ impl Outcome {
         self.ttft.iter().sum::<f64>() / self.ttft.len().max(1) as f64
     }
 
-    /// Jain's index of what the fairness ids got: 1 is even, 1/n is one of n that gets everything.
+    /// Jain's index of the fairness ids' shares: 1 if the shares are equal, 1/n if one of n gets everything.
     #[must_use]
     pub fn fairness(&self) -> f64 {
         let sum: f64 = self.seconds_by_fairness_id.iter().sum();

@@ -20,7 +20,7 @@ pub struct Case {
     pub pods: Pods,
     /// Share of what the prefill servers could do.
     pub share: f64,
-    /// Who asks.
+    /// Priorities and fairness ids of the requests.
     pub classes: Classes,
 }
 
@@ -35,7 +35,7 @@ impl Case {
 /// One run.
 #[derive(Clone, Debug)]
 pub struct Row {
-    /// Who chose.
+    /// The policy that chose.
     pub policy: Policy,
     /// Of the load and of what is random in the policy.
     pub seed: u64,
@@ -106,7 +106,8 @@ pub fn print(cases: &[Case], rows: &[(usize, Row)], slo: f64) {
     }
 }
 
-/// Prints what those that hold requests did for priorities and fairness ids, if there are any.
+/// Prints the results for each priority and fairness id, for policies that hold requests; nothing if the load has
+/// neither.
 fn print_classes(case: &Case, index: usize, rows: &[(usize, Row)]) {
     if case.classes == Classes::default() || case.classes == (Classes { high: 0.0, fairness_ids: 1 }) {
         return;

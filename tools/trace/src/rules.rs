@@ -18,7 +18,7 @@ use crate::pods::Prefill;
 /// `w` of [`Policy::GreedyTrue`].
 const AFFINITY_WEIGHT: f64 = 3.0;
 
-/// Who decides.
+/// What chooses the servers of a simulated load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Policy {
     /// Every prompt is begun at once, with one cache as large as those of all servers: no answer can come sooner.

@@ -58,7 +58,7 @@ pub struct Setup<'a> {
     pub timing: &'a Timing,
     /// For [`Policy::PdCore`] and [`Policy::Late`].
     pub brains: &'a Brains,
-    /// Who asks, for those that hold requests.
+    /// Priorities and fairness ids of the requests, for the policies that hold requests.
     pub classes: Classes,
     /// How our policies choose a decode server.
     pub decode_by: DecodeBy,
@@ -94,7 +94,7 @@ struct Flight {
     first: Duration,
 }
 
-/// Who chooses servers.
+/// The policy that chooses servers, with its state.
 enum Gateway<'a> {
     Filter(Box<Filter>),
     Rules(Rules<'a>),
@@ -167,7 +167,7 @@ struct World<'a> {
     next_turns: Vec<Vec<(usize, Duration)>>,
     /// Requests that are still to come.
     coming: usize,
-    /// When it was last counted who is idle.
+    /// When the simulation last counted the idle servers.
     looked: Duration,
     events: BinaryHeap<Reverse<(Duration, Event)>>,
     outcome: Outcome,

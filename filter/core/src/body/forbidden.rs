@@ -62,7 +62,7 @@ pub fn is_content(name: &str) -> bool {
     )
 }
 
-/// Finds what is to be cut out of the value of a top-level member that was just passed over.
+/// Finds the spans to cut out of the value of a top-level member that the scanner just passed.
 ///
 /// The time is linear in the bytes of the value, whatever its depth.
 pub(super) fn find(body: &[u8], member: &RawMember, key: Option<Key>, cuts: &mut Vec<Span>) -> Result<(), ErrorKind> {

@@ -81,7 +81,7 @@ keys! {
     "seed" Seed,
     // `/inference/v1/generate` keeps its limits in here: scan and rewrite the value, then replace it.
     "sampling_params" SamplingParams,
-    // Who asks, and what may be shared.
+    // The client, and the prefixes that its requests may share.
     "user" User,
     "priority" Priority,
     "cache_salt" CacheSalt,

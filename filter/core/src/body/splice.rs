@@ -126,7 +126,7 @@ pub fn head_edit(body: &[u8], scan: &Scan, edits: &Edits<'_>) -> HeadEdit {
     HeadPlan::new(body, scan, edits).with_insert(b"")
 }
 
-/// The comma between what is inserted and what follows.
+/// The comma between the inserted members and the following ones; empty if either is absent.
 fn comma(insert: &[u8], follow: bool) -> &'static [u8] {
     if follow && !insert.is_empty() { b"," } else { b"" }
 }

@@ -156,7 +156,7 @@ impl Forwarded {
         Step::new(State::Forwarded(self), flow, effects)
     }
 
-    /// Notes who answered: the endpoint that was chosen, the alternate that Envoy went on to, another endpoint, or none.
+    /// Notes which endpoint answered: the chosen one, the alternate that Envoy went on to, another one, or none.
     fn answered_by(
         &mut self,
         worker: &mut Worker,

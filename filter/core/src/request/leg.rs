@@ -154,7 +154,8 @@ pub(super) fn leg_ended(
     LegEnd { seconds, warning, is_too_slow }
 }
 
-/// A prefill endpoint refused what another one accepts; a warning where that ejects it.
+/// Notes that a prefill endpoint refused a request that another endpoint accepted. Returns a warning if that ejects the
+/// endpoint.
 pub(super) fn refused_alone(worker: &mut Worker, endpoint: EndpointRef, now: Monotonic) -> Option<Effect> {
     worker.judge_answer(endpoint, Leg::Prefill, Some(ErrorClass::Refusal), now).map(Effect::Warn)
 }

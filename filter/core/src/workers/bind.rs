@@ -176,7 +176,8 @@ impl Worker {
         }
     }
 
-    /// Looks up what endpoints hold of the requests that share a prefix with a request that was bound.
+    /// Looks up again how much of their prompts the endpoints hold, for the waiting requests that share a prefix with a
+    /// bound request.
     fn refresh(&mut self) {
         for (name, key) in self.state.waiting.take_bound() {
             let Some(queue) = self.state.waiting.queue(name) else { continue };

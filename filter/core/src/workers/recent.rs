@@ -33,7 +33,7 @@ impl Generation {
         [&self.version, &self.build, &self.revision].into_iter().for_each(|text| out.bytes(text.as_bytes()));
     }
 
-    /// Reads what one worker runs, with one worker; `None` where the bytes are not of that form.
+    /// Reads one worker's build and configuration, as a count of one worker; `None` if the bytes have another form.
     pub(crate) fn read(rest: &mut Reader<'_>) -> Option<Self> {
         let mut text = || rest.text();
         Some(Self { version: text()?, build: text()?, revision: text()?, workers: 1 })

@@ -313,7 +313,7 @@ async fn paths_that_the_route_rewrites_are_split() {
     Cluster::ready().await;
 }
 
-/// `pd-control check` faults what would send KV parameters to an engine that was not chosen for them, or twice, and what an
+/// `pd-control check` finds settings that would send KV parameters twice or to the wrong engine, and protocols that an
 /// engine does not speak.
 #[tokio::test]
 async fn what_does_not_work_is_refused_by_check() {

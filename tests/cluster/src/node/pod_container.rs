@@ -1,4 +1,4 @@
-//! A container of a pod: what it runs, and what became of it.
+//! A container of a pod: its command and its state.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;

@@ -287,7 +287,7 @@ impl World {
         }
     }
 
-    /// Counts what a server did that is gone for good.
+    /// Keeps the counters of a server that is gone for good.
     async fn keep(&self, gone: &Arc<Server>) {
         let done = gone.done().await;
         self.prefill[0].adopt(done);

@@ -117,7 +117,7 @@ impl Server {
         }
     }
 
-    /// Counts what another server did, which is gone, as its own.
+    /// Adds the counters of another server, which is gone, to this server's.
     pub fn adopt(&self, done: Done) {
         self.before.lock().unwrap_or_else(PoisonError::into_inner).add(done);
     }

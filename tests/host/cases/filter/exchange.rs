@@ -36,7 +36,7 @@ impl Envoys {
         for _ in 0..count {
             envoys.start(workers, plugin_configuration);
         }
-        // Whoever believes that it is alone looks around once a second.
+        // An Envoy that knows no other one sends one exchange request a second.
         envoys.pass(Duration::from_millis(2_500));
         envoys
     }
@@ -202,7 +202,7 @@ fn a_leader_that_dies_is_replaced_and_its_loads_count_once() {
         let records = || envoys.requests.iter().flat_map(|request| &request.records);
         let new = records().find(|record| record.replaces != 0 && record.turn == 1).expect("another leader");
         assert_ne!(new.gateway, new.replaces);
-        // The surviving worker's leg is in flight once, whatever became of the leader that sent it first.
+        // The surviving worker's leg is in flight once, although the leader that sent it first is gone.
         assert_eq!(envoys.in_flight().len(), 1);
         let (other, free) = waiting(&envoys.workers(1)[0], 20 + round);
         assert_ne!(free, endpoint);

@@ -215,7 +215,7 @@ fn a_leg_that_the_host_refuses_counts_as_failed() {
             assert_eq!(gateway.counter("pd_prefill_retries_total"), 1);
             gateway.tick();
             assert_gauges_are_zero(&gateway.shared);
-            // A call-out that did not start and a reply in one callback: what Envoy fears is one that did.
+            // A failed call-out and a reply in one callback. For Envoy, only a call-out that started is a fault.
             let violations = gateway.violations();
             assert!(violations.iter().all(|v| format!("{v:?}").starts_with("DispatchAndReply")), "{violations:?}");
             assert!(!gateway.is_failed());

@@ -260,7 +260,7 @@ fn nonsense_in_shared_data_is_nobodys_lease_list_or_configuration() {
         let worker = pd_host::Worker::new(module(), shared.clone(), envoy(&two_and_two())).unwrap();
         worker.add_root(config(&[r#""control":{"cluster":"pd-control"}"#], TWO_AND_TWO, "").as_bytes());
         worker.tick();
-        // A lease that never ends is somebody's, whoever wrote it.
+        // The filter respects a lease that never ends.
         assert_eq!(polls(&worker).len(), usize::from(nonsense != [0xff; 24]), "{nonsense:?}");
         run_split(&worker, &long_chat(1));
         worker.add_root(b"refused");

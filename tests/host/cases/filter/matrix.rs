@@ -1,5 +1,5 @@
-//! The fault matrix: engine × fault × streaming or not. Each cell says what the client gets, who did what and how long it
-//! takes; in every cell the ledger is back at zero, no parameters are sent twice and nothing hangs.
+//! The fault matrix: engine × fault × streaming or not. Each cell says what the client gets, what each
+//! server did and how long it takes. In every cell the ledger is back at zero, no parameters are sent twice, nothing hangs.
 //!
 //! `matrix.txt` is the whole of it. `PD_GOLDENS=write` writes it anew: read the difference before you commit it.
 

@@ -28,7 +28,7 @@ fn each_decision_sees_those_of_the_other_workers() {
             let worker = &fleet.workers()[index];
             streams.push((index, long_chat(id as u64).send(worker)));
             *legs.entry(chosen(worker)).or_insert(0) += 1;
-            // Every worker's next request goes where the least work is, whoever sent it.
+            // Every worker's next request goes to the endpoint with the least work of all workers.
             let (least, most) = (legs.values().min().unwrap(), legs.values().max().unwrap());
             assert!(legs.len() < 4 || most - least <= 1, "{count} workers: {legs:?}");
         }

@@ -178,7 +178,7 @@ impl Vm {
         if end { Iteration::Continue } else { Iteration::StopSingle }
     }
 
-    /// Counts what passes, also what it has counted already.
+    /// Counts each byte that passes, also bytes that it has counted before.
     pub(super) fn buffer_data(&mut self, id: u32, data: &Data, end: bool) -> DataStatus {
         let s = self.stream_state(id);
         s.counted_length += data.len(s) as u64;

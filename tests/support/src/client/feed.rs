@@ -23,7 +23,7 @@ impl Feed {
         (Self(sender), StreamBody::new(receiver.map(|frame: io::Result<Frame<Bytes>>| frame)).boxed_unsync())
     }
 
-    /// Sends a part. Whoever does not want it any more is no error.
+    /// Sends a part. Does nothing if the request has ended.
     pub fn send(&self, part: impl Into<Bytes>) {
         let _ = self.0.unbounded_send(Ok(Frame::data(part.into())));
     }

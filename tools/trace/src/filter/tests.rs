@@ -42,7 +42,7 @@ fn workers_of_a_gateway_know_of_each_other_at_once() {
     let brains = Brains { workers: 4, ..Brains::default() };
     let mut filter = Filter::new(&PODS, &brains, 1).unwrap();
     for number in 0..200 {
-        // Half of them end; of the others each prefill server has as many, whoever sent them.
+        // Half of them end. Each prefill server has the same number of the others, whichever gateway sent them.
         let now = Duration::from_millis(10 * number as u64);
         let new = Job { at: now, ..job(&[2 * number as u64 + 1_000], 0) };
         let _ =

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use super::scanner::Scanner;
 
-/// Decodes what stands between the quotes of a string; `None` if it is not that of a valid string.
+/// Decodes the bytes between the quotes of a string; `None` if they are not those of a valid string.
 pub(crate) fn unescape(raw: &[u8]) -> Option<Cow<'_, str>> {
     let mut rest = simdutf8::basic::from_utf8(raw).ok()?;
     if memchr::memchr(b'\\', raw).is_none() {
@@ -36,7 +36,7 @@ pub(crate) fn unescape(raw: &[u8]) -> Option<Cow<'_, str>> {
     Some(Cow::Owned(text))
 }
 
-/// Whether what stands between the quotes of a string means `name`, which holds no backslash.
+/// Whether the bytes between the quotes of a string mean `name`. `name` holds no backslash.
 pub(super) fn means(raw: &[u8], name: &str) -> bool {
     // An escape is longer than what it stands for.
     let is_escaped = raw.len() > name.len() && raw.contains(&b'\\');
