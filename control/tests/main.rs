@@ -6,6 +6,7 @@ mod attack;
 mod browser;
 mod chaos;
 mod check;
+mod check_lists;
 mod cluster;
 mod edits;
 mod engines;

@@ -2,6 +2,7 @@
 
 mod budgets;
 mod changes;
+mod chunks;
 mod configuration;
 mod cost;
 mod events;
@@ -9,6 +10,7 @@ mod exchange;
 mod faults;
 mod flow;
 mod gateway;
+mod header_bytes;
 mod hostile;
 mod matrix;
 mod push;
