@@ -309,7 +309,7 @@ fn a_route_that_rewrites_paths_needs_path_prefixes() {
         "    - {type: URLRewrite, urlRewrite: {path: {type: ReplacePrefixMatch, replacePrefixMatch: /}}}\n";
     let matches = manifests();
     let (_, matches) = matches.split_once("    # The paths of engines' inference APIs.").unwrap();
-    let (matches, _) = matches.split_once("    # Generation takes").unwrap();
+    let (matches, _) = matches.split_once("    # No limit:").unwrap();
     let text = replaced(&manifests(), matches, "\n    - path: {type: PathPrefix, value: /team}\n");
     let text = replaced_once(&text, &format!("{BEGIN}{HEADERS}"), &format!("{BEGIN}{REWRITE}{HEADERS}"));
     let faults = check(&text).faults;

@@ -27,7 +27,7 @@ const BUFFER: &str = "  requestBuffer: {limit: 16Mi}\n";
 const FILTERS: &str = "    filters:\n    - type: RequestHeaderModifier\n";
 const BACKENDS: &str = "    - {name: engines, port: 8000}\n";
 const ENDLESS: &str =
-    "    # Generation takes as long as it takes; without this it is 15 s.\n    timeouts: {request: 0s}\n";
+    "    # No limit: a generation may take any time. Envoy's default is 15 s.\n    timeouts: {request: 0s}\n";
 const HEADER: &str = "      destination_header: x-pd-destination\n";
 /// Requests that have to be split.
 const REQUESTS: u64 = 5;

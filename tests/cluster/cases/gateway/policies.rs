@@ -7,7 +7,7 @@ use crate::cluster::{Cluster, GATEWAY, OURS, kubectl, served, until};
 
 const POLICIES: &str = "base/policies.yaml";
 /// Where the policies of this test are put in.
-const LIMIT: &str = "  # The filter's max_body_bytes. More gets 413.\n";
+const LIMIT: &str = "  # The filter's max_body_bytes. A longer body gets 413.\n";
 const LAST: &str = "      remove: [x-pd-destination, x-data-parallel-rank, x-prefiller-host-port]\n";
 const LIMITED: &str = "  rateLimit:
     type: Local
