@@ -10,20 +10,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 version=$(<tests/cluster/programs/ai-gateway.version)
 directory=$PWD/.cache/ai-gateway-$version
 
-say() { echo "cluster: $*" >&2; }
-
-[ "${1:-}" != --is-built ] || exec test -e "$directory/complete"
-mkdir -p .cache
-exec 9>"$directory.lock"
-flock 9
-if [ -e "$directory/complete" ]; then
-    echo "$directory"
-    exit
-fi
-command -v go >/dev/null || { say "needs Go to build Envoy AI Gateway (https://go.dev/dl)"; exit 1; }
-
-mkdir -p "$directory"
-say "building Envoy AI Gateway $version into $directory"
+source tests/cluster/programs/once.sh
+once "$directory" "Envoy AI Gateway $version" "$@"
 module=$(go mod download -json "github.com/envoyproxy/ai-gateway@$version" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
 # In the module's own folder: `go install PROGRAM@VERSION` also asks for the list of versions, which not every proxy has.
 for program in controller extproc; do

@@ -15,20 +15,8 @@ helm=v3.18.6
 sources=$(cat tests/cluster/programs/go.{mod,sum} | sha256sum | cut -c1-8)
 directory=$PWD/.cache/cluster-$gateway-$sources
 
-say() { echo "cluster: $*" >&2; }
-
-[ "${1:-}" != --is-built ] || exec test -e "$directory/complete"
-mkdir -p .cache
-exec 9>"$directory.lock"
-flock 9
-if [ -e "$directory/complete" ]; then
-    echo "$directory"
-    exit
-fi
-command -v go >/dev/null || { say "needs Go to build a control plane (https://go.dev/dl)"; exit 1; }
-
-mkdir -p "$directory"
-say "building etcd, Kubernetes, helm and Envoy Gateway $gateway into $directory"
+source tests/cluster/programs/once.sh
+once "$directory" "etcd, Kubernetes, helm and Envoy Gateway $gateway" "$@"
 export GOBIN=$directory
 # The others are those of another version of Envoy Gateway, where there is one.
 for other in .cache/cluster-*-"$sources"/complete; do
