@@ -18,7 +18,7 @@ pub const TOKEN_INTERVAL: Duration = Duration::from_millis(2);
 
 /// What an engine answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum Answers {
     /// One token and KV parameters.
     Prefill,
     /// A completion, or a stream if asked for.
@@ -39,7 +39,7 @@ impl Engine {
     ///
     /// # Errors
     /// When there is no port.
-    pub async fn start(kind: Kind) -> Result<Self> {
+    pub async fn start(answers: Answers) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?;
         let mut tasks = JoinSet::new();
@@ -48,7 +48,7 @@ impl Engine {
             while let Ok((stream, _)) = listener.accept().await {
                 connections.spawn(async move {
                     // Envoy closed the connection, as it may.
-                    let _ = serve(stream, kind).await;
+                    let _ = serve(stream, answers).await;
                 });
                 while connections.try_join_next().is_some() {}
             }
@@ -138,7 +138,7 @@ pub(crate) async fn skip_body(
     Ok(reads)
 }
 
-async fn serve(mut stream: TcpStream, kind: Kind) -> std::io::Result<()> {
+async fn serve(mut stream: TcpStream, answers: Answers) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     let (prefill, decode) = (answer(PREFILL_ANSWER), answer(DECODE_ANSWER));
     let mut buffer = vec![0; 128 << 10];
@@ -155,10 +155,10 @@ async fn serve(mut stream: TcpStream, kind: Kind) -> std::io::Result<()> {
             filled += read;
         };
         let head = &buffer[..head_bytes];
-        let is_prefill = match kind {
-            Kind::Prefill => true,
-            Kind::Decode => false,
-            Kind::Asked => header(head, LEG_HEADER) == Some(b"prefill"),
+        let is_prefill = match answers {
+            Answers::Prefill => true,
+            Answers::Decode => false,
+            Answers::Asked => header(head, LEG_HEADER) == Some(b"prefill"),
         };
         let tokens = header(head, TOKENS_HEADER).and_then(number);
         let framing = framing(head);

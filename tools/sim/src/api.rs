@@ -14,7 +14,7 @@ use crate::answer::{self, Body, detail, json, typed};
 use crate::api_error::ApiError;
 use crate::connection::Connection;
 use crate::engine::Pod;
-use crate::fault::{FAULT_HEADER, Fault, Kind, Leg, parse_list};
+use crate::fault::{FAULT_HEADER, Fault, FaultKind, Leg, parse_list};
 use crate::generate::{REQUEST_ID, generate};
 use crate::guard::Guard;
 use crate::head::quote;
@@ -196,7 +196,7 @@ async fn faults(
     leg: Leg,
     generates: bool,
     mut guard: Option<&mut Guard>,
-) -> Result<Vec<Kind>, Response<Body>> {
+) -> Result<Vec<FaultKind>, Response<Body>> {
     let mut asked = Vec::new();
     for value in parts.headers.get_all(FAULT_HEADER) {
         match parse_list(&String::from_utf8_lossy(value.as_bytes())) {
@@ -206,28 +206,28 @@ async fn faults(
     }
     let mut spoilt = Vec::new();
     for kind in pod.faults.hit(asked, pod.config.role, leg, parts.uri.path(), generates) {
-        if matches!(kind, Kind::MalformedParams(_)) && leg != Leg::Prefill {
+        if matches!(kind, FaultKind::MalformedParams(_)) && leg != Leg::Prefill {
             continue;
         }
         pod.stats.fault(&kind.name());
         match kind {
-            Kind::Delay(time) => tokio::time::sleep(time).await,
-            Kind::Status(status) => {
+            FaultKind::Delay(time) => tokio::time::sleep(time).await,
+            FaultKind::Status(status) => {
                 let message = format!("fault: {status}");
                 let kind = if status < 500 { "BadRequestError" } else { "InternalServerError" };
                 return Err(answer::error(&ApiError { status, kind, message, param: None }));
             }
-            Kind::Hang | Kind::Reset | Kind::Refuse(_) | Kind::Exit => {
+            FaultKind::Hang | FaultKind::Reset | FaultKind::Refuse(_) | FaultKind::Exit => {
                 match kind {
-                    Kind::Reset => connection.reset(),
-                    Kind::Refuse(time) => {
+                    FaultKind::Reset => connection.reset(),
+                    FaultKind::Refuse(time) => {
                         pod.refuse_for(time);
                         connection.reset();
                     }
-                    Kind::Exit => pod.crash(),
+                    FaultKind::Exit => pod.crash(),
                     _ => {}
                 }
-                if kind != Kind::Hang
+                if kind != FaultKind::Hang
                     && let Some(guard) = guard.take()
                 {
                     // Not the client's doing.
@@ -235,7 +235,11 @@ async fn faults(
                 }
                 std::future::pending::<()>().await;
             }
-            Kind::Die(_) | Kind::ErrorEvent(_) | Kind::MalformedParams(_) | Kind::Recompute | Kind::Stall(_) => {
+            FaultKind::Die(_)
+            | FaultKind::ErrorEvent(_)
+            | FaultKind::MalformedParams(_)
+            | FaultKind::Recompute
+            | FaultKind::Stall(_) => {
                 spoilt.push(kind);
             }
         }
@@ -330,7 +334,7 @@ fn fault_list(pod: &Pod) -> Response<Body> {
 pub(crate) fn set_faults(pod: &Arc<Pod>, mut faults: Vec<Fault>) {
     faults.retain(|fault| match fault {
         Fault {
-            kind: Kind::Refuse(time),
+            kind: FaultKind::Refuse(time),
             role: None,
             is_handover: false,
             probability: 1.0,

@@ -39,7 +39,7 @@ pub enum Malformed {
 
 /// What happens to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum FaultKind {
     /// The answer comes this much later.
     Delay(Duration),
     /// The server closes its listener and idle connections for this long, and resets the request's connection.
@@ -65,7 +65,7 @@ pub enum Kind {
     Exit,
 }
 
-impl Kind {
+impl FaultKind {
     /// The key under which `/stats` counts it.
     #[must_use]
     pub fn name(self) -> String {
@@ -89,7 +89,7 @@ impl Kind {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Fault {
     /// What happens.
-    pub kind: Kind,
+    pub kind: FaultKind,
     /// Only servers of this role, or legs of this kind wherever they go.
     pub role: Option<Role>,
     /// Only legs that fetch a KV cache.
@@ -174,12 +174,12 @@ impl FromStr for Fault {
         };
         let number = || arg.unwrap_or_default().parse::<u64>().map_err(|_| bad("needs =number"));
         let kind = match name {
-            "delay" => Kind::Delay(Duration::from_millis(number()?)),
-            "refuse" => Kind::Refuse(Duration::from_millis(number()?)),
-            "stall" => Kind::Stall(Duration::from_millis(number()?)),
-            "die" => Kind::Die(number()?),
-            "error_event" => Kind::ErrorEvent(number()?),
-            "malformed_params" => Kind::MalformedParams(match arg {
+            "delay" => FaultKind::Delay(Duration::from_millis(number()?)),
+            "refuse" => FaultKind::Refuse(Duration::from_millis(number()?)),
+            "stall" => FaultKind::Stall(Duration::from_millis(number()?)),
+            "die" => FaultKind::Die(number()?),
+            "error_event" => FaultKind::ErrorEvent(number()?),
+            "malformed_params" => FaultKind::MalformedParams(match arg {
                 Some("missing") => Malformed::Missing,
                 Some("null") => Malformed::Null,
                 Some("string") => Malformed::String,
@@ -189,12 +189,12 @@ impl FromStr for Fault {
                 _ => return Err(bad("needs =missing|null|string|no_request_id|null_blocks|truncated")),
             }),
             _ if arg.is_some() => return Err(bad("no such kind, or it takes no argument")),
-            "reset" => Kind::Reset,
-            "hang" => Kind::Hang,
-            "recompute" => Kind::Recompute,
-            "exit" => Kind::Exit,
+            "reset" => FaultKind::Reset,
+            "hang" => FaultKind::Hang,
+            "recompute" => FaultKind::Recompute,
+            "exit" => FaultKind::Exit,
             code => match code.parse() {
-                Ok(code @ 400..=599) => Kind::Status(code),
+                Ok(code @ 400..=599) => FaultKind::Status(code),
                 _ => return Err(bad("no such kind")),
             },
         };
@@ -211,11 +211,11 @@ impl fmt::Display for Fault {
             write!(f, "{}:", role.name())?;
         }
         match self.kind {
-            Kind::Delay(time) | Kind::Refuse(time) | Kind::Stall(time) => {
+            FaultKind::Delay(time) | FaultKind::Refuse(time) | FaultKind::Stall(time) => {
                 write!(f, "{}={}", self.kind.name(), time.as_millis())?
             }
-            Kind::Die(tokens) | Kind::ErrorEvent(tokens) => write!(f, "{}={tokens}", self.kind.name())?,
-            Kind::MalformedParams(how) => {
+            FaultKind::Die(tokens) | FaultKind::ErrorEvent(tokens) => write!(f, "{}={tokens}", self.kind.name())?,
+            FaultKind::MalformedParams(how) => {
                 let how = match how {
                     Malformed::Missing => "missing",
                     Malformed::Null => "null",
@@ -275,7 +275,7 @@ impl Faults {
     }
 
     /// Faults that hit this request, those of its header first.
-    pub(crate) fn hit(&self, header: Vec<Fault>, role: Role, leg: Leg, path: &str, generates: bool) -> Vec<Kind> {
+    pub(crate) fn hit(&self, header: Vec<Fault>, role: Role, leg: Leg, path: &str, generates: bool) -> Vec<FaultKind> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if state.0.is_empty() && header.is_empty() {
             return Vec::new();

@@ -13,7 +13,7 @@ use crate::answer::{self, Body, Choice, json};
 use crate::api_error::ApiError;
 use crate::engine::Pod;
 use crate::failure::Failure;
-use crate::fault::{Kind, Leg, Malformed};
+use crate::fault::{FaultKind, Leg, Malformed};
 use crate::guard::Guard;
 use crate::handoff::tokenise;
 use crate::head::{Head, quote};
@@ -33,10 +33,11 @@ pub(crate) async fn generate(
     headers: &HeaderMap,
     mut generation: Generation,
     mut guard: Guard,
-    spoilt: Vec<Kind>,
+    spoilt: Vec<FaultKind>,
 ) -> Response<Body> {
-    generation.recomputes = spoilt.contains(&Kind::Recompute);
-    generation.stall = spoilt.iter().find_map(|kind| if let Kind::Stall(time) = kind { Some(*time) } else { None });
+    generation.recomputes = spoilt.contains(&FaultKind::Recompute);
+    generation.stall =
+        spoilt.iter().find_map(|kind| if let FaultKind::Stall(time) = kind { Some(*time) } else { None });
     let since = Instant::now();
     let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let request_id = match headers.get(REQUEST_ID) {
@@ -49,7 +50,7 @@ pub(crate) async fn generate(
         let prompts: Vec<u8> = generation.prompts.iter().flat_map(|prompt| prompt.rendered.clone()).collect();
         pod.stored.insert(&head.id, &prompts);
     }
-    let ending = spoilt.iter().copied().find(|kind| matches!(kind, Kind::Die(_) | Kind::ErrorEvent(_)));
+    let ending = spoilt.iter().copied().find(|kind| matches!(kind, FaultKind::Die(_) | FaultKind::ErrorEvent(_)));
     if generation.stream {
         pod.stats.add(&pod.stats.streams, 1);
         let stream = Streaming { pod: Arc::clone(pod), generation, head, guard, spoilt: ending, since };
@@ -64,7 +65,7 @@ pub(crate) async fn generate(
         Err(Failure::Hang) => std::future::pending().await,
     };
     while run.advance().await {}
-    if let Some(Kind::ErrorEvent(_)) = ending {
+    if let Some(FaultKind::ErrorEvent(_)) = ending {
         guard.finish();
         return answer::error(&ApiError::internal("Internal server error"));
     }
@@ -78,7 +79,7 @@ pub(crate) async fn generate(
 }
 
 /// The whole answer of a request whose tokens have all come.
-fn whole(pod: &Pod, generation: &Generation, run: &mut Run, head: &Head, spoilt: &[Kind]) -> Response<Body> {
+fn whole(pod: &Pod, generation: &Generation, run: &mut Run, head: &Head, spoilt: &[FaultKind]) -> Response<Body> {
     let params = run.finish(generation, &head.id);
     // Empty where nothing is to be repeated: a long prompt takes a while to check.
     let echoes: Vec<_> = generation
@@ -93,7 +94,7 @@ fn whole(pod: &Pod, generation: &Generation, run: &mut Run, head: &Head, spoilt:
         .map(|(index, output)| Choice { output, echo: echoes.get(index / generation.n as usize).map(|echo| &**echo) })
         .collect();
     let malformed = spoilt.iter().find_map(|kind| match kind {
-        Kind::MalformedParams(how) => Some(*how),
+        FaultKind::MalformedParams(how) => Some(*how),
         _ => None,
     });
     let params = params.unwrap_or_else(|| "null".to_owned());
@@ -103,7 +104,7 @@ fn whole(pod: &Pod, generation: &Generation, run: &mut Run, head: &Head, spoilt:
         Some(ids) => context_answer(&head.whole(&choices, run.usage, None), kv, ids),
         None => head.whole(&choices, run.usage, kv),
     });
-    if !spoilt.iter().any(|kind| matches!(kind, Kind::Die(_))) {
+    if !spoilt.iter().any(|kind| matches!(kind, FaultKind::Die(_))) {
         return json(StatusCode::OK, body);
     }
     let body = Bytes::from(body);

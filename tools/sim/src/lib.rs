@@ -60,7 +60,7 @@ use tokio::task::JoinHandle;
 
 pub use config::{Computed, Config};
 pub use dialects::text_of_ids;
-pub use fault::{BadFault, FAULT_HEADER, Fault, Kind as FaultKind, Malformed, parse_list as parse_faults};
+pub use fault::{BadFault, FAULT_HEADER, Fault, FaultKind, Malformed, parse_list as parse_faults};
 pub use record::Recorded;
 pub use request::{expected_text, expected_texts, expected_texts_of};
 pub use role::{Engine, Role};

@@ -15,7 +15,7 @@ use crate::api_error::ApiError;
 use crate::dialects;
 use crate::engine::Pod;
 use crate::failure::Failure;
-use crate::fault::Kind;
+use crate::fault::FaultKind;
 use crate::guard::Guard;
 use crate::head::{Head, Usage};
 use crate::request::Generation;
@@ -28,8 +28,8 @@ pub(crate) struct Streaming {
     pub(crate) generation: Generation,
     pub(crate) head: Head,
     pub(crate) guard: Guard,
-    /// [`Kind::Die`] or [`Kind::ErrorEvent`].
-    pub(crate) spoilt: Option<Kind>,
+    /// [`FaultKind::Die`] or [`FaultKind::ErrorEvent`].
+    pub(crate) spoilt: Option<FaultKind>,
     pub(crate) since: Instant,
 }
 
@@ -69,12 +69,12 @@ impl Streaming {
                     Err(Failure::Hang) => std::future::pending().await,
                 },
                 Phase::Tokens(run) => match self.spoilt {
-                    Some(Kind::Die(tokens)) if run.step >= tokens => {
+                    Some(FaultKind::Die(tokens)) if run.step >= tokens => {
                         self.guard.finish();
                         *phase = Phase::Done;
                         return Some(Err(cut().await));
                     }
-                    Some(Kind::ErrorEvent(tokens)) if run.step >= tokens => {
+                    Some(FaultKind::ErrorEvent(tokens)) if run.step >= tokens => {
                         push_error(&ApiError::internal("Internal server error"), queue);
                         *phase = Phase::Done;
                     }

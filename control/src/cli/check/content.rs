@@ -17,7 +17,7 @@ use crate::sources::kubernetes::KubernetesConfig;
 use crate::sources::yaml::{self, FileError, Node};
 
 /// The kind of a file.
-pub(super) enum Kind {
+pub(super) enum FileKind {
     /// A file of `--endpoints`.
     Endpoints,
     /// A file of `--kubernetes-config`.
@@ -44,27 +44,27 @@ pub(super) struct Good {
 ///
 /// # Errors
 /// All faults, at least one, in the order of the file.
-pub(super) fn check(kind: &Kind, path: &Path, bytes: &[u8]) -> Result<Good, Vec<FileError>> {
+pub(super) fn check(kind: &FileKind, path: &Path, bytes: &[u8]) -> Result<Good, Vec<FileError>> {
     read(kind, path, bytes).map_err(|mut errors| {
         errors.sort_by_key(|error| error.position);
         errors
     })
 }
 
-fn read(kind: &Kind, path: &Path, bytes: &[u8]) -> Result<Good, Vec<FileError>> {
+fn read(kind: &FileKind, path: &Path, bytes: &[u8]) -> Result<Good, Vec<FileError>> {
     match kind {
-        Kind::Endpoints | Kind::Manifests => {
+        FileKind::Endpoints | FileKind::Manifests => {
             let list = endpoints::parse_all(path, bytes, MAX_FAULTS + 1)?;
             let warnings = serving::warnings(list.as_slice(), |endpoint| endpoint.engine);
             Ok(Good { what: summary(list.as_slice()), warnings })
         }
-        Kind::Kubernetes => {
+        FileKind::Kubernetes => {
             let config = KubernetesConfig::parse(path, bytes).map_err(|first| kubernetes_faults(path, bytes, first))?;
             let (selectors, pools) = (config.selectors.len(), config.inference_pools.len());
             let what = format!("Kubernetes configuration with {selectors} selectors and {pools} InferencePools");
             Ok(Good { what, warnings: Vec::new() })
         }
-        Kind::Plugin => {
+        FileKind::Plugin => {
             let config = Config::parse(bytes).map_err(|error| plugin_faults(path, bytes, &error.to_string()))?;
             let endpoints = config.static_snapshot().endpoints;
             let what = format!("plugin configuration with {}", summary(&endpoints));
@@ -127,27 +127,27 @@ fn config_error(error: &str) -> faults::Error {
 }
 
 /// Tells the kind of a file from its keys.
-pub(super) fn kind(path: &Path, bytes: &[u8]) -> Kind {
+pub(super) fn kind(path: &Path, bytes: &[u8]) -> FileKind {
     type Keys = BTreeMap<String, IgnoredAny>;
     let is_manifest = |keys: &Keys| keys.contains_key("apiVersion") && keys.contains_key("kind");
     if let Ok(keys) = serde_json::from_slice::<Keys>(bytes) {
         let is_kubernetes = keys.keys().any(|key| KUBERNETES_KEYS.contains(&key.as_str()));
         let is_list = keys.len() == 1 && keys.contains_key("endpoints");
         return match (is_manifest(&keys), is_kubernetes, is_list) {
-            (true, ..) => Kind::Manifests,
-            (_, true, _) => Kind::Kubernetes,
-            (_, _, true) => Kind::Endpoints,
-            _ => Kind::Plugin,
+            (true, ..) => FileKind::Manifests,
+            (_, true, _) => FileKind::Kubernetes,
+            (_, _, true) => FileKind::Endpoints,
+            _ => FileKind::Plugin,
         };
     }
     // Files of several documents are manifests.
     let text = String::from_utf8_lossy(bytes);
     if text.lines().any(|line| line.starts_with("apiVersion:")) && text.lines().any(|line| line.starts_with("kind:")) {
-        return Kind::Manifests;
+        return FileKind::Manifests;
     }
     match yaml::parse::<Keys>(path, bytes) {
-        Ok(keys) if keys.keys().any(|key| KUBERNETES_KEYS.contains(&key.as_str())) => Kind::Kubernetes,
+        Ok(keys) if keys.keys().any(|key| KUBERNETES_KEYS.contains(&key.as_str())) => FileKind::Kubernetes,
         // Its parser names the fault.
-        _ => Kind::Endpoints,
+        _ => FileKind::Endpoints,
     }
 }

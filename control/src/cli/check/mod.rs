@@ -35,7 +35,7 @@ pub use report::Report;
 
 use crate::cli::manifests::Manifests;
 use crate::sources::yaml::{self, FileError};
-use content::{Good, Kind, kind};
+use content::{FileKind, Good, kind};
 use faults::MAX_FAULTS;
 
 /// Checks files; `-` is standard input. `applied` has the manifests in force, to check the rollout from them.
@@ -81,7 +81,7 @@ pub fn check(files: &[PathBuf], applied: Option<&Path>) -> Report {
 fn check_file(path: &Path, manifests: &mut Manifests) -> Result<Option<Good>, Vec<FileError>> {
     let bytes = yaml::read(path).map_err(|error| vec![error])?;
     match kind(path, &bytes) {
-        Kind::Manifests => {
+        FileKind::Manifests => {
             manifests.read(path, &bytes).map_err(|error| vec![error])?;
             Ok(None)
         }

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::containers::{Container, NAME_LABEL, containers};
-use super::content::{self, Kind, kind};
+use super::content::{self, FileKind, kind};
 use super::faults::MAX_FAULTS;
 use super::release;
 use super::report::Report;
@@ -68,14 +68,14 @@ fn check_container<'a>(container: &Container<'_>, all: &'a Manifests, report: &m
     if let Some(how) = files.asks_engines {
         upstream_tls::check_asking(container, how, all, report);
     }
-    let files = [(Kind::Endpoints, files.endpoints), (Kind::Kubernetes, files.kubernetes_config)];
+    let files = [(FileKind::Endpoints, files.endpoints), (FileKind::Kubernetes, files.kubernetes_config)];
     let named = files.into_iter().filter_map(|(kind, path)| Some((kind, path?)));
     named.filter_map(|(kind, path)| check_mounted(container, &kind, &path, all, report)).collect()
 }
 
 fn check_mounted<'a>(
     container: &Container<'_>,
-    kind: &Kind,
+    kind: &FileKind,
     path: &Path,
     all: &'a Manifests,
     report: &mut Report,
@@ -118,8 +118,8 @@ fn check_mounted<'a>(
     Some(map)
 }
 
-fn check_content(map: &Object, key: &str, kind: &Kind, content: &str, report: &mut Report) {
-    let kind = if matches!(kind, Kind::Kubernetes) { Kind::Kubernetes } else { Kind::Endpoints };
+fn check_content(map: &Object, key: &str, kind: &FileKind, content: &str, report: &mut Report) {
+    let kind = if matches!(kind, FileKind::Kubernetes) { FileKind::Kubernetes } else { FileKind::Endpoints };
     let entry = format!("data[{key:?}]");
     match content::check(&kind, Path::new(key), content.as_bytes()) {
         Ok(good) => good.warnings.into_iter().for_each(|warning| report.warn(map.says(&entry, warning))),

@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use anyhow::{Context as _, Result};
 use pd_bench::client::{self, Outcome, Until};
-use pd_bench::engine::{Engine, Kind, LEG_HEADER};
+use pd_bench::engine::{Answers, Engine, LEG_HEADER};
 use pd_bench::envoy::{self, Envoy};
 use pd_bench::prompt::Template;
 use pd_support::config::{Config, merge};
@@ -28,17 +28,17 @@ impl Rig {
     /// Starts them.
     pub async fn start(args: &Args, variants: &[Variant]) -> Result<Self> {
         let mut engines = Vec::new();
-        for kind in [
-            Kind::Prefill,
-            Kind::Prefill,
-            Kind::Decode,
-            Kind::Decode,
-            Kind::Asked,
-            Kind::Asked,
-            Kind::Asked,
-            Kind::Asked,
+        for answers in [
+            Answers::Prefill,
+            Answers::Prefill,
+            Answers::Decode,
+            Answers::Decode,
+            Answers::Asked,
+            Answers::Asked,
+            Answers::Asked,
+            Answers::Asked,
         ] {
-            engines.push(Engine::start(kind).await?);
+            engines.push(Engine::start(answers).await?);
         }
         let addresses: Vec<_> = engines.iter().map(|engine| engine.address).collect();
         let (split, asked) = addresses.split_at(4);
@@ -92,8 +92,8 @@ async fn with_filter(args: &Args, variant: Variant, endpoints: &[SocketAddr]) ->
 /// Envoys with many workers, with the filter and without, and the engines that they know.
 pub async fn idle(args: &Args) -> Result<(Vec<Engine>, Envoy, Envoy)> {
     let mut engines = Vec::new();
-    for kind in [Kind::Prefill, Kind::Prefill, Kind::Decode, Kind::Decode] {
-        engines.push(Engine::start(kind).await?);
+    for answers in [Answers::Prefill, Answers::Prefill, Answers::Decode, Answers::Decode] {
+        engines.push(Engine::start(answers).await?);
     }
     let addresses: Vec<_> = engines.iter().map(|engine| engine.address).collect();
     let config = filter_config(args, Variant::TwoLegs, &addresses)?;
