@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn media_are_told_apart_and_fill_blocks_by_their_tokens() {
+    fn different_media_hash_differently_and_fill_blocks_by_their_tokens() {
         let of = |payload: &'static [u8], units| {
             let media = Piece::Media { payload, units };
             pieces_hash(b"m", b"", &[Piece::Text(b"abcdef"), media, Piece::Text(b"ghijkl")], 4)

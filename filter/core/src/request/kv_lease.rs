@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_before_the_first_token_is_told_apart() {
+    fn parts_before_the_first_token_are_recognised() {
         let created = "event: response.created\ndata: {\"type\":\"response.created\"}\n\n";
         let delta = "event: response.output_text.delta\ndata: {}\n\n";
         for (api, part, expected) in [

@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_connection_is_told_apart() {
+    fn a_failed_connection_is_recognised() {
         for reason in ["connection_failure", "remote_connection_failure|delayed_connect_error:_Connection_refused"] {
             let details = format!("upstream_reset_before_response_started{{{reason}}}");
             assert_eq!(of(Some(503), Some(&details)).answerer(), Answerer::FailedConnect(Some(HOST)), "{reason}");

@@ -39,7 +39,7 @@ fn answers_reach_the_root_after_the_client_has_left() {
 }
 
 #[test]
-fn failed_and_expired_call_outs_are_told_apart() {
+fn failed_and_expired_call_outs_differ() {
     let worker = worker(&[r#"
       (func (export "proxy_on_request_headers") (param i32 i32 i32) (result i32)
         (drop (call $dispatch)) (i32.const 0))

@@ -67,7 +67,7 @@ fn what_the_cluster_states_stays_until_a_list_says_otherwise() {
 }
 
 #[test]
-fn candidates_are_in_the_order_of_their_keys_whoever_came_first() {
+fn candidates_are_in_the_order_of_their_keys_not_of_their_arrival() {
     let ports = 1..40;
     let named = |port: u16| match port % 3 {
         0 => endpoint(port, Role::Both, &["m"]),
