@@ -7,6 +7,7 @@ mod browser;
 mod chaos;
 mod check;
 mod check_lists;
+mod check_readiness;
 mod cluster;
 mod edits;
 mod engines;
