@@ -21,7 +21,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Write the image as an OCI image layout and print its digest; a module that does not start gets none
+    /// Write the image as an OCI image layout and print its digest; refuse a module that does not start
     Make {
         /// The filter's module
         #[arg(long, value_name = "FILE", required_unless_present = "program", conflicts_with = "program")]
@@ -29,7 +29,7 @@ enum Command {
         /// A static program, for an image that runs it
         #[arg(long, value_name = "FILE")]
         program: Option<PathBuf>,
-        /// Where the layout goes
+        /// Folder for the layout
         #[arg(long, value_name = "DIRECTORY")]
         layout: PathBuf,
     },
@@ -40,14 +40,14 @@ enum Command {
         /// The layout
         #[arg(long, value_name = "DIRECTORY")]
         layout: PathBuf,
-        /// File to write the name into, as `image=…`, and the version, which `pd-control check` asks for
+        /// File to write the name into, as `image=…`, and the version, for `pd-control check`
         #[arg(long, value_name = "FILE")]
         pin: Option<PathBuf>,
         /// Speak plain HTTP to the registry
         #[arg(long)]
         plain_http: bool,
     },
-    /// Say whether Envoy could run the image that a file names: pull it by digest, start its module and ask it
+    /// Say whether Envoy could run the image of a file: pull it by digest, start its module and send it a request
     Check {
         /// File with `image=…`
         file: PathBuf,
@@ -59,7 +59,7 @@ enum Command {
     Pull {
         /// Registry, repository and tag or digest
         image: String,
-        /// Where the module goes
+        /// File for the module
         #[arg(long, value_name = "FILE")]
         module: PathBuf,
         /// Speak plain HTTP to the registry

@@ -35,16 +35,16 @@ struct Args {
     /// Hand-over protocol of your own engines: vllm-nixl or vllm-shared
     #[arg(long, value_parser = engines::parse_engine, default_value = "vllm-nixl")]
     engine: Engine,
-    /// Model for the curl line that is printed [default: the first that a decode engine names]
+    /// Model for the printed curl line [default: the first that a decode engine names]
     #[arg(long)]
     model: Option<String>,
     /// Factor on the simulators' times: 1 real, 0.1 ten times faster, 0 at once
     #[arg(long, default_value_t = 1.0)]
     speed: f64,
-    /// Where logs and rendered files go
+    /// Folder for logs and rendered files
     #[arg(long, value_name = "PATH", default_value = "target/run")]
     directory: PathBuf,
-    /// Added to every port that is listened on, where the usual ones are taken
+    /// Number to add to every listening port, if the usual ports are taken
     #[arg(long, value_name = "N", default_value_t = 0)]
     port_offset: u16,
 }

@@ -18,8 +18,8 @@ struct Args {
     /// Address of the API
     #[arg(long, default_value = "127.0.0.1:8100", value_parser = address)]
     listen: SocketAddr,
-    /// Revision of engine and model: servers of different ones refuse each other's KV caches, as vLLM does by its
-    /// compatibility hash [default: none, compared with none]
+    /// Revision of engine and model. Servers of different revisions refuse each other's KV caches, as vLLM does by its
+    /// compatibility hash [default: none, compared with no revision]
     #[arg(long)]
     revision: Option<String>,
     /// API key that requests below /v1 and /inference must carry as a bearer token
@@ -28,7 +28,7 @@ struct Args {
     /// Address from which other simulators fetch KV [default: a free port at the IP of --listen]
     #[arg(long)]
     side_channel: Option<SocketAddr>,
-    /// Work it is meant for (it takes every kind of request, as vLLM does)
+    /// Role of the server (it accepts every kind of request, as vLLM does)
     #[arg(long, value_enum, default_value = "both")]
     role: Role,
     /// Engine and connector
@@ -55,7 +55,7 @@ struct Args {
     /// Decode: milliseconds per token
     #[arg(long, default_value_t = 8.0)]
     tpot_ms: f64,
-    /// Decode: microseconds that every other decoding request adds to a token
+    /// Decode: microseconds that each other decoding request adds to a token
     #[arg(long, default_value_t = 100.0)]
     tpot_batch_us: f64,
     /// KV transfer: milliseconds per request
@@ -90,7 +90,7 @@ struct Args {
     /// Seed of the faults' probabilities
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Seconds after which a connection without a request is closed, as uvicorn does after 5 [default: never]
+    /// Seconds after which the server closes a connection without a request, as uvicorn does after 5 [default: never]
     #[arg(long)]
     keep_alive_s: Option<f64>,
     /// Requests kept for GET /requests

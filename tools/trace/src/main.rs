@@ -22,7 +22,7 @@ use rayon::prelude::*;
 
 use report::{Case, Row};
 
-/// Simulates prefill and decode servers on a trace, with pd-core and others choosing.
+/// Simulates prefill and decode servers on a trace, with pd-core and other policies choosing the servers.
 ///
 /// The load is made of copies of the trace with disjoint users, shifted in time; the first quarter warms the caches.
 #[derive(Clone, Debug, Parser)]
@@ -31,10 +31,10 @@ struct Args {
     /// Traces: JSON lines with timestamp (ms), input_length, output_length and hash_ids per 512 tokens
     #[arg(long, value_name = "FILE")]
     trace: Vec<PathBuf>,
-    /// Loads to make up [default: all, where there is no trace]
+    /// Synthetic loads to simulate [default: all, without a trace]
     #[arg(long, value_enum, value_name = "SHAPE")]
     generate: Vec<Shape>,
-    /// Prefill and decode servers, as 8x8; several make several tables
+    /// Numbers of prefill and decode servers, such as 8x8; one table for each value
     #[arg(long, value_name = "PxD", value_delimiter = ',', default_value = "8x8")]
     pods: Vec<Fleet>,
     /// Tokens that each prefill server's cache holds, both tiers
@@ -46,47 +46,47 @@ struct Args {
     /// Tokens that each decode server's cache holds [default: as many as a prefill server's]
     #[arg(long, value_name = "TOKENS")]
     decode_cache_tokens: Option<u64>,
-    /// What the decode server is chosen by, where pd-core's choice is simulated
+    /// Criterion for the decode server, where pd-core's choice is simulated
     #[arg(long, value_enum, default_value = "tokens")]
     decode_by: DecodeBy,
-    /// Share of what the prefill servers could do if they had one queue and one cache; several make several tables
+    /// Load, as a share of what the prefill servers could do with one queue and one cache; one table for each value
     #[arg(long, value_name = "SHARE", value_delimiter = ',', default_value = "0.7")]
     load: Vec<f64>,
-    /// Not verified yet: a turn of a session comes when the one before is answered, after the pause that it has in the trace
+    /// Not verified yet: send a turn of a session when the one before is answered, after the trace's pause
     #[arg(long)]
     closed_loop: bool,
     /// Share of the requests that have a higher priority, for the policies that hold requests
     #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
     high: f64,
-    /// Fairness ids with as many requests each, for the policies that hold requests
+    /// Number of fairness ids, with equal shares of the requests, for the policies that hold requests
     #[arg(long, value_name = "N", default_value_t = 1)]
     fairness_ids: u64,
-    /// Runs, each with other shifts
+    /// Runs, each with other shifts of the trace's copies
     #[arg(long, value_name = "N", default_value_t = 3)]
     seeds: u64,
     /// Policies that choose the servers [default: all]
     #[arg(long, value_enum, value_name = "POLICY", value_delimiter = ',')]
     policies: Vec<Policy>,
-    /// Seconds to the first token that are good enough
+    /// Target for the time to the first token, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 3.0)]
     slo: f64,
     /// Gateways, each deciding for a share of the requests
     #[arg(long, value_name = "N", default_value_t = 1)]
     gateways: usize,
-    /// Workers of each gateway, which share what they know as they do in Envoy
+    /// Workers of each gateway, which share events as Envoy's workers do
     #[arg(long, value_name = "N", default_value_t = 1)]
     workers: usize,
-    /// Milliseconds between two exchanges of what the gateways know, 50 in Envoy; without it never
+    /// Milliseconds between two exchanges of the gateways, 50 in Envoy [default: they never exchange]
     #[arg(long, value_name = "MS")]
     exchange_ms: Option<f64>,
-    /// Members to put over those of pd-core's configuration, as {"pools":{"default":{"affinity_weight":2}}}. There a
+    /// Members that replace those of pd-core's configuration, as {"pools":{"default":{"affinity_weight":2}}}. There a
     /// token is half a byte and a block 64 bytes, in place of 4 and 512
     #[arg(long, value_name = "JSON", default_value = "{}", value_parser = json)]
     config: serde_json::Value,
     /// Only the first N requests of a trace
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
-    /// Where the CSV and the picture go
+    /// Folder for the CSV and the picture
     #[arg(long, default_value = "target/sim")]
     out: PathBuf,
 }

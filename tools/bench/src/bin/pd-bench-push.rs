@@ -21,10 +21,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
-/// How fast a change of the list reaches every Envoy, and what pd-control costs, with a real pd-control.
+/// Measures how fast a change of the list reaches every Envoy, and the cost of pd-control, with a real pd-control.
 ///
-/// Each poller is one Envoy's long poll. A change is one endpoint's weight in the endpoints file; the time is taken from
-/// before the file is replaced until the answer has been read whole.
+/// Each poller is one Envoy's long poll. A change is one endpoint's weight in the endpoints file. The time runs from before
+/// the file's replacement until the poller has read the whole answer.
 #[derive(Parser)]
 #[command(name = "pd-bench-push", version, max_term_width = 120)]
 struct Args {
@@ -37,10 +37,10 @@ struct Args {
     /// Changes
     #[arg(long, default_value_t = 200)]
     changes: usize,
-    /// Engines that are asked for their metrics in the idle part; 0 leaves it out
+    /// Engines that pd-control asks for their metrics in the idle part; 0 leaves the part out
     #[arg(long, default_value_t = 100)]
     engines: usize,
-    /// Seconds between two looks at an engine
+    /// Seconds between two requests to an engine
     #[arg(long, default_value_t = 5.0)]
     scrape_interval: f64,
     /// Seconds of the idle part

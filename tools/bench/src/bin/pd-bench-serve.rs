@@ -22,13 +22,13 @@ use pd_bench::serve::{Answer, COLUMNS, Events, Level, Timing};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
-/// Bytes of an error that are shown.
+/// Longest shown part of an error, in bytes.
 const MAX_ERROR_BYTES: usize = 400;
 
-/// Output tokens a second, TTFT, TPOT and ITL of a gateway or a server that exists.
+/// Measures output tokens a second, TTFT, TPOT and ITL of a running gateway or server.
 ///
-/// At each concurrency so many streams are under way at a time; the next one begins when one has ended. Prompts are made of
-/// words that no cache knows. Answers have as many tokens as were asked for where the server knows `ignore_eos` (vLLM, SGLang).
+/// At each concurrency, that many streams run at a time; the next one begins when one has ended. Prompts consist of words
+/// that no cache holds. Answers have the requested number of tokens if the server supports `ignore_eos` (vLLM, SGLang).
 #[derive(Parser)]
 #[command(name = "pd-bench-serve", version, max_term_width = 120)]
 struct Args {
@@ -41,13 +41,13 @@ struct Args {
     /// API to ask
     #[arg(long, value_enum, default_value = "chat")]
     api: Api,
-    /// Streams under way at a time, one run each
+    /// Streams that run at a time; one run for each value
     #[arg(long, value_delimiter = ',', default_values_t = [32, 64, 128])]
     concurrency: Vec<usize>,
     /// Requests of each run, in multiples of its concurrency
     #[arg(long, default_value_t = 4)]
     rounds: usize,
-    /// Tokens of a prompt, at --bytes-per-token; the table shows what the server counted
+    /// Tokens of a prompt, at --bytes-per-token; the table shows the server's count
     #[arg(long, default_value_t = 1_000)]
     input_tokens: usize,
     /// Tokens of an answer
@@ -56,7 +56,7 @@ struct Args {
     /// Bytes of English words to a token
     #[arg(long, default_value_t = 4.0)]
     bytes_per_token: f64,
-    /// Seconds after which a request is given up
+    /// Time limit of a request, in seconds
     #[arg(long, default_value_t = 600)]
     timeout: u64,
     /// Further header, as NAME: VALUE; may be repeated
@@ -65,7 +65,7 @@ struct Args {
     /// Environment variable with the API key, if it is set
     #[arg(long, value_name = "NAME", default_value = "OPENAI_API_KEY")]
     key_env: String,
-    /// Makes other prompts
+    /// Seed of the prompts
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Folder for serve.csv and serve.svg
@@ -81,7 +81,7 @@ enum Api {
 
 type Http = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
 
-/// What is asked, and where.
+/// The requests of a run, and their server.
 struct Target {
     http: Http,
     base: String,

@@ -19,13 +19,13 @@ struct Args {
     /// The trace: JSON lines with timestamp (ms), input_length, output_length and hash_ids per 512 tokens
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
-    /// A load to make up in place of a trace
+    /// A synthetic load in place of a trace
     #[arg(long, value_enum, default_value = "agents", conflicts_with = "trace")]
     generate: Shape,
     /// Only the first N requests
     #[arg(long, value_name = "N", default_value_t = 2_000)]
     limit: usize,
-    /// Longest prompt in tokens; longer ones are cut
+    /// Longest prompt in tokens; pd-agree cuts longer ones
     #[arg(long, value_name = "TOKENS", default_value_t = 130_000)]
     max_input: u64,
     /// Prefill servers
@@ -37,13 +37,13 @@ struct Args {
     /// Tokens that each prefill server's cache holds
     #[arg(long, value_name = "TOKENS", default_value_t = 2_000_000)]
     cache_tokens: u64,
-    /// Requests that are generating when the next one comes
+    /// Requests that generate when pd-agree sends the next one
     #[arg(long, value_name = "N", default_value_t = 20)]
     open: usize,
     /// Envoy's workers
     #[arg(long, value_name = "N", default_value_t = 1)]
     workers: u32,
-    /// Percent of the decisions that must be the same
+    /// Smallest share of equal decisions, in percent
     #[arg(long, value_name = "PERCENT", default_value_t = 99.0)]
     least: f64,
     /// The filter's module
@@ -52,7 +52,7 @@ struct Args {
     /// Envoy
     #[arg(long, default_value_os_t = places::envoy_path())]
     envoy: PathBuf,
-    /// Where Envoy's files go
+    /// Folder for Envoy's files
     #[arg(long, default_value_os_t = places::root().join("target/agree"))]
     out: PathBuf,
 }

@@ -13,16 +13,16 @@ use pd_core::request::{EXPLAIN, Effect, PrefillAnswer, Request};
 use pd_core::time::Monotonic;
 use pd_core::workers::worker::Worker;
 
-/// Says why pd-core would send requests where it would.
+/// Explains to which endpoints pd-core would send requests.
 ///
-/// Requests come one after another and each is over before the next, so a later one finds what earlier ones left.
+/// Each request ends before the next one starts, so a request finds the cached prefixes of earlier ones.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "pd-explain", version, max_term_width = 120)]
 struct Args {
     /// Plugin configuration with endpoints, as JSON [default: four prefill and four decode endpoints]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Path that the requests are for
+    /// Path of the requests
     #[arg(long, default_value = "/v1/chat/completions")]
     path: String,
     /// Request bodies

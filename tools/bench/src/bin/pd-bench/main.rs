@@ -24,7 +24,7 @@ use rig::Rig;
 use rounds::{Round, Rounds};
 use variant::Variant;
 
-/// What the filter costs, beside plain Envoy in the same run.
+/// Measures the cost of the filter, beside plain Envoy in the same run.
 ///
 /// Each round measures all variants one after the other; ratios are taken within a round. Figures are medians over
 /// rounds, with the smallest and the largest behind them. CPU is that of the Envoy process (one worker).
@@ -37,22 +37,22 @@ struct Args {
     /// Seconds of load per round and variant
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
-    /// Parts of a round: each measures all variants in turn, so that what else the machine does meets all of them
+    /// Parts of a round: each measures all variants in turn, so that other load of the machine affects all of them
     #[arg(long, default_value_t = 5)]
     slices: u32,
     /// Keep-alive connections, each with one request at a time
     #[arg(long, default_value_t = 32)]
     connections: usize,
-    /// A smoke run of some twenty seconds: its figures are noise
+    /// A smoke run of some twenty seconds; do not use its figures
     #[arg(long)]
     quick: bool,
     /// Bytes of the request bodies
     #[arg(long = "size", alias = "only", value_delimiter = ',', default_values_t = [200, 4_000, 16_000, 220_000])]
     sizes: Vec<usize>,
-    /// Variants (a floor that a ratio needs runs as well)
+    /// Variants (pd-bench also runs the floor that a ratio needs)
     #[arg(long = "variant", value_enum, value_delimiter = ',')]
     variants: Vec<Variant>,
-    /// Where prompts begin to differ
+    /// Place where prompts begin to differ
     #[arg(long, value_enum, default_value = "none")]
     sharing: Sharing,
     /// Tokens of a stream
@@ -64,7 +64,7 @@ struct Args {
     /// Seconds for which Envoys with many workers do nothing; 0 leaves them out
     #[arg(long, default_value_t = 10)]
     idle_seconds: u64,
-    /// Their workers
+    /// Workers of each of these Envoys
     #[arg(long, default_value_t = 16)]
     idle_workers: u32,
     /// Leave out the streams
@@ -76,19 +76,19 @@ struct Args {
     /// The filter's module
     #[arg(long, default_value_os_t = places::wasm_path())]
     wasm: PathBuf,
-    /// Another build of it, measured beside it
+    /// Another build of the filter's module, measured beside it
     #[arg(long)]
     beside: Option<PathBuf>,
-    /// A module that does the least which runs two legs: the floor of every such filter
+    /// The smallest module that runs two legs: the floor of every such filter
     #[arg(long)]
     least: Option<PathBuf>,
-    /// JSON that is merged into the filter's configuration, as {"prefix":{"block_bytes":1024}}
+    /// JSON to merge into the filter's configuration, such as {"prefix":{"block_bytes":1024}}
     #[arg(long, value_name = "JSON", value_parser = |text: &str| serde_json::from_str::<Value>(text))]
     filter: Option<Value>,
     /// Envoy
     #[arg(long, default_value_os_t = places::envoy_path())]
     envoy: PathBuf,
-    /// Where the CSV goes
+    /// Folder for the CSV
     #[arg(long, default_value_os_t = places::root().join("target/bench"))]
     out: PathBuf,
 }

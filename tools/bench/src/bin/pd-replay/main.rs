@@ -21,20 +21,20 @@ use tokio::sync::{Semaphore, mpsc};
 use report::Record;
 use setup::Setup;
 
-/// Drives a trace of real requests through Envoy and says how they were served.
+/// Sends a trace of real requests through Envoy and reports how Envoy served them.
 ///
 /// Without --gateway it starts Envoy with the configuration of envoy/local.yaml and engine simulators, and stops them
-/// at the end. Requests are sent when their time has come, whether or not earlier ones are answered.
+/// at the end. It sends each request at its time, whether or not earlier ones are answered.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "pd-replay", version, max_term_width = 120)]
 struct Args {
     /// The trace: JSON lines with timestamp (ms), input_length, output_length and hash_ids per 512 tokens
     #[arg(long, value_name = "FILE", required_unless_present = "generate")]
     trace: Option<PathBuf>,
-    /// Conversations to make up in place of a trace, as conversations=50,turns=4,system=1024,question=1500,answer=200,gap_ms=10000
+    /// Synthetic conversations in place of a trace, such as conversations=50,turns=4,system=1024,question=1500,answer=200,gap_ms=10000
     #[arg(long, value_name = "KEY=N,…", conflicts_with = "trace")]
     generate: Option<Conversations>,
-    /// Requests per second, on average: the trace's own times are stretched to it
+    /// Mean requests per second: pd-replay stretches the trace's times to it
     #[arg(long, value_name = "R", conflicts_with = "scale")]
     rate: Option<f64>,
     /// Factor on the trace's times: 1 real, 0.1 ten times faster [default: --speed]
@@ -49,10 +49,10 @@ struct Args {
     /// Share of requests that ask for a stream, 0 to 1
     #[arg(long, value_name = "SHARE", default_value_t = 0.8)]
     streams: f64,
-    /// Most requests in flight; more wait, and count as late
+    /// Most requests in flight; further ones wait, and count as late
     #[arg(long, value_name = "N", default_value_t = 512)]
     concurrency: usize,
-    /// Longest prompt in tokens; longer ones are cut
+    /// Longest prompt in tokens; pd-replay cuts longer ones
     #[arg(long, value_name = "TOKENS", default_value_t = 130_000)]
     max_input: u64,
     /// Longest answer in tokens
@@ -73,13 +73,13 @@ struct Args {
     /// Envoy's workers
     #[arg(long, value_name = "N", default_value_t = 2)]
     workers: u32,
-    /// A gateway that runs already
+    /// URL of a running gateway
     #[arg(long, value_name = "URL", requires = "engines")]
     gateway: Option<String>,
-    /// Its simulators
+    /// Simulators of that gateway
     #[arg(long, value_name = "IP:PORT,…", value_delimiter = ',', requires = "gateway")]
     engines: Vec<SocketAddr>,
-    /// Its Envoy's admin interface, for the filter's decisions
+    /// Admin interface of that gateway's Envoy, for the filter's decisions
     #[arg(long, value_name = "IP:PORT", requires = "gateway")]
     admin: Option<SocketAddr>,
     /// Model to ask for
@@ -91,7 +91,7 @@ struct Args {
     /// Envoy
     #[arg(long, default_value_os_t = places::envoy_path())]
     envoy: PathBuf,
-    /// Where the CSV and the picture go
+    /// Folder for the CSV and the picture
     #[arg(long, default_value_os_t = places::root().join("target/replay"))]
     out: PathBuf,
 }
