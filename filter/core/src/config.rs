@@ -30,7 +30,7 @@ mod names;
 mod pool;
 mod raw;
 
-/// Epoch of the endpoints that stand in the configuration.
+/// Epoch of the endpoints in the configuration.
 pub const STATIC_EPOCH: &str = "static";
 /// Header that marks a request as prefill or decode work.
 pub const PHASE_HEADER: &str = "x-pd-phase";
@@ -43,9 +43,9 @@ pub const PREFILLER_HEADER: &str = "x-prefiller-host-port";
 pub const SUBSET_HEADER: &str = "x-gateway-destination-endpoint-subset";
 /// The same, as the extension's conformance tests send it.
 pub const TEST_SELECTION_HEADER: &str = "test-epp-endpoint-selection";
-/// Default of [`Config::session_headers`]: the header of llm-d and of most gateways, then those of clients. Which client sends
-/// which, and where that is written, stands in docs/headers-and-access-log.md. The last three may be narrower than a
-/// conversation, so they count only where no other is there.
+/// Default of [`Config::session_headers`]: the header of llm-d and of most gateways, then those of clients.
+/// docs/headers-and-access-log.md lists the clients of each header. The last three may be narrower than a conversation, so
+/// they count only if the request has no other.
 pub const SESSION_HEADERS: &[&str] = &[
     "x-session-id",
     "x-claude-code-session-id",

@@ -22,11 +22,14 @@ const MARKERS: [&str; 2] = ["cache_control", "prompt_cache_breakpoint"];
 /// Begin of the text that Claude Code adds to the system text.
 const BILLING: &str = "x-anthropic-billing-header";
 
-/// A part of a prompt as the engine's prefix cache sees it: a text to hash, not to send. `value` stays as it is where it has
-/// nothing to leave out, or where the engine may put such members into the prompt, as it does with tools of OpenAI's APIs.
+/// A part of a prompt as the engine's prefix cache sees it: a text to hash, not to send.
 ///
-/// In a part that has a mark anywhere, marks are left out of tools, system text, messages, items of an input and their content,
-/// and a content of one text is written as that text. Members of those names deeper inside, such as arguments of a tool, stay.
+/// - `value` does not change if it has no mark, or if the engine may put such members into the prompt, as it does with tools
+///   of OpenAI's APIs.
+/// - In a part with a mark, the text lacks the marks of tools, system text, messages, items of an input and their content.
+///   A content of one text becomes that text.
+/// - Members of the same names deeper inside, such as arguments of a tool, stay.
+///
 /// `drops_billing`: the engine leaves out Claude Code's own line.
 #[must_use]
 pub fn without_markers(api: Api, key: Key, value: &[u8], drops_billing: bool) -> Cow<'_, [u8]> {
@@ -58,7 +61,7 @@ pub fn without_markers(api: Api, key: Key, value: &[u8], drops_billing: bool) ->
     Cow::Owned(out)
 }
 
-/// Depth of contents inside of contents: a tool's result has a content of its own.
+/// Depth of nested contents: a content may hold a tool's result, which holds a content.
 const MAX_DEPTH: u32 = 2;
 
 /// A text, or a list of content parts.

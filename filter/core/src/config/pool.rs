@@ -63,7 +63,7 @@ pub struct Pool {
 pub struct Queue {
     /// Whether requests wait. Otherwise each request goes to an endpoint as soon as it comes.
     pub is_on: bool,
-    /// An endpoint has room while the work that it has left takes less than this.
+    /// An endpoint has room while its remaining work takes less than this time.
     pub lead: Duration,
     /// Longest wait. A request that has waited so long gets 503.
     pub max_wait: Duration,

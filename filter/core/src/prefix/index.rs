@@ -12,7 +12,7 @@ use crate::prefix::lru::{List, Lru, NIL, NODE_BYTES, put};
 pub use crate::prefix::lru::EndpointIndex;
 
 /// Endpoints that a block lists as its holders, newest first. Other holders match, but [`PrefixIndex::holders`] does not find
-/// them. With five holders a block fills one cache line; the time of the index goes by the cache lines that it misses.
+/// them. With five holders a block fills one cache line. Cache misses determine the time of the index.
 const RECENT_HOLDERS: usize = 5;
 /// Bytes of one place of the table of blocks, its control byte included.
 const PLACE_BYTES: usize = size_of::<u32>() + 1;
@@ -120,7 +120,7 @@ impl PrefixIndex {
         }
     }
 
-    /// Drops all blocks of an endpoint. It takes none until it has a capacity again.
+    /// Drops all blocks of an endpoint. The index keeps no block of the endpoint until the endpoint has a capacity again.
     pub fn remove_endpoint(&mut self, endpoint: EndpointIndex) {
         self.set_capacity(endpoint, 0);
     }

@@ -50,7 +50,7 @@ pub const SERVED_HEADER: &str = "x-gateway-destination-endpoint-served";
 /// What the shell returns from the callback that brought an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flow {
-    /// The stream goes on.
+    /// Envoy continues the stream.
     Continue,
     /// The stream waits: for more of the body, for the end of a call, or for its own end after a reply.
     Pause,
@@ -135,8 +135,8 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// The stream goes on; nothing is to do.
+    /// Envoy continues the stream. The shell has nothing else to do.
     pub(super) const GO_ON: Self = Self { flow: Flow::Continue, effects: Vec::new() };
-    /// The stream waits; nothing is to do.
+    /// The stream waits. The shell has nothing else to do.
     pub(super) const WAIT: Self = Self { flow: Flow::Pause, effects: Vec::new() };
 }

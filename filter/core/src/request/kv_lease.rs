@@ -49,13 +49,13 @@ pub(super) struct KvLease {
 enum KvLeaseState {
     /// The first token has not come.
     Awaited,
-    /// The prefill server is asked for its metrics.
+    /// The filter asked the prefill server for its metrics.
     Asked,
     /// The first token came too late. The client has an error event, or gets it now.
     Over,
 }
 
-/// What becomes of an answer whose headers are there.
+/// Effect of the lease on an answer whose headers came.
 pub(super) enum Headers {
     /// The answer goes on. Its first token came in time.
     InTime,
@@ -67,9 +67,9 @@ pub(super) enum Headers {
     Late,
 }
 
-/// What a part of a stream shows.
+/// A part of a stream, compared with the lease.
 pub(super) enum Part {
-    /// Nothing: it has no token.
+    /// The part has no token.
     Preface,
     /// The first token came in time. The KV lease no longer matters.
     InTime,

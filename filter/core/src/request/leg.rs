@@ -27,7 +27,8 @@ pub enum PrefillAnswer<'a> {
     Answered {
         /// HTTP status.
         status: u16,
-        /// `content-type`; `None` where the answer has none, or where the shell leaves it out because core does not read it (status 200).
+        /// `content-type`; `None` if the answer has none, or if the shell leaves it out because core does not read it
+        /// (status 200).
         content_type: Option<&'a [u8]>,
         /// Body.
         body: &'a [u8],
@@ -257,8 +258,8 @@ fn leg_path(parsed: &ParsedRequest) -> Vec<u8> {
     [parsed.head.config.legs.path_prefix.as_bytes(), parsed.api.path().as_bytes(), query].concat()
 }
 
-/// Headers of the prefill leg: the client's, changed as configured, the leg's path, the destination, and the rank there if
-/// it has one.
+/// Headers of the prefill leg: the client's, changed as configured, the leg's path, the destination, and the destination's
+/// rank if it has one.
 fn leg_headers(headers: &Headers, config: &Config, path: &[u8], destination: &[u8], rank: Option<u32>) -> Headers {
     const PSEUDO: &[&[u8]] = &[b":method", b":path", b":authority", b":scheme"];
     let forwarded = |name: &[u8]| {

@@ -125,7 +125,7 @@ fn upgrade(worker: &mut Worker, head: &RequestHead, now: Monotonic) -> Result<St
     Ok(step.after(rewritten.and_then(other).map(Effect::SetPath)))
 }
 
-/// The model that a path's query names, and where its name stands in the path.
+/// The model in a path's query, and the range of its bytes in the path.
 fn query_model(path: &[u8]) -> Option<(Range<usize>, String)> {
     let mut start = path.iter().position(|byte| *byte == b'?')?.checked_add(1)?;
     for pair in path.get(start..)?.split(|byte| *byte == b'&') {

@@ -58,7 +58,7 @@ pub(super) struct ParsedRequest {
     pub(super) shows_usage: bool,
     pub(super) prompt: Prompt,
     pub(super) output_tokens: u64,
-    /// Response that the request goes on from.
+    /// Id of the response that the request continues.
     pub(super) previous_id: Option<String>,
     /// Whether the engine may keep the response.
     pub(super) is_kept: bool,

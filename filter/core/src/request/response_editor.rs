@@ -107,7 +107,7 @@ impl ResponseEditor {
         Some(self.usage).filter(|usage| usage.prompt_tokens > 0 && usage.cached_tokens.is_some())
     }
 
-    /// The next part of the answer, as it goes on; `None`: as it is.
+    /// Edits the next part of the answer; `None` if the part does not change.
     pub(crate) fn part(&mut self, part: &[u8], is_last: bool) -> Option<Vec<u8>> {
         let had_held = !self.held.is_empty();
         let mut joined = core::mem::take(&mut self.held);

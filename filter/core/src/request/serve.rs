@@ -90,7 +90,7 @@ fn decode_only(scheduler: &Scheduler<'_>, parsed: &ParsedRequest) -> Option<Rout
     Some(one_leg(parsed, (Metric::RequestsDecodeOnly, "phase_header"), pick, alternates))
 }
 
-/// The request goes on from a response, and only one endpoint has that.
+/// Routes a request that continues a stored response to the only endpoint that keeps the response.
 fn at_keeper(worker: &Worker, scheduler: &Scheduler<'_>, parsed: &ParsedRequest, id: &str) -> Result<Route, Rejection> {
     let keeper = keeper(worker, id, parsed.served.candidates.without_prompt())?;
     let pick = scheduler.pick(keeper, &parsed.prompt);

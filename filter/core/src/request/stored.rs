@@ -25,7 +25,7 @@ pub(super) fn id_of_path(headers: &Headers, config: &Config) -> Option<String> {
     Some(String::from_utf8_lossy(id).into_owned())
 }
 
-/// The response that a body goes on from; `None` where it names none by a string.
+/// Id of the response that a body continues; `None` if the body names none by a string.
 pub(super) fn previous_id(api: Api, scan: &Scan, body: &[u8]) -> Option<String> {
     let previous = scan.raw(body, Key::PreviousResponseId).filter(|_| api == Api::Responses)?;
     Some(json::string(previous)?.into_owned())

@@ -19,16 +19,16 @@ pub enum Role {
     Both,
 }
 
-/// Whether an endpoint may get work.
+/// Whether an endpoint may get requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// Takes work.
+    /// Gets new requests and prefill legs.
     #[default]
     Ready,
-    /// Finishes what it has, gets nothing new.
+    /// Finishes its running requests and gets no new ones.
     Draining,
-    /// Gets nothing.
+    /// Gets no requests.
     Down,
 }
 
@@ -40,12 +40,12 @@ pub struct Endpoint {
     /// Data-parallel rank behind that address, sent as `X-data-parallel-rank`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rank: Option<u32>,
-    /// Work it takes.
+    /// Requests that the endpoint serves.
     pub role: Role,
     /// Pool whose policy applies.
     #[serde(default = "default_pool", skip_serializing_if = "is_default_pool")]
     pub pool: String,
-    /// Models and adapters it serves; empty: it has not said.
+    /// Models and adapters that the endpoint serves; empty: any, or not known yet (see `models_closed`, `models_pending`).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub models: Vec<String>,
     /// Whether `models` is complete, so that `pd-control` adds no model that the engine reports.
@@ -73,20 +73,22 @@ pub struct Endpoint {
     /// Port of a prefill endpoint's bootstrap server (SGLang, Mooncake); absent: the pool's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bootstrap_port: Option<u16>,
-    /// Prompts of fewer tokens than these go elsewhere, while somebody else may take them.
+    /// Shortest prompt, in tokens. Shorter prompts go to other endpoints, as long as another endpoint may take them. Absent:
+    /// no bound.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_prompt_tokens: Option<u64>,
-    /// Prompts of more tokens than these go elsewhere, while somebody else may take them.
+    /// Longest prompt, in tokens. Longer prompts go to other endpoints, as long as another endpoint may take them. Absent:
+    /// no bound.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_prompt_tokens: Option<u64>,
-    /// Whether it may get work.
+    /// Whether the endpoint may get requests.
     #[serde(default, skip_serializing_if = "is_default_state")]
     pub state: State,
-    /// Names the containers behind the address, where the source knows them: other text is another process. Files do not
-    /// have this key.
+    /// Id of the containers behind the address; absent if the source does not know it. Another id is another process. Files do
+    /// not have this key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub container: Option<String>,
-    /// Names the prefix cache behind the address, as `pd-control` learns it from the engine's metrics: another number is
+    /// Number of the prefix cache behind the address, which `pd-control` derives from the engine's metrics. Another number is
     /// another cache, which is empty. Files do not have this key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_epoch: Option<u64>,
@@ -200,7 +202,7 @@ impl Endpoint {
         EndpointId { address: self.address, rank: self.rank }
     }
 
-    /// Whether it has a bound for the length of prompts.
+    /// Whether the endpoint has a bound for the length of prompts.
     #[must_use]
     pub fn has_prompt_bounds(&self) -> bool {
         self.min_prompt_tokens.is_some() || self.max_prompt_tokens.is_some()

@@ -11,7 +11,7 @@ pub const MAX_STATED: usize = 4_096;
 /// Targets that an alias of a snapshot may have; more is refused.
 pub const MAX_TARGETS: usize = 64;
 
-/// A model that an alias may stand for.
+/// A model that an alias may become.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Target {
     /// Name as endpoints list it.
@@ -29,13 +29,13 @@ pub struct Stated {
     /// Targets of each alias: one at least, and one with a weight.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub aliases: BTreeMap<String, Vec<Target>>,
-    /// Targets of every other name; empty: other names stand for themselves.
+    /// Targets of every other name; empty: other names are no aliases.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub others: Vec<Target>,
 }
 
 impl Stated {
-    /// Targets of a name that stands for other models; `None` where it stands for itself.
+    /// Targets of an alias; `None` if the name is no alias.
     #[must_use]
     pub fn targets(&self, name: &str) -> Option<&[Target]> {
         let others = || Some(&self.others).filter(|others| !others.is_empty());

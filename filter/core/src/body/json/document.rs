@@ -133,8 +133,8 @@ pub fn members(object: &[u8]) -> impl Iterator<Item = (Cow<'_, str>, &[u8])> {
     })
 }
 
-/// A JSON object with another value for every member of one key (without escapes), or with that member in front where it has
-/// none. All other bytes stay. `None` where `object` is not a valid object.
+/// A JSON object with another value for every member of one key (without escapes), or with that member in front if the object
+/// has none. All other bytes stay. `None` where `object` is not a valid object.
 #[must_use]
 pub fn with_member(object: &[u8], key: &str, value: &[u8]) -> Option<Vec<u8>> {
     let mut scanner = Scanner::new(object).ok().filter(|_| object.first() == Some(&b'{'))?;

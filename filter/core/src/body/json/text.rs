@@ -43,11 +43,12 @@ fn hex(byte: u8) -> u32 {
     VALUES.get(usize::from(byte)).copied().unwrap_or(NONE)
 }
 
-/// Passes over characters that stand for themselves and escapes that do; returns what is behind them: the end of the
+/// Passes over plain characters and escapes other than surrogates. Returns the rest, which starts with the end of the
 /// string, a surrogate pair or an error.
 ///
-/// `rest` is the byte before the text, which is no backslash, and what follows it. `non_ascii` becomes true for a byte
-/// that is not ASCII; perhaps for one of the 63 behind the text, which does no harm: they belong to the same document.
+/// `rest` starts with the byte before the text, which is no backslash. `non_ascii` becomes true if the text has a byte that
+/// is not ASCII. It may also become true for one of the 63 bytes behind the text. That is harmless: they belong to the
+/// same document.
 #[inline]
 pub(super) fn skip_text<'a>(mut rest: &'a [u8], non_ascii: &mut bool) -> &'a [u8] {
     let mut passed = vector::Passed::default();
@@ -176,8 +177,7 @@ mod vector {
             chunks.iter().rev().fold(0, |all, chunk| all.wrapping_shl(16) | u64::from(u8x16_bitmask(ends(load(chunk)))))
         }
 
-        /// Whether the last 64 bytes of `block` are all passed over: characters that stand for themselves, and line
-        /// breaks, tabs and quotes behind a backslash.
+        /// Whether all of the last 64 bytes of `block` are plain characters or escaped line breaks, tabs and quotes.
         #[inline]
         pub(super) fn plain(&mut self, block: &[u8; 65]) -> bool {
             let [_, text @ ..] = block;
@@ -191,7 +191,7 @@ mod vector {
         }
     }
 
-    /// All ones for quotes that are not behind a backslash, and for what is but stands for no line break, tab or quote.
+    /// All ones for a quote without a backslash before it, and for an escaped byte other than a line break, tab or quote.
     #[inline]
     fn others(escaped: v128, bytes: v128) -> v128 {
         let letter = v128_or(u8x16_eq(bytes, u8x16_splat(b'n')), u8x16_eq(bytes, u8x16_splat(b't')));
@@ -251,8 +251,7 @@ mod vector {
             bits(block, super::is_end)
         }
 
-        /// Whether the last 64 bytes of `block` are all passed over: characters that stand for themselves, and line
-        /// breaks, tabs and quotes behind a backslash.
+        /// Whether all of the last 64 bytes of `block` are plain characters or escaped line breaks, tabs and quotes.
         pub(super) fn plain(&mut self, block: &[u8; 65]) -> bool {
             let [before @ .., _] = block;
             let [_, text @ ..] = block;

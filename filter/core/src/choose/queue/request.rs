@@ -16,7 +16,7 @@ pub struct PrefillEndpoint {
     pub index: EndpointIndex,
     /// Key for ties. Every worker of every Envoy has the same one.
     pub key: u64,
-    /// Seconds until the endpoint has done the work that it has; 0 or more.
+    /// Remaining work of the endpoint, in seconds; 0 or more.
     pub work: f64,
     /// Prefill cost of the endpoint.
     pub cost: Cost,
