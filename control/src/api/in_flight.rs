@@ -1,4 +1,4 @@
-//! Bounds what is in flight at a time, for all clients together and for each host.
+//! Bounds the amount in flight at a time, for all clients together and for each host.
 //!
 //! A host at its bound leaves the rest to the other hosts.
 
@@ -31,7 +31,7 @@ struct Amounts {
     hosts: HashMap<IpAddr, usize>,
 }
 
-/// A part of what is in flight, until it is dropped.
+/// A share of the bound, held until it is dropped.
 #[derive(Debug)]
 pub struct Held {
     of: Arc<InFlight>,

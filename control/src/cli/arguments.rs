@@ -1,4 +1,4 @@
-//! The command line, and the configuration that it stands for.
+//! The command line, and the configuration that it describes.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -56,8 +56,8 @@ pub(super) enum Command {
     /// Read manifests of llm-d, the Inference Extension or AIBrix and print values for this project's Helm chart
     ///
     /// It reads InferencePool, InferenceObjective, InferenceModel, InferenceModelRewrite, HTTPRoute, the endpoint picker's
-    /// configuration, flags of routing sidecars and variables of AIBrix' gateway. A line on standard error says for each
-    /// setting what it became, or why it became nothing.
+    /// configuration, flags of routing sidecars and variables of AIBrix' gateway. For each setting, a line on standard
+    /// error names the value that it became, or the reason why it became none.
     Migrate {
         /// Manifests, such as `kubectl get -o yaml` prints; - for standard input
         #[arg(required = true, value_name = "FILE")]

@@ -94,7 +94,7 @@ impl Object {
         items(&self.value, "/spec/targetRefs").iter().chain(self.value.pointer("/spec/targetRef"))
     }
 
-    /// Whether it has the `matchLabels` of a selector; one that has no labels finds everything.
+    /// Whether the object has the `matchLabels` of a selector. A selector without labels selects every object.
     fn has_labels_of(&self, selector: &Value) -> bool {
         let labels = self.value.pointer("/metadata/labels");
         let mut wanted = selector.get("matchLabels").and_then(Value::as_object).into_iter().flatten();

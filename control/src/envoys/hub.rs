@@ -68,8 +68,8 @@ impl SharedHub {
         Self { hub: Mutex::new(hub), news: watch::Sender::new(0), began: Instant::now(), listed: Mutex::default() }
     }
 
-    /// From now on counts what is in flight at the endpoints of this list only. An empty list changes nothing: filters refuse
-    /// it, and go on with the one before.
+    /// From now on, the hub counts the load of this list's endpoints only. An empty list changes nothing: filters refuse
+    /// it and keep their list.
     pub fn count_only(&self, list: &Published) {
         let mut listed = self.listed.lock().unwrap_or_else(PoisonError::into_inner);
         if *listed == list.version() || list.endpoints().is_empty() {
@@ -88,7 +88,7 @@ impl SharedHub {
         Monotonic::new(self.began.elapsed())
     }
 
-    /// Takes the records of a message of an Envoy or a replica on this host. Returns the message without what it took, for
+    /// Takes the records of a message of an Envoy or a replica on this host. Returns the rest of the message, for
     /// [`answer`](Self::answer).
     #[must_use]
     pub fn take(&self, mut request: ExchangeRequest, host: IpAddr) -> ExchangeRequest {

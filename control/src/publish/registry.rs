@@ -114,7 +114,7 @@ impl Published {
         self.endpoints.as_slice()
     }
 
-    /// The version after this one, or `None` when `list` holds what is in force already.
+    /// The version after this one; `None` if `list` equals the list in force.
     #[must_use]
     pub fn advance(&self, list: EndpointList, now: SystemTime) -> Option<(Self, Change)> {
         let (step, change) = diff(&self.endpoints, &list);

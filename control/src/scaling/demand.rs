@@ -1,4 +1,4 @@
-//! Demand of each role of each pool: the sum of what its ready endpoints have to do.
+//! Demand of each role of each pool: the sum of the work of its ready endpoints.
 //!
 //! Prefill work, assigned KV tokens and requests in flight come from the Envoys' exchange. KV tokens in use, cache sizes and
 //! waiting requests come from the engines' metrics.
@@ -73,8 +73,8 @@ impl Demand {
     }
 }
 
-/// Demand of every pool and role in the list. An endpoint that is draining or down has no part in it: it ends what it has.
-/// `loads` is what the Envoys have in flight by endpoint key, `None` if no Envoy exchanges.
+/// Demand of every pool and role in the list. A draining endpoint does not count, because it only ends its running requests,
+/// and neither does one that is down. `loads` is the load of all Envoys by endpoint key; `None` if no Envoy exchanges.
 #[must_use]
 pub fn demand(
     endpoints: &[Endpoint],

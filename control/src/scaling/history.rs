@@ -49,7 +49,7 @@ pub struct History {
 /// Why a window has no mean.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unknown {
-    /// No Envoy has exchanged for so long, or pd-control has not run for so long.
+    /// In a part of the window no Envoy exchanged, or pd-control did not run.
     Window,
     /// The list has no endpoint of that pool and role.
     PoolRole,
@@ -64,8 +64,7 @@ impl Default for History {
 }
 
 impl History {
-    /// Takes a sample each second, for good. A second without an Envoy that exchanges ends what is known: the demand is then
-    /// not zero but unknown.
+    /// Takes a sample each second; never returns. After a second without an exchanging Envoy, the demand is unknown, not zero.
     pub async fn sample(self: Arc<Self>, source: Arc<DemandSource>) {
         let mut ticks = interval(SAMPLE_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);

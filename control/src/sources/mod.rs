@@ -1,5 +1,5 @@
 //! Sources of endpoints: a file, the command line, Kubernetes. Each sends whole lists to the publisher, which decides
-//! what is in force.
+//! which list is in force.
 
 pub mod allow;
 pub mod file;

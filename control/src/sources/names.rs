@@ -25,7 +25,7 @@ const MAX_ADDRESSES: usize = 1_000;
 pub struct NamedEndpoint {
     host: String,
     port: u16,
-    /// The endpoint with an address that stands for the resolved ones.
+    /// The endpoint, with a placeholder for the resolved addresses.
     template: Endpoint,
 }
 

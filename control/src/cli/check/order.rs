@@ -13,7 +13,7 @@ const GEOIP: &str = "geoip";
 const RBAC: &str = "rbac";
 const PREFIX: &str = "envoy.filters.http.";
 
-/// Envoy Gateway's own order, without what is of no matter here: `newOrderedHTTPFilter` in
+/// Envoy Gateway's own order, without the filters that do not matter here: `newOrderedHTTPFilter` in
 /// `internal/xds/translator/httpfilters.go` of Envoy Gateway 1.9.
 const DEFAULT: &[&str] = &[
     "custom_response",

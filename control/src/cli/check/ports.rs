@@ -38,7 +38,7 @@ fn shares_pods(service: &Object, pool: &Object) -> bool {
     service.namespace == pool.namespace && (holds(of_service, of_pool) || holds(of_pool, of_service))
 }
 
-/// Port of the pods behind a port of a Service; `None` where it has a name, or where there is no such port.
+/// Port of the pods behind a port of a Service; `None` if the pods' port has a name, or if the Service has no such port.
 fn target_port(service: &Object, port: Option<&Value>) -> Option<u64> {
     let found = items(&service.value, "/spec/ports").iter().find(|known| known.get("port") == port)?;
     found.get("targetPort").or_else(|| found.get("port"))?.as_u64()

@@ -15,7 +15,7 @@ const OURS: &str = "%FILTER_STATE(wasm.pd.";
 /// The key with the prefixes that stand before the paths of inference APIs.
 const PREFIXES: &str = "path_prefixes";
 
-/// A part of a route that changes requests, and what is configured for prefill legs.
+/// A part of a route that changes requests, and the configuration of prefill legs.
 struct Place<'a> {
     filter: &'a Filter<'a>,
     legs: &'a Legs,
@@ -131,7 +131,7 @@ fn check_path(change: Change<'_>, place: &Place<'_>, report: &mut Report) {
     }
 }
 
-/// What is taken off a path, and what is put before it, when one prefix becomes another.
+/// The prefix that the route removes from a path, and the prefix that it puts before the rest, when `from` becomes `to`.
 fn replaced<'a>(from: &'a str, to: &'a str) -> (&'a str, &'a str) {
     let (from, to) = (from.trim_end_matches('/'), to.trim_end_matches('/'));
     match (from.strip_suffix(to), to.strip_suffix(from)) {

@@ -1,7 +1,7 @@
 //! `pd-control migrate`: reads the manifests of an llm-d, Inference Extension or AIBrix installation and writes values for
 //! this project's Helm chart.
 //!
-//! Each setting that was read has a line in the report, which says what it became, or why it became nothing.
+//! Each setting has a line in the report, which names the value that it became, or the reason why it became none.
 
 mod aibrix;
 mod objects;

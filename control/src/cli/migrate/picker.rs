@@ -1,6 +1,6 @@
 //! The configuration of the endpoint picker: `EndpointPickerConfig` of llm-d and the Inference Extension.
 //!
-//! It stands in a ConfigMap, or in an argument of the picker's container.
+//! The configuration is in a ConfigMap, or in an argument of the picker's container.
 
 use std::path::Path;
 

@@ -106,7 +106,7 @@ pub(super) fn containers(manifests: &Manifests) -> impl Iterator<Item = (&Object
     })
 }
 
-/// `--name=value`, `--name value` and `--name` of the command and the arguments, which stands for `true`.
+/// Flags of the command and the arguments: `--name=value`, `--name value`, and `--name`, which means `true`.
 pub(super) fn flags(container: &Value) -> Vec<(String, String)> {
     let words: Vec<_> =
         ["/command", "/args"].iter().flat_map(|list| items(container, list)).filter_map(Value::as_str).collect();

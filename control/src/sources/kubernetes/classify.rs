@@ -255,7 +255,7 @@ impl Reader<'_> {
         Ok(vec![named.or(self.pod.ports.first()).map_or(DEFAULT_PORT, |(_, port)| *port)])
     }
 
-    /// Bounds that AIBrix knows, both included. Its 0 stands for none.
+    /// Value of a key: this project's annotation, or else the rule's source. `None` if neither has it.
     fn value(&self, name: &str, source: Option<&Source<String>>) -> Result<Option<String>, String> {
         if let Some(text) = self.ours.text(name) {
             return Ok(Some(text.to_owned()));

@@ -12,12 +12,12 @@ use serde::Deserialize;
 use crate::sources::kubernetes::config::PoolReference;
 use crate::sources::kubernetes::pod::PodName;
 
-/// Kinds of objects that state something of names in requests.
+/// Kinds of objects that define names in requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum StatedKind {
     /// Priority of an objective, which is the object's name.
     Objective,
-    /// Models that stand for other models.
+    /// Aliases of models.
     Rewrite,
 }
 

@@ -122,7 +122,7 @@ impl Search<'_> {
         }
     }
 
-    /// The rest of an object, of which the opening brace was passed over.
+    /// The rest of an object, behind its opening brace.
     fn object(&mut self, scanner: &mut Scanner<'_>) -> Result<(), ScanError> {
         // Where a cut begins: at the comma before the member or, as long as all members so far were cut, behind what
         // stood before it. Those take the comma behind them along.

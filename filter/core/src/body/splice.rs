@@ -8,8 +8,8 @@
 //! - Every edit leaves out the [`Scan::cuts`] of values that stay.
 //! - A dropped member goes with the comma before it; the first ones of an object go with the comma behind them.
 //!
-//! [`rewrite`] makes a whole new body. [`head_edit`] makes the shortest edit of the front, for a buffer of which only the
-//! front can be replaced. [`HeadPlan`] is such an edit whose inserted members are known only after the body is gone.
+//! [`rewrite`] makes a whole new body. [`head_edit`] makes the shortest edit of the front, for a buffer whose
+//! front alone can be replaced. [`HeadPlan`] is such an edit whose inserted members are known only after the body is gone.
 
 use crate::body::json::slice;
 use crate::body::{Key, KeySet, Scan};
@@ -54,13 +54,13 @@ impl HeadEdit {
 pub struct HeadPlan {
     /// First bytes of the body to remove.
     drain: u32,
-    /// What stands before the inserted members: the opening brace.
+    /// Bytes before the inserted members: the opening brace.
     front: Vec<u8>,
-    /// What stands behind them, up to `drain`: members known from the beginning, and what is left of the body's.
+    /// Bytes behind the inserted members, up to `drain`: members known from the beginning, and the body's remaining ones.
     rest: Vec<u8>,
     /// Whether members follow the inserted ones.
     follow: bool,
-    /// Whether anything is, whatever is inserted later.
+    /// Whether the edit changes the body even without inserted members.
     changed: bool,
 }
 

@@ -27,8 +27,8 @@ pub struct Pool {
     pub cost: Cost,
     /// Whether [`cost`](Self::cost), [`bytes_per_token`](Self::bytes_per_token) and [`media`](Self::media) are fitted.
     pub fit: bool,
-    /// `w`: weight of a second of the prompt's own prefill against a second of work ahead of it; 0 or more. `None`: by what is
-    /// in flight, see [`affinity_weight`](crate::choose::weight::affinity_weight).
+    /// `w`: weight of a second of the prompt's own prefill against a second of work ahead of it; 0 or more. `None`: a
+    /// function of the load, see [`affinity_weight`](crate::choose::weight::affinity_weight).
     pub affinity_weight: Option<f64>,
     /// β, 0 to 1: part of an unseen prompt that its rendezvous endpoint counts as holding, because other Envoys may have sent
     /// it there.
@@ -38,8 +38,8 @@ pub struct Pool {
     /// - `None`: 0.6 times the part of the other Envoys that
     ///   [do not exchange](crate::endpoints::elsewhere::Fleet::not_exchanging).
     pub rendezvous_share: Option<f64>,
-    /// Bound within which a conversation keeps its decode endpoint: the endpoint may exceed the least loaded one by so many
-    /// times the prompt's tokens. 0 or more; 0: the choice ignores the conversation.
+    /// Bound within which a conversation keeps its decode endpoint. The endpoint's load may exceed the lowest load by this
+    /// many times the prompt's tokens. 0 or more; 0: the choice ignores the conversation.
     pub decode_stay: f64,
     /// Tokens of an endpoint's prefix cache where the endpoint gives none.
     pub cache_tokens: u64,
@@ -52,7 +52,7 @@ pub struct Pool {
     /// KV lease: how long prefill endpoints keep a KV cache for its decode leg. `None`: the filter does not look for late
     /// answers.
     pub kv_lease: Option<Duration>,
-    /// Limits of what is in flight.
+    /// Limits of the load in flight.
     pub limits: Limits,
     /// Whether and how requests wait for a prefill endpoint with room.
     pub queue: Queue,
@@ -65,7 +65,7 @@ pub struct Queue {
     pub is_on: bool,
     /// An endpoint has room while its remaining work takes less than this time.
     pub lead: Duration,
-    /// Longest wait. A request that has waited so long gets 503.
+    /// Longest wait. A request that has waited this long gets 503.
     pub max_wait: Duration,
     /// Wait after which no request of the same priority overtakes a request.
     pub overtaken: Duration,
@@ -136,7 +136,7 @@ impl LegLimit {
     /// Longest limit.
     const MAX: Duration = Duration::from_secs(3_600);
 
-    /// Limit of a leg that is expected to end after so many seconds, with the work ahead of it.
+    /// Time limit of a leg whose end the filter expects after `seconds`, including the work ahead of the leg.
     #[must_use]
     pub fn of(&self, seconds: f64) -> Duration {
         let expected = Duration::try_from_secs_f64(seconds * self.factor).unwrap_or_default();

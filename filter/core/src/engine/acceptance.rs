@@ -255,7 +255,7 @@ fn integer(value: &[u8]) -> Option<i64> {
     core::str::from_utf8(value).ok()?.parse().ok()
 }
 
-/// A number; 0 for what is none.
+/// A number; 0 if `value` is none.
 fn number(value: &[u8]) -> f64 {
     core::str::from_utf8(value).ok().and_then(|text| text.parse().ok()).unwrap_or(0.0)
 }

@@ -36,9 +36,9 @@ const LEADER_KEY: &str = "pd/voice";
 /// Kind of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CallKind {
-    /// Sends what is new here. The hub answers at once.
+    /// Sends this Envoy's changes. The hub answers at once.
     Send,
-    /// Receives what is new elsewhere. The hub answers when there is something, or after a second.
+    /// Receives the other Envoys' changes. The hub answers at the next change, or after a second.
     Receive,
 }
 

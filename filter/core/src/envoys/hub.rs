@@ -1,10 +1,10 @@
-//! The hub of the exchange: collects what Envoys send, and answers each with what the others sent. `pd-control` and the
-//! trace simulator run it.
+//! The hub of the exchange: collects the Envoys' loads and blocks, and answers each Envoy with those of the others.
+//! `pd-control` and the trace simulator run the hub.
 //!
 //! - Loads are states. The newest record of an Envoy counts, so a lost or late message does no harm. An Envoy that is
 //!   silent for [`GATEWAY_LIFE`] has nothing in flight.
-//! - Blocks are a numbered log for each Envoy. The hub says in its answer which number it expects next, and the Envoy sends
-//!   from there on what it still has. So a hub may be replaced by one that knows nothing.
+//! - Blocks are a numbered log for each Envoy. The hub's answer has the number that it expects next, and the Envoy sends the
+//!   blocks from that number on that it still has. So a new, empty hub may replace a hub.
 //! - The number of an Envoy is its secret: a client that knows the number can change what the Envoy has in flight. So
 //!   answers name other Envoys by [public names](Hub::with_public_names).
 //! - The memory of the hub has bounds. Beyond a bound, the hosts whose Envoys have the most lose records.

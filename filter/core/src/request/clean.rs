@@ -18,7 +18,7 @@ use crate::request::reply::Rejection;
 pub(super) enum ReadBody {
     /// An object.
     Object(Scan),
-    /// An array of JSON, with what is to be cut out of it.
+    /// A JSON array, and the spans to cut out of it.
     Array(Vec<Span>),
     /// A form.
     Form(Form),
@@ -53,7 +53,8 @@ impl ReadBody {
         }
     }
 
-    /// Tokens that a model reads of a body of so many bytes, as configured. A form has a recording or an image, and some text.
+    /// Estimated tokens of a body of `bytes` bytes, by the pool's configuration. A form has a recording or an image, and some
+    /// text.
     pub(super) fn tokens(&self, bytes: usize, pool: &Pool) -> f64 {
         let of_text = |bytes: usize| bytes as f64 / pool.bytes_per_token;
         match self {

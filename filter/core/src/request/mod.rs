@@ -71,9 +71,9 @@ pub use effect::{
 pub use leg::PrefillAnswer;
 pub use ready::READY_PATH;
 
-/// One request: its state, and what it is counted for.
+/// One request: its state, and its counts.
 ///
-/// [`done`](Self::done) must be called at the end of the stream; it takes back everything that was counted.
+/// The shell must call [`done`](Self::done) at the end of the stream. `done` takes back all counts of the request.
 #[derive(Debug, Default)]
 pub struct Request {
     state: State,

@@ -167,7 +167,7 @@ pub(super) fn tell_models(table: &Table, config: &Config, question: &Question) -
     Ok(Reply { status: 200, headers, body: body.to_string().into_bytes(), reason: MODELS })
 }
 
-/// A model as the engines list it. Of an alias: what its targets have in common, and their smallest length.
+/// A model's card, as the engines list it. An alias has the common members of its targets' cards, and their smallest length.
 fn card(config: &Config, table: &Table, name: &str) -> serde_json::Value {
     let of_targets = alias(config, table.stated(), name).and_then(|(targets, _)| {
         let cards = listed(targets, table).filter_map(|model| table.card(model)).cloned();

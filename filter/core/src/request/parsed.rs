@@ -169,8 +169,8 @@ fn output_tokens(body: &ScannedBody<'_>) -> u64 {
 /// By what factor the estimate of a prompt's tokens may be too low.
 const ESTIMATE_ERROR: f64 = 2.0;
 
-/// Compares the prompt, by its estimate, and the limit of tokens with the model's length, where that is known. A prompt without a
-/// limit is never too long: the prefill endpoint refuses it before it computes anything.
+/// Compares the prompt's estimate and the limit of tokens with the model's length, if the filter knows the length. A prompt
+/// without a limit is never too long: the prefill endpoint refuses it before it computes anything.
 fn check_length(longest: Option<u64>, api: Api, body: &ScannedBody<'_>, prompt: &mut Prompt) {
     let asked = acceptance::asked_tokens(api, body.bytes, &body.scan);
     let exceeds = |tokens: f64, longest: u64| tokens + asked.unwrap_or(0) as f64 > longest as f64;
@@ -222,8 +222,8 @@ fn prompt(
     }
 }
 
-/// What the engine puts in front of the model, in the order in which chat templates do, without what it leaves out: where each
-/// part is in the body, and its text.
+/// Parts of the prompt that the engine shows the model, in the order of chat templates, without the parts that the engine
+/// leaves out. For each part: its range in the body, and its text.
 fn prompt_parts<'a>(api: Api, body: &ScannedBody<'a>, drops_billing: bool) -> Vec<(Span, Cow<'a, [u8]>)> {
     let keys: &[Key] = match api {
         Api::Chat => &[Key::Tools, Key::Messages],

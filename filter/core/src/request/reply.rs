@@ -58,11 +58,11 @@ pub enum Rejection {
 /// Why the queue refuses a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QueueRefusal {
-    /// As many requests wait as may. Another try may be worth it after so many seconds.
+    /// The queue has its largest number of requests. The client may try again after this many seconds.
     Requests(u64),
-    /// As many bytes wait as may. Another try may be worth it after so many seconds.
+    /// The queue has its largest number of bytes. The client may try again after this many seconds.
     Bytes(u64),
-    /// The prompt cannot be computed by the client's deadline.
+    /// No endpoint can compute the prompt by the client's deadline.
     Deadline,
     /// The request has waited as long as it may.
     Timeout,

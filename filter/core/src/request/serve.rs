@@ -20,7 +20,7 @@ use crate::time::Monotonic;
 use crate::wire::EndpointId;
 use crate::workers::worker::Worker;
 
-/// By how many legs a request is served.
+/// The legs of a request.
 enum Legs {
     /// One leg, by this route.
     One(Route),

@@ -1,4 +1,4 @@
-//! A position in a document that moves forward over what is there.
+//! A position in a document, which moves forward over its values.
 
 use super::error::{ErrorKind, MAX_DEPTH, ScanError};
 use super::mark::{MAX_MEDIA, Mark};
@@ -47,7 +47,7 @@ impl Open {
     }
 }
 
-/// A position in a document and what has been seen up to there.
+/// A position in a document, and facts about the bytes before it.
 pub(crate) struct Scanner<'a> {
     bytes: &'a [u8],
     offset: usize,
@@ -245,7 +245,7 @@ impl<'a> Scanner<'a> {
         self.offset = self.bytes.len().wrapping_sub(rest.len());
     }
 
-    /// Passes over a string, of which the opening quote is here; what lies between its quotes.
+    /// Passes over a string, from its opening quote. Returns the span between its quotes.
     fn string(&mut self) -> Result<Span, ScanError> {
         self.advance(1);
         let start = self.offset;
@@ -305,7 +305,7 @@ impl<'a> Scanner<'a> {
         Some(code)
     }
 
-    /// Passes over a number, of which the first byte is here.
+    /// Passes over a number, from its first byte.
     fn number(&mut self) -> Result<(), ScanError> {
         let start = self.offset;
         self.eat(b'-');
