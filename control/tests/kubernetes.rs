@@ -90,6 +90,7 @@ async fn pods_come_change_and_go() {
 }
 
 /// Under load engines answer their readiness probes late.
+/// llm-d/llm-d-benchmark#1734, modelplaneai/modelplane#206: the gateway was left without a server.
 #[tokio::test(flavor = "multi_thread")]
 async fn most_of_a_role_that_turn_unready_at_once_stay_in_the_list_and_it_is_said() {
     let (server, _listening, rig) = two_pods().await;
@@ -280,6 +281,12 @@ async fn inference_pools_select_pods_and_say_their_ports() {
     let pools_of: Vec<_> = endpoints_in_force(&rig).await.into_iter().map(|endpoint| endpoint.pool).collect();
     assert_eq!(pools_of, ["llama", "llama", "default"]);
 
+    // kubernetes-sigs/gateway-api-inference-extension#2306: a port that the pool names no longer leaves the list.
+    let ports = |ports: Value| json!({"spec": {"selector": {"matchLabels": {"app": "llama"}}, "targetPorts": ports}});
+    server.apply_in(pools, "llama", ports(json!([{"number": 8001}])));
+    until_addresses(&rig, &["10.0.0.1:8001", "10.0.0.2:8000"]).await;
+    server.apply_in(pools, "llama", ports(json!([{"number": 8002}, {"number": 8000}])));
+    until_addresses(&rig, &["10.0.0.1:8000", "10.0.0.1:8002", "10.0.0.2:8000"]).await;
     server.apply_in(pools, "llama", spec("nobody"));
     until_addresses(&rig, &["10.0.0.2:8000"]).await;
     server.apply_in(pools, "llama", json!({"spec": {}}));

@@ -158,6 +158,33 @@ mod tests {
     }
 
     #[test]
+    fn a_token_that_changes_is_read_again_and_a_file_that_is_gone_changes_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("key");
+        std::fs::write(&file, "first").unwrap();
+        let reach = access(&file).reach().unwrap();
+        let token = reach.token.as_ref().unwrap();
+        let after_a_while = || {
+            token.present.lock().unwrap().1 = Instant::now().checked_sub(MAX_AGE).unwrap();
+            reach.authorization().unwrap()
+        };
+        std::fs::write(&file, "second").unwrap();
+        assert_eq!(reach.authorization().unwrap(), "Bearer first", "files are not read for each question");
+        assert_eq!(after_a_while(), "Bearer second");
+        std::fs::write(&file, "third\n").unwrap();
+        assert_eq!(after_a_while(), "Bearer third");
+        for wrong in [None, Some(""), Some("a b")] {
+            match wrong {
+                None => std::fs::remove_file(&file).unwrap(),
+                Some(text) => std::fs::write(&file, text).unwrap(),
+            }
+            assert_eq!(after_a_while(), "Bearer third", "{wrong:?}");
+        }
+        std::fs::write(&file, "fourth").unwrap();
+        assert_eq!(after_a_while(), "Bearer fourth");
+    }
+
+    #[test]
     fn certificates_and_the_name_are_checked_at_the_start() {
         let tls = |ca_file, server_name: Option<&str>| EngineAccess {
             tls: Some(EngineTls { ca_file, server_name: server_name.map(str::to_owned) }),

@@ -74,6 +74,8 @@ pub struct Scraped {
     pub asked: u32,
     /// Number of times that the engine's cache was cleared without a new start time: its counters fell, or it slept.
     pub clearings: u64,
+    /// Last value of its counter of look-ups, or of work; 0 where it shows none yet.
+    pub counted: Option<f64>,
     /// Time of the last answer that counts new KV caches fetched after their KV lease.
     pub late_fetch: Option<Instant>,
 }
@@ -144,8 +146,10 @@ impl Scraped {
 
     fn take_load(&mut self, load: EngineLoad) {
         let before = core::mem::replace(&mut self.load, load);
-        // An engine with a start time names its cache by it.
-        let fell = load.process_start.is_none() && has_risen(load.prefix_queries, before.prefix_queries);
+        // Engines do not show some counters before their first request. An engine with a start time names its cache by it.
+        let counted = load.counted().or(self.counted.map(|_| 0.0)).filter(|_| load.is_known());
+        let fell = load.process_start.is_none() && has_risen(counted, self.counted);
+        self.counted = counted.or(self.counted);
         let slept = load.is_asleep && !before.is_asleep;
         self.clearings += u64::from(fell || slept);
         if has_risen(before.late_fetches, load.late_fetches) {
@@ -174,7 +178,7 @@ impl Scraped {
     /// cache was cleared. `None` before the first answer, and for an engine whose metrics show neither.
     fn cache_epoch(&self) -> Option<u64> {
         let start = self.load.process_start.map(|seconds| (seconds.max(0.0) * 1e3) as u64);
-        let start = start.or_else(|| self.load.prefix_queries.map(|_| 0))?;
+        let start = start.or_else(|| self.counted.map(|_| 0))?;
         Some(start.saturating_add(self.clearings))
     }
 
@@ -268,6 +272,7 @@ mod tests {
         assert_eq!(engine.models, models);
     }
 
+    /// vllm-project/aibrix#2287: an engine that slept was taken for one that held everything.
     #[test]
     fn another_cache_has_another_name() {
         let load = |start, queries, is_asleep| EngineLoad {
@@ -292,6 +297,12 @@ mod tests {
         // It does not: its counters fall.
         let fell = [load(None, 9.0, false), load(None, 12.0, false), load(None, 3.0, false), load(None, 4.0, false)];
         assert_eq!(epochs(&fell), [0, 0, 1, 1]);
+        // SGLang and TensorRT-LLM tell no start, and show no counter before their first request.
+        let work = |work| EngineLoad { work, running: Some(0.0), ..EngineLoad::default() };
+        let restarted = [work(Some(9.0)), work(None), work(Some(12.0)), work(Some(3.0)), work(Some(4.0))];
+        assert_eq!(epochs(&restarted), [0, 1, 1, 2, 2]);
+        // A page without any metric of the engine tells nothing.
+        assert_eq!(epochs(&[work(Some(9.0)), EngineLoad::default(), work(Some(9.0))]), [0, 0, 0]);
         // It sleeps, and wakes up without a cache.
         let slept = [load(Some(5.0), 9.0, false), load(Some(5.0), 9.0, true), load(Some(5.0), 9.0, false)];
         assert_eq!(epochs(&slept), [5_000, 5_001, 5_001]);

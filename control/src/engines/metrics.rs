@@ -21,6 +21,8 @@ const NAMES: &[&[u8]] = &[
     b"trtllm_kv_cache_utilization",
     b"vllm:prefix_cache_queries_total",
     b"vllm:prefix_cache_hits_total",
+    b"sglang:prompt_tokens_total",
+    b"trtllm_request_success_total",
     b"vllm:cache_config_info",
     b"sglang:max_total_num_tokens",
     b"vllm:nixl_num_kv_expired_reqs_total",
@@ -44,6 +46,8 @@ pub struct EngineLoad {
     pub prefix_queries: Option<f64>,
     /// Prompt tokens found in the prefix cache since the engine started.
     pub prefix_hits: Option<f64>,
+    /// Prompt tokens or requests since the engine started, of engines that do not count look-ups.
+    pub work: Option<f64>,
     /// KV leases that expired before a decode server fetched the KV cache, since the engine started.
     pub expired_kv_leases: Option<f64>,
     /// KV caches that a decode server fetched after their KV lease, since the engine started. The text of such an
@@ -69,6 +73,12 @@ impl EngineLoad {
     pub fn hit_ratio(&self) -> Option<f64> {
         let (queries, hits) = (self.prefix_queries?, self.prefix_hits?);
         (queries > 0.0).then(|| hits / queries)
+    }
+
+    /// A counter that begins anew with the engine's cache; `None` before the first request of some engines.
+    #[must_use]
+    pub fn counted(&self) -> Option<f64> {
+        self.prefix_queries.or(self.work)
     }
 
     /// Whether the page had a metric of an engine.
@@ -146,6 +156,7 @@ impl EngineLoad {
             }
             "vllm:prefix_cache_queries_total" => sum(&mut self.prefix_queries),
             "vllm:prefix_cache_hits_total" => sum(&mut self.prefix_hits),
+            "sglang:prompt_tokens_total" | "trtllm_request_success_total" => sum(&mut self.work),
             "vllm:nixl_num_kv_expired_reqs_total" => sum(&mut self.expired_kv_leases),
             "vllm:nixl_num_notifications_after_expiry_total" => sum(&mut self.late_fetches),
             "vllm:engine_sleep_state" => {
@@ -224,6 +235,7 @@ mod tests {
             cache_tokens: Some(16_000),
             prefix_queries: Some(10.0),
             prefix_hits: Some(6.0),
+            work: None,
             expired_kv_leases: Some(3.0),
             late_fetches: Some(1.0),
             process_start: Some(1_796_030_000.0),
@@ -231,13 +243,15 @@ mod tests {
         };
         assert_eq!(read(VLLM), vllm);
         let sglang = read(
-            "sglang:num_queue_reqs 1\nsglang:num_running_reqs 2\nsglang:token_usage 0.1\nsglang:max_total_num_tokens 5e4\n",
+            "sglang:num_queue_reqs 1\nsglang:num_running_reqs 2\nsglang:token_usage 0.1\nsglang:max_total_num_tokens 5e4\n\
+             sglang:prompt_tokens_total{model_name=\"m\"} 9\n",
         );
         let expected = EngineLoad {
             waiting: Some(1.0),
             running: Some(2.0),
             kv_usage: Some(0.1),
             cache_tokens: Some(50_000),
+            work: Some(9.0),
             ..EngineLoad::default()
         };
         assert_eq!(sglang, expected);

@@ -183,6 +183,7 @@ fn what_a_server_held_is_forgotten_when_nothing_listens_there() {
 }
 
 /// A restart between two requests, which no request meets; and a flap of readiness without one.
+/// llm-d/llm-d-router#2853: a restart in place went unnoticed.
 #[test]
 fn what_a_server_held_is_forgotten_when_its_process_is_another_one_and_not_when_it_was_unready() {
     run(async {
@@ -226,5 +227,50 @@ fn what_a_server_held_is_forgotten_when_its_process_is_another_one_and_not_when_
         rig.until_metric(applied, |value| value >= before + 2.0).await;
         assert_eq!((reasons(1).await, reasons(0).await), (json!("prefilled"), json!("cached")));
         rig.until_idle().await;
+    });
+}
+
+/// No connection is refused, and nobody looks at the engine: only its answers show that it holds nothing any more. Whole
+/// answers and streams, from two workers, of conversations that go on and of new ones.
+/// azrtydxb/Fastllm-proxy#22: nothing verified what a restarted server still held.
+#[test]
+fn a_restart_that_nothing_tells_hides_for_three_requests_at_most() {
+    run(async {
+        for members in ["", r#","stream":true,"stream_options":{"include_usage":true}"#] {
+            let directory = tempfile::tempdir().unwrap();
+            let port = Port::reserve();
+            let process = decode_process(directory.path(), port.address()).await;
+            let rig = Rig::builder().engines(1, 0).other(port.address(), "decode").start().await;
+            let mut clients = rig.client_of_each_worker(Http::One).await;
+            let bodies: Vec<_> = (0..8)
+                .map(|_| chat(&[&words(&new_id("talk"), 6_000)], &format!(r#","max_tokens":8{members}"#)))
+                .collect();
+            let mut reasons = async || {
+                let mut reasons = Vec::new();
+                for (turn, body) in bodies.iter().enumerate() {
+                    let client = &mut clients[turn % 2];
+                    let (request, path) = logged_chat(client, body, &[]);
+                    assert_right(&client.send(request).await, body);
+                    reasons.push(rig.access_log_of(&path).await["reason"].clone());
+                }
+                reasons
+            };
+            assert_eq!(reasons().await, vec![json!("prefilled"); 8]);
+            assert_eq!(reasons().await, vec![json!("cached"); 8]);
+            drop(process);
+            let _process = decode_process(directory.path(), port.address()).await;
+            let after = reasons().await;
+            let wrong = after.iter().filter(|reason| **reason == "cached").count();
+            assert!((1..=3).contains(&wrong), "{after:?}");
+            assert_eq!(after[wrong..], vec![json!("prefilled"); 8 - wrong], "{after:?}");
+            // What was asked before it was known is forgotten with the rest.
+            let again = reasons().await;
+            assert_eq!(again[wrong..], vec![json!("cached"); 8 - wrong], "{again:?}");
+            assert_eq!(reasons().await, vec![json!("cached"); 8]);
+            rig.until_metric("pd_caches_forgotten_total", |value| value >= 1.0).await;
+            let missing = rig.final_metric("pd_believed_tokens_missing_total").await;
+            assert!((1_000.0..=6_000.0).contains(&missing), "{missing}");
+            rig.until_idle().await;
+        }
     });
 }

@@ -24,6 +24,7 @@ fn rig(keep_alive: Duration, idle_timeout: Value) -> Builder {
 }
 
 /// uvicorn closes them after 5 s.
+/// llm-d/llm-d-benchmark#1675, ray-project/ray#54127: the client must close first.
 #[test]
 fn envoy_closes_an_idle_connection_before_an_engine_does() {
     run(async {

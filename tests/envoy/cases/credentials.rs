@@ -71,6 +71,42 @@ fn engine_status(status: &Value, address: &str) -> Option<Value> {
     status["endpoints"].as_array()?.iter().find(|entry| entry["address"] == address).cloned()
 }
 
+/// The same with TLS in front of every engine of the list, by number, and an Envoy that trusts one CA.
+fn behind_tls(
+    builder: Builder,
+    ca: &str,
+    certificate_of: impl Fn(usize) -> Certificate + Send + 'static,
+) -> (Builder, std::sync::mpsc::Receiver<TlsFront>) {
+    let context = json!({
+        "name": "tls",
+        "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
+            "sni": NAME,
+            "common_tls_context": {"validation_context": {
+                "trusted_ca": {"filename": ca},
+                "match_typed_subject_alt_names": [{"san_type": "DNS", "matcher": {"exact": NAME}}],
+            }},
+        },
+    });
+    let (send, fronts) = std::sync::mpsc::channel();
+    let builder = builder
+        .list(move |list| {
+            for (number, entry) in list.iter_mut().enumerate() {
+                let engine = entry["address"].as_str().and_then(|text| text.parse().ok()).expect("an address");
+                let certificate = certificate_of(number);
+                let started =
+                    futures::executor::block_on(tokio::spawn(
+                        async move { TlsFront::start(engine, &certificate).await },
+                    ));
+                let front = started.expect("a front");
+                entry["address"] = front.address.to_string().into();
+                send.send(front).expect("kept");
+            }
+        })
+        .envoy(move |config| config.cluster("engines")["transport_socket"] = context);
+    (builder, fronts)
+}
+
 /// The gateway adds the key to the client's request by its route, which prefill legs do not pass.
 #[test]
 fn a_prefill_leg_has_the_key_that_the_route_gives_to_the_decode_leg() {
@@ -110,36 +146,11 @@ fn engines_behind_tls_and_keys_serve_both_legs_and_answer_pd_control() {
             &format!("--engine-server-name={NAME}"),
             &format!("--engine-token-file={key}"),
         ];
-        let context = json!({
-            "name": "tls",
-            "typed_config": {
-                "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
-                "sni": NAME,
-                "common_tls_context": {"validation_context": {
-                    "trusted_ca": {"filename": ca},
-                    "match_typed_subject_alt_names": [{"san_type": "DNS", "matcher": {"exact": NAME}}],
-                }},
-            },
-        });
-        let (send, fronts) = std::sync::mpsc::channel();
-        let rig = builder()
+        let builder = builder()
             .plugin(json!({"legs": {"authority": NAME, "headers": of_variable("all")["headers"]}}))
-            .control(&options)
-            .list(move |list| {
-                for entry in list {
-                    let engine = entry["address"].as_str().and_then(|text| text.parse().ok()).expect("an address");
-                    let certificate = certificate.clone();
-                    let started = futures::executor::block_on(tokio::spawn(async move {
-                        TlsFront::start(engine, &certificate).await
-                    }));
-                    let front = started.expect("a front");
-                    entry["address"] = front.address.to_string().into();
-                    send.send(front).expect("kept");
-                }
-            })
-            .envoy(move |config| config.cluster("engines")["transport_socket"] = context)
-            .start()
-            .await;
+            .control(&options);
+        let (builder, fronts) = behind_tls(builder, &ca, move |_| certificate.clone());
+        let rig = builder.start().await;
         let fronts: Vec<TlsFront> = fronts.into_iter().collect();
         talk(&rig).await;
         check(&rig).await;
@@ -186,6 +197,7 @@ fn pd_control_says_that_engines_want_a_key() {
 }
 
 /// A variable that Envoy does not have: the configuration is refused with its key, and shown nowhere else.
+/// kcolemangt/llm-router#13: where the key was missing, the client's own went to the engines.
 #[test]
 fn a_key_that_envoy_does_not_pass_on_is_named() {
     run(async {
@@ -195,5 +207,39 @@ fn a_key_that_envoy_does_not_pass_on_is_named() {
         assert_eq!(answer.status, 503);
         let line = "legs.headers[0].env: ENGINE_KEY is not set, or Envoy does not pass it to the filter";
         assert!(rig.envoy.log().contains(line), "{}", rig.envoy.log());
+    });
+}
+
+/// Envoy cannot speak to it, nor can pd-control: no client notices, and the status names the reason.
+#[test]
+fn a_server_whose_certificate_is_anothers_is_left_out_and_said() {
+    run(async {
+        let directories = [tempfile::tempdir().expect("a directory"), tempfile::tempdir().expect("a directory")];
+        let [trusted, other] =
+            directories.each_ref().map(|directory| Certificate::made(directory.path(), &format!("DNS:{NAME}")));
+        let ca = trusted.certificate.display().to_string();
+        let (file, name) = (format!("--engine-ca-file={ca}"), format!("--engine-server-name={NAME}"));
+        let builder = Rig::builder().control(&["--scrape-interval=0.2", "--engine-tls", &file, &name]);
+        // One prefill and one decode server.
+        let certificate = move |number: usize| if number.is_multiple_of(2) { other.clone() } else { trusted.clone() };
+        let (builder, fronts) = behind_tls(builder, &ca, certificate);
+        let rig = builder.start().await;
+        let fronts: Vec<TlsFront> = fronts.into_iter().collect();
+        talk(&rig).await;
+        for server in [&rig.prefill[0], &rig.decode[0]] {
+            assert_eq!(server.stats().requests, 0);
+        }
+        assert_eq!(rig.prefill[1].stats().prefill_legs, 16);
+        for (number, front) in fronts.iter().enumerate() {
+            let address = front.address.to_string();
+            until(format_args!("the status tells of {address}"), async || {
+                let status: Value = serde_json::from_str(&rig.ask_control("/v1/status").await?).ok()?;
+                let engine = engine_status(&status, &address)?;
+                let is_said = engine["answers"] == false && engine.to_string().contains("ertificate");
+                (if number.is_multiple_of(2) { is_said } else { engine["answers"] == true }).then_some(())
+            })
+            .await;
+        }
+        rig.until_idle().await;
     });
 }

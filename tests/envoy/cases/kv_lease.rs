@@ -131,6 +131,7 @@ async fn prefill_leg(rig: &Rig, body: &str) -> http::Request<pd_support::client:
     client.json(CHAT, body.to_owned(), &[(FAULT_HEADER, b"decode:400")])
 }
 
+/// vllm-project/vllm#21570, vllm-project/vllm#52234, aws-samples/aws-do-eks#84: 200 with the text of another prompt.
 #[test]
 fn a_decode_server_that_is_stopped_for_longer_than_the_lease_gives_no_wrong_text() {
     run(async {

@@ -27,6 +27,7 @@ mod pass;
 mod paths;
 mod phase;
 mod plugin;
+mod pods;
 mod prefill_failure;
 mod protocols;
 mod refusable;

@@ -44,6 +44,7 @@ async fn ejected(rig: &Rig, reason: &str) -> f64 {
     rig.until_metric(&format!("pd_outliers_total{{reason=\"{reason}\"}}"), |value| value >= 1.0).await
 }
 
+/// thushan/olla#144, AMD-AGI/Infera#82: a server that answers 503 at once is the least loaded, and attracted most requests.
 #[test]
 fn a_decode_server_that_fails_at_once_gets_a_few_requests() {
     run(async {
@@ -59,6 +60,28 @@ fn a_decode_server_that_fails_at_once_gets_a_few_requests() {
                 ejected(&rig, reason).await;
                 rig.until_idle().await;
             }
+        }
+    });
+}
+
+/// Most of a role fails: the server that works gets the requests.
+#[test]
+fn most_servers_of_a_role_that_fail_at_once_get_a_few_requests() {
+    run(async {
+        for (bad, servers) in [(2, 3), (3, 4)] {
+            let rig = busy(servers, servers).start().await;
+            delay(&rig.decode);
+            delay(&rig.prefill);
+            rig.decode[..bad].iter().chain(&rig.prefill[..bad]).for_each(|engine| engine.set_faults("500").unwrap());
+            let errors = send(&rig, 6 * REQUESTS, short_chat).await;
+            assert_eq!(errors, sum(&rig.decode[..bad], |stats| stats.requests), "{bad} of {servers}");
+            assert!(errors <= 14 * bad as u64, "{errors} errors with {bad} of {servers}");
+            // Prompts that two prefill servers failed at are computed by the decode server.
+            rig.decode[..bad].iter().for_each(|engine| engine.set_faults("").unwrap());
+            send(&rig, 2 * REQUESTS, long_chat).await;
+            let legs = sum(&rig.prefill[..bad], |stats| stats.requests);
+            assert!(legs <= 14 * bad as u64, "{legs} legs failed with {bad} of {servers}");
+            rig.until_idle().await;
         }
     });
 }
@@ -81,6 +104,7 @@ fn a_decode_server_that_refuses_everything_at_once_gets_a_few_requests() {
     });
 }
 
+/// defilantech/LLMKube#453: a server that had failed was never asked again.
 #[test]
 fn an_ejected_server_is_shown_with_its_reason_and_comes_back() {
     run(async {
@@ -152,7 +176,7 @@ fn a_healthy_pool_has_no_outlier() {
         send(&rig, 2 * REQUESTS, short_chat).await;
         rig.until_idle().await;
         for reason in ["server_error", "overload", "refusal"] {
-            assert_eq!(rig.metric(&format!("pd_outliers_total{{reason=\"{reason}\"}}")).await, 0.0);
+            assert_eq!(rig.final_metric(&format!("pd_outliers_total{{reason=\"{reason}\"}}")).await, 0.0);
         }
         assert!(!rig.envoy.log().contains("it is ejected"));
     });

@@ -94,6 +94,8 @@ async fn check(rig: &Rig, traffic: Traffic) {
     println!("{answered} requests, none failed, no prompt computed twice");
 }
 
+/// llm-d/llm-d-router#2141, volcano-sh/kthena#1352, ai-dynamo/grove#640: servers of two revisions cannot hand over to each other,
+/// and what a revision can take depends on both of its sides.
 #[test]
 fn load_follows_what_each_revision_can_take_throughout_a_roll_out_and_back() {
     const STEPS: [[Sides; 2]; 7] = [
@@ -116,6 +118,7 @@ fn load_follows_what_each_revision_can_take_throughout_a_roll_out_and_back() {
 }
 
 /// Each role alone, and back: the pairs that there are take everything.
+/// volcano-sh/kthena#1406: one role is ahead of the other.
 #[test]
 fn a_role_that_is_rolled_alone_leaves_the_load_to_the_pairs_that_there_are() {
     const PREFILL: [[Sides; 2]; 4] = [[(4, 4), (0, 0)], [(3, 4), (1, 0)], [(1, 4), (3, 0)], [(1, 4), (4, 0)]];

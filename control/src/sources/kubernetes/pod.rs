@@ -35,7 +35,7 @@ pub struct Pod {
     pub state: State,
     /// Whether all of its containers run, as far as the pod says.
     pub is_running: bool,
-    /// Id of each container, where it has one, and the ports that the container names.
+    /// Id of each container, or else its number of starts, where it runs, and the ports that the container names.
     pub containers: Vec<(Option<String>, Vec<u16>)>,
     /// Number of times that a container of the pod was started again.
     pub restarts: u64,
@@ -193,7 +193,10 @@ impl Pod {
             let own = spec.containers.iter().filter(|container| container.name == name);
             own.flat_map(|container| &container.ports).map(|port| port.container_port).collect()
         };
-        let id = |it: &ContainerStatus| it.container_id.clone().filter(|id| !id.is_empty());
+        // A kubelet that is none (a virtual node) may give no ids.
+        let run =
+            |it: &ContainerStatus| it.state.contains_key("running").then(|| format!("restart {}", it.restart_count));
+        let id = |it: &ContainerStatus| it.container_id.clone().filter(|id| !id.is_empty()).or_else(|| run(it));
         let containers = status.container_statuses.iter().map(|it| (id(it), ports_of(&it.name))).collect();
         let lives_on = |container: &&Container| container.restart_policy.as_deref() == Some("Always");
         let mut sidecars = spec.init_containers.iter().filter(lives_on).chain(&spec.containers);

@@ -150,7 +150,7 @@ keys! {
     PoolsSplitUncachedTokens "pools.NAME.split.uncached_tokens" "256", Values::Described("tokens"),
         "Threshold of the mode `threshold`. The other modes ignore it."
     PoolsOnPrefillFailure "pools.NAME.on_prefill_failure" r#""decode_only""#, Values::OneOf(&["decode_only", "fail"]),
-        "What follows when every prefill leg failed. `decode_only`: a decode endpoint computes the prompt. `fail`: the client gets 503."
+        "What follows when every prefill leg failed, and for a prompt that is to be split when no prefill endpoint is ready. `decode_only`: a decode endpoint computes the prompt. `fail`: the client gets 503."
     PoolsPrefillAttempts "pools.NAME.prefill_attempts" "2", Values::between(1.0, 8.0, "prefill endpoints"),
         "How many prefill endpoints the filter tries for one request."
     PoolsPrefillTimeoutMs "pools.NAME.prefill_timeout_ms" "60000", Values::between(1.0, 3_600_000.0, "ms"),

@@ -3,6 +3,7 @@
 use core::net::SocketAddr;
 use std::sync::Arc;
 
+use crate::endpoints::beliefs::Doubts;
 use crate::endpoints::departed::InFlight;
 use crate::endpoints::elsewhere::Totals;
 use crate::endpoints::health::Health;
@@ -37,8 +38,10 @@ pub struct EndpointState {
     pub(crate) expired_kv_leases: f64,
     /// Whether the last answer to a split request began later than its KV lease.
     pub(crate) answers_late: bool,
-    /// Doubts that this endpoint holds the blocks that the index has for it. Answers with few cached tokens add doubts.
-    pub(crate) wrong_beliefs: u8,
+    /// Doubts in the blocks that the index has for this endpoint, from the cached tokens in its answers.
+    pub(crate) doubts: Doubts,
+    /// Streams that this worker reads for the endpoint's cached tokens.
+    pub(crate) streams_read: u8,
     /// Failed hand-overs in a row: prompts that this endpoint computed and at which decode endpoints failed, although those
     /// serve whole requests.
     pub(crate) failed_handovers: u8,
@@ -95,7 +98,8 @@ impl EndpointState {
             engine_id: None,
             is_kv_missing: false,
             kv_doubts: 0,
-            wrong_beliefs: 0,
+            doubts: Doubts::default(),
+            streams_read: 0,
             failed_handovers: 0,
             fails_whole: false,
             prefill,

@@ -6,8 +6,10 @@
 //!   Envoys have in flight.
 //! - [`health`]: ejection and probe; [`outliers`]: whether an endpoint answers errors that its peers do not answer;
 //!   [`retry_budget`]: how many prefill legs may be run again.
+//! - `beliefs`: whether an endpoint holds what the index has for it.
 //! - [`fitted_cost`]: what a prefill costs, learnt from [`usage`] and times; [`fitted_media`]: tokens of media.
 
+pub(crate) mod beliefs;
 pub mod candidates;
 mod departed;
 pub mod elsewhere;

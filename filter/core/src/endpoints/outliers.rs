@@ -2,7 +2,8 @@
 //!
 //! An endpoint that fails at once is always the least loaded one, so without detection it would win most choices. Its peers
 //! are the ready endpoints of the same pool and role. Where the peers answer the same error, the cause is not the endpoint,
-//! and the endpoint is not ejected.
+//! and the endpoint is not ejected. An endpoint that answers nothing but errors of one class while a peer answers without
+//! them is ejected in any case.
 
 /// The leg that an endpoint answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +70,8 @@ impl ErrorClass {
 
 /// Answers that are compared. The window of each class has one bit for each.
 const WINDOW: u32 = 16;
+/// Answers alike that show that an endpoint always answers so.
+const ALWAYS: u32 = 8;
 
 /// Latest answers of an endpoint to one kind of leg. All zero: none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -94,6 +97,8 @@ pub struct Peers {
     /// Peers.
     endpoints: u32,
     ejected: u32,
+    /// Whether one of them gets requests and answered none of the latest with this error.
+    is_one_good: bool,
 }
 
 impl Answers {
@@ -124,6 +129,13 @@ impl Answers {
         let window = self.window(leg, class);
         let row = class.in_a_row(leg);
         window.trailing_ones() >= row || (row < WINDOW && window.count_ones() >= WINDOW / 2)
+    }
+
+    /// Whether an endpoint answers nothing but this error while one of its peers answers without it. It may then be ejected
+    /// though others answer as it does, and though most of the pool is ejected.
+    #[must_use]
+    pub fn is_hopeless(&self, leg: Leg, class: ErrorClass, peers: &Peers) -> bool {
+        self.window(leg, class).trailing_ones() >= ALWAYS && peers.is_one_good
     }
 
     /// Whether the peers answer errors of this class less than half as often, relative to their latest answers. The answers
@@ -166,6 +178,7 @@ impl Peers {
         self.errors = self.errors.saturating_add(answers.window(leg, class).count_ones());
         self.endpoints = self.endpoints.saturating_add(1);
         self.ejected = self.ejected.saturating_add(u32::from(is_ejected));
+        self.is_one_good |= answers.window(leg, class) == 0 && !is_ejected;
     }
 
     /// Whether one more endpoint may be ejected: at most half of them are, and never the last one.
@@ -230,6 +243,24 @@ mod tests {
         assert!(worse(&[answers(&[None, None, None, Some(class)])]));
         assert!(!worse(&[answers(&[None, Some(class)])]));
         assert!(!worse(&[bad, bad]));
+    }
+
+    #[test]
+    fn an_endpoint_that_always_fails_is_hopeless_while_a_peer_that_gets_requests_never_does() {
+        let kind = ErrorClass::Server;
+        let (bad, good) = (answers(&[Some(kind); 8]), answers(&[None; 8]));
+        let hopeless = |own: &Answers, of: &[(Answers, bool)]| own.is_hopeless(LEG, kind, &peers(of, kind));
+        assert!(hopeless(&bad, &[(bad, true), (bad, true), (good, false)]));
+        assert!(
+            !bad.is_worse_than(LEG, kind, &peers(&[(bad, true), (bad, true), (good, false)], kind)),
+            "most do the same"
+        );
+        assert!(!hopeless(&answers(&[Some(kind); 7]), &[(good, false)]), "too few");
+        assert!(!hopeless(&bad, &[(good, true)]), "it gets no requests");
+        assert!(hopeless(&bad, &[(Answers::default(), false)]), "a peer without answers counts as healthy");
+        assert!(!hopeless(&bad, &[(answers(&[&[Some(kind)][..], &[None; 15]].concat()), false)]), "it fails, too");
+        assert!(hopeless(&bad, &[(answers(&[Some(ErrorClass::Overload); 8]), false)]), "another kind is another cause");
+        assert!(!hopeless(&bad, &[]));
     }
 
     #[test]

@@ -219,6 +219,11 @@ impl PrefixIndex {
         blocks.take(limit)
     }
 
+    /// Whether a block is among the `count` blocks of an endpoint that were touched last.
+    pub(crate) fn is_among_newest(&self, endpoint: EndpointIndex, block: BlockHash, count: usize) -> bool {
+        self.newest(endpoint, count).any(|(newest, _)| newest == block)
+    }
+
     /// Number of times that a block of the endpoint was touched.
     pub(crate) fn touches(&self, endpoint: EndpointIndex) -> u64 {
         self.lru.list(endpoint).map_or(0, |list| list.touches)

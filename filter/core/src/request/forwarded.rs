@@ -58,9 +58,13 @@ impl Forwarded {
         }
         if let PrefillAnswer::Answered { status: 200, body, .. } = answer {
             let mut effects = vec![prefill_ms(worker, concurrent.started, now)];
+            let usage = Object::read(body).ok().and_then(|body| Usage::of_answer(&body));
+            let cached = usage.and_then(|usage| usage.cached_tokens);
             if let Some(editor) = &mut self.editor {
-                let usage = Object::read(body).ok().and_then(|body| Usage::of_answer(&body));
-                editor.cached_tokens = usage.and_then(|usage| usage.cached_tokens);
+                editor.cached_tokens = cached;
+            }
+            if let Some(cached) = cached {
+                worker.judge_belief(concurrent.endpoint, concurrent.belief, cached);
             }
             if self.response == Response::Held {
                 self.response = Response::Passed;
@@ -172,7 +176,7 @@ impl Forwarded {
                 if endpoint != self.assignment.endpoint {
                     self.fail_before(worker, endpoint, now);
                     worker.counts.count(Metric::DecodeMoved);
-                    self.believed_tokens = None;
+                    self.belief = None;
                     self.assignment.move_to(worker, endpoint, now);
                 }
                 if let Some(state) = worker.state.table.resolve(endpoint) {
@@ -321,25 +325,31 @@ impl Forwarded {
         if let Some(id) = editor.take_id().filter(|_| self.is_accepted) {
             worker.holds(self.assignment.endpoint, &[response_hash(&id)]);
         }
-        if editor.is_done() {
-            self.editor = None;
-        } else if is_last {
-            let usage = editor.usage();
-            self.editor = None;
-            if let Some(usage) = usage.filter(|_| self.is_judged) {
+        if is_last || editor.is_done() {
+            if let Some(usage) = editor.usage().filter(|_| self.is_judged) {
                 effects.extend(judge(worker, self.assignment.endpoint, usage));
             }
-            let cached = usage.and_then(|usage| usage.cached_tokens);
-            if let Some((believed, cached)) = self.believed_tokens.zip(cached).filter(|_| self.is_accepted) {
-                worker.judge_belief(self.assignment.endpoint, believed, cached);
-            }
+            self.end_to_read(worker);
         }
         Outcome { flow: Flow::Continue, effects }
+    }
+
+    /// The response's body is read no longer: what it said of the endpoint's cache is judged.
+    fn end_to_read(&mut self, worker: &mut Worker) {
+        let cached = self.editor.take().and_then(|editor| editor.cached());
+        if let Some((belief, cached)) = self.belief.take().zip(cached).filter(|_| self.is_accepted) {
+            worker.judge_belief(self.assignment.endpoint, belief, cached);
+        }
+        if let Some(endpoint) = self.reads_stream_of.take() {
+            worker.end_to_read(endpoint);
+        }
     }
 
     /// The stream ended. Where there was no answer the client left: of an answer that is no stream, the first byte comes with
     /// the last one, so only a stream shows that the endpoint hangs.
     pub(super) fn end(&mut self, worker: &mut Worker, now: Monotonic) {
+        // A client may have left, or the body may have ended with trailers.
+        self.end_to_read(worker);
         if self.response == Response::Awaited && self.decode_leg.is_stream {
             self.judge_silence(worker, now);
         }

@@ -201,6 +201,14 @@ impl PrefillAnswer<'_> {
             if is_envoys(body) && body.windows(REASON.len()).any(|part| part == REASON))
     }
 
+    /// Whether the endpoint closed the connection before it answered: as likely an idle connection's end that the leg met as
+    /// the end of a process.
+    pub(super) fn is_cut_off(&self) -> bool {
+        const REASON: &[u8] = b"connection termination";
+        matches!(self, Self::Answered { status: 502..=503, body, .. }
+            if is_envoys(body) && body.windows(REASON.len()).any(|part| part == REASON))
+    }
+
     /// Whether the engine refuses the request: with 4xx, other than those that mean "not now".
     pub(super) fn is_refusal(&self) -> bool {
         matches!(self.status(), Some(400..=499)) && self.fault().is_none()

@@ -57,7 +57,10 @@ impl Prefilling {
             }
             // Another endpoint would compute the same prompt against the same limit.
             _ if is_too_slow => give_up(worker, &self.split.parsed, PREFILL_TIMEOUT, now),
-            _ => self.try_another(worker, body, now),
+            _ => {
+                let is_cut_off = answer.is_cut_off();
+                self.try_another(worker, is_cut_off, body, now)
+            }
         };
         Ok(Step::or_reject(step, worker).after(warning))
     }
@@ -124,18 +127,23 @@ impl Prefilling {
         if answer.fault() == Some(Fault::Unreachable) {
             worker.failed(endpoint, now);
         }
-        self.try_another(worker, body, now)
+        self.try_another(worker, false, body, now)
     }
 
-    /// The endpoint failed: another one, as long as the pool and the budget of retries allow it.
+    /// The endpoint failed: another one, as long as the pool and the budget of retries allow it. Where there is no other one
+    /// and the endpoint closed the connection, the leg is tried there once more: Envoy takes another connection.
     fn try_another<B: AsRef<[u8]>>(
         mut self,
         worker: &mut Worker,
+        is_cut_off: bool,
         body: impl FnOnce() -> Option<B>,
         now: Monotonic,
     ) -> Result<Step, Rejection> {
+        let is_first = self.split.tried.is_empty();
         self.split.tried.push(self.prefiller.endpoint);
-        if let Some(pick) = self.pick_another(worker, now)
+        let again = is_cut_off && is_first && self.split.parsed.pool().prefill_attempts > 1;
+        let pick = self.pick_another(worker, now);
+        if let Some(pick) = pick.or_else(|| if again { self.pick_again(worker, now) } else { None })
             && let Some(body) = body()
             && let Ok(body) = ScannedBody::read(body.as_ref())
         {
@@ -153,6 +161,14 @@ impl Prefilling {
             }
             (step, _) => step,
         }
+    }
+
+    /// The same endpoint, while it is in the list.
+    fn pick_again(&self, worker: &Worker, now: Monotonic) -> Option<Pick> {
+        let endpoint = self.prefiller.endpoint;
+        let is_listed = worker.state.table.refer(endpoint.index) == Some(endpoint);
+        let parsed = &self.split.parsed;
+        is_listed.then(|| parsed.scheduler(worker, now).pick(endpoint.index, &parsed.prompt))
     }
 
     fn pick_another(&self, worker: &Worker, now: Monotonic) -> Option<Pick> {
@@ -184,7 +200,7 @@ impl Prefilling {
         let usage = Usage::of_answer(&answer.answer).map(|usage| usage.with_cached_tokens(cached_tokens));
         worker.state.table.saw_prefill(prefiller.endpoint, estimate, seconds, usage);
         if let Some(cached) = usage.and_then(|usage| usage.cached_tokens) {
-            worker.judge_belief(prefiller.endpoint, matched_tokens, cached);
+            worker.judge_belief(prefiller.endpoint, prefiller.belief, cached);
         }
         // The filter knows the prefill leg's cached tokens, and writes them into the answer.
         let cached_tokens = if usage.is_some() && split.parsed.shows_cached_tokens() {

@@ -23,6 +23,10 @@ pub(crate) struct ResponseEditor {
     wants_id: bool,
     /// What the engine said it used.
     usage: Usage,
+    /// Cached tokens as `/v1/messages` has them, beside its `input_tokens`.
+    cache_read: Option<u64>,
+    /// Whether nothing is looked for once the cached tokens are known.
+    ends_at_usage: bool,
     /// The response's id, until it is taken.
     id: Option<String>,
     /// Whether nothing is looked for but the id.
@@ -44,15 +48,17 @@ enum Name {
     Model,
     PromptTokens,
     CachedTokens,
+    CacheRead,
     Id,
 }
 
 /// `input_tokens` is what `/v1/responses` and `/v1/messages` say.
-const NAMES: [(&[u8], Name); 5] = [
+const NAMES: [(&[u8], Name); 6] = [
     (b"model\"", Name::Model),
     (b"prompt_tokens\"", Name::PromptTokens),
     (b"input_tokens\"", Name::PromptTokens),
     (b"cached_tokens\"", Name::CachedTokens),
+    (b"cache_read_input_tokens\"", Name::CacheRead),
     (b"id\"", Name::Id),
 ];
 
@@ -82,6 +88,11 @@ impl ResponseEditor {
         self.names = Some((served.to_owned(), serde_json::Value::from(asked).to_string().into_bytes()));
     }
 
+    /// Looks for nothing more once the cached tokens are known.
+    pub(crate) fn end_at_usage(&mut self) {
+        self.ends_at_usage = true;
+    }
+
     /// Looks for the response's id: the first `id` of the answer.
     pub(crate) fn find_id(&mut self) {
         self.wants_id = true;
@@ -94,7 +105,8 @@ impl ResponseEditor {
 
     /// Whether nothing in the rest of the answer is of interest.
     pub(crate) fn is_done(&self) -> bool {
-        self.reads_id_only && !self.wants_id && self.held.is_empty()
+        let is_read = self.reads_id_only || (self.ends_at_usage && self.cached().is_some());
+        is_read && !self.wants_id && self.held.is_empty()
     }
 
     /// Whether the answer's length may change.
@@ -105,6 +117,11 @@ impl ResponseEditor {
     /// What the engine said it used, so far; `None` before it said how many tokens of the prompt were cached.
     pub(crate) fn usage(&self) -> Option<Usage> {
         Some(self.usage).filter(|usage| usage.prompt_tokens > 0 && usage.cached_tokens.is_some())
+    }
+
+    /// Tokens of the prompt that the engine said were cached; `None` before it said so.
+    pub(crate) fn cached(&self) -> Option<u64> {
+        self.usage.cached_tokens.or(self.cache_read)
     }
 
     /// Edits the next part of the answer; `None` if the part does not change.
@@ -181,7 +198,7 @@ impl ResponseEditor {
                 (string_bytes(value), served.len().saturating_mul(6).saturating_add(2))
             }
             (Name::Id, Some(b'"')) if self.wants_id => (string_bytes(value), MAX_ID_BYTES),
-            (Name::PromptTokens | Name::CachedTokens, Some(b'0'..=b'9')) => {
+            (Name::PromptTokens | Name::CachedTokens | Name::CacheRead, Some(b'0'..=b'9')) => {
                 (value.iter().position(|byte| !byte.is_ascii_digit()), 20)
             }
             _ => return Found::Nothing,
@@ -208,6 +225,10 @@ impl ResponseEditor {
             }
             Name::PromptTokens => {
                 self.usage.prompt_tokens = number()?;
+                None
+            }
+            Name::CacheRead => {
+                self.cache_read = Some(number()?);
                 None
             }
             Name::CachedTokens => {

@@ -10,10 +10,12 @@ use super::parsed::ParsedRequest;
 use super::state::{ConcurrentPrefill, DecodeLeg, Forwarded, Response, State};
 use super::step::Step;
 use super::stored::keeper;
+use crate::body::Api;
 use crate::body::splice::HeadEdit;
 use crate::choose::prompt::Prompt;
 use crate::choose::scheduler::{Pick, Scheduler};
 use crate::config::Config;
+use crate::endpoints::beliefs::Belief;
 use crate::endpoints::table::EndpointRef;
 use crate::endpoints::usage::Usage;
 use crate::metrics::Metric;
@@ -23,7 +25,6 @@ use crate::request::models::Served;
 use crate::request::reply::Rejection;
 use crate::request::response_editor::ResponseEditor;
 use crate::time::Monotonic;
-use crate::workers::judge::LEAST_BELIEF;
 use crate::workers::recent::DecisionRecord;
 use crate::workers::worker::Worker;
 
@@ -113,12 +114,17 @@ pub(super) fn forward(
     route: Route,
     now: Monotonic,
 ) -> Result<Step, Rejection> {
+    let belief = belief(worker, parsed, &route);
     let assignment = account(worker, parsed, &route, now).ok_or(Rejection::NoEndpoint)?;
     let mut effects = describe(worker, &route, now);
     worker.record_decision(now, |worker| decision_record(worker, parsed, &route));
     let is_judged = is_judged(worker, parsed, &route);
-    let believed_tokens = believed_tokens(parsed, &route);
-    let reads_usage = is_judged || believed_tokens.is_some();
+    let told = told_cached_tokens(parsed, &route.prefill);
+    let wants_usage = (is_judged && parsed.shows_usage) || belief.is_some();
+    // A stream has many parts. Where it is not read anyway, few are: those tell enough.
+    let is_long = parsed.is_stream && wants_usage && !told.is_told;
+    let reads_stream_of = if is_long { worker.start_to_read(route.pick.endpoint) } else { None };
+    let reads_usage = wants_usage && (!is_long || reads_stream_of.is_some());
     let forwarded = Forwarded {
         assignment,
         alternates: route.alternates.iter().filter_map(|index| worker.state.table.refer(*index)).collect(),
@@ -129,9 +135,10 @@ pub(super) fn forward(
         handed_over_by: route.prefill.handed_over_by(),
         kv_lease: route.prefill.handed_over_by().and_then(|prefill| KvLease::begin(worker, parsed, prefill, now)),
         is_kv_missing: route.prefill.is_kv_missing(),
-        editor: response_editor(parsed, &route.prefill, reads_usage).map(Box::new),
+        editor: response_editor(parsed, told, (reads_usage, reads_stream_of.is_some())).map(Box::new),
         is_judged,
-        believed_tokens,
+        belief,
+        reads_stream_of,
         is_restricted: parsed.head.subset.is_some(),
         decode_leg: DecodeLeg {
             started: now,
@@ -279,18 +286,27 @@ fn is_judged(worker: &Worker, parsed: &ParsedRequest, route: &Route) -> bool {
             .is_some_and(|state| state.engine.protocol().counts_fetched_tokens)
 }
 
-/// Matched tokens of a whole request at its endpoint; `None` if they are too few to compare the answer's cached tokens
-/// with.
-fn believed_tokens(parsed: &ParsedRequest, route: &Route) -> Option<f64> {
-    let is_whole = matches!(route.prefill, Prefill::Own) && parsed.shows_cached_tokens();
-    Some(route.pick.matched_tokens).filter(|tokens| is_whole && *tokens >= LEAST_BELIEF)
+/// What the endpoint that serves a request whole is believed to hold of the prompt, where it is so much that the answer can be
+/// judged by it, and the answer may tell. Streams of `/v1/responses` and `/v1/messages` do so unasked.
+fn belief(worker: &Worker, parsed: &ParsedRequest, route: &Route) -> Option<Belief> {
+    let may_tell = parsed.shows_usage || matches!(parsed.api, Api::Responses | Api::Messages);
+    let Pick { endpoint, matched_tokens, .. } = route.pick;
+    let belief = || worker.belief(endpoint, &parsed.prompt.hash.blocks, matched_tokens);
+    let is_whole = matches!(route.prefill, Prefill::Own);
+    (is_whole && may_tell).then(belief).filter(|belief| belief.can_be_judged())
 }
 
-/// Editor of the response; `None` if the filter does not read its body. The editor replaces the model's name for an
-/// alias, and reads or replaces the cached tokens. It reads a stream for cached tokens only to replace them, since a
-/// stream has many parts.
-fn response_editor(parsed: &ParsedRequest, prefill: &Prefill, reads_usage: bool) -> Option<ResponseEditor> {
-    let (replaces_cached_tokens, cached_tokens) = match prefill {
+/// Cached tokens that the client is told in place of the decode endpoint's own.
+#[derive(Clone, Copy, Debug)]
+struct ToldCachedTokens {
+    is_told: bool,
+    /// Those of the prefill leg, once it has ended.
+    tokens: Option<u64>,
+}
+
+/// What the client of a split request is told of cached tokens.
+fn told_cached_tokens(parsed: &ParsedRequest, prefill: &Prefill) -> ToldCachedTokens {
+    let (is_known, tokens) = match prefill {
         Prefill::Done { usage, .. } => {
             let cached = usage.and_then(|usage| usage.cached_tokens);
             (cached.is_some(), cached)
@@ -298,15 +314,25 @@ fn response_editor(parsed: &ParsedRequest, prefill: &Prefill, reads_usage: bool)
         Prefill::Concurrent(..) => (true, None),
         Prefill::Own | Prefill::Sidecar(..) => (false, None),
     };
-    let is_split = prefill.hands_over();
-    let replaces_cached_tokens = replaces_cached_tokens && is_split && parsed.pool().shows_prefills_cached_tokens;
-    let reads_usage = parsed.shows_usage && (replaces_cached_tokens || reads_usage && !parsed.is_stream);
-    if !reads_usage && parsed.put_back.is_none() {
+    let is_wanted = parsed.shows_usage && parsed.pool().shows_prefills_cached_tokens;
+    ToldCachedTokens { is_told: is_known && prefill.hands_over() && is_wanted, tokens }
+}
+
+/// Editor of the response to a request: of the model's name where it is put back, of its cached tokens where they are
+/// corrected, and of the usage where that is read. `is_long`: the response is a stream, read only until its usage is known.
+fn response_editor(
+    parsed: &ParsedRequest,
+    told: ToldCachedTokens,
+    (reads_usage, is_long): (bool, bool),
+) -> Option<ResponseEditor> {
+    if !told.is_told && !reads_usage && parsed.put_back.is_none() {
         return parsed.is_kept.then(ResponseEditor::of_id);
     }
-    let mut editor = ResponseEditor::new(replaces_cached_tokens, cached_tokens);
+    let mut editor = ResponseEditor::new(told.is_told, told.tokens);
     if let Some(asked) = &parsed.put_back {
         editor.rename(&parsed.served.model, asked);
+    } else if is_long {
+        editor.end_at_usage();
     }
     if parsed.is_kept {
         editor.find_id();

@@ -11,7 +11,7 @@ use super::waiting::{may_wait, split_or_wait};
 use crate::choose::admission::Shed;
 use crate::choose::decider::{Schedule, WholeReason};
 use crate::choose::scheduler::{Pick, Scheduler};
-use crate::config::EXPLAIN_HEADER;
+use crate::config::{EXPLAIN_HEADER, OnPrefillFailure};
 use crate::endpoints::candidates::Candidates;
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
@@ -115,6 +115,10 @@ fn by_content(
     Ok(match schedule {
         Schedule::Nobody => None,
         Schedule::Split(pick) => Some(Legs::Two(pick)),
+        // What follows where every prefill leg fails follows where there is nobody to send one to.
+        Schedule::Whole(_, WholeReason::NoPrefill) if parsed.pool().on_prefill_failure == OnPrefillFailure::Fail => {
+            return Err(Rejection::PrefillFailed);
+        }
         Schedule::Whole(pick, reason) => {
             let alternates = scheduler.alternates(&candidates.whole, prompt, pick.endpoint);
             Some(Legs::One(one_leg(parsed, (Metric::RequestsDecodeOnly, reason.code()), pick, alternates)))

@@ -34,7 +34,8 @@ impl Split {
         else {
             return Err(Rejection::NoEndpoint);
         };
-        let mut prefiller = Prefiller { pick, endpoint, partner: Partner::of(state), new_blocks: Vec::new() };
+        let belief = worker.belief(pick.endpoint, &self.parsed.prompt.hash.blocks, pick.matched_tokens);
+        let mut prefiller = Prefiller { pick, endpoint, partner: Partner::of(state), new_blocks: Vec::new(), belief };
         let protocol = state.engine.protocol();
         if let (Some(batch), Some(most)) = (self.parsed.batch, protocol.max_sequences)
             && batch > most
@@ -90,7 +91,8 @@ impl Split {
         }
         let (call, leg) = start_leg(worker, &self, prefiller.pick, Some(id), body, now);
         let new_blocks = remember_prompt(worker, prefiller.pick.endpoint, &parsed.prompt);
-        let concurrent = ConcurrentPrefill { endpoint: prefiller.endpoint, leg, started: self.started, new_blocks };
+        let Prefiller { endpoint, belief, .. } = *prefiller;
+        let concurrent = ConcurrentPrefill { endpoint, leg, started: self.started, new_blocks, belief };
         let prefill = Prefill::Concurrent(prefiller.pick, concurrent);
         let edit = parsed.plan.with_insert(&members);
         let route = Route { decision: Metric::RequestsSplit, reason: "concurrent", pick, alternates, prefill, edit };

@@ -8,6 +8,7 @@ use super::kv_lease::KvLease;
 use super::parsed::ParsedRequest;
 use super::response_editor::ResponseEditor;
 use crate::choose::scheduler::Pick;
+use crate::endpoints::beliefs::Belief;
 use crate::endpoints::pairings::Partner;
 use crate::endpoints::table::EndpointRef;
 use crate::prefix::hash::BlockHash;
@@ -92,6 +93,8 @@ pub(super) struct Prefiller {
     pub(super) partner: Partner,
     /// Blocks of the prompt that it did not hold before the leg, in case that it refuses the prompt.
     pub(super) new_blocks: Vec<BlockHash>,
+    /// What it was believed to hold of the prompt before the leg.
+    pub(super) belief: Belief,
 }
 
 /// A request that an engine endpoint has.
@@ -114,8 +117,10 @@ pub(super) struct Forwarded {
     pub(super) editor: Option<Box<ResponseEditor>>,
     /// Whether the usage in the response shows that the KV cache came.
     pub(super) is_judged: bool,
-    /// Matched tokens at an endpoint that serves the request whole, if its usage can be compared with them.
-    pub(super) believed_tokens: Option<f64>,
+    /// What the endpoint was believed to hold of the prompt, where it serves the request whole and its usage will tell.
+    pub(super) belief: Option<Belief>,
+    /// The endpoint of which the response is one of the few streams that are read for what was cached.
+    pub(super) reads_stream_of: Option<EndpointRef>,
     /// Whether a trusted header restricted the endpoints, so that the answer names the endpoint that served.
     pub(super) is_restricted: bool,
     pub(super) decode_leg: DecodeLeg,
@@ -144,6 +149,8 @@ pub(super) struct ConcurrentPrefill {
     pub(super) started: Monotonic,
     /// As [`Prefiller::new_blocks`].
     pub(super) new_blocks: Vec<BlockHash>,
+    /// As [`Prefiller::belief`].
+    pub(super) belief: Belief,
 }
 
 /// How far the response's headers are.

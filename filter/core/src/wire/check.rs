@@ -1,5 +1,7 @@
 //! Checks a list, and says why a list is refused.
 
+use core::net::SocketAddr;
+
 use hashbrown::HashSet;
 
 use super::card::ModelCard;
@@ -63,6 +65,10 @@ impl Endpoint {
         let bad = |key: &'static str, why: &'static str| WireError::BadEndpoint { id: self.id(), key, why };
         if self.address.port() == 0 {
             return Err(bad("address", "port must not be 0"));
+        }
+        // Envoy names no zone in the addresses of hosts, so such an endpoint would never be known again.
+        if matches!(self.address, SocketAddr::V6(address) if address.scope_id() != 0) {
+            return Err(bad("address", "must not have a zone"));
         }
         if self.bootstrap_port == Some(0) {
             return Err(bad("bootstrap_port", "must not be 0"));

@@ -6,6 +6,7 @@
 
 use std::borrow::Cow;
 
+use crate::endpoints::beliefs::Doubts;
 use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::endpoints::health::Cause;
 use crate::endpoints::load::LedgerEntry;
@@ -67,6 +68,9 @@ pub(crate) enum Event<'a> {
     WaitEnded { id: u64 },
     /// The endpoint refused a request, so it does not hold these blocks of the prompt.
     Lacks { blocks: Cow<'a, [BlockHash]> },
+    /// An answer of the endpoint raised doubts in what it holds, or, with 0, confirmed it.
+    /// `touches`: how often blocks of the endpoint were touched since the prompt of that answer went there.
+    Doubted { doubt: u8, touches: u64 },
 }
 
 impl<'a> Event<'a> {
@@ -141,6 +145,7 @@ impl<'a> Event<'a> {
         if *self == Self::Forgot {
             state.index.forget(index);
         }
+        let touches = state.index.touches(index);
         let Some(endpoint_state) = state.table.get_mut(index) else { return };
         if self.is_of_ledger() {
             self.apply_to_ledger(endpoint_state.ledger_entry());
@@ -153,9 +158,10 @@ impl<'a> Event<'a> {
             Self::Healed => endpoint_state.health.answered(),
             Self::Forgot => {
                 endpoint_state.engine_id = None;
-                endpoint_state.wrong_beliefs = 0;
+                endpoint_state.doubts = Doubts::default();
             }
             Self::Answered { leg, error } => endpoint_state.answers.note(leg, error),
+            Self::Doubted { doubt, touches: since } => endpoint_state.doubts.add(doubt, touches.saturating_sub(since)),
             _ => {}
         }
     }
@@ -192,6 +198,7 @@ pub(crate) mod tests {
             }),
             prop::collection::vec(any::<u64>().prop_map(BlockHash), 0..9)
                 .prop_map(|blocks| Event::Lacks { blocks: blocks.into() }),
+            any::<(u8, u64)>().prop_map(|(doubt, touches)| Event::Doubted { doubt, touches }),
             Just(Event::Healed),
             Just(Event::Forgot),
             (0_u64..3, any::<u64>()).prop_map(|(fairness, tokens)| Event::Admitted { fairness, tokens }),

@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
+use crate::endpoints::beliefs::{Belief, Doubts};
 use crate::endpoints::health::Cause;
 use crate::endpoints::outliers::{ErrorClass, Leg};
 use crate::endpoints::table::EndpointRef;
 use crate::metrics::Metric;
+use crate::prefix::hash::BlockHash;
+use crate::prefix::index::EndpointIndex;
 use crate::time::Monotonic;
 use crate::workers::event::Event;
 use crate::workers::worker::Worker;
@@ -13,12 +16,9 @@ use crate::workers::worker::Worker;
 /// Failed hand-overs in a row that eject a prefill endpoint.
 const HANDOVERS_IN_A_ROW: u8 = 3;
 
-/// Fewest matched tokens for which an engine's cached tokens are compared with them. Below that the comparison shows
-/// nothing: engines cache whole blocks, and the matched tokens are an estimate.
-pub(crate) const LEAST_BELIEF: f64 = 512.0;
-
-/// Doubts after which the filter forgets what an endpoint holds: three answers with few cached tokens, or two with none.
-const MOST_DOUBTS: u8 = 3;
+/// Streams of one endpoint that a worker reads at a time for what was cached: as many as are needed to forget what the
+/// endpoint held. The filter need not look at the tokens of the others.
+const MOST_STREAMS_READ: u8 = 3;
 
 impl Worker {
     /// An endpoint could not be reached, or reset the connection.
@@ -73,32 +73,49 @@ impl Worker {
         }
     }
 
-    /// Compares the tokens that an endpoint `cached`, by its answer, with those that the index `believed` it to hold.
-    ///
-    /// - The missing tokens are counted.
-    /// - After several answers in which most of the tokens were missing, the filter forgets what the endpoint holds: such
-    ///   answers show a new process.
-    /// - Fewer than [`LEAST_BELIEF`] believed tokens show nothing.
-    pub(crate) fn judge_belief(&mut self, endpoint: EndpointRef, believed: f64, cached: u64) {
-        if believed < LEAST_BELIEF {
+    /// What an endpoint is believed to hold of a prompt, of which it is chosen as holding so many tokens by the index. Call it
+    /// before the prompt goes there.
+    pub(crate) fn belief(&self, endpoint: EndpointIndex, blocks: &[BlockHash], tokens: f64) -> Belief {
+        let index = &self.state.index;
+        let doubts = self.state.table.get(endpoint).map_or_else(Doubts::default, |state| state.doubts);
+        let is_fresh = doubts.exist() && {
+            let last = index.matched(endpoint, blocks).checked_sub(1).and_then(|last| blocks.get(last));
+            let fresh = doubts.fresh_blocks(index.touches(endpoint));
+            last.is_some_and(|last| index.is_among_newest(endpoint, *last, fresh))
+        };
+        Belief { tokens, is_fresh, touches: index.touches(endpoint) }
+    }
+
+    /// An endpoint says that it had `cached` tokens of a prompt of which it was believed to hold some. What it was believed to
+    /// hold and did not is counted. Several answers of which most was not there show a new process: what the endpoint holds is
+    /// forgotten. All workers have the same doubts.
+    pub(crate) fn judge_belief(&mut self, endpoint: EndpointRef, belief: Belief, cached: u64) {
+        if !belief.can_be_judged() {
             return;
         }
-        let missing = (believed - cached as f64).max(0.0);
-        self.counts.add(Metric::BelievedTokensMissing, missing as i64);
+        self.counts.add(Metric::BelievedTokensMissing, belief.missing(cached) as i64);
         let Some(state) = self.state.table.resolve(endpoint) else { return };
-        let doubt = match missing * 2.0 > believed {
-            // Not even the blocks that most prompts begin with.
-            true if cached == 0 => 2,
-            true => 1,
-            false => {
-                state.wrong_beliefs = 0;
-                return;
-            }
-        };
-        state.wrong_beliefs = state.wrong_beliefs.saturating_add(doubt);
-        if state.wrong_beliefs >= MOST_DOUBTS {
+        let had_doubts = state.doubts.exist();
+        let Some(doubt) = belief.doubt(cached).filter(|doubt| *doubt > 0 || had_doubts) else { return };
+        let touches = self.state.index.touches(endpoint.index).saturating_sub(belief.touches);
+        self.happens(endpoint, &Event::Doubted { doubt, touches });
+        if self.state.table.resolve(endpoint).is_some_and(|state| state.doubts.are_enough()) {
             self.counts.count(Metric::CachesForgotten);
             self.happens(endpoint, &Event::Forgot);
+        }
+    }
+
+    /// Takes one of the places for streams of an endpoint that are read for what was cached; `None` where none is free.
+    pub(crate) fn start_to_read(&mut self, endpoint: EndpointIndex) -> Option<EndpointRef> {
+        let state = self.state.table.get_mut(endpoint).filter(|state| state.streams_read < MOST_STREAMS_READ)?;
+        state.streams_read = state.streams_read.saturating_add(1);
+        self.state.table.refer(endpoint)
+    }
+
+    /// Gives that place back.
+    pub(crate) fn end_to_read(&mut self, endpoint: EndpointRef) {
+        if let Some(state) = self.state.table.resolve(endpoint) {
+            state.streams_read = state.streams_read.saturating_sub(1);
         }
     }
 
@@ -197,8 +214,12 @@ impl Worker {
         if health.is_failing() {
             // Of legs that were sent before the ejection, nothing more is learnt.
             if health.is_probing() {
-                let is_worse = answers.is_worse_than(leg, class, &self.state.table.peers(endpoint.index, leg, class));
-                if is_worse { self.eject(endpoint, cause, now) } else { self.answered(endpoint) }
+                let peers = self.state.table.peers(endpoint.index, leg, class);
+                if answers.is_worse_than(leg, class, &peers) || answers.is_hopeless(leg, class, &peers) {
+                    self.eject(endpoint, cause, now)
+                } else {
+                    self.answered(endpoint)
+                }
             }
             return None;
         }
@@ -206,7 +227,8 @@ impl Worker {
             return None;
         }
         let peers = self.state.table.peers(endpoint.index, leg, class);
-        if !answers.is_worse_than(leg, class, &peers) || !peers.allow_ejection() {
+        let is_outlier = answers.is_worse_than(leg, class, &peers) && peers.allow_ejection();
+        if !is_outlier && !answers.is_hopeless(leg, class, &peers) {
             return None;
         }
         self.eject(endpoint, cause, now);

@@ -89,7 +89,8 @@ impl WorkerLedger {
             | Event::Failed { .. }
             | Event::Healed
             | Event::Forgot
-            | Event::Answered { .. } => {}
+            | Event::Answered { .. }
+            | Event::Doubted { .. } => {}
         }
     }
 

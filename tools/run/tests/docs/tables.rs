@@ -163,6 +163,7 @@ fn control_metrics() -> Vec<Row> {
         cache_tokens: Some(1),
         prefix_queries: Some(1.0),
         prefix_hits: Some(1.0),
+        work: Some(1.0),
         expired_kv_leases: Some(1.0),
         late_fetches: Some(1.0),
         process_start: Some(1.0),

@@ -321,9 +321,27 @@ fn an_endpoint_names_the_containers_that_serve_its_port() {
     // A port that no container names may be any container's.
     let unnamed = |sidecar: &str| of(json!({"envoy-pd/port": "7000"}), "containerd://a".into(), sidecar);
     assert_ne!(unnamed("containerd://s"), unnamed("containerd://t"));
-    // Ids that are not there yet are not known.
-    for unknown in [Value::Null, json!("")] {
-        assert_eq!(of(json!({"envoy-pd/port": "8100"}), unknown, "containerd://s"), None);
+    // Without an id, the number of starts names the container that runs.
+    let started = |id: Value, restarts: u64, state: Value| {
+        let pod = json!({
+            "metadata": {"name": "p", "namespace": "n", "labels": {"llm-d.ai/role": "decode"}},
+            "spec": {"containers": [{"name": "engine", "ports": [{"containerPort": 8000}]}]},
+            "status": {"phase": "Running", "podIP": "10.0.0.1", "containerStatuses": [
+                {"name": "engine", "containerID": id, "restartCount": restarts, "state": state},
+            ]},
+        });
+        one(&read(pod).unwrap()).container
+    };
+    let running = json!({"running": {}});
+    for none in [Value::Null, json!("")] {
+        let first = started(none.clone(), 0, running.clone());
+        assert!(first.is_some());
+        assert_eq!(first, started(none.clone(), 0, running.clone()));
+        assert_ne!(first, started(none.clone(), 1, running.clone()));
+        // One that does not run yet is not known.
+        assert_eq!(started(none, 1, json!({"waiting": {}})), None);
     }
+    let with_id = |restarts| started(json!("containerd://a"), restarts, running.clone());
+    assert_eq!(with_id(0), with_id(1), "the id says all");
     assert_eq!(one(&pod(json!({"llm-d.ai/role": "decode"}), json!({}))).container, None);
 }

@@ -1,6 +1,7 @@
 //! Legs that fail, endpoints and clients that leave.
 
 use super::*;
+use crate::endpoints::beliefs::Belief;
 
 #[test]
 fn a_failed_prefill_goes_to_another_endpoint_then_to_the_pools_policy() {
@@ -202,6 +203,11 @@ fn a_prefill_endpoint_that_fails_alone_is_ejected_and_no_client_sees_its_error()
 
 /// Sends short prompts that are in flight together with others, and counts those that the failing endpoint got.
 fn wins_of_a_failing_decode_endpoint(servers: usize, requests: usize, status: u16) -> usize {
+    wins_of_failing_decode_endpoints((1, servers), requests, status)
+}
+
+/// As [`wins_of_a_failing_decode_endpoint`], where the first `bad` of the endpoints fail.
+fn wins_of_failing_decode_endpoints((bad, servers): (usize, usize), requests: usize, status: u16) -> usize {
     let list: Vec<_> =
         (1..=servers).map(|port| format!(r#"{{"address":"10.0.0.2:{port}","role":"decode"}}"#)).collect();
     let mut t = configured(&format!(r#"{{"endpoints":[{}]}}"#, list.join(",")));
@@ -212,7 +218,7 @@ fn wins_of_a_failing_decode_endpoint(servers: usize, requests: usize, status: u1
         t.headers(&[]);
         let outcome = t.body(&format!(r#"{{"model":"m","messages":[{{"role":"user","content":"w{number}"}}]}}"#));
         let decode = state(&outcome, DECODE).to_owned();
-        let is_bad = decode == "10.0.0.2:1";
+        let is_bad = (1..=bad).any(|port| decode == format!("10.0.0.2:{port}"));
         wins += usize::from(is_bad);
         let status = if is_bad { status } else { 200 };
         t.request.response_headers(&mut t.worker, Answerer::Host(decode.as_bytes()), Some(status), t.now);
@@ -231,12 +237,23 @@ fn wins_of_a_failing_decode_endpoint(servers: usize, requests: usize, status: u1
     wins
 }
 
+/// thushan/olla#144.
 #[test]
 fn a_decode_endpoint_that_fails_at_once_does_not_win() {
     for status in [500, 503, 429] {
         let wins =
             [wins_of_a_failing_decode_endpoint(8, 800, status), wins_of_a_failing_decode_endpoint(2, 100, status)];
         assert!(wins.iter().all(|wins| (3..=8).contains(wins)), "{status}: {wins:?}");
+    }
+}
+
+#[test]
+fn most_of_a_pool_that_fails_at_once_does_not_win() {
+    for (bad, servers) in [(2, 3), (3, 4), (6, 8)] {
+        for status in [500, 503, 429] {
+            let wins = wins_of_failing_decode_endpoints((bad, servers), 1_000, status);
+            assert!((3 * bad..=10 * bad).contains(&wins), "{bad} of {servers}, {status}: {wins}");
+        }
     }
 }
 
@@ -490,6 +507,7 @@ fn a_prompt_that_a_prefill_endpoint_refuses_beside_the_decode_leg_is_not_believe
 
 const TIMEOUT: &str = "upstream request timeout";
 
+/// sgl-project/sglang#9803, Layr-Labs/d-inference#681: slow prompts were aborted and counted as outages.
 #[test]
 fn a_leg_over_its_limit_is_no_mark_against_an_endpoint_that_answers_others() {
     for policy in ["decode_only", "fail"] {
@@ -711,7 +729,7 @@ fn what_an_endpoint_holds_is_forgotten_after_answers_that_say_otherwise() {
         let forgotten = |t: &Fixture| t.worker.counts.pending(Metric::CachesForgotten);
         let mut count = 0;
         for (number, cached) in cached.iter().enumerate() {
-            t.worker.judge_belief(endpoint, 1_000.0, *cached);
+            t.worker.judge_belief(endpoint, Belief { tokens: 1_000.0, ..Belief::default() }, *cached);
             if forgotten(&t) > 0 && count == 0 {
                 count = number + 1;
             }
@@ -719,8 +737,8 @@ fn what_an_endpoint_holds_is_forgotten_after_answers_that_say_otherwise() {
         assert_eq!(count, after, "{cached:?}");
         let missing: u64 = cached.iter().map(|cached| 1_000 - cached).sum();
         assert_eq!(t.worker.counts.pending(Metric::BelievedTokensMissing), missing as i64);
-        t.worker.judge_belief(endpoint, 511.0, 0);
-        assert_eq!(t.worker.counts.pending(Metric::BelievedTokensMissing), missing as i64, "too few to judge");
+        t.worker.judge_belief(endpoint, Belief { tokens: 511.0, ..Belief::default() }, 0);
+        assert_eq!(t.worker.counts.pending(Metric::BelievedTokensMissing), missing as i64, "too few to tell");
     }
 }
 
@@ -816,4 +834,96 @@ fn whole_requests_judge_what_an_endpoint_holds() {
         }
         assert_eq!(forgotten, after, "{cached}");
     }
+}
+
+/// uvicorn closes a connection that was idle for 5 s, and a leg that meets it is lost.
+#[test]
+fn a_leg_that_meets_the_end_of_its_connection_is_tried_on_another_one() {
+    const CUT: &str = "upstream connect error or disconnect/reset before headers. reset reason: connection termination";
+    let one = CONFIG.replace(r#"{"address": "10.0.0.1:2", "role": "prefill", "models": ["m"]},"#, "");
+    let good = format!(r#"{{"kv_transfer_params":{PARAMS}}}"#);
+    // At the only endpoint that there is.
+    let mut t = configured(&one);
+    t.headers(&[]);
+    let first = leg_destination(&t.body(&long_body()));
+    assert_eq!(leg_destination(&t.answer(503, CUT)), first);
+    let outcome = t.answer(200, &good);
+    assert_eq!((state(&outcome, REASON), failing(&t, "10.0.0.1")), ("prefilled", vec![]));
+    t.done();
+    assert!(t.is_idle());
+    // Once.
+    let mut t = configured(&one);
+    t.headers(&[]);
+    t.body(&long_body());
+    t.answer(503, CUT);
+    let outcome = t.answer(503, CUT);
+    assert_eq!((state(&outcome, DECISION), state(&outcome, REASON)), ("decode_only", "prefill_failed"));
+    assert_eq!(t.worker.counts.pending(Metric::PrefillRetries), 1);
+    t.done();
+    // Elsewhere, where there is another one; and nowhere, where the pool allows one attempt or nothing listens there.
+    let mut t = fixture();
+    t.headers(&[]);
+    let first = leg_destination(&t.body(&long_body()));
+    assert_ne!(leg_destination(&t.answer(503, CUT)).split(',').next(), first.split(',').next());
+    let refused = "upstream connect error or disconnect/reset before headers. reset reason: remote connection failure";
+    for (config, body) in
+        [(one.replacen('{', r#"{"pools":{"default":{"prefill_attempts":1}},"#, 1), CUT), (one.clone(), refused)]
+    {
+        let mut t = configured(&config);
+        t.headers(&[]);
+        t.body(&long_body());
+        assert_eq!(state(&t.answer(503, body), REASON), "prefill_failed");
+        t.done();
+    }
+}
+
+/// llm-d/llm-d-router#2427, ai-dynamo/dynamo#4220: prompts went to decode servers unnoticed while no prefill server was ready.
+#[test]
+fn a_pool_whose_decode_endpoints_are_not_to_compute_prompts_refuses_them_where_no_prefill_endpoint_is_ready() {
+    let short = r#"{"model":"m","messages":[]}"#;
+    for state in ["down", "draining"] {
+        let list = CONFIG.replace(r#""role": "prefill","#, &format!(r#""role": "prefill", "state": "{state}","#));
+        for (policy, is_served) in [("decode_only", true), ("fail", false)] {
+            for mode in ["threshold", "always"] {
+                let pool = format!(
+                    r#"{{"pools":{{"default":{{"on_prefill_failure":"{policy}","split":{{"mode":"{mode}"}}}}}},"#
+                );
+                let mut t = configured(&list.replacen('{', &pool, 1));
+                t.headers(&[]);
+                let outcome = t.body(&long_body());
+                if is_served {
+                    assert_eq!(super::state(&outcome, REASON), "no_prefill_endpoint");
+                } else {
+                    assert_eq!(reply(&outcome), (503, "prefill_failed"), "{state} {mode}");
+                }
+                t.done();
+                t.request = Request::default();
+                t.headers(&[]);
+                let outcome = t.body(short);
+                if is_served || mode == "threshold" {
+                    assert_eq!(super::state(&outcome, DECISION), "decode_only", "a short one is not to be split");
+                }
+                t.done();
+                assert!(t.is_idle());
+            }
+        }
+    }
+}
+
+/// llm-d/llm-d-router#2295: a reaper took requests that live for long out of the account, and endpoints seemed idle.
+#[test]
+fn a_request_that_takes_an_hour_counts_for_an_hour() {
+    let mut t = fixture();
+    t.headers(&[]);
+    let decode = state(&t.body(r#"{"model":"m","messages":[]}"#), DECODE).to_owned();
+    t.request.response_headers(&mut t.worker, Answerer::Host(decode.as_bytes()), Some(200), t.now);
+    t.request.first_byte(&mut t.worker, t.now);
+    for _ in 0..60 {
+        t.now = t.now.saturating_add(Duration::from_secs(60));
+        t.worker.prune(t.now);
+    }
+    let (_, state) = t.worker.state.table.iter().find(|(_, state)| *state.address == *decode).unwrap();
+    assert_eq!(state.decode.requests, 1);
+    t.done();
+    assert!(t.is_idle());
 }

@@ -161,7 +161,8 @@ fn a_prompt_that_was_computed_twice_is_counted_each_time_and_said_once() {
         }
         let mut warnings = |decode, times: usize| {
             let each =
-                |_| judged(&mut t, &whole_body(), 0, decode).iter().filter(|e| matches!(e, Effect::Warn(_))).count();
+                // What the prefill endpoint is believed to hold it has, but for the first time.
+                |_| judged(&mut t, &whole_body(), 900, decode).iter().filter(|e| matches!(e, Effect::Warn(_))).count();
             (0..times).map(each).sum::<usize>()
         };
         assert_eq!(warnings(999, 3), 0, "{engine}");

@@ -10,6 +10,7 @@ use crate::metrics::Metric;
 use crate::time::Monotonic;
 
 mod admission;
+mod beliefs;
 mod decisions;
 mod engines;
 mod failures;

@@ -49,6 +49,7 @@ impl Event<'_> {
             Self::WaitEnded { .. } => 18,
             Self::Forgot => 19,
             Self::Lacks { .. } => 20,
+            Self::Doubted { .. } => 21,
         }
     }
 
@@ -78,6 +79,10 @@ impl Event<'_> {
                 out.0.push(cause.code());
             }
             Self::Healed | Self::Forgot => {}
+            Self::Doubted { doubt, touches } => {
+                out.0.push(*doubt);
+                out.word(*touches);
+            }
             Self::Admitted { fairness, tokens } | Self::Released { fairness, tokens } => {
                 out.word(*fairness);
                 out.word(*tokens);
@@ -153,6 +158,7 @@ impl Event<'_> {
             16 => Self::HeldChanged { id: rest.word()?, held: Cow::Owned(HeldByKey::read(&mut rest)?) },
             17 => Self::Bound { id: rest.word()?, seconds: f64::from_bits(rest.word()?) },
             18 => Self::WaitEnded { id: rest.word()? },
+            21 => Self::Doubted { doubt: rest.byte()?, touches: rest.word()? },
             20 => Self::Lacks { blocks: core::iter::from_fn(|| rest.word().map(BlockHash)).collect() },
             _ => return None,
         };

@@ -1,4 +1,5 @@
 use super::*;
+use crate::endpoints::beliefs::Belief;
 use crate::endpoints::table::EndpointRef;
 use crate::prefix::hash::BlockHash;
 use crate::time::Monotonic;
@@ -413,6 +414,34 @@ proptest! {
         for node in &nodes {
             prop_assert!(node.is_idle());
             prop_assert_eq!(node.log.others.len(), nodes.len() - 1);
+        }
+    }
+}
+
+#[test]
+fn workers_share_their_doubts_in_what_an_endpoint_holds() {
+    for count in [3, 4, 16] {
+        let (store, now) = (Store::default(), Monotonic::from_secs(1));
+        let mut nodes = fleet(&store, count, now);
+        let endpoint = nodes[0].endpoint(2);
+        nodes[0].worker.holds(endpoint, &blocks(1, 40));
+        nodes[0].publish(&store, now);
+        let mut answers = 0;
+        let holds = |node: &Node| node.worker.state.index.newest(endpoint.index, 99).count();
+        // Each answer is another worker's.
+        for at in (0..count as usize).cycle().take(5) {
+            nodes[at].catch_up(&store, now);
+            if holds(&nodes[at]) == 0 {
+                break;
+            }
+            answers += 1;
+            nodes[at].worker.judge_belief(endpoint, Belief { tokens: 1_000.0, ..Belief::default() }, 300);
+            nodes[at].publish(&store, now);
+        }
+        assert_eq!(answers, 3, "{count} workers");
+        for node in &mut nodes {
+            node.catch_up(&store, now);
+            assert_eq!(holds(node), 0);
         }
     }
 }
