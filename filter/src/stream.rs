@@ -246,8 +246,8 @@ impl HttpContext for StreamContext {
         self.0.try_borrow_mut().map_or(Action::Continue, |mut stream| stream.whole_body())
     }
 
-    fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
-        self.0.try_borrow_mut().map_or(Action::Continue, |mut stream| stream.response_headers())
+    fn on_http_response_headers(&mut self, _: usize, end_of_stream: bool) -> Action {
+        self.0.try_borrow_mut().map_or(Action::Continue, |mut stream| stream.response_headers(end_of_stream))
     }
 
     fn on_http_response_body(&mut self, bytes: usize, end_of_stream: bool) -> Action {
@@ -280,17 +280,30 @@ impl Stream {
         action(self.part(|request, shell| request.body_part(&mut shell.worker, bytes)))
     }
 
-    fn response_headers(&mut self) -> Action {
-        if self.request.is_forwarded() {
-            let status = host::status(Map::Response);
-            let property = |path| move || host::property(path).ok();
-            let source = AnswerSource::read(status, property("response\0code_details"), property("upstream\0address"));
-            let now = host::now();
-            return action(self.step(now, |request, shell| {
-                request.response_headers(&mut shell.worker, source.answerer(), status, now)
-            }));
+    fn response_headers(&mut self, end_of_stream: bool) -> Action {
+        let is_forwarded = self.request.is_forwarded();
+        if !is_forwarded && self.request.is_answered() {
+            return Action::Continue;
         }
-        Action::Continue
+        let status = host::status(Map::Response);
+        if !is_forwarded && status.is_none_or(|status| status < 400) {
+            return Action::Continue;
+        }
+        let property = |path| move || host::property(path).ok();
+        let source = AnswerSource::read(status, property("response\0code_details"), property("upstream\0address"));
+        let mut flow = Flow::Continue;
+        if is_forwarded {
+            let now = host::now();
+            flow = self.step(now, |request, shell| {
+                request.response_headers(&mut shell.worker, source.answerer(), status, now)
+            });
+        }
+        if source.is_envoys_error() {
+            let content_type = host::header(Map::Response, "content-type").ok();
+            let status = status.unwrap_or_default();
+            flow = self.part(|request, _| request.envoys_error(status, content_type.as_deref(), end_of_stream));
+        }
+        action(flow)
     }
 
     fn response_body(&mut self, bytes: usize, end_of_stream: bool) -> Action {

@@ -197,6 +197,13 @@ pub fn run(input: &[u8]) {
                 let is_replaced = matches!(effects.last(), Some(Effect::Reply(_)));
                 let is_held = flow == Flow::Pause;
                 assert!(!is_held || is_replaced || request.awaits_call(), "nothing will let the response go");
+                if let (None, Some(status)) = (answerer.host(), status) {
+                    let types: [Option<&[u8]>; 3] = [None, Some(b"text/plain"), Some(b"application/json")];
+                    let content_type = types[usize::from(choices.below(3))];
+                    let outcome = request.envoys_error(status, content_type, choices.below(2) == 0);
+                    check(&outcome, b"", &known);
+                    assert!(!is_replaced || outcome.effects.is_empty(), "two answers");
+                }
             }
             7 => {
                 request.first_byte(&mut worker, now);

@@ -15,7 +15,7 @@ use crate::support::{logged_chat, short_chat};
 const ENVOYS: &str = "pd_answered_by_envoy_total";
 const UNANSWERED: &str = "pd_decode_unanswered_total";
 /// Header that selects one of the routes below.
-const CASE: &str = "x-case";
+pub(crate) const CASE: &str = "x-case";
 
 const LOCAL_RATE_LIMIT: &str = "envoy.filters.http.local_ratelimit";
 const RBAC: &str = "envoy.filters.http.rbac";
@@ -31,7 +31,7 @@ fn filter_type(filter: &str, message: &str) -> String {
 
 /// Adds filters behind the buffer filter, where the filter has forwarded the request, and a route for each of Envoy's own
 /// errors.
-fn own_errors(config: &mut Config) {
+pub(crate) fn own_errors(config: &mut Config) {
     let mut full = config.cluster("engines").clone();
     merge(
         &mut full,
@@ -88,6 +88,7 @@ fn own_errors(config: &mut Config) {
         ("not_authorized", json!({"typed_per_filter_config": {EXT_AUTHZ: enabled}})),
         ("full", json!({"route": {"cluster": "full"}})),
         ("empty", json!({"route": {"cluster": "empty"}})),
+        ("direct", json!({"route": null, "direct_response": {"status": 404}})),
         ("timeout", json!({"route": {"timeout": "0.3s"}})),
         ("try_timeout", json!({"route": {"retry_policy": {"per_try_timeout": "0.3s"}}})),
         ("idle", json!({"route": {"idle_timeout": "0.3s"}})),

@@ -141,6 +141,9 @@ fn a_body_beyond_the_gateways_buffer_is_refused() {
             let mut client = rig.client(http).await;
             let answer = send_in_parts(&mut client, body.as_bytes(), 1 << 20).await;
             assert_eq!(answer.status, 413, "{}", answer.text());
+            // The filter's own error, or Envoy's, whichever is first.
+            let code = answer.json()["error"]["code"].clone();
+            assert!(code == "too_large" || code == "envoy", "{}", answer.text());
             for client in &mut rig.client_of_each_worker(http).await {
                 ask(client, &long_chat()).await;
             }

@@ -10,6 +10,7 @@ mod connections;
 mod credentials;
 mod decode_failure;
 mod engines;
+mod envoys_errors;
 mod errors;
 mod exchange;
 mod hostile;

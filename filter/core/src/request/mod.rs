@@ -22,6 +22,7 @@
 //! | `kv_lease` | whether an answer came while the KV cache was kept |
 //! | `assignment` | the ledger's entry of a request that an endpoint has |
 //! | `response_editor` | what changes in the response |
+//! | `envoys_error` | errors that Envoy answers itself, in the form of the client's API |
 //! | `effect`, `reply`, `ready` | what the shell does, and what the filter answers itself |
 
 use crate::headers::Headers;
@@ -31,6 +32,7 @@ use crate::time::Monotonic;
 use crate::workers::bind::Turn;
 use crate::workers::worker::{Ticket, Worker};
 
+use envoys_error::{EnvoysError, Respelt};
 use forwarded::served_by;
 use head::decoded_path;
 use kv_lease::KvLease;
@@ -41,6 +43,7 @@ use upstream::Answerer;
 mod assignment;
 mod clean;
 mod effect;
+mod envoys_error;
 mod forwarded;
 pub(crate) mod head;
 mod kv_lease;
@@ -79,6 +82,13 @@ pub struct Request {
     state: State,
     /// Form of the filter's own errors.
     error_form: ErrorForm,
+    /// Whether the request's method is HEAD.
+    is_head: bool,
+    /// Whether the filter has given the answer that the request asks for. An error of the filter's own is none: Envoy may be
+    /// first with another one.
+    is_answered: bool,
+    /// An error of Envoy's own whose body is on its way to the client.
+    envoys_error: Option<EnvoysError>,
     /// The request's place in a pool with limits. It is given back at the end of the stream, however the stream ended.
     ticket: Option<Ticket>,
 }
@@ -90,6 +100,7 @@ impl Request {
         let path = decoded_path(headers.get(":path").unwrap_or_default());
         let prefixes = worker.config.as_ref().map_or(&[][..], |config| &config.path_prefixes);
         self.error_form = ErrorForm::of_path(engines_path(&path, prefixes));
+        self.is_head = headers.get(":method") == Some(b"HEAD");
         self.enter(new::headers(worker, headers, end_of_stream, now))
     }
 
@@ -174,6 +185,26 @@ impl Request {
         }
     }
 
+    /// The headers of an error came that Envoy answers itself ([`AnswerSource::is_envoys_error`]). `ends`: no body follows.
+    ///
+    /// [`AnswerSource::is_envoys_error`]: upstream::AnswerSource::is_envoys_error
+    pub fn envoys_error(&mut self, status: u16, content_type: Option<&[u8]>, ends: bool) -> Outcome {
+        if self.is_answered {
+            return Outcome::GO_ON;
+        }
+        match EnvoysError::headers(self.error_form, status, content_type, self.is_head, ends) {
+            None => Outcome::GO_ON,
+            Some(Respelt::NoBody(outcome)) => {
+                self.is_answered = true;
+                outcome
+            }
+            Some(Respelt::Body(error, outcome)) => {
+                self.envoys_error = Some(error);
+                outcome
+            }
+        }
+    }
+
     /// The first byte of the response's body came: the prompt has been computed.
     pub fn first_byte(&mut self, worker: &mut Worker, now: Monotonic) {
         if let State::Forwarded(forwarded) = &mut self.state {
@@ -183,6 +214,9 @@ impl Request {
 
     /// A part of the response's body came, as the client would get it; `is_last`: the response ends with it.
     pub fn response_part(&mut self, worker: &mut Worker, part: &[u8], is_last: bool, now: Monotonic) -> Outcome {
+        if let Some(error) = &mut self.envoys_error {
+            return error.part(part, is_last);
+        }
         match &mut self.state {
             State::Forwarded(forwarded) => forwarded.response_part(worker, part, is_last, now),
             _ => Outcome::GO_ON,
@@ -207,6 +241,8 @@ impl Request {
     fn enter(&mut self, step: Step) -> Outcome {
         let Step { next, mut outcome, rejection } = step;
         self.state = next;
+        let is_answer = |effect: &Effect| matches!(effect, Effect::Reply(reply) if reply.status < 400);
+        self.is_answered |= outcome.effects.last().is_some_and(is_answer);
         outcome.effects.extend(rejection.map(|rejection| Effect::Reply(rejection.reply(self.error_form))));
         outcome
     }
@@ -265,6 +301,12 @@ impl Request {
         matches!(self.state, State::Forwarded(_) | State::Watched)
     }
 
+    /// Whether the filter itself has given the answer that the request asks for.
+    #[must_use]
+    pub fn is_answered(&self) -> bool {
+        self.is_answered
+    }
+
     /// Whether [`first_byte`](Self::first_byte) was not called yet for a request that an engine endpoint has.
     #[must_use]
     pub fn awaits_first_byte(&self) -> bool {
@@ -274,7 +316,8 @@ impl Request {
     /// Whether [`response_part`](Self::response_part) needs the response's body.
     #[must_use]
     pub fn wants_response_body(&self) -> bool {
-        matches!(&self.state, State::Forwarded(forwarded)
+        self.envoys_error.is_some()
+            || matches!(&self.state, State::Forwarded(forwarded)
             if forwarded.editor.is_some() || forwarded.kv_lease.as_ref().is_some_and(KvLease::reads_body))
     }
 }

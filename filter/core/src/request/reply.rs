@@ -105,15 +105,50 @@ impl ErrorForm {
             _ => Self::OpenAi,
         }
     }
+
+    /// An error's body, with the type that each API has for it.
+    fn body(self, openai: &str, anthropic: &str, message: &str, param: Option<&str>, code: &str) -> Vec<u8> {
+        let body = match self {
+            Self::OpenAi => serde_json::json!({
+                "error": {"message": message, "type": openai, "param": param, "code": code}
+            }),
+            Self::Anthropic => serde_json::json!({
+                "type": "error", "error": {"type": anthropic, "message": message}
+            }),
+        };
+        body.to_string().into_bytes()
+    }
+}
+
+/// An error that another part of Envoy answers: its body in the form of an API.
+#[must_use]
+pub(super) fn error_body(form: ErrorForm, status: u16, message: &str, code: &str) -> Vec<u8> {
+    form.body(openai_type(status), anthropic_type(status), message, None, code)
+}
+
+/// The error type that OpenAI's API has for a status.
+fn openai_type(status: u16) -> &'static str {
+    match status {
+        401 => "authentication_error",
+        403 => "permission_error",
+        404 => "not_found_error",
+        429 => "rate_limit_error",
+        503 => "service_unavailable_error",
+        500.. => "server_error",
+        _ => "invalid_request_error",
+    }
 }
 
 /// The error type that Anthropic's API has for a status.
 fn anthropic_type(status: u16) -> &'static str {
     match status {
+        401 => "authentication_error",
+        403 => "permission_error",
         404 => "not_found_error",
         413 => "request_too_large",
         429 => "rate_limit_error",
         503 => "overloaded_error",
+        408 | 504 => "timeout_error",
         500.. => "api_error",
         _ => "invalid_request_error",
     }
@@ -213,14 +248,7 @@ impl Rejection {
     #[must_use]
     pub fn reply(&self, form: ErrorForm) -> Reply {
         let (status, kind, param, reason) = self.parts();
-        let body = match form {
-            ErrorForm::OpenAi => serde_json::json!({
-                "error": {"message": self.message(), "type": kind, "param": param, "code": reason}
-            }),
-            ErrorForm::Anthropic => serde_json::json!({
-                "type": "error", "error": {"type": anthropic_type(status), "message": self.message()}
-            }),
-        };
+        let body = form.body(kind, anthropic_type(status), &self.message(), param, reason);
         let mut headers = vec![("content-type", "application/json".to_owned()), (REASON_HEADER, reason.to_owned())];
         if matches!(status, 429 | 503) {
             headers.push(("retry-after", self.retry_after().to_string()));
@@ -231,6 +259,6 @@ impl Rejection {
         if matches!(self, Self::Shed(_) | Self::Queue(_)) {
             headers.push((DROPPED_HEADER, reason.to_owned()));
         }
-        Reply { status, headers, body: body.to_string().into_bytes(), reason }
+        Reply { status, headers, body, reason }
     }
 }

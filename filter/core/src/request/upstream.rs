@@ -51,6 +51,12 @@ impl AnswerSource {
         Self { code_details: if is_error { code_details() } else { None }, address: address() }
     }
 
+    /// Whether Envoy says that it answers an error itself. An error without details is the host's.
+    #[must_use]
+    pub fn is_envoys_error(&self) -> bool {
+        self.code_details.as_deref().is_some_and(|details| details != FROM_UPSTREAM)
+    }
+
     /// The answerer. An error without details counts as the host's.
     #[must_use]
     pub fn answerer(&self) -> Answerer<'_> {
@@ -87,6 +93,7 @@ mod tests {
         assert_eq!(of(Some(503), Some("via_upstream")).answerer(), Answerer::Host(HOST));
         assert_eq!(of(Some(200), Some("anything")).answerer(), Answerer::Host(HOST));
         assert_eq!(of(Some(500), None).answerer(), Answerer::Host(HOST), "the filter believes the address");
+        assert!(!of(Some(503), Some("via_upstream")).is_envoys_error() && !of(Some(500), None).is_envoys_error());
     }
 
     #[test]
@@ -140,6 +147,7 @@ mod tests {
             "downstream_remote_disconnect",
         ] {
             assert_eq!(of(Some(503), Some(details)).answerer(), Answerer::Envoy, "{details}");
+            assert!(of(Some(503), Some(details)).is_envoys_error(), "{details}");
         }
         let without_host = AnswerSource::read(Some(200), || None, || None);
         assert_eq!(without_host.answerer(), Answerer::Envoy, "a filter behind this one answered");
