@@ -138,6 +138,7 @@ async fn handshake(rig: &Rig, path: &str) -> (TcpStream, String) {
     (stream, head)
 }
 
+/// Codex tries `/v1/responses` before it falls back (BYK/loreai#515, NVIDIA/NeMo-Relay#994).
 #[test]
 fn an_upgrade_is_refused_at_once_where_it_is_not_allowed() {
     run(async {
@@ -183,6 +184,17 @@ fn an_upgrade_that_is_allowed_reaches_an_endpoint_of_the_model() {
         }
         let (_, head) = handshake(&rig, "/v1/realtime?model=never").await;
         assert!(head.starts_with("HTTP/1.1 404"), "{head}");
+        // A body that an engine could read, if it does not upgrade.
+        let mut stream = TcpStream::connect(rig.address()).await.unwrap();
+        let body = r#"{"model":"sim","kv_transfer_params":{"do_remote_prefill":true},"messages":[]}"#;
+        let head = format!(
+            "POST {CHAT} HTTP/1.1\r\nhost: a\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\
+             content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let head = tokio::time::timeout(PATIENCE, read_head(&mut stream)).await.expect("an answer, at once");
+        assert!(head.starts_with("HTTP/1.1 501"), "{head}");
         let (answer, _) = rig.client(Http::Two).await.web_socket("/v1/realtime?model=never").await.unwrap();
         assert_rejected(&answer, 404, "unknown_model");
         assert!(recorded(rig.engines()).is_empty());
@@ -302,6 +314,11 @@ fn without_a_decompressor_compressed_bodies_are_refused() {
                 let answer = client.send(request).await;
                 assert_rejected(&answer, 415, "content_encoding");
                 assert_eq!(answer.header("accept-encoding"), Some("identity"));
+            }
+            // SGLang decompresses what this header says, so what is inside would reach it unread.
+            for path in [CHAT, "/generate", "/invocations"] {
+                let request = client.json(path, zstd(b"{}"), &[("x-body-compressed", b"zstd")]);
+                assert_rejected(&client.send(request).await, 415, "content_encoding");
             }
             let (feed, body) = Feed::new();
             let mut request = client.json(CHAT, Bytes::new(), &[("content-encoding", b"gzip")]);

@@ -4,7 +4,7 @@
 pub const OURS: [&str; 2] = ["x-pd-destination", "x-pd-anything"];
 
 /// Headers by which other routers of the field name an endpoint.
-pub const OTHERS: [&str; 11] = [
+pub const OTHERS: [&str; 17] = [
     "x-prefiller-host-port",
     "x-gateway-destination-endpoint",
     "x-gateway-destination-endpoint-served",
@@ -16,6 +16,12 @@ pub const OTHERS: [&str; 11] = [
     "x-kv-cache-source-host-port",
     "target-pod",
     "prefill-target-pod",
+    "x-gateway-destination-endpoint-scores",
+    "x-override-bootstrap-host",
+    "x-override-bootstrap-room",
+    "x-override-routed-dp-rank",
+    "x-trtllm-subagent-affinity-id",
+    "x-trtllm-disagg-auth",
 ];
 
 /// [`OURS`] and [`OTHERS`].

@@ -30,6 +30,7 @@ pub const FORBIDDEN: KeySet = KeySet::of(&[
     Key::DisaggPrefillDpRank,
     Key::DisaggregatedParams,
     Key::DisaggPrefillResp,
+    Key::PromptTokenIdsB64,
 ]);
 
 /// Whether a member of this name (without escapes) has content as its value: a prompt, a schema, or a note of the client.

@@ -289,6 +289,12 @@ fn part_headers(part: &[u8]) -> Result<(String, bool, usize), FormError> {
             }
             found = Some(disposition(value)?);
         }
+        // Deprecated in forms (RFC 7578, section 4.7): some parsers decode by it.
+        let is_encoding = name.trim().eq_ignore_ascii_case("content-transfer-encoding");
+        let is_plain = |value: &str| ["7bit", "8bit", "binary"].iter().any(|plain| value.eq_ignore_ascii_case(plain));
+        if is_encoding && !is_plain(value.trim()) {
+            return Err(FormError::Malformed);
+        }
     }
     let (name, is_file) = found.ok_or(FormError::Malformed)?;
     Ok((name, is_file, end.saturating_add(4)))

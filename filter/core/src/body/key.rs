@@ -105,6 +105,7 @@ keys! {
     "disagg_prefill_dp_rank" DisaggPrefillDpRank,
     "disaggregated_params" DisaggregatedParams,
     "disagg_prefill_resp" DisaggPrefillResp,
+    "prompt_token_ids_b64" PromptTokenIdsB64,
 }
 
 /// Bytes that the longest [`Key::name`] may have in a body: each character as `\u00xx`.

@@ -142,6 +142,7 @@ const OURS: &[&[u8]] = &[
     PREFILLER_HEADER.as_bytes(),
     b"x-gateway-destination-endpoint",
     b"x-gateway-destination-endpoint-served",
+    b"x-gateway-destination-endpoint-scores",
     b"x-gateway-destination-endpoint-subset",
     b"test-epp-endpoint-selection",
     b"x-data-parallel-rank",
@@ -152,8 +153,15 @@ const OURS: &[&[u8]] = &[
     b"prefill-target-pod",
 ];
 
+/// Beginnings of the names of such headers, behind `x-`: our own; SGLang's, which put other hand-over parameters into a request
+/// (`SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES`); TensorRT-LLM's between its orchestrator and its workers.
+const OUR_PREFIXES: &[&[u8]] = &[b"pd-", b"override-", b"trtllm-"];
+
 pub(crate) fn is_ours(name: &[u8], config: &Config) -> bool {
-    name.starts_with(b"x-pd-") || OURS.contains(&name) || name == config.destination_header.as_bytes()
+    let is_prefixed = |rest: &[u8]| OUR_PREFIXES.iter().any(|prefix| rest.starts_with(prefix));
+    name.strip_prefix(b"x-").is_some_and(is_prefixed)
+        || OURS.contains(&name)
+        || name == config.destination_header.as_bytes()
 }
 
 /// The path as a server understands it: percent-encoding undone, so that no spelling of a path gets past the scan.

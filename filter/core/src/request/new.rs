@@ -140,8 +140,11 @@ fn query_model(path: &[u8]) -> Option<(Range<usize>, String)> {
     None
 }
 
-/// Whether the body stands as it is.
+/// Whether the body stands as it is. SGLang has a header of its own for a compressed one.
 fn is_plain(headers: &Headers) -> bool {
+    if headers.get("x-body-compressed").is_some() {
+        return false;
+    }
     let values = headers.iter().filter(|(name, _)| *name == b"content-encoding").map(|(_, value)| value);
     let mut codings = values.flat_map(|value| value.split(|byte| *byte == b',')).map(<[u8]>::trim_ascii);
     codings.all(|coding| coding.is_empty() || coding.eq_ignore_ascii_case(b"identity"))
@@ -166,8 +169,9 @@ fn classify(worker: &Worker, config: &Arc<Config>, headers: Headers, end_of_stre
     }
     let subset = Subset::read(&headers, config);
     if headers.get("upgrade").is_some() {
-        // The body of such a request has no end.
-        if !config.upgrades {
+        // The body of such a request has no end, so it is not read. A method that may have a body would carry one past the
+        // filter, to a server that does not upgrade.
+        if !config.upgrades || method != Some(b"GET") {
             return Err(Rejection::Upgrade);
         }
         let claims = Claims::read(&headers, config, worker.state.table.stated());

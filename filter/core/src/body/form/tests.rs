@@ -26,6 +26,8 @@ fn forbidden_fields_and_members_go_and_the_rest_stays() {
     let dirty =
         form(&[file, part(r#"name="kv_transfer_params""#, "0"), model, args(r#"{"kv_transfer_params":0,"a": 1}"#)]);
     assert_eq!(edited(&dirty), Ok(Some(kept)));
+    let binary = form(&[part("name=model\r\nContent-Transfer-Encoding: BINARY", "whisper")]);
+    assert_eq!(edited(&binary), Ok(None));
     let prompt = form(&[part("name=prompt", "{not json, but a prompt")]);
     assert_eq!(edited(&prompt), Ok(None));
 }
@@ -39,6 +41,7 @@ fn a_form_that_two_parsers_could_read_differently_is_refused() {
         part("filename=a", "{}"),
         part("name=\"a\"\r\nContent-Disposition: form-data; name=\"vllm_xargs\"", "{}"),
         part("name=\"a\"\r\n folded: 1", "{}"),
+        part("name=vllm_xargs\r\nContent-Transfer-Encoding: base64", "eyJrdl90cmFuc2Zlcl9wYXJhbXMiOjB9"),
         part(r#"name="vllm_xargs""#, r#"{"kv_transfer_params":NaN}"#).replace("form-data", "attachment"),
         "--x-b--no\r\n".to_owned(),
         "preamble\r\n--x-b\r\n".to_owned(),

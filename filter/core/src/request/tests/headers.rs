@@ -213,6 +213,11 @@ fn an_upgrade_is_refused_at_once_unless_the_operator_allows_it() {
         r#"10.0.0.2:1", "role": "decode", "models": ["m"]"#,
         r#"10.0.0.2:1", "role": "decode", "models": ["x/y"]"#,
     ));
+    // A body would pass unread.
+    t.request = Request::default();
+    let pairs = [(":method", "POST"), (":path", "/v1/chat/completions"), ("upgrade", "websocket")];
+    let outcome = t.request.headers(&mut t.worker, Headers::from_pairs(pairs), false, t.now);
+    assert_eq!(reply(&outcome), (501, "upgrade"));
     for (path, expected, rewritten) in [
         ("/v1/realtime?model=m", "10.0.0.2:2", None),
         ("/v1/realtime?intent=a&model=x%2Fy&z", "10.0.0.2:1", None),
@@ -237,6 +242,8 @@ fn an_upgrade_is_refused_at_once_unless_the_operator_allows_it() {
 #[test]
 fn only_a_body_that_stands_as_it_is_is_read() {
     let mut t = fixture();
+    // SGLang's own header.
+    assert_eq!(reply(&t.headers(&[("x-body-compressed", "zstd")])), (415, "content_encoding"));
     for (values, is_read) in [
         (&["identity"][..], true),
         (&["Identity , identity"], true),
