@@ -26,6 +26,55 @@ pub struct Media {
     pub pixels: Option<u64>,
 }
 
+/// Bytes from which a string without any character but those of base64 is a payload.
+const MIN_PAYLOAD_BYTES: usize = 1_024;
+
+/// Payloads in a document that is not read as a prompt, under whatever names: long strings of base64, and data URLs of such
+/// (SGLang's `image_data`, Ollama's and Cohere's `images`). [`MAX_MEDIA`] at most.
+///
+/// `json` is valid JSON; of other text nothing useful is found.
+#[must_use]
+pub fn payloads(json: &[u8]) -> Vec<Media> {
+    let mut found = Vec::new();
+    let mut index = 0_usize;
+    while found.len() < MAX_MEDIA
+        && let Some(quote) = json.get(index..).and_then(|rest| memchr::memchr(b'"', rest))
+    {
+        let start = index.saturating_add(quote).saturating_add(1);
+        let Some(end) = string_end(json, start) else { break };
+        let payload = json.get(start..end).unwrap_or_default();
+        if let Some(kind) = payload_kind(payload) {
+            let pixels = (kind == MediaKind::Image).then(|| pixels(payload)).flatten();
+            found.push(Media { kind, payload: Span::new(start, end), pixels });
+        }
+        index = end.saturating_add(1);
+    }
+    found
+}
+
+/// Offset of the quote that ends the string that begins at `start`.
+fn string_end(json: &[u8], start: usize) -> Option<usize> {
+    let mut index = start;
+    loop {
+        let found = index.saturating_add(memchr::memchr2(b'"', b'\\', json.get(index..)?)?);
+        if json.get(found) == Some(&b'"') {
+            return Some(found);
+        }
+        index = found.saturating_add(2);
+    }
+}
+
+/// What a string is a payload of; `None` where it is none.
+fn payload_kind(text: &[u8]) -> Option<MediaKind> {
+    let front = text.get(..MIN_PAYLOAD_BYTES)?;
+    let data = match front.strip_prefix(b"data:") {
+        Some(url) => url.get(memchr::memchr(b',', url)?.saturating_add(1)..)?,
+        None => front,
+    };
+    let is_base64 = data.iter().all(|byte| *byte == b'\\' || sextet(*byte).is_some());
+    is_base64.then(|| kind_of_url(text).unwrap_or(MediaKind::Image))
+}
+
 impl Mark {
     /// Where the value behind a mark ends, and its payload; none where the value is none of media.
     pub(super) fn read(self, body: &[u8]) -> (u32, Option<Media>) {

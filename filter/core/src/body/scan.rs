@@ -98,14 +98,18 @@ const PROMPTS: KeySet = KeySet::of(&[Key::Messages, Key::Input, Key::System, Key
 impl Scan {
     /// Adds the payloads behind marks, as far as there is room, none inside another.
     fn add_media(&mut self, body: &[u8], marks: &[Mark]) {
-        // A mark inside a value that was read already is passed over: no byte is read twice.
-        let mut read_until = 0;
+        // A mark inside a payload that was read already is passed over. What was none may have media inside it, such as a
+        // source of content parts: that is read again, as long as all of it is no more than the body.
+        let (mut read_until, mut again) = (0, 0_u32);
         for mark in marks {
             if mark.value < read_until || self.media.len() >= MAX_MEDIA {
                 continue;
             }
             let (end, media) = mark.read(body);
-            read_until = end;
+            again = again.saturating_add(if media.is_some() { 0 } else { end.saturating_sub(mark.value) });
+            if media.is_some() || again > self.len {
+                read_until = end;
+            }
             self.media.extend(media);
         }
     }

@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use super::head::{RequestHead, decoded_path};
 use crate::body::form::{Form, without};
 use crate::body::json::{ScanError, Span};
+use crate::body::media::{Media, payloads};
 use crate::body::splice::HeadEdit;
 use crate::body::{self, Key, KeySet, Scan};
 use crate::config::Pool;
@@ -53,19 +54,19 @@ impl ReadBody {
         }
     }
 
-    /// Estimated tokens of a body of `bytes` bytes, by the pool's configuration. A form has a recording or an image, and some
-    /// text.
-    pub(super) fn tokens(&self, bytes: usize, pool: &Pool) -> f64 {
+    /// Estimated tokens of the body, by the pool's configuration. A form has a recording or an image, and some text.
+    pub(super) fn tokens(&self, body: &[u8], pool: &Pool) -> f64 {
         let of_text = |bytes: usize| bytes as f64 / pool.bytes_per_token;
+        let without = |media: &[Media]| {
+            let payloads = media.iter().map(|media| media.payload.len()).fold(0, usize::saturating_add);
+            let media = MediaTokens::of(&pool.media, media).total(&[1.0; CLASSES]);
+            of_text(body.len().saturating_sub(payloads)) + media
+        };
         match self {
-            Self::Object(scan) => {
-                let media = scan.media();
-                let payloads = media.iter().map(|media| media.payload.len()).fold(0, usize::saturating_add);
-                let media = MediaTokens::of(&pool.media, media).total(&[1.0; CLASSES]);
-                of_text(bytes.saturating_sub(payloads)) + media
-            }
-            Self::Form(_) => of_text(bytes).min(pool.media.audio_tokens),
-            Self::Array(_) | Self::Other => of_text(bytes),
+            Self::Object(scan) if !scan.media().is_empty() => without(scan.media()),
+            Self::Object(_) | Self::Array(_) => without(&payloads(body)),
+            Self::Form(_) => of_text(body.len()).min(pool.media.audio_tokens),
+            Self::Other => of_text(body.len()),
         }
     }
 

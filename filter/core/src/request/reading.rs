@@ -39,7 +39,7 @@ impl Reading {
         let Some(api) = self.head.api else { return self.body_without_prompt(worker, ticket, body, now) };
         let body = ScannedBody::read(body)?;
         let parsed = ParsedRequest::read(worker, self.head, api, &body, now)?;
-        *ticket = admit(worker, &parsed.head, &parsed.served.candidates.pool, parsed.kv_tokens())?;
+        *ticket = admit(worker, &parsed.head, &parsed.served.candidates.pool, || parsed.kv_tokens())?;
         Ok(serve(worker, parsed, &body, arrival, now))
     }
 
@@ -64,8 +64,8 @@ impl Reading {
         }
         if let Some(served) = &served {
             let pool = head.config.pool(&served.candidates.pool);
-            let tokens = read.tokens(body.len(), pool);
-            *ticket = admit(worker, &head, &served.candidates.pool, tokens as u64)?;
+            let tokens = || read.tokens(body, pool) as u64;
+            *ticket = admit(worker, &head, &served.candidates.pool, tokens)?;
         }
         let response = id_of_path(&head.headers, &head.config);
         let restriction = Restriction { subset: head.subset.as_ref(), response: response.as_deref() };
@@ -75,11 +75,16 @@ impl Reading {
 }
 
 /// Lets the request in, where its pool has limits.
-fn admit(worker: &mut Worker, head: &RequestHead, pool: &str, tokens: u64) -> Result<Option<Ticket>, Rejection> {
+fn admit(
+    worker: &mut Worker,
+    head: &RequestHead,
+    pool: &str,
+    tokens: impl FnOnce() -> u64,
+) -> Result<Option<Ticket>, Rejection> {
     let limits = head.config.pool(pool).limits;
     if limits == Limits::default() {
         return Ok(None);
     }
-    let ask = Ask { tokens, priority: head.claims.priority, fairness: head.claims.fairness };
+    let ask = Ask { tokens: tokens(), priority: head.claims.priority, fairness: head.claims.fairness };
     worker.admit(pool, limits, ask).map(Some).map_err(Rejection::Shed)
 }

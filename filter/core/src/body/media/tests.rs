@@ -193,3 +193,35 @@ fn what_is_beyond_the_bound_is_text() {
     let body = format!(r#"{{"messages":[{part}0]}}"#);
     assert_eq!(found(&body).len(), MAX_MEDIA);
 }
+
+#[test]
+fn media_inside_a_source_of_content_parts_are_found() {
+    let image = base64(&png(30, 40));
+    let inner = format!(r#"{{"type":"image","source":{{"type":"base64","media_type":"image/png","data":"{image}"}}}}"#);
+    let content = format!(r#"{{"type":"document","source":{{"type":"content","content":[{inner},{inner}]}}}}"#);
+    let body = format!(r#"{{"messages":[{{"role":"user","content":[{content},{inner}]}}]}}"#);
+    assert_eq!(found(&body), vec![(MediaKind::Image, image, Some(1_200)); 3]);
+    // A chain of sources is not read again and again.
+    let depth = 60;
+    let text = "x".repeat(50_000);
+    let chain = format!("{}\"{text}\"{}", r#"{"source":"#.repeat(depth), "}".repeat(depth));
+    assert_eq!(found(&format!(r#"{{"messages":[{chain}]}}"#)), vec![]);
+}
+
+#[test]
+fn payloads_are_found_whatever_their_name_is_where_no_prompt_is_read() {
+    let image = base64(&[png(30, 40), vec![7; 3_000]].concat());
+    let data = format!("data:audio/wav;base64,{image}");
+    let text = "word ".repeat(1_000);
+    let dense = "字".repeat(1_000);
+    let body = format!(
+        r#"{{"image_data":["{image}"],"a\"b":"{text}","images":"{}","c":"{dense}","d":"{}","e":"{data}","f":"{text}"}}"#,
+        image.replace('/', "\\/"),
+        "a".repeat(1_023),
+    );
+    let found: Vec<_> = payloads(body.as_bytes()).into_iter().map(|media| (media.kind, media.pixels)).collect();
+    assert_eq!(found, [(MediaKind::Image, Some(1_200)), (MediaKind::Image, Some(1_200)), (MediaKind::Audio, None)]);
+    for hostile in ["", "\"", "\"\\", "\\\"", "{\"a\":\"data:\"}", &format!("\"data:{}", "a".repeat(4_000))] {
+        assert_eq!(payloads(hostile.as_bytes()), [], "{hostile:.20}");
+    }
+}

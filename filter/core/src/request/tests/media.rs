@@ -89,15 +89,33 @@ fn an_image_that_was_seen_is_matched_and_another_is_not() {
 
 #[test]
 fn media_in_other_requests_do_not_fill_limits() {
-    let limits = CONFIG.replacen('{', r#"{"pools":{"default":{"max_tokens":4000}},"#, 1);
+    let limits = CONFIG.replacen('{', r#"{"pools":{"default":{"max_tokens":8000}},"#, 1);
     let mut t = configured(&limits);
     let mut requests = Vec::new();
-    for path in ["/v1/embeddings", "/tokenize", "/v1/messages/count_tokens"] {
+    let image = image(1_000_000, 'A');
+    let base64 = image.split_once(',').unwrap().1;
+    let chat = with_image(&image, "a");
+    for (path, body) in [
+        ("/v1/embeddings", chat.clone()),
+        ("/tokenize", chat.clone()),
+        ("/v1/messages/count_tokens", chat),
+        // SGLang, Ollama, Cohere, Jina: other names, and lists.
+        ("/generate", format!(r#"{{"model":"m","text":"a","image_data":"{base64}"}}"#)),
+        ("/generate", format!(r#"{{"model":"m","text":"a","image_data":["{base64}","{image}"]}}"#)),
+        ("/api/chat", format!(r#"{{"model":"m","messages":[{{"role":"user","content":"a","images":["{base64}"]}}]}}"#)),
+        ("/v2/embed", format!(r#"{{"model":"m","images":["{image}"]}}"#)),
+        (
+            "/rerank",
+            format!(
+                r#"{{"model":"m","query":"a","documents":[{{"content":[{{"type":"image_url","image_url":{{"url":"{image}"}}}}]}}]}}"#
+            ),
+        ),
+    ] {
         let headers = Headers::from_pairs([(":method", "POST"), (":path", path), (":authority", "a")]);
         let mut request = Request::default();
         request.headers(&mut t.worker, headers, false, t.now);
-        let outcome = request.body(&mut t.worker, with_image(&image(1_000_000, 'A'), "a").as_bytes(), t.now);
-        assert_eq!(state(&outcome, DECISION), "passed", "{outcome:?}");
+        let outcome = request.body(&mut t.worker, body.as_bytes(), t.now);
+        assert_eq!(state(&outcome, DECISION), "passed", "{path}: {:?}", outcome.effects.last());
         requests.push(request);
     }
     requests.iter_mut().for_each(|request| request.done(&mut t.worker, t.now));
