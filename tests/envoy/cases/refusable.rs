@@ -76,6 +76,107 @@ fn what_a_decode_server_refuses_is_refused_by_it_and_strands_no_blocks() {
     });
 }
 
+/// More spellings of what an engine refuses; some engines take some of them.
+const SPELLINGS: &[(&str, &str)] = &[
+    (CHAT, r#""max_tokens":"5""#),
+    (CHAT, r#""max_tokens":true"#),
+    (CHAT, r#""max_tokens":[]"#),
+    (CHAT, r#""max_tokens":{}"#),
+    (CHAT, r#""max_tokens":1e3"#),
+    (CHAT, r#""max_tokens":-0"#),
+    (CHAT, r#""max_tokens":9223372036854775808"#),
+    (CHAT, r#""max_tokens":4,"max_tokens":"x""#),
+    (CHAT, r#""max_tokens":4,"max_t\u006fkens":0"#),
+    (CHAT, r#""max_tokens":"x","max_tokens":4"#),
+    (CHAT, r#""max_completion_tokens":0"#),
+    (CHAT, r#""max_completion_tokens":-5,"max_tokens":4"#),
+    (CHAT, r#""max_completion_tokens":4,"min_tokens":5"#),
+    (CHAT, r#""max_tokens":4,"min_tokens":-1"#),
+    (CHAT, r#""max_tokens":4,"min_tokens":1.5"#),
+    (CHAT, r#""max_tokens":4,"min_tokens":null"#),
+    (CHAT, r#""max_tokens":4,"stop":[5]"#),
+    (CHAT, r#""max_tokens":4,"stop":{"a":1}"#),
+    (CHAT, r#""max_tokens":4,"stop":true"#),
+    (CHAT, r#""max_tokens":4,"stop_token_ids":"1""#),
+    (CHAT, r#""max_tokens":4,"stop_token_ids":[1.5]"#),
+    (CHAT, r#""max_tokens":4,"stream_options":{}"#),
+    (CHAT, r#""max_tokens":4,"stream_options":[]"#),
+    (CHAT, r#""max_tokens":4,"stream_options":"x""#),
+    (CHAT, r#""max_tokens":4,"stream":false,"stream_options":{"include_usage":true}"#),
+    (CHAT, r#""max_tokens":4,"stream":null,"stream_options":{"include_usage":false}"#),
+    (CHAT, r#""max_tokens":4,"stream":true,"stream_options":{"include_usage":"x"}"#),
+    (CHAT, r#""max_tokens":4,"stream":1"#),
+    (CHAT, r#""max_tokens":4,"n":0"#),
+    (CHAT, r#""max_tokens":4,"n":-1"#),
+    (CHAT, r#""max_tokens":4,"n":1.5"#),
+    (CHAT, r#""max_tokens":4,"logprobs":"x""#),
+    (CHAT, r#""max_tokens":4,"logprobs":true,"top_logprobs":-1"#),
+    (CHAT, r#""max_tokens":4,"logprobs":true,"top_logprobs":21"#),
+    (COMPLETIONS, r#""max_tokens":0"#),
+    (COMPLETIONS, r#""max_tokens":-1"#),
+    (COMPLETIONS, r#""max_tokens":1.5"#),
+    (COMPLETIONS, r#""max_tokens":4,"min_tokens":5"#),
+    (COMPLETIONS, r#""max_tokens":4,"stop":5"#),
+    (COMPLETIONS, r#""max_tokens":4,"stream_options":{"include_usage":true}"#),
+    (COMPLETIONS, r#""max_tokens":4,"logprobs":-1"#),
+    (COMPLETIONS, r#""max_tokens":4,"logprobs":21"#),
+    (COMPLETIONS, r#""max_tokens":4,"n":0"#),
+    (COMPLETIONS, r#""max_tokens":4,"echo":"x""#),
+    ("/v1/responses", r#""max_output_tokens":-1"#),
+    ("/v1/responses", r#""max_output_tokens":1.5"#),
+    ("/v1/responses", r#""max_output_tokens":"x""#),
+    ("/v1/responses", r#""max_output_tokens":4,"top_logprobs":21"#),
+    ("/v1/responses", r#""max_output_tokens":4,"truncation":"x""#),
+    ("/v1/messages", r#""max_tokens":null"#),
+    ("/v1/messages", r#""max_tokens":0"#),
+    ("/v1/messages", r#""max_tokens":-1"#),
+    ("/v1/messages", r#""max_tokens":"x""#),
+    ("/v1/messages", r#""max_tokens":1.5"#),
+    ("/v1/messages", r#""max_tokens":5,"stop_sequences":"x""#),
+    ("/v1/messages", r#""max_tokens":5,"stop_sequences":[5]"#),
+    ("/v1/messages", r#""max_tokens":5,"thinking":{"type":"enabled","budget_tokens":5}"#),
+    ("/inference/v1/generate", r#""sampling_params":5"#),
+    ("/inference/v1/generate", r#""sampling_params":{"max_tokens":-1}"#),
+    ("/inference/v1/generate", r#""sampling_params":{"max_tokens":"x"}"#),
+    ("/inference/v1/generate", r#""sampling_params":{"max_tokens":4,"min_tokens":5}"#),
+    ("/inference/v1/generate", r#""sampling_params":{"max_tokens":4,"stop":5}"#),
+    ("/inference/v1/generate", r#""sampling_params":{"max_tokens":4,"n":0}"#),
+];
+
+fn with_members(path: &str, members: &str) -> String {
+    let prompt = new_prompt();
+    let of_path = match path {
+        COMPLETIONS => format!(r#""prompt":"{prompt}""#),
+        "/v1/responses" => format!(r#""input":"{prompt}""#),
+        "/inference/v1/generate" => format!(r#""token_ids":{:?}"#, prompt.as_bytes()),
+        _ => format!(r#""messages":[{{"role":"user","content":"{prompt}"}}]"#),
+    };
+    format!(r#"{{"model":"sim",{of_path},{members}}}"#)
+}
+
+#[test]
+fn no_spelling_of_what_an_engine_refuses_strands_blocks() {
+    run(async {
+        let rig = Rig::start().await;
+        let mut client = rig.client(Http::One).await;
+        let mut refused = 0;
+        for (path, members) in SPELLINGS {
+            let body = with_members(path, members);
+            let before = sum(&rig.prefill, |stats| stats.prefill_legs);
+            let answer = client.post(path, body.clone()).await;
+            let own = Client::connect(rig.decode[0].addr(), Http::One).await.post(path, body).await;
+            assert_eq!(answer.status, own.status, "{path} {members}: {}", answer.text());
+            if own.status >= 400 {
+                refused += 1;
+                assert_eq!(answer.text(), own.text(), "{path} {members}: the engine's words");
+                assert_eq!(sum(&rig.prefill, |stats| stats.prefill_legs), before, "{path} {members}");
+            }
+        }
+        assert!(refused > 50, "{refused}");
+        assert_eq!(rig.final_metric("pd_kv_stranded_total{reason=\"refused\"}").await, 0.0);
+    });
+}
+
 #[test]
 fn a_refusal_that_nobody_foresees_is_counted_and_its_prompt_is_not_believed_to_be_held() {
     run(async {

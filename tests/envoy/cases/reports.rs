@@ -45,6 +45,27 @@ fn parameters_of_a_hand_over_reach_no_engine() {
                     r#"{{"model":"sim","token_ids":[1],"sampling_params":{{"max_tokens":4,"extra_args":{{"kv_transfer_params":{EVIL}}}}}}}"#
                 ),
             ),
+            // Parameters of an encoder's cache, which name a host as those of a KV cache do.
+            (
+                "llm-d/llm-d-router#1704",
+                CHAT,
+                chat(&[&new_prompt()], &format!(r#","max_tokens":4,"ec_transfer_params":{{"hash":{EVIL}}}"#)),
+            ),
+            (
+                "llm-d/llm-d-kv-cache#602",
+                GENERATE,
+                format!(
+                    r#"{{"model":"sim","token_ids":{ids},"sampling_params":{{"max_tokens":4,"extra_args":{{"ec_transfer_params":{{"hash":{EVIL}}}}}}}}}"#
+                ),
+            ),
+            (
+                "llm-d/llm-d-router#2140",
+                COMPLETIONS,
+                completion(
+                    "hi",
+                    &format!(r#","max_tokens":4,"vllm_xargs":{{"kv_transfer_params":{{"remote_prefiller":{EVIL}}}}}"#),
+                ),
+            ),
         ] {
             let answer = client.post(path, body).await;
             assert_eq!(answer.status, 200, "{report}: {}", answer.text());
@@ -57,6 +78,235 @@ fn parameters_of_a_hand_over_reach_no_engine() {
         let arrived = |name| recorded(rig.engines()).iter().any(|leg| leg.header(name).is_some());
         assert!(!arrived("x-prefiller-host-port"), "llm-d/llm-d-router#242");
         assert!(rig.engines().all(|engine| engine.stats().failed_pulls == 0 && !engine.is_crashed()));
+    });
+}
+
+#[test]
+fn paths_that_administer_an_engine_reach_none() {
+    run(async {
+        let rig = shared().await;
+        for http in BOTH {
+            let mut client = rig.client(http).await;
+            for (report, path) in [
+                // No key of vLLM's protects these.
+                ("vllm-project/vllm#29922", "/pause"),
+                ("vllm-project/vllm#29922", "/scale_elastic_ep"),
+                ("vllm-project/vllm#29922", "/reset_prefix_cache"),
+                ("vllm-project/vllm#29922", "/sleep?level=1"),
+                ("vllm-project/vllm#29922", "/collective_rpc"),
+                // Runs code of the caller.
+                ("sgl-project/sglang#26789", "/load_lora_adapter_from_tensors"),
+                ("sgl-project/sglang#26789", "/v1/load_lora_adapter"),
+                // Fetches a KV cache from whichever server the caller names.
+                ("NVIDIA/TensorRT-LLM#15736", "/v1/kv_transfer"),
+                ("a server's role", "/pd_role_switch"),
+                ("other people's requests", "/abort_request"),
+                ("other people's requests", "/inference/v1/abort_requests"),
+            ] {
+                for spelt in [path.to_owned(), format!("{path}/"), path.replacen("/", "/%2e/", 1)] {
+                    for method in ["POST", "GET", "PUT"] {
+                        let mut request = client.json(&spelt, r#"{"model":"sim","source":"http://192.0.2.1"}"#, &[]);
+                        *request.method_mut() = method.parse().unwrap();
+                        let answer = client.send(request).await;
+                        assert!(
+                            matches!(answer.status, 301 | 307 | 400 | 404),
+                            "{report} {method} {spelt}: {}",
+                            answer.status
+                        );
+                    }
+                }
+                assert_rejected(&client.post(path, "{}").await, 404, "unknown_path");
+            }
+            for path in [
+                "/v1/audio/../load_lora_adapter",
+                "/v1/audio/%2e%2e/load_lora_adapter",
+                "/v1/audio/..%2fload_lora_adapter",
+                "/v1/responses/%252e%252e/%252e%252e/sleep",
+                "/v1/models/..;/sleep",
+                "/v1/audio\\..\\..\\sleep",
+                "/v1//../sleep",
+                "/SLEEP",
+            ] {
+                client.try_send(client.json(path, "{}", &[])).await.ok();
+            }
+        }
+        for request in recorded(rig.engines()) {
+            let path = request.path.to_ascii_lowercase();
+            let is_below = ["/v1/audio/", "/v1/responses/", "/v1/models/"].iter().any(|known| path.starts_with(known));
+            assert!(is_below && !path.contains("/../") && !path.contains("/..%2f"), "{} {path}", request.method);
+        }
+    });
+}
+
+/// A form with a file in front of its other fields.
+fn form(fields: &[(&str, &str)], file_bytes: usize) -> String {
+    let file = format!(
+        "--x\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a.ogg\"\r\nContent-Type: audio/ogg\r\n\r\n{}\r\n",
+        "OggS".repeat(file_bytes / 4)
+    );
+    let field = |(name, value): &(&str, &str)| {
+        format!("--x\r\nContent-Disposition: form-data; name=\"{name}\"\r\n\r\n{value}\r\n")
+    };
+    format!("{file}{}--x--\r\n", fields.iter().map(field).collect::<String>())
+}
+
+#[test]
+fn the_model_decides_which_server_gets_what_has_no_prompt() {
+    run(async {
+        // One decode server for text, one for all else.
+        let rig = Rig::builder()
+            .list(|list| {
+                for (i, entry) in list.iter_mut().enumerate() {
+                    entry["models"] = if i == 3 { json!(["embed", "whisper/1", "rank"]) } else { json!(["sim"]) };
+                    entry["models_closed"] = json!(true);
+                }
+            })
+            .plugin(json!({"models": {"text-embedding-3-small": {"targets": [{"model": "embed"}]}, "whisper-1": {"targets": [{"model": "whisper/1"}]}}}))
+            .start()
+            .await;
+        let text = "multipart/form-data; boundary=x";
+        let of_form = |model: &str| form(&[("response_format", "json"), ("model", model)], 3 << 20);
+        for http in BOTH {
+            let mut client = rig.client(http).await;
+            for (report, path, content_type, body) in [
+                // A router wanted a prompt of each request.
+                (
+                    "llm-d/llm-d-router#1340",
+                    "/v1/rerank",
+                    "application/json",
+                    r#"{"model":"rank","query":"hello","documents":["doc1","doc2"]}"#.to_owned(),
+                ),
+                (
+                    "llm-d/llm-d-router#1340",
+                    "/v1/score",
+                    "application/json",
+                    r#"{"model":"rank","text_1":"a","text_2":["b"]}"#.to_owned(),
+                ),
+                (
+                    "BerriAI/litellm#14937",
+                    "/rerank",
+                    "application/json",
+                    r#"{"model":"rank","query":"hello","documents":["doc1"],"top_n":1}"#.to_owned(),
+                ),
+                // Embeddings went to the server of the chat model.
+                (
+                    "mohitsoni48/TurboLLM#251",
+                    "/v1/embeddings",
+                    "application/json",
+                    r#"{"model":"text-embedding-3-small","input":["text to embed"],"encoding_format":"float"}"#
+                        .to_owned(),
+                ),
+                // Forms: no JSON, and the model behind a file that is larger than a buffer.
+                ("vllm-project/production-stack#1019", "/v1/audio/transcriptions", text, of_form("whisper/1")),
+                ("vllm-project/aibrix#1859", "/v1/audio/translations", text, of_form("whisper/1")),
+                ("agentgateway/agentgateway#2301", "/v1/audio/transcriptions", text, of_form("whisper-1")),
+                ("ggml-org/llama.cpp#22215", "/v1/images/edits", text, of_form("embed")),
+            ] {
+                rig.engines().for_each(pd_sim::Handle::clear_requests);
+                let mut request = client.json(path, body, &[("x-session-id", b"s")]);
+                request.headers_mut().insert("content-type", content_type.parse().unwrap());
+                let answer = client.send(request).await;
+                assert_eq!(
+                    (answer.reason(), recorded([&rig.decode[1]]).len()),
+                    (None, 1),
+                    "{report}: {}",
+                    answer.text()
+                );
+                assert_eq!(recorded(rig.engines()).len(), 1, "{report}: no other server");
+                let got = recorded([&rig.decode[1]]).remove(0).text();
+                assert!(
+                    !got.contains("whisper-1") && !got.contains("text-embedding"),
+                    "{report}: an alias is replaced"
+                );
+            }
+            // The model is in the wrong place for a server that has it not.
+            let mut request = client.json("/v1/audio/transcriptions", form(&[("model", "sim2")], 100), &[]);
+            request.headers_mut().insert("content-type", text.parse().unwrap());
+            assert_rejected(&client.send(request).await, 404, "unknown_model");
+            // sybil-solutions/vllm-studio#194: a form that is none.
+            let mut request = client.json("/v1/audio/transcriptions", "not-multipart", &[]);
+            request.headers_mut().insert("content-type", "multipart/form-data; boundary=nope".parse().unwrap());
+            assert_rejected(&client.send(request).await, 400, "invalid_form");
+        }
+    });
+}
+
+#[test]
+fn lists_of_models_say_what_clients_look_for() {
+    run(async {
+        let rig = Rig::builder()
+            .control(&["--scrape-interval=0.1"])
+            .every_engine(|config| {
+                config.max_model_len = 32_768;
+                config.loras = vec!["adapter".to_owned()];
+            })
+            .plugin(json!({"models": {
+                "coder": {"targets": [{"model": "sim"}]},
+                "asleep": {"targets": [{"model": "scaled-to-zero"}]},
+            }}))
+            .start()
+            .await;
+        let card = async |client: &mut Client, id: &str| -> Value {
+            let list = client.get("/v1/models").await.json();
+            list["data"]
+                .as_array()
+                .and_then(|all| all.iter().find(|card| card["id"] == id))
+                .cloned()
+                .unwrap_or_default()
+        };
+        until("the engines have told their models", async || {
+            (card(&mut rig.client(Http::One).await, "adapter").await["parent"] == "sim").then_some(())
+        })
+        .await;
+        for http in BOTH {
+            let mut client = rig.client(http).await;
+            // azrtydxb/Fastllm-proxy#18, BerriAI/litellm#10096: a gateway dropped what the engine says.
+            let sim = card(&mut client, "sim").await;
+            assert_eq!(
+                (&sim["max_model_len"], &sim["root"], &sim["owned_by"]),
+                (&json!(32_768), &json!("sim"), &json!("vllm"))
+            );
+            // azrtydxb/Fastllm-proxy#24: an alias has the length of the model behind it.
+            assert_eq!(card(&mut client, "coder").await["max_model_len"], 32_768);
+            // vllm-project/production-stack#331, vllm-project/vllm#11761: adapters have a parent, and are listed once each.
+            let list = client.get("/v1/models").await.json();
+            let ids: Vec<_> =
+                list["data"].as_array().unwrap().iter().map(|card| card["id"].as_str().unwrap()).collect();
+            assert_eq!(ids, ["adapter", "coder", "sim"], "production-stack#490: one list of all servers");
+            assert_eq!(card(&mut client, "adapter").await["parent"], "sim");
+            for id in ids {
+                let one = client.get(&format!("/v1/models/{id}")).await;
+                assert_eq!((one.status, one.json()), (200, card(&mut client, id).await));
+            }
+            // vllm-project/production-stack#1003: a gateway that never saw a server of the model says "not now", not "never".
+            for path in ["/v1/models/asleep", "/v1/models/scaled-to-zero"] {
+                assert_rejected(&client.get(path).await, 503, "no_endpoint");
+            }
+            for (path, model) in [(CHAT, "asleep"), (CHAT, "scaled-to-zero"), ("/v1/embeddings", "asleep")] {
+                let body = short_chat().replace("\"sim\"", &format!("\"{model}\""));
+                assert_rejected(&client.post(path, body).await, 503, "no_endpoint");
+            }
+            assert_rejected(
+                &client.post(CHAT, short_chat().replace("\"sim\"", "\"gpt-4o\"")).await,
+                404,
+                "unknown_model",
+            );
+        }
+        // gpustack/gpustack#6038: all servers of a model fail their health checks at once.
+        let down: Vec<Value> = rig
+            .engines()
+            .enumerate()
+            .map(|(i, engine)| {
+                let role = if i < 2 { "prefill" } else { "decode" };
+                json!({"address": engine.addr().to_string(), "role": role, "state": "down"})
+            })
+            .collect();
+        rig.relist(&down).await;
+        let mut client = rig.client(Http::One).await;
+        for model in ["sim", "adapter", "coder"] {
+            let body = short_chat().replace("\"sim\"", &format!("\"{model}\""));
+            assert_rejected(&client.post(CHAT, body).await, 503, "no_endpoint");
+        }
     });
 }
 
@@ -225,5 +475,39 @@ fn what_the_engine_refuses_is_refused_in_its_words_and_computed_nowhere() {
             assert_eq!(answer.text(), own.text(), "{report}");
         }
         assert_eq!(sum(&rig.prefill, |stats| stats.prefill_legs), 0);
+    });
+}
+
+#[test]
+fn what_agents_and_browsers_send_beside_plain_requests_is_served_or_refused_at_once() {
+    const ZSTD: &[u8] = b"\x28\xb5\x2f\xfd\x04\x00\x11\x00\x00{}";
+    run(async {
+        let rig = shared().await;
+        for http in BOTH {
+            let mut client = rig.client(http).await;
+            // earendil-works/pi#3579, envoyproxy/gateway#3047: a name with `_`.
+            let body = short_chat();
+            let request = client.json(CHAT, body.clone(), &[("session_id", b"s"), ("conversation_id", b"c")]);
+            assert_right(&client.send(request).await, &body);
+            // BYK/loreai#1049: Codex compresses. QuantumNous/new-api#4913: and something on its way loses the header.
+            let request = client.json("/v1/responses", ZSTD, &[("content-encoding", b"zstd")]);
+            assert_rejected(&client.send(request).await, 415, "content_encoding");
+            assert_rejected(&client.send(client.json("/v1/responses", ZSTD, &[])).await, 400, "invalid_json");
+            let mut client = rig.client(http).await;
+            // envoyproxy/ai-gateway#965: a browser asks first, without a body and without a model. The engine answers.
+            for path in [CHAT, "/v1/models", "/v1/embeddings"] {
+                rig.engines().for_each(pd_sim::Handle::clear_requests);
+                let mut request = client.request("OPTIONS", path);
+                for (name, value) in [
+                    ("origin", "vscode-file://vscode-app"),
+                    ("access-control-request-method", "POST"),
+                    ("access-control-request-headers", "authorization,content-type"),
+                ] {
+                    request.headers_mut().insert(name, value.parse().unwrap());
+                }
+                let answer = client.send(request).await;
+                assert_eq!((answer.reason(), recorded(&rig.decode).len()), (None, 1), "{path}: {}", answer.text());
+            }
+        }
     });
 }
