@@ -308,7 +308,7 @@ fn a_route_that_rewrites_paths_needs_path_prefixes() {
     const REWRITE: &str =
         "    - {type: URLRewrite, urlRewrite: {path: {type: ReplacePrefixMatch, replacePrefixMatch: /}}}\n";
     let matches = manifests();
-    let (_, matches) = matches.split_once("    # The paths of engines' inference APIs.").unwrap();
+    let (_, matches) = matches.split_once("below these prefixes\n    # itself.").unwrap();
     let (matches, _) = matches.split_once("    # No limit:").unwrap();
     let text = replaced(&manifests(), matches, "\n    - path: {type: PathPrefix, value: /team}\n");
     let text = replaced_once(&text, &format!("{BEGIN}{HEADERS}"), &format!("{BEGIN}{REWRITE}{HEADERS}"));

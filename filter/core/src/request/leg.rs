@@ -168,11 +168,14 @@ pub(super) fn abandon(worker: &mut Worker, endpoint: EndpointRef, leg: u64, now:
     worker.prefill_abandoned(endpoint, leg, now);
 }
 
+/// Reason of a reply that is an engine's own answer to the prefill leg.
+pub(super) const PREFILL_ANSWER: &str = "prefill_answer";
+
 /// An engine's own answer to the prefill leg, for the client.
 pub(super) fn engines_reply(status: u16, content_type: Option<&[u8]>, body: &[u8]) -> Reply {
     let content_type = content_type.and_then(|value| core::str::from_utf8(value).ok());
     let headers = vec![("content-type", content_type.unwrap_or("application/json").to_owned())];
-    Reply { status, headers, body: body.to_vec(), reason: "prefill_answer" }
+    Reply { status, headers, body: body.to_vec(), reason: PREFILL_ANSWER }
 }
 
 /// Why a prefill leg is worth another try.

@@ -36,6 +36,7 @@ use envoys_error::{EnvoysError, Respelt};
 use forwarded::served_by;
 use head::decoded_path;
 use kv_lease::KvLease;
+use leg::PREFILL_ANSWER;
 use state::{Reading, State};
 use step::Step;
 use upstream::Answerer;
@@ -84,8 +85,8 @@ pub struct Request {
     error_form: ErrorForm,
     /// Whether the request's method is HEAD.
     is_head: bool,
-    /// Whether the filter has given the answer that the request asks for. An error of the filter's own is none: Envoy may be
-    /// first with another one.
+    /// Whether the filter has given the answer that the request asks for, or an engine's. An error of the filter's own is
+    /// none: Envoy may be first with another one.
     is_answered: bool,
     /// An error of Envoy's own whose body is on its way to the client.
     envoys_error: Option<EnvoysError>,
@@ -241,7 +242,7 @@ impl Request {
     fn enter(&mut self, step: Step) -> Outcome {
         let Step { next, mut outcome, rejection } = step;
         self.state = next;
-        let is_answer = |effect: &Effect| matches!(effect, Effect::Reply(reply) if reply.status < 400);
+        let is_answer = |effect: &Effect| matches!(effect, Effect::Reply(reply) if reply.status < 400 || reply.reason == PREFILL_ANSWER);
         self.is_answered |= outcome.effects.last().is_some_and(is_answer);
         outcome.effects.extend(rejection.map(|rejection| Effect::Reply(rejection.reply(self.error_form))));
         outcome
