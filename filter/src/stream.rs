@@ -298,7 +298,8 @@ impl Stream {
                 request.response_headers(&mut shell.worker, source.answerer(), status, now)
             });
         }
-        if source.is_envoys_error() {
+        // Headers that core holds back, or has answered in place of, are not for the client.
+        if flow == Flow::Continue && source.is_envoys_error() {
             let content_type = host::header(Map::Response, "content-type").ok();
             let status = status.unwrap_or_default();
             flow = self.part(|request, _| request.envoys_error(status, content_type.as_deref(), end_of_stream));

@@ -247,19 +247,22 @@ mod tests {
 
     #[test]
     fn an_endpoint_that_always_fails_is_hopeless_while_a_peer_that_gets_requests_never_does() {
-        let kind = ErrorClass::Server;
-        let (bad, good) = (answers(&[Some(kind); 8]), answers(&[None; 8]));
-        let hopeless = |own: &Answers, of: &[(Answers, bool)]| own.is_hopeless(LEG, kind, &peers(of, kind));
+        let class = ErrorClass::Server;
+        let (bad, good) = (answers(&[Some(class); 8]), answers(&[None; 8]));
+        let hopeless = |own: &Answers, of: &[(Answers, bool)]| own.is_hopeless(LEG, class, &peers(of, class));
         assert!(hopeless(&bad, &[(bad, true), (bad, true), (good, false)]));
         assert!(
-            !bad.is_worse_than(LEG, kind, &peers(&[(bad, true), (bad, true), (good, false)], kind)),
+            !bad.is_worse_than(LEG, class, &peers(&[(bad, true), (bad, true), (good, false)], class)),
             "most do the same"
         );
-        assert!(!hopeless(&answers(&[Some(kind); 7]), &[(good, false)]), "too few");
+        assert!(!hopeless(&answers(&[Some(class); 7]), &[(good, false)]), "too few");
         assert!(!hopeless(&bad, &[(good, true)]), "it gets no requests");
         assert!(hopeless(&bad, &[(Answers::default(), false)]), "a peer without answers counts as healthy");
-        assert!(!hopeless(&bad, &[(answers(&[&[Some(kind)][..], &[None; 15]].concat()), false)]), "it fails, too");
-        assert!(hopeless(&bad, &[(answers(&[Some(ErrorClass::Overload); 8]), false)]), "another kind is another cause");
+        assert!(!hopeless(&bad, &[(answers(&[&[Some(class)][..], &[None; 15]].concat()), false)]), "it fails, too");
+        assert!(
+            hopeless(&bad, &[(answers(&[Some(ErrorClass::Overload); 8]), false)]),
+            "another class is another cause"
+        );
         assert!(!hopeless(&bad, &[]));
     }
 
