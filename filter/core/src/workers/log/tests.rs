@@ -266,6 +266,26 @@ fn a_new_generation_begins_with_what_the_old_one_knew() {
 }
 
 #[test]
+fn the_choice_of_a_decode_endpoint_waits_until_its_request_ends_and_not_longer() {
+    let (store, now) = (Store::default(), Monotonic::from_secs(1));
+    let mut nodes = fleet(&store, 3, now);
+    let (prefill, decode) = (nodes[0].endpoint(0), nodes[0].endpoint(2));
+    let leg = nodes[0].worker.next_leg();
+    nodes[0].worker.prefill_started(prefill, leg, 0.5, now, now + Duration::from_secs(9));
+    nodes[0].publish(&store, now);
+    nodes[0].worker.decode_started(decode, 10);
+    nodes[0].publish(&store, now);
+    let is_seen = |nodes: &mut [Node]| {
+        nodes[1].catch_up(&store, now);
+        nodes[1].ledger(now) == nodes[0].ledger(now)
+    };
+    assert!(!is_seen(&mut nodes), "one write has the events of several requests");
+    nodes[0].worker.pending.request_ended();
+    nodes[0].publish(&store, now);
+    assert!(is_seen(&mut nodes));
+}
+
+#[test]
 fn a_worker_beside_which_only_the_main_thread_has_a_vm_publishes_at_its_tick() {
     for (vms, is_seen) in [(2, false), (3, true)] {
         let (store, now) = (Store::default(), Monotonic::from_secs(1));
