@@ -244,8 +244,11 @@ fn multipart(body: &[u8], boundary: &[u8]) -> Result<Vec<Field>, FormError> {
     let delimiter = [b"\r\n--", boundary].concat();
     let finder = memmem::Finder::new(&delimiter);
     let rest_of = |offset: usize| body.get(offset..).unwrap_or_default();
-    // Line breaks before the first delimiter are passed over by every parser, other text by some.
-    let mut start = body.iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
+    // Empty lines before the first delimiter are passed over by every parser, other text by some.
+    let mut start = 0_usize;
+    while rest_of(start).starts_with(b"\r\n") {
+        start = start.saturating_add(2);
+    }
     if !rest_of(start).starts_with(delimiter.get(2..).unwrap_or_default()) {
         return Err(FormError::Malformed);
     }
@@ -253,14 +256,15 @@ fn multipart(body: &[u8], boundary: &[u8]) -> Result<Vec<Field>, FormError> {
     loop {
         let mut offset = start.saturating_add(delimiter.len()).saturating_sub(2);
         let rest = rest_of(offset);
-        if rest.starts_with(b"--") {
-            return Ok(fields);
+        if let Some(after) = rest.strip_prefix(b"--") {
+            // To some parsers a delimiter with more behind it does not end the form.
+            return if after.trim_ascii().is_empty() { Ok(fields) } else { Err(FormError::Malformed) };
         }
         if !rest.starts_with(b"\r\n") {
             return Err(FormError::Malformed);
         }
         offset = offset.saturating_add(2);
-        let (name, is_file, header_bytes) = part_headers(rest_of(offset))?;
+        let (name, is_file, header_bytes) = part_headers(rest_of(offset), boundary)?;
         let value_start = offset.saturating_add(header_bytes);
         let found = finder.find(rest_of(value_start)).ok_or(FormError::Malformed)?;
         let value_end = value_start.saturating_add(found);
@@ -274,23 +278,27 @@ fn multipart(body: &[u8], boundary: &[u8]) -> Result<Vec<Field>, FormError> {
 }
 
 /// Reads the headers of a part: its name, whether it is a file, and the bytes up to its value.
-fn part_headers(part: &[u8]) -> Result<(String, bool, usize), FormError> {
+///
+/// A header line that begins as a delimiter ends the part to parsers that look for delimiters first, and is a header to those
+/// that read line by line. A name of a header that is no token is a header to some parsers only.
+fn part_headers(part: &[u8], boundary: &[u8]) -> Result<(String, bool, usize), FormError> {
     let end = memmem::find(part, b"\r\n\r\n").ok_or(FormError::Malformed)?;
     let block = core::str::from_utf8(part.get(..end).unwrap_or_default()).map_err(|_| FormError::Malformed)?;
     let mut found = None;
     for line in block.split("\r\n") {
         let (name, value) = line.split_once(':').ok_or(FormError::Malformed)?;
-        if line.starts_with([' ', '\t']) || line.contains(['\r', '\n', '\0']) {
+        let is_delimiter = line.as_bytes().strip_prefix(b"--").is_some_and(|rest| rest.starts_with(boundary));
+        if is_delimiter || !is_token(name) || line.contains(['\r', '\n', '\0']) {
             return Err(FormError::Malformed);
         }
-        if name.trim().eq_ignore_ascii_case("content-disposition") {
+        if name.eq_ignore_ascii_case("content-disposition") {
             if found.is_some() {
                 return Err(FormError::Malformed);
             }
             found = Some(disposition(value)?);
         }
         // Deprecated in forms (RFC 7578, section 4.7): some parsers decode by it.
-        let is_encoding = name.trim().eq_ignore_ascii_case("content-transfer-encoding");
+        let is_encoding = name.eq_ignore_ascii_case("content-transfer-encoding");
         let is_plain = |value: &str| ["7bit", "8bit", "binary"].iter().any(|plain| value.eq_ignore_ascii_case(plain));
         if is_encoding && !is_plain(value.trim()) {
             return Err(FormError::Malformed);
@@ -298,6 +306,11 @@ fn part_headers(part: &[u8]) -> Result<(String, bool, usize), FormError> {
     }
     let (name, is_file) = found.ok_or(FormError::Malformed)?;
     Ok((name, is_file, end.saturating_add(4)))
+}
+
+/// Whether `name` is a token (RFC 9110, section 5.6.2), as names of headers are.
+fn is_token(name: &str) -> bool {
+    !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte))
 }
 
 /// Reads `form-data; name="…"; filename="…"`.
