@@ -1,49 +1,27 @@
 //! The KV cache: reference-counted blocks, an LRU over those that nobody uses, as in vLLM's block pool.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use hashlink::LinkedHashSet;
 use tokio::sync::Notify;
 
-const NONE: u32 = u32::MAX;
-
-/// Block hashes are hashes already.
-#[derive(Default)]
-struct Identity(u64);
-
-impl Hasher for Identity {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
-        }
-    }
-    fn write_u64(&mut self, value: u64) {
-        self.0 = value;
-    }
-}
-
-/// A block that holds KV under a hash. In the LRU list exactly when `refs` is 0.
+/// A block that holds KV under a hash.
 #[derive(Clone, Copy)]
-struct Node {
-    hash: u64,
+struct Block {
+    id: u32,
+    /// Requests and leases that hold it.
     refs: u32,
-    older: u32,
-    newer: u32,
 }
 
 struct Blocks {
     capacity: usize,
-    map: HashMap<u64, u32, BuildHasherDefault<Identity>>,
-    nodes: Vec<Node>,
+    /// By hash.
+    named: HashMap<u64, Block>,
+    /// Hashes of the named blocks that nobody holds, the least recently used first.
+    unused: LinkedHashSet<u64>,
+    /// Ids of evicted blocks.
     spare: Vec<u32>,
-    oldest: u32,
-    newest: u32,
-    /// Blocks with `refs` above 0.
-    referenced: usize,
     /// Blocks that requests hold and that have no hash (not yet computed, or not full).
     private: usize,
 }
@@ -57,7 +35,8 @@ pub struct Cache {
 /// Blocks that a request or a lease holds; dropping it gives them back, and those with a hash stay cached.
 pub struct Allocation {
     cache: Arc<Cache>,
-    nodes: Vec<u32>,
+    /// Hashes of the named blocks.
+    named: Vec<u64>,
     private: usize,
     hits: usize,
 }
@@ -69,12 +48,9 @@ impl Cache {
         Arc::new(Self {
             blocks: Mutex::new(Blocks {
                 capacity,
-                map: HashMap::default(),
-                nodes: Vec::new(),
+                named: HashMap::new(),
+                unused: LinkedHashSet::new(),
                 spare: Vec::new(),
-                oldest: NONE,
-                newest: NONE,
-                referenced: 0,
                 private: 0,
             }),
             freed: Notify::new(),
@@ -95,7 +71,7 @@ impl Cache {
     #[must_use]
     pub fn usage(&self) -> f64 {
         let blocks = self.lock();
-        (blocks.referenced + blocks.private) as f64 / blocks.capacity as f64
+        (blocks.held() + blocks.private) as f64 / blocks.capacity as f64
     }
 
     /// Forgets every block that nobody holds.
@@ -109,21 +85,21 @@ impl Cache {
     pub fn try_reserve(self: &Arc<Self>, hashes: &[u64], max_hits: usize, total: usize) -> Option<Allocation> {
         let mut blocks = self.lock();
         let limit = max_hits.min(total);
-        let mut nodes = Vec::with_capacity(total);
-        nodes.extend(hashes.iter().take(limit).map_while(|hash| blocks.map.get(hash).copied()));
-        let hits = nodes.len();
+        let mut named = Vec::with_capacity(total);
+        named.extend(hashes.iter().take(limit).take_while(|hash| blocks.named.contains_key(hash)));
+        let hits = named.len();
         let need = total - hits;
-        let pinned_by_hits = nodes.iter().filter(|node| blocks.nodes[**node as usize].refs == 0).count();
-        if blocks.referenced + pinned_by_hits + blocks.private + need > blocks.capacity {
+        let unused_hits = named.iter().filter(|hash| blocks.unused.contains(*hash)).count();
+        if blocks.held() + unused_hits + blocks.private + need > blocks.capacity {
             return None;
         }
-        for node in &nodes {
-            blocks.pin(*node);
+        for hash in &named {
+            blocks.pin(*hash);
         }
-        while blocks.map.len() + blocks.private + need > blocks.capacity && blocks.evict_oldest() {}
+        while blocks.named.len() + blocks.private + need > blocks.capacity && blocks.evict_oldest() {}
         blocks.private += need;
         drop(blocks);
-        Some(Allocation { cache: Arc::clone(self), nodes, private: need, hits })
+        Some(Allocation { cache: Arc::clone(self), named, private: need, hits })
     }
 
     /// As [`Cache::try_reserve`], waiting until so many blocks are free; `None` if there never are.
@@ -151,10 +127,12 @@ impl Allocation {
     }
 
     /// Ids of the blocks, as a server hands them out.
-    pub fn ids(&self) -> impl Iterator<Item = u32> {
-        let capacity = self.cache.capacity() as u32;
-        // Private blocks have no id of their own here; any that no cached block has will do.
-        self.nodes.iter().map(|node| node + 1).chain((1..).take(self.private).map(move |i| capacity + i))
+    #[must_use]
+    pub fn ids(&self) -> Vec<u32> {
+        let blocks = self.cache.lock();
+        // Private blocks have no id of their own here; any that no named block has will do.
+        let private = (1..).take(self.private).map(|index| blocks.capacity as u32 + index);
+        self.named.iter().filter_map(|hash| blocks.named.get(hash)).map(|block| block.id).chain(private).collect()
     }
 
     /// Names the next blocks, now computed and full: from here on others hit them. `hashes` are those after what is
@@ -164,20 +142,19 @@ impl Allocation {
         for hash in hashes.iter().take(self.private) {
             self.private -= 1;
             blocks.private -= 1;
-            let node = match blocks.map.get(hash) {
-                // Somebody computed the same block meanwhile: share it, the copy is free.
-                Some(node) => *node,
-                None => blocks.insert(*hash),
-            };
-            blocks.pin(node);
-            self.nodes.push(node);
+            // Somebody may have computed the same block meanwhile: it is shared, the copy is free.
+            if !blocks.named.contains_key(hash) {
+                blocks.insert(*hash);
+            }
+            blocks.pin(*hash);
+            self.named.push(*hash);
         }
     }
 
     /// Blocks with a name.
     #[must_use]
     pub fn named(&self) -> usize {
-        self.nodes.len()
+        self.named.len()
     }
 }
 
@@ -185,8 +162,8 @@ impl Drop for Allocation {
     fn drop(&mut self) {
         let mut blocks = self.cache.lock();
         // The end of a prompt goes to the list first and so is evicted first: a prefix is of use without its tail.
-        for node in self.nodes.iter().rev() {
-            blocks.unpin(*node);
+        for hash in self.named.iter().rev() {
+            blocks.unpin(*hash);
         }
         blocks.private -= self.private;
         drop(blocks);
@@ -195,71 +172,36 @@ impl Drop for Allocation {
 }
 
 impl Blocks {
-    fn insert(&mut self, hash: u64) -> u32 {
-        let node = Node { hash, refs: 0, older: NONE, newer: NONE };
-        let index = match self.spare.pop() {
-            Some(index) => {
-                self.nodes[index as usize] = node;
-                index
-            }
-            None => {
-                self.nodes.push(node);
-                (self.nodes.len() - 1) as u32
-            }
-        };
-        self.map.insert(hash, index);
-        self.link_newest(index);
-        index
+    /// Named blocks that requests and leases hold.
+    fn held(&self) -> usize {
+        self.named.len() - self.unused.len()
     }
 
-    fn pin(&mut self, index: u32) {
-        if self.nodes[index as usize].refs == 0 {
-            self.unlink(index);
-            self.referenced += 1;
+    fn insert(&mut self, hash: u64) {
+        let id = self.spare.pop().unwrap_or(self.named.len() as u32 + 1);
+        self.named.insert(hash, Block { id, refs: 0 });
+        self.unused.insert(hash);
+    }
+
+    fn pin(&mut self, hash: u64) {
+        if let Some(block) = self.named.get_mut(&hash) {
+            block.refs += 1;
+            self.unused.remove(&hash);
         }
-        self.nodes[index as usize].refs += 1;
     }
 
-    fn unpin(&mut self, index: u32) {
-        self.nodes[index as usize].refs -= 1;
-        if self.nodes[index as usize].refs == 0 {
-            self.referenced -= 1;
-            self.link_newest(index);
+    fn unpin(&mut self, hash: u64) {
+        let Some(block) = self.named.get_mut(&hash) else { return };
+        block.refs -= 1;
+        if block.refs == 0 {
+            self.unused.insert(hash);
         }
     }
 
     fn evict_oldest(&mut self) -> bool {
-        let index = self.oldest;
-        if index == NONE {
-            return false;
-        }
-        self.unlink(index);
-        self.map.remove(&self.nodes[index as usize].hash);
-        self.spare.push(index);
+        let Some(hash) = self.unused.pop_front() else { return false };
+        self.spare.extend(self.named.remove(&hash).map(|block| block.id));
         true
-    }
-
-    fn link_newest(&mut self, index: u32) {
-        let newest = self.newest;
-        self.nodes[index as usize].older = newest;
-        self.nodes[index as usize].newer = NONE;
-        match newest {
-            NONE => self.oldest = index,
-            newest => self.nodes[newest as usize].newer = index,
-        }
-        self.newest = index;
-    }
-
-    fn unlink(&mut self, index: u32) {
-        let Node { older, newer, .. } = self.nodes[index as usize];
-        match older {
-            NONE => self.oldest = newer,
-            older => self.nodes[older as usize].newer = newer,
-        }
-        match newer {
-            NONE => self.newest = older,
-            newer => self.nodes[newer as usize].older = older,
-        }
     }
 }
 

@@ -52,16 +52,23 @@ fn without_count(raw: &[u8]) -> Vec<u8> {
     [front, &rest[value..]].concat()
 }
 
+/// KV of a prompt.
+pub(crate) struct PromptKv {
+    /// Of the prompt's text.
+    pub(crate) digest: u64,
+    /// Prompt tokens.
+    pub(crate) tokens: u64,
+    /// Given back when the KV is dropped.
+    pub(crate) _blocks: Allocation,
+}
+
 /// KV that waits for its decode leg.
 struct Lease {
     raw: Box<[u8]>,
     /// Only a leg of this request id may have it; `None`: any.
     pair: Option<Box<str>>,
-    digest: u64,
-    tokens: u64,
+    kv: PromptKv,
     expires: Instant,
-    /// Gives the blocks back when the lease ends.
-    _blocks: Allocation,
 }
 
 /// Why a pull does not get the KV.
@@ -103,23 +110,15 @@ impl Leases {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn open(
-        &self,
-        raw: &str,
-        pair: Option<&str>,
-        digest: u64,
-        tokens: u64,
-        blocks: Allocation,
-        lifetime: Duration,
-    ) {
+    pub(crate) fn open(&self, raw: &str, pair: Option<&str>, kv: PromptKv, lifetime: Duration) {
         let raw = without_count(raw.as_bytes());
         let key = xxh3_64(&raw);
         let expires = Instant::now() + lifetime;
         let mut table = self.lock();
-        table.pinned_tokens += tokens;
+        table.pinned_tokens += kv.tokens;
         table.order.push_back((expires, key));
         let pair = pair.map(Into::into);
-        table.open.insert(key, Lease { raw: raw.into(), pair, digest, tokens, expires, _blocks: blocks });
+        table.open.insert(key, Lease { raw: raw.into(), pair, kv, expires });
     }
 
     /// Whether the legs are paired: push mode knows no other way to find the lease.
@@ -137,7 +136,7 @@ impl Leases {
         let Some(lease) = table.open.get(&key).filter(|lease| *lease.raw == *raw) else {
             return Err(table.ended.get(&key).copied().unwrap_or(Refusal::Unknown));
         };
-        let (digest, expired) = (lease.digest, lease.expires <= Instant::now());
+        let (digest, expired) = (lease.kv.digest, lease.expires <= Instant::now());
         if expired {
             return Err(Refusal::Expired);
         }
@@ -178,7 +177,7 @@ impl Leases {
 impl Table {
     fn end(&mut self, key: u64, reason: Refusal) -> Option<Lease> {
         let lease = self.open.remove(&key)?;
-        self.pinned_tokens -= lease.tokens;
+        self.pinned_tokens -= lease.kv.tokens;
         self.ended.insert(key, reason);
         self.ended_order.push_back(key);
         if self.ended_order.len() > REMEMBERED
@@ -211,14 +210,14 @@ pub(crate) struct Issue<'a> {
 
 /// The `kv_transfer_params` of a prefill answer: legal JSON that changes when anybody parses and rebuilds it.
 /// (Unordered keys, white space, a number that loses digits as a double, escapes, an empty array with a space in it.)
-pub(crate) fn write_params(issue: &Issue<'_>, blocks: impl Iterator<Item = u32>) -> String {
+pub(crate) fn write_params(issue: &Issue<'_>, blocks: &[u32]) -> String {
     let mut out = String::with_capacity(512);
     let _ = write!(
         out,
         "{{\"remote_engine_id\":\"{}\", \"do_remote_prefill\" : true,\"do_remote_decode\":false,\"remote_block_ids\":[ [",
         issue.engine_id
     );
-    for (i, block) in blocks.enumerate() {
+    for (i, block) in blocks.iter().enumerate() {
         let _ = write!(out, "{}{block}", if i == 0 { "" } else { "," });
     }
     let request_id = serde_json::to_string(issue.request_id).unwrap_or_default();
@@ -322,7 +321,7 @@ mod tests {
             cached: 16,
             ticket: (1 << 62) + ticket,
         };
-        write_params(&issue, 1..3)
+        write_params(&issue, &[1, 2])
     }
 
     #[test]
@@ -339,7 +338,10 @@ mod tests {
     fn a_lease_is_good_once_unaltered_and_in_time() {
         let cache = Cache::new(8);
         let leases = Leases::default();
-        let open = |raw: &str, lifetime| leases.open(raw, None, 7, 32, cache.try_reserve(&[], 0, 2).unwrap(), lifetime);
+        let open = |raw: &str, lifetime| {
+            let blocks = cache.try_reserve(&[], 0, 2).unwrap();
+            leases.open(raw, None, PromptKv { digest: 7, tokens: 32, _blocks: blocks }, lifetime);
+        };
         open(&params(1), LONG);
         open(&params(2), LONG);
         assert_eq!((leases.gauges(), cache.usage()), ((2, 64), 0.5));

@@ -7,7 +7,7 @@ use crate::cache::Allocation;
 use crate::engine::Pod;
 use crate::failure::Failure;
 use crate::handoff::KvParams;
-use crate::nixl::{Issue, Pulled, trtllm_params, write_params};
+use crate::nixl::{Issue, PromptKv, Pulled, trtllm_params, write_params};
 use crate::request::Generation;
 use crate::role::Engine;
 use crate::tokens::Prompt;
@@ -113,13 +113,14 @@ impl Pod {
             // Between 2^62 and 2^63: a legal int64 that no double holds.
             ticket: (1 << 62) | (ticket >> 2) | 1,
         };
-        let mut raw = write_params(&issue, blocks.ids());
+        let mut raw = write_params(&issue, &blocks.ids());
         if self.config.engine == Engine::Trtllm {
             raw = trtllm_params(&raw);
         }
         // Where the client sent no id the engine makes one up, which no other leg has.
         let pair = (self.config.engine == Engine::VllmNixlPush).then(|| request_id.unwrap_or(id));
-        self.leases.open(&raw, pair, prompt.digest, prompt.tokens(), blocks, self.config.lease);
+        let kv = PromptKv { digest: prompt.digest, tokens: prompt.tokens(), _blocks: blocks };
+        self.leases.open(&raw, pair, kv, self.config.lease);
         self.stats.add(&self.stats.leases_issued, 1);
         self.lease_opened.notify_one();
         raw

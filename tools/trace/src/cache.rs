@@ -1,24 +1,12 @@
 //! Caches of prompt blocks: least recently used first out, in two tiers, as of a server with a GPU and a CPU tier.
 
-use hashbrown::HashMap;
+use hashlink::LinkedHashSet;
 
-const NIL: u32 = u32::MAX;
-
-#[derive(Clone, Copy, Debug)]
-struct Node {
-    block: u64,
-    newer: u32,
-    older: u32,
-}
-
-/// Blocks in the order of their use.
+/// Blocks in the order of their use, at most `capacity` of them.
 #[derive(Clone, Debug)]
 pub struct Lru {
-    places: HashMap<u64, u32>,
-    nodes: Vec<Node>,
-    spare: Vec<u32>,
-    newest: u32,
-    oldest: u32,
+    /// The least recently used first.
+    blocks: LinkedHashSet<u64>,
     capacity: usize,
 }
 
@@ -26,25 +14,25 @@ impl Lru {
     /// Room for so many blocks.
     #[must_use]
     pub fn new(capacity: usize) -> Self {
-        Self { places: HashMap::new(), nodes: Vec::new(), spare: Vec::new(), newest: NIL, oldest: NIL, capacity }
+        Self { blocks: LinkedHashSet::new(), capacity }
     }
 
     /// Blocks held.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.places.len()
+        self.blocks.len()
     }
 
     /// Whether nothing is held.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.places.is_empty()
+        self.blocks.is_empty()
     }
 
     /// Whether this block is held.
     #[must_use]
     pub fn holds(&self, block: u64) -> bool {
-        self.places.contains_key(&block)
+        self.blocks.contains(&block)
     }
 
     /// Leading blocks that are held.
@@ -58,28 +46,11 @@ impl Lru {
         if self.capacity == 0 {
             return Some(block);
         }
-        if let Some(&index) = self.places.get(&block) {
-            self.unlink(index);
-            self.link_newest(index);
+        if self.blocks.to_back(&block) {
             return None;
         }
-        let out = (self.len() >= self.capacity).then(|| self.nodes[self.oldest as usize].block);
-        if let Some(out) = out {
-            self.remove(out);
-        }
-        let node = Node { block, newer: NIL, older: NIL };
-        let index = match self.spare.pop() {
-            Some(index) => {
-                self.nodes[index as usize] = node;
-                index
-            }
-            None => {
-                self.nodes.push(node);
-                (self.nodes.len() - 1) as u32
-            }
-        };
-        self.places.insert(block, index);
-        self.link_newest(index);
+        let out = if self.len() >= self.capacity { self.blocks.pop_front() } else { None };
+        self.blocks.insert(block);
         out
     }
 
@@ -92,33 +63,7 @@ impl Lru {
 
     /// Drops a block, if it is held.
     pub fn remove(&mut self, block: u64) {
-        if let Some(index) = self.places.remove(&block) {
-            self.unlink(index);
-            self.spare.push(index);
-        }
-    }
-
-    fn link_newest(&mut self, index: u32) {
-        let second = self.newest;
-        self.nodes[index as usize].newer = NIL;
-        self.nodes[index as usize].older = second;
-        match second {
-            NIL => self.oldest = index,
-            second => self.nodes[second as usize].newer = index,
-        }
-        self.newest = index;
-    }
-
-    fn unlink(&mut self, index: u32) {
-        let Node { newer, older, .. } = self.nodes[index as usize];
-        match older {
-            NIL => self.oldest = newer,
-            older => self.nodes[older as usize].newer = newer,
-        }
-        match newer {
-            NIL => self.newest = older,
-            newer => self.nodes[newer as usize].older = older,
-        }
+        self.blocks.remove(&block);
     }
 }
 
