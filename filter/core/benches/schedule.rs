@@ -1,20 +1,20 @@
 //! `cargo bench -p pd-core --bench schedule`: what hashing, the index, a choice and a whole request cost.
 
-use core::time::Duration;
 use std::net::{Ipv4Addr, SocketAddr};
 
 use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
 use pd_core::choose::prompt::Prompt;
 use pd_core::choose::scheduler::Scheduler;
-use pd_core::headers::Headers;
 use pd_core::prefix::hash::{BlockHash, PromptHash, prompt_hash};
 use pd_core::prefix::index::PrefixIndex;
-use pd_core::request::upstream::Answerer;
-use pd_core::request::{Effect, Flow, PrefillAnswer, Request};
 use pd_core::time::Monotonic;
 use pd_core::wire::{Endpoint, Role, Snapshot};
 use pd_core::workers::worker::Worker;
+
+mod one_request;
+
+use one_request::{headers, serve};
 
 fn main() {
     divan::main();
@@ -114,8 +114,6 @@ fn choose_both_endpoints(bencher: Bencher<'_, '_>, endpoints: u32) {
     });
 }
 
-const ANSWER: &[u8] = br#"{"id":"c","object":"chat.completion","choices":[{"index":0,"message":{"role":"assistant","content":"a"},"finish_reason":"length"}],"usage":{"prompt_tokens":9,"completion_tokens":1},"kv_transfer_params":{"do_remote_prefill":true,"do_remote_decode":false,"remote_block_ids":[[1,2,3]],"remote_engine_id":"e","remote_request_id":"r","remote_host":"10.0.0.1","remote_port":5600,"tp_size":1}}"#;
-
 fn body(number: u64, bytes: usize) -> Vec<u8> {
     let (head, tail) = (
         r#"{"model":"m","messages":[{"role":"user","content":""#,
@@ -125,50 +123,13 @@ fn body(number: u64, bytes: usize) -> Vec<u8> {
     [head, &content, tail].concat().into_bytes()
 }
 
-fn headers() -> Headers {
-    Headers::from_pairs([
-        (":method", "POST"),
-        (":path", "/v1/chat/completions"),
-        (":authority", "gateway"),
-        (":scheme", "http"),
-        ("user-agent", "OpenAI/Python 1.99.0"),
-        ("content-type", "application/json"),
-        ("accept", "application/json"),
-        ("authorization", "Bearer sk-none"),
-        ("content-length", "200"),
-        ("x-forwarded-for", "10.1.2.3"),
-        ("x-forwarded-proto", "http"),
-        ("x-request-id", "5f0c7e86-2d7a-4a53-9a55-0c6a8d1f3b21"),
-    ])
-}
-
-/// Headers, body, the prefill answer if there is a leg, the answer, its end: all that core does for one request.
-fn serve(worker: &mut Worker, body: &[u8]) -> usize {
-    let mut request = Request::default();
-    let mut now = Monotonic::from_secs(1_000);
-    let mut effects = request.headers(worker, headers(), false, now).effects.len();
-    let outcome = request.body(worker, body, now);
-    effects += outcome.effects.len();
-    if outcome.flow == Flow::Pause && outcome.effects.iter().any(|effect| matches!(effect, Effect::Call(_))) {
-        now += Duration::from_millis(50);
-        let answer = PrefillAnswer::Answered { status: 200, content_type: Some(b"application/json"), body: ANSWER };
-        let outcome = request.prefill_answer(worker, answer, || None::<Vec<u8>>, now);
-        assert_eq!(outcome.flow, Flow::Continue);
-        effects += outcome.effects.len();
-    }
-    request.response_headers(worker, Answerer::Host(b"10.0.0.2:8000"), None, now);
-    request.first_byte(worker, now);
-    request.done(worker, now);
-    effects
-}
-
 fn serve_all(bencher: Bencher<'_, '_>, bytes: usize, split: &str) {
     let mut worker = worker(4, split);
     let mut numbers = 0..;
     bencher
         .counter(BytesCount::new(bytes))
-        .with_inputs(|| body(numbers.next().unwrap_or_default(), bytes))
-        .bench_local_refs(|body| serve(&mut worker, body));
+        .with_inputs(|| (headers(), body(numbers.next().unwrap_or_default(), bytes)))
+        .bench_local_values(|(headers, body)| serve(&mut worker, headers, &body));
 }
 
 #[divan::bench(args = SIZES)]
