@@ -1,10 +1,10 @@
 //! Arbitrary sequences of events on a worker and its requests, and what must hold after each of them.
 
-use hashbrown::HashSet;
 use std::time::Duration;
 
-use pd_core::body::FORBIDDEN;
-use pd_core::body::{KeySet, scan};
+use hashbrown::HashSet;
+
+use pd_core::body::{FORBIDDEN, KeySet, scan};
 use pd_core::headers::Headers;
 use pd_core::metrics::Metric;
 use pd_core::request::upstream::Answerer;
@@ -111,6 +111,16 @@ struct Live {
     body: Vec<u8>,
 }
 
+/// A worker with the requests that live there.
+struct Run<'a> {
+    choices: Choices<'a>,
+    worker: Worker,
+    live: Vec<Live>,
+    /// Every address that a list or the configuration has named so far.
+    known: HashSet<String>,
+    now: Monotonic,
+}
+
 /// Runs the events that `input` spells and checks what must hold.
 ///
 /// # Panics
@@ -119,143 +129,177 @@ pub fn run(input: &[u8]) {
     let mut choices = Choices(input);
     let mut worker = Worker::default();
     let _ = worker.configure(CONFIGS[usize::from(choices.below(8))].as_bytes());
-    let mut known = addresses(&worker);
-    let mut live: Vec<Live> = Vec::new();
-    let mut now = Monotonic::from_secs(1);
+    let known = addresses(&worker);
+    let mut run = Run { choices, worker, live: Vec::new(), known, now: Monotonic::from_secs(1) };
     for _ in 0..256 {
-        if choices.0.is_empty() {
+        if run.choices.0.is_empty() {
             break;
         }
-        let event = choices.below(12);
-        if event == 0 || live.is_empty() {
-            let mut headers = vec![(":method", "POST"), (":path", PATHS[usize::from(choices.below(9))])];
-            let extra = choices.byte();
-            headers.extend((0..6).filter(|bit| extra & (1 << bit) != 0).map(|bit| HEADERS[bit]));
-            let headers = match choices.below(8) {
-                0 => Headers::from_wire(choices.bytes().to_vec()),
-                _ => Headers::from_pairs(headers),
-            };
-            let mut request = Request::default();
-            let outcome = request.headers(&mut worker, headers, choices.below(8) == 0, now);
-            check(&outcome, b"", &known);
-            live.push(Live { request, body: Vec::new() });
-            continue;
-        }
-        let index = usize::from(choices.byte()) % live.len();
-        let Live { request, body } = &mut live[index];
-        match event {
-            1 | 2 => {
-                let text = match choices.below(8) {
-                    0 => choices.bytes(),
-                    n => BODIES[usize::from(choices.byte().wrapping_add(n)) % BODIES.len()].as_bytes(),
-                };
-                let wanted = request.wants_body();
-                let outcome = request.body(&mut worker, text, now);
-                if wanted {
-                    *body = text.to_vec();
-                    check(&outcome, body, &known);
-                } else {
-                    assert_eq!(outcome.effects, []);
-                }
-            }
-            3 | 4 => {
-                let text = match choices.below(6) {
-                    0 => choices.bytes(),
-                    n => ANSWERS[usize::from(n) % 6].as_bytes(),
-                };
-                let status = [200, 200, 200, 400, 429, 500, 503, 504][usize::from(choices.below(8))];
-                let answer = match choices.below(8) {
-                    0 => PrefillAnswer::None,
-                    1 => PrefillAnswer::NotStarted,
-                    _ => PrefillAnswer::Answered { status, content_type: None, body: text },
-                };
-                let waiting = request.awaits_call();
-                let again = (choices.below(8) > 0).then(|| body.clone());
-                let outcome = request.prefill_answer(&mut worker, answer, || again, now);
-                if waiting {
-                    check(&outcome, body, &known);
-                } else {
-                    assert_eq!(outcome, Outcome { flow: Flow::Pause, effects: vec![] });
-                }
-            }
-            5 => {
-                let bytes = usize::from(choices.byte()) << 5;
-                check(&request.body_part(&mut worker, bytes), b"", &known);
-            }
-            6 => {
-                let host = ["10.0.0.2:1", "10.0.0.2:2", "10.0.0.1:1"][usize::from(choices.below(3))].as_bytes();
-                let answerers = [
-                    Answerer::Host(host),
-                    Answerer::FailedAttempt(Some(host)),
-                    Answerer::FailedConnect(None),
-                    Answerer::Envoy,
-                ];
-                let answerer = answerers[usize::from(choices.below(4))];
-                let status = [Some(200), Some(503), None][usize::from(choices.below(3))];
-                let Outcome { flow, effects } = request.response_headers(&mut worker, answerer, status, now);
-                // A server that only prefills must not generate: the filter answers in its place.
-                let is_replaced = matches!(effects.last(), Some(Effect::Reply(_)));
-                let is_held = flow == Flow::Pause;
-                assert!(!is_held || is_replaced || request.awaits_call(), "nothing will let the response go");
-                if let (None, Some(status)) = (answerer.host(), status) {
-                    let types: [Option<&[u8]>; 3] = [None, Some(b"text/plain"), Some(b"application/json")];
-                    let content_type = types[usize::from(choices.below(3))];
-                    let outcome = request.envoys_error(status, content_type, choices.below(2) == 0);
-                    check(&outcome, b"", &known);
-                    assert!(!is_replaced || outcome.effects.is_empty(), "two answers");
-                }
-            }
-            7 => {
-                request.first_byte(&mut worker, now);
-                let text = match choices.below(4) {
-                    0 => choices.bytes(),
-                    n => ANSWERS[usize::from(n) % 6].as_bytes(),
-                };
-                let reads = request.wants_response_body();
-                let outcome = request.response_part(&mut worker, text, choices.below(2) == 0, now);
-                assert!(reads || outcome.effects.is_empty());
-            }
-            8 => {
-                request.done(&mut worker, now);
-                live.remove(index);
-            }
-            9 => {
-                let _ = match choices.below(6) {
-                    0 => worker.apply(choices.bytes()),
-                    n => worker.apply(LISTS[usize::from(n) % 4].as_bytes()),
-                };
-                known.extend(addresses(&worker));
-            }
-            10 => now += Duration::from_millis(u64::from(choices.byte()) * 8),
-            _ => worker.prune(now),
-        }
-        take_turns(&mut worker, &mut live, now, &known);
+        run.event();
     }
-    for Live { mut request, .. } in live {
-        request.done(&mut worker, now);
-    }
-    assert!(worker.state.waiting.is_empty() && !worker.has_waiting(), "a request waits that is over");
-    worker.prune(now + Duration::from_secs(7_200));
-    for (_, state) in worker.state.table.iter() {
-        assert!(state.prefill.is_empty(), "prefill work is left at {}", state.address);
-        assert_eq!((state.decode.requests, state.decode.tokens), (0, 0), "decode work is left at {}", state.address);
-    }
-    for gauge in [Metric::PrefillInFlight, Metric::DecodeInFlight, Metric::DecodeTokensInFlight] {
-        assert_eq!(worker.counts.pending(gauge), 0, "{gauge:?}");
-    }
+    run.end();
 }
 
-/// Passes turns to the requests that they are for. A turn ends the wait, or begins another one.
-fn take_turns(worker: &mut Worker, live: &mut [Live], now: Monotonic, known: &HashSet<String>) {
-    for _ in 0..64 {
-        let Some(turn) = worker.next_turn(now) else { return };
-        let waiting = live.iter_mut().find(|live| live.request.waiting_id() == Some(turn.id));
-        let Live { request, body } = waiting.expect("a turn of a request that waits");
-        let outcome = request.turn(worker, turn, || Some(body.clone()), now);
-        check(&outcome, body, known);
-        assert_ne!(request.waiting_id(), Some(turn.id));
+impl Run<'_> {
+    fn event(&mut self) {
+        let event = self.choices.below(12);
+        if event == 0 || self.live.is_empty() {
+            return self.arrive();
+        }
+        let index = usize::from(self.choices.byte()) % self.live.len();
+        match event {
+            1 | 2 => self.body(index),
+            3 | 4 => self.prefill_answer(index),
+            5 => {
+                let bytes = usize::from(self.choices.byte()) << 5;
+                let outcome = self.live[index].request.body_part(&mut self.worker, bytes);
+                check(&outcome, b"", &self.known);
+            }
+            6 => self.response_headers(index),
+            7 => self.response_part(index),
+            8 => {
+                let mut live = self.live.remove(index);
+                live.request.done(&mut self.worker, self.now);
+            }
+            9 => self.list(),
+            10 => self.now += Duration::from_millis(u64::from(self.choices.byte()) * 8),
+            _ => self.worker.prune(self.now),
+        }
+        self.take_turns();
     }
-    panic!("turns without end");
+
+    fn arrive(&mut self) {
+        let Self { choices, worker, .. } = self;
+        let mut headers = vec![(":method", "POST"), (":path", PATHS[usize::from(choices.below(9))])];
+        let extra = choices.byte();
+        headers.extend((0..6).filter(|bit| extra & (1 << bit) != 0).map(|bit| HEADERS[bit]));
+        let headers = match choices.below(8) {
+            0 => Headers::from_wire(choices.bytes().to_vec()),
+            _ => Headers::from_pairs(headers),
+        };
+        let mut request = Request::default();
+        let outcome = request.headers(worker, headers, choices.below(8) == 0, self.now);
+        check(&outcome, b"", &self.known);
+        self.live.push(Live { request, body: Vec::new() });
+    }
+
+    fn body(&mut self, index: usize) {
+        let Self { choices, worker, live, .. } = self;
+        let Live { request, body } = &mut live[index];
+        let text = match choices.below(8) {
+            0 => choices.bytes(),
+            n => BODIES[usize::from(choices.byte().wrapping_add(n)) % BODIES.len()].as_bytes(),
+        };
+        let wanted = request.wants_body();
+        let outcome = request.body(worker, text, self.now);
+        if wanted {
+            *body = text.to_vec();
+            check(&outcome, body, &self.known);
+        } else {
+            assert_eq!(outcome.effects, []);
+        }
+    }
+
+    fn prefill_answer(&mut self, index: usize) {
+        let Self { choices, worker, live, .. } = self;
+        let Live { request, body } = &mut live[index];
+        let text = match choices.below(6) {
+            0 => choices.bytes(),
+            n => ANSWERS[usize::from(n) % 6].as_bytes(),
+        };
+        let status = [200, 200, 200, 400, 429, 500, 503, 504][usize::from(choices.below(8))];
+        let answer = match choices.below(8) {
+            0 => PrefillAnswer::None,
+            1 => PrefillAnswer::NotStarted,
+            _ => PrefillAnswer::Answered { status, content_type: None, body: text },
+        };
+        let waiting = request.awaits_call();
+        let again = (choices.below(8) > 0).then(|| body.clone());
+        let outcome = request.prefill_answer(worker, answer, || again, self.now);
+        if waiting {
+            check(&outcome, body, &self.known);
+        } else {
+            assert_eq!(outcome, Outcome { flow: Flow::Pause, effects: vec![] });
+        }
+    }
+
+    fn response_headers(&mut self, index: usize) {
+        let Self { choices, worker, live, .. } = self;
+        let request = &mut live[index].request;
+        let host = ["10.0.0.2:1", "10.0.0.2:2", "10.0.0.1:1"][usize::from(choices.below(3))].as_bytes();
+        let answerers =
+            [Answerer::Host(host), Answerer::FailedAttempt(Some(host)), Answerer::FailedConnect(None), Answerer::Envoy];
+        let answerer = answerers[usize::from(choices.below(4))];
+        let status = [Some(200), Some(503), None][usize::from(choices.below(3))];
+        let Outcome { flow, effects } = request.response_headers(worker, answerer, status, self.now);
+        // A server that only prefills must not generate: the filter answers in its place.
+        let is_replaced = matches!(effects.last(), Some(Effect::Reply(_)));
+        let is_held = flow == Flow::Pause;
+        assert!(!is_held || is_replaced || request.awaits_call(), "nothing will let the response go");
+        if let (None, Some(status)) = (answerer.host(), status) {
+            let types: [Option<&[u8]>; 3] = [None, Some(b"text/plain"), Some(b"application/json")];
+            let content_type = types[usize::from(choices.below(3))];
+            let outcome = request.envoys_error(status, content_type, choices.below(2) == 0);
+            check(&outcome, b"", &self.known);
+            assert!(!is_replaced || outcome.effects.is_empty(), "two answers");
+        }
+    }
+
+    fn response_part(&mut self, index: usize) {
+        let Self { choices, worker, live, .. } = self;
+        let request = &mut live[index].request;
+        request.first_byte(worker, self.now);
+        let text = match choices.below(4) {
+            0 => choices.bytes(),
+            n => ANSWERS[usize::from(n) % 6].as_bytes(),
+        };
+        let reads = request.wants_response_body();
+        let outcome = request.response_part(worker, text, choices.below(2) == 0, self.now);
+        assert!(reads || outcome.effects.is_empty());
+    }
+
+    fn list(&mut self) {
+        let _ = match self.choices.below(6) {
+            0 => self.worker.apply(self.choices.bytes()),
+            n => self.worker.apply(LISTS[usize::from(n) % 4].as_bytes()),
+        };
+        self.known.extend(addresses(&self.worker));
+    }
+
+    /// Passes turns to the requests that they are for. A turn ends the wait, or begins another one.
+    fn take_turns(&mut self) {
+        for _ in 0..64 {
+            let Some(turn) = self.worker.next_turn(self.now) else { return };
+            let waiting = self.live.iter_mut().find(|live| live.request.waiting_id() == Some(turn.id));
+            let Live { request, body } = waiting.expect("a turn of a request that waits");
+            let outcome = request.turn(&mut self.worker, turn, || Some(body.clone()), self.now);
+            check(&outcome, body, &self.known);
+            assert_ne!(request.waiting_id(), Some(turn.id));
+        }
+        panic!("turns without end");
+    }
+
+    /// Ends every request: nothing may be left of any.
+    fn end(self) {
+        let Self { mut worker, live, now, .. } = self;
+        for Live { mut request, .. } in live {
+            request.done(&mut worker, now);
+        }
+        assert!(worker.state.waiting.is_empty() && !worker.has_waiting(), "a request waits that is over");
+        worker.prune(now + Duration::from_secs(7_200));
+        for (_, state) in worker.state.table.iter() {
+            assert!(state.prefill.is_empty(), "prefill work is left at {}", state.address);
+            assert_eq!(
+                (state.decode.requests, state.decode.tokens),
+                (0, 0),
+                "decode work is left at {}",
+                state.address
+            );
+        }
+        for gauge in [Metric::PrefillInFlight, Metric::DecodeInFlight, Metric::DecodeTokensInFlight] {
+            assert_eq!(worker.counts.pending(gauge), 0, "{gauge:?}");
+        }
+    }
 }
 
 fn addresses(worker: &Worker) -> HashSet<String> {
