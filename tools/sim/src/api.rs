@@ -22,13 +22,15 @@ use crate::metrics;
 use crate::nixl::{ENGINE_HEADER, PAIR_HEADER, PULL_PATH, REVISION_HEADER, Refusal};
 use crate::plain;
 use crate::request::Generation;
-use crate::role::Engine;
+use crate::role::{Engine, Role};
 use crate::rooms::{QUERY_PATH, ROOM_PATH};
 use crate::rules::{Api, Rules};
 use crate::tokens::Prompt;
 
 /// Version of vLLM whose behaviour this is.
 const VLLM_VERSION: &str = "0.32.0";
+/// The same of SGLang.
+const SGLANG_VERSION: &str = "0.5.23";
 
 /// Answers one request of the API.
 pub(crate) async fn serve(pod: Arc<Pod>, connection: Arc<Connection>, request: Request<Incoming>) -> Response<Body> {
@@ -247,10 +249,17 @@ async fn faults(
     Ok(spoilt)
 }
 
-/// vLLM's endpoints that generate nothing.
+/// The engine's endpoints that generate nothing. Routers tell SGLang from vLLM by those that only one of them has.
 fn serve_plain(pod: &Pod, parts: &Parts) -> Response<Body> {
     let get = parts.method == Method::GET;
+    let is_sglang = pod.config.engine == Engine::Sglang;
     match parts.uri.path() {
+        "/server_info" | "/get_server_info" if get && is_sglang => json(StatusCode::OK, sglang_server(pod)),
+        "/model_info" | "/get_model_info" if get && is_sglang => {
+            let model = quote(pod.config.models.first().map_or("", String::as_str));
+            json(StatusCode::OK, format!(r#"{{"model_path":{model},"is_generation":true}}"#))
+        }
+        "/version" if is_sglang => detail(StatusCode::NOT_FOUND),
         "/v1/models" if get => json(StatusCode::OK, models(pod)),
         "/health" if get => Response::new(answer::full(Bytes::new())),
         "/version" if get => json(StatusCode::OK, format!(r#"{{"version":"{VLLM_VERSION}"}}"#)),
@@ -260,6 +269,22 @@ fn serve_plain(pod: &Pod, parts: &Parts) -> Response<Body> {
         path if path.starts_with("/v1/responses/") => stored(pod, path, get),
         _ => detail(StatusCode::NOT_FOUND),
     }
+}
+
+/// What SGLang says of its process, as far as routers read it.
+fn sglang_server(pod: &Pod) -> String {
+    serde_json::json!({
+        "version": SGLANG_VERSION,
+        "served_model_name": pod.config.models.first(),
+        "disaggregation_mode": match pod.config.role {
+            Role::Prefill => "prefill",
+            Role::Decode => "decode",
+            Role::Both => "null",
+        },
+        "max_running_requests": pod.config.max_num_seqs,
+        "max_total_num_tokens": pod.config.cache_tokens,
+    })
+    .to_string()
 }
 
 /// A kept response, asked for again or cancelled.
@@ -281,7 +306,7 @@ fn models(pod: &Pod) -> String {
             "id": name,
             "object": "model",
             "created": 0,
-            "owned_by": "vllm",
+            "owned_by": if pod.config.engine == Engine::Sglang { "sglang" } else { "vllm" },
             "root": name,
             "parent": parent,
             "max_model_len": parent.is_none().then_some(pod.config.max_model_len),

@@ -70,6 +70,9 @@ pub struct Config {
     /// ever. A client that sends its next request at that moment loses the request, as it sometimes does at a real server.
     /// Time between two parts of a stream counts, too.
     pub keep_alive: Option<Duration>,
+    /// Accepts KV parameters that a gateway parsed and wrote again with the same values, as vLLM does. Without it they must
+    /// come back byte for byte, so that a test sees any gateway that changes them.
+    pub rebuilt_params: bool,
     /// Counts the prompts that were computed, for all servers of a test together; absent: nobody counts.
     pub computed: Option<Arc<Computed>>,
 }
@@ -122,6 +125,7 @@ impl Default for Config {
             record: 256,
             max_body_bytes: 64 << 20,
             keep_alive: None,
+            rebuilt_params: false,
             computed: None,
         }
     }

@@ -98,7 +98,7 @@ impl Pod {
             mode: watch::Sender::new(Mode::Serve),
             running: AtomicU64::new(0),
             waiting: AtomicU64::new(0),
-            leases: Leases::default(),
+            leases: Leases::new(config.rebuilt_params),
             rooms: Rooms::default(),
             stored: Stored::default(),
             lease_opened: Notify::new(),

@@ -93,6 +93,9 @@ struct Args {
     /// Seconds after which the server closes a connection without a request, as uvicorn does after 5 [default: never]
     #[arg(long)]
     keep_alive_s: Option<f64>,
+    /// Accept KV parameters that a gateway parsed and wrote again, as vLLM does; by default they must be byte for byte
+    #[arg(long)]
+    rebuilt_params: bool,
     /// Requests kept for GET /requests
     #[arg(long, value_name = "N", default_value_t = 0)]
     record: usize,
@@ -143,6 +146,7 @@ impl Args {
             seed: self.seed,
             record: self.record,
             keep_alive,
+            rebuilt_params: self.rebuilt_params,
             computed: None,
             ..Config::default()
         })

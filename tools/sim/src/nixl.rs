@@ -102,16 +102,34 @@ struct Table {
 /// The leases of one prefill server.
 #[derive(Default)]
 pub(crate) struct Leases {
+    /// Parameters are compared by their values, not byte for byte.
+    by_value: bool,
     table: Mutex<Table>,
 }
 
 impl Leases {
+    pub(crate) fn new(by_value: bool) -> Self {
+        Self { by_value, table: Mutex::default() }
+    }
+
+    /// What is compared of the parameters.
+    fn compared(&self, raw: &[u8]) -> Vec<u8> {
+        if !self.by_value {
+            return without_count(raw);
+        }
+        let Ok(mut value) = serde_json::from_slice::<serde_json::Value>(raw) else { return raw.to_vec() };
+        if let Some(members) = value.as_object_mut() {
+            members.remove("remote_prefill_cached_tokens");
+        }
+        value.to_string().into_bytes()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn open(&self, raw: &str, pair: Option<&str>, kv: PromptKv, lifetime: Duration) {
-        let raw = without_count(raw.as_bytes());
+        let raw = self.compared(raw.as_bytes());
         let key = xxh3_64(&raw);
         let expires = Instant::now() + lifetime;
         let mut table = self.lock();
@@ -124,13 +142,13 @@ impl Leases {
     /// Whether the legs are paired: push mode knows no other way to find the lease.
     pub(crate) fn pairs(&self, raw: &[u8], pair: Option<&str>) -> bool {
         let table = self.lock();
-        let lease = table.open.get(&xxh3_64(&without_count(raw)));
+        let lease = table.open.get(&xxh3_64(&self.compared(raw)));
         lease.is_none_or(|lease| lease.pair.is_none() || lease.pair.as_deref() == pair)
     }
 
     /// Ends the lease of these bytes and says which prompt's KV it was.
     pub(crate) fn pull(&self, raw: &[u8]) -> Result<u64, Refusal> {
-        let raw = without_count(raw);
+        let raw = self.compared(raw);
         let key = xxh3_64(&raw);
         let mut table = self.lock();
         let Some(lease) = table.open.get(&key).filter(|lease| *lease.raw == *raw) else {
@@ -332,6 +350,22 @@ mod tests {
         assert_eq!(value["remote_request_id"], "cmpl-\"odd\"");
         assert_eq!(value["sim_ticket"], (1_u64 << 62) + 1);
         assert_ne!(serde_json::to_string(&value).unwrap(), raw);
+    }
+
+    #[test]
+    fn rebuilt_params_are_good_where_values_count() {
+        let cache = Cache::new(8);
+        for by_value in [true, false] {
+            let leases = Leases::new(by_value);
+            let kv = || PromptKv { digest: 7, tokens: 32, _blocks: cache.try_reserve(&[], 0, 2).unwrap() };
+            leases.open(&params(1), None, kv(), LONG);
+            let rebuilt = serde_json::from_str::<serde_json::Value>(&params(1)).unwrap();
+            let mut altered = rebuilt.clone();
+            altered["remote_block_ids"] = serde_json::json!([[1, 3]]);
+            assert_eq!(leases.pull(altered.to_string().as_bytes()), Err(Refusal::Unknown));
+            let pulled = leases.pull(rebuilt.to_string().as_bytes());
+            assert_eq!(pulled, if by_value { Ok(7) } else { Err(Refusal::Unknown) });
+        }
     }
 
     #[test]

@@ -43,6 +43,17 @@ async fn sglangs_legs_meet_in_their_room() {
 }
 
 #[tokio::test]
+async fn routers_tell_sglang_from_vllm_by_its_own_endpoints() {
+    let (sglang, vllm) = (pair(Engine::Sglang).await.0, pair(Engine::VllmNixl).await.0);
+    for (path, of_sglang, of_vllm) in [("/version", 404, 200), ("/server_info", 200, 404), ("/model_info", 200, 404)] {
+        let status = async |server: &Handle| pd_support::client::get(server.addr(), path).await.unwrap().status;
+        assert_eq!((status(&sglang).await, status(&vllm).await), (of_sglang, of_vllm), "{path}");
+    }
+    let info = pd_support::client::get(sglang.addr(), "/server_info").await.unwrap().text();
+    assert!(info.contains(r#""disaggregation_mode":"prefill""#), "{info}");
+}
+
+#[tokio::test]
 async fn sglang_refuses_requests_without_a_room_and_gives_up_on_empty_ones() {
     let (prefill, decode) = pair(Engine::Sglang).await;
     for server in [&prefill, &decode] {
