@@ -240,6 +240,10 @@ bench: build envoy ## Measure: stages of pd-core, module size, Envoy with and wi
 	$(call say,a change of the list and pd-control)
 	cargo run $(LOCKED) --quiet -p pd-bench --bin pd-bench-push
 
+bench-peers: build envoy ## Measure the filter beside the routers vllm-router, sglang-router and smg, alone and behind Envoy
+#> ARGS=…                                   sizes, connections, rounds: see --help
+	@cargo run $(LOCKED) --quiet -p pd-bench --bin pd-bench-peers -- --peers "$$(tools/bench/peers/install.sh)" $(ARGS)
+
 schemas: toolchain ## Store the schemas that the manifests are checked by, from a folder of definitions
 #> CRDS=folder                              such as .cache/cluster-…/eg-chart/charts/crds
 	cargo run $(LOCKED) --quiet -p pd-cluster --bin pd-schemas -- '$(CRDS)' tests/cluster/schemas
@@ -268,4 +272,4 @@ fuzz-all:
 	    done; \
 	fi
 
-.PHONY: help docs run replay sim sim-agree bench-serve explain build wasm image push image-control push-control image-bench release release-verify programs clients toolchain envoy vllm test test-vllm test-cluster cluster-up cluster-shell cluster-down lint fmt soak fuzz bench schemas deps clean deps-check fuzz-all
+.PHONY: help docs run replay sim sim-agree bench-serve explain build wasm image push image-control push-control image-bench release release-verify programs clients toolchain envoy vllm test test-vllm test-cluster cluster-up cluster-shell cluster-down lint fmt soak fuzz bench bench-peers schemas deps clean deps-check fuzz-all

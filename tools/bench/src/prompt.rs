@@ -5,6 +5,9 @@ use std::io::Write as _;
 /// Digits that make a prompt unlike every other.
 const MARK_DIGITS: usize = 16;
 
+/// Tokens that each request asks for.
+pub const COMPLETION_TOKENS: u64 = 128;
+
 /// Requests that can be sent again and again with another mark each time, without building them anew.
 #[derive(Clone, Debug)]
 pub struct Template {
@@ -31,7 +34,7 @@ impl Template {
             "The quick brown fox jumps over the lazy dog,\\nsays \\\"nothing to see here\\\" and goes. ";
         let (head, tail) = (
             r#"{"model":"m","messages":[{"role":"user","content":""#,
-            format!(r#""}}],"max_tokens":128,"temperature":0.7,"stream":{stream}}}"#),
+            format!(r#""}}],"max_tokens":{COMPLETION_TOKENS},"temperature":0.7,"stream":{stream}}}"#),
         );
         let room = body_bytes.saturating_sub(head.len() + tail.len() + MARK_DIGITS);
         let before = if sharing == Sharing::Half { room / 2 } else { 0 };
