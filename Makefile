@@ -244,6 +244,10 @@ bench-peers: build envoy ## Measure the filter beside the routers vllm-router, s
 #> ARGS=…                                   sizes, connections, rounds: see --help
 	@cargo run $(LOCKED) --quiet -p pd-bench --bin pd-bench-peers -- --peers "$$(tools/bench/peers/install.sh)" $(ARGS)
 
+bench-growth: build envoy ## Measure how cost and memory grow: prompts, endpoints, workers, Envoys, streams, held requests, …
+#> ARGS=…                                   some axes, rounds: see --help
+	@cargo run $(LOCKED) --quiet -p pd-bench --bin pd-bench-growth -- $(ARGS)
+
 schemas: toolchain ## Store the schemas that the manifests are checked by, from a folder of definitions
 #> CRDS=folder                              such as .cache/cluster-…/eg-chart/charts/crds
 	cargo run $(LOCKED) --quiet -p pd-cluster --bin pd-schemas -- '$(CRDS)' tests/cluster/schemas
@@ -272,4 +276,4 @@ fuzz-all:
 	    done; \
 	fi
 
-.PHONY: help docs run replay sim sim-agree bench-serve explain build wasm image push image-control push-control image-bench release release-verify programs clients toolchain envoy vllm test test-vllm test-cluster cluster-up cluster-shell cluster-down lint fmt soak fuzz bench bench-peers schemas deps clean deps-check fuzz-all
+.PHONY: help docs run replay sim sim-agree bench-serve explain build wasm image push image-control push-control image-bench release release-verify programs clients toolchain envoy vllm test test-vllm test-cluster cluster-up cluster-shell cluster-down lint fmt soak fuzz bench bench-peers bench-growth schemas deps clean deps-check fuzz-all

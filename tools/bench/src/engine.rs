@@ -13,7 +13,9 @@ use tokio::task::JoinSet;
 pub const LEG_HEADER: &str = "x-bench-leg";
 /// Header by which a client asks for a stream of so many tokens.
 pub const TOKENS_HEADER: &str = "x-bench-tokens";
-/// Time between two tokens of a stream.
+/// Header by which a client asks for more time between two tokens of a stream, in milliseconds.
+pub const INTERVAL_HEADER: &str = "x-bench-interval-ms";
+/// Time between two tokens of a stream, unless the client asks for more.
 pub const TOKEN_INTERVAL: Duration = Duration::from_millis(2);
 
 /// What an engine answers.
@@ -35,12 +37,21 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts an engine on a free port of the loopback interface.
+    /// Starts an engine on a free port of 127.0.0.1.
     ///
     /// # Errors
     /// When there is no port.
     pub async fn start(answers: Answers) -> Result<Self> {
-        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        Self::start_at("127.0.0.1", answers).await
+    }
+
+    /// Starts an engine on a free port of an IPv4 address. With `0.0.0.0` each address in 127.0.0.0/8 is one of its own, so
+    /// that it can stand for thousands of endpoints.
+    ///
+    /// # Errors
+    /// When there is no port.
+    pub async fn start_at(ip: &str, answers: Answers) -> Result<Self> {
+        let listener = TcpListener::bind((ip, 0)).await?;
         let address = listener.local_addr()?;
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
@@ -161,22 +172,24 @@ async fn serve(mut stream: TcpStream, answers: Answers) -> std::io::Result<()> {
             Answers::Asked => header(head, LEG_HEADER) == Some(b"prefill"),
         };
         let tokens = header(head, TOKENS_HEADER).and_then(number);
+        let interval = header(head, INTERVAL_HEADER).and_then(number);
+        let interval = interval.map_or(TOKEN_INTERVAL, |millis| Duration::from_millis(millis as u64));
         let framing = framing(head);
         skip_body(&mut stream, framing, &mut buffer, head_bytes..filled).await?;
         filled = 0;
         match tokens {
-            Some(tokens) if !is_prefill => stream_tokens(&mut stream, tokens).await?,
+            Some(tokens) if !is_prefill => stream_tokens(&mut stream, tokens, interval).await?,
             _ => stream.write_all(if is_prefill { &prefill } else { &decode }).await?,
         }
     }
 }
 
-async fn stream_tokens(stream: &mut TcpStream, tokens: usize) -> std::io::Result<()> {
+async fn stream_tokens(stream: &mut TcpStream, tokens: usize, interval: Duration) -> std::io::Result<()> {
     const HEAD: &str = "HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n";
     const EVENT: &str = "data: {\"id\":\"chatcmpl-0f1e2d3c4b5a69788796a5b4c3d2e1f0\",\"object\":\"chat.completion.chunk\",\"created\":1790000000,\"model\":\"m\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\" token\"},\"logprobs\":null,\"finish_reason\":null}]}\n\n";
     let event = format!("{:x}\r\n{EVENT}\r\n", EVENT.len());
     stream.write_all(HEAD.as_bytes()).await?;
-    let mut ticks = tokio::time::interval(TOKEN_INTERVAL);
+    let mut ticks = tokio::time::interval(interval);
     for _ in 0..tokens {
         ticks.tick().await;
         stream.write_all(event.as_bytes()).await?;

@@ -71,7 +71,7 @@ pub async fn one(rig: &Rig, gateway: Gateway, bytes: usize, stream: bool) -> Res
     let start = pd_bench::engine::head_length(&request).unwrap_or(0);
     let got = pods.decode.iter().flat_map(pd_sim::Handle::requests).find(|got| got.path.starts_with("/v1/chat"));
     Ok(Checked {
-        kv_moved: gateway.splits().then(|| after.decode_legs > before.decode_legs),
+        kv_moved: gateway.splits().then_some(after.decode_legs > before.decode_legs),
         body: got.map_or(Body::Changed, |got| Body::of(&request[start..], &got.body)),
     })
 }
