@@ -90,6 +90,20 @@ pub fn table(rows: &[Vec<String>]) -> String {
     text
 }
 
+/// The same as a table in Markdown.
+#[must_use]
+pub fn markdown(rows: &[Vec<String>]) -> String {
+    let mut text = String::new();
+    for (i, row) in rows.iter().enumerate() {
+        let cells: Vec<String> = row.iter().map(|cell| cell.replace('|', "\\|")).collect();
+        text.push_str(&format!("| {} |\n", cells.join(" | ")));
+        if i == 0 {
+            text.push_str(&format!("|---|{}\n", "---:|".repeat(row.len().saturating_sub(1))));
+        }
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -118,5 +132,6 @@ mod tests {
     fn tables_line_up() {
         let row = |a: &str, b: &str| vec![a.to_owned(), b.to_owned()];
         assert_eq!(table(&[row("size", "µs"), row("a", "10")]), "size  µs\n────  ──\na     10\n");
+        assert_eq!(markdown(&[row("size", "µs"), row("a|b", "10")]), "| size | µs |\n|---|---:|\n| a\\|b | 10 |\n");
     }
 }

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::Result;
-use pd_bench::figures::table;
+use pd_bench::figures::markdown;
 use pd_bench::plot::{self, Graph, Panel, Series};
 
 /// Figures by name, each a list of points.
@@ -36,7 +36,7 @@ impl Curves {
 
     /// A row for each figure: its values, and the slope of its logarithm over that of what grows, by least squares. 0 means
     /// that it does not grow, 1 that it is proportional.
-    pub fn table(&self) -> String {
+    pub fn rows(&self) -> Vec<Vec<String>> {
         let mut xs: Vec<f64> = self.figures.values().flatten().map(|point| point.0).collect();
         xs.sort_by(f64::total_cmp);
         xs.dedup();
@@ -47,7 +47,13 @@ impl Curves {
             let slope = slope(points).map_or(String::new(), |slope| format!("{slope:.2}"));
             std::iter::once(name.clone()).chain(xs.iter().map(value)).chain([slope]).collect()
         });
-        table(&std::iter::once(head.collect()).chain(rows).collect::<Vec<_>>())
+        std::iter::once(head.collect()).chain(rows).collect()
+    }
+
+    /// The section of the page that shows all axes.
+    pub fn section(&self) -> String {
+        let Self { name, x, .. } = self;
+        format!("## {}\n\n{}\n![Growth with {x}]({name}.svg)\n\n", capital(x), markdown(&self.rows()))
     }
 
     /// All points as CSV.
@@ -104,6 +110,11 @@ fn slope(points: &[(f64, f64)]) -> Option<f64> {
         (above + (x - mean_x) * (y - mean_y), below + (x - mean_x) * (x - mean_x))
     });
     (below > 0.0).then(|| above / below)
+}
+
+fn capital(text: &str) -> String {
+    let mut chars = text.chars();
+    chars.next().map_or(String::new(), |first| first.to_uppercase().chain(chars).collect())
 }
 
 fn short(value: f64) -> String {

@@ -12,6 +12,7 @@ use std::rc::Rc;
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
+use pd_bench::figures::table;
 use pd_bench::process;
 use pd_support::places;
 
@@ -21,7 +22,8 @@ use rig::Engines;
 /// Measures how cost and memory grow with prompts, endpoints, workers, Envoys, streams and more.
 ///
 /// Each axis prints a table with the slope of every figure: that of its logarithm over the logarithm of what grows, so that 0
-/// means no growth and 1 proportional growth. A CSV and a picture of each axis go to the folder.
+/// means no growth and 1 proportional growth. A CSV and a picture of each axis and a page with all of them go to
+/// the folder.
 #[derive(Parser)]
 #[command(name = "pd-bench-growth", version, max_term_width = 120)]
 pub struct Args {
@@ -44,6 +46,11 @@ pub struct Args {
     #[arg(long, default_value_os_t = places::root().join("target/bench-growth"))]
     out: PathBuf,
 }
+
+/// What a reader of the page needs to know.
+const ABOUT: &str = "\"Plain\" is Envoy without the filter, which forwards one request; \"one leg\" serves a request whole, \
+                     \"two legs\" splits it. CPU and memory are those of the Envoy process. The slope is that of the figure's \
+                     logarithm over the logarithm of what grows: 0 means no growth, 1 proportional growth.";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Axis {
@@ -112,10 +119,11 @@ fn main() -> ExitCode {
 }
 
 async fn run(args: &Args) -> Result<()> {
-    println!("machine  {}", process::machine());
-    println!(
-        "module   {} bytes",
-        std::fs::metadata(&args.wasm).with_context(|| args.wasm.display().to_string())?.len()
+    let bytes = std::fs::metadata(&args.wasm).with_context(|| args.wasm.display().to_string())?.len();
+    let machine = process::machine();
+    println!("machine  {machine}\nmodule   {bytes} bytes");
+    let mut page = format!(
+        "# Growth\n\n`make bench-growth` wrote this page on a machine with: {machine}. The module had {bytes} bytes. {ABOUT}\n\n"
     );
     std::fs::create_dir_all(&args.out)?;
     let mark = Rc::new(Cell::new(u64::from(std::process::id()) << 40));
@@ -139,7 +147,10 @@ async fn run(args: &Args) -> Result<()> {
         let file = |end: &str| args.out.join(format!("{}.{end}", curves.name));
         std::fs::write(file("csv"), curves.csv())?;
         curves.draw(&file("svg"))?;
-        println!("\n{}\n{}", curves.table(), file("svg").display());
+        println!("\n{}\n{}", table(&curves.rows()), file("svg").display());
+        page.push_str(&curves.section());
+        // What is measured already is worth having if the rest is interrupted.
+        std::fs::write(args.out.join("README.md"), page.trim_end().to_owned() + "\n")?;
     }
     println!("machine  {} (at the end)", process::machine());
     Ok(())

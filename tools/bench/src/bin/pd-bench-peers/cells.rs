@@ -1,12 +1,12 @@
 //! What was measured, and how it is shown.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::Result;
 use pd_bench::client::Outcome;
-use pd_bench::figures::{Sample, percentile};
+use pd_bench::figures::{Sample, markdown, percentile};
 use pd_bench::plot::{self, Bar, COLOURS, Panel};
 use pd_bench::prompt::COMPLETION_TOKENS;
 
@@ -51,6 +51,14 @@ impl Cell {
 /// All figures.
 #[derive(Default)]
 pub struct Cells(BTreeMap<(Load, Gateway), Cell>);
+
+/// What a reader of the page needs to know.
+const ABOUT: &str = "All gateways send their requests to the same engine simulators, which answer at once with 128 tokens. CPU is \
+                     that of all processes between the client and the engines: Envoy has one worker, routers have as many \
+                     threads as they start. The client and the simulators share one core, so they limit the requests per second \
+                     of long prompts. Times are those beyond a request that goes to a decode server directly. \"KV moved\" says \
+                     whether the decode server used the prefill server's KV cache, \"body kept\" how the client's body arrived \
+                     there: byte for byte but for one insertion, with the same values, or changed.";
 
 const HEAD: [&str; 13] = [
     "gateway",
@@ -125,8 +133,7 @@ impl Cells {
                 .map(str::to_owned)
                 .to_vec(),
         ];
-        let loads: std::collections::BTreeSet<Load> = self.0.keys().map(|(load, _)| *load).collect();
-        for load in loads {
+        for load in self.loads() {
             let peers = [Gateway::EnvoyVllmRouter, Gateway::EnvoySglangRouter, Gateway::EnvoySmg].into_iter();
             let measured =
                 peers.filter_map(|peer| Some((median(self.0.get(&(load, peer))?, |cell| &cell.cpu_us), peer)));
@@ -142,6 +149,27 @@ impl Cells {
             ]);
         }
         rows
+    }
+
+    /// The page that shows all loads, with the picture of [`Cells::draw`].
+    pub fn page(&self, machine: &str, rounds: usize, seconds: f64) -> String {
+        let mut text = format!(
+            "# Beside other routers\n\n`make bench-peers` wrote this page on a machine with: {machine}. Medians of {rounds} rounds \
+             of {seconds} s. {ABOUT}\n\n![CPU per request](peers.svg)\n\n## CPU of the best other router, relative to the \
+             filter\n\n{}\n",
+            markdown(&self.advantage())
+        );
+        for load in self.loads() {
+            let answer = if load.stream { "streams" } else { "JSON" };
+            let Load { bytes, connections, .. } = load;
+            let _ = writeln!(text, "## {}, {answer}, {connections} connections\n", size(bytes));
+            let _ = writeln!(text, "{}", markdown(&self.rows(Some(load))));
+        }
+        text.trim_end().to_owned() + "\n"
+    }
+
+    fn loads(&self) -> BTreeSet<Load> {
+        self.0.keys().map(|(load, _)| *load).collect()
     }
 
     /// All rows as CSV.

@@ -93,7 +93,8 @@ async fn stay_awake() {
 }
 
 async fn run(args: &Args) -> Result<()> {
-    println!("machine  {}", process::machine());
+    let machine = process::machine();
+    println!("machine  {machine}");
     println!("envoy    {}", args.envoy.display());
     println!("module   {} ({} bytes)", args.wasm.display(), gateways::existing(&args.wasm)?);
     println!("load     {} rounds of {} s per gateway\n", args.rounds, args.seconds);
@@ -114,7 +115,9 @@ async fn run(args: &Args) -> Result<()> {
     let connections = args.connections.iter().copied().find(|count| *count > 1).unwrap_or(1);
     let picture = args.out.join("peers.svg");
     cells.draw(&picture, connections)?;
-    println!("figures  {}\npicture  {}", args.out.join("peers.csv").display(), picture.display());
+    let page = args.out.join("README.md");
+    std::fs::write(&page, cells.page(&machine, args.rounds, args.seconds))?;
+    println!("figures  {}\npage     {}", args.out.join("peers.csv").display(), page.display());
     println!("machine  {} (at the end)", process::machine());
     Ok(())
 }
