@@ -140,8 +140,8 @@ toolchain: ## Install the pinned Rust toolchain, where it is missing
 envoy: ## Install Envoy into .cache, where it is missing
 	@envoy/fetch.sh $(ENVOY_VERSION) >/dev/null
 
-programs: ## Build helm, kustomize and grpcurl into .cache for tests, where there is Go
-	@tests/programs.sh >/dev/null || echo 'make: NOT TESTED without Go: the chart against kustomize, the external scaler with grpcurl' >&2
+programs: ## Build helm, kustomize, grpcurl and a collector into .cache for tests, where there is Go
+	@tests/programs.sh >/dev/null || echo 'make: NOT TESTED without Go: the chart against kustomize, the external scaler with grpcurl, traces' >&2
 
 clients: ## Install clients of PyPI and npm into .cache for tests, where there are Python and Node
 	@tests/clients/install.sh >/dev/null

@@ -40,4 +40,5 @@ mod split;
 mod stored;
 mod stripping;
 mod support;
+mod traces;
 mod waiting;

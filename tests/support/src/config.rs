@@ -230,6 +230,19 @@ impl Config {
     }
 }
 
+/// The YAML of a code block in a document of `docs/`, by its first line, a comment: what a document shows is what tests run.
+///
+/// # Panics
+/// When there is no such block, or it is no YAML.
+#[must_use]
+pub fn block_of_document(document: &str, first_line: &str) -> Value {
+    let path = crate::places::root().join("docs").join(document);
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let start = text.find(&format!("```yaml\n{first_line}\n")).unwrap_or_else(|| missing(first_line));
+    let block = text[start..].trim_start_matches("```yaml\n").split("```").next().unwrap_or_default();
+    serde_saphyr::from_str(block).unwrap_or_else(|error| panic!("{first_line}: {error}"))
+}
+
 /// Merges as RFC 7396 says: objects by key, `null` removes, anything else replaces.
 pub fn merge(target: &mut Value, patch: &Value) {
     let Value::Object(patch) = patch else {

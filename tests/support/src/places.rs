@@ -67,7 +67,7 @@ pub fn local_yaml() -> PathBuf {
     root().join("envoy/local.yaml")
 }
 
-/// A program of `tests/programs.sh` (`helm`, `kustomize`, `grpcurl`), or one that `PATH` has. `None`: there is neither, and
+/// A program of `tests/programs.sh` (`helm`, `kustomize`, `grpcurl`, `collector`), or one that `PATH` has. `None`: there is neither, and
 /// standard error says what is not run.
 #[must_use]
 pub fn program(name: &str, what: &str) -> Option<PathBuf> {

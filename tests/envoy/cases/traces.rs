@@ -1,0 +1,149 @@
+//! Traces: Envoy's spans and the engines' parents, as a real OpenTelemetry Collector gets them.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use pd_sim::Handle;
+use pd_support::body::CHAT;
+use pd_support::client::Http;
+use pd_support::config::{Config, block_of_document};
+use pd_support::places;
+use pd_support::port::Port;
+use pd_support::process::Process;
+use pd_tests::rig::{Rig, run};
+use serde_json::{Value, json};
+
+use crate::support::{long_chat, only};
+
+/// How long a span may take to the collector: Envoy sends them every five seconds.
+const PATIENCE: Duration = Duration::from_secs(30);
+const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
+const CLIENT: &str = "b7ad6b7169203331";
+
+/// One span as the collector writes it down.
+#[derive(Clone, Debug, Default)]
+struct Span {
+    id: String,
+    parent: String,
+    trace: String,
+    attributes: BTreeMap<String, String>,
+}
+
+/// The spans in the text of the collector's debug exporter.
+fn spans(text: &str) -> Vec<Span> {
+    let mut spans: Vec<Span> = Vec::new();
+    for line in text.lines().map(str::trim) {
+        if line.starts_with("Span #") {
+            spans.push(Span::default());
+        }
+        let Some(span) = spans.last_mut() else { continue };
+        if let Some(attribute) = line.strip_prefix("-> ") {
+            let Some((name, value)) = attribute.split_once(": ") else { continue };
+            let value = value.split_once('(').map_or(value, |(_, value)| value.trim_end_matches(')'));
+            span.attributes.insert(name.to_owned(), value.to_owned());
+        } else if let Some((name, value)) = line.split_once(':') {
+            match name.trim() {
+                "Trace ID" => span.trace = value.trim().to_owned(),
+                "Parent ID" => span.parent = value.trim().to_owned(),
+                "ID" => span.id = value.trim().to_owned(),
+                _ => {}
+            }
+        }
+    }
+    spans
+}
+
+fn start_collector(program: &Path, directory: &Path, address: SocketAddr) -> Process {
+    let file = directory.join("collector.yaml");
+    let config = json!({
+        "receivers": {"otlp": {"protocols": {"grpc": {"endpoint": address.to_string()}}}},
+        "exporters": {"debug": {"verbosity": "detailed"}},
+        "service": {
+            "telemetry": {"metrics": {"level": "none"}},
+            "pipelines": {"traces": {"receivers": ["otlp"], "exporters": ["debug"]}},
+        },
+    });
+    std::fs::write(&file, config.to_string()).expect("written");
+    Process::start("collector", directory, program, &[format!("--config=file:{}", file.display())])
+}
+
+/// Adds what `docs/observability.md` tells users to add.
+fn trace(config: &mut Config, collector: SocketAddr) {
+    let block = |first_line: &str| block_of_document("observability.md", first_line);
+    let manager = block("# In the HTTP connection manager:");
+    config.http()["tracing"] = manager["tracing"].clone();
+    config.http_filters().insert(0, block("# The first of http_filters:"));
+    let mut cluster = block("# A cluster of the collector:");
+    let address = "/load_assignment/endpoints/0/lb_endpoints/0/endpoint/address/socket_address";
+    let place = cluster.pointer_mut(address).expect("an address");
+    *place = json!({"address": collector.ip().to_string(), "port_value": collector.port()});
+    let clusters = config.root.pointer_mut("/static_resources/clusters").and_then(Value::as_array_mut);
+    clusters.expect("clusters").push(cluster);
+}
+
+async fn until_spans(collector: &Process, count: usize) -> Vec<Span> {
+    let begun = Instant::now();
+    loop {
+        let seen = spans(&collector.log());
+        if seen.len() >= count {
+            return seen;
+        }
+        assert!(collector.is_running() && begun.elapsed() < PATIENCE, "{seen:#?}\n{}", collector.log_tail(40));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Trace and parent span that an engine was told.
+fn told<'a>(engines: impl IntoIterator<Item = &'a Handle>) -> (String, String) {
+    let request = only(engines);
+    let parent = request.header("traceparent").expect("a traceparent").to_owned();
+    let parts: Vec<_> = parent.split('-').map(str::to_owned).collect();
+    let [_, trace, span, _] = <[String; 4]>::try_from(parts).unwrap_or_else(|_| panic!("{parent}"));
+    (trace, span)
+}
+
+#[test]
+fn a_request_is_one_trace_with_both_legs_and_what_was_decided() {
+    run(async {
+        let Some(program) = places::program("collector", "traces in an OpenTelemetry Collector") else { return };
+        let directory = tempfile::tempdir().expect("a directory");
+        let port = Port::reserve();
+        let address = port.address();
+        let collector = start_collector(&program, directory.path(), address);
+        let rig = Rig::builder().envoy(move |config| trace(config, address)).start().await;
+        for (is_traced, so_far) in [(true, 0), (false, 2)] {
+            rig.engines().for_each(Handle::clear_requests);
+            let mut client = rig.client(Http::One).await;
+            let parent = format!("00-{TRACE}-{CLIENT}-01");
+            let headers: &[(&str, &[u8])] = if is_traced { &[("traceparent", parent.as_bytes())] } else { &[] };
+            let answer = client.send(client.json(CHAT, long_chat(), headers)).await;
+            assert_eq!(answer.status, 200, "{}", answer.text());
+            let seen = until_spans(&collector, so_far + 2).await.split_off(so_far);
+            let by_parent =
+                |parent: &str| seen.iter().find(|span| span.parent == parent).unwrap_or_else(|| panic!("{seen:#?}"));
+            let gateway = by_parent(if is_traced { CLIENT } else { "" });
+            let decode = by_parent(&gateway.id);
+            assert!(seen.iter().all(|span| span.trace == gateway.trace), "{seen:#?}");
+            assert_eq!(gateway.trace == TRACE, is_traced);
+            assert_eq!(told(&rig.prefill), (gateway.trace.clone(), gateway.id.clone()));
+            assert_eq!(told(&rig.decode), (gateway.trace.clone(), decode.id.clone()));
+            let of = |span: &Span, name: &str| span.attributes.get(name).cloned().unwrap_or_default();
+            let address = |engines: &[Handle]| {
+                engines.iter().find(|engine| !engine.requests().is_empty()).map(|engine| engine.addr().to_string())
+            };
+            for span in [gateway, decode] {
+                assert_eq!(of(span, "pd.decision"), "split");
+                assert_eq!(Some(of(span, "pd.prefill")), address(&rig.prefill));
+                assert_eq!(Some(of(span, "pd.decode")), address(&rig.decode));
+                for name in ["pd.matched_tokens", "pd.prefill_ms"] {
+                    assert!(of(span, name).parse::<f64>().is_ok(), "{name}: {span:#?}");
+                }
+            }
+            let id = only(&rig.prefill).header("x-request-id").map(str::to_owned);
+            assert_eq!(id, only(&rig.decode).header("x-request-id").map(str::to_owned));
+            assert_eq!(id, Some(of(gateway, "guid:x-request-id")));
+        }
+    });
+}
