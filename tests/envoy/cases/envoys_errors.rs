@@ -3,8 +3,12 @@
 use pd_sim::FAULT_HEADER;
 use pd_support::body::{CHAT, chat, words};
 use pd_support::client::{Answer, BOTH, Feed, Http};
+use pd_support::wait::PATIENCE;
 use pd_tests::rig::{Rig, run};
-use serde_json::json;
+use pd_tests::shared::shared;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 
 use crate::blame::{CASE, own_errors};
 use crate::support::{long_chat, short_chat};
@@ -153,5 +157,79 @@ fn a_body_that_does_not_come_is_an_error_in_the_form_of_the_api() {
         let mut client = rig.client(Http::One).await;
         assert_eq!(client.post(CHAT, short_chat()).await.status, 200);
         rig.until_idle().await;
+    });
+}
+
+/// Sends these bytes, and returns status line and headers, and the body, of Envoy's answer.
+async fn answer_to(rig: &Rig, bytes: &[u8]) -> (String, Value) {
+    let mut stream = TcpStream::connect(rig.address()).await.unwrap();
+    // Envoy may reset the connection behind its answer, if it has not read all.
+    let _ = stream.write_all(bytes).await;
+    let mut answer = Vec::new();
+    let _ = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut answer)).await.expect("an answer");
+    let answer = String::from_utf8(answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{answer}"));
+    (head.to_owned(), serde_json::from_str(body).unwrap_or_else(|_| panic!("{answer}")))
+}
+
+/// The error that clients of both APIs read.
+fn refused(details: &str) -> Value {
+    let message = format!("Envoy refused the request: {details}");
+    json!({"type": "error", "error": {"type": "invalid_request_error", "message": message, "param": null, "code": "envoy"}})
+}
+
+#[test]
+fn what_envoy_refuses_before_the_filter_sees_it_is_an_error_that_clients_read() {
+    run(async {
+        let rig = shared().await;
+        let post = |headers: &str| format!("POST {CHAT} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n{headers}\r\n\r\n");
+        let large = format!("a: {}", "x".repeat(70_000));
+        let many = (0..120).map(|i| format!("a{i}: x\r\n")).collect::<String>();
+        let websocket = "connection: Upgrade\r\nupgrade: websocket";
+        for (bytes, status, details) in [
+            ("\u{16}\u{3}\u{1}garbage\r\n\r\n".to_owned(), 400, "http1.codec_error"),
+            (post("bad header"), 400, "http1.codec_error"),
+            (post("content-length: abc"), 400, "http1.codec_error"),
+            (
+                post("content-length: 5\r\ntransfer-encoding: chunked"),
+                400,
+                "http1.content_length_and_chunked_not_allowed",
+            ),
+            (post("transfer-encoding: gzip"), 501, "http1.invalid_transfer_encoding"),
+            (post(&large), 431, "http1.headers_too_large"),
+            (post(many.trim_end()), 431, "http1.too_many_headers"),
+            (format!("GET /tokenize HTTP/1.1\r\nhost: a\r\n{websocket}\r\n\r\n"), 403, "upgrade_failed"),
+            (format!("POST {CHAT} HTTP/1.0\r\n\r\n"), 426, "low_version"),
+            (format!("POST {CHAT} HTTP/1.1\r\nconnection: close\r\n\r\n"), 400, "missing_host_header"),
+            (
+                "GET /v1/%00 HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n".to_owned(),
+                400,
+                "path_normalization_failed",
+            ),
+        ] {
+            let (head, body) = answer_to(&rig, bytes.as_bytes()).await;
+            assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{details}: {head}");
+            assert!(head.contains("content-type: application/json"), "{details}: {head}");
+            assert!(head.contains("x-pd-reason: envoy"), "{details}: {head}");
+            assert_eq!(body, refused(details));
+        }
+        let (answer, _) = rig.client(Http::Two).await.web_socket("/tokenize").await.unwrap();
+        assert_eq!((answer.status, answer.json()), (403, refused("upgrade_failed")));
+        // What the filter answers stays as it is, and so does what it puts into a form.
+        let mut client = rig.client(Http::One).await;
+        let answer = client.post(CHAT, "{").await;
+        assert_eq!((answer.reason(), &answer.json()["type"]), (Some("invalid_json"), &Value::Null));
+        let answer = client.send(client.json(CHAT, short_chat(), &[(FAULT_HEADER, b"reset")])).await;
+        message_of_envoy(CHAT, &answer, 503);
+    });
+}
+
+#[test]
+fn headers_that_do_not_come_are_an_error_that_clients_read() {
+    run(async {
+        let rig = Rig::builder().envoy(|config| config.http()["request_headers_timeout"] = json!("0.3s")).start().await;
+        let (head, body) = answer_to(&rig, format!("POST {CHAT} HTTP/1.1\r\nhost: a\r\n").as_bytes()).await;
+        assert!(head.starts_with("HTTP/1.1 408 "), "{head}");
+        assert_eq!(body, refused("request_header_timeout"));
     });
 }
