@@ -3,7 +3,9 @@
 mod budgets;
 mod changes;
 mod chunks;
+mod clients;
 mod configuration;
+mod conversations;
 mod cost;
 mod events;
 mod exchange;
