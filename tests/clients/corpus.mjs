@@ -72,6 +72,41 @@ function* openaiCases(base) {
     { type: 'image_url', image_url: { url: `data:image/png;base64,${PNG}` } },
   ]) })];
   yield ['chat structured', () => chat({ messages: user(LONG), response_format: { type: 'json_object' } })];
+  const picture = [
+    { type: 'text', text: LONG },
+    { type: 'image_url', image_url: { url: `data:image/png;base64,${PNG}`, detail: 'low' } },
+  ];
+  const sound = [
+    { type: 'text', text: LONG },
+    { type: 'input_audio', input_audio: { data: Buffer.from('RIFF'.repeat(500)).toString('base64'), format: 'wav' } },
+  ];
+  yield ['chat image stream', () => all(chat({ messages: user(picture), stream: true }))];
+  yield ['chat audio', () => chat({ messages: user(sound) })];
+  yield ['chat audio stream', () => all(chat({ messages: user(sound), stream: true }))];
+  yield ['response image', () => client.responses.create({ model: 'sim', max_output_tokens: 9, input: [{ role: 'user', content: [
+    { type: 'input_text', text: LONG },
+    { type: 'input_image', image_url: `data:image/png;base64,${PNG}`, detail: 'low' },
+  ] }] })];
+  const format = { type: 'json_schema', name: 'said', schema: PARAMETERS, strict: true };
+  for (const stream of [false, true]) {
+    const structured = { model: 'sim', input: LONG, max_output_tokens: 30, stream, text: { format } };
+    yield [`response structured ${stream}`, async () => {
+      const answer = await client.responses.create(structured);
+      return stream ? all(answer) : answer;
+    }];
+  }
+  yield ['completion batch stream', () => all(client.completions.create({ model: 'sim', prompt: ['a', LONG], max_tokens: 5, stream: true }))];
+  yield ['batch of a file', () => refused(() => client.batches.create({
+    input_file_id: 'file-1', endpoint: '/v1/chat/completions', completion_window: '24h',
+  }))];
+  yield ['file', async () => {
+    const file = await toFile(Buffer.from('{}'), 'a.jsonl');
+    return refused(() => client.files.create({ file, purpose: 'batch' }));
+  }];
+  yield ['image', () => client.images.generate({ model: 'sim', prompt: LONG })];
+  yield ['translation', async () => client.audio.translations.create({
+    model: 'sim', file: await toFile(Buffer.from('RIFF'.repeat(2000)), 'a.wav', { type: 'audio/wav' }),
+  })];
   yield ['chat cancelled', async () => {
     const stop = new AbortController();
     const stream = await chat({ messages: user(`${LONG} cancel`), max_tokens: 2000, stream: true }, { signal: stop.signal });
@@ -111,6 +146,25 @@ function* anthropicCases(base) {
     { type: 'image', source: { type: 'base64', media_type: 'image/png', data: PNG } },
     { type: 'text', text: 'What is this?' },
   ]) })];
+  const picture = [
+    { type: 'text', text: LONG },
+    { type: 'image', source: { type: 'base64', media_type: 'image/png', data: PNG } },
+  ];
+  const document = [{ type: 'text', text: LONG }, { type: 'document', source: {
+    type: 'base64', media_type: 'application/pdf', data: Buffer.from('%PDF-1.4'.repeat(500)).toString('base64'),
+  } }];
+  const output_config = { format: { type: 'json_schema', schema: PARAMETERS } };
+  for (const [kind, asked] of [
+    ['image', { messages: user(picture) }],
+    ['document', { messages: user(document) }],
+    ['structured', { messages: user(LONG), output_config }],
+  ]) {
+    yield [`message ${kind} long`, () => send(asked)];
+    yield [`message ${kind} stream`, async () => client.messages.stream({ model: 'sim', max_tokens: 12, ...asked }).finalMessage()];
+  }
+  yield ['batch', () => refused(() => client.messages.batches.create({ requests: [
+    { custom_id: 'a', params: { model: 'sim', max_tokens: 4, messages: user('x') } },
+  ] }))];
   yield ['count tokens', () => client.messages.countTokens({ model: 'sim', messages: user(LONG) })];
   yield ['unknown model', () => refused(() => send({ model: 'no-such-model', messages: user('x') }))];
 }

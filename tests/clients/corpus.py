@@ -171,6 +171,14 @@ def openai_cases(base):
             messages=user([{"type": "text", "text": LONG}, *picture]), stream=stream))
         yield f"chat audio{kind} long", lambda stream=stream: plain_or_list(chat(
             messages=user([{"type": "text", "text": LONG}, *sound]), stream=stream))
+    yield "chat file", lambda: chat(messages=user([{"type": "text", "text": LONG}, {"type": "file", "file": {
+        "filename": "a.pdf", "file_data": "data:application/pdf;base64," + base64.b64encode(b"%PDF-1.4" * 500).decode()}}]))
+    yield "response image", lambda: client.responses.create(model="sim", max_output_tokens=9, input=[
+        {"role": "user", "content": [{"type": "input_text", "text": LONG}, {
+            "type": "input_image", "image_url": f"data:image/png;base64,{PNG}", "detail": "low"}]}])
+    yield "response structured stream", lambda: list(client.responses.create(
+        model="sim", input=LONG, stream=True, max_output_tokens=30, text={"format": {
+            "type": "json_schema", "name": "answer", "schema": schema["json_schema"]["schema"], "strict": True}}))
     yield "chat parsed", lambda: client.chat.completions.parse(
         model="sim", messages=user(LONG + "parse"), response_format=Said).choices[0].message.parsed
     yield "response parsed", lambda: client.responses.parse(
@@ -268,6 +276,8 @@ def anthropic_cases(base):
         {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}},
         {"type": "text", "text": "What is this?"},
     ]
+    document = {"type": "document", "title": "a", "source": {
+        "type": "base64", "media_type": "application/pdf", "data": base64.b64encode(b"%PDF-1.4" * 500).decode()}}
     tool_turn = [
         {"role": "user", "content": LONG},
         {"role": "assistant", "content": [{"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"town": "Ulm"}}]},
@@ -283,6 +293,12 @@ def anthropic_cases(base):
         messages=user("Hello"), tools=[CLAUDE_TOOL], tool_choice={"type": "tool", "name": "weather"})
     yield "message structured", lambda: send(
         messages=user(LONG), extra_body={"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}})
+    yield "message structured stream", lambda: streamed(
+        messages=user(LONG), extra_body={"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}})
+    yield "message document", lambda: send(messages=user([document, {"type": "text", "text": LONG}]))
+    yield "message document stream", lambda: streamed(messages=user([document, {"type": "text", "text": LONG}]))
+    yield "message tool result with an image", lambda: send(messages=[*tool_turn[:2], {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "toolu_1", "content": picture[:1]}]}], tools=[CLAUDE_TOOL])
     yield "message image", lambda: send(messages=user(picture))
     yield "message image stream", lambda: streamed(messages=user([{"type": "text", "text": LONG}, *picture]))
     yield "batch", lambda: status(lambda: client.messages.batches.create(requests=[
@@ -311,6 +327,22 @@ def litellm_cases(base):
     yield "batch", lambda: litellm.batch_completion(messages=[user("a"), user(LONG)], **ours)
     yield "image", lambda: litellm.completion(messages=user([
         {"type": "text", "text": LONG}, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}]), **ours)
+    picture = [{"type": "text", "text": LONG}, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}]
+    sound = [{"type": "text", "text": LONG}, {"type": "input_audio", "input_audio": {
+        "data": base64.b64encode(b"RIFF" * 500).decode(), "format": "wav"}}]
+    yield "image stream", lambda: list(litellm.completion(messages=user(picture), stream=True, **ours))
+    yield "claude image", lambda: litellm.completion(messages=user(picture), **claude)
+    yield "audio", lambda: litellm.completion(messages=user(sound), **ours)
+    yield "audio stream", lambda: list(litellm.completion(messages=user(sound), stream=True, **ours))
+    yield "structured stream", lambda: list(litellm.completion(
+        messages=user(LONG), response_format=Said, stream=True, **ours))
+    yield "batch stream", lambda: [list(answer) for answer in litellm.batch_completion(
+        messages=[user("a"), user(LONG)], stream=True, **ours)]
+    yield "text completion", lambda: litellm.text_completion(prompt=LONG, **{**ours, "model": "text-completion-openai/sim"})
+    yield "response", lambda: litellm.responses(
+        model="openai/sim", input=LONG, api_base=f"{base}/v1", api_key="none", max_output_tokens=9)
+    yield "transcription", lambda: litellm.transcription(
+        model="openai/sim", file=("a.wav", b"RIFF" * 2000, "audio/wav"), api_base=f"{base}/v1", api_key="none")
     yield "openai", lambda: litellm.completion(messages=marked, **{**ours, "model": "openai/sim"})
     yield "claude marked stream", lambda: list(litellm.completion(messages=marked, stream=True, **claude))
     yield "embedding", lambda: litellm.embedding(
