@@ -289,3 +289,17 @@ fn a_real_body_truncated_anywhere() {
         check_every_edit(&body.as_bytes()[..end]);
     }
 }
+
+#[test]
+fn the_fuzzers_seeds_have_nested_members_and_media() {
+    let seed = |name: &str| std::fs::read(format!("{}/fuzz/seeds/body/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    for name in ["forbidden", "media", "messages", "generate"] {
+        let seed = seed(name);
+        for end in 0..=seed.len() {
+            check_every_edit(&seed[..end]);
+        }
+    }
+    assert_eq!(pd_core::body::scan(&seed("media")).unwrap().media().len(), 5);
+    // The parameters of a tool stay.
+    assert_eq!(pd_core::body::cuts(&seed("forbidden")).unwrap().len(), 5);
+}
