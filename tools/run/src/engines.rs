@@ -139,10 +139,10 @@ fn check_host_and_port(name: &str) -> anyhow::Result<()> {
     let surplus = [if scheme.is_empty() { String::new() } else { format!("{scheme}://") }, path.to_owned()];
     let surplus: Vec<_> = surplus.into_iter().filter(|part| !part.is_empty()).collect();
     if !surplus.is_empty() {
-        let wanted = match (authority, has_port(authority)) {
-            ("", _) => "HOST:PORT".to_owned(),
-            (_, true) => authority.to_owned(),
-            (_, false) => format!("{authority}:PORT"),
+        let wanted = match authority.trim_end_matches(':') {
+            _ if check_host_and_port(authority).is_ok() => authority.to_owned(),
+            host if is_host(host) => format!("{host}:PORT"),
+            _ => "HOST:PORT".to_owned(),
         };
         bail!("must be host:port without {}: write {wanted}", surplus.join(" and "));
     }
@@ -161,8 +161,7 @@ fn check_host_and_port(name: &str) -> anyhow::Result<()> {
     ensure!(!host.is_empty(), "has no host: write HOST:{port}");
     let is_v6 = host.contains([':', '[', ']']);
     ensure!(!is_v6 || is_bracketed(host), "must have its IPv6 address in brackets, as [::1]:8000");
-    let is_name = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_');
-    ensure!(is_v6 || host.bytes().all(is_name), "is no host name and no address");
+    ensure!(is_v6 || host.bytes().all(is_of_name), "is no host name and no address");
     match port.parse::<u16>() {
         Ok(0) => bail!("port 0 cannot be connected to: write a port from 1 to 65535"),
         Ok(_) => Ok(()),
@@ -175,10 +174,13 @@ fn is_bracketed(host: &str) -> bool {
     inner.is_some_and(|inner| inner.parse::<Ipv6Addr>().is_ok())
 }
 
-fn has_port(authority: &str) -> bool {
-    authority
-        .rsplit_once(':')
-        .is_some_and(|(_, port)| !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit()))
+/// Whether a text is a name or an address, without a port.
+fn is_host(text: &str) -> bool {
+    !text.is_empty() && (is_bracketed(text) || text.bytes().all(is_of_name))
+}
+
+fn is_of_name(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_')
 }
 
 #[cfg(test)]
@@ -214,6 +216,18 @@ mod tests {
             ("gpu:8000/", "must be host:port without /: write gpu:8000"),
             ("http://gpu", "must be host:port without http://: write gpu:PORT"),
             ("http://", "must be host:port without http://: write HOST:PORT"),
+            // sgl-project/sglang#8644: SGLang's router takes URLs, and a bootstrap port behind them.
+            ("http://127.0.0.1:30001", "must be host:port without http://: write 127.0.0.1:30001"),
+            ("http://127.0.0.1:30001 8998", "must be host:port without http://: write HOST:PORT"),
+            ("127.0.0.1:30001 8998", "\"30001 8998\" is no port: write a number from 1 to 65535"),
+            // llm-d/llm-d-router#233: a prefill server was named by a URL where host:port was meant.
+            ("http://[::1]:80/", "must be host:port without http:// and /: write [::1]:80"),
+            ("http://gpu:", "must be host:port without http://: write gpu:PORT"),
+            ("http://gpu:80:90", "must be host:port without http://: write HOST:PORT"),
+            // THUDM/AgentTuning#31: the colon is missing.
+            ("127.0.0.123332", "has no port: write 127.0.0.123332:PORT"),
+            // vavallee/bindery#2110: the error was about a scheme.
+            ("audiobookshelf.invalid:13378", "cannot be resolved"),
             ("::1", "must have its IPv6 address in brackets: write [::1]:PORT"),
             ("fd00::1:8000", "must have its IPv6 address in brackets: write [fd00::1:8000]:PORT or [fd00::1]:8000"),
             ("[::1]", "has no port: write [::1]:PORT"),
