@@ -34,6 +34,8 @@ fn check_says_whether_a_file_would_be_taken() {
     assert_eq!(text(&output.stderr), error);
 }
 
+/// Other checks stop at the first fault (apollographql/router#2180, koding/multiconfig#73). BerriAI/litellm#34877 and #18624:
+/// misspelt keys, values that are none and entries that are there twice showed at the first request.
 #[test]
 fn check_names_every_fault_of_a_file() {
     let directory = tempfile::tempdir().unwrap();
@@ -116,6 +118,8 @@ fn check_bounds_the_faults_that_it_names() {
     assert!(lines.ends_with(&format!("pd-control: {path}: there are more faults than these 100\n")), "{lines}");
 }
 
+/// sgl-project/sglang#2796: an empty list. ai-dynamo/dynamo#13756: a role without a worker. llm-d/llm-d-router#2427: prompts were
+/// computed by decode servers, because no prefill server was there.
 #[test]
 fn check_warns_of_lists_that_cannot_serve() {
     let directory = tempfile::tempdir().unwrap();

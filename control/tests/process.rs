@@ -200,6 +200,13 @@ async fn a_reader_that_leaves_ends_a_command_quietly() {
         assert_eq!(text(&output.stderr), "", "{arguments:?}");
         assert!(output.status.success(), "{arguments:?}: {}", output.status);
     }
+    // rvben/rumdl#184, svix/diom#1285, medialab/xan#759, Backblaze/B2_Command_Line_Tool#1071, simonw/llm-jq#5: the reader is `head`.
+    for command in ["top", "top --once", "endpoints"] {
+        let line = format!("set -o pipefail; \"$0\" {command} {server} | head -1");
+        let output = Command::new("bash").args(["-c", &line, env!("CARGO_BIN_EXE_pd-control")]).output().unwrap();
+        assert_eq!((text(&output.stderr), output.status.code()), (String::new(), Some(0)), "{command}");
+        assert_eq!(text(&output.stdout).lines().count(), 1, "{command}");
+    }
     for (arguments, code) in [
         (vec!["check", &file, &bad], 1),
         (vec!["explain", "nobody", &server], 1),
