@@ -152,6 +152,34 @@ fn lists_have_the_engines_cards_and_adapters_that_are_loaded_later() {
 }
 
 #[test]
+fn an_adapter_is_not_added_where_the_operator_says_that_the_list_is_closed() {
+    run(async {
+        let rig = Rig::builder()
+            .control(SCRAPES)
+            .list(|list| {
+                for (i, entry) in list.iter_mut().enumerate() {
+                    entry["models"] = json!(["sim"]);
+                    entry["models_closed"] = json!(i == 2);
+                }
+            })
+            .start()
+            .await;
+        rig.engines().for_each(|engine| engine.load_lora("late"));
+        let of_adapter = || short_chat().replace("\"sim\"", "\"late\"");
+        until("an open server lists the adapter", async || {
+            (rig.client(BOTH[0]).await.post(CHAT, of_adapter()).await.status == 200).then_some(())
+        })
+        .await;
+        let mut client = rig.client(BOTH[0]).await;
+        for _ in 0..12 {
+            assert_eq!(client.post(CHAT, of_adapter()).await.status, 200);
+        }
+        let got = |engine| recorded([engine]).iter().filter(|request| request.text().contains("late")).count();
+        assert_eq!((got(&rig.decode[0]), got(&rig.decode[1]) > 12), (0, true));
+    });
+}
+
+#[test]
 fn lists_do_not_change_while_a_new_pd_control_asks_the_engines() {
     run(async {
         let mut rig =
