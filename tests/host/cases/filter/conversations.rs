@@ -286,9 +286,8 @@ fn a_header_names_the_session_and_a_cookie_where_no_header_does() {
     // Two sessions on two servers.
     let first = |id, headers: &[(&str, &str)]| served(&gateway, headers, id..id + 1).pop_first().unwrap();
     let header = first(100, &[("x-session-id", "0")]);
-    let cookies = (101..140).map(|id| (id, format!("sid={id}")));
-    let (_, cookie) =
-        cookies.into_iter().find(|(id, cookie)| first(*id, &[("cookie", cookie.as_str())]) != header).unwrap();
+    let mut cookies = (101..140).map(|id| (id, format!("sid={id}")));
+    let (_, cookie) = cookies.find(|(id, cookie)| first(*id, &[("cookie", cookie.as_str())]) != header).unwrap();
     let other = first(140, &[("cookie", cookie.as_str())]);
     assert_ne!(other, header);
     for id in 1..8 {
