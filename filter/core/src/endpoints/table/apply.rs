@@ -6,6 +6,7 @@ use hashbrown::HashSet;
 
 use super::{Applied, Table};
 use crate::config::{Config, Pool};
+use crate::endpoints::beliefs::Doubts;
 use crate::endpoints::candidates::CandidateSets;
 use crate::endpoints::departed::InFlight;
 use crate::endpoints::endpoint_state::{EndpointState, FromPool};
@@ -97,6 +98,9 @@ impl Table {
             let is_new_process = is_new_process(&state.endpoint, endpoint);
             if is_new_process || (state.engine, state.bootstrap) != (from_pool.engine, from_pool.bootstrap) {
                 state.engine_id = None;
+            }
+            if is_new_process {
+                state.doubts = Doubts::default();
             }
             if let Some(expired) = endpoint.expired_kv_leases
                 && endpoint.expired_kv_leases != state.endpoint.expired_kv_leases

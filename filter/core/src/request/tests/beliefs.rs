@@ -252,3 +252,116 @@ fn a_prefill_leg_beside_its_decode_leg_judges_what_the_endpoint_holds() {
         assert_eq!(legs, 3, "{engine}: the first one is believed to find nothing");
     }
 }
+
+#[test]
+fn a_prefill_leg_before_its_decode_leg_judges_what_the_endpoint_holds() {
+    let one = CONFIG.replace(r#"{"address": "10.0.0.1:2", "role": "prefill", "models": ["m"]},"#, "");
+    let usage = r#""usage":{"prompt_tokens":800,"prompt_tokens_details":{"cached_tokens":0}}"#;
+    let params = PARAMS.replacen('{', r#"{"remote_prefill_cached_tokens":0,"#, 1);
+    for (engine, answer) in [
+        ("vllm-nixl", format!(r#"{{{usage},"kv_transfer_params":{PARAMS}}}"#)),
+        ("vllm-nixl", format!(r#"{{"usage":{{"prompt_tokens":800}},"kv_transfer_params":{params}}}"#)),
+        ("vllm-shared", format!("{{{usage}}}")),
+    ] {
+        let pool = format!(r#"{{"pools":{{"default":{{"engine":"{engine}","split":{{"mode":"always"}}}}}},"#);
+        let mut t = configured(&one.replacen('{', &pool, 1));
+        let mut legs = 0;
+        while forgotten(&t) == 0 && legs < 6 {
+            legs += 1;
+            t.request = Request::default();
+            t.headers(&[]);
+            t.body(&long_body());
+            assert_eq!(state(&t.answer(200, &answer), REASON), "prefilled");
+            t.done();
+        }
+        assert_eq!(legs, 3, "{answer}: the first one is believed to find nothing");
+        assert!(t.is_idle());
+    }
+}
+
+/// A list with the endpoint of [`whole`].
+fn list_of(t: &mut Fixture, version: u64, process: &str) {
+    let list = format!(
+        r#"{{"wire":1,"epoch":"e","version":{version},"endpoints":[{{"address":"10.0.0.2:1","role":"decode","models":["m"]{process}}}]}}"#
+    );
+    t.worker.apply(list.as_bytes()).unwrap();
+}
+
+/// Answers the next request of a conversation as Envoy does where nothing listens.
+fn refuse(t: &mut Fixture, prompt: &str) {
+    t.request = Request::default();
+    t.headers(&[]);
+    t.body(&format!(r#"{{"model":"m","messages":[{{"role":"user","content":"{prompt}"}}]}}"#));
+    t.request.response_headers(&mut t.worker, Answerer::FailedConnect(Some(b"10.0.0.2:1")), Some(503), t.now);
+    t.done();
+    t.now = t.now.saturating_add(Duration::from_secs(1));
+}
+
+/// llm-d/llm-d-router#2853: a restart in place went unnoticed.
+#[test]
+fn each_signal_of_a_restart_leaves_at_most_one_wrong_belief() {
+    type Signal = fn(&mut Fixture, &str) -> usize;
+    let signals: [(&str, &str, Signal); 6] = [
+        ("container", r#","container":"containerd://a""#, |t, _| {
+            list_of(t, 2, r#","container":"containerd://b""#);
+            0
+        }),
+        ("restart count", r#","container":"restart 1""#, |t, _| {
+            list_of(t, 2, r#","container":"restart 2""#);
+            0
+        }),
+        ("start time or counters in /metrics", r#","cache_epoch":1"#, |t, _| {
+            list_of(t, 2, r#","cache_epoch":2"#);
+            0
+        }),
+        ("down, then ready", "", |t, _| {
+            list_of(t, 2, r#","state":"down""#);
+            list_of(t, 3, "");
+            0
+        }),
+        ("refused connection", "", |t, prompt| {
+            refuse(t, prompt);
+            1
+        }),
+        ("refused connection, and the same container", r#","container":"containerd://a""#, |t, prompt| {
+            refuse(t, prompt);
+            list_of(t, 2, r#","container":"containerd://a""#);
+            1
+        }),
+    ];
+    for (what, process, signal) in signals {
+        let conversations: Vec<_> =
+            (0..12).map(|name| format!("talk {name} {}", format!("w{name} ").repeat(1_600))).collect();
+        let mut t = whole();
+        list_of(&mut t, 1, process);
+        let mut cache = Cache::default();
+        assert_eq!(converse(&mut t, &mut cache, &conversations).0, 0);
+        assert_eq!(converse(&mut t, &mut cache, &conversations), (0, 12), "{what}");
+        cache.0.clear();
+        let wrong = signal(&mut t, &conversations[0]);
+        let after = converse(&mut t, &mut cache, &conversations[1..]);
+        assert!(wrong + after.0 <= 1, "{what}: {wrong} and {after:?}");
+        // What came since is believed.
+        assert_eq!(converse(&mut t, &mut cache, &conversations[1..]), (0, 11), "{what}");
+        assert!(t.is_idle());
+    }
+}
+
+#[test]
+fn doubts_end_with_the_process() {
+    let conversations: Vec<_> =
+        (0..12).map(|name| format!("talk {name} {}", format!("w{name} ").repeat(1_600))).collect();
+    let mut t = whole();
+    list_of(&mut t, 1, r#","cache_epoch":1"#);
+    let mut cache = Cache::default();
+    converse(&mut t, &mut cache, &conversations);
+    cache.0.clear();
+    assert_eq!(converse(&mut t, &mut cache, &conversations[..1]), (1, 0));
+    list_of(&mut t, 2, r#","cache_epoch":2"#);
+    converse(&mut t, &mut cache, &conversations);
+    assert_eq!(converse(&mut t, &mut cache, &conversations), (0, 12));
+    // One prompt that the engine dropped is no restart.
+    cache.0.retain(|prompt| *prompt != conversations[5]);
+    assert_eq!(converse(&mut t, &mut cache, &conversations), (1, 11));
+    assert_eq!(forgotten(&t), 0);
+}
