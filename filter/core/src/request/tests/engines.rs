@@ -1,6 +1,7 @@
 //! What is particular to an engine.
 
 use super::*;
+use crate::endpoints::beliefs::Belief;
 
 #[test]
 fn sglangs_legs_go_out_at_once_and_name_the_same_room() {
@@ -52,6 +53,60 @@ fn mooncakes_engine_id_is_asked_once_and_again_after_a_failure() {
     let asked = [false, true, false, false].map(|fails| request(&mut t, fails));
     assert_eq!(asked, [true, false, true, false]);
     assert!(t.is_idle());
+}
+
+/// Another process has another id. Decode servers wait for the old one until their time limit.
+#[test]
+fn mooncakes_engine_id_is_asked_anew_where_the_process_is_another_one() {
+    let list = |version: u64, process: &str| {
+        format!(
+            r#"{{"wire":1,"epoch":"e","version":{version},"endpoints":[
+            {{"address":"10.0.0.1:1","role":"prefill","models":["m"]{process}}},
+            {{"address":"10.0.0.2:1","role":"decode","models":["m"]}}]}}"#
+        )
+    };
+    type Signal = fn(&mut Fixture, &dyn Fn(u64, &str) -> String);
+    let nothing: Signal = |_, _| {};
+    let container: Signal = |t, list| {
+        t.worker.apply(list(2, r#","container":"b""#).as_bytes()).unwrap();
+    };
+    let start: Signal = |t, list| {
+        t.worker.apply(list(2, r#","container":"a","cache_epoch":8"#).as_bytes()).unwrap();
+    };
+    let refused: Signal = |t, _| {
+        let (index, _) = t.worker.state.table.iter().find(|(_, state)| &*state.address == "10.0.0.1:1").unwrap();
+        let endpoint = t.worker.state.table.refer(index).unwrap();
+        t.worker.failed_to_connect(endpoint, t.now);
+        t.worker.answered(endpoint);
+    };
+    let answers: Signal = |t, _| {
+        let (index, _) = t.worker.state.table.iter().find(|(_, state)| &*state.address == "10.0.0.1:1").unwrap();
+        let endpoint = t.worker.state.table.refer(index).unwrap();
+        for _ in 0..2 {
+            t.worker.judge_belief(endpoint, Belief { tokens: 1_000.0, ..Belief::default() }, 0);
+        }
+    };
+    for (signal, is_asked, what) in [
+        (nothing, false, "nothing"),
+        (container, true, "container"),
+        (start, true, "start"),
+        (refused, true, "refused"),
+        (answers, true, "answers"),
+    ] {
+        let mut t = of_engine("mooncake");
+        t.worker.apply(list(1, r#","container":"a","cache_epoch":7"#).as_bytes()).unwrap();
+        t.headers(&[]);
+        assert_eq!(leg_destination(&t.body(&long_body())), "10.0.0.1:8998");
+        t.answer(200, r#"{"0":{"engine_id":"e-1"}}"#);
+        t.answer(200, "{}");
+        t.done();
+        signal(&mut t, &list);
+        t.request = Request::default();
+        t.headers(&[(PREFILLER_HEADER, "10.0.0.1:1")]);
+        let outcome = t.body(&long_body().replace("word", "other"));
+        assert_eq!(call(&outcome).headers.get(":path") == Some(b"/query"), is_asked, "{what}");
+        t.done();
+    }
 }
 
 #[test]

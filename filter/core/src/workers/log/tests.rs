@@ -1,5 +1,6 @@
 use super::*;
 use crate::endpoints::beliefs::Belief;
+use crate::endpoints::outliers::{ErrorClass, Leg};
 use crate::endpoints::table::EndpointRef;
 use crate::prefix::hash::BlockHash;
 use crate::time::Monotonic;
@@ -66,6 +67,24 @@ fn fleet(store: &Store, count: u64, now: Monotonic) -> Vec<Node> {
 
 fn blocks(id: u64, len: u64) -> Vec<BlockHash> {
     (0..len).map(|i| BlockHash((id * 1_000_003 + i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))).collect()
+}
+
+/// Outlier detection costs a healthy pool nothing.
+#[test]
+fn answers_of_a_healthy_pool_are_no_events() {
+    let (store, now) = (Store::default(), Monotonic::from_secs(1));
+    let mut node = Node::new(&store, 1, now);
+    node.publish(&store, now);
+    for place in 0..3 {
+        let endpoint = node.endpoint(place);
+        for leg in [Leg::Prefill, Leg::Decode] {
+            assert_eq!(node.worker.judge_answer(endpoint, leg, None, now), None);
+        }
+    }
+    assert!(node.worker.pending.is_empty());
+    let endpoint = node.endpoint(2);
+    node.worker.judge_answer(endpoint, Leg::Decode, Some(ErrorClass::Server), now);
+    assert!(!node.worker.pending.is_empty(), "an error is one, and so is an answer after it");
 }
 
 #[test]
