@@ -16,6 +16,11 @@ pub const RANK: &str = "pd.rank";
 /// Filter state that the route copies into `x-prefiller-host-port`: `ip:port` of the prefill endpoint, for a routing sidecar
 /// that runs the prefill leg. Unset for other engines.
 pub const PREFILLER: &str = "pd.prefiller";
+/// Filter state that the route copies into `x-envoy-retry-on`: the failure at which Envoy may send the request once more,
+/// beside those at which nothing was sent. Unset where the request must not be sent twice.
+pub const RETRY_ON: &str = "pd.retry_on";
+/// Filter state that the route copies into `x-envoy-max-retries`, in place of the route's own number. Set with [`RETRY_ON`].
+pub const MAX_RETRIES: &str = "pd.max_retries";
 /// Filter state for the access log: `split`, `decode_only`, `prefill_only`, `passed` or `rejected`.
 pub const DECISION: &str = "pd.decision";
 /// Filter state for the access log: the reason code of the decision or of the error. Unset for `passed`, except for the
@@ -38,8 +43,21 @@ pub const WAIT_MS: &str = "pd.wait_ms";
 /// request has [`EXPLAIN_HEADER`](crate::config::EXPLAIN_HEADER) and the configuration trusts that header.
 pub const EXPLAIN: &str = "pd.explain";
 /// All filter states that a request may get.
-pub const STATES: &[&str] =
-    &[DESTINATION, RANK, PREFILLER, DECISION, REASON, PREFILL, DECODE, MATCHED_TOKENS, PREFILL_MS, WAIT_MS, EXPLAIN];
+pub const STATES: &[&str] = &[
+    DESTINATION,
+    RANK,
+    PREFILLER,
+    RETRY_ON,
+    MAX_RETRIES,
+    DECISION,
+    REASON,
+    PREFILL,
+    DECODE,
+    MATCHED_TOKENS,
+    PREFILL_MS,
+    WAIT_MS,
+    EXPLAIN,
+];
 
 /// Response header with the value `missing`: the prefill answer had no usable KV parameters, so that the decode endpoint
 /// computed the prompt a second time.
@@ -90,6 +108,12 @@ impl Effect {
     /// The edit of the request body; `None` if it changes nothing.
     pub(super) fn edit_body(edit: HeadEdit) -> Option<Self> {
         (!edit.is_none()).then_some(Self::EditBody(edit))
+    }
+
+    /// Lets Envoy send a request once more whose connection ended before the answer began. Once only, so that a request that ends
+    /// engines ends no third one.
+    pub(super) fn may_repeat() -> [Self; 2] {
+        [Self::SetState(RETRY_ON, b"reset".into()), Self::SetState(MAX_RETRIES, b"1".into())]
     }
 
     /// The decision for the access log, named as the metric that counts it.

@@ -289,7 +289,8 @@ impl Forwarded {
         })
     }
 
-    /// Envoy went on to `reached`, which it does only if it cannot connect. So the endpoints before `reached` failed.
+    /// Envoy went on to `reached`. So the endpoints before `reached` failed: Envoy could not connect, or, where it may repeat
+    /// the request, the endpoint ended the connection. Envoy does not say which. Most such endpoints have ended, too.
     fn fail_before(&self, worker: &mut Worker, reached: EndpointRef, now: Monotonic) {
         for endpoint in self.order().take_while(|endpoint| *endpoint != reached) {
             worker.failed_to_connect(endpoint, now);

@@ -12,6 +12,7 @@ use crate::endpoints::candidates::{Candidates, NoCandidates};
 use crate::endpoints::endpoint_state::EndpointState;
 use crate::endpoints::table::Table;
 use crate::headers::Headers;
+use crate::paths::{engines_path, is_inference};
 use crate::wire::{EndpointId, Stated};
 
 /// What a request's headers say.
@@ -46,6 +47,13 @@ impl RequestHead {
         let mut headers = self.config.session_headers.iter().filter_map(|name| self.headers.get(name));
         let of_cookie = || self.config.session_cookies.iter().find_map(|name| cookie(&self.headers, name));
         headers.find(|value| !value.trim_ascii().is_empty()).or_else(of_cookie)
+    }
+
+    /// Whether the request is one for an inference API, which computes something and changes nothing.
+    pub(crate) fn computes(&self) -> bool {
+        let path = decoded_path(self.headers.get(":path").unwrap_or_default());
+        let is_known = is_inference(engines_path(&path, &self.config.path_prefixes));
+        is_known && self.headers.get(":method") == Some(b"POST")
     }
 
     /// Envoy's id of the request; empty if there is none.
@@ -154,8 +162,10 @@ const OURS: &[&[u8]] = &[
 ];
 
 /// Beginnings of the names of such headers, behind `x-`: our own; SGLang's, which put other hand-over parameters into a request
-/// (`SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES`); TensorRT-LLM's between its orchestrator and its workers.
-const OUR_PREFIXES: &[&[u8]] = &[b"pd-", b"override-", b"trtllm-"];
+/// (`SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES`); TensorRT-LLM's between its orchestrator and its workers; Envoy's, by which a
+/// client that Envoy takes for an internal one would have KV parameters sent twice.
+const OUR_PREFIXES: &[&[u8]] =
+    &[b"pd-", b"override-", b"trtllm-", b"envoy-retr", b"envoy-max-retries", b"envoy-hedge-"];
 
 pub(crate) fn is_ours(name: &[u8], config: &Config) -> bool {
     let is_prefixed = |rest: &[u8]| OUR_PREFIXES.iter().any(|prefix| rest.starts_with(prefix));

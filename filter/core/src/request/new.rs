@@ -34,6 +34,8 @@ enum Class {
         subset: Option<Subset>,
         /// Id of the response that the path names.
         response: Option<String>,
+        /// Whether it only reads.
+        reads: bool,
     },
     /// Another protocol, with an endpoint of the model that the query or a header names.
     Upgrade(RequestHead),
@@ -63,9 +65,12 @@ pub(super) fn headers(worker: &mut Worker, headers: Headers, end_of_stream: bool
             Step::reply(effects, reply)
         }
         Ok(Class::Upgrade(head)) => Step::or_reject(upgrade(worker, &head, now), worker),
-        Ok(Class::NoBody { subset, response }) => {
+        Ok(Class::NoBody { subset, response, reads }) => {
             let restriction = Restriction { subset: subset.as_ref(), response: response.as_deref() };
             removed.extend(without_slash);
+            if reads {
+                removed.extend(Effect::may_repeat());
+            }
             Step::or_reject(pass(worker, &config, None, restriction, now), worker)
         }
         Ok(Class::Body(head)) => {
@@ -181,7 +186,7 @@ fn classify(worker: &Worker, config: &Arc<Config>, headers: Headers, end_of_stre
     }
     let api = Api::of_path(path).filter(|_| method == Some(b"POST"));
     if api.is_none() && end_of_stream {
-        return Ok(Class::NoBody { subset, response: id_of_path(&headers, config) });
+        return Ok(Class::NoBody { subset, response: id_of_path(&headers, config), reads });
     }
     let form = match Encoding::of(headers.get("content-type").unwrap_or_default()) {
         _ if api.is_some() => None,

@@ -212,6 +212,7 @@ impl Prefilling {
         let kv_warning = note_kv_missing(worker, prefiller.endpoint, handover == Handover::Missing);
         let edit = edit_with(&split.parsed, &handover, body);
         let is_kv_missing = edit.is_none();
+        let names_kv_cache = !is_kv_missing && matches!(handover, Handover::Insert { .. });
         if is_kv_missing {
             worker.counts.count(Metric::KvMissing);
         }
@@ -227,7 +228,7 @@ impl Prefilling {
             reason: if is_kv_missing { KV_MISSING } else { "prefilled" },
             pick,
             alternates,
-            prefill: Prefill::Done { pick: prefiller.pick, endpoint, started, usage, is_kv_missing },
+            prefill: Prefill::Done { pick: prefiller.pick, endpoint, started, usage, is_kv_missing, names_kv_cache },
             edit: edit.unwrap_or_else(|| split.parsed.plain_edit()),
         };
         let mut step = forward(worker, &split.parsed, route, now)?;

@@ -69,8 +69,10 @@ impl Reading {
         }
         let response = id_of_path(&head.headers, &head.config);
         let restriction = Restriction { subset: head.subset.as_ref(), response: response.as_deref() };
+        let may_repeat = served.is_some() && response.is_none() && head.computes();
         let step = pass(worker, &head.config, served.as_ref(), restriction, now)?;
-        Ok(step.after(Effect::edit_body(edit)))
+        let repeat = if may_repeat { Some(Effect::may_repeat()) } else { None };
+        Ok(step.after(Effect::edit_body(edit)).after(repeat.into_iter().flatten()))
     }
 }
 

@@ -65,6 +65,8 @@ pub(super) enum Prefill {
         usage: Option<Usage>,
         /// Whether the KV cache could not be handed over, so that the prompt is computed a second time.
         is_kv_missing: bool,
+        /// Whether the decode leg names the KV cache. The engine frees the cache after the first fetch.
+        names_kv_cache: bool,
     },
     /// A prefill leg that starts with the decode leg.
     Concurrent(Pick, ConcurrentPrefill),
@@ -94,6 +96,16 @@ impl Prefill {
         }
     }
 
+    /// Whether the request to the decode endpoint may be sent twice, because it names no KV cache that the first one may have
+    /// fetched, and no prefill leg waits for it.
+    fn may_repeat(&self) -> bool {
+        match self {
+            Self::Own | Self::Sidecar(..) => true,
+            Self::Done { names_kv_cache, .. } => !names_kv_cache,
+            Self::Concurrent(..) => false,
+        }
+    }
+
     /// Whether the decode endpoint gets the KV cache of a prefill endpoint.
     fn hands_over(&self) -> bool {
         !matches!(self, Self::Own) && !self.is_kv_missing()
@@ -117,6 +129,10 @@ pub(super) fn forward(
     let belief = belief(worker, parsed, &route);
     let assignment = account(worker, parsed, &route, now).ok_or(Rejection::NoEndpoint)?;
     let mut effects = describe(worker, &route, now);
+    // A peer that names a phase hands over itself.
+    if route.prefill.may_repeat() && parsed.head.phase.is_none() {
+        effects.extend(Effect::may_repeat());
+    }
     worker.record_decision(now, |worker| decision_record(worker, parsed, &route));
     let is_judged = is_judged(worker, parsed, &route);
     let told = told_cached_tokens(parsed, &route.prefill);
@@ -187,7 +203,7 @@ fn account(worker: &mut Worker, parsed: &ParsedRequest, route: &Route, now: Mono
 /// Filter states of a request that goes to an engine endpoint.
 fn describe(worker: &mut Worker, route: &Route, now: Monotonic) -> Vec<Effect> {
     let mut effects = vec![
-        Effect::SetState(DESTINATION, destination_with_retries(worker, route).into_bytes()),
+        Effect::SetState(DESTINATION, destination_with_retries(worker, route.pick, &route.alternates).into_bytes()),
         Effect::decision(route.decision),
         Effect::SetState(REASON, route.reason.into()),
     ];
@@ -235,8 +251,7 @@ fn decision_record(worker: &Worker, parsed: &ParsedRequest, route: &Route) -> De
 
 /// The chosen endpoint and its alternates, named often enough for every try of Envoy's: beyond the last name Envoy would
 /// take any host of the cluster.
-fn destination_with_retries(worker: &Worker, route: &Route) -> String {
-    let Route { pick, alternates, .. } = route;
+fn destination_with_retries(worker: &Worker, pick: Pick, alternates: &[EndpointIndex]) -> String {
     let others = core::iter::repeat_n(core::iter::once(pick.endpoint).chain(alternates.iter().copied()), TRIES);
     let others = others.flatten().skip(1).take(alternates.len().max(TRIES.saturating_sub(1)));
     destination(worker, pick.endpoint, others)
@@ -383,7 +398,7 @@ pub(super) fn pass(
         among = core::slice::from_ref(keeper);
     }
     let (pick, alternates) = scheduler.pick_decode(among, &prompt, &[]).ok_or(Rejection::NoEndpoint)?;
-    let destination = destination(worker, pick.endpoint, alternates.iter().copied());
+    let destination = destination_with_retries(worker, pick, &alternates);
     worker.counts.count(Metric::RequestsPassed);
     let next = if subset.is_some() { State::Watched } else { State::Over };
     let effects =

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::endpoints::beliefs::Belief;
+use crate::request::effect::{MAX_RETRIES, RETRY_ON};
 
 #[test]
 fn a_failed_prefill_goes_to_another_endpoint_then_to_the_pools_policy() {
@@ -926,4 +927,191 @@ fn a_request_that_takes_an_hour_counts_for_an_hour() {
     assert_eq!(state.decode.requests, 1);
     t.done();
     assert!(t.is_idle());
+}
+
+/// Sends a short request, which one of the endpoints fails; whether that one got it.
+fn gets_next(t: &mut Fixture, number: usize, bad: &str, status: u16) -> bool {
+    t.request = Request::default();
+    t.headers(&[]);
+    let outcome = t.body(&format!(r#"{{"model":"m","messages":[{{"role":"user","content":"w{number}"}}]}}"#));
+    let decode = state(&outcome, DECODE).to_owned();
+    let status = if decode == bad { status } else { 200 };
+    t.request.response_headers(&mut t.worker, Answerer::Host(decode.as_bytes()), Some(status), t.now);
+    t.done();
+    decode == bad
+}
+
+#[test]
+fn a_probe_that_fails_again_lengthens_the_pause() {
+    const BAD: &str = "10.0.0.2:1";
+    let mut t = fixture();
+    let mut number = 0;
+    let mut wins = |t: &mut Fixture, status: u16| {
+        number += 20;
+        (number - 20..number).filter(|number| gets_next(t, *number, BAD, status)).count()
+    };
+    while failing(&t, "").is_empty() {
+        wins(&mut t, 500);
+    }
+    assert_eq!((failing(&t, ""), wins(&mut t, 500)), (vec![BAD.to_owned()], 0));
+    for pause in [500, 1_000, 2_000, 4_000, 5_000, 5_000] {
+        t.now = t.now.saturating_add(Duration::from_millis(pause - 1));
+        assert_eq!(wins(&mut t, 500), 0, "{pause}");
+        t.now = t.now.saturating_add(Duration::from_millis(1));
+        assert_eq!(wins(&mut t, 500), 1, "{pause}: the probe");
+    }
+    assert_eq!(t.worker.counts.pending(Metric::OutliersServer), 1);
+    t.now = t.now.saturating_add(Duration::from_secs(5));
+    assert!(wins(&mut t, 200) > 1, "the probe succeeds");
+    assert_eq!(failing(&t, ""), [""; 0]);
+}
+
+/// llm-d/llm-d-router#2636, ai-dynamo/dynamo#13756: without decode servers the gateway says so.
+#[test]
+fn a_partner_that_leaves_during_the_prefill_leg_leaves_the_request_to_the_pools_policy() {
+    for (policy, others, expected) in [
+        ("decode_only", true, Ok(("decode_only", "no_partner"))),
+        ("decode_only", false, Err((503, "no_endpoint"))),
+        ("fail", true, Err((503, "prefill_failed"))),
+        ("fail", false, Err((503, "prefill_failed"))),
+    ] {
+        let pool = format!(r#"{{"pools":{{"default":{{"on_prefill_failure":"{policy}"}}}},"endpoints":[]}}"#);
+        let mut t = configured(&pool);
+        let list = |version: u64, decode: &str| {
+            format!(
+                r#"{{"wire":1,"epoch":"e","version":{version},"endpoints":[
+                {{"address":"10.0.0.1:1","role":"prefill","models":["m"],"group":"a"}}{decode}]}}"#
+            )
+        };
+        let decode = |port: u16, group: &str| {
+            format!(r#",{{"address":"10.0.0.2:{port}","role":"decode","models":["m"],"group":"{group}"}}"#)
+        };
+        t.worker.apply(list(1, &(decode(1, "a") + &decode(2, "b"))).as_bytes()).unwrap();
+        t.headers(&[]);
+        assert_eq!(leg_destination(&t.body(&long_body())), "10.0.0.1:1");
+        t.worker.apply(list(2, &if others { decode(2, "b") } else { String::new() }).as_bytes()).unwrap();
+        let outcome = t.answer(200, &format!(r#"{{"kv_transfer_params":{PARAMS}}}"#));
+        match expected {
+            Err(error) => assert_eq!(reply(&outcome), error, "{policy} {others}"),
+            Ok(decision) => {
+                assert_eq!((state(&outcome, DECISION), state(&outcome, REASON)), decision);
+                assert_eq!(state(&outcome, DECODE), "10.0.0.2:2");
+                assert_eq!(edited(&outcome, &long_body()), long_body(), "it gets no KV parameters");
+            }
+        }
+        assert_eq!(t.worker.counts.pending(Metric::KvStrandedNoPartner), 1);
+        t.done();
+        assert!(t.is_idle());
+    }
+}
+
+/// istio/istio#61594: the cluster is that of one pool, and the endpoint that of another one.
+#[test]
+fn an_endpoint_of_another_pool_that_answers_does_not_reach_the_client() {
+    let mut t = configured(
+        r#"{"pools":{"other":{}},"endpoints":[
+            {"address":"10.0.0.2:1","role":"decode","models":["m"]},
+            {"address":"10.0.0.3:1","role":"decode","models":["n"],"pool":"other"}]}"#,
+    );
+    t.headers(&[]);
+    t.body(r#"{"model":"m","messages":[]}"#);
+    let outcome = t.request.response_headers(&mut t.worker, Answerer::Host(b"10.0.0.3:1"), Some(200), t.now);
+    assert_eq!(reply(&outcome), (503, "wrong_endpoint"));
+    assert_eq!(failing(&t, ""), ["10.0.0.2:1"]);
+    t.done();
+    assert!(t.is_idle());
+}
+
+/// At what Envoy may send the request once more, and how often.
+fn repeats(outcome: &Outcome) -> (&str, &str) {
+    (state(outcome, RETRY_ON), state(outcome, MAX_RETRIES))
+}
+
+#[test]
+fn what_names_no_kv_cache_may_be_sent_once_more() {
+    const ONCE: (&str, &str) = ("reset", "1");
+    const NEVER: (&str, &str) = ("", "");
+    let short = r#"{"model":"m","messages":[]}"#;
+    let good = format!(
+        r#"{{"kv_transfer_params":{PARAMS},"prompt_token_ids":[1],"choices":[{{"disaggregated_params":{{}}}}]}}"#
+    );
+    for (engine, whole, split) in [
+        ("vllm-nixl", ONCE, NEVER),
+        ("vllm-shared", ONCE, ONCE),
+        ("sglang", NEVER, NEVER),
+        ("neuron", ONCE, NEVER),
+        ("mooncake", ONCE, NEVER),
+        ("sidecar", ONCE, ONCE),
+    ] {
+        let mut t = of_engine(engine);
+        t.headers(&[]);
+        assert_eq!(repeats(&t.body(short)), whole, "{engine}");
+        t.done();
+        t.request = Request::default();
+        t.headers(&[]);
+        let mut outcome = t.body(&long_body());
+        if engine == "mooncake" {
+            outcome = t.answer(200, r#"{"0":{"engine_id":"e-1"}}"#);
+        } else if t.request.is_prefilling() {
+            assert_eq!(repeats(&outcome), NEVER, "{engine}: not yet");
+            outcome = t.answer(200, &good);
+        }
+        assert_ne!(state(&outcome, DECODE), "", "{engine}");
+        assert_eq!(repeats(&outcome), split, "{engine}");
+        t.done();
+    }
+    // No KV cache is handed over.
+    for answers in [&[(200, "{}")][..], &[(500, "{}"), (500, "{}")]] {
+        let mut t = fixture();
+        t.headers(&[]);
+        t.body(&long_body());
+        let outcomes: Vec<_> = answers.iter().map(|(status, body)| t.answer(*status, body)).collect();
+        assert_eq!(repeats(outcomes.last().unwrap()), ONCE, "{answers:?}");
+        t.done();
+    }
+    // A peer hands over itself.
+    for phase in ["prefill", "decode"] {
+        let mut t = fixture();
+        t.headers(&[(PHASE_HEADER, phase)]);
+        assert_eq!(repeats(&t.body(&long_body())), NEVER, "{phase}");
+        t.done();
+    }
+}
+
+#[test]
+fn what_computes_or_reads_without_a_prompt_may_be_sent_once_more() {
+    for (method, path, has_body, may) in [
+        ("GET", "/health", false, true),
+        ("HEAD", "/health", false, true),
+        ("GET", "/v1/responses/r", false, true),
+        ("DELETE", "/v1/responses/r", false, false),
+        ("POST", "/v1/responses/r/cancel", false, false),
+        ("POST", "/v1/responses/r/cancel", true, false),
+        ("POST", "/tokenize", true, true),
+        ("POST", "/v1/embeddings", true, true),
+        ("PUT", "/v1/embeddings", true, false),
+        ("POST", "/v1/load_lora_adapter", true, false),
+    ] {
+        let one = r#"{"allowed_paths":["/v1/load_lora_adapter"],"endpoints":[{"address":"10.0.0.2:1","role":"decode","models":["m"]}]}"#;
+        let mut t = configured(one);
+        let headers = Headers::from_pairs([(":method", method), (":path", path), (":authority", "a")]);
+        let mut outcome = t.request.headers(&mut t.worker, headers, !has_body, t.now);
+        if has_body {
+            outcome = t.body(r#"{"model":"m","input":"a"}"#);
+        }
+        assert_eq!(only_destination(&outcome), "10.0.0.2:1", "{method} {path}");
+        assert_eq!(repeats(&outcome), if may { ("reset", "1") } else { ("", "") }, "{method} {path}");
+        t.done();
+    }
+}
+
+/// A client that Envoy takes for an internal one would have KV parameters sent twice.
+#[test]
+fn a_client_asks_for_no_retries() {
+    let names = ["x-envoy-retry-on", "x-envoy-retry-grpc-on", "x-envoy-max-retries", "x-envoy-retriable-status-codes"];
+    let mut t = fixture();
+    let outcome = t.headers(&names.map(|name| (name, "5xx")));
+    for name in names {
+        assert!(outcome.effects.contains(&Effect::RemoveHeader(name.into())), "{name}");
+    }
 }

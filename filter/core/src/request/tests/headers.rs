@@ -225,7 +225,7 @@ fn an_upgrade_is_refused_at_once_unless_the_operator_allows_it() {
         ("/v1/realtime?model=gpt%2fa%20b", "10.0.0.2:2", Some("/v1/realtime?model=m")),
     ] {
         let outcome = upgrade_to(&mut t, path);
-        assert_eq!((state(&outcome, DESTINATION), outcome.flow), (expected, Flow::Continue), "{path}");
+        assert_eq!((only_destination(&outcome), outcome.flow), (expected, Flow::Continue), "{path}");
         let path =
             outcome.effects.iter().find_map(|it| if let Effect::SetPath(path) = it { Some(text(path)) } else { None });
         assert_eq!(path, rewritten);

@@ -94,6 +94,13 @@ fn state<'a>(outcome: &'a Outcome, path: &str) -> &'a str {
     value.map_or("", |value| core::str::from_utf8(value).unwrap())
 }
 
+/// The only endpoint that the destination names, for each of Envoy's tries; empty where it names none or several.
+fn only_destination(outcome: &Outcome) -> &str {
+    let destination = state(outcome, DESTINATION);
+    let first = destination.split(',').next().unwrap_or_default();
+    if destination == [first; TRIES].join(",") { first } else { "" }
+}
+
 fn call(outcome: &Outcome) -> &Call {
     let call =
         outcome.effects.iter().find_map(|effect| if let Effect::Call(call) = effect { Some(call) } else { None });

@@ -50,10 +50,10 @@ fn a_response_is_asked_of_the_endpoint_that_gave_it() {
         let keeper = ask(&mut t, &format!(r#"{{"model":"m","input":"{n} {long}","stream":true}}"#), &parts);
         for path in [format!("{RESPONSES}/{id}"), format!("{RESPONSES}/{id}/input_items?limit=1")] {
             let outcome = headers(&mut t, "GET", &path, true);
-            assert_eq!(state(&outcome, DESTINATION), keeper, "{path}");
+            assert_eq!(only_destination(&outcome), keeper, "{path}");
         }
         headers(&mut t, "POST", &format!("{RESPONSES}/{id}/cancel"), false);
-        assert_eq!(state(&t.body(""), DESTINATION), keeper);
+        assert_eq!(only_destination(&t.body("")), keeper);
         headers(&mut t, "POST", RESPONSES, false);
         let body = format!(r#"{{"model":"m","input":"{}","previous_response_id":"{id}"}}"#, "word ".repeat(600));
         let outcome = t.body(&body);
