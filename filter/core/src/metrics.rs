@@ -98,7 +98,7 @@ metrics! {
     OutliersOverload Counter "pd_outliers_total;reason=overload" "Endpoints ejected because they answered 429 or 503 and the other endpoints of their pool and role did not",
     OutliersRefusal Counter "pd_outliers_total;reason=refusal" "Endpoints ejected because they answered 4xx: a prefill endpoint to requests that other endpoints accepted, or a decode endpoint to all requests while its peers did not",
     OutliersHandover Counter "pd_outliers_total;reason=handover" "Prefill endpoints ejected because decode endpoints answered 5xx to prompts that they computed, and served whole requests",
-    CachesForgotten Counter "pd_caches_forgotten_total" "Times that the filter forgot what an endpoint holds, because Envoy could not connect to the endpoint, or because its answers showed that most of the expected tokens were not cached",
+    CachesForgotten Counter "pd_caches_forgotten_total" "Times that the filter forgot what an endpoint holds, because Envoy could not connect to the endpoint or went on to another one, or because its answers showed that most of the expected tokens were not cached",
     BelievedTokensMissing Counter "pd_believed_tokens_missing_total" "Prompt tokens that the index held at an endpoint and that were not cached there, by the endpoint's answer",
     PrefillInFlight Gauge "pd_prefill_in_flight" "Prefill legs in flight",
     DecodeInFlight Gauge "pd_decode_in_flight" "Requests in flight at decode endpoints",
