@@ -98,6 +98,10 @@ fn check_retries(policy: &Object, report: &mut Report) {
     if retry.get("numRetries").and_then(Value::as_u64) == Some(0) {
         return;
     }
+    if retry.pointer("/perRetry/timeout").is_some() {
+        let what = "must not be there: a whole request that takes longer is computed a second time";
+        report.fault(policy.says("spec.retry.perRetry.timeout", what));
+    }
     let triggers: Vec<_> = items(retry, "/retryOn/triggers").iter().filter_map(Value::as_str).collect();
     let codes = "must be [connect-failure, refused-stream]";
     let why = "the second try has the KV parameters of the first, which an engine may have used: its text may be wrong";
@@ -190,6 +194,8 @@ mod tests {
             found.len() == 2 && found[0].contains("5xx: must be") && found[1].contains("reset: must be"),
             "{found:?}"
         );
+        let limited = with("retryOn: {triggers: [connect-failure]}, perRetry: {timeout: 30s}").faults;
+        assert!(limited.len() == 1 && limited[0].contains("spec.retry.perRetry.timeout: must not be"), "{limited:?}");
         let by_default = with("numRetries: 2").faults;
         assert!(by_default.len() == 1 && by_default[0].contains("retries 503 and other answers"), "{by_default:?}");
     }
