@@ -165,7 +165,8 @@ fn envoys_own_errors_put_no_endpoint_out() {
 #[test]
 fn an_attempt_that_failed_puts_its_endpoint_out() {
     run(async {
-        let rig = Rig::builder().envoy(own_errors).start().await;
+        // Envoy sends such a request once more.
+        let rig = Rig::builder().engines(2, 3).envoy(own_errors).start().await;
         let mut client = rig.client(Http::One).await;
         let body = short_chat();
         let decode = logged(&rig, &mut client, &body, &[]).await["decode"].clone();

@@ -10,7 +10,7 @@ use pd_tests::answer::text;
 use pd_tests::rig::{Rig, entries, run};
 use serde_json::{Value, json};
 
-use crate::support::{assert_right, decode_process, logged_chat, long_chat, new_id, sum};
+use crate::support::{assert_right, decode_process, engine_process, logged_chat, long_chat, new_id, sum};
 
 fn cached(engines: &[Handle]) -> u64 {
     sum(engines, |stats| stats.cached_tokens)
@@ -272,5 +272,44 @@ fn a_restart_that_nothing_tells_hides_for_three_requests_at_most() {
             assert!((1_000.0..=6_000.0).contains(&missing), "{missing}");
             rig.until_idle().await;
         }
+    });
+}
+
+/// The same of a prefill server: answers to its legs have the count.
+#[test]
+fn a_restart_of_a_prefill_server_that_nothing_tells_hides_for_three_requests_at_most() {
+    run(async {
+        let directory = tempfile::tempdir().unwrap();
+        let port = Port::reserve();
+        let process = engine_process("prefill", directory.path(), port.address()).await;
+        let pool = json!({"split": {"mode": "always"}});
+        let rig = Rig::builder().engines(0, 1).other(port.address(), "prefill").pool(pool).start().await;
+        let mut clients = rig.client_of_each_worker(Http::One).await;
+        let bodies: Vec<_> = (0..8).map(|_| chat(&[&words(&new_id("talk"), 6_000)], r#","max_tokens":8"#)).collect();
+        // For each prompt, whether the filter believed that the server holds it.
+        let mut beliefs = async || {
+            let mut beliefs = Vec::new();
+            for (turn, body) in bodies.iter().enumerate() {
+                let client = &mut clients[turn % 2];
+                let (request, path) = logged_chat(client, body, &[]);
+                assert_right(&client.send(request).await, body);
+                let entry = rig.access_log_of(&path).await;
+                assert_eq!(entry["reason"], "prefilled");
+                let matched: u64 = entry["matched_tokens"].as_str().unwrap_or_default().parse().unwrap();
+                beliefs.push(matched > 512);
+            }
+            beliefs
+        };
+        assert_eq!(beliefs().await, [false; 8]);
+        assert_eq!(beliefs().await, [true; 8]);
+        drop(process);
+        let _process = engine_process("prefill", directory.path(), port.address()).await;
+        let after = beliefs().await;
+        let wrong = after.iter().filter(|is_believed| **is_believed).count();
+        assert!((1..=3).contains(&wrong), "{after:?}");
+        assert_eq!(after[wrong..], vec![false; 8 - wrong], "{after:?}");
+        assert_eq!(beliefs().await[wrong..], vec![true; 8 - wrong]);
+        rig.until_metric("pd_caches_forgotten_total", |value| value >= 1.0).await;
+        rig.until_idle().await;
     });
 }

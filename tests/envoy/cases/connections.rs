@@ -2,13 +2,15 @@
 
 use std::time::Duration;
 
-use pd_support::body::CHAT;
+use pd_sim::FAULT_HEADER;
+use pd_support::body::{CHAT, chat, words};
 use pd_support::client::{BOTH, Http};
+use pd_support::wait::until;
 use pd_tests::builder::Builder;
 use pd_tests::rig::{Rig, run};
 use serde_json::{Value, json};
 
-use crate::support::{ask, logged_chat, only, short_chat, sum};
+use crate::support::{ask, logged_chat, long_chat, new_id, only, recorded, short_chat, sum};
 
 const OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
 /// Connections that Envoy closed because they were idle.
@@ -39,14 +41,177 @@ fn envoy_closes_an_idle_connection_before_an_engine_does() {
     });
 }
 
+/// Requests that Envoy sent once more.
+const RETRIES: &str = "envoy_cluster_upstream_rq_retry{envoy_cluster_name=\"engines\"}";
+
+/// Whole requests, short ones and one that is longer than Envoy's buffer for a connection, at one decode server and at two.
+/// NVIDIA-NeMo/nemo-platform#1101, rllm-org/rllm#592: a request met the end of an idle connection, and the client got an error.
 #[test]
-fn a_request_that_meets_the_close_of_its_connection_is_lost() {
+fn a_whole_request_that_meets_the_close_of_its_connection_is_sent_once_more() {
     run(async {
-        let rig = rig(Duration::from_millis(200), Value::Null).start().await;
+        for servers in [1, 2] {
+            let pool = json!({"split": {"mode": "never"}});
+            let rig = rig(Duration::from_millis(200), Value::Null).engines(1, servers);
+            let rig = rig.every_engine(|config| config.keep_alive = Some(Duration::from_millis(200)));
+            let rig = rig.pool(pool).start().await;
+            let mut sent = 0;
+            for (http, bytes) in [(Http::One, 20), (Http::Two, 20), (Http::One, 2_000_000)] {
+                for client in &mut rig.client_of_each_worker(http).await {
+                    let before = rig.final_metric(RETRIES).await;
+                    for _ in 0..20 {
+                        let closed = sum(&rig.decode, |stats| stats.idle_closed);
+                        ask(client, &short_chat()).await;
+                        until_closed(&rig, closed).await;
+                        let body = chat(&[&words(&new_id("request"), bytes)], r#","max_tokens":8"#);
+                        ask(client, &body).await;
+                        sent += 2;
+                        if rig.final_metric(RETRIES).await > before {
+                            break;
+                        }
+                    }
+                    assert!(
+                        rig.final_metric(RETRIES).await > before,
+                        "{http:?}: no request met the end of a connection"
+                    );
+                }
+            }
+            let requests = recorded(&rig.decode);
+            let chats = requests.iter().filter(|request| request.path == CHAT);
+            assert_eq!(chats.count(), sent, "no server got a request twice");
+            for name in ["x-envoy-retry-on", "x-envoy-max-retries"] {
+                assert!(requests.iter().all(|request| request.header(name).is_none()), "{name}");
+            }
+            assert_eq!(rig.final_metric("pd_decode_unanswered_total").await, 0.0);
+            if servers == 1 {
+                assert_eq!(rig.final_metric("pd_caches_forgotten_total").await, 0.0, "the server is the same");
+            }
+            rig.until_idle().await;
+        }
+    });
+}
+
+async fn until_closed(rig: &Rig, before: u64) {
+    until("a decode server closes an idle connection", async || {
+        (sum(&rig.decode, |stats| stats.idle_closed) > before).then_some(())
+    })
+    .await;
+}
+
+/// The decode server may have fetched the KV cache before the connection ended, and vLLM answers a second fetch with wrong text.
+#[test]
+fn a_decode_leg_that_names_a_kv_cache_is_sent_once() {
+    run(async {
+        let rig = rig(Duration::from_millis(200), Value::Null);
+        let rig = rig.prefill_engines(|config, _| config.keep_alive = None).start().await;
         let mut client = rig.client(Http::One).await;
-        ask(&mut client, &short_chat()).await;
-        rig.decode[0].wait_for(|stats| stats.idle_closed == 1).await;
-        assert_eq!(client.post(CHAT, short_chat()).await.status, 503);
+        let mut sent = 0;
+        let lost = loop {
+            let closed = rig.decode[0].stats().idle_closed;
+            ask(&mut client, &long_chat()).await;
+            until_closed(&rig, closed).await;
+            sent += 2;
+            assert!(sent < 40, "no decode leg met the end of a connection");
+            let answer = client.post(CHAT, long_chat()).await;
+            if answer.status != 200 {
+                break answer;
+            }
+        };
+        assert_eq!((lost.status, lost.reason()), (503, Some("envoy")), "{}", lost.text());
+        assert_eq!(rig.final_metric(RETRIES).await, 0.0);
+        let stats = rig.decode[0].stats();
+        assert_eq!((stats.decode_legs, stats.wrong_text), (sent - 1, 0));
+        rig.until_metric("pd_decode_unanswered_total", |value| value == 1.0).await;
+        rig.until_idle().await;
+    });
+}
+
+/// With a shared directory a decode leg names no KV cache.
+#[test]
+fn a_decode_leg_that_names_no_kv_cache_is_sent_once_more() {
+    run(async {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().to_owned();
+        let rig = rig(Duration::from_millis(200), Value::Null).pool(json!({"engine": "vllm-shared"}));
+        let rig = rig.every_engine(move |config| {
+            config.engine = pd_sim::Engine::VllmShared;
+            config.shared_dir = Some(path.clone());
+        });
+        let rig = rig.prefill_engines(|config, _| config.keep_alive = None).start().await;
+        let mut client = rig.client(Http::One).await;
+        for _ in 0..20 {
+            let closed = rig.decode[0].stats().idle_closed;
+            ask(&mut client, &long_chat()).await;
+            until_closed(&rig, closed).await;
+            ask(&mut client, &long_chat()).await;
+            if rig.final_metric(RETRIES).await > 0.0 {
+                break;
+            }
+        }
+        assert!(rig.final_metric(RETRIES).await > 0.0, "no decode leg met the end of a connection");
+        assert_eq!(sum(&rig.decode, |stats| stats.local_prefills), 0);
+        rig.until_idle().await;
+    });
+}
+
+/// The client gets an error, and the other servers serve. Each of the two bears the blame once.
+#[test]
+fn a_request_that_ends_each_connection_reaches_two_servers_of_five() {
+    run(async {
+        let rig = Rig::builder().engines(1, 5).start().await;
+        for http in BOTH {
+            let mut client = rig.client(http).await;
+            let before = (sum(&rig.decode, |stats| stats.requests), rig.final_metric(RETRIES).await);
+            let unanswered = rig.final_metric("pd_decode_unanswered_total").await;
+            let request = client.json(CHAT, short_chat(), &[(FAULT_HEADER, b"reset")]);
+            assert_eq!(client.send(request).await.status, 503);
+            assert_eq!(sum(&rig.decode, |stats| stats.requests), before.0 + 2);
+            rig.until_metric(RETRIES, |value| value == before.1 + 1.0).await;
+            rig.until_metric("pd_decode_unanswered_total", |value| value == unanswered + 1.0).await;
+            for _ in 0..20 {
+                ask(&mut client, &short_chat()).await;
+            }
+            rig.until_metric("pd_answered_by_envoy_total", |value| value == 0.0).await;
+        }
+        rig.until_idle().await;
+    });
+}
+
+/// An answer that began ends with an error: no other server begins it again.
+#[test]
+fn a_request_is_not_sent_once_more_when_its_answer_has_begun() {
+    run(async {
+        let rig = Rig::builder().engines(1, 2).start().await;
+        let mut client = rig.client(Http::One).await;
+        let body = short_chat().replace(":8}", ":300,\"ignore_eos\":true,\"stream\":true}");
+        let mut stream = client.open(client.json(CHAT, body, &[(FAULT_HEADER, b"die=2")])).await;
+        assert!(stream.event().await.unwrap().is_some());
+        assert!(stream.rest().await.is_err(), "the stream breaks off");
+        assert_eq!(sum(&rig.decode, |stats| stats.requests), 1);
+        assert_eq!(rig.final_metric(RETRIES).await, 0.0);
+        rig.until_idle().await;
+    });
+}
+
+/// A client that Envoy takes for an internal one may not ask for retries: KV parameters would be sent twice.
+#[test]
+fn a_client_gets_no_retries_that_it_asks_for() {
+    run(async {
+        let rig = Rig::builder().engines(1, 2).envoy(|config| {
+            config.http()["internal_address_config"] =
+                json!({"cidr_ranges": [{"address_prefix": "127.0.0.0", "prefix_len": 8}]});
+        });
+        let rig = rig.start().await;
+        let mut client = rig.client(Http::One).await;
+        for (fault, body) in [(&b"decode:500"[..], long_chat()), (b"500", short_chat())] {
+            let before = sum(&rig.decode, |stats| stats.requests);
+            let headers: [(&str, &[u8]); 3] =
+                [(FAULT_HEADER, fault), ("x-envoy-retry-on", b"5xx"), ("x-envoy-max-retries", b"3")];
+            let request = client.json(CHAT, body, &headers);
+            assert_eq!(client.send(request).await.status, 500);
+            assert_eq!(sum(&rig.decode, |stats| stats.requests), before + 1);
+        }
+        assert_eq!(rig.final_metric(RETRIES).await, 0.0);
+        rig.until_idle().await;
     });
 }
 

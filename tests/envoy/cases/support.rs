@@ -56,8 +56,13 @@ pub fn logged_chat(client: &Client, body: &str, headers: &[(&str, &[u8])]) -> (R
 
 /// A decode engine in a process of its own, which can be stopped, killed and started again.
 pub async fn decode_process(directory: &Path, address: SocketAddr) -> Process {
+    engine_process("decode", directory, address).await
+}
+
+/// As [`decode_process`], of a role.
+pub async fn engine_process(role: &str, directory: &Path, address: SocketAddr) -> Process {
     let program = places::control().with_file_name("pd-sim");
-    let arguments = ["--role", "decode", "--listen", &address.to_string(), "--speed", "0.1"];
+    let arguments = ["--role", role, "--listen", &address.to_string(), "--speed", "0.1"];
     let arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
     let process = Process::start("pd-sim", directory, &program, &arguments);
     process::ready(&process, address, "/health", PATIENCE).await.expect("a simulator");
