@@ -1,6 +1,7 @@
 //! Engines behind TLS and API keys: both legs and pd-control reach them, and no credential is shown.
 
 use pd_sim::Handle;
+use pd_support::body::CHAT;
 use pd_support::certificate::Certificate;
 use pd_support::client::{BOTH, Http};
 use pd_support::config::Config;
@@ -11,7 +12,7 @@ use pd_tests::tls::TlsFront;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::support::{ask, long_chat, recorded, short_chat, sum};
+use crate::support::{ask, assert_right, long_chat, recorded, short_chat, sum};
 
 /// The engines' API key.
 const KEY: &str = "s3cret-key";
@@ -108,6 +109,7 @@ fn behind_tls(
 }
 
 /// The gateway adds the key to the client's request by its route, which prefill legs do not pass.
+/// llm-d/llm-d-router#2671: what a router itself asked of an engine had no key.
 #[test]
 fn a_prefill_leg_has_the_key_that_the_route_gives_to_the_decode_leg() {
     run(async {
@@ -171,6 +173,7 @@ fn engines_behind_tls_and_keys_serve_both_legs_and_answer_pd_control() {
 }
 
 /// Without the key pd-control learns no models; it says so, and takes the engine for one that works.
+/// vllm-project/production-stack#150: a router without the key knew no model, and answered 404.
 #[test]
 fn pd_control_says_that_engines_want_a_key() {
     run(async {
@@ -207,6 +210,27 @@ fn a_key_that_envoy_does_not_pass_on_is_named() {
         assert_eq!(answer.status, 503);
         let line = "legs.headers[0].env: ENGINE_KEY is not set, or Envoy does not pass it to the filter";
         assert!(rig.envoy.log().contains(line), "{}", rig.envoy.log());
+    });
+}
+
+/// BerriAI/litellm#12090: the client's credential is the gateway's alone, and engines refuse requests that have it.
+#[test]
+fn a_credential_that_is_only_for_the_gateway_reaches_no_engine() {
+    run(async {
+        let legs = json!({"headers": [{"name": "authorization", "remove": true, "legs": "all"}]});
+        let rig = Rig::builder().plugin(json!({"legs": legs})).start().await;
+        for http in BOTH {
+            for client in &mut rig.client_of_each_worker(http).await {
+                for body in [long_chat(), short_chat()] {
+                    let request = client.json(CHAT, body.clone(), &[("authorization", b"Bearer of-the-gateway")]);
+                    assert_right(&client.send(request).await, &body);
+                }
+            }
+        }
+        let legs = recorded(rig.engines());
+        assert_eq!(legs.iter().filter(|leg| leg.path.starts_with(CHAT)).count(), 12);
+        assert!(legs.iter().all(|leg| leg.header("authorization").is_none()));
+        rig.until_idle().await;
     });
 }
 

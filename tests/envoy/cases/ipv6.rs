@@ -41,7 +41,8 @@ fn rig(engine: Engine, is_dual: bool) -> Builder {
         .envoy(move |config| config.add_cluster("bootstrap", &hosts))
 }
 
-/// ai-dynamo/dynamo#3019, sgl-project/sglang#7858, vllm-project/vllm-ascend#4103: addresses of bootstrap servers lacked brackets.
+/// ai-dynamo/dynamo#3019, sgl-project/sglang#7858, sgl-project/sglang#10389, vllm-project/vllm-ascend#4103:
+/// addresses of bootstrap servers lacked brackets.
 #[test]
 fn both_legs_reach_servers_at_ipv6_addresses() {
     run(async {

@@ -238,6 +238,7 @@ fn static_endpoints_serve_where_there_is_no_pd_control() {
 }
 
 /// A second port of a pool, or an EDS that is late: the list has decode servers that Envoy does not have.
+/// istio/istio#57638, istio/istio#54539, istio/istio#54997: Envoy had no endpoint of a port, or those of pods that were gone.
 #[test]
 fn a_prefill_server_never_generates_for_decode_servers_that_envoy_lacks() {
     run(async {

@@ -94,8 +94,8 @@ async fn check(rig: &Rig, traffic: Traffic) {
     println!("{answered} requests, none failed, no prompt computed twice");
 }
 
-/// llm-d/llm-d-router#2141, volcano-sh/kthena#1352, ai-dynamo/grove#640: servers of two revisions cannot hand over to each other,
-/// and what a revision can take depends on both of its sides.
+/// llm-d/llm-d#499, llm-d/llm-d-router#2141, volcano-sh/kthena#1352, ai-dynamo/grove#640: servers of two revisions
+/// cannot hand over to each other, and what a revision can take depends on both of its sides.
 #[test]
 fn load_follows_what_each_revision_can_take_throughout_a_roll_out_and_back() {
     const STEPS: [[Sides; 2]; 7] = [

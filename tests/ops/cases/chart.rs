@@ -90,6 +90,7 @@ fn keda_and_monitoring_are_kustomizes_components() {
     assert_same(&rendered, &kustomized);
 }
 
+/// envoyproxy/gateway#7577, envoyproxy/gateway#4565: by default Envoy listens at IPv4 addresses only.
 #[test]
 fn families_of_addresses_are_kustomizes_components() {
     let target = places::root().join("target");
