@@ -44,57 +44,80 @@ fn envoy_closes_an_idle_connection_before_an_engine_does() {
 /// Requests that Envoy sent once more.
 const RETRIES: &str = "envoy_cluster_upstream_rq_retry{envoy_cluster_name=\"engines\"}";
 
-/// Whole requests, short ones and one that is longer than Envoy's buffer for a connection, at one decode server and at two.
+/// Short requests, and one that is longer than Envoy's buffer for a connection.
 /// NVIDIA-NeMo/nemo-platform#1101, rllm-org/rllm#592: a request met the end of an idle connection, and the client got an error.
 #[test]
 fn a_whole_request_that_meets_the_close_of_its_connection_is_sent_once_more() {
     run(async {
-        for servers in [1, 2] {
-            let pool = json!({"split": {"mode": "never"}});
-            let rig = rig(Duration::from_millis(200), Value::Null).engines(1, servers);
-            let rig = rig.every_engine(|config| config.keep_alive = Some(Duration::from_millis(200)));
-            let rig = rig.pool(pool).start().await;
-            let mut sent = 0;
-            for (http, bytes) in [(Http::One, 20), (Http::Two, 20), (Http::One, 2_000_000)] {
-                for client in &mut rig.client_of_each_worker(http).await {
-                    let before = rig.final_metric(RETRIES).await;
-                    for _ in 0..20 {
-                        let closed = sum(&rig.decode, |stats| stats.idle_closed);
-                        ask(client, &short_chat()).await;
-                        until_closed(&rig, closed).await;
-                        let body = chat(&[&words(&new_id("request"), bytes)], r#","max_tokens":8"#);
-                        ask(client, &body).await;
-                        sent += 2;
-                        if rig.final_metric(RETRIES).await > before {
-                            break;
-                        }
+        let rig = rig(Duration::from_millis(200), Value::Null).pool(json!({"split": {"mode": "never"}})).start().await;
+        let mut sent = 0;
+        for (http, bytes) in [(Http::One, 20), (Http::Two, 20), (Http::One, 400_000)] {
+            for client in &mut rig.client_of_each_worker(http).await {
+                let before = rig.final_metric(RETRIES).await;
+                for _ in 0..20 {
+                    let closed = rig.decode[0].stats().idle_closed;
+                    ask(client, &short_chat()).await;
+                    until_closed(&rig, closed).await;
+                    let body = chat(&[&words(&new_id("request"), bytes)], r#","max_tokens":8"#);
+                    ask(client, &body).await;
+                    sent += 2;
+                    if rig.final_metric(RETRIES).await > before {
+                        break;
                     }
-                    assert!(
-                        rig.final_metric(RETRIES).await > before,
-                        "{http:?}: no request met the end of a connection"
-                    );
                 }
+                assert!(rig.final_metric(RETRIES).await > before, "{http:?}: no request met the end of a connection");
             }
-            let requests = recorded(&rig.decode);
-            let chats = requests.iter().filter(|request| request.path == CHAT);
-            assert_eq!(chats.count(), sent, "no server got a request twice");
-            for name in ["x-envoy-retry-on", "x-envoy-max-retries"] {
-                assert!(requests.iter().all(|request| request.header(name).is_none()), "{name}");
-            }
-            assert_eq!(rig.final_metric("pd_decode_unanswered_total").await, 0.0);
-            if servers == 1 {
-                assert_eq!(rig.final_metric("pd_caches_forgotten_total").await, 0.0, "the server is the same");
-            }
-            rig.until_idle().await;
         }
+        let requests = recorded(&rig.decode);
+        assert_eq!(requests.iter().filter(|request| request.path == CHAT).count(), sent, "none came twice");
+        for name in ["x-envoy-retry-on", "x-envoy-max-retries"] {
+            assert!(requests.iter().all(|request| request.header(name).is_none()), "{name}");
+        }
+        assert_eq!(rig.final_metric("pd_decode_unanswered_total").await, 0.0);
+        assert_eq!(rig.final_metric("pd_caches_forgotten_total").await, 0.0, "the server is the same");
+        rig.until_idle().await;
+    });
+}
+
+/// Where there are two servers, the other one gets it. The first one bears the blame once, and comes back.
+#[test]
+fn a_whole_request_that_meets_the_close_of_its_connection_goes_to_another_server() {
+    run(async {
+        let rig = Rig::builder().engines(1, 2).decode_engines(|config, i| {
+            config.keep_alive = (i == 0).then_some(Duration::from_millis(200));
+        });
+        let rig = rig.envoy(|config| {
+            let options = &mut config.cluster("engines")["typed_extension_protocol_options"][OPTIONS];
+            options["common_http_protocol_options"]["idle_timeout"] = Value::Null;
+        });
+        let rig = rig.start().await;
+        let mut client = rig.client(Http::One).await;
+        for turn in 0.. {
+            assert!(turn < 100, "no request met the end of a connection");
+            let before = rig.decode[0].stats();
+            ask(&mut client, &short_chat()).await;
+            if rig.final_metric(RETRIES).await > 0.0 {
+                break;
+            }
+            if rig.decode[0].stats().requests > before.requests {
+                until_closed(&rig, before.idle_closed).await;
+            }
+        }
+        rig.until_metric("pd_decode_moved_total", |value| value == 1.0).await;
+        rig.until_metric("pd_caches_forgotten_total", |value| value == 1.0).await;
+        assert_eq!(rig.final_metric("pd_decode_unanswered_total").await, 0.0);
+        let requests = rig.decode[0].stats().requests;
+        until("the first server gets requests again", async || {
+            ask(&mut client, &short_chat()).await;
+            (rig.decode[0].stats().requests > requests).then_some(())
+        })
+        .await;
+        rig.until_idle().await;
     });
 }
 
 async fn until_closed(rig: &Rig, before: u64) {
-    until("a decode server closes an idle connection", async || {
-        (sum(&rig.decode, |stats| stats.idle_closed) > before).then_some(())
-    })
-    .await;
+    rig.decode[0].wait_for(|stats| stats.idle_closed > before).await;
 }
 
 /// The decode server may have fetched the KV cache before the connection ended, and vLLM answers a second fetch with wrong text.
