@@ -46,7 +46,7 @@ async fn post(client: &HttpClient, message: &ExchangeRequest) -> (StatusCode, Op
 
 /// A message as large as one may be, of an Envoy that is made up.
 fn largest(gateway: u64) -> Vec<u8> {
-    let totals = Totals { work: u64::MAX, tokens: u64::MAX, requests: u64::MAX };
+    let totals = Totals { work: u64::MAX, tokens: u64::MAX, requests: u64::MAX, legs: u64::MAX };
     let event = block_event(gateway, &[]);
     let record = Record {
         gateway,
@@ -133,7 +133,7 @@ async fn gigabytes_of_messages_fit_into_the_memory_limit_and_keep_nobody_from_th
         assert!(began.elapsed() < 4 * PATIENCE, "{} messages", sent.load(Relaxed));
         turn += 1;
         let asked = Instant::now();
-        let mut message = one(1, turn, vec![(key, Totals { work: 0, tokens: turn, requests: 1 })]);
+        let mut message = one(1, turn, vec![(key, Totals { tokens: turn, requests: 1, ..Totals::default() })]);
         message.records[0].blocks = block_event(key, &[BlockHash(turn)]).into_vec();
         message.records[0].first = turn - 1;
         let (status, answer) = post(&a, &message).await;
@@ -167,7 +167,7 @@ async fn only_replicas_speak_for_other_envoys_and_a_public_name_gives_no_right()
     let as_ = |token| HttpClient { token: Some(token), ..rig.client.clone() };
     let (filter, replica) = (as_("secret"), as_("replica"));
     let key = "127.0.0.1:1".parse::<pd_core::wire::EndpointId>().unwrap().key();
-    let load = |tokens| vec![(key, Totals { work: 0, tokens, requests: 1 })];
+    let load = |tokens| vec![(key, Totals { tokens, requests: 1, ..Totals::default() })];
     let mut honest = one(71, 1, load(500));
     honest.records[0].blocks = block_event(key, &[BlockHash(1)]).into_vec();
     assert_eq!(post(&filter, &honest).await.0, StatusCode::OK);
@@ -200,7 +200,7 @@ async fn only_replicas_speak_for_other_envoys_and_a_public_name_gives_no_right()
     // A message that came before, and loads of endpoints that nobody listed, count for nothing.
     assert_eq!(post(&filter, &honest).await.0, StatusCode::OK);
     assert_eq!(sum().await.0, 7);
-    let nowhere = (0..10_000).map(|endpoint| (endpoint, Totals { work: 1, tokens: 1, requests: 1 })).collect();
+    let nowhere = (0..10_000).map(|endpoint| (endpoint, Totals { work: 1, tokens: 1, requests: 1, legs: 1 })).collect();
     assert_eq!(post(&filter, &one(88, 9, nowhere)).await.0, StatusCode::OK);
     assert_eq!(sum().await.0, 7);
 }

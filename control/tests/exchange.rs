@@ -57,7 +57,7 @@ impl Gateway {
             gateway: self.id,
             turn: self.turn,
             hash_scheme: 512,
-            loads: vec![(key(), Totals { work: 0, tokens, requests: 1 })],
+            loads: vec![(key(), Totals { tokens, requests: 1, ..Totals::default() })],
             blocks: block_event(key(), &[BlockHash(self.id)]).into_vec(),
             report: Report { generations: vec![generation], ..Report::default() }.to_json(),
             ..Record::default()

@@ -105,7 +105,7 @@ fn this_version_writes_its_goldens() {
 
 /// A message of each kind with something in every place.
 fn messages() -> (ExchangeRequest, ExchangeResponse) {
-    let loads = vec![(5, Totals { work: 1_500_000, tokens: 2_000, requests: 3 })];
+    let loads = vec![(5, Totals { work: 1_500_000, tokens: 2_000, requests: 3, legs: 4 })];
     let blocks = block_event(5, &[BlockHash(0xfeed), BlockHash(u64::MAX)]).into_vec();
     let record = Record {
         gateway: 0x1234_5678_9abc_def0,

@@ -181,7 +181,7 @@ mod tests {
     fn roles_have_what_their_ready_endpoints_have() {
         let draining = Endpoint { state: State::Draining, ..endpoint(3, Role::Prefill) };
         let list = [endpoint(1, Role::Prefill), endpoint(2, Role::Prefill), draining, endpoint(4, Role::Decode)];
-        let totals = |work, tokens, requests| Totals { work, tokens, requests };
+        let totals = |work, tokens, requests| Totals { work, tokens, requests, legs: 0 };
         let loads = HashMap::from([
             (key(&list[0]), totals(1_500_000, 0, 0)),
             (key(&list[1]), totals(500_000, 0, 0)),
@@ -224,7 +224,7 @@ mod tests {
     #[test]
     fn sums_below_zero_count_as_none() {
         let list = [endpoint(1, Role::Prefill)];
-        let below = Totals { work: 0, tokens: 0, requests: 0 }.minus(Totals { work: 5, tokens: 5, requests: 5 });
+        let below = Totals::default().minus(Totals { work: 5, tokens: 5, requests: 5, legs: 5 });
         let all = demand(&list, Some(&HashMap::from([(key(&list[0]), below)])), &BTreeMap::new());
         assert_eq!(of(&all, "prefill").prefill_work_seconds, Some(0.0));
         assert!(!of(&all, "prefill").is_active());

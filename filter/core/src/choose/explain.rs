@@ -35,7 +35,7 @@ impl Scheduler<'_> {
             }
         };
         let shortlist = self.view().shortlist(among, prompt, &[]);
-        let (legs, owner) = (shortlist.legs, shortlist.owner);
+        let (legs_each, owner) = (shortlist.legs_each, shortlist.owner);
         let session = self.view().session_holder(among, prompt);
         let mut compared = shortlist.endpoints;
         compared.extend(self.table.get(pick.endpoint).map(|state| (pick.endpoint, state)));
@@ -45,7 +45,7 @@ impl Scheduler<'_> {
             .into_iter()
             .map(|(index, state)| {
                 let claims = (owner == Some(index), session == Some(index));
-                (self.cost(index, state, prompt, claims, &legs), index, state)
+                (self.cost(index, state, prompt, claims, legs_each), index, state)
             })
             .collect();
         costs.sort_by(|a, b| a.0.cost.total_cmp(&b.0.cost));

@@ -12,7 +12,7 @@
 //! Of many endpoints a choice compares a [shortlist](super::shortlist).
 
 use crate::choose::prompt::Prompt;
-use crate::choose::shortlist::{Legs, View};
+use crate::choose::shortlist::View;
 use crate::choose::weight::affinity_weight;
 use crate::config::{Cost, Pool};
 use crate::endpoints::candidates::Candidates;
@@ -137,7 +137,7 @@ impl<'a> Scheduler<'a> {
         let mut best: Option<(CostedPick, u64)> = None;
         for (index, state) in shortlist.endpoints {
             let claims = (shortlist.owner == Some(index), session == Some(index));
-            let found = self.cost(index, state, prompt, claims, &shortlist.legs);
+            let found = self.cost(index, state, prompt, claims, shortlist.legs_each);
             let rendezvous = rendezvous_weight(prompt.key, state.key);
             let better = |(lowest, weight): &(CostedPick, u64)| (found.cost, *weight) < (lowest.cost, rendezvous);
             if best.as_ref().is_none_or(better) {
@@ -172,7 +172,7 @@ impl<'a> Scheduler<'a> {
         state: &EndpointState,
         prompt: &Prompt,
         (owner, session): (bool, bool),
-        legs: &Legs,
+        legs_each: f64,
     ) -> CostedPick {
         let pick = self.pick(index, prompt);
         let mut held = pick.matched_tokens;
@@ -182,13 +182,13 @@ impl<'a> Scheduler<'a> {
             held += self.rendezvous_share() * (prompt.tokens - held).max(0.0);
         }
         let own = self.seconds(state, prompt, held);
-        let weight = self.weight(state, legs);
+        let weight = self.weight(state, legs_each);
         CostedPick { pick, weight, cost: state.work(self.now) + weight * own }
     }
 
     /// w of W + w·S at an endpoint: as configured, else by what is in flight.
-    pub(super) fn weight(&self, state: &EndpointState, legs: &Legs) -> f64 {
-        self.pool.affinity_weight.unwrap_or_else(|| affinity_weight(legs.legs_at(state), legs.each))
+    pub(super) fn weight(&self, state: &EndpointState, legs_each: f64) -> f64 {
+        self.pool.affinity_weight.unwrap_or_else(|| affinity_weight(state.prefill_legs(), legs_each))
     }
 
     /// The prefill cost of an endpoint.

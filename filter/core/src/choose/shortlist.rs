@@ -28,34 +28,8 @@ pub(super) struct Shortlist<'a> {
     pub(super) endpoints: Vec<(EndpointIndex, &'a EndpointState)>,
     /// The rendezvous endpoint of the prompt.
     pub(super) owner: Option<EndpointIndex>,
-    /// Prefill legs in flight.
-    pub(super) legs: Legs,
-}
-
-/// Prefill legs in flight at endpoints that may be chosen; of many endpoints at a sample of them.
-pub(super) struct Legs {
-    /// Mean seconds of this Envoy's legs; 0 where this Envoy has none in flight.
-    mean_seconds: f64,
-    /// Mean number of legs at an endpoint, from every Envoy that exchanges.
-    pub(super) each: f64,
-}
-
-impl Legs {
-    fn new(endpoints: &[(EndpointIndex, &EndpointState)]) -> Self {
-        let queues = endpoints.iter().map(|(_, state)| &state.prefill);
-        let (own, seconds) =
-            queues.fold((0.0, 0.0), |(legs, seconds), queue| (queue.len() as f64 + legs, queue.seconds() + seconds));
-        let legs = Self { mean_seconds: seconds / f64::max(own, 1.0), each: 0.0 };
-        let all: f64 = endpoints.iter().map(|(_, state)| legs.legs_at(state)).sum();
-        Self { each: all / endpoints.len().max(1) as f64, ..legs }
-    }
-
-    /// Number of legs at an endpoint. Of other Envoys' legs only the seconds are known: each counts as long as the mean leg
-    /// of this Envoy, or a second where this Envoy has none in flight.
-    pub(super) fn legs_at(&self, state: &EndpointState) -> f64 {
-        let each = if self.mean_seconds > 0.0 { self.mean_seconds } else { 1.0 };
-        state.prefill.len() as f64 + state.elsewhere_seconds() / each
-    }
+    /// Prefill legs in flight at each endpoint that may be chosen, on average; of many endpoints at a sample of them.
+    pub(super) legs_each: f64,
 }
 
 /// What a choice looks at: the state of one worker at one time.
@@ -77,7 +51,7 @@ impl<'a> View<'a> {
     /// session.
     pub(super) fn shortlist(self, among: &[EndpointIndex], prompt: &Prompt, tried: &[EndpointIndex]) -> Shortlist<'a> {
         let usable = self.usable(among, prompt, tried);
-        let legs = Legs::new(&usable);
+        let legs_each = legs_each(&usable);
         let any_healthy = usable.first().is_some_and(|(_, state)| self.is_usable(state));
         let weight = |state: &EndpointState| rendezvous_weight(prompt.key, state.key);
         let owner = match among.len() > ALL {
@@ -101,7 +75,7 @@ impl<'a> View<'a> {
             fits.then_some((index, state))
         });
         let endpoints = least.into_iter().map(|(.., of)| of).chain(owner).chain(holders).collect();
-        Shortlist { endpoints, owner: owner.map(|(index, _)| index), legs }
+        Shortlist { endpoints, owner: owner.map(|(index, _)| index), legs_each }
     }
 
     pub(super) fn is_usable(self, state: &EndpointState) -> bool {
@@ -161,4 +135,8 @@ impl<'a> View<'a> {
         let first = among.partition_point(|index| key_of(index) < Some(prompt.key));
         among.iter().cycle().skip(first).take(NEIGHBOURS.min(among.len())).copied().collect()
     }
+}
+
+fn legs_each(endpoints: &[(EndpointIndex, &EndpointState)]) -> f64 {
+    endpoints.iter().map(|(_, state)| state.prefill_legs()).sum::<f64>() / endpoints.len().max(1) as f64
 }

@@ -11,6 +11,8 @@ pub struct Totals {
     pub tokens: u64,
     /// Decode legs.
     pub requests: u64,
+    /// Prefill legs, waiting or computed. 0 where the Envoys run an earlier build, which does not count them.
+    pub legs: u64,
 }
 
 impl Totals {
@@ -21,6 +23,7 @@ impl Totals {
             work: self.work.wrapping_add(other.work),
             tokens: self.tokens.wrapping_add(other.tokens),
             requests: self.requests.wrapping_add(other.requests),
+            legs: self.legs.wrapping_add(other.legs),
         }
     }
 
@@ -31,6 +34,7 @@ impl Totals {
             work: self.work.min(most.work),
             tokens: self.tokens.min(most.tokens),
             requests: self.requests.min(most.requests),
+            legs: self.legs.min(most.legs),
         }
     }
 
@@ -41,16 +45,24 @@ impl Totals {
             work: self.work.wrapping_sub(other.work),
             tokens: self.tokens.wrapping_sub(other.tokens),
             requests: self.requests.wrapping_sub(other.requests),
+            legs: self.legs.wrapping_sub(other.legs),
         }
     }
 
     pub(crate) fn write(self, out: &mut Writer) {
-        [self.work, self.tokens, self.requests].into_iter().for_each(|word| out.word(word));
+        [self.work, self.tokens, self.requests, self.legs].into_iter().for_each(|word| out.word(word));
     }
 
     pub(crate) fn read(rest: &mut Reader<'_>) -> Option<Self> {
-        Some(Self { work: rest.word()?, tokens: rest.word()?, requests: rest.word()? })
+        let (work, tokens, requests) = (rest.word()?, rest.word()?, rest.word()?);
+        // An earlier build writes no legs.
+        Some(Self { work, tokens, requests, legs: rest.word().unwrap_or(0) })
     }
+}
+
+/// A sum of changes; 0 where the sum is below zero because a change has not arrived yet.
+pub(crate) fn above_zero(sum: u64) -> u64 {
+    u64::try_from(sum.cast_signed()).unwrap_or(0)
 }
 
 /// Number of Envoys that follow the same `pd-control`. All 0 where there is no exchange.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::endpoints::beliefs::Doubts;
 use crate::endpoints::departed::InFlight;
-use crate::endpoints::elsewhere::Totals;
+use crate::endpoints::elsewhere::{Totals, above_zero};
 use crate::endpoints::health::Health;
 use crate::endpoints::load::{LedgerEntry, Load, PrefillQueue};
 use crate::endpoints::outliers::Answers;
@@ -150,9 +150,12 @@ impl EndpointState {
     pub(crate) fn elsewhere_seconds(&self) -> f64 {
         above_zero(self.elsewhere.work) as f64 * 1e-6
     }
-}
 
-/// A sum of changes; 0 where the sum is below zero because a change has not arrived yet.
-fn above_zero(sum: u64) -> u64 {
-    u64::try_from(sum.cast_signed()).unwrap_or(0)
+    /// Prefill legs in flight here, waiting or computed, from every Envoy that exchanges. Work of other Envoys without a
+    /// count of legs is one leg: an Envoy of an earlier build does not count them.
+    #[must_use]
+    pub(crate) fn prefill_legs(&self) -> f64 {
+        let elsewhere = above_zero(self.elsewhere.legs).max(u64::from(above_zero(self.elsewhere.work) > 0));
+        self.prefill.len() as f64 + elsewhere as f64
+    }
 }

@@ -96,12 +96,6 @@ impl PrefillQueue {
         (now.saturating_sub(self.head_since).as_secs_f64() - head.seconds).max(0.0)
     }
 
-    /// Seconds of all legs in flight, without regard to the progress of the oldest one.
-    #[must_use]
-    pub fn seconds(&self) -> f64 {
-        self.seconds
-    }
-
     /// Legs in flight.
     #[must_use]
     pub fn len(&self) -> usize {

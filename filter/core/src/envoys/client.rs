@@ -335,6 +335,7 @@ fn loads(worker: &Worker, now: Monotonic) -> Vec<(u64, Totals)> {
         work: (state.prefill.work(now) * 1e6) as u64,
         tokens: state.decode.tokens,
         requests: u64::from(state.decode.requests),
+        legs: state.prefill.len() as u64,
     };
     let states = worker.state.table.iter().map(|(_, state)| (state.key, totals(state)));
     let mut loads: Vec<_> = states.filter(|(_, totals)| *totals != Totals::default()).collect();

@@ -34,8 +34,9 @@ const LEAST_RELAY_BLOCKS_BYTES: usize = 16 << 10;
 /// Most endpoints of one record; the hub ignores further ones.
 const MAX_LOADS: usize = crate::wire::MAX_ENDPOINTS;
 /// Cap of what one Envoy has in flight at one endpoint. A false claim above it would keep all other Envoys away from the
-/// endpoint.
-const MOST_IN_FLIGHT: Totals = Totals { work: 1_000_000_000_000, tokens: 10_000_000_000, requests: 1_000_000 };
+/// endpoint or, by its legs, at what the endpoint holds.
+const MOST_IN_FLIGHT: Totals =
+    Totals { work: 1_000_000_000_000, tokens: 10_000_000_000, requests: 1_000_000, legs: 10_000 };
 
 /// What one replica of pd-control knows of all Envoys: their loads, their block logs, their reports.
 #[derive(Debug)]

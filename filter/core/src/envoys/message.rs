@@ -1,17 +1,21 @@
 //! The messages of the exchange, in the format of [`codec`](crate::codec).
 //!
 //! ```text
-//! ExchangeRequest   version from hub state wants known:[gateway next]* records:[Record]* origins:[word]*
+//! ExchangeRequest   version from hub state wants known:[gateway next]* records:[Record]* origins:[word]* legs:[bytes]*
 //! Record            gateway replaces turn hash_scheme loads:[endpoint Totals]* oldest first blocks:bytes report:bytes
 //! ExchangeResponse  version hub state have:[gateway next]* gateways exchanging has_loads loads:[endpoint Totals]*
-//!                   batches:[gateway hash_scheme first blocks:bytes]*
+//!                   batches:[gateway hash_scheme first blocks:bytes]* legs:bytes
 //! blocks            [endpoint count hash*]*
 //! Totals            work tokens requests
 //! ```
 //! An endpoint is its [key](crate::endpoints::endpoint_state::EndpointState::key). A gateway is an Envoy, named by the
-//! number of its leader; in `known` and in batches, by the public name that the hub gives it. A request of a leader ends
-//! behind its records. A reader takes a message whole or not at all. It ignores words behind those that it knows: a newer
-//! writer may add some.
+//! number of its leader; in `known` and in batches, by the public name that the hub gives it.
+//!
+//! `legs` has two bytes, little endian, for each `Totals` before it, in the same order: [`Totals::legs`], at most 65,535.
+//! Two bytes, because a message of the most endpoints would exceed [`MAX_MESSAGE_BYTES`] with a word each. A message of an
+//! earlier build ends before `legs`: its loads have no legs. In any other message `legs` is mandatory.
+//!
+//! A reader takes a message whole or not at all. It ignores bytes behind those that it knows: a newer writer may add some.
 
 use crate::codec::{Reader, Writer};
 use crate::endpoints::elsewhere::Totals;
@@ -74,8 +78,9 @@ pub struct Record {
 impl Record {
     /// Bytes of this record in a message.
     pub(super) fn byte_len(&self) -> usize {
-        let words = self.loads.len().saturating_mul(4).saturating_add(9);
-        words.saturating_mul(8).saturating_add(self.blocks.len()).saturating_add(self.report.len())
+        let words = self.loads.len().saturating_mul(4).saturating_add(10);
+        let legs = self.loads.len().saturating_mul(2);
+        words.saturating_mul(8).saturating_add(legs).saturating_add(self.blocks.len()).saturating_add(self.report.len())
     }
 }
 
@@ -128,9 +133,8 @@ impl ExchangeRequest {
             out.bytes(&record.blocks);
             out.bytes(&record.report);
         });
-        if !self.origins.is_empty() {
-            out.list(&self.origins, |out, origin| out.word(*origin));
-        }
+        out.list(&self.origins, |out, origin| out.word(*origin));
+        out.list(&self.records, |out, record| out.bytes(&legs(&record.loads)));
         out.0
     }
 
@@ -142,26 +146,25 @@ impl ExchangeRequest {
         let (from, known_state, wants) = (rest.word()?, (rest.word()?, rest.word()?), rest.word()? != 0);
         let mut known = read_pairs(rest).filter(|known| known.len() <= MAX_KNOWN)?;
         known.sort_unstable();
-        Some(Self {
-            from,
-            known_state,
-            wants,
-            known,
-            records: rest.list_of_most(MAX_RECORDS, |rest| {
-                Some(Record {
-                    gateway: rest.word()?,
-                    replaces: rest.word()?,
-                    turn: rest.word()?,
-                    hash_scheme: rest.word()?,
-                    loads: read_loads(rest)?,
-                    oldest: rest.word()?,
-                    first: rest.word()?,
-                    blocks: read_blocks(rest)?,
-                    report: rest.bytes()?,
-                })
-            })?,
-            origins: rest.list(Reader::word).unwrap_or_default(),
-        })
+        let mut records = rest.list_of_most(MAX_RECORDS, |rest| {
+            Some(Record {
+                gateway: rest.word()?,
+                replaces: rest.word()?,
+                turn: rest.word()?,
+                hash_scheme: rest.word()?,
+                loads: read_loads(rest)?,
+                oldest: rest.word()?,
+                first: rest.word()?,
+                blocks: read_blocks(rest)?,
+                report: rest.bytes()?,
+            })
+        })?;
+        let origins = rest.list(Reader::word).unwrap_or_default();
+        if !rest.0.is_empty() {
+            let legs = rest.list_of_most(MAX_RECORDS, Reader::bytes).filter(|legs| legs.len() == records.len())?;
+            records.iter_mut().zip(&legs).try_for_each(|(record, legs)| set_legs(&mut record.loads, legs))?;
+        }
+        Some(Self { from, known_state, wants, known, records, origins })
     }
 }
 
@@ -178,6 +181,7 @@ impl ExchangeResponse {
             [batch.gateway, batch.hash_scheme, batch.first].into_iter().for_each(|word| out.word(word));
             out.bytes(&batch.blocks);
         });
+        out.bytes(&legs(self.loads.as_deref().unwrap_or_default()));
         out.0
     }
 
@@ -188,7 +192,7 @@ impl ExchangeResponse {
         let (hub, state) = (rest.word()?, rest.word()?);
         let have = read_pairs(rest)?;
         let (gateways, exchanging, has_loads) = (rest.word()?, rest.word()?, rest.word()? != 0);
-        let loads = read_loads(rest)?;
+        let mut loads = read_loads(rest)?;
         let batches = rest.list(|rest| {
             Some(Batch {
                 gateway: rest.word()?,
@@ -197,6 +201,9 @@ impl ExchangeResponse {
                 blocks: read_blocks(rest)?,
             })
         })?;
+        if !rest.0.is_empty() {
+            set_legs(&mut loads, &rest.bytes()?)?;
+        }
         Some(Self { hub, state, have, gateways, exchanging, loads: has_loads.then_some(loads), batches })
     }
 }
@@ -216,9 +223,14 @@ fn write_pairs(out: &mut Writer, pairs: &[(u64, u64)]) {
 
 fn write_loads(out: &mut Writer, loads: &[(u64, Totals)]) {
     out.list(loads, |out, (endpoint, totals)| {
-        out.word(*endpoint);
-        totals.write(out);
+        [*endpoint, totals.work, totals.tokens, totals.requests].into_iter().for_each(|word| out.word(word));
     });
+}
+
+/// The legs of loads, two bytes each. A sum below zero counts as 0.
+fn legs(loads: &[(u64, Totals)]) -> Vec<u8> {
+    let legs = |legs: u64| u16::try_from(legs.cast_signed().max(0)).unwrap_or(u16::MAX);
+    loads.iter().flat_map(|(_, totals)| legs(totals.legs).to_le_bytes()).collect()
 }
 
 fn read_pairs(rest: &mut Reader<'_>) -> Option<Vec<(u64, u64)>> {
@@ -226,7 +238,20 @@ fn read_pairs(rest: &mut Reader<'_>) -> Option<Vec<(u64, u64)>> {
 }
 
 fn read_loads(rest: &mut Reader<'_>) -> Option<Vec<(u64, Totals)>> {
-    rest.list(|rest| Some((rest.word()?, Totals::read(rest)?)))
+    let totals = |rest: &mut Reader<'_>| {
+        Some(Totals { work: rest.word()?, tokens: rest.word()?, requests: rest.word()?, legs: 0 })
+    };
+    rest.list(|rest| Some((rest.word()?, totals(rest)?)))
+}
+
+/// Sets the legs of loads; `None` where there are more or fewer than loads.
+fn set_legs(loads: &mut [(u64, Totals)], legs: &[u8]) -> Option<()> {
+    let (legs, rest) = legs.as_chunks::<2>();
+    if loads.len() != legs.len() || !rest.is_empty() {
+        return None;
+    }
+    loads.iter_mut().zip(legs).for_each(|((_, totals), legs)| totals.legs = u64::from(u16::from_le_bytes(*legs)));
+    Some(())
 }
 
 fn read_blocks(rest: &mut Reader<'_>) -> Option<Vec<u8>> {
@@ -239,7 +264,12 @@ mod tests {
     use proptest::prelude::*;
 
     fn totals() -> impl Strategy<Value = Totals> {
-        any::<(u64, u64, u64)>().prop_map(|(work, tokens, requests)| Totals { work, tokens, requests })
+        any::<([u64; 3], u16)>().prop_map(|([work, tokens, requests], legs)| Totals {
+            work,
+            tokens,
+            requests,
+            legs: u64::from(legs),
+        })
     }
 
     fn pairs() -> impl Strategy<Value = Vec<(u64, u64)>> {
@@ -270,6 +300,77 @@ mod tests {
             let response =
                 ExchangeResponse { batches: vec![Batch { blocks, ..Batch::default() }], ..ExchangeResponse::default() };
             assert_eq!(ExchangeResponse::from_bytes(&response.to_bytes()).is_some(), over == 0);
+        }
+    }
+
+    /// A request and an answer with the same two loads, and how to read these.
+    struct Loads {
+        request: Vec<u8>,
+        response: Vec<u8>,
+    }
+
+    impl Loads {
+        fn new(loads: Vec<(u64, Totals)>) -> Self {
+            let records = vec![Record { gateway: 1, loads: loads.clone(), ..Record::default() }];
+            Self {
+                request: ExchangeRequest { records, ..ExchangeRequest::default() }.to_bytes(),
+                response: ExchangeResponse { loads: Some(loads), ..ExchangeResponse::default() }.to_bytes(),
+            }
+        }
+
+        fn of_request(bytes: &[u8]) -> Option<Vec<(u64, Totals)>> {
+            Some(ExchangeRequest::from_bytes(bytes)?.records.remove(0).loads)
+        }
+
+        fn of_response(bytes: &[u8]) -> Option<Vec<(u64, Totals)>> {
+            ExchangeResponse::from_bytes(bytes)?.loads
+        }
+    }
+
+    const ONE: Totals = Totals { work: 1, tokens: 2, requests: 3, legs: 4 };
+
+    #[test]
+    fn a_message_of_an_earlier_build_is_read_without_legs() {
+        let Loads { request, response } = Loads::new(vec![(5, ONE), (6, ONE)]);
+        let without = Some(vec![(5, Totals { legs: 0, ..ONE }), (6, Totals { legs: 0, ..ONE })]);
+        // Behind the records: the number of origins, of lists of legs, and of bytes of the one list, then its four bytes.
+        for (cut, is_earlier) in [(1, false), (4, false), (12, false), (20, true), (28, true)] {
+            let read = Loads::of_request(&request[..request.len() - cut]);
+            assert_eq!(read, without.clone().filter(|_| is_earlier), "{cut}");
+        }
+        // Behind the batches: the number of bytes, and four bytes.
+        for (cut, is_earlier) in [(1, false), (4, false), (12, true)] {
+            let read = Loads::of_response(&response[..response.len() - cut]);
+            assert_eq!(read, without.clone().filter(|_| is_earlier), "{cut}");
+        }
+    }
+
+    #[test]
+    fn a_message_with_legs_for_other_loads_is_refused() {
+        let Loads { request, response } = Loads::new(vec![(5, ONE), (6, ONE)]);
+        for (length, is_good) in [(0_u64, false), (2, false), (3, false), (4, true), (5, false), (6, false)] {
+            let of_length = |bytes: &[u8]| {
+                let (head, legs) = bytes.split_at(bytes.len() - 4);
+                [&head[..head.len() - 8], &length.to_le_bytes(), legs, &[0; 2]].concat()
+            };
+            assert_eq!(Loads::of_request(&of_length(&request)).is_some(), is_good, "{length}");
+            assert_eq!(Loads::of_response(&of_length(&response)).is_some(), is_good, "{length}");
+        }
+        let of_no_record = [&request[..request.len() - 20], &0_u64.to_le_bytes()].concat();
+        assert_eq!(Loads::of_request(&of_no_record), None);
+    }
+
+    #[test]
+    fn legs_beyond_two_bytes_are_as_many_as_these_can_say() {
+        let read = |legs: u64| {
+            let Loads { request, response } = Loads::new(vec![(5, Totals { legs, ..ONE })]);
+            let read = [Loads::of_request(&request), Loads::of_response(&response)];
+            read.map(|loads| loads.unwrap()[0].1.legs)
+        };
+        let below_zero = 0_u64.wrapping_sub(3);
+        for (legs, expected) in [(0, 0), (65_535, 65_535), (65_536, 65_535), (i64::MAX as u64, 65_535), (below_zero, 0)]
+        {
+            assert_eq!(read(legs), [expected; 2], "{legs}");
         }
     }
 

@@ -52,6 +52,11 @@ impl Gateway {
         ((state.work(now) * 1e6).round() as u64, state.decode_tokens())
     }
 
+    /// Prefill legs at a place, from everywhere.
+    fn legs(&self, place: usize) -> f64 {
+        self.worker.state.table.get(self.endpoint(place).index).unwrap().prefill_legs()
+    }
+
     /// A tick with this hub; without one every call fails.
     fn tick(&mut self, hub: Option<&mut Hub>, now: Monotonic) {
         let report = |worker: &Worker| {
@@ -104,20 +109,24 @@ fn a_decision_is_known_elsewhere_after_two_ticks() {
     let mut gateways = fleet(3, &mut hub, &mut now);
     assert!(gateways.iter().all(|of| of.worker.state.table.fleet == Fleet { gateways: 3, exchanging: 3 }));
     let (prefill, decode) = (gateways[0].endpoint(0), gateways[0].endpoint(2));
-    gateways[0].worker.prefill_started(prefill, 7, 5.0, now, FAR);
+    gateways[0].worker.prefill_started(prefill, 7, 4.0, now, FAR);
+    gateways[0].worker.prefill_started(prefill, 8, 1.0, now, FAR);
     gateways[0].worker.decode_started(decode, 1_000);
     gateways[0].worker.holds(prefill, &blocks(1, 12));
     settle(&mut gateways, &mut hub, &mut now, 2);
     for other in &gateways[1..] {
         let (work, tokens) = other.view(0, now);
         assert!((4_800_000..=5_000_000).contains(&work) && tokens == 0, "{work} {tokens}");
+        assert_eq!((other.legs(0), other.legs(1)), (2.0, 0.0));
         assert_eq!(other.view(2, now).1, 1_000);
         assert_eq!(other.worker.state.index.matched(other.endpoint(0).index, &blocks(1, 12)), 12);
     }
     gateways[0].worker.prefill_ended(prefill, 7, now);
+    gateways[0].worker.prefill_ended(prefill, 8, now);
     gateways[0].worker.decode_ended(decode, 1_000);
     settle(&mut gateways, &mut hub, &mut now, 2);
     assert!(gateways.iter().all(|of| of.view(0, now) == (0, 0) && of.view(2, now) == (0, 0)));
+    assert!(gateways.iter().all(|of| of.legs(0) == 0.0));
     let report = hub.reports(now).find(|(id, ..)| *id == 1).and_then(|(.., text)| report::Report::from_json(text));
     assert_eq!(report.unwrap().endpoints, 3);
 }
@@ -147,8 +156,8 @@ fn claims(gateway: u64, turn: u64, loads: Vec<(u64, Totals)>, report: Vec<u8>) -
 #[test]
 fn what_an_envoy_claims_is_capped_and_ends_with_it() {
     let mut hub = Hub::new(9);
-    let huge = Totals { work: u64::MAX, tokens: u64::MAX, requests: u64::MAX };
-    let honest = Totals { work: 5, tokens: 7, requests: 1 };
+    let huge = Totals { work: u64::MAX, tokens: u64::MAX, requests: u64::MAX, legs: u64::MAX };
+    let honest = Totals { work: 5, tokens: 7, requests: 1, legs: 2 };
     hub.take(&claims(1, 1, vec![(4, huge)], Vec::new()), 0, Monotonic::ZERO);
     hub.take(&claims(2, 1, vec![(4, honest)], Vec::new()), 0, Monotonic::ZERO);
     let seen = |hub: &Hub| {
@@ -157,6 +166,7 @@ fn what_an_envoy_claims_is_capped_and_ends_with_it() {
     };
     let (_, sum) = seen(&hub).unwrap();
     assert!(sum.tokens <= 10_000_000_007 && sum.work <= 1_000_000_000_005 && sum.requests <= 1_000_001, "{sum:?}");
+    assert!(sum.legs <= 10_002, "{sum:?}");
     let later = Monotonic::ZERO + GATEWAY_LIFE + Duration::from_secs(1);
     hub.take(&claims(2, 2, vec![(4, honest)], Vec::new()), 0, later);
     assert!(hub.prune(later));
@@ -169,7 +179,7 @@ fn loads_of(hub: &Hub) -> Vec<(u64, Totals)> {
     hub.answer(&listener, 0).loads.unwrap_or_default()
 }
 
-const ONE: Totals = Totals { work: 1, tokens: 1, requests: 1 };
+const ONE: Totals = Totals { work: 1, tokens: 1, requests: 1, legs: 1 };
 
 #[test]
 fn the_public_name_of_an_envoy_does_not_let_others_speak_for_it() {
@@ -280,7 +290,7 @@ fn a_host_that_makes_up_envoys_has_the_share_of_one_host() {
 #[test]
 fn loads_and_reports_of_many_envoys_have_a_bound_that_spares_the_modest() {
     let mut hub = Hub::new(9);
-    let one = Totals { work: 1, tokens: 1, requests: 1 };
+    let one = ONE;
     hub.take(&claims(1, 1, vec![(4, one)], vec![b' '; 100]), 0, Monotonic::ZERO);
     for gateway in 2..24 {
         let loads = (0..100_000).map(|endpoint| (endpoint, one)).collect();

@@ -203,8 +203,9 @@ pub(crate) mod tests {
             Just(Event::Forgot),
             (0_u64..3, any::<u64>()).prop_map(|(fairness, tokens)| Event::Admitted { fairness, tokens }),
             (0_u64..3, any::<u64>()).prop_map(|(fairness, tokens)| Event::Released { fairness, tokens }),
-            any::<(u64, u64, u64)>()
-                .prop_map(|(work, tokens, requests)| Event::BusyElsewhere { by: Totals { work, tokens, requests } }),
+            any::<[u64; 4]>().prop_map(|[work, tokens, requests, legs]| Event::BusyElsewhere {
+                by: Totals { work, tokens, requests, legs }
+            }),
             prop::collection::vec(any::<u64>().prop_map(BlockHash), 0..9)
                 .prop_map(|blocks| Event::HoldsByOthers { blocks: blocks.into() }),
             any::<(u64, u64)>()

@@ -299,7 +299,7 @@ impl Run {
         let endpoints: Vec<u64> = split_events(&self.blocks).filter_map(read_event).map(|(key, _)| key).collect();
         let hash_scheme = *self.random.pick(&[BLOCK_BYTES, BLOCK_BYTES, 0]);
         let mut number = || self.random.below(3) as u64 * 1_000;
-        let mut totals = || Totals { work: number() * 1_000, tokens: number(), requests: number() };
+        let mut totals = || Totals { work: number() * 1_000, tokens: number(), requests: number(), legs: number() };
         let loads: Vec<(u64, Totals)> = endpoints.into_iter().map(|key| (key, totals())).collect();
         let batch = Batch { gateway: 5, hash_scheme, first: number(), blocks: self.blocks.clone() };
         let response = ExchangeResponse {

@@ -2,6 +2,7 @@ use super::*;
 use crate::choose::decider::{AFFINITY_SLACK_TOKENS, Schedule, WholeReason};
 use crate::config::Config;
 use crate::endpoints::candidates::Candidates;
+use crate::endpoints::elsewhere::Totals;
 use crate::endpoints::health::Cause;
 use crate::prefix::hash::{BlockHash, PromptHash};
 use crate::wire::{Endpoint, Role, Snapshot};
@@ -54,6 +55,11 @@ impl Fixture {
     pub(crate) fn busy(&mut self, index: EndpointIndex, seconds: f64) {
         self.table.get_mut(index).unwrap().prefill.add(0, seconds, NOW, FAR);
     }
+
+    fn busy_elsewhere(&mut self, index: EndpointIndex, by: Totals) {
+        let key = self.table.get(index).unwrap().key;
+        self.table.busy_elsewhere(key, by);
+    }
 }
 
 /// A prompt of `blocks` units of 128 tokens, as long as they are at most 32.
@@ -100,19 +106,40 @@ fn work_ahead_outweighs_a_prefix() {
 #[test]
 fn the_more_is_in_flight_the_longer_a_prompt_stays_with_its_prefix() {
     // The second endpoint is free by so many seconds earlier, of those that the prefix saves at the first one.
-    let is_kept = |legs: usize, times: f64| {
+    let is_kept = |legs: usize, is_elsewhere: bool, times: f64| {
         let mut fixture = fixture(2, 1, "");
         fixture.index.insert(0, &prompt(1, 32).hash.blocks);
         let saved = fixture.config.pool("default").cost.seconds(4_096.0, 0.0) - 0.015;
         for index in [0, 1] {
-            (0..legs).for_each(|_| fixture.busy(index, 0.0));
+            match is_elsewhere {
+                true => fixture.busy_elsewhere(index, Totals { legs: legs as u64, ..Totals::default() }),
+                false => (0..legs).for_each(|_| fixture.busy(index, 0.0)),
+            }
         }
         fixture.busy(0, saved * times);
         fixture.prefill(&prompt(1, 32)).endpoint == 0
     };
     // At the second: 1, none there, half a leg each. At the first one leg more, which costs it 15 ms.
-    assert_eq!([1.3, 1.5].map(|times| is_kept(0, times)), [true, false]);
-    assert_eq!([21.3, 21.5].map(|times| is_kept(10, times)), [true, false]);
+    for is_elsewhere in [false, true] {
+        assert_eq!([1.3, 1.5].map(|times| is_kept(0, is_elsewhere, times)), [true, false]);
+        assert_eq!([21.3, 21.5].map(|times| is_kept(10, is_elsewhere, times)), [true, false]);
+    }
+}
+
+#[test]
+fn work_elsewhere_without_a_count_of_legs_is_one_leg() {
+    let mut fixture = fixture(1, 1, "");
+    let legs = |fixture: &Fixture| fixture.table.get(0).unwrap().prefill_legs();
+    for (by, expected) in [
+        (Totals { work: 5_000_000, ..Totals::default() }, 1.0),
+        (Totals { legs: 3, ..Totals::default() }, 3.0),
+        (Totals::default().minus(Totals { legs: 9, work: 9_000_000, ..Totals::default() }), 0.0),
+    ] {
+        fixture.busy_elsewhere(0, by);
+        assert_eq!(legs(&fixture), expected, "{by:?}");
+    }
+    fixture.busy(0, 1.0);
+    assert_eq!(legs(&fixture), 1.0);
 }
 
 #[test]
@@ -319,9 +346,9 @@ proptest! {
         let prompt = prompt(1, 30);
         let scheduler = fixture.scheduler();
         let among = &fixture.candidates.prefill;
-        let legs = scheduler.view().shortlist(among, &prompt, &[]).legs;
+        let legs = scheduler.view().shortlist(among, &prompt, &[]).legs_each;
         let owner = among.iter().copied().max_by_key(|index| rendezvous_weight(prompt.key, fixture.table.get(*index).unwrap().key));
-        let cost = |index: u32| scheduler.cost(index, fixture.table.get(index).unwrap(), &prompt, (owner == Some(index), false), &legs).cost;
+        let cost = |index: u32| scheduler.cost(index, fixture.table.get(index).unwrap(), &prompt, (owner == Some(index), false), legs).cost;
         let lowest = among.iter().map(|index| cost(*index)).fold(f64::INFINITY, f64::min);
         prop_assert_eq!(cost(fixture.prefill(&prompt).endpoint), lowest);
     }

@@ -12,7 +12,7 @@ use super::{Gateway, Hub};
 const MAX_GATEWAYS: usize = 1_024;
 /// Most bytes of block events of all Envoys together, with the overhead of each.
 const MAX_LOG_BYTES: usize = 24 << 20;
-/// Most endpoints in the loads of all Envoys together: 32 bytes each, and as much again in the sums.
+/// Most endpoints in the loads of all Envoys together: 40 bytes each, and as much again in the sums.
 const MAX_ALL_LOADS: usize = 1 << 18;
 /// Most bytes of the reports of all Envoys together.
 const MAX_ALL_REPORT_BYTES: usize = 8 << 20;

@@ -256,7 +256,7 @@ fn work_of_other_envoys_is_waited_for_once() {
     let mut node = fleet(&store, 1).remove(0);
     for place in 0..2 {
         let key = node.prefill(place).key;
-        let by = crate::endpoints::elsewhere::Totals { work: 1_000_000, tokens: 0, requests: 0 };
+        let by = crate::endpoints::elsewhere::Totals { work: 1_000_000, ..Default::default() };
         node.worker.busy_elsewhere(key, by);
     }
     let (id, room) = node.wait(&prompt(1, 1_000.0), ms(0));
