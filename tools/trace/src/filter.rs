@@ -10,11 +10,12 @@ use pd_bench::trace::BLOCK_TOKENS;
 use pd_core::envoys::client::{CallKind, ExchangeCall, ExchangeClient};
 use pd_core::envoys::hub::Hub;
 use pd_core::envoys::message::ExchangeRequest;
+use pd_core::envoys::outside::EngineReport;
 use pd_core::headers::Headers;
 use pd_core::request::upstream::Answerer;
 use pd_core::request::{DECODE, Effect, Outcome, PrefillAnswer, Request};
 use pd_core::time::Monotonic;
-use pd_core::wire::{Endpoint, Role, Snapshot};
+use pd_core::wire::{Endpoint, EndpointId, Role, Snapshot};
 use pd_core::workers::log::WorkersLog;
 use pd_core::workers::push::TICK;
 use pd_core::workers::shared::Shared;
@@ -324,6 +325,19 @@ impl Filter {
             stream.request.done(state, now);
         }
         self.publish(stream.state, now);
+    }
+
+    /// What the servers report of now reaches the hub.
+    pub fn engines_report(&mut self, prefill: &[EngineReport], decode: &[EngineReport], now: Duration) {
+        let now = Monotonic::new(now);
+        self.catch_up(now);
+        let Some(gateways) = &mut self.gateways else { return };
+        let prefill = self.places.prefill.iter().zip(prefill).map(|of| (Role::Prefill, of));
+        let decode = self.places.decode.iter().zip(decode).map(|of| (Role::Decode, of));
+        for (role, (address, report)) in prefill.chain(decode) {
+            let key = EndpointId { address: *address, rank: None }.key();
+            gateways.hub.engine_reports(&[(key, role)], *report, now);
+        }
     }
 
     /// Applies to a worker what the other workers of its gateway did.

@@ -336,7 +336,7 @@ mod tests {
     use crate::load::Load;
     use crate::outcome::Outcome;
     use crate::rules::Policy;
-    use crate::sim::{self, DecodeBy, Setup};
+    use crate::sim::{self, DecodeBy, Other, Setup};
 
     const PODS: Pods =
         Pods { prefill: 4, decode: 4, cache_tokens: 1_000_000, fast_tokens: 400_000, decode_cache_tokens: 1_000_000 };
@@ -352,6 +352,7 @@ mod tests {
             classes: Classes::default(),
             decode_by: DecodeBy::Tokens,
             closed_loop: false,
+            other: Other::default(),
             seed: 1,
         };
         let none = Brains::default();

@@ -17,7 +17,7 @@ use pd_trace::generate::Shape;
 use pd_trace::late::Classes;
 use pd_trace::load::{Load, Pods};
 use pd_trace::rules::Policy;
-use pd_trace::sim::{self, DecodeBy, Setup};
+use pd_trace::sim::{self, DecodeBy, Other, Setup};
 use rayon::prelude::*;
 
 use report::{Case, Row};
@@ -61,6 +61,15 @@ struct Args {
     /// Number of fairness ids, with equal shares of the requests, for the policies that hold requests
     #[arg(long, value_name = "N", default_value_t = 1)]
     fairness_ids: u64,
+    /// Share of the requests that come through a gateway of another make; only the others are measured
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    other: f64,
+    /// Number of prefill and of decode servers that the other gateway takes, in turn [default: all]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    other_servers: usize,
+    /// Milliseconds between two reports of what servers have, to gateways that exchange [default: they never report]
+    #[arg(long, value_name = "MS", requires = "exchange_ms")]
+    report_ms: Option<f64>,
     /// Runs, each with other shifts of the trace's copies
     #[arg(long, value_name = "N", default_value_t = 3)]
     seeds: u64,
@@ -112,6 +121,10 @@ fn json(text: &str) -> serde_json::Result<serde_json::Value> {
     serde_json::from_str(text)
 }
 
+fn milliseconds(ms: f64) -> Duration {
+    Duration::try_from_secs_f64(ms * 1e-3).unwrap_or(Duration::MAX)
+}
+
 fn main() -> ExitCode {
     match run(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -145,16 +158,18 @@ fn loads(args: &Args) -> Result<Vec<(String, Vec<Entry>)>> {
 fn run(args: &Args) -> Result<()> {
     ensure!(args.load.iter().all(|load| (0.01..=3.0).contains(load)), "--load must be between 0.01 and 3");
     ensure!((0.0..=1.0).contains(&args.high), "--high must be between 0 and 1");
+    ensure!((0.0..1.0).contains(&args.other), "--other must be at least 0 and below 1");
     ensure!(args.seeds > 0, "--seeds must be at least 1");
     let timing = Timing::new(&pd_sim::Config { speed: 1.0, ..pd_sim::Config::default() });
     let mut policies = if args.policies.is_empty() { Policy::value_variants().to_vec() } else { args.policies.clone() };
-    // The bounds have no answers that a turn could follow.
-    policies.retain(|policy| !args.closed_loop || !matches!(policy, Policy::NoWait | Policy::Pooled));
+    // The bounds have no answers that a turn could follow, and no servers that others could take.
+    let has_servers = args.closed_loop || args.other > 0.0;
+    policies.retain(|policy| !has_servers || !matches!(policy, Policy::NoWait | Policy::Pooled));
     let classes = Classes { high: args.high, fairness_ids: args.fairness_ids };
     let brains = Brains {
         count: args.gateways,
         workers: args.workers,
-        exchange: args.exchange_ms.map(|ms| Duration::from_secs_f64(ms * 1e-3)),
+        exchange: args.exchange_ms.map(milliseconds),
         config: args.config.clone(),
     };
     let traces = loads(args)?;
@@ -176,6 +191,11 @@ fn run(args: &Args) -> Result<()> {
                 classes,
                 decode_by: args.decode_by,
                 closed_loop: args.closed_loop,
+                other: Other {
+                    share: args.other,
+                    servers: args.other_servers,
+                    reports: args.report_ms.map(milliseconds),
+                },
                 seed: *seed,
             };
             bar.inc_length((load.len() * policies.len()) as u64);

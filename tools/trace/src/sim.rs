@@ -9,6 +9,8 @@ use clap::ValueEnum;
 use hashbrown::HashSet;
 use pd_bench::trace::BLOCK_TOKENS;
 use pd_core::choose::decode_cost::{DecodeCost, DecodeLoad};
+use pd_core::envoys::outside::EngineReport;
+use pd_core::prefix::hash::rendezvous_weight;
 use pd_sim::Timing;
 
 use crate::filter::{Brains, Filter};
@@ -29,6 +31,8 @@ pub enum DecodeBy {
     Tokens,
     /// Assigned tokens, and tokens to be moved: `pd_core::choose::decode_cost`.
     Cost,
+    /// Most tokens held, whatever is assigned: the fewest that can be moved without knowing what comes.
+    Held,
 }
 
 fn choose_decode(by: DecodeBy, pods: &[Decode], job: &Job) -> Option<usize> {
@@ -37,6 +41,10 @@ fn choose_decode(by: DecodeBy, pods: &[Decode], job: &Job) -> Option<usize> {
     match by {
         DecodeBy::Requests => lowest(|pod| pod.assigned as u64),
         DecodeBy::Tokens => lowest(|pod| pod.tokens),
+        DecodeBy::Held => {
+            let key = |pod: &Decode| (Reverse(pod.cache.matched(job.whole())), pod.tokens);
+            pods.iter().enumerate().min_by_key(|(_, pod)| key(pod)).map(|(index, _)| index)
+        }
         DecodeBy::Cost => {
             let load = |pod: &Decode| DecodeLoad {
                 assigned: pod.tokens as f64,
@@ -46,6 +54,27 @@ fn choose_decode(by: DecodeBy, pods: &[Decode], job: &Job) -> Option<usize> {
             let loads: Vec<DecodeLoad> = pods.iter().map(load).collect();
             DecodeCost::default().choose(job.tokens as f64, &loads)
         }
+    }
+}
+
+/// A gateway of another make in front of the same servers. Its requests are not measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Other {
+    /// Share of the requests that come through it, 0 to 1.
+    pub share: f64,
+    /// Number of prefill and of decode servers that it takes, in turn; 0: all.
+    pub servers: usize,
+    /// Time between two reports of the servers to the gateways that exchange; `None`: never.
+    pub reports: Option<Duration>,
+}
+
+impl Other {
+    fn has(&self, number: usize) -> bool {
+        (rendezvous_weight(number as u64, 3) as f64 / u64::MAX as f64) < self.share
+    }
+
+    fn server(&self, turn: usize, of: usize) -> usize {
+        turn % if self.servers == 0 { of } else { self.servers.min(of) }
     }
 }
 
@@ -64,6 +93,8 @@ pub struct Setup<'a> {
     pub decode_by: DecodeBy,
     /// Whether a turn of a session comes when the one before is answered, and not at the time in the trace.
     pub closed_loop: bool,
+    /// A gateway of another make.
+    pub other: Other,
     /// Of everything that is random in a policy.
     pub seed: u64,
 }
@@ -74,6 +105,8 @@ enum Event {
     Prefilled(usize),
     /// A prefill server may have room.
     Room,
+    /// The servers report.
+    Reports,
     /// The first token of a request is there.
     Joined(usize),
     /// A decode server may be through with a request.
@@ -89,6 +122,7 @@ struct Flight {
     tokens: u64,
     output: u64,
     measured: bool,
+    is_other: bool,
     prefill: usize,
     decode: usize,
     first: Duration,
@@ -129,6 +163,9 @@ pub fn run(load: &Load<'_>, policy: Policy, setup: &Setup<'_>, mut progress: imp
             None => events.push(Reverse((load.at(number), Event::Arrives(number)))),
         }
     }
+    if setup.other.reports.is_some() {
+        events.push(Reverse((Duration::ZERO, Event::Reports)));
+    }
     let mut world = World {
         setup,
         load,
@@ -140,6 +177,7 @@ pub fn run(load: &Load<'_>, policy: Policy, setup: &Setup<'_>, mut progress: imp
         flights: vec![Flight::default(); load.len()],
         next_turns,
         coming: load.len(),
+        turn: 0,
         looked: Duration::ZERO,
         events,
         outcome: Outcome {
@@ -165,6 +203,8 @@ struct World<'a> {
     flights: Vec<Flight>,
     /// Requests that come so long after the end of each.
     next_turns: Vec<Vec<(usize, Duration)>>,
+    /// Requests of the other gateway so far.
+    turn: usize,
     /// Requests that are still to come.
     coming: usize,
     /// When the simulation last counted the idle servers.
@@ -181,6 +221,7 @@ impl World<'_> {
             match event {
                 Event::Prefilled(number) => self.prefilled(number, now)?,
                 Event::Room => self.bind(now)?,
+                Event::Reports => self.report(now),
                 Event::Joined(number) => self.joined(number, now),
                 Event::Finished { decode, batch } => self.finished(decode, batch, now),
                 Event::Arrives(number) => {
@@ -203,12 +244,34 @@ impl World<'_> {
         self.looked = now;
     }
 
+    /// The servers report, and will again while anything comes.
+    fn report(&mut self, now: Duration) {
+        let prefill = self.prefill.iter();
+        let prefill = prefill.map(|pod| EngineReport { requests: pod.in_flight() as f64, kv_tokens: None });
+        let decode = self.decode.iter();
+        let decode =
+            decode.map(|pod| EngineReport { requests: pod.assigned as f64, kv_tokens: Some(pod.tokens as f64) });
+        let (prefill, decode): (Vec<_>, Vec<_>) = (prefill.collect(), decode.collect());
+        if let Gateway::Filter(filter) = &mut self.gateway {
+            filter.engines_report(&prefill, &decode, now);
+        }
+        if let Some(period) = self.setup.other.reports.filter(|_| self.coming > 0) {
+            self.events.push(Reverse((now + period, Event::Reports)));
+        }
+    }
+
     fn arrive(&mut self, number: usize, now: Duration) -> Result<()> {
         self.coming -= 1;
         let job = Job { at: now, ..self.load.job(number) };
-        let measured = number >= self.load.warm_up();
+        let is_other = self.setup.other.has(number);
+        let measured = number >= self.load.warm_up() && !is_other;
         let Job { at, tokens, output, .. } = job;
-        self.flights[number] = Flight { at, tokens, output, measured, ..Flight::default() };
+        self.flights[number] = Flight { at, tokens, output, measured, is_other, ..Flight::default() };
+        if is_other {
+            self.turn += 1;
+            let server = self.setup.other.server(self.turn, self.prefill.len());
+            return self.enqueue(number, server, &job, now);
+        }
         let prefill = match &mut self.gateway {
             Gateway::Filter(filter) => filter.arrive(number, &job, now)?,
             Gateway::Rules(rules) => rules.pick(&job, &self.prefill, now).context("no server")?,
@@ -260,7 +323,10 @@ impl World<'_> {
     fn prefilled(&mut self, number: usize, now: Duration) -> Result<()> {
         let prefill = self.flights[number].prefill;
         self.prefill[prefill].finish();
-        if let Gateway::Late(late) = &mut self.gateway {
+        let is_other = self.flights[number].is_other;
+        if let Gateway::Late(late) = &mut self.gateway
+            && !is_other
+        {
             late.prefilled(number, prefill, now, &self.prefill)?;
             self.events.push(Reverse((late.room_at(prefill, &self.prefill, now), Event::Room)));
             if let Some(delay) = late.delay() {
@@ -271,6 +337,7 @@ impl World<'_> {
         let job = self.load.job(number);
         let flight = &mut self.flights[number];
         let decode = match &mut self.gateway {
+            _ if is_other => self.setup.other.server(number, self.decode.len()),
             Gateway::Filter(filter) => filter.prefilled(number, now)?,
             Gateway::Rules(_) | Gateway::Late(_) => {
                 choose_decode(self.decode_by, &self.decode, &job).context("no decode server")?
@@ -294,10 +361,12 @@ impl World<'_> {
     }
 
     fn joined(&mut self, number: usize, now: Duration) {
-        if let Gateway::Filter(filter) = &mut self.gateway {
+        let flight = &mut self.flights[number];
+        if let Gateway::Filter(filter) = &mut self.gateway
+            && !flight.is_other
+        {
             filter.first_token(number, now);
         }
-        let flight = &mut self.flights[number];
         flight.first = now;
         if flight.measured {
             let ttft = (now - flight.at).as_secs_f64();
@@ -322,7 +391,9 @@ impl World<'_> {
             let ms = (now - flight.first).as_secs_f64() * 1e3;
             self.outcome.tpot_ms.push(ms / (flight.output - 1) as f64);
         }
-        if let Gateway::Filter(filter) = &mut self.gateway {
+        if let Gateway::Filter(filter) = &mut self.gateway
+            && !flight.is_other
+        {
             filter.done(number, now);
         }
         for (next, pause) in core::mem::take(&mut self.next_turns[number]) {

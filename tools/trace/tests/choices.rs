@@ -8,7 +8,7 @@ use pd_trace::late::Classes;
 use pd_trace::load::{Load, Pods};
 use pd_trace::outcome::Outcome;
 use pd_trace::rules::Policy;
-use pd_trace::sim::{DecodeBy, Setup, run};
+use pd_trace::sim::{DecodeBy, Other, Setup, run};
 
 const PODS: Pods =
     Pods { prefill: 4, decode: 4, cache_tokens: 2_000_000, fast_tokens: 400_000, decode_cache_tokens: 0 };
@@ -17,6 +17,11 @@ const PODS: Pods =
 const SPAN_MS: f64 = 300_000.0;
 
 fn outcome(shape: Shape, policy: Policy, brains: &Brains) -> Outcome {
+    outcome_beside(Other::default(), shape, policy, brains)
+}
+
+/// Of the requests that do not come through another gateway.
+fn outcome_beside(other: Other, shape: Shape, policy: Policy, brains: &Brains) -> Outcome {
     let timing = Timing::new(&pd_sim::Config { speed: 1.0, ..pd_sim::Config::default() });
     let entries: Vec<Entry> = shape.entries(1).into_iter().filter(|entry| entry.at_ms < SPAN_MS).collect();
     let load = Load::new(&entries, &PODS, &timing, 0.7, 1);
@@ -27,10 +32,13 @@ fn outcome(shape: Shape, policy: Policy, brains: &Brains) -> Outcome {
         classes: Classes::default(),
         decode_by: DecodeBy::Tokens,
         closed_loop: false,
+        other,
         seed: 1,
     };
     let outcome = run(&load, policy, &setup, || ()).unwrap();
-    assert_eq!(outcome.requests, load.len() - load.warm_up());
+    if other.share == 0.0 {
+        assert_eq!(outcome.requests, load.len() - load.warm_up());
+    }
     assert_eq!(outcome.ttft.len(), outcome.requests, "every request got its first token");
     outcome
 }
@@ -109,5 +117,31 @@ fn gateways_that_exchange_choose_nearly_as_one() {
     for (count, slower) in [(4, 1.12), (16, 1.18)] {
         let exchange = Some(std::time::Duration::from_millis(50));
         nearly_as_one(&Brains { count, exchange, ..Brains::default() }, slower);
+    }
+}
+
+/// Two gateways of ours that exchange, with a gateway of another make that sends its share to two of the four servers.
+fn beside(share: f64, reports: Option<u64>) -> Outcome {
+    let brains = Brains { count: 2, exchange: Some(std::time::Duration::from_millis(50)), ..Brains::default() };
+    let other = Other { share, servers: 2, reports: reports.map(std::time::Duration::from_secs) };
+    outcome_beside(other, Shape::Unique, Policy::PdCore, &brains)
+}
+
+#[test]
+fn what_engines_report_makes_up_for_a_part_of_what_another_gateway_spoils() {
+    let [unknown, reported] = [None, Some(1)].map(|reports| beside(0.3, reports));
+    assert!(reported.mean_ttft() < 0.95 * unknown.mean_ttft(), "{} {}", reported.mean_ttft(), unknown.mean_ttft());
+    assert!(reported.ttft(0.9) < unknown.ttft(0.9), "{} {}", reported.ttft(0.9), unknown.ttft(0.9));
+}
+
+#[test]
+fn what_engines_report_costs_nothing_without_another_gateway() {
+    let [unknown, reported] = [None, Some(1)].map(|reports| beside(0.0, reports));
+    for (reported, unknown) in [
+        (reported.mean_ttft(), unknown.mean_ttft()),
+        (reported.ttft(0.9), unknown.ttft(0.9)),
+        (reported.ttft(0.99), unknown.ttft(0.99)),
+    ] {
+        assert!(reported < 1.01 * unknown, "{reported} {unknown}");
     }
 }

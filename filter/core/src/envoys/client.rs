@@ -153,7 +153,8 @@ impl ExchangeClient {
             self.resign(worker);
             return Vec::new();
         }
-        if self.fleet.exchanging > 1 && now.saturating_sub(self.answered_at) > PATIENCE {
+        let knows_others = self.fleet.exchanging > 1 || !self.elsewhere.is_empty();
+        if knows_others && now.saturating_sub(self.answered_at) > PATIENCE {
             // The other Envoys may be alive, so the number of all Envoys stays.
             self.apply_loads(worker, &[]);
             self.apply_fleet(worker, Fleet { exchanging: 1, ..self.fleet });

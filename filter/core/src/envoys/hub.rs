@@ -18,10 +18,12 @@ use std::collections::BTreeMap;
 use hashbrown::{HashMap, HashSet};
 
 use super::message::{Batch, ExchangeRequest, ExchangeResponse, MAX_BLOCKS_BYTES, MAX_MESSAGE_BYTES, Record};
+use super::outside::{EngineReport, Outside};
 use super::report::MAX_REPORT_BYTES;
 use crate::endpoints::elsewhere::Totals;
 use crate::prefix::block_log::{BlockLog, split_events};
 use crate::time::Monotonic;
+use crate::wire::Role;
 
 /// Silence after which an Envoy counts as gone.
 pub const GATEWAY_LIFE: Duration = Duration::from_secs(3);
@@ -50,6 +52,8 @@ pub struct Hub {
     sums: HashMap<u64, Totals>,
     /// Keys of the endpoints whose loads count; `None`: all.
     endpoints: Option<HashSet<u64>>,
+    /// What engines have of others than Envoys of the exchange.
+    outside: Outside,
     public_name: PublicName,
 }
 
@@ -128,6 +132,7 @@ impl Hub {
             changes: 0,
             sums: HashMap::new(),
             endpoints: None,
+            outside: Outside::default(),
             public_name: PublicName(Box::new(|gateway| gateway)),
         }
     }
@@ -245,9 +250,19 @@ impl Hub {
         }
     }
 
-    /// Takes back what silent Envoys had in flight. Returns whether that changed anything. Call it a few times a second.
+    /// Takes what the engine of these endpoints, all those at its address, reports of now; see
+    /// [`outside`](super::outside). Returns whether requests that wait should be answered now.
+    pub fn engine_reports(&mut self, endpoints: &[(u64, Role)], report: EngineReport, now: Monotonic) -> bool {
+        let has_changed = self.outside.take(endpoints, report, &self.sums, now);
+        if has_changed {
+            self.changes = self.changes.wrapping_add(1);
+        }
+        has_changed
+    }
+
+    /// Takes back what silent Envoys had in flight, and what silent engines reported. Returns whether that changed anything. Call it a few times a second.
     pub fn prune(&mut self, now: Monotonic) -> bool {
-        let mut has_changed = false;
+        let mut has_changed = self.outside.prune(now);
         for gateway in self.gateways.values_mut() {
             if !gateway.is_gone && now.saturating_sub(gateway.last_seen) > GATEWAY_LIFE {
                 gateway.retract(&mut self.sums);
@@ -296,12 +311,23 @@ impl Hub {
         }
     }
 
+    /// What all Envoys together have in flight, by endpoint key; `None`: no Envoy exchanges.
+    #[must_use]
+    pub fn in_flight(&self) -> Option<&HashMap<u64, Totals>> {
+        self.gateways.values().any(|gateway| !gateway.is_gone).then_some(&self.sums)
+    }
+
+    /// What others than this Envoy have in flight, with what counts of [outside requests](super::outside).
     fn loads_but(&self, from: u64) -> Vec<(u64, Totals)> {
         let mut others = self.sums.clone();
         for (endpoint, totals) in self.gateways.get(&from).map_or(&[][..], |gateway| &gateway.loads) {
             if let Some(sum) = others.get_mut(endpoint) {
                 *sum = sum.minus(*totals);
             }
+        }
+        for (endpoint, totals) in &self.outside.loads {
+            let sum = others.entry(*endpoint).or_default();
+            *sum = sum.plus(*totals);
         }
         let mut others: Vec<_> = others.into_iter().filter(|(_, sum)| *sum != Totals::default()).collect();
         others.sort_unstable_by_key(|(endpoint, _)| *endpoint);

@@ -14,6 +14,7 @@
 pub mod client;
 pub mod hub;
 pub mod message;
+pub mod outside;
 pub mod pace;
 pub mod report;
 

@@ -8,12 +8,14 @@ use proptest::prelude::*;
 use super::client::{CallKind, ExchangeCall, ExchangeClient, TICK};
 use super::hub::{GATEWAY_LIFE, Hub};
 use super::message::{ExchangeRequest, MAX_MESSAGE_BYTES, Record};
+use super::outside::EngineReport;
 use super::report::{self, MAX_REPORT_BYTES};
 use crate::endpoints::elsewhere::{Fleet, Totals};
 use crate::endpoints::table::EndpointRef;
 use crate::prefix::block_log::block_event;
 use crate::prefix::hash::BlockHash;
 use crate::time::{Clocks, Monotonic, UnixTime};
+use crate::wire::Role;
 use crate::workers::shared::testing::Store;
 use crate::workers::worker::Worker;
 
@@ -562,5 +564,28 @@ proptest! {
                 prop_assert!(held.iter().all(|of| *of == held[0]), "{prompt} at {place}: {held:?}");
             }
         }
+    }
+}
+
+#[test]
+fn requests_of_another_gateway_count_until_the_hub_is_silent() {
+    let (mut hub, mut now) = (Hub::new(9), Monotonic::from_secs(1));
+    for count in [1, 2] {
+        let mut gateways = fleet(count, &mut hub, &mut now);
+        let decode = gateways[0].endpoint(2);
+        let key = gateways[0].worker.state.table.get(decode.index).unwrap().key;
+        for _ in 0..6 {
+            let report = |requests: f64| EngineReport { requests, kv_tokens: Some(4_000.0) };
+            hub.engine_reports(&[(key, Role::Decode)], report(8.0), now);
+            hub.engine_reports(&[(key + 1, Role::Decode)], report(0.0), now);
+            settle(&mut gateways, &mut hub, &mut now, 20);
+        }
+        assert!(gateways.iter().all(|of| of.view(2, now).1 == 1_000), "a quarter of the tokens, {count}");
+        for _ in 0..80 {
+            now = now.saturating_add(TICK);
+            gateways.iter_mut().for_each(|of| of.tick(None, now));
+        }
+        assert!(gateways.iter().all(|of| of.view(2, now).1 == 0), "{count}");
+        hub = Hub::new(9);
     }
 }
