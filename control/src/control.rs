@@ -294,7 +294,7 @@ impl Parts {
 
     /// Publishes the list of the sources, and follows the sources and the engines.
     fn publish(&self, sources: Sources, config: &Config, tasks: &mut JoinSet<()>) -> anyhow::Result<()> {
-        let Self { registry, counters, health, scrapes, .. } = self;
+        let Self { registry, counters, health, hub, scrapes, .. } = self;
         let mut publisher =
             Publisher::new(Arc::clone(registry), Arc::clone(counters), Arc::clone(health), config.eds.clone());
         let (sender, updates) = mpsc::channel(1);
@@ -302,7 +302,8 @@ impl Parts {
         if let Some(interval) = config.scrape {
             publisher.ask_engines();
             let how = (interval, &config.engines);
-            let scraper = Scraper::new(Arc::clone(registry), Arc::clone(counters), Arc::clone(scrapes), how)?;
+            let to = (Arc::clone(scrapes), Arc::clone(hub));
+            let scraper = Scraper::new(Arc::clone(registry), Arc::clone(counters), to, how)?;
             tasks.spawn(scraper.run(Updates::new(usize::MAX, sender)));
         }
         publisher.start()?;

@@ -7,7 +7,9 @@ use axum::body::Body;
 use axum::routing::get;
 use futures::stream;
 use pd_control::Config;
-use pd_core::wire::{Endpoint, State};
+use pd_core::endpoints::elsewhere::Totals;
+use pd_core::envoys::message::{ExchangeRequest, ExchangeResponse, Record};
+use pd_core::wire::{Endpoint, EndpointId, State};
 use pd_sim::Role;
 
 use crate::support::*;
@@ -82,6 +84,35 @@ async fn tensorrt_llms_metrics_are_found_where_it_has_them() {
     let waiting = format!("pd_control_engine_waiting{{address=\"{address}\"}}");
     until_true("its queue is known", || async { rig.client.metric(&waiting).await == 7.0 }).await;
     server.abort();
+}
+
+/// An engine that reports so many requests.
+async fn engine_with(requests: u32) -> SocketAddr {
+    let metrics = move || async move { format!("vllm:num_requests_waiting {requests}\nvllm:num_requests_running 0\n") };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let router = axum::Router::new().route("/metrics", get(metrics));
+    tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+    address
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_no_envoy_sent_reach_the_envoys() {
+    let addresses = [engine_with(20).await, engine_with(0).await];
+    let rig = Rig::start_with(&list(&addresses), |config, _| often(config)).await;
+    let envoy = ExchangeRequest {
+        from: 1,
+        wants: true,
+        records: vec![Record { gateway: 1, turn: 1, ..Record::default() }],
+        ..ExchangeRequest::default()
+    };
+    let loads = || async {
+        let answer = rig.client.send("POST", "/v1/exchange", envoy.to_bytes()).await.unwrap();
+        ExchangeResponse::from_bytes(answer.body()).unwrap().loads.unwrap()
+    };
+    until_true("the Envoy knows", || async { !loads().await.is_empty() }).await;
+    let key = EndpointId { address: addresses[0], rank: None }.key();
+    assert_eq!(loads().await, [(key, Totals { requests: 5, ..Totals::default() })], "a quarter of 20");
 }
 
 #[tokio::test(flavor = "multi_thread")]

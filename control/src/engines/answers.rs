@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::{PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use pd_core::envoys::outside::EngineReport;
 use pd_core::wire::ModelCard;
 
 use crate::engines::metrics::EngineLoad;
@@ -108,6 +109,12 @@ impl Scrapes {
         self.0.read().unwrap_or_else(PoisonError::into_inner).get(&address)?.late_fetch
     }
 
+    /// What the engine's last answer says of its requests; `None` where it says nothing. `ranks`: endpoints at its address.
+    #[must_use]
+    pub fn report(&self, address: SocketAddr, ranks: usize) -> Option<EngineReport> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).get(&address)?.report(ranks)
+    }
+
     /// Takes an answer.
     pub fn take(&self, address: SocketAddr, outcome: Outcome) -> Taken {
         let mut scraped = self.0.write().unwrap_or_else(PoisonError::into_inner);
@@ -142,6 +149,13 @@ impl Scraped {
                 self.error = Some(reason);
             }
         }
+    }
+
+    fn report(&self, ranks: usize) -> Option<EngineReport> {
+        let EngineLoad { waiting, running, kv_usage, cache_tokens, .. } = self.load;
+        // The use is that of the fullest rank, the requests are those of all.
+        let kv_tokens = kv_usage.zip(cache_tokens).map(|(usage, tokens)| usage * tokens as f64 * ranks as f64);
+        Some(EngineReport { requests: waiting? + running?, kv_tokens })
     }
 
     fn take_load(&mut self, load: EngineLoad) {

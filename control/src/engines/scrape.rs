@@ -1,4 +1,5 @@
-//! Asks every engine for its metrics and models at intervals, and sends facts to the publisher.
+//! Asks every engine for its metrics and models at intervals, and sends facts to the publisher and
+//! numbers of requests to the hub.
 //!
 //! Each engine has a time of its own within the interval, so that requests to a hundred engines do not come in a burst.
 //! An engine that answered before counts as down after several failures in a row. When half of the engines fail, none
@@ -17,6 +18,7 @@ use crate::counters::Counters;
 use crate::engines::access::{EngineAccess, Reach};
 use crate::engines::answers::{Outcome, Scrapes};
 use crate::engines::fetch::ask;
+use crate::envoys::hub::SharedHub;
 use crate::publish::registry::Registry;
 use crate::publish::updates::{Facts, Updates};
 
@@ -30,6 +32,7 @@ pub struct Scraper {
     registry: Arc<Registry>,
     counters: Arc<Counters>,
     scrapes: Arc<Scrapes>,
+    hub: Arc<SharedHub>,
     interval: Duration,
     reach: Arc<Reach>,
 }
@@ -42,10 +45,10 @@ impl Scraper {
     pub fn new(
         registry: Arc<Registry>,
         counters: Arc<Counters>,
-        scrapes: Arc<Scrapes>,
+        (scrapes, hub): (Arc<Scrapes>, Arc<SharedHub>),
         (interval, access): (Duration, &EngineAccess),
     ) -> anyhow::Result<Self> {
-        Ok(Self { registry, counters, scrapes, interval, reach: Arc::new(access.reach()?) })
+        Ok(Self { registry, counters, scrapes, hub, interval, reach: Arc::new(access.reach()?) })
     }
 
     /// Asks until the publisher has ended.
@@ -79,7 +82,11 @@ impl Scraper {
                 Some(Ok((address, outcome))) = asking.join_next(), if !asking.is_empty() => {
                     self.counters.scraped(outcome.is_ok());
                     let had_late_fetch = self.scrapes.late_fetch(address);
+                    let has_answered = outcome.is_ok();
                     let taken = self.scrapes.take(address, outcome);
+                    if has_answered {
+                        self.report(address);
+                    }
                     if self.scrapes.late_fetch(address) != had_late_fetch {
                         tracing::warn!(%address, "decode servers fetched KV caches from this engine after their KV lease: the answers were refused, or had wrong text");
                     }
@@ -107,6 +114,17 @@ impl Scraper {
                     asking.spawn(ask(Arc::clone(&self.reach), address));
                 }
             }
+        }
+    }
+
+    /// Passes on to the hub what the engine at an address reported of its requests.
+    fn report(&self, address: SocketAddr) {
+        let list = self.registry.current();
+        let those = list.endpoints().iter().filter(|endpoint| endpoint.address == address);
+        let mut endpoints: Vec<_> = those.map(|endpoint| (endpoint.id().key(), endpoint.role)).collect();
+        endpoints.sort_unstable_by_key(|(key, _)| *key);
+        if let Some(report) = self.scrapes.report(address, endpoints.len()) {
+            self.hub.engine_reports(&endpoints, report);
         }
     }
 

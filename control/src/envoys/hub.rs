@@ -11,8 +11,10 @@ use hashbrown::HashMap;
 use pd_core::endpoints::elsewhere::Totals;
 use pd_core::envoys::hub::Hub;
 use pd_core::envoys::message::{ExchangeRequest, ExchangeResponse, Record};
+use pd_core::envoys::outside::EngineReport;
 use pd_core::envoys::report::Report;
 use pd_core::time::{Monotonic, UnixTime};
+use pd_core::wire::Role;
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 use tokio::time::{Instant, interval, sleep, sleep_until};
@@ -147,13 +149,17 @@ impl SharedHub {
         reports
     }
 
+    /// Takes what the engine of these endpoints, all those at its address, reports of now.
+    pub fn engine_reports(&self, endpoints: &[(u64, Role)], report: EngineReport) {
+        if self.hub().engine_reports(endpoints, report, self.now()) {
+            self.news.send_modify(|count| *count += 1);
+        }
+    }
+
     /// What all Envoys together have in flight, by endpoint key. `None`: no Envoy exchanges.
     #[must_use]
     pub fn loads(&self) -> Option<HashMap<u64, Totals>> {
-        // The answer to an Envoy that has nothing in flight and has received nothing yet.
-        let listener = ExchangeRequest { wants: true, ..ExchangeRequest::default() };
-        let response = self.hub().answer(&listener, 0);
-        (response.exchanging > 0).then(|| response.loads.unwrap_or_default().into_iter().collect())
+        self.hub().in_flight().cloned()
     }
 
     /// Drops gateways that no longer send. Never returns.
