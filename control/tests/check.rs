@@ -9,7 +9,7 @@ const IMAGE: &str =
 const OTHER: &str =
     "registry.example/pd-filter@sha256:6666666666666666666666666666666666666666666666666666666666666666";
 const CONTROL: &str = "registry.example/pd-control:0.1.0";
-const FILES: [&str; 7] = [
+const FILES: [&str; 8] = [
     "gateway.yaml",
     "routes.yaml",
     "policies.yaml",
@@ -17,6 +17,7 @@ const FILES: [&str; 7] = [
     "preflight.yaml",
     "engines.yaml",
     "pd-control.yaml",
+    "upgrade.yaml",
 ];
 
 /// What kustomize makes of the base, all but namespaces of rights.
