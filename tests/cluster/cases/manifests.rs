@@ -1,5 +1,8 @@
 //! The manifests as files: of their schemas, and with names that agree. `make test-cluster` applies them.
 
+#[path = "gateway/texts.rs"]
+mod texts;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -209,6 +212,14 @@ fn the_destination_header_is_the_same_everywhere() {
 }
 
 /// A buffer waits for the end of a body, and a WebSocket has none.
+#[test]
+fn texts_that_tests_on_the_cluster_change_stand_once() {
+    for (file, text) in texts::ALL {
+        let found = fs::read_to_string(manifests().join(file)).unwrap().matches(text).count();
+        assert_eq!(found, 1, "{text:?} in {file}");
+    }
+}
+
 #[test]
 fn upgrades_have_a_route_that_buffers_nothing() {
     let (route, plain) = (get("HTTPRoute", "pd-upgrade"), get("HTTPRoute", "pd"));

@@ -4,6 +4,7 @@ use pd_support::body::words;
 use pd_support::client::{Client, Http};
 
 use crate::cluster::{Cluster, OURS, kubectl, served};
+use crate::texts::{ENGINES, HEADLESS};
 
 const REQUESTS: u64 = 10;
 
@@ -25,7 +26,7 @@ async fn engines_at_ipv6_addresses_are_split_beside_others_at_ipv4_addresses() {
         .join("# AIBrix's labels.");
     assert_ne!(six, text);
     std::fs::write(&path, six).expect("engines.yaml");
-    cluster.edit("base/engines.yaml", "  clusterIP: None\n", "  clusterIP: None\n  ipFamilyPolicy: RequireDualStack\n");
+    cluster.edit(ENGINES, HEADLESS, &format!("{HEADLESS}  ipFamilyPolicy: RequireDualStack\n"));
     cluster.up().await;
     served(cluster.address).await;
 

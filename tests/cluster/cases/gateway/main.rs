@@ -10,4 +10,5 @@ mod policies;
 mod replicas;
 mod requests;
 mod rollout;
+mod texts;
 mod traffic;

@@ -16,19 +16,11 @@ use tokio::process::Command;
 
 use crate::cluster::{Cluster, OURS, kubectl, until};
 use crate::listener::{self, Listener};
+use crate::texts::{
+    BACKENDS, BUFFER, COMPRESSOR, ENDLESS, EXPLAIN, FILTER, FILTERS, GATEWAY, HEADER, LAST, POLICIES, ROUTES, SET,
+    TRIGGERS,
+};
 
-const POLICIES: &str = "base/policies.yaml";
-const ROUTES: &str = "base/routes.yaml";
-const FILTER: &str = "base/filter.yaml";
-const GATEWAY: &str = "base/gateway.yaml";
-/// Where the tests put things in: the end of the base's policies, the traffic policy's, the rule's filters and backends.
-const LAST: &str = "      remove: [x-pd-destination, x-data-parallel-rank, x-prefiller-host-port]\n";
-const BUFFER: &str = "  requestBuffer: {limit: 16Mi}\n";
-const FILTERS: &str = "    filters:\n    - type: RequestHeaderModifier\n";
-const BACKENDS: &str = "    - {name: engines, port: 8000}\n";
-const ENDLESS: &str =
-    "    # No limit: a generation may take any time. Envoy's default is 15 s.\n    timeouts: {request: 0s}\n";
-const HEADER: &str = "      destination_header: x-pd-destination\n";
 /// Requests that have to be split.
 const REQUESTS: u64 = 5;
 
@@ -251,8 +243,6 @@ async fn credentials_are_checked_and_reach_both_legs() {
 /// them early; those of the route reach the decode leg, which `pd-control check` warns of.
 #[tokio::test]
 async fn compression_and_changes_of_headers_work() {
-    const SET: &str = "        set:\n        - {name: x-pd-destination";
-    const EXPLAIN: &str = "        - {name: x-pd-explain";
     let mut cluster = Cluster::new("sim").await;
     cluster.record();
     cluster.put(POLICIES, BUFFER, "  compression: [{type: Gzip}]\n");
@@ -317,8 +307,6 @@ async fn paths_that_the_route_rewrites_are_split() {
 /// engine does not speak.
 #[tokio::test]
 async fn what_does_not_work_is_refused_by_check() {
-    const COMPRESSOR: &str = "  - {name: envoy.filters.http.compressor, before: envoy.filters.http.wasm}\n";
-    const TRIGGERS: &str = "    retryOn: {triggers: [connect-failure, refused-stream]}\n";
     const SESSION: &str = "    sessionPersistence: {type: Cookie, sessionName: s}\n";
     let image = Cluster::new("sim").await.pin(&std::fs::read(places::wasm()).expect("the module")).await;
     for (file, from, to, why) in [
@@ -361,6 +349,23 @@ async fn a_mirror_would_get_kv_parameters_and_is_refused_by_check() {
     .await;
     delete("service", &[listener::NAME]).await;
     delete("endpointslice", &[listener::NAME]).await;
+    Cluster::ready().await;
+}
+
+/// Envoy Gateway knows no endpoints of an `InferencePool`.
+#[tokio::test]
+async fn an_inference_pool_as_backend_answers_500_and_is_refused_by_check() {
+    const POOL: &str = "    - {group: inference.networking.k8s.io, kind: InferencePool, name: engines}\n";
+    let cluster = Cluster::ready().await;
+    cluster.edit(ROUTES, BACKENDS, POOL);
+    let (is_good, faults) = cluster.checked().await;
+    assert!(!is_good && faults.contains("an InferencePool has no endpoints for Envoy Gateway (500)"), "{faults}");
+    cluster.apply().await;
+    let mut client = Client::connect(cluster.address, Http::One).await;
+    until("the route answers 500", async || {
+        (ask(&mut client, COMPLETIONS, "sim", 1, &[]).await.status == 500).then_some(())
+    })
+    .await;
     Cluster::ready().await;
 }
 

@@ -4,11 +4,8 @@ use pd_support::body::words;
 use pd_support::client::{Answer, Client, Http};
 
 use crate::cluster::{Cluster, GATEWAY, OURS, kubectl, served, until};
+use crate::texts::{LAST, LIMIT, POLICIES};
 
-const POLICIES: &str = "base/policies.yaml";
-/// Where the policies of this test are put in.
-const LIMIT: &str = "  # The filter's max_body_bytes. A longer body gets 413.\n";
-const LAST: &str = "      remove: [x-pd-destination, x-data-parallel-rank, x-prefiller-host-port]\n";
 const LIMITED: &str = "  rateLimit:
     type: Local
     local:

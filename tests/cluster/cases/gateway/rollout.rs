@@ -5,11 +5,9 @@ use std::fs;
 use pd_support::places;
 
 use crate::cluster::{Cluster, GATEWAY, NOT_FETCHED, OURS, until};
+use crate::texts::{FILTER, PD_CONTROL, REPLICAS, SPLIT};
 use crate::traffic::Traffic;
 
-/// File and place of the plugin configuration that the tests change.
-const FILTER: &str = "base/filter.yaml";
-const SPLIT: &str = "split: {mode: threshold, uncached_tokens: 256}";
 /// Labels of `pd_configs_total`.
 const REFUSED: &str = r#"result="refused""#;
 const ACCEPTED: &str = r#"result="accepted""#;
@@ -193,7 +191,7 @@ async fn without_pd_control_no_envoy_is_replaced() {
     let traffic = Traffic::start(cluster.address).await;
     cluster.scale(OURS, "pd-control", 0).await;
     cluster.settled(OURS, "pd-control").await;
-    cluster.edit("base/pd-control.yaml", "replicas: 1", "replicas: 0");
+    cluster.edit(PD_CONTROL, REPLICAS, "replicas: 0");
     cluster.pin(&with_build(&old, &before)).await;
     cluster.apply().await;
     let new = until("a new Envoy runs the filter", async || {
@@ -204,7 +202,7 @@ async fn without_pd_control_no_envoy_is_replaced() {
     traffic.more(500).await;
     assert!(!cluster.is_ready(GATEWAY, &new).await, "{new}");
 
-    cluster.edit("base/pd-control.yaml", "replicas: 0", "replicas: 1");
+    cluster.edit(PD_CONTROL, "replicas: 0", REPLICAS);
     cluster.apply().await;
     let after = rolled_out(&cluster, &before).await;
     cluster.pin(&old).await;
@@ -214,7 +212,7 @@ async fn without_pd_control_no_envoy_is_replaced() {
 }
 
 /// The build that all workers of all Envoys run.
-async fn only_build(cluster: &Cluster) -> String {
+pub async fn only_build(cluster: &Cluster) -> String {
     until("all Envoys run one build", async || {
         let mut builds = Vec::new();
         for envoy in cluster.envoys().await {
@@ -230,7 +228,7 @@ async fn only_build(cluster: &Cluster) -> String {
 }
 
 /// Waits until Envoy's pods are new ones that run another build than `before`, and returns it.
-async fn rolled_out(cluster: &Cluster, before: &str) -> String {
+pub async fn rolled_out(cluster: &Cluster, before: &str) -> String {
     until("another build runs", async || {
         cluster.envoys_settled().await;
         Some(only_build(cluster).await).filter(|build| build != before)
@@ -239,7 +237,7 @@ async fn rolled_out(cluster: &Cluster, before: &str) -> String {
 }
 
 /// The same module with another build in it: its name in the metric and the log, and so its digest.
-fn with_build(module: &[u8], build: &str) -> Vec<u8> {
+pub fn with_build(module: &[u8], build: &str) -> Vec<u8> {
     let other: String = build.chars().rev().collect();
     assert_ne!(other, build);
     replaced(module, build, &other)
