@@ -342,7 +342,8 @@ async fn a_mirror_would_get_kv_parameters_and_is_refused_by_check() {
     cluster.apply().await;
     let mut client = Client::connect(cluster.address, Http::One).await;
     until("a copy comes", async || {
-        assert_eq!(ask(&mut client, COMPLETIONS, "sim", 1, &[]).await.status, 200);
+        // 500 while Envoy Gateway does not know the mirror's Service.
+        ask(&mut client, COMPLETIONS, "sim", 1, &[]).await;
         let copies = listener.requests();
         copies.iter().any(|copy| copy.contains("do_remote_prefill")).then_some(())
     })
