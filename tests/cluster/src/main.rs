@@ -20,7 +20,8 @@ use tokio::signal::unix::{SignalKind, signal};
 
 /// Brings up a Kubernetes cluster with Envoy Gateway in namespaces of its own, runs a command in it, and takes it down.
 ///
-/// The command finds KUBECONFIG and, in PD_CLUSTER_REGISTRY, a registry that the cluster can reach over plain HTTP.
+/// The command finds KUBECONFIG and a registry that the cluster can reach: PD_CLUSTER_REGISTRY over plain HTTP,
+/// PD_CLUSTER_REGISTRY_TLS over TLS.
 #[derive(Parser)]
 #[command(name = "pd-cluster", version, max_term_width = 120)]
 struct Cli {
@@ -100,8 +101,8 @@ async fn up_and_run(cli: Cli) -> anyhow::Result<u8> {
     let mut images: BTreeMap<String, PathBuf> = cli.images.into_iter().collect();
     images.entry("gateway".to_owned()).or_insert_with(|| programs.join("envoy-gateway"));
     let known = Arc::new(Services::default());
-    let (_registry, registry) = Registry::start(&programs, &state).await?;
-    let images = Images::new(images, registry.clone(), state.join("images"));
+    let registry = Registry::start(&programs, &state, &pki).await?;
+    let images = Images::new(images, registry.plain.clone(), state.join("images"));
     let shared = Arc::new(Shared { client: client.clone(), images, state: state.clone() });
     let kubeconfig = pki.path("kubeconfig");
     let command = async {
@@ -110,7 +111,8 @@ async fn up_and_run(cli: Cli) -> anyhow::Result<u8> {
         let mut child = Command::new(program)
             .args(arguments)
             .env("KUBECONFIG", &kubeconfig)
-            .env("PD_CLUSTER_REGISTRY", &registry)
+            .env("PD_CLUSTER_REGISTRY", &registry.plain)
+            .env("PD_CLUSTER_REGISTRY_TLS", &registry.tls)
             .env("PD_CLUSTER_STATE", &state)
             .kill_on_drop(true)
             .spawn()

@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType};
 
 use crate::network::{KUBERNETES, NODE};
+use crate::registry;
 
 /// Where the files are.
 #[derive(Clone, Debug)]
@@ -35,6 +36,12 @@ impl Pki {
         let key = KeyPair::generate()?;
         pki.write("api.crt", &server.signed_by(&key, &issuer)?.pem())?;
         pki.write("api.key", &key.serialize_pem())?;
+
+        let mut registry = CertificateParams::new(vec![registry::NAME.to_owned()])?;
+        registry.distinguished_name.push(DnType::CommonName, registry::NAME);
+        let key = KeyPair::generate()?;
+        pki.write("registry.crt", &registry.signed_by(&key, &issuer)?.pem())?;
+        pki.write("registry.key", &key.serialize_pem())?;
 
         let accounts = KeyPair::generate()?;
         pki.write("accounts.key", &accounts.serialize_pem())?;

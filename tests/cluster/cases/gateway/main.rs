@@ -7,6 +7,7 @@ mod listener;
 mod matrix;
 mod operation;
 mod policies;
+mod registry;
 mod replicas;
 mod requests;
 mod rollout;
