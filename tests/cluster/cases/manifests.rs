@@ -211,7 +211,6 @@ fn the_destination_header_is_the_same_everywhere() {
     assert_eq!(removed, set.iter().map(|header| header["name"].clone()).collect::<Value>());
 }
 
-/// A buffer waits for the end of a body, and a WebSocket has none.
 #[test]
 fn texts_that_tests_on_the_cluster_change_stand_once() {
     for (file, text) in texts::ALL {
@@ -220,6 +219,7 @@ fn texts_that_tests_on_the_cluster_change_stand_once() {
     }
 }
 
+/// A buffer waits for the end of a body, and a WebSocket has none.
 #[test]
 fn upgrades_have_a_route_that_buffers_nothing() {
     let (route, plain) = (get("HTTPRoute", "pd-upgrade"), get("HTTPRoute", "pd"));

@@ -8,8 +8,7 @@ use hickory_proto::rr::rdata::A;
 use hickory_proto::rr::{RData, Record, RecordType};
 use tokio::net::UdpSocket;
 
-use crate::network::NODE;
-use crate::registry;
+use crate::network::{NODE, REGISTRY};
 use crate::services::Services;
 
 /// Seconds for which an answer is good.
@@ -44,7 +43,7 @@ fn answer(query: &[u8], services: &Services) -> Option<Vec<u8>> {
     let name = asked.name().to_ascii().to_ascii_lowercase();
     let parts: Vec<_> = name.trim_end_matches('.').split('.').collect();
     let addresses = match parts.as_slice() {
-        _ if name.trim_end_matches('.') == registry::NAME => Some(vec![NODE]),
+        _ if name.trim_end_matches('.') == REGISTRY => Some(vec![NODE]),
         [service, namespace, "svc", "cluster", "local"] => services.resolve(namespace, service),
         _ => None,
     };

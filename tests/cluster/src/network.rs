@@ -11,6 +11,10 @@ use crate::program::run;
 
 /// The node: API server, registry and DNS are here, and pods' routes go through it.
 pub const NODE: Ipv4Addr = Ipv4Addr::new(10, 244, 0, 1);
+/// Host name of the registry, for TLS.
+///
+/// Envoy Gateway tries private addresses, and names that end in `.local`, over plain HTTP, too.
+pub const REGISTRY: &str = "registry.test";
 /// Addresses of pods, of which the first 250 are left out.
 const PODS: Ipv4Addr = Ipv4Addr::new(10, 244, 0, 0);
 /// The node's other address, and pods' other addresses, of which the first 250 are left out.

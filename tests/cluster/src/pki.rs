@@ -6,8 +6,7 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType};
 
-use crate::network::{KUBERNETES, NODE};
-use crate::registry;
+use crate::network::{KUBERNETES, NODE, REGISTRY};
 
 /// Where the files are.
 #[derive(Clone, Debug)]
@@ -37,8 +36,8 @@ impl Pki {
         pki.write("api.crt", &server.signed_by(&key, &issuer)?.pem())?;
         pki.write("api.key", &key.serialize_pem())?;
 
-        let mut registry = CertificateParams::new(vec![registry::NAME.to_owned()])?;
-        registry.distinguished_name.push(DnType::CommonName, registry::NAME);
+        let mut registry = CertificateParams::new(vec![REGISTRY.to_owned()])?;
+        registry.distinguished_name.push(DnType::CommonName, REGISTRY);
         let key = KeyPair::generate()?;
         pki.write("registry.crt", &registry.signed_by(&key, &issuer)?.pem())?;
         pki.write("registry.key", &key.serialize_pem())?;

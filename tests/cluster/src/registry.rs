@@ -8,14 +8,10 @@ use tokio::net::TcpStream;
 use tokio::process::Child;
 use tokio::time::sleep;
 
-use crate::network::NODE;
+use crate::network::{NODE, REGISTRY};
 use crate::pki::Pki;
 use crate::program::{logged, tail};
 
-/// Host name of the registry, for TLS.
-///
-/// Envoy Gateway tries private addresses, and names that end in `.local`, over plain HTTP, too.
-pub const NAME: &str = "registry.test";
 /// Its ports.
 const PORT: u16 = 5000;
 const TLS_PORT: u16 = 5443;
@@ -39,7 +35,7 @@ impl Registry {
         let (certificate, key) = (pki.path("registry.crt"), pki.path("registry.key"));
         let tls = format!(", tls: {{certificate: {}, key: {}}}", certificate.display(), key.display());
         let processes = [serve(programs, state, PORT, "").await?, serve(programs, state, TLS_PORT, &tls).await?];
-        Ok(Self { plain: format!("{NODE}:{PORT}"), tls: format!("{NAME}:{TLS_PORT}"), _processes: processes })
+        Ok(Self { plain: format!("{NODE}:{PORT}"), tls: format!("{REGISTRY}:{TLS_PORT}"), _processes: processes })
     }
 }
 

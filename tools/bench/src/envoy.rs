@@ -116,7 +116,7 @@ mod tests {
         let mut config = local(&module, &[engine]).unwrap();
         edit_filter(&mut config, |filter| merge(filter, &json!({"prefix": {"block_bytes": 1024}})));
         let text = config.root.to_string();
-        assert!(text.contains("block_bytes") && text.contains("override_host") && !text.contains("access_log"));
+        assert!(text.contains("block_bytes") && text.contains("override_host") && !text.contains("StdoutAccessLog"));
         make_plain(&mut config, true).unwrap();
         let text = config.root.to_string();
         assert!(!text.contains("pd_filter") && !text.contains("local.yaml") && !text.contains("override_host"));

@@ -23,7 +23,7 @@ pub const REPLICAS: &str = "replicas: 1";
 pub const LIMIT: &str = "  # The filter's max_body_bytes. A longer body gets 413.\n";
 pub const BUFFER: &str = "  requestBuffer: {limit: 16Mi}\n";
 pub const TRIGGERS: &str = "    retryOn: {triggers: [connect-failure, refused-stream]}\n";
-pub const LAST: &str = "      remove: [x-pd-destination, x-data-parallel-rank, x-prefiller-host-port]\n";
+pub const LAST: &str = "      remove: [x-pd-destination, x-data-parallel-rank, x-prefiller-host-port, x-envoy-retry-on, x-envoy-max-retries]\n";
 /// In [`ROUTES`].
 pub const ENDLESS: &str =
     "    # No limit: a generation may take any time. Envoy's default is 15 s.\n    timeouts: {request: 0s}\n";
