@@ -162,7 +162,8 @@ test: lint wasm envoy programs clients ## Everything: lints, unit, property and 
 	    cargo test $(LOCKED) --workspace --exclude pd-filter
 	$(call say,end-to-end tests with Envoy $(GATEWAY_ENVOY_VERSION))
 	PD_ENVOY_VERSION=$(GATEWAY_ENVOY_VERSION) cargo test $(LOCKED) --workspace --exclude pd-filter --test envoy -- $(GATEWAY_CASES)
-	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),10) $(MAKE) fuzz-all
+	@# With one seed, so that a finding comes again. `make fuzz` has another one each time.
+	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),10) $(MAKE) fuzz-all FUZZ_ARGS=-seed=1
 	$(call say,everything passed)
 
 test-vllm: vllm build envoy ## End-to-end tests with a real vLLM prefill/decode pair on this machine's CPU
@@ -272,7 +273,7 @@ fuzz-all:
 	else \
 	    for target in $(or $(TARGETS),$(FUZZ_TARGETS)); do \
 	        printf '\n== fuzzing %s for %s s\n' "$$target" "$$FUZZ_SECONDS"; \
-	        filter/core/fuzz/run.sh "$$target" "$$FUZZ_SECONDS"; \
+	        filter/core/fuzz/run.sh "$$target" "$$FUZZ_SECONDS" $(FUZZ_ARGS); \
 	    done; \
 	fi
 
