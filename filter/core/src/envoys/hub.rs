@@ -260,7 +260,8 @@ impl Hub {
         has_changed
     }
 
-    /// Takes back what silent Envoys had in flight, and what silent engines reported. Returns whether that changed anything. Call it a few times a second.
+    /// Takes back what silent Envoys had in flight, and what silent engines reported. Returns whether that changed anything. Call
+    /// it a few times a second.
     pub fn prune(&mut self, now: Monotonic) -> bool {
         let mut has_changed = self.outside.prune(now);
         for gateway in self.gateways.values_mut() {
