@@ -110,7 +110,7 @@ fn a_kept_response_is_asked_of_the_server_that_has_it() {
             Request::post(path, next),
         ] {
             let stream = request.send(&gateway);
-            assert_eq!(destinations(&forwarded(&stream)), [keeper.clone()], "{:?}", request.headers);
+            assert_eq!(destinations(&forwarded(&stream)), std::slice::from_ref(&keeper), "{:?}", request.headers);
             respond(&stream);
         }
     }
