@@ -17,6 +17,8 @@ GATEWAY_ENVOY_VERSION := 1.39.0
 # Of the end-to-end tests those that depend on what Envoy does. The others run on one version only.
 GATEWAY_CASES ?= blame compat connections decode_failure envoys_errors errors exchange hostile ipv6 kv_params leaving \
     observe pass plugin protocols split waiting
+# End-to-end tests wait for half of their time, so more of them run at once than there are cores.
+TEST_THREADS := $(shell echo $$(($$(nproc) * 3 / 2)))
 # pd-control's image: a program without any other file.
 MUSL := $(shell uname -m)-unknown-linux-musl
 # Names of folders do not get into what is built: two builds of one commit are equal bit for bit.
@@ -158,10 +160,11 @@ test: lint wasm envoy programs clients ## Everything: lints, unit, property and 
 	@# Always of all packages, programs included: of one alone other features of what they share would be built once more.
 	$(call say,tests of all crates with Envoy $(ENVOY_VERSION))
 	PD_PROGRAMS=$$(tests/programs.sh 2>/dev/null || true) PD_CLIENTS=$$(tests/clients/install.sh 2>/dev/null || true) \
-	    PD_ENVOY_VERSION=$(ENVOY_VERSION) \
+	    PD_ENVOY_VERSION=$(ENVOY_VERSION) RUST_TEST_THREADS=$(TEST_THREADS) \
 	    cargo test $(LOCKED) --workspace --exclude pd-filter
 	$(call say,end-to-end tests with Envoy $(GATEWAY_ENVOY_VERSION))
-	PD_ENVOY_VERSION=$(GATEWAY_ENVOY_VERSION) cargo test $(LOCKED) --workspace --exclude pd-filter --test envoy -- $(GATEWAY_CASES)
+	PD_ENVOY_VERSION=$(GATEWAY_ENVOY_VERSION) RUST_TEST_THREADS=$(TEST_THREADS) \
+	    cargo test $(LOCKED) --workspace --exclude pd-filter --test envoy -- $(GATEWAY_CASES)
 	@# With one seed, so that a finding comes again. `make fuzz` has another one each time.
 	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),10) $(MAKE) fuzz-all FUZZ_ARGS=-seed=1
 	$(call say,everything passed)
