@@ -50,8 +50,8 @@ fn texts(said: &Value) -> Vec<&str> {
     }
 }
 
-/// Whether what a message says is valid by the schema. A random model fills its limit before a call ends, or the engine lets it
-/// say a number in place of a named tool's object: then one server does, too.
+/// Whether what a message says is valid by the schema. vLLM 0.32 lets a random model say a number in place of a named tool's
+/// object, on one server too.
 fn is_valid(said: &Value) -> bool {
     let is_valid = |text: &&str| {
         let value: Value = serde_json::from_str(text).unwrap_or_default();
@@ -61,7 +61,7 @@ fn is_valid(said: &Value) -> bool {
     !texts.is_empty() && texts.iter().all(is_valid)
 }
 
-/// Each answer to a split request is that of one server.
+/// Each answer to a split request is that of one server, and that of a schema is valid by it unless `max_tokens` cuts it.
 pub async fn forced_calls_and_schemas_are_right(pair: &Pair) {
     let tool = json!({"type": "function", "function": {"name": "weather", "parameters": schema()}});
     let named = json!({"type": "function", "function": {"name": "weather"}});
@@ -81,9 +81,13 @@ pub async fn forced_calls_and_schemas_are_right(pair: &Pair) {
         let said = said(&answer.json());
         assert_eq!(said, self::said(&expected.json()), "{what}");
         pair.rig.until_metric(split, |value| value == before + 1.0).await;
+        // A random model may fill its limit before an object ends; a cut answer is no JSON.
+        let is_cut = answer.json()["choices"][0]["finish_reason"] == "length";
+        assert!(what != "a schema" || is_cut || is_valid(&said), "{what}: {said}");
         let valid = match what {
             "a choice" => "",
             _ if is_valid(&said) => ", valid by the schema",
+            _ if is_cut => ", cut by max_tokens",
             _ => ", not valid by the schema",
         };
         println!("vllm: {:?}: {what}: as from one server{valid}", pair.connector);
