@@ -117,3 +117,30 @@ fn memory_is_constant_after_large_bodies() {
     println!("{} kB of linear memory with 200 kB bodies", before / 1_024);
     gateway.assert_idle();
 }
+
+/// Linear memory that one split request of that size adds to a worker which has served small ones, relative to the body.
+fn copies_of_the_body(engine: &str, bytes: usize) -> f64 {
+    let gateway = Gateway::new(&config(&[], TWO_AND_TWO, &format!(r#""engine":"{engine}","split":{{"mode":"always"}}"#)));
+    (0..50).for_each(|id| drop(run_split(&gateway, &Request::post(CHAT, chat(id, 4_000)))));
+    let before = gateway.memory_bytes();
+    let body = chat(99, bytes);
+    let length = body.len();
+    // The first endpoint fails, so the body of the prefill leg is written twice, one after the other.
+    let stream = Request::post(CHAT, body).send(&gateway);
+    gateway.refuse(leg(&gateway).token).unwrap();
+    answer_leg(&gateway);
+    respond(&stream);
+    (gateway.memory_bytes() - before) as f64 / length as f64
+}
+
+#[test]
+fn a_long_body_is_in_memory_twice_at_most() {
+    for engine in ["vllm-nixl", "vllm-shared"] {
+        for bytes in [4_000_000, 16_000_000] {
+            let copies = copies_of_the_body(engine, bytes);
+            println!("{engine}, {bytes} B: {copies:.2} bodies of linear memory");
+            // Hashes of the prompt and the rest of the heap's last block are the tenth.
+            assert!((0.5..2.1).contains(&copies), "{engine}, {bytes} B: {copies:.2} copies");
+        }
+    }
+}
