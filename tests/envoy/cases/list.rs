@@ -264,7 +264,7 @@ fn a_prefill_server_never_generates_for_decode_servers_that_envoy_lacks() {
         assert!((1..=6).contains(&reached), "{reached} requests reached the prefill server");
         assert_eq!(prefill.stats().requests, reached);
         rig.until_metric("pd_answered_by_other_total", |value| value == reached as f64).await;
-        let line = format!("{} is not in Envoy's cluster: {} answered", decode.addr(), prefill.addr());
+        let line = format!("{} is not in Envoy's cluster engines: Envoy went to {}", decode.addr(), prefill.addr());
         let lines = rig.envoy.log().matches(&line).count();
         assert!((1..=2).contains(&lines), "{lines} lines");
 

@@ -1,5 +1,6 @@
 //! The state Forwarded: an endpoint has the request. Its answer comes, and a prefill leg may run beside it.
 
+use core::net::SocketAddr;
 use std::sync::Arc;
 
 use super::effect::{Effect, Flow, KV_HEADER, Outcome, SERVED_HEADER};
@@ -191,6 +192,10 @@ impl Forwarded {
                 let of_answer = worker.judge_answer(endpoint, Leg::Decode, error, now);
                 AnsweredBy { warnings: of_answer.into_iter().chain(of_handover).collect(), may_not_answer: false }
             }
+            Answerer::FailedConnect(Some(address)) if self.is_port_wrong(worker, address) => {
+                let warnings = self.named_are_absent(worker, &String::from_utf8_lossy(address), now);
+                AnsweredBy { warnings, may_not_answer: true }
+            }
             Answerer::FailedAttempt(address) | Answerer::FailedConnect(address) => {
                 worker.counts.count(Metric::DecodeUnanswered);
                 let last = address.and_then(|address| self.reached(worker, address));
@@ -255,13 +260,12 @@ impl Forwarded {
     /// A host answered that the filter did not name. If the host is in the list, Envoy's cluster lacks all endpoints that the
     /// filter named. A host outside of the list may be an endpoint that left the list.
     fn answered_by_other(&mut self, worker: &mut Worker, address: &[u8], now: Monotonic) -> AnsweredBy {
-        let table = &mut worker.state.table;
-        let named: Vec<_> = self.order().collect();
-        if !named.iter().all(|endpoint| table.resolve(*endpoint).is_some()) {
+        if !self.are_named_listed(worker) {
             return AnsweredBy::default();
         }
-        worker.counts.count(Metric::AnsweredByOther);
+        let table = &worker.state.table;
         let Some((other, state)) = table.iter().find(|(_, state)| state.address.as_bytes() == address) else {
+            worker.counts.count(Metric::AnsweredByOther);
             return AnsweredBy::default();
         };
         let instead = Arc::clone(&state.address);
@@ -270,11 +274,31 @@ impl Forwarded {
         let may_not_answer =
             own.is_some_and(|own| (role == Role::Prefill && own.role != Role::Prefill) || *pool != own.pool);
         let other = table.refer(other);
-        let warnings = named.into_iter().filter_map(|endpoint| worker.absent(endpoint, &instead, now)).collect();
+        let warnings = self.named_are_absent(worker, &instead, now);
         if let Some(other) = other {
             self.assignment.move_to(worker, other, now);
         }
         AnsweredBy { warnings, may_not_answer }
+    }
+
+    /// Whether Envoy's cluster has the pods of the list at another port. Envoy could not connect to `address`, which is neither a
+    /// named endpoint nor in the list, but the list has its IP address.
+    fn is_port_wrong(&self, worker: &mut Worker, address: &[u8]) -> bool {
+        let tried = core::str::from_utf8(address).ok().and_then(|text| text.parse::<SocketAddr>().ok());
+        let Some(tried) = tried.filter(|_| self.are_named_listed(worker)) else { return false };
+        let addresses = || worker.state.table.iter().map(|(_, state)| state.endpoint.address);
+        addresses().any(|listed| listed.ip() == tried.ip()) && !addresses().any(|listed| listed == tried)
+    }
+
+    /// Whether all endpoints that the filter named are in the list still.
+    fn are_named_listed(&self, worker: &mut Worker) -> bool {
+        self.order().all(|endpoint| worker.state.table.resolve(endpoint).is_some())
+    }
+
+    /// Ejects the endpoints that the filter named, because Envoy's cluster lacks them: it went to `instead`. Returns warnings.
+    fn named_are_absent(&self, worker: &mut Worker, instead: &str, now: Monotonic) -> Vec<String> {
+        worker.counts.count(Metric::AnsweredByOther);
+        self.order().filter_map(|endpoint| worker.absent(endpoint, instead, now)).collect()
     }
 
     /// Endpoints in the order in which Envoy tries them.

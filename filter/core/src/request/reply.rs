@@ -45,7 +45,7 @@ pub enum Rejection {
     Queue(QueueRefusal),
     /// No endpoint of the needed role is ready, or none that serves the model. 503.
     NoEndpoint,
-    /// Envoy's cluster lacks the endpoints that were named, and one that may not generate answered. 503.
+    /// Envoy's cluster lacks the endpoints that were named, and one that may not generate answered, or none. 503.
     WrongEndpoint,
     /// The answer began later than the prefill server keeps the KV cache for, and may be wrong. 503.
     KvLeaseOver,
@@ -220,7 +220,10 @@ impl Rejection {
             }
             Self::Shed(_) | Self::Queue(_) => "the model is overloaded; try again later".to_owned(),
             Self::NoEndpoint => "no endpoint is ready for this model".to_owned(),
-            Self::WrongEndpoint => "the gateway does not have the endpoints of this model".to_owned(),
+            Self::WrongEndpoint => {
+                "the gateway does not have the endpoints of this model; the Service behind its route may lead to another port"
+                    .to_owned()
+            }
             Self::KvLeaseOver => {
                 "the answer began later than the KV cache of its prompt was kept for, and may be wrong; try again"
                     .to_owned()

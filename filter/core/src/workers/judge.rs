@@ -26,16 +26,18 @@ impl Worker {
         self.eject(endpoint, Cause::Unreachable, at);
     }
 
-    /// Another endpoint of the list answered in place of this one, so Envoy's cluster lacks this one. Returns a warning the
+    /// Envoy went to the host `instead` in place of this endpoint, so Envoy's cluster lacks this endpoint. Returns a warning the
     /// first time.
     pub(crate) fn absent(&mut self, endpoint: EndpointRef, instead: &str, at: Monotonic) -> Option<String> {
         let state = self.state.table.resolve(endpoint)?;
         let is_known = matches!(state.health.ejection(), Some((Cause::Absent, _)));
-        let address = Arc::clone(&state.address);
+        let (address, port) = (Arc::clone(&state.address), state.endpoint.address.port());
         self.eject(endpoint, Cause::Absent, at);
+        let cluster = self.config.as_ref().map_or("", |config| config.cluster.as_str());
         (!is_known).then(|| {
             format!(
-                "{address} is not in Envoy's cluster: {instead} answered. Compare the list's ports with the cluster's"
+                "{address} is not in Envoy's cluster {cluster}: Envoy went to {instead}. If the ports differ: the Service behind \
+                 that cluster must lead to port {port}"
             )
         })
     }

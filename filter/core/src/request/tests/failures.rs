@@ -618,6 +618,39 @@ fn a_host_outside_of_the_list_ejects_nothing() {
     assert_eq!((failing(&t, ""), t.worker.counts.pending(Metric::AnsweredByOther)), (vec![], 1));
 }
 
+/// The list has port 8080 of a pod, as its label says, and the Service behind Envoy's cluster port 8000.
+#[test]
+fn a_cluster_with_other_ports_than_the_list_is_named() {
+    let mut t = fixture();
+    let short = r#"{"model":"m","messages":[]}"#;
+    t.headers(&[]);
+    t.body(short);
+    let tried = Answerer::FailedConnect(Some(b"10.0.0.1:8000"));
+    let outcome = t.request.response_headers(&mut t.worker, tried, Some(503), t.now);
+    assert_eq!(reply(&outcome), (503, "wrong_endpoint"));
+    let Some(Effect::Reply(reply)) = outcome.effects.last() else { panic!("{outcome:?}") };
+    assert!(String::from_utf8_lossy(&reply.body).contains("the Service behind its route"), "{reply:?}");
+    let warnings =
+        outcome.effects.iter().filter_map(|effect| if let Effect::Warn(text) = effect { Some(text) } else { None });
+    let warnings: Vec<_> = warnings.collect();
+    assert!(
+        warnings.len() == 2
+            && warnings.iter().all(|it| it.contains("Envoy went to 10.0.0.1:8000. If the ports differ: the Service")),
+        "{warnings:?}"
+    );
+    t.done();
+    assert!(t.is_idle());
+    assert_eq!(t.worker.counts.pending(Metric::AnsweredByOther), 1);
+
+    // A host of another pod says nothing of ports.
+    let mut t = fixture();
+    t.headers(&[]);
+    t.body(short);
+    let tried = Answerer::FailedConnect(Some(b"10.9.9.9:8000"));
+    assert_eq!(t.request.response_headers(&mut t.worker, tried, Some(503), t.now).effects, []);
+    t.done();
+}
+
 #[test]
 fn another_decode_endpoint_that_answers_has_the_request() {
     let mut t = configured(&CONFIG.replacen('{', r#"{"pools":{"default":{"alternates":0}},"#, 1));
