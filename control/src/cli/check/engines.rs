@@ -1,6 +1,7 @@
 //! Checks that the Services behind Envoy's cluster have the pods that pd-control lists. Envoy never reaches an endpoint
 //! that its cluster lacks, and any host of the cluster answers in its place.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use pd_core::wire::Endpoint;
@@ -11,6 +12,7 @@ use super::report::Report;
 use crate::cli::arguments::files_of;
 use crate::cli::manifests::{Manifests, Object, items, text};
 use crate::sources::kubernetes::KubernetesConfig;
+use crate::sources::kubernetes::aibrix;
 use crate::sources::kubernetes::cluster::{Cluster, Watched};
 use crate::sources::kubernetes::config::PoolGroup;
 use crate::sources::kubernetes::follow::Event;
@@ -27,7 +29,7 @@ const WORKLOADS: &[(&str, &str)] = &[
 /// A workload and the template of its pods.
 struct Workload<'a> {
     object: &'a Object,
-    template: &'a Value,
+    template: Cow<'a, Value>,
 }
 
 /// Checks the workloads of the files. `backends` are the Services behind Envoy's cluster, each with the port that the
@@ -94,10 +96,24 @@ fn followed(all: &Manifests) -> Option<KubernetesConfig> {
 }
 
 fn workloads(all: &Manifests) -> impl Iterator<Item = Workload<'_>> {
-    WORKLOADS.iter().flat_map(|(kind, place)| {
+    let with_template = WORKLOADS.iter().flat_map(|(kind, place)| {
         let of_kind = all.of_kind(kind);
-        of_kind.filter_map(|object| Some(Workload { object, template: object.value.pointer(place)? }))
-    })
+        of_kind.filter_map(|object| Some(Workload { object, template: Cow::Borrowed(object.value.pointer(place)?) }))
+    });
+    with_template.chain(all.of_kind("StormService").flat_map(|object| {
+        let roles = items(&object.value, "/spec/template/spec/roles").iter();
+        roles.map(move |role| Workload { object, template: Cow::Owned(role_template(object, role)) })
+    }))
+}
+
+/// Template of the pods of one role of AIBrix' StormService, with the labels that its controller adds.
+fn role_template(service: &Object, role: &Value) -> Value {
+    let mut template = role.get("template").cloned().unwrap_or_default();
+    let labels = &mut template["metadata"]["labels"];
+    labels[aibrix::ROLE] = text(role, "/name").into();
+    labels[aibrix::ROLESET] = format!("{}-roleset", service.name).into();
+    labels[aibrix::STORM_SERVICE] = service.name.as_str().into();
+    template
 }
 
 /// Endpoints of each workload, by its place among them, as pd-control would list a pod of it.
@@ -175,7 +191,7 @@ impl Workload<'_> {
         let found = items(&service.value, "/spec/ports").iter().find(|known| known.get("port") == port)?;
         let target = found.get("targetPort").or_else(|| found.get("port"))?;
         target.as_u64().or_else(|| {
-            let containers = items(self.template, "/spec/containers").iter();
+            let containers = items(&self.template, "/spec/containers").iter();
             let mut ports = containers.flat_map(|container| items(container, "/ports"));
             ports.find(|it| it.get("name") == Some(target))?.get("containerPort")?.as_u64()
         })
@@ -221,6 +237,43 @@ mod tests {
         let found = checked(CONTROL, "app: vllm", "8001", ENGINE).faults;
         let fault = "pd-control lists port 8000, and Service llm/engines leads to [8001] only";
         assert!(found.len() == 1 && found[0].contains(fault), "{found:?}");
+    }
+
+    /// AIBrix' samples for SGLang name port 30000 by a label, and the Service of an overlay leads to 8000.
+    #[test]
+    fn the_roles_of_a_storm_service_are_workloads() {
+        let of = |selector: &str, port: &str| {
+            let role = |name: &str| {
+                format!(
+                    "{{name: {name}, template: {{metadata: {{labels: {{model.aibrix.ai/name: m, model.aibrix.ai/port: '30000'}}}}, \
+                     spec: {{containers: [{{name: {name}}}]}}}}}}"
+                )
+            };
+            let text = format!(
+                "{CONTROL}kind: Service\nmetadata: {{name: engines, namespace: llm}}\n\
+                 spec: {{selector: {{{selector}}}, ports: [{{port: 80, targetPort: {port}}}]}}\n---\n\
+                 kind: StormService\nmetadata: {{name: pool, namespace: llm}}\n\
+                 spec: {{template: {{spec: {{roles: [{}, {}, {{name: routing, template: {{spec: {{}}}}}}]}}}}}}\n",
+                role("prefill"),
+                role("decode"),
+            );
+            let mut all = Manifests::default();
+            all.read("m.yaml".as_ref(), text.as_bytes()).unwrap();
+            let port = Value::from(80);
+            let backends: Vec<_> = all.of_kind("Service").map(|service| (service, Some(&port))).collect();
+            let mut report = Report::default();
+            check(&backends, &all, &mut report);
+            report
+        };
+        assert_eq!(of("model.aibrix.ai/name: m", "30000"), Report::default());
+        let faults = of("model.aibrix.ai/name: m", "8000").faults;
+        let fault = "StormService llm/pool: spec.template.spec.containers: pd-control lists port 30000, and Service llm/engines \
+                     leads to [8000] only";
+        assert!(faults.len() == 2 && faults.iter().all(|it| it.contains(fault)), "{faults:?}");
+        let faults = of("app: other", "30000").faults;
+        assert!(faults.len() == 2 && faults[0].contains("selects none of them"), "{faults:?}");
+        // The controller puts these labels on pods.
+        assert_eq!(of("storm-service-name: pool, role-name: prefill", "30000").faults.len(), 1);
     }
 
     #[test]

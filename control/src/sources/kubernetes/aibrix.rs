@@ -10,6 +10,8 @@ use crate::sources::kubernetes::pod::Pod;
 pub const ROLE: &str = "role-name";
 /// Role set of the pod; pods of one role set are a group.
 pub const ROLESET: &str = "roleset-name";
+/// StormService of the pod.
+pub const STORM_SERVICE: &str = "storm-service-name";
 /// The model that the pod serves.
 pub const MODEL: &str = "model.aibrix.ai/name";
 /// The port that the engine serves, as a label or an annotation.
