@@ -109,6 +109,18 @@ fn settings_of_older_versions_are_read_too() {
 }
 
 #[test]
+fn every_target_port_of_a_pool_becomes_a_port_of_the_service() {
+    let (values, said) =
+        of("apiVersion: inference.networking.k8s.io/v1\nkind: InferencePool\nmetadata: {name: p, namespace: n}\n\
+         spec: {selector: {matchLabels: {app: v}}, targetPorts: [{number: 8000}, {number: 8001}, {number: 8002}]}\n");
+    assert_eq!(
+        (&values["engines"]["port"], &values["engines"]["morePorts"]),
+        (&json!(8000), &json!([8001, 8002])),
+        "{said:#?}"
+    );
+}
+
+#[test]
 fn a_decider_of_zero_tokens_never_splits_as_llm_d_has_it() {
     let (values, _) =
         of("kind: ConfigMap\nmetadata: {name: c}\ndata:\n  c: |\n    kind: EndpointPickerConfig\n    plugins:\n\

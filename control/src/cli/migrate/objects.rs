@@ -52,27 +52,25 @@ fn inference_pool(pool: &Object, values: &mut Values, report: &mut Report) {
         None => report.dropped(pool, "spec.selector", "is missing"),
     }
     let numbers = items(&pool.value, "/spec/targetPorts").iter().map(|port| port.get("number"));
-    let ports: Vec<_> =
-        numbers.chain([pool.value.pointer("/spec/targetPortNumber")]).flatten().filter_map(Value::as_u64).collect();
-    let port = ports.first().and_then(|port| u16::try_from(*port).ok());
-    match port {
-        Some(port) if values.port.is_none_or(|known| known == port) => {
-            values.port = Some(port);
-            report.carried(pool, "spec.targetPorts", "engines.port: pd-control takes every port of the pool");
+    let numbers = numbers.chain([pool.value.pointer("/spec/targetPortNumber")]).flatten().filter_map(Value::as_u64);
+    let ports: Vec<_> = numbers.filter_map(|port| u16::try_from(port).ok()).collect();
+    match ports.split_first() {
+        Some((port, more)) if values.port.is_none_or(|known| known == *port) => {
+            values.port = Some(*port);
+            let new = more.iter().filter(|port| !values.more_ports.contains(port)).copied().collect::<Vec<_>>();
+            values.more_ports.extend(new);
+            report.carried(
+                pool,
+                "spec.targetPorts",
+                "engines.port, engines.morePorts: pd-control takes every port of the pool",
+            );
         }
-        Some(port) => report.dropped(
+        Some((port, _)) => report.dropped(
             pool,
             "spec.targetPorts",
             format!("another pool has another port than {port}, and one Service covers all engines"),
         ),
         None => report.dropped(pool, "spec.targetPorts", "has no port number"),
-    }
-    if ports.len() > 1 {
-        report.dropped(
-            pool,
-            "spec.targetPorts",
-            "Envoy's cluster has the first port only: add the others to the ports of the Service engines",
-        );
     }
     if pool.value.pointer("/spec/endpointPickerRef").or_else(|| pool.value.pointer("/spec/extensionRef")).is_some() {
         report.dropped(

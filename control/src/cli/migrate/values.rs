@@ -12,6 +12,8 @@ pub(super) struct Values {
     pub(super) selector: BTreeMap<String, String>,
     /// Port of the engines.
     pub(super) port: Option<u16>,
+    /// Further ports of the same pods.
+    pub(super) more_ports: Vec<u16>,
     /// Hosts of the route.
     pub(super) hostnames: Vec<String>,
     /// `objectives` of the plugin configuration: names and priorities.
@@ -39,6 +41,9 @@ impl Values {
         }
         if let Some(port) = self.port {
             engines.insert("port".to_owned(), port.into());
+        }
+        if !self.more_ports.is_empty() {
+            engines.insert("morePorts".to_owned(), json!(self.more_ports));
         }
         let mut values = json!({
             "simulators": {"enabled": false},
