@@ -39,6 +39,10 @@ if [ -z "${PD_CLUSTER_BIN:-}" ]; then
     }
 fi
 export PD_CLUSTER_BIN
+if [ -z "${PD_CLUSTER_INFERENCE_CRDS:-}" ] && command -v go >/dev/null; then
+    # Only files of a module; without them a test says that it did not run.
+    PD_CLUSTER_INFERENCE_CRDS=$(tests/cluster/programs/build-inference-extension.sh) && export PD_CLUSTER_INFERENCE_CRDS
+fi
 
 # The programs are built with the tests of their packages: pd-cluster, pd-control, pd-sim.
 tests --quiet --test gateway --test ai_gateway --test lifetime --test control --test sim --no-run
@@ -48,6 +52,7 @@ tests --quiet --test lifetime -- --nocapture
 envoy=$(find ".cache/envoy-$PD_ENVOY_VERSION/" -path '*/_bin/envoy' -type f)
 export PATH="$PATH:$PD_CLUSTER_BIN"
 images=(--image "envoy=$envoy" --image pd-sim=target/debug/pd-sim --image pd-control=target/debug/pd-control)
+[ -z "${PD_CLUSTER_SIDECAR:-}" ] || images+=(--image "llm-d-routing-sidecar=$PD_CLUSTER_SIDECAR")
 
 # Whether the filters leave tests of a suite.
 has_tests() { [ $# -eq 1 ] || tests --quiet --test "$1" -- --list "${@:2}" 2>/dev/null | grep -q ': test$'; }

@@ -61,11 +61,16 @@ impl Cluster {
 
     /// Pushes the module's image, applies the manifests and waits until all pods are ready.
     pub async fn up(&mut self) {
+        self.up_with(&["prefill", "decode", "aibrix-prefill", "aibrix-decode"]).await;
+    }
+
+    /// The same for manifests with these deployments of engines.
+    pub async fn up_with(&mut self, engines: &[&str]) {
         let cluster = self;
         cluster.pin(&fs::read(places::wasm()).expect("the module")).await;
         cluster.pin_control().await;
         cluster.apply().await;
-        for name in ["pd-control", "prefill", "decode", "aibrix-prefill", "aibrix-decode"] {
+        for name in engines.iter().chain(&["pd-control"]) {
             cluster.settled(OURS, name).await;
         }
         cluster.address = cluster.gateway_address("pd").await;
@@ -144,8 +149,12 @@ impl Cluster {
 
     /// `kubectl apply -k`, or what it says.
     pub async fn apply_once(&self) -> Result<(), String> {
-        let overlay = self.manifests.path().join("overlays").join(self.overlay);
-        kubectl(&["apply", "--validate=strict", "-k", &overlay.display().to_string()]).await
+        kubectl(&["apply", "--validate=strict", "-k", &self.overlay().display().to_string()]).await
+    }
+
+    /// The folder of the overlay that is applied.
+    pub fn overlay(&self) -> PathBuf {
+        self.manifests.path().join("overlays").join(self.overlay)
     }
 
     /// Sets a deployment's number of pods.
@@ -209,7 +218,12 @@ impl Cluster {
 
     /// What an engine counted.
     pub async fn stats(&self, pod: &str) -> Stats {
-        let path = format!("/api/v1/namespaces/{OURS}/pods/{pod}:8000/proxy/stats");
+        self.stats_at(pod, 8_000).await
+    }
+
+    /// What the engine at a port of a pod counted.
+    pub async fn stats_at(&self, pod: &str, port: u16) -> Stats {
+        let path = format!("/api/v1/namespaces/{OURS}/pods/{pod}:{port}/proxy/stats");
         self.client.request(Request::get(path).body(Vec::new()).expect("a request")).await.expect("stats")
     }
 

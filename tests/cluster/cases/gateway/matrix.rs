@@ -94,8 +94,8 @@ impl Cluster {
     }
 
     /// What `pd-control check` says of the manifests: whether it takes them, and its faults and warnings.
-    async fn checked(&self) -> (bool, String) {
-        let overlay = self.manifests().join("overlays/sim").display().to_string();
+    pub async fn checked(&self) -> (bool, String) {
+        let overlay = self.overlay().display().to_string();
         let kubectl = std::env::var("KUBECTL").unwrap_or_else(|_| "kubectl".to_owned());
         let rendered = Command::new(kubectl).args(["kustomize", &overlay]).output().await.expect("kubectl");
         assert!(rendered.status.success(), "{}", String::from_utf8_lossy(&rendered.stderr));
@@ -138,7 +138,7 @@ impl Cluster {
     }
 
     /// The last requests that engines with a label got.
-    async fn recorded(&self, label: &str) -> Vec<Value> {
+    pub async fn recorded(&self, label: &str) -> Vec<Value> {
         let mut all = Vec::new();
         for pod in self.pod_names(OURS, label).await {
             let path = format!("/api/v1/namespaces/{OURS}/pods/{pod}:8000/proxy/requests");
