@@ -120,6 +120,8 @@ impl Leases {
         let Ok(mut value) = serde_json::from_slice::<serde_json::Value>(raw) else { return raw.to_vec() };
         if let Some(members) = value.as_object_mut() {
             members.remove("remote_prefill_cached_tokens");
+            // vLLM has no integer beyond 2^53. A sidecar in Go rounds this one.
+            members.remove("sim_ticket");
         }
         value.to_string().into_bytes()
     }
@@ -363,6 +365,8 @@ mod tests {
             let mut altered = rebuilt.clone();
             altered["remote_block_ids"] = serde_json::json!([[1, 3]]);
             assert_eq!(leases.pull(altered.to_string().as_bytes()), Err(Refusal::Unknown));
+            let mut rebuilt = rebuilt;
+            rebuilt["sim_ticket"] = serde_json::json!(4.611_686_018_427_388e18);
             let pulled = leases.pull(rebuilt.to_string().as_bytes());
             assert_eq!(pulled, if by_value { Ok(7) } else { Err(Refusal::Unknown) });
         }

@@ -66,7 +66,7 @@ impl Cluster {
         counts
     }
 
-    /// Waits until a request is split, then requires that every request is and that each engine took part.
+    /// Waits until the pods are ready and a request is split, then requires that every request is and that each engine took part.
     pub async fn splits_over(&self, model: &str, prefill: Engines, decode: Engines) {
         for label in [prefill.label, decode.label] {
             until(format!("pods {label} are ready"), async || {

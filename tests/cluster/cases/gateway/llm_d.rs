@@ -19,7 +19,7 @@ fn engine(role: &str, port: u16, more: &str) -> String {
     format!(
         "      - name: vllm
         image: registry.example/pd-sim:0.1.0
-        args: [--listen, '$(POD_IP):{port}', --role, {role}, --model, {MODEL}, --speed, '0.1'{more}]
+        args: [--listen, '0.0.0.0:{port}', --side-channel, '$(POD_IP):5600', --role, {role}, --model, {MODEL}, --speed, '0.1'{more}]
         env:
         - {{name: POD_IP, valueFrom: {{fieldRef: {{fieldPath: status.podIP}}}}}}
         - {{name: VLLM_NIXL_SIDE_CHANNEL_PORT, value: '5600'}}
