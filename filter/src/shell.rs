@@ -159,7 +159,8 @@ impl Shell {
         exchange.take_lead(worker, metrics, push.holds_lease(), random_number, now);
         exchange.tick(worker, push.holds_lease(), now, |worker| {
             let clocks = Clocks { monotonic: now, unix: unix_time() };
-            Report::of(worker, log.generations(metrics), log.decisions(worker, metrics), clocks).to_json()
+            let (decisions, parked) = (log.decisions(worker, metrics), log.parked(worker, metrics));
+            Report::of(worker, log.generations(metrics), decisions, parked, clocks).to_json()
         })
     }
 

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::time::{Clocks, Monotonic, UnixTime};
 use crate::workers::recent::{DecisionRecord, Generation};
+use crate::workers::waits::{Parked, PoolWaits};
 use crate::workers::worker::Worker;
 
 /// Most bytes of a report. The hub does not keep a longer one.
@@ -33,6 +34,8 @@ pub struct Report {
     pub ejected: Vec<Ejected>,
     /// Latest decisions, newest first.
     pub decisions: Vec<ReportedDecision>,
+    /// Pools with requests that wait or are parked. Empty in a report of an earlier build.
+    pub waits: Vec<PoolWaits>,
 }
 
 /// An ejected endpoint.
@@ -59,13 +62,14 @@ pub struct ReportedDecision {
 }
 
 impl Report {
-    /// The report of a worker's Envoy. `generations` and `decisions` are those of all its workers. `clocks` are read now;
+    /// The report of a worker's Envoy. `generations`, `decisions` and `parked` are those of all its workers. `clocks` are read now;
     /// they turn the times of decisions into times of the day.
     #[must_use]
     pub fn of(
         worker: &Worker,
         generations: Vec<Generation>,
         decisions: Vec<(Monotonic, DecisionRecord)>,
+        parked: Parked,
         clocks: Clocks,
     ) -> Self {
         let reported = |(at, decision)| ReportedDecision { at_ms: clocks.unix_at(at), decision };
@@ -85,6 +89,7 @@ impl Report {
             failing: ejected.iter().map(|it| it.address.clone()).collect(),
             ejected,
             decisions: decisions.into_iter().map(reported).collect(),
+            waits: worker.waits(parked, clocks.monotonic),
         }
     }
 
@@ -105,11 +110,13 @@ impl Report {
         self.failing.truncate(MAX_FAILING);
         self.ejected.truncate(MAX_FAILING);
         self.decisions.truncate(MAX_SHOWN);
+        self.waits.truncate(MAX_SHOWN);
         let mut texts: Vec<&mut String> = vec![&mut self.epoch];
         texts.extend(&mut self.failing);
         for it in &mut self.generations {
             texts.extend([&mut it.version, &mut it.build, &mut it.revision]);
         }
+        texts.extend(self.waits.iter_mut().map(|it| &mut it.pool));
         for it in &mut self.ejected {
             it.since_ms = it.since_ms.min(now);
             texts.extend([&mut it.address, &mut it.reason]);

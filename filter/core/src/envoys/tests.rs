@@ -17,6 +17,7 @@ use crate::prefix::hash::BlockHash;
 use crate::time::{Clocks, Monotonic, UnixTime};
 use crate::wire::Role;
 use crate::workers::shared::testing::Store;
+use crate::workers::waits::Parked;
 use crate::workers::worker::Worker;
 
 const CONFIG: &[u8] = br#"{"control":{"cluster":"pd-control"},"endpoints":[{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.1:2","role":"prefill"},{"address":"10.0.0.2:1","role":"decode"}]}"#;
@@ -63,7 +64,7 @@ impl Gateway {
     fn tick(&mut self, hub: Option<&mut Hub>, now: Monotonic) {
         let report = |worker: &Worker| {
             let clocks = Clocks { monotonic: now, unix: UnixTime::default() };
-            report::Report::of(worker, Vec::new(), Vec::new(), clocks).to_json()
+            report::Report::of(worker, Vec::new(), Vec::new(), Parked::default(), clocks).to_json()
         };
         let calls = self.exchange.tick(&mut self.worker, true, now, report);
         let Some(hub) = hub else {

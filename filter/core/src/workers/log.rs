@@ -16,6 +16,7 @@
 //! pd/1/index/I          blocks that the endpoint at place I holds               the worker in the first slot
 //! pd/1/who/S            build and configuration of the worker                   the worker in slot S
 //! pd/1/recent/S         some of the worker's latest decisions                   the worker in slot S
+//! pd/1/parked/S         the worker's parked requests: number, oldest arrival    the worker in slot S
 //! gauge of slot S       position: segment · 2¹⁶ + bytes of that segment         the worker in slot S
 //! ```
 //! A reader that is behind by more than the ring reads the worker ledger as a whole and goes on from the ledger's position.
@@ -33,6 +34,7 @@ use crate::workers::other_worker::{HEAD_BYTES, OtherWorker, ledger_key, log_key}
 use crate::workers::recent::{DecisionRecord, Generation, MAX_DECISIONS};
 use crate::workers::shared::Shared;
 use crate::workers::slots::{SLOTS_KEY, WorkerSlot, slots, to_bytes};
+use crate::workers::waits::Parked;
 use crate::workers::worker::Worker;
 
 /// Age of the last renewal at which a worker renews its slot before it writes: half of the slot's life.
@@ -58,6 +60,8 @@ pub struct WorkersLog {
     published_at: Monotonic,
     renewed: Monotonic,
     announced: Option<u64>,
+    /// The worker's parked requests, as in shared data.
+    parked: Parked,
     others: Vec<OtherWorker>,
     inheritance: Inheritance,
 }
@@ -117,6 +121,16 @@ impl WorkersLog {
         decisions.sort_unstable_by_key(|(at, _)| core::cmp::Reverse(*at));
         decisions.truncate(MAX_DECISIONS);
         decisions
+    }
+
+    /// Parked requests of all workers.
+    pub fn parked(&self, worker: &Worker, shared: &impl Shared) -> Parked {
+        let of_other = |other: &OtherWorker| {
+            let (bytes, _) = shared.get(&parked_key(other.slot))?;
+            let mut rest = Reader(&bytes);
+            (rest.word()? == other.worker_id).then(|| Parked::read(&mut rest)).flatten()
+        };
+        self.others.iter().filter_map(of_other).fold(worker.parked(), Parked::with)
     }
 
     /// Starts over with the configuration that `worker` has in force: takes a slot, announces the worker, and reads the logs
@@ -206,6 +220,7 @@ impl WorkersLog {
         self.renew(worker, shared, now);
         self.save_ledger(worker, shared);
         self.save_decisions(worker, shared);
+        self.save_parked(worker, shared);
         for other in &mut self.others {
             other.ledger.prune(now);
             if other.is_behind {
@@ -311,6 +326,17 @@ impl WorkersLog {
         worker.recent.write(&mut out);
         shared.set(&recent_key(slot), &out.0, None);
     }
+
+    /// Writes how many requests of this worker are parked, where that has changed.
+    fn save_parked(&mut self, worker: &Worker, shared: &impl Shared) {
+        let parked = worker.parked();
+        let Some(slot) = self.slot.filter(|_| parked != self.parked) else { return };
+        self.parked = parked;
+        let mut out = Writer::default();
+        out.word(self.worker_id);
+        parked.write(&mut out);
+        shared.set(&parked_key(slot), &out.0, None);
+    }
 }
 
 fn who_key(slot: usize) -> String {
@@ -319,6 +345,10 @@ fn who_key(slot: usize) -> String {
 
 fn recent_key(slot: usize) -> String {
     format!("pd/1/recent/{slot}")
+}
+
+fn parked_key(slot: usize) -> String {
+    format!("pd/1/parked/{slot}")
 }
 
 #[cfg(test)]

@@ -26,4 +26,5 @@ pub mod state;
 mod turns;
 pub(crate) mod wait;
 pub mod waiting;
+pub mod waits;
 pub mod worker;

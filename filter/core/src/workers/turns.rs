@@ -55,6 +55,7 @@ pub(super) struct Own {
 pub(super) struct ParkedRequest {
     /// [`Table::changes`](crate::endpoints::table::Table::changes) when no endpoint was found for the request.
     pub(super) changes: u64,
+    pub(super) arrival: Monotonic,
     pub(super) end: Monotonic,
     pub(super) bytes: usize,
 }

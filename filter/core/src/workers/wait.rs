@@ -117,7 +117,7 @@ impl Worker {
             return None;
         }
         let (id, changes) = (self.next_leg(), self.state.table.changes());
-        self.turns.parked.insert(id, ParkedRequest { changes, end, bytes: body_bytes });
+        self.turns.parked.insert(id, ParkedRequest { changes, arrival, end, bytes: body_bytes });
         self.turns.parked_bytes = bytes;
         self.turns.ends.insert((end, id));
         self.counts.add(Metric::WaitingForEndpoint, 1);

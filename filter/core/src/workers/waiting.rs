@@ -232,6 +232,13 @@ impl Waiting {
         })
     }
 
+    /// Arrival of the oldest waiting request of the pool with that key; `None` where none waits.
+    #[must_use]
+    pub fn oldest(&self, pool: u64) -> Option<Monotonic> {
+        let queues = self.queues.values().filter(|queue| queue.pool == pool);
+        queues.filter_map(|queue| queue.queue.oldest()).min().map(Monotonic::new)
+    }
+
     /// Keys of the pools that have waiting requests.
     pub fn pools(&self) -> impl Iterator<Item = u64> {
         self.queues.values().map(|queue| queue.pool)

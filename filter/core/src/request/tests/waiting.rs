@@ -3,6 +3,7 @@
 use super::*;
 use crate::request::reply::DROPPED_HEADER;
 use crate::workers::bind::Act;
+use crate::workers::waits::{Parked, PoolWaits};
 use crate::workers::worker::Worker;
 
 /// A gateway whose two prefill endpoints have room for one long prompt each.
@@ -100,6 +101,11 @@ fn a_request_waits_until_an_endpoint_has_room_and_goes_there() {
     let look = gate.worker.next_look(gate.now).unwrap();
     assert!((100..=104).contains(&look.as_millis()), "in {look:?}: 123 ms of work, less 20 ms lead");
     gate.later(50);
+    let waits = gate.worker.waits(Parked::default(), gate.now);
+    let [PoolWaits { ref pool, waiting: 1, work_ms: 120..=126, parked: 0, oldest_ms: 50 }] = waits[..] else {
+        panic!("{waits:?}")
+    };
+    assert_eq!(pool, "default");
     gate.answer(&mut second);
     assert_eq!(gate.worker.workers_to_wake().count(), 1);
     let mut waiting = [third];
@@ -324,6 +330,9 @@ fn requests_wait_for_an_endpoint_where_none_is_ready() {
     assert_eq!(gate.worker.next_turn(gate.now), None);
     second.done(&mut gate.worker, gate.now);
     assert_eq!(gate.worker.counts.pending(Metric::WaitingForEndpoint), 1);
+    let later = gate.now.saturating_add(Duration::from_millis(7));
+    let expected = PoolWaits { pool: "default".into(), parked: 1, oldest_ms: 7, ..PoolWaits::default() };
+    assert_eq!(gate.worker.waits(gate.worker.parked(), later), [expected]);
     // Another list that helps nobody.
     gate.apply(2, DOWN);
     let mut waiting = [first];

@@ -112,6 +112,32 @@ fn a_decision_is_seen_before_the_next_one_of_any_worker() {
 }
 
 #[test]
+fn parked_requests_of_all_workers_are_counted_until_their_worker_is_gone() {
+    let (store, now) = (Store::default(), Monotonic::from_secs(1));
+    let mut nodes = fleet(&store, 3, now);
+    let queue = Queue {
+        no_endpoint: Duration::from_secs(60),
+        ..nodes[0].worker.config.as_ref().unwrap().pool("default").queue.clone()
+    };
+    let parked = |nodes: &[Node]| nodes[0].log.parked(&nodes[0].worker, &store);
+    let at = |millis| now.saturating_add(Duration::from_millis(millis));
+    nodes[1].worker.park(&queue, 10, at(2), at(2)).unwrap();
+    let id = nodes[2].worker.park(&queue, 10, at(1), at(2)).unwrap();
+    assert_eq!(parked(&nodes).requests, 0, "not before the others' tick");
+    nodes.iter_mut().for_each(|node| node.tick(&store, at(10)));
+    assert_eq!(parked(&nodes), Parked { requests: 2, oldest: at(1) });
+    nodes[2].worker.unpark(id);
+    nodes.iter_mut().for_each(|node| node.tick(&store, at(20)));
+    assert_eq!(parked(&nodes), Parked { requests: 1, oldest: at(2) });
+    // The second worker is gone.
+    for millis in [400, 800, 1_200] {
+        nodes[0].tick(&store, at(millis));
+        nodes[2].tick(&store, at(millis));
+    }
+    assert_eq!(parked(&nodes).requests, 0);
+}
+
+#[test]
 fn a_worker_that_died_is_out_of_the_ledger_within_a_second() {
     let (store, mut now) = (Store::default(), Monotonic::from_secs(1));
     let mut nodes = fleet(&store, 3, now);
