@@ -48,6 +48,11 @@ struct Envoy {
 
 impl Envoy {
     fn start(control: SocketAddr) -> Self {
+        Self::reporting(control, "")
+    }
+
+    /// With a report in JSON.
+    fn reporting(control: SocketAddr, report: &'static str) -> Self {
         let loads = watch::Sender::new(Vec::new());
         let mut news = loads.subscribe();
         let client: Client<HttpConnector, Full<Bytes>> = Client::builder(TokioExecutor::new()).build_http();
@@ -58,7 +63,8 @@ impl Envoy {
                     _ = ticks.tick() => {}
                     _ = news.changed() => {}
                 }
-                let record = Record { gateway: 1, turn, loads: news.borrow_and_update().clone(), ..Record::default() };
+                let (loads, report) = (news.borrow_and_update().clone(), report.as_bytes().to_vec());
+                let record = Record { gateway: 1, turn, loads, report, ..Record::default() };
                 let request = ExchangeRequest { from: 1, records: vec![record], ..ExchangeRequest::default() };
                 let request =
                     Request::post(format!("http://{control}/v1/exchange")).body(Full::from(request.to_bytes()));
@@ -152,13 +158,51 @@ async fn each_role_has_its_demand_in_metrics() {
     until_true("it is forgotten", || async { !rig.client.get("/metrics").await.body.contains("work_seconds{") }).await;
 }
 
+/// Two requests wait for room, and one for an endpoint of a pool that has none.
+const WAITS: &str = r#"{"waits":[{"pool":"default","waiting":2,"work_ms":4000,"parked":1,"oldest_ms":9000}]}"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_envoys_keep_count() {
+    let rig = Rig::start(LIST).await;
+    let _envoy = Envoy::reporting(rig.client.address, WAITS);
+    for (role, expected) in [("prefill", [4.0, 3.0, 9.0]), ("decode", [0.0, 1.0, 9.0])] {
+        until_true(role, || async {
+            let names = ["prefill_work_seconds", "requests_unbound", "oldest_unbound_seconds"];
+            let mut values = Vec::new();
+            for name in names {
+                let series = format!("pd_control_role_{name}{{pool=\"default\",role=\"{role}\"}}");
+                let text = rig.client.get("/metrics").await.body;
+                let line = text.lines().find_map(|line| line.strip_prefix(&series)?.trim().parse::<f64>().ok());
+                values.extend(line);
+            }
+            values == expected
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_without_endpoints_is_active_while_requests_are_parked() {
+    let rig = Rig::start_with("endpoints: []\n", with_scaler).await;
+    let keda = Keda::new(rig.control.scaler_address().unwrap());
+    let envoy = Envoy::start(rig.client.address);
+    until_true("nothing is known of it", || async {
+        keda.is_active(&[("role", "decode")]).await.is_err_and(|status| status.code() == Code::NotFound)
+    })
+    .await;
+    drop(envoy);
+    let _envoy = Envoy::reporting(rig.client.address, WAITS);
+    until_true("it is active", || async { keda.is_active(&[("role", "decode")]).await.is_ok_and(|is| is) }).await;
+    assert_eq!(keda.value("decode", "kv_load").await.unwrap(), 0.0);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn keda_gets_the_mean_of_a_window_and_nothing_before() {
     let rig = Rig::start_with(LIST, with_scaler).await;
     let keda = Keda::new(rig.control.scaler_address().unwrap());
     let specs: GetMetricSpecResponse = keda.ask("GetMetricSpec", object(&[("role", "decode")])).await.unwrap();
     let [spec] = &specs.metric_specs[..] else { panic!("{specs:?}") };
-    assert_eq!((spec.metric_name.as_str(), spec.target_size_float), ("kv_load", 0.7));
+    assert_eq!((spec.metric_name.as_str(), spec.target_size_float), ("kv_load", 0.8));
 
     assert_eq!(keda.value("prefill", "prefill_work_seconds").await.unwrap_err().code(), Code::Unavailable);
     assert_eq!(keda.is_active(&[("role", "decode")]).await.unwrap_err().code(), Code::Unavailable);

@@ -2,6 +2,7 @@
 //!
 //! [`pd_core::envoys::hub`] decides; this module adds the lock, the clock and waiting.
 
+use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,6 +16,7 @@ use pd_core::envoys::outside::EngineReport;
 use pd_core::envoys::report::Report;
 use pd_core::time::{Monotonic, UnixTime};
 use pd_core::wire::Role;
+use pd_core::workers::waits::PoolWaits;
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 use tokio::time::{Instant, interval, sleep, sleep_until};
@@ -40,6 +42,28 @@ pub struct SharedHub {
     began: Instant,
     /// Version of the list whose endpoints count.
     listed: Mutex<u64>,
+}
+
+/// Requests of a pool that wait or are parked at the Envoys.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Unbound {
+    /// Requests that wait for a prefill endpoint with room.
+    pub waiting: f64,
+    /// Prefill work of those in seconds of an endpoint.
+    pub work_seconds: f64,
+    /// Requests for which no endpoint is ready.
+    pub parked: f64,
+    /// Seconds since the arrival of the oldest of all of them.
+    pub oldest_seconds: f64,
+}
+
+impl Unbound {
+    fn add(&mut self, waits: &PoolWaits) {
+        self.waiting += waits.waiting as f64;
+        self.work_seconds += waits.work_ms as f64 * 1e-3;
+        self.parked += waits.parked as f64;
+        self.oldest_seconds = self.oldest_seconds.max(waits.oldest_ms as f64 * 1e-3);
+    }
 }
 
 impl Default for SharedHub {
@@ -147,6 +171,16 @@ impl SharedHub {
         let mut reports: Vec<_> = hub.reports(now).map(|(name, age, text)| (name, age, read(text))).collect();
         reports.sort_unstable_by_key(|(name, ..)| *name);
         reports
+    }
+
+    /// Requests of all Envoys that no endpoint has yet, by pool.
+    #[must_use]
+    pub fn unbound(&self) -> BTreeMap<String, Unbound> {
+        let mut pools: BTreeMap<String, Unbound> = BTreeMap::new();
+        for waits in self.reports().into_iter().flat_map(|(.., report)| report.waits) {
+            pools.entry(waits.pool.clone()).or_default().add(&waits);
+        }
+        pools
     }
 
     /// Takes what the engine of these endpoints, all those at its address, reports of now.

@@ -1,7 +1,7 @@
 //! Demand of the last minutes, so that an autoscaler gets means. Autoscalers ask every 15 to 30 s, and a queue can fill
 //! and empty within a second.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -9,12 +9,14 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use crate::engines::answers::Scrapes;
-use crate::envoys::hub::SharedHub;
+use crate::envoys::hub::{SharedHub, Unbound};
 use crate::publish::registry::Registry;
 use crate::scaling::demand::{Demand, PoolRole, demand};
 
 /// Time between two samples: the Envoys report no more often when little happens.
 const SAMPLE_EVERY: Duration = Duration::from_secs(1);
+/// Looks at which endpoints are busy, in each sample: a prompt may take less than a sample.
+pub const LOOKS: u32 = 4;
 /// Longest window that may be asked for.
 pub const MAX_WINDOW: Duration = Duration::from_secs(600);
 /// Age of the newest sample above which nothing is known any longer.
@@ -35,14 +37,65 @@ impl DemandSource {
     /// Demand as of now.
     #[must_use]
     pub fn now(&self) -> BTreeMap<PoolRole, Demand> {
-        demand(self.registry.current().endpoints(), self.hub.loads().as_ref(), &self.scrapes.view())
+        self.with(&self.hub.unbound())
+    }
+
+    fn with(&self, unbound: &BTreeMap<String, Unbound>) -> BTreeMap<PoolRole, Demand> {
+        demand(self.registry.current().endpoints(), self.hub.loads().as_ref(), &self.scrapes.view(), unbound)
+    }
+
+    /// A sample of now.
+    fn sample(&self) -> Sample {
+        let unbound = self.hub.unbound();
+        let parked = unbound.iter().filter(|(_, of)| of.parked > 0.0).map(|(pool, _)| pool.clone()).collect();
+        Sample { roles: self.with(&unbound), parked }
     }
 }
 
-/// Samples of the demand, oldest first.
+/// Demand at one time.
+#[derive(Clone, Debug, Default)]
+pub struct Sample {
+    /// Demand of each pool and role that has endpoints.
+    pub roles: BTreeMap<PoolRole, Demand>,
+    /// Pools with parked requests. A pool without any endpoint is not in `roles`, and its requests are parked in `default`.
+    pub parked: BTreeSet<String>,
+}
+
+/// Busy endpoints since the last sample.
+#[derive(Debug, Default)]
+pub struct Busy {
+    looks: u32,
+    sums: BTreeMap<PoolRole, f64>,
+}
+
+impl Busy {
+    /// Adds one look, and replaces the number of busy endpoints in the sample by the mean. Returns the number of looks.
+    fn look(&mut self, sample: &mut Sample) -> u32 {
+        self.looks += 1;
+        for (of, demand) in &mut sample.roles {
+            if let Some(busy) = &mut demand.prefill_busy {
+                let sum = self.sums.entry(of.clone()).or_default();
+                *sum += *busy;
+                *busy = *sum / f64::from(self.looks);
+            }
+        }
+        self.looks
+    }
+}
+
+/// Samples of the demand.
+#[derive(Debug, Default)]
+struct Samples {
+    /// Oldest first.
+    taken: VecDeque<(Instant, Sample)>,
+    /// Pools and roles that had an endpoint since pd-control started. Scaled to zero, they have none.
+    known: BTreeSet<PoolRole>,
+}
+
+/// Samples of the demand over time.
 #[derive(Debug)]
 pub struct History {
-    samples: Mutex<VecDeque<(Instant, BTreeMap<PoolRole, Demand>)>>,
+    samples: Mutex<Samples>,
     taken: watch::Sender<u64>,
 }
 
@@ -51,7 +104,7 @@ pub struct History {
 pub enum Unknown {
     /// In a part of the window no Envoy exchanged, or pd-control did not run.
     Window,
-    /// The list has no endpoint of that pool and role.
+    /// The list never had an endpoint of that pool and role, and no request waits for one.
     PoolRole,
     /// Neither the Envoys nor the engines report the value.
     Value,
@@ -64,20 +117,35 @@ impl Default for History {
 }
 
 impl History {
-    /// Takes a sample each second; never returns. After a second without an exchanging Envoy, the demand is unknown, not zero.
+    /// Takes a sample each second, of the mean of busy endpoints over that second; never returns. After a second without an exchanging Envoy, the demand is unknown, not zero.
     pub async fn sample(self: Arc<Self>, source: Arc<DemandSource>) {
-        let mut ticks = interval(SAMPLE_EVERY);
+        let mut ticks = interval(SAMPLE_EVERY / LOOKS);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut busy = Busy::default();
         loop {
             let at = ticks.tick().await;
-            if source.hub.loads().is_some() {
-                self.push(at, source.now());
+            if source.hub.loads().is_none() {
+                busy = Busy::default();
+                continue;
             }
+            self.look(&mut busy, at, source.sample());
         }
     }
 
-    fn push(&self, at: Instant, sample: BTreeMap<PoolRole, Demand>) {
-        let mut samples = self.samples.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Takes a look, four times a second. Every fourth look becomes a sample.
+    pub fn look(&self, busy: &mut Busy, at: Instant, mut sample: Sample) {
+        if busy.look(&mut sample) == LOOKS {
+            *busy = Busy::default();
+            self.push(at, sample);
+        }
+    }
+
+    fn push(&self, at: Instant, sample: Sample) {
+        let mut all = self.samples.lock().unwrap_or_else(PoisonError::into_inner);
+        let Samples { taken: samples, known } = &mut *all;
+        for of in sample.roles.keys().filter(|of| !known.contains(*of)).cloned().collect::<Vec<_>>() {
+            known.insert(of);
+        }
         if samples.back().is_some_and(|(last, _)| at.duration_since(*last) > MAX_AGE) {
             samples.clear();
         }
@@ -86,7 +154,7 @@ impl History {
         while samples.get(1).is_some_and(|(second, _)| at.duration_since(*second) > MAX_WINDOW) {
             samples.pop_front();
         }
-        drop(samples);
+        drop(all);
         self.taken.send_modify(|count| *count += 1);
     }
 
@@ -96,7 +164,8 @@ impl History {
         self.taken.subscribe()
     }
 
-    /// Mean of a value over the samples of a window.
+    /// Mean of a value over the samples of a window. 0 for a role that is scaled to zero: it had endpoints before, or
+    /// requests are parked because it has none.
     ///
     /// # Errors
     /// [`Unknown`]
@@ -107,10 +176,11 @@ impl History {
         now: Instant,
         value: fn(&Demand) -> Option<f64>,
     ) -> Result<f64, Unknown> {
-        self.over(window, now, |samples| {
-            let found: Vec<_> = samples.iter().filter_map(|sample| sample.get(of)).collect();
+        self.over(window, now, |samples, known| {
+            let found: Vec<_> = samples.iter().filter_map(|sample| sample.roles.get(of)).collect();
             if found.is_empty() {
-                return Err(Unknown::PoolRole);
+                let is_at_zero = known.contains(of) || samples.iter().any(|sample| sample.parked.contains(&of.pool));
+                return if is_at_zero { Ok(0.0) } else { Err(Unknown::PoolRole) };
             }
             let values: Vec<f64> = found.into_iter().filter_map(value).collect();
             if values.is_empty() {
@@ -120,18 +190,27 @@ impl History {
         })
     }
 
+    /// The newest sample of a role. `None`: the list has no endpoint of it.
+    #[must_use]
+    pub fn newest(&self, of: &PoolRole) -> Option<Demand> {
+        let samples = self.samples.lock().unwrap_or_else(PoisonError::into_inner);
+        samples.taken.back()?.1.roles.get(of).copied()
+    }
+
     /// Whether a pool had anything to do within a window, in any role.
     ///
     /// # Errors
     /// [`Unknown`]
     pub fn was_active(&self, pool: &str, window: Duration, now: Instant) -> Result<bool, Unknown> {
-        self.over(window, now, |samples| {
-            let mut found =
-                samples.iter().flat_map(|sample| sample.iter()).filter(|(of, _)| of.pool == pool).peekable();
-            if found.peek().is_none() {
+        self.over(window, now, |samples, known| {
+            if samples.iter().any(|sample| sample.parked.contains(pool)) {
+                return Ok(true);
+            }
+            if !known.iter().any(|of| of.pool == pool) {
                 return Err(Unknown::PoolRole);
             }
-            Ok(found.any(|(_, demand)| demand.is_active()))
+            let mut of_pool = samples.iter().flat_map(|sample| &sample.roles).filter(|(of, _)| of.pool == pool);
+            Ok(of_pool.any(|(_, demand)| demand.is_active()))
         })
     }
 
@@ -139,9 +218,10 @@ impl History {
         &self,
         window: Duration,
         now: Instant,
-        read: impl FnOnce(&[&BTreeMap<PoolRole, Demand>]) -> Result<T, Unknown>,
+        read: impl FnOnce(&[&Sample], &BTreeSet<PoolRole>) -> Result<T, Unknown>,
     ) -> Result<T, Unknown> {
-        let samples = self.samples.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = self.samples.lock().unwrap_or_else(PoisonError::into_inner);
+        let samples = &all.taken;
         let age = |(at, _): &(Instant, _)| now.duration_since(*at);
         let is_whole = samples.front().is_some_and(|first| age(first) >= window);
         if !is_whole || samples.back().is_none_or(|last| age(last) > MAX_AGE) {
@@ -150,7 +230,7 @@ impl History {
         // The newest at least, however short the window.
         let newest = samples.len().saturating_sub(1);
         let inside = samples.iter().enumerate().filter(|(index, sample)| *index == newest || age(sample) <= window);
-        read(&inside.map(|(_, (_, sample))| sample).collect::<Vec<_>>())
+        read(&inside.map(|(_, (_, sample))| sample).collect::<Vec<_>>(), &all.known)
     }
 }
 
@@ -164,9 +244,9 @@ mod tests {
         PoolRole { pool: "default".into(), role }
     }
 
-    fn work(seconds: f64) -> BTreeMap<PoolRole, Demand> {
+    fn work(seconds: f64) -> Sample {
         let demand = Demand { ready: 1, prefill_work_seconds: Some(seconds), ..Demand::default() };
-        BTreeMap::from([(of("prefill"), demand)])
+        Sample { roles: BTreeMap::from([(of("prefill"), demand)]), ..Sample::default() }
     }
 
     fn read(demand: &Demand) -> Option<f64> {
@@ -185,6 +265,17 @@ mod tests {
         let (history, now) = history(30, |second| if second < 20 { 100.0 } else { (second % 2) as f64 });
         let mean = history.mean(&of("prefill"), WINDOW, now, read).unwrap();
         assert!((mean - 5.0 / 11.0).abs() < 1e-9, "{mean}");
+    }
+
+    #[test]
+    fn the_looks_of_a_sample_are_averaged() {
+        let mut busy = Busy::default();
+        let means = [2.0, 0.0, 1.0, 1.0].map(|count| {
+            let demand = Demand { ready: 2, prefill_busy: Some(count), ..Demand::default() };
+            let mut sample = Sample { roles: BTreeMap::from([(of("prefill"), demand)]), ..Sample::default() };
+            (busy.look(&mut sample), sample.roles[&of("prefill")].prefill_busy)
+        });
+        assert_eq!(means, [(1, Some(2.0)), (2, Some(1.0)), (3, Some(1.0)), (4, Some(1.0))]);
     }
 
     #[test]
@@ -221,9 +312,29 @@ mod tests {
     }
 
     #[test]
+    fn a_role_at_zero_has_no_load_and_is_active_while_requests_are_parked() {
+        let (history, now) = history(30, |_| 1.0);
+        let push = |from: u64, parked: &[&str]| {
+            for second in from..from + 30 {
+                let parked = parked.iter().map(|pool| (*pool).to_owned()).collect();
+                history.push(now + Duration::from_secs(second), Sample { parked, ..Sample::default() });
+            }
+            now + Duration::from_secs(from + 29)
+        };
+        let at = push(1, &[]);
+        assert_eq!(history.mean(&of("prefill"), WINDOW, at, read), Ok(0.0));
+        assert_eq!(history.was_active("default", WINDOW, at), Ok(false));
+        assert_eq!(history.mean(&of("decode"), WINDOW, at, read), Err(Unknown::PoolRole), "it never had an endpoint");
+        let at = push(31, &["default"]);
+        assert_eq!(history.mean(&of("decode"), WINDOW, at, read), Ok(0.0));
+        assert_eq!(history.was_active("default", WINDOW, at), Ok(true));
+        assert_eq!(history.was_active("other", WINDOW, at), Err(Unknown::PoolRole));
+    }
+
+    #[test]
     fn samples_beyond_the_longest_window_are_forgotten() {
         let (history, now) = history(MAX_WINDOW.as_secs() * 2, |_| 1.0);
-        assert_eq!(history.samples.lock().unwrap().len() as u64, MAX_WINDOW.as_secs() + 2);
+        assert_eq!(history.samples.lock().unwrap().taken.len() as u64, MAX_WINDOW.as_secs() + 2);
         assert_eq!(history.mean(&of("prefill"), MAX_WINDOW, now, read), Ok(1.0));
     }
 }

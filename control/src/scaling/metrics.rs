@@ -16,12 +16,15 @@ type Read = fn(&Demand) -> Option<f64>;
 /// Gauges of each pool and role without pd-control's prefix: name, help, value. A value that is not known has no series.
 pub const GAUGES: &[(&str, &str, Read)] = &[
     ("role_endpoints_ready", "Ready endpoints", |it| Some(it.ready as f64)),
-    ("role_prefill_work_seconds", "Seconds of prefill work that wait or are computed at ready endpoints", |it| {
-        it.prefill_work_seconds
-    }),
+    (
+        "role_prefill_work_seconds",
+        "Seconds of prefill work that wait at Envoys or at ready endpoints, or are computed",
+        |it| it.prefill_work_seconds,
+    ),
     ("role_prefill_work_seconds_per_endpoint", "Seconds of prefill work per ready endpoint", |it| {
         it.prefill_work_seconds_per_endpoint()
     }),
+    ("role_prefill_busy_ratio", "Share of the ready endpoints that have prefill work", |it| it.prefill_busy_ratio()),
     ("role_kv_tokens_assigned", "KV tokens that Envoys assigned to ready endpoints for decoding", |it| {
         it.kv_tokens_assigned
     }),
@@ -36,6 +39,14 @@ pub const GAUGES: &[(&str, &str, Read)] = &[
         it.requests_in_flight
     }),
     ("role_requests_waiting", "Requests that wait in the engines of ready endpoints", |it| it.requests_waiting),
+    ("role_requests_unbound", "Requests that Envoys keep because no endpoint has room or is ready for them", |it| {
+        it.requests_unbound
+    }),
+    (
+        "role_oldest_unbound_seconds",
+        "Age of the oldest request that Envoys keep because no endpoint has room or is ready for it; 0 where there is none",
+        |it| it.oldest_unbound_seconds,
+    ),
 ];
 
 /// The metrics of every pool and role, as of now.

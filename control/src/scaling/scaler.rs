@@ -4,9 +4,10 @@
 //! |---|---|---|
 //! | `pool` | `default` | Pool |
 //! | `role` | required | `prefill`, `decode` or `both` |
-//! | `windowSeconds` | `30` | Mean over so many seconds, 1 to 600 |
-//! | `prefillWorkSeconds` | `1` for `prefill` and `both` | Target: seconds of prefill work per endpoint |
-//! | `kvLoad` | `0.7` for `decode` and `both` | Target: share of an endpoint's KV capacity that is assigned or in use |
+//! | `windowSeconds` | `60` | Mean over so many seconds, 1 to 600 |
+//! | `prefillWorkSeconds` | `5` for `prefill` and `both` | Target: seconds of prefill work per endpoint |
+//! | `prefillBusy` | `0.85` for `prefill` and `both` | Target: share of the time for which an endpoint has prefill work |
+//! | `kvLoad` | `0.8` for `decode` and `both` | Target: share of an endpoint's KV capacity that is assigned or in use |
 //! | `requestsWaiting` | none | Target: requests that wait in an engine |
 //! | `requestsInFlight` | none | Target: requests that decode at an endpoint |
 //!
@@ -34,11 +35,17 @@ use crate::scaling::messages::{
 };
 
 /// Window of a trigger that does not say.
-const DEFAULT_WINDOW: Duration = Duration::from_secs(30);
-/// Seconds of prefill work per endpoint: a new prompt then waits about a second.
-const DEFAULT_PREFILL_WORK_SECONDS: f64 = 1.0;
+const DEFAULT_WINDOW: Duration = Duration::from_secs(60);
+/// Seconds of prefill work per endpoint: an overload that servers work off within seconds once they have started.
+const DEFAULT_PREFILL_WORK_SECONDS: f64 = 5.0;
+/// Share of the time for which an endpoint has prefill work. Without this target, work in flight alone would decide, which is
+/// small as long as there are enough endpoints, so that the autoscaler would remove one of those that are needed.
+const DEFAULT_PREFILL_BUSY: f64 = 0.85;
 /// Share of the KV capacity: the rest is for answers that grow longer than expected while a new server starts.
-const DEFAULT_KV_LOAD: f64 = 0.7;
+const DEFAULT_KV_LOAD: f64 = 0.8;
+/// Part of the target that one server would have to be below it before the second one is removed. With more servers, their
+/// load spreads less, by the square root of their number.
+const MARGIN: f64 = 0.15;
 /// Keys that KEDA keeps for itself in the same map.
 const KEDA_KEYS: &[&str] = &["scalerAddress", "enableTLS", "unsafeSsl"];
 
@@ -61,6 +68,12 @@ const SIGNALS: &[Signal] = &[
         key: "prefillWorkSeconds",
         read: |demand| demand.prefill_work_seconds,
         default: Some((DEFAULT_PREFILL_WORK_SECONDS, &["prefill", "both"])),
+    },
+    Signal {
+        name: "prefill_busy",
+        key: "prefillBusy",
+        read: |demand| demand.prefill_busy,
+        default: Some((DEFAULT_PREFILL_BUSY, &["prefill", "both"])),
     },
     Signal {
         name: "kv_load",
@@ -122,6 +135,14 @@ impl Trigger {
         Ok(Self { of: PoolRole { pool, role }, window, targets })
     }
 
+    /// Value of a signal for the whole role: its mean over the window, made [`steady`].
+    fn value(&self, history: &History, signal: &Signal, target: f64, now: Instant) -> Result<f64, Status> {
+        let mean = |read| history.mean(&self.of, self.window, now, read).map_err(|why| self.status(why));
+        let value = mean(signal.read)?;
+        let ready = history.newest(&self.of).map_or(0, |demand| demand.ready);
+        Ok(steady(value, target, ready))
+    }
+
     fn status(&self, why: Unknown) -> Status {
         let PoolRole { pool, role } = &self.of;
         match why {
@@ -130,10 +151,20 @@ impl Trigger {
                 "Envoys have not exchanged with this pd-control for {} s",
                 self.window.as_secs()
             )),
-            Unknown::PoolRole => Status::not_found(format!("the list has no endpoint of pool {pool} and role {role}")),
+            Unknown::PoolRole => {
+                Status::not_found(format!("the list never had an endpoint of pool {pool} and role {role}"))
+            }
             Unknown::Value => Status::unavailable(format!("nobody reports this of pool {pool} and role {role}")),
         }
     }
+}
+
+/// The value, or the value at which nothing changes: an autoscaler would remove a server by the value, but without that server
+/// the others would be so close to the target that it would soon add one again.
+fn steady(value: f64, target: f64, ready: u64) -> f64 {
+    let (all, fewer) = (ready as f64, ready.saturating_sub(1) as f64);
+    let is_close = fewer > 0.0 && value > fewer * target * (1.0 - MARGIN / fewer.sqrt());
+    if is_close { value.max(all * target) } else { value }
 }
 
 /// A positive number of the metadata.
@@ -197,10 +228,9 @@ impl Scaler {
     fn metrics(&self, request: &GetMetricsRequest) -> Result<GetMetricsResponse, Status> {
         let metadata = request.scaled_object_ref.as_ref().map(|object| &object.scaler_metadata);
         let trigger = Trigger::read(metadata.unwrap_or(&HashMap::new()))?;
-        let signal = trigger.targets.iter().find(|(signal, _)| signal.name == request.metric_name);
-        let (signal, _) = signal.ok_or_else(|| Status::not_found(format!("metric {}", request.metric_name)))?;
-        let mean = self.history.mean(&trigger.of, trigger.window, Instant::now(), signal.read);
-        let value = mean.map_err(|why| trigger.status(why))?;
+        let target = trigger.targets.iter().find(|(signal, _)| signal.name == request.metric_name);
+        let (signal, target) = target.ok_or_else(|| Status::not_found(format!("metric {}", request.metric_name)))?;
+        let value = trigger.value(&self.history, signal, *target, Instant::now())?;
         let value = MetricValue {
             metric_name: signal.name.to_owned(),
             metric_value: value.ceil() as i64,
@@ -208,6 +238,18 @@ impl Scaler {
         };
         Ok(GetMetricsResponse { metric_values: vec![value] })
     }
+}
+
+/// What an autoscaler learns of a trigger, without a network: for each metric the target of one server, and the mean over the
+/// window for the whole role.
+///
+/// # Errors
+/// The status that KEDA gets.
+pub fn answers(history: &History, metadata: &HashMap<String, String>, now: Instant) -> Result<Vec<(f64, f64)>, Status> {
+    let trigger = Trigger::read(metadata)?;
+    let answer =
+        |(signal, target): &(&'static Signal, f64)| Ok((*target, trigger.value(history, signal, *target, now)?));
+    trigger.targets.iter().map(answer).collect()
 }
 
 fn metric_specs(trigger: &Trigger) -> GetMetricSpecResponse {
@@ -271,9 +313,10 @@ mod tests {
 
     #[test]
     fn a_role_is_scaled_by_what_it_computes() {
-        assert_eq!(targets(&[("role", "prefill")]), [("prefill_work_seconds", 1.0)]);
-        assert_eq!(targets(&[("role", "decode")]), [("kv_load", 0.7)]);
-        assert_eq!(targets(&[("role", "both")]), [("prefill_work_seconds", 1.0), ("kv_load", 0.7)]);
+        let prefill = [("prefill_work_seconds", 5.0), ("prefill_busy", 0.85)];
+        assert_eq!(targets(&[("role", "prefill")]), prefill);
+        assert_eq!(targets(&[("role", "decode")]), [("kv_load", 0.8)]);
+        assert_eq!(targets(&[("role", "both")]), [prefill[0], prefill[1], ("kv_load", 0.8)]);
     }
 
     #[test]
@@ -298,6 +341,17 @@ mod tests {
             let status = read(&metadata).unwrap_err();
             assert_eq!((status.code(), status.message()), (Code::InvalidArgument, says));
         }
+    }
+
+    #[test]
+    fn a_server_goes_only_if_the_others_are_well_below_the_target() {
+        // Two servers: one alone would have to be at 85 %.
+        assert_eq!([1.9, 1.0, 0.86].map(|value| steady(value, 1.0, 2)), [2.0; 3]);
+        assert_eq!(steady(0.84, 1.0, 2), 0.84);
+        // Ten servers: nine alone at 95 %.
+        assert_eq!((steady(8.6, 1.0, 10), steady(8.5, 1.0, 10)), (10.0, 8.5));
+        // More load than they should have is said as it is, and that of the only server.
+        assert_eq!((steady(3.5, 1.0, 2), steady(0.3, 1.0, 1), steady(0.5, 0.8, 0)), (3.5, 0.3, 0.5));
     }
 
     #[test]

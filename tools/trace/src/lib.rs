@@ -4,6 +4,7 @@
 //! everything that does not depend on the chosen endpoints: failures, networks, the decider (every request is split).
 
 pub mod agree;
+pub mod autoscale;
 pub mod cache;
 pub mod filter;
 pub mod generate;
