@@ -22,16 +22,18 @@ cp -r target/image "$input/filter"
 for target in amd64=x86_64-unknown-linux-musl arm64=aarch64-unknown-linux-musl; do
     make image-control MUSL="${target#*=}"
     cp -r target/image-control "$input/control-${target%%=*}"
+    make image-sim MUSL="${target#*=}"
+    cp -r target/image-sim "$input/sim-${target%%=*}"
 done
 
 # Each package's dependencies for its platform. The tool writes beside the manifests.
 cyclonedx=.cache/cargo-cyclonedx-0.5.9
 [ -x "$cyclonedx/bin/cargo-cyclonedx" ] || cargo install --quiet --locked --root "$cyclonedx" cargo-cyclonedx@0.5.9
-for package in filter=wasm32-wasip1 control=x86_64-unknown-linux-musl; do
+for package in filter=wasm32-wasip1 control=x86_64-unknown-linux-musl tools/sim=x86_64-unknown-linux-musl; do
     PATH="$cyclonedx/bin:$PATH" cargo cyclonedx --quiet --format json --target "${package#*=}" --override-filename release.cdx
-    name=${package%%=*}
+    folder=${package%%=*}
     # A random serial number would make every SBOM another one, and folders are not its business.
-    python3 - "$name/release.cdx.json" "$PWD" >"$input/pd-$name-$VERSION.cdx.json" <<'PYTHON'
+    python3 - "$folder/release.cdx.json" "$PWD" >"$input/pd-${folder##*/}-$VERSION.cdx.json" <<'PYTHON'
 import json, sys
 text = open(sys.argv[1]).read().replace(sys.argv[2], "/envoy-pd")
 bom = json.loads(text)

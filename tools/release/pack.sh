@@ -3,7 +3,7 @@
 #
 #     VERSION=0.1.0 COMMIT=… EPOCH=… [REGISTRY=registry.example] [KEY=private.pem] tools/release/pack.sh INPUT OUTPUT
 #
-# INPUT has OCI layouts (filter, control-amd64, control-arm64, …) and SBOMs (*.cdx.json). OUTPUT gets them as archives, the
+# INPUT has OCI layouts (filter, control-amd64, control-arm64, sim-amd64, …) and SBOMs (*.cdx.json). OUTPUT gets them as archives, the
 # chart with the images' digests, SHA256SUMS, a provenance statement and, with KEY (Ed25519, PEM), a signature of SHA256SUMS.
 set -euo pipefail
 input=$(realpath "$1")
@@ -23,16 +23,16 @@ archive() { # FOLDER NAME
 digest() { python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["manifests"][0]["digest"])' "$1/index.json"; }
 
 filter=$registry/pd-filter@$(digest "$input/filter")
-control=()
+programs=()
 for layout in "$input"/*/; do
     name=$(basename "$layout")
     archive "$input" "$name" >"$output/pd-$name-$VERSION.oci.tar"
-    case $name in control-*) control+=("$name=$registry/pd-control@$(digest "$layout")") ;; esac
+    case $name in *-*) programs+=("$name=$registry/pd-${name%%-*}@$(digest "$layout")") ;; esac
 done
-printf '%s\n' "filter=$filter" "${control[@]}" >"$output/images.env"
+printf '%s\n' "filter=$filter" "${programs[@]}" >"$output/images.env"
 
-# The chart names the filter by digest. pd-control's images differ by architecture, so it is named by its version's tag, which
-# `make push-control` of each architecture or an index of both has to fill.
+# The chart names the filter by digest. Images of programs differ by architecture, so the chart names them by the version's tag,
+# under which push.sh puts an index of both.
 staged=$(mktemp -d)
 trap 'rm -rf "$staged"' EXIT
 cp -rL charts/envoy-pd "$staged/envoy-pd"

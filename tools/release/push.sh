@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Pushes a release that `make release` built: the filter's image, pd-control's for each architecture with an index of both, and
-# the chart. Needs docker (for the index), helm, and their logins:
+# Pushes a release that `make release` built: the filter's image, those of pd-control and pd-sim for each architecture with an
+# index of both, and the chart. Needs docker (for the index), helm, and their logins:
 #
 #     REGISTRY=registry.example tools/release/push.sh FOLDER
 set -euo pipefail
@@ -16,9 +16,11 @@ version=${version#envoy-pd-}
 push() { cargo run --locked --quiet -p pd-image --no-default-features -- push "$@"; }
 
 push "$REGISTRY/pd-filter:$version" --layout "$layouts/filter"
-images=()
-for layout in "$layouts"/control-*; do
-    images+=("$(push "$REGISTRY/pd-control:$version-${layout##*-}" --layout "$layout")")
+for program in control sim; do
+    images=()
+    for layout in "$layouts/$program"-*; do
+        images+=("$(push "$REGISTRY/pd-$program:$version-${layout##*-}" --layout "$layout")")
+    done
+    docker buildx imagetools create --tag "$REGISTRY/pd-$program:$version" "${images[@]}"
 done
-docker buildx imagetools create --tag "$REGISTRY/pd-control:$version" "${images[@]}"
 helm push "$folder/envoy-pd-$version.tgz" "oci://$REGISTRY/charts"

@@ -19,8 +19,9 @@ if [ -n "${PUB:-}" ]; then
 else
     echo 'release: SIGNATURE NOT CHECKED, name the public key: PUB=public.pem' >&2
 fi
+[ -z "$(find . -type l)" ] || fail "there are links:" $(find . -type l)
 sha256sum --check --strict --quiet SHA256SUMS >&2 || fail "a file is not what SHA256SUMS says"
-beside=$(comm -3 <(cut -c67- SHA256SUMS | sort) <(find . -type f ! -name 'SHA256SUMS*' -printf '%P\n' | sort))
+beside=$(comm -3 <(cut -c67- SHA256SUMS | sort) <(find . -mindepth 1 ! -name SHA256SUMS ! -name SHA256SUMS.sig -printf '%P\n' | sort))
 [ -z "$beside" ] || fail "files that SHA256SUMS does not name:" $beside
 
 python3 - <<'PYTHON' || exit 1

@@ -24,8 +24,11 @@ fn input() -> TempDir {
     let path = |name: &str| directory.path().join("input").join(name);
     std::fs::create_dir(directory.path().join("input")).unwrap();
     layout::write(&Image::new(b"\0asm\x01\0\0\0").unwrap(), &path("filter")).unwrap();
-    for (name, machine) in [("control-amd64", 62), ("control-arm64", 183)] {
-        layout::write(&Image::of_program("pd-control", &program(machine)).unwrap(), &path(name)).unwrap();
+    for (name, machine) in [("amd64", 62), ("arm64", 183)] {
+        for program_name in ["control", "sim"] {
+            let image = Image::of_program(&format!("pd-{program_name}"), &program(machine)).unwrap();
+            layout::write(&image, &path(&format!("{program_name}-{name}"))).unwrap();
+        }
     }
     std::fs::write(path("pd-filter-9.8.7.cdx.json"), r#"{"bomFormat":"CycloneDX","components":[{"name":"log"}]}"#)
         .unwrap();
@@ -91,6 +94,8 @@ fn two_releases_of_the_same_are_equal_bit_for_bit_and_verify() {
             "pd-control-arm64-9.8.7.oci.tar",
             "pd-filter-9.8.7.cdx.json",
             "pd-filter-9.8.7.oci.tar",
+            "pd-sim-amd64-9.8.7.oci.tar",
+            "pd-sim-arm64-9.8.7.oci.tar",
             "provenance-9.8.7.intoto.json",
         ]
     );
@@ -127,7 +132,58 @@ fn whatever_is_changed_is_found() {
     };
     let append = |path: PathBuf| std::fs::write(&path, text(&path) + "\n").unwrap();
     type Change<'a> = (&'a str, Box<dyn Fn(&Path) + 'a>);
-    let changes: [Change<'_>; 6] = [
+    // The same text in every file of a release that it is in.
+    let replace = |folder: &Path, name: &str, from: &str, to: &str| {
+        let path = folder.join(name);
+        let bytes = std::fs::read(&path).unwrap();
+        let at = bytes.windows(from.len()).position(|window| window == from.as_bytes()).expect(from);
+        std::fs::write(&path, [&bytes[..at], to.as_bytes(), &bytes[at + from.len()..]].concat()).unwrap();
+    };
+    // The provenance names the sums of the other files.
+    let attest = |folder: &Path, name: &str| {
+        let sum = Command::new("bash")
+            .args(["-c", "sha256sum \"$0\" | cut -c1-64; grep \"  $0$\" SHA256SUMS | cut -c1-64", name])
+            .current_dir(folder)
+            .output()
+            .unwrap();
+        let sums = String::from_utf8(sum.stdout).unwrap();
+        let (new, old) = sums.trim().split_once('\n').unwrap();
+        replace(folder, "provenance-9.8.7.intoto.json", old, new);
+        resign(folder);
+    };
+    let changes: [Change<'_>; 12] = [
+        ("does not name: SHA256SUMS.more", Box::new(|it| std::fs::write(it.join("SHA256SUMS.more"), "").unwrap())),
+        (
+            "there are links: ./extra",
+            Box::new(|it| std::os::unix::fs::symlink("images.env", it.join("extra")).unwrap()),
+        ),
+        ("does not name: extra", Box::new(|it| std::fs::create_dir(it.join("extra")).unwrap())),
+        (
+            "images.env: sim-arm64 is not pd-sim-arm64",
+            Box::new(|it| {
+                replace(
+                    it,
+                    "images.env",
+                    "sim-arm64=images.example/pd-sim@sha256:",
+                    "sim-arm64=images.example/pd-sim@sha256:0",
+                );
+                attest(it, "images.env");
+            }),
+        ),
+        (
+            "has another digest",
+            Box::new(|it| {
+                replace(it, "pd-control-amd64-9.8.7.oci.tar", "linux", "minix");
+                attest(it, "pd-control-amd64-9.8.7.oci.tar");
+            }),
+        ),
+        (
+            "no CycloneDX list of components",
+            Box::new(|it| {
+                replace(it, "pd-filter-9.8.7.cdx.json", "components", "nothing");
+                attest(it, "pd-filter-9.8.7.cdx.json");
+            }),
+        ),
         ("a file is not what SHA256SUMS says", Box::new(|it| append(it.join("images.env")))),
         ("the signature is not that", Box::new(|it| append(it.join("SHA256SUMS")))),
         ("does not name: extra", Box::new(|it| std::fs::write(it.join("extra"), "").unwrap())),
