@@ -45,7 +45,7 @@ if [ -z "${PD_CLUSTER_INFERENCE_CRDS:-}" ] && command -v go >/dev/null; then
 fi
 
 # The programs are built with the tests of their packages: pd-cluster, pd-control, pd-sim.
-tests --quiet --test gateway --test ai_gateway --test lifetime --test control --test sim --no-run
+tests --quiet --test gateway --test helm --test scaling --test ai_gateway --test lifetime --test control --test sim --no-run
 # However the harness ends, it leaves nothing behind.
 tests --quiet --test lifetime -- --nocapture
 # The program itself, which the Python package's `envoy` starts.
@@ -67,6 +67,29 @@ on_cluster() {
     [ "$status" -eq 0 ] || exit "$status"
 }
 ! has_tests gateway "$@" || on_cluster gateway "$@"
+! has_tests helm "$@" || on_cluster helm "$@"
+
+# Autoscalers.
+scaling() {
+    local left=${limit:+$((limit - SECONDS - needed_beside))} build=tests/cluster/programs/build-keda.sh name
+    command -v prometheus >/dev/null ||
+        { echo "cluster: NOT RUN, there is no prometheus (Debian, Ubuntu: apt-get install prometheus): scaling" >&2; return 0; }
+    if [ -z "${PD_KEDA_BIN:-}" ]; then
+        [ "${left:-1}" -gt 0 ] || { echo "cluster: NOT RUN, there is no time left to build KEDA: scaling" >&2; return 0; }
+        PD_KEDA_BIN=$(timeout "${left:-0}" "$build") || {
+            [ $? -eq 124 ] || exit 1
+            echo "cluster: NOT RUN, $left s were left to build KEDA, and that was not enough: scaling" >&2
+            return 0
+        }
+    fi
+    export PD_KEDA_BIN
+    for name in keda keda-metrics-apiserver prometheus-adapter; do
+        images+=(--image "$name=$PD_KEDA_BIN/$name")
+    done
+    images+=(--image "prometheus=$(command -v prometheus)")
+    on_cluster scaling "$@"
+}
+! has_tests scaling "$@" || scaling "$@"
 
 has_tests ai_gateway "$@" || exit 0
 left=${limit:+$((limit - SECONDS - needed_beside))}

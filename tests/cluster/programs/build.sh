@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 gateway=${PD_ENVOY_GATEWAY_VERSION:-$(<tests/cluster/programs/envoy-gateway.version)}
 [ "$gateway" != latest ] || gateway=$(go list -m -f '{{.Version}}' github.com/envoyproxy/gateway@latest)
 helm=v3.18.6
-sources=$(cat tests/cluster/programs/go.{mod,sum} | sha256sum | cut -c1-8)
+sources=$(cat tests/cluster/programs/{build.sh,go.mod,go.sum} | sha256sum | cut -c1-8)
 directory=$PWD/.cache/cluster-$gateway-$sources
 
 source tests/cluster/programs/once.sh
@@ -24,9 +24,14 @@ for other in .cache/cluster-*-"$sources"/complete; do
 done
 (
     cd tests/cluster/programs
+    # Without a version, the API server says v0.0.0, and helm refuses charts that need a newer one.
+    version=$(sed -n 's#^\tk8s.io/kubernetes \(v.*\)$#\1#p' go.mod)
+    IFS=. read -r major minor _ <<<"${version#v}"
+    package=k8s.io/component-base/version
+    flags="-X $package.gitVersion=$version -X $package.gitMajor=$major -X $package.gitMinor=$minor"
     [ -e "$directory/etcd" ] || go build -o "$directory/etcd" ./etcd
     for program in kube-apiserver kube-controller-manager kubectl; do
-        [ -e "$directory/$program" ] || go build -o "$directory/$program" "k8s.io/kubernetes/cmd/$program"
+        [ -e "$directory/$program" ] || go build -ldflags "$flags" -o "$directory/$program" "k8s.io/kubernetes/cmd/$program"
     done
 )
 [ -e "$directory/helm" ] || go install "helm.sh/helm/v3/cmd/helm@$helm"

@@ -11,15 +11,16 @@ use tokio::time::{Instant, sleep};
 
 use crate::api;
 use crate::network::{NODE, SERVICES};
-use crate::pki::Pki;
+use crate::pki::{AGGREGATOR, Pki};
 use crate::program::{logged, tail};
 
 /// How long the API server may take.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// What our manifests and Envoy Gateway's chart need.
+/// What our manifests, Envoy Gateway's chart and autoscalers need.
 const CONTROLLERS: &str = "deployment-controller,replicaset-controller,daemonset-controller,statefulset-controller,job-controller,\
     endpointslice-controller,serviceaccount-controller,serviceaccount-token-controller,namespace-controller,\
-    garbage-collector-controller,root-ca-certificate-publisher-controller,disruption-controller";
+    garbage-collector-controller,root-ca-certificate-publisher-controller,disruption-controller,\
+    horizontal-pod-autoscaler-controller";
 
 /// The running control plane. Dropping it kills it.
 #[derive(Debug)]
@@ -63,6 +64,14 @@ impl ControlPlane {
                 format!("--service-account-signing-key-file={}", file("accounts.key")),
                 format!("--service-cluster-ip-range={SERVICES}"),
                 "--allow-privileged=true".to_owned(),
+                // The aggregation layer: autoscalers' metrics come from other servers, which know this one by its certificate.
+                format!("--requestheader-client-ca-file={}", file("ca.crt")),
+                format!("--requestheader-allowed-names={AGGREGATOR}"),
+                "--requestheader-username-headers=X-Remote-User".to_owned(),
+                "--requestheader-group-headers=X-Remote-Group".to_owned(),
+                "--requestheader-extra-headers-prefix=X-Remote-Extra-".to_owned(),
+                format!("--proxy-client-cert-file={}", file("aggregator.crt")),
+                format!("--proxy-client-key-file={}", file("aggregator.key")),
             ],
         )?;
         let client = api::client(&pki.path("kubeconfig")).await?;
@@ -82,6 +91,8 @@ impl ControlPlane {
                 format!("--root-ca-file={}", file("ca.crt")),
                 format!("--controllers={CONTROLLERS}"),
                 "--leader-elect=false".to_owned(),
+                // 15 s by default: tests are impatient.
+                "--horizontal-pod-autoscaler-sync-period=2s".to_owned(),
                 "--bind-address=127.0.0.1".to_owned(),
             ],
         )?;

@@ -4,9 +4,15 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::Context as _;
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    SanType,
+};
 
 use crate::network::{KUBERNETES, NODE, REGISTRY};
+
+/// Name by which the API server proves to other API servers that a request comes from it.
+pub const AGGREGATOR: &str = "aggregator";
 
 /// Where the files are.
 #[derive(Clone, Debug)]
@@ -35,6 +41,13 @@ impl Pki {
         let key = KeyPair::generate()?;
         pki.write("api.crt", &server.signed_by(&key, &issuer)?.pem())?;
         pki.write("api.key", &key.serialize_pem())?;
+
+        let mut aggregator = CertificateParams::default();
+        aggregator.distinguished_name.push(DnType::CommonName, AGGREGATOR);
+        aggregator.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        let key = KeyPair::generate()?;
+        pki.write("aggregator.crt", &aggregator.signed_by(&key, &issuer)?.pem())?;
+        pki.write("aggregator.key", &key.serialize_pem())?;
 
         let mut registry = CertificateParams::new(vec![REGISTRY.to_owned()])?;
         registry.distinguished_name.push(DnType::CommonName, REGISTRY);

@@ -16,18 +16,25 @@ pub async fn succeeds(probe: &Probe, container: &Container, address: IpAddr) -> 
         self::get(get, container, address, limit).await
     } else if let Some(tcp) = &probe.tcp_socket {
         let Some(port) = port(&tcp.port, container) else { return false };
-        timeout(limit, TcpStream::connect((address, port))).await.is_ok_and(|connected| connected.is_ok())
+        accepts(address, port, limit).await
     } else {
         true
     }
 }
 
-/// Whether `GET` is answered with success in time.
+/// Whether `GET` is answered with success in time. Over TLS a connection is enough.
 pub async fn get(get: &HTTPGetAction, container: &Container, address: IpAddr, limit: Duration) -> bool {
     let Some(port) = port(&get.port, container) else { return false };
+    if get.scheme.as_deref() == Some("HTTPS") {
+        return accepts(address, port, limit).await;
+    }
     let path = get.path.as_deref().unwrap_or("/");
     let answer = timeout(limit, client::get((address, port).into(), path)).await;
     answer.is_ok_and(|answer| answer.is_ok_and(|answer| (200..400).contains(&answer.status)))
+}
+
+async fn accepts(address: IpAddr, port: u16, limit: Duration) -> bool {
+    timeout(limit, TcpStream::connect((address, port))).await.is_ok_and(|connected| connected.is_ok())
 }
 
 fn port(port: &IntOrString, container: &Container) -> Option<u16> {
