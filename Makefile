@@ -23,6 +23,8 @@ TEST_THREADS := $(shell echo $$(($$(nproc) * 3 / 2)))
 MUSL := $(shell uname -m)-unknown-linux-musl
 # Names of folders do not get into what is built: two builds of one commit are equal bit for bit.
 REMAP = --remap-path-prefix=$(CURDIR)=/envoy-pd --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo
+# The same for C sources of dependencies, which have the names of their files in them.
+REMAP_C = -ffile-prefix-map=$(CURDIR)=/envoy-pd -ffile-prefix-map=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo
 FILTER_FLAGS = --config 'target.wasm32-wasip1.rustflags=[$(subst $(space),$(comma),$(REMAP:%="%"))]'
 comma := ,
 space := $(subst ,, )
@@ -32,6 +34,7 @@ CROSS = CARGO_TARGET_$(subst -,_,$(shell echo $(MUSL) | tr a-z A-Z))_LINKER=rust
 else
 CROSS = CC_$(subst -,_,$(MUSL))=$${CC:-cc}
 endif
+CROSS += CFLAGS_$(subst -,_,$(MUSL))='$(REMAP_C)'
 LOCKED := $(if $(CI),--locked)
 FUZZ_TARGETS := $(patsubst filter/core/fuzz/targets/%.rs,%,$(wildcard filter/core/fuzz/targets/*.rs))
 say = @printf '\n== %s\n' "$(1)"
@@ -69,6 +72,10 @@ sim-agree: build envoy ## Compare Envoy's choices with the simulation's, request
 #> TRACE=file                               a made-up load without
 #> ARGS=…                                   more of its options
 	cargo run $(LOCKED) --quiet -p pd-trace --bin pd-agree -- $(if $(TRACE),--trace '$(TRACE)') $(ARGS)
+
+sim-autoscale: toolchain ## Simulate autoscaling of both roles over loads that change, beside an oracle: target/autoscale
+#> ARGS='--minutes 90 --start-s 60'         lengths, targets: see --help
+	@cargo run $(LOCKED) --quiet -p pd-trace --bin pd-autoscale -- --out '$(CURDIR)/target/autoscale' $(ARGS)
 
 bench-serve: toolchain ## Measure a gateway that runs: output tokens/s, TTFT, TPOT, ITL at 32, 64, 128 streams
 #> URL=http://host:port                     the gateway, or a server
@@ -118,6 +125,14 @@ push-control: image-control ## Push pd-control's image likewise
 #> PLAIN_HTTP=1                             the registry speaks plain HTTP
 	@[ -n '$(IMAGE)' ] || { echo 'make: say where to: make push-control IMAGE=registry.example/pd-control:0.1.0' >&2; exit 1; }
 	cargo run $(LOCKED) --quiet -p pd-image --no-default-features -- push '$(IMAGE)' --layout target/image-control $(if $(PIN),--pin '$(PIN)') $(if $(PLAIN_HTTP),--plain-http)
+
+image-sim: toolchain ## Write the simulators' image, which the chart runs by default: target/image-sim
+#> MUSL=aarch64-unknown-linux-musl         another architecture
+	$(call say,image of pd-sim ($(MUSL)))
+	@rustup target list --installed | grep -qx $(MUSL) || rustup --quiet target add $(MUSL)
+	$(CROSS) CARGO_PROFILE_RELEASE_STRIP=symbols RUSTFLAGS='$(REMAP)' \
+	    cargo build $(LOCKED) --release --target $(MUSL) -p pd-sim
+	cargo run $(LOCKED) --quiet -p pd-image --no-default-features -- make --program target/$(MUSL)/release/pd-sim --layout target/image-sim
 
 image-bench: toolchain ## Write the image of pd-bench-serve for the Job in gateway-manifests/bench: target/image-bench
 	$(call say,image of pd-bench-serve ($(MUSL)))
@@ -206,7 +221,7 @@ lint: toolchain deps-check ## Formatting, clippy for native and wasm, pd-core's 
 	CLIPPY_CONF_DIR=$(CURDIR) cargo clippy $(LOCKED) --workspace --exclude pd-filter --all-targets -- -D warnings
 	@# Tests that other make targets run are none of all targets.
 	CLIPPY_CONF_DIR=$(CURDIR) cargo clippy $(LOCKED) --workspace --exclude pd-filter \
-	    --test vllm --test gateway --test ai_gateway --test lifetime -- -D warnings
+	    --test vllm --test gateway --test helm --test scaling --test ai_gateway --test lifetime -- -D warnings
 
 fmt: toolchain ## Format the sources
 	cargo fmt --all
@@ -280,4 +295,4 @@ fuzz-all:
 	    done; \
 	fi
 
-.PHONY: help docs run replay sim sim-agree bench-serve explain build wasm image push image-control push-control image-bench release release-verify programs clients toolchain envoy vllm test test-vllm test-cluster cluster-up cluster-shell cluster-down lint fmt soak fuzz bench bench-peers bench-growth schemas deps clean deps-check fuzz-all
+.PHONY: help docs run replay sim sim-agree sim-autoscale bench-serve explain build wasm image push image-control push-control image-sim image-bench release release-verify programs clients toolchain envoy vllm test test-vllm test-cluster cluster-up cluster-shell cluster-down lint fmt soak fuzz bench bench-peers bench-growth schemas deps clean deps-check fuzz-all
