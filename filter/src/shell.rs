@@ -112,6 +112,8 @@ impl Shell {
         // A variable that is not UTF-8 cannot stand in a header.
         let text_of = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
         self.worker.environment = std::env::vars_os().filter_map(text_of).collect();
+        self.worker.name =
+            host::property("node\0id").map(|id| String::from_utf8_lossy(&id).into_owned()).unwrap_or_default();
         let config = match self.worker.configure_or_last_good(text, &self.metrics) {
             Configured::New(config) => config,
             Configured::LastGood(config, refusal) => {
@@ -160,7 +162,8 @@ impl Shell {
         exchange.tick(worker, push.holds_lease(), now, |worker| {
             let clocks = Clocks { monotonic: now, unix: unix_time() };
             let (decisions, parked) = (log.decisions(worker, metrics), log.parked(worker, metrics));
-            Report::of(worker, log.generations(metrics), decisions, parked, clocks).to_json()
+            let served = log.served(worker, metrics);
+            Report::of(worker, log.generations(metrics), decisions, parked, served, clocks).to_json()
         })
     }
 

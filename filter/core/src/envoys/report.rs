@@ -1,25 +1,33 @@
 //! The report that an Envoy sends once a second, for people.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use crate::time::{Clocks, Monotonic, UnixTime};
 use crate::workers::recent::{DecisionRecord, Generation};
 use crate::workers::waits::{Parked, PoolWaits};
+use crate::workers::served::Sums;
 use crate::workers::worker::Worker;
 
 /// Most bytes of a report. The hub does not keep a longer one.
-pub const MAX_REPORT_BYTES: usize = 64 << 10;
+pub const MAX_REPORT_BYTES: usize = 128 << 10;
 /// Most failing endpoints that a report names.
 const MAX_FAILING: usize = 64;
 /// Most generations and most decisions of a report that the status page shows.
 const MAX_SHOWN: usize = 64;
 /// Most characters of one text that the status page shows.
 const MAX_TEXT: usize = 256;
+/// Most endpoints of a report whose sums are read.
+const MAX_SERVED: usize = 2_048;
 
 /// Report of one Envoy. A reader ignores fields that it does not know, and takes the default for fields that are missing.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Report {
+    /// Name of the Envoy: the `id` of its node, which is its pod's name with Envoy Gateway. Empty where it has none, and in a
+    /// report of an earlier build.
+    pub name: String,
     /// Generations of the Envoy's workers: two or more during a roll-out.
     pub generations: Vec<Generation>,
     /// Epoch of the endpoint list in force.
@@ -36,7 +44,17 @@ pub struct Report {
     pub decisions: Vec<ReportedDecision>,
     /// Pools with requests that wait or are parked. Empty in a report of an earlier build.
     pub waits: Vec<PoolWaits>,
+    /// What endpoints served since this Envoy's workers started, of those whose sums have changed within the last reports.
+    pub served: Vec<Served>,
+    /// Requests that wait for a prefill endpoint with room: the [key](crate::choose::admission::pool_key) of the pool, and their
+    /// number. Pools without any are left out.
+    pub waiting: Vec<(u64, u64)>,
 }
+
+/// What one endpoint served: its [key](crate::endpoints::endpoint_state::EndpointState::key), then
+/// [`Sums::words`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Served(pub u64, pub [u64; Sums::WORDS]);
 
 /// An ejected endpoint.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -62,14 +80,15 @@ pub struct ReportedDecision {
 }
 
 impl Report {
-    /// The report of a worker's Envoy. `generations`, `decisions` and `parked` are those of all its workers. `clocks` are read now;
-    /// they turn the times of decisions into times of the day.
+    /// The report of a worker's Envoy. `generations`, `decisions`, `parked` and `served` are those of all its workers. `clocks`
+    /// are read now; they turn the times of decisions into times of the day.
     #[must_use]
     pub fn of(
         worker: &Worker,
         generations: Vec<Generation>,
         decisions: Vec<(Monotonic, DecisionRecord)>,
         parked: Parked,
+        served: Vec<(u64, Sums)>,
         clocks: Clocks,
     ) -> Self {
         let reported = |(at, decision)| ReportedDecision { at_ms: clocks.unix_at(at), decision };
@@ -90,6 +109,9 @@ impl Report {
             ejected,
             decisions: decisions.into_iter().map(reported).collect(),
             waits: worker.waits(parked, clocks.monotonic),
+            name: worker.name.clone(),
+            waiting: waiting(worker),
+            served: served.into_iter().map(|(key, sums)| Served(key, sums.words())).collect(),
         }
     }
 
@@ -111,7 +133,9 @@ impl Report {
         self.ejected.truncate(MAX_FAILING);
         self.decisions.truncate(MAX_SHOWN);
         self.waits.truncate(MAX_SHOWN);
-        let mut texts: Vec<&mut String> = vec![&mut self.epoch];
+        self.served.truncate(MAX_SERVED);
+        self.waiting.truncate(MAX_SHOWN);
+        let mut texts: Vec<&mut String> = vec![&mut self.epoch, &mut self.name];
         texts.extend(&mut self.failing);
         for it in &mut self.generations {
             texts.extend([&mut it.version, &mut it.build, &mut it.revision]);
@@ -137,6 +161,13 @@ impl Report {
     pub fn from_json(bytes: &[u8]) -> Option<Self> {
         serde_json::from_slice(bytes).ok()
     }
+}
+
+/// Waiting requests of all workers, by pool.
+fn waiting(worker: &Worker) -> Vec<(u64, u64)> {
+    let waiting = &worker.state.waiting;
+    let pools: BTreeSet<u64> = waiting.pools().collect();
+    pools.into_iter().map(|pool| (pool, waiting.of_pool(pool).0 as u64)).collect()
 }
 
 #[cfg(test)]

@@ -64,7 +64,7 @@ impl Gateway {
     fn tick(&mut self, hub: Option<&mut Hub>, now: Monotonic) {
         let report = |worker: &Worker| {
             let clocks = Clocks { monotonic: now, unix: UnixTime::default() };
-            report::Report::of(worker, Vec::new(), Vec::new(), Parked::default(), clocks).to_json()
+            report::Report::of(worker, Vec::new(), Vec::new(), Parked::default(), Vec::new(), clocks).to_json()
         };
         let calls = self.exchange.tick(&mut self.worker, true, now, report);
         let Some(hub) = hub else {

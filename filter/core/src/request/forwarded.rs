@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::effect::{Effect, Flow, KV_HEADER, Outcome, SERVED_HEADER};
 use super::kv_lease::{self, KvLease, Part};
 use super::leg::{PrefillAnswer, abandon, engines_reply, leg_ended, refused_alone};
-use super::route::{JUDGED_TOKENS, prefill_ms};
+use super::route::{JUDGED_TOKENS, millis, prefill_ms};
 use super::state::{ConcurrentPrefill, DecodeLeg, Forwarded, Response, State};
 use super::step::Step;
 use crate::body::json::Object;
@@ -120,6 +120,9 @@ impl Forwarded {
         status: Option<u16>,
         now: Monotonic,
     ) -> Step {
+        if let Some(number) = self.decode_leg.recorded {
+            worker.recent.amend(number, |it| it.status = status.map_or(0, u64::from));
+        }
         let by = self.answered_by(worker, answerer, status, now);
         let mut effects: Vec<_> = by.warnings.into_iter().map(Effect::Warn).collect();
         if by.may_not_answer {
@@ -325,6 +328,13 @@ impl Forwarded {
     pub(super) fn first_byte(&mut self, worker: &mut Worker, now: Monotonic) {
         self.has_first_byte = true;
         self.assignment.own_prefill_answered(worker, now);
+        let first_ms = millis(now.saturating_sub(self.decode_leg.chosen));
+        if self.is_accepted {
+            worker.served.note(self.assignment.endpoint.key, |sums| sums.answered(first_ms));
+        }
+        if let Some(number) = self.decode_leg.recorded {
+            worker.recent.amend(number, |it| it.first_ms = first_ms.max(1));
+        }
     }
 
     /// A part of the response's body is there.
@@ -375,6 +385,10 @@ impl Forwarded {
     pub(super) fn end(&mut self, worker: &mut Worker, now: Monotonic) {
         // A client may have left, or the body may have ended with trailers.
         self.end_to_read(worker);
+        if let Some(number) = self.decode_leg.recorded {
+            let total_ms = millis(now.saturating_sub(self.decode_leg.chosen)).max(1);
+            worker.recent.amend(number, |it| it.total_ms = total_ms);
+        }
         if self.response == Response::Awaited && self.decode_leg.is_stream {
             self.judge_silence(worker, now);
         }

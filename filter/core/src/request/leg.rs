@@ -3,7 +3,7 @@
 use super::effect::{Call, Effect};
 use super::head::is_ours;
 use super::parsed::{ParsedRequest, ScannedBody};
-use super::route::destination;
+use super::route::{destination, millis};
 use super::state::Split;
 use crate::choose::scheduler::Pick;
 use crate::config::Config;
@@ -74,6 +74,7 @@ pub(super) fn start_leg(
     }
     if let Some(endpoint) = worker.state.table.refer(pick.endpoint) {
         worker.prefill_started(endpoint, leg, pick.seconds, now, now.saturating_add(timeout));
+        worker.served.note(endpoint.key, |sums| sums.legs = sums.legs.saturating_add(1));
     }
     worker.counts.add(Metric::PrefillInFlight, 1);
     let path = leg_path(parsed);
@@ -127,6 +128,9 @@ pub(super) fn leg_ended(
         (None, PrefillAnswer::Answered { status: 200, .. }) => Metric::PrefillOk,
         (None, _) => Metric::PrefillClientError,
     });
+    if matches!((fault, answer), (None, PrefillAnswer::Answered { status: 200, .. })) {
+        worker.served.note(endpoint.key, |sums| sums.answered(millis(now.saturating_sub(sent))));
+    }
     let seconds = worker.state.table.resolve(endpoint).and_then(|state| state.prefill.service_seconds(leg, now));
     match fault {
         None | Some(Fault::ServerError) => worker.prefill_answered(endpoint, leg, now),

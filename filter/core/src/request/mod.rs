@@ -26,12 +26,15 @@
 //! | `effect`, `reply`, `ready` | what the shell does, and what the filter answers itself |
 
 use crate::headers::Headers;
+use crate::metrics::Metric;
 use crate::paths::engines_path;
 use crate::request::reply::{ErrorForm, Rejection};
 use crate::time::Monotonic;
 use crate::workers::bind::Turn;
+use crate::workers::recent::DecisionRecord;
 use crate::workers::worker::{Ticket, Worker};
 
+use effect::decision_name;
 use envoys_error::{EnvoysError, Respelt};
 use forwarded::served_by;
 use head::decoded_path;
@@ -124,7 +127,7 @@ impl Request {
                 let spare = reading.spare();
                 let step = reading.body(worker, &mut self.ticket, body, now, now);
                 let step = Reading::or_park(spare, step, worker, &mut self.ticket, (body.len(), now), now);
-                self.enter_or_reject(worker, step)
+                self.enter_or_reject(worker, step, now)
             }
             other => self.stay(other, Outcome::GO_ON),
         }
@@ -141,7 +144,7 @@ impl Request {
         match core::mem::take(&mut self.state) {
             State::Prefilling(prefilling) => {
                 let step = prefilling.answered(worker, answer, body, now);
-                self.enter_or_reject(worker, step)
+                self.enter_or_reject(worker, step, now)
             }
             State::Forwarded(forwarded) => self.enter(forwarded.prefill_answered(worker, answer, now)),
             other => self.stay(other, Outcome::WAIT),
@@ -159,11 +162,11 @@ impl Request {
         match core::mem::take(&mut self.state) {
             State::Waiting(waiting) if waiting.id == turn.id => {
                 let step = waiting.turn(worker, &mut self.ticket, turn.act, body, now);
-                self.enter_or_reject(worker, step)
+                self.enter_or_reject(worker, step, now)
             }
             State::Parked(parked) if parked.id == turn.id => {
                 let step = parked.turn(worker, &mut self.ticket, turn.act, body, now);
-                self.enter_or_reject(worker, step)
+                self.enter_or_reject(worker, step, now)
             }
             other => self.stay(other, Outcome::WAIT),
         }
@@ -248,7 +251,10 @@ impl Request {
         outcome
     }
 
-    fn enter_or_reject(&mut self, worker: &mut Worker, step: Result<Step, Rejection>) -> Outcome {
+    fn enter_or_reject(&mut self, worker: &mut Worker, step: Result<Step, Rejection>, now: Monotonic) -> Outcome {
+        if let Err(rejection) = &step {
+            worker.record_decision(now, |_| record_of(rejection));
+        }
         self.enter(Step::or_reject(step, worker))
     }
 
@@ -320,6 +326,16 @@ impl Request {
         self.envoys_error.is_some()
             || matches!(&self.state, State::Forwarded(forwarded)
             if forwarded.editor.is_some() || forwarded.kv_lease.as_ref().is_some_and(KvLease::reads_body))
+    }
+}
+
+/// A refused request for the report to pd-control.
+fn record_of(rejection: &Rejection) -> DecisionRecord {
+    DecisionRecord {
+        decision: decision_name(Metric::RequestsRejected).to_owned(),
+        reason: rejection.reason().to_owned(),
+        status: u64::from(rejection.status()),
+        ..DecisionRecord::default()
     }
 }
 

@@ -10,6 +10,7 @@ use crate::request::reply::Rejection;
 use crate::time::Monotonic;
 use crate::wire::Stated;
 use crate::workers::bind::Act;
+use crate::workers::served::REFUSED_KEY;
 use crate::workers::worker::{Ticket, Worker};
 
 impl Reading {
@@ -37,6 +38,7 @@ impl Reading {
         if let Ok(Step { rejection: Some(_), .. }) = step {
             // It is not answered yet.
             worker.counts.add(Metric::RequestsRejected, -1);
+            worker.served.note(REFUSED_KEY, |sums| sums.errors = sums.errors.saturating_sub(1));
         }
         if let Some(ticket) = ticket.take() {
             worker.release(ticket);

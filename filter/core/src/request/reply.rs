@@ -247,6 +247,11 @@ impl Rejection {
         self.parts().3
     }
 
+    /// Status of the answer.
+    pub(super) fn status(&self) -> u16 {
+        self.parts().0
+    }
+
     /// The answer, as clients of that API read errors.
     #[must_use]
     pub fn reply(&self, form: ErrorForm) -> Reply {

@@ -133,7 +133,10 @@ pub(super) fn forward(
     if route.prefill.may_repeat() && parsed.head.phase.is_none() {
         effects.extend(Effect::may_repeat());
     }
-    worker.record_decision(now, |worker| decision_record(worker, parsed, &route));
+    let chosen = if let Prefill::Done { started, .. } = route.prefill { started } else { now };
+    let prefill_ms = millis(now.saturating_sub(chosen));
+    let recorded =
+        worker.record_decision(now, |worker| DecisionRecord { prefill_ms, ..decision_record(worker, parsed, &route) });
     let is_judged = is_judged(worker, parsed, &route);
     let told = told_cached_tokens(parsed, &route.prefill);
     let wants_usage = (is_judged && parsed.shows_usage) || belief.is_some();
@@ -158,6 +161,8 @@ pub(super) fn forward(
         is_restricted: parsed.head.subset.is_some(),
         decode_leg: DecodeLeg {
             started: now,
+            chosen,
+            recorded,
             silent_after: parsed.pool().prefill_timeout.of(route.pick.seconds),
             is_stream: parsed.is_stream,
         },
@@ -197,6 +202,17 @@ fn account(worker: &mut Worker, parsed: &ParsedRequest, route: &Route, now: Mono
     assignment.new_blocks = remember_prompt(worker, route.pick.endpoint, &parsed.prompt);
     worker.counts.count(route.decision);
     worker.counts.add(Metric::MatchedTokens, route.matched_tokens() as i64);
+    let is_split = u64::from(route.decision == Metric::RequestsSplit);
+    worker.served.note(endpoint.key, |sums| {
+        sums.legs = sums.legs.saturating_add(1);
+        sums.split = sums.split.saturating_add(is_split);
+    });
+    let computed_by = route.prefill.endpoint().map_or(endpoint.key, |(_, prefill)| prefill.key);
+    let (prompt, matched) = (parsed.prompt.tokens as u64, route.matched_tokens() as u64);
+    worker.served.note(computed_by, |sums| {
+        sums.prompt_tokens = sums.prompt_tokens.saturating_add(prompt);
+        sums.matched_tokens = sums.matched_tokens.saturating_add(matched);
+    });
     Some(assignment)
 }
 
@@ -229,9 +245,13 @@ fn describe(worker: &mut Worker, route: &Route, now: Monotonic) -> Vec<Effect> {
 
 /// The time that a prefill leg took, as filter state.
 pub(super) fn prefill_ms(worker: &mut Worker, started: Monotonic, now: Monotonic) -> Effect {
-    let ms = u64::try_from(now.saturating_sub(started).as_millis()).unwrap_or(u64::MAX);
+    let ms = millis(now.saturating_sub(started));
     worker.counts.record(Metric::PrefillMs, ms);
     Effect::SetState(PREFILL_MS, ms.to_string().into_bytes())
+}
+
+pub(super) fn millis(time: core::time::Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// The request for the report to pd-control.
@@ -246,6 +266,7 @@ fn decision_record(worker: &Worker, parsed: &ParsedRequest, route: &Route) -> De
         decode: address(route.pick.endpoint),
         prompt_tokens: parsed.prompt.tokens as u64,
         matched_tokens: route.matched_tokens() as u64,
+        ..DecisionRecord::default()
     }
 }
 

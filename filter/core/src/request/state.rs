@@ -135,6 +135,10 @@ pub(super) struct Forwarded {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct DecodeLeg {
     pub(super) started: Monotonic,
+    /// When the request's first endpoint was chosen.
+    pub(super) chosen: Monotonic,
+    /// Number of the decision that the next report names; `None` where it names none.
+    pub(super) recorded: Option<u64>,
     /// As long as a prefill leg of the same prompt may take there.
     pub(super) silent_after: Duration,
     /// Whether the client wants a stream, which begins with the first token.

@@ -4,6 +4,7 @@ use super::effect::{Effect, Flow, Outcome, REASON};
 use super::state::State;
 use crate::metrics::Metric;
 use crate::request::reply::{Rejection, Reply};
+use crate::workers::served::REFUSED_KEY;
 use crate::workers::worker::Worker;
 
 /// The state that follows an event, and what the shell does.
@@ -29,6 +30,7 @@ impl Step {
     /// The filter refuses the request.
     pub(super) fn reject(worker: &mut Worker, rejection: Rejection) -> Self {
         worker.counts.count(Metric::RequestsRejected);
+        worker.served.note(REFUSED_KEY, |sums| sums.errors = sums.errors.saturating_add(1));
         if let Rejection::Shed(shed) = &rejection {
             worker.counts.count(shed.metric());
         }

@@ -23,6 +23,7 @@ const MOST_STREAMS_READ: u8 = 3;
 impl Worker {
     /// An endpoint could not be reached, or reset the connection.
     pub(crate) fn failed(&mut self, endpoint: EndpointRef, at: Monotonic) {
+        self.served.note(endpoint.key, |sums| sums.errors = sums.errors.saturating_add(1));
         self.eject(endpoint, Cause::Unreachable, at);
     }
 
@@ -210,6 +211,7 @@ impl Worker {
             self.answered(endpoint);
             return None;
         };
+        self.served.note(endpoint.key, |sums| sums.errors = sums.errors.saturating_add(1));
         let state = self.state.table.resolve(endpoint)?;
         let (answers, health) = (state.answers, state.health);
         let cause = Cause::Outlier(class);

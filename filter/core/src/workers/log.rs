@@ -25,6 +25,8 @@
 
 use core::time::Duration;
 
+use hashbrown::HashMap;
+
 use crate::codec::{Reader, Writer};
 use crate::time::Monotonic;
 use crate::workers::event::Event;
@@ -32,6 +34,7 @@ use crate::workers::inheritance::Inheritance;
 use crate::workers::ledger::WorkerLedger;
 use crate::workers::other_worker::{HEAD_BYTES, OtherWorker, ledger_key, log_key};
 use crate::workers::recent::{DecisionRecord, Generation, MAX_DECISIONS};
+use crate::workers::served::{Reported, Served, Sums};
 use crate::workers::shared::Shared;
 use crate::workers::slots::{SLOTS_KEY, WorkerSlot, slots, to_bytes};
 use crate::workers::waits::Parked;
@@ -64,6 +67,8 @@ pub struct WorkersLog {
     parked: Parked,
     others: Vec<OtherWorker>,
     inheritance: Inheritance,
+    /// What the last reports of this worker, as the leader, said of endpoints.
+    reported: Reported,
 }
 
 impl WorkersLog {
@@ -131,6 +136,20 @@ impl WorkersLog {
             (rest.word()? == other.worker_id).then(|| Parked::read(&mut rest)).flatten()
         };
         self.others.iter().filter_map(of_other).fold(worker.parked(), Parked::with)
+    }
+
+    /// What endpoints served, by all workers, for the next report: by key, those whose sums have changed lately.
+    pub fn served(&mut self, worker: &Worker, shared: &impl Shared) -> Vec<(u64, Sums)> {
+        let mut all = HashMap::new();
+        worker.served.add_to(&mut all);
+        for other in &self.others {
+            let Some((bytes, _)) = shared.get(&served_key(other.slot)) else { continue };
+            let mut rest = Reader(&bytes);
+            if rest.word() == Some(other.worker_id) {
+                Served::read(&mut rest, &mut all);
+            }
+        }
+        self.reported.next(&all)
     }
 
     /// Starts over with the configuration that `worker` has in force: takes a slot, announces the worker, and reads the logs
@@ -221,6 +240,7 @@ impl WorkersLog {
         self.save_ledger(worker, shared);
         self.save_decisions(worker, shared);
         self.save_parked(worker, shared);
+        self.save_served(worker, shared);
         for other in &mut self.others {
             other.ledger.prune(now);
             if other.is_behind {
@@ -337,6 +357,17 @@ impl WorkersLog {
         parked.write(&mut out);
         shared.set(&parked_key(slot), &out.0, None);
     }
+
+    /// Writes what endpoints served by this worker, where it has changed.
+    fn save_served(&self, worker: &mut Worker, shared: &impl Shared) {
+        let Some(slot) = self.slot.filter(|_| core::mem::take(&mut worker.served.is_new)) else { return };
+        let table = &worker.state.table;
+        worker.served.keep(|key| table.index_of_key(key).is_some());
+        let mut out = Writer::default();
+        out.word(self.worker_id);
+        worker.served.write(&mut out);
+        shared.set(&served_key(slot), &out.0, None);
+    }
 }
 
 fn who_key(slot: usize) -> String {
@@ -344,7 +375,11 @@ fn who_key(slot: usize) -> String {
 }
 
 fn recent_key(slot: usize) -> String {
-    format!("pd/1/recent/{slot}")
+    format!("pd/2/recent/{slot}")
+}
+
+fn served_key(slot: usize) -> String {
+    format!("pd/1/served/{slot}")
 }
 
 fn parked_key(slot: usize) -> String {

@@ -7,6 +7,7 @@
 //!   `wait`: how a request begins and ends to wait; [`bind`]: which request an endpoint with room gets.
 //! - `judge`: what a worker concludes from answers: whether an endpoint is ejected or trusted again, whether its cache is
 //!   lost.
+//! - [`served`]: what each endpoint served, for the report.
 //! - [`push`]: one worker polls `pd-control` for the endpoint list, and every worker gets it.
 
 pub mod bind;
@@ -20,6 +21,7 @@ mod other_worker;
 mod pending;
 pub mod push;
 pub mod recent;
+pub mod served;
 pub mod shared;
 pub mod slots;
 pub mod state;

@@ -58,12 +58,22 @@ pub struct DecisionRecord {
     pub prompt_tokens: u64,
     /// Matched tokens at the endpoint that computed the prompt; at most `prompt_tokens`.
     pub matched_tokens: u64,
+    /// HTTP status of the answer; 0: there is no answer yet, or the client left before it. 0 in a report of an earlier build.
+    pub status: u64,
+    /// Milliseconds that the prefill leg took, where it ended before the decode leg began; 0: there was none.
+    pub prefill_ms: u64,
+    /// Milliseconds from the choice of the first endpoint to the first byte of the answer's body; 0: it has not begun.
+    pub first_ms: u64,
+    /// Milliseconds from the choice of the first endpoint to the end of the answer; 0: it has not ended.
+    pub total_ms: u64,
 }
 
 impl DecisionRecord {
     /// Writes the record for the other workers, with the time of the decision in milliseconds.
     fn write(&self, at: Monotonic, out: &mut Writer) {
-        [at.as_millis(), self.prompt_tokens, self.matched_tokens].into_iter().for_each(|word| out.word(word));
+        let words = [at.as_millis(), self.prompt_tokens, self.matched_tokens];
+        let answer = [self.status, self.prefill_ms, self.first_ms, self.total_ms];
+        words.into_iter().chain(answer).for_each(|word| out.word(word));
         let texts = [&self.decision, &self.reason, &self.model, &self.prefill, &self.decode];
         texts.into_iter().for_each(|text| out.bytes(text.as_bytes()));
     }
@@ -71,9 +81,11 @@ impl DecisionRecord {
     /// Reads a record and its time; `None` where the bytes are not of that form.
     pub(crate) fn read(rest: &mut Reader<'_>) -> Option<(Monotonic, Self)> {
         let (at_ms, prompt_tokens, matched_tokens) = (rest.word()?, rest.word()?, rest.word()?);
+        let (status, prefill_ms, first_ms, total_ms) = (rest.word()?, rest.word()?, rest.word()?, rest.word()?);
         let mut text = || rest.text();
         let [decision, reason, model, prefill, decode] = [text()?, text()?, text()?, text()?, text()?];
-        let record = Self { decision, reason, model, prefill, decode, prompt_tokens, matched_tokens };
+        let of_answer = Self { status, prefill_ms, first_ms, total_ms, ..Self::default() };
+        let record = Self { decision, reason, model, prefill, decode, prompt_tokens, matched_tokens, ..of_answer };
         Some((Monotonic::from_millis(at_ms), record))
     }
 }
@@ -82,6 +94,8 @@ impl DecisionRecord {
 #[derive(Debug, Default)]
 pub(crate) struct Recent {
     decisions: VecDeque<(Monotonic, DecisionRecord)>,
+    /// Number of the newest decision; the one behind it in `decisions` has the number before.
+    newest: u64,
     /// Whether there is a decision that is not in shared data yet.
     pub(crate) is_new: bool,
 }
@@ -92,11 +106,22 @@ impl Recent {
         self.decisions.front().is_none_or(|(at, _)| now.saturating_sub(*at) >= DECISION_PAUSE)
     }
 
-    /// Records a decision. Beyond [`MAX_DECISIONS`] the oldest one is dropped.
-    pub(crate) fn push(&mut self, at: Monotonic, decision: DecisionRecord) {
+    /// Records a decision, and returns its number. Beyond [`MAX_DECISIONS`] the oldest one is dropped.
+    pub(crate) fn push(&mut self, at: Monotonic, decision: DecisionRecord) -> u64 {
         self.decisions.truncate(MAX_DECISIONS.saturating_sub(1));
         self.decisions.push_front((at, decision));
+        self.newest = self.newest.wrapping_add(1);
         self.is_new = true;
+        self.newest
+    }
+
+    /// Adds to a recorded decision what became of its request. A decision that was dropped is left alone.
+    pub(crate) fn amend(&mut self, number: u64, change: impl FnOnce(&mut DecisionRecord)) {
+        let index = usize::try_from(self.newest.wrapping_sub(number)).ok();
+        if let Some((_, decision)) = index.and_then(|index| self.decisions.get_mut(index)) {
+            change(decision);
+            self.is_new = true;
+        }
     }
 
     /// The decisions and their times, newest first.
@@ -121,6 +146,8 @@ mod tests {
             decision: "split".into(),
             model: "m".into(),
             matched_tokens: 3,
+            status: 200,
+            total_ms: 1_500,
             ..DecisionRecord::default()
         };
         let at = Monotonic::from_millis(7);
@@ -134,5 +161,17 @@ mod tests {
             let mut rest = Reader(&out.0[..length]);
             assert!(Generation::read(&mut rest).is_none() || DecisionRecord::read(&mut rest).is_none());
         }
+    }
+
+    #[test]
+    fn what_became_of_a_request_is_added_to_its_decision_only() {
+        let mut recent = Recent::default();
+        let first = recent.push(Monotonic::ZERO, DecisionRecord::default());
+        let numbers: Vec<_> =
+            (0..MAX_DECISIONS).map(|_| recent.push(Monotonic::ZERO, DecisionRecord::default())).collect();
+        recent.amend(first, |_| panic!("it was dropped"));
+        recent.amend(numbers[2], |it| it.status = 503);
+        let statuses: Vec<_> = recent.iter().map(|(_, it)| it.status).collect();
+        assert_eq!(statuses, [0, 0, 0, 0, 0, 503, 0, 0]);
     }
 }

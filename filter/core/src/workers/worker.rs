@@ -18,6 +18,7 @@ use crate::wire::{Snapshot, WireError};
 use crate::workers::event::Event;
 use crate::workers::pending::PendingEvents;
 use crate::workers::recent::{DecisionRecord, Recent};
+use crate::workers::served::Served;
 use crate::workers::shared::Shared;
 use crate::workers::state::State;
 use crate::workers::turns::Turns;
@@ -45,10 +46,14 @@ pub struct Worker {
     pub(crate) outbox: Option<Box<BlockLog>>,
     /// Latest decisions, for the report.
     pub(crate) recent: Recent,
+    /// What endpoints served, for the report.
+    pub(crate) served: Served,
     /// Prefill legs that this worker may run again.
     pub retries: RetryBudget,
     /// This worker's waiting requests.
     pub(crate) turns: Turns,
+    /// Name of the Envoy, for the report; empty where it has none.
+    pub name: String,
     /// Environment variables of the Envoy process that the filter sees. Set it before the configuration.
     pub environment: BTreeMap<String, String>,
     legs: u64,
@@ -63,8 +68,10 @@ impl Default for Worker {
             pending: PendingEvents::default(),
             outbox: None,
             recent: Recent::default(),
+            served: Served::default(),
             retries: RetryBudget::default(),
             turns: Turns::default(),
+            name: String::new(),
             environment: BTreeMap::new(),
             legs: 0,
         }
@@ -297,17 +304,22 @@ impl Worker {
         self.pending.push(key, event);
     }
 
-    /// Records a decision for the report. It does nothing, and does not call `decision`, where the configuration has no
-    /// exchange or where the last record is less than 200 ms old.
-    pub(crate) fn record_decision(&mut self, now: Monotonic, decision: impl FnOnce(&Self) -> DecisionRecord) {
+    /// Records a decision for the report, and returns its number. It does nothing, and does not call `decision`, where the
+    /// configuration has no exchange or where the last record is less than 200 ms old.
+    pub(crate) fn record_decision(
+        &mut self,
+        now: Monotonic,
+        decision: impl FnOnce(&Self) -> DecisionRecord,
+    ) -> Option<u64> {
         let is_reported = || {
             let control = self.config.as_ref().ok().and_then(|config| config.control.as_ref());
             control.is_some_and(|control| control.exchange)
         };
-        if self.recent.is_due(now) && is_reported() {
-            let decision = decision(self);
-            self.recent.push(now, decision);
+        if !self.recent.is_due(now) || !is_reported() {
+            return None;
         }
+        let decision = decision(self);
+        Some(self.recent.push(now, decision))
     }
 
     /// A number for a prefill leg, unique among the workers of this Envoy.
