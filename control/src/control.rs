@@ -130,6 +130,8 @@ impl Control {
         let demand = Arc::new(parts.demand());
         let counters = Arc::clone(&parts.counters);
         let app = parts.app(config, &demand, stopping.clone());
+        tasks.spawn(Arc::clone(&app.traffic).follow(Arc::clone(&app.hub)));
+        tasks.spawn(Arc::clone(&app.since).follow(Arc::clone(&app.registry)));
         let mut servers = vec![listeners.api.serve(Protocol::Http1, http::router(app), &counters, &stopping)];
         if let Some(listener) = listeners.scaler {
             let history = Arc::new(History::default());
@@ -329,6 +331,8 @@ impl Parts {
             scrapes,
             polls: Arc::default(),
             hub,
+            traffic: Arc::default(),
+            since: Arc::default(),
             log: config.log,
             exchanges: Arc::new(InFlight::new(MAX_EXCHANGE_BYTES, MAX_HOST_EXCHANGE_BYTES)),
             views: Arc::new(InFlight::new(MAX_VIEWS, MAX_HOST_VIEWS)),

@@ -64,9 +64,18 @@ impl Browser {
         answer["result"]["value"].clone()
     }
 
-    /// PNG of the window, in base64.
+    /// Sets the colour scheme that the browser prefers: `light` or `dark`.
+    pub fn prefer(&mut self, scheme: &str) {
+        self.call(
+            "Emulation.setEmulatedMedia",
+            json!({"features": [{"name": "prefers-color-scheme", "value": scheme}]}),
+        );
+    }
+
+    /// PNG of the page, in base64.
     pub fn screenshot(&mut self) -> String {
-        self.call("Page.captureScreenshot", json!({}))["data"].as_str().unwrap().to_owned()
+        let answer = self.call("Page.captureScreenshot", json!({"captureBeyondViewport": true, "fromSurface": true}));
+        answer["data"].as_str().unwrap().to_owned()
     }
 
     fn call(&mut self, method: &str, parameters: Value) -> Value {

@@ -8,6 +8,8 @@ use tokio::sync::watch;
 use crate::access::rights::Rights;
 use crate::api::in_flight::InFlight;
 use crate::api::metrics::Metrics;
+use crate::api::since::Since;
+use crate::api::traffic::Traffic;
 use crate::counters::Counters;
 use crate::engines::answers::Scrapes;
 use crate::envoys::hub::SharedHub;
@@ -35,6 +37,10 @@ pub struct App {
     pub polls: Arc<Polls>,
     /// The hub of the exchange between Envoys.
     pub hub: Arc<SharedHub>,
+    /// Traffic of the last minute.
+    pub traffic: Arc<Traffic>,
+    /// Since when endpoints are not ready.
+    pub since: Arc<Since>,
     /// Bytes of messages of the exchange that pd-control reads, answers or writes now.
     pub exchanges: Arc<InFlight>,
     /// Answers to people and scrapers that pd-control makes or writes now.

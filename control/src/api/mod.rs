@@ -6,4 +6,6 @@ pub mod http;
 pub mod in_flight;
 pub mod metrics;
 pub mod server;
+pub mod since;
 pub mod status;
+pub mod traffic;

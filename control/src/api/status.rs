@@ -1,17 +1,21 @@
 //! The answer of `/v1/status`, which the status page and the commands in a terminal show.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use pd_core::choose::admission::pool_key;
 use pd_core::envoys::report::Report;
 use pd_core::time::UnixTime;
-use pd_core::wire::Endpoint;
+use pd_core::wire::{Endpoint, Role, State};
 use serde::{Deserialize, Serialize};
 
 use crate::api::advice::advice;
 use crate::api::app::App;
-use crate::engines::answers::Scraped;
+use crate::api::since::today;
+use crate::api::traffic::Figures;
 use crate::envoys::polls::PollView;
+use crate::list::role;
 
 /// The answer of `/v1/status`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -41,8 +45,43 @@ pub struct StatusView {
     pub refused: Vec<Refused>,
     /// Number of engine pods without an address.
     pub pending: usize,
+    /// Time of the day at which this status was made, Unix milliseconds.
+    #[serde(default)]
+    pub now_ms: UnixTime,
+    /// The pools, by name.
+    #[serde(default)]
+    pub pools: Vec<PoolView>,
     /// The list in force.
     pub endpoints: Vec<EndpointView>,
+}
+
+/// One pool: sums over its endpoints.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PoolView {
+    /// Name.
+    pub name: String,
+    /// Endpoints of the pool, by role: `prefill`, `decode`, `both`. A role without endpoints is left out.
+    pub roles: BTreeMap<String, RoleCount>,
+    /// Requests for which the pool's queues have no prefill endpoint with room yet.
+    pub waiting: u64,
+    /// Requests that wait in the engines; none: no engine reports it.
+    pub waiting_in_engines: Option<f64>,
+    /// Prefill legs in flight; none: no Envoy exchanges.
+    pub prefill_in_flight: Option<u64>,
+    /// Requests in flight at decode and aggregated endpoints; none: no Envoy exchanges.
+    pub decode_in_flight: Option<u64>,
+    /// Figures of the pool's requests. A split request counts once, at its decode endpoint; its errors count at both.
+    pub figures: Figures,
+}
+
+/// Endpoints of one role.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoleCount {
+    /// All of them.
+    pub all: u64,
+    /// Those that are `ready` and have no problem.
+    pub ready: u64,
 }
 
 /// The last report of one Envoy.
@@ -52,6 +91,9 @@ pub struct GatewayView {
     pub id: String,
     /// Milliseconds since its last message.
     pub seen_ms: u64,
+    /// Requests a second that its filter answered with an error.
+    #[serde(default)]
+    pub refused: f64,
     /// The report.
     #[serde(flatten)]
     pub report: Report,
@@ -88,8 +130,20 @@ pub struct EndpointView {
     /// Whether the engine answers pd-control; none: pd-control does not ask it.
     pub answers: Option<bool>,
     /// Problem of the endpoint; none: there is none. It says why the engine does not answer pd-control, which answers are
-    /// missing, or how many Envoys ejected the endpoint, why, and since when.
+    /// missing, how many Envoys ejected the endpoint and why, or why it is `down`.
     pub problem: Option<String>,
+    /// When the problem began, Unix milliseconds; none: there is no problem, or the time is unknown.
+    #[serde(default)]
+    pub since_ms: Option<UnixTime>,
+    /// Prefill legs that all Envoys have in flight here; none: no Envoy exchanges.
+    #[serde(default)]
+    pub prefill_in_flight: Option<u64>,
+    /// Requests that all Envoys have in flight here for decoding; none: no Envoy exchanges.
+    #[serde(default)]
+    pub decode_in_flight: Option<u64>,
+    /// Figures of its requests.
+    #[serde(default)]
+    pub figures: Figures,
     /// Requests that wait in the engine; none: unknown, as all loads.
     pub waiting: Option<f64>,
     /// Requests that the engine computes.
@@ -105,25 +159,45 @@ pub struct EndpointView {
 pub fn view(app: &App) -> StatusView {
     let published = app.registry.current();
     let (pods, scrapes) = (app.pods.view(), app.scrapes.view());
-    let gateways: Vec<_> = app.hub.reports().into_iter().map(gateway).collect();
+    let mut refused = app.traffic.of_envoys();
+    let gateways = app.hub.reports().into_iter().map(|(id, age, report)| GatewayView {
+        id: format!("{id:016x}"),
+        seen_ms: millis(age),
+        refused: refused.remove(&id).map_or(0.0, |figures| figures.errors),
+        report,
+    });
+    let gateways: Vec<_> = gateways.collect();
     let to_envoys = |address: &SocketAddr| avoided(&gateways, &address.to_string());
+    let (mut figures, loads) = (app.traffic.of_endpoints(), app.hub.loads());
     let endpoint = |endpoint: &Endpoint| {
         let scraped = scrapes.get(&endpoint.address).filter(|it| it.asked > 0);
         let load = scraped.map(|it| it.load);
+        let pod = pods.names.get(&endpoint.id()).map(ToString::to_string);
+        let key = endpoint.id().key();
+        let problem = scraped
+            .and_then(|it| Some((it.error.clone()?, it.failing_since.map(unix))))
+            .or_else(|| scraped.and_then(|it| Some((it.refusal.clone()?, None))))
+            .or_else(|| to_envoys(&endpoint.address))
+            .or_else(|| why_down(endpoint, pod.is_some()).map(|why| (why, app.since.of(key))))
+            .or_else(|| scraped.and_then(|it| Some((it.late_fetches()?, None))));
+        let (problem, since_ms) = problem.unzip();
+        let totals = loads.as_ref().map(|loads| loads.get(&key).copied().unwrap_or_default());
         EndpointView {
             endpoint: endpoint.clone(),
-            pod: pods.names.get(&endpoint.id()).map(ToString::to_string),
             answers: scraped.map(|it| it.failures == 0),
-            problem: scraped
-                .and_then(|it| it.error.clone().or_else(|| it.refusal.clone()))
-                .or_else(|| to_envoys(&endpoint.address))
-                .or_else(|| scraped.and_then(Scraped::late_fetches)),
+            pod,
+            problem,
+            since_ms: since_ms.flatten(),
+            prefill_in_flight: totals.map(|totals| above_zero(totals.legs)),
+            decode_in_flight: totals.map(|totals| above_zero(totals.requests)),
+            figures: figures.remove(&key).unwrap_or_default(),
             waiting: load.and_then(|load| load.waiting),
             running: load.and_then(|load| load.running),
             kv_usage: load.and_then(|load| load.kv_usage),
             hit_ratio: load.and_then(|load| load.hit_ratio()),
         }
     };
+    let endpoints: Vec<_> = published.endpoints().iter().map(endpoint).collect();
     let reports: Vec<_> = gateways.iter().map(|it| (it.id.as_str(), &it.report)).collect();
     StatusView {
         advice: pods.busy.iter().cloned().chain(advice(&reports)).collect(),
@@ -149,19 +223,65 @@ pub fn view(app: &App) -> StatusView {
             .map(|(pod, reason)| Refused { pod: pod.to_string(), reason: reason.clone() })
             .collect(),
         pending: pods.pending,
-        endpoints: published.endpoints().iter().map(endpoint).collect(),
+        now_ms: today(),
+        pools: pools(app, &endpoints, &gateways),
+        endpoints,
         gateways,
     }
 }
 
-/// How many Envoys ejected an endpoint, why, and since when; `None` where none did.
-fn avoided(gateways: &[GatewayView], address: &str) -> Option<String> {
+/// The pools of these endpoints.
+fn pools(app: &App, endpoints: &[EndpointView], gateways: &[GatewayView]) -> Vec<PoolView> {
+    let pool_of: BTreeMap<u64, (&str, Role)> =
+        endpoints.iter().map(|it| (it.endpoint.id().key(), (it.endpoint.pool.as_str(), it.endpoint.role))).collect();
+    let mut whole = app.traffic.of_groups(|key| Some(pool_of.get(key)?.0));
+    let decoding = |role: Role| role != Role::Prefill;
+    let mut requests = app.traffic.of_groups(|key| pool_of.get(key).filter(|it| decoding(it.1)).map(|it| it.0));
+    let mut pools: BTreeMap<&str, PoolView> = BTreeMap::new();
+    for it in endpoints {
+        let name = it.endpoint.pool.as_str();
+        let pool = pools.entry(name).or_insert_with(|| {
+            let all = whole.remove(name).unwrap_or_default();
+            let requests = requests.remove(name).unwrap_or_default();
+            let figures = Figures { errors: all.errors, hit_share: all.hit_share, ..requests };
+            let key = pool_key(name);
+            let of_pool = |it: &GatewayView| {
+                it.report.waiting.iter().filter(|(pool, _)| *pool == key).map(|it| it.1).sum::<u64>()
+            };
+            PoolView {
+                name: name.to_owned(),
+                waiting: gateways.iter().map(of_pool).sum(),
+                figures,
+                ..PoolView::default()
+            }
+        });
+        let count = pool.roles.entry(role(it.endpoint.role).to_owned()).or_default();
+        count.all += 1;
+        count.ready += u64::from(it.endpoint.state == State::Ready && it.problem.is_none());
+        let add = |sum: &mut Option<u64>, more: Option<u64>| *sum = more.map(|more| sum.unwrap_or(0) + more).or(*sum);
+        add(&mut pool.prefill_in_flight, it.prefill_in_flight);
+        add(&mut pool.decode_in_flight, it.decode_in_flight);
+        if let Some(waiting) = it.waiting {
+            pool.waiting_in_engines = Some(pool.waiting_in_engines.unwrap_or(0.0) + waiting);
+        }
+    }
+    pools.into_values().collect()
+}
+
+/// Why an endpoint is `down`; `None` where it is not.
+fn why_down(endpoint: &Endpoint, has_pod: bool) -> Option<String> {
+    let why = if has_pod { "its pod is not ready, or an annotation takes it out" } else { "the list says so" };
+    (endpoint.state == State::Down).then(|| format!("down: {why}"))
+}
+
+/// How many Envoys ejected an endpoint and why, and the time of the first failure; `None` where none did.
+fn avoided(gateways: &[GatewayView], address: &str) -> Option<(String, Option<UnixTime>)> {
     let count = gateways.iter().filter(|of| of.report.failing.iter().any(|it| it == address)).count();
     let ejected = gateways.iter().flat_map(|of| &of.report.ejected).filter(|it| it.address == address);
     // A filter of an earlier build reports no reason.
     let first = ejected.min_by_key(|it| it.since_ms);
-    let why = first.map(|it| format!(" since {}: it {}", time_of_day(it.since_ms), it.reason)).unwrap_or_default();
-    (count > 0).then(|| format!("{count} of {} Envoys avoid it{why}", gateways.len()))
+    let why = first.map(|it| format!(": it {}", it.reason)).unwrap_or_default();
+    (count > 0).then(|| (format!("{count} of {} Envoys avoid it{why}", gateways.len()), first.map(|it| it.since_ms)))
 }
 
 /// Hours, minutes and seconds of a time, in UTC.
@@ -171,8 +291,24 @@ pub fn time_of_day(time: UnixTime) -> String {
     format!("{:02}:{:02}:{:02} UTC", seconds / 3_600 % 24, seconds / 60 % 60, seconds % 60)
 }
 
-fn gateway((id, age, report): (u64, Duration, Report)) -> GatewayView {
-    GatewayView { id: format!("{id:016x}"), seen_ms: millis(age), report }
+/// How long ago a time was, such as `4 s`, `12 min`, `3 h` or `2 d`.
+#[must_use]
+pub fn ago(time: UnixTime, now: UnixTime) -> String {
+    match now.as_millis().saturating_sub(time.as_millis()) / 1_000 {
+        seconds @ 0..120 => format!("{seconds} s"),
+        seconds @ 120..7_200 => format!("{} min", seconds / 60),
+        seconds @ 7_200..172_800 => format!("{} h", seconds / 3_600),
+        seconds => format!("{} d", seconds / 86_400),
+    }
+}
+
+fn unix(time: SystemTime) -> UnixTime {
+    time.duration_since(UNIX_EPOCH).map(UnixTime::new).unwrap_or_default()
+}
+
+/// Sums of the exchange are differences that may be below zero for a moment.
+fn above_zero(sum: u64) -> u64 {
+    sum.cast_signed().max(0).cast_unsigned()
 }
 
 fn millis(duration: Duration) -> u64 {

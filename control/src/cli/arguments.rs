@@ -11,6 +11,7 @@ use ipnet::IpNet;
 use crate::access::tls::TlsFiles;
 use crate::access::token::Token;
 use crate::cli::client::Server;
+use crate::cli::top::Shown;
 use crate::control::{Config, DEFAULT_POLL, Kubernetes};
 use crate::engines::access::{EngineAccess, EngineTls};
 use crate::engines::scrape;
@@ -75,10 +76,12 @@ pub(super) enum Command {
         /// Address of an endpoint, or name of a pod with or without its namespace
         name: String,
     },
-    /// Show the busiest endpoints
+    /// Show pools, failing and busy endpoints, Envoys and decisions
     Top {
         #[command(flatten)]
         server: Server,
+        #[command(flatten)]
+        shown: Shown,
         /// Print once, instead of every two seconds
         #[arg(long)]
         once: bool,

@@ -9,3 +9,4 @@ pub mod migrate;
 pub mod output;
 pub mod run;
 pub mod terminal;
+pub mod top;

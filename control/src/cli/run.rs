@@ -14,7 +14,7 @@ use crate::cli::arguments::{Cli, Command, LogFormat, ServeArgs};
 use crate::cli::check::check;
 use crate::cli::migrate::migrate;
 use crate::cli::output::{Closed, print, print_error};
-use crate::cli::terminal;
+use crate::cli::{terminal, top};
 use crate::control::{Config, Control};
 
 /// Runs the command; returns when it is done or a signal ends it.
@@ -47,7 +47,7 @@ fn run_command(cli: Cli) -> anyhow::Result<ExitCode> {
             let text = terminal::explain(&wait_for(server.status())?, &name);
             print(&text.with_context(|| format!("{name}: no endpoint and no followed pod has this name"))?)?;
         }
-        Some(Command::Top { server, once }) => wait_for(terminal::follow_top(&server, once))?,
+        Some(Command::Top { server, shown, once }) => wait_for(top::follow_top(&server, once, &shown))?,
         None => {
             let log = start_log(&cli.serve.log_level, cli.serve.log_format)?;
             let is_json = cli.serve.log_format == LogFormat::Json;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{PoisonError, RwLock};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use pd_core::envoys::outside::EngineReport;
 use pd_core::wire::ModelCard;
@@ -69,6 +69,8 @@ pub struct Scraped {
     pub failures: u32,
     /// Why the last request failed; none: it did not fail.
     pub error: Option<String>,
+    /// When the first of the failed requests failed; none: the last request did not fail.
+    pub failing_since: Option<SystemTime>,
     /// Set while the engine wants other credentials: what an operator should do.
     pub refusal: Option<String>,
     /// Requests sent to it.
@@ -143,10 +145,12 @@ impl Scraped {
                     self.models = models;
                 }
                 (self.has_answered, self.failures, self.error) = (true, 0, None);
+                self.failing_since = None;
             }
             Err(reason) => {
                 self.failures = self.failures.saturating_add(1);
                 self.error = Some(reason);
+                self.failing_since.get_or_insert_with(SystemTime::now);
             }
         }
     }

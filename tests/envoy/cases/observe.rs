@@ -131,3 +131,48 @@ fn memory_stays_where_it_is() {
         assert!(after < before * 1.03, "{before:.1} MiB, then {after:.1} MiB");
     });
 }
+
+/// What the status page shows of traffic: rates and shares of pools and endpoints, and what became of requests, of all workers.
+#[test]
+fn the_status_says_what_endpoints_served_and_how() {
+    run(async {
+        let rig = Rig::builder().engines(1, 2).every_engine(|engine| engine.speed = 0.05).start().await;
+        let mut client = rig.client(Http::One).await;
+        let refused = r#"{"model":"sim"}x"#;
+        let shown = until("the figures", async || {
+            for body in [&long_chat(), &short_chat()] {
+                assert_right(&client.post(CHAT, body.clone()).await, body);
+            }
+            assert_eq!(client.post(CHAT, refused).await.status, 400);
+            let status: Value = serde_json::from_str(&rig.ask_control("/v1/status").await?).ok()?;
+            let pool = &status["pools"][0]["figures"];
+            let is_known = ["rate", "split_share", "hit_share", "first_ms"].iter().all(|name| pool[*name].is_number());
+            let envoy = &status["gateways"][0];
+            let decisions = envoy["decisions"].as_array()?;
+            let of = |decision: &str| {
+                let is_whole =
+                    |it: &&Value| it["decision"] == decision && (it["total_ms"] != 0 || decision == "rejected");
+                decisions.iter().find(is_whole).cloned()
+            };
+            let found = (of("split")?, of("decode_only")?, of("rejected")?);
+            let is_refused = envoy["refused"].as_f64().is_some_and(|rate| rate > 0.0);
+            (is_known && is_refused && pool["spark"].as_array()?.len() > 3).then_some((status, found))
+        });
+        let (status, (split, whole, rejected)) = shown.await;
+        let share = status["pools"][0]["figures"]["split_share"].as_f64().unwrap();
+        assert!((share - 0.5).abs() < 0.1, "half of the requests are split: {share}");
+        assert_eq!(status["gateways"][0]["name"], "local", "the id of the node");
+        for it in [&split, &whole] {
+            assert_eq!(it["status"], 200);
+            let [first, total] = ["first_ms", "total_ms"].map(|name| it[name].as_u64().unwrap());
+            assert!(0 < first && first <= total && total < 60_000, "{it}");
+        }
+        assert!(split["prefill_ms"].as_u64().is_some_and(|ms| ms > 0), "{split}");
+        assert_eq!((&whole["prefill_ms"], &rejected["status"]), (&json!(0), &json!(400)));
+        let of_role = |role: &str| {
+            let endpoints = status["endpoints"].as_array().unwrap().iter().filter(|it| it["role"] == role);
+            endpoints.map(|it| it["figures"]["rate"].as_f64().unwrap()).sum::<f64>()
+        };
+        assert!((of_role("decode") - 2.0 * of_role("prefill")).abs() < 0.2 * of_role("decode"), "{status:#}");
+    });
+}

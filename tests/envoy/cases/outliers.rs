@@ -126,7 +126,7 @@ fn an_ejected_server_is_shown_with_its_reason_and_comes_back() {
         assert!(ejected["since_ms"].as_u64().is_some_and(|since| since > 1_000_000_000_000), "{ejected}");
         let of_endpoint = status["endpoints"].as_array().unwrap().iter().find(|it| it["address"] == *address).unwrap();
         let problem = of_endpoint["problem"].as_str().unwrap_or_default();
-        assert!(problem.starts_with("1 of 1 Envoys avoid it since ") && problem.ends_with(reason), "{problem}");
+        assert!(problem == format!("1 of 1 Envoys avoid it: it {reason}"), "{problem}");
         let advice = status["advice"].to_string();
         assert!(advice.contains(&format!("{address} {reason}")), "{advice}");
         let ready = rig.client(BOTH[0]).await.get("/.pd-ready").await;
