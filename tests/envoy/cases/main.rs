@@ -41,4 +41,5 @@ mod stored;
 mod stripping;
 mod support;
 mod traces;
+mod usage;
 mod waiting;

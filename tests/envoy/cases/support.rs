@@ -50,8 +50,13 @@ pub async fn ask(client: &mut Client, body: &str) {
 
 /// A chat on a path that no other request has, by which the access log names it.
 pub fn logged_chat(client: &Client, body: &str, headers: &[(&str, &[u8])]) -> (Request<Body>, String) {
-    let path = format!("{CHAT}?{}", new_id("request"));
-    (client.json(&path, body.to_owned(), headers), path)
+    logged(client, CHAT, body.to_owned(), headers)
+}
+
+/// As [`logged_chat`], of any API.
+pub fn logged(client: &Client, api: &str, body: String, headers: &[(&str, &[u8])]) -> (Request<Body>, String) {
+    let path = format!("{api}?{}", new_id("request"));
+    (client.json(&path, body, headers), path)
 }
 
 /// A decode engine in a process of its own, which can be stopped, killed and started again.
