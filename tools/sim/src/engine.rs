@@ -51,6 +51,8 @@ pub(crate) struct Pod {
     pub(crate) stats: Counters,
     pub(crate) lifetime: Lifetime,
     pub(crate) ttft: Histogram,
+    /// Times of KV transfers from other servers.
+    pub(crate) transfers: Histogram,
     pub(crate) cache: Arc<Cache>,
     pub(crate) faults: Faults,
     pub(crate) recorder: Recorder,
@@ -92,6 +94,7 @@ impl Pod {
             stats: Counters::default(),
             lifetime: Lifetime::default(),
             ttft: Histogram::default(),
+            transfers: Histogram::default(),
             cache: Cache::new(blocks),
             faults: Faults::new(config.faults.clone(), config.seed),
             recorder: Recorder::new(config.record),

@@ -1,4 +1,4 @@
-//! Times to first tokens, counted as vLLM counts them.
+//! Times to first tokens and of KV transfers, counted as vLLM counts the first of both.
 
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -10,7 +10,7 @@ const TTFT_BUCKETS: &[f64] = &[
     160.0, 640.0, 2560.0,
 ];
 
-/// Times to first tokens.
+/// Times, by bucket.
 #[derive(Default)]
 pub(crate) struct Histogram {
     buckets: [AtomicU64; TTFT_BUCKETS.len() + 1],

@@ -18,6 +18,12 @@ pub(crate) fn render(pod: &Pod) -> String {
     let name = "vllm:time_to_first_token_seconds";
     let _ = writeln!(page.text, "# HELP {name} Histogram of time to first token in seconds.\n# TYPE {name} histogram");
     pod.ttft.write(&mut page.text, name, &page.labels);
+    if matches!(pod.config.engine, Engine::VllmNixl | Engine::VllmNixlPush) {
+        let name = "vllm:nixl_xfer_time_seconds";
+        let help = "Histogram of transfer duration for NIXL KV Cache transfers.";
+        let _ = writeln!(page.text, "# HELP {name} {help}\n# TYPE {name} histogram");
+        pod.transfers.write(&mut page.text, name, &page.labels);
+    }
     page.text
 }
 

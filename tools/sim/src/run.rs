@@ -103,8 +103,10 @@ impl Pod {
                 tokio::time::sleep(time).await;
             }
             external = tokens - cached;
+            let begun = Instant::now();
             wrong = self.fetch(generation, index, prompt).await?;
             pause(self.timing.transfer(external)).await;
+            self.transfers.observe(begun.elapsed());
         } else if let Some(found) = self.shared_tokens(&hashes, cached) {
             drop(turn);
             external = found;
