@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use crate::files::{array, monitoring, str_of, text};
 use crate::names::{known, unknown};
 
-fn dashboard() -> Value {
+pub fn dashboard() -> Value {
     serde_json::from_str(&text(&monitoring("dashboard.json"))).unwrap()
 }
 
@@ -72,11 +72,11 @@ fn every_metric_of_the_dashboard_exists() {
 }
 
 /// What Grafana puts in place of its variables.
-fn query(expression: &str) -> String {
+pub fn query(expression: &str) -> String {
     expression.replace("$__rate_interval", "30s").replace("$pool", ".*")
 }
 
-fn scrapes(rig: &Rig) -> String {
+pub fn scrapes(rig: &Rig) -> String {
     let job = |name: &str, path: &str, role: Option<&str>, addresses: Vec<String>| {
         let labels = role.map_or(json!({}), |role| json!({"role": role}));
         json!({"job_name": name, "metrics_path": path, "static_configs": [{"targets": addresses, "labels": labels}]})
@@ -91,7 +91,7 @@ fn scrapes(rig: &Rig) -> String {
     json!({"global": {"scrape_interval": "1s", "scrape_timeout": "1s"}, "scrape_configs": jobs}).to_string()
 }
 
-fn start_prometheus(program: &Path, directory: &Path, port: &Port, config: &str) -> Process {
+pub fn start_prometheus(program: &Path, directory: &Path, port: &Port, config: &str) -> Process {
     let file = directory.join("prometheus.yml");
     std::fs::write(&file, config).unwrap();
     let arguments = [
@@ -117,14 +117,14 @@ fn every_query_of_the_dashboard_has_an_answer_in_a_real_prometheus() {
     run(async {
         let rig = Rig::builder()
             .every_engine(|engine| engine.speed = 0.05)
-            .pool(json!({"max_requests": 1_000}))
+            .pool(json!({"max_requests": 1_000, "queue": {"enabled": true, "lead_ms": 1}}))
             .control(&["--scrape-interval=0.5"])
             .start()
             .await;
         let (directory, port) = (tempfile::tempdir().unwrap(), Port::reserve());
         let _prometheus = start_prometheus(&program, directory.path(), &port, &scrapes(&rig));
         let prometheus = Admin { address: port.address() };
-        let traffic = Traffic::start(rig.address(), 2);
+        let traffic = Traffic::start(rig.address(), 6);
         let mut client = rig.client(Http::One).await;
         let dashboard = dashboard();
         for panel in panels(&dashboard) {
@@ -149,6 +149,7 @@ fn every_query_of_the_dashboard_has_an_answer_in_a_real_prometheus() {
                 1.0,
             ),
             ("sum(pd_control_role_kv_tokens_capacity{role=\"decode\"})", 1_000.0),
+            ("sum(pd_moved_tokens_total)", 1.0),
         ] {
             until(expression, async || values(prometheus, expression).await.into_iter().find(|value| *value >= least))
                 .await;

@@ -5,4 +5,5 @@ mod chart;
 mod dashboard;
 mod files;
 mod names;
+mod pictures;
 mod release;

@@ -222,3 +222,82 @@ fn draw_graph(area: &Area<'_>, graph: &Graph) -> Result<()> {
     }
     Ok(())
 }
+
+/// Named lines over one axis of seconds.
+#[derive(Clone, Debug)]
+pub struct Lines {
+    /// Over it.
+    pub title: String,
+    /// Text behind each value of the vertical axis, such as `%`; with the factor that turns a value into that unit.
+    pub unit: (String, f64),
+    /// The lines, each with its name: seconds and values.
+    pub lines: Vec<(String, Vec<(f64, f64)>)>,
+}
+
+/// Draws lines in rows of three, each with its names below.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn lines(path: &Path, title: &str, panels: &[Lines]) -> Result<()> {
+    let rows = panels.len().div_ceil(3).max(1);
+    let root = SVGBackend::new(path, (1_260, 44 + 300 * rows as u32)).into_drawing_area();
+    root.fill(&WHITE).map_err(failed)?;
+    let (head, body) = root.split_vertically(44);
+    heading(&head, title, &[])?;
+    for (area, panel) in body.split_evenly((rows, 3)).iter().zip(panels) {
+        draw_lines(area, panel)?;
+    }
+    root.present().map_err(failed)
+}
+
+fn draw_lines(area: &Area<'_>, panel: &Lines) -> Result<()> {
+    let Lines { title, unit: (unit, factor), lines } = panel;
+    let points = || lines.iter().flat_map(|(_, points)| points);
+    let start = points().map(|point| point.0).fold(f64::MAX, f64::min).min(0.0);
+    let end = points().map(|point| point.0).fold(1.0, f64::max);
+    let top = points().map(|point| point.1 * factor).fold(0.0, f64::max).max(1e-6) * 1.1;
+    // Three names stand in a line below the axes.
+    let (body, foot) = area.split_vertically(300 - 14 - 16 * lines.len().div_ceil(2).min(3) as i32);
+    let mut chart = ChartBuilder::on(&body)
+        .caption(title, text(14))
+        .margin(8)
+        .set_label_area_size(LabelAreaPosition::Left, 64)
+        .set_label_area_size(LabelAreaPosition::Bottom, 24)
+        .build_cartesian_2d(start..end, 0.0..top)
+        .map_err(failed)?;
+    let digits = if top < 0.5 {
+        3
+    } else if top < 20.0 {
+        1
+    } else {
+        0
+    };
+    chart
+        .configure_mesh()
+        .x_labels(6)
+        .y_labels(5)
+        .x_label_formatter(&|value| format!("{value:.0} s"))
+        .y_label_formatter(&|value| format!("{value:.digits$}{unit}"))
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(RGBColor(225, 225, 225))
+        .axis_style(RGBColor(160, 160, 160))
+        .label_style(text(11))
+        .draw()
+        .map_err(failed)?;
+    for (index, (name, points)) in lines.iter().enumerate() {
+        let colour = LINE_COLOURS[index % LINE_COLOURS.len()];
+        let corners: Vec<_> = points.iter().map(|(x, y)| (*x, y * factor)).collect();
+        chart.draw_series([PathElement::new(corners, colour.stroke_width(2))]).map_err(failed)?;
+        let (x, y) = (20 + 200 * (index as i32 % 2), 2 + 16 * (index as i32 / 2));
+        if index < 6 {
+            foot.draw(&Rectangle::new([(x, y + 2), (x + 10, y + 10)], colour.filled())).map_err(failed)?;
+            let short: String = name.chars().take(30).collect();
+            foot.draw_text(&short, &text(11), (x + 15, y)).map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
+/// [`COLOURS`] with the strong ones first.
+const LINE_COLOURS: [RGBColor; 7] =
+    [COLOURS[3], COLOURS[5], COLOURS[6], COLOURS[4], COLOURS[2], COLOURS[1], COLOURS[0]];
