@@ -56,7 +56,7 @@ pub struct Timing {
     pub first_token: Duration,
     /// To the last one.
     pub whole: Duration,
-    /// Between two events with tokens. Several that arrive in one read have no time between them.
+    /// Between two events with tokens. Events that arrive in one read share the time since the read before in equal parts.
     pub gaps: Vec<Duration>,
     /// Output tokens: the server's count, else the events.
     pub output_tokens: u64,
@@ -79,6 +79,8 @@ pub struct Answer {
     first: Option<Duration>,
     last: Duration,
     gaps: Vec<Duration>,
+    /// Time between the last read and the one before, and the events of the last read that share it.
+    read: (Duration, u32),
     events: u64,
     usage: Option<Usage>,
     is_done: bool,
@@ -143,7 +145,11 @@ impl Answer {
         if event.choices.iter().any(Choice::has_text) {
             match self.first {
                 None => self.first = Some(at),
-                Some(_) => self.gaps.push(at.saturating_sub(self.last)),
+                Some(_) if at > self.last => {
+                    self.end_read();
+                    self.read = (at.saturating_sub(self.last), 1);
+                }
+                Some(_) => self.read.1 += 1,
             }
             self.last = at;
             self.events += 1;
@@ -151,11 +157,19 @@ impl Answer {
         Ok(())
     }
 
+    /// Divides the time before the last read among its events.
+    fn end_read(&mut self) {
+        let (time, events) = std::mem::take(&mut self.read);
+        let gap = time.checked_div(events).unwrap_or_default();
+        self.gaps.extend(std::iter::repeat_n(gap, events as usize));
+    }
+
     /// What the answer took, once its stream has ended.
     ///
     /// # Errors
     /// When the stream ended before `[DONE]`, or without a token.
-    pub fn timing(self) -> Result<Timing, String> {
+    pub fn timing(mut self) -> Result<Timing, String> {
+        self.end_read();
         if !self.is_done {
             return Err(format!("the stream ended after {} tokens, before [DONE]", self.events));
         }
@@ -346,6 +360,13 @@ mod tests {
         assert_eq!(timing.gaps, [ms(4), ms(6)]);
         assert_eq!((timing.output_tokens, timing.input_tokens), (5, Some(9)));
         assert_eq!(timing.per_token(), Some(Duration::from_micros(2_500)), "by the server's count");
+    }
+
+    #[test]
+    fn events_of_one_read_share_the_time_since_the_read_before() {
+        let timing =
+            answer(&[(TOKEN, 10), (TOKEN, 10), (TOKEN, 19), (TOKEN, 19), (TOKEN, 19), (TOKEN, 20), ("[DONE]", 20)]);
+        assert_eq!(timing.unwrap().gaps, [ms(0), ms(3), ms(3), ms(3), ms(1)]);
     }
 
     #[test]
