@@ -77,6 +77,11 @@ sim-autoscale: toolchain ## Simulate autoscaling of both roles over loads that c
 #> ARGS='--minutes 90 --start-s 60'         lengths, targets: see --help
 	@cargo run $(LOCKED) --quiet -p pd-trace --bin pd-autoscale -- --out '$(CURDIR)/target/autoscale' $(ARGS)
 
+plan: toolchain ## Plan prefill and decode servers for a trace: the cheapest that meet an objective, by simulation
+#> TRACE=file                               a made-up load without
+#> ARGS=…                                   objective, prices and service times, such as --ttft 2 --prefill-price 3
+	@cargo run $(LOCKED) --quiet -p pd-trace --bin pd-plan -- --out '$(CURDIR)/target/plan' $(if $(TRACE),--trace '$(TRACE)') $(ARGS)
+
 bench-serve: toolchain ## Measure a gateway that runs: output tokens/s, TTFT, TPOT, ITL at 32, 64, 128 streams
 #> URL=http://host:port                     the gateway, or a server
 #> ARGS=…                                   more options, such as --model, --concurrency, --input-tokens
@@ -267,6 +272,9 @@ bench-growth: build envoy ## Measure how cost and memory grow: prompts, endpoint
 #> ARGS=…                                   some axes, rounds: see --help
 	@cargo run $(LOCKED) --quiet -p pd-bench --bin pd-bench-growth -- $(ARGS)
 
+dashboard-pictures: build envoy ## Draw the dashboard of a replay into docs/dashboard, from a real Prometheus (Debian: prometheus)
+	cargo test $(LOCKED) --workspace --exclude pd-filter --test ops -- --ignored --nocapture pictures
+
 schemas: toolchain ## Store the schemas that the manifests are checked by, from a folder of definitions
 #> CRDS=folder                              such as .cache/cluster-…/eg-chart/charts/crds
 	cargo run $(LOCKED) --quiet -p pd-cluster --bin pd-schemas -- '$(CRDS)' tests/cluster/schemas
@@ -295,4 +303,4 @@ fuzz-all:
 	    done; \
 	fi
 
-.PHONY: help docs run replay sim sim-agree sim-autoscale bench-serve explain build wasm image push image-control push-control image-sim image-bench release release-verify programs clients toolchain envoy vllm test test-vllm test-cluster cluster-up cluster-shell cluster-down lint fmt soak fuzz bench bench-peers bench-growth schemas deps clean deps-check fuzz-all
+.PHONY: help docs run replay sim sim-agree sim-autoscale bench-serve explain build wasm image push image-control push-control image-sim image-bench release release-verify programs clients toolchain envoy vllm test test-vllm test-cluster cluster-up cluster-shell cluster-down lint fmt soak fuzz bench bench-peers bench-growth schemas deps clean deps-check fuzz-all plan dashboard-pictures

@@ -11,6 +11,7 @@ pub mod generate;
 pub mod late;
 pub mod load;
 pub mod outcome;
+pub mod plan;
 pub mod pods;
 mod pooled;
 pub mod rules;

@@ -101,6 +101,29 @@ impl<'a> Load<'a> {
         this
     }
 
+    /// As many copies of a trace, shifted as by [`new`](Self::new), as give `rate` requests a second, above 0; the times are
+    /// stretched to make it exact.
+    #[must_use]
+    pub fn at_rate(entries: &'a [Entry], rate: f64, seed: u64) -> Self {
+        let span = entries.last().map_or(0.0, |entry| entry.at_ms * 1e-3).max(1e-3);
+        let mut this = Self { entries, system: system_blocks(entries), arrivals: Vec::new() };
+        let wanted = rate * span;
+        let copies = (wanted / entries.len().max(1) as f64).round().max(1.0) as u64;
+        this.shift_copies(copies, span, seed);
+        let stretch = this.len() as f64 / wanted;
+        for arrival in &mut this.arrivals {
+            arrival.at = arrival.at.mul_f64(stretch);
+        }
+        this
+    }
+
+    /// Seconds from the end of the warm-up to the last request.
+    #[must_use]
+    pub fn measured_seconds(&self) -> f64 {
+        let at = |number: usize| self.arrivals.get(number).map_or(Duration::ZERO, |arrival| arrival.at);
+        at(self.len().saturating_sub(1)).saturating_sub(at(self.warm_up())).as_secs_f64()
+    }
+
     fn shift_copies(&mut self, copies: u64, span: f64, seed: u64) {
         let mut rng = Rng::with_seed(seed);
         self.arrivals.clear();
