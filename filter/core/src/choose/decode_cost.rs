@@ -12,13 +12,15 @@ pub struct DecodeCost {
     /// Steps that a request is expected to take: tokens of its answer.
     pub steps: f64,
     /// Bound within which a conversation stays at its endpoint: that endpoint may exceed the least loaded one by `stay`
-    /// times the request's tokens. 0 or more; 0: the choice ignores the conversation.
+    /// times the request's tokens. 0 or more; 0: the choice ignores the conversation. With 10 a coding agent's turns move
+    /// about as few tokens as with no bound, and 99 % of the streams are less than 3 % slower than with the fewest assigned
+    /// tokens (`make sim`). With 2 they move up to twice as many.
     pub stay: f64,
 }
 
 impl Default for DecodeCost {
     fn default() -> Self {
-        Self { move_seconds: 2.5e-6, step_seconds: 3.9e-8, steps: 256.0, stay: 2.0 }
+        Self { move_seconds: 2.5e-6, step_seconds: 3.9e-8, steps: 256.0, stay: 10.0 }
     }
 }
 
@@ -96,9 +98,9 @@ mod tests {
     fn a_conversation_stays_inside_the_bound() {
         let cost = DecodeCost::default();
         let least = load(1_000.0, 0.0);
-        assert_eq!(cost.choose(100_000.0, &[least, load(201_000.0, 90_000.0)]), Some(1));
-        assert_eq!(cost.choose(100_000.0, &[least, load(201_001.0, 90_000.0)]), Some(0));
-        assert_eq!(cost.choose(100_000.0, &[least, load(201_000.0, 49_000.0)]), Some(0), "a common begin is none");
+        assert_eq!(cost.choose(100_000.0, &[least, load(1_001_000.0, 90_000.0)]), Some(1));
+        assert_eq!(cost.choose(100_000.0, &[least, load(1_001_001.0, 90_000.0)]), Some(0));
+        assert_eq!(cost.choose(100_000.0, &[least, load(1_001_000.0, 49_000.0)]), Some(0), "a common begin is none");
         assert_eq!(cost.choose(100_000.0, &[least, load(9e4, 60_000.0), load(9e4, 90_000.0)]), Some(2));
         let session = DecodeLoad { is_session: true, ..load(150_000.0, 0.0) };
         assert_eq!(cost.choose(100_000.0, &[least, load(9e4, 90_000.0), session]), Some(2));

@@ -191,7 +191,7 @@ keys! {
         "Weight of a second of the prompt's own prefill against a second of waiting work: w in W + w·S. A larger value keeps prompts on the endpoint that holds their prefix for longer. `null`: the weight follows the load: 1 + the number of prompts in flight at the endpoint + the mean of that number over the endpoints."
     PoolsRendezvousShare "pools.NAME.rendezvous_share" "null", Values::between(0.0, 1.0, ""),
         "Share of an unseen prompt that the filter assumes cached at the prompt's rendezvous endpoint, because another Envoy may have sent the prompt to that endpoint. `null`: 0.6 times the share of the other Envoys that do not exchange, so 0 while all Envoys exchange."
-    PoolsDecodeStay "pools.NAME.decode_stay" "2.0", Values::between(0.0, 100.0, ""),
+    PoolsDecodeStay "pools.NAME.decode_stay" "10.0", Values::between(0.0, 100.0, ""),
         "A conversation keeps the decode endpoint that served its session last, or that holds half of its prompt, while that endpoint has at most this many times the prompt's tokens more assigned than the least loaded one. The KV cache of the conversation then moves once and not with each request. 0: each request goes to the cheapest endpoint by assigned tokens and tokens to move."
     PoolsCacheTokens "pools.NAME.cache_tokens" "500000", Values::between(0.0, 1e9, "tokens"),
         "Size of an endpoint's prefix cache where neither the endpoint nor its engine gives one."

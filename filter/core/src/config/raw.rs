@@ -184,7 +184,7 @@ impl Default for RawPool {
             fit: true,
             affinity_weight: None,
             rendezvous_share: None,
-            decode_stay: 2.0,
+            decode_stay: 10.0,
             cache_tokens: 500_000,
             bytes_per_token: 4.0,
             media: RawMedia::default(),

@@ -237,7 +237,7 @@ fn a_conversation_keeps_its_decode_endpoint_inside_a_load_bound() {
         (pick.endpoint, pick.matched_tokens)
     };
     assert_eq!(pick(&fixture, &asked), (decode[1], 30.0 * 128.0));
-    fixture.table.get_mut(decode[1]).unwrap().decode.add(2 * 32 * 128);
+    fixture.table.get_mut(decode[1]).unwrap().decode.add(10 * 32 * 128);
     assert_eq!(pick(&fixture, &asked).0, decode[1]);
     fixture.table.get_mut(decode[1]).unwrap().decode.add(100_000);
     assert_ne!(pick(&fixture, &asked).0, decode[1]);
