@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use pd_core::choose::admission::pool_key;
 use pd_core::envoys::report::Report;
 use pd_core::time::UnixTime;
 use pd_core::wire::{Endpoint, Role, State};
@@ -244,9 +243,8 @@ fn pools(app: &App, endpoints: &[EndpointView], gateways: &[GatewayView]) -> Vec
             let all = whole.remove(name).unwrap_or_default();
             let requests = requests.remove(name).unwrap_or_default();
             let figures = Figures { errors: all.errors, hit_share: all.hit_share, ..requests };
-            let key = pool_key(name);
             let of_pool = |it: &GatewayView| {
-                it.report.waiting.iter().filter(|(pool, _)| *pool == key).map(|it| it.1).sum::<u64>()
+                it.report.waits.iter().filter(|it| it.pool == name).map(|it| it.waiting + it.parked).sum::<u64>()
             };
             PoolView {
                 name: name.to_owned(),

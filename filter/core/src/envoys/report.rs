@@ -1,13 +1,11 @@
 //! The report that an Envoy sends once a second, for people.
 
-use std::collections::BTreeSet;
-
 use serde::{Deserialize, Serialize};
 
 use crate::time::{Clocks, Monotonic, UnixTime};
 use crate::workers::recent::{DecisionRecord, Generation};
-use crate::workers::waits::{Parked, PoolWaits};
 use crate::workers::served::Sums;
+use crate::workers::waits::{Parked, PoolWaits};
 use crate::workers::worker::Worker;
 
 /// Most bytes of a report. The hub does not keep a longer one.
@@ -46,9 +44,6 @@ pub struct Report {
     pub waits: Vec<PoolWaits>,
     /// What endpoints served since this Envoy's workers started, of those whose sums have changed within the last reports.
     pub served: Vec<Served>,
-    /// Requests that wait for a prefill endpoint with room: the [key](crate::choose::admission::pool_key) of the pool, and their
-    /// number. Pools without any are left out.
-    pub waiting: Vec<(u64, u64)>,
 }
 
 /// What one endpoint served: its [key](crate::endpoints::endpoint_state::EndpointState::key), then
@@ -110,7 +105,6 @@ impl Report {
             decisions: decisions.into_iter().map(reported).collect(),
             waits: worker.waits(parked, clocks.monotonic),
             name: worker.name.clone(),
-            waiting: waiting(worker),
             served: served.into_iter().map(|(key, sums)| Served(key, sums.words())).collect(),
         }
     }
@@ -134,7 +128,6 @@ impl Report {
         self.decisions.truncate(MAX_SHOWN);
         self.waits.truncate(MAX_SHOWN);
         self.served.truncate(MAX_SERVED);
-        self.waiting.truncate(MAX_SHOWN);
         let mut texts: Vec<&mut String> = vec![&mut self.epoch, &mut self.name];
         texts.extend(&mut self.failing);
         for it in &mut self.generations {
@@ -161,13 +154,6 @@ impl Report {
     pub fn from_json(bytes: &[u8]) -> Option<Self> {
         serde_json::from_slice(bytes).ok()
     }
-}
-
-/// Waiting requests of all workers, by pool.
-fn waiting(worker: &Worker) -> Vec<(u64, u64)> {
-    let waiting = &worker.state.waiting;
-    let pools: BTreeSet<u64> = waiting.pools().collect();
-    pools.into_iter().map(|pool| (pool, waiting.of_pool(pool).0 as u64)).collect()
 }
 
 #[cfg(test)]

@@ -239,11 +239,6 @@ impl Waiting {
         queues.filter_map(|queue| queue.queue.oldest()).min().map(Monotonic::new)
     }
 
-    /// Keys of the pools that have waiting requests.
-    pub fn pools(&self) -> impl Iterator<Item = u64> {
-        self.queues.values().map(|queue| queue.pool)
-    }
-
     /// Ids of the workers that have waiting requests.
     pub(crate) fn workers(&self) -> impl Iterator<Item = u64> {
         self.workers.keys().copied()

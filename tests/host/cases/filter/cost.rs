@@ -120,7 +120,8 @@ fn memory_is_constant_after_large_bodies() {
 
 /// Linear memory that one split request of that size adds to a worker which has served small ones, relative to the body.
 fn copies_of_the_body(engine: &str, bytes: usize) -> f64 {
-    let gateway = Gateway::new(&config(&[], TWO_AND_TWO, &format!(r#""engine":"{engine}","split":{{"mode":"always"}}"#)));
+    let gateway =
+        Gateway::new(&config(&[], TWO_AND_TWO, &format!(r#""engine":"{engine}","split":{{"mode":"always"}}"#)));
     (0..50).for_each(|id| drop(run_split(&gateway, &Request::post(CHAT, chat(id, 4_000)))));
     let before = gateway.memory_bytes();
     let body = chat(99, bytes);
