@@ -38,15 +38,19 @@ pub(super) struct PodContainer {
     pub(super) failures: i32,
     pub(super) alive_at: Option<Instant>,
     pub(super) dead: i32,
+    /// Whether its startup probe has succeeded.
+    pub(super) has_started: bool,
     pub(super) is_ready: bool,
 }
 
 impl PodContainer {
-    /// Ends a container whose liveness probe fails; it is started again as any other that ended.
+    /// Ends a container whose liveness probe fails; it is started again as any other that ended. A startup probe counts in
+    /// place of it until it succeeds.
     pub(super) async fn end_if_dead(&mut self, address: IpAddr) {
-        let Some(probe) = &self.container.liveness_probe else { return };
+        let startup = self.container.startup_probe.as_ref().filter(|_| !self.has_started);
+        let Some(probe) = startup.or(self.container.liveness_probe.as_ref()) else { return };
         let Some(child) = &self.child else {
-            (self.alive_at, self.dead) = (None, 0);
+            (self.alive_at, self.dead, self.has_started) = (None, 0, false);
             return;
         };
         let seconds = |of: Option<i32>, default| Duration::from_secs(of.map_or(default, |n| n.unsigned_abs().into()));
@@ -56,8 +60,13 @@ impl PodContainer {
         if Instant::now() < due {
             return;
         }
-        self.dead = if probe::succeeds(probe, &self.container, address).await { 0 } else { self.dead + 1 };
+        let is_alive = probe::succeeds(probe, &self.container, address).await;
+        self.dead = if is_alive { 0 } else { self.dead + 1 };
         self.alive_at = Some(Instant::now() + pause);
+        if startup.is_some() && is_alive {
+            (self.alive_at, self.has_started) = (None, true);
+            return;
+        }
         if self.dead >= probe.failure_threshold.unwrap_or(FAILURES) {
             tracing::warn!("{} is not alive", self.container.name);
             signal(child, Signal::KILL);
@@ -113,6 +122,7 @@ pub(super) async fn prepare(
             failures: 0,
             alive_at: None,
             dead: 0,
+            has_started: false,
             is_ready: false,
         });
     }
