@@ -202,7 +202,7 @@ async fn keda_gets_the_mean_of_a_window_and_nothing_before() {
     let keda = Keda::new(rig.control.scaler_address().unwrap());
     let specs: GetMetricSpecResponse = keda.ask("GetMetricSpec", object(&[("role", "decode")])).await.unwrap();
     let [spec] = &specs.metric_specs[..] else { panic!("{specs:?}") };
-    assert_eq!((spec.metric_name.as_str(), spec.target_size_float), ("kv_load", 0.8));
+    assert_eq!((spec.metric_name.as_str(), spec.target_size_float), ("kv_load", 0.85));
 
     assert_eq!(keda.value("prefill", "prefill_work_seconds").await.unwrap_err().code(), Code::Unavailable);
     assert_eq!(keda.is_active(&[("role", "decode")]).await.unwrap_err().code(), Code::Unavailable);

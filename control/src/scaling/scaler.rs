@@ -7,7 +7,7 @@
 //! | `windowSeconds` | `60` | Mean over so many seconds, 1 to 600 |
 //! | `prefillWorkSeconds` | `5` for `prefill` and `both` | Target: seconds of prefill work per endpoint |
 //! | `prefillBusy` | `0.85` for `prefill` and `both` | Target: share of the time for which an endpoint has prefill work |
-//! | `kvLoad` | `0.8` for `decode` and `both` | Target: share of an endpoint's KV capacity that is assigned or in use |
+//! | `kvLoad` | `0.85` for `decode` and `both` | Target: share of an endpoint's KV capacity that is assigned or in use |
 //! | `requestsWaiting` | none | Target: requests that wait in an engine |
 //! | `requestsInFlight` | none | Target: requests that decode at an endpoint |
 //!
@@ -42,7 +42,7 @@ const DEFAULT_PREFILL_WORK_SECONDS: f64 = 5.0;
 /// small as long as there are enough endpoints, so that the autoscaler would remove one of those that are needed.
 const DEFAULT_PREFILL_BUSY: f64 = 0.85;
 /// Share of the KV capacity: the rest is for answers that grow longer than expected while a new server starts.
-const DEFAULT_KV_LOAD: f64 = 0.8;
+const DEFAULT_KV_LOAD: f64 = 0.85;
 /// Part of the target that one server would have to be below it before the second one is removed. With more servers, their
 /// load spreads less, by the square root of their number.
 const MARGIN: f64 = 0.15;
@@ -315,8 +315,8 @@ mod tests {
     fn a_role_is_scaled_by_what_it_computes() {
         let prefill = [("prefill_work_seconds", 5.0), ("prefill_busy", 0.85)];
         assert_eq!(targets(&[("role", "prefill")]), prefill);
-        assert_eq!(targets(&[("role", "decode")]), [("kv_load", 0.8)]);
-        assert_eq!(targets(&[("role", "both")]), [prefill[0], prefill[1], ("kv_load", 0.8)]);
+        assert_eq!(targets(&[("role", "decode")]), [("kv_load", 0.85)]);
+        assert_eq!(targets(&[("role", "both")]), [prefill[0], prefill[1], ("kv_load", 0.85)]);
     }
 
     #[test]

@@ -116,7 +116,13 @@ fn csv(ours: &Outcome, best: &Outcome) -> String {
 fn picture(path: &Path, name: &str, ours: &Outcome, best: &Outcome) -> Result<()> {
     let graph = |role: usize| {
         let line = |outcome: &Outcome, of: &dyn Fn(&pd_trace::autoscale::Second) -> f64, colour| Series {
-            points: outcome.seconds.iter().enumerate().map(|(second, it)| (second as f64 / 60.0, of(it))).collect(),
+            points: outcome
+                .seconds
+                .iter()
+                .enumerate()
+                .step_by(30)
+                .map(|(second, it)| (second as f64 / 60.0, of(it)))
+                .collect(),
             colour,
             joined: true,
         };
