@@ -106,6 +106,8 @@ pub async fn ready(cluster: &mut Cluster, component: &str) {
     );
     let decode = "--role, decode, --model, sim, --speed, '1', --cache-tokens, '40000', --tpot-batch-us, '0'";
     cluster.edit(engines, "--role, decode, --model, sim, --speed, '0.1'", decode);
+    // Servers of another model are in the same pool, and would count.
+    replace_all(cluster, engines, "  replicas: 1", "  replicas: 0");
     replace_all(cluster, engines, "  replicas: 2", "  replicas: 1");
     let file = match component {
         "keda" | "keda-prometheus" => format!("autoscaling/{component}/scaledobjects.yaml"),
