@@ -1,13 +1,15 @@
 //! Request traces in Mooncake's format: JSON lines with `timestamp` (ms), `input_length` and `output_length` (tokens)
 //! and `hash_ids`, one per block of [`BLOCK_TOKENS`]; equal ids mean equal text.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::str::FromStr;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
+use pd_sim::Timing;
 use serde::Deserialize;
 
 /// Tokens of a trace's block.
@@ -122,6 +124,34 @@ impl<I: Iterator<Item = Result<Entry>>> Iterator for Spread<I> {
         }
         self.ready.pop_front().map(Ok)
     }
+}
+
+/// For each entry the latest one before it whose whole blocks, at least one, it begins with: the turn of a session that
+/// it follows. `None`: it begins a session.
+#[must_use]
+pub fn entries_before(entries: &[Entry]) -> Vec<Option<usize>> {
+    let mut ends: HashMap<u64, usize> = HashMap::new();
+    let whole = |entry: &Entry| ((entry.input_tokens / BLOCK_TOKENS) as usize).min(entry.blocks.len());
+    let mut before = Vec::with_capacity(entries.len());
+    for (index, entry) in entries.iter().enumerate() {
+        let whole = whole(entry);
+        // Equal ids mean an equal prefix, so the last block says it all.
+        before.push(entry.blocks[..whole].iter().rev().find_map(|block| ends.get(block).copied()));
+        if let Some(last) = whole.checked_sub(1) {
+            ends.insert(entry.blocks[last], index);
+        }
+    }
+    before
+}
+
+/// How long a request takes from its coming to the end of its answer, when it waits for nothing and all that the turn
+/// `before` it had is cached.
+#[must_use]
+pub fn unloaded_time(entry: &Entry, before: Option<&Entry>, timing: &Timing) -> Duration {
+    let cached = before.map_or(0, |before| before.input_tokens);
+    timing.prefill(entry.input_tokens, cached)
+        + timing.transfer(entry.input_tokens)
+        + timing.token(1).mul_f64(entry.output_tokens as f64)
 }
 
 /// What a trace holds, for choosing its pace.
@@ -273,6 +303,19 @@ mod tests {
         assert!(!long.cut(1_500));
         assert!(long.cut(600));
         assert_eq!(long, entry(0.0, 600, &[1, 2]));
+    }
+
+    #[test]
+    fn a_turn_follows_the_latest_one_that_it_begins_with() {
+        let entries = [
+            entry(0.0, 1_034, &[1, 2, 90]),
+            entry(1.0, 1_034, &[1, 9, 91]),
+            entry(2.0, 1_546, &[1, 2, 3, 92]),
+            entry(3.0, 2_570, &[1, 2, 3, 4, 5, 93]),
+            entry(4.0, 522, &[1, 94]),
+            entry(5.0, 100, &[95]),
+        ];
+        assert_eq!(entries_before(&entries), [None, None, Some(0), Some(2), None, None]);
     }
 
     #[test]

@@ -11,6 +11,9 @@ pub enum Shape {
     SharedPrefix,
     /// Sessions of many quick steps, each with everything before it and a little more: coding agents.
     Agents,
+    /// Sessions of long prompts, of which nearly all was seen before: as a trace of coding agents has them, with 116,000
+    /// tokens on average.
+    LongAgents,
     /// No two prompts have anything in common.
     Unique,
 }
@@ -22,6 +25,7 @@ impl Shape {
         match self {
             Self::SharedPrefix => "shared-prefix",
             Self::Agents => "agents",
+            Self::LongAgents => "long-agents",
             Self::Unique => "unique",
         }
     }
@@ -34,6 +38,7 @@ impl Shape {
         let mut entries = match self {
             Self::SharedPrefix => shared_prefix(&mut rng, &mut ids),
             Self::Agents => agents(&mut rng, &mut ids),
+            Self::LongAgents => long_agents(&mut rng, &mut ids),
             Self::Unique => (0..3_000).map(|_| unique(&mut rng, &mut ids)).collect(),
         };
         entries.sort_by(|a, b| a.at_ms.total_cmp(&b.at_ms));
@@ -122,6 +127,33 @@ fn agents(rng: &mut Rng, ids: &mut impl Iterator<Item = u64>) -> Vec<Entry> {
     entries
 }
 
+/// Three tool sets of 20,000 tokens in common; a session begins with its files and adds to them at each step. One session
+/// in twenty begins with three times as much.
+fn long_agents(rng: &mut Rng, ids: &mut impl Iterator<Item = u64>) -> Vec<Entry> {
+    let kinds: [Vec<u64>; 3] = core::array::from_fn(|_| {
+        let mut blocks = Vec::new();
+        fill(&mut blocks, 20_480, ids);
+        blocks
+    });
+    let mut entries = Vec::new();
+    for session in 0..50 {
+        let mut blocks = kinds[session % kinds.len()].clone();
+        let mut tokens = skewed(rng, 24_000.0, 70_000.0) * if session % 20 == 19 { 3 } else { 1 };
+        let mut at_ms = rng.f64() * SPAN_MS * 0.9;
+        for _ in 0..rng.u32(10..60) {
+            let output = skewed(rng, 40.0, 220.0);
+            fill(&mut blocks, tokens, ids);
+            entries.push(entry(at_ms, tokens, output, blocks.clone()));
+            tokens += output + skewed(rng, 300.0, 1_600.0);
+            at_ms += skewed(rng, 2_000.0, 17_000.0) as f64;
+            if at_ms > SPAN_MS || tokens > 520_000 {
+                break;
+            }
+        }
+    }
+    entries
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
@@ -141,10 +173,24 @@ mod tests {
     }
 
     #[test]
+    fn long_agents_have_the_lengths_of_the_trace() {
+        let entries = Shape::LongAgents.entries(1);
+        let mut tokens: Vec<u64> = entries.iter().map(|entry| entry.input_tokens).collect();
+        tokens.sort_unstable();
+        let mean = tokens.iter().sum::<u64>() / tokens.len() as u64;
+        assert!((100_000..135_000).contains(&mean), "{mean}");
+        let at = |percent: usize| tokens[tokens.len() * percent / 100];
+        assert!((80_000..120_000).contains(&at(50)), "{}", at(50));
+        assert!((170_000..230_000).contains(&at(90)), "{}", at(90));
+        assert!((300_000..520_000).contains(&at(99)), "{}", at(99));
+    }
+
+    #[test]
     fn shapes_repeat_as_their_names_say() {
         assert_eq!(repeated(Shape::Unique), 0.0);
         assert!((0.6..0.95).contains(&repeated(Shape::SharedPrefix)), "{}", repeated(Shape::SharedPrefix));
         assert!(repeated(Shape::Agents) > 0.9, "{}", repeated(Shape::Agents));
+        assert!((0.92..0.97).contains(&repeated(Shape::LongAgents)), "{}", repeated(Shape::LongAgents));
         assert_eq!(Shape::Agents.entries(3), Shape::Agents.entries(3));
         assert_ne!(Shape::Agents.entries(3), Shape::Agents.entries(4));
     }

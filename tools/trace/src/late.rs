@@ -175,7 +175,7 @@ impl Late {
     pub fn arrive(&mut self, number: usize, job: &Job, pods: &[Prefill]) -> Result<()> {
         let gateway = if self.gateways.len() > 1 { self.rng.usize(..self.gateways.len()) } else { 0 };
         let id = number as u64;
-        let (mut blocks, mut key) = (Vec::new(), job.blocks.get(1).or(job.blocks.first()).copied().unwrap_or(0));
+        let (mut blocks, mut key) = (Vec::new(), job.key());
         if self.knowledge == Knowledge::Own {
             blocks = prompt_hash(b"m", b"", &[&prompt(job)], HASH_BLOCK_BYTES).blocks;
             if let Some(block) = self.gateways[gateway].index.distinctive(&blocks, HOT_SHARE) {
@@ -313,7 +313,7 @@ impl Late {
     /// A request has joined its server's queue.
     pub fn bound(&mut self, job: &Job, pods: &[Prefill]) {
         if self.knowledge == Knowledge::Exact {
-            self.refresh(0, job.blocks.get(1).or(job.blocks.first()).copied().unwrap_or(0), pods);
+            self.refresh(0, job.key(), pods);
         }
     }
 
@@ -387,6 +387,29 @@ mod tests {
         assert!(over.high_ttft(0.99) < 0.5 * over.ttft(0.9), "{} {}", over.high_ttft(0.99), over.ttft(0.9));
         let busy: f64 = over.busy.iter().sum();
         assert!(over.idle_seconds < 0.02 * busy, "{} of {busy}", over.idle_seconds);
+    }
+
+    #[test]
+    fn turns_that_follow_answers_bound_an_overload() {
+        let entries = agents();
+        let both = |share| {
+            [true, false].map(|closed| run(&entries, share, Policy::Late, |setup, _| setup.closed_loop = closed))
+        };
+        let [closed, open] = both(0.2);
+        let apart = (closed.mean_ttft() / open.mean_ttft() - 1.0).abs();
+        assert!(apart < 0.1, "where nothing waits both are alike: {} {}", closed.mean_ttft(), open.mean_ttft());
+        let [closed, open] = both(2.0);
+        assert!(closed.mean_ttft() < 0.5 * open.mean_ttft(), "{} {}", closed.mean_ttft(), open.mean_ttft());
+    }
+
+    #[test]
+    fn a_conversation_that_keeps_its_decode_server_moves_few_tokens() {
+        let entries = agents();
+        let by = |decode_by| run(&entries, 0.7, Policy::Late, |setup, _| setup.decode_by = decode_by);
+        let [tokens, cost] = [DecodeBy::Tokens, DecodeBy::Cost].map(by);
+        let bound = cost.least_moved_over_new();
+        let [tokens, cost] = [tokens, cost].map(|outcome| outcome.moved_over_new());
+        assert!(cost < 0.3 * tokens && bound <= cost && cost < 1.5 * bound, "{tokens} {cost} {bound}");
     }
 
     #[test]

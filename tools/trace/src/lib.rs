@@ -16,3 +16,4 @@ pub mod pods;
 mod pooled;
 pub mod rules;
 pub mod sim;
+pub mod timed;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use fastrand::Rng;
 use hashbrown::{HashMap, HashSet};
-use pd_bench::trace::{BLOCK_TOKENS, Entry};
+use pd_bench::trace::{BLOCK_TOKENS, Entry, entries_before, unloaded_time};
 use pd_sim::Timing;
 
 use crate::cache::Tiers;
@@ -32,6 +32,12 @@ impl Job {
     #[must_use]
     pub fn whole(&self) -> &[u64] {
         &self.blocks[..((self.tokens / BLOCK_TOKENS) as usize).min(self.blocks.len())]
+    }
+
+    /// Key that the prompts of a conversation have in common: the second block, for the first one may be shared by all.
+    #[must_use]
+    pub fn key(&self) -> u64 {
+        self.blocks.get(1).or(self.blocks.first()).copied().unwrap_or(0)
     }
 }
 
@@ -211,11 +217,8 @@ impl<'a> Load<'a> {
             self.arrivals.iter().enumerate().map(|(number, arrival)| ((arrival.copy, arrival.entry), number)).collect();
         let turn = |(number, arrival): (usize, &Arrival)| {
             let after = *places.get(&(arrival.copy, before[arrival.entry]?))?;
-            let entry = &self.entries[self.arrivals[after].entry];
-            let cached = before[self.arrivals[after].entry].map_or(0, |index| self.entries[index].input_tokens);
-            let answer = timing.prefill(entry.input_tokens, cached)
-                + timing.transfer(entry.input_tokens)
-                + timing.token(1).mul_f64(entry.output_tokens as f64);
+            let index = self.arrivals[after].entry;
+            let answer = unloaded_time(&self.entries[index], before[index].map(|before| &self.entries[before]), timing);
             // A session that the shift cut in two begins anew.
             (after < number).then(|| Turn {
                 after,
@@ -233,22 +236,6 @@ pub struct Turn {
     pub after: usize,
     /// How long after its answer.
     pub pause: Duration,
-}
-
-/// For each entry the latest before it whose whole blocks, at least one, it begins with.
-fn entries_before(entries: &[Entry]) -> Vec<Option<usize>> {
-    let mut ends: HashMap<u64, usize> = HashMap::new();
-    let whole = |entry: &Entry| ((entry.input_tokens / BLOCK_TOKENS) as usize).min(entry.blocks.len());
-    let mut before = Vec::with_capacity(entries.len());
-    for (index, entry) in entries.iter().enumerate() {
-        let whole = whole(entry);
-        // Equal ids mean an equal prefix, so the last block says it all.
-        before.push(entry.blocks[..whole].iter().rev().find_map(|block| ends.get(block).copied()));
-        if let Some(last) = whole.checked_sub(1) {
-            ends.insert(entry.blocks[last], index);
-        }
-    }
-    before
 }
 
 /// One cache as large as those of all servers together.

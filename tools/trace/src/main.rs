@@ -47,12 +47,12 @@ struct Args {
     #[arg(long, value_name = "TOKENS")]
     decode_cache_tokens: Option<u64>,
     /// Criterion for the decode server, where pd-core's choice is simulated
-    #[arg(long, value_enum, default_value = "tokens")]
+    #[arg(long, value_enum, default_value = "cost")]
     decode_by: DecodeBy,
     /// Load, as a share of what the prefill servers could do with one queue and one cache; one table for each value
     #[arg(long, value_name = "SHARE", value_delimiter = ',', default_value = "0.7")]
     load: Vec<f64>,
-    /// Not verified yet: send a turn of a session when the one before is answered, after the trace's pause
+    /// Send a turn of a session when the one before is answered, after the trace's pause
     #[arg(long)]
     closed_loop: bool,
     /// Share of the requests that have a higher priority, for the policies that hold requests
@@ -164,7 +164,7 @@ fn run(args: &Args) -> Result<()> {
     let mut policies = if args.policies.is_empty() { Policy::value_variants().to_vec() } else { args.policies.clone() };
     // The bounds have no answers that a turn could follow, and no servers that others could take.
     let has_servers = args.closed_loop || args.other > 0.0;
-    policies.retain(|policy| !has_servers || !matches!(policy, Policy::NoWait | Policy::Pooled));
+    policies.retain(|policy| !has_servers || !policy.is_pooled());
     let classes = Classes { high: args.high, fairness_ids: args.fairness_ids };
     let brains = Brains {
         count: args.gateways,

@@ -17,6 +17,8 @@ pub struct Outcome {
     pub tpot_ms: Vec<f64>,
     /// Tokens whose KV was moved to a decode server that did not hold them.
     pub moved_tokens: u64,
+    /// Tokens that would be moved if all decode servers had one cache as large as theirs together.
+    pub least_moved_tokens: u64,
     /// Tokens that no prompt before had.
     pub new_tokens: u64,
     /// Seconds to the first token of those that go before all others, sorted.
@@ -45,6 +47,12 @@ impl Outcome {
     #[must_use]
     pub fn moved_over_new(&self) -> f64 {
         self.moved_tokens as f64 / self.new_tokens.max(1) as f64
+    }
+
+    /// The same if all decode servers had one cache as large as theirs together: a bound of every choice among them.
+    #[must_use]
+    pub fn least_moved_over_new(&self) -> f64 {
+        self.least_moved_tokens as f64 / self.new_tokens.max(1) as f64
     }
 
     /// Seconds to the first token on average.

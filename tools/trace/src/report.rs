@@ -46,7 +46,7 @@ pub struct Row {
 /// A figure of a run.
 type Figure = (&'static str, usize, fn(&Outcome, f64) -> f64);
 
-/// Figures in the order of the columns, with the digits to print.
+/// Figures in the order of the columns, with the digits to print. The last is the bound of the one before.
 const FIGURES: &[Figure] = &[
     ("hit %", 1, |outcome, _| outcome.hit_percent()),
     ("busy max/mean", 3, |outcome, _| outcome.busy_over_mean()),
@@ -57,21 +57,29 @@ const FIGURES: &[Figure] = &[
     ("SLO %", 1, |outcome, slo| outcome.slo_percent(slo)),
     ("TPOT p99 ms", 2, |outcome, _| outcome.tpot_ms(0.99)),
     ("moved/new", 2, |outcome, _| outcome.moved_over_new()),
+    ("bound", 2, |outcome, _| outcome.least_moved_over_new()),
 ];
 const HITS: usize = 0;
 const MEAN: usize = 2;
 const P90: usize = 4;
 const P99: usize = 5;
 
-/// Means over the seeds.
-fn means(rows: &[(usize, Row)], index: usize, policy: Policy, slo: f64) -> Option<Vec<f64>> {
+/// Medians over the seeds.
+fn medians(rows: &[(usize, Row)], index: usize, policy: Policy, slo: f64) -> Option<Vec<f64>> {
     let runs: Vec<&Outcome> =
         rows.iter().filter(|(of, row)| *of == index && row.policy == policy).map(|(_, row)| &row.outcome).collect();
-    let count = runs.len() as f64;
-    (count > 0.0).then(|| {
-        let mean = |figure: &Figure| runs.iter().map(|run| figure.2(run, slo)).sum::<f64>() / count;
-        FIGURES.iter().map(mean).collect()
-    })
+    (!runs.is_empty()).then(|| FIGURES.iter().map(|figure| median(runs.iter().map(|run| figure.2(run, slo)))).collect())
+}
+
+/// The middle one, or the mean of the two in the middle; 0 without any.
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    let middle = |index: usize| values.get(index).copied().unwrap_or(0.0);
+    match values.len() {
+        0 => 0.0,
+        count => 0.5 * (middle((count - 1) / 2) + middle(count / 2)),
+    }
 }
 
 fn policies(rows: &[(usize, Row)]) -> Vec<Policy> {
@@ -81,21 +89,21 @@ fn policies(rows: &[(usize, Row)]) -> Vec<Policy> {
     policies
 }
 
-/// Prints a table for each case: means over the seeds, and shares of those of the row `greedy-true`.
+/// Prints a table for each case: medians over the seeds, and shares of those of the row `greedy-true`.
 pub fn print(cases: &[Case], rows: &[(usize, Row)], slo: f64) {
     for (index, case) in cases.iter().enumerate() {
-        let base = means(rows, index, Policy::GreedyTrue, slo);
+        let base = medians(rows, index, Policy::GreedyTrue, slo);
         let mut lines = vec![vec!["policy".to_owned()]];
         lines[0].extend(FIGURES.iter().map(|(name, ..)| (*name).to_owned()));
         lines[0].extend(["hits ×", "mean ×", "p90 ×", "p99 ×"].map(str::to_owned));
         for policy in policies(rows) {
-            let Some(means) = means(rows, index, policy, slo) else { continue };
+            let Some(medians) = medians(rows, index, policy, slo) else { continue };
             let mut line = vec![policy.name()];
-            line.extend(means.iter().zip(FIGURES).map(|(mean, (_, digits, _))| format!("{mean:.digits$}")));
+            line.extend(medians.iter().zip(FIGURES).map(|(median, (_, digits, _))| format!("{median:.digits$}")));
             if let Some(base) = &base {
                 line.extend([HITS, MEAN, P90, P99].map(|figure| match base[figure] {
                     0.0 => "–".to_owned(),
-                    base => format!("{:.3}", means[figure] / base),
+                    base => format!("{:.3}", medians[figure] / base),
                 }));
             }
             lines.push(line);
@@ -128,7 +136,7 @@ fn print_classes(case: &Case, index: usize, rows: &[(usize, Row)]) {
     }
 }
 
-/// Writes every run as a line of CSV, and a picture of the means.
+/// Writes every run as a line of CSV, and a picture of the medians.
 ///
 /// # Errors
 /// When a file cannot be written.
@@ -165,13 +173,18 @@ fn picture(path: &Path, case: &Case, index: usize, rows: &[(usize, Row)], slo: f
     let panel = |figure: usize| {
         let (name, digits, of) = FIGURES[figure];
         let bars = policies(rows).into_iter().filter_map(|policy| {
-            let value = means(rows, index, policy, slo)?[figure];
+            let value = medians(rows, index, policy, slo)?[figure];
             let runs = rows.iter().filter(|(case, row)| *case == index && row.policy == policy);
             let range = runs
                 .map(|(_, row)| of(&row.outcome, slo))
                 .fold((f64::MAX, f64::MIN), |(low, high), value| (low.min(value), high.max(value)));
             let series = match policy {
-                Policy::NoWait | Policy::Pooled | Policy::LateTrue | Policy::GreedyTrue | Policy::GreedyLoad => 1,
+                Policy::NoWait
+                | Policy::Pooled
+                | Policy::PooledShortest
+                | Policy::LateTrue
+                | Policy::GreedyTrue
+                | Policy::GreedyLoad => 1,
                 Policy::PdCore | Policy::Late => 5,
                 _ => 2,
             };
@@ -181,4 +194,15 @@ fn picture(path: &Path, case: &Case, index: usize, rows: &[(usize, Row)], slo: f
         Panel { title, bars: bars.collect() }
     };
     plot::bars(path, &case.title(), &LEGEND, &[panel(HITS), panel(P90), panel(P99)])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_the_middle_or_between_the_two() {
+        let of = |values: &[f64]| median(values.iter().copied());
+        assert_eq!((of(&[]), of(&[7.0]), of(&[9.0, 1.0]), of(&[100.0, 1.0, 2.0])), (0.0, 7.0, 5.0, 2.0));
+    }
 }

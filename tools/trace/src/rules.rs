@@ -25,6 +25,8 @@ pub enum Policy {
     NoWait,
     /// One queue in the order of arrival and one cache for all prefill servers: a bound of choosing at arrival.
     Pooled,
+    /// One queue with the shortest prompt first and one cache for all prefill servers: a bound of choosing late.
+    PooledShortest,
     /// Held in the gateway by pd-core's queue, with the exact work and the exact caches: what knowing more could give.
     LateTrue,
     /// Held in the gateway by pd-core's queue, with pd-core's own index and ledger.
@@ -74,6 +76,12 @@ impl Policy {
         matches!(self, Self::GreedyTrue | Self::GreedyLoad | Self::Late | Self::LateTrue | Self::PdCore)
     }
 
+    /// Whether it is a bound without servers: requests have a queue and a cache in common.
+    #[must_use]
+    pub fn is_pooled(self) -> bool {
+        matches!(self, Self::NoWait | Self::Pooled | Self::PooledShortest)
+    }
+
     /// The name used on the command line.
     #[must_use]
     pub fn name(self) -> String {
@@ -121,7 +129,12 @@ impl<'a> Rules<'a> {
     /// The server for a prompt; `None` when there is none.
     pub fn pick(&mut self, job: &Job, pods: &[Prefill], now: Duration) -> Option<usize> {
         let pick = match self.policy {
-            Policy::NoWait | Policy::Pooled | Policy::PdCore | Policy::Late | Policy::LateTrue => None,
+            Policy::NoWait
+            | Policy::Pooled
+            | Policy::PooledShortest
+            | Policy::PdCore
+            | Policy::Late
+            | Policy::LateTrue => None,
             Policy::RoundRobin => {
                 self.next += 1;
                 Some(self.next % pods.len().max(1))
@@ -167,7 +180,7 @@ impl<'a> Rules<'a> {
             let own = self.pods.prefill_time(self.timing, job, pod.cache.held(job.whole()));
             pod.work(now) + weight(pod) * own.as_secs_f64()
         };
-        let key = job.blocks.get(1).or(job.blocks.first()).copied().unwrap_or(0);
+        let key = job.key();
         let scores =
             pods.iter().enumerate().map(|(server, pod)| (cost(pod), rendezvous_weight(key, server as u64), server));
         scores.min_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1))).map(|(.., server)| server)

@@ -13,12 +13,13 @@ use pd_core::envoys::outside::EngineReport;
 use pd_core::prefix::hash::rendezvous_weight;
 use pd_sim::Timing;
 
+use crate::cache::Lru;
 use crate::filter::{Brains, Filter};
 use crate::late::{Classes, Knowledge, Late};
 use crate::load::{Job, Load, Pods};
 use crate::outcome::Outcome;
 use crate::pods::{Decode, Prefill};
-use crate::pooled::pooled;
+use crate::pooled::{Order, pooled};
 use crate::rules::{Policy, Rules};
 
 /// What a decode server is chosen by.
@@ -27,9 +28,9 @@ pub enum DecodeBy {
     /// Fewest requests.
     Requests,
     /// Fewest assigned tokens.
-    #[default]
     Tokens,
-    /// Assigned tokens, and tokens to be moved: `pd_core::choose::decode_cost`.
+    /// A conversation keeps its server; else assigned tokens, and tokens to be moved: `pd_core::choose::decode_cost`.
+    #[default]
     Cost,
     /// Most tokens held, whatever is assigned: the fewest that can be moved without knowing what comes.
     Held,
@@ -51,8 +52,13 @@ fn choose_decode(by: DecodeBy, pods: &[Decode], job: &Job) -> Option<usize> {
                 held: (pod.cache.matched(job.whole()) as u64 * BLOCK_TOKENS) as f64,
                 is_session: false,
             };
-            let loads: Vec<DecodeLoad> = pods.iter().map(load).collect();
-            DecodeCost::default().choose(job.tokens as f64, &loads)
+            // Of several with equal cost the first, as in pd-core's decode profile.
+            let mut places: Vec<usize> = (0..pods.len()).collect();
+            places.sort_by_key(|place| Reverse(rendezvous_weight(job.key(), *place as u64)));
+            let loads: Vec<DecodeLoad> = places.iter().map(|place| load(&pods[*place])).collect();
+            DecodeCost { stay: 10.0, ..DecodeCost::default() }
+                .choose(job.tokens as f64, &loads)
+                .map(|chosen| places[chosen])
         }
     }
 }
@@ -146,9 +152,9 @@ pub fn run(load: &Load<'_>, policy: Policy, setup: &Setup<'_>, mut progress: imp
     let late =
         |knowledge| Gateway::Late(Box::new(Late::new(knowledge, setup.pods, setup.brains, setup.classes, setup.seed)));
     let gateway = match policy {
-        Policy::NoWait | Policy::Pooled => {
-            return Ok(pooled(load, policy == Policy::NoWait, setup.pods, setup.timing, progress));
-        }
+        Policy::NoWait => return Ok(pooled(load, Order::AtOnce, setup.pods, setup.timing, progress)),
+        Policy::Pooled => return Ok(pooled(load, Order::Arrival, setup.pods, setup.timing, progress)),
+        Policy::PooledShortest => return Ok(pooled(load, Order::Shortest, setup.pods, setup.timing, progress)),
         Policy::PdCore => Gateway::Filter(Box::new(Filter::new(setup.pods, setup.brains, setup.seed)?)),
         Policy::Late => late(Knowledge::Own),
         Policy::LateTrue => late(Knowledge::Exact),
@@ -171,6 +177,7 @@ pub fn run(load: &Load<'_>, policy: Policy, setup: &Setup<'_>, mut progress: imp
         load,
         gateway,
         decode_by: if policy.is_ours() { setup.decode_by } else { DecodeBy::Requests },
+        decode_pool: Lru::new((setup.pods.decode_cache_tokens / BLOCK_TOKENS) as usize * setup.pods.decode),
         seen: HashSet::new(),
         prefill: (0..setup.pods.prefill).map(|_| Prefill::new(setup.pods)).collect(),
         decode: (0..setup.pods.decode).map(|_| Decode::new(setup.pods)).collect(),
@@ -196,6 +203,8 @@ struct World<'a> {
     gateway: Gateway<'a>,
     /// How the decode server is chosen, where pd-core does not choose.
     decode_by: DecodeBy,
+    /// One cache as large as those of all decode servers: what would be moved to it bounds what is moved.
+    decode_pool: Lru,
     /// Blocks that were in a prompt before.
     seen: HashSet<u64>,
     prefill: Vec<Prefill>,
@@ -347,12 +356,17 @@ impl World<'_> {
         let pod = self.decode.get_mut(decode).context("no such decode server")?;
         pod.assigned += 1;
         pod.tokens += flight.tokens + EXPECTED_OUTPUT_TOKENS;
-        let moved = flight.tokens - pod.cache.matched(job.whole()) as u64 * BLOCK_TOKENS;
-        pod.cache.hold(job.whole());
+        let moved_to = |cache: &mut Lru| {
+            let matched = cache.matched(job.whole()) as u64 * BLOCK_TOKENS;
+            cache.hold(job.whole());
+            flight.tokens - matched
+        };
+        let (moved, least) = (moved_to(&mut pod.cache), moved_to(&mut self.decode_pool));
         let seen = job.whole().iter().take_while(|block| self.seen.contains(*block)).count();
         self.seen.extend(job.whole());
         if flight.measured {
             self.outcome.moved_tokens += moved;
+            self.outcome.least_moved_tokens += least;
             self.outcome.new_tokens += flight.tokens - seen as u64 * BLOCK_TOKENS;
         }
         let first = self.setup.timing.transfer(moved) + self.setup.timing.token(pod.running() + 1);

@@ -6,11 +6,13 @@ use std::process::ExitCode;
 use anyhow::{Result, ensure};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
+use pd_bench::figures::table;
 use pd_bench::trace::{self, Entry, Spread};
 use pd_support::places;
 use pd_trace::agree::{self, Setup};
 use pd_trace::generate::Shape;
 use pd_trace::load::Pods;
+use pd_trace::timed;
 
 /// Sends a trace, one request after another, through Envoy with engine simulators and through the trace simulator.
 #[derive(Clone, Debug, Parser)]
@@ -43,6 +45,13 @@ struct Args {
     /// Envoy's workers
     #[arg(long, value_name = "N", default_value_t = 1)]
     workers: u32,
+    /// Compare the time to the first token in place of the decisions: each request at its time, through Envoy's queue, with
+    /// this load, as a share of what the prefill servers could do
+    #[arg(long, value_name = "SHARE")]
+    load: Option<f64>,
+    /// With --load, largest difference of the two distributions, in percent
+    #[arg(long, value_name = "PERCENT", default_value_t = 5.0)]
+    apart: f64,
     /// Smallest share of equal decisions, in percent
     #[arg(long, value_name = "PERCENT", default_value_t = 99.0)]
     least: f64,
@@ -78,6 +87,9 @@ async fn run(args: &Args) -> Result<()> {
         entry.cut(args.max_input);
     }
     let (prefill, decode, cache_tokens) = (args.prefill, args.decode, args.cache_tokens);
+    if let Some(share) = args.load {
+        return compare_times(args, &entries, share).await;
+    }
     let setup = Setup {
         pods: Pods { prefill, decode, cache_tokens, fast_tokens: cache_tokens, decode_cache_tokens: 0 },
         open: args.open,
@@ -112,6 +124,31 @@ async fn run(args: &Args) -> Result<()> {
         println!("the first other decision is request {number}: {here:?} in the simulation, {there:?} in Envoy");
     }
     ensure!(found.percent() >= args.least, "fewer than {} % of the decisions are the same", args.least);
+    Ok(())
+}
+
+async fn compare_times(args: &Args, entries: &[Entry], share: f64) -> Result<()> {
+    let (prefill, decode, cache_tokens) = (args.prefill, args.decode, args.cache_tokens);
+    let setup = timed::Setup {
+        pods: Pods { prefill, decode, cache_tokens, fast_tokens: cache_tokens, decode_cache_tokens: cache_tokens },
+        share,
+        workers: args.workers,
+        envoy: args.envoy.clone(),
+        wasm: args.wasm.clone(),
+        out: args.out.clone(),
+    };
+    let (requests, time) = timed::extent(entries, &setup);
+    eprintln!("{requests} requests in {:.0} s", time.as_secs_f64());
+    let bar = ProgressBar::new(requests as u64);
+    let times = timed::run(entries, &setup, || bar.inc(1)).await?;
+    bar.finish_and_clear();
+    let mut lines = vec![["time to the first token", "Envoy s", "simulation s", "apart %"].map(str::to_owned).to_vec()];
+    lines.extend(times.rows().into_iter().map(|(name, there, here)| {
+        vec![name, format!("{there:.3}"), format!("{here:.3}"), format!("{:+.1}", 100.0 * (there / here - 1.0))]
+    }));
+    println!("{}", table(&lines));
+    println!("{} requests counted, {prefill}P{decode}D, {:.0} % load", times.here.requests, share * 100.0);
+    ensure!(times.apart() <= args.apart / 100.0, "the two distributions are more than {} % apart", args.apart);
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! Drives a trace of real requests through Envoy and says how they were served.
 
 mod report;
+mod send;
 mod setup;
 
 use std::net::SocketAddr;
@@ -9,22 +10,22 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use pd_bench::blocks;
 use pd_bench::drive::Gateway;
 use pd_bench::trace::{self, Conversations, Entries, Spread, Summary};
 use pd_support::places;
 use tokio::sync::{Semaphore, mpsc};
 
 use report::Record;
+use send::Sender;
 use setup::Setup;
 
 /// Sends a trace of real requests through Envoy and reports how Envoy served them.
 ///
 /// Without --gateway it starts Envoy with the configuration of envoy/local.yaml and engine simulators, and stops them
-/// at the end. It sends each request at its time, whether or not earlier ones are answered.
+/// at the end. It sends each request at its time, whether or not earlier ones are answered, unless --closed-loop is given.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "pd-replay", version, max_term_width = 120)]
 struct Args {
@@ -43,6 +44,9 @@ struct Args {
     /// Factor on the simulators' times: 1 real, 0.1 ten times faster, 0 at once
     #[arg(long, default_value_t = 0.1)]
     speed: f64,
+    /// Send a turn of a session when the one before is answered, after the trace's pause
+    #[arg(long)]
+    closed_loop: bool,
     /// Only the first N requests
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
@@ -174,34 +178,17 @@ async fn run(args: &Arc<Args>) -> Result<()> {
 
 /// Sends every request at its time and collects what came of them, in the order of their ends.
 async fn drive(args: &Arc<Args>, summary: &Summary, scale: f64, gateway: &str) -> Result<Vec<Record>> {
-    let gateway = Gateway::new(gateway);
     let permits = Arc::new(Semaphore::new(args.concurrency));
-    let (sender, mut receiver) = mpsc::unbounded_channel();
+    let (records, mut receiver) = mpsc::unbounded_channel();
     let progress = Progress::new(summary.requests);
-    let begun = tokio::time::Instant::now();
+    let sender = Sender::new(Gateway::new(gateway), Arc::clone(&permits), records, Arc::clone(args));
     let source = Spread::new(entries(args)?);
     let sending = async {
-        for (number, entry) in source.enumerate() {
-            let entry = entry?;
-            let due = Duration::from_secs_f64(entry.at_ms * scale / 1e3);
-            tokio::time::sleep_until(begun + due).await;
-            let permit = Arc::clone(&permits).acquire_owned().await.context("no more requests")?;
-            let late = begun.elapsed().saturating_sub(due);
-            let (gateway, sender, args) = (gateway.clone(), sender.clone(), Arc::clone(args));
-            let number = number as u64;
-            // Every share of streams is spread evenly, and the same in every run.
-            let stream = ((number + 1) as f64 * args.streams).floor() > (number as f64 * args.streams).floor();
-            tokio::spawn(async move {
-                let body = blocks::chat_body(&args.model, &entry, stream);
-                let expected = pd_sim::expected_text(&args.model, &body);
-                let answer = gateway.ask(body, number).await;
-                drop(permit);
-                // The receiver lives as long as this run.
-                let _ = sender.send(Record::new(number, due, late, &entry, answer, &expected));
-            });
+        if args.closed_loop {
+            sender.closed_loop(source.collect::<Result<_>>()?, scale).await
+        } else {
+            sender.open_loop(source, scale).await
         }
-        drop(sender);
-        anyhow::Ok(())
     };
     let collecting = async {
         let mut records = Vec::with_capacity(summary.requests as usize);
