@@ -49,7 +49,8 @@ impl Outcome {
         self.moved_tokens as f64 / self.new_tokens.max(1) as f64
     }
 
-    /// The same if all decode servers had one cache as large as theirs together: a bound of every choice among them.
+    /// The same if all decode servers had one cache as large as theirs together: about the least that a choice among them
+    /// can move. It is no strict bound, because a cache that drops what was used least recently does not keep the best.
     #[must_use]
     pub fn least_moved_over_new(&self) -> f64 {
         self.least_moved_tokens as f64 / self.new_tokens.max(1) as f64

@@ -203,7 +203,7 @@ struct World<'a> {
     gateway: Gateway<'a>,
     /// How the decode server is chosen, where pd-core does not choose.
     decode_by: DecodeBy,
-    /// One cache as large as those of all decode servers: what would be moved to it bounds what is moved.
+    /// One cache as large as those of all decode servers: what would be moved to it is about the least that can be.
     decode_pool: Lru,
     /// Blocks that were in a prompt before.
     seen: HashSet<u64>,
