@@ -108,12 +108,18 @@ fn workloads(all: &Manifests) -> impl Iterator<Item = Workload<'_>> {
 
 /// Template of the pods of one role of AIBrix' StormService, with the labels that its controller adds.
 fn role_template(service: &Object, role: &Value) -> Value {
-    let mut template = role.get("template").cloned().unwrap_or_default();
-    let labels = &mut template["metadata"]["labels"];
-    labels[aibrix::ROLE] = text(role, "/name").into();
-    labels[aibrix::ROLESET] = format!("{}-roleset", service.name).into();
-    labels[aibrix::STORM_SERVICE] = service.name.as_str().into();
-    template
+    let of = |place: &str| role.pointer(place).and_then(Value::as_object).cloned().unwrap_or_default();
+    let mut labels = of("/template/metadata/labels");
+    let added = [
+        (aibrix::ROLE, text(role, "/name").to_owned()),
+        (aibrix::ROLESET, format!("{}-roleset", service.name)),
+        (aibrix::STORM_SERVICE, service.name.clone()),
+    ];
+    labels.extend(added.map(|(key, value)| (key.to_owned(), value.into())));
+    json!({
+        "metadata": {"labels": labels, "annotations": of("/template/metadata/annotations")},
+        "spec": of("/template/spec"),
+    })
 }
 
 /// Endpoints of each workload, by its place among them, as pd-control would list a pod of it.
@@ -237,6 +243,22 @@ mod tests {
         let found = checked(CONTROL, "app: vllm", "8001", ENGINE).faults;
         let fault = "pd-control lists port 8000, and Service llm/engines leads to [8001] only";
         assert!(found.len() == 1 && found[0].contains(fault), "{found:?}");
+    }
+
+    #[test]
+    fn an_odd_storm_service_is_no_panic() {
+        for roles in
+            ["x", "[x, {name: [], template: x}, {template: [1]}, {template: {metadata: x, spec: {containers: 1}}}]"]
+        {
+            let text = format!(
+                "{CONTROL}kind: StormService\nmetadata: {{name: s, namespace: llm}}\nspec: {{template: {{spec: {{roles: {roles}}}}}}}\n"
+            );
+            let mut all = Manifests::default();
+            all.read("m.yaml".as_ref(), text.as_bytes()).unwrap();
+            let mut report = Report::default();
+            check(&[], &all, &mut report);
+            assert_eq!(report, Report::default(), "{roles}");
+        }
     }
 
     /// AIBrix' samples for SGLang name port 30000 by a label, and the Service of an overlay leads to 8000.
