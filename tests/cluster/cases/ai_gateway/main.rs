@@ -132,17 +132,23 @@ async fn clients_steer_nothing(cluster: &Cluster, caller: &mut Caller) {
     assert_eq!(caller.post("/v1/completions", unknown, &[]).await.status, 404);
 }
 
-async fn large_bodies_and_other_apis_pass(cluster: &Cluster, caller: &mut Caller) {
+async fn large_bodies_pass(caller: &mut Caller) {
     let large = format!(r#"{{"model":"sim","max_tokens":1,"prompt":"{}"}}"#, words("large", 400_000));
     let answer = caller.post("/v1/completions", large, &[]).await;
     assert_eq!(answer.status, 200, "{}", answer.text());
-    let message = json!({
-        "model": "sim", "max_tokens": 4, "messages": [{"role": "user", "content": new_prompt("anthropic")}]
-    });
+}
+
+/// A request of Anthropic's API, which AI Gateway translates.
+fn message() -> String {
+    let messages = json!([{"role": "user", "content": new_prompt("anthropic")}]);
+    json!({"model": "sim", "max_tokens": 4, "messages": messages}).to_string()
+}
+
+async fn anthropics_api_is_split(cluster: &Cluster, caller: &mut Caller) {
     let session = format!("session-{:?}", std::time::SystemTime::now());
     let headers: &[(&str, &[u8])] = &[("x-session-id", session.as_bytes()), ("anthropic-version", b"2023-06-01")];
     let before = counts(cluster).await;
-    let answer = caller.post("/anthropic/v1/messages", message.to_string(), headers).await;
+    let answer = caller.post("/anthropic/v1/messages", message(), headers).await;
     assert_eq!(answer.status, 200, "{}", answer.text());
     assert_eq!(answer.json()["type"], "message", "{}", answer.text());
     assert_eq!(counts(cluster).await[2], before[2] + 1, "it is split, too");
@@ -180,8 +186,11 @@ async fn one_envoy_with_a_hostname_of_its_own() {
     let mut caller = Caller::until_split(&cluster, "pd", Some(HOST)).await;
     every_request_is_split(&cluster, &mut caller).await;
     clients_steer_nothing(&cluster, &mut caller).await;
-    large_bodies_and_other_apis_pass(&cluster, &mut caller).await;
+    large_bodies_pass(&mut caller).await;
     long_answers_pass(&mut caller).await;
+    // The filter stands before AI Gateway's processor and sees the untranslated path.
+    let answer = caller.post("/anthropic/v1/messages", message(), &[]).await;
+    assert_eq!((answer.status, answer.header("x-pd-reason")), (404, Some("unknown_path")), "{}", answer.text());
     // Without the hostname there is nothing; our own route is for legs.
     caller.host = None;
     assert_eq!(caller.post("/v1/completions", completion("none", ""), &[]).await.status, 404);
@@ -195,7 +204,8 @@ async fn two_tiers() {
     let mut caller = Caller::until_split(&cluster, "ai", None).await;
     every_request_is_split(&cluster, &mut caller).await;
     clients_steer_nothing(&cluster, &mut caller).await;
-    large_bodies_and_other_apis_pass(&cluster, &mut caller).await;
+    large_bodies_pass(&mut caller).await;
+    anthropics_api_is_split(&cluster, &mut caller).await;
     long_answers_pass(&mut caller).await;
     install::metered(&cluster).await;
 }
