@@ -50,7 +50,7 @@ fn choose_decode(by: DecodeBy, pods: &[Decode], job: &Job) -> Option<usize> {
             let load = |pod: &Decode| DecodeLoad {
                 assigned: pod.tokens as f64,
                 held: (pod.cache.matched(job.whole()) as u64 * BLOCK_TOKENS) as f64,
-                is_session: false,
+                ..DecodeLoad::default()
             };
             // Of several with equal cost the first, as in pd-core's decode profile.
             let mut places: Vec<usize> = (0..pods.len()).collect();

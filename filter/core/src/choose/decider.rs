@@ -6,6 +6,7 @@ use crate::choose::decode_profile::decode_load;
 use crate::choose::prompt::Prompt;
 use crate::choose::scheduler::{Pick, Scheduler};
 use crate::choose::shortlist::HOLDERS;
+use crate::choose::split_cost::Ahead;
 use crate::config::Split;
 use crate::endpoints::candidates::Candidates;
 use crate::endpoints::endpoint_state::EndpointState;
@@ -32,6 +33,8 @@ pub enum WholeReason {
     Short,
     /// The decode endpoint holds so much of the prompt that it lacks fewer tokens than the threshold.
     Cached,
+    /// Whole costs less than split.
+    Cheaper,
     /// The pool never splits.
     Never,
     /// No prefill endpoint is ready, or no decode endpoint that could take over.
@@ -58,6 +61,7 @@ impl WholeReason {
         match self {
             Self::Short => "short",
             Self::Cached => "cached",
+            Self::Cheaper => "cheaper",
             Self::Never => "never",
             Self::NoPrefill => "no_prefill_endpoint",
             Self::Aggregated => "aggregated",
@@ -78,6 +82,12 @@ impl Scheduler<'_> {
     /// Decides whether to split a request, and chooses the endpoint of its first leg.
     #[must_use]
     pub fn schedule(&self, candidates: &Candidates, prompt: &Prompt) -> Schedule {
+        self.schedule_behind(candidates, prompt, Ahead::default())
+    }
+
+    /// As [`schedule`](Self::schedule), for a request that would wait behind others in the gateway if it were split.
+    #[must_use]
+    pub fn schedule_behind(&self, candidates: &Candidates, prompt: &Prompt, ahead: Ahead) -> Schedule {
         let alone = |reason| {
             let pick = self.pick_by_cost(&candidates.whole, prompt, &[]);
             pick.map_or(Schedule::Nobody, |pick| Schedule::Whole(pick, reason))
@@ -99,11 +109,13 @@ impl Scheduler<'_> {
             .decode
             .iter()
             .any(may_serve)
-            .then(|| self.pick_prefill(candidates, among, prompt, &[]))
+            .then(|| self.cost_prefill(candidates, among, prompt, &[]))
             .flatten();
-        let Some((pick, state)) = pick.and_then(|pick| Some((pick, self.table.get(pick.endpoint)?))) else {
+        let Some((costed, state)) = pick.and_then(|costed| Some((costed, self.table.get(costed.pick.endpoint)?)))
+        else {
             return alone(WholeReason::NoPrefill);
         };
+        let pick = costed.pick;
         if state.endpoint.role == Role::Both {
             return Schedule::Whole(pick, WholeReason::Aggregated);
         }
@@ -114,6 +126,10 @@ impl Scheduler<'_> {
         match unsplittable(prompt, protocol) {
             // An engine that decodes nothing alone gets both legs, and refuses both.
             Some(reason) if !candidates.whole.is_empty() => alone(reason),
+            _ if self.pool.split == Split::Cost => {
+                let whole = self.cheaper_whole(candidates, prompt, &costed, ahead);
+                whole.map_or(Schedule::Split(pick), |whole| Schedule::Whole(whole, WholeReason::Cheaper))
+            }
             _ => Schedule::Split(pick),
         }
     }

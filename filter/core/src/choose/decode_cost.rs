@@ -34,24 +34,34 @@ pub struct DecodeLoad {
     pub assigned: f64,
     /// Tokens of the prompt that the endpoint holds; 0 or more.
     pub held: f64,
+    /// Seconds of prompts that the endpoint computes itself, 0 or more. A stream that begins meanwhile stands still for as
+    /// long.
+    pub work: f64,
     /// Whether the endpoint served the session of the request last.
     pub is_session: bool,
 }
 
 impl DecodeCost {
-    /// Seconds that the choice of an endpoint costs for a prompt of `tokens`: `move·missing + step·steps·assigned`.
+    /// Seconds that the choice of an endpoint costs for a prompt of `tokens`: `move·missing + step·steps·assigned + work`.
     ///
-    /// The first term is the time until the answer begins. The second is the time that the answer takes longer, because the
-    /// endpoint reads the KV cache of other requests in each step.
+    /// The first term is the time until the answer begins. The others are the time that the answer takes longer, because
+    /// the endpoint reads the KV cache of other requests in each step, and computes the prompts that it has.
     #[must_use]
     pub fn seconds(&self, tokens: f64, load: DecodeLoad) -> f64 {
-        self.move_seconds * (tokens - load.held).max(0.0) + self.step_seconds * self.steps * load.assigned
+        self.move_seconds * (tokens - load.held).max(0.0) + self.answer_seconds(load) + load.work
+    }
+
+    /// The second term of [`seconds`](Self::seconds).
+    #[must_use]
+    pub fn answer_seconds(&self, load: DecodeLoad) -> f64 {
+        self.step_seconds * self.steps * load.assigned
     }
 
     /// Index in `loads` of the endpoint to choose; `None` where `loads` is empty.
     ///
-    /// 1. The endpoint of the session, within the bound of [`stay`](Self::stay).
-    /// 2. Within the same bound, the endpoint that holds most of the prompt, if it holds half of the prompt or more.
+    /// 1. The endpoint of the session, within the bound of [`stay`](Self::stay), and while the prompts that it computes
+    ///    take no longer than a move of what it holds.
+    /// 2. Within the same bounds, the endpoint that holds most of the prompt, if it holds half of the prompt or more.
     /// 3. The cheapest endpoint; of several with equal cost the first.
     ///
     /// The seconds leave out what a move costs other requests: it uses the network, and it displaces as many tokens from
@@ -60,7 +70,10 @@ impl DecodeCost {
     pub fn choose(&self, tokens: f64, loads: &[DecodeLoad]) -> Option<usize> {
         let least = loads.iter().map(|load| load.assigned).reduce(f64::min)?;
         let has = |load: &DecodeLoad| load.is_session || load.held >= CONVERSATION * tokens;
-        let is_inside = |load: &DecodeLoad| load.assigned - least <= self.stay * tokens && self.stay > 0.0;
+        let is_inside = |load: &DecodeLoad| {
+            let saved = self.move_seconds * if load.is_session { tokens } else { load.held };
+            load.assigned - least <= self.stay * tokens && self.stay > 0.0 && load.work <= saved
+        };
         let stays = loads.iter().enumerate().filter(|(_, load)| has(load) && is_inside(load));
         let place = |load: &DecodeLoad| (!load.is_session, -load.held, load.assigned);
         let better = |a: &(bool, f64, f64), b: &(bool, f64, f64)| {
@@ -80,7 +93,7 @@ mod tests {
     use super::*;
 
     fn load(assigned: f64, held: f64) -> DecodeLoad {
-        DecodeLoad { assigned, held, is_session: false }
+        DecodeLoad { assigned, held, ..DecodeLoad::default() }
     }
 
     #[test]
@@ -104,5 +117,17 @@ mod tests {
         assert_eq!(cost.choose(100_000.0, &[least, load(9e4, 60_000.0), load(9e4, 90_000.0)]), Some(2));
         let session = DecodeLoad { is_session: true, ..load(150_000.0, 0.0) };
         assert_eq!(cost.choose(100_000.0, &[least, load(9e4, 90_000.0), session]), Some(2));
+        // To move 100,000 tokens takes 250 ms.
+        let busy = |work| DecodeLoad { work, ..session };
+        assert_eq!(cost.choose(100_000.0, &[least, busy(0.24)]), Some(1));
+        assert_eq!(cost.choose(100_000.0, &[least, busy(0.26)]), Some(0));
+    }
+
+    #[test]
+    fn a_stream_begins_where_no_prompt_is_computed() {
+        let busy = |work| DecodeLoad { work, ..load(0.0, 0.0) };
+        // 10,016 assigned tokens take 100 ms over 256 steps.
+        assert_eq!(DecodeCost::default().choose(1_000.0, &[busy(0.09), load(10_016.0, 0.0)]), Some(0));
+        assert_eq!(DecodeCost::default().choose(1_000.0, &[busy(0.11), load(10_016.0, 0.0)]), Some(1));
     }
 }

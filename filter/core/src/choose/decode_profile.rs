@@ -8,6 +8,7 @@ use crate::endpoints::endpoint_state::EndpointState;
 use crate::endpoints::pairings::Partner;
 use crate::prefix::hash::rendezvous_weight;
 use crate::prefix::index::EndpointIndex;
+use crate::time::Monotonic;
 use crate::wire::Role;
 
 impl Scheduler<'_> {
@@ -23,7 +24,8 @@ impl Scheduler<'_> {
         tried: &[EndpointIndex],
     ) -> Option<(Pick, Vec<EndpointIndex>)> {
         let suited = self.view().usable(among, prompt, tried).into_iter();
-        let mut ranked: Vec<Ranked> = suited.map(|(index, state)| Ranked::new(index, state, prompt)).collect();
+        let mut ranked: Vec<Ranked> =
+            suited.map(|(index, state)| Ranked::new(index, state, prompt, self.now)).collect();
         let first = self.choose_decode(&mut ranked, among, prompt, tried)?;
         // One header names the rank for the pick and its alternates, so all have the same rank.
         ranked.retain(|other| other.rank == first.rank && other.index != first.index);
@@ -46,7 +48,7 @@ impl Scheduler<'_> {
             ranked.extend(
                 suited
                     .filter(|state| is_new && self.view().is_usable(state))
-                    .map(|state| Ranked::new(index, state, prompt)),
+                    .map(|state| Ranked::new(index, state, prompt, self.now)),
             );
         }
         // Of several endpoints with equal cost the first is chosen.
@@ -54,6 +56,7 @@ impl Scheduler<'_> {
         let load = |ranked: &Ranked| DecodeLoad {
             assigned: ranked.tokens,
             held: self.matched_tokens(ranked.index, prompt),
+            work: ranked.work,
             is_session: session == Some(ranked.index),
         };
         let loads: Vec<DecodeLoad> = ranked.iter().map(load).collect();
@@ -76,7 +79,7 @@ impl Scheduler<'_> {
                 && partner.as_ref().is_none_or(|partner| Partner::of(state) == *partner)
         };
         let others = self.view().usable(among, prompt, &[chosen]).into_iter().filter(|(_, state)| stands_in(state));
-        self.least(others.map(|(index, state)| Ranked::new(index, state, prompt)).collect())
+        self.least(others.map(|(index, state)| Ranked::new(index, state, prompt, self.now)).collect())
     }
 
     /// As many as the pool wants alternates, those with the fewest tokens first.
@@ -101,6 +104,8 @@ pub(super) fn decode_load(state: &EndpointState) -> f64 {
 struct Ranked {
     /// [`decode_load`].
     tokens: f64,
+    /// Seconds of prompts that the endpoint computes itself.
+    work: f64,
     /// Inverse of the rendezvous weight, for ties.
     tie: u64,
     /// Data-parallel rank.
@@ -109,9 +114,10 @@ struct Ranked {
 }
 
 impl Ranked {
-    fn new(index: EndpointIndex, state: &EndpointState, prompt: &Prompt) -> Self {
+    fn new(index: EndpointIndex, state: &EndpointState, prompt: &Prompt, now: Monotonic) -> Self {
         Self {
             tokens: decode_load(state),
+            work: state.work(now),
             tie: !rendezvous_weight(prompt.key, state.key),
             rank: state.endpoint.rank,
             index,

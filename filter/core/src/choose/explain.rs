@@ -22,6 +22,7 @@ impl Scheduler<'_> {
                 let why = match why {
                     WholeReason::Short => "whole: shorter than the threshold",
                     WholeReason::Cached => "whole: lacks less than the threshold",
+                    WholeReason::Cheaper => "whole: costs less than split",
                     WholeReason::Never => "whole: never split, lowest W+wS",
                     WholeReason::NoPrefill => "whole: nobody to split with, lowest W+wS",
                     WholeReason::Aggregated => "whole: aggregated, lowest W+wS",

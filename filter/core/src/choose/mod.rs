@@ -5,7 +5,7 @@
 //! - [`queue`]: which waiting request a prefill endpoint with room gets next; `room` says which endpoints have room.
 //! - [`decode_cost`]: decode by assigned tokens and by tokens to move.
 //! - [`weight`]: affinity that follows the load.
-//! - [`decider`]: split or whole.
+//! - [`decider`]: split or whole; [`split_cost`]: the costs of both.
 //! - [`scheduler`]: the endpoint of a prefill leg; `decode_profile`: the endpoint of a decode leg. `shortlist` has the
 //!   endpoints that they compare, `explain` describes the choice.
 
@@ -16,7 +16,8 @@ mod decode_profile;
 mod explain;
 pub mod prompt;
 pub mod queue;
-mod room;
+pub(crate) mod room;
 pub mod scheduler;
 mod shortlist;
+pub mod split_cost;
 pub mod weight;

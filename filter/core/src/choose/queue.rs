@@ -269,6 +269,13 @@ impl Queue {
         oldest.map(|(_, arrival, _)| *arrival).min()
     }
 
+    /// The oldest request of the highest priority, if it has waited longer than [`Rule::longest_wait`]; `None` otherwise.
+    #[must_use]
+    pub fn overdue(&self, now: Duration) -> Option<u64> {
+        let since = now.checked_sub(self.rule.longest_wait)?;
+        self.arrivals.first().filter(|(_, arrival, _)| *arrival <= since).map(|(.., id)| *id)
+    }
+
     /// The request with the earliest deadline, where that deadline is over; `None` otherwise.
     #[must_use]
     pub fn expired(&self, now: Duration) -> Option<u64> {

@@ -87,17 +87,28 @@ impl<'a> Scheduler<'a> {
         prompt: &Prompt,
         tried: &[EndpointIndex],
     ) -> Option<Pick> {
+        self.cost_prefill(candidates, among, prompt, tried).map(|best| best.pick)
+    }
+
+    /// As [`pick_prefill`](Self::pick_prefill), with the cost of the pick.
+    pub(super) fn cost_prefill(
+        &self,
+        candidates: &Candidates,
+        among: &[EndpointIndex],
+        prompt: &Prompt,
+        tried: &[EndpointIndex],
+    ) -> Option<CostedPick> {
         if candidates.pairings.is_empty() {
-            return self.pick_by_cost(among, prompt, tried);
+            return self.cheapest(among, prompt, tried).map(|(best, _)| best);
         }
-        let mut best: Option<(bool, f64, u64, Pick)> = None;
+        let mut best: Option<(bool, f64, u64, CostedPick)> = None;
         let mut compare = |is_failing: bool, (found, weight): (CostedPick, u64), price: f64| {
             let cost = found.cost + price;
-            let better = |(failing, lowest, other, _): &(bool, f64, u64, Pick)| {
+            let better = |(failing, lowest, other, _): &(bool, f64, u64, CostedPick)| {
                 is_failing.cmp(failing).then(cost.total_cmp(lowest)).then(other.cmp(&weight)).is_lt()
             };
             if best.as_ref().is_none_or(better) {
-                best = Some((is_failing, cost, weight, found.pick));
+                best = Some((is_failing, cost, weight, found));
             }
         };
         let is_healthy =
@@ -117,7 +128,7 @@ impl<'a> Scheduler<'a> {
         if let Some(found) = self.cheapest(&aggregated, prompt, tried) {
             compare(!is_healthy(&found.0.pick.endpoint), found, 0.0);
         }
-        best.map(|(.., pick)| pick)
+        best.map(|(.., found)| found)
     }
 
     /// Weighted seconds that a pairing counts as more expensive, because it got more than its share; below 0: cheaper.

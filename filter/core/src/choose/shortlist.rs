@@ -137,6 +137,7 @@ impl<'a> View<'a> {
     }
 }
 
-fn legs_each(endpoints: &[(EndpointIndex, &EndpointState)]) -> f64 {
+/// Prefill legs in flight at each of these endpoints, on average; 0 where there is none.
+pub(super) fn legs_each(endpoints: &[(EndpointIndex, &EndpointState)]) -> f64 {
     endpoints.iter().map(|(_, state)| state.prefill_legs()).sum::<f64>() / endpoints.len().max(1) as f64
 }

@@ -172,6 +172,7 @@ impl Pool {
             (Key::PoolsMediaVideoTokens, raw.media.video_tokens),
             (Key::PoolsMediaFileTokens, raw.media.file_tokens),
             (Key::PoolsKvLeaseMs, raw.kv_lease_ms as f64),
+            (Key::PoolsQueueDecodeKvPercent, f64::from(raw.queue.decode_kv_percent)),
             (Key::PoolsQueueNoEndpointMs, raw.queue.no_endpoint_ms as f64),
         ];
         for (key, value) in numbers {
@@ -186,6 +187,7 @@ impl Pool {
             engine: raw.engine,
             split: match raw.split.mode {
                 SplitMode::Threshold => Split::Threshold { uncached_tokens },
+                SplitMode::Cost => Split::Cost,
                 SplitMode::Always => Split::Always,
                 SplitMode::Never => Split::Never,
             },
@@ -221,6 +223,7 @@ impl Pool {
                 overtaken: Duration::from_millis(raw.queue.overtaken_ms),
                 max_requests: raw.queue.max_requests,
                 max_bytes: raw.queue.max_bytes,
+                decode_kv_percent: raw.queue.decode_kv_percent,
                 no_endpoint: Duration::from_millis(raw.queue.no_endpoint_ms),
             },
         }

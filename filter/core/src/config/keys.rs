@@ -145,8 +145,8 @@ keys! {
         "Policies by pool name. A pool that the configuration does not name has the policy of the pool `default`."
     PoolsEngine "pools.NAME.engine" r#""vllm-nixl""#, Values::OneOf(&["vllm-nixl", "vllm-shared", "sglang", "trtllm", "mooncake", "neuron", "sidecar"]),
         "[Engine](engines.md) of endpoints that do not name their own."
-    PoolsSplitMode "pools.NAME.split.mode" r#""threshold""#, Values::OneOf(&["threshold", "always", "never"]),
-        "When the filter runs a prefill leg. `threshold`: when the best decode endpoint lacks at least `uncached_tokens` of the prompt. `always` and `never` do not look at the prompt. `never` has no effect where no endpoint of the pool can serve a request whole."
+    PoolsSplitMode "pools.NAME.split.mode" r#""threshold""#, Values::OneOf(&["threshold", "cost", "always", "never"]),
+        "When the filter runs a prefill leg. `threshold`: when the best decode endpoint lacks at least `uncached_tokens` of the prompt. `cost`: when the request and those beside it wait less than if a decode endpoint computes the prompt, see [split by cost](architecture.md#split-by-cost). `always` and `never` do not look at the prompt. `never` has no effect where no endpoint of the pool can serve a request whole."
     PoolsSplitUncachedTokens "pools.NAME.split.uncached_tokens" "256", Values::Described("tokens"),
         "Threshold of the mode `threshold`. The other modes ignore it."
     PoolsOnPrefillFailure "pools.NAME.on_prefill_failure" r#""decode_only""#, Values::OneOf(&["decode_only", "fail"]),
@@ -177,6 +177,8 @@ keys! {
         "Most requests that wait at this Envoy, all workers together. Above it requests get 429 with the reason `queue_requests`."
     PoolsQueueMaxBytes "pools.NAME.queue.max_bytes" "536870912", Values::between(1_024.0, 1_099_511_627_776.0, "bytes"),
         "Most bytes that the bodies of waiting requests and the filter's 1,024 bytes for each take at this Envoy. Above it requests get 429 with the reason `queue_bytes`."
+    PoolsQueueDecodeKvPercent "pools.NAME.queue.decode_kv_percent" "100", Values::between(0.0, 1_000.0, "%"),
+        "Percent of the KV cache of each decode endpoint up to which requests go on. While no decode endpoint has room for a request, the request waits before its prefill leg. The cache's size is `cache_tokens` of the endpoint, which pd-control reads from engines; a decode endpoint without a size has room. The filter counts all tokens of each request. Where many running requests share a prefix, more than 100 % fit. 0: requests do not wait for decode endpoints."
     PoolsQueueNoEndpointMs "pools.NAME.queue.no_endpoint_ms" "0", Values::between(0.0, 3_600_000.0, "ms"),
         "How long a request waits in the gateway when no endpoint is ready that could serve it, as after scaling to zero. 0: it gets 503 at once. The filter reads this key of the pool `default`, with its `max_requests` and `max_bytes`, because a model without endpoints belongs to no pool. The key works without `enabled`. A model that neither an endpoint nor an alias names gets 404."
     PoolsCostA "pools.NAME.cost.a_ms" "15.0", Values::between(0.0, 60_000.0, "ms"),

@@ -73,6 +73,9 @@ pub struct Queue {
     pub max_requests: usize,
     /// Most bytes that the waiting requests of the pool take.
     pub max_bytes: usize,
+    /// Percent of a decode endpoint's KV cache up to which requests are bound. 0: the decode endpoints' room does not
+    /// matter.
+    pub decode_kv_percent: u32,
     /// How long a request waits while no endpoint is ready for its model. Zero: it gets 503 at once. Only the value of the
     /// pool `default` counts, because a model without endpoints belongs to no pool.
     pub no_endpoint: Duration,
@@ -152,6 +155,8 @@ pub enum Split {
         /// Tokens.
         uncached_tokens: u64,
     },
+    /// When that [costs](crate::choose::split_cost) less than to serve the request whole.
+    Cost,
     /// Always.
     Always,
     /// Never.

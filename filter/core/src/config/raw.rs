@@ -206,6 +206,7 @@ pub(super) struct RawQueue {
     pub(super) overtaken_ms: u64,
     pub(super) max_requests: usize,
     pub(super) max_bytes: usize,
+    pub(super) decode_kv_percent: u32,
     pub(super) no_endpoint_ms: u64,
 }
 
@@ -218,6 +219,7 @@ impl Default for RawQueue {
             overtaken_ms: 300_000,
             max_requests: 8_192,
             max_bytes: 512 << 20,
+            decode_kv_percent: 100,
             no_endpoint_ms: 0,
         }
     }
@@ -240,6 +242,7 @@ impl Default for RawSplit {
 #[serde(rename_all = "lowercase")]
 pub(super) enum SplitMode {
     Threshold,
+    Cost,
     Always,
     Never,
 }

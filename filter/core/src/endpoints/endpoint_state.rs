@@ -139,6 +139,12 @@ impl EndpointState {
         self.decode.tokens.saturating_add(above_zero(self.elsewhere.tokens))
     }
 
+    /// Decode legs assigned to this endpoint, by every Envoy that exchanges.
+    #[must_use]
+    pub(crate) fn decode_requests(&self) -> f64 {
+        f64::from(self.decode.requests) + above_zero(self.elsewhere.requests) as f64
+    }
+
     /// The ledger's entry of this endpoint.
     pub(crate) fn ledger_entry(&mut self) -> LedgerEntry<'_> {
         let elsewhere_seconds = self.elsewhere_seconds();

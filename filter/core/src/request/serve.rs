@@ -11,7 +11,8 @@ use super::waiting::{may_wait, split_or_wait};
 use crate::choose::admission::Shed;
 use crate::choose::decider::{Schedule, WholeReason};
 use crate::choose::scheduler::{Pick, Scheduler};
-use crate::config::{EXPLAIN_HEADER, OnPrefillFailure};
+use crate::choose::split_cost::Ahead;
+use crate::config::{self, EXPLAIN_HEADER, OnPrefillFailure};
 use crate::endpoints::candidates::Candidates;
 use crate::metrics::Metric;
 use crate::prefix::index::EndpointIndex;
@@ -68,7 +69,7 @@ fn choose_legs(worker: &mut Worker, parsed: &ParsedRequest, now: Monotonic) -> R
         Some(Phase::Decode) => decode_only(&scheduler, parsed).map(Legs::One),
         None => match &parsed.previous_id {
             Some(id) => Some(Legs::One(at_keeper(worker, &scheduler, parsed, id)?)),
-            None => by_content(&scheduler, parsed, hint.flatten())?,
+            None => by_content(worker, &scheduler, parsed, hint.flatten())?,
         },
     };
     chosen.ok_or(Rejection::NoEndpoint)
@@ -99,13 +100,20 @@ fn at_keeper(worker: &Worker, scheduler: &Scheduler<'_>, parsed: &ParsedRequest,
 
 /// No header says how to serve the request. A `hint` is the prefill endpoint that a trusted header names.
 fn by_content(
+    worker: &Worker,
     scheduler: &Scheduler<'_>,
     parsed: &ParsedRequest,
     hint: Option<EndpointIndex>,
 ) -> Result<Option<Legs>, Rejection> {
     let (candidates, prompt) = (&parsed.served.candidates, &parsed.prompt);
     let hinted = hint.and_then(|endpoint| scheduler.pick_by_cost(&[endpoint], prompt, &[]));
-    let schedule = hinted.map_or_else(|| scheduler.schedule(candidates, prompt), Schedule::Split);
+    let unhinted = || {
+        let is_compared = parsed.pool().split == config::Split::Cost && parsed.pool().queue.is_on;
+        let priority = parsed.head.claims.priority;
+        let ahead = if is_compared { worker.ahead(candidates, priority) } else { Ahead::default() };
+        scheduler.schedule_behind(candidates, prompt, ahead)
+    };
+    let schedule = hinted.map_or_else(unhinted, Schedule::Split);
     if let (Some(deadline), Schedule::Split(pick) | Schedule::Whole(pick, _)) = (parsed.head.claims.deadline, schedule)
         && let Some(state) = scheduler.table.get(pick.endpoint)
         && state.work(scheduler.now) + pick.seconds > deadline.as_secs_f64()

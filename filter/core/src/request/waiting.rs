@@ -5,6 +5,7 @@ use super::parsed::{ParsedRequest, ScannedBody};
 use super::state::{Split, State, Waiting};
 use super::step::Step;
 use crate::choose::scheduler::Pick;
+use crate::endpoints::candidates::Candidates;
 use crate::endpoints::pairings::Partner;
 use crate::engine::LegOrder;
 use crate::metrics::Metric;
@@ -44,7 +45,11 @@ pub(super) fn split_or_wait(
     if let Some(those) = pairing.and_then(|key| parsed.served.candidates.of_pairing(key)) {
         parsed.served.candidates = those;
     }
-    if worker.state.waiting.is_empty() && parsed.scheduler(worker, now).has_room(pick.endpoint) {
+    let scheduler = parsed.scheduler(worker, now);
+    let Candidates { decode, prefill, .. } = &*parsed.served.candidates;
+    let has_room =
+        || scheduler.has_room(pick.endpoint) && scheduler.decode_room(decode, prefill).fits(parsed.prompt.tokens);
+    if worker.state.waiting.is_empty() && has_room() {
         worker.counts.count(Metric::BoundAtOnce);
         return Split { parsed, tried: Vec::new(), refusal: None, started: now }.start(worker, pick, body, now);
     }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use crate::choose::admission::pool_key;
 use crate::choose::queue::{Binding, Held, PrefillEndpoint};
+use crate::choose::room::DecodeRoom;
 use crate::choose::scheduler::Scheduler;
 use crate::endpoints::candidates::Candidates;
 use crate::metrics::{WAITING_GAUGES, tag_value};
@@ -149,15 +150,38 @@ impl Worker {
         (pool.queue.lead.as_secs_f64(), scheduler.prefill_endpoints(&candidates.prefill, waited))
     }
 
+    /// Room for KV caches at the decode endpoints.
+    fn decode_room(&self, candidates: &Candidates, now: Monotonic) -> DecodeRoom {
+        let Ok(config) = &self.config else { return DecodeRoom::default() };
+        let pool = config.pool(&candidates.pool);
+        let scheduler = Scheduler { table: &self.state.table, index: &self.state.index, pool, now };
+        scheduler.decode_room(&candidates.decode, &candidates.prefill)
+    }
+
+    /// Whether the decode endpoints have room for the oldest request, if that has waited for so long that no other may
+    /// overtake it. Otherwise smaller requests could take the room for ever.
+    fn has_room_for_oldest(&self, name: u64, room: DecodeRoom, now: Monotonic) -> bool {
+        let Some(queue) = self.state.waiting.queue(name) else { return true };
+        let overdue = queue.overdue(now.since_zero()).and_then(|id| queue.get(id));
+        overdue.is_none_or(|request| room.fits(request.tokens))
+    }
+
     /// The next binding in a queue that is of a request of this worker. Where requests of other workers come first, those
     /// workers are noted for a wake.
     pub(super) fn next_own(&mut self, name: u64, now: Monotonic) -> Option<Binding> {
         self.refresh();
         let candidates = Arc::clone(&self.turns.queues.get(&name)?.candidates);
         let (lead, mut endpoints) = self.lead_and_endpoints(name, &candidates, now);
+        let room = self.decode_room(&candidates, now);
+        if !self.has_room_for_oldest(name, room, now) {
+            return None;
+        }
         loop {
             let turns = &self.turns;
-            let passed_over = |id| turns.is_passed_over(id, now);
+            let tokens =
+                |id| self.state.waiting.queue(name).and_then(|queue| queue.get(id)).map(|request| request.tokens);
+            let fits = |id| tokens(id).is_none_or(|tokens| room.fits(tokens));
+            let passed_over = |id| turns.is_passed_over(id, now) || !fits(id);
             let binding = self.state.waiting.next(name, &endpoints, now, &passed_over)?;
             if self.turns.own.contains_key(&binding.id) {
                 if self.find_held(binding.id) {

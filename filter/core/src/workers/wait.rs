@@ -8,6 +8,7 @@ use crate::choose::admission::pool_key;
 use crate::choose::prompt::Prompt;
 use crate::choose::queue::{Held, PrefillEndpoint, REQUEST_BYTES};
 use crate::choose::scheduler::Scheduler;
+use crate::choose::split_cost::Ahead;
 use crate::config::Queue;
 use crate::endpoints::candidates::Candidates;
 use crate::metrics::Metric;
@@ -59,7 +60,7 @@ impl Worker {
         let name = queue_name(self, candidates);
         let scheduler = Scheduler { table: &self.state.table, index: &self.state.index, pool, now };
         let held = scheduler.held(&candidates.prefill, ask.prompt);
-        let priority = i32::try_from(ask.priority).unwrap_or(if ask.priority < 0 { i32::MIN } else { i32::MAX });
+        let priority = in_range(ask.priority);
         let ahead = self.state.waiting.queue(name).map_or(0.0, |queue| queue.seconds(priority));
         let endpoints = scheduler.prefill_endpoints(&candidates.prefill, Duration::ZERO);
         let ahead = ahead / endpoints.len().max(1) as f64;
@@ -106,6 +107,19 @@ impl Worker {
             self.turns.wakes.insert(self.turns.worker_id);
         }
         Ok((id, binding.filter(|binding| binding.id == id).map(|binding| binding.endpoint)))
+    }
+
+    /// What waits for each of these prefill endpoints ahead of a request with this priority.
+    pub(crate) fn ahead(&self, candidates: &Candidates, priority: i64) -> Ahead {
+        if self.state.waiting.is_empty() {
+            return Ahead::default();
+        }
+        let each = candidates.prefill.len().max(1) as f64;
+        let queue = self.state.waiting.queue(queue_name(self, candidates));
+        queue.map_or_else(Ahead::default, |queue| Ahead {
+            seconds: queue.seconds(in_range(priority)) / each,
+            requests: queue.len() as f64 / each,
+        })
     }
 
     /// Has a request that came at `arrival` wait until an endpoint is ready. Returns its id; `None` where the time is over,
@@ -156,6 +170,10 @@ impl Worker {
             self.pending.is_urgent = true;
         }
     }
+}
+
+fn in_range(priority: i64) -> i32 {
+    i32::try_from(priority).unwrap_or(if priority < 0 { i32::MIN } else { i32::MAX })
 }
 
 struct LeastSeconds {

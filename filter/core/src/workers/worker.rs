@@ -259,6 +259,7 @@ impl Worker {
     /// A request that was assigned with so many KV tokens ended.
     pub(crate) fn decode_ended(&mut self, endpoint: EndpointRef, tokens: u64) {
         self.happens(endpoint, &Event::DecodeEnded { tokens });
+        self.room_changed();
     }
 
     /// Notes that an endpoint gets a prompt and will hold its blocks.

@@ -381,3 +381,64 @@ fn without_a_time_to_wait_nobody_waits_for_an_endpoint() {
     let (request, outcome) = gate.send(&prompt("a ", "b "), &[]);
     assert_eq!((reply(&outcome), request.waiting_id()), ((503, "no_endpoint"), None));
 }
+
+/// Two decode endpoints with room for one long prompt each.
+const SMALL: &str = r#"{"address":"10.0.0.1:1","role":"prefill"},{"address":"10.0.0.1:2","role":"prefill"},
+    {"address":"10.0.0.2:1","role":"decode","cache_tokens":6000},
+    {"address":"10.0.0.2:2","role":"decode","cache_tokens":6000}"#;
+
+#[test]
+fn a_request_waits_for_room_for_its_kv_cache_before_its_prefill_leg() {
+    let mut gate = gate("");
+    gate.apply(1, SMALL);
+    let mut bound = two_bound(&mut gate).map(|(request, _)| request);
+    bound.iter_mut().for_each(|request| gate.answer(request));
+    let (third, outcome) = gate.send(&prompt("e ", "f "), &[]);
+    assert_eq!((outcome, third.waiting_id().is_some()), (Outcome::WAIT, true), "the prefill endpoints are idle");
+    let short = r#"{"model":"m","messages":[{"role":"user","content":"hello"}]}"#;
+    let (mut short, outcome) = gate.send(short, &[]);
+    assert_eq!(outcome.flow, Flow::Continue, "a request that is not split does not wait");
+    short.done(&mut gate.worker, gate.now);
+    assert_eq!(gate.worker.next_turn(gate.now), None);
+    let _ = gate.worker.workers_to_wake().count();
+    gate.later(3_000);
+    bound[1].done(&mut gate.worker, gate.now);
+    assert_eq!(gate.worker.workers_to_wake().count(), 1, "the end of a decode leg wakes those that wait");
+    let mut waiting = [third];
+    let (_, outcome) = gate.turn(&mut waiting, &prompt("e ", "f ")).unwrap();
+    assert!(leg_destination(&outcome).starts_with("10.0.0.1:"));
+    assert_eq!(state(&outcome, WAIT_MS), "3000");
+    // Its own leg will need the room that is left.
+    assert!(gate.send(&prompt("g ", "h "), &[]).0.waiting_id().is_some());
+}
+
+#[test]
+fn requests_do_not_wait_for_room_that_the_configuration_does_not_ask_for() {
+    let mut gate = gate(r#","decode_kv_percent":0"#);
+    gate.apply(1, SMALL);
+    two_bound(&mut gate).iter_mut().for_each(|(request, _)| gate.answer(request));
+    assert_eq!(gate.send(&prompt("e ", "f "), &[]).0.waiting_id(), None);
+}
+
+#[test]
+fn smaller_requests_use_the_room_until_a_larger_one_has_waited_for_too_long() {
+    let mut gate = gate(r#","overtaken_ms":2000"#);
+    gate.apply(1, SMALL);
+    let mut bound = two_bound(&mut gate).map(|(request, _)| request);
+    bound.iter_mut().for_each(|request| gate.answer(request));
+    let (large, _) = gate.send(&prompt("e ", "f "), &[]);
+    // 1,000 tokens fit beside the others.
+    let small = |name: &str| {
+        format!(r#"{{"model":"m","max_tokens":1,"messages":[{{"role":"user","content":"{}"}}]}}"#, name.repeat(2_000))
+    };
+    let (mut early, outcome) = gate.send(&small("x "), &[]);
+    assert!(early.waiting_id().is_none() && outcome.flow == Flow::Pause);
+    gate.answer(&mut early);
+    early.done(&mut gate.worker, gate.now);
+    gate.later(2_001);
+    let (late, _) = gate.send(&small("y "), &[]);
+    assert!(late.waiting_id().is_some(), "nobody overtakes any more");
+    bound[0].done(&mut gate.worker, gate.now);
+    let mut waiting = [large, late];
+    assert_eq!(gate.turn(&mut waiting, &prompt("e ", "f ")).map(|(index, _)| index), Some(0));
+}
