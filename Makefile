@@ -68,6 +68,11 @@ sim: toolchain ## Simulate servers on traces: pd-core's choices beside the field
 	cargo run $(LOCKED) --quiet -p pd-trace -- --out '$(CURDIR)/target/sim' \
 	    $(if $(TRACE),--trace '$(TRACE)') $(if $(POLICIES),--policies '$(POLICIES)') $(ARGS)
 
+sim-split: toolchain ## Simulate split or whole: time to first token and per token of each split.mode
+#> TRACE=file                               made-up chat, code, agents and documents without
+#> ARGS=…                                   more of its options
+	cargo run $(LOCKED) --quiet -p pd-trace --bin pd-split -- $(if $(TRACE),--trace '$(TRACE)') $(ARGS)
+
 sim-agree: build envoy ## Compare Envoy's choices with the simulation's, request by request
 #> TRACE=file                               a made-up load without
 #> ARGS=…                                   more of its options
@@ -303,4 +308,4 @@ fuzz-all:
 	    done; \
 	fi
 
-.PHONY: help docs run replay sim sim-agree sim-autoscale bench-serve explain build wasm image push image-control push-control image-sim image-bench release release-verify programs clients toolchain envoy vllm test test-vllm test-cluster cluster-up cluster-shell cluster-down lint fmt soak fuzz bench bench-peers bench-growth schemas deps clean deps-check fuzz-all plan dashboard-pictures
+.PHONY: help docs run replay sim sim-agree sim-autoscale bench-serve explain build wasm image push image-control push-control image-sim image-bench release release-verify programs clients toolchain envoy vllm test test-vllm test-cluster cluster-up cluster-shell cluster-down lint fmt soak fuzz bench bench-peers bench-growth schemas deps clean deps-check fuzz-all plan dashboard-pictures sim-split

@@ -154,6 +154,15 @@ impl Gateways {
     }
 }
 
+/// Where a request goes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sent {
+    /// To this prefill server.
+    Prefill(usize),
+    /// To this decode server, which computes the prompt too.
+    Whole(usize),
+}
+
 /// Addresses of the servers.
 #[derive(Clone, Debug)]
 pub struct Places {
@@ -248,9 +257,15 @@ impl Filter {
     /// # Errors
     /// When pd-core does anything but start a prefill leg.
     pub fn arrive(&mut self, number: usize, job: &Job, now: Duration) -> Result<usize> {
-        let text = prompt(job);
-        let body = [br#"{"model":"m","prompt":"#, text.as_slice(), b"}"].concat();
-        self.ask(number, "/v1/completions", &body, job.tokens, now)
+        self.ask(number, "/v1/completions", &body(job), job.tokens, now)
+    }
+
+    /// A request comes: where it goes first, split or whole.
+    ///
+    /// # Errors
+    /// When pd-core sends it nowhere.
+    pub fn arrive_anywhere(&mut self, number: usize, job: &Job, now: Duration) -> Result<Sent> {
+        self.send(number, "/v1/completions", &body(job), job.tokens, now)
     }
 
     /// A request with this body comes: the prefill server that it goes to.
@@ -258,6 +273,13 @@ impl Filter {
     /// # Errors
     /// When pd-core does anything but start a prefill leg.
     pub fn ask(&mut self, number: usize, path: &str, body: &[u8], tokens: u64, now: Duration) -> Result<usize> {
+        match self.send(number, path, body, tokens, now)? {
+            Sent::Prefill(prefill) => Ok(prefill),
+            Sent::Whole(_) => bail!("no prefill leg"),
+        }
+    }
+
+    fn send(&mut self, number: usize, path: &str, body: &[u8], tokens: u64, now: Duration) -> Result<Sent> {
         let now = Monotonic::new(now);
         self.catch_up(now);
         let index = if self.states.len() > 1 { self.rng.usize(..self.states.len()) } else { 0 };
@@ -267,15 +289,19 @@ impl Filter {
         let headers = Headers::from_pairs([(":method", "POST"), (":path", path), (":authority", "gateway")]);
         request.headers(state, headers, false, now);
         let outcome = request.body(state, body, now);
-        let call = outcome.effects.iter().find_map(|effect| match effect {
-            Effect::Call(call) => call.headers.get("x-pd-destination"),
+        let sent = outcome.effects.iter().find_map(|effect| match effect {
+            Effect::Call(call) => {
+                let prefill = call.headers.get("x-pd-destination");
+                prefill.and_then(|text| Places::find(&self.places.prefill, text)).map(Sent::Prefill)
+            }
+            Effect::SetState(DECODE, address) => Places::find(&self.places.decode, address).map(Sent::Whole),
             _ => None,
         });
-        let prefill = call.and_then(|text| Places::find(&self.places.prefill, text));
-        let prefill = prefill.with_context(|| format!("no prefill leg: {outcome:?}"))?;
-        self.streams.insert(number, Stream { state: index, request, tokens, decode: 0 });
+        let sent = sent.with_context(|| format!("sent nowhere: {outcome:?}"))?;
+        let decode = if let Sent::Whole(decode) = sent { decode } else { 0 };
+        self.streams.insert(number, Stream { state: index, request, tokens, decode });
         self.publish(index, now);
-        Ok(prefill)
+        Ok(sent)
     }
 
     /// The prompt is computed: the decode server that the request goes to.
@@ -384,6 +410,10 @@ impl Filter {
             }
         }
     }
+}
+
+fn body(job: &Job) -> Vec<u8> {
+    [br#"{"model":"m","prompt":"#, prompt(job).as_slice(), b"}"].concat()
 }
 
 /// The prompt as a JSON string: equal blocks are equal text, a cut block is the begin of the whole one.

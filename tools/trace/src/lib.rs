@@ -1,7 +1,7 @@
 //! A simulation of prefill and decode servers in which pd-core itself decides, beside the field's rules and bounds.
 //!
 //! Discrete events, no clock and no network: the same trace, seed and code give the same figures. It leaves out
-//! everything that does not depend on the chosen endpoints: failures, networks, the decider (every request is split).
+//! everything that does not depend on the chosen endpoints: failures and networks. Every request is split, but in [`split`].
 
 pub mod agree;
 pub mod autoscale;
@@ -17,3 +17,5 @@ mod pooled;
 pub mod rules;
 pub mod sim;
 pub mod timed;
+pub mod split;
+pub mod split_loads;
