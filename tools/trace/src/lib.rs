@@ -16,6 +16,6 @@ pub mod pods;
 mod pooled;
 pub mod rules;
 pub mod sim;
-pub mod timed;
 pub mod split;
 pub mod split_loads;
+pub mod timed;
