@@ -227,7 +227,7 @@ async fn the_status_page_shows_all_that_is_known() {
     browser.evaluate(&choose("state", "failing"));
     assert_eq!(browser.evaluate("location.hash"), "#state=failing");
     browser.evaluate(&choose("state", ""));
-    assert_eq!(browser.evaluate(&format!("({rows}).join()")), "2,1");
+    assert_eq!(browser.evaluate(&format!("({rows}).join()")), "1,2");
     // Dark, where the browser asks for it.
     browser.prefer("dark");
     assert_eq!(browser.evaluate("getComputedStyle(document.body).backgroundColor"), "rgb(13, 17, 23)");
