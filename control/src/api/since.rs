@@ -60,7 +60,7 @@ mod tests {
         let endpoint =
             |state| Endpoint { state, ..Endpoint::new(([10, 0, 0, 1], 80).into(), pd_core::wire::Role::Decode) };
         let key = endpoint(State::Ready).id().key();
-        let at = |second, state| {
+        let at = |second: u64, state| {
             since.take(&[endpoint(state)], UnixTime::from_millis(second * 1_000));
             since.of(key).map(|time| time.as_millis() / 1_000)
         };

@@ -2,7 +2,8 @@
 
 use futures::future::join_all;
 use pd_support::body::{CHAT, words};
-use pd_support::client::BOTH;
+use pd_support::client::{BOTH, Http};
+use pd_support::wait::until;
 use pd_tests::rig::{Rig, run};
 use pd_tests::shared::shared;
 use serde_json::{Value, json};

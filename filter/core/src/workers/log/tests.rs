@@ -115,7 +115,7 @@ fn a_decision_is_seen_before_the_next_one_of_any_worker() {
 fn parked_requests_of_all_workers_are_counted_until_their_worker_is_gone() {
     let (store, now) = (Store::default(), Monotonic::from_secs(1));
     let mut nodes = fleet(&store, 3, now);
-    let queue = Queue {
+    let queue = crate::config::Queue {
         no_endpoint: Duration::from_secs(60),
         ..nodes[0].worker.config.as_ref().unwrap().pool("default").queue.clone()
     };
