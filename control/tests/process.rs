@@ -131,7 +131,7 @@ async fn a_terminal_shows_what_a_running_one_knows() {
         "{list}"
     );
     assert_eq!(list.lines().count(), 6, "{list}");
-    assert!(shown(&["top", "--once"]).contains("127.0.0.1:3  both  ready  -"));
+    assert!(shown(&["top", "--once"]).contains("127.0.0.1:3  both  ready  "));
     assert!(shown(&["explain", "127.0.0.1:2"]).starts_with("127.0.0.1:2 is in the list: both, ready\n"));
     let unknown = run(&["explain", "nobody", "--server", &server]);
     assert_eq!(text(&unknown.stderr), "pd-control: nobody: no endpoint and no followed pod has this name\n");

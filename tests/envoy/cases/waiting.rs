@@ -1,12 +1,14 @@
 //! Requests that wait in the gateway until a prefill endpoint has room.
 
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use pd_sim::Handle;
 use pd_support::body::{CHAT, chat, words};
 use pd_support::client::{Client, Http};
-use pd_support::wait::until_true;
+use pd_support::wait::{until, until_true};
 use pd_tests::builder::Builder;
 use pd_tests::rig::{Rig, entries, run};
 use serde_json::{Value, json};
@@ -281,6 +283,62 @@ fn requests_wait_for_the_first_endpoint_of_a_pool_that_was_scaled_to_zero() {
         assert_eq!(rig.prefill[0].stats().prefill_legs, 8);
         assert_eq!(rig.until_metric("pd_waiting_for_endpoint", |value| value == 0.0).await, 0.0);
         rig.until_idle().await;
+    });
+}
+
+#[test]
+fn requests_wait_for_room_at_the_decode_endpoint_without_a_kv_cache_pinned() {
+    run(async {
+        for percent in [100, 0] {
+            // A cache of 3,000 tokens, by the engine's own metrics, for prompts of 1,000. A request decodes for 600 ms.
+            let rig = queued(1, json!({"decode_kv_percent": percent}))
+                .engines(1, 1)
+                .decode_engines(|config, _| {
+                    (config.cache_tokens, config.speed, config.tpot_ms) = (3_000, 1.0, 15.0);
+                })
+                .control(&["--scrape-interval=0.1"])
+                .start()
+                .await;
+            let size = async || {
+                let status: Value = serde_json::from_str(&rig.ask_control("/v1/status").await?).ok()?;
+                let decode = rig.decode[0].addr().to_string();
+                status["endpoints"].as_array()?.iter().find(|it| it["address"] == decode)?["cache_tokens"].as_u64()
+            };
+            until("pd-control knows the size", async || size().await.filter(|size| (2_900..=3_000).contains(size))).await;
+            // A list that is sent now has the size.
+            let list = |state: &str| {
+                let mut list: Vec<Value> = entries(&rig.prefill, "prefill").chain(entries(&rig.decode, "decode")).collect();
+                list[1]["state"] = state.into();
+                list
+            };
+            rig.relist(&list("down")).await;
+            rig.relist(&list("ready")).await;
+            let body = |i: usize| chat(&[&format!("#{i}# {}", words(&format!("room-{i}"), 4_000))], r#","max_tokens":40"#);
+            let is_through = AtomicBool::new(false);
+            let burst = async {
+                let waits = join_all((0..8).map(|i| send(&rig, body(i), &[]))).await;
+                is_through.store(true, Relaxed);
+                waits
+            };
+            let watch = async {
+                let mut most = (0, 0);
+                while !is_through.load(Relaxed) {
+                    let (stats, running) = (rig.prefill[0].stats(), rig.decode[0].stats().in_flight);
+                    most = (most.0.max(stats.leases_open), most.1.max(running));
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                most
+            };
+            let (waits, (pinned, at_decode)) = futures::join!(burst, watch);
+            println!("{percent} %: at most {pinned} KV caches pinned, {at_decode} requests at the decode endpoint");
+            assert_eq!(waits.len(), 8);
+            assert_eq!(rig.decode[0].stats().decode_legs, 8);
+            match percent {
+                0 => assert!(pinned > 3 && at_decode > 4, "the rule is off"),
+                _ => assert!(pinned <= 2 && at_decode <= 2, "{pinned} {at_decode}"),
+            }
+            nobody_waits(&rig).await;
+        }
     });
 }
 

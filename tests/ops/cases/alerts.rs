@@ -31,7 +31,7 @@ fn every_alert_has_its_section_in_the_runbook() {
     let runbook = text(&places::root().join("docs/runbook.md"));
     let sections: BTreeSet<_> =
         runbook.lines().filter_map(|line| line.strip_prefix("## ")).map(str::to_owned).collect();
-    assert_eq!(sections, names());
+    assert_eq!(sections, names().into_iter().chain(["Symptoms".to_owned()]).collect());
     for alert in alerts() {
         let url = str_of(&alert["annotations"]["runbook_url"]);
         let anchor = url.rsplit_once("docs/runbook.md#").unwrap_or_else(|| panic!("{url}")).1;

@@ -14,9 +14,12 @@ use crate::cluster::{Cluster, OURS};
 /// Between two looks.
 const PAUSE: Duration = Duration::from_millis(200);
 
+/// Seconds since the start, and the replicas of prefill and decode from then on.
+type Change = (f64, [i32; 2]);
+
 /// Looks at the Deployments `prefill` and `decode` until it is dropped.
 pub struct Watch {
-    seen: Arc<Mutex<Vec<(f64, [i32; 2])>>>,
+    seen: Arc<Mutex<Vec<Change>>>,
     task: JoinHandle<()>,
 }
 
@@ -49,7 +52,7 @@ impl Watch {
         Self { seen, task }
     }
 
-    fn seen(&self) -> Vec<(f64, [i32; 2])> {
+    fn seen(&self) -> Vec<Change> {
         self.seen.lock().expect("changes").clone()
     }
 

@@ -117,7 +117,7 @@ fn parked_requests_of_all_workers_are_counted_until_their_worker_is_gone() {
     let mut nodes = fleet(&store, 3, now);
     let queue = crate::config::Queue {
         no_endpoint: Duration::from_secs(60),
-        ..nodes[0].worker.config.as_ref().unwrap().pool("default").queue.clone()
+        ..nodes[0].worker.config.as_ref().unwrap().pool("default").queue
     };
     let parked = |nodes: &[Node]| nodes[0].log.parked(&nodes[0].worker, &store);
     let at = |millis| now.saturating_add(Duration::from_millis(millis));
