@@ -113,7 +113,7 @@ impl Shell {
         let text_of = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
         self.worker.environment = std::env::vars_os().filter_map(text_of).collect();
         self.worker.name =
-            host::property("node\0id").map(|id| String::from_utf8_lossy(&id).into_owned()).unwrap_or_default();
+            host::property("xds\0node\0id").map(|id| String::from_utf8_lossy(&id).into_owned()).unwrap_or_default();
         let config = match self.worker.configure_or_last_good(text, &self.metrics) {
             Configured::New(config) => config,
             Configured::LastGood(config, refusal) => {

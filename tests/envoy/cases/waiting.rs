@@ -304,16 +304,19 @@ fn requests_wait_for_room_at_the_decode_endpoint_without_a_kv_cache_pinned() {
                 let decode = rig.decode[0].addr().to_string();
                 status["endpoints"].as_array()?.iter().find(|it| it["address"] == decode)?["cache_tokens"].as_u64()
             };
-            until("pd-control knows the size", async || size().await.filter(|size| (2_900..=3_000).contains(size))).await;
+            until("pd-control knows the size", async || size().await.filter(|size| (2_900..=3_000).contains(size)))
+                .await;
             // A list that is sent now has the size.
             let list = |state: &str| {
-                let mut list: Vec<Value> = entries(&rig.prefill, "prefill").chain(entries(&rig.decode, "decode")).collect();
+                let mut list: Vec<Value> =
+                    entries(&rig.prefill, "prefill").chain(entries(&rig.decode, "decode")).collect();
                 list[1]["state"] = state.into();
                 list
             };
             rig.relist(&list("down")).await;
             rig.relist(&list("ready")).await;
-            let body = |i: usize| chat(&[&format!("#{i}# {}", words(&format!("room-{i}"), 4_000))], r#","max_tokens":40"#);
+            let body =
+                |i: usize| chat(&[&format!("#{i}# {}", words(&format!("room-{i}"), 4_000))], r#","max_tokens":40"#);
             let is_through = AtomicBool::new(false);
             let burst = async {
                 let waits = join_all((0..8).map(|i| send(&rig, body(i), &[]))).await;
