@@ -266,6 +266,10 @@ fn multipart(body: &[u8], boundary: &[u8]) -> Result<Vec<Field>, FormError> {
         offset = offset.saturating_add(2);
         let (name, is_file, header_bytes) = part_headers(rest_of(offset), boundary)?;
         let value_start = offset.saturating_add(header_bytes);
+        // The empty line before a value is also the line break of a delimiter, to parsers that look for delimiters first.
+        if rest_of(value_start).starts_with(delimiter.get(2..).unwrap_or_default()) {
+            return Err(FormError::Malformed);
+        }
         let found = finder.find(rest_of(value_start)).ok_or(FormError::Malformed)?;
         let value_end = value_start.saturating_add(found);
         let next = value_end.saturating_add(2);

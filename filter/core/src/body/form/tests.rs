@@ -54,6 +54,11 @@ fn a_form_that_two_parsers_could_read_differently_is_refused() {
         format!("\n--x-b--more\r\n{}", part("name=\"vllm_xargs\"", r#"{"kv_transfer_params":0}"#)),
         format!("--x-b--\r\n{}", part("name=\"vllm_xargs\"", r#"{"kv_transfer_params":0}"#)),
         format!("\n{}", part("name=\"a\"", "1")),
+        // A value that begins as a delimiter is a part to parsers that look for delimiters first.
+        format!(
+            "--x-b\r\nContent-Disposition: form-data; name=\"prompt\"\r\n\r\n{}",
+            part("name=n", r#"[{"ec_transfer_params":1}]"#)
+        ),
         "--x-b\nContent-Disposition: form-data; name=\"vllm_xargs\"\n\n{}\n".to_owned(),
     ] {
         let body = form(std::slice::from_ref(&part));
