@@ -55,7 +55,7 @@ images=(--image "envoy=$envoy" --image pd-sim=target/debug/pd-sim --image pd-con
 [ -z "${PD_CLUSTER_SIDECAR:-}" ] || images+=(--image "llm-d-routing-sidecar=$PD_CLUSTER_SIDECAR")
 
 # Whether the filters leave tests of a suite.
-has_tests() { [ $# -eq 1 ] || tests --quiet --test "$1" -- --list "${@:2}" 2>/dev/null | grep -q ': test$'; }
+has_tests() { [ $# -eq 1 ] || [[ $(tests --quiet --test "$1" -- --list "${@:2}" 2>/dev/null) == *': test'* ]]; }
 # Runs a suite on a cluster of its own: its name, then filters.
 on_cluster() {
     local left=${limit:+$((limit - SECONDS))} status=0 command
