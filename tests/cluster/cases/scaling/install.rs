@@ -79,7 +79,8 @@ pub async fn adapter(cluster: &Cluster) {
     let (_, rules) = text.split_once("rules:\n  external:\n").expect("the rules");
     let rules = rules.replace("[1m]", "[5s]");
     // Text of a config map.
-    let rules: String = rules.lines().map(|line| format!("      {}\n", line.trim_start_matches("  "))).collect();
+    let rules: String =
+        rules.lines().map(|line| format!("      {}\n", line.strip_prefix("  ").unwrap_or(line))).collect();
     apply(&ADAPTER.replace("RULES\n", &rules)).await;
     cluster.settled("monitoring", "prometheus-adapter").await;
     metrics_are_served(cluster).await;
