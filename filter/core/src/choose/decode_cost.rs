@@ -12,9 +12,9 @@ pub struct DecodeCost {
     /// Steps that a request is expected to take: tokens of its answer.
     pub steps: f64,
     /// Bound within which a conversation stays at its endpoint: that endpoint may exceed the least loaded one by `stay`
-    /// times the request's tokens. 0 or more; 0: the choice ignores the conversation. With 10 a coding agent's turns move
-    /// about as few tokens as with no bound, and 99 % of the streams are less than 3 % slower than with the fewest assigned
-    /// tokens (`make sim`). With 2 they move up to twice as many.
+    /// times the request's tokens. 0 or more; 0: the choice ignores the conversation. With 10 the turns of coding agents
+    /// move half of the tokens that they move with 2, and 99 % of the streams are 2 % slower than with the fewest assigned
+    /// tokens (`make sim`, 30 % load; docs/routing.md).
     pub stay: f64,
 }
 

@@ -35,13 +35,12 @@ use crate::endpoints::endpoint_state::EndpointState;
 const HANDOVER_SECONDS: f64 = 0.012;
 
 /// What a second of a stream counts for, where no other request is in flight. A client that waits for its first token has
-/// nothing; a client of a stream has text to read. `make sim-split`, an editor that completes code: with 1, first tokens come
-/// 6 % later at a load of 10 % than if nothing is split; with 1/2 at every load, a token takes 15 % longer at a load of 90 %
-/// than if everything is.
+/// nothing; a client of a stream has text to read. Chosen by `make sim-split` with the loads `code` and `documents`: with 1, first
+/// tokens came later at a low load than if nothing is split; with 1/2 at every load, tokens took longer at a high load.
 const STREAM_SECOND: f64 = 0.5;
 
-/// Most that a second of a stream counts for. Without this bound, an overloaded pool serves hardly any prompt whole: 2 % for the
-/// editor at a load of 120 %, while its prefill queue grows.
+/// Most that a second of a stream counts for. Without this bound, an overloaded pool serves hardly any prompt whole, while
+/// its prefill queue grows.
 const MOST_STREAM_SECOND: f64 = 3.0;
 
 /// What waits in the gateway for each of the prefill endpoints.
