@@ -286,6 +286,6 @@ async fn grpcurl_understands_it_with_and_without_tls() {
         assert_eq!((&spec["metricName"], &spec["targetSizeFloat"]), (&"kv_load".into(), &0.5.into()));
         let refused = ask("IsActive").await;
         let said = String::from_utf8_lossy(&refused.stderr);
-        assert!(!refused.status.success() && said.contains("Unavailable") && said.contains("for 30 s"), "{said}");
+        assert!(!refused.status.success() && said.contains("Unavailable") && said.contains("for 60 s"), "{said}");
     }
 }
