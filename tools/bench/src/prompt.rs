@@ -12,6 +12,8 @@ pub const COMPLETION_TOKENS: u64 = 128;
 #[derive(Clone, Debug)]
 pub struct Template {
     bytes: Vec<u8>,
+    /// Where the body begins.
+    body: usize,
     mark: usize,
 }
 
@@ -52,9 +54,9 @@ impl Template {
         ]
         .concat();
         let mut bytes = format!("{lines}content-length: {}\r\n\r\n", body.len()).into_bytes();
-        let end = bytes.len() + head.len() + before;
-        bytes.extend_from_slice(body.as_bytes());
-        Self { bytes, mark: if sharing == Sharing::Whole { 0 } else { end } }
+        let (end, text, body) = (bytes.len() + head.len() + before, body, bytes.len());
+        bytes.extend_from_slice(text.as_bytes());
+        Self { bytes, body, mark: if sharing == Sharing::Whole { 0 } else { end } }
     }
 
     /// The request with a mark.
@@ -67,6 +69,12 @@ impl Template {
         }
         &self.bytes
     }
+
+    /// The body of the request with a mark.
+    pub fn marked_body(&mut self, mark: u64) -> &[u8] {
+        let body = self.body;
+        self.marked(mark).get(body..).unwrap_or_default()
+    }
 }
 
 #[cfg(test)]
@@ -76,7 +84,9 @@ mod tests {
     fn body(template: &mut Template, mark: u64) -> Vec<u8> {
         let bytes = template.marked(mark);
         let index = bytes.windows(4).position(|window| window == b"\r\n\r\n").unwrap() + 4;
-        bytes[index..].to_vec()
+        let body = bytes[index..].to_vec();
+        assert_eq!(template.marked_body(mark), body);
+        body
     }
 
     #[test]

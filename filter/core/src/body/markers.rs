@@ -14,11 +14,9 @@ use std::borrow::Cow;
 
 use memchr::memmem;
 
-use super::json::{elements, members, string};
+use super::json::{CACHE_MARKERS, elements, members, string};
 use super::{Api, Key};
 
-/// Names of marks.
-const MARKERS: [&str; 2] = ["cache_control", "prompt_cache_breakpoint"];
 /// Begin of the text that Claude Code adds to the system text.
 const BILLING: &str = "x-anthropic-billing-header";
 
@@ -30,9 +28,10 @@ const BILLING: &str = "x-anthropic-billing-header";
 ///   A content of one text becomes that text.
 /// - Members of the same names deeper inside, such as arguments of a tool, stay.
 ///
-/// `drops_billing`: the engine leaves out Claude Code's own line.
+/// - `has_marker`: the body may have a mark, so the value is searched.
+/// - `drops_billing`: the engine leaves out Claude Code's own line.
 #[must_use]
-pub fn without_markers(api: Api, key: Key, value: &[u8], drops_billing: bool) -> Cow<'_, [u8]> {
+pub fn without_markers(api: Api, key: Key, value: &[u8], has_marker: bool, drops_billing: bool) -> Cow<'_, [u8]> {
     let has = |text: &str| memmem::find(value, text.as_bytes()).is_some();
     let drops_billing = drops_billing && key == Key::System && has(BILLING);
     let is_read = match key {
@@ -41,7 +40,7 @@ pub fn without_markers(api: Api, key: Key, value: &[u8], drops_billing: bool) ->
         Key::Input => api == Api::Responses,
         _ => false,
     };
-    if !is_read || value.first() != Some(&b'[') || !(drops_billing || MARKERS.into_iter().any(has)) {
+    if !is_read || value.first() != Some(&b'[') || !(drops_billing || has_marker && CACHE_MARKERS.into_iter().any(has)) {
         return Cow::Borrowed(value);
     }
     let mut out = Vec::with_capacity(value.len());
@@ -94,7 +93,7 @@ fn only_text(part: &[u8]) -> Option<&[u8]> {
         match &*key {
             "type" => is_text = matches!(value, b"\"text\"" | b"\"input_text\""),
             "text" if value.first() == Some(&b'"') => text = Some(value),
-            name if MARKERS.contains(&name) => {}
+            name if CACHE_MARKERS.contains(&name) => {}
             _ => return None,
         }
     }
@@ -123,7 +122,7 @@ fn object(out: &mut Vec<u8>, value: &[u8], write: impl Fn(&mut Vec<u8>, &str, &[
         return;
     }
     out.push(b'{');
-    for (key, value) in members(value).filter(|(key, _)| !MARKERS.contains(&&**key)) {
+    for (key, value) in members(value).filter(|(key, _)| !CACHE_MARKERS.contains(&&**key)) {
         out.push(b'"');
         out.extend_from_slice(key.as_bytes());
         out.extend_from_slice(b"\":");
@@ -136,9 +135,22 @@ fn object(out: &mut Vec<u8>, value: &[u8], write: impl Fn(&mut Vec<u8>, &str, &[
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::body::scan;
 
     fn seen(api: Api, key: Key, value: &str) -> String {
-        String::from_utf8(without_markers(api, key, value.as_bytes(), true).into_owned()).unwrap()
+        let body = format!(r#"{{"a":{value}}}"#);
+        let has_marker = scan(body.as_bytes()).map_or(true, |scan| scan.has_cache_marker);
+        String::from_utf8(without_markers(api, key, value.as_bytes(), has_marker, true).into_owned()).unwrap()
+    }
+
+    #[test]
+    fn only_the_name_of_a_member_inside_a_value_is_a_marker() {
+        let has = |body: &str| scan(body.as_bytes()).unwrap().has_cache_marker;
+        for name in CACHE_MARKERS {
+            assert!(has(&format!(r#"{{"messages":[{{"content":[{{"{name}":null}}]}}],"model":"m"}}"#)));
+            assert!(has(&format!(r#"{{"tools":[{{"a":1,"{name}":{{}}}}]}}"#)));
+            assert!(!has(&format!(r#"{{"{name}":1,"messages":["{name}",{{"content":"\"{name}\":1","{name}s":1}}]}}"#)));
+        }
     }
 
     #[test]
@@ -224,7 +236,7 @@ mod tests {
         };
         assert_eq!(seen(Api::Messages, Key::System, &system("1")), seen(Api::Messages, Key::System, &system("2")));
         let kept =
-            |hash: &str| without_markers(Api::Messages, Key::System, system(hash).as_bytes(), false).into_owned();
+            |hash: &str| without_markers(Api::Messages, Key::System, system(hash).as_bytes(), true, false).into_owned();
         assert_ne!(kept("1"), kept("2"));
     }
 

@@ -35,6 +35,8 @@ pub struct Scan {
     pub open: u32,
     /// Members of the object, unknown ones and duplicates included.
     pub count: u32,
+    /// Whether an object inside a value has a cache marker, its name written without escapes.
+    pub has_cache_marker: bool,
     known: KeySet,
     members: Vec<Member>,
     cuts: Vec<Span>,
@@ -58,6 +60,7 @@ pub fn scan(body: &[u8]) -> Result<Scan, ScanError> {
         len: Span::new(0, body.len()).end,
         open,
         count: 0,
+        has_cache_marker: false,
         known: KeySet::EMPTY,
         members: Vec::with_capacity(12),
         cuts: Vec::new(),
@@ -88,6 +91,7 @@ pub fn scan(body: &[u8]) -> Result<Scan, ScanError> {
             break;
         }
     }
+    scan.has_cache_marker = scanner.has_cache_marker();
     scanner.finish()?;
     Ok(scan)
 }

@@ -234,7 +234,7 @@ fn prompt_parts<'a>(api: Api, body: &ScannedBody<'a>, drops_billing: bool) -> Ve
     };
     let part = |key: &Key| {
         let span = body.scan.get(*key)?.value;
-        Some((span, without_markers(api, *key, span.get(body.bytes), drops_billing)))
+        Some((span, without_markers(api, *key, span.get(body.bytes), body.scan.has_cache_marker, drops_billing)))
     };
     keys.iter().filter_map(part).collect()
 }

@@ -38,6 +38,14 @@ pub(in crate::body) enum MediaKey {
     Tensors(MediaKind),
 }
 
+/// Members that say how far a provider should cache a prompt; what they are is said in `body/markers.rs`.
+pub(in crate::body) const CACHE_MARKERS: [&str; 2] = ["cache_control", "prompt_cache_breakpoint"];
+
+/// Whether a key, as it stands between its quotes, is one of [`CACHE_MARKERS`].
+pub(super) fn is_cache_marker(key: &[u8]) -> bool {
+    CACHE_MARKERS.iter().any(|name| name.as_bytes() == key)
+}
+
 impl Mark {
     /// The mark of a member, by the key as it stands between its quotes.
     pub(super) fn of_key(key: &[u8], value: usize) -> Option<Self> {

@@ -1,7 +1,7 @@
 //! A position in a document, which moves forward over its values.
 
 use super::error::{ErrorKind, MAX_DEPTH, ScanError};
-use super::mark::{MAX_MEDIA, Mark};
+use super::mark::{MAX_MEDIA, Mark, is_cache_marker};
 use super::span::{Span, to_offset};
 use super::text;
 
@@ -55,13 +55,15 @@ pub(crate) struct Scanner<'a> {
     non_ascii: bool,
     /// Members inside the values so far that may have media; see [`Scanner::take_marks`].
     marks: Vec<Mark>,
+    /// Whether an object inside a value so far has a member that is a cache marker.
+    has_cache_marker: bool,
 }
 
 impl<'a> Scanner<'a> {
     /// A scanner at the start of a document.
     pub(crate) fn new(bytes: &'a [u8]) -> Result<Self, ScanError> {
         match u32::try_from(bytes.len()) {
-            Ok(len) if len < u32::MAX => Ok(Self { bytes, offset: 0, non_ascii: false, marks: Vec::new() }),
+            Ok(len) if len < u32::MAX => Ok(Self { bytes, offset: 0, non_ascii: false, marks: Vec::new(), has_cache_marker: false }),
             _ => Err(ScanError { kind: ErrorKind::TooLarge, offset: u32::MAX }),
         }
     }
@@ -222,6 +224,7 @@ impl<'a> Scanner<'a> {
     /// As [`key`](Self::key), of an object inside a value.
     fn marked_key(&mut self) -> Result<(), ScanError> {
         let key = self.key()?.get(self.bytes);
+        self.has_cache_marker |= is_cache_marker(key);
         if let Some(mark) = Mark::of_key(key, self.offset)
             && self.marks.len() < MAX_MEDIA
         {
@@ -233,6 +236,11 @@ impl<'a> Scanner<'a> {
     /// Members that may have media, inside the values since the last call; [`MAX_MEDIA`] at most.
     pub(crate) fn take_marks(&mut self) -> Vec<Mark> {
         core::mem::take(&mut self.marks)
+    }
+
+    /// Whether an object inside a value so far has a member that is a cache marker, its name written without escapes.
+    pub(crate) fn has_cache_marker(&self) -> bool {
+        self.has_cache_marker
     }
 
     /// The bytes from here on.

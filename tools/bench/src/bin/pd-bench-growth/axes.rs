@@ -20,7 +20,7 @@ use serde_json::json;
 
 use crate::Args;
 use crate::curve::Curves;
-use crate::load::{self, Open};
+use crate::load::{self, Open, Streams};
 use crate::rig::{self, Engines, Kind, Options};
 
 /// How long pd-control may take to start, and a new configuration to arrive.
@@ -159,9 +159,9 @@ pub async fn streams(bench: &Bench<'_>) -> Result<Curves> {
         // Engines of its own: those of the kind before still hold its streams.
         let engines = Engines::start().await?;
         let envoy = rig::start(bench.args, &engines, "streams", &Options::of(kind)).await?;
-        let mut open = Open::new();
-        for count in [1_000, 3_000, 9_000] {
-            open.streams(envoy.gateway, count, bench.marks(count as u64)).await?;
+        let mut open = Streams::new();
+        for count in [1_000, 3_000, 10_000] {
+            open.open(envoy.gateway, count, bench.marks(count as u64)).await?;
             let before = process::usage(envoy.pid())?.cpu;
             tokio::time::sleep(SETTLE).await;
             let cpu = process::usage(envoy.pid())?.cpu.saturating_sub(before);

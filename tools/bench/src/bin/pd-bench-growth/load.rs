@@ -6,9 +6,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use pd_bench::engine::{INTERVAL_HEADER, TOKENS_HEADER, head_length};
 use pd_bench::prompt::{Sharing, Template};
+use pd_support::client::{Client, Http, Streaming};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
+
+/// As many as engines' clients of HTTP/2 open without asking what the server allows.
+const STREAMS_PER_CONNECTION: usize = 100;
 
 /// Sends requests of so many bytes at a fixed rate, each on a connection that no other request uses at that time. Returns
 /// the nanoseconds of each from the moment at which it was due, sorted.
@@ -71,7 +75,7 @@ pub async fn new_connections(gateway: SocketAddr, tasks: u64, time: Duration, ma
     Ok(requests)
 }
 
-/// Requests that wait for an answer, or streams of which the first token is there. Dropping it ends them.
+/// Requests that wait for an answer. Dropping it ends them.
 pub struct Open {
     streams: Vec<TcpStream>,
 }
@@ -80,24 +84,6 @@ impl Open {
     /// None yet.
     pub fn new() -> Self {
         Self { streams: Vec::new() }
-    }
-
-    /// Opens streams until there are so many, each with a token every minute.
-    ///
-    /// # Errors
-    /// When an answer is not 200.
-    pub async fn streams(&mut self, gateway: SocketAddr, count: usize, mark: u64) -> Result<()> {
-        let headers = format!("{TOKENS_HEADER}: 1000\r\n{INTERVAL_HEADER}: 60000\r\n");
-        let mut template = Template::chat(4_000, Sharing::None, true, &headers);
-        while self.streams.len() < count {
-            let mut stream = connect(gateway).await?;
-            stream.write_all(template.marked(mark + self.streams.len() as u64)).await?;
-            let mut buffer = [0; 4_096];
-            let read = stream.read(&mut buffer).await?;
-            ensure!(buffer[..read].starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&buffer[..read]));
-            self.streams.push(stream);
-        }
-        Ok(())
     }
 
     /// Sends requests of so many bytes that nobody answers, until there are so many.
@@ -110,6 +96,43 @@ impl Open {
             let mut stream = connect(gateway).await?;
             stream.write_all(template.marked(mark + self.streams.len() as u64)).await?;
             self.streams.push(stream);
+        }
+        Ok(())
+    }
+}
+
+/// Streams of which the first event is there. Dropping it ends them.
+///
+/// They share connections of HTTP/2: of a process that may open 20,000 files, Envoy then has 10,000 streams, with one
+/// connection to an engine for each.
+pub struct Streams {
+    clients: Vec<Client>,
+    open: Vec<Streaming>,
+}
+
+impl Streams {
+    /// None yet.
+    pub fn new() -> Self {
+        Self { clients: Vec::new(), open: Vec::new() }
+    }
+
+    /// Opens streams until there are so many, each with a token every minute.
+    ///
+    /// # Errors
+    /// When an answer is not 200.
+    pub async fn open(&mut self, gateway: SocketAddr, count: usize, mark: u64) -> Result<()> {
+        let mut template = Template::chat(4_000, Sharing::None, true, "");
+        let headers: [(&str, &[u8]); 2] = [(TOKENS_HEADER, b"1000"), (INTERVAL_HEADER, b"60000")];
+        while self.open.len() < count {
+            if self.open.len() >= self.clients.len() * STREAMS_PER_CONNECTION {
+                self.clients.push(Client::try_connect(gateway, Http::Two).await?);
+            }
+            let client = self.clients.last_mut().context("there is a connection")?;
+            let body = template.marked_body(mark + self.open.len() as u64).to_vec();
+            let mut stream = client.try_open(client.json("/v1/chat/completions", body, &headers)).await?;
+            let first = stream.event().await?;
+            ensure!(stream.status == 200 && first.is_some(), "status {} {first:?}", stream.status);
+            self.open.push(stream);
         }
         Ok(())
     }

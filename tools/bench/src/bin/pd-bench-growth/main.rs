@@ -68,7 +68,7 @@ enum Axis {
     Index,
     /// Requests that the queue holds, to 5,000
     Held,
-    /// Open streams, to 9,000
+    /// Open streams, to 10,000
     Streams,
     /// A connection for each request
     Churn,
