@@ -64,6 +64,14 @@ struct Holder {
 /// An empty place for a holder.
 const NOBODY: Holder = Holder { endpoint: NIL, node: NIL };
 
+impl Block {
+    /// Number of endpoints that hold it.
+    fn holders(&self) -> usize {
+        let listed = self.recent.iter().filter(|holder| holder.endpoint != NIL).count();
+        listed.saturating_add(self.others as usize)
+    }
+}
+
 impl PrefixIndex {
     /// An empty index that takes at most `bytes` bytes of memory, beside a list head for each endpoint.
     #[must_use]
@@ -142,6 +150,9 @@ impl PrefixIndex {
     /// left out. Empty where no endpoint holds the first block.
     #[must_use]
     pub fn holders(&self, blocks: &[BlockHash], limit: usize) -> Vec<EndpointIndex> {
+        // Who holds any block holds the first one.
+        let Some(first) = blocks.first().and_then(|hash| self.block_of(*hash)) else { return Vec::new() };
+        let limit = limit.min(first.holders());
         let known = blocks.partition_point(|block| self.block_of(*block).is_some());
         let mut holders = Vec::with_capacity(limit);
         for hash in blocks.iter().take(known).rev() {
