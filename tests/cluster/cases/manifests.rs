@@ -1,5 +1,7 @@
 //! The manifests as files: of their schemas, and with names that agree. `make test-cluster` applies them.
 
+#[path = "combinations.rs"]
+mod combinations;
 #[path = "gateway/texts.rs"]
 mod texts;
 

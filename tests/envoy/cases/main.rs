@@ -9,6 +9,7 @@ mod compat;
 mod connections;
 mod credentials;
 mod decode_failure;
+mod deploy;
 mod engines;
 mod envoys_errors;
 mod errors;
