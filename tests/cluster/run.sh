@@ -45,7 +45,7 @@ if [ -z "${PD_CLUSTER_INFERENCE_CRDS:-}" ] && command -v go >/dev/null; then
 fi
 
 # The programs are built with the tests of their packages: pd-cluster, pd-control, pd-sim.
-tests --quiet --test gateway --test helm --test scaling --test ai_gateway --test lifetime --test control --test sim --no-run
+tests --quiet --test gateway --test helm --test scaling --test telemetry --test ai_gateway --test lifetime --test control --test sim --no-run
 # However the harness ends, it leaves nothing behind.
 tests --quiet --test lifetime -- --nocapture
 # The program itself, which the Python package's `envoy` starts.
@@ -90,6 +90,26 @@ scaling() {
     on_cluster scaling "$@"
 }
 ! has_tests scaling "$@" || scaling "$@"
+
+# Rate limits by tokens, and traces.
+telemetry() {
+    local left=${limit:+$((limit - SECONDS - needed_beside))} programs service
+    command -v redis-server >/dev/null ||
+        { echo "cluster: NOT RUN, there is no redis-server (Debian, Ubuntu: apt-get install redis-server): telemetry" >&2; return 0; }
+    [ "${left:-1}" -gt 0 ] || { echo "cluster: NOT RUN, there is no time left to build a rate limit service: telemetry" >&2; return 0; }
+    programs=$(timeout "${left:-0}" tests/programs.sh) &&
+        service=$(timeout "${left:-0}" tests/cluster/programs/build-ratelimit.sh) || {
+        [ $? -eq 124 ] || exit 1
+        echo "cluster: NOT RUN, $left s were left to build a rate limit service, and that was not enough: telemetry" >&2
+        return 0
+    }
+    # Debian's is a link to a program of several names, and its name decides what it is.
+    install -D "$(command -v redis-server)" target/cluster-redis/redis-server
+    images+=(--image redis=target/cluster-redis/redis-server --image "ratelimit=$service/ratelimit"
+        --image "opentelemetry-collector=$programs/collector")
+    on_cluster telemetry "$@"
+}
+! has_tests telemetry "$@" || telemetry "$@"
 
 has_tests ai_gateway "$@" || exit 0
 left=${limit:+$((limit - SECONDS - needed_beside))}

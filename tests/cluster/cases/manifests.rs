@@ -20,6 +20,7 @@ use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::rbac::v1::{Role, RoleBinding};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use pd_cluster::schema;
+use pd_support::config::block_of_document;
 use pd_support::places;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -425,4 +426,25 @@ fn tags_and_access_log_are_those_of_one_machine() {
     let manager = &local["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"];
     let format = &proxy["spec"]["telemetry"]["accessLog"]["settings"][0]["format"]["json"];
     assert_eq!(*format, manager["access_log"][0]["typed_config"]["log_format"]["json_format"]);
+}
+
+/// The component for Envoy Gateway has the tags and the filter that the document shows and tests/envoy runs.
+#[test]
+fn the_component_has_the_tags_and_the_filter_of_the_document() {
+    let read = |name: &str| read(&manifests().join("tracing").join(name)).remove(0);
+    let block = |first_line: &str| block_of_document("observability.md", first_line);
+    let kustomization = read("kustomization.yaml");
+    let patch = kustomization["patches"][0]["patch"].as_str().unwrap();
+    let patch: Value = serde_saphyr::from_str(patch).unwrap();
+    let mut expected = BTreeMap::new();
+    let manager = block("# In the HTTP connection manager:")["tracing"]["custom_tags"].clone();
+    for tags in [manager, block("# Beside the other custom_tags:")] {
+        for tag in tags.as_array().unwrap() {
+            let value = if tag["value"].is_null() { &tag["literal"]["value"] } else { &tag["value"] };
+            expected.insert(tag["tag"].as_str().unwrap().to_owned(), value.clone());
+        }
+    }
+    assert_eq!(patch[0]["value"]["tags"], json!(expected));
+    let filter = read("tracing.yaml")["spec"]["jsonPatches"][0]["operation"]["value"].clone();
+    assert_eq!(filter, block("# The first of http_filters:"));
 }

@@ -1,6 +1,5 @@
 //! Traces: Envoy's spans and the engines' parents, as a real OpenTelemetry Collector gets them.
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -12,6 +11,7 @@ use pd_support::config::{Config, block_of_document};
 use pd_support::places;
 use pd_support::port::Port;
 use pd_support::process::Process;
+use pd_support::spans::{self, Span};
 use pd_tests::rig::{Rig, run};
 use serde_json::{Value, json};
 
@@ -21,39 +21,6 @@ use crate::support::{long_chat, only};
 const PATIENCE: Duration = Duration::from_secs(30);
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
 const CLIENT: &str = "b7ad6b7169203331";
-
-/// One span as the collector writes it down.
-#[derive(Clone, Debug, Default)]
-struct Span {
-    id: String,
-    parent: String,
-    trace: String,
-    attributes: BTreeMap<String, String>,
-}
-
-/// The spans in the text of the collector's debug exporter.
-fn spans(text: &str) -> Vec<Span> {
-    let mut spans: Vec<Span> = Vec::new();
-    for line in text.lines().map(str::trim) {
-        if line.starts_with("Span #") {
-            spans.push(Span::default());
-        }
-        let Some(span) = spans.last_mut() else { continue };
-        if let Some(attribute) = line.strip_prefix("-> ") {
-            let Some((name, value)) = attribute.split_once(": ") else { continue };
-            let value = value.split_once('(').map_or(value, |(_, value)| value.trim_end_matches(')'));
-            span.attributes.insert(name.to_owned(), value.to_owned());
-        } else if let Some((name, value)) = line.split_once(':') {
-            match name.trim() {
-                "Trace ID" => span.trace = value.trim().to_owned(),
-                "Parent ID" => span.parent = value.trim().to_owned(),
-                "ID" => span.id = value.trim().to_owned(),
-                _ => {}
-            }
-        }
-    }
-    spans
-}
 
 fn start_collector(program: &Path, directory: &Path, address: SocketAddr) -> Process {
     let file = directory.join("collector.yaml");
@@ -74,6 +41,11 @@ fn trace(config: &mut Config, collector: SocketAddr) {
     let block = |first_line: &str| block_of_document("observability.md", first_line);
     let manager = block("# In the HTTP connection manager:");
     config.http()["tracing"] = manager["tracing"].clone();
+    let tags = config.http().pointer_mut("/tracing/custom_tags").and_then(Value::as_array_mut).expect("tags");
+    tags.extend(block("# Beside the other custom_tags:").as_array().expect("tags").iter().cloned());
+    for filter in block("# The first two of http_filters:").as_array().expect("filters").iter().rev() {
+        config.http_filters().insert(0, filter.clone());
+    }
     config.http_filters().insert(0, block("# The first of http_filters:"));
     let mut cluster = block("# A cluster of the collector:");
     let address = "/load_assignment/endpoints/0/lb_endpoints/0/endpoint/address/socket_address";
@@ -86,7 +58,7 @@ fn trace(config: &mut Config, collector: SocketAddr) {
 async fn until_spans(collector: &Process, count: usize) -> Vec<Span> {
     let begun = Instant::now();
     loop {
-        let seen = spans(&collector.log());
+        let seen = spans::parse(&collector.log());
         if seen.len() >= count {
             return seen;
         }
@@ -117,9 +89,11 @@ fn a_request_is_one_trace_with_both_legs_and_what_was_decided() {
             rig.engines().for_each(Handle::clear_requests);
             let mut client = rig.client(Http::One).await;
             let parent = format!("00-{TRACE}-{CLIENT}-01");
-            let headers: &[(&str, &[u8])] = if is_traced { &[("traceparent", parent.as_bytes())] } else { &[] };
+            let model: (&str, &[u8]) = ("x-gateway-model-name", b"sim");
+            let headers: &[_] = if is_traced { &[model, ("traceparent", parent.as_bytes())] } else { &[model] };
             let answer = client.send(client.json(CHAT, long_chat(), headers)).await;
             assert_eq!(answer.status, 200, "{}", answer.text());
+            let usage = answer.json()["usage"].clone();
             let seen = until_spans(&collector, so_far + 2).await.split_off(so_far);
             let by_parent =
                 |parent: &str| seen.iter().find(|span| span.parent == parent).unwrap_or_else(|| panic!("{seen:#?}"));
@@ -129,7 +103,7 @@ fn a_request_is_one_trace_with_both_legs_and_what_was_decided() {
             assert_eq!(gateway.trace == TRACE, is_traced);
             assert_eq!(told(&rig.prefill), (gateway.trace.clone(), gateway.id.clone()));
             assert_eq!(told(&rig.decode), (gateway.trace.clone(), decode.id.clone()));
-            let of = |span: &Span, name: &str| span.attributes.get(name).cloned().unwrap_or_default();
+            let of = |span: &Span, name: &str| span.attribute(name).to_owned();
             let address = |engines: &[Handle]| {
                 engines.iter().find(|engine| !engine.requests().is_empty()).map(|engine| engine.addr().to_string())
             };
@@ -141,6 +115,23 @@ fn a_request_is_one_trace_with_both_legs_and_what_was_decided() {
                     assert!(of(span, name).parse::<f64>().is_ok(), "{name}: {span:#?}");
                 }
             }
+            let server = address(&rig.decode).expect("a decode server");
+            let (server, port) = server.rsplit_once(':').expect("address and port");
+            // By the names of the conventions. The usage is that of the answer, so of the decode leg alone.
+            for span in [gateway, decode] {
+                for (name, value) in [
+                    ("gen_ai.operation.name", "chat".to_owned()),
+                    ("gen_ai.provider.name", "vllm".to_owned()),
+                    ("gen_ai.request.model", "sim".to_owned()),
+                    ("server.address", server.to_owned()),
+                    ("server.port", port.to_owned()),
+                ] {
+                    assert_eq!(of(span, name), value, "{name}: {span:#?}");
+                }
+            }
+            assert_eq!(of(gateway, "gen_ai.response.model"), "sim", "{gateway:#?}");
+            assert_eq!(of(gateway, "gen_ai.usage.input_tokens"), usage["prompt_tokens"].to_string(), "{gateway:#?}");
+            assert_eq!(of(gateway, "gen_ai.usage.output_tokens"), usage["completion_tokens"].to_string());
             let id = only(&rig.prefill).header("x-request-id").map(str::to_owned);
             assert_eq!(id, only(&rig.decode).header("x-request-id").map(str::to_owned));
             assert_eq!(id, Some(of(gateway, "guid:x-request-id")));

@@ -13,4 +13,5 @@ pub mod headers;
 pub mod places;
 pub mod port;
 pub mod process;
+pub mod spans;
 pub mod wait;

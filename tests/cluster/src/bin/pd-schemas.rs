@@ -9,7 +9,7 @@ use pd_cluster::schema::reduced;
 use serde_json::Value;
 
 /// Kinds that are stored, with their versions.
-const KINDS: [(&str, &str); 17] = [
+const KINDS: [(&str, &str); 18] = [
     ("AIGatewayRoute", "v1beta1"),
     ("AIServiceBackend", "v1beta1"),
     ("Backend", "v1alpha1"),
@@ -24,6 +24,7 @@ const KINDS: [(&str, &str); 17] = [
     ("PodAutoscaler", "v1alpha1"),
     ("PodMonitor", "v1"),
     ("PrometheusRule", "v1"),
+    ("ReferenceGrant", "v1"),
     ("ScaledObject", "v1alpha1"),
     ("SecurityPolicy", "v1alpha1"),
     ("ServiceMonitor", "v1"),
