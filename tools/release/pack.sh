@@ -3,8 +3,8 @@
 #
 #     VERSION=0.1.0 COMMIT=… EPOCH=… [REGISTRY=registry.example] [KEY=private.pem] tools/release/pack.sh INPUT OUTPUT
 #
-# INPUT has OCI layouts (filter, control-amd64, control-arm64, sim-amd64, …) and SBOMs (*.cdx.json). OUTPUT gets them as archives, the
-# chart with the images' digests, SHA256SUMS, a provenance statement and, with KEY (Ed25519, PEM), a signature of SHA256SUMS.
+# INPUT has OCI layouts (filter, control-amd64, control-arm64, sim-amd64, …) and SBOMs (*.cdx.json). OUTPUT gets them as archives, an index
+# of each program's images, the chart with the images' digests, SHA256SUMS, a provenance statement and, with KEY (Ed25519, PEM), a signature of SHA256SUMS.
 set -euo pipefail
 input=$(realpath "$1")
 mkdir -p "$2"
@@ -22,8 +22,32 @@ archive() { # FOLDER NAME
 }
 digest() { python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["manifests"][0]["digest"])' "$1/index.json"; }
 
+# An index of a program's images, one for each architecture.
+index() { # LAYOUT…
+    python3 - "$@" <<'PYTHON'
+import json, os, sys
+
+def blob(layout, digest):
+    return json.load(open(os.path.join(layout, "blobs/sha256", digest.removeprefix("sha256:"))))
+
+manifests = []
+for layout in sys.argv[1:]:
+    manifest = json.load(open(layout + "/index.json"))["manifests"][0]
+    config = blob(layout, blob(layout, manifest["digest"])["config"]["digest"])
+    manifests.append({**manifest, "platform": {"architecture": config["architecture"], "os": config["os"]}})
+kind = "application/vnd.oci.image.index.v1+json"
+print(json.dumps({"schemaVersion": 2, "mediaType": kind, "manifests": manifests}, sort_keys=True))
+PYTHON
+}
+
 filter=$registry/pd-filter@$(digest "$input/filter")
 programs=()
+for program in control sim; do
+    file=$output/pd-$program-$VERSION.index.json
+    index "$input/$program"-*/ >"$file"
+    programs+=("$program=$registry/pd-$program@sha256:$(sha256sum <"$file" | cut -c1-64)")
+done
+control=${programs[0]#*=} simulator=${programs[1]#*=}
 for layout in "$input"/*/; do
     name=$(basename "$layout")
     archive "$input" "$name" >"$output/pd-$name-$VERSION.oci.tar"
@@ -31,14 +55,13 @@ for layout in "$input"/*/; do
 done
 printf '%s\n' "filter=$filter" "${programs[@]}" >"$output/images.env"
 
-# The chart names the filter by digest. Images of programs differ by architecture, so the chart names them by the version's tag,
-# under which push.sh puts an index of both.
+# The chart names all images by digest. Images of programs differ by architecture, so it names the index of both.
 staged=$(mktemp -d)
 trap 'rm -rf "$staged"' EXIT
 cp -rL charts/envoy-pd "$staged/envoy-pd"
 rm -rf "$staged/envoy-pd/ci"
-sed -i -e "s#^  filter: .*#  filter: $filter#" -e "s#^  control: .*#  control: $registry/pd-control:$VERSION#" \
-    -e "s#^  simulator: .*#  simulator: $registry/pd-sim:$VERSION#" "$staged/envoy-pd/values.yaml"
+sed -i -e "s#^  filter: .*#  filter: $filter#" -e "s#^  control: .*#  control: $control#" \
+    -e "s#^  simulator: .*#  simulator: $simulator#" "$staged/envoy-pd/values.yaml"
 sed -i -e "s#^version: .*#version: $VERSION#" -e "s#^appVersion: .*#appVersion: $VERSION#" "$staged/envoy-pd/Chart.yaml"
 archive "$staged" envoy-pd | gzip -9 --no-name >"$output/envoy-pd-$VERSION.tgz"
 

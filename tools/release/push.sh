@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Pushes a release that `make release` built: the filter's image, those of pd-control and pd-sim for each architecture with an
-# index of both, and the chart. Needs docker (for the index), helm, and their logins:
+# index of both, and the chart. Needs helm, and the logins of docker and helm:
 #
-#     REGISTRY=registry.example tools/release/push.sh FOLDER
+#     REGISTRY=registry.example [PLAIN_HTTP=1] tools/release/push.sh FOLDER
 set -euo pipefail
 folder=$(realpath "$1")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -13,14 +13,13 @@ for archive in "$folder"/*.oci.tar; do
 done
 version=$(basename "$folder"/envoy-pd-*.tgz .tgz)
 version=${version#envoy-pd-}
-push() { cargo run --locked --quiet -p pd-image --no-default-features -- push "$@"; }
+image() { cargo run --locked --quiet -p pd-image --no-default-features -- "$@" ${PLAIN_HTTP:+--plain-http}; }
 
-push "$REGISTRY/pd-filter:$version" --layout "$layouts/filter"
+image push "$REGISTRY/pd-filter:$version" --layout "$layouts/filter"
 for program in control sim; do
-    images=()
     for layout in "$layouts/$program"-*; do
-        images+=("$(push "$REGISTRY/pd-$program:$version-${layout##*-}" --layout "$layout")")
+        image push "$REGISTRY/pd-$program:$version-${layout##*-}" --layout "$layout"
     done
-    docker buildx imagetools create --tag "$REGISTRY/pd-$program:$version" "${images[@]}"
+    image push-index "$REGISTRY/pd-$program:$version" --index "$folder/pd-$program-$version.index.json"
 done
-helm push "$folder/envoy-pd-$version.tgz" "oci://$REGISTRY/charts"
+helm push "$folder/envoy-pd-$version.tgz" "oci://$REGISTRY/charts" ${PLAIN_HTTP:+--plain-http}

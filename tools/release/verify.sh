@@ -56,6 +56,16 @@ for name in sorted(glob.glob("*.oci.tar")):
 
 images = dict(line.strip().split("=", 1) for line in open("images.env"))
 for name, image in images.items():
+    if name in ("control", "sim"):
+        index = only(f"pd-{name}-*.index.json")
+        content = open(index, "rb").read()
+        if image.rsplit("@", 1)[1] != "sha256:" + hashlib.sha256(content).hexdigest():
+            fail(f"images.env: {name} is not {index}")
+        for of in json.loads(content)["manifests"]:
+            archive = only(f"pd-{name}-{of['platform']['architecture']}-*.oci.tar")
+            if of["digest"] != digests[archive]:
+                fail(f"{index}: {of['platform']['architecture']} is not {archive}")
+        continue
     archive = only(f"pd-{name}-*.oci.tar")
     if image.rsplit("@", 1)[1] != digests[archive]:
         fail(f"images.env: {name} is not {archive}")
@@ -63,8 +73,9 @@ for name, image in images.items():
 chart = only("envoy-pd-*.tgz")
 with tarfile.open(chart) as tar:
     values = tar.extractfile("envoy-pd/values.yaml").read().decode()
-if f"  filter: {images['filter']}\n" not in values:
-    fail(f"{chart}: its filter is not {images['filter']}")
+for key, name in (("filter", "filter"), ("control", "control"), ("simulator", "sim")):
+    if f"  {key}: {images[name]}\n" not in values:
+        fail(f"{chart}: its {key} is not {images[name]}")
 
 for name in glob.glob("*.cdx.json"):
     bom = json.load(open(name))

@@ -90,10 +90,12 @@ fn two_releases_of_the_same_are_equal_bit_for_bit_and_verify() {
             "SHA256SUMS.sig",
             "envoy-pd-9.8.7.tgz",
             "images.env",
+            "pd-control-9.8.7.index.json",
             "pd-control-amd64-9.8.7.oci.tar",
             "pd-control-arm64-9.8.7.oci.tar",
             "pd-filter-9.8.7.cdx.json",
             "pd-filter-9.8.7.oci.tar",
+            "pd-sim-9.8.7.index.json",
             "pd-sim-amd64-9.8.7.oci.tar",
             "pd-sim-arm64-9.8.7.oci.tar",
             "provenance-9.8.7.intoto.json",
@@ -115,7 +117,19 @@ fn the_chart_of_a_release_names_its_images_and_its_version() {
     let values = text(&unpacked.path().join("envoy-pd/values.yaml"));
     let digest = Image::new(b"\0asm\x01\0\0\0").unwrap().manifest.digest;
     assert!(values.contains(&format!("  filter: images.example/pd-filter@{digest}\n")), "{values}");
-    assert!(values.contains("  control: images.example/pd-control:9.8.7\n"), "{values}");
+    for (key, name) in [("control", "control"), ("simulator", "sim")] {
+        let index = text(&release.join(format!("pd-{name}-9.8.7.index.json")));
+        let digest = pd_image::manifest::digest(index.as_bytes());
+        assert!(values.contains(&format!("  {key}: images.example/pd-{name}@{digest}\n")), "{values}");
+        let index: serde_json::Value = serde_json::from_str(&index).unwrap();
+        let images = array(&index["manifests"]);
+        for (image, (architecture, machine)) in images.iter().zip([("amd64", 62), ("arm64", 183)]) {
+            let made = Image::of_program(&format!("pd-{name}"), &program(machine)).unwrap();
+            assert_eq!(image["digest"], made.manifest.digest);
+            assert_eq!(image["platform"], serde_json::json!({"architecture": architecture, "os": "linux"}));
+        }
+        assert_eq!(images.len(), 2);
+    }
     assert!(text(&unpacked.path().join("envoy-pd/Chart.yaml")).contains("\nversion: 9.8.7\nappVersion: 9.8.7\n"));
     let dashboard = unpacked.path().join("envoy-pd/files/dashboard.json");
     assert!(!dashboard.is_symlink() && dashboard.is_file());
@@ -151,7 +165,7 @@ fn whatever_is_changed_is_found() {
         replace(folder, "provenance-9.8.7.intoto.json", old, new);
         resign(folder);
     };
-    let changes: [Change<'_>; 12] = [
+    let changes: [Change<'_>; 14] = [
         ("does not name: SHA256SUMS.more", Box::new(|it| std::fs::write(it.join("SHA256SUMS.more"), "").unwrap())),
         (
             "there are links: ./extra",
@@ -167,6 +181,20 @@ fn whatever_is_changed_is_found() {
                     "sim-arm64=images.example/pd-sim@sha256:",
                     "sim-arm64=images.example/pd-sim@sha256:0",
                 );
+                attest(it, "images.env");
+            }),
+        ),
+        (
+            "images.env: control is not pd-control-9.8.7.index.json",
+            Box::new(|it| {
+                replace(it, "pd-control-9.8.7.index.json", "linux", "minix");
+                attest(it, "pd-control-9.8.7.index.json");
+            }),
+        ),
+        (
+            "its simulator is not",
+            Box::new(|it| {
+                replace(it, "images.env", "\nsim=images.example/pd-sim", "\nsim=images.example/PD-sim");
                 attest(it, "images.env");
             }),
         ),

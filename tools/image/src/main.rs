@@ -47,6 +47,17 @@ enum Command {
         #[arg(long)]
         plain_http: bool,
     },
+    /// Push an index of images that the registry has, one for each architecture, and print its name by digest
+    PushIndex {
+        /// Registry, repository and tag, such as registry.example/pd-control:0.1.0
+        image: String,
+        /// The index, which is pushed byte for byte
+        #[arg(long, value_name = "FILE")]
+        index: PathBuf,
+        /// Speak plain HTTP to the registry
+        #[arg(long)]
+        plain_http: bool,
+    },
     /// Say whether Envoy could run the image of a file: pull it by digest, start its module and send it a request
     Check {
         /// File with `image=…`
@@ -118,6 +129,10 @@ async fn run(command: Command) -> anyhow::Result<String> {
                 fs::write(&file, text).with_context(|| file.display().to_string())?;
             }
             Ok(name)
+        }
+        Command::PushIndex { image, index, plain_http } => {
+            let bytes = fs::read(&index).with_context(|| index.display().to_string())?;
+            Registry::new(&image, plain_http)?.push_index(bytes).await.with_context(|| image.clone())
         }
         Command::Check { file, plain_http } => {
             let text = fs::read_to_string(&file).with_context(|| file.display().to_string())?;

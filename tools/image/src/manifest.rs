@@ -14,6 +14,8 @@ use crate::elf;
 
 /// Media type of the manifest.
 pub const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+/// Media type of an index of images, one for each architecture.
+pub const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 /// Media type of the configuration.
 pub const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 /// Media type of the layer; Envoy Gateway takes no other.

@@ -7,7 +7,7 @@ use oci_client::manifest::OciDescriptor;
 use oci_client::secrets::RegistryAuth;
 use oci_client::{Client, Reference, RegistryOperation};
 
-use crate::manifest::{Blob, Image, MANIFEST, Manifest, digest};
+use crate::manifest::{Blob, INDEX, Image, MANIFEST, Manifest, digest};
 
 /// A name in a registry, and how to speak to it.
 pub struct Registry {
@@ -60,6 +60,18 @@ impl Registry {
         client.push_manifest_raw(reference, image.manifest.bytes.clone(), kind).await?;
         let by_digest = reference.clone_with_digest(image.manifest.digest.clone());
         Ok(format!("{}/{}@{}", by_digest.registry(), by_digest.repository(), image.manifest.digest))
+    }
+
+    /// Pushes the index of images that are there, byte for byte; returns the name by digest.
+    ///
+    /// # Errors
+    /// One line when the registry refuses, such as for an image that is not there.
+    pub async fn push_index(&self, bytes: Vec<u8>) -> anyhow::Result<String> {
+        let (client, reference) = (&self.client, &self.reference);
+        client.auth(reference, &self.auth, RegistryOperation::Push).await?;
+        let index = Blob::new(bytes);
+        client.push_manifest_raw(reference, index.bytes, INDEX.parse().context("media type")?).await?;
+        Ok(format!("{}/{}@{}", reference.registry(), reference.repository(), index.digest))
     }
 
     /// Pulls an image and checks every digest.

@@ -5,6 +5,7 @@ use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use pd_image::manifest::{INDEX, MANIFEST};
 use pd_support::places;
 use pd_support::port::Port;
 
@@ -74,6 +75,12 @@ fn image(docker: &Path, arguments: &[&str]) -> Result<String, String> {
     if done.status.success() { Ok(text(done.stdout)) } else { Err(text(done.stderr)) }
 }
 
+/// Bytes of a manifest in a layout; of another one, any number.
+fn manifest_size(layout: &Path, digest: &str) -> u64 {
+    let path = layout.join("blobs/sha256").join(digest.trim_start_matches("sha256:"));
+    fs::metadata(path).map_or(100, |file| file.len())
+}
+
 #[test]
 fn a_module_that_would_not_start_gets_no_image() {
     let directory = tempfile::tempdir().unwrap();
@@ -124,6 +131,22 @@ fn an_image_is_pushed_pinned_and_pulled_back() {
         format!("image={pinned}\nversion={}\n", env!("CARGO_PKG_VERSION"))
     );
     assert_eq!(image(&docker, &["push", &tagged, "--layout", &path("again")]).unwrap(), pinned);
+
+    let names = |digest: &str| {
+        format!(
+            r#"{{"schemaVersion":2,"mediaType":"{INDEX}","manifests":[{{"mediaType":"{MANIFEST}","digest":"{digest}","size":{},"#,
+            manifest_size(Path::new(&path("layout")), digest)
+        ) + r#""platform":{"architecture":"amd64","os":"linux"}}]}"#
+    };
+    let push_index = |index: &str| {
+        fs::write(path("index.json"), index).unwrap();
+        image(&docker, &["push-index", &format!("{}/pd/filter:both", registry.address), "--index", &path("index.json")])
+    };
+    let index = names(&digest);
+    let by_digest = format!("{}/pd/filter@{}", registry.address, pd_image::manifest::digest(index.as_bytes()));
+    assert_eq!(push_index(&index).unwrap(), by_digest);
+    let refused = push_index(&names(&format!("sha256:{}", "1".repeat(64)))).unwrap_err();
+    assert!(refused.starts_with(&format!("pd-image: {}/pd/filter:both: ", registry.address)), "{refused}");
 
     let checked = image(&docker, &["check", &path("pin")]).unwrap();
     assert_eq!(checked, format!("{pinned}: ok, {} bytes of module", filter.len()));
