@@ -321,7 +321,9 @@ fn a_control_plane_serves_listener_routes_clusters_and_hosts() {
         let lds = deployment.directory.path().join("lds/lds.yaml");
         let text = std::fs::read_to_string(&lds).unwrap();
         let first = "            routes:\n";
-        let answer = "            - {match: {path: /here}, direct_response: {status: 204}}\n";
+        // Without the filter, which answers 404 on paths of no API.
+        let answer = r#"            - {match: {path: /here}, direct_response: {status: 204}, typed_per_filter_config: {pd: {"@type": type.googleapis.com/envoy.config.route.v3.FilterConfig, disabled: true}}}
+"#;
         replace(&lds, &edited(&text, first, &format!("{first}{answer}"))).unwrap();
         let mut client = deployment.client(Http::One).await;
         until_true("the route is served", async || {
