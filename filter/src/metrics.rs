@@ -21,6 +21,8 @@ pub struct MetricIds {
     seen: Option<u32>,
     /// Gauges that are set when they change: number, and the value that Envoy has.
     gauges: BTreeMap<String, (u32, u64)>,
+    /// Histograms of the pools' waits, by name and tags.
+    waits: BTreeMap<String, u32>,
     announced: Option<u32>,
     /// Gauges of the worker slots, defined when one is first looked at.
     positions: Vec<OnceCell<Option<u32>>>,
@@ -38,6 +40,7 @@ impl MetricIds {
             levels: levels.collect::<HostResult<_>>()?,
             seen: Some(host::define_metric(MetricKind::Gauge, &seen)?),
             gauges: BTreeMap::new(),
+            waits: BTreeMap::new(),
             announced: Some(host::define_metric(MetricKind::Counter, "pd_announced_total")?),
             positions: vec![OnceCell::new(); WORKER_SLOTS],
         })
@@ -52,6 +55,13 @@ impl MetricIds {
                 MetricKind::Counter | MetricKind::Gauge => host::increment_metric(*id, value),
             };
         });
+        for (name, ms) in worker.take_waits() {
+            let define = || host::define_metric(MetricKind::Histogram, &name).ok();
+            if let Some(id) = self.waits.get(&name).copied().or_else(define) {
+                let _ = host::record_metric(id, ms);
+                self.waits.insert(name, id);
+            }
+        }
         for (name, value) in worker.gauges() {
             let (id, set) = match self.gauges.get(&name) {
                 Some(known) => *known,

@@ -163,6 +163,9 @@ pub const FITTED_GAUGES: [&str; 4] =
 /// Names of the gauges of a pool's waiting requests, each with a `pool` label.
 pub const WAITING_GAUGES: [&str; 2] = ["pd_waiting_requests", "pd_waiting_work_ms"];
 
+/// Name of the histogram of the time that requests of a pool waited, with a `pool` label.
+pub const WAIT_BY_POOL: &str = "pd_wait_ms";
+
 /// A pool's name as the value of a tag: it may have characters that Envoy or the syntax of tags does not take.
 #[must_use]
 pub fn tag_value(name: &str) -> String {
@@ -225,6 +228,12 @@ pub const FAMILIES: &[Family] = &[
         kind: MetricKind::Gauge,
         labels: &["pool"],
         help: "Bytes of JSON per 1,000 prompt tokens, fitted to the `usage` of prefill answers",
+    },
+    Family {
+        name: WAIT_BY_POOL,
+        kind: MetricKind::Histogram,
+        labels: &["pool"],
+        help: "Milliseconds that requests of the pool waited for a prefill endpoint with room. Requests that did not wait are not in it",
     },
     Family {
         name: WAITING_GAUGES[0],

@@ -150,12 +150,18 @@ pub struct Graph {
     pub series: Vec<Series>,
 }
 
-/// Draws graphs and bars side by side under one legend.
+/// Draws graphs, and bars if there are any, side by side under one legend.
 ///
 /// # Errors
 /// When the file cannot be written.
-pub fn graphs(path: &Path, title: &str, legend: &[(&str, usize)], graphs: &[Graph], panel: &Panel) -> Result<()> {
-    let count = graphs.len() as u32 + 1;
+pub fn graphs(
+    path: &Path,
+    title: &str,
+    legend: &[(&str, usize)],
+    graphs: &[Graph],
+    panel: Option<&Panel>,
+) -> Result<()> {
+    let count = graphs.len() as u32 + u32::from(panel.is_some());
     let root = SVGBackend::new(path, (420 * count, 420)).into_drawing_area();
     root.fill(&WHITE).map_err(failed)?;
     let (head, body) = root.split_vertically(64);
@@ -164,7 +170,7 @@ pub fn graphs(path: &Path, title: &str, legend: &[(&str, usize)], graphs: &[Grap
     for (area, graph) in areas.iter().zip(graphs) {
         draw_graph(area, graph)?;
     }
-    if let Some(area) = areas.last() {
+    if let Some((area, panel)) = areas.last().zip(panel) {
         draw_bars(area, panel)?;
     }
     root.present().map_err(failed)

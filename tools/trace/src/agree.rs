@@ -21,7 +21,7 @@ use tokio::task::JoinHandle;
 
 use crate::filter::{Brains, Filter, Places, configuration};
 use crate::load::{Job, Pods};
-use crate::pods::Prefill;
+use crate::prefill::Prefill;
 
 const MODEL: &str = "sim";
 const PATH: &str = "/v1/chat/completions";
@@ -112,8 +112,9 @@ pub async fn run(entries: &[Entry], setup: &Setup, mut progress: impl FnMut()) -
         let decode = filter.prefilled(number, now)?;
         let (tokens, output) = (entry.input_tokens, entry.output_tokens);
         let job = Job { at: now, tokens, output, blocks: entry.blocks.clone() };
-        let (held, _) = caches[prefill].enqueue(&pods, &timing, &job, job.at, false);
-        caches[prefill].finish();
+        let held = caches[prefill].enqueue(&timing, number, &job, false);
+        caches[prefill].begin(&pods, &timing, job.at);
+        caches[prefill].end();
         agreement.cached_here += held.blocks as u64 * BLOCK_TOKENS;
         agreement.tokens += tokens;
 

@@ -16,6 +16,8 @@ pub enum Shape {
     LongAgents,
     /// No two prompts have anything in common.
     Unique,
+    /// The same with short prompts: 25 to 10,000 tokens, 500 in the middle.
+    Short,
 }
 
 impl Shape {
@@ -27,10 +29,11 @@ impl Shape {
             Self::Agents => "agents",
             Self::LongAgents => "long-agents",
             Self::Unique => "unique",
+            Self::Short => "short",
         }
     }
 
-    /// Requests over twenty minutes, in the order of their time.
+    /// Requests over twenty minutes, [`Short`](Self::Short) over two, in the order of their time.
     #[must_use]
     pub fn entries(self, seed: u64) -> Vec<Entry> {
         let mut rng = Rng::with_seed(seed);
@@ -39,7 +42,8 @@ impl Shape {
             Self::SharedPrefix => shared_prefix(&mut rng, &mut ids),
             Self::Agents => agents(&mut rng, &mut ids),
             Self::LongAgents => long_agents(&mut rng, &mut ids),
-            Self::Unique => (0..3_000).map(|_| unique(&mut rng, &mut ids)).collect(),
+            Self::Unique => (0..3_000).map(|_| unique(&mut rng, &mut ids, 4_000.0, SPAN_MS)).collect(),
+            Self::Short => (0..2_000).map(|_| unique(&mut rng, &mut ids, 500.0, 0.1 * SPAN_MS)).collect(),
         };
         entries.sort_by(|a, b| a.at_ms.total_cmp(&b.at_ms));
         entries
@@ -63,11 +67,11 @@ fn skewed(rng: &mut Rng, least: f64, median: f64) -> u64 {
     (least * (2.0 * (median / least).ln() * rng.f64()).exp()) as u64
 }
 
-fn unique(rng: &mut Rng, ids: &mut impl Iterator<Item = u64>) -> Entry {
-    let tokens = skewed(rng, 200.0, 4_000.0);
+fn unique(rng: &mut Rng, ids: &mut impl Iterator<Item = u64>, median: f64, span_ms: f64) -> Entry {
+    let tokens = skewed(rng, median * 0.05, median);
     let mut blocks = Vec::new();
     fill(&mut blocks, tokens, ids);
-    entry(rng.f64() * SPAN_MS, tokens, skewed(rng, 20.0, 200.0), blocks)
+    entry(rng.f64() * span_ms, tokens, skewed(rng, 20.0, 200.0), blocks)
 }
 
 /// 300 groups whose popularity falls as 1/rank (Zipf), with 2,000 to 30,000 tokens in common.

@@ -12,14 +12,14 @@ use hashbrown::HashMap;
 use pd_bench::trace::BLOCK_TOKENS;
 use pd_core::choose::queue::{Binding, Held, PrefillEndpoint, Queue, Request, Rule};
 use pd_core::config::Cost;
-use pd_core::endpoints::load::PrefillQueue;
+use pd_core::endpoints::load::{Left, PrefillQueue};
 use pd_core::prefix::hash::{BlockHash, prefix_units, prompt_hash, rendezvous_weight};
 use pd_core::prefix::index::PrefixIndex;
 use pd_core::time::Monotonic;
 
 use crate::filter::{BYTES_PER_TOKEN, Brains, HASH_BLOCK_BYTES, prompt};
 use crate::load::{Job, Pods};
-use crate::pods::Prefill;
+use crate::prefill::Prefill;
 
 /// pd-core's own figures: `pools.*.cost`, `prefix.index_bytes`, `prefix.hot_share`.
 const COST: Cost = Cost { a: 0.015, b: 25e-6, c: 5.24e-10 };
@@ -72,6 +72,7 @@ enum News {
 /// The gateways.
 pub struct Late {
     knowledge: Knowledge,
+    pods: Pods,
     gateways: Vec<Gateway>,
     known: HashMap<u64, Known>,
     classes: Classes,
@@ -84,24 +85,8 @@ pub struct Late {
 struct Gateway {
     queue: Queue,
     index: PrefixIndex,
-    ledgers: Vec<Ledger>,
-}
-
-/// Work in flight at one server.
-#[derive(Default)]
-struct Ledger {
-    queue: PrefillQueue,
-    /// Legs, oldest first, and their seconds.
-    legs: VecDeque<(u64, f64)>,
-}
-
-impl Ledger {
-    /// Seconds left. A leg that takes longer than it should is taken to need as long again as it is late.
-    fn work(&self, now: Duration) -> f64 {
-        let head = self.legs.front();
-        let taken = head.and_then(|(id, _)| self.queue.service_seconds(*id, Monotonic::new(now))).unwrap_or(0.0);
-        self.queue.work(Monotonic::new(now)) + head.map_or(0.0, |(_, seconds)| (taken - seconds).max(0.0))
-    }
+    /// Work in flight at each server.
+    ledgers: Vec<PrefillQueue>,
 }
 
 impl Late {
@@ -115,12 +100,14 @@ impl Late {
                 index.set_capacity(endpoint as u32, (pods.cache_tokens as f64 / BLOCK) as usize);
             }
             // The simulation refuses no request, so that it shows the queue under overload.
-            let rule = Rule { most_requests: usize::MAX, most_bytes: usize::MAX, ..Rule::new(COST) };
-            let ledgers = (0..pods.prefill).map(|_| Ledger::default()).collect();
+            let mut rule = Rule { most_requests: usize::MAX, most_bytes: usize::MAX, ..Rule::new(COST) };
+            rule.room.batch_tokens = pods.batch_tokens as f64;
+            let ledgers = (0..pods.prefill).map(|_| PrefillQueue::default()).collect();
             Gateway { queue: Queue::new(rule), index, ledgers }
         };
         Self {
             knowledge,
+            pods: *pods,
             gateways: (0..count).map(gateway).collect(),
             known: HashMap::new(),
             classes,
@@ -133,21 +120,25 @@ impl Late {
     /// When a server has room, as far as the gateways know: they bind then.
     #[must_use]
     pub fn room_at(&self, server: usize, pods: &[Prefill], now: Duration) -> Duration {
-        let rooms = (0..self.gateways.len())
-            .map(|gateway| self.work(gateway, server, pods, now) - self.gateways[gateway].queue.rule().lead);
-        now + Duration::from_secs_f64(rooms.fold(f64::INFINITY, f64::min).max(0.0)) + Duration::from_micros(1)
+        let rooms = (0..self.gateways.len()).map(|gateway| {
+            let room = self.gateways[gateway].queue.rule().room;
+            room.seconds_until(&self.endpoint(gateway, server, pods, now))
+        });
+        now + Duration::from_secs_f64(rooms.fold(f64::INFINITY, f64::min)) + Duration::from_micros(1)
     }
 
-    /// Seconds of work that a server has, as far as a gateway knows.
-    fn work(&self, gateway: usize, server: usize, pods: &[Prefill], now: Duration) -> f64 {
-        match self.knowledge {
-            Knowledge::Exact => pods.get(server).map_or(0.0, |pod| pod.work(now)),
-            Knowledge::Own => self
-                .gateways
-                .get(gateway)
-                .and_then(|gateway| gateway.ledgers.get(server))
-                .map_or(0.0, |ledger| ledger.work(now)),
-        }
+    /// A server, as far as a gateway knows it.
+    fn endpoint(&self, gateway: usize, server: usize, pods: &[Prefill], now: Duration) -> PrefillEndpoint {
+        let left = match self.knowledge {
+            Knowledge::Exact => {
+                pods.get(server).map(|pod| Left { begun: pod.step_left(now), behind: pod.behind_step(&self.pods) })
+            }
+            Knowledge::Own => self.gateways.get(gateway).and_then(|gateway| {
+                let fixed = if gateway.queue.rule().room.batch_tokens > 0.0 { COST.a } else { 0.0 };
+                Some(gateway.ledgers.get(server)?.left(fixed, Monotonic::new(now)))
+            }),
+        };
+        PrefillEndpoint { index: server as u32, key: server as u64, left: left.unwrap_or_default(), cost: COST }
     }
 
     /// After how long what one gateway does is news to the others, if there are any.
@@ -235,11 +226,8 @@ impl Late {
 
     /// What a gateway binds now.
     fn bind(&mut self, gateway: usize, pods: &[Prefill], now: Duration) -> Option<Binding> {
-        let server = |of: usize| {
-            let work = self.work(gateway, of, pods, now);
-            PrefillEndpoint { index: of as u32, key: of as u64, work, cost: COST }
-        };
-        let mut servers: Vec<PrefillEndpoint> = (0..pods.len()).map(server).collect();
+        let mut servers: Vec<PrefillEndpoint> =
+            (0..pods.len()).map(|server| self.endpoint(gateway, server, pods, now)).collect();
         loop {
             let binding = self.gateways.get(gateway)?.queue.next(&servers, now)?;
             let held = self.held(gateway, binding.id, pods);
@@ -254,7 +242,7 @@ impl Late {
             }
             // Another gateway's request is the one to go there: that gateway sends it.
             if let Some(server) = servers.get_mut(binding.endpoint as usize) {
-                server.work = server.work.max(queue.rule().lead);
+                server.take_room(&queue.rule().room);
             }
         }
     }
@@ -292,8 +280,7 @@ impl Late {
                     of.index.insert(endpoint, &known.blocks);
                 }
                 let ledger = &mut of.ledgers[endpoint as usize];
-                ledger.queue.add(id, seconds, Monotonic::new(now), Monotonic::new(Duration::MAX));
-                ledger.legs.push_back((id, seconds));
+                ledger.add(id, seconds, Monotonic::new(now), Monotonic::new(Duration::MAX));
                 let Some(request) = of.queue.bind(id, seconds) else { return Ok(()) };
                 // The server may now hold a begin of those that share one with it. In the exact case it does so once
                 // the request is in its queue, see `bound`.
@@ -303,8 +290,7 @@ impl Late {
             }
             News::Computed { id, server } => {
                 let ledger = &mut self.gateways[gateway].ledgers[server];
-                ledger.queue.remove(id, Monotonic::new(now));
-                ledger.legs.retain(|(leg, _)| *leg != id);
+                ledger.remove(id, Monotonic::new(now));
             }
         }
         Ok(())
@@ -338,8 +324,7 @@ mod tests {
     use crate::rules::Policy;
     use crate::sim::{self, DecodeBy, Other, Setup};
 
-    const PODS: Pods =
-        Pods { prefill: 4, decode: 4, cache_tokens: 1_000_000, fast_tokens: 400_000, decode_cache_tokens: 1_000_000 };
+    const PODS: Pods = Pods { fast_tokens: 400_000, ..Pods::new(4, 4, 1_000_000) };
 
     fn run(entries: &[Entry], share: f64, policy: Policy, change: impl FnOnce(&mut Setup<'_>, &mut Brains)) -> Outcome {
         let timing = Timing::new(&pd_sim::Config { speed: 1.0, ..pd_sim::Config::default() });

@@ -6,14 +6,15 @@
 pub mod agree;
 pub mod autoscale;
 pub mod cache;
+pub mod decode;
 pub mod filter;
 pub mod generate;
 pub mod late;
 pub mod load;
 pub mod outcome;
 pub mod plan;
-pub mod pods;
 mod pooled;
+pub mod prefill;
 pub mod rules;
 pub mod sim;
 pub mod split;

@@ -7,7 +7,8 @@ use hashbrown::{HashMap, HashSet};
 use pd_bench::trace::{BLOCK_TOKENS, Entry, entries_before, unloaded_time};
 use pd_sim::Timing;
 
-use crate::cache::Tiers;
+use crate::cache::{Held, Tiers};
+use crate::prefill::BATCH_TOKENS;
 
 /// Share of a trace's requests in which a block must stand to belong to the system prompt, which copies share too.
 const SYSTEM_SHARE: f64 = 0.5;
@@ -69,9 +70,24 @@ pub struct Pods {
     pub fast_tokens: u64,
     /// Tokens that each decode server's cache holds beside what it generates from.
     pub decode_cache_tokens: u64,
+    /// Tokens that a prefill server computes in one step; 0: one prompt after another.
+    pub batch_tokens: u64,
 }
 
 impl Pods {
+    /// So many servers of each role, whose caches hold so many tokens without a slow tier.
+    #[must_use]
+    pub const fn new(prefill: usize, decode: usize, cache_tokens: u64) -> Self {
+        Self {
+            prefill,
+            decode,
+            cache_tokens,
+            fast_tokens: cache_tokens,
+            decode_cache_tokens: cache_tokens,
+            batch_tokens: BATCH_TOKENS,
+        }
+    }
+
     /// Blocks of all, and of the fast tier.
     #[must_use]
     pub fn blocks(&self) -> (usize, usize) {
@@ -80,12 +96,16 @@ impl Pods {
 
     /// Time of prefill for a prompt: to compute its new blocks, and to fetch blocks from the slow tier.
     #[must_use]
-    pub fn prefill_time(&self, timing: &Timing, job: &Job, held: crate::cache::Held) -> Duration {
-        let fetch = match held.slow as u64 * BLOCK_TOKENS {
+    pub fn prefill_time(&self, timing: &Timing, job: &Job, held: Held) -> Duration {
+        timing.prefill(job.tokens, held.blocks as u64 * BLOCK_TOKENS) + Self::fetch_time(timing, held)
+    }
+
+    /// Time to fetch blocks from the slow tier.
+    pub(crate) fn fetch_time(timing: &Timing, held: Held) -> Duration {
+        match held.slow as u64 * BLOCK_TOKENS {
             0 => Duration::ZERO,
             tokens => timing.transfer(tokens),
-        };
-        timing.prefill(job.tokens, held.blocks as u64 * BLOCK_TOKENS) + fetch
+        }
     }
 }
 
@@ -268,8 +288,7 @@ mod tests {
         (0..400).map(entry).collect()
     }
 
-    const PODS: Pods =
-        Pods { prefill: 4, decode: 4, cache_tokens: 100_000, fast_tokens: 100_000, decode_cache_tokens: 0 };
+    const PODS: Pods = Pods { decode_cache_tokens: 0, ..Pods::new(4, 4, 100_000) };
 
     fn timing() -> Timing {
         Timing::new(&pd_sim::Config { speed: 1.0, ..pd_sim::Config::default() })

@@ -16,6 +16,7 @@ use pd_trace::filter::Brains;
 use pd_trace::generate::Shape;
 use pd_trace::late::Classes;
 use pd_trace::load::{Load, Pods};
+use pd_trace::prefill::BATCH_TOKENS;
 use pd_trace::rules::Policy;
 use pd_trace::sim::{self, DecodeBy, Other, Setup};
 use rayon::prelude::*;
@@ -46,6 +47,9 @@ struct Args {
     /// Tokens that each decode server's cache holds [default: as many as a prefill server's]
     #[arg(long, value_name = "TOKENS")]
     decode_cache_tokens: Option<u64>,
+    /// Tokens that a prefill server computes in one step, as vLLM's max_num_batched_tokens; 0: one prompt after another
+    #[arg(long, value_name = "TOKENS", default_value_t = BATCH_TOKENS)]
+    batch_tokens: u64,
     /// Criterion for the decode server, where pd-core's choice is simulated
     #[arg(long, value_enum, default_value = "cost")]
     decode_by: DecodeBy,
@@ -225,6 +229,7 @@ fn cases<'a>(args: &Args, traces: &'a [(String, Vec<Entry>)], classes: Classes) 
                     cache_tokens: *cache_tokens,
                     fast_tokens: args.fast_tokens,
                     decode_cache_tokens: args.decode_cache_tokens.unwrap_or(*cache_tokens),
+                    batch_tokens: args.batch_tokens,
                 };
                 let case = |share: &f64| (Case { load: name.clone(), pods, share: *share, classes }, entries);
                 cases.extend(args.load.iter().map(case));

@@ -100,13 +100,7 @@ mod tests {
     #[test]
     fn a_bound_that_waits_less_answers_sooner() {
         let timing = Timing::new(&pd_sim::Config { speed: 1.0, ..pd_sim::Config::default() });
-        let pods = Pods {
-            prefill: 4,
-            decode: 4,
-            cache_tokens: 1_000_000,
-            fast_tokens: 400_000,
-            decode_cache_tokens: 1_000_000,
-        };
+        let pods = Pods { fast_tokens: 400_000, ..Pods::new(4, 4, 1_000_000) };
         for shape in [Shape::Agents, Shape::Unique] {
             let entries = shape.entries(1);
             let load = Load::new(&entries, &pods, &timing, 0.9, 1);

@@ -1,11 +1,12 @@
 //! What came of the runs: tables, CSV, picture.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use pd_bench::figures::table;
-use pd_bench::plot::{self, Bar, Panel};
+use pd_bench::plot::{self, Bar, Graph, Panel, Series};
 use pd_trace::late::Classes;
 use pd_trace::load::Pods;
 use pd_trace::outcome::Outcome;
@@ -161,6 +162,38 @@ pub fn save(out: &Path, cases: &[Case], rows: &[(usize, Row)], slo: f64) -> Resu
         let Pods { prefill, decode, cache_tokens, .. } = case.pods;
         let path = out.join(format!("{}-{:.0}-{prefill}x{decode}-{cache_tokens}.svg", case.load, case.share * 100.0));
         picture(&path, case, index, rows, slo)?;
+        println!("{}", path.display());
+    }
+    pictures_by_load(out, cases, rows, slo)
+}
+
+/// Writes a picture of the time to the first token by load for each trace and fleet that has three loads or more.
+fn pictures_by_load(out: &Path, cases: &[Case], rows: &[(usize, Row)], slo: f64) -> Result<()> {
+    let fleet = |case: &Case| (case.load.clone(), case.pods.prefill, case.pods.decode, case.pods.cache_tokens);
+    let mut fleets: BTreeMap<_, Vec<(usize, f64)>> = BTreeMap::new();
+    for (index, case) in cases.iter().enumerate() {
+        fleets.entry(fleet(case)).or_default().push((index, case.share * 100.0));
+    }
+    let policies = policies(rows);
+    let names: Vec<String> = policies.iter().map(|policy| policy.name()).collect();
+    let legend: Vec<(&str, usize)> = names.iter().enumerate().map(|(colour, name)| (name.as_str(), colour)).collect();
+    for ((load, prefill, decode, cache), loads) in fleets.into_iter().filter(|(_, loads)| loads.len() > 2) {
+        let points = |policy, figure: usize| {
+            let point = |(index, load): &(usize, f64)| Some((*load, medians(rows, *index, policy, slo)?[figure]));
+            loads.iter().filter_map(point).collect()
+        };
+        let graph = |(figure, name): (usize, &str)| Graph {
+            title: format!("seconds to the first token, {name}"),
+            x: "load in %".to_owned(),
+            log_x: false,
+            log_y: true,
+            series: (policies.iter().enumerate())
+                .map(|(colour, policy)| Series { points: points(*policy, figure), colour, joined: true })
+                .collect(),
+        };
+        let path = out.join(format!("{load}-by-load-{prefill}x{decode}-{cache}.svg"));
+        let title = format!("{load}, {prefill}P{decode}D, {:.1}M tokens of cache per server", cache as f64 * 1e-6);
+        plot::graphs(&path, &title, &legend, &[(MEAN, "mean"), (P90, "p90"), (P99, "p99")].map(graph), None)?;
         println!("{}", path.display());
     }
     Ok(())

@@ -13,7 +13,7 @@ use pd_sim::Timing;
 
 use crate::cache::Lru;
 use crate::load::{Job, Pods};
-use crate::pods::Prefill;
+use crate::prefill::Prefill;
 
 /// `w` of [`Policy::GreedyTrue`].
 const AFFINITY_WEIGHT: f64 = 3.0;
@@ -145,7 +145,10 @@ impl<'a> Rules<'a> {
                 Some(if pods[other].in_flight() < pods[one].in_flight() { other } else { one })
             }
             Policy::LeastRequests => self.lowest(pods, |_, pod| pod.in_flight() as f64),
-            Policy::LeastWork => self.lowest(pods, |_, pod| pod.work(now)),
+            Policy::LeastWork => {
+                let servers = self.pods;
+                self.lowest(pods, |_, pod| pod.work(servers, now))
+            }
             Policy::GreedyTrue | Policy::GreedyLoad => self.greedy(job, pods, now),
             Policy::Gie | Policy::GieSized => self.gie(job, pods),
             Policy::LlmD | Policy::LlmDBound => self.llm_d(job, pods),
@@ -178,7 +181,7 @@ impl<'a> Rules<'a> {
         };
         let cost = |pod: &Prefill| {
             let own = self.pods.prefill_time(self.timing, job, pod.cache.held(job.whole()));
-            pod.work(now) + weight(pod) * own.as_secs_f64()
+            pod.work(self.pods, now) + weight(pod) * own.as_secs_f64()
         };
         let key = job.key();
         let scores =
@@ -275,8 +278,7 @@ fn chwbl(job: &Job, pods: &[Prefill]) -> Option<usize> {
 mod tests {
     use super::*;
 
-    const PODS: Pods =
-        Pods { prefill: 4, decode: 4, cache_tokens: 100_000, fast_tokens: 100_000, decode_cache_tokens: 0 };
+    const PODS: Pods = Pods { decode_cache_tokens: 0, ..Pods::new(4, 4, 100_000) };
 
     fn timing() -> Timing {
         Timing::new(&pd_sim::Config { speed: 1.0, ..pd_sim::Config::default() })
@@ -293,11 +295,11 @@ mod tests {
         let mut pods: Vec<Prefill> = (0..4).map(|_| Prefill::new(&PODS)).collect();
         let known = job(&[1, 2, 3, 4]);
         rules.index[2].hold(known.whole());
-        pods[2].enqueue(&PODS, &timing, &known, Duration::ZERO, false);
-        pods[2].finish();
-        pods[2].free_at = Duration::ZERO;
+        pods[2].enqueue(&timing, 0, &known, false);
+        pods[2].begin(&PODS, &timing, Duration::ZERO);
+        assert_eq!(pods[2].end(), [0]);
         for i in 0..queue {
-            pods[busy].enqueue(&PODS, &timing, &job(&[100 + i as u64; 1]), Duration::ZERO, false);
+            pods[busy].enqueue(&timing, i, &job(&[100 + i as u64; 1]), false);
         }
         rules.pick(&job(&[1, 2, 3, 4, 5]), &pods, Duration::ZERO).unwrap()
     }

@@ -14,12 +14,13 @@ use pd_core::prefix::hash::rendezvous_weight;
 use pd_sim::Timing;
 
 use crate::cache::Lru;
+use crate::decode::Decode;
 use crate::filter::{Brains, Filter};
 use crate::late::{Classes, Knowledge, Late};
 use crate::load::{Job, Load, Pods};
 use crate::outcome::Outcome;
-use crate::pods::{Decode, Prefill};
 use crate::pooled::{Order, pooled};
+use crate::prefill::Prefill;
 use crate::rules::{Policy, Rules};
 
 /// What a decode server is chosen by.
@@ -107,8 +108,8 @@ pub struct Setup<'a> {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Event {
-    /// A prompt is computed.
-    Prefilled(usize),
+    /// The step of a prefill server is over.
+    Stepped(usize),
     /// A prefill server may have room.
     Room,
     /// The servers report.
@@ -119,6 +120,8 @@ enum Event {
     Finished { decode: usize, batch: u64 },
     /// A request comes.
     Arrives(usize),
+    /// A prefill server may begin a step. Last, so that what comes at the same time is in the step.
+    Begins(usize),
 }
 
 /// A request in flight.
@@ -228,7 +231,17 @@ impl World<'_> {
         while let Some(Reverse((now, event))) = self.events.pop() {
             self.count_idle(now);
             match event {
-                Event::Prefilled(number) => self.prefilled(number, now)?,
+                Event::Stepped(server) => {
+                    self.events.push(Reverse((now, Event::Begins(server))));
+                    for number in self.prefill[server].end() {
+                        self.prefilled(number, now)?;
+                    }
+                }
+                Event::Begins(server) => {
+                    if let Some(end) = self.prefill[server].begin(self.setup.pods, self.setup.timing, now) {
+                        self.events.push(Reverse((end, Event::Stepped(server))));
+                    }
+                }
                 Event::Room => self.bind(now)?,
                 Event::Reports => self.report(now),
                 Event::Joined(number) => self.joined(number, now),
@@ -247,8 +260,8 @@ impl World<'_> {
             && self.coming > 0
             && !late.is_empty()
         {
-            let idle = self.prefill.iter().map(|pod| now.saturating_sub(pod.free_at.max(self.looked)));
-            self.outcome.idle_seconds += idle.sum::<Duration>().as_secs_f64();
+            let idle = self.prefill.iter().filter(|pod| pod.is_idle()).count();
+            self.outcome.idle_seconds += idle as f64 * now.saturating_sub(self.looked).as_secs_f64();
         }
         self.looked = now;
     }
@@ -300,8 +313,7 @@ impl World<'_> {
         let pod = self.prefill.get_mut(prefill).context("no such server")?;
         let flight = &mut self.flights[number];
         flight.prefill = prefill;
-        let before = pod.free_at.max(now);
-        let (held, end) = pod.enqueue(self.setup.pods, self.setup.timing, job, now, flight.measured);
+        let held = pod.enqueue(self.setup.timing, number, job, flight.measured);
         if flight.measured {
             self.outcome.requests += 1;
             self.outcome.tokens += job.tokens;
@@ -309,9 +321,10 @@ impl World<'_> {
         }
         if self.coming > 0 {
             let (_, fairness) = self.setup.classes.of(number);
-            self.outcome.seconds_by_fairness_id[fairness as usize] += (end - before).as_secs_f64();
+            self.outcome.seconds_by_fairness_id[fairness as usize] +=
+                self.setup.pods.prefill_time(self.setup.timing, job, held).as_secs_f64();
         }
-        self.events.push(Reverse((end, Event::Prefilled(number))));
+        self.events.push(Reverse((now, Event::Begins(prefill))));
         Ok(())
     }
 
@@ -331,7 +344,6 @@ impl World<'_> {
 
     fn prefilled(&mut self, number: usize, now: Duration) -> Result<()> {
         let prefill = self.flights[number].prefill;
-        self.prefill[prefill].finish();
         let is_other = self.flights[number].is_other;
         if let Gateway::Late(late) = &mut self.gateway
             && !is_other

@@ -16,10 +16,7 @@ use crate::cache::Lru;
 use crate::filter::{Brains, Filter, Sent};
 use crate::load::{Job, Load, Pods};
 use crate::outcome::Outcome;
-use crate::pods::Prefill;
-
-/// Tokens of a chunk: vLLM's `max_num_batched_tokens` of a server with an API.
-pub const CHUNK_TOKENS: f64 = 2_048.0;
+use crate::prefill::Prefill;
 
 /// A decode server that computes prompts too.
 #[derive(Clone, Debug)]
@@ -71,13 +68,13 @@ impl Mixed {
     }
 
     /// A prompt comes.
-    fn prompt(&mut self, number: usize, timing: &Timing, job: &Job, now: f64) {
+    fn prompt(&mut self, number: usize, pods: &Pods, timing: &Timing, job: &Job, now: f64) {
         self.advance(timing, now);
         let cached = self.cache.matched(job.whole()) as u64 * BLOCK_TOKENS;
         self.cache.hold(job.whole());
         let fixed = timing.prefill(0, 0).as_secs_f64();
         let computed = timing.prefill(job.tokens, cached).as_secs_f64() - fixed;
-        let chunks = ((job.tokens - cached) as f64 / CHUNK_TOKENS).max(1.0);
+        let chunks = ((job.tokens - cached) as f64 / pods.batch_tokens.max(1) as f64).max(1.0);
         self.prompts.push_back(Prompt { number, fixed, computed, chunk: computed / chunks });
         self.promise += 1;
     }
@@ -149,19 +146,20 @@ impl Mixed {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Event {
-    /// A prompt is computed at its prefill server.
-    Prefilled(usize),
+    /// The step of a prefill server is over.
+    Stepped(usize),
     /// The KV cache is there.
     Moved(usize),
     /// Something is through at a decode server.
     Due { decode: usize, promise: u64 },
     /// A request comes.
     Arrives(usize),
+    /// A prefill server may begin a step. Last, so that what comes at the same time is in the step.
+    Begins(usize),
 }
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Flight {
-    prefill: usize,
     decode: usize,
     first: Duration,
 }
@@ -230,7 +228,16 @@ impl World<'_> {
     fn happens(&mut self, event: Event, now: Duration) -> Result<()> {
         match event {
             Event::Arrives(number) => self.arrives(number, now),
-            Event::Prefilled(number) => self.prefilled(number, now),
+            Event::Stepped(server) => {
+                self.events.push(Reverse((now, Event::Begins(server))));
+                self.prefill[server].end().into_iter().try_for_each(|number| self.prefilled(number, now))
+            }
+            Event::Begins(server) => {
+                if let Some(end) = self.prefill[server].begin(self.pods, self.timing, now) {
+                    self.events.push(Reverse((end, Event::Stepped(server))));
+                }
+                Ok(())
+            }
             Event::Moved(number) => {
                 self.first_token(number, now);
                 Ok(())
@@ -256,16 +263,15 @@ impl World<'_> {
         self.result.outcome.requests += usize::from(measured);
         match self.filter.arrive_anywhere(number, &job, now)? {
             Sent::Prefill(prefill) => {
-                self.flights[number].prefill = prefill;
                 let pod = self.prefill.get_mut(prefill).context("no such server")?;
-                let (_, end) = pod.enqueue(self.pods, self.timing, &job, now, measured);
-                self.events.push(Reverse((end, Event::Prefilled(number))));
+                pod.enqueue(self.timing, number, &job, measured);
+                self.events.push(Reverse((now, Event::Begins(prefill))));
             }
             Sent::Whole(decode) => {
                 self.result.whole += usize::from(measured);
                 self.flights[number].decode = decode;
                 let pod = self.decode.get_mut(decode).context("no such server")?;
-                pod.prompt(number, self.timing, &job, now.as_secs_f64());
+                pod.prompt(number, self.pods, self.timing, &job, now.as_secs_f64());
                 self.look_again(decode);
             }
         }
@@ -273,7 +279,6 @@ impl World<'_> {
     }
 
     fn prefilled(&mut self, number: usize, now: Duration) -> Result<()> {
-        self.prefill[self.flights[number].prefill].finish();
         let job = self.load.job(number);
         let decode = self.filter.prefilled(number, now)?;
         self.flights[number].decode = decode;
@@ -327,14 +332,14 @@ mod tests {
 
     #[test]
     fn a_prompt_makes_streams_stand_still_for_as_long_as_its_tokens_take() {
-        let pods = Pods { prefill: 1, decode: 1, cache_tokens: 0, fast_tokens: 0, decode_cache_tokens: 0 };
+        let pods = Pods { batch_tokens: 2_048, ..Pods::new(1, 1, 0) };
         let timing = timing();
         let end_of_stream = |tokens: u64| {
             let mut pod = Mixed::new(&pods);
             pod.stream(1, &timing, 200, 0.0);
             if tokens > 0 {
                 let job = Job { at: Duration::ZERO, tokens, output: 1, blocks: Vec::new() };
-                pod.prompt(2, &timing, &job, 0.1);
+                pod.prompt(2, &pods, &timing, &job, 0.1);
             }
             let mut through = Vec::new();
             while let Some((at, promise)) = pod.next(&timing) {

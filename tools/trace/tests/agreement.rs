@@ -14,13 +14,7 @@ async fn envoy_decides_as_the_simulation() {
         // Small enough for the agents' caches to overflow.
         let cache_tokens = 300_000;
         let setup = Setup {
-            pods: Pods {
-                prefill: 4,
-                decode: 4,
-                cache_tokens,
-                fast_tokens: cache_tokens,
-                decode_cache_tokens: cache_tokens,
-            },
+            pods: Pods { batch_tokens: 0, ..Pods::new(4, 4, cache_tokens) },
             open: 10,
             workers: 1,
             envoy: places::envoy_path(),

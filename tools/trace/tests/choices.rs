@@ -10,8 +10,7 @@ use pd_trace::outcome::Outcome;
 use pd_trace::rules::Policy;
 use pd_trace::sim::{DecodeBy, Other, Setup, run};
 
-const PODS: Pods =
-    Pods { prefill: 4, decode: 4, cache_tokens: 2_000_000, fast_tokens: 400_000, decode_cache_tokens: 0 };
+const PODS: Pods = Pods { fast_tokens: 400_000, decode_cache_tokens: 0, ..Pods::new(4, 4, 2_000_000) };
 
 /// Of the made-up twenty minutes.
 const SPAN_MS: f64 = 300_000.0;

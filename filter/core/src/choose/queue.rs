@@ -1,12 +1,17 @@
 //! The queue of requests that wait in the gateway for a prefill endpoint with room, and the order in which it binds them.
 //!
-//! An endpoint has *room* while the work that it has left takes less than [`Rule::lead`]. A request is bound to no endpoint
-//! before one has room. So the request goes to the endpoint that serves it best at its turn, and a short request never
+//! An endpoint has *room*
+//! - for any prompt while the work that it has left takes less than [`Room::lead`],
+//! - and, while what it computes now takes less than that, for prompts that it will compute together with those that were
+//!   bound to it and that it has not begun: engines compute prompts of [`Room::batch_tokens`] in one step, and the fixed
+//!   time of a prompt counts once for all of them.
+//!
+//! A request is bound to no endpoint before one has room. So the request goes to the endpoint that serves it best at its turn, and a short request never
 //! stands behind a long one that came first.
 //!
 //! # Which endpoint a request prefers
 //! The one with the lowest `R + w·S`:
-//! - `R`: seconds until the endpoint has room, 0 where it has,
+//! - `R`: seconds of the work that the endpoint has left,
 //! - `S`: seconds of the endpoint for the prompt, given the tokens that it holds,
 //! - `w = 2 + n`, where `n` is the number of waiting requests per endpoint.
 //!
@@ -54,7 +59,7 @@ use crate::config::Cost;
 use crate::prefix::index::EndpointIndex;
 
 use place::{Group, Place, Rank};
-pub use request::{Binding, Full, Held, LOOK, MOST_HELD, PrefillEndpoint, REQUEST_BYTES, Request, Rule};
+pub use request::{Binding, Full, Held, LOOK, MOST_HELD, PrefillEndpoint, REQUEST_BYTES, Request, Room, Rule};
 
 mod next;
 mod place;

@@ -4,10 +4,12 @@
 use core::time::Duration;
 
 use crate::choose::prompt::Prompt;
-use crate::choose::queue::{Held, PrefillEndpoint};
+use crate::choose::queue::{Held, PrefillEndpoint, Room};
 use crate::choose::scheduler::Scheduler;
 use crate::choose::shortlist::HOLDERS;
+use crate::config::Cost;
 use crate::endpoints::endpoint_state::EndpointState;
+use crate::endpoints::load::Left;
 use crate::prefix::index::EndpointIndex;
 
 /// Room for KV caches at the decode endpoints together.
@@ -75,32 +77,37 @@ impl Scheduler<'_> {
         room
     }
 
-    /// Seconds until an endpoint has done its work; 0 or more. `waited` is the wait of the oldest waiting request.
+    /// What an endpoint has left to do. `waited` is the wait of the oldest waiting request.
     ///
-    /// `waited` is subtracted from the work of other Envoys. An Envoy learns of the end of its own legs first, so
-    /// without the subtraction one Envoy could always bind its own requests first. With it, a request that has waited
-    /// as long as that work takes gets an endpoint at which this Envoy has nothing in flight.
+    /// Work of other Envoys counts as begun. `waited` is subtracted from it. An Envoy learns of the end of its own legs
+    /// first, so without the subtraction one Envoy could always bind its own requests first. With it, a request that has
+    /// waited as long as that work takes gets an endpoint at which this Envoy has nothing in flight.
     #[must_use]
-    pub(crate) fn seconds_left(&self, state: &EndpointState, waited: Duration) -> f64 {
-        state.own_seconds_left(self.now) + (state.elsewhere_seconds() - waited.as_secs_f64()).max(0.0)
+    fn left(&self, state: &EndpointState, cost: &Cost, waited: Duration) -> Left {
+        let fixed = if self.pool.queue.batch_tokens == 0 { 0.0 } else { cost.a };
+        let own = state.prefill.left(fixed, self.now);
+        let elsewhere = (state.elsewhere_seconds() - waited.as_secs_f64()).max(0.0);
+        Left { begun: own.begun + elsewhere, ..own }
     }
 
-    /// Whether an endpoint has room for a prompt that has come now.
+    /// An endpoint as the queue sees it.
+    fn prefill_endpoint(&self, index: EndpointIndex, state: &EndpointState, waited: Duration) -> PrefillEndpoint {
+        let cost = self.prefill_cost(state);
+        PrefillEndpoint { index, key: state.key, left: self.left(state, &cost, waited), cost }
+    }
+
+    /// Whether an endpoint has room for a prompt of so many seconds that has come now.
     #[must_use]
-    pub(crate) fn has_room(&self, endpoint: EndpointIndex) -> bool {
+    pub(crate) fn has_room(&self, endpoint: EndpointIndex, seconds: f64) -> bool {
         let state = self.table.get(endpoint);
-        state.is_some_and(|state| self.seconds_left(state, Duration::ZERO) < self.pool.queue.lead.as_secs_f64())
+        let endpoint = state.map(|state| self.prefill_endpoint(endpoint, state, Duration::ZERO));
+        endpoint.is_some_and(|endpoint| Room::of(&self.pool.queue).is_at(&endpoint, seconds))
     }
 
     /// The healthy ones of `among`, ordered by index; all of them where none is healthy.
     #[must_use]
     pub(crate) fn prefill_endpoints(&self, among: &[EndpointIndex], waited: Duration) -> Vec<PrefillEndpoint> {
-        let endpoint = |index: EndpointIndex, state: &EndpointState| PrefillEndpoint {
-            index,
-            key: state.key,
-            work: self.seconds_left(state, waited),
-            cost: self.prefill_cost(state),
-        };
+        let endpoint = |index, state| self.prefill_endpoint(index, state, waited);
         let states = || among.iter().filter_map(|index| Some((*index, self.table.get(*index)?)));
         let healthy = states().filter(|(_, state)| self.view().is_usable(state));
         let mut endpoints: Vec<PrefillEndpoint> = healthy.map(|(index, state)| endpoint(index, state)).collect();

@@ -162,6 +162,7 @@ impl Pool {
             (Key::PoolsCacheTokens, raw.cache_tokens as f64),
             (Key::PoolsBytesPerToken, raw.bytes_per_token),
             (Key::PoolsQueueLeadMs, raw.queue.lead_ms as f64),
+            (Key::PoolsQueueBatchTokens, raw.queue.batch_tokens as f64),
             (Key::PoolsQueueMaxWaitMs, raw.queue.max_wait_ms as f64),
             (Key::PoolsQueueOvertakenMs, raw.queue.overtaken_ms as f64),
             (Key::PoolsQueueMaxRequests, raw.queue.max_requests as f64),
@@ -219,6 +220,7 @@ impl Pool {
             queue: Queue {
                 is_on: raw.queue.enabled,
                 lead: Duration::from_millis(raw.queue.lead_ms),
+                batch_tokens: raw.queue.batch_tokens,
                 max_wait: Duration::from_millis(raw.queue.max_wait_ms),
                 overtaken: Duration::from_millis(raw.queue.overtaken_ms),
                 max_requests: raw.queue.max_requests,

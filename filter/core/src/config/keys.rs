@@ -169,6 +169,8 @@ keys! {
         "Whether requests that are to be split wait in the gateway until a prefill endpoint has room, and go to an endpoint only then. Requests for engines that want both legs at once (SGLang, Mooncake) do not wait."
     PoolsQueueLeadMs "pools.NAME.queue.lead_ms" "20", Values::between(1.0, 60_000.0, "ms"),
         "A prefill endpoint has room while the work that it has left takes less than this. A larger value binds requests earlier than needed. A smaller value leaves an endpoint idle for as long as a request takes to reach it."
+    PoolsQueueBatchTokens "pools.NAME.queue.batch_tokens" "8192", Values::between(0.0, 1_048_576.0, "tokens"),
+        "Tokens that an engine computes together. While an endpoint computes what it has begun for less than `lead_ms` more, it has room for prompts that it will begin together, as long as they take no longer than a prompt of so many new tokens. 8,192 is vLLM's `max_num_batched_tokens` of an API server on a GPU of 70 GiB or more; on smaller GPUs that is 2,048. `0`: engines compute one prompt after another."
     PoolsQueueMaxWaitMs "pools.NAME.queue.max_wait_ms" "600000", Values::between(1.0, 3_600_000.0, "ms"),
         "Longest wait of a request. A request that has waited so long gets 503 with the reason `queue_timeout`."
     PoolsQueueOvertakenMs "pools.NAME.queue.overtaken_ms" "300000", Values::between(0.0, 3_600_000.0, "ms"),

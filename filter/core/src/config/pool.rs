@@ -65,6 +65,9 @@ pub struct Queue {
     pub is_on: bool,
     /// An endpoint has room while its remaining work takes less than this time.
     pub lead: Duration,
+    /// Tokens that an engine computes together: an endpoint has room for prompts that it will begin together, while they
+    /// have no more than these. 0: engines compute one prompt after another.
+    pub batch_tokens: u64,
     /// Longest wait. A request that has waited this long gets 503.
     pub max_wait: Duration,
     /// Wait after which no request of the same priority overtakes a request.

@@ -202,6 +202,7 @@ impl Default for RawPool {
 pub(super) struct RawQueue {
     pub(super) enabled: bool,
     pub(super) lead_ms: u64,
+    pub(super) batch_tokens: u64,
     pub(super) max_wait_ms: u64,
     pub(super) overtaken_ms: u64,
     pub(super) max_requests: usize,
@@ -215,6 +216,7 @@ impl Default for RawQueue {
         Self {
             enabled: false,
             lead_ms: 20,
+            batch_tokens: 8_192,
             max_wait_ms: 600_000,
             overtaken_ms: 300_000,
             max_requests: 8_192,

@@ -37,6 +37,7 @@ fn what_is_refused_names_its_key() {
         (r#"{"models":{"a":{"targets":[{"modle":"x"}]}}}"#, "modle"),
         (r#"{"pools":{"a":{"cached_tokens":"both"}}}"#, "`both`"),
         (r#"{"pools":{"a":{"queue":{"lead_ms":0}}}}"#, "pools.a.queue.lead_ms"),
+        (r#"{"pools":{"a":{"queue":{"batch_tokens":1048577}}}}"#, "pools.a.queue.batch_tokens"),
         (r#"{"pools":{"a":{"queue":{"max_wait_ms":3600001}}}}"#, "pools.a.queue.max_wait_ms"),
         (r#"{"pools":{"a":{"queue":{"max_requests":0}}}}"#, "pools.a.queue.max_requests"),
         (r#"{"pools":{"a":{"queue":{"leed_ms":20}}}}"#, "leed_ms"),

@@ -126,13 +126,6 @@ impl EndpointState {
         self.prefill.work(now) + self.elsewhere_seconds()
     }
 
-    /// Seconds until the endpoint has done the work that this Envoy has in flight here; 0 or more. A leg that is late is
-    /// expected to need as long again as it is late.
-    #[must_use]
-    pub(crate) fn own_seconds_left(&self, now: Monotonic) -> f64 {
-        self.prefill.work(now) + self.prefill.late(now)
-    }
-
     /// KV tokens assigned to this endpoint, by every Envoy that exchanges.
     #[must_use]
     pub fn decode_tokens(&self) -> u64 {

@@ -16,10 +16,20 @@ pub struct PrefillQueue {
     head_since: Monotonic,
 }
 
+/// Seconds of an endpoint that computes prompts together; each 0 or more.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Left {
+    /// Until the prompts that the endpoint computes now are through.
+    pub begun: f64,
+    /// Of the prompts that it has not begun.
+    pub behind: f64,
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Job {
     id: u64,
     seconds: f64,
+    added: Monotonic,
     expires: Monotonic,
     /// Whether work of other Envoys was ahead of the leg, so that the leg's time does not show the endpoint's speed.
     is_behind: bool,
@@ -37,7 +47,7 @@ impl PrefillQueue {
         if self.jobs.is_empty() {
             self.head_since = now.saturating_add(self::seconds(ahead));
         }
-        self.jobs.push_back(Job { id, seconds, expires, is_behind: ahead > 0.0 });
+        self.jobs.push_back(Job { id, seconds, added: now, expires, is_behind: ahead > 0.0 });
         self.add_up();
     }
 
@@ -89,11 +99,20 @@ impl PrefillQueue {
         self.seconds - self.progress(now)
     }
 
-    /// Seconds by which the oldest leg is late; 0 where it is not.
+    /// What is left to do at an endpoint that computes together the prompts that it finds when it begins. Of such prompts
+    /// only one counts with the `fixed` seconds of a prompt.
+    ///
+    /// An endpoint begins when a leg comes while it has none, or when a leg ends. If its prompts take longer than expected,
+    /// they are expected to need as long again as they are late.
     #[must_use]
-    pub fn late(&self, now: Monotonic) -> f64 {
-        let Some(head) = self.jobs.front() else { return 0.0 };
-        (now.saturating_sub(self.head_since).as_secs_f64() - head.seconds).max(0.0)
+    pub fn left(&self, fixed: f64, now: Monotonic) -> Left {
+        let has_begun = |job: &&Job| job.added <= self.head_since;
+        let together =
+            |seconds: f64, job: &Job| seconds + if seconds > 0.0 { job.seconds - fixed } else { job.seconds };
+        let begun = self.jobs.iter().filter(has_begun).fold(0.0, together);
+        let behind = self.jobs.iter().filter(|job| !has_begun(job)).fold(0.0, together);
+        let since = if begun > 0.0 { now.saturating_sub(self.head_since).as_secs_f64() } else { 0.0 };
+        Left { begun: (begun - since).abs(), behind: behind.max(0.0) }
     }
 
     /// Legs in flight.
@@ -193,12 +212,32 @@ mod tests {
         queue.add(2, 3.0, ms(500), FAR);
         assert_eq!(queue.work(ms(1_000)), 4.0);
         assert_eq!(queue.work(ms(9_000)), 3.0, "an overdue head makes no more progress than its length");
-        assert_eq!((queue.late(ms(1_000)), queue.late(ms(9_000))), (0.0, 7.0));
         assert!(queue.remove(1, ms(9_000)));
         assert_eq!(queue.work(ms(10_000)), 2.0);
         assert!(!queue.remove(1, ms(10_000)));
         assert!(queue.remove(2, ms(10_000)));
         assert_eq!(queue.work(ms(10_000)), 0.0);
+    }
+
+    #[test]
+    fn legs_that_came_before_the_last_one_ended_are_computed_together() {
+        let left = |queue: &PrefillQueue, at: u64| {
+            let Left { begun, behind } = queue.left(0.1, ms(at));
+            ((begun * 1e3).round(), (behind * 1e3).round())
+        };
+        let mut queue = PrefillQueue::default();
+        assert_eq!(left(&queue, 0), (0.0, 0.0));
+        queue.add(1, 0.5, ms(0), FAR);
+        assert_eq!(left(&queue, 200), (300.0, 0.0));
+        queue.add(2, 0.3, ms(200), FAR);
+        queue.add(3, 0.4, ms(250), FAR);
+        assert_eq!(left(&queue, 300), (200.0, 600.0), "the fixed seconds count once");
+        assert_eq!(left(&queue, 600), (100.0, 600.0), "100 ms late");
+        queue.remove(1, ms(600));
+        assert_eq!(left(&queue, 600), (600.0, 0.0));
+        assert_eq!(left(&queue, 800), (400.0, 0.0));
+        queue.add(4, 0.2, ms(800), FAR);
+        assert_eq!(left(&queue, 1_000), (200.0, 200.0));
     }
 
     #[test]

@@ -47,8 +47,10 @@ pub(super) fn split_or_wait(
     }
     let scheduler = parsed.scheduler(worker, now);
     let Candidates { decode, prefill, .. } = &*parsed.served.candidates;
-    let has_room =
-        || scheduler.has_room(pick.endpoint) && scheduler.decode_room(decode, prefill).fits(parsed.prompt.tokens);
+    let has_room = || {
+        scheduler.has_room(pick.endpoint, pick.seconds)
+            && scheduler.decode_room(decode, prefill).fits(parsed.prompt.tokens)
+    };
     if worker.state.waiting.is_empty() && has_room() {
         worker.counts.count(Metric::BoundAtOnce);
         return Split { parsed, tried: Vec::new(), refusal: None, started: now }.start(worker, pick, body, now);
@@ -111,6 +113,7 @@ impl Waiting {
                 },
                 ms,
             );
+            worker.record_wait(&self.parsed.served.candidates.pool, ms);
             effects.push(Effect::SetState(WAIT_MS, ms.to_string().into_bytes()));
         }
         let split = Split { parsed: self.parsed, tried: Vec::new(), refusal: None, started: now };

@@ -8,11 +8,11 @@ use core::time::Duration;
 use std::sync::Arc;
 
 use crate::choose::admission::pool_key;
-use crate::choose::queue::{Binding, Held, PrefillEndpoint};
+use crate::choose::queue::{Binding, Held, PrefillEndpoint, Room};
 use crate::choose::room::DecodeRoom;
 use crate::choose::scheduler::Scheduler;
 use crate::endpoints::candidates::Candidates;
-use crate::metrics::{WAITING_GAUGES, tag_value};
+use crate::metrics::{WAIT_BY_POOL, WAITING_GAUGES, tag_value};
 use crate::prefix::index::EndpointIndex;
 use crate::time::Monotonic;
 use crate::workers::event::Event;
@@ -121,6 +121,17 @@ impl Worker {
         })
     }
 
+    /// Notes for how long a request of a pool waited.
+    pub(crate) fn record_wait(&mut self, pool: &str, ms: u64) {
+        self.turns.waited.push((format!("{WAIT_BY_POOL};pool={}", tag_value(pool)), ms));
+    }
+
+    /// Times that requests have waited since the last call, in milliseconds, each with the name and the tags of its
+    /// histogram.
+    pub fn take_waits(&mut self) -> Vec<(String, u64)> {
+        core::mem::take(&mut self.turns.waited)
+    }
+
     /// Time until an endpoint has room for one of this worker's requests, by the ledger, or until one of them gives up; at
     /// least 1 ms. `None` where no request of this worker waits.
     #[must_use]
@@ -128,10 +139,10 @@ impl Worker {
         let (end, _) = self.turns.ends.first()?;
         let mut next = end.saturating_sub(now);
         for (name, queue) in &self.turns.queues {
-            let (lead, endpoints) = self.lead_and_endpoints(*name, &queue.candidates, now);
+            let (room, endpoints) = self.room_and_endpoints(*name, &queue.candidates, now);
             // The worker has looked at the endpoints with room already.
-            let busy = endpoints.into_iter().filter(|endpoint| endpoint.work >= lead);
-            next = busy.map(|endpoint| duration(endpoint.work - lead)).fold(next, Duration::min);
+            let busy = endpoints.into_iter().filter(|endpoint| endpoint.work() >= room.lead);
+            next = busy.map(|endpoint| duration(room.seconds_until(&endpoint))).fold(next, Duration::min);
         }
         let woken = self.turns.woken.values().map(|woken| woken.since.saturating_add(WAKE));
         let woken = woken.filter(|end| *end > now).map(|end| end.saturating_sub(now));
@@ -140,14 +151,14 @@ impl Worker {
 }
 
 impl Worker {
-    /// The lead of a queue in seconds, and its endpoints.
-    fn lead_and_endpoints(&self, name: u64, candidates: &Candidates, now: Monotonic) -> (f64, Vec<PrefillEndpoint>) {
-        let Ok(config) = &self.config else { return (0.0, Vec::new()) };
+    /// When endpoints have room in a queue, and its endpoints.
+    fn room_and_endpoints(&self, name: u64, candidates: &Candidates, now: Monotonic) -> (Room, Vec<PrefillEndpoint>) {
+        let Ok(config) = &self.config else { return (Room { lead: 0.0, batch_tokens: 0.0 }, Vec::new()) };
         let pool = config.pool(&candidates.pool);
         let oldest = self.state.waiting.queue(name).and_then(|queue| queue.oldest());
         let waited = oldest.map_or(Duration::ZERO, |arrival| now.since_zero().saturating_sub(arrival));
         let scheduler = Scheduler { table: &self.state.table, index: &self.state.index, pool, now };
-        (pool.queue.lead.as_secs_f64(), scheduler.prefill_endpoints(&candidates.prefill, waited))
+        (Room::of(&pool.queue), scheduler.prefill_endpoints(&candidates.prefill, waited))
     }
 
     /// Room for KV caches at the decode endpoints.
@@ -171,16 +182,16 @@ impl Worker {
     pub(super) fn next_own(&mut self, name: u64, now: Monotonic) -> Option<Binding> {
         self.refresh();
         let candidates = Arc::clone(&self.turns.queues.get(&name)?.candidates);
-        let (lead, mut endpoints) = self.lead_and_endpoints(name, &candidates, now);
-        let room = self.decode_room(&candidates, now);
-        if !self.has_room_for_oldest(name, room, now) {
+        let (room, mut endpoints) = self.room_and_endpoints(name, &candidates, now);
+        let decode_room = self.decode_room(&candidates, now);
+        if !self.has_room_for_oldest(name, decode_room, now) {
             return None;
         }
         loop {
             let turns = &self.turns;
             let tokens =
                 |id| self.state.waiting.queue(name).and_then(|queue| queue.get(id)).map(|request| request.tokens);
-            let fits = |id| tokens(id).is_none_or(|tokens| room.fits(tokens));
+            let fits = |id| tokens(id).is_none_or(|tokens| decode_room.fits(tokens));
             let passed_over = |id| turns.is_passed_over(id, now) || !fits(id);
             let binding = self.state.waiting.next(name, &endpoints, now, &passed_over)?;
             if self.turns.own.contains_key(&binding.id) {
@@ -195,7 +206,7 @@ impl Worker {
             }
             // The endpoint is for the request of the other worker.
             if let Some(endpoint) = endpoints.iter_mut().find(|endpoint| endpoint.index == binding.endpoint) {
-                endpoint.work = endpoint.work.max(lead);
+                endpoint.take_room(&room);
             }
         }
     }

@@ -37,6 +37,8 @@ pub(crate) struct Turns {
     pub(super) parked_bytes: usize,
     /// Pools in which requests of this worker have waited: key and name.
     pub(super) pools: BTreeMap<u64, String>,
+    /// Waits that the shell has not taken yet: name and tags of the histogram, and milliseconds.
+    pub(super) waited: Vec<(String, u64)>,
 }
 
 #[derive(Debug)]

@@ -186,6 +186,6 @@ struct LeastSeconds {
 fn least_seconds(endpoints: &[PrefillEndpoint], held: &[Held], tokens: f64) -> LeastSeconds {
     let held_tokens = |index| held.iter().find(|held| held.endpoint == index).map_or(0.0, |held| held.tokens);
     let own = endpoints.iter().map(|endpoint| endpoint.cost.seconds(tokens, held_tokens(endpoint.index)));
-    let until_room = endpoints.iter().map(|endpoint| endpoint.work).fold(f64::INFINITY, f64::min);
+    let until_room = endpoints.iter().map(|endpoint| endpoint.work()).fold(f64::INFINITY, f64::min);
     LeastSeconds { own: own.fold(f64::INFINITY, f64::min), until_room }
 }

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use hashbrown::HashMap;
 
 use crate::choose::admission::pool_key;
-use crate::choose::queue::{Binding, Held, PrefillEndpoint, Queue, Request, Rule};
+use crate::choose::queue::{Binding, Held, PrefillEndpoint, Queue, Request, Room, Rule};
 use crate::codec::{Reader, Writer};
 use crate::config::{Config, Pool};
 use crate::endpoints::table::Table;
@@ -126,7 +126,7 @@ pub(crate) fn worker_of(id: u64) -> u64 {
 /// The rule of a pool.
 fn rule(pool: &Pool) -> Rule {
     Rule {
-        lead: pool.queue.lead.as_secs_f64(),
+        room: Room::of(&pool.queue),
         longest_wait: pool.queue.overtaken,
         // Each worker checks the limits for all workers before it adds a request.
         most_requests: usize::MAX,

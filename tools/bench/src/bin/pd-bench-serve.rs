@@ -343,7 +343,7 @@ fn draw(path: &Path, model: &str, levels: &[Level]) -> Result<()> {
         Bar { label: format!("{}: {value:.0}", level.concurrency), value, range: (value, value), series: 6 }
     };
     let panel = Panel { title: "output tokens/s by streams".to_owned(), bars: levels.iter().map(bar).collect() };
-    graphs(path, &format!("Serving {model}"), &[("p50", 3), ("p99", 5)], &all, &panel)
+    graphs(path, &format!("Serving {model}"), &[("p50", 3), ("p99", 5)], &all, Some(&panel))
 }
 
 #[cfg(test)]

@@ -91,7 +91,7 @@ async fn run(args: &Args) -> Result<()> {
         return compare_times(args, &entries, share).await;
     }
     let setup = Setup {
-        pods: Pods { prefill, decode, cache_tokens, fast_tokens: cache_tokens, decode_cache_tokens: 0 },
+        pods: Pods { decode_cache_tokens: 0, batch_tokens: 0, ..Pods::new(prefill, decode, cache_tokens) },
         open: args.open,
         workers: args.workers,
         envoy: args.envoy.clone(),
@@ -130,7 +130,7 @@ async fn run(args: &Args) -> Result<()> {
 async fn compare_times(args: &Args, entries: &[Entry], share: f64) -> Result<()> {
     let (prefill, decode, cache_tokens) = (args.prefill, args.decode, args.cache_tokens);
     let setup = timed::Setup {
-        pods: Pods { prefill, decode, cache_tokens, fast_tokens: cache_tokens, decode_cache_tokens: cache_tokens },
+        pods: Pods { batch_tokens: 0, ..Pods::new(prefill, decode, cache_tokens) },
         share,
         workers: args.workers,
         envoy: args.envoy.clone(),

@@ -141,5 +141,5 @@ fn picture(path: &Path, name: &str, ours: &Outcome, best: &Outcome) -> Result<()
     };
     let panel = Panel { title: "server-hours".to_owned(), bars: vec![bar(ours, 5), bar(best, 2)] };
     let legend = [("autoscaler", 5), ("oracle", 2), ("needed at full use", 0)];
-    plot::graphs(path, &format!("Autoscaling: {name}"), &legend, &[graph(0), graph(1)], &panel)
+    plot::graphs(path, &format!("Autoscaling: {name}"), &legend, &[graph(0), graph(1)], Some(&panel))
 }

@@ -155,11 +155,8 @@ fn run(args: &Args) -> Result<bool> {
 /// The worst of all loads.
 fn measure(args: &Args, loads: &[Load<'_>], timing: &Timing, servers: Servers) -> Result<Measured> {
     let pods = Pods {
-        prefill: servers.prefill,
-        decode: servers.decode,
-        cache_tokens: args.cache_tokens,
-        fast_tokens: args.cache_tokens,
         decode_cache_tokens: args.decode_kv_tokens,
+        ..Pods::new(servers.prefill, servers.decode, args.cache_tokens)
     };
     let brains = Brains { count: 1, workers: 1, exchange: None, config: serde_json::json!({}) };
     let mut worst = Measured { ttft: 0.0, tpot_ms: 0.0, prefill_busy: 0.0, is_met: true };

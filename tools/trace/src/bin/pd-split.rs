@@ -10,6 +10,7 @@ use pd_bench::trace::{self, Entry, Spread};
 use pd_sim::Timing;
 use pd_trace::filter::Brains;
 use pd_trace::load::{Load, Pods};
+use pd_trace::prefill::BATCH_TOKENS;
 use pd_trace::split::{SplitOutcome, run};
 use pd_trace::split_loads::Use;
 use rayon::prelude::*;
@@ -36,6 +37,9 @@ struct Args {
     /// Tokens that each server's cache holds
     #[arg(long, value_name = "TOKENS", default_value_t = 2_000_000)]
     cache_tokens: u64,
+    /// Tokens that a server computes in one step, as vLLM's max_num_batched_tokens
+    #[arg(long, value_name = "TOKENS", default_value_t = BATCH_TOKENS)]
+    batch_tokens: u64,
     /// Only the first N requests of a trace
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
@@ -74,13 +78,7 @@ fn simulate(args: &Args) -> Result<()> {
     ensure!(args.load.iter().all(|load| (0.01..=3.0).contains(load)), "--load must be between 0.01 and 3");
     let pool: serde_json::Value = serde_json::from_str(&args.pool)?;
     let timing = Timing::new(&pd_sim::Config { speed: 1.0, ..pd_sim::Config::default() });
-    let pods = Pods {
-        prefill: args.servers,
-        decode: args.servers,
-        cache_tokens: args.cache_tokens,
-        fast_tokens: args.cache_tokens,
-        decode_cache_tokens: args.cache_tokens,
-    };
+    let pods = Pods { batch_tokens: args.batch_tokens, ..Pods::new(args.servers, args.servers, args.cache_tokens) };
     for (name, entries) in &loads(args)? {
         let mut lines = vec![
             [

@@ -2,7 +2,7 @@ use pd_core::prefix::hash::prompt_hash;
 
 use super::*;
 
-const PODS: Pods = Pods { prefill: 4, decode: 2, cache_tokens: 100_000, fast_tokens: 100_000, decode_cache_tokens: 0 };
+const PODS: Pods = Pods { decode_cache_tokens: 0, ..Pods::new(4, 2, 100_000) };
 
 fn job(blocks: &[u64], at_ms: u64) -> Job {
     let tokens = blocks.len() as u64 * BLOCK_TOKENS;

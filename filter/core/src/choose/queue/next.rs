@@ -39,7 +39,8 @@ impl Queue {
         now: Duration,
         passed_over: &dyn Fn(u64) -> bool,
     ) -> Option<Binding> {
-        let view = View { queue: self, endpoints, price: self.price(endpoints.len()), passed_over };
+        let least_work = endpoints.iter().min_by(|a, b| a.work().total_cmp(&b.work()));
+        let view = View { queue: self, endpoints, least_work, price: self.price(endpoints.len()), passed_over };
         if self.is_empty() || !view.with_room().any(|_| true) {
             return None;
         }
@@ -57,43 +58,40 @@ impl Queue {
 struct View<'a> {
     queue: &'a Queue,
     endpoints: &'a [PrefillEndpoint],
+    least_work: Option<&'a PrefillEndpoint>,
     price: f64,
     passed_over: &'a dyn Fn(u64) -> bool,
 }
 
 impl<'a> View<'a> {
-    fn has_room(&self, endpoint: &PrefillEndpoint) -> bool {
-        endpoint.work < self.queue.rule.lead
-    }
-
+    /// Endpoints that have room for some prompt.
     fn with_room(&self) -> impl Iterator<Item = &'a PrefillEndpoint> {
-        let this = *self;
-        self.endpoints.iter().filter(move |endpoint| this.has_room(endpoint))
+        let room = self.queue.rule.room;
+        self.endpoints.iter().filter(move |endpoint| room.may_be_at(endpoint))
     }
 
     fn endpoint(&self, index: EndpointIndex) -> Option<&'a PrefillEndpoint> {
         self.endpoints.get(self.endpoints.binary_search_by_key(&index, |endpoint| endpoint.index).ok()?)
     }
 
-    /// The endpoint that the request prefers, if that endpoint has room; `None` otherwise. It compares the endpoints with
-    /// room and those that hold some of the prompt. Any other endpoint is worse, unless it is faster.
+    /// The endpoint that the request prefers, if that endpoint has room for it; `None` otherwise. It compares the endpoints
+    /// with room for some prompt, those that hold some of the prompt, and the one with the least work: it may begin the
+    /// prompt sooner than an endpoint with room for it, behind those that it will compute together with it. Any other
+    /// endpoint is worse, unless it is faster.
     fn preferred(&self, entry: &Entry) -> Option<Binding> {
         let Request { id, tokens, key, .. } = entry.request;
+        let room = self.queue.rule.room;
         let holders = entry.held.iter().filter_map(|held| self.endpoint(held.endpoint));
-        let costs = self.with_room().chain(holders.filter(|endpoint| !self.has_room(endpoint))).map(|endpoint| {
+        let others = holders.chain(self.least_work).filter(|endpoint| !room.may_be_at(endpoint));
+        let costs = self.with_room().chain(others).map(|endpoint| {
             let held_tokens = entry.held_tokens(endpoint.index).min(tokens);
             let seconds = endpoint.cost.seconds(tokens, held_tokens);
-            let wait = if self.has_room(endpoint) { 0.0 } else { endpoint.work };
             let tie = Reverse(rendezvous_weight(key, endpoint.key));
-            (
-                Rank(wait + self.price * seconds),
-                tie,
-                endpoint,
-                Binding { id, endpoint: endpoint.index, held_tokens, seconds },
-            )
+            let binding = Binding { id, endpoint: endpoint.index, held_tokens, seconds };
+            (Rank(endpoint.work() + self.price * seconds), tie, room.is_at(endpoint, seconds), binding)
         });
-        let (_, _, endpoint, binding) = costs.min_by_key(|(cost, tie, endpoint, _)| (*cost, *tie, endpoint.index))?;
-        self.has_room(endpoint).then_some(binding)
+        let (_, _, has_room, binding) = costs.min_by_key(|(cost, tie, _, binding)| (*cost, *tie, binding.endpoint))?;
+        has_room.then_some(binding)
     }
 
     /// The oldest request that has waited longer than [`Rule::longest_wait`](super::Rule::longest_wait) and that can be

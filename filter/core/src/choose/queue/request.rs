@@ -2,7 +2,8 @@
 
 use core::time::Duration;
 
-use crate::config::Cost;
+use crate::config::{self, Cost};
+use crate::endpoints::load::Left;
 use crate::prefix::index::EndpointIndex;
 
 /// Requests of one endpoint, priority and account that [`Queue::next`](super::Queue::next) looks at before it gives the
@@ -16,10 +17,69 @@ pub struct PrefillEndpoint {
     pub index: EndpointIndex,
     /// Key for ties. Every worker of every Envoy has the same one.
     pub key: u64,
-    /// Remaining work of the endpoint, in seconds; 0 or more.
-    pub work: f64,
+    /// What the endpoint has left to do.
+    pub left: Left,
     /// Prefill cost of the endpoint.
     pub cost: Cost,
+}
+
+impl PrefillEndpoint {
+    /// Seconds until the endpoint has done everything that it has; 0 or more.
+    #[must_use]
+    pub fn work(&self) -> f64 {
+        self.left.begun + self.left.behind
+    }
+
+    /// Makes the endpoint one without room.
+    pub fn take_room(&mut self, room: &Room) {
+        self.left.begun = self.left.begun.max(room.lead);
+    }
+}
+
+/// When an endpoint has room for a prompt.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Room {
+    /// Seconds of work below which an endpoint has room for any prompt. A larger number binds requests earlier than needed.
+    /// A smaller one leaves the endpoint idle while a request is on its way to it.
+    pub lead: f64,
+    /// Tokens that an engine computes together; 0: one prompt after another. An endpoint has room for prompts that it will
+    /// begin together, as long as they take no longer than so many new tokens. A larger number binds requests earlier than
+    /// needed where the engine computes fewer tokens together. A smaller one leaves the engine with short prompts alone.
+    pub batch_tokens: f64,
+}
+
+impl Room {
+    /// The rule of a pool's queue.
+    #[must_use]
+    pub fn of(queue: &config::Queue) -> Self {
+        Self { lead: queue.lead.as_secs_f64(), batch_tokens: queue.batch_tokens as f64 }
+    }
+
+    /// Whether the endpoint has room for a prompt of so many seconds.
+    #[must_use]
+    pub fn is_at(&self, endpoint: &PrefillEndpoint, seconds: f64) -> bool {
+        endpoint.work() < self.lead || self.may_be_at(endpoint) && self.fits(endpoint, seconds)
+    }
+
+    /// Whether the endpoint has room for some prompt.
+    #[must_use]
+    pub fn may_be_at(&self, endpoint: &PrefillEndpoint) -> bool {
+        endpoint.left.begun < self.lead && (endpoint.left.behind <= 0.0 || self.fits(endpoint, endpoint.cost.a))
+    }
+
+    /// Whether the endpoint computes the prompt together with those that it has not begun. Their fixed seconds count once.
+    fn fits(&self, endpoint: &PrefillEndpoint, seconds: f64) -> bool {
+        let together = endpoint.left.behind + seconds - endpoint.cost.a;
+        self.batch_tokens > 0.0 && together <= endpoint.cost.seconds(self.batch_tokens, 0.0)
+    }
+
+    /// Seconds until an endpoint without room has room for any prompt. An endpoint with room for some prompts has none for
+    /// the others until it has done everything.
+    #[must_use]
+    pub fn seconds_until(&self, endpoint: &PrefillEndpoint) -> f64 {
+        let until = if endpoint.left.begun < self.lead { endpoint.work() } else { endpoint.left.begun };
+        (until - self.lead).max(0.0)
+    }
 }
 
 /// A request and the endpoint that it should go to now.
@@ -45,9 +105,8 @@ pub const REQUEST_BYTES: usize = 1_024;
 /// What holds for all requests of a queue.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rule {
-    /// Seconds of work below which an endpoint has room. A larger number binds requests earlier than needed. A smaller one
-    /// leaves the endpoint idle while a request is on its way to it.
-    pub lead: f64,
+    /// When an endpoint has room.
+    pub room: Room,
     /// Seconds of waiting after which a request counts as `1/e` of its seconds. A larger number favours short requests.
     pub patience: f64,
     /// Wait after which no request of the same priority overtakes a request.
@@ -67,7 +126,7 @@ impl Rule {
     #[must_use]
     pub fn new(cost: Cost) -> Self {
         Self {
-            lead: 0.02,
+            room: Room { lead: 0.02, batch_tokens: 8_192.0 },
             patience: 100.0,
             longest_wait: Duration::from_secs(600),
             fair_seconds: 10.0,

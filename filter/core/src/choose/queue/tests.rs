@@ -1,4 +1,5 @@
 use super::*;
+use crate::endpoints::load::Left;
 use proptest::prelude::*;
 
 const COST: Cost = Cost { a: 0.015, b: 25e-6, c: 5.24e-10 };
@@ -20,7 +21,7 @@ fn endpoints(work: &[f64]) -> Vec<PrefillEndpoint> {
     let endpoint = |(index, work): (usize, &f64)| PrefillEndpoint {
         index: index as u32,
         key: index as u64 + 1,
-        work: *work,
+        left: Left { begun: *work, behind: 0.0 },
         cost: COST,
     };
     work.iter().enumerate().map(endpoint).collect()
@@ -49,6 +50,42 @@ fn nothing_is_bound_to_a_server_without_room() {
     let binding = queue.next(&endpoints(&[5.0, 0.019]), time(0.0)).unwrap();
     assert_eq!((binding.id, binding.endpoint, binding.held_tokens), (1, 1, 0.0));
     assert_eq!(binding.seconds, COST.seconds(1_000.0, 0.0));
+}
+
+/// Binds to one endpoint, which computes what it has begun for so many seconds more, until it has no room. Returns the number
+/// of the requests.
+fn bind_together(queue: &mut Queue, begun: f64) -> usize {
+    let mut endpoint = endpoints(&[begun])[0];
+    let mut bound = 0;
+    while let Some(binding) = queue.next(&[endpoint], time(0.0)) {
+        queue.bind(binding.id, binding.seconds);
+        endpoint.left.behind += binding.seconds - if endpoint.left.behind > 0.0 { COST.a } else { 0.0 };
+        bound += 1;
+    }
+    bound
+}
+
+#[test]
+fn prompts_that_an_endpoint_will_begin_together_are_bound_together() {
+    let mut queue = queue();
+    (0..20).for_each(|id| queue.push(request(id, 0.0, 1_000.0), &[]).unwrap());
+    assert_eq!(bind_together(&mut queue, 0.021), 0, "too early");
+    // 10 of them are longer than 8,192 tokens together, because the fixed time counts once.
+    assert_eq!(bind_together(&mut queue, 0.019), 9);
+    queue.push(request(20, 0.0, 9_000.0), &[]).unwrap();
+    assert_eq!(bind_together(&mut queue, 0.0), 9, "short ones, and no room for a long one behind them");
+    assert_eq!(bind_together(&mut queue, 0.0), 2);
+    assert_eq!(bind_together(&mut queue, 0.0), 1, "a long prompt has room where nothing else is");
+    assert!(queue.is_empty());
+}
+
+#[test]
+fn an_engine_that_computes_one_prompt_after_another_gets_one() {
+    let mut rule = Rule::new(COST);
+    rule.room.batch_tokens = 0.0;
+    let mut queue = Queue::new(rule);
+    (0..3).for_each(|id| queue.push(request(id, 0.0, 1_000.0), &[]).unwrap());
+    assert_eq!(bind_together(&mut queue, 0.0), 1);
 }
 
 #[test]

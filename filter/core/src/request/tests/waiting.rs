@@ -113,6 +113,8 @@ fn a_request_waits_until_an_endpoint_has_room_and_goes_there() {
     assert!(leg_destination(&outcome).starts_with(&second_at), "{first_at}");
     assert_eq!(state(&outcome, WAIT_MS), "50");
     assert_eq!(gate.worker.counts.pending(Metric::BoundLater), 1);
+    assert_eq!(gate.worker.take_waits(), [("pd_wait_ms;pool=default".to_owned(), 50)]);
+    assert_eq!(gate.worker.take_waits(), [], "each wait once");
     let [mut third] = waiting;
     gate.answer(&mut third);
     [&mut first, &mut second, &mut third].into_iter().for_each(|request| request.done(&mut gate.worker, gate.now));
@@ -134,6 +136,29 @@ fn a_request_goes_a_lead_before_the_leg_ahead_of_it_ends() {
     gate.later(400);
     let (fifth, outcome) = gate.send(&prompt("i ", "j "), &[]);
     assert_eq!((outcome, fifth.waiting_id().is_some()), (Outcome::WAIT, true));
+}
+
+#[test]
+fn short_requests_that_an_endpoint_computes_together_go_together() {
+    for (queue, expected) in [("", 6), (r#","batch_tokens":2100"#, 4), (r#","batch_tokens":0"#, 2)] {
+        let mut gate = gate(queue);
+        let _bound = two_bound(&mut gate);
+        // 1,000 tokens each, 40 ms.
+        let text = |n: usize| format!("{n} ").repeat(2_000);
+        let body = |n| format!(r#"{{"model":"m","messages":[{{"role":"user","content":"{}"}}]}}"#, text(n));
+        let bodies: Vec<String> = (0..6).map(body).collect();
+        let mut waiting: Vec<Request> = bodies.iter().map(|body| gate.send(body, &[]).0).collect();
+        assert!(waiting.iter().all(|request| request.waiting_id().is_some()));
+        gate.now += gate.worker.next_look(gate.now).unwrap();
+        gate.later(1);
+        let mut bound = 0;
+        while let Some(turn) = gate.worker.next_turn(gate.now) {
+            let index = waiting.iter().position(|request| request.waiting_id() == Some(turn.id)).unwrap();
+            waiting[index].turn(&mut gate.worker, turn, || Some(bodies[index].as_str()), gate.now);
+            bound += 1;
+        }
+        assert_eq!(bound, expected, "{queue}");
+    }
 }
 
 #[test]

@@ -96,7 +96,7 @@ impl Curves {
             Some(plot::Bar { label: format!("{name}: {slope:.2}"), value: height, range: (height, height), series: 1 })
         });
         let panel = Panel { title: "slope (log over log)".to_owned(), bars: slopes.collect() };
-        plot::graphs(path, &format!("Growth with {}", self.x), &legend, &graphs, &panel)
+        plot::graphs(path, &format!("Growth with {}", self.x), &legend, &graphs, Some(&panel))
     }
 }
 

@@ -293,5 +293,5 @@ fn draw(path: &Path, records: &[Record], counted: &Counted) -> Result<()> {
     let panel = Panel { title: "Requests per engine".to_owned(), bars: bars.collect() };
     let legend = [("whole answer", WHOLE), ("first token", FIRST), ("decode engine", 2), ("prefill engine", 4)];
     let title = format!("Replay of {} requests", records.len());
-    plot::graphs(path, &title, &legend, &[over_time, distribution], &panel)
+    plot::graphs(path, &title, &legend, &[over_time, distribution], Some(&panel))
 }
