@@ -40,7 +40,8 @@ pub fn without_markers(api: Api, key: Key, value: &[u8], has_marker: bool, drops
         Key::Input => api == Api::Responses,
         _ => false,
     };
-    if !is_read || value.first() != Some(&b'[') || !(drops_billing || has_marker && CACHE_MARKERS.into_iter().any(has)) {
+    if !is_read || value.first() != Some(&b'[') || !(drops_billing || has_marker && CACHE_MARKERS.into_iter().any(has))
+    {
         return Cow::Borrowed(value);
     }
     let mut out = Vec::with_capacity(value.len());

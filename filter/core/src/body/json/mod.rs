@@ -16,8 +16,8 @@ mod text;
 
 pub use document::{Object, elements, members, raw_member, validate, with_member};
 pub use error::{ErrorKind, MAX_DEPTH, ScanError};
-pub use mark::{MAX_MEDIA, MediaKind};
 pub(in crate::body) use mark::{CACHE_MARKERS, Mark, MediaKey};
+pub use mark::{MAX_MEDIA, MediaKind};
 pub(crate) use scanner::{RawMember, Scanner};
 pub use span::Span;
 pub(crate) use span::slice;

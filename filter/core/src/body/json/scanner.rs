@@ -63,7 +63,9 @@ impl<'a> Scanner<'a> {
     /// A scanner at the start of a document.
     pub(crate) fn new(bytes: &'a [u8]) -> Result<Self, ScanError> {
         match u32::try_from(bytes.len()) {
-            Ok(len) if len < u32::MAX => Ok(Self { bytes, offset: 0, non_ascii: false, marks: Vec::new(), has_cache_marker: false }),
+            Ok(len) if len < u32::MAX => {
+                Ok(Self { bytes, offset: 0, non_ascii: false, marks: Vec::new(), has_cache_marker: false })
+            }
             _ => Err(ScanError { kind: ErrorKind::TooLarge, offset: u32::MAX }),
         }
     }
