@@ -117,14 +117,16 @@ impl Late {
         }
     }
 
-    /// When a server has room, as far as the gateways know: they bind then.
+    /// When a server without room has room again, as far as a gateway knows that holds requests; `None` where none does.
     #[must_use]
-    pub fn room_at(&self, server: usize, pods: &[Prefill], now: Duration) -> Duration {
-        let rooms = (0..self.gateways.len()).map(|gateway| {
-            let room = self.gateways[gateway].queue.rule().room;
-            room.seconds_until(&self.endpoint(gateway, server, pods, now))
+    pub fn next_room(&self, pods: &[Prefill], now: Duration) -> Option<Duration> {
+        let holding = self.gateways.iter().enumerate().filter(|(_, of)| !of.queue.is_empty());
+        let rooms = holding.flat_map(|(gateway, of)| {
+            let until = move |server| of.queue.rule().room.seconds_until(&self.endpoint(gateway, server, pods, now));
+            (0..pods.len()).map(until)
         });
-        now + Duration::from_secs_f64(rooms.fold(f64::INFINITY, f64::min)) + Duration::from_micros(1)
+        let next = rooms.filter(|seconds| *seconds > 0.0).reduce(f64::min)?;
+        Some(now + Duration::from_secs_f64(next) + Duration::from_micros(1))
     }
 
     /// A server, as far as a gateway knows it.

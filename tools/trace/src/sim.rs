@@ -189,6 +189,7 @@ pub fn run(load: &Load<'_>, policy: Policy, setup: &Setup<'_>, mut progress: imp
         coming: load.len(),
         turn: 0,
         looked: Duration::ZERO,
+        next_room: Duration::MAX,
         events,
         outcome: Outcome {
             seconds_by_fairness_id: vec![0.0; setup.classes.fairness_ids.max(1) as usize],
@@ -221,6 +222,8 @@ struct World<'a> {
     coming: usize,
     /// When the simulation last counted the idle servers.
     looked: Duration,
+    /// When the gateways that hold requests look at the servers again.
+    next_room: Duration,
     events: BinaryHeap<Reverse<(Duration, Event)>>,
     outcome: Outcome,
 }
@@ -242,7 +245,12 @@ impl World<'_> {
                         self.events.push(Reverse((end, Event::Stepped(server))));
                     }
                 }
-                Event::Room => self.bind(now)?,
+                Event::Room => {
+                    if now >= self.next_room {
+                        self.next_room = Duration::MAX;
+                    }
+                    self.bind(now)?;
+                }
                 Event::Reports => self.report(now),
                 Event::Joined(number) => self.joined(number, now),
                 Event::Finished { decode, batch } => self.finished(decode, batch, now),
@@ -336,8 +344,13 @@ impl World<'_> {
             self.enqueue(number, prefill, &job, now)?;
             if let Gateway::Late(late) = &mut self.gateway {
                 late.bound(&job, &self.prefill);
-                self.events.push(Reverse((late.room_at(prefill, &self.prefill, now), Event::Room)));
             }
+        }
+        if let Gateway::Late(late) = &self.gateway
+            && let Some(at) = late.next_room(&self.prefill, now).filter(|at| *at < self.next_room)
+        {
+            self.next_room = at;
+            self.events.push(Reverse((at, Event::Room)));
         }
         Ok(())
     }
@@ -349,7 +362,6 @@ impl World<'_> {
             && !is_other
         {
             late.prefilled(number, prefill, now, &self.prefill)?;
-            self.events.push(Reverse((late.room_at(prefill, &self.prefill, now), Event::Room)));
             if let Some(delay) = late.delay() {
                 self.events.push(Reverse((now + delay, Event::Room)));
             }
