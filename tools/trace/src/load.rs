@@ -8,7 +8,10 @@ use pd_bench::trace::{BLOCK_TOKENS, Entry, entries_before, unloaded_time};
 use pd_sim::Timing;
 
 use crate::cache::{Held, Tiers};
-use crate::prefill::BATCH_TOKENS;
+
+/// Tokens that an engine computes in one step: vLLM's default `max_num_batched_tokens` for an API server on a GPU of
+/// 70 GiB or more (`EngineArgs.get_batch_defaults`). For smaller ones it is 2,048.
+pub const BATCH_TOKENS: u64 = 8_192;
 
 /// Share of a trace's requests in which a block must stand to belong to the system prompt, which copies share too.
 const SYSTEM_SHARE: f64 = 0.5;

@@ -9,10 +9,6 @@ use pd_sim::Timing;
 use crate::cache::{Held, Tiers};
 use crate::load::{Job, Pods};
 
-/// Tokens that an engine computes in one step: vLLM's default `max_num_batched_tokens` for an API server on a GPU of
-/// 70 GiB or more (`EngineArgs.get_batch_defaults`). For smaller ones it is 2,048.
-pub const BATCH_TOKENS: u64 = 8_192;
-
 /// A prefill server: it computes prompts in steps, in the order of their coming.
 ///
 /// A step takes tokens of one prompt after another until it has [`Pods::batch_tokens`], as vLLM's scheduler does. What is
