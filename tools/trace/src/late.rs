@@ -80,6 +80,8 @@ pub struct Late {
     delay: Duration,
     /// What the other gateways receive, and when.
     news: VecDeque<(Duration, usize, News)>,
+    /// Since when requests wait, a server is idle, and no gateway binds any.
+    stuck: Option<Duration>,
 }
 
 struct Gateway {
@@ -114,6 +116,7 @@ impl Late {
             rng: fastrand::Rng::with_seed(seed),
             delay: brains.exchange.unwrap_or(Duration::MAX),
             news: VecDeque::new(),
+            stuck: None,
         }
     }
 
@@ -125,8 +128,16 @@ impl Late {
             let until = move |server| of.queue.rule().room.seconds_until(&self.endpoint(gateway, server, pods, now));
             (0..pods.len()).map(until)
         });
-        let next = rooms.filter(|seconds| *seconds > 0.0).reduce(f64::min)?;
-        Some(now + Duration::from_secs_f64(next) + Duration::from_micros(1))
+        let next = rooms.filter(|seconds| *seconds > 0.0).reduce(f64::min);
+        let next = next.map(|seconds| now + Duration::from_secs_f64(seconds) + Duration::from_micros(1));
+        let passes_over = self.passes_over_at().filter(|at| *at > now);
+        next.into_iter().chain(passes_over).min()
+    }
+
+    /// When each gateway passes over the requests of the others, because they may wait for each other: two gateways whose
+    /// indexes differ can each take a server for the place of a request of the other one.
+    fn passes_over_at(&self) -> Option<Duration> {
+        Some(self.stuck?.saturating_add(2 * self.delay()?))
     }
 
     /// A server, as far as a gateway knows it.
@@ -215,23 +226,30 @@ impl Late {
                 self.apply(gateway, &news, now, pods)?;
             }
         }
+        let passes_over = self.passes_over_at().is_some_and(|at| at <= now);
         for gateway in 0..self.gateways.len() {
-            if let Some(binding) = self.bind(gateway, pods, now) {
+            if let Some(binding) = self.bind(gateway, pods, passes_over, now) {
+                self.stuck = None;
                 let known = self.known.get(&binding.id).ok_or_else(|| anyhow!("no such request"))?;
                 let job = known.job.clone();
                 self.announce(gateway, News::Bound(binding), now, pods)?;
                 return Ok(Some((binding.id as usize, binding.endpoint as usize, job)));
             }
         }
+        let is_stuck = !self.is_empty() && pods.iter().any(Prefill::is_idle);
+        self.stuck = if is_stuck { self.stuck.or(Some(now)) } else { None };
         Ok(None)
     }
 
     /// What a gateway binds now.
-    fn bind(&mut self, gateway: usize, pods: &[Prefill], now: Duration) -> Option<Binding> {
+    fn bind(&mut self, gateway: usize, pods: &[Prefill], passes_over: bool, now: Duration) -> Option<Binding> {
         let mut servers: Vec<PrefillEndpoint> =
             (0..pods.len()).map(|server| self.endpoint(gateway, server, pods, now)).collect();
+        let mut claimed = Vec::new();
         loop {
-            let binding = self.gateways.get(gateway)?.queue.next(&servers, now)?;
+            let is_own = |id: u64| self.known.get(&id).is_some_and(|known| known.gateway == gateway);
+            let passed_over = |id| passes_over && !is_own(id) || claimed.contains(&id);
+            let binding = self.gateways.get(gateway)?.queue.next_without(&servers, now, &passed_over)?;
             let held = self.held(gateway, binding.id, pods);
             let queue = &mut self.gateways.get_mut(gateway)?.queue;
             let before = queue.held(binding.id).to_vec();
@@ -243,8 +261,9 @@ impl Late {
                 return Some(binding);
             }
             // Another gateway's request is the one to go there: that gateway sends it.
+            claimed.push(binding.id);
             if let Some(server) = servers.get_mut(binding.endpoint as usize) {
-                server.take_room(&queue.rule().room);
+                server.left.behind += binding.seconds;
             }
         }
     }
