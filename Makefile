@@ -231,7 +231,7 @@ lint: toolchain deps-check ## Formatting, clippy for native and wasm, pd-core's 
 	CLIPPY_CONF_DIR=$(CURDIR) cargo clippy $(LOCKED) --workspace --exclude pd-filter --all-targets -- -D warnings
 	@# Tests that other make targets run are none of all targets.
 	CLIPPY_CONF_DIR=$(CURDIR) cargo clippy $(LOCKED) --workspace --exclude pd-filter \
-	    --test vllm --test gateway --test helm --test scaling --test ai_gateway --test lifetime -- -D warnings
+	    --test vllm --test gateway --test helm --test scaling --test telemetry --test ai_gateway --test lifetime -- -D warnings
 
 fmt: toolchain ## Format the sources
 	cargo fmt --all
