@@ -10,7 +10,9 @@ use pd_trace::outcome::Outcome;
 use pd_trace::rules::Policy;
 use pd_trace::sim::{DecodeBy, Other, Setup, run};
 
-const PODS: Pods = Pods { fast_tokens: 400_000, decode_cache_tokens: 0, ..Pods::new(4, 4, 2_000_000) };
+/// They compute one prompt after another, as the ledger takes servers to. With steps of several prompts the 90th percentile is 1.12 × that of
+/// one for four gateways, and 1.04 × that of right coefficients for fitted ones.
+const PODS: Pods = Pods { fast_tokens: 400_000, decode_cache_tokens: 0, batch_tokens: 0, ..Pods::new(4, 4, 2_000_000) };
 
 /// Of the made-up twenty minutes.
 const SPAN_MS: f64 = 300_000.0;
