@@ -4,8 +4,8 @@
 #     tests/programs.sh
 #
 # helm and kustomize render the manifests, grpcurl is a gRPC client of another make, tests/collector is an OpenTelemetry
-# Collector, and envoy/deploy/xds is a control plane for Envoys. They go to .cache/programs-HASH/. From nothing that takes about three minutes on two cores; Go's cache then has most
-# of what tests/cluster/programs/build.sh needs.
+# Collector, and envoy/deploy/xds is a control plane for Envoys. They go to .cache/programs-HASH/. From nothing that takes
+# about three minutes on two cores; Go's cache then has most of what tests/cluster/programs/build.sh needs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

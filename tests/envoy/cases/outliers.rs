@@ -97,8 +97,7 @@ fn a_decode_server_that_refuses_everything_at_once_gets_a_few_requests() {
             bad.set_faults(fault).unwrap();
             let errors = send(&rig, 4 * REQUESTS, short_chat).await;
             assert_eq!(bad.stats().requests, errors, "{fault}");
-            // Those that are in flight when it is ejected come on top: more on a busy machine.
-            assert!((16..=50).contains(&errors), "{errors} errors, {fault}");
+            assert!((16..=30).contains(&errors), "{errors} errors, {fault}");
             ejected(&rig, "refusal").await;
             rig.until_idle().await;
         }

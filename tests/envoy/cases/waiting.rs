@@ -324,10 +324,15 @@ fn requests_wait_for_room_at_the_decode_endpoint_without_a_kv_cache_pinned() {
                 waits
             };
             let watch = async {
-                let mut most = (0, 0);
+                // A simulator counts a request for a moment after the gateway has seen its answer end, so a number of requests
+                // counts once it has lasted for ten looks. Each request decodes for more than a hundred.
+                let (mut most, mut recent) = ((0, 0), [0; 10]);
                 while !is_through.load(Relaxed) {
                     let (stats, running) = (rig.prefill[0].stats(), rig.decode[0].stats().in_flight);
-                    most = (most.0.max(stats.leases_open), most.1.max(running));
+                    recent.rotate_left(1);
+                    recent[9] = running;
+                    let lasting = recent.iter().copied().min().unwrap_or_default();
+                    most = (most.0.max(stats.leases_open), most.1.max(lasting));
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }
                 most
@@ -338,8 +343,7 @@ fn requests_wait_for_room_at_the_decode_endpoint_without_a_kv_cache_pinned() {
             assert_eq!(rig.decode[0].stats().decode_legs, 8);
             match percent {
                 0 => assert!(pinned > 3 && at_decode > 4, "the rule is off"),
-                // The simulator may still count a request whose answer the gateway has already seen end.
-                _ => assert!(pinned <= 2 && at_decode <= 3, "{pinned} {at_decode}"),
+                _ => assert!(pinned <= 2 && at_decode <= 2, "{pinned} {at_decode}"),
             }
             nobody_waits(&rig).await;
         }

@@ -6,8 +6,8 @@
 //!   bound to it and that it has not begun: engines compute prompts of [`Room::batch_tokens`] in one step, and the fixed
 //!   time of a prompt counts once for all of them.
 //!
-//! A request is bound to no endpoint before one has room. So the request goes to the endpoint that serves it best at its turn, and a short request never
-//! stands behind a long one that came first.
+//! A request is bound to no endpoint before one has room. So the request goes to the endpoint that serves it best at its
+//! turn, and a short request never stands behind a long one that came first.
 //!
 //! # Which endpoint a request prefers
 //! The one with the lowest `R + w·S`:
